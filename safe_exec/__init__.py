@@ -1,0 +1,28 @@
+"""safe-exec: run notebooks inside hard limits, see the kernel die, and say why.
+
+``run`` and ``run_async`` are what the command itself uses; everything else of the public interface is types. Names are imported
+when they are first asked for: the keeper imports this package too, and must start in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from safe_exec.api import run, run_async
+    from safe_exec.errors import SafeExecError
+    from safe_exec.model import Cause, CauseKind, Limits, Status, Verdict
+
+__all__ = ["Cause", "CauseKind", "Limits", "SafeExecError", "Status", "Verdict", "__version__", "run", "run_async"]
+
+_HOMES = {"run": "api", "run_async": "api", "SafeExecError": "errors"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'safe_exec' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"safe_exec.{_HOMES.get(name, 'model')}"), name)

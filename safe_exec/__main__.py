@@ -1,0 +1,16 @@
+"""``python -m safe_exec`` and the ``safe-exec`` command. The only place that exits."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; exits with its code."""
+    from safe_exec.commands import cli
+
+    sys.exit(cli.call(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The Python interface: run one notebook and get its verdict. The command line is a thin coat over this.
+
+May import pipeline, profiles, notebook, errors, model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safe_exec.events import EventSink
+from safe_exec.model import Limits, Verdict
+from safe_exec.pipeline import Job, prepare, run_job
+
+
+def run(
+    path: str | os.PathLike[str],
+    *,
+    limits: str | Limits | None = None,
+    options: Mapping[str, object] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    verdict: str | os.PathLike[str] | None = None,
+    kernel: str | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    allow_errors: bool = False,
+    require: str | None = None,
+    mechanisms: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    on_event: EventSink | None = None,
+) -> Verdict:
+    """Run one notebook inside its limits, write the annotated notebook and the verdict, and return the verdict.
+
+    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (which then stands alone).
+    ``options`` are single limits by name (``{"memory": "512M", "cell_timeout": 30}``), which win over everything else.
+    ``output`` and ``verdict`` default to ``NB.out.ipynb`` and ``NB.verdict.json`` beside the notebook. ``kernel``
+    overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's
+    kernel must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
+    ``cgroup-v1``, ``rlimit`` and ``watchdog``. ``on_event`` is called with each event as it happens.
+
+    A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
+    OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
+    event loop: use :func:`run_async` there.
+    """
+    return asyncio.run(
+        run_async(
+            path,
+            limits=limits,
+            options=options,
+            output=output,
+            verdict=verdict,
+            kernel=kernel,
+            cwd=cwd,
+            allow_errors=allow_errors,
+            require=require,
+            mechanisms=mechanisms,
+            env=env,
+            on_event=on_event,
+        )
+    )
+
+
+async def run_async(
+    path: str | os.PathLike[str],
+    *,
+    limits: str | Limits | None = None,
+    options: Mapping[str, object] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    verdict: str | os.PathLike[str] | None = None,
+    kernel: str | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    allow_errors: bool = False,
+    require: str | None = None,
+    mechanisms: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    on_event: EventSink | None = None,
+) -> Verdict:
+    """As :func:`run`, inside an event loop."""
+    job = Job(
+        path=Path(path),
+        limits=limits,
+        options=options or {},
+        output=Path(output) if output is not None else None,
+        verdict=Path(verdict) if verdict is not None else None,
+        kernel=kernel,
+        cwd=Path(cwd) if cwd is not None else None,
+        allow_errors=allow_errors,
+        require=require,
+        mechanisms=tuple(mechanisms) if mechanisms is not None else None,
+        env=env,
+        sinks=(on_event,) if on_event is not None else (),
+    )
+    return await run_job(prepare(job))

@@ -1,0 +1,36 @@
+"""Exceptions that are nothing more, and what no other rule knows."""
+
+from __future__ import annotations
+
+from safe_exec.causes.context import Context, exit_facts, inside, make
+from safe_exec.model import Cancelled, Cause, CauseKind, CellFailed, Confidence, Passed
+
+
+def stdin(context: Context) -> Cause | None:
+    """``input()`` and ``getpass()`` are refused: nobody is there to type."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None or error.ename != "StdinNotImplementedError":
+        return None
+    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
+    return make(context, CauseKind.STDIN, "the cell asked for input, and nobody is there to type it", Confidence.CERTAIN, facts, advice)
+
+
+def exception(context: Context) -> Cause | None:
+    """A cell raised. The kernel lives: an exception does not kill it."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    first = error.evalue.strip().split("\n", 1)[0][:200]
+    summary = f"{error.ename}: {first}" if first else error.ename
+    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    advice = "The kernel is fine; mend the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
+
+
+def unknown(context: Context) -> Cause | None:
+    """Nothing else fits: say so."""
+    if isinstance(context.ending, Passed | Cancelled):
+        return None
+    summary = "the run ended in a way that no rule explains; the evidence is all there is"
+    return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

@@ -1,0 +1,35 @@
+"""Kernels that never became ready, and runs that safe-exec itself could not finish."""
+
+from __future__ import annotations
+
+from safe_exec.causes.context import Context, inside, make, outside
+from safe_exec.model import Cause, CauseKind, Confidence, Fact, InternalError, StartFailed
+
+
+def start_failed(context: Context) -> Cause | None:
+    """The kernel never answered."""
+    ending = context.ending
+    if not isinstance(ending, StartFailed):
+        return None
+    facts: list[Fact] = []
+    if ending.exit is not None:
+        facts.append(outside("ended with", str(ending.exit), "wait status of the kernel process"))
+    if ending.waited is not None:
+        facts.append(outside("seconds waited", round(ending.waited, 1), "runner's clock"))
+    last = [line.strip() for line in context.evidence.stderr_tail.splitlines() if line.strip()]
+    if last:
+        facts.append(inside("last line on stderr", last[-1][:300], "stderr of the kernel process"))
+    advice = (
+        "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
+        if "no kernel named" in ending.reason
+        else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
+    )
+    return make(context, CauseKind.KERNEL_START_FAILED, ending.reason, Confidence.CERTAIN, tuple(facts), advice)
+
+
+def internal(context: Context) -> Cause | None:
+    """safe-exec failed: nothing can be said about the notebook."""
+    if not isinstance(context.ending, InternalError):
+        return None
+    advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
+    return make(context, CauseKind.UNKNOWN, f"safe-exec failed: {context.ending.message}", Confidence.GUESS, (), advice)

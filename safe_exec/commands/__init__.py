@@ -1,0 +1,1 @@
+"""One file per sub-command; ``cli`` puts them together."""

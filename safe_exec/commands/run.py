@@ -1,0 +1,105 @@
+"""``safe-exec run``: the main job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safe_exec.errors import UsageError
+from safe_exec.events import EventSink
+from safe_exec.model import LimitName, Verdict
+from safe_exec.pipeline import Job, Prepared, command_line, prepare, run_job
+from safe_exec.reports import terminal, verdict_json
+from safe_exec.reports.event_log import EventLog
+
+LIMIT_HELP = {
+    LimitName.MEMORY: ("SIZE", "Memory of the kernel and all its processes (512M, 1.5GiB, 50%)."),
+    LimitName.CPUS: ("N", "Processors it may use at a time (0.5, 2)."),
+    LimitName.CPU_TIME: ("T", "Processor time of all its processes together (90s, 5m)."),
+    LimitName.CELL_TIMEOUT: ("T", "Wall time of each cell."),
+    LimitName.TIMEOUT: ("T", "Wall time of the whole notebook, the start included."),
+    LimitName.START_TIMEOUT: ("T", "Time until the kernel must have answered."),
+    LimitName.PROCESSES: ("N", "Processes and threads at a time."),
+    LimitName.OPEN_FILES: ("N", "Open files of each process."),
+    LimitName.FILE_SIZE: ("SIZE", "Size of any one file that it writes."),
+    LimitName.CELL_OUTPUT: ("SIZE", "Output that is kept of each cell."),
+    LimitName.OUTPUT: ("SIZE", "Output that is kept in all; given alone it is the cap of each cell too."),
+}
+
+
+def _limit_options(function: Any) -> Any:
+    for name, (metavar, text) in reversed(LIMIT_HELP.items()):
+        function = click.option(f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text)(function)
+    return function
+
+
+@click.command("run", short_help="Run a notebook inside limits and say why its kernel died.")
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.option("-o", "--output-notebook", "out", type=click.Path(path_type=Path), help="The annotated notebook [NB.out.ipynb].")
+@click.option("--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json].")
+@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
+@_limit_options
+@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
+@click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
+@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
+@click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
+@click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--events", type=click.Path(path_type=Path), help="Write the run as JSON lines while it happens.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events: Path | None, **options: Any) -> int:
+    """Run NOTEBOOK inside limits; write the annotated notebook and the verdict; say why its kernel died, if it did.
+
+    Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another limit, 6 the kernel did
+    not start, 7 safe-exec failed, 130 stopped.
+    """
+    job = _job(notebook, out, options)
+    # One look and all input is checked: from here on whatever happens ends in a verdict.
+    prepared = prepare(job)
+    if events is not None and events.absolute() in (prepared.output.absolute(), prepared.verdict.absolute()):
+        raise UsageError(f"{events}: --events and another output are the same file")
+    verdict = _run(prepared, events, quiet=quiet or as_json and not sys.stderr.isatty())
+    _show(verdict, as_json=as_json, quiet=quiet)
+    return verdict.exit_code
+
+
+def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
+    limits = {name.value: options[name.value] for name in LimitName if options[name.value] is not None}
+    if "output" in limits and "cell_output" not in limits:
+        limits["cell_output"] = limits["output"]
+    mechanisms = options["mechanisms"]
+    return Job(
+        path=notebook,
+        limits=options["limits"],
+        options=limits,
+        output=out,
+        verdict=options["verdict"],
+        kernel=options["kernel"],
+        cwd=options["cwd"],
+        allow_errors=options["allow_errors"],
+        require=options["require"],
+        mechanisms=tuple(part.strip() for part in mechanisms.split(",")) if mechanisms else None,
+        command=command_line(),
+    )
+
+
+def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
+    with contextlib.ExitStack() as stack:
+        sinks: list[EventSink] = []
+        if events is not None:
+            sinks.append(stack.enter_context(EventLog(events)))
+        sinks.append(stack.enter_context(terminal.Progress(sys.stderr, quiet=quiet)))
+        return asyncio.run(run_job(prepared, tuple(sinks)))
+
+
+def _show(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        sys.stdout.buffer.write(verdict_json.dumps(verdict))
+        sys.stdout.buffer.flush()
+    elif not quiet:
+        terminal.print_diagnosis(verdict, sys.stdout)

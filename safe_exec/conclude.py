@@ -1,0 +1,167 @@
+"""From a trial's result to the verdict: status by one table, cause by the rules, figures from the ledger. Pure but for the clock.
+
+May import causes, ledger, model.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safe_exec
+from safe_exec import model
+from safe_exec.causes import Context, find_cause
+from safe_exec.model import (
+    Cause,
+    CrashCell,
+    Ending,
+    Environment,
+    Limits,
+    NotebookInfo,
+    Place,
+    Status,
+    Usage,
+    Verdict,
+)
+from safe_exec.sandbox.plan import SpawnPlan
+
+if TYPE_CHECKING:
+    from safe_exec.pipeline import Prepared
+    from safe_exec.trial import TrialResult
+
+STATUS_OF: Mapping[type[Any], Status] = {
+    model.Passed: Status.PASSED,
+    model.CellFailed: Status.CELL_ERROR,
+    model.Died: Status.KERNEL_DIED,
+    model.TimedOut: Status.TIMEOUT,
+    model.LimitHit: Status.LIMIT_EXCEEDED,
+    model.StartFailed: Status.START_FAILED,
+    model.Cancelled: Status.CANCELLED,
+    model.InternalError: Status.INTERNAL_ERROR,
+}
+"""The one table from ending to status; the exit code follows from the status."""
+
+STDERR_TAIL = 4000
+
+
+def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Cause | None:
+    """What the rules conclude from a trial."""
+    context = Context(
+        ending=result.ending,
+        evidence=result.evidence,
+        limits=limits,
+        enforcement=plan.enforcement,
+        cells=tuple(result.ledger.records.values()),
+        current=getattr(result.ending, "cell", None),
+        language=language,
+    )
+    return find_cause(context)
+
+
+def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan) -> Verdict:
+    """The verdict of one run."""
+    limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
+    language = prepared.notebook.language or _language(result.node)
+    info = NotebookInfo(
+        path=str(prepared.job.path),
+        sha256=prepared.notebook.sha256,
+        kernel=prepared.kernel_name,
+        language=language,
+        cells=len(prepared.node.cells),
+        code_cells=len(ledger.records),
+    )
+    return Verdict(
+        safe_exec_version=safe_exec.__version__,
+        run_id=prepared.run_id,
+        started=_utc(prepared.started_at),
+        finished=_utc(datetime.now(UTC)),
+        command=prepared.job.command or ("safe_exec.run", str(prepared.job.path)),
+        cwd=str(prepared.cwd),
+        status=STATUS_OF[type(result.ending)],
+        notebook=info,
+        cause=cause_of(result, limits, plan, language),
+        crash_cell=crash_cell(result.ending, result.place, result.node),
+        cells=tuple(ledger.records.values()),
+        limits=limits,
+        enforcement=plan.enforcement,
+        timeline=ledger.timeline(),
+        usage=Usage(
+            wall_seconds=ledger.wall_seconds,
+            cpu_seconds=evidence.cpu_seconds,
+            memory_peak=evidence.memory_peak,
+            memory_peak_raw=evidence.memory_peak_raw,
+            oom_kills=evidence.oom_kills,
+            processes_peak=evidence.processes_peak,
+            output_bytes=evidence.output_bytes,
+        ),
+        environment=_environment(result, plan),
+        stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
+        warnings=(*prepared.resolved.warnings, *result.warnings, *_reasons(result.ending)),
+    )
+
+
+def _reasons(ending: Ending) -> tuple[str, ...]:
+    """Why a run without a cause ended."""
+    if isinstance(ending, model.Cancelled):
+        from safe_exec.causes.context import signal_name
+
+        return (f"stopped by {signal_name(ending.signal)}",)
+    return ()
+
+
+def _utc(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _language(node: Any) -> str | None:
+    name = node.metadata.get("language_info", {}).get("name")
+    return str(name) if name else None
+
+
+def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | None:
+    """The cell that ran when it happened, with the line where it is known."""
+    index = getattr(ending, "cell", None)
+    if index is None or isinstance(ending, model.Passed) or node.cells[index].cell_type != "code":
+        return None
+    cell = node.cells[index]
+    line = place.line if place is not None and place.cell == index else None
+    lines = cell.source.splitlines()
+    if line is not None and not 1 <= line <= len(lines):
+        line = None
+    return CrashCell(
+        index=index,
+        code_index=sum(c.cell_type == "code" for c in node.cells[:index]),
+        id=cell.get("id"),
+        execution_count=cell.get("execution_count"),
+        line=line,
+        source_line=lines[line - 1] if line is not None else None,
+        stack=place.stack if place is not None else (),
+    )
+
+
+def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
+    paths = [str(p) for p in result.hello.get("path", ()) if isinstance(p, str)]
+    return Environment(
+        python=str(result.hello.get("python") or platform.python_version()),
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages=installed_packages(paths) if paths else None,
+        cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),
+        isolation=(),
+    )
+
+
+def installed_packages(paths: list[str]) -> dict[str, str]:
+    """Names and versions of what is installed on the kernel's path, from the names of its ``.dist-info`` folders."""
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            names = [entry.name for entry in Path(path).iterdir() if entry.name.endswith(".dist-info")]
+        except OSError:
+            continue
+        for name in names[:3000]:
+            package, _, version = name.removesuffix(".dist-info").partition("-")
+            found.setdefault(package, version)
+    return dict(sorted(found.items()))

@@ -1,0 +1,220 @@
+"""Reading and writing files that somebody else may have put in our way: no FIFO hangs us, no symlink leads us astray.
+
+Imports ``errors`` only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO
+
+from safe_exec.errors import OutputPathError, UsageError
+
+_PIECE = 2**20
+_NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
+
+
+class _NotRegularError(OSError):
+    """``str(error)`` says what stands in the place of a regular file."""
+
+
+def one_line(text: object) -> str:
+    """``text`` fit for a message of one line: what cannot be printed (a file name may hold anything) is escaped."""
+    plain = str(text)
+    return plain if plain.isprintable() else repr(plain)[1:-1]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
+    """The bytes of a regular file of at most ``most`` bytes; raises ``error`` with one line for anything else."""
+    name = one_line(path)
+    try:
+        with os.fdopen(_open_regular(path), "rb") as file:
+            data = _read_up_to(file, most + 1)
+    except FileNotFoundError:
+        raise error(f"{name}: no such file{_nearest(path)}") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+        raise error(f"{name}: {_reason(problem)}") from None
+    if len(data) > most:
+        raise error(f"{name}: larger than {most // 2**20} MiB, which is the most that is read")
+    return data
+
+
+def _read_up_to(file: BinaryIO, most: int) -> bytes:
+    """By pieces, not by st_size, which may be growing, nor by one read(most), which would allocate that much."""
+    pieces: list[bytes] = []
+    while most > 0 and (piece := file.read(min(most, _PIECE))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor of the regular file ``path``. Raises OSError, _NotRegularError among them."""
+    _demand_regular(os.stat(path))  # before the open: to open some devices is to act on them
+    # O_NONBLOCK: should a FIFO have taken the file's place since, the open must not wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _demand_regular(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _demand_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _NotRegularError(f"is {_kind(status.st_mode)}, not a file")
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device"
+
+
+def _reason(problem: OSError | ValueError) -> str:
+    if isinstance(problem, PermissionError):
+        return "cannot be read: permission denied; make it readable for this user"
+    if isinstance(problem, _NotRegularError):
+        return str(problem)
+    return f"cannot be read: {_system_text(problem)}"
+
+
+def _system_text(problem: OSError | ValueError) -> str:
+    text = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
+    return text[:1].lower() + text[1:]
+
+
+def _nearest(path: Path) -> str:
+    """A hint at the file that was meant."""
+    try:
+        names = [entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix)]
+    except OSError:
+        return f" (nor a directory {one_line(path.parent)})" if not path.parent.is_dir() else ""
+    close = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {one_line(path.with_name(close[0]))}?" if close else ""
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise OutputPathError if :func:`write_atomically` could not put a file at ``path``; leaves nothing behind.
+
+    A symlink to a file is no obstacle: the write replaces it and does not follow it. Anything else that is no
+    regular file is one, be it reached through a symlink: replacing /dev/null or /dev/stdout would break the machine.
+    """
+    path = Path(path)
+    try:
+        _check_parent(path)
+        _check_target(path)
+    except (OSError, ValueError) as problem:
+        raise OutputPathError(f"{one_line(path)}: cannot be written: {_system_text(problem)}") from None
+
+
+def _check_parent(path: Path) -> None:
+    parent, name = path.parent, one_line(path)
+    if not parent.exists():
+        raise OutputPathError(f"{name}: the directory {one_line(parent)} does not exist; create it first")
+    if not parent.is_dir():
+        raise OutputPathError(f"{name}: {one_line(parent)} is not a directory")
+    try:
+        _create_and_forget(parent)
+    except OSError as problem:
+        where, reason = one_line(parent), _system_text(problem)
+        raise OutputPathError(f"{name}: the directory {where} cannot be written: {reason}; choose another") from None
+
+
+def _create_and_forget(directory: Path) -> None:
+    """Prove that a file can be made in ``directory``, which access(2) does not. Raises OSError."""
+    try:
+        # A file that never has a name: nobody sees it, and it is gone even if we are killed here.
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except OSError as problem:
+        if problem.errno not in _NO_TMPFILE:  # not every file system can: NFS, overlayfs before Linux 6.3
+            raise
+        probe = directory / _temporary_name()
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.unlink(probe)
+
+
+def _check_target(path: Path) -> None:
+    try:
+        entry = os.lstat(path)
+    except FileNotFoundError:
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # a symlink that leads nowhere, or round in circles
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise OutputPathError(f"{one_line(path)}: is {_kind(mode)}; name a file to write")
+    parent = os.stat(path.parent)
+    mine = os.geteuid() in (0, entry.st_uid, parent.st_uid)
+    if parent.st_mode & stat.S_ISVTX and not mine:  # sticky: only an owner may rename over it (rename(2), EPERM)
+        raise OutputPathError(f"{one_line(path)}: belongs to another user; choose another output path")
+
+
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Put a file with ``data`` at ``path``: either all of it or nothing, durable on return.
+
+    A temporary file beside it is filled, flushed to disk and renamed over ``path``; a symlink there is replaced, never
+    followed. Whatever fails, the temporary file is removed. Raises OSError.
+    """
+    path = Path(path)
+    # The directory is held open, so that no rename of it in between can split our steps over two places.
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _replace(directory, path.name, data)
+        _sync_directory(directory)
+    finally:
+        os.close(directory)
+
+
+def _replace(directory: int, name: str, data: bytes) -> None:
+    temporary = _temporary_name()
+    try:
+        _fill(directory, temporary, data)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _temporary_name() -> str:
+    # Not derived from the final name, which may be as long as a name can be.
+    return f".safe-exec-{secrets.token_hex(8)}.tmp"
+
+
+def _fill(directory: int, name: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as problem:
+        if problem.errno not in (
+            errno.EINVAL,
+            errno.EROFS,
+            errno.ENOTSUP,
+        ):  # some network file systems know no such thing
+            raise

@@ -1,0 +1,230 @@
+"""Puts together what was observed of a trial into one :class:`Evidence`, and says where in the cell it happened.
+
+May import kernel, ledger, model. Still no opinions: a figure is taken from the source that is nearest to the fact.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import TYPE_CHECKING
+
+from safe_exec.kernel.faults import main_stack, parse_fault
+from safe_exec.model import (
+    CellFailed,
+    Ending,
+    Evidence,
+    FaultReport,
+    Frame,
+    Place,
+    StartFailed,
+    TimedOut,
+)
+
+if TYPE_CHECKING:
+    from safe_exec.trial import Trial
+
+NEAR_LIMIT = 0.95
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
+_ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
+_SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$")
+
+
+def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
+    """The evidence of a trial that is over, and the place in the current cell where it was."""
+    session, ledger, request = trial.session, trial.ledger, trial.request
+    ended = session.ended
+    fault = _fault(trial)
+    place = _place(trial, ending, fault)
+    counters = ended.counters if ended else ledger.counters
+    ledger.counters = counters if ended else ledger.counters
+    kills = counters.oom_kills
+    peak = _memory_peak(trial, kills, counters.memory_peak_raw)
+    client = session.client
+    error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
+    current = ledger.records.get(trial.current) if trial.current is not None else None
+    return Evidence(
+        exit=ended.status if ended else None,
+        termination=ended.reason if ended else None,
+        oom_kills=kills,
+        oom_kills_cell=ledger.oom_cell,
+        oom_elsewhere=_elsewhere(kills, counters.memory_peak_raw, request.limits.memory),
+        oomd_killed=ended.oomd if ended else None,
+        process_refusals=counters.fork_refusals,
+        memory_peak=peak,
+        memory_peak_raw=counters.memory_peak_raw,
+        memory_last=ledger.memory_last,
+        processes_peak=counters.tasks_peak or ledger.tasks_peak,
+        cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
+        kernel_cpu_seconds=ended.cpu_seconds if ended else None,
+        error=error,
+        fault=fault,
+        place=place,
+        looked=trial.looked,
+        cell_seconds=current.seconds if current else None,
+        cell_output_bytes=current.output_bytes if current else None,
+        cell_messages=client.accounts.messages if client else None,
+        cell_output_age=_age(client.accounts.last) if client else None,
+        cell_output_truncated=client.accounts.truncated if client else False,
+        output_bytes=sum(r.output_bytes or 0 for r in ledger.records.values()),
+        exit_caller=session.frames(session.told.exit_caller),
+        remote_hosts=tuple(session.told.hosts),
+        signals_to_runner=tuple(trial.signals),
+        signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
+        kernel_uid=session.told.hello.get("uid"),
+        stderr_tail=ended.stderr if ended else "",
+        disk_free=_disk_free(str(request.cwd)),
+        open_files=trial.open_files,
+        executed=session.told.executed,
+        cell_active=_cell_active(trial),
+        last_words=_last_words(trial),
+    ), place
+
+
+def _cell_active(trial: Trial) -> bool | None:
+    """Whether the kernel was at work on the current cell, by its own page: begun there and not ended."""
+    provisioner = trial.session.provisioner
+    if not trial.session.fitted or trial.current is None or provisioner is None or provisioner.channels is None:
+        return None
+    number, note = trial.number_now(), provisioner.channels.page.note()
+    return bool(number) and note.line != 0
+
+
+def _last_words(trial: Trial) -> str:
+    """The end of the text that the current cell put out."""
+    if trial.current is None:
+        return ""
+    outputs = trial.request.node.cells[trial.current].get("outputs", [])
+    text = "".join(str(o.get("text", "")) for o in outputs[-5:] if o.get("output_type") == "stream")
+    return text[-4000:]
+
+
+def _fault(trial: Trial) -> FaultReport | None:
+    session = trial.session
+    ended = session.ended
+    if ended is None or not ended.fault:
+        return None
+    main = session.told.hello.get("main")
+    return parse_fault(ended.fault, session.file_cells, main, ended.stack_bytes, ended.stack_limit)
+
+
+def _memory_peak(trial: Trial, kills: int | None, raw: int | None) -> int | None:
+    """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
+    seen, limit = trial.ledger.memory_peak, trial.request.limits.memory
+    if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
+        if trial.current is not None:
+            trial.ledger.raise_peak(trial.current, raw)
+        return max(raw, seen or 0)
+    return seen
+
+
+def _elsewhere(kills: int | None, raw: int | None, limit: int | None) -> bool | None:
+    """Whether the limit that was hit is not ours: the sandbox never came near its own."""
+    if not kills or raw is None:
+        return None
+    return limit is None or raw < NEAR_LIMIT * limit
+
+
+def _age(last: float | None) -> float | None:
+    return None if last is None else time.monotonic() - last
+
+
+def _disk_free(path: str) -> int | None:
+    try:
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+    except OSError:
+        return None
+
+
+# --- the place --------------------------------------------------------------------------------------------------
+
+
+def _place(trial: Trial, ending: Ending, fault: FaultReport | None) -> Place | None:
+    if trial.current is None or isinstance(ending, StartFailed):
+        return None
+    index = trial.current
+    for place in (
+        _of_error(trial, index) if isinstance(ending, CellFailed) else None,
+        _of_fault(trial, index, fault),
+        _of_look(trial, index) if isinstance(ending, TimedOut) else None,
+        _of_page(trial, index),
+    ):
+        if place is not None:
+            return place
+    return _of_single_line(trial, index)
+
+
+def _innermost(frames: tuple[Frame, ...], index: int) -> int | None:
+    """The innermost line of a cell in a stack."""
+    return next((f.line for f in frames if f.cell == index and f.line), None)
+
+
+def _of_error(trial: Trial, index: int) -> Place | None:
+    found = trial.session.told.errors.get(trial.number_now())
+    if found is not None:
+        line, rows = found
+        return Place(cell=index, line=line, source="traceback", stack=trial.session.frames(rows))
+    client = trial.session.client
+    reply = client.replies.get(index, {}) if client else {}
+    count = trial.request.node.cells[index].get("execution_count")
+    in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
+    return None if in_text is None else Place(cell=index, line=in_text, source="traceback")
+
+
+def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
+    """The last line of the cell ``In [count]`` that a rendered traceback names; the arrow where it names none."""
+    text = _ANSI.sub("", "\n".join(traceback))
+    lines = [int(line) for number, line in _CELL_LINE.findall(text) if count is None or int(number) == count]
+    if lines:
+        return lines[-1]
+    found = _SYNTAX_LINE.search(text) or _ARROW.search(text)
+    return int(found[1]) if found else None
+
+
+def _of_fault(trial: Trial, index: int, fault: FaultReport | None) -> Place | None:
+    ended = trial.session.ended
+    if fault is None or ended is None:
+        return None
+    session = trial.session
+    at = ended.fault.rfind("Fatal Python error: ")
+    stack = fault.stack if fault.main else main_stack(ended.fault[at:], session.file_cells, session.told.hello.get("main"))
+    line = _innermost(stack, index)
+    return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
+
+
+def _of_look(trial: Trial, index: int) -> Place | None:
+    stack = trial.looked.stack if trial.looked else ()
+    line = _innermost(stack, index)
+    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
+
+
+def _of_page(trial: Trial, index: int) -> Place | None:
+    """From the shared page: the statement noted last, made finer by a sample taken within it."""
+    number = trial.number_now()
+    provisioner = trial.session.provisioner
+    if not number or provisioner is None or provisioner.channels is None:
+        return None
+    page = provisioner.channels.page
+    note, sample = page.note(), page.sample()
+    ended = trial.session.died_at or time.monotonic()
+    cell, rows, _ = page.stack()
+    stack = trial.session.frames(rows) if cell == number else ()
+    if sample.cell == number and sample.line and sample.time >= note.time:
+        return Place(cell=index, line=sample.line, source="sample", stack=stack, age=max(0.0, ended - sample.time))
+    if note.cell == number and note.line:
+        return Place(cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time))
+    return None
+
+
+def _of_single_line(trial: Trial, index: int) -> Place | None:
+    """A cell of one line leaves no doubt, whatever the kernel."""
+    lines = [n for n, line in enumerate(trial.request.node.cells[index].source.splitlines(), 1) if line.strip()]
+    number = trial.number_now()
+    if len(lines) != 1 or (trial.session.fitted and not number):
+        return None
+    return Place(cell=index, line=lines[0], source="only line")
+
+

@@ -1,0 +1,1 @@
+"""A kernel born in a sandbox, the client that talks to it, and what runs inside it."""

@@ -1,0 +1,285 @@
+"""nbclient, made to see a kernel die at once, to keep its last words, and to stay small whatever the kernel sends.
+
+nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here: death comes as an event, not
+from a poll by seconds; outputs are counted and cut at their caps; what a dead kernel had written but not sent is put into the
+cell afterwards. Timeouts are the trial's business (``trial.py``), so nbclient's own are off. May import model, page, nbclient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+from safe_exec.kernel.page import Message, Page, Text
+
+MERGE_AFTER = 200
+"""A cell with so many outputs gets further text of the same stream joined to the last one."""
+
+OVERHEAD = 200
+"""Bytes that an output costs beside its content; so a flood of empty ones is bounded too."""
+
+QUIET_SECONDS = 0.01
+DRAIN_SECONDS = 2.0
+TRACEBACK_BYTES = 64 * 1024
+
+
+class Accounts:
+    """What one cell has put out: stored bytes against its caps, and all that was received."""
+
+    def __init__(self) -> None:
+        self.stored = 0
+        self.received = 0
+        self.messages = 0
+        self.truncated = False
+        self.last: float | None = None
+        self.characters = {"stdout": 0, "stderr": 0}
+        self.seen: deque[str] = deque(maxlen=5000)
+
+
+class TrialClient(NotebookClient):  # type: ignore[misc]
+    """One notebook against one sandboxed kernel."""
+
+    def __init__(self, nb: Any, km: Any, *, died: asyncio.Event, on_output: Callable[[int, int], None], **kw: Any) -> None:
+        super().__init__(nb, km, timeout=None, **kw)
+        self.died = died
+        self.on_output = on_output
+        self.cell_cap: int | None = None
+        self.total_cap: int | None = None
+        self.total_stored = 0
+        self.accounts = Accounts()
+        self.asked_to_exit: int | None = None
+        self.running: tuple[str, Any, int] | None = None
+        self.replies: dict[int, dict[str, Any]] = {}
+        self.sent: dict[str, int] = {}
+        self.kernel_pid: int | None = None
+
+    # --- death --------------------------------------------------------------------------------------------------
+
+    async def _async_poll_kernel_alive(self) -> None:
+        """Wait for the death, let in what is still on the wire, then end the wait for a reply that will not come."""
+        await self.died.wait()
+        await self._drained()
+        assert self.task_poll_for_reply is not None
+        self.task_poll_for_reply.cancel()
+
+    async def _drained(self) -> None:
+        """Wait until no more messages come in; a dead kernel's sockets are at their end soon."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        count = -1
+        while count != self.accounts.messages and time.monotonic() < deadline:
+            count = self.accounts.messages
+            await asyncio.sleep(QUIET_SECONDS)
+
+    # --- one cell -----------------------------------------------------------------------------------------------
+
+    def begin_cell(self, cell_cap: int | None) -> None:
+        """Start the accounts of a cell."""
+        self.accounts = Accounts()
+        self.cell_cap = cell_cap
+
+    async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
+        self.running = (parent_msg_id, cell, cell_index)
+        self.sent[parent_msg_id] = cell_index
+        await super()._async_poll_output_msg(parent_msg_id, cell, cell_index)
+
+    async def _check_raise_for_error(self, cell: Any, cell_index: int, exec_reply: dict[str, Any] | None) -> None:
+        if exec_reply is not None:
+            self.replies[cell_index] = exec_reply["content"]
+            self._look_for_exit(exec_reply["content"], cell_index)
+        await super()._check_raise_for_error(cell, cell_index, exec_reply)
+
+    def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
+        """``exit()`` in IPython answers "ok" with a payload that asks the frontend to end the kernel."""
+        for payload in content.get("payload") or ():
+            if isinstance(payload, dict) and payload.get("source") == "ask_exit" and self.asked_to_exit is None:
+                self.asked_to_exit = cell_index
+
+    # --- output -------------------------------------------------------------------------------------------------
+
+    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        """Count a message, cut what goes beyond the caps, and have nbclient do the rest."""
+        accounts = self.accounts
+        accounts.messages += 1
+        kind = msg["msg_type"]
+        if kind == "status" or kind == "execute_input":
+            return super().process_message(msg, cell, cell_index)
+        content = msg["content"]
+        size = _size(kind, content)
+        accounts.received += size
+        accounts.last = time.monotonic()
+        self._remember(kind, msg, content)
+        self.on_output(cell_index, size)
+        if kind == "clear_output":
+            return self._clear(msg, cell, cell_index)
+        if kind == "error":
+            content["traceback"] = _bounded(content.get("traceback") or [])
+        elif not self._admit(kind, content, size, cell):
+            return None
+        return super().process_message(msg, cell, cell_index)
+
+    def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
+        """For the kernel's death: which text and which displays did arrive. A forked child's text is not the kernel's."""
+        if kind == "stream":
+            name = content.get("name")
+            if name in self.accounts.characters and not self._of_a_child(msg):
+                self.accounts.characters[name] += len(content.get("text", ""))
+        else:
+            self.accounts.seen.append(msg["header"]["msg_id"])
+
+    def _of_a_child(self, msg: dict[str, Any]) -> bool:
+        """Whether a forked child wrote it: jupyter_client puts the sender's process id into the message id."""
+        parts = msg["header"].get("msg_id", "").rsplit("_", 2)
+        return self.kernel_pid is not None and len(parts) == 3 and parts[1].isdigit() and int(parts[1]) != self.kernel_pid
+
+    def _clear(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        result = super().process_message(msg, cell, cell_index)
+        if not cell.outputs:
+            self.total_stored -= self.accounts.stored
+            self.accounts.stored = 0
+        return result
+
+    def _admit(self, kind: str, content: dict[str, Any], size: int, cell: Any) -> bool:
+        """Whether an output fits the caps; text is shortened to what does, with a mark."""
+        left = self._left()
+        if left is None or size + OVERHEAD <= left:
+            self._store(size + OVERHEAD)
+            return True
+        first = not self.accounts.truncated
+        self.accounts.truncated = True
+        if kind.startswith("comm"):
+            return False
+        if not first:
+            return False
+        if kind == "stream":
+            content["text"] = content["text"][: max(0, left)] + self._mark()
+        else:
+            cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
+            return False
+        self._store(max(0, left))
+        return True
+
+    def _left(self) -> int | None:
+        caps = []
+        if self.cell_cap is not None:
+            caps.append(self.cell_cap - self.accounts.stored)
+        if self.total_cap is not None:
+            caps.append(self.total_cap - self.total_stored)
+        return min(caps) if caps else None
+
+    def _store(self, size: int) -> None:
+        self.accounts.stored += size
+        self.total_stored += size
+
+    def _mark(self) -> str:
+        from safe_exec.units import format_size
+
+        cell = self.cell_cap is not None and self.cell_cap - self.accounts.stored <= (self._left() or 0)
+        cap = self.cell_cap if cell else self.total_cap
+        which = "this cell" if cell else "the notebook"
+        return f"\n[safe-exec: output cut here; limit for {which} {format_size(cap or 0)}]\n"
+
+    def cut_display(self, size: int) -> None:
+        """A display that was too large to be sent at all is marked in the running cell."""
+        if self.running is not None and not self.accounts.truncated:
+            self.accounts.truncated = True
+            self.running[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
+        self.accounts.received += size
+
+    def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
+        """As nbclient, but a stream that comes in very many pieces is joined."""
+        content = msg["content"]
+        if len(outs) >= MERGE_AFTER and msg["msg_type"] == "stream" and not self.clear_before_next_output:
+            last = outs[-1]
+            if last.get("output_type") == "stream" and last.get("name") == content.get("name"):
+                last["text"] += content["text"]
+                return last
+        return super().output(outs, msg, display_id, cell_index)
+
+    # --- after a death ------------------------------------------------------------------------------------------
+
+    def recover(self, page: Page, number: int, residue: dict[str, str]) -> int:
+        """Put into the running cell what the dead kernel had written and not sent; how many characters and displays.
+
+        ``number`` is the cell's number inside; ``residue`` what its descriptors' pipes still held, by stream.
+        """
+        if self.running is None:
+            return 0
+        found = 0
+        for record in page.journal(number):
+            if isinstance(record, Text):
+                found += self._recover_text(record.stream, record.text[self._already(record) :])
+            else:
+                found += self._recover_message(record)
+        for name, text in residue.items():
+            found += self._recover_text(name, text)
+        return found
+
+    def _already(self, record: Text) -> int:
+        """How many characters of a record did arrive."""
+        return max(0, self.accounts.characters[record.stream] - record.start)
+
+    def _recover_text(self, name: str, text: str) -> int:
+        if text:
+            message = {"msg_type": "stream", "content": {"name": name, "text": text}}
+            self._feed(message)
+        return len(text)
+
+    def _recover_message(self, record: Message) -> int:
+        message = _parse(record.frames)
+        if message is None or message["header"]["msg_id"] in self.accounts.seen:
+            return 0
+        self._feed(message)
+        return 1
+
+    def _feed(self, message: dict[str, Any]) -> None:
+        assert self.running is not None
+        msg_id, cell, index = self.running
+        header = message.get("header") or {"msg_id": "", "msg_type": message["msg_type"]}
+        header["msg_type"] = message["msg_type"]
+        full = {
+            "metadata": {"safe_exec_late": True},
+            "buffers": [],
+            **message,
+            "header": header,
+            "parent_header": {"msg_id": msg_id},
+        }
+        self.process_message(full, cell, index)
+
+
+def _size(kind: str, content: dict[str, Any]) -> int:
+    """Bytes of the content that will be stored, near enough."""
+    if kind == "stream":
+        text = content.get("text", "")
+        return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    if kind in ("display_data", "execute_result", "update_display_data"):
+        return sum(len(v) if isinstance(v, str) else len(json.dumps(v)) for v in content.get("data", {}).values())
+    if kind == "error":
+        return sum(map(len, content.get("traceback") or ()))
+    return len(json.dumps(content))
+
+
+def _bounded(traceback: list[str]) -> list[str]:
+    """A traceback of at most 64 KiB: the ends stay."""
+    if sum(map(len, traceback)) <= TRACEBACK_BYTES:
+        return traceback
+    short = [line if len(line) < 8192 else line[:4096] + " [...] " + line[-4096:] for line in traceback]
+    return short if len(short) < 9 else [*short[:4], "[...]", *short[-4:]]
+
+
+def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:
+    """A message from its frames as they go over the wire: topic, delimiter, signature, four parts of JSON."""
+    try:
+        at = frames.index(b"<IDS|MSG>")
+        header, _, metadata, content = (json.loads(part) for part in frames[at + 2 : at + 6])
+        metadata["safe_exec_late"] = True
+        parsed = {"msg_type": header["msg_type"], "header": header, "metadata": metadata, "content": content}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return parsed

@@ -1,0 +1,70 @@
+"""Reads what faulthandler wrote: which thread, where. Pure; imports model only.
+
+Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the thread line).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safe_exec.model import FaultReport, Frame
+
+_THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[[^\]]*\])? \(most recent call first\):")
+_FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
+_TITLE = re.compile(r"^Fatal Python error: (.*)$")
+DEEP = 90
+"""faulthandler prints at most 100 frames of a thread; a stack that fills this was deep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thread:
+    """One thread of a dump: its identifier, whether it is the one that faulted or answered, its frames innermost first."""
+
+    ident: int
+    current: bool
+    frames: tuple[Frame, ...]
+
+
+def parse_threads(text: str, cells: Mapping[str, int]) -> tuple[Thread, ...]:
+    """All threads of the last dump in ``text``; ``cells`` maps file names of cell code to cell indexes."""
+    threads: list[tuple[int, bool, list[Frame]]] = []
+    for line in text.splitlines():
+        if found := _THREAD.match(line):
+            threads.append((int(found[2], 16), found[1] == "Current thread", []))
+        elif (found := _FRAME.match(line)) and threads:
+            number = None if found[2] == "???" else int(found[2])
+            threads[-1][2].append(Frame(function=found[3], line=number, file=found[1], cell=cells.get(found[1])))
+    return tuple(Thread(ident=i, current=c, frames=tuple(f)) for i, c, f in threads)
+
+
+def main_stack(text: str, cells: Mapping[str, int], main: int | None) -> tuple[Frame, ...]:
+    """The main thread's frames in a dump, empty when it is not there."""
+    threads = parse_threads(text, cells)
+    return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
+
+
+def fatal_part(text: str) -> str:
+    """From the last fatal error on: stacks that were asked for earlier stand before it in the same channel."""
+    at = text.rfind("Fatal Python error: ")
+    return text[at:] if at >= 0 else ""
+
+
+def parse_fault(
+    text: str, cells: Mapping[str, int], main: int | None, stack_bytes: int | None, stack_limit: int | None
+) -> FaultReport | None:
+    """The report of a fatal signal, ``None`` when nothing fatal was written."""
+    part = fatal_part(text)
+    if not part:
+        return None
+    title = _TITLE.match(part)
+    threads = parse_threads(part, cells)
+    current = next((t for t in threads if t.current), None)
+    return FaultReport(
+        title=title[1] if title else "",
+        stack=current.frames if current else (),
+        main=None if current is None or main is None else current.ident == main,
+        stack_bytes=stack_bytes,
+        stack_limit=stack_limit,
+    )

@@ -1,0 +1,543 @@
+"""What runs inside a Python kernel's process: it leaves on record what the process will not be able to say once it dies.
+
+Standard library only: started by path, in front of the kernel's own command, in an environment where safe-exec need not
+be installed. It speaks to the outside in three ways, all on descriptors it was given:
+
+- *page*: shared memory. Its header holds the statement that runs now and what a sampling thread saw last; two segments
+  behind it hold what was written to stdout and stderr and every display, before ipykernel queues it. Memory outlives its writer:
+  what a SIGKILL takes from ipykernel's buffers (its last 0.2 s) the runner reads from here.
+- *facts*: a datagram socket for rare things: which file name belongs to which cell, connections to other hosts, who called
+  ``os._exit``, and the read ends of the pipes that ipykernel puts over descriptors 1 and 2.
+- *fault*: where faulthandler writes. ipykernel's own stderr is a pipe that the same process reads, so what is written there while
+  dying is lost.
+
+Nothing here may change what a notebook sees. Whatever does not fit the ipykernel at hand is left out and reported.
+"""
+
+import _thread
+import ctypes
+import faulthandler
+import fcntl
+import functools
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import termios
+import time
+
+PAGE_BYTES = 16384
+SEGMENT_BYTES = 4 * 1024 * 1024
+MAGIC = 0x53455831
+
+# The header. The runner reads it with the same numbers (kernel/page.py); change both.
+HEADER = struct.Struct("<IIQIIdQQQQ")  # magic, segment, cell, line, pid, time, fd bytes written/consumed x (out, err)
+SAMPLE_AT, SAMPLE = 128, struct.Struct("<QIIdddQQ")  # cell, line, depth, time, wait, cpu, place hash, in a call
+HISTORY_AT, HISTORY = 512, 64
+COUNTS_AT, COUNTS = 256, struct.Struct("<QQ")  # characters written to stdout and stderr in this cell
+STACK_AT, STACK_BYTES = 8192, 8192
+RECORD = struct.Struct("<IBBHQQ")  # payload length, kind, stream, pad, cell, characters so far
+TEXT, MESSAGE = 1, 2
+
+SAMPLE_SECONDS = 0.02
+SLOW_SAMPLE_SECONDS = 0.05
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5
+KEPT_TOPICS = ("display_data", "execute_result", "error", "clear_output", "comm_open", "comm_msg", "comm_close")
+LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
+
+
+class Page:
+    """The shared memory: header, last stack, and two segments of a journal that are used in turn."""
+
+    def __init__(self, fd):
+        self.memory = mmap.mmap(fd, PAGE_BYTES + 2 * SEGMENT_BYTES)
+        self.lock = _thread.RLock()
+        self.pid = os.getpid()
+        self.segment = 0
+        self.used = 4
+        self.last = None  # (offset, length, stream, cell) of the record that a further write may extend
+        self.cell = 0
+        self.counts = [0, 0]
+        self.fd_bytes = [[0, 0], [0, 0]]
+        self.head()
+
+    def head(self, line=0):
+        """Write where we are. One packed store: a reader sees the old or the new line, hardly ever a torn one."""
+        (out_w, out_c), (err_w, err_c) = self.fd_bytes
+        HEADER.pack_into(
+            self.memory, 0, MAGIC, self.segment, self.cell, line, self.pid, time.monotonic(), out_w, out_c, err_w, err_c
+        )
+
+    def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _now=time.monotonic):
+        """The statement that is about to run."""
+        _pack(self.memory, 8, self.cell, line, self.pid, _now())
+
+    def note_fd(self, stream, written, consumed):
+        """Bytes that came from descriptor 1 or 2: handed on, and taken from the pipe."""
+        counts = self.fd_bytes[stream]
+        counts[0] += written
+        counts[1] += consumed
+        struct.pack_into("<QQ", self.memory, 32 + 16 * stream, counts[0], counts[1])
+
+    def text(self, stream, string):
+        """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
+        self.counts[stream] += len(string)
+        data = string.encode("utf-8", "surrogatepass")
+        if len(data) > SEGMENT_BYTES // 2:
+            data = data[-SEGMENT_BYTES // 2 :].decode("utf-8", "ignore").encode()
+        COUNTS.pack_into(self.memory, COUNTS_AT, *self.counts)
+        with self.lock:
+            return self._append(TEXT, stream, data, self.counts[stream])
+
+    def message(self, frames):
+        """Journal a message that is about to be queued."""
+        parts = [bytes(frame) for frame in frames]
+        data = struct.pack("<I", len(parts)) + b"".join(struct.pack("<I", len(p)) + p for p in parts)
+        if len(data) < SEGMENT_BYTES // 2:
+            with self.lock:
+                self._append(MESSAGE, 0, data, 0)
+
+    def _append(self, kind, stream, data, count):
+        base = PAGE_BYTES + self.segment * SEGMENT_BYTES
+        size = len(data)
+        switched = False
+        if self.used + RECORD.size + size > SEGMENT_BYTES:
+            self.segment ^= 1
+            base = PAGE_BYTES + self.segment * SEGMENT_BYTES
+            struct.pack_into("<I", self.memory, base, 4)
+            struct.pack_into("<I", self.memory, 4, self.segment)
+            self.used, self.last, switched = 4, None, True
+        last = self.last
+        if kind == TEXT and last and last[2] == stream and last[3] == self.cell:
+            offset, length = last[0], last[1]
+        else:
+            offset, length = base + self.used, 0
+            self.used += RECORD.size
+        start = offset + RECORD.size + length
+        self.memory[start : start + size] = data
+        RECORD.pack_into(self.memory, offset, length + size, kind, stream, 0, self.cell, count)
+        self.used += size
+        struct.pack_into("<I", self.memory, base, self.used)  # last: what a reader may trust
+        self.last = (offset, length + size, stream, self.cell) if kind == TEXT else None
+        return switched
+
+    def stack(self, text):
+        """The stack that the sampling thread saw."""
+        data = text.encode("utf-8", "replace")[: STACK_BYTES - 4]
+        self.memory[STACK_AT + 4 : STACK_AT + 4 + len(data)] = data
+        struct.pack_into("<I", self.memory, STACK_AT, len(data))
+
+
+class Inside:
+    """Everything that is put around one kernel."""
+
+    def __init__(self, page_fd, facts_fd, fault_fd, config):
+        for fd in (page_fd, facts_fd, fault_fd):
+            os.set_inheritable(fd, False)
+        self.page = Page(page_fd)
+        os.close(page_fd)
+        self.facts = socket.socket(fileno=facts_fd)
+        self.facts.setblocking(False)
+        self.fault_fd = fault_fd
+        self.config = config
+        self.main = _thread.get_ident()
+        self.files = {}  # file name of cell code -> cell number
+        self.parents = {}  # id of the parent header seen last -> it, so that the check is one comparison
+        self.coroutine = None
+        self.in_cell = False
+        self.msg_id = None
+        self.hosts = set()
+        self.fitted = []
+        self.child = False
+
+    # --- facts --------------------------------------------------------------------------------------------------
+
+    def fact(self, **fields):
+        """Tell a fact; never waits, never raises: a full socket loses facts, not the notebook's time."""
+        if not self.child:
+            try:
+                self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
+            except (OSError, ValueError):
+                pass
+
+    def frames(self, frame, limit=30):
+        """A stack, innermost first, as rows of (function, line, file, cell number)."""
+        rows = []
+        while frame is not None and len(rows) < limit:
+            code = frame.f_code
+            cell = self.files.get(code.co_filename, 0)
+            rows.append((code.co_name, frame.f_lineno, code.co_filename, cell))
+            if cell and code.co_name == "<module>" and not self.nested(frame.f_back):
+                break
+            frame = frame.f_back
+        return rows
+
+    def nested(self, frame):
+        """Whether a cell's module frame stands on another cell's (``%run``, ``run_cell`` inside a cell)."""
+        depth = 0
+        while frame is not None and depth < 60:
+            if frame.f_code.co_filename in self.files:
+                return True
+            frame, depth = frame.f_back, depth + 1
+        return False
+
+    def here(self, frame):
+        """Note the exact line of the current cell that ``frame`` (of the main thread) is in."""
+        rows = self.frames(frame)
+        line = next((row[1] for row in rows if row[3] == self.page.cell), None)
+        if line:
+            self.page.note_line(line)
+        return rows
+
+    # --- faults -------------------------------------------------------------------------------------------------
+
+    def arm(self):
+        """Send fatal signals' stacks, and those asked for by DUMP_SIGNAL, to our own descriptor."""
+        enable = faulthandler.enable
+        enable(file=self.fault_fd, all_threads=True)
+        faulthandler.register(DUMP_SIGNAL, file=self.fault_fd, all_threads=True, chain=False)
+
+        def enable_here(*_args, **_kwargs):
+            enable(file=self.fault_fd, all_threads=True)
+
+        # A notebook that enables faulthandler itself would send the stack into the pipe that dies with the process.
+        self.keep_enabled = enable_here
+        faulthandler.enable = enable_here
+        os.register_at_fork(after_in_child=self.forked)
+
+    def forked(self):
+        """In a forked child: be as if we had never been here."""
+        self.child = True
+        faulthandler.disable()
+        faulthandler.unregister(DUMP_SIGNAL)
+
+    # --- what the process does to itself ------------------------------------------------------------------------
+
+    def watch(self):
+        """Note exact places just before calls from which there may be no return, and talk to other hosts."""
+        real_exit = os._exit
+        noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
+        noted |= {"os.posix_spawn", "os.spawn"}
+
+        def _exit(status):
+            if not self.child and os.getpid() == self.page.pid:
+                rows = self.frames(sys._getframe(1))
+                self.here(sys._current_frames().get(self.main))
+                self.fact(exit_caller=rows, status=status if isinstance(status, int) else None)
+            real_exit(status)
+
+        _exit.__doc__ = real_exit.__doc__
+        os._exit = _exit
+
+        def hook(event, args):
+            if event in noted:
+                if not self.child and self.in_cell and _thread.get_ident() == self.main:
+                    self.here(sys._getframe(1))
+            elif event == "socket.connect":
+                if not self.child:
+                    self.connected(args[1])
+            elif event == "os.exec" and not self.child:
+                self.here(sys._getframe(1))
+                self.fact(exec=str(args[0])[:500])
+
+        sys.addaudithook(hook)
+
+    def connected(self, address):
+        """A connection is being opened; those to other hosts are told."""
+        host = address[0] if isinstance(address, tuple) else None
+        if isinstance(host, str) and not host.startswith(LOCAL) and host not in self.hosts and len(self.hosts) < 50:
+            self.hosts.add(host)
+            self.fact(remote=host[:200])
+
+    # --- cells --------------------------------------------------------------------------------------------------
+
+    def fit_shell(self):
+        """Know which cell runs, under which file name, and at which statement it is."""
+        from IPython.core.interactiveshell import InteractiveShell
+        from ipykernel.ipkernel import IPythonKernel
+
+        inside, page, files = self, self.page, self.files
+        run_code = InteractiveShell.run_code
+
+        @functools.wraps(run_code)
+        async def run_code_noted(shell, code_obj, result=None, *, async_=False):
+            if inside.in_cell and code_obj.co_filename not in files:
+                name = code_obj.co_filename
+                files[name] = page.cell
+                inside.fact(file=name, cell=page.cell)
+            page.note_line(code_obj.co_firstlineno or 1)
+            coroutine = run_code(shell, code_obj, result, async_=async_)
+            inside.coroutine = coroutine
+            try:
+                failed = await coroutine
+            finally:
+                inside.coroutine = None
+            if failed and result is not None and inside.in_cell:
+                inside.failed(result.error_in_exec)
+            return failed
+
+        do_execute = IPythonKernel.do_execute
+
+        @functools.wraps(do_execute)
+        async def do_execute_noted(kernel, *args, **kwargs):
+            inside.begin(kernel)
+            try:
+                return await do_execute(kernel, *args, **kwargs)
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    inside.settle(stream)
+                inside.in_cell = False
+                page.note_line(0)
+
+        InteractiveShell.run_code = run_code_noted
+        IPythonKernel.do_execute = do_execute_noted
+        self.fitted.append("cells")
+
+    def failed(self, error):
+        """A statement raised: tell where, innermost first; the traceback that is shown may hide frames."""
+        rows, entry = [], getattr(error, "__traceback__", None)
+        while entry is not None:
+            code = entry.tb_frame.f_code
+            rows.append((code.co_name, entry.tb_lineno, code.co_filename, self.files.get(code.co_filename, 0)))
+            entry = entry.tb_next
+        rows = rows[1:][::-1][:30]  # the first is IPython's own, which called exec()
+        line = next((row[1] for row in rows if row[3] == self.page.cell), None)
+        if line:
+            self.fact(error=rows, line=line, cell=self.page.cell)
+
+    def begin(self, kernel):
+        """A cell begins: number it, and tell which request it answers."""
+        page = self.page
+        parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
+        msg_id = parent.get("header", {}).get("msg_id")
+        page.counts = [0, 0]
+        page.cell += 1
+        page.last = None
+        COUNTS.pack_into(page.memory, COUNTS_AT, 0, 0)
+        page.note_line(0)
+        self.msg_id = msg_id
+        self.parents.clear()
+        self.in_cell = True
+        self.fact(cell=page.cell, msg_id=msg_id)
+
+    # --- output -------------------------------------------------------------------------------------------------
+
+    def fit_streams(self):
+        """Journal writes before ipykernel buffers them, and stop buffering what is far beyond the cap anyway."""
+        from ipykernel.iostream import OutStream
+
+        inside, page = self, self.page
+        write = OutStream.write
+        cut = self.config.get("cut") or sys.maxsize
+        parents = self.parents
+        own = page.pid
+        getpid = os.getpid
+
+        @functools.wraps(write)
+        def write_noted(stream, string):
+            parent = stream.parent_header
+            if parents.get(id(parent)) is not parent and not inside.current(parent):
+                return write(stream, string)
+            index = 1 if stream.name == "stderr" else 0
+            if page.counts[index] > cut and isinstance(string, str) and getpid() == own:
+                page.counts[index] += len(string)
+                COUNTS.pack_into(page.memory, COUNTS_AT, *page.counts)
+                return len(string)
+            result = write(stream, string)
+            if getpid() == own and page.text(index, string):
+                stream.flush()
+            return result
+
+        OutStream.write = write_noted
+        self.fitted.append("streams")
+
+    def current(self, parent):
+        """Whether a header is that of the running cell; remembered, as it is asked at every write."""
+        if self.in_cell and parent.get("msg_id") == self.msg_id:
+            self.parents[id(parent)] = parent
+            return True
+        return False
+
+    def fit_messages(self):
+        """Journal displays before they are queued; refuse those that no receiver would take."""
+        from ipykernel.iostream import IOPubThread
+
+        inside, page = self, self.page
+        send = IOPubThread.send_multipart
+        largest = self.config.get("message") or sys.maxsize
+        kept = tuple(topic.encode() for topic in KEPT_TOPICS)
+
+        def send_noted(thread, msg, *args, **kwargs):
+            if page.pid == os.getpid():
+                topic = bytes(msg[0])
+                if sum(map(len, msg)) > largest:
+                    inside.fact(oversize=sum(map(len, msg)), topic=topic.decode("utf-8", "replace"), cell=page.cell)
+                    return None
+                if topic.endswith(kept) and inside.in_cell:
+                    page.message(msg)
+            return send(thread, msg, *args, **kwargs)
+
+        IOPubThread.send_multipart = send_noted
+        self.fitted.append("messages")
+
+    def fit_descriptors(self):
+        """Let what C code writes to descriptors 1 and 2 survive the process.
+
+        ipykernel reads its pipe in a thread, and data read but not yet handed on when the process aborts is lost. So look at the
+        data with tee(2), which leaves it in the pipe, hand it on, and only then take it out. The runner holds a copy of the read
+        end and finds there what had not been taken.
+        """
+        from ipykernel.iostream import OutStream
+
+        inside, page = self, self.page
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+        flush = OutStream.flush
+        chunk = 1000
+
+        def watch_pipe_fd(stream):
+            index = 1 if stream.name == "stderr" else 0
+            peek_r, peek_w = os.pipe()
+            inside.hand_over(stream.name, stream._fid)
+            try:
+                while stream._should_watch:
+                    size = libc.tee(stream._fid, peek_w, chunk, 0)
+                    if size < 0 and ctypes.get_errno() == 4:  # EINTR
+                        continue
+                    if size <= 0 or not stream._should_watch:
+                        break
+                    data = os.read(peek_r, size)
+                    page.note_fd(index, size, 0)
+                    stream.write(data.decode(errors="replace"))
+                    os.read(stream._fid, size)
+                    page.note_fd(index, 0, size)
+                    os.write(stream._original_stdstream_copy, data)
+            except Exception:
+                stream._exc = sys.exc_info()
+
+        @functools.wraps(flush)
+        def flush_all(stream):
+            if _thread.get_ident() == inside.main and inside.in_cell and not inside.child:
+                inside.settle(stream)
+            return flush(stream)
+
+        OutStream._watch_pipe_fd = watch_pipe_fd
+        OutStream.flush = flush_all
+        self.fitted.append("descriptors")
+
+    def hand_over(self, name, fd):
+        """Give the runner a copy of a pipe's read end."""
+        try:
+            socket.send_fds(self.facts, [json.dumps({"pipe": name}).encode()], [fd])
+        except OSError:
+            pass
+
+    def settle(self, stream):
+        """Wait, at most 0.2 s, until what stands in the pipe now is handed on: a child's last line belongs to its cell."""
+        fd = getattr(stream, "_fid", None)
+        if fd is None:
+            return
+        try:
+            waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0]
+        except OSError:
+            return
+        if waiting:
+            index = 1 if stream.name == "stderr" else 0
+            target = self.page.fd_bytes[index][1] + waiting
+            deadline = time.monotonic() + 0.2
+            while self.page.fd_bytes[index][1] < target and time.monotonic() < deadline:
+                time.sleep(0.0005)
+
+    # --- samples ------------------------------------------------------------------------------------------------
+
+    def sample_forever(self):
+        """See where the main thread is, some fifty times a second, and how long we waited for the interpreter."""
+        page, now, slot, seen = self.page, time.monotonic, 0, None
+        started, cell = 0.0, 0
+        while True:
+            pause = SAMPLE_SECONDS if now() - started < 10 else SLOW_SAMPLE_SECONDS
+            wanted = now() + pause
+            time.sleep(pause)
+            if self.child:
+                return
+            if not self.in_cell:
+                continue
+            if page.cell != cell:
+                cell, started = page.cell, now()
+            frame = sys._current_frames().get(self.main)
+            rows = self.frames(frame) if frame else []
+            line = next((row[1] for row in rows if row[3] == cell), 0)
+            awaiting = "" if line else self.awaited(cell)
+            if awaiting:
+                rows, line = awaiting
+            place = hash((rows[0][:3], frame.f_lasti)) & 0xFFFFFFFFFFFFFFFF if rows and frame else 0
+            values = (cell, line, len(rows), now(), now() - wanted, time.process_time(), place, 0)
+            SAMPLE.pack_into(page.memory, SAMPLE_AT, *values)
+            SAMPLE.pack_into(page.memory, HISTORY_AT + slot * SAMPLE.size, *values)
+            slot = (slot + 1) % HISTORY
+            if place != seen:
+                seen = place
+                page.stack(json.dumps({"cell": cell, "rows": rows, "awaiting": bool(awaiting)}))
+            frame = None
+
+    def awaited(self, cell):
+        """The stack of a cell that awaits something: no frame of it is on the main thread then."""
+        rows, thing, depth = [], self.coroutine, 0
+        while thing is not None and depth < 30:
+            frame = getattr(thing, "cr_frame", None) or getattr(thing, "gi_frame", None) or getattr(thing, "ag_frame", None)
+            if frame is not None:
+                code = frame.f_code
+                rows.append((code.co_name, frame.f_lineno, code.co_filename, self.files.get(code.co_filename, 0)))
+            else:
+                rows.append((type(thing).__name__, 0, type(thing).__module__, 0))
+            thing = getattr(thing, "cr_await", None) or getattr(thing, "gi_yieldfrom", None)
+            depth += 1
+        rows.reverse()
+        line = next((row[1] for row in rows if row[3] == cell), 0)
+        return (rows, line) if line else ()
+
+    # --- all of it ----------------------------------------------------------------------------------------------
+
+    def fit(self):
+        """Put everything around ipykernel that fits the one at hand; what does not is told and left out."""
+        self.arm()
+        self.watch()
+        missing = {}
+        for part in (self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors):
+            try:
+                part()
+            except Exception as error:
+                missing[part.__name__] = f"{type(error).__name__}: {error}"
+        _thread.start_new_thread(self.sample_forever, ())
+        self.fact(
+            hello=os.getpid(),
+            python=sys.version.split()[0],
+            executable=sys.executable,
+            path=[p for p in sys.path if p][:20],
+            fitted=self.fitted,
+            missing=missing,
+            main=self.main,
+            uid=os.getuid(),
+        )
+
+
+def main(argv):
+    """``inside.py PAGE FACTS FAULT CONFIG -m MODULE ARGS...``: fit, then run the module as ``python -m`` would."""
+    page, facts, fault, config = int(argv[0]), int(argv[1]), int(argv[2]), json.loads(argv[3])
+    module, arguments = argv[5], argv[6:]
+    sys.path[0] = os.getcwd()
+    # ipykernel_launcher takes the working directory off the path while it imports; do the same while we do.
+    first = sys.path.pop(0)
+    Inside(page, facts, fault, config).fit()
+    sys.path.insert(0, first)
+    import runpy
+
+    sys.argv = [sys.argv[0], *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,160 @@
+"""The runner's view of the shared page that ``inside.py`` writes: places, samples, and output that never reached the wire.
+
+Imports the standard library only. Everything read here was written by the kernel process and may be anything: lengths are checked,
+text is decoded with replacement, nothing is trusted beyond "the kernel says".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from safe_exec.kernel import inside
+
+SIZE = inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine)."""
+
+    cell: int
+    line: int
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What the sampling thread saw: ``wait`` is how long it waited for the interpreter, ``place`` a hash of where."""
+
+    cell: int
+    line: int
+    time: float
+    wait: float
+    cpu: float
+    place: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A run of text written to a stream of a cell: its first character is number ``start`` of that stream in the cell."""
+
+    stream: str
+    cell: int
+    start: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """A message that was about to be queued: its raw frames."""
+
+    cell: int
+    frames: tuple[bytes, ...]
+
+
+class Page:
+    """Shared memory between runner and kernel; made before the kernel, read after its death."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("safe-exec-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, SIZE)
+        # A kernel that shortens the file would have us killed by SIGBUS: seal its size, and the seals.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._memory = mmap.mmap(self.fd, SIZE)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.close()
+        os.close(self.fd)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a kernel has begun to write here."""
+        return bool(struct.unpack_from("<I", self._memory, 0)[0] == inside.MAGIC)
+
+    def note(self) -> Note:
+        """The statement noted last."""
+        _, _, cell, line, _, when, *_ = inside.HEADER.unpack_from(self._memory, 0)
+        return Note(cell=cell, line=line, time=when)
+
+    def counts(self) -> tuple[int, int]:
+        """Characters that the running cell has written to stdout and stderr, those never sent among them."""
+        out, err = inside.COUNTS.unpack_from(self._memory, inside.COUNTS_AT)
+        return out, err
+
+    def unread(self, stream: str) -> int:
+        """How many bytes of a descriptor's pipe had been handed on but not yet taken from it."""
+        written, consumed = struct.unpack_from("<QQ", self._memory, 32 + (16 if stream == "stderr" else 0))
+        return max(0, min(written - consumed, 65536))
+
+    def sample(self) -> Sample:
+        """The last sample."""
+        return self._sample(inside.SAMPLE_AT)
+
+    def history(self) -> list[Sample]:
+        """The last samples, oldest first."""
+        size = inside.SAMPLE.size
+        found = [self._sample(inside.HISTORY_AT + n * size) for n in range(inside.HISTORY)]
+        return sorted((s for s in found if s.cell), key=lambda s: s.time)
+
+    def _sample(self, at: int) -> Sample:
+        cell, line, _, when, wait, cpu, place, _ = inside.SAMPLE.unpack_from(self._memory, at)
+        return Sample(cell=cell, line=line, time=when, wait=wait, cpu=cpu, place=place)
+
+    def stack(self) -> tuple[int, list[tuple[str, int, str, int]], bool]:
+        """The sampled stack: cell number, rows of (function, line, file, cell number), whether it awaits something."""
+        (length,) = struct.unpack_from("<I", self._memory, inside.STACK_AT)
+        start = inside.STACK_AT + 4
+        raw = self._memory[start : start + min(length, inside.STACK_BYTES - 4)]
+        try:
+            found = json.loads(raw)
+            rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in found["rows"]]
+            return int(found["cell"]), rows, bool(found["awaiting"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return 0, [], False
+
+    def journal(self, cell: int) -> Iterator[Text | Message]:
+        """What was journaled of one cell, oldest first."""
+        (current,) = struct.unpack_from("<I", self._memory, 4)
+        current &= 1
+        for segment in (current ^ 1, current):
+            for record in self._segment(segment):
+                if record.cell == cell:
+                    yield record
+
+    def _segment(self, segment: int) -> Iterator[Text | Message]:
+        base = inside.PAGE_BYTES + segment * inside.SEGMENT_BYTES
+        (used,) = struct.unpack_from("<I", self._memory, base)
+        end = base + min(used, inside.SEGMENT_BYTES)
+        at = base + 4
+        while at + inside.RECORD.size <= end:
+            length, kind, stream, _, cell, count = inside.RECORD.unpack_from(self._memory, at)
+            start = at + inside.RECORD.size
+            at = start + length
+            if at > end:
+                return
+            data = self._memory[start:at]
+            if kind == inside.TEXT:
+                text = data.decode("utf-8", "replace")
+                name = "stderr" if stream else "stdout"
+                yield Text(stream=name, cell=cell, start=max(0, count - len(text)), text=text)
+            elif kind == inside.MESSAGE:
+                yield Message(cell=cell, frames=_frames(data))
+
+
+def _frames(data: bytes) -> tuple[bytes, ...]:
+    frames = []
+    at = 4
+    for _ in range(min(struct.unpack_from("<I", data, 0)[0], 64) if len(data) >= 4 else 0):
+        if at + 4 > len(data):
+            break
+        (length,) = struct.unpack_from("<I", data, at)
+        frames.append(data[at + 4 : at + 4 + length])
+        at += 4 + length
+    return tuple(frames)

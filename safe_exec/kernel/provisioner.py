@@ -1,0 +1,256 @@
+"""A jupyter_client kernel provisioner whose kernels are born in a sandbox; other Jupyter tools can use it too.
+
+``safe-exec run`` hands in what it has built. Elsewhere (``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or
+``metadata.kernel_provisioner`` of a kernelspec with ``config: {"limits": "ci", "memory": "2G"}``) it reads its limits from
+that configuration and from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, jupyter_client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.provisioning import KernelProvisionerBase
+from traitlets import Dict
+
+from safe_exec.errors import SandboxError
+from safe_exec.kernel import inside
+from safe_exec.kernel.page import Page
+from safe_exec.model import LimitName, Limits, TerminationReason
+from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.handle import Sandbox
+from safe_exec.sandbox.machine import detect
+from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.watchdog import Watchdog
+
+log = logging.getLogger("safe_exec")
+
+DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
+"""ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
+
+MODULES = ("ipykernel_launcher", "ipykernel")
+MESSAGE_SLACK = 1 << 20
+
+
+class Channels:
+    """The page and the facts socket of one kernel, ours and theirs."""
+
+    def __init__(self) -> None:
+        self.page = Page()
+        self.facts, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.facts.setblocking(False)
+
+    @property
+    def pass_fds(self) -> dict[str, int]:
+        """What the kernel gets, by the name that stands in its command."""
+        return {"page": self.page.fd, "facts": self._theirs.fileno()}
+
+    def handed_over(self) -> None:
+        """Close the kernel's end here, so that its end is seen."""
+        self._theirs.close()
+
+    def close(self) -> None:
+        """Close all."""
+        self._theirs.close()
+        self.facts.close()
+        self.page.close()
+
+
+def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
+    """The kernel's command with ``inside.py`` in front, ``None`` for a command that is not ipykernel's.
+
+    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] inside.py PAGE FACTS FAULT CONFIG -m ...``.
+    """
+    if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
+        return None
+    at = list(cmd).index("-m")
+    if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
+        return None
+    ours = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
+    return [*cmd[:at], *ours, *cmd[at:]]
+
+
+def speaks_ipc(cmd: Sequence[str]) -> bool:
+    """Whether a kernel is known to name its ipc sockets as jupyter_client does; others get TCP on loopback."""
+    return "-m" in cmd and any(part in MODULES for part in cmd)
+
+
+class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
+    """Starts kernels through a keeper, holds their raw exit status, and kills whole trees."""
+
+    limits_config = Dict(help="Limits for kernels started by other tools: 'limits' names a profile, other keys are limits.")
+
+    def __init__(self, **kwargs: Any) -> None:
+        config = {key: kwargs.pop(key) for key in list(kwargs) if key == "limits" or key in LimitName._value2member_map_}
+        super().__init__(**kwargs)
+        self._config: dict[str, object] = config
+        self.limits = Limits()
+        self.plan: SpawnPlan | None = None
+        self.run_id = secrets.token_hex(6)
+        self.sandbox: Sandbox | None = None
+        self.channels: Channels | None = None
+        self.directory: Path | None = None
+        self.fitted = False
+        self.watchdog: Watchdog | None = None
+        self.on_limit: Callable[[LimitName, float], None] | None = None
+
+    def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox, directory: Path) -> None:
+        """Use what ``safe-exec run`` has built already instead of building it here."""
+        self.limits, self.plan, self.sandbox, self.directory = limits, plan, sandbox, directory
+        self.run_id = sandbox.run_id
+
+    # --- the life of a kernel, as jupyter_client asks for it ------------------------------------------------------
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a kernel was started and has not been waited for."""
+        return self.sandbox is not None and self.sandbox.kernel_pid is not None
+
+    async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
+        """Write the connection file and make up the command; nothing runs yet."""
+        kwargs = await super().pre_launch(**kwargs)
+        km = self.parent
+        extra = kwargs.pop("extra_arguments", [])
+        if self.plan is None:
+            self._build_for_others()
+        km.write_connection_file()
+        self.connection_info = km.get_connection_info()
+        kwargs["cmd"] = km.format_kernel_cmd(extra_arguments=extra)
+        return kwargs
+
+    def _build_for_others(self) -> None:
+        from safe_exec.profiles import resolve_simple  # only other tools come this way
+
+        self.limits = resolve_simple(self._config, os.environ.get("SAFE_EXEC_LIMITS"))
+        self.plan = build_plan(self.limits, detect(), self.run_id)
+        self.sandbox = Sandbox(self.run_id)
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+        """Have the keeper start the kernel inside its limits."""
+        assert self.sandbox is not None and self.plan is not None
+        self.channels = Channels()
+        wrapped = wrap_command(cmd, self._inside_config())
+        self.fitted = wrapped is not None
+        env = {k: v for k, v in kwargs.get("env", os.environ).items() if k not in DROPPED_VARIABLES}
+        try:
+            self.sandbox.spawn(
+                self.plan,
+                argv=wrapped or cmd,
+                env=env,
+                cwd=str(kwargs.get("cwd") or os.getcwd()),
+                pass_fds=self.channels.pass_fds if wrapped else {},
+                directories=[str(self.directory)] if self.directory else [],
+            )
+        except SandboxError:
+            self.channels.close()
+            raise
+        self.channels.handed_over()
+        self._start_watchdog()
+        return self.connection_info
+
+    def _inside_config(self) -> dict[str, object]:
+        limits = self.limits
+        cut = None if limits.cell_output is None else limits.cell_output + MESSAGE_SLACK
+        return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK}
+
+    def _start_watchdog(self) -> None:
+        assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
+        if self.plan.watch - {LimitName.CPU_TIME} or (LimitName.CPU_TIME in self.plan.watch and self.on_limit is None):
+            self.watchdog = Watchdog(self.sandbox.keeper_pid, self.limits, self.plan.watch, self._limit_passed)
+            self.watchdog.start()
+
+    def _limit_passed(self, name: LimitName, used: float) -> None:
+        """On the watchdog's thread: the keeper's socket takes whole lines, so a kill from here is safe."""
+        if self.sandbox is not None:
+            self.sandbox.kill(TerminationReason(name.value))
+        if self.on_limit is not None:
+            self.on_limit(name, used)
+
+    async def poll(self) -> int | None:
+        """``None`` while the kernel runs; then its return code as subprocess gives it, which stays."""
+        if self.sandbox is None:
+            return 0
+        if self.sandbox.exit is None and self.on_limit is None:
+            self.sandbox.pump()
+        ended = self.sandbox.exit
+        if ended is None:
+            return None
+        if ended.status is None:
+            return -signal.SIGKILL
+        return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
+
+    async def wait(self) -> int | None:
+        """Wait for the kernel process to end."""
+        while (code := await self.poll()) is None:
+            await asyncio.sleep(0.01)
+        return code
+
+    async def send_signal(self, signum: int) -> None:
+        """Send a signal to the kernel process."""
+        if self.sandbox is not None:
+            self.sandbox.signal(signum)
+
+    async def kill(self, restart: bool = False) -> None:
+        """Kill the whole tree."""
+        if self.sandbox is not None:
+            self.sandbox.kill(TerminationReason.SHUTDOWN)
+
+    async def terminate(self, restart: bool = False) -> None:
+        """Ask the kernel process to end."""
+        await self.send_signal(signal.SIGTERM)
+
+    async def cleanup(self, restart: bool = False) -> None:
+        """Take the sandbox down. Other tools learn here what became of their kernel: it is logged."""
+        if self.sandbox is None:
+            return
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        departure = self.sandbox.leave()
+        if departure.alive or departure.left:
+            log.warning("left behind: processes %s, paths %s", departure.alive, departure.left)
+        if self.on_limit is None:
+            self._log_ending()
+        if self.channels is not None:
+            self.channels.close()
+        self.sandbox = None
+        if restart:
+            self.plan = None
+
+    def _log_ending(self) -> None:
+        ended = self.sandbox.exit if self.sandbox else None
+        if ended is None or ended.reason is TerminationReason.SHUTDOWN or ended.status is None or ended.status.raw == 0:
+            return
+        why = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
+        killed = ended.counters.oom_kills or 0
+        memory = f", {killed} process(es) killed for memory in its control group" if killed else ""
+        log.error("kernel ended with %s%s%s", ended.status, why, memory)
+
+
+def runtime_directory() -> Path:
+    """A fresh private directory with a short path: a socket's path may have 108 bytes (unix(7))."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    usable = base and len(base) < 60 and os.access(base, os.W_OK)
+    return Path(tempfile.mkdtemp(prefix="safe-exec-", dir=base if usable else "/tmp"))  # noqa: S108
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a runtime directory that no keeper was told of."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path)
+
+
+def python_of(cmd: Sequence[str]) -> str:
+    """The interpreter of a kernel's command, for reports."""
+    return cmd[0] if cmd else sys.executable

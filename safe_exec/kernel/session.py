@@ -1,0 +1,397 @@
+"""One kernel from its start to its end: keeper, provisioner, manager and client put together, and the facts from inside.
+
+May import provisioner, client, page, faults, sandbox. Knows no cells beyond their indexes and no causes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import termios
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import zmq
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
+
+from safe_exec.errors import KernelStartError
+from safe_exec.kernel import faults, inside
+from safe_exec.kernel.client import TrialClient
+from safe_exec.kernel.look import Subject
+from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
+from safe_exec.model import Frame, LimitName, Limits, TerminationReason
+from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
+from safe_exec.sandbox.meter import Meter
+from safe_exec.sandbox.plan import SpawnPlan
+
+SHUTDOWN_SECONDS = 3.0
+"""What exit hooks get after the shutdown request before the kernel is killed."""
+
+READY_RETRY_SECONDS = 0.25
+MESSAGE_SLACK = 3 << 20
+
+Rows = list[tuple[str, int, str, int]]
+
+
+@dataclass(kw_only=True)
+class Told:
+    """What the kernel process told of itself. Claims, every one of them."""
+
+    hello: dict[str, Any] = field(default_factory=dict)
+    cells: dict[int, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    hosts: list[str] = field(default_factory=list)
+    exit_caller: Rows = field(default_factory=list)
+    errors: dict[int, tuple[int, Rows]] = field(default_factory=dict)
+    executed: str | None = None
+    pipes: dict[str, int] = field(default_factory=dict)
+
+
+class KernelSession:
+    """A kernel inside its sandbox. Everything it makes is removed by ``close()``, whatever happened before."""
+
+    def __init__(self, *, limits: Limits, plan: SpawnPlan, run_id: str, on_limit: Callable[[LimitName, float], None]) -> None:
+        self.limits, self.plan, self.run_id = limits, plan, run_id
+        self._on_limit = on_limit
+        self.told = Told()
+        self.died = asyncio.Event()
+        self.died_at: float | None = None
+        self.directory: Path | None = None
+        self.sandbox: Sandbox | None = None
+        self.client: TrialClient | None = None
+        self.manager: Any = None
+        self.provisioner: SandboxProvisioner | None = None
+        self.meter: Meter | None = None
+        self.departure = Departure()
+
+    # --- start --------------------------------------------------------------------------------------------------
+
+    def open_sandbox(self) -> None:
+        """Start the keeper; it gets ready while the notebook client is set up."""
+        self.directory = runtime_directory()
+        self.sandbox = Sandbox(self.run_id)
+
+    async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str]) -> None:
+        """Start the kernel process.
+
+        Raises KernelStartError for a kernel that is not installed or whose command cannot be executed, SandboxError
+        for a sandbox that cannot be built.
+        """
+        assert self.sandbox is not None and self.directory is not None
+        km = AsyncKernelManager(kernel_name=kernel_name)
+        spec = self._spec(km, kernel_name)
+        km.connection_file = str(self.directory / "c.json")
+        if speaks_ipc(spec.argv):
+            km.transport, km.ip = "ipc", str(self.directory / "k")
+        provisioner = SandboxProvisioner(kernel_id=self.run_id, kernel_spec=spec, parent=km)
+        provisioner.on_limit = self._on_limit
+        provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox, directory=self.directory)
+        km.provisioner = provisioner
+        self.manager, self.provisioner = km, provisioner
+        await km.start_kernel(cwd=cwd, env=dict(env))
+        self._watch()
+
+    def _spec(self, km: Any, kernel_name: str) -> Any:
+        try:
+            spec = km.kernel_spec
+        except NoSuchKernel:
+            spec = None
+        if spec is None:
+            names = sorted(km.kernel_spec_manager.find_kernel_specs())
+            known = ", ".join(names) if names else "none"
+            raise KernelStartError(f"no kernel named {kernel_name!r} is installed; installed: {known} (choose with --kernel)")
+        return spec
+
+    def _watch(self) -> None:
+        """Hear of the death and of facts the moment they come."""
+        assert self.sandbox is not None and self.provisioner is not None and self.sandbox.keeper_pid is not None
+        loop = asyncio.get_running_loop()
+        self.sandbox.on_exit = self._on_exit
+        if self.sandbox.exit is not None:
+            self._on_exit(self.sandbox.exit)
+        loop.add_reader(self.sandbox.fileno(), self._pump)
+        if self.provisioner.fitted and self.provisioner.channels is not None:
+            loop.add_reader(self.provisioner.channels.facts.fileno(), self.take_facts)
+        self.meter = Meter(self.plan, self.sandbox.keeper_pid)
+
+    def _pump(self) -> None:
+        assert self.sandbox is not None
+        self.sandbox.pump()
+        if self.sandbox.exit is not None and self.sandbox.exit.status is None:
+            with contextlib.suppress(ValueError, OSError):  # the keeper is gone: its socket would wake us for ever
+                asyncio.get_running_loop().remove_reader(self.sandbox.fileno())
+
+    def _on_exit(self, ended: KernelExit) -> None:
+        self.died_at = ended.at
+        self.died.set()
+
+    @property
+    def ended(self) -> KernelExit | None:
+        """How the kernel process ended, once it has."""
+        return self.sandbox.exit if self.sandbox else None
+
+    @property
+    def pid(self) -> int | None:
+        """The kernel's process id."""
+        return self.sandbox.kernel_pid if self.sandbox else None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``inside.py`` runs in the kernel."""
+        return self.provisioner is not None and self.provisioner.fitted
+
+    async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
+        """Connect and wait until the kernel answers on shell and iopub both; its kernel_info.
+
+        Raises KernelStartError when it ends or stays silent for so long. A reply alone is not enough: the subscription to
+        iopub may not stand yet, and the first cell's output would be lost.
+        """
+        self.client = client
+        client.km = self.manager
+        client.kernel_pid = self.pid
+        kc = self.manager.client()
+        self._cap_messages(kc)
+        await self._sockets_exist(kc)
+        kc.start_channels(stdin=False, hb=False)
+        kc.allow_stdin = False
+        client.kc = kc
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while deadline is None or time.monotonic() < deadline:
+            info = await self._ask(kc)
+            if info is not None:
+                return info
+            if self.died.is_set():
+                raise KernelStartError(self._why_it_ended())
+        raise KernelStartError(f"the kernel did not answer within {seconds:g} s (--start-timeout)")
+
+    def _cap_messages(self, kc: Any) -> None:
+        """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one."""
+        caps = [cap for cap in (self.limits.cell_output, self.limits.output) if cap is not None]
+        if caps:
+            kc.context.setsockopt(zmq.MAXMSGSIZE, max(caps) + MESSAGE_SLACK)
+
+    async def _sockets_exist(self, kc: Any) -> None:
+        """Wait for the kernel's socket files: a connect that comes too early is only tried again after 100 ms."""
+        if self.manager.transport != "ipc":
+            return
+        paths = [f"{self.manager.ip}-{getattr(self.manager, name)}" for name in ("shell_port", "iopub_port", "control_port")]
+        deadline = time.monotonic() + (self.limits.start_timeout or 3600)
+        while not all(os.path.exists(path) for path in paths):
+            if self.died.is_set() or time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.002)
+
+    async def _ask(self, kc: Any) -> dict[str, Any] | None:
+        """One kernel_info request; the content of its reply once its "idle" came over iopub too."""
+        msg_id = kc.kernel_info()
+        reply = await self._until(kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id)
+        if reply is None:
+            return None
+        idle = await self._until(
+            kc.iopub_channel,
+            lambda m: m["msg_type"] == "status" and m["content"].get("execution_state") == "idle",
+        )
+        content: dict[str, Any] = reply["content"]
+        return content if idle is not None else None
+
+    async def _until(self, channel: Any, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The first message that is wanted, ``None`` after a quarter of a second or when the kernel is dead."""
+        deadline = time.monotonic() + READY_RETRY_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and not self.died.is_set():
+            with contextlib.suppress(Empty):
+                message: dict[str, Any] = await channel.get_msg(timeout=max(left, 0.001))
+                if wanted(message):
+                    return message
+        return None
+
+    def _why_it_ended(self) -> str:
+        ended = self.ended
+        how = str(ended.status) if ended and ended.status else "its supervisor was killed"
+        return f"the kernel ended before it was ready: {how}"
+
+    # --- facts --------------------------------------------------------------------------------------------------
+
+    def take_facts(self) -> None:
+        """Take in all that the kernel process has told so far."""
+        if self.provisioner is None or self.provisioner.channels is None:
+            return
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.provisioner.channels.facts, 1 << 16, 4)
+            except (BlockingIOError, OSError):
+                return
+            if not data and not fds:
+                with contextlib.suppress(ValueError, OSError):
+                    asyncio.get_running_loop().remove_reader(self.provisioner.channels.facts.fileno())
+                return
+            self._take(data, fds)
+
+    def _take(self, data: bytes, fds: list[int]) -> None:
+        keep = False
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            fact = json.loads(data)
+            if "pipe" in fact and len(fds) == 1 and fact["pipe"] in ("stdout", "stderr"):
+                self.told.pipes[fact["pipe"]] = fds[0]
+                keep = True
+            else:
+                self._note(fact)
+        if not keep:
+            for fd in fds:
+                os.close(fd)
+
+    def _note(self, fact: dict[str, Any]) -> None:
+        told = self.told
+        if "msg_id" in fact:
+            told.cells[int(fact["cell"])] = str(fact["msg_id"])
+        elif "file" in fact:
+            told.files[str(fact["file"])] = int(fact["cell"])
+        elif "error" in fact:
+            told.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
+        elif "remote" in fact and len(told.hosts) < 50:
+            told.hosts.append(str(fact["remote"]))
+        elif "exit_caller" in fact:
+            told.exit_caller = _rows(fact["exit_caller"])
+        elif "exec" in fact:
+            told.executed = str(fact["exec"])
+        elif "oversize" in fact and self.client is not None:
+            self.client.cut_display(int(fact["oversize"]))
+        elif "hello" in fact:
+            told.hello = fact
+
+    def index_of(self, number: int) -> int | None:
+        """The notebook's cell index for a cell number inside."""
+        msg_id = self.told.cells.get(number)
+        return self.client.sent.get(msg_id) if self.client and msg_id else None
+
+    def number_of(self, msg_id: str) -> int:
+        """The number inside of the cell that answers a request; 0 when it has not begun."""
+        return next((number for number, known in self.told.cells.items() if known == msg_id), 0)
+
+    @property
+    def file_cells(self) -> dict[str, int]:
+        """File name of cell code to the notebook's cell index."""
+        pairs = ((name, self.index_of(number)) for name, number in self.told.files.items())
+        return {name: index for name, index in pairs if index is not None}
+
+    def frames(self, rows: Rows) -> tuple[Frame, ...]:
+        """Rows from inside as frames with notebook cell indexes."""
+        return tuple(
+            Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
+            for function, line, file, number in rows
+        )
+
+    def subject(self, number: int) -> Subject | None:
+        """What ``look`` needs to see what this kernel is doing."""
+        if self.pid is None or self.sandbox is None:
+            return None
+        sandbox = self.sandbox
+        page = self.provisioner.channels.page if self.fitted and self.provisioner and self.provisioner.channels else None
+        already = len(sandbox.fault_text)
+
+        def dumped() -> tuple[Frame, ...]:
+            fresh = sandbox.fault_text[already:]
+            return faults.main_stack(fresh, self.file_cells, self.told.hello.get("main"))
+
+        return Subject(
+            pid=self.pid,
+            page=page,
+            number=number,
+            dump=(lambda: sandbox.signal(int(inside.DUMP_SIGNAL))) if self.told.hello else None,
+            dumped=dumped,
+            frames=self.frames,
+        )
+
+    def residue(self) -> dict[str, str]:
+        """What a dead kernel's C code had written to descriptors 1 and 2 and its reading thread had not taken yet."""
+        found: dict[str, str] = {}
+        page = self.provisioner.channels.page if self.provisioner and self.provisioner.channels else None
+        for name, fd in self.told.pipes.items():
+            data = _read_waiting(fd)
+            skip = page.unread(name) if page else 0
+            if data[skip:]:
+                found[name] = data[skip:].decode("utf-8", "replace")
+        return found
+
+    # --- end ----------------------------------------------------------------------------------------------------
+
+    async def interrupt(self) -> None:
+        """Ask the kernel to interrupt the running cell, in the way its kernelspec says."""
+        await self.manager.interrupt_kernel()
+
+    def kill(self, reason: TerminationReason) -> None:
+        """Have the tree killed for a reason."""
+        if self.sandbox is not None:
+            self.sandbox.kill(reason)
+
+    async def shut_down(self) -> bool:
+        """Ask a live kernel to end and give its exit hooks a moment; whether it ended by itself."""
+        if self.died.is_set():
+            return True
+        msg = self.manager.session.msg("shutdown_request", content={"restart": False})
+        assert self.client is not None and self.client.kc is not None
+        self.client.kc.control_channel.send(msg)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
+        return self.died.is_set()
+
+    async def wait_dead(self, seconds: float) -> bool:
+        """Wait for the kernel process to end; whether it has."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.died.wait(), seconds)
+        return self.died.is_set()
+
+    def close(self) -> None:
+        """End everything and remove everything. Never raises; what could not be removed is in ``departure``."""
+        loop = asyncio.get_running_loop()
+        if self.provisioner is not None and self.provisioner.watchdog is not None:
+            self.provisioner.watchdog.stop()
+        if self.client is not None and self.client.kc is not None:
+            self.client.kc.stop_channels()
+            self.client.kc = None
+        if self.manager is not None:
+            self.manager._close_control_socket()
+            self.manager.context.destroy(linger=0)
+        if self.sandbox is not None:
+            with contextlib.suppress(ValueError, OSError):
+                loop.remove_reader(self.sandbox.fileno())
+            self.departure = self.sandbox.leave()
+        if self.provisioner is not None and self.provisioner.channels is not None:
+            with contextlib.suppress(ValueError, OSError):
+                loop.remove_reader(self.provisioner.channels.facts.fileno())
+            self.provisioner.channels.close()
+        for fd in self.told.pipes.values():
+            os.close(fd)
+        self.told.pipes.clear()
+        if self.directory is not None and self.directory.exists():
+            from safe_exec.kernel.provisioner import remove_directory
+
+            remove_directory(self.directory)
+
+
+def _rows(value: Any) -> Rows:
+    return [(str(f), int(n or 0), str(p), int(c)) for f, n, p, c in value][:50]
+
+
+def _read_waiting(fd: int) -> bytes:
+    """What stands in a pipe now, without waiting; at most a pipe's largest size."""
+    try:
+        (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
+        return os.read(fd, min(size, 1 << 20)) if size else b""
+    except OSError:
+        return b""
+
+
+def was_polite(number: int | None) -> bool:
+    """Whether a signal is one by which a system asks processes to end."""
+    return number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

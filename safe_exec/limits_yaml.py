@@ -1,0 +1,153 @@
+"""YAML files of limits as plain values that know their line, and every way in which such a file can be wrong.
+
+Imports ``errors`` and ``files`` only. A subset of YAML on purpose: no aliases (a kilobyte of them can stand for
+gigabytes), no tags, no duplicate keys; figures stay text, so that ``1:30`` is an error and not 90 as YAML 1.1 has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.errors import LimitsError
+from safe_exec.files import one_line, read_regular
+
+if TYPE_CHECKING:
+    import yaml
+
+_MOST_BYTES = 2**20
+_DEEPEST = 20  # no honest file nests deeper; the C composer recurses, and at 100000 levels it crashes the process
+_STANDARD = "tag:yaml.org,2002:"
+_TAGS = frozenset({"str", "int", "float", "null", "bool", "timestamp", "merge", "value", "map", "seq"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Value:
+    """One value of a file. ``data`` is ``None``, a bool, text, a tuple of values, or a mapping of text to values.
+
+    ``where`` is ``FILE:LINE``, the line counted from 1; that of a mapping's value is its key's.
+    """
+
+    data: bool | str | tuple[Value, ...] | Mapping[str, Value] | None
+    where: str
+
+    def mapping(self, what: str) -> Mapping[str, Value]:
+        """The mapping that this must be; empty where nothing is written. Raises LimitsError."""
+        if self.data is None:
+            return {}
+        if isinstance(self.data, Mapping):
+            return self.data
+        raise LimitsError(f"{self.where}: {what}: expected a mapping of keys to values, found {self.kind}")
+
+    def items(self, what: str) -> tuple[Value, ...]:
+        """The list that this must be; empty where nothing is written. Raises LimitsError."""
+        if self.data is None:
+            return ()
+        if isinstance(self.data, tuple):
+            return self.data
+        raise LimitsError(f"{self.where}: {what}: expected a list, found {self.kind}")
+
+    def text(self, what: str) -> str:
+        """The text that this must be, not empty. Raises LimitsError."""
+        if isinstance(self.data, str) and self.data.strip():
+            return self.data.strip()
+        raise LimitsError(f"{self.where}: {what}: expected text, found {self.kind}")
+
+    def flag(self, what: str) -> bool:
+        """The yes or no that this must be. Raises LimitsError."""
+        if isinstance(self.data, bool):
+            return self.data
+        raise LimitsError(f"{self.where}: {what}: expected true or false, found {self.kind}")
+
+    def scalar(self, what: str) -> bool | str | None:
+        """The single value that this must be. Raises LimitsError."""
+        if self.data is None or isinstance(self.data, bool | str):
+            return self.data
+        raise LimitsError(f"{self.where}: {what}: expected one value, found {self.kind}")
+
+    @property
+    def kind(self) -> str:
+        """What this is, in words for an error."""
+        if self.data is None:
+            return "nothing"
+        if isinstance(self.data, bool):
+            return "yes or no"
+        if isinstance(self.data, str):
+            return "text"
+        return "a mapping" if isinstance(self.data, Mapping) else "a list"
+
+
+def load(path: Path) -> Value:
+    """The one document in ``path``. Raises LimitsError, one line with file and line."""
+    import yaml  # 30 ms, and a run whose limits come from a notebook's copy needs it not
+
+    try:
+        text = read_regular(path, most=_MOST_BYTES, error=LimitsError).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise LimitsError(f"{one_line(path)}: not UTF-8 text (byte {problem.start})") from None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _demand_simple(yaml.parse(text, Loader=loader), path)
+        root = yaml.compose(text, Loader=loader)
+    except yaml.YAMLError as problem:
+        raise LimitsError(_syntax_error(problem, path)) from None
+    return _value(root, path, 1)
+
+
+def _demand_simple(events: Iterator[Any], path: Path) -> None:
+    """Refuse aliases and deep nesting from the stream of events, before anything recurses over them."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        where = f"{one_line(path)}:{event.start_mark.line + 1}"
+        if kind == "AliasEvent":
+            raise LimitsError(f"{where}: aliases (*{one_line(event.anchor)}) are not supported; write the value out")
+        if depth > _DEEPEST:
+            raise LimitsError(f"{where}: nested deeper than {_DEEPEST} levels")
+
+
+def _syntax_error(problem: yaml.YAMLError, path: Path) -> str:
+    mark = getattr(problem, "problem_mark", None)
+    place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    text = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+    return f"{one_line(path)}{place}: not valid YAML: {one_line(text)}"
+
+
+def _value(node: Any, path: Path, line: int) -> Value:
+    if node is None:
+        return Value(data=None, where=f"{one_line(path)}:{line}")
+    where = f"{one_line(path)}:{line}"
+    kind = node.tag.removeprefix(_STANDARD)
+    if kind not in _TAGS:
+        raise LimitsError(f"{where}: the tag {one_line(node.tag)} is not supported; write the plain value")
+    if node.id == "mapping":
+        return Value(data=_mapping(node, path), where=where)
+    if node.id == "sequence":
+        return Value(data=tuple(_value(item, path, _line(item)) for item in node.value), where=where)
+    return Value(data=_scalar(kind, node.value), where=where)
+
+
+def _mapping(node: Any, path: Path) -> Mapping[str, Value]:
+    values: dict[str, Value] = {}
+    for key, item in node.value:
+        where = f"{one_line(path)}:{_line(key)}"
+        if key.id != "scalar":
+            raise LimitsError(f"{where}: expected a word as key, found a {key.id}")
+        if key.value in values:
+            raise LimitsError(f"{where}: {one_line(key.value)} is given twice; keep one")
+        values[key.value] = _value(item, path, _line(key))
+    return values
+
+
+def _scalar(kind: str, text: str) -> bool | str | None:
+    if kind == "null":
+        return None
+    return text.lower() in ("yes", "true", "on") if kind == "bool" else text
+
+
+def _line(node: Any) -> int:
+    line: int = node.start_mark.line
+    return line + 1

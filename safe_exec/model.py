@@ -1,0 +1,561 @@
+"""The words of safe-exec as types: limits, endings, evidence, causes and the verdict.
+
+Imports nothing else of safe-exec. Sizes are bytes and times are seconds everywhere; ``None`` is "unlimited" in
+:class:`Limits` and "not measured" in every figure, never 0.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+VERDICT_SCHEMA = "safe-exec/verdict/1"
+
+
+class Status(StrEnum):
+    """How a run ended, as the verdict and the exit code say it."""
+
+    PASSED = "passed"
+    CELL_ERROR = "cell_error"
+    KERNEL_DIED = "kernel_died"
+    TIMEOUT = "timeout"
+    LIMIT_EXCEEDED = "limit_exceeded"
+    START_FAILED = "start_failed"
+    INTERNAL_ERROR = "internal_error"
+    CANCELLED = "cancelled"
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of ``safe-exec run`` for this status."""
+        return _EXIT_CODES[self]
+
+
+_EXIT_CODES = {
+    Status.PASSED: 0,
+    Status.CELL_ERROR: 1,
+    Status.KERNEL_DIED: 3,
+    Status.TIMEOUT: 4,
+    Status.LIMIT_EXCEEDED: 5,
+    Status.START_FAILED: 6,
+    Status.INTERNAL_ERROR: 7,
+    Status.CANCELLED: 130,
+}
+
+
+class CauseKind(StrEnum):
+    """Why the kernel died, the cell failed or the run was ended."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    MEMORY_ERROR = "memory_error"
+    WORKER_OUT_OF_MEMORY = "worker_out_of_memory"
+    SEGFAULT = "segfault"
+    STACK_OVERFLOW = "stack_overflow"
+    ABORT = "abort"
+    ILLEGAL_INSTRUCTION = "illegal_instruction"
+    BUS_ERROR = "bus_error"
+    FLOATING_POINT_EXCEPTION = "floating_point_exception"
+    EXIT = "exit"
+    KILLED = "killed"
+    TERMINATED = "terminated"
+    CELL_TIMEOUT = "cell_timeout"
+    NOTEBOOK_TIMEOUT = "notebook_timeout"
+    CPU_TIME = "cpu_time"
+    UNRESPONSIVE = "unresponsive"
+    STDIN = "stdin"
+    NETWORK_BLOCKED = "network_blocked"
+    DISK_FULL = "disk_full"
+    TOO_MANY_PROCESSES = "too_many_processes"
+    TOO_MANY_OPEN_FILES = "too_many_open_files"
+    FILE_TOO_LARGE = "file_too_large"
+    OUTPUT_FLOOD = "output_flood"
+    BAD_SYSTEM_CALL = "bad_system_call"
+    KERNEL_START_FAILED = "kernel_start_failed"
+    EXCEPTION = "exception"
+    UNKNOWN = "unknown"
+
+
+class Activity(StrEnum):
+    """What a kernel that ran past its time was doing."""
+
+    PYTHON_LOOP = "python_loop"
+    NATIVE_CODE = "native_code"
+    SLEEPING = "sleeping"
+    WAITING_IO = "waiting_io"
+    WAITING_LOCK = "waiting_lock"
+    WAITING_CHILD = "waiting_child"
+    STOPPED = "stopped"
+
+
+class Confidence(StrEnum):
+    """How sure a cause is."""
+
+    CERTAIN = "certain"
+    LIKELY = "likely"
+    GUESS = "guess"
+
+
+class Origin(StrEnum):
+    """Who said a fact: the system around the kernel, or the kernel process itself."""
+
+    OUTSIDE = "outside"
+    INSIDE = "inside"
+
+
+class Mechanism(StrEnum):
+    """What holds a limit."""
+
+    CGROUP_V2 = "cgroup-v2"
+    SYSTEMD = "systemd"
+    CGROUP_V1 = "cgroup-v1"
+    RLIMIT = "rlimit"
+    BUBBLEWRAP = "bubblewrap"
+    WATCHDOG = "watchdog"
+    RUNNER = "runner"
+    NONE = "none"
+
+
+class LimitName(StrEnum):
+    """The limits a user may set; each is a field of :class:`Limits`."""
+
+    MEMORY = "memory"
+    CPUS = "cpus"
+    CPU_TIME = "cpu_time"
+    CELL_TIMEOUT = "cell_timeout"
+    TIMEOUT = "timeout"
+    START_TIMEOUT = "start_timeout"
+    PROCESSES = "processes"
+    OPEN_FILES = "open_files"
+    FILE_SIZE = "file_size"
+    CELL_OUTPUT = "cell_output"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the user allows one notebook; ``None`` is unlimited.
+
+    ``memory`` covers the kernel and all its descendants; ``open_files`` and ``file_size`` hold for each process.
+    ``cpu_time`` is the processor time of the whole tree; ``interrupt_grace`` is how long a kernel that ran past its
+    time may take to answer an interrupt before it is killed.
+    """
+
+    memory: int | None = None
+    cpus: float | None = None
+    cpu_time: float | None = None
+    cell_timeout: float | None = None
+    timeout: float | None = None
+    start_timeout: float | None = 60.0
+    processes: int | None = None
+    open_files: int | None = None
+    file_size: int | None = None
+    cell_output: int | None = None
+    output: int | None = None
+    interrupt_grace: float = 2.0
+
+    def of(self, name: LimitName) -> int | float | None:
+        """The value of one limit, ``None`` where it is unlimited."""
+        value: int | float | None = getattr(self, name.value)
+        return value
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        """Every limit by its name, in bytes, seconds and counts."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enforcement:
+    """What holds one limit: ``hard`` means the operating system's kernel does, with no way past it."""
+
+    by: Mechanism
+    hard: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """The raw wait status of a process (``waitpid(2)``): an exit code or a signal, never both."""
+
+    raw: int
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ended the process, positive, or ``None``."""
+        return os.WTERMSIG(self.raw) if os.WIFSIGNALED(self.raw) else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, or ``None`` where a signal ended the process."""
+        return os.WEXITSTATUS(self.raw) if os.WIFEXITED(self.raw) else None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exit status {self.exit_code}"
+        try:
+            return signal.Signals(self.signal).name
+        except ValueError:  # a real-time signal has no name
+            return f"signal {self.signal}"
+
+
+class TerminationReason(StrEnum):
+    """What *we* did to end the kernel; recorded before the signal is sent, the first one stays."""
+
+    MEMORY = "memory"
+    CPU_TIME = "cpu_time"
+    CELL_TIMEOUT = "cell_timeout"
+    NOTEBOOK_TIMEOUT = "notebook_timeout"
+    START_TIMEOUT = "start_timeout"
+    PROCESSES = "processes"
+    OUTPUT = "output"
+    CANCELLED = "cancelled"
+    INTERNAL = "internal"
+    SHUTDOWN = "shutdown"
+
+
+# --- how a trial ended: observed, not interpreted ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellError:
+    """An exception that a cell raised, as the kernel reported it."""
+
+    ename: str
+    evalue: str
+    traceback: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passed:
+    """Every cell ran and the kernel was alive at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellFailed:
+    """A cell raised; the kernel was alive. ``cell`` is an index over all cells."""
+
+    cell: int
+    error: CellError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Died:
+    """The kernel ended, or asked to (``asked_to_exit``), before our shutdown request.
+
+    ``cell`` is the cell that ran when it happened; for a kernel that only asked, the cell that did. ``exit`` is
+    ``None`` where the status could not be had (the keeper itself was killed) or the kernel only asked.
+    """
+
+    cell: int | None
+    exit: ExitStatus | None
+    asked_to_exit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedOut:
+    """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
+
+    ``answered`` says whether the kernel answered the interrupt; ``error`` is what the cell raised then.
+    """
+
+    cell: int | None
+    whole: bool
+    allowed: float
+    answered: bool | None = None
+    error: CellError | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitHit:
+    """We ended the run for ``limit``."""
+
+    limit: LimitName
+    cell: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartFailed:
+    """The kernel never became ready."""
+
+    reason: str
+    exit: ExitStatus | None = None
+    waited: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancelled:
+    """The user or the system stopped us with ``signal``."""
+
+    signal: int
+    cell: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InternalError:
+    """The sandbox could not be built as asked, or safe-exec itself failed."""
+
+    message: str
+    cell: int | None = None
+
+
+Ending = Passed | CellFailed | Died | TimedOut | LimitHit | StartFailed | Cancelled | InternalError
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """One frame of a stack, innermost first. ``cell`` is the index of the notebook cell whose code it runs."""
+
+    function: str
+    line: int | None
+    file: str | None = None
+    cell: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultReport:
+    """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
+
+    ``stack`` is the thread that faulted; ``main`` says whether that is the main thread. ``stack_bytes`` is the size
+    to which the faulting thread's stack had grown, ``stack_limit`` how far it may (both read outside, from /proc).
+    """
+
+    title: str
+    stack: tuple[Frame, ...]
+    main: bool | None = None
+    stack_bytes: int | None = None
+    stack_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
+
+    cell: int
+    line: int
+    source: str
+    stack: tuple[Frame, ...] = ()
+    age: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looked:
+    """What the kernel was seen to do in a short window before a timeout was acted on.
+
+    ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``cpu_share`` processor
+    seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
+    ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
+    starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
+    ``children_cpu_share`` processor seconds per second of the kernel's descendants.
+    """
+
+    state: str | None
+    cpu_share: float | None
+    syscall: str | None
+    stack: tuple[Frame, ...]
+    gil_waits: tuple[float, ...] = ()
+    lines: int | None = None
+    awaiting: str | None = None
+    children: int | None = None
+    children_cpu_share: float | None = None
+    window: float | None = None
+    starved: bool | None = None
+    reads_terminal: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """All that was observed of one trial and may bear on its cause. No opinions.
+
+    Origins: everything is read outside the kernel but ``error``, ``place``, ``remote_hosts``, ``executed``,
+    ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself.
+    """
+
+    exit: ExitStatus | None = None
+    termination: TerminationReason | None = None
+    oom_kills: int | None = None
+    oom_kills_cell: int | None = None
+    oom_elsewhere: bool | None = None
+    oomd_killed: bool | None = None
+    process_refusals: int | None = None
+    memory_peak: int | None = None
+    memory_peak_raw: int | None = None
+    memory_last: int | None = None
+    processes_peak: int | None = None
+    cpu_seconds: float | None = None
+    kernel_cpu_seconds: float | None = None
+    kernel_rlimit_cpu: int | None = None
+    error: CellError | None = None
+    fault: FaultReport | None = None
+    place: Place | None = None
+    looked: Looked | None = None
+    cell_seconds: float | None = None
+    cell_output_bytes: int | None = None
+    cell_messages: int | None = None
+    cell_output_age: float | None = None
+    cell_output_truncated: bool = False
+    output_bytes: int | None = None
+    exit_caller: tuple[Frame, ...] = ()
+    remote_hosts: tuple[str, ...] = ()
+    signals_to_runner: tuple[int, ...] = ()
+    signals_to_keeper: tuple[int, ...] = ()
+    kernel_uid: int | None = None
+    stderr_tail: str = ""
+    kernels_installed: tuple[str, ...] = ()
+    disk_free: int | None = None
+    open_files: int | None = None
+    executed: str | None = None
+    cell_active: bool | None = None
+    last_words: str = ""
+
+
+# --- conclusions ------------------------------------------------------------------------------------------------
+
+FactValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """One piece of evidence that a cause rests on; ``source`` names where it was read."""
+
+    fact: str
+    value: FactValue
+    source: str
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cause:
+    """What we conclude. ``signal`` is negative (-9 for SIGKILL), as subprocess gives it."""
+
+    kind: CauseKind
+    summary: str
+    confidence: Confidence
+    evidence: tuple[Fact, ...] = ()
+    advice: str = ""
+    activity: Activity | None = None
+    signal: int | None = None
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrashCell:
+    """The cell that ran when it happened; ``line`` counts from 1 within the cell."""
+
+    index: int
+    code_index: int
+    id: str | None
+    execution_count: int | None
+    line: int | None
+    source_line: str | None
+    stack: tuple[Frame, ...] = ()
+
+
+class CellStatus(StrEnum):
+    """What became of one cell."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    KILLED = "killed"
+    NOT_RUN = "not_run"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellRecord:
+    """The figures of one code cell. ``started`` is seconds since the run began."""
+
+    index: int
+    code_index: int
+    id: str | None
+    status: CellStatus
+    started: float | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    memory_peak: int | None = None
+    memory_kept: int | None = None
+    output_bytes: int | None = None
+    output_truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """Samples of the whole run, four columns of the same length; ``cell`` is -1 between cells."""
+
+    seconds: tuple[float, ...] = ()
+    memory: tuple[int | None, ...] = ()
+    cpu: tuple[float | None, ...] = ()
+    cell: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What the whole run used."""
+
+    wall_seconds: float | None = None
+    cpu_seconds: float | None = None
+    memory_peak: int | None = None
+    memory_peak_raw: int | None = None
+    oom_kills: int | None = None
+    processes_peak: int | None = None
+    output_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotebookInfo:
+    """The notebook that was run."""
+
+    path: str
+    sha256: str | None
+    kernel: str | None
+    language: str | None
+    cells: int
+    code_cells: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """Where it ran. ``packages`` are the kernel side's, ``None`` where they are not known."""
+
+    python: str
+    platform: str
+    packages: Mapping[str, str] | None = None
+    cgroup: str | None = None
+    isolation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The whole answer. ``culprits`` is ``None`` until a search has found some.
+
+    ``started`` and ``finished`` are ISO 8601 in UTC; the other fields are as in docs/verdict.md.
+    """
+
+    safe_exec_version: str
+    run_id: str
+    started: str
+    finished: str
+    command: tuple[str, ...]
+    cwd: str
+    status: Status
+    notebook: NotebookInfo
+    cause: Cause | None
+    crash_cell: CrashCell | None
+    cells: tuple[CellRecord, ...]
+    limits: Limits
+    enforcement: Mapping[LimitName, Enforcement]
+    timeline: Timeline
+    usage: Usage
+    environment: Environment
+    stderr_tail: str = ""
+    warnings: tuple[str, ...] = ()
+    culprits: None = None
+    outputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command for this verdict."""
+        return self.status.exit_code

@@ -1,0 +1,407 @@
+"""Notebook files: read and check them, strip what an earlier run of ours wrote into them, write them atomically.
+
+Imports ``errors`` and ``files``; nbformat (150 ms) is imported by the functions that need it. A notebook of version 4
+is checked by a look at its structure instead of by nbformat's JSON schema: what executing and writing it rely on must
+be there, and a harmless key too many is nobody's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safe_exec.errors import NotebookError
+from safe_exec.files import check_writable, one_line, read_regular, write_atomically
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+__all__ = [
+    "BANNER_ROLE",
+    "BANNER_TAG",
+    "METADATA_KEY",
+    "OUR_ERROR_PREFIX",
+    "CodeCell",
+    "Notebook",
+    "OutputPaths",
+    "check_writable",
+    "code_cells",
+    "default_outputs",
+    "dumps",
+    "is_banner",
+    "is_our_output",
+    "read",
+    "strip_annotations",
+    "write_atomically",
+]
+
+METADATA_KEY = "safe_exec"
+"""What is ours in the metadata of notebooks, cells and outputs; its ``limits`` are the user's."""
+
+BANNER_TAG = "safe-exec"
+BANNER_ROLE = "banner"
+OUR_ERROR_PREFIX = "SafeExec"
+"""``ename`` of the ``error`` outputs we write, alone or before anything that is no letter (``"SafeExec: exit"``)."""
+
+_MOST_BYTES = 2**30
+_DEEPEST = 200  # copying and writing recurse, some three frames a level, under Python's limit of 1000
+_TOO_DEEP = "(nested too deeply)"
+_CELL_TYPES = ("code", "markdown", "raw")
+_OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
+_CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notebook:
+    """A notebook as read. ``node`` is of nbformat 4; ``sha256`` is of the bytes of the file, in hex.
+
+    ``original_format`` is (major, minor) as the file says it.
+    """
+
+    path: Path
+    node: NotebookNode
+    sha256: str
+    kernel_name: str | None
+    language: str | None
+    original_format: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeCell:
+    """A code cell. ``index`` counts all cells from 0, ``code_index`` the code cells. ``metadata`` is the node's own."""
+
+    index: int
+    code_index: int
+    id: str | None
+    source: str
+    tags: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+
+class OutputPaths(NamedTuple):
+    """Where the annotated notebook, the verdict and the reproduction go if nothing else is said."""
+
+    out: Path
+    verdict: Path
+    repro: Path
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read(path: Path | str) -> Notebook:
+    """The notebook in ``path``, older formats upgraded in memory. Raises NotebookError, one line.
+
+    Cells of nbformat 4.5 and later without an id get one that depends on the file alone.
+    """
+    path = Path(path)
+    data = read_regular(path, most=_MOST_BYTES, error=NotebookError)
+    document = _parse(data, path)
+    version = _version(document, path)
+    if _SURROGATE_ESCAPE.search(data):
+        document = _mapped(document, _joined)
+    node = _current(document, path) if version[0] == 4 else _upgraded(document, version, path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    _give_ids(node, sha256)
+    kernel, language = _kernel_of(node.metadata)
+    return Notebook(path=path, node=node, sha256=sha256, kernel_name=kernel, language=language, original_format=version)
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as problem:
+        raise NotebookError(f"{one_line(path)}: not a notebook: not UTF-8 text (byte {problem.start})") from None
+    except json.JSONDecodeError as problem:
+        place = f"{one_line(path)}:{problem.lineno}:{problem.colno}"
+        raise NotebookError(f"{place}: not JSON: {problem.msg}; a notebook is a JSON file") from None
+    except ValueError:  # int() refuses more than 4300 digits
+        raise NotebookError(f"{one_line(path)}: not a notebook: it holds a number of thousands of digits") from None
+    except RecursionError:
+        document = None
+    if document is None or not _shallow(document):
+        raise NotebookError(f"{one_line(path)}: not a notebook: no object, or nested deeper than {_DEEPEST} levels")
+    return document
+
+
+def _shallow(document: object) -> bool:
+    """Whether nothing in ``document`` lies deeper than is safe to recurse over; level by level, so never recursing."""
+    level = [document]
+    for _ in range(_DEEPEST):
+        level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _children(item: object) -> list[Any]:
+    if isinstance(item, dict):
+        return list(item.values())
+    return item if isinstance(item, list) else []
+
+
+def _version(document: Any, path: Path) -> tuple[int, int]:
+    if not isinstance(document, dict) or "nbformat" not in document:
+        raise NotebookError(f"{one_line(path)}: JSON, but not a notebook: no nbformat in it")
+    major, minor = document["nbformat"], document.get("nbformat_minor", 0)
+    if type(major) is not int or type(minor) is not int or major < 1 or minor < 0:
+        raise NotebookError(f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers")
+    if major > 4:
+        raise NotebookError(
+            f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4"
+        )
+    return major, minor
+
+
+def _current(document: Any, path: Path) -> NotebookNode:
+    """The node of a notebook of version 4."""
+    from nbformat import v4
+
+    problem = next(_problems(document), None)
+    if problem:
+        raise NotebookError(f"{one_line(path)}: not a valid notebook: {problem}")
+    document.setdefault("nbformat_minor", 0)
+    node: NotebookNode = v4.to_notebook(document)  # type: ignore[no-untyped-call]
+    return node
+
+
+def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNode:
+    """The node of an older notebook, as nbformat's own converters make it."""
+    import nbformat
+
+    try:
+        old = nbformat.versions[version[0]].to_notebook_json(document, minor=version[1])
+        node = json.loads(json.dumps(nbformat.convert(old, 4)))  # type: ignore[no-untyped-call]
+    # The converters are written for valid notebooks; on others they fail anyhow.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, nbformat.ValidationError) as problem:
+        kind = type(problem).__name__
+        raise NotebookError(
+            f"{one_line(path)}: not a valid notebook of nbformat {version[0]}: it cannot be upgraded ({kind})"
+        ) from None
+    for cell in node.get("cells", []):
+        cell.pop("id", None)  # random ones; ours are the same each time
+    return _current(node, path)
+
+
+def _problems(document: Mapping[str, Any]) -> Iterator[str]:
+    """What executing and writing the notebook would trip over."""
+    if not isinstance(document.get("metadata"), dict):
+        yield "its metadata must be an object"
+    cells = document.get("cells")
+    if not isinstance(cells, list):
+        yield "its cells must be a list"
+        return
+    for index, cell in enumerate(cells):
+        for problem in _cell_problems(cell):
+            yield f"cell {index} (from 0): {problem}"
+
+
+def _cell_problems(cell: Any) -> Iterator[str]:
+    if not isinstance(cell, dict):
+        yield "it must be an object"
+        return
+    if cell.get("cell_type") not in _CELL_TYPES:
+        yield f"cell_type must be one of {', '.join(_CELL_TYPES)}"
+    if not _is_text(cell.get("source")):
+        yield "source must be text or a list of lines"
+    if not isinstance(cell.get("metadata"), dict):
+        yield "metadata must be an object"
+    attachments = cell.get("attachments", {})
+    if not isinstance(attachments, dict) or not all(isinstance(item, dict) for item in attachments.values()):
+        yield "attachments must be objects"
+    if cell.get("cell_type") == "code":
+        yield from _outputs_problems(cell.setdefault("outputs", []))
+        cell.setdefault("execution_count", None)
+
+
+def _outputs_problems(outputs: Any) -> Iterator[str]:
+    if not isinstance(outputs, list):
+        yield "outputs must be a list"
+        return
+    for index, output in enumerate(outputs):
+        for problem in _output_problems(output):
+            yield f"output {index}: {problem}"
+
+
+def _output_problems(output: Any) -> Iterator[str]:
+    if not isinstance(output, dict) or not isinstance(output.get("output_type"), str):
+        yield "it must be an object with an output_type"
+        return
+    kind = output["output_type"]
+    if kind == "stream" and not _is_text(output.get("text")):
+        yield "text must be text or a list of lines"
+    if kind in ("display_data", "execute_result") and not isinstance(output.get("data"), dict):
+        yield "data must be an object"
+    if kind == "error" and not isinstance(output.get("ename"), str):
+        yield "ename must be text"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value))
+
+
+def _give_ids(node: NotebookNode, seed: str) -> None:
+    """Ids as nbformat's own reader would leave them: valid and different from 4.5 on, none before; but never random."""
+    seen: set[str] = set()
+    for index, cell in enumerate(node.cells):
+        if node.nbformat_minor < 5:
+            cell.pop("id", None)
+            continue
+        found, attempt = cell.get("id"), 0
+        while not isinstance(found, str) or not _CELL_ID.fullmatch(found) or found in seen:
+            found = hashlib.sha256(f"{seed}:{index}:{attempt}".encode()).hexdigest()[:8]
+            attempt += 1
+        seen.add(found)
+        cell["id"] = found
+
+
+def _kernel_of(metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Names of kernel and language, as far as the metadata says them."""
+    kernel, language = _section(metadata, "kernelspec"), _section(metadata, "language_info")
+    return _word(kernel.get("name")), _word(language.get("name")) or _word(kernel.get("language"))
+
+
+def _section(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = metadata.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _word(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+# --- cells and annotations --------------------------------------------------------------------------------------
+
+
+def code_cells(node: NotebookNode) -> list[CodeCell]:
+    """The code cells of a notebook, in order."""
+    numbered = [(index, cell) for index, cell in enumerate(node.cells) if cell.cell_type == "code"]
+    return [
+        CodeCell(
+            index=index,
+            code_index=code_index,
+            id=cell.get("id"),
+            source=cell.source,
+            tags=_tags(cell),
+            metadata=cell.metadata,
+        )
+        for code_index, (index, cell) in enumerate(numbered)
+    ]
+
+
+def strip_annotations(node: NotebookNode) -> NotebookNode:
+    """A copy of ``node`` without anything an earlier run of ours added: banner, outputs, ``safe_exec.result``.
+
+    A user's ``metadata.safe_exec.limits`` stay. Doing it twice changes no more than doing it once.
+    """
+    clean = copy.deepcopy(node)
+    clean["cells"] = [cell for cell in clean.cells if not is_banner(cell)]
+    _drop_result(clean.metadata)
+    for cell in clean.cells:
+        _drop_result(cell.metadata)
+        if cell.cell_type == "code":
+            cell["outputs"] = [output for output in cell.outputs if not is_our_output(output)]
+    return clean
+
+
+def is_banner(cell: Mapping[str, Any]) -> bool:
+    """Whether we wrote this cell: tagged, and with the role of a banner or a result where only a banner has one.
+
+    The tag alone says nothing: a user may tag a cell so, and if it runs, we put a result into its metadata.
+    """
+    ours = _section(cell["metadata"], METADATA_KEY)
+    if BANNER_TAG not in _tags(cell):
+        return False
+    roles = (ours.get("role"), _section(ours, "result").get("role"))
+    return BANNER_ROLE in roles or (cell["cell_type"] == "markdown" and "result" in ours)
+
+
+def is_our_output(output: Mapping[str, Any]) -> bool:
+    """Whether we wrote this output: marked in its metadata or, where the format allows none, by its ``ename``."""
+    if output.get("output_type") == "error":
+        return _OUR_ENAME.match(str(output.get("ename"))) is not None
+    return METADATA_KEY in _section(output, "metadata")
+
+
+def _drop_result(metadata: dict[str, Any]) -> None:
+    ours = metadata.get(METADATA_KEY)
+    if isinstance(ours, dict):
+        ours.pop("result", None)
+        if not ours:
+            del metadata[METADATA_KEY]
+
+
+def _tags(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    tags = cell["metadata"].get("tags")
+    return tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def default_outputs(path: Path | str) -> OutputPaths:
+    """The paths beside the notebook: NB.out.ipynb, NB.verdict.json, NB.repro.ipynb.
+
+    ``X.out.ipynb``, our own output, counts as ``X.ipynb``: it is overwritten, not followed by X.out.out.ipynb.
+    """
+    path = Path(path)
+    name = path.name[: -len(".ipynb")] if path.name.lower().endswith(".ipynb") else path.name
+    stem = name.removesuffix(".out") or name or path.name
+    return OutputPaths(*(path.with_name(stem + end) for end in (".out.ipynb", ".verdict.json", ".repro.ipynb")))
+
+
+def dumps(node: NotebookNode) -> bytes:
+    """The file of a notebook, as nbformat writes it, whatever a kernel has put into the outputs.
+
+    Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply to write is left out: the
+    file must be JSON that every viewer reads. Ids are left out before nbformat 4.5, which does not have them.
+    """
+    try:
+        return _encoded(node)
+    except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        return _encoded(_mapped(node, _harmless))
+
+
+def _encoded(node: Any) -> bytes:
+    from nbformat import from_dict, v4
+
+    # from_dict, because what was put into the node may hold plain dicts, on which nbformat's writer stumbles.
+    node = from_dict(_without_ids(node) if node["nbformat_minor"] < 5 else node)  # type: ignore[no-untyped-call]
+    text: str = v4.writes(node, allow_nan=False)  # type: ignore[no-untyped-call]
+    return (text + "\n").encode()
+
+
+def _without_ids(node: Mapping[str, Any]) -> dict[str, Any]:
+    cells = [{key: value for key, value in cell.items() if key != "id"} for cell in node["cells"]]
+    return {**node, "cells": cells}
+
+
+def _mapped(value: Any, leaf: Callable[[Any], Any], depth: int = _DEEPEST) -> Any:
+    """A copy with ``leaf`` applied to every text and number, and to the keys; containers too deep become a remark."""
+    if not isinstance(value, dict | list | tuple):
+        return leaf(value)
+    if not depth:
+        return _TOO_DEEP
+    if isinstance(value, dict):
+        return {leaf(key): _mapped(item, leaf, depth - 1) for key, item in value.items()}
+    return [_mapped(item, leaf, depth - 1) for item in value]
+
+
+def _joined(value: Any) -> Any:
+    """Text without lone surrogates; two halves of a pair are one character again."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return value
+
+
+def _harmless(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else _joined(value)

@@ -1,0 +1,45 @@
+"""From limits and a machine to a plan: asks every mechanism, strongest first. The list here is where a new one is added.
+
+May import the mechanisms, plan, machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safe_exec.model import LimitName, Limits
+from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, watchdog
+from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold, require
+
+
+def build_plan(limits: Limits, machine: Machine, run_id: str, required: Sequence[LimitName] = ()) -> SpawnPlan:
+    """The plan for one sandbox.
+
+    Raises EnforcementError when a required limit could not be held by the system's kernel.
+    """
+    group = f"safe-exec-{run_id}"
+    offers = (
+        cgroup_v2.offer(limits, machine, group),
+        cgroup_v1.offer(limits, machine, group),
+        rlimits.offer(limits, machine),
+        watchdog.offer(limits, machine),
+    )
+    plan = fold(limits, [offer for offer in offers if offer is not None])
+    require(plan, limits, required)
+    return plan
+
+
+def parse_required(text: str, limits: Limits) -> tuple[LimitName, ...]:
+    """``--require memory,processes`` or ``all`` (those of REQUIRE_ALL for which a limit is set).
+
+    Raises ValueError with the names that there are.
+    """
+    if text.strip() == "all":
+        return tuple(name for name in REQUIRE_ALL if limits.of(name) is not None)
+    names = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
+    known = {name.value for name in LimitName}
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise ValueError(f"{', '.join(wrong) or 'nothing'} is no limit; there are all, {', '.join(sorted(known))}")
+    return tuple(LimitName(name) for name in names)

@@ -1,0 +1,254 @@
+"""The runner's end of a keeper: start it, tell it what to spawn, hear of the death the moment it happens.
+
+May import model, errors, plan, leftovers, meter. Nothing here waits longer than it says, and no thread is started: ``fileno()``
+goes into an event loop or a poll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safe_exec
+from safe_exec.errors import SandboxError
+from safe_exec.model import ExitStatus, TerminationReason
+from safe_exec.sandbox import leftovers, procfs
+from safe_exec.sandbox.meter import Counters, parse_counters
+from safe_exec.sandbox.plan import SpawnPlan
+
+START_SECONDS = 20.0
+LEAVE_SECONDS = 15.0
+BOOT = "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]))"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelExit:
+    """The end of the kernel process as the keeper saw it. ``cpu_seconds`` is the kernel process and children it waited for.
+
+    ``status`` is ``None`` where the keeper was killed and nobody could read it.
+    """
+
+    status: ExitStatus | None
+    reason: TerminationReason | None = None
+    at: float = 0.0
+    cpu_seconds: float | None = None
+    counters: Counters = field(default_factory=Counters)
+    fault: str = ""
+    stack_bytes: int | None = None
+    stack_limit: int | None = None
+    stderr: str = ""
+    oomd: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Departure:
+    """What could not be removed: processes that would not die, paths that would not go."""
+
+    alive: tuple[int, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+class Sandbox:
+    """One keeper and what it keeps."""
+
+    def __init__(self, run_id: str, *, prefix: Sequence[str] = ()) -> None:
+        """Start the keeper at once: its interpreter starts while the runner does other things."""
+        self.run_id = run_id
+        ours, theirs = socket.socketpair()
+        self._control = ours
+        self._inbox = b""
+        root = str(Path(safe_exec.__file__).parent.parent)
+        argv = [*prefix, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root]
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+        )
+        theirs.close()
+        self._note: Path | None = None
+        self._undo: Mapping[str, object] = {}
+        self.keeper_pid: int | None = None
+        self.kernel_pid: int | None = None
+        self.exit: KernelExit | None = None
+        self.departure: Departure | None = None
+        self.signals_to_keeper: list[int] = []
+        self.fault_text = ""
+        self._trouble: str | None = None
+        self._lost = False
+        self.on_exit: Callable[[KernelExit], None] | None = None
+
+    def fileno(self) -> int:
+        """For an event loop: readable when the keeper has something to say."""
+        return self._control.fileno()
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def spawn(
+        self,
+        plan: SpawnPlan,
+        *,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str,
+        pass_fds: Mapping[str, int],
+        directories: Sequence[str] = (),
+    ) -> int:
+        """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
+
+        Raises SandboxError, naming what could not be made, with the keeper gone and everything removed.
+        """
+        self._wait_for(lambda: self.keeper_pid is not None, "the keeper did not start")
+        self._write_note(plan, directories)
+        request = plan.as_request() | {
+            "op": "spawn",
+            "argv": list(argv),
+            "env": dict(env),
+            "cwd": cwd,
+            "pass_fds": [],
+            "pass_names": list(pass_fds),
+            "directories": list(directories),
+            "note": str(self._note),
+        }
+        self._send_descriptors(list(pass_fds.values()))
+        self._say(request)
+        self._wait_for(lambda: self.kernel_pid is not None or self._trouble is not None, "the kernel was not started")
+        if self._trouble is not None or self.kernel_pid is None:
+            trouble = self._trouble or "the keeper ended"
+            self.leave()
+            raise SandboxError(f"the sandbox cannot be built: {trouble}")
+        return self.kernel_pid
+
+    def _send_descriptors(self, fds: list[int]) -> None:
+        socket.send_fds(self._control, [b'{"op":"descriptors"}\n'], fds)
+
+    def _write_note(self, plan: SpawnPlan, directories: Sequence[str]) -> None:
+        assert self.keeper_pid is not None
+        keeper, owner = procfs.stat(self.keeper_pid), procfs.stat(os.getpid())
+        self._undo = {
+            "keeper": self.keeper_pid,
+            "keeper_started": keeper.started if keeper else 0,
+            "owner": os.getpid(),
+            "owner_started": owner.started if owner else 0,
+            "cgroup_dirs": list(plan.cgroup.dirs),
+            "directories": list(directories),
+        }
+        self._note = leftovers.write_note(self.run_id, self._undo)
+
+    # --- talking ------------------------------------------------------------------------------------------------
+
+    def _say(self, request: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            self._control.sendall(json.dumps(request).encode() + b"\n")
+
+    def pump(self) -> None:
+        """Take in what the keeper has said; call it when ``fileno()`` is readable."""
+        try:
+            data = self._control.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._keeper_gone()
+            return
+        *lines, self._inbox = (self._inbox + data).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+
+    def _take(self, said: dict[str, object]) -> None:
+        event = said["event"]
+        if event == "ready":
+            self.keeper_pid = int(str(said["pid"]))
+        elif event == "spawned":
+            self.kernel_pid = int(str(said["pid"]))
+        elif event == "failed":
+            self._trouble = str(said["message"])
+        elif event == "signal":
+            self.signals_to_keeper.append(int(str(said["signum"])))
+        elif event == "fault":
+            self.fault_text += str(said["text"])
+        elif event == "exited":
+            self._set_exit(_kernel_exit(said))
+        elif event == "left":
+            self.departure = Departure(alive=tuple(said["alive"]), left=tuple(said["left"]))  # type: ignore[arg-type]
+
+    def _set_exit(self, exit_: KernelExit) -> None:
+        if self.exit is None:
+            self.exit = exit_
+            if self.on_exit is not None:
+                self.on_exit(exit_)
+
+    def _keeper_gone(self) -> None:
+        """The keeper ended without a word: somebody killed it, and the kernel with it by its parent-death signal."""
+        self._lost = True
+        if self.departure is None and self.kernel_pid is not None:
+            self._set_exit(KernelExit(status=None, at=time.monotonic()))
+
+    def _wait_for(self, done: Callable[[], bool], message: str, seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            if self._lost or left <= 0:
+                raise SandboxError(f"{message}; its own error message, if any, stands above")
+            if select.select([self._control], [], [], left)[0]:
+                self.pump()
+
+    def wait_for_exit(self, seconds: float) -> bool:
+        """Wait until the kernel has ended, at most so long; whether it has."""
+        with contextlib.suppress(SandboxError):
+            self._wait_for(lambda: self.exit is not None, "", seconds)
+        return self.exit is not None
+
+    # --- ending -------------------------------------------------------------------------------------------------
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the kernel process alone."""
+        self._say({"op": "signal", "signum": signum})
+
+    def kill(self, reason: TerminationReason) -> None:
+        """Have the whole tree killed; the reason is recorded before the signal is sent, the first one stays."""
+        self._say({"op": "kill", "reason": reason.value})
+
+    def leave(self) -> Departure:
+        """Kill what lives, remove everything, end the keeper; what could not be removed. May be called again."""
+        self._say({"op": "finish"})
+        with contextlib.suppress(SandboxError):
+            self._wait_for(lambda: self.departure is not None, "", LEAVE_SECONDS)
+        if self.departure is None:
+            self._process.kill()
+            self.departure = self._clean_up_ourselves()
+        self._process.wait()
+        self._control.close()
+        return self.departure
+
+    def _clean_up_ourselves(self) -> Departure:
+        if not self._undo:
+            return Departure()
+        self._process.wait()
+        left = leftovers.clean(self._undo)
+        if self._note is not None and not left:
+            self._note.unlink(missing_ok=True)
+        return Departure(left=tuple(left))
+
+
+def _kernel_exit(said: dict[str, object]) -> KernelExit:
+    seen: dict[str, int | None] = said["fault_seen"]  # type: ignore[assignment]
+    return KernelExit(
+        status=ExitStatus(int(str(said["status"]))),
+        reason=TerminationReason(str(said["reason"])) if said["reason"] else None,
+        at=float(str(said["at"])),
+        cpu_seconds=float(str(said["cpu"])),
+        counters=parse_counters(said["counters"]),  # type: ignore[arg-type]
+        fault=str(said["fault"]),
+        stack_bytes=seen.get("stack"),
+        stack_limit=seen.get("stack_limit"),
+        stderr=str(said["stderr"]),
+        oomd=said["oomd"],  # type: ignore[arg-type]
+    )

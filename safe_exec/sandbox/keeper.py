@@ -1,0 +1,385 @@
+"""The keeper: a small process that owns one sandbox. Standard library only.
+
+Theory of operation. The runner starts one keeper per kernel, in a session of its own, and talks to it in JSON lines
+over a socket pair. The keeper
+
+1. makes the control groups and writes their limits, having been told first what to remove again,
+2. forks; the child joins the groups, takes its rlimits, and only then executes the kernel: there is no moment in
+   which kernel code runs without its limits,
+3. is the child subreaper of all that comes from it: a daemon that forks twice to get away becomes our child,
+4. holds the raw wait status. The runner hears of the death at once (SIGCHLD through a wake-up descriptor), with the
+   counters of the control groups read before anything is removed,
+5. records why *we* kill before any signal is sent; the first reason stays,
+6. on the end of the socket, be it a request or the death of the runner, kills the tree, removes control groups and
+   the runtime directory, and leaves.
+
+A dying kernel waits at our door. The kernel's fault handler writes to a stream socket whose send buffer is as small as the
+system allows; after a few short writes it blocks until we read. So when the first byte shows up, the process still
+stands with its stack as it was, and /proc tells how far the stack had grown, which is what tells a stack overflow from
+another segmentation fault. Signals meant for the runner (Ctrl-C on a terminal, a SIGTERM to the whole session at shutdown) are noted
+and not obeyed: the keeper leaves last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from safe_exec.sandbox import procfs
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+TAIL_BYTES = 64 * 1024
+FAULT_BYTES = 256 * 1024
+KILL_SECONDS = 5.0
+NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Keeper:
+    """One sandbox: its kernel, its control groups, its runtime directory."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.inbox = b""
+        self.given: list[int] = []
+        self.plan: dict[str, Any] = {}
+        self.pid = 0
+        self.exited = False
+        self.reason: str | None = None
+        self.stderr_fd = -1
+        self.fault: socket.socket | None = None
+        self.fault_text = b""
+        self.fault_seen: dict[str, int | None] = {}
+        self.tail = b""
+        self.signals: list[int] = []
+        self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    # --- talking ------------------------------------------------------------------------------------------------
+
+    def say(self, event: str, **facts: Any) -> None:
+        """Send one line to the runner; a runner that is gone is noticed elsewhere, by the end of the socket."""
+        line = json.dumps({"event": event, "at": time.monotonic(), **facts}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.control.sendall(line)
+
+    def hear(self) -> list[dict[str, Any]] | None:
+        """The requests that have come in; ``None`` at the end of the socket."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.control, 1 << 20, 16)
+        except ConnectionError:
+            return None
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        self.given.extend(fds)
+        if not data:
+            return None
+        *lines, self.inbox = (self.inbox + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    # --- the sandbox --------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make the control groups and write their limits; each write that fails is an error with its path."""
+        for path in self.plan["cgroup_dirs"]:
+            os.mkdir(path)
+        for path, value in self.plan["cgroup_writes"]:
+            _write(path, value)
+
+    def spawn(self) -> None:
+        """Fork the kernel into the sandbox."""
+        stderr_r, stderr_w = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the system rounds up to its smallest
+        self.stderr_fd, self.fault = stderr_r, ours
+        os.set_blocking(stderr_r, False)
+        ours.setblocking(False)
+        error_r, error_w = os.pipe2(os.O_CLOEXEC)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_kernel(self.plan, parent, stderr_w, theirs.fileno(), error_w)
+        os.close(stderr_w)
+        os.close(error_w)
+        theirs.close()
+        for fd in self.plan["pass_fds"]:
+            os.close(fd)
+        with os.fdopen(error_r, "rb") as pipe:
+            trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
+        if trouble:
+            raise RuntimeError(trouble.decode("utf-8", "replace"))
+        self.say("spawned", pid=self.pid)
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the runner says finish or is gone."""
+        poller = select.poll()
+        poller.register(self.control, select.POLLIN)
+        poller.register(self.wake_r, select.POLLIN)
+        watched: set[int] = set()
+        while True:
+            for fd in (self.stderr_fd, self.fault.fileno() if self.fault else -1):
+                if fd >= 0 and fd not in watched:
+                    poller.register(fd, select.POLLIN)
+                    watched.add(fd)
+            for fd, _ in poller.poll():
+                if fd == self.control.fileno() and self.serve() is False:
+                    return
+                if fd == self.wake_r:
+                    self.wake()
+                if fd == self.stderr_fd and not self.read_stderr():
+                    poller.unregister(fd)
+                if self.fault and fd == self.fault.fileno() and not self.read_fault():
+                    poller.unregister(fd)
+
+    def serve(self) -> bool:
+        """Do what the runner asks; ``False`` when it asks us to leave, or is gone."""
+        requests = self.hear()
+        if requests is None:
+            return False
+        for request in requests:
+            op = request["op"]
+            if op == "spawn":
+                self.start(request)
+            elif op == "signal" and self.pid and not self.exited:
+                procfs.signal_all([self.pid], request["signum"])
+            elif op == "kill":
+                self.kill(request["reason"])
+            elif op == "finish":
+                return False
+        return True
+
+    def start(self, plan: dict[str, Any]) -> None:
+        """Build and spawn; what fails is told to the runner, which ends us."""
+        self.plan = {**plan, "pass_fds": self.given}
+        try:
+            self.build()
+            self.spawn()
+        except (OSError, RuntimeError, ValueError) as error:
+            self.say("failed", message=str(error))
+
+    def kill(self, reason: str) -> None:
+        """Record why, then kill the whole tree. A kernel that was dead before keeps its own ending."""
+        if self.reason is None and not self.exited:
+            self.reason = reason
+        self.kill_tree()
+
+    def kill_tree(self) -> list[int]:
+        """Kill all in the sandbox; the pids that would not die."""
+        for path in self.plan.get("kill_files", ()):
+            with contextlib.suppress(OSError):
+                _write(path, "1")
+        return procfs.kill_descendants(os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap)
+
+    def wake(self) -> None:
+        """Signals came: children to reap, or one meant for the runner, to be noted."""
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.wake_r, 4096):
+                if number != signal.SIGCHLD:
+                    self.signals.append(number)
+                    self.say("signal", signum=number)
+        self.reap()
+
+    def reap(self) -> bool:
+        """Collect dead children, adopted ones too; whether any child is left, dead or alive."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            if pid == self.pid:
+                self.report_exit(status, usage)
+
+    def report_exit(self, status: int, usage: resource.struct_rusage) -> None:
+        """Tell the runner of the kernel's death with all that will not be there later."""
+        self.exited = True
+        while self.fault and self.read_fault():
+            pass
+        while self.stderr_fd >= 0 and self.read_stderr():
+            pass
+        self.say(
+            "exited",
+            status=status,
+            reason=self.reason,
+            cpu=usage.ru_utime + usage.ru_stime,
+            maxrss=usage.ru_maxrss * 1024,
+            counters={path: _read(path) for path in self.plan["counter_files"]},
+            fault=self.fault_text.decode("utf-8", "replace"),
+            fault_seen=self.fault_seen,
+            stderr=self.tail.decode("utf-8", "replace"),
+            oomd=_oomd_killed(self.plan["cgroup_dirs"]),
+        )
+
+    def read_stderr(self) -> bool:
+        """Keep the tail of what the kernel process writes to its own stdout and stderr."""
+        try:
+            data = os.read(self.stderr_fd, 65536)
+        except BlockingIOError:
+            return False if self.exited else True
+        if not data:
+            os.close(self.stderr_fd)
+            self.stderr_fd = -1
+            return False
+        self.tail = (self.tail + data)[-TAIL_BYTES:]
+        return True
+
+    def read_fault(self) -> bool:
+        """Take what the fault handler writes; look at the process first, while it is held up by the full buffer."""
+        assert self.fault is not None
+        if not self.fault_text and self.pid and not self.exited:
+            self.fault_seen = {
+                "stack": procfs.status_bytes(self.pid, "VmStk"),
+                "stack_limit": procfs.soft_limit(self.pid, "Max stack size"),
+            }
+        try:
+            data = self.fault.recv(65536)
+        except BlockingIOError:
+            return False if self.exited else True
+        except ConnectionError:
+            data = b""
+        if not data:
+            return False
+        if len(self.fault_text) < FAULT_BYTES:
+            self.fault_text += data
+            if not self.exited:
+                self.say("fault", text=data.decode("utf-8", "replace"))
+        return True
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Kill what lives, remove what we made, tell what could not be."""
+        if self.reason is None and not self.exited:
+            self.reason = "shutdown"
+        alive = self.kill_tree()
+        left = [path for path in reversed(self.plan.get("cgroup_dirs", ())) if not _remove_cgroup(path)]
+        for path in self.plan.get("directories", ()):
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.lexists(path):
+                left.append(path)
+        if not left and not alive and self.plan.get("note"):
+            with contextlib.suppress(OSError):
+                os.unlink(self.plan["note"])
+        self.say("left", alive=alive, left=left)
+
+
+def _become_kernel(plan: dict[str, Any], parent: int, stderr_fd: int, fault_fd: int, error_fd: int) -> None:
+    """In the child: enter the sandbox and execute the kernel. Never returns."""
+    try:
+        os.setsid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
+            os._exit(1)
+        for path in plan["cgroup_joins"]:
+            _write(path, "0")
+        _place_descriptors(plan, stderr_fd, fault_fd)
+        for number, soft, hard in plan["rlimits"]:
+            resource.setrlimit(number, (soft, hard))
+        for number in range(1, signal.NSIG):
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                with contextlib.suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        # ipykernel leaves when this process is no longer its parent, and believes to be a user's own kernel without it.
+        plan["env"]["JPY_PARENT_PID"] = str(parent)
+        os.chdir(plan["cwd"])
+        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])  # noqa: S606 - the kernel's own command
+    except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
+        os.write(error_fd, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+        os._exit(127)
+
+
+def _place_descriptors(plan: dict[str, Any], stderr_fd: int, fault_fd: int) -> None:
+    """Standard streams, and the descriptors for the inside, as high up as they go.
+
+    High up, since programs that close "all" descriptors stop at 256, 512 or 1024, and the fault handler's must
+    survive them. Done before RLIMIT_NOFILE is set: an open descriptor above the limit stays valid.
+    """
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(stderr_fd, 1)
+    os.dup2(stderr_fd, 2)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    floor = max(10, min(hard, 65536) - 64)
+    names = dict(zip(plan["pass_names"], plan["pass_fds"], strict=True))
+    names["fault"] = fault_fd
+    for name, fd in names.items():
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD, floor)
+        os.set_inheritable(high, True)
+        plan["argv"] = [part.replace("{" + name + "}", str(high)) for part in plan["argv"]]
+    soft = plan["open_files_soft"]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard) if soft else hard, hard))
+
+
+def _write(path: str, value: str) -> None:
+    try:
+        with open(path, "w") as handle:
+            handle.write(value)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {value!r} to {path}: {error.strerror}") from error
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path) as handle:
+            return handle.read(65536)
+    except OSError:
+        return None
+
+
+def _oomd_killed(dirs: list[str]) -> bool | None:
+    """Whether systemd-oomd killed one of these groups: it says so in an extended attribute (systemd-oomd.service(8))."""
+    for path in dirs:
+        for name in ("user.oomd_kill", "trusted.oomd_kill"):
+            with contextlib.suppress(OSError):
+                return int(os.getxattr(path, name)) > 0
+    return None
+
+
+def _remove_cgroup(path: str) -> bool:
+    """Remove one control group; it stays busy for a moment after its last process is gone."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        else:
+            return True
+
+
+def main(control_fd: int) -> None:
+    """Run the keeper on the socket that the runner left at ``control_fd``."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    keeper = Keeper(socket.socket(fileno=control_fd))
+    keeper.control.setblocking(True)
+    signal.set_wakeup_fd(keeper.wake_w, warn_on_full_buffer=False)
+    for number in (*NOTED_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    keeper.say("ready", pid=os.getpid())
+    try:
+        keeper.run()
+    finally:
+        keeper.leave()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

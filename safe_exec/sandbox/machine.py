@@ -1,0 +1,213 @@
+"""What this machine offers to hold limits with, found once per run.
+
+May import model. Reads /proc and /sys only; makes and removes one probe control group where it could be allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safe_exec.model import Mechanism
+from safe_exec.sandbox import procfs
+
+V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+V2_CONTROLLERS = ("memory", "pids", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What can hold limits here.
+
+    ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified
+    tree whose children get ``v2_controllers``; ``v2_plain`` one where a group may be made but no controllers are had
+    (it still gives ``cgroup.kill``). ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all.
+    """
+
+    platform: str = "linux"
+    uid: int = 0
+    cpus: int = 1
+    memory_total: int | None = None
+    swap_total: int | None = None
+    v1: Mapping[str, Path] = field(default_factory=dict)
+    v2: Path | None = None
+    v2_controllers: frozenset[str] = frozenset()
+    v2_plain: Path | None = None
+    v2_why_not: str = ""
+    v1_why_not: str = ""
+    user_tasks: int | None = None
+    allowed: frozenset[Mechanism] = frozenset(Mechanism)
+
+    def may(self, mechanism: Mechanism) -> bool:
+        """Whether a mechanism may be used."""
+        return mechanism in self.allowed
+
+
+def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
+    """Look at the machine; every field is what was seen now."""
+    if not sys.platform.startswith("linux"):
+        return Machine(platform=sys.platform, cpus=os.cpu_count() or 1, allowed=allowed, uid=_uid())
+    mounts = _cgroup_mounts()
+    own = _own_cgroups()
+    v1, v1_why = _v1_parents(mounts, own)
+    v2, controllers, v2_why = _v2_parent(mounts, own)
+    plain = None if v2 else _v2_plain(mounts, own)
+    memory, swap = memory_and_swap()
+    return Machine(
+        uid=_uid(),
+        cpus=len(os.sched_getaffinity(0)),
+        memory_total=memory,
+        swap_total=swap,
+        v1=v1,
+        v2=v2,
+        v2_controllers=controllers,
+        v2_plain=plain,
+        v2_why_not=v2_why,
+        v1_why_not=v1_why,
+        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or v2 else _user_tasks(os.getuid()),
+        allowed=allowed,
+    )
+
+
+def _user_tasks(uid: int) -> int:
+    """How many tasks (threads) this user runs now, which RLIMIT_NPROC would count."""
+    count = 0
+    for pid in procfs.all_pids():
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                found = procfs.stat(pid)
+                count += found.threads if found else 0
+    return count
+
+
+def _uid() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
+
+
+def memory_and_swap() -> tuple[int | None, int | None]:
+    """Total memory and swap in bytes, from /proc/meminfo; ``None`` where there is none such."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            key, _, rest = line.partition(":")
+            if key in ("MemTotal", "SwapTotal"):
+                found[key] = int(rest.split()[0]) * 1024
+    return found.get("MemTotal"), found.get("SwapTotal")
+
+
+def _cgroup_mounts() -> dict[str, tuple[Path, str]]:
+    """Controller (``""`` for the unified tree) to its mount point and the root that is mounted there.
+
+    The root differs from ``/`` inside a container that shares the host's cgroup namespace (proc_pid_mountinfo(5)).
+    """
+    mounts: dict[str, tuple[Path, str]] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            kind, _, options = right.split(" ", 2)
+            root, point = left.split()[3:5]
+            if kind == "cgroup2":
+                mounts.setdefault("", (Path(point), root))
+            elif kind == "cgroup":
+                for controller in options.rsplit(" ", 1)[-1].split(","):
+                    mounts.setdefault(controller, (Path(point), root))
+    return mounts
+
+
+def _own_cgroups() -> dict[str, str]:
+    """Controller to the path of the group that this process is in (cgroups(7))."""
+    own: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                own[controller] = path
+    return own
+
+
+def _directory(mount: tuple[Path, str], path: str) -> Path:
+    point, root = mount
+    if root != "/" and path.startswith(root):
+        path = path[len(root) :]
+    return point / path.lstrip("/")
+
+
+def _v1_parents(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> tuple[dict[str, Path], str]:
+    parents: dict[str, Path] = {}
+    why = "cgroup v1 controllers are not mounted"
+    for controller in V1_CONTROLLERS:
+        if controller not in mounts:
+            continue
+        directory = _directory(mounts[controller], own.get(controller, "/"))
+        trouble = _can_make_group(directory)
+        if trouble:
+            why = trouble
+        else:
+            parents[controller] = directory
+    return parents, "" if parents else why
+
+
+def _can_make_group(directory: Path) -> str:
+    """Try to make and remove a group; why not, or the empty string. The only proof that counts: modes and mounts lie."""
+    probe = directory / f"safe-exec-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+    except OSError as error:
+        return f"{directory}: {error.strerror}"
+    probe.rmdir()
+    return ""
+
+
+def _v2_parent(
+    mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
+) -> tuple[Path | None, frozenset[str], str]:
+    """The nearest group from ours upwards whose children get controllers and under which we may make one.
+
+    A group with processes in it cannot give controllers to its children (no internal processes, cgroup-v2 of the
+    kernel's admin guide), hence the walk: our own group holds this very process, unless it is the root.
+    """
+    if "" not in mounts:
+        return None, frozenset(), "the unified hierarchy is not mounted"
+    directory = _directory(mounts[""], own.get("", "/"))
+    why = "no group above this process hands memory and pids on to new groups"
+    while directory == mounts[""][0] or mounts[""][0] in directory.parents:
+        given = _words(directory / "cgroup.subtree_control")
+        if "memory" in given and "pids" in given:
+            trouble = _can_join_below(directory)
+            if not trouble:
+                return directory, frozenset(given) & frozenset(V2_CONTROLLERS), ""
+            why = trouble
+        directory = directory.parent
+    return None, frozenset(), why
+
+
+def _can_join_below(directory: Path) -> str:
+    """Whether a process of ours may be moved into a new group here: mkdir, and write access to the common ancestor.
+
+    Moving needs write access to ``cgroup.procs`` of the nearest common ancestor of both groups (delegation
+    containment), which is what an ordinary user lacks outside its own delegated tree.
+    """
+    trouble = _can_make_group(directory)
+    if trouble:
+        return trouble
+    if not os.access(directory / "cgroup.procs", os.W_OK):
+        return f"{directory}/cgroup.procs is not ours to write"
+    return ""
+
+
+def _v2_plain(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> Path | None:
+    if "" not in mounts:
+        return None
+    directory = _directory(mounts[""], own.get("", "/"))
+    return None if _can_join_below(directory) else directory
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

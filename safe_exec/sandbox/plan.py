@@ -1,0 +1,145 @@
+"""Offers of the mechanisms, folded strongest first into one frozen plan that the keeper carries out.
+
+May import model, machine and the mechanisms. Pure: nothing here touches the system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from safe_exec.errors import EnforcementError
+from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+
+RUNNER_LIMITS = (
+    LimitName.CELL_TIMEOUT,
+    LimitName.TIMEOUT,
+    LimitName.START_TIMEOUT,
+    LimitName.CELL_OUTPUT,
+    LimitName.OUTPUT,
+)
+"""Held by the runner by their nature: it is what waits, and what takes the output."""
+
+REQUIRE_ALL = (
+    LimitName.MEMORY,
+    LimitName.CPUS,
+    LimitName.PROCESSES,
+    LimitName.OPEN_FILES,
+    LimitName.FILE_SIZE,
+)
+"""What ``--require all`` stands for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CgroupWork:
+    """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
+
+    ``name`` is the last part of every directory.
+    """
+
+    dirs: tuple[str, ...] = ()
+    writes: tuple[tuple[str, str], ...] = ()
+    joins: tuple[str, ...] = ()
+    kill_files: tuple[str, ...] = ()
+    counter_files: tuple[str, ...] = ()
+
+    def plus(self, other: CgroupWork) -> CgroupWork:
+        """Both, one after the other."""
+        return CgroupWork(
+            dirs=self.dirs + other.dirs,
+            writes=self.writes + other.writes,
+            joins=self.joins + other.joins,
+            kill_files=self.kill_files + other.kill_files,
+            counter_files=self.counter_files + other.counter_files,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """What one mechanism can hold of the limits that are set, and what the keeper has to do for it.
+
+    ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that the watchdog in
+    the runner must look after. Only what is wanted of an offer is carried out.
+    """
+
+    mechanism: Mechanism
+    holds: Mapping[LimitName, Enforcement]
+    cgroup: CgroupWork = field(default_factory=CgroupWork)
+    rlimits: Mapping[LimitName, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpawnPlan:
+    """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit."""
+
+    cgroup: CgroupWork
+    rlimits: tuple[tuple[int, int, int], ...]
+    open_files_soft: int | None
+    watch: frozenset[LimitName]
+    enforcement: Mapping[LimitName, Enforcement]
+
+    def as_request(self) -> dict[str, object]:
+        """The part that the keeper reads, as JSON values."""
+        cgroup = {f"cgroup_{k}" if k in ("dirs", "writes", "joins") else k: v for k, v in asdict(self.cgroup).items()}
+        return {**cgroup, "rlimits": self.rlimits, "open_files_soft": self.open_files_soft}
+
+
+def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
+    """Give each limit that is set to the first offer that holds it; ``offers`` come strongest first.
+
+    A limit that nothing holds is written down as held by ``none``, not left out.
+    """
+    enforcement: dict[LimitName, Enforcement] = {}
+    for name in RUNNER_LIMITS:
+        if limits.of(name) is not None:
+            enforcement[name] = Enforcement(by=Mechanism.RUNNER, hard=False)
+    for offer in offers:
+        for name, held in offer.holds.items():
+            enforcement.setdefault(name, held)
+    for name in LimitName:
+        if limits.of(name) is not None:
+            enforcement.setdefault(name, Enforcement(by=Mechanism.NONE, hard=False, note="nothing here can hold it"))
+    return _carry_out(limits, offers, enforcement)
+
+
+def _carry_out(limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitName, Enforcement]) -> SpawnPlan:
+    cgroup = CgroupWork()
+    rows: list[tuple[int, int, int]] = []
+    watch: set[LimitName] = set()
+    for offer in offers:
+        cgroup = cgroup.plus(offer.cgroup)
+        for name, limit_rows in offer.rlimits.items():
+            # A limit on processor time wants both: RLIMIT_CPU for each process, the watch for their sum.
+            if enforcement[name].by in (offer.mechanism, Mechanism.NONE) or name is LimitName.CPU_TIME:
+                rows.extend(limit_rows)
+        if offer.mechanism is Mechanism.WATCHDOG:
+            watch = {name for name in offer.holds if not _held_for_the_tree(enforcement[name], name)}
+    ordered = {name: enforcement[name] for name in LimitName if name in enforcement}
+    return SpawnPlan(
+        cgroup=cgroup,
+        rlimits=tuple(rows),
+        open_files_soft=limits.open_files,
+        watch=frozenset(watch),
+        enforcement=ordered,
+    )
+
+
+def _held_for_the_tree(held: Enforcement, name: LimitName) -> bool:
+    """Whether a limit is already held for all processes together, so that no watch is needed."""
+    return held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD) and name is not LimitName.CPU_TIME
+
+
+def require(plan: SpawnPlan, limits: Limits, names: Sequence[LimitName]) -> None:
+    """Refuse a plan that holds a required limit by less than the operating system's kernel.
+
+    Raises EnforcementError, naming the limit, what would hold it, and where to look further.
+    """
+    for name in names:
+        if limits.of(name) is None:
+            raise EnforcementError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
+        held = plan.enforcement[name]
+        if not held.hard:
+            by = "nothing" if held.by is Mechanism.NONE else f"the {held.by} alone"
+            raise EnforcementError(
+                f"--require {name}: here {by} could hold it, not the system's kernel; `safe-exec doctor` says how to mend it"
+            )

@@ -1,0 +1,114 @@
+"""What /proc says of processes, and the death of a whole tree. Linux only; standard library only (the keeper uses it).
+
+Sources: proc(5), prctl(2) PR_SET_CHILD_SUBREAPER, kernel documentation admin-guide/cgroup-v2 (``cgroup.kill``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class Stat(NamedTuple):
+    """The fields of /proc/PID/stat that we use; ``cpu`` in seconds, ``started`` in clock ticks since boot."""
+
+    pid: int
+    state: str
+    ppid: int
+    cpu: float
+    threads: int
+    started: int
+
+
+def stat(pid: int, task: int | None = None) -> Stat | None:
+    """Read the stat line of a process or of one of its threads; ``None`` when it is gone."""
+    path = f"/proc/{pid}/stat" if task is None else f"/proc/{pid}/task/{task}/stat"
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read().decode("utf-8", "replace")
+    except OSError:
+        return None
+    # The command name may hold spaces and parentheses: only what follows the last ")" is safe to split.
+    head, _, tail = text.rpartition(")")
+    rest = tail.split()
+    cpu = (int(rest[11]) + int(rest[12])) / TICKS
+    return Stat(int(head.split(" ", 1)[0]), rest[0], int(rest[1]), cpu, int(rest[17]), int(rest[19]))
+
+
+def status_bytes(pid: int, key: str) -> int | None:
+    """A ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes; ``None`` when it cannot be read."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def soft_limit(pid: int, title: str) -> int | None:
+    """The soft value of a row of /proc/PID/limits, ``None`` for unlimited or unreadable."""
+    try:
+        for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+            if line.startswith(title):
+                value = line[len(title) :].split()[0]
+                return None if value == "unlimited" else int(value)
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def all_pids() -> list[int]:
+    """The ids of all processes that /proc shows."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def descendants(root: int) -> list[int]:
+    """All live and zombie descendants of ``root``, nearest first. One pass over /proc."""
+    children: dict[int, list[int]] = {}
+    for pid in all_pids():
+        found = stat(pid)
+        if found is not None:
+            children.setdefault(found.ppid, []).append(pid)
+    order: list[int] = []
+    queue = list(children.get(root, ()))
+    while queue:
+        pid = queue.pop(0)
+        order.append(pid)
+        queue.extend(children.get(pid, ()))
+    return order
+
+
+def signal_all(pids: Iterable[int], signum: int) -> None:
+    """Send a signal to each; those that are gone meanwhile are no error."""
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) -> list[int]:
+    """Kill every descendant of ``root`` (a subreaper, so that orphans stay its descendants).
+
+    All are stopped before any is killed: a process that forks faster than we read /proc would else outrun us.
+    ``reap`` collects zombies and says whether any child is left. Returns the pids that outlived ``deadline``
+    (``time.monotonic`` seconds): a process in uninterruptible sleep cannot be killed at once.
+    """
+    while True:
+        alive = [pid for pid in descendants(root) if (s := stat(pid)) is not None and s.state not in "ZX"]
+        if not alive and not reap():
+            return []
+        signal_all(alive, signal.SIGSTOP)
+        signal_all(alive, signal.SIGKILL)
+        reap()
+        if time.monotonic() > deadline:
+            return alive
+        time.sleep(0.002)

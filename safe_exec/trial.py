@@ -1,0 +1,585 @@
+"""One trial: a list of cells run in a fresh kernel in a fresh sandbox. Gives facts, no opinions.
+
+May import kernel, sandbox, notebook, events, model. Cells keep the index they have in the notebook. The ending is what was
+observed, by one rule (the first that applies): we were cancelled; we had decided to kill; the kernel ended, or asked to, before our
+shutdown request; a cell raised; all ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safe_exec import events
+from safe_exec.errors import KernelStartError
+from safe_exec.gather import gather
+from safe_exec.kernel.client import TrialClient
+from safe_exec.kernel.look import look
+from safe_exec.kernel.session import KernelSession, was_polite
+from safe_exec.ledger import Ledger
+from safe_exec.model import (
+    Cancelled,
+    CellError,
+    CellFailed,
+    CellStatus,
+    Died,
+    Ending,
+    Evidence,
+    InternalError,
+    LimitHit,
+    LimitName,
+    Limits,
+    Looked,
+    Passed,
+    Place,
+    StartFailed,
+    TerminationReason,
+    TimedOut,
+)
+from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.plan import SpawnPlan
+
+SAMPLE_SECONDS = 0.1
+FLOOD_FACTOR = 16
+"""A cell that writes so many times its cap is an endless flood: the run is ended."""
+LATE_SIGNAL_SECONDS = 0.3
+"""A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long for our own."""
+WATCHED_REASONS = {
+    LimitName.MEMORY: TerminationReason.MEMORY,
+    LimitName.CPU_TIME: TerminationReason.CPU_TIME,
+    LimitName.PROCESSES: TerminationReason.PROCESSES,
+}
+DEATHS = (TerminationReason.MEMORY, TerminationReason.CPU_TIME)
+"""Limits by which the kernel *dies* (status ``kernel_died``), be it by the system's hand or by ours."""
+
+
+class Cancellation:
+    """Signals that ask us to stop; those that come before a trial listens are not lost."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._listener: Callable[[], None] | None = None
+
+    def arrive(self, number: int) -> None:
+        """A signal came."""
+        self.signals.append(number)
+        if self._listener is not None:
+            self._listener()
+
+    def attach(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` at each signal from now on, and at once for one that came before."""
+        self._listener = listener
+        if self.signals:
+            listener()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRequest:
+    """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
+
+    ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell.
+    """
+
+    run_id: str
+    node: Any
+    kernel_name: str
+    cwd: Path
+    limits: Limits
+    machine: Machine
+    plan: SpawnPlan
+    cell_limits: Callable[[Any], Limits]
+    allow_errors: bool = False
+    cells: frozenset[int] | None = None
+    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    sink: events.EventSink = lambda event: None
+    started: float = field(default_factory=time.monotonic)
+    cancellation: Cancellation = field(default_factory=Cancellation)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialResult:
+    """What was observed. ``node`` is the notebook with the outputs gathered."""
+
+    ending: Ending
+    evidence: Evidence
+    ledger: Ledger
+    node: Any
+    place: Place | None
+    hello: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+class Stop(Exception):
+    """Leave the run of cells with an ending."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(repr(ending))
+        self.ending = ending
+
+
+class Trial:
+    """The run of one request; ``run()`` once."""
+
+    def __init__(self, request: TrialRequest) -> None:
+        self.request = request
+        self.sink = request.sink
+        self.ledger = Ledger.for_notebook(request.node, request.started)
+        self.session = KernelSession(
+            limits=request.limits, plan=request.plan, run_id=request.run_id, on_limit=self._limit_from_watchdog
+        )
+        self.signals = request.cancellation.signals
+        self.warnings: list[str] = []
+        self.limit: tuple[LimitName, float | None] | None = None
+        self.stopping = asyncio.Event()
+        self.current: int | None = None
+        self.looked: Looked | None = None
+        self.open_files: int | None = None
+        self._near: set[LimitName] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pending_output: dict[int, int] = {}
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.request.started
+
+    # --- the whole ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> TrialResult:
+        """Run; whatever happens, the tree is dead and everything removed when this returns."""
+        self._loop = asyncio.get_running_loop()
+        self.request.cancellation.attach(self._cancelled)
+        sampler: asyncio.Task[None] | None = None
+        try:
+            ending = await self._start()
+            if ending is None:
+                sampler = asyncio.create_task(self._sample_forever())
+                ending = await self._run_cells()
+        except Stop as stop:
+            ending = stop.ending
+        except Exception as error:  # noqa: BLE001 - our own failure is an ending too: what was gathered gets written
+            ending = InternalError(message=f"{type(error).__name__}: {error}", cell=self.current)
+            self._kill(TerminationReason.INTERNAL)
+        finally:
+            if sampler is not None:
+                sampler.cancel()
+        return await self._finish(ending)
+
+    async def _finish(self, ending: Ending) -> TrialResult:
+        """Collect the evidence while it is there, then take everything down."""
+        ending = await self._settle(ending)
+        self.session.take_facts()
+        evidence, place = gather(self, ending)
+        self.session.close()
+        departure = self.session.departure
+        if departure.alive or departure.left:
+            self.warnings.append(
+                f"left behind: processes {list(departure.alive)}, paths {list(departure.left)}; the next run tries again"
+            )
+        self.ledger.close(self.now())
+        return TrialResult(
+            ending=ending,
+            evidence=evidence,
+            ledger=self.ledger,
+            node=self.request.node,
+            place=place,
+            hello=self.session.told.hello,
+            warnings=tuple(self.warnings),
+        )
+
+    async def _settle(self, ending: Ending) -> Ending:
+        """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
+        if isinstance(ending, Passed | CellFailed) and not self.signals:
+            ending = await self._shut_down(ending)
+        elif not self.session.died.is_set():
+            self._kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        ended = self.session.ended
+        if ended is not None and ended.reason is None and ended.status and was_polite(ended.status.signal):
+            await self._wait_for_signal()
+        if self.signals:
+            return Cancelled(signal=self.signals[0], cell=self.current)
+        return ending
+
+    async def _wait_for_signal(self) -> None:
+        deadline = time.monotonic() + LATE_SIGNAL_SECONDS
+        while not self.signals and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    async def _shut_down(self, ending: Ending) -> Ending:
+        """End a kernel whose cells are done. A kernel that ended before our request died; a hook that crashes only warns."""
+        if self.session.died.is_set():
+            return Died(cell=self._cell_at_death(), exit=self.session.ended.status if self.session.ended else None)
+        await self._read_last_counters()
+        asked = self.session.client.asked_to_exit if self.session.client else None
+        if asked is not None and isinstance(ending, Passed):
+            ending = Died(cell=asked, exit=None, asked_to_exit=True)
+        if not await self.session.shut_down():
+            self.warnings.append("an exit hook did not end within 3 s of the shutdown request; the kernel was killed")
+            self._kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        elif self.session.ended and self.session.ended.status and self.session.ended.status.signal is not None:
+            self.warnings.append(f"the kernel crashed in an exit hook, after all cells had run: {self.session.ended.status}")
+        return ending
+
+    async def _read_last_counters(self) -> None:
+        if self.session.meter is not None:
+            self.ledger.counters = self.session.meter.counters()
+        with contextlib.suppress(OSError):
+            self.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
+
+    # --- signals, limits ----------------------------------------------------------------------------------------
+
+    def _cancelled(self) -> None:
+        """Stop as soon as possible: it is recorded; kill, and let the run wind up."""
+        self.stopping.set()
+        self._kill(TerminationReason.CANCELLED)
+
+    def _limit_from_watchdog(self, name: LimitName, used: float) -> None:
+        """On the watchdog's thread, after it had the tree killed."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._limit_reached, name, used)
+
+    def _limit_reached(self, name: LimitName, used: float | None) -> None:
+        if self.limit is None:
+            self.limit = (name, used)
+            allowed = self.request.limits.of(name) or 0
+            self.sink(events.LimitReached(time=self.now(), limit=name, used=used, allowed=allowed))
+
+    def _end_for(self, name: LimitName, reason: TerminationReason, used: float | None) -> None:
+        self._limit_reached(name, used)
+        self.stopping.set()
+        self._kill(reason)
+
+    def _kill(self, reason: TerminationReason) -> None:
+        if not self.session.died.is_set():
+            self.sink(events.Killed(time=self.now(), reason=reason))
+            self.session.kill(reason)
+
+    async def _sample_forever(self) -> None:
+        """Ten times a second: usage for timeline and progress, and the limits that only a look can hold."""
+        while not self.session.died.is_set():
+            self._sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _sample(self) -> None:
+        assert self.session.meter is not None
+        reading = self.session.meter.read()
+        self.ledger.sample(self.now(), reading, self.current)
+        for index, size in self._pending_output.items():
+            self.sink(events.OutputReceived(time=self.now(), index=index, size=size))
+        self._pending_output.clear()
+        self.sink(
+            events.UsageSampled(
+                time=self.now(),
+                index=self.current,
+                memory=reading.memory,
+                cpu_seconds=reading.cpu_seconds,
+                processes=reading.tasks,
+            )
+        )
+        limits = self.request.limits
+        self._warn_near(LimitName.MEMORY, reading.memory, limits.memory)
+        if limits.cpu_time is not None and reading.cpu_seconds is not None and reading.cpu_seconds > limits.cpu_time:
+            self._end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, reading.cpu_seconds)
+        self._look_for_flood()
+
+    def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
+        if used is not None and allowed and used > 0.9 * allowed and name not in self._near:
+            self._near.add(name)
+            self.sink(events.LimitNear(time=self.now(), limit=name, used=used, allowed=allowed))
+
+    def written(self) -> int | None:
+        """Bytes or characters the running cell has put out, whether they were sent or not."""
+        client = self.session.client
+        if client is None:
+            return None
+        inside = 0
+        provisioner = self.session.provisioner
+        if self.session.fitted and provisioner and provisioner.channels:
+            inside = sum(provisioner.channels.page.counts())
+        return max(client.accounts.received, inside)
+
+    def _look_for_flood(self) -> None:
+        client = self.session.client
+        written = self.written()
+        if client is None or written is None or client.cell_cap is None or self.current is None:
+            return
+        if written > FLOOD_FACTOR * client.cell_cap:
+            self._end_for(LimitName.CELL_OUTPUT, TerminationReason.OUTPUT, written)
+
+    # --- the start ----------------------------------------------------------------------------------------------
+
+    async def _start(self) -> Ending | None:
+        """Bring the kernel up; an ending when it did not come."""
+        request = self.request
+        self.sink(events.SandboxBuilt(time=self.now(), enforcement=request.plan.enforcement))
+        begun = time.monotonic()
+        try:
+            self.session.open_sandbox()
+            await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env)
+            self.sink(events.KernelStarted(time=self.now(), pid=self.session.pid or 0))
+            info = await self._connect()
+        except KernelStartError as error:
+            return self._start_failed(str(error), time.monotonic() - begun)
+        if info is None:
+            return Cancelled(signal=self.signals[0] if self.signals else signal.SIGTERM, cell=None)
+        self.sink(events.KernelReady(time=self.now()))
+        if "language_info" in info:
+            request.node.metadata["language_info"] = info["language_info"]
+        self.ledger.ready(self.now())
+        return None
+
+    async def _connect(self) -> dict[str, Any] | None:
+        """The kernel's info; ``None`` when we were cancelled meanwhile."""
+        client = TrialClient(
+            self.request.node,
+            self.session.manager,
+            died=self.session.died,
+            on_output=self._on_output,
+            allow_errors=self.request.allow_errors,
+        )
+        client.reset_execution_trackers()
+        client.total_cap = self.request.limits.output
+        connect = asyncio.create_task(self.session.connect(client, self.request.limits.start_timeout))
+        stop = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if connect.done():
+            return connect.result()
+        connect.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await connect
+        return None
+
+    def _start_failed(self, reason: str, waited: float) -> Ending:
+        ended = self.session.ended
+        if not self.session.died.is_set():
+            self._kill(TerminationReason.START_TIMEOUT)
+        return StartFailed(reason=reason, exit=ended.status if ended else None, waited=waited)
+
+    # --- the cells ----------------------------------------------------------------------------------------------
+
+    async def _run_cells(self) -> Ending:
+        client = self.session.client
+        assert client is not None
+        for index, cell in enumerate(self.request.node.cells):
+            if cell.cell_type != "code" or (self.request.cells is not None and index not in self.request.cells):
+                continue
+            if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
+                self.ledger.skip(index)
+                continue
+            await self._run_cell(client, index, cell)
+        client.set_widgets_metadata()
+        self.current = None
+        if self.session.died.is_set():
+            await self._stop_for_death(None)
+        worker = self._worker_killed()
+        return worker or Passed()
+
+    def _worker_killed(self) -> Ending | None:
+        """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
+        if self.session.meter is not None:
+            self.ledger.counters = self.session.meter.counters()
+        if self.ledger.counters.oom_kills and not self.session.died.is_set():
+            return LimitHit(limit=LimitName.MEMORY, cell=self.ledger.cell_of_first_oom)
+        return None
+
+    async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
+        """Run one cell under its limits; raises Stop when the run ends with it."""
+        self.current = index
+        limits = self.request.cell_limits(cell)
+        client.begin_cell(limits.cell_output)
+        self._begin(index, cell)
+        if self.session.died.is_set():
+            await self._stop_for_death(index)
+        execution = asyncio.create_task(
+            client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
+        )
+        await self._until_done(execution, limits)
+        if not execution.done():
+            await self._over_time(execution, index, limits)
+        await self._judge(execution, index)
+
+    async def _until_done(self, execution: asyncio.Task[Any], limits: Limits) -> None:
+        stop = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if self.stopping.is_set() and not execution.done():
+            await self.session.wait_dead(10.0)
+            await asyncio.wait({execution}, timeout=5.0)
+
+    def _time_left(self, limits: Limits) -> float | None:
+        """Seconds until the first of both wall times is over."""
+        left = [] if limits.cell_timeout is None else [limits.cell_timeout]
+        if self.request.limits.timeout is not None:
+            left.append(max(0.0, self.request.limits.timeout - self.now()))
+        return min(left) if left else None
+
+    async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
+        """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
+        if self.stopping.is_set():
+            return
+        whole = self.request.limits.timeout is not None and self.now() >= self.request.limits.timeout
+        allowed = self.request.limits.timeout if whole else limits.cell_timeout
+        name = LimitName.TIMEOUT if whole else LimitName.CELL_TIMEOUT
+        self._limit_reached(name, self.now() if whole else allowed)
+        await self._look(index)
+        answered = await self._interrupt(execution, index, limits.interrupt_grace)
+        if self.signals:
+            return
+        self._kill(TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT)
+        await self.session.wait_dead(10.0)
+        await asyncio.wait({execution}, timeout=5.0)
+        error = self._retrieve(execution)
+        self._recover(index)
+        self._end(index, CellStatus.KILLED)
+        raise Stop(TimedOut(cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error))
+
+    async def _look(self, index: int) -> None:
+        """What is it doing? Asked before the interrupt changes it."""
+        self.session.take_facts()
+        subject = self.session.subject(self._number(index))
+        if subject is not None and not self.session.died.is_set():
+            self.looked = await look(subject)
+
+    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool:
+        """Interrupt; whether the cell came to its end within the grace time."""
+        if self.looked is not None and self.looked.state == "T":
+            return False  # a stopped process takes no signal but SIGKILL and SIGCONT
+        self.sink(events.Interrupted(time=self.now(), index=index))
+        await self.session.interrupt()
+        await asyncio.wait({execution}, timeout=grace)
+        return execution.done() and not self.session.died.is_set()
+
+    def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
+        """The error with which an interrupted cell answered; takes the task's exception so that nobody else reports it."""
+        if execution.done() and not execution.cancelled():
+            execution.exception()
+        else:
+            execution.cancel()
+        return self._error_of(self.current)
+
+    async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
+        """What became of a cell that is done, one way or another."""
+        client = self.session.client
+        assert client is not None
+        if self.session.died.is_set() or not execution.done():
+            failure = execution.exception() if execution.done() and not execution.cancelled() else None
+            if failure is not None or not execution.done():
+                execution.cancel()
+                await self._stop_for_death(index)
+        failure = execution.exception()
+        reply = client.replies.get(index, {})
+        if failure is None:
+            self._end(index, CellStatus.PASSED if reply.get("status", "ok") != "error" else CellStatus.FAILED)
+            return
+        error = self._error_of(index)
+        if error is None:
+            raise failure
+        self._end(index, CellStatus.FAILED)
+        raise Stop(CellFailed(cell=index, error=error))
+
+    def _error_of(self, index: int | None) -> CellError | None:
+        client = self.session.client
+        reply = client.replies.get(index, {}) if client and index is not None else {}
+        if reply.get("status") != "error":
+            return None
+        traceback = tuple(str(line) for line in reply.get("traceback") or ())
+        return CellError(ename=str(reply.get("ename", "")), evalue=str(reply.get("evalue", "")), traceback=traceback)
+
+    async def _stop_for_death(self, index: int | None) -> None:
+        """The kernel is dead: keep its last words and raise the ending."""
+        await self.session.wait_dead(5.0)
+        self.session.take_facts()
+        if index is not None:
+            self._recover(index)
+            self._end(index, CellStatus.KILLED)
+        ended = self.session.ended
+        self.sink(events.KernelEnded(time=self.now(), status=ended.status.raw if ended and ended.status else None, expected=False))
+        reason = ended.reason if ended else None
+        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES):
+            limit = self.limit[0] if self.limit else LimitName(reason.value)
+            raise Stop(LimitHit(limit=limit, cell=index))
+        raise Stop(Died(cell=index if index is not None else self._cell_at_death(), exit=ended.status if ended else None))
+
+    def _cell_at_death(self) -> int | None:
+        """The cell to name when the kernel died with no cell running: the last that ran."""
+        return self.ledger.last_run
+
+    # --- one cell's bookkeeping -----------------------------------------------------------------------------------
+
+    def _begin(self, index: int, cell: Any) -> None:
+        reading = self.session.meter.read() if self.session.meter else None
+        self.ledger.begin(index, self.now(), reading)
+        code_index = self.ledger.code_index(index)
+        self.sink(events.CellStarted(time=self.now(), index=index, code_index=code_index, source=cell.source))
+
+    def _end(self, index: int, status: CellStatus) -> None:
+        client = self.session.client
+        meter = self.session.meter
+        reading = meter.read() if meter and not self.session.died.is_set() else None
+        kills = meter.counters().oom_kills if meter and not self.session.died.is_set() else None
+        if self.session.ended is not None:
+            kills = self.session.ended.counters.oom_kills
+        size = max(client.accounts.received, self.written() or 0) if client else None
+        record = self.ledger.end(
+            index,
+            self.now(),
+            status,
+            reading=reading,
+            oom_kills=kills,
+            output_bytes=size,
+            truncated=client.accounts.truncated if client else False,
+        )
+        if client and client.accounts.truncated:
+            self.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
+        self.sink(
+            events.CellFinished(
+                time=self.now(),
+                index=index,
+                code_index=record.code_index,
+                status=status,
+                seconds=record.seconds,
+                cpu_seconds=record.cpu_seconds,
+                memory_peak=record.memory_peak,
+                memory_kept=record.memory_kept,
+            )
+        )
+
+    def _recover(self, index: int) -> None:
+        """Put what the dead kernel left in shared memory into its cell."""
+        client, provisioner = self.session.client, self.session.provisioner
+        if client is None or provisioner is None or provisioner.channels is None or not self.session.fitted:
+            return
+        number = self._number(index)
+        if number and client.running is not None and client.running[2] == index:
+            client.recover(provisioner.channels.page, number, self.session.residue())
+
+    def _number(self, index: int) -> int:
+        """The number inside of a cell that was sent; 0 while it has not begun there."""
+        client = self.session.client
+        if client is None or client.running is None or client.running[2] != index:
+            return 0
+        return self.session.number_of(client.running[0])
+
+    def number_now(self) -> int:
+        """The number inside of the current cell, 0 for none."""
+        return self._number(self.current) if self.current is not None else 0
+
+    def _on_output(self, index: int, size: int) -> None:
+        self._pending_output[index] = self._pending_output.get(index, 0) + size
+
+
+async def run_trial(request: TrialRequest) -> TrialResult:
+    """Run one trial. Raises SandboxError and EnforcementError only before anything has run."""
+    return await Trial(request).run()
+
+
