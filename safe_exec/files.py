@@ -59,7 +59,7 @@ def _read_up_to(file: BinaryIO, most: int) -> bytes:
 
 def _open_regular(path: Path) -> int:
     """A descriptor of the regular file ``path``. Raises OSError, _NotRegularError among them."""
-    _demand_regular(os.stat(path))  # before the open: to open some devices is to act on them
+    _demand_regular(path.stat())  # before the open: to open some devices is to act on them
     # O_NONBLOCK: should a FIFO have taken the file's place since, the open must not wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
@@ -148,21 +148,21 @@ def _create_and_forget(directory: Path) -> None:
             raise
         probe = directory / _temporary_name()
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        os.unlink(probe)
+        probe.unlink()
 
 
 def _check_target(path: Path) -> None:
     try:
-        entry = os.lstat(path)
+        entry = path.lstat()
     except FileNotFoundError:
         return
     try:
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except OSError:  # a symlink that leads nowhere, or round in circles
         mode = stat.S_IFREG
     if not stat.S_ISREG(mode):
         raise OutputPathError(f"{one_line(path)}: is {_kind(mode)}; name a file to write")
-    parent = os.stat(path.parent)
+    parent = path.parent.stat()
     mine = os.geteuid() in (0, entry.st_uid, parent.st_uid)
     if parent.st_mode & stat.S_ISVTX and not mine:  # sticky: only an owner may rename over it (rename(2), EPERM)
         raise OutputPathError(f"{one_line(path)}: belongs to another user; choose another output path")

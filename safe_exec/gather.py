@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from typing import TYPE_CHECKING
 
-from safe_exec.kernel.faults import main_stack, parse_fault
+from safe_exec.kernel.faults import fatal_part, main_stack, parse_fault
 from safe_exec.model import (
     CellFailed,
     Ending,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from safe_exec.trial import Trial
 
 NEAR_LIMIT = 0.95
+RECENT_CHARACTERS = 65536
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
 _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
@@ -78,36 +80,31 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         disk_free=_disk_free(str(request.cwd)),
         open_files=trial.open_files,
         executed=session.told.executed,
-        cell_active=_cell_active(trial),
-        last_words=_last_words(trial),
+        cell_active=trial.cell_active,
+        last_words=_recent_text(trial)[-4000:],
     ), place
 
 
-def _cell_active(trial: Trial) -> bool | None:
-    """Whether the kernel was at work on the current cell, by its own page: begun there and not ended."""
-    provisioner = trial.session.provisioner
-    if not trial.session.fitted or trial.current is None or provisioner is None or provisioner.channels is None:
-        return None
-    number, note = trial.number_now(), provisioner.channels.page.note()
-    return bool(number) and note.line != 0
-
-
-def _last_words(trial: Trial) -> str:
-    """The end of the text that the current cell put out."""
+def _recent_text(trial: Trial) -> str:
+    """The end of the text that the current cell put out, and of the process's own stderr."""
     if trial.current is None:
         return ""
     outputs = trial.request.node.cells[trial.current].get("outputs", [])
-    text = "".join(str(o.get("text", "")) for o in outputs[-5:] if o.get("output_type") == "stream")
-    return text[-4000:]
+    text = "".join(str(o.get("text", "")) for o in outputs[-20:] if o.get("output_type") == "stream")
+    return text[-RECENT_CHARACTERS:]
 
 
 def _fault(trial: Trial) -> FaultReport | None:
     session = trial.session
     ended = session.ended
-    if ended is None or not ended.fault:
+    if ended is None:
         return None
     main = session.told.hello.get("main")
-    return parse_fault(ended.fault, session.file_cells, main, ended.stack_bytes, ended.stack_limit)
+    report = parse_fault(ended.fault, session.file_cells, main, ended.stack_bytes, ended.stack_limit)
+    if report is None and ended.status and ended.status.signal == signal.SIGABRT:
+        # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
+        report = parse_fault(_recent_text(trial), session.file_cells, main, None, None)
+    return report
 
 
 def _memory_peak(trial: Trial, kills: int | None, raw: int | None) -> int | None:
@@ -189,8 +186,8 @@ def _of_fault(trial: Trial, index: int, fault: FaultReport | None) -> Place | No
     if fault is None or ended is None:
         return None
     session = trial.session
-    at = ended.fault.rfind("Fatal Python error: ")
-    stack = fault.stack if fault.main else main_stack(ended.fault[at:], session.file_cells, session.told.hello.get("main"))
+    text = fatal_part(ended.fault) or fatal_part(_recent_text(trial))
+    stack = fault.stack if fault.main else main_stack(text, session.file_cells, session.told.hello.get("main"))
     line = _innermost(stack, index)
     return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
 

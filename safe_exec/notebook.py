@@ -50,6 +50,8 @@ BANNER_ROLE = "banner"
 OUR_ERROR_PREFIX = "SafeExec"
 """``ename`` of the ``error`` outputs we write, alone or before anything that is no letter (``"SafeExec: exit"``)."""
 
+_FORMAT = 4
+_IDS_SINCE = 5  # nbformat 4.5 has ids for cells, and its schema forbids them before
 _MOST_BYTES = 2**30
 _DEEPEST = 200  # copying and writing recurse, some three frames a level, under Python's limit of 1000
 _TOO_DEEP = "(nested too deeply)"
@@ -109,7 +111,7 @@ def read(path: Path | str) -> Notebook:
     version = _version(document, path)
     if _SURROGATE_ESCAPE.search(data):
         document = _mapped(document, _joined)
-    node = _current(document, path) if version[0] == 4 else _upgraded(document, version, path)
+    node = _current(document, path) if version[0] == _FORMAT else _upgraded(document, version, path)
     sha256 = hashlib.sha256(data).hexdigest()
     _give_ids(node, sha256)
     kernel, language = _kernel_of(node.metadata)
@@ -155,7 +157,7 @@ def _version(document: Any, path: Path) -> tuple[int, int]:
     major, minor = document["nbformat"], document.get("nbformat_minor", 0)
     if type(major) is not int or type(minor) is not int or major < 1 or minor < 0:
         raise NotebookError(f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers")
-    if major > 4:
+    if major > _FORMAT:
         raise NotebookError(
             f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4"
         )
@@ -170,7 +172,7 @@ def _current(document: Any, path: Path) -> NotebookNode:
     if problem:
         raise NotebookError(f"{one_line(path)}: not a valid notebook: {problem}")
     document.setdefault("nbformat_minor", 0)
-    node: NotebookNode = v4.to_notebook(document)  # type: ignore[no-untyped-call]
+    node: NotebookNode = v4.to_notebook(document)
     return node
 
 
@@ -180,9 +182,8 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
 
     try:
         old = nbformat.versions[version[0]].to_notebook_json(document, minor=version[1])
-        node = json.loads(json.dumps(nbformat.convert(old, 4)))  # type: ignore[no-untyped-call]
-    # The converters are written for valid notebooks; on others they fail anyhow.
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, nbformat.ValidationError) as problem:
+        node = json.loads(json.dumps(nbformat.convert(old, _FORMAT)))
+    except Exception as problem:  # noqa: BLE001 - the converters are for valid notebooks and fail anyhow on others
         kind = type(problem).__name__
         raise NotebookError(
             f"{one_line(path)}: not a valid notebook of nbformat {version[0]}: it cannot be upgraded ({kind})"
@@ -253,7 +254,7 @@ def _give_ids(node: NotebookNode, seed: str) -> None:
     """Ids as nbformat's own reader would leave them: valid and different from 4.5 on, none before; but never random."""
     seen: set[str] = set()
     for index, cell in enumerate(node.cells):
-        if node.nbformat_minor < 5:
+        if node.nbformat_minor < _IDS_SINCE:
             cell.pop("id", None)
             continue
         found, attempt = cell.get("id"), 0
@@ -375,8 +376,8 @@ def _encoded(node: Any) -> bytes:
     from nbformat import from_dict, v4
 
     # from_dict, because what was put into the node may hold plain dicts, on which nbformat's writer stumbles.
-    node = from_dict(_without_ids(node) if node["nbformat_minor"] < 5 else node)  # type: ignore[no-untyped-call]
-    text: str = v4.writes(node, allow_nan=False)  # type: ignore[no-untyped-call]
+    node = from_dict(_without_ids(node) if node["nbformat_minor"] < _IDS_SINCE else node)
+    text: str = v4.writes(node, allow_nan=False)
     return (text + "\n").encode()
 
 

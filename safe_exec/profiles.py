@@ -63,8 +63,11 @@ CELL_LIMITS = frozenset({"cell_timeout", "cell_output"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """A named set of limits. ``loosenable``: a notebook may loosen them. ``firm``: nor may a ``safe-exec.yaml``,
-    where the profile was asked for by name."""
+    """A named set of limits.
+
+    ``loosenable``: a notebook may loosen them. ``firm``: not even a ``safe-exec.yaml`` may, where the profile was asked
+    for by name.
+    """
 
     name: str
     limits: Limits
@@ -110,8 +113,10 @@ _SECTIONS = ("description", "extends", "firm", "limits")
 
 @cache
 def profile_dir() -> Path:
-    """The directory of the profiles that ship: inside the package (a wheel) or beside it (a checkout, an editable
-    install). Raises LimitsError."""
+    """The directory of the profiles that ship. Raises LimitsError.
+
+    In a wheel it lies inside the package; in a checkout, which an editable install uses too, beside it.
+    """
     package = Path(__file__).resolve().parent
     for directory in (package / "_limits", package.parent / "limits"):
         if (directory / f"{DEFAULT_PROFILE}.yaml").is_file():
@@ -267,7 +272,7 @@ def _notebook_layer(metadata: Mapping[str, object], notebook: str, machine_memor
 
 
 def _nbclient_timeout(timeout: object) -> object:
-    """nbclient takes 0 and what is below for "no timeout"; everything else is as ours."""
+    """To nbclient, 0 and what is below are "no timeout"; everything else is as ours."""
     unlimited = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout <= 0
     return None if unlimited else timeout
 

@@ -141,6 +141,7 @@ class Trial:
         self.current: int | None = None
         self.looked: Looked | None = None
         self.open_files: int | None = None
+        self.cell_active: bool | None = None
         self._near: set[LimitName] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending_output: dict[int, int] = {}
@@ -446,6 +447,7 @@ class Trial:
     async def _look(self, index: int) -> None:
         """What is it doing? Asked before the interrupt changes it."""
         self.session.take_facts()
+        self.cell_active = self.session.at_work(self._number(index))
         subject = self.session.subject(self._number(index))
         if subject is not None and not self.session.died.is_set():
             self.looked = await look(subject)

@@ -5,6 +5,8 @@ them. Every ``parse_*`` takes what a YAML file, a notebook's metadata or an opti
 :class:`UnitError`, whose text says what was found and what was expected.
 """
 
+# ruff: noqa: PLR2004 - the thresholds of rounding say best themselves what they are
+
 from __future__ import annotations
 
 import math

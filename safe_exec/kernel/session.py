@@ -291,6 +291,12 @@ class KernelSession:
             for function, line, file, number in rows
         )
 
+    def at_work(self, number: int) -> bool | None:
+        """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
+        if not self.fitted or self.provisioner is None or self.provisioner.channels is None:
+            return None
+        return number != 0 and self.provisioner.channels.page.note().line != 0
+
     def subject(self, number: int) -> Subject | None:
         """What ``look`` needs to see what this kernel is doing."""
         if self.pid is None or self.sandbox is None:

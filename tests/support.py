@@ -1,0 +1,116 @@
+"""What the tests with real kernels share: run the command as a user would, and see that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jsonschema import Draft202012Validator
+
+from safe_exec.reports.verdict_json import load_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+EXECUTABLE = Path(sys.executable).parent / "safe-exec"
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One run of the command: its exit code, what it printed, and the documents it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+    verdict: dict[str, Any]
+    notebook: Any
+    run_id: str
+
+
+def safe_exec(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    timeout: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command and wait for it."""
+    argv = [*prefix, str(EXECUTABLE), *map(str, arguments)]
+    full = {**os.environ, **(env or {})}
+    return subprocess.run(argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_notebook(
+    path: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    cwd: Path | None = None,
+) -> Outcome:
+    """``safe-exec run`` on a notebook; documents checked against their schemas, and nothing left behind."""
+    done = safe_exec("run", path, *options, env=env, prefix=prefix, cwd=cwd)
+    stem = path.with_suffix("")
+    verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")
+    assert verdict_path.exists(), f"no verdict; exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    verdict = json.loads(verdict_path.read_text())
+    Draft202012Validator(load_schema()).validate(verdict)
+    node = nbformat.read(notebook_path, as_version=4)
+    nbformat.validate(node)
+    assert verdict["exit_code"] == done.returncode
+    assert left_behind(verdict["run_id"]) == []
+    return Outcome(
+        code=done.returncode,
+        stdout=done.stdout,
+        stderr=done.stderr,
+        verdict=verdict,
+        notebook=node,
+        run_id=verdict["run_id"],
+    )
+
+
+def left_behind(run_id: str) -> list[str]:
+    """Control groups of a run that still stand, and processes that still carry its runtime directory in their command."""
+    groups = [str(path) for path in CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")]
+    notes = [str(path) for path in Path("/tmp").glob(f"safe-exec-*/{run_id}.json")]  # noqa: S108
+    return groups + notes
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Poll a condition until it holds; fails when it does not within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.005)
+
+
+def make_notebook(path: Path, *sources: str, kernel: str = "python3", language: str = "python", **metadata: Any) -> Path:
+    """Write a notebook of code cells."""
+    node = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)],
+        metadata={
+            "kernelspec": {"name": kernel, "display_name": kernel, "language": language},
+            "language_info": {"name": language},
+            **metadata,
+        },
+    )
+    path.write_text(nbformat.writes(node))
+    return path
+
+
+def processes_with(text: str) -> Iterator[int]:
+    """Processes whose command line holds a text."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            except OSError:
+                continue
+            if text in command and int(entry.name) != os.getpid():
+                yield int(entry.name)
