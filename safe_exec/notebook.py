@@ -1,8 +1,7 @@
 """Notebook files: read and check them, strip what an earlier run of ours wrote into them, write them atomically.
 
-Imports ``errors`` and ``files``; nbformat (150 ms) is imported by the functions that need it. A notebook of version 4
-is checked by a look at its structure instead of by nbformat's JSON schema: what executing and writing it rely on must
-be there, and a harmless key too many is nobody's business.
+Imports ``errors`` and its own parts (``files``, ``nbcheck``, ``nbjson``), whose public names it passes on; nbformat
+(150 ms) is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
+from safe_exec.nbcheck import problems
+from safe_exec.nbjson import DEEPEST, IDS_SINCE, dumps, is_shallow, joined, mapped
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -51,14 +51,9 @@ OUR_ERROR_PREFIX = "SafeExec"
 """``ename`` of the ``error`` outputs we write, alone or before anything that is no letter (``"SafeExec: exit"``)."""
 
 _FORMAT = 4
-_IDS_SINCE = 5  # nbformat 4.5 has ids for cells, and its schema forbids them before
 _MOST_BYTES = 2**30
-_DEEPEST = 200  # copying and writing recurse, some three frames a level, under Python's limit of 1000
-_TOO_DEEP = "(nested too deeply)"
-_CELL_TYPES = ("code", "markdown", "raw")
 _OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -110,7 +105,7 @@ def read(path: Path | str) -> Notebook:
     document = _parse(data, path)
     version = _version(document, path)
     if _SURROGATE_ESCAPE.search(data):
-        document = _mapped(document, _joined)
+        document = mapped(document, joined)
     node = _current(document, path) if version[0] == _FORMAT else _upgraded(document, version, path)
     sha256 = hashlib.sha256(data).hexdigest()
     _give_ids(node, sha256)
@@ -119,6 +114,7 @@ def read(path: Path | str) -> Notebook:
 
 
 def _parse(data: bytes, path: Path) -> Any:
+    deep = f"{one_line(path)}: not a notebook: nested deeper than {DEEPEST} levels"
     try:
         document = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
@@ -129,26 +125,10 @@ def _parse(data: bytes, path: Path) -> Any:
     except ValueError:  # int() refuses more than 4300 digits
         raise NotebookError(f"{one_line(path)}: not a notebook: it holds a number of thousands of digits") from None
     except RecursionError:
-        document = None
-    if document is None or not _shallow(document):
-        raise NotebookError(f"{one_line(path)}: not a notebook: no object, or nested deeper than {_DEEPEST} levels")
+        raise NotebookError(deep) from None
+    if not is_shallow(document):
+        raise NotebookError(deep)
     return document
-
-
-def _shallow(document: object) -> bool:
-    """Whether nothing in ``document`` lies deeper than is safe to recurse over; level by level, so never recursing."""
-    level = [document]
-    for _ in range(_DEEPEST):
-        level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
-        if not level:
-            return True
-    return False
-
-
-def _children(item: object) -> list[Any]:
-    if isinstance(item, dict):
-        return list(item.values())
-    return item if isinstance(item, list) else []
 
 
 def _version(document: Any, path: Path) -> tuple[int, int]:
@@ -168,7 +148,7 @@ def _current(document: Any, path: Path) -> NotebookNode:
     """The node of a notebook of version 4."""
     from nbformat import v4
 
-    problem = next(_problems(document), None)
+    problem = next(problems(document), None)
     if problem:
         raise NotebookError(f"{one_line(path)}: not a valid notebook: {problem}")
     document.setdefault("nbformat_minor", 0)
@@ -193,68 +173,11 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
     return _current(node, path)
 
 
-def _problems(document: Mapping[str, Any]) -> Iterator[str]:
-    """What executing and writing the notebook would trip over."""
-    if not isinstance(document.get("metadata"), dict):
-        yield "its metadata must be an object"
-    cells = document.get("cells")
-    if not isinstance(cells, list):
-        yield "its cells must be a list"
-        return
-    for index, cell in enumerate(cells):
-        for problem in _cell_problems(cell):
-            yield f"cell {index} (from 0): {problem}"
-
-
-def _cell_problems(cell: Any) -> Iterator[str]:
-    if not isinstance(cell, dict):
-        yield "it must be an object"
-        return
-    if cell.get("cell_type") not in _CELL_TYPES:
-        yield f"cell_type must be one of {', '.join(_CELL_TYPES)}"
-    if not _is_text(cell.get("source")):
-        yield "source must be text or a list of lines"
-    if not isinstance(cell.get("metadata"), dict):
-        yield "metadata must be an object"
-    attachments = cell.get("attachments", {})
-    if not isinstance(attachments, dict) or not all(isinstance(item, dict) for item in attachments.values()):
-        yield "attachments must be objects"
-    if cell.get("cell_type") == "code":
-        yield from _outputs_problems(cell.setdefault("outputs", []))
-        cell.setdefault("execution_count", None)
-
-
-def _outputs_problems(outputs: Any) -> Iterator[str]:
-    if not isinstance(outputs, list):
-        yield "outputs must be a list"
-        return
-    for index, output in enumerate(outputs):
-        for problem in _output_problems(output):
-            yield f"output {index}: {problem}"
-
-
-def _output_problems(output: Any) -> Iterator[str]:
-    if not isinstance(output, dict) or not isinstance(output.get("output_type"), str):
-        yield "it must be an object with an output_type"
-        return
-    kind = output["output_type"]
-    if kind == "stream" and not _is_text(output.get("text")):
-        yield "text must be text or a list of lines"
-    if kind in ("display_data", "execute_result") and not isinstance(output.get("data"), dict):
-        yield "data must be an object"
-    if kind == "error" and not isinstance(output.get("ename"), str):
-        yield "ename must be text"
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value))
-
-
 def _give_ids(node: NotebookNode, seed: str) -> None:
     """Ids as nbformat's own reader would leave them: valid and different from 4.5 on, none before; but never random."""
     seen: set[str] = set()
     for index, cell in enumerate(node.cells):
-        if node.nbformat_minor < _IDS_SINCE:
+        if node.nbformat_minor < IDS_SINCE:
             cell.pop("id", None)
             continue
         found, attempt = cell.get("id"), 0
@@ -346,9 +269,6 @@ def _tags(cell: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
-
-
 def default_outputs(path: Path | str) -> OutputPaths:
     """The paths beside the notebook: NB.out.ipynb, NB.verdict.json, NB.repro.ipynb.
 
@@ -358,51 +278,3 @@ def default_outputs(path: Path | str) -> OutputPaths:
     name = path.name[: -len(".ipynb")] if path.name.lower().endswith(".ipynb") else path.name
     stem = name.removesuffix(".out") or name or path.name
     return OutputPaths(*(path.with_name(stem + end) for end in (".out.ipynb", ".verdict.json", ".repro.ipynb")))
-
-
-def dumps(node: NotebookNode) -> bytes:
-    """The file of a notebook, as nbformat writes it, whatever a kernel has put into the outputs.
-
-    Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply to write is left out: the
-    file must be JSON that every viewer reads. Ids are left out before nbformat 4.5, which does not have them.
-    """
-    try:
-        return _encoded(node)
-    except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
-        return _encoded(_mapped(node, _harmless))
-
-
-def _encoded(node: Any) -> bytes:
-    from nbformat import from_dict, v4
-
-    # from_dict, because what was put into the node may hold plain dicts, on which nbformat's writer stumbles.
-    node = from_dict(_without_ids(node) if node["nbformat_minor"] < _IDS_SINCE else node)
-    text: str = v4.writes(node, allow_nan=False)
-    return (text + "\n").encode()
-
-
-def _without_ids(node: Mapping[str, Any]) -> dict[str, Any]:
-    cells = [{key: value for key, value in cell.items() if key != "id"} for cell in node["cells"]]
-    return {**node, "cells": cells}
-
-
-def _mapped(value: Any, leaf: Callable[[Any], Any], depth: int = _DEEPEST) -> Any:
-    """A copy with ``leaf`` applied to every text and number, and to the keys; containers too deep become a remark."""
-    if not isinstance(value, dict | list | tuple):
-        return leaf(value)
-    if not depth:
-        return _TOO_DEEP
-    if isinstance(value, dict):
-        return {leaf(key): _mapped(item, leaf, depth - 1) for key, item in value.items()}
-    return [_mapped(item, leaf, depth - 1) for item in value]
-
-
-def _joined(value: Any) -> Any:
-    """Text without lone surrogates; two halves of a pair are one character again."""
-    if isinstance(value, str) and _SURROGATE.search(value):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return value
-
-
-def _harmless(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else _joined(value)

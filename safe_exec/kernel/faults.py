@@ -13,7 +13,7 @@ from safe_exec.model import FaultReport, Frame
 
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[[^\]]*\])? \(most recent call first\):")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
-_TITLE = re.compile(r"^Fatal Python error: (.*)$")
+_TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 DEEP = 90
 """faulthandler prints at most 100 frames of a thread; a stack that fills this was deep."""
 
@@ -36,7 +36,13 @@ def parse_threads(text: str, cells: Mapping[str, int]) -> tuple[Thread, ...]:
         elif (found := _FRAME.match(line)) and threads:
             number = None if found[2] == "???" else int(found[2])
             threads[-1][2].append(Frame(function=found[3], line=number, file=found[1], cell=cells.get(found[1])))
-    return tuple(Thread(ident=i, current=c, frames=tuple(f)) for i, c, f in threads)
+    return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
+
+
+def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """A stack up to its outermost frame of notebook code: IPython's own frames below say nothing. Others stay whole."""
+    outermost = max((n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1)
+    return frames[: outermost + 1]
 
 
 def main_stack(text: str, cells: Mapping[str, int], main: int | None) -> tuple[Frame, ...]:

@@ -175,10 +175,10 @@ def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
         (b'{"a": 1,\n  oops}', "nb.ipynb:2:3: not JSON: Expecting property name"),
         (b"\xff\xfe{}", "nb.ipynb: not a notebook: not UTF-8 text (byte 0)"),
         (b"PK\x03\x04", "nb.ipynb:1:1: not JSON"),
-        (b"[" * 100_000, "nb.ipynb: not a notebook: no object, or nested deeper"),
-        (b'{"a":' * 300 + b"1" + b"}" * 300, "nb.ipynb: not a notebook: no object, or nested deeper"),
+        (b"[" * 100_000, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
         (b"9" * 5000, "nb.ipynb: not a notebook: it holds a number of thousands of digits"),
-        (b"null", "nb.ipynb: not a notebook: no object"),
+        (b"null", "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         (5, "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         ([document()], "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         ({"cells": []}, "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
@@ -423,6 +423,22 @@ def test_what_kernels_send_cannot_spoil_the_file() -> None:
     assert found["text/plain"] == ["\ufffd \U0001f600"]
     assert found["application/json"]["nan"] is None
     nbformat.validate(read(save(dumps(node))).node)
+
+
+@pytest.mark.parametrize("line", ["y\n", "y\r", "\u2028", "\r\n"])
+def test_millions_of_lines_are_written_in_one_piece(line: str) -> None:
+    node = node_of(code("a\nb", outputs=[STREAM | {"text": "c\nd"}]))
+    flood = line * 300_000
+    node.cells[0].outputs.append(nbformat.v4.new_output("stream", text=flood))
+    node.cells[0].outputs.append(nbformat.v4.new_output("display_data", {"text/plain": flood}))
+    before = copy.deepcopy(node)
+    written = dumps(node)
+    assert node == before
+    assert len(written) < 5 * len(flood.encode())
+    cell = json.loads(written)["cells"][0]
+    assert (cell["source"], cell["outputs"][0]["text"]) == (["a\n", "b"], ["c\n", "d"])
+    assert (cell["outputs"][1]["text"], cell["outputs"][2]["data"]["text/plain"]) == (flood, flood)
+    assert read(save(written)).node == node
 
 
 def test_ids_are_left_out_before_4_5() -> None:

@@ -1,0 +1,69 @@
+"""The structure of a notebook of version 4, as far as executing and writing it rely on it.
+
+Imports nothing. Instead of nbformat's JSON schema, which takes longer to load than a small notebook to run, and which
+refuses notebooks for a harmless key too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_CELL_TYPES = ("code", "markdown", "raw")
+
+
+def problems(document: Mapping[str, Any]) -> Iterator[str]:
+    """What executing and writing the notebook would trip over."""
+    if not isinstance(document.get("metadata"), dict):
+        yield "its metadata must be an object"
+    cells = document.get("cells")
+    if not isinstance(cells, list):
+        yield "its cells must be a list"
+        return
+    for index, cell in enumerate(cells):
+        for problem in _cell_problems(cell):
+            yield f"cell {index} (from 0): {problem}"
+
+
+def _cell_problems(cell: Any) -> Iterator[str]:
+    if not isinstance(cell, dict):
+        yield "it must be an object"
+        return
+    if cell.get("cell_type") not in _CELL_TYPES:
+        yield f"cell_type must be one of {', '.join(_CELL_TYPES)}"
+    if not _is_text(cell.get("source")):
+        yield "source must be text or a list of lines"
+    if not isinstance(cell.get("metadata"), dict):
+        yield "metadata must be an object"
+    attachments = cell.get("attachments", {})
+    if not isinstance(attachments, dict) or not all(isinstance(item, dict) for item in attachments.values()):
+        yield "attachments must be objects"
+    if cell.get("cell_type") == "code":
+        yield from _outputs_problems(cell.setdefault("outputs", []))
+        cell.setdefault("execution_count", None)
+
+
+def _outputs_problems(outputs: Any) -> Iterator[str]:
+    if not isinstance(outputs, list):
+        yield "outputs must be a list"
+        return
+    for index, output in enumerate(outputs):
+        for problem in _output_problems(output):
+            yield f"output {index}: {problem}"
+
+
+def _output_problems(output: Any) -> Iterator[str]:
+    if not isinstance(output, dict) or not isinstance(output.get("output_type"), str):
+        yield "it must be an object with an output_type"
+        return
+    kind = output["output_type"]
+    if kind == "stream" and not _is_text(output.get("text")):
+        yield "text must be text or a list of lines"
+    if kind in ("display_data", "execute_result") and not isinstance(output.get("data"), dict):
+        yield "data must be an object"
+    if kind == "error" and not isinstance(output.get("ename"), str):
+        yield "ename must be text"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value))
