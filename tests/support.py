@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safe_exec.reports.verdict_json import load_schema
 ROOT = Path(__file__).resolve().parent.parent
 EXECUTABLE = Path(sys.executable).parent / "safe-exec"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+MARK = "SAFE_EXEC_TEST_MARK"
+NOBODY = 65534
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ def run_notebook(
     cwd: Path | None = None,
 ) -> Outcome:
     """``safe-exec run`` on a notebook; documents checked against their schemas, and nothing left behind."""
-    done = safe_exec("run", path, *options, env=env, prefix=prefix, cwd=cwd)
+    mark = secrets.token_hex(8)
+    done = safe_exec("run", path, *options, env={**(env or {}), MARK: mark}, prefix=prefix, cwd=cwd)
     stem = path.with_suffix("")
     verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")
     assert verdict_path.exists(), f"no verdict; exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -65,6 +69,7 @@ def run_notebook(
     nbformat.validate(node)
     assert verdict["exit_code"] == done.returncode
     assert left_behind(verdict["run_id"]) == []
+    assert marked_processes(mark) == []
     return Outcome(
         code=done.returncode,
         stdout=done.stdout,
@@ -104,13 +109,30 @@ def make_notebook(path: Path, *sources: str, kernel: str = "python3", language: 
     return path
 
 
-def processes_with(text: str) -> Iterator[int]:
-    """Processes whose command line holds a text."""
+def marked_processes(mark: str) -> list[int]:
+    """Live processes whose environment carries a mark: everything that a marked run has started, daemons too."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                environment = (entry / "environ").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if text in command and int(entry.name) != os.getpid():
-                yield int(entry.name)
+            if mark.encode() in environment and state not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+def ordinary_user() -> list[str]:
+    """A command prefix that makes what follows run as an ordinary user without any privilege.
+
+    Where this interpreter lies in a directory that only root may enter, the one capability is left that lets the user read it;
+    it gives no right to write, to control groups or past resource limits.
+    """
+    base = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    none = [*base, "--inh-caps=-all", "--bounding-set=-all"]
+    if subprocess.run([*none, str(EXECUTABLE), "--version"], capture_output=True, check=False).returncode == 0:
+        return none
+    only = "-all,+dac_read_search"
+    return [*base, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}"]

@@ -1,0 +1,151 @@
+"""Runs one notebook under plain nbclient and under ``safe-exec run``, and makes the two results comparable.
+
+Left out of the comparison is only what differs between two runs of nbclient itself: times, addresses, ids of objects
+and processes, the folder of the test, and the places at which a stream was split into messages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nbformat
+
+from tests.support import Outcome, run_notebook
+
+Prepare = Callable[[Path], None]
+
+_PLAIN = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+path, folder, kernel, allow_errors = sys.argv[1:5]
+node = nbformat.read(path, as_version=4)
+client = NotebookClient(
+    node, timeout=60, kernel_name=kernel, allow_errors=allow_errors == "yes", resources={"metadata": {"path": folder}}
+)
+client.execute()
+nbformat.write(node, sys.argv[5])
+"""
+"""In a process of its own, as the command is: a kernel inherits environment, descriptors and signal masks from it."""
+
+_CHANGING = (
+    (re.compile(r"0x[0-9a-f]{6,}"), "0xADDRESS"),
+    (re.compile(r"ipykernel_\d+"), "ipykernel_PID"),
+    (re.compile(r"(?<=ipykernel_PID/)\d+(?=\.py)"), "HASH"),
+    (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The notebook as nbclient left it, as safe-exec left it, and the run of the latter."""
+
+    plain: Any
+    ours: Any
+    outcome: Outcome
+
+    def text(self, index: int) -> str:
+        """All text that safe-exec has of a cell's streams, both together."""
+        return "".join(str(out.text) for out in self.ours.cells[index].outputs if out.output_type == "stream")
+
+
+def run_both(
+    folder: Path,
+    document: Any,
+    *,
+    kernel: str = "python3",
+    allow_errors: bool = False,
+    env: Mapping[str, str] | None = None,
+    prepare: Prepare | None = None,
+) -> Pair:
+    """Execute ``document`` (a node, or the text of a notebook file) both ways, each in a folder of its own under ``folder``."""
+    text = document if isinstance(document, str) else nbformat.writes(document)
+    plain, ours = folder / "plain", folder / "ours"
+    for work in (plain, ours):
+        work.mkdir()
+        (work / "notebook.ipynb").write_text(text)
+        if prepare is not None:
+            prepare(work)
+    # ipykernel leaves descriptors 1 and 2 alone where it sees this variable.
+    with mock.patch.dict(os.environ):
+        os.environ.pop("PYTEST_CURRENT_TEST", None)
+        node = _run_plain(plain, kernel, env, allow_errors=allow_errors)
+        options = ("--kernel", kernel, *(("--allow-errors",) if allow_errors else ()))
+        outcome = run_notebook(ours / "notebook.ipynb", *options, env=env, cwd=ours)
+    return Pair(plain=comparable(node, plain), ours=comparable(outcome.notebook, ours), outcome=outcome)
+
+
+def _run_plain(work: Path, kernel: str, env: Mapping[str, str] | None, *, allow_errors: bool) -> Any:
+    result = work / "notebook.out.ipynb"
+    argv = [sys.executable, "-c", _PLAIN, "notebook.ipynb", str(work), kernel, "yes" if allow_errors else "no", str(result)]
+    done = subprocess.run(
+        argv, cwd=work, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return nbformat.read(result, as_version=4)
+
+
+def comparable(node: Any, work: Path) -> Any:
+    """A copy of a result without what differs between two runs of the same tool, and without our own figures."""
+    copy = deepcopy(node)
+    copy.metadata.pop("safe_exec", None)
+    for cell in copy.cells:
+        cell.metadata.pop("safe_exec", None)
+        if "execution" in cell.metadata:
+            cell.metadata["execution"] = sorted(cell.metadata["execution"])
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
+    text = json.dumps(copy, ensure_ascii=False, sort_keys=True).replace(str(work), "FOLDER")
+    for pattern, word in _CHANGING:
+        text = pattern.sub(word, text)
+    return nbformat.from_dict(json.loads(text))
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """Adjacent chunks of the same stream as one."""
+    result: list[Any] = []
+    for output in outputs:
+        last = result[-1] if result else None
+        if last and output["output_type"] == last["output_type"] == "stream" and output["name"] == last["name"]:
+            last["text"] += output["text"]
+        else:
+            result.append(deepcopy(output))
+    return result
+
+
+def by_stream(outputs: list[Any]) -> dict[str, str]:
+    """The text of each stream, whatever came between."""
+    found: dict[str, str] = {}
+    for output in outputs:
+        if output["output_type"] == "stream":
+            found[output["name"]] = found.get(output["name"], "") + output["text"]
+    return found
+
+
+def assert_same(pair: Pair, *, status: str = "passed") -> None:
+    """Outputs, counts, sources, ids, metadata: all the same."""
+    assert pair.outcome.verdict["status"] == status, pair.outcome.stdout + pair.outcome.stderr
+    assert len(pair.ours.cells) == len(pair.plain.cells)
+    for plain, ours in zip(pair.plain.cells, pair.ours.cells, strict=True):
+        assert dict(ours) == dict(plain), f"in the cell\n{plain.source}"
+    assert dict(pair.ours.metadata) == dict(pair.plain.metadata)
+    assert (pair.ours.nbformat, pair.ours.nbformat_minor) == (pair.plain.nbformat, pair.plain.nbformat_minor)
+
+
+def notebook_of(*sources: str, tags: Mapping[int, list[str]] | None = None, kernel: str = "python3", **metadata: Any) -> Any:
+    """A notebook of code cells; ``tags`` by index."""
+    cells = [nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)]
+    for index, words in (tags or {}).items():
+        cells[index].metadata["tags"] = words
+    kernelspec = {"name": kernel, "display_name": kernel, "language": "python"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec, **metadata})
