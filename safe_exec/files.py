@@ -5,6 +5,7 @@ Imports ``errors`` only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -193,6 +194,26 @@ def _replace(directory: int, name: str, data: bytes) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)
         raise
+
+
+class HeldSpace:
+    """Room on a disk that is held for documents to come: a notebook that fills its disk must not cost us the verdict.
+
+    The file has no name (O_TMPFILE, since Linux 3.11), so nobody sees it and it goes with its descriptor. Where a file
+    system knows no such thing, nothing is held.
+    """
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._fd = -1
+        with contextlib.suppress(OSError, AttributeError):
+            self._fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            os.posix_fallocate(self._fd, 0, size)
+
+    def release(self) -> None:
+        """Give the room back; called just before the documents are written."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _temporary_name() -> str:

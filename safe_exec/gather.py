@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from safe_exec.kernel.faults import fatal_part, main_stack, parse_fault
+from safe_exec.kernel.faults import fatal_part, last_dump, main_stack, parse_fault
 from safe_exec.model import (
     CellFailed,
     Ending,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 NEAR_LIMIT = 0.95
 RECENT_CHARACTERS = 65536
+DUMP_AGE = 1.0
+"""Seconds before the end from which a stack still says where it was."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
 _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
@@ -110,6 +112,9 @@ def _fault(trial: Trial) -> FaultReport | None:
 def _memory_peak(trial: Trial, kills: int | None, raw: int | None) -> int | None:
     """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
     seen, limit = trial.ledger.memory_peak, trial.request.limits.memory
+    watchdog = trial.session.provisioner.watchdog if trial.session.provisioner else None
+    if watchdog is not None and watchdog.peak is not None:
+        seen = max(seen or 0, watchdog.peak.memory)
     if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
         if trial.current is not None:
             trial.ledger.raise_peak(trial.current, raw)
@@ -147,6 +152,7 @@ def _place(trial: Trial, ending: Ending, fault: FaultReport | None) -> Place | N
         _of_error(trial, index) if isinstance(ending, CellFailed) else None,
         _of_fault(trial, index, fault),
         _of_look(trial, index) if isinstance(ending, TimedOut) else None,
+        _of_last_dump(trial, index),
         _of_page(trial, index),
     ):
         if place is not None:
@@ -196,6 +202,24 @@ def _of_look(trial: Trial, index: int) -> Place | None:
     stack = trial.looked.stack if trial.looked else ()
     line = _innermost(stack, index)
     return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
+
+
+def _of_last_dump(trial: Trial, index: int) -> Place | None:
+    """From a stack that was asked for shortly before the end (see the keeper): exact where the sampling thread is not.
+
+    It must be of this cell and newer than the statement noted last.
+    """
+    session, sandbox = trial.session, trial.session.sandbox
+    provisioner = session.provisioner
+    if sandbox is None or not sandbox.fault_text or provisioner is None or provisioner.channels is None:
+        return None
+    note = provisioner.channels.page.note()
+    if note.cell != trial.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
+        return None
+    stack = last_dump(sandbox.fault_text, session.file_cells, session.told.hello.get("main"))
+    line = _innermost(stack, index)
+    age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
+    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
 
 
 def _of_page(trial: Trial, index: int) -> Place | None:

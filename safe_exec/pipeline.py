@@ -18,13 +18,14 @@ from typing import Any
 from safe_exec import events, notebook, profiles
 from safe_exec.errors import EnforcementError, LimitsError, SafeExecError, UsageError
 from safe_exec.events import Event, EventSink
-from safe_exec.files import check_writable, write_atomically
+from safe_exec.files import HeldSpace, check_writable, write_atomically
 from safe_exec.model import Evidence, InternalError, Limits, Mechanism, Verdict
 from safe_exec.sandbox.build import build_plan, parse_required
 from safe_exec.sandbox.leftovers import sweep
 from safe_exec.sandbox.machine import Machine, detect
 from safe_exec.sandbox.plan import SpawnPlan, fold
 
+HELD_BYTES = 1 << 20
 DEFAULT_KERNEL = "python3"
 
 
@@ -155,7 +156,11 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
     with _signals(cancellation.arrive):
         sweep()
         emit(_run_started(prepared))
-        result, plan = await _first_run(prepared, emit, cancellation)
+        held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
+        try:
+            result, plan = await _first_run(prepared, emit, cancellation)
+        finally:
+            held.release()
         verdict = _conclude(prepared, result, plan)
         verdict = _write(prepared, verdict, result.node)
         emit(
@@ -232,7 +237,13 @@ def _write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:
             outputs={"verdict": written["verdict"]},
             warnings=(*verdict.warnings, f"the annotated notebook could not be written: {error}"),
         )
-    write_atomically(prepared.verdict, verdict_json.dumps(verdict))
+    try:
+        write_atomically(prepared.verdict, verdict_json.dumps(verdict))
+    except OSError as error:
+        outputs = {name: path for name, path in verdict.outputs.items() if name != "verdict"}
+        verdict = replace(
+            verdict, outputs=outputs, warnings=(*verdict.warnings, f"the verdict could not be written: {error}")
+        )
     return verdict
 
 

@@ -131,8 +131,9 @@ def ordinary_user() -> list[str]:
     it gives no right to write, to control groups or past resource limits.
     """
     base = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    none = [*base, "--inh-caps=-all", "--bounding-set=-all"]
+    # setpriv itself still holds root's rights when it executes what follows: env gives them up first.
+    none = [*base, "--inh-caps=-all", "--bounding-set=-all", "env"]
     if subprocess.run([*none, str(EXECUTABLE), "--version"], capture_output=True, check=False).returncode == 0:
         return none
     only = "-all,+dac_read_search"
-    return [*base, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}"]
+    return [*base, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "env"]

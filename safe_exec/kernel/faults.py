@@ -51,6 +51,12 @@ def main_stack(text: str, cells: Mapping[str, int], main: int | None) -> tuple[F
     return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
 
 
+def last_dump(text: str, cells: Mapping[str, int], main: int | None) -> tuple[Frame, ...]:
+    """The main thread's frames in the last of several dumps that is whole."""
+    stacks = [t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames]
+    return stacks[-1] if stacks else ()
+
+
 def fatal_part(text: str) -> str:
     """From the last fatal error on: stacks that were asked for earlier stand before it in the same channel."""
     at = text.rfind("Fatal Python error: ")

@@ -49,6 +49,15 @@ KEPT_TOPICS = ("display_data", "execute_result", "error", "clear_output", "comm_
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
 
+def first_line(code):
+    """The first line of a statement's code: ``co_firstlineno`` of a cell's statement is always 1."""
+    if not hasattr(code, "co_lines"):  # before Python 3.10
+        import dis
+
+        return next((line for _, line in dis.findlinestarts(code)), 1)
+    return next((line for _, _, line in code.co_lines() if line), 1)
+
+
 class Page:
     """The shared memory: header, last stack, and two segments of a journal that are used in turn."""
 
@@ -268,7 +277,7 @@ class Inside:
                 name = code_obj.co_filename
                 files[name] = page.cell
                 inside.fact(file=name, cell=page.cell)
-            page.note_line(code_obj.co_firstlineno or 1)
+            page.note_line(first_line(code_obj))
             coroutine = run_code(shell, code_obj, result, async_=async_)
             inside.coroutine = coroutine
             try:

@@ -152,6 +152,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 cwd=str(kwargs.get("cwd") or os.getcwd()),
                 pass_fds=self.channels.pass_fds if wrapped else {},
                 directories=[str(self.directory)] if self.directory else [],
+                dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
             )
         except SandboxError:
             self.channels.close()

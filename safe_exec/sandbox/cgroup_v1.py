@@ -54,6 +54,7 @@ def _memory(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, di
         writes=tuple(writes),
         joins=(str(group / "cgroup.procs"),),
         counter_files=(str(group / "memory.oom_control"), str(group / "memory.max_usage_in_bytes")),
+        memory_file=str(group / "memory.usage_in_bytes"),
     ), held
 
 

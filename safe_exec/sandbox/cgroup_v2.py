@@ -38,6 +38,7 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
         writes=tuple(writes),
         joins=(str(group / "cgroup.procs"),),
         kill_files=(str(group / "cgroup.kill"),),
+        memory_file=str(group / "memory.current"),
         counter_files=tuple(
             str(group / name)
             for name in ("memory.events", "memory.events.local", "memory.peak", "pids.events", "pids.peak", "cpu.stat")

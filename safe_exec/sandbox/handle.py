@@ -26,6 +26,8 @@ from safe_exec.sandbox.meter import Counters, parse_counters
 from safe_exec.sandbox.plan import SpawnPlan
 
 START_SECONDS = 20.0
+STACK_BEFORE = (TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.OUTPUT, TerminationReason.PROCESSES)
+"""Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
 BOOT = "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]))"
 
@@ -80,6 +82,7 @@ class Sandbox:
         self.departure: Departure | None = None
         self.signals_to_keeper: list[int] = []
         self.fault_text = ""
+        self.fault_at = 0.0
         self._trouble: str | None = None
         self._lost = False
         self.on_exit: Callable[[KernelExit], None] | None = None
@@ -99,6 +102,7 @@ class Sandbox:
         cwd: str,
         pass_fds: Mapping[str, int],
         directories: Sequence[str] = (),
+        dump_signal: int | None = None,
     ) -> int:
         """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
@@ -115,6 +119,8 @@ class Sandbox:
             "pass_names": list(pass_fds),
             "directories": list(directories),
             "note": str(self._note),
+            "dump_signal": dump_signal,
+            "stack_before": [reason.value for reason in STACK_BEFORE],
         }
         self._send_descriptors(list(pass_fds.values()))
         self._say(request)
@@ -174,6 +180,7 @@ class Sandbox:
             self.signals_to_keeper.append(int(str(said["signum"])))
         elif event == "fault":
             self.fault_text += str(said["text"])
+            self.fault_at = float(str(said["at"]))
         elif event == "exited":
             self._set_exit(_kernel_exit(said))
         elif event == "left":

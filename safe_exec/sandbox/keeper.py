@@ -43,6 +43,11 @@ PR_SET_CHILD_SUBREAPER = 36
 TAIL_BYTES = 64 * 1024
 FAULT_BYTES = 256 * 1024
 KILL_SECONDS = 5.0
+NEAR = 0.85
+"""From this share of the memory limit on, stacks are asked for: the kernel may be killed without a word at any moment."""
+STACK_STEP = 0.04
+STACK_WAIT_SECONDS = 0.2
+QUIET_SECONDS = 0.02
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -63,6 +68,7 @@ class Keeper:
         self.fault_seen: dict[str, int | None] = {}
         self.tail = b""
         self.signals: list[int] = []
+        self.asked_at = 0.0
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ class Keeper:
                 if fd >= 0 and fd not in watched:
                     poller.register(fd, select.POLLIN)
                     watched.add(fd)
-            for fd, _ in poller.poll():
+            for fd, _ in poller.poll(self.look_at_memory()):
                 if fd == self.control.fileno() and self.serve() is False:
                     return
                 if fd == self.wake_r:
@@ -173,7 +179,44 @@ class Keeper:
         """Record why, then kill the whole tree. A kernel that was dead before keeps its own ending."""
         if self.reason is None and not self.exited:
             self.reason = reason
+            if reason in self.plan["stack_before"]:
+                self.take_stack()
         self.kill_tree()
+
+    def look_at_memory(self) -> int | None:
+        """Milliseconds until memory should be looked at again. Near the limit a stack is asked for at each further step.
+
+        A kernel that the system kills for memory says nothing any more, and its sampling thread sees loops only at their
+        ends; this stack, taken by C code inside the page fault's return, is where the memory went.
+        """
+        path, limit = self.plan.get("memory_file"), self.plan.get("memory_limit")
+        if not path or not limit or self.exited or not self.pid:
+            return None
+        text = _read(path)
+        share = int(text) / limit if text and text.strip().isdigit() else 0.0
+        if share >= NEAR and share >= self.asked_at + STACK_STEP:
+            self.asked_at = share
+            self.ask_for_stack()
+        elif share < NEAR:
+            self.asked_at = 0.0
+        return 100 if share < 0.5 else 10 if share < 0.75 else 2
+
+    def ask_for_stack(self) -> bool:
+        """Send the signal at which the inside dumps its stack, if it catches it by now; uncaught it would kill."""
+        number = self.plan["dump_signal"]
+        if not number or self.exited or not procfs.catches(self.pid, number):
+            return False
+        procfs.signal_all([self.pid], number)
+        return True
+
+    def take_stack(self) -> None:
+        """Ask for a last stack and take it; the main thread allocates nothing while it writes."""
+        if self.fault is None or not self.ask_for_stack():
+            return
+        deadline = time.monotonic() + STACK_WAIT_SECONDS
+        while time.monotonic() < deadline and select.select([self.fault], [], [], QUIET_SECONDS)[0]:
+            if not self.read_fault():
+                return
 
     def kill_tree(self) -> list[int]:
         """Kill all in the sandbox; the pids that would not die."""
@@ -237,14 +280,11 @@ class Keeper:
         return True
 
     def read_fault(self) -> bool:
-        """Take what the fault handler writes; look at the process first, while it is held up by the full buffer."""
+        """Take what the fault handler writes; at a fatal one look at the process first, while the full buffer holds it up."""
         assert self.fault is not None
-        if not self.fault_text and self.pid and not self.exited:
-            self.fault_seen = {
-                "stack": procfs.status_bytes(self.pid, "VmStk"),
-                "stack_limit": procfs.soft_limit(self.pid, "Max stack size"),
-            }
         try:
+            if not self.exited and b"Fatal" in self.fault.recv(65536, socket.MSG_PEEK):
+                self.fault_seen = self.see_stack()
             data = self.fault.recv(65536)
         except BlockingIOError:
             return False if self.exited else True
@@ -252,11 +292,18 @@ class Keeper:
             data = b""
         if not data:
             return False
-        if len(self.fault_text) < FAULT_BYTES:
-            self.fault_text += data
-            if not self.exited:
-                self.say("fault", text=data.decode("utf-8", "replace"))
+        # The end is what counts: stacks that were asked for stand before a fatal one.
+        self.fault_text = (self.fault_text + data)[-FAULT_BYTES:]
+        if not self.exited:
+            self.say("fault", text=data.decode("utf-8", "replace"))
         return True
+
+    def see_stack(self) -> dict[str, int | None]:
+        """How far the main thread's stack has grown, and how far it may."""
+        return {
+            "stack": procfs.status_bytes(self.pid, "VmStk"),
+            "stack_limit": procfs.soft_limit(self.pid, "Max stack size"),
+        }
 
     # --- the end ------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ REQUIRE_ALL = (
 class CgroupWork:
     """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
 
-    ``name`` is the last part of every directory.
+    ``memory_file`` says how much memory is charged now.
     """
 
     dirs: tuple[str, ...] = ()
@@ -42,6 +42,7 @@ class CgroupWork:
     joins: tuple[str, ...] = ()
     kill_files: tuple[str, ...] = ()
     counter_files: tuple[str, ...] = ()
+    memory_file: str | None = None
 
     def plus(self, other: CgroupWork) -> CgroupWork:
         """Both, one after the other."""
@@ -51,6 +52,7 @@ class CgroupWork:
             joins=self.joins + other.joins,
             kill_files=self.kill_files + other.kill_files,
             counter_files=self.counter_files + other.counter_files,
+            memory_file=self.memory_file or other.memory_file,
         )
 
 
@@ -77,11 +79,13 @@ class SpawnPlan:
     open_files_soft: int | None
     watch: frozenset[LimitName]
     enforcement: Mapping[LimitName, Enforcement]
+    memory_limit: int | None = None
 
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
         cgroup = {f"cgroup_{k}" if k in ("dirs", "writes", "joins") else k: v for k, v in asdict(self.cgroup).items()}
-        return {**cgroup, "rlimits": self.rlimits, "open_files_soft": self.open_files_soft}
+        rest = {"rlimits": self.rlimits, "open_files_soft": self.open_files_soft, "memory_limit": self.memory_limit}
+        return {**cgroup, **rest}
 
 
 def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
@@ -121,6 +125,7 @@ def _carry_out(limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitN
         open_files_soft=limits.open_files,
         watch=frozenset(watch),
         enforcement=ordered,
+        memory_limit=limits.memory,
     )
 
 

@@ -65,6 +65,17 @@ def soft_limit(pid: int, title: str) -> int | None:
     return None
 
 
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt in /proc/PID/status)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+    except (OSError, ValueError, IndexError):
+        return False
+    return False
+
+
 def all_pids() -> list[int]:
     """The ids of all processes that /proc shows."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -107,7 +107,7 @@ LIMITS: tuple[Kill, ...] = (
          limit=L.CPU_TIME, by=M.RLIMIT, cell=1),
     _row("cpu-time-watchdog", ("x = 1", SPIN), S.KERNEL_DIED, K.CPU_TIME, options=("--cpu-time", "2s"), mechanisms=WD,
          limit=L.CPU_TIME, by=M.WATCHDOG, cell=1),
-    _row("cpu-time-tree", ("x = 1", "import subprocess, sys\nfor n in range(9):\n    subprocess.run([sys.executable, '-c', 'sum(range(10**7))'])"),
+    _row("cpu-time-tree", ("x = 1", "import subprocess, sys\nfor n in range(9):\n    subprocess.run([sys.executable, '-c', 'sum(range(10**8))'])"),
          S.KERNEL_DIED, K.CPU_TIME, options=("--cpu-time", "2s"), mechanisms=V1 + WD, cell=1),
     _row("cpu-time-user", ("x = 1", SPIN), S.KERNEL_DIED, K.CPU_TIME, options=("--cpu-time", "2s"), user=True, cell=1),
     _row("open-files", ("x = 1", "files = []\nwhile True:\n    files.append(open('/dev/null'))"), S.CELL_ERROR,

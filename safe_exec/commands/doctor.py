@@ -1,0 +1,248 @@
+"""``safe-exec doctor``: what holds each limit on this machine, and the commands that mend what is weak."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from safe_exec import __version__
+from safe_exec.commands import table
+from safe_exec.errors import UsageError
+from safe_exec.model import LimitName, Limits, Mechanism
+from safe_exec.reports.terminal import Style
+from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.machine import Machine, detect
+from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan
+from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
+from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
+
+EVERY_LIMIT = Limits(
+    memory=2**30,
+    cpus=1.0,
+    cpu_time=60.0,
+    cell_timeout=60.0,
+    timeout=60.0,
+    start_timeout=60.0,
+    processes=256,
+    open_files=1024,
+    file_size=2**30,
+    cell_output=2**20,
+    output=2**20,
+)
+"""Every limit is set: what would hold it is asked, and the figures do not matter."""
+
+MECHANISMS = (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)
+WIDTH = 100
+"""Columns that are enough: a longer line is harder to read, and commands are not broken at any width."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """All that doctor says. ``bubblewrap`` is its version or ``None``; ``dead_runs`` a count, or why there is none."""
+
+    machine: Machine
+    around: Surroundings
+    plan: SpawnPlan
+    remedies: tuple[Remedy, ...]
+    bubblewrap: str | None
+    kernels: tuple[str, ...]
+    dead_runs: int | str
+
+    @property
+    def weak(self) -> tuple[LimitName, ...]:
+        """The limits that the system's kernel could hold and here does not."""
+        return weak_limits(self.plan)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where one of them is weak."""
+        return 1 if self.weak else 0
+
+
+@click.command("doctor", short_help="Say, limit by limit, what this machine can enforce, and how to mend what it cannot.")
+@click.option("--limits", "profile", metavar="NAME|FILE", help="Look at the limits of this profile or file only [all limits].")
+@click.option("--mechanisms", metavar="NAME,...", help="Look at these only: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
+    """Say, limit by limit, what this machine can enforce and by what, and for each weakness the commands that mend it.
+
+    Exit codes: 0 when the system's kernel can hold memory, cpus, processes, open_files and file_size (with --limits,
+    those of them that are set there), so that `safe-exec run --require all` would run; 1 when it cannot; 2 bad usage.
+    """
+    found = diagnose(profile, mechanisms)
+    if as_json:
+        click.echo(json.dumps(as_document(found), indent=2))
+    else:
+        style = Style.of(sys.stdout)
+        table.write(report(found, style), style)
+    return found.exit_code
+
+
+def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
+    """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
+    machine = detect(_allowed(mechanisms))
+    around = look()
+    plan = build_plan(_limits(profile, machine), machine, "doctor")
+    return Diagnosis(
+        machine=machine,
+        around=around,
+        plan=plan,
+        remedies=advise(machine, around, plan),
+        bubblewrap=_bubblewrap(),
+        kernels=_kernels(),
+        dead_runs=_dead_runs(),
+    )
+
+
+def _allowed(text: str | None) -> frozenset[Mechanism]:
+    if text is None:
+        return frozenset(Mechanism)
+    names = [part.strip() for part in text.split(",")]
+    known = {mechanism.value: mechanism for mechanism in MECHANISMS}
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise UsageError(f"--mechanisms: {', '.join(wrong)} is none; there are {', '.join(known)}")
+    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
+
+
+def _limits(profile: str | None, machine: Machine) -> Limits:
+    if profile is None:
+        return EVERY_LIMIT
+    from safe_exec.profiles import load_profile
+
+    return load_profile(profile, machine_memory=machine.memory_total).limits
+
+
+def _bubblewrap() -> str | None:
+    try:
+        told = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.split()[-1] if told.split() else None
+
+
+def _kernels() -> tuple[str, ...]:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    return tuple(sorted(KernelSpecManager().find_kernel_specs()))
+
+
+def _dead_runs() -> int | str:
+    try:
+        return dead_runs()
+    except OSError as error:
+        return str(error)
+
+
+# --- in words ---------------------------------------------------------------------------------------------------
+
+
+def report(found: Diagnosis, style: Style) -> Iterator[str]:
+    """The diagnosis line by line: place, limits, what else there is to know, how to mend what is weak."""
+    style = Style(width=min(style.width, WIDTH), colour=style.colour, encoding=style.encoding)
+    yield style.paint("bold", f"safe-exec {__version__} on {place(found.machine, found.around)}")
+    yield ""
+    yield from table.table(_rows(found.plan), style)
+    yield ""
+    for label, words in facts(found):
+        yield from table.labelled(label, words, style)
+    for remedy in found.remedies:
+        yield ""
+        yield from _remedy(remedy, style)
+
+
+def place(machine: Machine, around: Surroundings) -> str:
+    """Where we are: system, user, control groups, and what surrounds us."""
+    system = platform.system() if machine.platform == sys.platform else machine.platform
+    parts = [f"{system} {around.release}".strip(), "root" if machine.uid == 0 else f"user {around.user}"]
+    trees = {CgroupTree.V2: "cgroup v2", CgroupTree.V1: "cgroup v1", CgroupTree.HYBRID: "cgroup v1 beside v2"}
+    parts.append(trees.get(around.tree, "no control groups"))
+    if around.container is not Container.NONE:
+        parts.append("a container" if around.container is Container.OTHER else f"{around.container.value} container")
+    if around.wsl is not None:
+        parts.append(f"WSL {around.wsl}")
+    if around.github:
+        parts.append("GitHub Actions")
+    return " · ".join(parts)
+
+
+def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
+    rows = []
+    for name, held in plan.enforcement.items():
+        if held.by is not Mechanism.RUNNER:
+            by = "nothing" if held.by is Mechanism.NONE else held.by.value
+            strength = "hard" if held.hard else "soft"
+            rows.append((table.mark(held), name.value, by, strength, "" if held.by is Mechanism.NONE else held.note))
+    ours = [name for name in RUNNER_LIMITS if name in plan.enforcement]
+    runner = "waits, and takes the output: safe-exec holds these itself, everywhere"
+    for number, name in enumerate(ours):
+        rows.append((table.PLAIN, name.value, "runner", "", runner if number == 0 else ""))
+    return rows
+
+
+def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    """What else there is to know, each with its label."""
+    hard = sum(held.hard for held in found.plan.enforcement.values())
+    yield "hard", f"{hard} limits are held by the system's kernel"
+    yield "swap", swap_state(found.machine, found.plan)
+    if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
+        yield "root", "a notebook that runs as root can undo its limits: run as an ordinary user what you do not trust"
+    yield "kernels", ", ".join(found.kernels) or "none is installed: pip install ipykernel"
+    have = f"version {found.bubblewrap}" if found.bubblewrap else "not installed"
+    yield "bubblewrap", f"{have}; not used by this version, isolation will need it"
+    if isinstance(found.dead_runs, str):
+        yield "left over", found.dead_runs
+    elif found.dead_runs:
+        yield "left over", f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them"
+
+
+def _remedy(remedy: Remedy, style: Style) -> Iterator[str]:
+    names = ", ".join(name.value for name in remedy.limits) or "limits"
+    yield f"  {style.paint('warn', f'to mend {names}')}: {remedy.why}"
+    for number, way in enumerate(remedy.ways):
+        either = "or " if number and not way.what.startswith("or ") else ""
+        yield f"    {either}{way.what}{':' if way.steps else ''}"
+        # Commands are never wrapped: they are there to be copied.
+        yield from (f"      {style.paint('bold', step)}" for step in way.steps)
+        if way.note:
+            yield f"      {style.paint('dim', f'({way.note})')}"
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------
+
+
+def as_document(found: Diagnosis) -> dict[str, Any]:
+    """The diagnosis as JSON values. ``hard``: the system's kernel holds it."""
+    around = found.around
+    return {
+        "schema": "safe-exec/doctor/1",
+        "safe_exec_version": __version__,
+        "exit_code": found.exit_code,
+        "place": {
+            "platform": found.machine.platform,
+            "release": around.release,
+            "uid": found.machine.uid,
+            "cgroups": around.tree.value,
+            "container": around.container.value,
+            "wsl": around.wsl,
+            "github": around.github,
+            "systemd": around.systemd,
+        },
+        "limits": {
+            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note}
+            for name, held in found.plan.enforcement.items()
+        },
+        "weak": [name.value for name in found.weak],
+        "remedies": [asdict(remedy) for remedy in found.remedies],
+        "swap": {"bytes": found.machine.swap_total, "state": swap_state(found.machine, found.plan)},
+        "bubblewrap": found.bubblewrap,
+        "kernels": list(found.kernels),
+        "dead_runs": found.dead_runs if isinstance(found.dead_runs, int) else None,
+    }

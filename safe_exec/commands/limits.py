@@ -1,0 +1,154 @@
+"""``safe-exec limits``: what a profile or file gives, which profiles ship, and whether a file of limits is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from safe_exec import profiles
+from safe_exec.commands import table
+from safe_exec.errors import LimitsError
+from safe_exec.limits_values import parse_layer
+from safe_exec.limits_yaml import Value, load
+from safe_exec.model import LimitName
+from safe_exec.profiles import Resolved, format_limit
+from safe_exec.reports.terminal import Style
+from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.machine import detect, memory_and_swap
+from safe_exec.sandbox.plan import SpawnPlan
+
+BAD_INPUT = 2
+_NOT_LIMITS = ("path", "profile")
+"""Keys of an entry of safe-exec.yaml that are no limits."""
+
+
+@click.group("limits", short_help="Show the limits that a profile or file gives.")
+def command() -> None:
+    """Show the limits that a profile or file gives, list the profiles, check a file."""
+
+
+# --- show -------------------------------------------------------------------------------------------------------
+
+
+@command.command("show")
+@click.argument("profile", metavar="[NAME|FILE]", default=profiles.DEFAULT_PROFILE)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes and seconds.")
+def show(profile: str, as_json: bool) -> int:
+    """Show every limit of a profile or file [default], where its figure was written, and what would hold it here."""
+    machine = detect()
+    resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
+    plan = build_plan(resolved.limits, machine, "limits")
+    if as_json:
+        click.echo(json.dumps(_document(resolved, plan), indent=2))
+        return 0
+    style = Style.of(sys.stdout)
+    table.write(_shown(resolved, plan, style), style)
+    return 0
+
+
+def _shown(resolved: Resolved, plan: SpawnPlan, style: Style) -> Iterator[str]:
+    described = profiles.load_profile(resolved.profile, machine_memory=None) if _ships(resolved.profile) else None
+    about = f": {described.description}" if described and described.description else ""
+    yield f"{style.paint('bold', resolved.profile)}{about}"
+    yield from table.table([_row(name, resolved, plan) for name in profiles.LIMIT_NAMES], style)
+
+
+def _ships(name: str) -> bool:
+    return name in profiles.shipped_profiles()
+
+
+def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
+    value = getattr(resolved.limits, name)
+    held = plan.enforcement.get(LimitName(name)) if name in LimitName else None
+    sign, by = (table.mark(held), held.by.value) if held else ("", "")
+    return name, format_limit(name, value), sign, by, resolved.sources[name]
+
+
+def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
+    return {
+        "schema": "safe-exec/limits/1",
+        "profile": resolved.profile,
+        "limits": resolved.limits.as_dict(),
+        "sources": dict(resolved.sources),
+        "enforcement": {
+            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note}
+            for name, held in plan.enforcement.items()
+        },
+    }
+
+
+# --- list -------------------------------------------------------------------------------------------------------
+
+
+@command.command("list")
+def list_profiles() -> int:
+    """List the profiles that ship, for --limits and for the extends of a file of your own."""
+    style = Style.of(sys.stdout)
+    memory, _ = memory_and_swap()
+    found = [profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()]
+    table.write(table.table([(profile.name, profile.description) for profile in found], style), style)
+    return 0
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+
+@command.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> int:
+    """Check a file of limits, or a safe-exec.yaml. One line on standard error for each error; exit code 2 if any."""
+    problems = errors_of(file)
+    for problem in problems:
+        click.echo(problem, err=True)
+    if not problems:
+        click.echo(f"{file}: right")
+    return BAD_INPUT if problems else 0
+
+
+def errors_of(file: Path) -> list[str]:
+    """Every error of a file, in its order; reading it as a run would shows the first, each figure alone the others."""
+    try:
+        _read_whole(file)
+    except LimitsError as first:
+        rest = [str(error) for error in _errors_of_figures(file)]
+        return rest if str(first) in rest else [str(first), *rest]
+    return []
+
+
+def _read_whole(file: Path) -> None:
+    memory = memory_and_swap()[0]
+    if _is_project_file(file):
+        profiles.project_overrides(file, file.absolute().parent / "any.ipynb", machine_memory=memory)
+    else:
+        # With its directory, so that a file that is called as a profile is still the file.
+        profiles.load_profile(str(file.absolute()), machine_memory=memory)
+
+
+def _is_project_file(file: Path) -> bool:
+    """By its name, or by the list of entries that only such a file has. Raises LimitsError."""
+    return file.name == profiles.PROJECT_FILE or isinstance(_limits_of(file), tuple)
+
+
+def _limits_of(file: Path) -> object:
+    sections = load(file).mapping("the document")
+    return sections["limits"].data if "limits" in sections else None
+
+
+def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
+    """The errors of single figures; of a file that is wrong as a whole, none."""
+    try:
+        limits = _limits_of(file.absolute() if not _is_project_file(file) else file)
+    except LimitsError:
+        return
+    mappings = [item.data for item in limits if isinstance(item, Value)] if isinstance(limits, tuple) else [limits]
+    memory = memory_and_swap()[0]
+    for mapping in mappings:
+        for key, value in mapping.items() if isinstance(mapping, dict) else ():
+            try:
+                parse_layer({key: value} if key not in _NOT_LIMITS else {}, machine_memory=memory)
+            except LimitsError as error:
+                yield error

@@ -1,0 +1,205 @@
+"""Where this process runs: container, WSL, CI, systemd, and the state of the control group tree around it.
+
+Only advice is built on it (:mod:`safe_exec.sandbox.remedies`); what can hold a limit is tried out by ``machine``. May
+import leftovers and procfs. Reads files only, below a root that tests replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from safe_exec.sandbox import leftovers, procfs
+
+
+class Container(StrEnum):
+    """What kind of container, as far as it can be told from inside."""
+
+    NONE = "none"
+    DOCKER = "docker"
+    PODMAN = "podman"
+    KUBERNETES = "kubernetes"
+    OTHER = "other"
+
+
+class CgroupTree(StrEnum):
+    """Which control group hierarchies are mounted; ``hybrid`` has controllers in v1 and a unified tree beside them."""
+
+    V2 = "v2"
+    HYBRID = "hybrid"
+    V1 = "v1"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What the advice depends on.
+
+    ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
+    are controllers switched off at boot; ``read_only`` says that the groups are mounted so. ``wsl`` is the version of
+    WSL. ``user_manager``: a systemd of this user runs; ``user_controllers`` is what it may hand on (``None``: not seen);
+    ``runtime_dir``: the environment says where to reach it; ``linger``: it runs without a login too.
+    """
+
+    release: str = ""
+    user: str = ""
+    tree: CgroupTree = CgroupTree.NONE
+    mount: Path = Path("/sys/fs/cgroup")
+    controllers: frozenset[str] = frozenset()
+    disabled: frozenset[str] = frozenset()
+    read_only: bool = False
+    container: Container = Container.NONE
+    wsl: int | None = None
+    github: bool = False
+    systemd: bool = False
+    systemd_run: bool = False
+    user_manager: bool = False
+    user_controllers: frozenset[str] | None = None
+    runtime_dir: bool = False
+    linger: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mounts:
+    tree: CgroupTree
+    unified: Path | None
+    read_only: bool
+
+
+def look(
+    *, root: Path = Path("/"), environ: Mapping[str, str] = os.environ, uid: int | None = None, release: str | None = None
+) -> Surroundings:
+    """Look around; with ``root`` another file system than the machine's own, for tests."""
+    number = uid if uid is not None else _own_uid()
+    kernel = release if release is not None else platform.release()
+    user = _user_name(number, root)
+    mounts = _mounts(_text(root / "proc/self/mountinfo"))
+    unified = mounts.unified or Path("/sys/fs/cgroup")
+    manager = f"user.slice/user-{number}.slice/user@{number}.service/cgroup.controllers"
+    handed_on = _inside(root, unified) / manager
+    return Surroundings(
+        release=kernel,
+        user=user,
+        tree=mounts.tree,
+        mount=unified,
+        controllers=frozenset(_text(_inside(root, unified) / "cgroup.controllers").split()),
+        disabled=_disabled(_text(root / "proc/cgroups")),
+        read_only=mounts.read_only,
+        container=_container(root, environ),
+        wsl=_wsl(kernel),
+        github=environ.get("GITHUB_ACTIONS") == "true",
+        systemd=(root / "run/systemd/system").is_dir(),  # sd_booted(3)
+        systemd_run=_has_program("systemd-run", root, environ),
+        user_manager=(root / f"run/user/{number}/systemd/private").exists(),
+        user_controllers=frozenset(_text(handed_on).split()) if handed_on.is_file() else None,
+        runtime_dir=bool(environ.get("XDG_RUNTIME_DIR")),
+        linger=(root / "var/lib/systemd/linger" / user).exists(),
+    )
+
+
+def dead_runs() -> int:
+    """How many earlier runs left their notes behind because runner and keeper were both killed.
+
+    The next run cleans up after them. Raises PermissionError where the directory of the notes is not this user's.
+    """
+    return sum(_is_dead(path) for path in leftovers.notes_directory().glob("*.json"))
+
+
+def _is_dead(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        note = json.loads(path.read_text())
+        return not any(_runs(note[who], note[f"{who}_started"]) for who in ("owner", "keeper"))
+    return False  # gone meanwhile, or being written
+
+
+def _runs(pid: int, started: int) -> bool:
+    found = procfs.stat(pid)
+    return found is not None and found.started == started and found.state not in "ZX"
+
+
+def _own_uid() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
+
+
+def _user_name(uid: int, root: Path) -> str:
+    """The name of a user from the passwd file, else from the system's directory of users, else the number."""
+    for line in _text(root / "etc/passwd").splitlines():
+        fields = line.split(":")
+        if fields[2:3] == [str(uid)]:
+            return fields[0]
+    with contextlib.suppress(ImportError, KeyError):  # Windows; a uid without a name
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
+
+
+def _mounts(mountinfo: str) -> _Mounts:
+    """What proc_pid_mountinfo(5) says of control groups."""
+    unified: Path | None = None
+    v1 = read_only = False
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.partition(" ")
+        if kind == "cgroup2":
+            unified = unified or Path(left.split()[4])
+        elif kind == "cgroup" and "name=" not in options:
+            v1 = True
+        else:
+            continue
+        read_only = read_only or "ro" in left.split()[5].split(",")
+    if unified is not None:
+        tree = CgroupTree.HYBRID if v1 else CgroupTree.V2
+    else:
+        tree = CgroupTree.V1 if v1 else CgroupTree.NONE
+    return _Mounts(tree=tree, unified=unified, read_only=read_only)
+
+
+def _disabled(cgroups: str) -> frozenset[str]:
+    """The controllers that /proc/cgroups has as not enabled (``cgroup_disable=memory`` on the kernel's command line)."""
+    rows = [line.split() for line in cgroups.splitlines() if not line.startswith("#")]
+    return frozenset(row[0] for row in rows if row[-1:] == ["0"])
+
+
+def _container(root: Path, environ: Mapping[str, str]) -> Container:
+    """Files first, which the engines themselves make; then the variable that container managers set; then group names."""
+    groups = _text(root / "proc/self/cgroup")
+    named = environ.get("container", "")
+    if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
+        return Container.KUBERNETES
+    if (root / "run/.containerenv").exists() or named in ("podman", "libpod") or "libpod" in groups:
+        return Container.PODMAN
+    if (root / ".dockerenv").exists() or named == "docker" or "/docker" in groups:
+        return Container.DOCKER
+    # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a machine.
+    found = named or _text(root / "run/systemd/container").strip()
+    return Container.OTHER if found and found != "wsl" else Container.NONE
+
+
+def _wsl(release: str) -> int | None:
+    """WSL 1 calls its kernel ``...-Microsoft``, WSL 2 ``...-microsoft-standard-WSL2``."""
+    if "microsoft" not in release.lower():
+        return None
+    return 1 if release.endswith("-Microsoft") else 2
+
+
+def _has_program(name: str, root: Path, environ: Mapping[str, str]) -> bool:
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    return any(folder and (_inside(root, Path(folder)) / name).exists() for folder in folders)
+
+
+def _inside(root: Path, path: Path) -> Path:
+    return root / str(path).lstrip("/")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

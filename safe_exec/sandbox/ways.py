@@ -1,0 +1,24 @@
+"""One way to mend a weakness: what to do, in commands that can be pasted. Pure; imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """``what`` is done by ``steps``, commands or lines of a file, with ``# ...`` between them where place or user change.
+
+    ``note`` is what it costs, or when it holds.
+    """
+
+    what: str
+    steps: tuple[str, ...]
+    note: str = ""
+
+
+def hand_on(group: Path | None, controllers: Iterable[str]) -> str:
+    """The command by which a group of the unified tree hands controllers on to the groups below it."""
+    return f'echo "{" ".join(f"+{name}" for name in controllers)}" > {group}/cgroup.subtree_control'
