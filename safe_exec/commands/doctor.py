@@ -15,7 +15,7 @@ import click
 from safe_exec import __version__
 from safe_exec.commands import table
 from safe_exec.errors import UsageError
-from safe_exec.model import LimitName, Limits, Mechanism
+from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.machine import Machine, detect
@@ -174,26 +174,28 @@ def place(machine: Machine, around: Surroundings) -> str:
 
 
 def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, held in plan.enforcement.items():
         if held.by is not Mechanism.RUNNER:
-            by = "nothing" if held.by is Mechanism.NONE else held.by.value
-            strength = "hard" if held.hard else "soft"
-            rows.append((table.mark(held), name.value, by, strength, "" if held.by is Mechanism.NONE else held.note))
+            rows.append((table.mark(held), name.value, *_held(held)))
     ours = [name for name in RUNNER_LIMITS if name in plan.enforcement]
-    runner = "waits, and takes the output: safe-exec holds these itself, everywhere"
+    runner = "by safe-exec itself, which waits and takes the output"
     for number, name in enumerate(ours):
         rows.append((table.PLAIN, name.value, "runner", "", runner if number == 0 else ""))
     return rows
 
 
+def _held(held: Enforcement) -> tuple[str, str, str]:
+    if held.by is Mechanism.NONE:
+        return "nothing", "", held.note
+    return held.by.value, "hard" if held.hard else "soft", held.note
+
+
 def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """What else there is to know, each with its label."""
-    hard = sum(held.hard for held in found.plan.enforcement.values())
-    yield "hard", f"{hard} limits are held by the system's kernel"
     yield "swap", swap_state(found.machine, found.plan)
     if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
-        yield "root", "a notebook that runs as root can undo its limits: run as an ordinary user what you do not trust"
+        yield "root", "as root a notebook can undo its limits: run what you do not trust as an ordinary user"
     yield "kernels", ", ".join(found.kernels) or "none is installed: pip install ipykernel"
     have = f"version {found.bubblewrap}" if found.bubblewrap else "not installed"
     yield "bubblewrap", f"{have}; not used by this version, isolation will need it"

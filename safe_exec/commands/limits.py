@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -17,11 +18,13 @@ from safe_exec.limits_yaml import Value, load
 from safe_exec.model import LimitName
 from safe_exec.profiles import Resolved, format_limit
 from safe_exec.reports.terminal import Style
+from safe_exec.reports.text import one_line
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.machine import detect, memory_and_swap
 from safe_exec.sandbox.plan import SpawnPlan
 
 BAD_INPUT = 2
+_LIMITS = frozenset(name.value for name in LimitName)
 _NOT_LIMITS = ("path", "profile")
 """Keys of an entry of safe-exec.yaml that are no limits."""
 
@@ -46,26 +49,21 @@ def show(profile: str, as_json: bool) -> int:
         click.echo(json.dumps(_document(resolved, plan), indent=2))
         return 0
     style = Style.of(sys.stdout)
-    table.write(_shown(resolved, plan, style), style)
+    about = profiles.load_profile(profile, machine_memory=machine.memory_total).description
+    table.write(_shown(resolved, plan, about, style), style)
     return 0
 
 
-def _shown(resolved: Resolved, plan: SpawnPlan, style: Style) -> Iterator[str]:
-    described = profiles.load_profile(resolved.profile, machine_memory=None) if _ships(resolved.profile) else None
-    about = f": {described.description}" if described and described.description else ""
-    yield f"{style.paint('bold', resolved.profile)}{about}"
+def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Iterator[str]:
+    yield style.paint("bold", one_line(resolved.profile)) + (f": {one_line(about)}" if about else "")
     yield from table.table([_row(name, resolved, plan) for name in profiles.LIMIT_NAMES], style)
-
-
-def _ships(name: str) -> bool:
-    return name in profiles.shipped_profiles()
 
 
 def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     value = getattr(resolved.limits, name)
-    held = plan.enforcement.get(LimitName(name)) if name in LimitName else None
+    held = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
     sign, by = (table.mark(held), held.by.value) if held else ("", "")
-    return name, format_limit(name, value), sign, by, resolved.sources[name]
+    return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
 
 
 def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
@@ -124,8 +122,8 @@ def _read_whole(file: Path) -> None:
     if _is_project_file(file):
         profiles.project_overrides(file, file.absolute().parent / "any.ipynb", machine_memory=memory)
     else:
-        # With its directory, so that a file that is called as a profile is still the file.
-        profiles.load_profile(str(file.absolute()), machine_memory=memory)
+        # With a directory: a file that is called as a profile that ships is still the file.
+        profiles.load_profile(os.path.join(".", file), machine_memory=memory)  # noqa: PTH118 - Path drops the "./"
 
 
 def _is_project_file(file: Path) -> bool:
@@ -141,13 +139,13 @@ def _limits_of(file: Path) -> object:
 def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
     """The errors of single figures; of a file that is wrong as a whole, none."""
     try:
-        limits = _limits_of(file.absolute() if not _is_project_file(file) else file)
+        limits = _limits_of(file)
     except LimitsError:
         return
     mappings = [item.data for item in limits if isinstance(item, Value)] if isinstance(limits, tuple) else [limits]
     memory = memory_and_swap()[0]
     for mapping in mappings:
-        for key, value in mapping.items() if isinstance(mapping, dict) else ():
+        for key, value in mapping.items() if isinstance(mapping, Mapping) else ():
             try:
                 parse_layer({key: value} if key not in _NOT_LIMITS else {}, machine_memory=memory)
             except LimitsError as error:

@@ -8,16 +8,13 @@ that configuration and from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +98,13 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.run_id = secrets.token_hex(6)
         self.sandbox: Sandbox | None = None
         self.channels: Channels | None = None
-        self.directory: Path | None = None
         self.fitted = False
         self.watchdog: Watchdog | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
 
-    def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox, directory: Path) -> None:
+    def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
         """Use what ``safe-exec run`` has built already instead of building it here."""
-        self.limits, self.plan, self.sandbox, self.directory = limits, plan, sandbox, directory
+        self.limits, self.plan, self.sandbox = limits, plan, sandbox
         self.run_id = sandbox.run_id
 
     # --- the life of a kernel, as jupyter_client asks for it ------------------------------------------------------
@@ -151,7 +147,6 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 env=env,
                 cwd=str(kwargs.get("cwd") or os.getcwd()),
                 pass_fds=self.channels.pass_fds if wrapped else {},
-                directories=[str(self.directory)] if self.directory else [],
                 dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
             )
         except SandboxError:
@@ -239,17 +234,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         log.error("kernel ended with %s%s%s", ended.status, why, memory)
 
 
-def runtime_directory() -> Path:
-    """A fresh private directory with a short path: a socket's path may have 108 bytes (unix(7))."""
+def runtime_directory(run_id: str) -> Path:
+    """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     usable = base and len(base) < 60 and os.access(base, os.W_OK)
-    return Path(tempfile.mkdtemp(prefix="safe-exec-", dir=base if usable else "/tmp"))  # noqa: S108
-
-
-def remove_directory(path: Path) -> None:
-    """Remove a runtime directory that no keeper was told of."""
-    with contextlib.suppress(OSError):
-        shutil.rmtree(path)
+    return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108
 
 
 def python_of(cmd: Sequence[str]) -> str:

@@ -79,8 +79,8 @@ class KernelSession:
 
     def open_sandbox(self) -> None:
         """Start the keeper; it gets ready while the notebook client is set up."""
-        self.directory = runtime_directory()
-        self.sandbox = Sandbox(self.run_id)
+        self.directory = runtime_directory(self.run_id)
+        self.sandbox = Sandbox(self.run_id, directory=self.directory)
 
     async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str]) -> None:
         """Start the kernel process.
@@ -91,12 +91,13 @@ class KernelSession:
         assert self.sandbox is not None and self.directory is not None
         km = AsyncKernelManager(kernel_name=kernel_name)
         spec = self._spec(km, kernel_name)
+        self.sandbox.wait_ready()
         km.connection_file = str(self.directory / "c.json")
         if speaks_ipc(spec.argv):
             km.transport, km.ip = "ipc", str(self.directory / "k")
         provisioner = SandboxProvisioner(kernel_id=self.run_id, kernel_spec=spec, parent=km)
         provisioner.on_limit = self._on_limit
-        provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox, directory=self.directory)
+        provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         km.provisioner = provisioner
         self.manager, self.provisioner = km, provisioner
         await km.start_kernel(cwd=cwd, env=dict(env))
@@ -379,10 +380,6 @@ class KernelSession:
         for fd in self.told.pipes.values():
             os.close(fd)
         self.told.pipes.clear()
-        if self.directory is not None and self.directory.exists():
-            from safe_exec.kernel.provisioner import remove_directory
-
-            remove_directory(self.directory)
 
 
 def _rows(value: Any) -> Rows:

@@ -29,7 +29,7 @@ START_SECONDS = 20.0
 STACK_BEFORE = (TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.OUTPUT, TerminationReason.PROCESSES)
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
-BOOT = "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]))"
+BOOT = "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]), *sys.argv[3:])"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,19 +62,24 @@ class Departure:
 class Sandbox:
     """One keeper and what it keeps."""
 
-    def __init__(self, run_id: str, *, prefix: Sequence[str] = ()) -> None:
-        """Start the keeper at once: its interpreter starts while the runner does other things."""
+    def __init__(self, run_id: str, *, directory: Path | None = None, prefix: Sequence[str] = ()) -> None:
+        """Start the keeper at once: its interpreter starts while the runner does other things.
+
+        ``directory`` is made by the keeper, and removed by it.
+        """
         self.run_id = run_id
+        self.directory = directory
+        self._note = leftovers.note_path(run_id)
         ours, theirs = socket.socketpair()
         self._control = ours
         self._inbox = b""
         root = str(Path(safe_exec.__file__).parent.parent)
-        argv = [*prefix, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root]
+        made = [str(directory or ""), str(self._note)]
+        argv = [*prefix, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, *made]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()
-        self._note: Path | None = None
         self._undo: Mapping[str, object] = {}
         self.keeper_pid: int | None = None
         self.kernel_pid: int | None = None
@@ -101,15 +106,14 @@ class Sandbox:
         env: Mapping[str, str],
         cwd: str,
         pass_fds: Mapping[str, int],
-        directories: Sequence[str] = (),
         dump_signal: int | None = None,
     ) -> int:
         """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
         Raises SandboxError, naming what could not be made, with the keeper gone and everything removed.
         """
-        self._wait_for(lambda: self.keeper_pid is not None, "the keeper did not start")
-        self._write_note(plan, directories)
+        self.wait_ready()
+        self._write_note(plan)
         request = plan.as_request() | {
             "op": "spawn",
             "argv": list(argv),
@@ -117,8 +121,6 @@ class Sandbox:
             "cwd": cwd,
             "pass_fds": [],
             "pass_names": list(pass_fds),
-            "directories": list(directories),
-            "note": str(self._note),
             "dump_signal": dump_signal,
             "stack_before": [reason.value for reason in STACK_BEFORE],
         }
@@ -131,10 +133,14 @@ class Sandbox:
             raise SandboxError(f"the sandbox cannot be built: {trouble}")
         return self.kernel_pid
 
+    def wait_ready(self) -> None:
+        """Wait until the keeper stands and has made its directory. Raises SandboxError."""
+        self._wait_for(lambda: self.keeper_pid is not None, "the keeper did not start")
+
     def _send_descriptors(self, fds: list[int]) -> None:
         socket.send_fds(self._control, [b'{"op":"descriptors"}\n'], fds)
 
-    def _write_note(self, plan: SpawnPlan, directories: Sequence[str]) -> None:
+    def _write_note(self, plan: SpawnPlan) -> None:
         assert self.keeper_pid is not None
         keeper, owner = procfs.stat(self.keeper_pid), procfs.stat(os.getpid())
         self._undo = {
@@ -143,9 +149,9 @@ class Sandbox:
             "owner": os.getpid(),
             "owner_started": owner.started if owner else 0,
             "cgroup_dirs": list(plan.cgroup.dirs),
-            "directories": list(directories),
+            "directories": [str(self.directory)] if self.directory else [],
         }
-        self._note = leftovers.write_note(self.run_id, self._undo)
+        leftovers.write_note(self._note, self._undo)
 
     # --- talking ------------------------------------------------------------------------------------------------
 
@@ -240,7 +246,7 @@ class Sandbox:
             return Departure()
         self._process.wait()
         left = leftovers.clean(self._undo)
-        if self._note is not None and not left:
+        if not left:
             self._note.unlink(missing_ok=True)
         return Departure(left=tuple(left))
 

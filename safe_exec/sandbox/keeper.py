@@ -32,7 +32,6 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import time
 from typing import Any
 
@@ -54,8 +53,10 @@ NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 class Keeper:
     """One sandbox: its kernel, its control groups, its runtime directory."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, *, directory: str | None, note: str | None) -> None:
         self.control = control
+        self.directory = directory
+        self.note = note
         self.inbox = b""
         self.given: list[int] = []
         self.plan: dict[str, Any] = {}
@@ -313,13 +314,12 @@ class Keeper:
             self.reason = "shutdown"
         alive = self.kill_tree()
         left = [path for path in reversed(self.plan.get("cgroup_dirs", ())) if not _remove_cgroup(path)]
-        for path in self.plan.get("directories", ()):
-            shutil.rmtree(path, ignore_errors=True)
-            if os.path.lexists(path):
-                left.append(path)
-        if not left and not alive and self.plan.get("note"):
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            left += [self.directory] if os.path.lexists(self.directory) else []
+        if not left and not alive and self.note is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self.plan["note"])
+                os.unlink(self.note)
         self.say("left", alive=alive, left=left)
 
 
@@ -413,20 +413,22 @@ def _remove_cgroup(path: str) -> bool:
             return True
 
 
-def main(control_fd: int) -> None:
-    """Run the keeper on the socket that the runner left at ``control_fd``."""
+def main(control_fd: int, directory: str, note: str) -> None:
+    """Run the keeper on the socket that the runner left at ``control_fd``.
+
+    ``directory`` (empty: none) is made here and not by the runner, and ``note`` is known from the start: whenever the runner is
+    killed, either there is nothing yet or there is a keeper that removes it.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    keeper = Keeper(socket.socket(fileno=control_fd))
+    keeper = Keeper(socket.socket(fileno=control_fd), directory=directory or None, note=note or None)
     keeper.control.setblocking(True)
     signal.set_wakeup_fd(keeper.wake_w, warn_on_full_buffer=False)
     for number in (*NOTED_SIGNALS, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    keeper.say("ready", pid=os.getpid())
     try:
+        if keeper.directory is not None:
+            os.mkdir(keeper.directory, 0o700)
+        keeper.say("ready", pid=os.getpid())
         keeper.run()
     finally:
         keeper.leave()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -34,13 +34,16 @@ def notes_directory() -> Path:
     return directory
 
 
-def write_note(run_id: str, note: Mapping[str, object]) -> Path:
+def note_path(run_id: str) -> Path:
+    """Where the note of a run stands."""
+    return notes_directory() / f"{run_id}.json"
+
+
+def write_note(path: Path, note: Mapping[str, object]) -> None:
     """Write down what is about to be made, before it is."""
-    path = notes_directory() / f"{run_id}.json"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as handle:
         json.dump(note, handle)
-    return path
 
 
 def sweep() -> list[str]:

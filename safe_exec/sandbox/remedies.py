@@ -88,7 +88,8 @@ def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) ->
         return f"{machine.v2} does not hand on {missing}"
     if machine.v1:
         return f"no group of ours can be made for {missing}"
-    return machine.v2_why_not if around.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
+    seen = machine.v2_why_not if around.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
+    return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
 
 
 def _switched_off(around: Surroundings, weak: tuple[LimitName, ...]) -> bool:
@@ -101,17 +102,24 @@ def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -
     if _switched_off(around, weak):
         return (_switch_on(BY_GROUPS[name] for name in weak),) if around.container is Container.NONE else (_ON_THE_HOST,)
     if machine.v2 is not None:
-        return (_hand_on_the_rest(machine),)
-    if around.container is not Container.NONE:
+        return (_hand_on_the_rest(machine, around),)
+    if _engine_in_charge(around):
         return container_ways(machine, around)
     if around.wsl is not None and (around.tree is not CgroupTree.V2 or not around.systemd):
         return _wsl_ways(machine, around)
     return _root_ways(around) if machine.uid == 0 else _user_ways(machine, around)
 
 
-def _hand_on_the_rest(machine: Machine) -> Way:
+def _engine_in_charge(around: Surroundings) -> bool:
+    """Whether it is for the engine of the container to give groups: not where its own systemd or root can."""
+    if around.container is Container.NONE or around.systemd:
+        return False
+    return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
+
+
+def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Way:
     if machine.uid != 0:
-        return _delegate_cpu(machine)
+        return _delegate_cpu(machine) if _cpu_not_delegated(machine, around) else _scope(machine, around)
     return Way(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
 
 
@@ -162,7 +170,7 @@ def _cpu_not_delegated(machine: Machine, around: Surroundings) -> bool:
 
 
 def _delegate_cpu(machine: Machine) -> Way:
-    """systemd delegates cpu to users by itself since version 252 only (its pull request 23887)."""
+    """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
     folder = "/etc/systemd/system/user@.service.d"
     return Way(
         what="have systemd delegate cpu to users",
@@ -188,20 +196,21 @@ def _given_v2(around: Surroundings) -> Way:
     )
     return Way(
         what="have root give you a group, and move this shell into it",
-        steps=(*(f"sudo sh -c '{step}'" for step in as_root), f"echo $$ | sudo tee {group}/shell/cgroup.procs"),
+        steps=(*(f"sudo sh -c '{step}'" for step in as_root), f"echo $$ | sudo tee {group}/shell/cgroup.procs > /dev/null"),
         note="until the next boot",
     )
 
 
 def _given_v1(around: Surroundings) -> Way:
     """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
-    group = f"/sys/fs/cgroup/$c/safe-exec-{around.user}"
-    controllers = " ".join(V1_CONTROLLERS)
+    give = f"sudo mkdir -p $g && sudo chown -R {around.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
     return Way(
         what="have root give you a group of each controller, and move this shell into them",
         steps=(
-            f"for c in {controllers}; do sudo mkdir -p {group} && sudo chown -R {around.user} {group}"
-            f" && echo $$ | sudo tee {group}/cgroup.procs; done",
+            f"for c in {' '.join(V1_CONTROLLERS)}; do",
+            f"  g=/sys/fs/cgroup/$c/safe-exec-{around.user}",
+            f"  {give}",
+            "done",
         ),
         note="until the next boot",
     )
@@ -264,9 +273,7 @@ _SWAP = (
     Way(what="account for swap", steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot")),
     Way(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
 )
-_ELSEWHERE = (
-    Way(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),
-)
+_ELSEWHERE = (Way(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
 
 
 def _switch_on(controllers: Iterable[str]) -> Way:

@@ -94,12 +94,12 @@ def look(
         container=_container(root, environ),
         wsl=_wsl(kernel),
         github=environ.get("GITHUB_ACTIONS") == "true",
-        systemd=(root / "run/systemd/system").is_dir(),  # sd_booted(3)
+        systemd=_there(root / "run/systemd/system"),  # sd_booted(3)
         systemd_run=_has_program("systemd-run", root, environ),
-        user_manager=(root / f"run/user/{number}/systemd/private").exists(),
-        user_controllers=frozenset(_text(handed_on).split()) if handed_on.is_file() else None,
+        user_manager=_there(root / f"run/user/{number}/systemd/private"),
+        user_controllers=frozenset(_text(handed_on).split()) if _there(handed_on) else None,
         runtime_dir=bool(environ.get("XDG_RUNTIME_DIR")),
-        linger=(root / "var/lib/systemd/linger" / user).exists(),
+        linger=_there(root / "var/lib/systemd/linger" / user),
     )
 
 
@@ -154,11 +154,15 @@ def _mounts(mountinfo: str) -> _Mounts:
         else:
             continue
         read_only = read_only or "ro" in left.split()[5].split(",")
-    if unified is not None:
-        tree = CgroupTree.HYBRID if v1 else CgroupTree.V2
-    else:
-        tree = CgroupTree.V1 if v1 else CgroupTree.NONE
-    return _Mounts(tree=tree, unified=unified, read_only=read_only)
+    return _Mounts(tree=_TREES[unified is not None, v1], unified=unified, read_only=read_only)
+
+
+_TREES = {
+    (True, True): CgroupTree.HYBRID,
+    (True, False): CgroupTree.V2,
+    (False, True): CgroupTree.V1,
+    (False, False): CgroupTree.NONE,
+}
 
 
 def _disabled(cgroups: str) -> frozenset[str]:
@@ -173,9 +177,9 @@ def _container(root: Path, environ: Mapping[str, str]) -> Container:
     named = environ.get("container", "")
     if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
         return Container.KUBERNETES
-    if (root / "run/.containerenv").exists() or named in ("podman", "libpod") or "libpod" in groups:
+    if _there(root / "run/.containerenv") or named in ("podman", "libpod") or "libpod" in groups:
         return Container.PODMAN
-    if (root / ".dockerenv").exists() or named == "docker" or "/docker" in groups:
+    if _there(root / ".dockerenv") or named == "docker" or "/docker" in groups:
         return Container.DOCKER
     # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a machine.
     found = named or _text(root / "run/systemd/container").strip()
@@ -191,11 +195,16 @@ def _wsl(release: str) -> int | None:
 
 def _has_program(name: str, root: Path, environ: Mapping[str, str]) -> bool:
     folders = environ.get("PATH", os.defpath).split(os.pathsep)
-    return any(folder and (_inside(root, Path(folder)) / name).exists() for folder in folders)
+    return any(folder and _there(_inside(root, Path(folder)) / name) for folder in folders)
 
 
 def _inside(root: Path, path: Path) -> Path:
     return root / str(path).lstrip("/")
+
+
+def _there(path: Path) -> bool:
+    """As Path.exists(), but a folder that is closed to us (an entry of PATH, after su) is no error."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _text(path: Path) -> str:

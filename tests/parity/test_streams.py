@@ -89,7 +89,7 @@ SAME: dict[str, list[str]] = {
         "p = subprocess.Popen(['sh', '-c', 'echo first; echo second >&2'])\np.wait()",
         "os.system('seq 1 3000');",
         "os.write(1, '\\u00e4\\U0001f600 split characters\\n'.encode() * 400);",
-        "print(os.popen('echo popen').read())",
+        "with os.popen('echo popen') as pipe:\n    print(pipe.read())",
     ],
     "fork": [
         "import os, sys\npid = os.fork()\nif pid == 0:\n    print('in the child', flush=True)\n    os._exit(0)\n"
