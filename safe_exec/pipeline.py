@@ -76,7 +76,7 @@ def prepare(job: Job) -> Prepared:
     read = notebook.read(job.path)
     machine = detect(_mechanisms(job.mechanisms))
     node = notebook.strip_annotations(read.node)
-    resolved = _resolve(job, read, node, machine)
+    resolved = _resolve(job, node, machine)
     _check_cells(resolved, node, job.path)
     paths = notebook.default_outputs(job.path)
     output, verdict = job.output or paths.out, job.verdict or paths.verdict
@@ -112,7 +112,7 @@ def _mechanisms(names: tuple[str, ...] | None) -> frozenset[Mechanism]:
     return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
-def _resolve(job: Job, read: notebook.Notebook, node: Any, machine: Machine) -> profiles.Resolved:
+def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
         return profiles.Resolved(
             limits=job.limits, profile="custom", warnings=(), sources={}, loosenable=False, fixed=frozenset()
@@ -268,8 +268,10 @@ def _fan_out(sinks: tuple[EventSink, ...]) -> EventSink:
 
 @contextlib.contextmanager
 def _signals(arrive: Any) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP are told to ``arrive`` until everything is written; elsewhere than on the main thread nothing is
-    taken over."""
+    """Ctrl-C, SIGTERM and SIGHUP are told to ``arrive`` until everything is written.
+
+    Elsewhere than on the main thread nothing is taken over.
+    """
     loop, taken = asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):

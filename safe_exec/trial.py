@@ -98,7 +98,7 @@ class TrialRequest:
     allow_errors: bool = False
     cells: frozenset[int] | None = None
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    sink: events.EventSink = lambda event: None
+    sink: events.EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)
     cancellation: Cancellation = field(default_factory=Cancellation)
 
@@ -116,7 +116,7 @@ class TrialResult:
     warnings: tuple[str, ...]
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
     """Leave the run of cells with an ending."""
 
     def __init__(self, ending: Ending) -> None:
@@ -266,7 +266,7 @@ class Trial:
 
     async def _sample_forever(self) -> None:
         """Ten times a second: usage for timeline and progress, and the limits that only a look can hold."""
-        while not self.session.died.is_set():
+        while not self.session.died.is_set():  # noqa: ASYNC110 - it samples, it does not wait for the event
             self._sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 

@@ -6,6 +6,8 @@ from safe_exec.causes import crashes, errors, exits, limits, memory, start, time
 from safe_exec.causes.context import Context, Rule
 from safe_exec.model import Cause
 
+__all__ = ["RULES", "Context", "Rule", "find_cause"]
+
 RULES: tuple[Rule, ...] = (
     start.start_failed,
     start.internal,

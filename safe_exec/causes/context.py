@@ -96,7 +96,7 @@ TELLING = (
 )  # fmt: skip
 
 
-def make(
+def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure, why, what to do
     context: Context,
     kind: CauseKind,
     summary: str,

@@ -42,7 +42,7 @@ def stack_overflow(context: Context) -> Cause | None:
         return None
     facts = (
         *exit_facts(evidence),
-        outside("stack in use", fault.stack_bytes, "VmStk in /proc/PID/status while the fault handler ran"),
+        outside("stack size", fault.stack_bytes, "VmStk in /proc/PID/status while the fault handler ran"),
         outside("stack limit", fault.stack_limit, "/proc/PID/limits"),
         *_stack_facts(fault),
     )

@@ -74,7 +74,7 @@ def _killed(context: Context) -> Cause:
     evidence = context.evidence
     facts = [*exit_facts(evidence)]
     if evidence.oom_kills is not None:
-        facts.append(outside("processes killed for memory in this cell", evidence.oom_kills_cell, "oom_kill of the control group"))
+        facts.append(outside("killed by the system in this cell", evidence.oom_kills_cell, "oom_kill of the control group"))
     source = evidence.place.source if evidence.place else ""
     summary = "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
     advice = (

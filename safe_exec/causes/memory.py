@@ -10,7 +10,18 @@ import re
 import signal
 
 from safe_exec.causes.context import Context, exit_facts, inside, make, outside
-from safe_exec.model import Cause, CauseKind, CellFailed, Confidence, Died, LimitHit, LimitName, TerminationReason, TimedOut
+from safe_exec.model import (
+    Cause,
+    CauseKind,
+    CellFailed,
+    Confidence,
+    Died,
+    Fact,
+    LimitHit,
+    LimitName,
+    TerminationReason,
+    TimedOut,
+)
 from safe_exec.units import format_size
 
 MEMORY_ERRORS = ("MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "ArrowMemoryError")
@@ -24,11 +35,11 @@ def _amounts(context: Context) -> str:
     return f"peak {format_size(peak)} of {format_size(limit)}"
 
 
-def _facts(context: Context) -> tuple:  # type: ignore[type-arg]
+def _facts(context: Context) -> tuple[Fact, ...]:
     evidence = context.evidence
     facts = list(exit_facts(evidence))
     if evidence.oom_kills_cell:
-        facts.append(outside("processes killed for memory", evidence.oom_kills, "oom_kill of the sandbox's control group"))
+        facts.append(outside("killed by the system", evidence.oom_kills, "oom_kill of the sandbox's control group"))
     if evidence.memory_peak is not None:
         facts.append(outside("memory peak", evidence.memory_peak, "control group or sum over processes"))
     if context.limits.memory is not None:
@@ -96,7 +107,7 @@ def worker_kill(context: Context) -> Cause | None:
     if evidence.error is not None:
         facts = (*facts, inside("then raised", f"{evidence.error.ename}: {evidence.error.evalue}"[:300], "the cell's error"))
     hang = " and the cell waited for it for ever" if isinstance(context.ending, TimedOut) else ""
-    where = context.human(context.ending.cell)
+    where = context.human(getattr(context.ending, "cell", None))
     amounts = _amounts(context)
     summary = f"a worker process was killed for memory in {where}{hang}" + (f" ({amounts})" if amounts else "")
     advice = "Use fewer or smaller workers, or raise --memory: the limit covers the kernel and all its processes together."

@@ -61,7 +61,7 @@ def _awaiting(awaiting: str) -> Activity:
     return Activity.WAITING_IO
 
 
-def _waiting(looked: Looked) -> Activity | None:
+def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
     files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:6]]
     call = looked.syscall
     if call in SLEEPS:

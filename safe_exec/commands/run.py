@@ -63,7 +63,7 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     prepared = prepare(job)
     if events is not None and events.absolute() in (prepared.output.absolute(), prepared.verdict.absolute()):
         raise UsageError(f"{events}: --events and another output are the same file")
-    verdict = _run(prepared, events, quiet=quiet or as_json and not sys.stderr.isatty())
+    verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
 

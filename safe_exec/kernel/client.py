@@ -28,6 +28,7 @@ OVERHEAD = 200
 QUIET_SECONDS = 0.01
 DRAIN_SECONDS = 2.0
 TRACEBACK_BYTES = 64 * 1024
+ENDS = 4
 
 
 class Accounts:
@@ -108,7 +109,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         accounts = self.accounts
         accounts.messages += 1
         kind = msg["msg_type"]
-        if kind == "status" or kind == "execute_input":
+        if kind in ("status", "execute_input"):
             return super().process_message(msg, cell, cell_index)
         content = msg["content"]
         size = _size(kind, content)
@@ -135,8 +136,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _of_a_child(self, msg: dict[str, Any]) -> bool:
         """Whether a forked child wrote it: jupyter_client puts the sender's process id into the message id."""
-        parts = msg["header"].get("msg_id", "").rsplit("_", 2)
-        return self.kernel_pid is not None and len(parts) == 3 and parts[1].isdigit() and int(parts[1]) != self.kernel_pid
+        _, _, rest = str(msg["header"].get("msg_id", "")).partition("_")
+        pid = rest.partition("_")[0]
+        return self.kernel_pid is not None and pid.isdigit() and int(pid) != self.kernel_pid
 
     def _clear(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         result = super().process_message(msg, cell, cell_index)
@@ -269,8 +271,9 @@ def _bounded(traceback: list[str]) -> list[str]:
     """A traceback of at most 64 KiB: the ends stay."""
     if sum(map(len, traceback)) <= TRACEBACK_BYTES:
         return traceback
-    short = [line if len(line) < 8192 else line[:4096] + " [...] " + line[-4096:] for line in traceback]
-    return short if len(short) < 9 else [*short[:4], "[...]", *short[-4:]]
+    half = TRACEBACK_BYTES // 16
+    short = [line if len(line) < 2 * half else line[:half] + " [...] " + line[-half:] for line in traceback]
+    return short if len(short) <= 2 * ENDS else [*short[:ENDS], "[...]", *short[-ENDS:]]
 
 
 def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:

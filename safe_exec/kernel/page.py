@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from safe_exec.kernel import inside
 
+MOST_FRAMES = 64
 SIZE = inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES
 
 
@@ -91,7 +92,7 @@ class Page:
     def unread(self, stream: str) -> int:
         """How many bytes of a descriptor's pipe had been handed on but not yet taken from it."""
         written, consumed = struct.unpack_from("<QQ", self._memory, 32 + (16 if stream == "stderr" else 0))
-        return max(0, min(written - consumed, 65536))
+        return max(0, min(int(written) - int(consumed), 65536))
 
     def sample(self) -> Sample:
         """The last sample."""
@@ -149,12 +150,12 @@ class Page:
 
 
 def _frames(data: bytes) -> tuple[bytes, ...]:
-    frames = []
-    at = 4
-    for _ in range(min(struct.unpack_from("<I", data, 0)[0], 64) if len(data) >= 4 else 0):
-        if at + 4 > len(data):
-            break
-        (length,) = struct.unpack_from("<I", data, at)
-        frames.append(data[at + 4 : at + 4 + length])
-        at += 4 + length
+    """Frames as ``Page.message`` packs them: their number, then each with its length before it."""
+    number = struct.Struct("<I")
+    frames: list[bytes] = []
+    at = number.size
+    while at + number.size <= len(data) and len(frames) < MOST_FRAMES:
+        (length,) = number.unpack_from(data, at)
+        at += number.size + length
+        frames.append(data[at - length : at])
     return tuple(frames)

@@ -39,6 +39,7 @@ DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 
 MODULES = ("ipykernel_launcher", "ipykernel")
 MESSAGE_SLACK = 1 << 20
+LONGEST_BASE = 60
 
 
 class Channels:
@@ -188,8 +189,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
 
     async def wait(self) -> int | None:
-        """Wait for the kernel process to end."""
-        while (code := await self.poll()) is None:
+        """Wait for the kernel process to end. The keeper is asked in turns: other tools run loops that we know nothing of."""
+        while (code := await self.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return code
 
@@ -198,12 +199,12 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.sandbox is not None:
             self.sandbox.signal(signum)
 
-    async def kill(self, restart: bool = False) -> None:
+    async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Kill the whole tree."""
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason.SHUTDOWN)
 
-    async def terminate(self, restart: bool = False) -> None:
+    async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Ask the kernel process to end."""
         await self.send_signal(signal.SIGTERM)
 
@@ -237,7 +238,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 def runtime_directory(run_id: str) -> Path:
     """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
-    usable = base and len(base) < 60 and os.access(base, os.W_OK)
+    usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
     return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import zmq
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
@@ -40,6 +39,7 @@ SHUTDOWN_SECONDS = 3.0
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
+MOST_HOSTS = 50
 
 Rows = list[tuple[str, int, str, int]]
 
@@ -163,7 +163,7 @@ class KernelSession:
         client.kernel_pid = self.pid
         kc = self.manager.client()
         self._cap_messages(kc)
-        await self._sockets_exist(kc)
+        await self._sockets_exist()
         kc.start_channels(stdin=False, hb=False)
         kc.allow_stdin = False
         client.kc = kc
@@ -180,15 +180,15 @@ class KernelSession:
         """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one."""
         caps = [cap for cap in (self.limits.cell_output, self.limits.output) if cap is not None]
         if caps:
-            kc.context.setsockopt(zmq.MAXMSGSIZE, max(caps) + MESSAGE_SLACK)
+            kc.context.maxmsgsize = max(caps) + MESSAGE_SLACK
 
-    async def _sockets_exist(self, kc: Any) -> None:
+    async def _sockets_exist(self) -> None:
         """Wait for the kernel's socket files: a connect that comes too early is only tried again after 100 ms."""
         if self.manager.transport != "ipc":
             return
         paths = [f"{self.manager.ip}-{getattr(self.manager, name)}" for name in ("shell_port", "iopub_port", "control_port")]
         deadline = time.monotonic() + (self.limits.start_timeout or 3600)
-        while not all(os.path.exists(path) for path in paths):
+        while not all(os.path.exists(path) for path in paths):  # noqa: ASYNC240 - a stat(2) in memory
             if self.died.is_set() or time.monotonic() > deadline:
                 return
             await asyncio.sleep(0.002)
@@ -259,7 +259,7 @@ class KernelSession:
             told.files[str(fact["file"])] = int(fact["cell"])
         elif "error" in fact:
             told.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
-        elif "remote" in fact and len(told.hosts) < 50:
+        elif "remote" in fact and len(told.hosts) < MOST_HOSTS:
             told.hosts.append(str(fact["remote"]))
         elif "exit_caller" in fact:
             told.exit_caller = _rows(fact["exit_caller"])
@@ -367,7 +367,7 @@ class KernelSession:
             self.client.kc.stop_channels()
             self.client.kc = None
         if self.manager is not None:
-            self.manager._close_control_socket()
+            self.manager._close_control_socket()  # noqa: SLF001 - jupyter_client closes it only in its own shutdown
             self.manager.context.destroy(linger=0)
         if self.sandbox is not None:
             with contextlib.suppress(ValueError, OSError):

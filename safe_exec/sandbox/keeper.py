@@ -45,6 +45,8 @@ KILL_SECONDS = 5.0
 NEAR = 0.85
 """From this share of the memory limit on, stacks are asked for: the kernel may be killed without a word at any moment."""
 STACK_STEP = 0.04
+LOOK_MS = ((0.5, 100), (0.75, 10), (float("inf"), 2))
+"""Up to this share of the limit, look again after so many milliseconds."""
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -200,7 +202,7 @@ class Keeper:
             self.ask_for_stack()
         elif share < NEAR:
             self.asked_at = 0.0
-        return 100 if share < 0.5 else 10 if share < 0.75 else 2
+        return next(pause for below, pause in LOOK_MS if share < below)
 
     def ask_for_stack(self) -> bool:
         """Send the signal at which the inside dumps its stack, if it catches it by now; uncaught it would kill."""
@@ -272,7 +274,7 @@ class Keeper:
         try:
             data = os.read(self.stderr_fd, 65536)
         except BlockingIOError:
-            return False if self.exited else True
+            return not self.exited
         if not data:
             os.close(self.stderr_fd)
             self.stderr_fd = -1
@@ -288,7 +290,7 @@ class Keeper:
                 self.fault_seen = self.see_stack()
             data = self.fault.recv(65536)
         except BlockingIOError:
-            return False if self.exited else True
+            return not self.exited
         except ConnectionError:
             data = b""
         if not data:

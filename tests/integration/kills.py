@@ -72,7 +72,8 @@ def _row(
     **more: object,
 ) -> Kill:
     sources = (cells,) if isinstance(cells, str) else cells
-    options = tuple(more.pop("options", ()))  # type: ignore[call-overload]
+    given = more.pop("options", ())
+    options: tuple[str, ...] = tuple(given) if isinstance(given, tuple) else ()
     if "--cell-timeout" not in options:
         options = (*options, *QUICK)
     return Kill(id=id, cells=sources, status=status, cause=cause, options=options, **more)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.causes.time import activity_of
@@ -183,6 +183,7 @@ places = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     looked=st.builds(
         Looked,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.causes import RULES, Context, find_cause
@@ -470,6 +470,7 @@ limit_sets = st.sampled_from([LIMITS, BARE])
 languages = st.sampled_from([None, "python", "R", "bash"])
 
 
+@settings(deadline=None)
 @given(ending=endings, evidence=evidences, limits=limit_sets, language=languages)
 def test_whatever_was_observed_has_an_answer(ending: Ending, evidence: Evidence, limits: Limits, language: str | None) -> None:
     cause = find_cause(Context(ending=ending, evidence=evidence, limits=limits, language=language))
@@ -484,6 +485,7 @@ def test_whatever_was_observed_has_an_answer(ending: Ending, evidence: Evidence,
     assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in cause.evidence)
 
 
+@settings(deadline=None)
 @given(status=statuses, evidence=evidences, claim=claims, limits=limit_sets)
 def test_claims_from_inside_never_change_what_a_death_is(
     status: ExitStatus, evidence: Evidence, claim: dict[str, Any], limits: Limits
@@ -497,6 +499,7 @@ def test_claims_from_inside_never_change_what_a_death_is(
     assert STATUS_OF[type(ending)] is Status.KERNEL_DIED and after.kind is not K.EXCEPTION
 
 
+@settings(deadline=None)
 @given(evidence=evidences, code=st.integers(0, 255))
 def test_an_exit_status_is_never_taken_for_a_signal(evidence: Evidence, code: int) -> None:
     ours = (TerminationReason.MEMORY, TerminationReason.CPU_TIME)

@@ -111,8 +111,7 @@ CASES = {
         around=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
         steps=(
             SCOPE,
-            r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n'"
-            " | sudo tee /etc/systemd/system/user@.service.d/delegate.conf",
+            r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee /etc/systemd/system/user@.service.d/delegate",
             "sudo systemctl daemon-reload",
         ),
     ),
@@ -158,12 +157,16 @@ CASES = {
         around=IN_DOCKER,
         weak=(MEMORY, CPUS, PROCESSES),
         steps=(
-            "docker run --security-opt writable-cgroups=true IMAGE", "mkdir -p /sys/fs/cgroup/init", MOVE_DOWN, HAND_ON,
-            "docker run --privileged IMAGE", MOVE_DOWN,
+            "docker run --security-opt writable-cgroups=true IMAGE",
+            "mkdir -p /sys/fs/cgroup/init",
+            MOVE_DOWN,
+            HAND_ON,
+            "docker run --privileged IMAGE",
+            MOVE_DOWN,
         ),
         never=("sudo", "chown", "systemd-run"),
         notes=("refused by rootless Docker", "what root can"),
-    ),  # fmt: skip
+    ),
     "docker on v2, an ordinary user": Case(
         machine=USER, around=replace(IN_DOCKER, user="ann"), steps=("chown ann /sys/fs/cgroup /sys/fs/cgroup/cgroup.procs",)
     ),
@@ -221,10 +224,15 @@ CASES = {
         machine=USER,
         around=Surroundings(user="ann", wsl=2, tree=CgroupTree.HYBRID),
         steps=(
-            "wsl.exe --update", "[wsl2]", "kernelCommandLine=cgroup_no_v1=all", "wsl.exe --shutdown",
-            r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf", "wsl.exe --shutdown", SUDO,
+            "wsl.exe --update",
+            "[wsl2]",
+            "kernelCommandLine=cgroup_no_v1=all",
+            "wsl.exe --shutdown",
+            r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf",
+            "wsl.exe --shutdown",
+            SUDO,
         ),
-    ),  # fmt: skip
+    ),
     "wsl 2 with systemd on v2": Case(machine=USER, around=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)),
     "wsl 1": Case(
         machine=USER, around=Surroundings(user="ann", wsl=1), steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",)
@@ -439,8 +447,8 @@ def test_notes_of_dead_runs_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
     own = procfs.stat(os.getpid())
     assert own is not None
     dead = {"owner": own.pid, "owner_started": own.started - 1, "keeper": own.pid, "keeper_started": own.started - 1}
-    leftovers.write_note("dead", dead)
-    leftovers.write_note("alive", {**dead, "keeper_started": own.started})
+    leftovers.write_note(leftovers.note_path("dead"), dead)
+    leftovers.write_note(leftovers.note_path("alive"), {**dead, "keeper_started": own.started})
     leftovers.notes_directory().joinpath("half-written.json").write_text('{"owner": 1')
     assert dead_runs() == 1
 
