@@ -1,0 +1,90 @@
+# Everything a developer needs; `make help` lists it. On a fresh Debian machine `make run` and `make test` install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without .pyc files everything that is imported is compiled at each start: two to three times slower.
+unexport PYTHONDONTWRITEBYTECODE
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+.PHONY: system
+system: ## Install the system packages that are missing (Debian, Ubuntu)
+	@missing=""; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	command -v $(PYTHON) >/dev/null || missing="$$missing python3"; \
+	command -v setpriv >/dev/null || missing="$$missing util-linux"; \
+	command -v mount >/dev/null || missing="$$missing mount"; \
+	ldconfig -p 2>/dev/null | grep -q 'libstdc++\.so\.6' || missing="$$missing libstdc++6"; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+
+$(VENV)/pyvenv.cfg: | system
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "safe-exec needs Python 3.11 or newer; choose one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run-installed: pyproject.toml $(VENV)/pyvenv.cfg
+	$(BIN)/pip install -q -e '.[kernel]' numpy
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml $(VENV)/pyvenv.cfg
+	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/python -m bash_kernel.install --sys-prefix
+	@touch $@ $(VENV)/.run-installed
+
+.PHONY: install
+install: $(VENV)/.dev-installed ## Install safe-exec and what its tests need into .venv
+
+.PHONY: run
+run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ and show what it says
+	@for notebook in examples/*-*.ipynb; do \
+		case $$notebook in *.out.ipynb|*.repro.ipynb) continue;; esac; \
+		echo; echo "$$ safe-exec run $$notebook"; \
+		$(BIN)/safe-exec run $$notebook 2>/dev/null; code=$$?; \
+		echo "exit code $$code"; \
+		if [ $$code = 7 ]; then exit $$code; fi; \
+	done
+
+.PHONY: test
+test: $(VENV)/.dev-installed ## Run all tests: unit, real kernels, cases, parity (some minutes)
+	$(BIN)/pytest -n $(JOBS) -q
+
+.PHONY: test-fast
+test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds)
+	$(BIN)/pytest -n $(JOBS) -q tests/unit
+
+.PHONY: test-cases
+test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases
+	$(BIN)/pytest -n $(JOBS) -q tests/cases
+
+.PHONY: lint
+lint: $(VENV)/.dev-installed ## Check style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.dev-installed ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.dev-installed ## Format the code
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+
+.PHONY: bench
+bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute
+	$(BIN)/python -m benchmarks.bench
+
+.PHONY: clean
+clean: ## Remove .venv, caches and what runs of examples/ wrote
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	rm -f examples/*.out.ipynb examples/*.verdict.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

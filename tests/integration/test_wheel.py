@@ -1,0 +1,42 @@
+"""A wheel carries the profiles and the schema, and works away from the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from tests.support import ROOT
+
+SCRIPT = """
+import safe_exec, sys
+from safe_exec.profiles import load_profile, shipped_profiles
+from safe_exec.reports.verdict_json import load_schema
+from safe_exec.kernel import inside
+assert safe_exec.__file__.startswith(sys.argv[1]), safe_exec.__file__
+assert set(shipped_profiles()) >= {"default", "ci", "strict"}, shipped_profiles()
+assert load_profile("ci", machine_memory=1 << 34).limits.memory == 2 << 30
+assert load_schema()["$id"] == "safe-exec/verdict/1"
+print("fine")
+"""
+
+
+def test_a_wheel_stands_on_its_own(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("safe_exec-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "safe_exec/_limits/default.yaml" in names
+    assert "safe_exec/reports/verdict.schema.json" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){SCRIPT}", str(tmp_path / "site")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "fine", done.stderr
