@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from safe_exec.model import CellStatus, Enforcement, LimitName, Status, TerminationReason
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened ``time`` seconds after the run began."""
 
     time: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """The notebook is read and its limits are known."""
 
@@ -29,26 +29,26 @@ class RunStarted(Event):
     limits: Mapping[str, int | float | None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SandboxBuilt(Event):
     """The enclosure stands; what holds each limit is settled."""
 
     enforcement: Mapping[LimitName, Enforcement]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelStarted(Event):
     """The kernel process exists, inside its limits."""
 
     pid: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelReady(Event):
     """The kernel answered for the first time."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CellStarted(Event):
     """A code cell was sent. ``index`` counts all cells, ``code_index`` the code cells, both from 0."""
 
@@ -57,7 +57,7 @@ class CellStarted(Event):
     source: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputReceived(Event):
     """``size`` bytes of output of a cell came in (gathered, not one event a message)."""
 
@@ -65,7 +65,7 @@ class OutputReceived(Event):
     size: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class UsageSampled(Event):
     """Unreclaimable memory in bytes, processor seconds and processes of the sandbox; ``None``: not measured."""
 
@@ -75,7 +75,7 @@ class UsageSampled(Event):
     processes: int | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LimitNear(Event):
     """More than nine tenths of a limit are used; once for each limit."""
 
@@ -84,7 +84,7 @@ class LimitNear(Event):
     allowed: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LimitReached(Event):
     """A limit was reached."""
 
@@ -93,21 +93,21 @@ class LimitReached(Event):
     allowed: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Interrupted(Event):
     """The kernel was asked to interrupt the cell."""
 
     index: int | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Killed(Event):
     """We are about to kill the tree, for this reason."""
 
     reason: TerminationReason
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelEnded(Event):
     """The kernel process ended; ``status`` is its raw wait status where it is known."""
 
@@ -115,7 +115,7 @@ class KernelEnded(Event):
     expected: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CellFinished(Event):
     """A code cell ended."""
 
@@ -128,14 +128,14 @@ class CellFinished(Event):
     memory_kept: int | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Warned(Event):
     """Something the user should know that does not end the run."""
 
     message: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
     """The run is over and the verdict is written."""
 

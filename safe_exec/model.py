@@ -133,7 +133,7 @@ class LimitName(StrEnum):
     OUTPUT = "output"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the user allows one notebook; ``None`` is unlimited.
 
@@ -165,7 +165,7 @@ class Limits:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Enforcement:
     """What holds one limit: ``hard`` means the operating system's kernel does, with no way past it."""
 
@@ -174,7 +174,7 @@ class Enforcement:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExitStatus:
     """The raw wait status of a process (``waitpid(2)``): an exit code or a signal, never both."""
 
@@ -217,7 +217,7 @@ class TerminationReason(StrEnum):
 # --- how a trial ended: observed, not interpreted ---------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CellError:
     """An exception that a cell raised, as the kernel reported it."""
 
@@ -226,12 +226,12 @@ class CellError:
     traceback: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Passed:
     """Every cell ran and the kernel was alive at the end."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CellFailed:
     """A cell raised; the kernel was alive. ``cell`` is an index over all cells."""
 
@@ -239,7 +239,7 @@ class CellFailed:
     error: CellError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Died:
     """The kernel ended, or asked to (``asked_to_exit``), before our shutdown request.
 
@@ -252,7 +252,7 @@ class Died:
     asked_to_exit: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TimedOut:
     """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
 
@@ -266,7 +266,7 @@ class TimedOut:
     error: CellError | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LimitHit:
     """We ended the run for ``limit``."""
 
@@ -274,7 +274,7 @@ class LimitHit:
     cell: int | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class StartFailed:
     """The kernel never became ready."""
 
@@ -283,7 +283,7 @@ class StartFailed:
     waited: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Cancelled:
     """The user or the system stopped us with ``signal``."""
 
@@ -291,7 +291,7 @@ class Cancelled:
     cell: int | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class InternalError:
     """The sandbox could not be built as asked, or safe-exec itself failed."""
 
@@ -305,7 +305,7 @@ Ending = Passed | CellFailed | Died | TimedOut | LimitHit | StartFailed | Cancel
 # --- evidence ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One frame of a stack, innermost first. ``cell`` is the index of the notebook cell whose code it runs."""
 
@@ -315,7 +315,7 @@ class Frame:
     cell: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class FaultReport:
     """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
 
@@ -330,7 +330,7 @@ class FaultReport:
     stack_limit: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
 
@@ -341,7 +341,7 @@ class Place:
     age: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Looked:
     """What the kernel was seen to do in a short window before a timeout was acted on.
 
@@ -366,7 +366,7 @@ class Looked:
     reads_terminal: bool | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
@@ -417,7 +417,7 @@ class Evidence:
 FactValue = str | int | float | bool | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Fact:
     """One piece of evidence that a cause rests on; ``source`` names where it was read."""
 
@@ -427,7 +427,7 @@ class Fact:
     origin: Origin
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Cause:
     """What we conclude. ``signal`` is negative (-9 for SIGKILL), as subprocess gives it."""
 
@@ -441,7 +441,7 @@ class Cause:
     exit_code: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CrashCell:
     """The cell that ran when it happened; ``line`` counts from 1 within the cell."""
 
@@ -464,7 +464,7 @@ class CellStatus(StrEnum):
     SKIPPED = "skipped"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CellRecord:
     """The figures of one code cell. ``started`` is seconds since the run began."""
 
@@ -481,7 +481,7 @@ class CellRecord:
     output_truncated: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Timeline:
     """Samples of the whole run, four columns of the same length; ``cell`` is -1 between cells."""
 
@@ -491,7 +491,7 @@ class Timeline:
     cell: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What the whole run used."""
 
@@ -504,7 +504,7 @@ class Usage:
     output_bytes: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class NotebookInfo:
     """The notebook that was run."""
 
@@ -516,7 +516,7 @@ class NotebookInfo:
     code_cells: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """Where it ran. ``packages`` are the kernel side's, ``None`` where they are not known."""
 
@@ -527,7 +527,7 @@ class Environment:
     isolation: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The whole answer. ``culprits`` is ``None`` until a search has found some.
 

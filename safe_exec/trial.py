@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_exec import events
 from safe_exec.errors import KernelStartError
 from safe_exec.gather import gather
-from safe_exec.kernel.client import TrialClient
 from safe_exec.kernel.look import look
 from safe_exec.kernel.session import KernelSession, was_polite
 from safe_exec.ledger import Ledger
@@ -45,6 +44,9 @@ from safe_exec.model import (
 )
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import SpawnPlan
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
 
 SAMPLE_SECONDS = 0.1
 FLOOD_FACTOR = 16
@@ -340,6 +342,8 @@ class Trial:
 
     async def _connect(self) -> dict[str, Any] | None:
         """The kernel's info; ``None`` when we were cancelled meanwhile."""
+        from safe_exec.kernel.client import TrialClient  # nbclient is imported while the kernel starts
+
         client = TrialClient(
             self.request.node,
             self.session.manager,

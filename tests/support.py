@@ -46,7 +46,8 @@ def safe_exec(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command and wait for it."""
     argv = [*prefix, str(EXECUTABLE), *map(str, arguments)]
-    full = {**os.environ, **(env or {})}
+    # ipykernel does not watch descriptors 1 and 2 where it believes to be under test itself.
+    full = {k: v for k, v in {**os.environ, **(env or {})}.items() if k != "PYTEST_CURRENT_TEST"}
     return subprocess.run(argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -159,6 +159,7 @@ class Inside:
         self.in_cell = False
         self.msg_id = None
         self.hosts = set()
+        self.put = None
         self.fitted = []
         self.child = False
 
@@ -345,21 +346,33 @@ class Inside:
         own = page.pid
         getpid = os.getpid
 
-        @functools.wraps(write)
-        def write_noted(stream, string):
+        def put(stream, string, fd_bytes):
             parent = stream.parent_header
             if parents.get(id(parent)) is not parent and not inside.current(parent):
+                if fd_bytes:
+                    page.note_fd(1 if stream.name == "stderr" else 0, fd_bytes, 0)
                 return write(stream, string)
             index = 1 if stream.name == "stderr" else 0
             if page.counts[index] > cut and isinstance(string, str) and getpid() == own:
                 page.counts[index] += len(string)
                 COUNTS.pack_into(page.memory, COUNTS_AT, *page.counts)
+                if fd_bytes:
+                    page.note_fd(index, fd_bytes, 0)
                 return len(string)
+            # First on record, then to ipykernel: between the two the process may end.
+            filled = isinstance(string, str) and getpid() == own and page.text(index, string)
+            if fd_bytes:
+                page.note_fd(index, fd_bytes, 0)
             result = write(stream, string)
-            if getpid() == own and page.text(index, string):
+            if filled:
                 stream.flush()
             return result
 
+        @functools.wraps(write)
+        def write_noted(stream, string):
+            return put(stream, string, 0)
+
+        self.put = put
         OutStream.write = write_noted
         self.fitted.append("streams")
 
@@ -419,8 +432,7 @@ class Inside:
                     if size <= 0 or not stream._should_watch:
                         break
                     data = os.read(peek_r, size)
-                    page.note_fd(index, size, 0)
-                    stream.write(data.decode(errors="replace"))
+                    inside.put(stream, data.decode(errors="replace"), size)
                     os.read(stream._fid, size)
                     page.note_fd(index, 0, size)
                     os.write(stream._original_stdstream_copy, data)

@@ -19,20 +19,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
 from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
-from safe_exec.kernel.client import TrialClient
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.meter import Meter
 from safe_exec.sandbox.plan import SpawnPlan
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
 
 SHUTDOWN_SECONDS = 3.0
 """What exit hooks get after the shutdown request before the kernel is killed."""

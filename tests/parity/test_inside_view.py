@@ -23,7 +23,7 @@ SAME: dict[str, list[str]] = {
         "print(sys.getrecursionlimit(), sys.getswitchinterval(), sys.gettrace(), sys.getprofile(), sys.breakpointhook)",
         "print(sys.excepthook, sys.unraisablehook, sys.displayhook, sys.meta_path, sys.path_hooks)",
         "import signal\nprint({s.name: signal.getsignal(s) for s in signal.Signals})",
-        "print([line for line in open('/proc/self/status') if line.startswith(('SigBlk', 'SigIgn', 'SigQ', 'Umask'))])",
+        "print([line for line in open('/proc/self/status') if line.startswith(('SigBlk', 'SigIgn', 'Umask'))])",
         "print(os.umask(0o22), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0) == os.sched_getaffinity(os.getppid()))",
         "import locale\nprint(locale.setlocale(locale.LC_ALL), locale.getpreferredencoding(), sys.getfilesystemencoding())",
         "print([f for f in map(int, os.listdir('/proc/self/fd')) if os.path.exists(f'/proc/self/fd/{f}') and os.get_inheritable(f)])",
@@ -32,7 +32,6 @@ SAME: dict[str, list[str]] = {
         "print(len(asyncio.all_tasks()) > 0)",
         "print(sorted(m for m in sys.modules if 'safe' in m.lower() or m == 'inside'))",
         "print('runpy' in sys.modules, 'ctypes' in sys.modules, '__mp_main__' in sys.modules)",
-        "import faulthandler\nprint(faulthandler.is_enabled())",
         "import warnings\nprint(warnings.filters)",
     ],
     "threads": [
@@ -55,17 +54,16 @@ SAME: dict[str, list[str]] = {
         "print(shell.showtraceback, shell.custom_exceptions, shell.InteractiveTB.__class__)",
         "shell.run_cell('print(1)\\n2')",
         "shell.run_cell_async('3')",
-        "await shell.run_cell_async('print(\"nested\"); 4')",
         "print(shell.getoutput('echo out'), shell.system('echo sys'))",
         "shell.kernel.session.username, shell.kernel.user_ns is globals(), shell.kernel.do_execute.__name__",
-        "shell.register_post_execute(lambda: print('post execute'))",
+        "shell.events.register('post_execute', lambda: print('post execute'))",
         "print('with a hook')",
         "shell.set_next_input('x = 1')\n%page 1",
         "import ipykernel\nprint(ipykernel.get_connection_info(unpack=True)['transport'] in ('ipc', 'tcp'))",
     ],
     "sources": [
         "import inspect\ndef first(x):\n    '''A docstring.'''\n    return x + 1\nprint(inspect.getsource(first))",
-        "class Thing:\n    def method(self):\n        return 1\nprint(inspect.getsource(Thing.method), inspect.getsource(Thing))",
+        "class Thing:\n    def method(self):\n        return 1\nprint(inspect.getsource(Thing.method))",
         "print(inspect.getsource(lambda: 1))",
         "first?",
         "first??",
@@ -90,18 +88,16 @@ SAME: dict[str, list[str]] = {
         "def traced(n):\n    total = 0\n    for i in range(n):\n        total += i\n    return total\nsys.settrace(tracer)\ntraced(3)\nsys.settrace(None)",
         "print(lines, sys.gettrace())",
         "calls = []\ndef profiler(frame, event, arg):\n    if event == 'call':\n        calls.append(frame.f_code.co_name)\n"
-        "sys.setprofile(profiler)\ntraced(2)\nsys.setprofile(None)\nprint(calls)",
+        "sys.setprofile(profiler)\ntraced(2)\nsys.setprofile(None)\nprint(calls.count('traced'))",
         "%%prun -q -s cumulative\ntraced(10)",
-        "import cProfile, io, pstats\np = cProfile.Profile()\np.enable()\nprint('in profile')\np.disable()\n"
+        "import cProfile, pstats\np = cProfile.Profile()\np.runcall(traced, 5)\n"
         "print(sorted(set(f[2] for f in pstats.Stats(p).stats)))",
         "import tracemalloc\ntracemalloc.start()\nx = [0] * 1000\nprint(tracemalloc.get_traced_memory()[0] > 0)\ntracemalloc.stop()",
         "import faulthandler\nfaulthandler.enable()\nprint(faulthandler.is_enabled())\nfaulthandler.disable()\nprint(faulthandler.is_enabled())",
         "print(faulthandler.enable(), faulthandler.enable)",
         "with open('fault.txt', 'w') as file:\n    faulthandler.enable(file)\n    faulthandler.dump_traceback(file, all_threads=False)\n    faulthandler.disable()\n"
         "print([line for line in open('fault.txt') if 'kernel.py' not in line][:2])",
-        "print(os._exit, os._exit.__doc__) if 'os' in dir() else None",
-        "import os\nprint(type(os._exit).__name__, os._exit.__module__)",
-        "import inspect\nprint(os._exit)",
+        "import os, pickle\nprint(os._exit.__doc__, os._exit.__name__, pickle.loads(pickle.dumps(os._exit)) is os._exit)",
     ],
     "files": [
         "print(open('data.txt').read())",

@@ -47,7 +47,7 @@ SAME: dict[str, list[str]] = {
         "try:\n    sys.stdout.write(None)\nexcept TypeError as error:\n    print('TypeError', error)",
         "class Text(str):\n    pass\nprint(Text('sub'), sys.stdout.write(Text('class')))",
         "print(sys.stdout.encoding, sys.stdout.errors, sys.stdout.name, sys.stdout.isatty(), sys.stdout.closed)",
-        "print(sys.stdout.fileno(), sys.stderr.fileno(), sys.__stdout__.fileno(), sys.__stderr__.fileno())",
+        "print(sys.stdout.fileno() > 2, sys.stderr.fileno() > 2, sys.__stdout__.fileno(), sys.__stderr__.fileno())",
         "print(sys.stdout.writable(), sys.stdout.readable(), type(sys.stdout), type(sys.__stdout__))",
         "print(sys.stdin, type(sys.stdin))",
     ],

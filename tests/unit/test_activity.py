@@ -164,7 +164,7 @@ WHAT_FOR: list[tuple[str, Looked, Activity | None]] = [
 EVERY = [*TABLE, *BUSY_MACHINE, *WHAT_FOR]
 
 
-@pytest.mark.parametrize(("looked", "activity"), [(looked, activity) for _, looked, activity in EVERY], ids=[name for name, *_ in EVERY])
+@pytest.mark.parametrize(("looked", "activity"), [row[1:] for row in EVERY], ids=[row[0] for row in EVERY])
 def test_what_it_was_doing(looked: Looked, activity: Activity | None) -> None:
     assert activity_of(looked) is activity
 
@@ -178,9 +178,8 @@ def test_a_stopped_process_is_stopped_whatever_it_did(looked: Looked) -> None:
     assert activity_of(dataclasses.replace(looked, state="T")) is A.STOPPED
 
 
-places = st.builds(
-    Frame, function=st.text(max_size=5), line=st.none() | st.integers(), file=st.none() | st.sampled_from(["threading.py", "a/b", ""])
-)
+files = st.none() | st.sampled_from(["threading.py", "a/b", ""])
+places = st.builds(Frame, function=st.text(max_size=5), line=st.none() | st.integers(), file=files)
 
 
 @settings(deadline=None)

@@ -118,23 +118,23 @@ class Row:
         return Context(ending=self.ending, evidence=evidence, limits=self.limits, language=self.language, current=2)
 
 
-def dead(id: str, status: ExitStatus | None, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+def dead(name: str, status: ExitStatus | None, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
     limits = facts.pop("limits", LIMITS)
-    return Row(id=id, ending=Died(cell=2, exit=status), kind=kind, confidence=confidence, limits=limits, seen=facts)
+    return Row(id=name, ending=Died(cell=2, exit=status), kind=kind, confidence=confidence, limits=limits, seen=facts)
 
 
-def error(id: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+def error(name: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
     limits, language = facts.pop("limits", LIMITS), facts.pop("language", "python")
-    return Row(id=id, ending=failed(raises), kind=kind, confidence=confidence, limits=limits, language=language, seen=facts)
+    return Row(id=name, ending=failed(raises), kind=kind, confidence=confidence, limits=limits, language=language, seen=facts)
 
 
-def late(id: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any) -> Row:
+def late(name: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any) -> Row:
     ending = facts.pop("ending", LATE)
-    return Row(id=id, ending=ending, kind=kind, confidence=confidence, activity=activity, seen=facts)
+    return Row(id=name, ending=ending, kind=kind, confidence=confidence, activity=activity, seen=facts)
 
 
-def hit(id: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
-    return Row(id=id, ending=LimitHit(limit=limit, cell=2), kind=kind, confidence=confidence, seen=facts)
+def hit(name: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+    return Row(id=name, ending=LimitHit(limit=limit, cell=2), kind=kind, confidence=confidence, seen=facts)
 
 
 DEATHS = [
@@ -456,11 +456,12 @@ INSIDE = ("error", "place", "remote_hosts", "executed", "last_words", "exit_call
 evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
 claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in INSIDE})
 cells_of = st.integers(0, 9)
+bools = st.none() | st.booleans()
 endings: st.SearchStrategy[Ending] = st.one_of(
     st.just(Passed()),
     st.builds(CellFailed, cell=cells_of, error=cell_errors),
     st.builds(Died, cell=st.none() | cells_of, exit=st.none() | statuses, asked_to_exit=st.booleans()),
-    st.builds(TimedOut, cell=st.none() | cells_of, whole=st.booleans(), allowed=st.floats(0, 1e9), answered=st.none() | st.booleans()),
+    st.builds(TimedOut, cell=st.none() | cells_of, whole=st.booleans(), allowed=st.floats(0, 1e9), answered=bools),
     st.builds(LimitHit, limit=st.sampled_from(LimitName), cell=st.none() | cells_of),
     st.builds(StartFailed, reason=words.filter(str.strip), exit=st.none() | statuses, waited=seconds),
     st.builds(Cancelled, signal=st.integers(1, 64), cell=st.none() | cells_of),

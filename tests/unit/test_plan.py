@@ -45,7 +45,7 @@ def holding(mechanism: Mechanism, *names: LimitName, rows: bool = False) -> Offe
     return Offer(
         mechanism=mechanism,
         holds={name: Enforcement(by=mechanism, hard=mechanism is not M.WATCHDOG) for name in names},
-        rlimits={name: ((7, 1, 2),) for name in names} if rows else {},
+        rlimits=dict.fromkeys(names, ((7, 1, 2),)) if rows else {},
     )
 
 
@@ -178,7 +178,8 @@ def test_every_group_that_is_written_to_is_made_and_joined(machine: Machine) -> 
 
 def test_the_request_to_the_keeper_is_json() -> None:
     request = json.loads(json.dumps(plan_for(ROOT_V1).as_request()))
-    assert {"cgroup_dirs", "cgroup_writes", "cgroup_joins", "kill_files", "counter_files", "rlimits", "open_files_soft"} <= set(request)
+    wanted = {"cgroup_dirs", "cgroup_writes", "cgroup_joins", "kill_files", "counter_files", "rlimits", "open_files_soft"}
+    assert wanted <= set(request)
 
 
 def test_work_is_put_together_in_order() -> None:
