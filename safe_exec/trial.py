@@ -138,7 +138,7 @@ class Trial:
         )
         self.signals = request.cancellation.signals
         self.warnings: list[str] = []
-        self.limit: tuple[LimitName, float | None] | None = None
+        self.limit: tuple[LimitName, int | None] | None = None
         self.stopping = asyncio.Event()
         self.current: int | None = None
         self.looked: Looked | None = None
@@ -252,7 +252,7 @@ class Trial:
 
     def _limit_reached(self, name: LimitName, used: float | None) -> None:
         if self.limit is None:
-            self.limit = (name, used)
+            self.limit = (name, self.current)
             allowed = self.request.limits.of(name) or 0
             self.sink(events.LimitReached(time=self.now(), limit=name, used=used, allowed=allowed))
 
@@ -399,6 +399,9 @@ class Trial:
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
         """Run one cell under its limits; raises Stop when the run ends with it."""
+        if self.stopping.is_set():
+            await self.session.wait_dead(10.0)
+            await self._stop_for_death(None)
         self.current = index
         limits = self.request.cell_limits(cell)
         client.begin_cell(limits.cell_output)
@@ -512,8 +515,10 @@ class Trial:
         self.sink(events.KernelEnded(time=self.now(), status=ended.status.raw if ended and ended.status else None, expected=False))
         reason = ended.reason if ended else None
         if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES):
-            limit = self.limit[0] if self.limit else LimitName(reason.value)
-            raise Stop(LimitHit(limit=limit, cell=index))
+            # The cell that struck it may have ended while the kill was under way.
+            limit, cell = self.limit or (LimitName(reason.value), index)
+            self.current = cell
+            raise Stop(LimitHit(limit=limit, cell=cell))
         raise Stop(Died(cell=index if index is not None else self._cell_at_death(), exit=ended.status if ended else None))
 
     def _cell_at_death(self) -> int | None:

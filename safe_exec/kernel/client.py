@@ -192,7 +192,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if self.running is not None and not self.accounts.truncated:
             self.accounts.truncated = True
             self.running[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
-        self.accounts.received += size
+        # One display too large is cut, not a flood: it counts as a cell's worth of output.
+        self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
 
     def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
         """As nbclient, but a stream that comes in very many pieces is joined."""

@@ -58,7 +58,7 @@ TABLE: list[tuple[str, Looked, Activity | None]] = [
     ("a comprehension", busy("<genexpr>@cell", gil_waits=FORCED, lines=2), A.PYTHON_LOOP),
     ("sum(range(10**12)): nobody else gets a turn", busy(gil_waits=(), lines=0, starved=True), A.NATIVE_CODE),
     ("10**10**9 from the very start", busy(gil_waits=(0.0002, 0.0003), starved=True), A.NATIVE_CODE),
-    ("re.match that goes back for ever", busy("match@/usr/lib/python3.11/re/__init__.py", gil_waits=(), starved=True), A.NATIVE_CODE),
+    ("re.match that goes back for ever", busy("match@/usr/lib/python3.11/re.py", gil_waits=(), starved=True), A.NATIVE_CODE),
     ("pbkdf2_hmac lets the interpreter go", busy(gil_waits=AT_ONCE), A.NATIVE_CODE),
     ("pbkdf2_hmac on a busy machine", busy(gil_waits=NOW_AND_THEN, cpu_share=0.6), A.NATIVE_CODE),
     ("numba without the interpreter", busy(gil_waits=AT_ONCE, lines=1), A.NATIVE_CODE),

@@ -377,7 +377,8 @@ def test_cells_that_fill_the_memory_are_named() -> None:
         CellRecord(index=n, code_index=n - 1, id=None, status=CellStatus.PASSED, memory_kept=kept)
         for n, kept in enumerate((612 * MIB, None, 1000, 20 * MIB), 1)
     )
-    context = dataclasses.replace(dead("oom", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1).context, cells=cells, current=4)
+    killed = dead("oom", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1)
+    context = dataclasses.replace(killed.context, cells=cells, current=4)
     cause = find_cause(context)
     assert cause is not None and "code cell 1 kept 612" in cause.advice and "code cell 4" not in cause.advice
 

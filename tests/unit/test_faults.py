@@ -1,7 +1,7 @@
 """Reading what faulthandler wrote: real dumps of Python 3.9 to 3.13 (in dumps/), 3.14's form by its source, and damaged ones.
 
-Each file begins with the main thread's identifier. ``ask``: a dump that was asked for, then a fault; ``thread``: a fault in a
-thread that the cell started; ``deep``: a fault below 150 calls, of which faulthandler prints 100.
+Each file begins with the main thread's identifier. ``ask``: a dump that was asked for, then a fault; ``thread``: a fault in
+a thread that the cell started; ``deep``: a fault below 150 calls, of which faulthandler prints 100.
 """
 
 from __future__ import annotations
