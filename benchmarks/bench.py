@@ -170,9 +170,7 @@ def execute(argv: Sequence[str], cwd: Path, verdict: Path | None = None) -> Ende
         time.sleep(POLL_SECONDS)
     exited = time.monotonic()
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Ended(
-        code=process.returncode, seconds=exited - begun, exited=exited, written=written, largest=usage.ru_maxrss * 1024
-    )
+    return Ended(code=process.returncode, seconds=exited - begun, exited=exited, written=written, largest=usage.ru_maxrss * 1024)
 
 
 def notebook(folder: Path, *sources: str) -> Path:

@@ -345,7 +345,8 @@ class Place:
 class Looked:
     """What the kernel was seen to do in a short window before a timeout was acted on.
 
-    ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``cpu_share`` processor
+    ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``runnable`` the share of
+    looks at which it had work to do (on a busy machine that says more than the time it got), ``cpu_share`` processor
     seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
     ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
     starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
@@ -362,6 +363,7 @@ class Looked:
     children: int | None = None
     children_cpu_share: float | None = None
     window: float | None = None
+    runnable: float | None = None
     starved: bool | None = None
     reads_terminal: bool | None = None
 

@@ -19,8 +19,8 @@ from safe_exec import events, notebook, profiles
 from safe_exec.errors import EnforcementError, LimitsError, SafeExecError, UsageError
 from safe_exec.events import Event, EventSink
 from safe_exec.files import HeldSpace, check_writable, write_atomically
-from safe_exec.model import Evidence, InternalError, Limits, Mechanism, Verdict
-from safe_exec.sandbox.build import build_plan, parse_required
+from safe_exec.model import Evidence, InternalError, Limits, Verdict
+from safe_exec.sandbox.build import build_plan, parse_mechanisms, parse_required
 from safe_exec.sandbox.leftovers import sweep
 from safe_exec.sandbox.machine import Machine, detect
 from safe_exec.sandbox.plan import SpawnPlan, fold
@@ -74,7 +74,7 @@ def prepare(job: Job) -> Prepared:
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     read = notebook.read(job.path)
-    machine = detect(_mechanisms(job.mechanisms))
+    machine = detect(parse_mechanisms(job.mechanisms))
     node = notebook.strip_annotations(read.node)
     resolved = _resolve(job, node, machine)
     _check_cells(resolved, node, job.path)
@@ -100,16 +100,6 @@ def prepare(job: Job) -> Prepared:
         started=started,
         started_at=started_at,
     )
-
-
-def _mechanisms(names: tuple[str, ...] | None) -> frozenset[Mechanism]:
-    if names is None:
-        return frozenset(Mechanism)
-    known = {m.value: m for m in (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)}
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise UsageError(f"--mechanisms: {', '.join(wrong)} is none; there are {', '.join(known)}")
-    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
 def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:

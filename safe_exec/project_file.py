@@ -37,11 +37,24 @@ def find_project_file(notebook_path: Path | str) -> Path | None:
     """The ``safe-exec.yaml`` that covers a notebook: the nearest above it, no further up than the repository's root."""
     folder = _absolute(notebook_path).parent
     for directory in (folder, *folder.parents):
-        if (directory / PROJECT_FILE).is_file():
+        if (directory / PROJECT_FILE).is_file() and _is_ours(directory / PROJECT_FILE, folder):
             return directory / PROJECT_FILE
         if (directory / ".git").exists():  # a directory, or a file in a work tree or submodule
             return None
     return None
+
+
+def _is_ours(file: Path, folder: Path) -> bool:
+    """Whether a file may set limits: it belongs to us, to root, or to whoever owns the notebook's folder.
+
+    Else anybody could plant one in a directory that all may write to, such as /tmp.
+    """
+    owner = file.stat().st_uid
+    return owner in (_user(), 0, folder.stat().st_uid)
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def project_overrides(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safe_exec.causes import crashes, errors, exits, limits, memory, start, time
 from safe_exec.causes.context import Context, Rule
-from safe_exec.model import Cause
+from safe_exec.model import Cancelled, Cause, Passed
 
 __all__ = ["RULES", "Context", "Rule", "find_cause"]
 
@@ -46,6 +46,8 @@ RULES: tuple[Rule, ...] = (
 
 def find_cause(context: Context) -> Cause | None:
     """The cause of a trial's ending; ``None`` for one that passed or was cancelled."""
+    if isinstance(context.ending, Passed | Cancelled):
+        return None
     for rule in RULES:
         cause = rule(context)
         if cause is not None:

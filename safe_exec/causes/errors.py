@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safe_exec.causes.context import Context, exit_facts, inside, make
-from safe_exec.model import Cancelled, Cause, CauseKind, CellFailed, Confidence, Passed
+from safe_exec.model import Cause, CauseKind, CellFailed, Confidence
 
 
 def stdin(context: Context) -> Cause | None:
@@ -30,7 +30,5 @@ def exception(context: Context) -> Cause | None:
 
 def unknown(context: Context) -> Cause | None:
     """Nothing else fits: say so."""
-    if isinstance(context.ending, Passed | Cancelled):
-        return None
     summary = "the run ended in a way that no rule explains; the evidence is all there is"
     return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

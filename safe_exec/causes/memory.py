@@ -55,7 +55,7 @@ def _advice(context: Context) -> str:
 
 def watchdog_kill(context: Context) -> Cause | None:
     """We killed the tree because its memory passed the limit."""
-    if context.evidence.termination is not TerminationReason.MEMORY:
+    if not isinstance(context.ending, Died) or context.evidence.termination is not TerminationReason.MEMORY:
         return None
     summary = f"out of memory: the sandbox passed its limit ({_amounts(context)}) and was ended by safe-exec's watchdog"
     return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))

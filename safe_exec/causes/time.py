@@ -13,68 +13,92 @@ from safe_exec.model import Activity, Cause, CauseKind, Confidence, Died, Fact, 
 from safe_exec.units import format_seconds, format_size
 
 BUSY = 0.5
-"""Processor seconds per second from which a kernel counts as computing."""
+"""Share of looks at which the main thread had work to do, or processor seconds per second, from which it computes."""
 
-FORCED_WAIT_SECONDS = 0.002
-"""A thread that runs Python code gives up the interpreter only when asked to, after 5 ms; one in native code that has released it lets
+FREE_SECONDS = 0.0015
+"""A thread that runs Python code gives the interpreter up only when asked to, after 5 ms; native code that has released it lets
 another in at once."""
+
+FREE_SHARE = 0.15
+HELD_SECONDS = 0.1
+MANY_THREADS = 1.5
 
 FLOOD_RATE = 100 * 1024
 FLOOD_BYTES = 1 << 20
 FLOOD_AGE_SECONDS = 2.0
 TOLERANCE_SECONDS = 1.0
 
-SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend")
+SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
+LOCKS = ("futex", "futex_waitv", "flock", "fcntl")
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
-FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "process.py", "popen_forkserver.py")
+FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "pty_spawn.py", "script.py")
+SEARCHED_FRAMES = 8
 
 
 def activity_of(looked: Looked) -> Activity | None:
     """What a kernel seen so was doing; ``None`` when it cannot be told."""
     if looked.state in ("T", "t"):
         return Activity.STOPPED
-    if looked.cpu_share is not None and looked.cpu_share >= BUSY:
+    if computes(looked):
         return _computing(looked)
     if looked.awaiting:
         return _awaiting(looked.awaiting)
     return _waiting(looked)
 
 
+def computes(looked: Looked) -> bool:
+    """Whether the main thread is at work, or has native threads at work for it (a parallel library)."""
+    share = looked.cpu_share or 0.0
+    if looked.runnable is None:
+        return share >= BUSY
+    if looked.runnable >= BUSY:
+        return True
+    innermost = (looked.stack[0].file or "").rpartition("/")[2] if looked.stack else ""
+    return share >= MANY_THREADS and looked.syscall in LOCKS and innermost not in FILES_OF_LOCKS and _interpreter_free(looked)
+
+
+def _interpreter_free(looked: Looked) -> bool:
+    """Whether the sampling thread often got the interpreter at once: then nobody was running Python code."""
+    free = sum(1 for wait in looked.gil_waits if wait < FREE_SECONDS)
+    return free >= FREE_SHARE * len(looked.gil_waits)
+
+
 def _computing(looked: Looked) -> Activity:
     """Python code yields the interpreter when asked; native code keeps it (the sampler starves) or has let it go (no wait)."""
-    if looked.starved or not looked.gil_waits:
+    if looked.awaiting:
+        return Activity.PYTHON_LOOP
+    waits = sorted(looked.gil_waits)
+    if looked.starved or not waits or waits[len(waits) // 2] >= HELD_SECONDS:
         return Activity.NATIVE_CODE
-    forced = sum(1 for wait in looked.gil_waits if wait >= FORCED_WAIT_SECONDS)
-    if 2 * forced >= len(looked.gil_waits) or (looked.lines or 0) > max(2, len(looked.gil_waits) // 4):
+    if (looked.lines or 0) > max(2, len(waits) // 4) or not _interpreter_free(looked):
         return Activity.PYTHON_LOOP
     return Activity.NATIVE_CODE
 
 
 def _awaiting(awaiting: str) -> Activity:
-    module, _, function = awaiting.partition(".")
+    module, _, function = awaiting.rpartition(".")
     if function == "sleep":
         return Activity.SLEEPING
     if "subprocess" in module or "process" in function:
         return Activity.WAITING_CHILD
-    if module in ("locks", "queues") or function in ("gather", "wait", "wait_for", "a future"):
+    if module in ("locks", "queues", "tasks", "taskgroups", "threads", ""):
         return Activity.WAITING_LOCK
     return Activity.WAITING_IO
 
 
 def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
-    files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:6]]
+    files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:SEARCHED_FRAMES]]
     call = looked.syscall
-    if call in SLEEPS:
-        return Activity.SLEEPING
+    # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
     if call in ("wait4", "waitid") or (looked.children and any(f in FILES_OF_CHILDREN for f in files)):
         return Activity.WAITING_CHILD
-    if call is not None and call.startswith("futex"):
+    if call in SLEEPS:
+        return Activity.SLEEPING
+    if call in LOCKS:
         return Activity.WAITING_LOCK
     if call in ("select", "pselect6", "poll", "ppoll") and looked.stack and looked.stack[0].function == "sleep":
         return Activity.SLEEPING
-    if call is not None and not call.isdigit():
-        if call == "epoll_wait" and looked.children and looked.reads_terminal:
-            return Activity.WAITING_CHILD
+    if call is not None and call.replace("_", "").isalnum() and not call.lstrip("-").isdigit():
         return Activity.WAITING_IO
     if any(f in FILES_OF_LOCKS for f in files):
         return Activity.WAITING_LOCK
@@ -150,7 +174,7 @@ def mute(context: Context) -> Cause | None:
     looked = context.evidence.looked
     if not isinstance(context.ending, TimedOut) or context.evidence.cell_active is not False or looked is None:
         return None
-    if looked.state in ("T", "t") or (looked.cpu_share or 0) >= BUSY:
+    if looked.state in ("T", "t") or computes(looked):
         return None
     summary = "the kernel lives but does not answer: it is not at work on the cell"
     advice = "Look for code that closes sockets or descriptors, stops the event loop, or blocks a thread of the kernel itself."
@@ -162,7 +186,7 @@ def waits_for_input(context: Context) -> Cause | None:
     looked = context.evidence.looked
     if not isinstance(context.ending, TimedOut) or looked is None or not looked.reads_terminal:
         return None
-    if (looked.cpu_share or 0) >= BUSY or (looked.children_cpu_share or 0) >= BUSY:
+    if computes(looked) or (looked.children_cpu_share or 0) >= BUSY:
         return None
     summary = "it waits for input from a terminal that nobody will type"
     advice = "Pass the answer on the command line or from a file (read < file, yes |, --yes)."

@@ -17,7 +17,7 @@ from safe_exec.commands import table
 from safe_exec.errors import UsageError
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.build import build_plan, parse_mechanisms
 from safe_exec.sandbox.machine import Machine, detect
 from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
@@ -102,14 +102,7 @@ def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagn
 
 
 def _allowed(text: str | None) -> frozenset[Mechanism]:
-    if text is None:
-        return frozenset(Mechanism)
-    names = [part.strip() for part in text.split(",")]
-    known = {mechanism.value: mechanism for mechanism in MECHANISMS}
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise UsageError(f"--mechanisms: {', '.join(wrong)} is none; there are {', '.join(known)}")
-    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
+    return parse_mechanisms(None if text is None else [part.strip() for part in text.split(",")])
 
 
 def _limits(profile: str | None, machine: Machine) -> Limits:

@@ -18,6 +18,7 @@ from safe_exec.model import Frame, Looked
 from safe_exec.sandbox import procfs
 
 WINDOW_SECONDS = 0.4
+LOOKS = 20
 STARVED_SECONDS = 0.25
 
 # The calls in which a kernel may wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
@@ -53,12 +54,13 @@ async def look(subject: Subject) -> Looked:
     """Watch for 0.4 s, then ask for the stack."""
     pid = subject.pid
     before, children_before = _cpu(pid), _children(pid)
-    calls = [_syscall(pid)]
+    calls, states = [], []
     clock = asyncio.get_running_loop().time
     start = clock()
-    for _ in range(4):
-        await asyncio.sleep(WINDOW_SECONDS / 4)
+    for _ in range(LOOKS):
+        await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         calls.append(_syscall(pid))
+        states.append(_state(pid))
     window = clock() - start
     after, children_after = _cpu(pid), _children(pid)
     main = procfs.stat(pid, pid)
@@ -67,7 +69,8 @@ async def look(subject: Subject) -> Looked:
     return Looked(
         state=main.state if main else None,
         cpu_share=None if before is None or after is None else max(0.0, after - before) / window,
-        syscall=calls[-1] if len(set(calls[1:])) == 1 else next((c for c in reversed(calls) if c), None),
+        syscall=_most_common([call for call in calls if call]),
+        runnable=states.count("R") / len(states),
         stack=stack,
         gil_waits=waits,
         lines=places,
@@ -123,6 +126,15 @@ def _samples(subject: Subject, start_age: float) -> tuple[tuple[float, ...], int
     recent = [s for s in subject.page.history() if s.cell == subject.number and now - s.time < start_age + 1.0]
     last = subject.page.sample().time
     return tuple(s.wait for s in recent), len({s.place for s in recent}), now - last > STARVED_SECONDS
+
+
+def _state(pid: int) -> str | None:
+    found = procfs.stat(pid, pid)
+    return found.state if found else None
+
+
+def _most_common(values: list[str]) -> str | None:
+    return max(set(values), key=values.count) if values else None
 
 
 def _cpu(pid: int) -> float | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safe_exec.model import LimitName, Limits
+from safe_exec.errors import UsageError
+from safe_exec.model import LimitName, Limits, Mechanism
 from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold, require
@@ -28,6 +29,21 @@ def build_plan(limits: Limits, machine: Machine, run_id: str, required: Sequence
     plan = fold(limits, [offer for offer in offers if offer is not None])
     require(plan, limits, required)
     return plan
+
+
+CHOOSABLE = (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)
+"""What ``--mechanisms`` may name."""
+
+
+def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
+    """The mechanisms that may be used; ``None`` is all. Raises UsageError with those that there are."""
+    if names is None:
+        return frozenset(Mechanism)
+    known = {mechanism.value: mechanism for mechanism in CHOOSABLE}
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise UsageError(f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(known)}")
+    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
 def parse_required(text: str, limits: Limits) -> tuple[LimitName, ...]:

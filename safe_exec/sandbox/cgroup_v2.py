@@ -23,9 +23,6 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     holds: dict[LimitName, Enforcement] = {}
     if limits.memory is not None and "memory" in machine.v2_controllers:
         writes.append((str(group / "memory.max"), str(limits.memory)))
-        # Absent where swap accounting is off or there is no swap at all: then there is nothing to forbid.
-        if machine.swap_total:
-            writes.append((str(group / "memory.swap.max"), "0"))
         holds[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V2, hard=True, note="no swap")
     if limits.processes is not None and "pids" in machine.v2_controllers:
         writes.append((str(group / "pids.max"), str(limits.processes)))
@@ -36,6 +33,8 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     work = CgroupWork(
         dirs=(str(group),),
         writes=tuple(writes),
+        # Absent where swap accounting is off.
+        writes_where_present=((str(group / "memory.swap.max"), "0"),) if limits.memory is not None else (),
         joins=(str(group / "cgroup.procs"),),
         kill_files=(str(group / "cgroup.kill"),),
         memory_file=str(group / "memory.current"),

@@ -104,6 +104,9 @@ class Keeper:
             os.mkdir(path)
         for path, value in self.plan["cgroup_writes"]:
             _write(path, value)
+        for path, value in self.plan["cgroup_writes_where_present"]:
+            if os.path.exists(path):
+                _write(path, value)
 
     def spawn(self) -> None:
         """Fork the kernel into the sandbox."""

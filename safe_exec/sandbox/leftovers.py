@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from safe_exec.errors import SandboxError
 from safe_exec.sandbox import procfs
 
 
@@ -30,7 +31,7 @@ def notes_directory() -> Path:
         directory.mkdir(mode=0o700)
     found = directory.lstat()
     if not stat_module.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(f"{directory} is not a directory of this user; remove it")
+        raise SandboxError(f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is")
     return directory
 
 
@@ -56,11 +57,16 @@ def sweep() -> list[str]:
     for path in notes:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads(path.read_text())
-            if not _alive(note["owner"], note["owner_started"]) and not _alive(note["keeper"], note["keeper_started"]):
+            if is_dead(note):
                 removed.extend([*note["cgroup_dirs"], *note["directories"]])
                 if not clean(note):
                     path.unlink()
     return removed
+
+
+def is_dead(note: Mapping[str, int]) -> bool:
+    """Whether both runner and keeper of a note are gone. Raises KeyError for what is no note."""
+    return not any(_alive(note[who], note[f"{who}_started"]) for who in ("owner", "keeper"))
 
 
 def _alive(pid: int, started: int) -> bool:

@@ -39,6 +39,7 @@ class CgroupWork:
 
     dirs: tuple[str, ...] = ()
     writes: tuple[tuple[str, str], ...] = ()
+    writes_where_present: tuple[tuple[str, str], ...] = ()
     joins: tuple[str, ...] = ()
     kill_files: tuple[str, ...] = ()
     counter_files: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class CgroupWork:
         return CgroupWork(
             dirs=self.dirs + other.dirs,
             writes=self.writes + other.writes,
+            writes_where_present=self.writes_where_present + other.writes_where_present,
             joins=self.joins + other.joins,
             kill_files=self.kill_files + other.kill_files,
             counter_files=self.counter_files + other.counter_files,
@@ -83,7 +85,7 @@ class SpawnPlan:
 
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
-        cgroup = {f"cgroup_{k}" if k in ("dirs", "writes", "joins") else k: v for k, v in asdict(self.cgroup).items()}
+        cgroup = {f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins") else k: v for k, v in asdict(self.cgroup).items()}
         rest = {"rlimits": self.rlimits, "open_files_soft": self.open_files_soft, "memory_limit": self.memory_limit}
         return {**cgroup, **rest}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from safe_exec.sandbox import leftovers, procfs
+from safe_exec.sandbox import leftovers
 
 
 class Container(StrEnum):
@@ -113,14 +113,8 @@ def dead_runs() -> int:
 
 def _is_dead(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        note = json.loads(path.read_text())
-        return not any(_runs(note[who], note[f"{who}_started"]) for who in ("owner", "keeper"))
+        return leftovers.is_dead(json.loads(path.read_text()))
     return False  # gone meanwhile, or being written
-
-
-def _runs(pid: int, started: int) -> bool:
-    found = procfs.stat(pid)
-    return found is not None and found.started == started and found.state not in "ZX"
 
 
 def _own_uid() -> int:

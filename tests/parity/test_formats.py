@@ -61,7 +61,7 @@ def test_multiline_outputs_and_sources_as_lists(tmp_path: Path) -> None:
     stale = {"output_type": "stream", "name": "stdout", "text": ["old\n", "output\n"]}
     cells = [
         {"cell_type": "code", "id": "a", "metadata": {}, "source": ["x = 1\n", "x\n"], "outputs": [stale], "execution_count": 3},
-        {"cell_type": "code", "id": "b", "metadata": {"tags": ["skip-execution"]}, "source": [], "outputs": [], "execution_count": 1},
+        {"cell_type": "code", "id": "b", "metadata": {}, "source": [], "outputs": [], "execution_count": 1},
         {"cell_type": "markdown", "id": "c", "metadata": {}, "source": ["# a\n", "b"]},
     ]
     assert_same(run_both(tmp_path, json.dumps({"metadata": {}, "nbformat": 4, "nbformat_minor": 5, "cells": cells})))
@@ -98,7 +98,7 @@ def test_bash(tmp_path: Path) -> None:
         "cd /; pwd; cd - > /dev/null",
         "echo 'ümläut 😀'",
         "seq 1 2000",
-        "f() { echo from f \"$@\"; }; f a b",
+        'f() { echo from f "$@"; }; f a b',
         "cat <<END\nhere\ndocument\nEND",
         "true; echo $?",
         "printf 'a\\rb\\n'",
@@ -122,7 +122,7 @@ def test_spawned_workers_import_what_lies_beside_the_notebook(tmp_path: Path) ->
         "import multiprocessing\nfrom helper import double\nspawn = multiprocessing.get_context('spawn')",
         "with spawn.Pool(1) as pool:\n    print(pool.map(double, [1, 2]))",
         "process = spawn.Process(target=double, args=(3,))\nprocess.start()\nprocess.join()\nprint(process.exitcode)",
-        "forkserver = multiprocessing.get_context('forkserver')\nwith forkserver.Pool(1) as pool:\n    print(pool.map(abs, [-1]))",
+        "server = multiprocessing.get_context('forkserver')\nwith server.Pool(1) as pool:\n    print(pool.map(abs, [-1]))",
         "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import sys; print(sys.argv)', 'x']);",
     )
     assert_same(run_both(tmp_path, notebook_of(*sources), prepare=beside))

@@ -41,7 +41,7 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.kernel.faults": {"safe_exec.model"},
     "safe_exec.sandbox.procfs": set(),
     "safe_exec.sandbox.keeper": {"safe_exec.sandbox.procfs"},
-    "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs"},
+    "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.errors"},
 }
 
 # Pieces of one layer that know nothing of each other.
