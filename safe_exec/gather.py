@@ -33,7 +33,7 @@ DUMP_AGE = 1.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
 _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
-_SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$")
+_SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE)
 
 
 def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
@@ -60,7 +60,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         memory_peak=peak,
         memory_peak_raw=counters.memory_peak_raw,
         memory_last=ledger.memory_last,
-        processes_peak=counters.tasks_peak or ledger.tasks_peak,
+        processes_peak=counters.tasks_peak or _tasks_peak(trial),
         cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
         error=error,
@@ -72,7 +72,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_messages=client.accounts.messages if client else None,
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,
-        output_bytes=sum(r.output_bytes or 0 for r in ledger.records.values()),
+        output_bytes=None if ledger.ready_at is None else sum(r.output_bytes or 0 for r in ledger.records.values()),
         exit_caller=session.frames(session.told.exit_caller),
         remote_hosts=tuple(session.told.hosts),
         signals_to_runner=tuple(trial.signals),
@@ -122,6 +122,13 @@ def _memory_peak(trial: Trial, kills: int | None, raw: int | None) -> int | None
     return seen
 
 
+def _tasks_peak(trial: Trial) -> int | None:
+    """The most tasks that samples or the watchdog saw."""
+    watchdog = trial.session.provisioner.watchdog if trial.session.provisioner else None
+    seen = watchdog.peak.tasks if watchdog is not None and watchdog.peak is not None else None
+    return max((n for n in (seen, trial.ledger.tasks_peak) if n is not None), default=None)
+
+
 def _elsewhere(kills: int | None, raw: int | None, limit: int | None) -> bool | None:
     """Whether the limit that was hit is not ours: the sandbox never came near its own."""
     if not kills or raw is None:
@@ -152,6 +159,7 @@ def _place(trial: Trial, ending: Ending, fault: FaultReport | None) -> Place | N
         _of_error(trial, index) if isinstance(ending, CellFailed) else None,
         _of_fault(trial, index, fault),
         _of_look(trial, index) if isinstance(ending, TimedOut) else None,
+        _of_error(trial, index) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
         _of_last_dump(trial, index),
         _of_page(trial, index),
     ):
@@ -184,7 +192,7 @@ def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
     if lines:
         return lines[-1]
     found = _SYNTAX_LINE.search(text) or _ARROW.search(text)
-    return int(found[1]) if found else None
+    return int(found[found.lastindex or 0]) if found else None
 
 
 def _of_fault(trial: Trial, index: int, fault: FaultReport | None) -> Place | None:

@@ -102,7 +102,7 @@ class Ledger:
     ) -> CellRecord:
         """A cell ended; its record."""
         record, start = self.records[index], self._at_start
-        self.oom_cell = (oom_kills or 0) - self.oom_before
+        self.oom_cell = max(0, (oom_kills or 0) - self.oom_before)
         if self.oom_cell > 0 and self.cell_of_first_oom is None:
             self.cell_of_first_oom = index
         self.oom_before = max(self.oom_before, oom_kills or 0)

@@ -155,6 +155,14 @@ class Limits:
     output: int | None = None
     interrupt_grace: float = 2.0
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what is no number (units are for files and options), ValueError for one below zero."""
+        for name, value in self.as_dict().items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; pass units as options")
+            if value is not None and not value >= 0:
+                raise ValueError(f"Limits.{name} cannot be {value!r}")
+
     def of(self, name: LimitName) -> int | float | None:
         """The value of one limit, ``None`` where it is unlimited."""
         value: int | float | None = getattr(self, name.value)
@@ -293,10 +301,14 @@ class Cancelled:
 
 @dataclass(frozen=True, kw_only=True)
 class InternalError:
-    """The sandbox could not be built as asked, or safe-exec itself failed."""
+    """The sandbox could not be built as asked, or safe-exec itself failed.
+
+    ``refused``: nothing failed; the machine cannot hold a limit that was required.
+    """
 
     message: str
     cell: int | None = None
+    refused: bool = False
 
 
 Ending = Passed | CellFailed | Died | TimedOut | LimitHit | StartFailed | Cancelled | InternalError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from safe_exec import events, notebook, profiles
-from safe_exec.errors import EnforcementError, LimitsError, SafeExecError, UsageError
+from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, SafeExecError, UsageError
 from safe_exec.events import Event, EventSink
 from safe_exec.files import HeldSpace, check_writable, write_atomically
 from safe_exec.model import Evidence, InternalError, Limits, Verdict
 from safe_exec.sandbox.build import build_plan, parse_mechanisms, parse_required
 from safe_exec.sandbox.leftovers import sweep
 from safe_exec.sandbox.machine import Machine, detect
-from safe_exec.sandbox.plan import SpawnPlan, fold
+from safe_exec.sandbox.plan import SpawnPlan, require
+
+log = logging.getLogger("safe_exec")
 
 HELD_BYTES = 1 << 20
 DEFAULT_KERNEL = "python3"
@@ -77,11 +80,11 @@ def prepare(job: Job) -> Prepared:
     machine = detect(parse_mechanisms(job.mechanisms))
     node = notebook.strip_annotations(read.node)
     resolved = _resolve(job, node, machine)
-    _check_cells(resolved, node, job.path)
+    warnings = _check_cells(resolved, node, job.path)
+    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
     paths = notebook.default_outputs(job.path)
     output, verdict = job.output or paths.out, job.verdict or paths.verdict
-    for path in (output, verdict):
-        check_writable(path)
+    check_outputs({"the notebook": job.path, "-o": output, "--verdict": verdict})
     cwd = job.cwd or job.path.absolute().parent
     if not cwd.is_dir():
         raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
@@ -102,10 +105,31 @@ def prepare(job: Job) -> Prepared:
     )
 
 
+def check_outputs(paths: Mapping[str, Path]) -> None:
+    """Check that every output can be written and that no two of the paths are one file; the notebook itself comes first.
+
+    Raises OutputPathError.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if name != "the notebook":
+            check_writable(path)
+        real = path.absolute().parent.resolve() / path.name
+        if real in seen:
+            raise OutputPathError(f"{path}: {seen[real]} and {name} are the same file; give {name} another one")
+        seen[real] = name
+
+
 def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
+        given = profiles.parse_overrides(job.options, where="--", machine_memory=machine.memory_total)
         return profiles.Resolved(
-            limits=job.limits, profile="custom", warnings=(), sources={}, loosenable=False, fixed=frozenset()
+            limits=profiles.apply(job.limits, given),
+            profile="custom",
+            warnings=(),
+            sources={},
+            loosenable=False,
+            fixed=frozenset(given),
         )
     file = profiles.find_project_file(job.path)
     project = profiles.project_overrides(file, job.path, machine_memory=machine.memory_total) if file else None
@@ -119,19 +143,25 @@ def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
     )
 
 
-def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> None:
-    """A cell's own limits are input too: wrong ones are found before anything runs."""
+def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> tuple[str, ...]:
+    """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
+    warnings: list[str] = []
     for index, cell in enumerate(node.cells):
-        profiles.cell_limits(resolved, cell.metadata, where=f"{path}, cell {index}")
+        warnings += profiles.cell_limits(resolved, cell.metadata, where=f"{path}, cell {index}")[1]
+    return tuple(warnings)
 
 
 def _required(job: Job, limits: Limits) -> tuple[Any, ...]:
     if job.require is None:
         return ()
     try:
-        return parse_required(job.require, limits)
+        names = parse_required(job.require, limits)
     except ValueError as error:
         raise LimitsError(f"--require: {error}") from error
+    for name in names:
+        if limits.of(name) is None:
+            raise LimitsError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
+    return names
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -168,20 +198,21 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> 
     from safe_exec.trial import TrialRequest, TrialResult, run_trial
 
     limits = prepared.resolved.limits
+    plan = build_plan(limits, prepared.machine, prepared.run_id)
     try:
-        plan = build_plan(limits, prepared.machine, prepared.run_id, prepared.required)
+        require(plan, prepared.required)
     except EnforcementError as error:
         ledger = Ledger.for_notebook(prepared.node, prepared.started)
         ledger.close(time.monotonic() - prepared.started)
         return TrialResult(
-            ending=InternalError(message=str(error)),
+            ending=InternalError(message=str(error), refused=True),
             evidence=Evidence(),
             ledger=ledger,
             node=prepared.node,
             place=None,
             hello={},
             warnings=(),
-        ), fold(limits, [])
+        ), plan
     request = TrialRequest(
         run_id=prepared.run_id,
         node=prepared.node,
@@ -191,6 +222,7 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> 
         machine=prepared.machine,
         plan=plan,
         cell_limits=lambda cell: profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0],
+        largest_output=_largest_output(prepared),
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,
@@ -198,6 +230,17 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> 
         cancellation=cancellation,
     )
     return await run_trial(request), plan
+
+
+def _largest_output(prepared: Prepared) -> int | None:
+    """The most that any cell may put out, in bytes: cells may have caps of their own."""
+    caps = [
+        profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0].cell_output
+        for cell in prepared.node.cells
+        if cell.cell_type == "code"
+    ]
+    known = [cap for cap in caps if cap is not None]
+    return max(known) if known and len(known) == len(caps) else None
 
 
 def _allow_errors(prepared: Prepared) -> bool:
@@ -249,9 +292,16 @@ def _run_started(prepared: Prepared) -> events.RunStarted:
 
 
 def _fan_out(sinks: tuple[EventSink, ...]) -> EventSink:
+    """One sink for all. One that raises is left out from then on: a broken progress display must not cost the run."""
+    live = list(sinks)
+
     def emit(event: Event) -> None:
-        for sink in sinks:
-            sink(event)
+        for sink in tuple(live):
+            try:
+                sink(event)
+            except Exception:
+                live.remove(sink)
+                log.exception("an event sink failed and gets no more events")
 
     return emit
 

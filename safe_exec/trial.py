@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,7 @@ class TrialRequest:
     machine: Machine
     plan: SpawnPlan
     cell_limits: Callable[[Any], Limits]
+    largest_output: int | None = None
     allow_errors: bool = False
     cells: frozenset[int] | None = None
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -134,7 +135,10 @@ class Trial:
         self.sink = request.sink
         self.ledger = Ledger.for_notebook(request.node, request.started)
         self.session = KernelSession(
-            limits=request.limits, plan=request.plan, run_id=request.run_id, on_limit=self._limit_from_watchdog
+            limits=replace(request.limits, cell_output=request.largest_output),
+            plan=request.plan,
+            run_id=request.run_id,
+            on_limit=self._limit_from_watchdog,
         )
         self.signals = request.cancellation.signals
         self.warnings: list[str] = []
@@ -144,6 +148,7 @@ class Trial:
         self.looked: Looked | None = None
         self.open_files: int | None = None
         self.cell_active: bool | None = None
+        self._killing = False
         self._near: set[LimitName] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending_output: dict[int, int] = {}
@@ -179,6 +184,8 @@ class Trial:
         ending = await self._settle(ending)
         self.session.take_facts()
         evidence, place = gather(self, ending)
+        for message in self.warnings:
+            self.sink(events.Warned(time=self.now(), message=message))
         self.session.close()
         departure = self.session.departure
         if departure.alive or departure.left:
@@ -200,10 +207,13 @@ class Trial:
         """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
         if isinstance(ending, Passed | CellFailed) and not self.signals:
             ending = await self._shut_down(ending)
-        elif not self.session.died.is_set():
+        elif not self.session.died.is_set() and self.session.pid is not None:
             self._kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
         ended = self.session.ended
+        if ended is not None:
+            raw = ended.status.raw if ended.status else None
+            self.sink(events.KernelEnded(time=self.now(), status=raw, expected=not isinstance(ending, Died)))
         if ended is not None and ended.reason is None and ended.status and was_polite(ended.status.signal):
             await self._wait_for_signal()
         if self.signals:
@@ -263,7 +273,9 @@ class Trial:
 
     def _kill(self, reason: TerminationReason) -> None:
         if not self.session.died.is_set():
-            self.sink(events.Killed(time=self.now(), reason=reason))
+            if not self._killing:
+                self._killing = True
+                self.sink(events.Killed(time=self.now(), reason=reason))
             self.session.kill(reason)
 
     async def _sample_forever(self) -> None:
@@ -313,10 +325,12 @@ class Trial:
     def _look_for_flood(self) -> None:
         client = self.session.client
         written = self.written()
-        if client is None or written is None or client.cell_cap is None or self.current is None:
+        if client is None or written is None or self.current is None:
             return
-        if written > FLOOD_FACTOR * client.cell_cap:
-            self._end_for(LimitName.CELL_OUTPUT, TerminationReason.OUTPUT, written)
+        caps = [(LimitName.CELL_OUTPUT, client.cell_cap), (LimitName.OUTPUT, client.total_cap)]
+        name, cap = min(((n, c) for n, c in caps if c is not None), key=lambda pair: pair[1], default=(None, None))
+        if name is not None and cap is not None and written > FLOOD_FACTOR * cap:
+            self._end_for(name, TerminationReason.OUTPUT, written)
 
     # --- the start ----------------------------------------------------------------------------------------------
 
@@ -512,7 +526,6 @@ class Trial:
             self._recover(index)
             self._end(index, CellStatus.KILLED)
         ended = self.session.ended
-        self.sink(events.KernelEnded(time=self.now(), status=ended.status.raw if ended and ended.status else None, expected=False))
         reason = ended.reason if ended else None
         if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES):
             # The cell that struck it may have ended while the kill was under way.
@@ -535,21 +548,7 @@ class Trial:
 
     def _end(self, index: int, status: CellStatus) -> None:
         client = self.session.client
-        meter = self.session.meter
-        reading = meter.read() if meter and not self.session.died.is_set() else None
-        kills = meter.counters().oom_kills if meter and not self.session.died.is_set() else None
-        if self.session.ended is not None:
-            kills = self.session.ended.counters.oom_kills
-        size = max(client.accounts.received, self.written() or 0) if client else None
-        record = self.ledger.end(
-            index,
-            self.now(),
-            status,
-            reading=reading,
-            oom_kills=kills,
-            output_bytes=size,
-            truncated=client.accounts.truncated if client else False,
-        )
+        record = self.ledger.end(index, self.now(), status, **self._reading_at_end(index))
         if client and client.accounts.truncated:
             self.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
         self.sink(
@@ -564,6 +563,17 @@ class Trial:
                 memory_kept=record.memory_kept,
             )
         )
+
+    def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
+        """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
+        client, meter, ended = self.session.client, self.session.meter, self.session.ended
+        counters = ended.counters if ended else meter.counters() if meter else None
+        return {
+            "reading": meter.read() if meter and ended is None else None,
+            "oom_kills": counters.oom_kills if counters else None,
+            "output_bytes": max(client.accounts.received, self.written() or 0) if client else None,
+            "truncated": client.accounts.truncated if client else False,
+        }
 
     def _recover(self, index: int) -> None:
         """Put what the dead kernel left in shared memory into its cell."""

@@ -11,6 +11,7 @@ from safe_exec.model import (
     CauseKind,
     CellRecord,
     Confidence,
+    Died,
     Ending,
     Enforcement,
     Evidence,
@@ -19,6 +20,7 @@ from safe_exec.model import (
     LimitName,
     Limits,
     Origin,
+    StartFailed,
 )
 from safe_exec.units import format_size
 
@@ -72,7 +74,10 @@ def signal_name(number: int) -> str:
 
 
 def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
-    """The raw end of the process, first in every list of evidence about a death."""
+    """The raw end of the process, first in every list of evidence about a death.
+
+    Only for a kernel that died: after any other ending the process ends by our own shutdown, which says nothing.
+    """
     status = evidence.exit
     if status is None:
         return (outside("wait status", None, "the keeper was killed; nobody could read it"),)
@@ -104,8 +109,8 @@ def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure
     evidence: tuple[Fact, ...],
     advice: str = "",
 ) -> Cause:
-    """A cause with the exit of the kernel filled in."""
-    status = context.evidence.exit
+    """A cause, with the exit of the kernel filled in where the kernel ended by itself or for a limit."""
+    status = context.evidence.exit if isinstance(context.ending, Died | StartFailed) else None
     return Cause(
         kind=kind,
         summary=summary,

@@ -22,7 +22,9 @@ def exception(context: Context) -> Cause | None:
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
     first = error.evalue.strip().split("\n", 1)[0][:200]
-    summary = f"{error.ename}: {first}" if first else error.ename
+    summary = ": ".join(part for part in (error.ename, first) if part) or "the cell raised an error without a name"
+    if not error.ename:  # bash says its exit status and nothing else
+        summary = f"the cell failed: {first}" if first else "the cell failed"
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
     advice = "The kernel is fine; mend the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)

@@ -41,7 +41,7 @@ def exited(context: Context) -> Cause | None:
     if evidence.exit_caller:
         frame = evidence.exit_caller[0]
         where = f"{context.human(frame.cell)}, line {frame.line}" if frame.cell is not None else f"{frame.file}, line {frame.line}"
-        facts.append(inside("os._exit called from", f"{frame.function} ({where})", "noted before the call"))
+        facts.append(inside("exit called from", f"{frame.function} ({where})", "noted before the call"))
         by = f" by os._exit() in {frame.function}() ({where})"
     summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"
     advice = (

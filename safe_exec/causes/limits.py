@@ -13,6 +13,9 @@ OS_ERRORS = (
     "OSError", "IOError", "BlockingIOError", "FileNotFoundError", "PermissionError", "ConnectionError", "TimeoutError", "error",
     "gaierror", "NotADirectoryError", "InterruptedError", "ChildProcessError", "ProcessLookupError",
 )  # fmt: skip
+FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
+"""What a shell says."""
+
 NEARLY = 0.9
 SCARCE_DISK = 4 << 20
 
@@ -32,7 +35,10 @@ def processes_watched(context: Context) -> Cause | None:
     """We ended the run because it had too many processes."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.PROCESSES:
         return None
-    facts = (*exit_facts(context.evidence), outside("processes allowed", context.limits.processes, "limits of this run"))
+    facts = (
+        outside("processes and threads at most", context.evidence.processes_peak, "watchdog"),
+        outside("processes allowed", context.limits.processes, "limits of this run"),
+    )
     summary = f"too many processes: more than {context.limits.processes} processes and threads at a time"
     return make(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, "Use a pool of bounded size; see --processes.")
 
@@ -91,7 +97,7 @@ def _by_text(context: Context, error: CellError) -> Cause | None:
         return _processes(context, error, True)
     if error.ename.endswith("OperationalError") and "database or disk is full" in error.evalue:
         return _disk(context, error, True)
-    if context.language not in (None, "python") and re.search(r"fork: (retry|Resource)|cannot fork", error.evalue):
+    if context.language not in (None, "python") and FORK_REFUSED.search(error.evalue):
         return _processes(context, error, True)
     return None
 
@@ -105,12 +111,15 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
     near = count is not None and limit is not None and count >= NEARLY * limit
     if not certain and not near:
         return None
-    facts = (_said(error), outside("open files", count, "/proc/PID/fd"), outside("open files allowed", limit, "RLIMIT_NOFILE"))
-    held = f": {count} are open" if count is not None else ""
-    allowed = f" of {limit} allowed" if limit is not None else ""
+    facts = [_said(error), outside("open files allowed", limit, "RLIMIT_NOFILE of each process")]
+    if near:
+        facts.append(outside("open files", count, "/proc/PID/fd after the error"))
+    held = f": {count} are open" if near else ""
+    allowed = "" if limit is None else f" of {limit} allowed" if near else f": {limit} are allowed to each process"
     advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
     confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
-    return make(context, CauseKind.TOO_MANY_OPEN_FILES, f"too many open files{held}{allowed}", confidence, facts, advice)
+    summary = f"too many open files{held}{allowed}"
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), advice)
 
 
 def _disk(context: Context, error: CellError, certain: bool) -> Cause | None:
@@ -140,8 +149,8 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         frame.function in ("_fork_exec", "_execute_child", "fork", "fork_exec", "_launch", "start", "start_new_thread", "spawn")
         for frame in (place.stack if place else ())
     )
-    thread = "can't start new thread" in error.evalue
-    if not (refusals or forks or thread) or not certain:
+    says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
+    if not (refusals or forks or says) or not certain:
         return None
     facts = (
         _said(error),

@@ -37,8 +37,8 @@ def _amounts(context: Context) -> str:
 
 def _facts(context: Context) -> tuple[Fact, ...]:
     evidence = context.evidence
-    facts = list(exit_facts(evidence))
-    if evidence.oom_kills_cell:
+    facts = list(exit_facts(evidence)) if isinstance(context.ending, Died) else []
+    if evidence.oom_kills:
         facts.append(outside("killed by the system", evidence.oom_kills, "oom_kill of the sandbox's control group"))
     if evidence.memory_peak is not None:
         facts.append(outside("memory peak", evidence.memory_peak, "control group or sum over processes"))

@@ -28,8 +28,17 @@ def start_failed(context: Context) -> Cause | None:
 
 
 def internal(context: Context) -> Cause | None:
-    """safe-exec failed: nothing can be said about the notebook."""
-    if not isinstance(context.ending, InternalError):
+    """safe-exec failed or refused to run: nothing can be said about the notebook."""
+    ending = context.ending
+    if not isinstance(ending, InternalError):
         return None
+    facts = tuple(
+        outside(f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement")
+        for name, held in context.enforcement.items()
+        if not held.hard and f"--require {name.value}:" in ending.message
+    )
+    if ending.refused:
+        advice = "Nothing was run. Run it without --require, or mend the machine as `safe-exec doctor` says."
+        return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
     advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
-    return make(context, CauseKind.UNKNOWN, f"safe-exec failed: {context.ending.message}", Confidence.GUESS, (), advice)
+    return make(context, CauseKind.UNKNOWN, ending.message or "safe-exec failed", Confidence.GUESS, facts, advice)

@@ -20,6 +20,7 @@ FREE_SECONDS = 0.0015
 another in at once."""
 
 FREE_SHARE = 0.15
+BEGIN_SECONDS = 1.5
 HELD_SECONDS = 0.1
 MANY_THREADS = 1.5
 
@@ -29,7 +30,7 @@ FLOOD_AGE_SECONDS = 2.0
 TOLERANCE_SECONDS = 1.0
 
 SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
-LOCKS = ("futex", "futex_waitv", "flock", "fcntl")
+LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
 FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "pty_spawn.py", "script.py")
 SEARCHED_FRAMES = 8
@@ -174,6 +175,8 @@ def mute(context: Context) -> Cause | None:
     looked = context.evidence.looked
     if not isinstance(context.ending, TimedOut) or context.evidence.cell_active is not False or looked is None:
         return None
+    if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
+        return None  # it had no time to begin
     if looked.state in ("T", "t") or computes(looked):
         return None
     summary = "the kernel lives but does not answer: it is not at work on the cell"
@@ -232,7 +235,8 @@ def cpu_time(context: Context) -> Cause | None:
         return None
     facts = list(exit_facts(evidence))
     used = evidence.cpu_seconds if ours else evidence.kernel_cpu_seconds
-    facts.append(outside("processor time", None if used is None else round(used, 2), "control group" if ours else "rusage"))
+    source = "sum over the sandbox" if ours else "rusage of the kernel process"
+    facts.append(outside("processor time", None if used is None else round(used, 2), source))
     limit = context.limits.cpu_time
     own = limit is None or (soft and used is not None and used < limit - TOLERANCE_SECONDS)
     if own:

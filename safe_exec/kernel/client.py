@@ -22,6 +22,8 @@ from safe_exec.kernel.page import Message, Page, Text
 MERGE_AFTER = 200
 """A cell with so many outputs gets further text of the same stream joined to the last one."""
 
+OUTPUTS = ("stream", "display_data", "execute_result", "error")
+KEPT = (*OUTPUTS, "clear_output", "comm_open", "comm_msg", "comm_close")
 OVERHEAD = 200
 """Bytes that an output costs beside its content; so a flood of empty ones is bounded too."""
 
@@ -39,6 +41,7 @@ class Accounts:
         self.received = 0
         self.messages = 0
         self.truncated = False
+        self.marked = False
         self.last: float | None = None
         self.characters = {"stdout": 0, "stderr": 0}
         self.seen: deque[str] = deque(maxlen=5000)
@@ -121,8 +124,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             return self._clear(msg, cell, cell_index)
         if kind == "error":
             content["traceback"] = _bounded(content.get("traceback") or [])
-        elif not self._admit(kind, content, size, cell):
-            return None
+        else:
+            if self.clear_before_next_output and kind in OUTPUTS:
+                self._clear_now(cell, cell_index)  # whether what comes now fits or not
+            if not self._admit(kind, content, size, cell):
+                return None
         return super().process_message(msg, cell, cell_index)
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
@@ -143,9 +149,20 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def _clear(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         result = super().process_message(msg, cell, cell_index)
         if not cell.outputs:
-            self.total_stored -= self.accounts.stored
-            self.accounts.stored = 0
+            self._give_back()
         return result
+
+    def _clear_now(self, cell: Any, cell_index: int) -> None:
+        """Carry out a ``clear_output(wait=True)`` of earlier, as nbclient does at the next output."""
+        cell.outputs[:] = []
+        self.clear_display_id_mapping(cell_index)
+        self.clear_before_next_output = False
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.total_stored -= self.accounts.stored
+        self.accounts.stored = 0
+        self.accounts.marked = False
 
     def _admit(self, kind: str, content: dict[str, Any], size: int, cell: Any) -> bool:
         """Whether an output fits the caps; text is shortened to what does, with a mark."""
@@ -153,14 +170,12 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if left is None or size + OVERHEAD <= left:
             self._store(size + OVERHEAD)
             return True
-        first = not self.accounts.truncated
         self.accounts.truncated = True
-        if kind.startswith("comm"):
+        if kind.startswith("comm") or self.accounts.marked:
             return False
-        if not first:
-            return False
+        self.accounts.marked = True
         if kind == "stream":
-            content["text"] = content["text"][: max(0, left)] + self._mark()
+            content["text"] = content["text"].encode("utf-8", "replace")[: max(0, left)].decode("utf-8", "ignore") + self._mark()
         else:
             cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
             return False
@@ -189,8 +204,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def cut_display(self, size: int) -> None:
         """A display that was too large to be sent at all is marked in the running cell."""
-        if self.running is not None and not self.accounts.truncated:
-            self.accounts.truncated = True
+        if self.running is not None and not self.accounts.marked:
+            self.accounts.truncated = self.accounts.marked = True
             self.running[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
         # One display too large is cut, not a flood: it counts as a cell's worth of output.
         self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
@@ -236,9 +251,12 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _recover_message(self, record: Message) -> int:
         message = _parse(record.frames)
-        if message is None or message["header"]["msg_id"] in self.accounts.seen:
+        if message is None or message["msg_type"] not in KEPT or message["header"]["msg_id"] in self.accounts.seen:
             return 0
-        self._feed(message)
+        try:
+            self._feed(message)
+        except Exception:  # noqa: BLE001 - a hostile process wrote it; nothing in it may change how the run ended
+            return 0
         return 1
 
     def _feed(self, message: dict[str, Any]) -> None:
@@ -283,6 +301,7 @@ def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:
         at = frames.index(b"<IDS|MSG>")
         header, _, metadata, content = (json.loads(part) for part in frames[at + 2 : at + 6])
         metadata["safe_exec_late"] = True
+        str(header["msg_id"]), dict(content)
         parsed = {"msg_type": header["msg_type"], "header": header, "metadata": metadata, "content": content}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

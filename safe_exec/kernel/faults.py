@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from safe_exec.model import FaultReport, Frame
 
-_THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[[^\]]*\])? \(most recent call first\):")
+_THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+LONGEST = 500
+"""faulthandler cuts a file name off there."""
+
 DEEP = 90
 """faulthandler prints at most 100 frames of a thread; a stack that fills this was deep."""
 
@@ -30,13 +33,20 @@ class Thread:
 def parse_threads(text: str, cells: Mapping[str, int]) -> tuple[Thread, ...]:
     """All threads of the last dump in ``text``; ``cells`` maps file names of cell code to cell indexes."""
     threads: list[tuple[int, bool, list[Frame]]] = []
-    for line in text.splitlines():
+    known = {_escaped(name): index for name, index in cells.items()}
+    for line in text[: text.rfind("\n") + 1].split("\n"):  # a line without its end may be cut off within a name
         if found := _THREAD.match(line):
             threads.append((int(found[2], 16), found[1] == "Current thread", []))
         elif (found := _FRAME.match(line)) and threads:
             number = None if found[2] == "???" else int(found[2])
-            threads[-1][2].append(Frame(function=found[3], line=number, file=found[1], cell=cells.get(found[1])))
+            threads[-1][2].append(Frame(function=found[3], line=number, file=found[1], cell=known.get(found[1])))
     return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
+
+
+def _escaped(name: str) -> str:
+    """A file name as faulthandler writes it: what is not printable ASCII escaped, at most 500 characters (_Py_DumpASCII)."""
+    short = "".join(c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() for c in name[:LONGEST])
+    return short + ("..." if len(name) > LONGEST else "")
 
 
 def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:

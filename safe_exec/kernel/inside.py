@@ -29,7 +29,7 @@ import sys
 import termios
 import time
 
-PAGE_BYTES = 16384
+PAGE_BYTES = 8192 + 128 * 1024
 SEGMENT_BYTES = 4 * 1024 * 1024
 MAGIC = 0x53455831
 
@@ -38,7 +38,7 @@ HEADER = struct.Struct("<IIQIIdQQQQ")  # magic, segment, cell, line, pid, time, 
 SAMPLE_AT, SAMPLE = 128, struct.Struct("<QIIdddQQ")  # cell, line, depth, time, wait, cpu, place hash, in a call
 HISTORY_AT, HISTORY = 512, 64
 COUNTS_AT, COUNTS = 256, struct.Struct("<QQ")  # characters written to stdout and stderr in this cell
-STACK_AT, STACK_BYTES = 8192, 8192
+STACK_AT, STACK_BYTES = 8192, 128 * 1024  # 30 rows with the longest paths
 RECORD = struct.Struct("<IBBHQQ")  # payload length, kind, stream, pad, cell, characters so far
 TEXT, MESSAGE = 1, 2
 
@@ -94,7 +94,7 @@ class Page:
     def text(self, stream, string):
         """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
         self.counts[stream] += len(string)
-        data = string.encode("utf-8", "surrogatepass")
+        data = string.encode("utf-8", "replace")  # character by character, so that counts hold
         if len(data) > SEGMENT_BYTES // 2:
             data = data[-SEGMENT_BYTES // 2 :].decode("utf-8", "ignore").encode()
         COUNTS.pack_into(self.memory, COUNTS_AT, *self.counts)
@@ -313,10 +313,10 @@ class Inside:
             code = entry.tb_frame.f_code
             rows.append((code.co_name, entry.tb_lineno, code.co_filename, self.files.get(code.co_filename, 0)))
             entry = entry.tb_next
-        rows = rows[1:][::-1][:30]  # the first is IPython's own, which called exec()
+        rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
         line = next((row[1] for row in rows if row[3] == self.page.cell), None)
         if line:
-            self.fact(error=rows, line=line, cell=self.page.cell)
+            self.fact(error=rows[:30], line=line, cell=self.page.cell)
 
     def begin(self, kernel):
         """A cell begins: number it, and tell which request it answers."""

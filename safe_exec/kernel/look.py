@@ -23,7 +23,8 @@ STARVED_SECONDS = 0.25
 
 # The calls in which a kernel may wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
 _X86_64 = {
-    0: "read", 1: "write", 7: "poll", 17: "pread64", 20: "writev", 23: "select", 34: "pause", 35: "nanosleep", 42: "connect",
+    -1: "a page of memory", 0: "read", 1: "write", 7: "poll", 17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev",
+    65: "semop", 74: "fsync", 75: "fdatasync", 162: "sync", 220: "semtimedop", 306: "syncfs", 23: "select", 34: "pause", 35: "nanosleep", 42: "connect",
     43: "accept", 44: "sendto", 45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 61: "wait4", 72: "fcntl", 73: "flock",
     128: "rt_sigtimedwait", 130: "rt_sigsuspend", 202: "futex", 230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid",
     257: "openat", 270: "pselect6", 271: "ppoll", 281: "epoll_pwait", 288: "accept4", 426: "io_uring_enter",
@@ -93,10 +94,15 @@ async def _stack(subject: Subject, state: str | None) -> tuple[tuple[Frame, ...]
         return subject.frames(rows), _what_is_awaited(rows)
     if subject.dump is not None and state not in ("T", "t"):
         subject.dump()
+        before: tuple[Frame, ...] = ()
         for _ in range(20):
             await asyncio.sleep(0.01)
-            if stack := subject.dumped():
+            stack = subject.dumped()
+            if stack and stack == before:  # it comes in small pieces: whole when it grows no more
                 return stack, None
+            before = stack
+        if before:
+            return before, None
     return subject.frames(rows), None
 
 
@@ -109,10 +115,11 @@ def _sampled(subject: Subject) -> tuple[list[tuple[str, int, str, int]], bool]:
 
 def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
     """The innermost coroutine that has a name, as ``module.function``."""
-    for function, _, file, _ in rows:
-        name = Path(file).stem if "/" in file else file
+    for function, _, file, cell in rows:
+        if cell:
+            break  # the notebook's own code awaits the future itself
         if function not in ("Future", "FutureIter", "Task", "_GatheringFuture", "future_iterator"):
-            return f"{name}.{function}"
+            return f"{Path(file).stem if '/' in file else file}.{function}"
     return "a future"
 
 

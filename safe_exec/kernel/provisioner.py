@@ -158,8 +158,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return self.connection_info
 
     def _inside_config(self) -> dict[str, object]:
-        limits = self.limits
-        cut = None if limits.cell_output is None else limits.cell_output + MESSAGE_SLACK
+        # Where other tools run the kernel nobody would mark what is missing: then nothing is held back.
+        cap = self.limits.cell_output if self.on_limit is not None else None
+        cut = None if cap is None else cap + MESSAGE_SLACK
         return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK}
 
     def _start_watchdog(self) -> None:

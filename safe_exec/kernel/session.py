@@ -180,9 +180,8 @@ class KernelSession:
 
     def _cap_messages(self, kc: Any) -> None:
         """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one."""
-        caps = [cap for cap in (self.limits.cell_output, self.limits.output) if cap is not None]
-        if caps:
-            kc.context.maxmsgsize = max(caps) + MESSAGE_SLACK
+        if self.limits.cell_output is not None:
+            kc.context.maxmsgsize = self.limits.cell_output + MESSAGE_SLACK
 
     async def _sockets_exist(self) -> None:
         """Wait for the kernel's socket files: a connect that comes too early is only tried again after 100 ms."""

@@ -11,14 +11,11 @@ from safe_exec.errors import UsageError
 from safe_exec.model import LimitName, Limits, Mechanism
 from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.machine import Machine
-from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold, require
+from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
 
 
-def build_plan(limits: Limits, machine: Machine, run_id: str, required: Sequence[LimitName] = ()) -> SpawnPlan:
-    """The plan for one sandbox.
-
-    Raises EnforcementError when a required limit could not be held by the system's kernel.
-    """
+def build_plan(limits: Limits, machine: Machine, run_id: str) -> SpawnPlan:
+    """The plan for one sandbox."""
     group = f"safe-exec-{run_id}"
     offers = (
         cgroup_v2.offer(limits, machine, group),
@@ -26,9 +23,7 @@ def build_plan(limits: Limits, machine: Machine, run_id: str, required: Sequence
         rlimits.offer(limits, machine),
         watchdog.offer(limits, machine),
     )
-    plan = fold(limits, [offer for offer in offers if offer is not None])
-    require(plan, limits, required)
-    return plan
+    return fold(limits, [offer for offer in offers if offer is not None])
 
 
 CHOOSABLE = (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)

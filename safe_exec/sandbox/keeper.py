@@ -185,7 +185,7 @@ class Keeper:
         """Record why, then kill the whole tree. A kernel that was dead before keeps its own ending."""
         if self.reason is None and not self.exited:
             self.reason = reason
-            if reason in self.plan["stack_before"]:
+            if reason in self.plan.get("stack_before", ()):
                 self.take_stack()
         self.kill_tree()
 

@@ -136,14 +136,12 @@ def _held_for_the_tree(held: Enforcement, name: LimitName) -> bool:
     return held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD) and name is not LimitName.CPU_TIME
 
 
-def require(plan: SpawnPlan, limits: Limits, names: Sequence[LimitName]) -> None:
+def require(plan: SpawnPlan, names: Sequence[LimitName]) -> None:
     """Refuse a plan that holds a required limit by less than the operating system's kernel.
 
     Raises EnforcementError, naming the limit, what would hold it, and where to look further.
     """
     for name in names:
-        if limits.of(name) is None:
-            raise EnforcementError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
         held = plan.enforcement[name]
         if not held.hard:
             by = "nothing" if held.by is Mechanism.NONE else f"the {held.by} alone"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,23 @@ from safe_exec import Limits, Status, Verdict, events
 from safe_exec.errors import LimitsError, NotebookError, OutputPathError, UsageError
 from safe_exec.events import Event
 from safe_exec.reports.event_log import EventLog
-from tests.support import left_behind, make_notebook, processes_with, wait_until
+from tests.support import MARK, left_behind, make_notebook, marked_processes, wait_until
 
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def no_process_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every process that a test starts inherits a mark; after the test none may be left."""
+    mark = secrets.token_hex(8)
+    monkeypatch.setenv(MARK, mark)
+    yield
+    wait_until(lambda: marked_processes(mark) == [], 5, "no process of the run is left")
+
+
 def clean(verdict: Verdict) -> None:
-    """Nothing of the run is left: no control group, note, or process."""
+    """Nothing of the run is left: no control group, no note."""
     assert left_behind(verdict.run_id) == []
-    wait_until(lambda: not list(processes_with(verdict.run_id)), 5, "no process of the run is left")
 
 
 def text_of(path: Path, index: int) -> str:

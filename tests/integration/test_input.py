@@ -141,7 +141,7 @@ def test_an_unreadable_file(for_anybody: Path) -> None:
     path = make_notebook(for_anybody / "secret.ipynb", "1")
     path.chmod(0)
     line = refused(for_anybody, "secret.ipynb", prefix=AS_NOBODY)
-    assert "permission denied" in line
+    assert "readable" in line
 
 
 def test_an_output_folder_that_may_not_be_written(for_anybody: Path) -> None:
@@ -198,11 +198,21 @@ def test_an_event_log_that_cannot_be_written(tmp_path: Path) -> None:
     assert "missing" in refused(tmp_path, "nb.ipynb", "--events", "missing/events.jsonl")
 
 
-def test_two_outputs_in_the_same_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "same", "--verdict", "same"),
+        ("-o", "same", "--verdict", "./same"),
+        ("--verdict", "same", "--events", "same"),
+        ("--verdict", "nb.out.ipynb"),
+        ("--verdict", "nb.ipynb"),
+        ("--events", "nb.ipynb"),
+    ],
+    ids=" ".join,
+)
+def test_two_files_in_the_same_place(options: tuple[str, ...], tmp_path: Path) -> None:
     make_notebook(tmp_path / "nb.ipynb", "1")
-    refused(tmp_path, "nb.ipynb", "-o", "same", "--verdict", "same")
-    refused(tmp_path, "nb.ipynb", "--verdict", "same", "--events", "same")
-    refused(tmp_path, "nb.ipynb", "--verdict", "nb.ipynb")
+    refused(tmp_path, "nb.ipynb", *options)
 
 
 def test_a_folder_to_run_in_that_is_none(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import safe_exec
-from safe_exec.events import CellFinished, Event
+from safe_exec.trial import Trial
 from tests.support import CGROUP_ROOT, EXECUTABLE, MARK, make_notebook, marked_processes, run_notebook, wait_until
 
 BUSY = (
@@ -196,14 +196,17 @@ def test_ctrl_c_on_a_terminal_reaches_the_runner_only_and_all_is_written(tmp_pat
 
 
 @pytest.mark.kills
-def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path) -> None:
+def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "print('first')", "print('second')", "print('third')")
 
-    def fail(event: Event) -> None:
-        if isinstance(event, CellFinished) and event.index == 1:
+    def fail(trial: Trial, index: int) -> dict[str, object]:
+        if index == 1:
             raise OSError(5, "made up for this test")
+        return {}
 
-    verdict = safe_exec.run(path, on_event=fail)
+    # A fault in the middle of our own bookkeeping, after the second cell has run.
+    monkeypatch.setattr(Trial, "_reading_at_end", fail)
+    verdict = safe_exec.run(path)
     assert verdict.status == "internal_error"
     assert verdict.exit_code == 7
     assert verdict.cause is not None

@@ -206,7 +206,7 @@ TIMES = [
     ),
     late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_seconds=3.0, cell_output_age=0.1),
     late("exec", K.UNRESPONSIVE, C.CERTAIN, Activity.SLEEPING, executed="/bin/sleep", looked=SLEEPS),
-    late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False),
+    late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
     late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, looked=seen(state="T"), cell_active=False),
     late(
         "not-begun-but-busy", K.CELL_TIMEOUT, C.CERTAIN, Activity.NATIVE_CODE,

@@ -303,7 +303,7 @@ def test_figures_of_the_architecture() -> None:
 
     text = page("docs/architecture.md")
     assert f"{keeper.NEAR * 100:.0f} % of it" in text and f"further {keeper.STACK_STEP * 100:.0f} %" in text
-    assert 2 * inside.SEGMENT_BYTES == 8 << 20 and inside.PAGE_BYTES == 16 << 10
+    assert 2 * inside.SEGMENT_BYTES == 8 << 20 and inside.PAGE_BYTES == 136 << 10
     assert keeper.TAIL_BYTES == 64 << 10
     assert watchdog.PERIOD_SECONDS == 0.02 and inside.SAMPLE_SECONDS == 0.02
     asked = {TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.PROCESSES, TerminationReason.OUTPUT}
