@@ -7,7 +7,6 @@ when the first file is read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -213,7 +212,7 @@ def resolve(
     )
 
 
-def resolve_simple(config: Mapping[str, object], profile: str | None) -> Limits:
+def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine_memory: int | None) -> Limits:
     """The limits of a kernel that another Jupyter tool starts, which knows no notebook and no options.
 
     ``config`` is the kernel provisioner's: ``limits`` names a profile or a file, any other key is a limit with a figure
@@ -223,21 +222,12 @@ def resolve_simple(config: Mapping[str, object], profile: str | None) -> Limits:
     chosen = config.get("limits") or profile or None
     if chosen is not None and not isinstance(chosen, str):
         raise LimitsError(f"{_PROVISIONER}: limits: expected the name of a profile or a file, found {chosen!r:.60}")
-    memory = _physical_memory()
     own = {key: value for key, value in config.items() if key != "limits"}
-    figures = parse_overrides(own, where=_PROVISIONER, machine_memory=memory)
-    return apply(resolve(chosen=chosen, machine_memory=memory).limits, figures)
+    figures = parse_overrides(own, where=_PROVISIONER, machine_memory=machine_memory)
+    return apply(resolve(chosen=chosen, machine_memory=machine_memory).limits, figures)
 
 
 _PROVISIONER = "kernel provisioner"
-
-
-def _physical_memory() -> int | None:
-    """Bytes of memory of the machine, ``None`` where sysconf(3) does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def cell_limits(

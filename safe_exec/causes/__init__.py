@@ -21,6 +21,7 @@ RULES: tuple[Rule, ...] = (
     limits.processes_watched,
     limits.file_too_large_signal,
     limits.bad_system_call,
+    limits.aborted_for_descriptors,
     # Deaths.
     crashes.stack_overflow,
     crashes.fault,

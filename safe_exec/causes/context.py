@@ -97,7 +97,7 @@ def words(evidence: Evidence) -> tuple[Fact, ...]:
 TELLING = (
     "terminate called", "what():", "free()", "malloc", "double free", "corruption", "Assertion", "Aborted", "OMP:", "Error #",
     "munmap_chunk", "stack smashing", "buffer overflow", "Bad file descriptor", "CUDA", "Fatal", "fatal error", "LLVM ERROR",
-    "caught segfault", "realloc()", "pure virtual",
+    "caught segfault", "Too many open files", "realloc()", "pure virtual",
 )  # fmt: skip
 
 

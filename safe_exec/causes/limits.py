@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
-from safe_exec.causes.context import Context, exit_facts, inside, make, outside
+from safe_exec.causes.context import Context, exit_facts, inside, make, outside, words
 from safe_exec.model import Cause, CauseKind, CellError, CellFailed, Confidence, Died, Fact, LimitHit, LimitName
 from safe_exec.units import format_size
 
@@ -50,6 +50,22 @@ def file_too_large_signal(context: Context) -> Cause | None:
         return None
     facts = (*exit_facts(context.evidence), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
     return make(context, CauseKind.FILE_TOO_LARGE, _file_summary(context), Confidence.CERTAIN, facts, "Write less to one file; see --file-size.")
+
+
+def aborted_for_descriptors(context: Context) -> Cause | None:
+    """A library (libzmq above all) aborts where it cannot have another descriptor: it says so before."""
+    evidence = context.evidence
+    status = evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
+        return None
+    said = next((str(f.value) for f in words(evidence) if "Too many open files" in str(f.value)), None)
+    if said is None:
+        return None
+    facts = (*exit_facts(evidence), *words(evidence), outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"))
+    limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"
+    summary = f"too many open files{limit}: a library could not have another one and aborted the kernel"
+    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
 
 
 def bad_system_call(context: Context) -> Cause | None:

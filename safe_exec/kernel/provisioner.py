@@ -130,8 +130,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def _build_for_others(self) -> None:
         from safe_exec.profiles import resolve_simple  # only other tools come this way
 
-        self.limits = resolve_simple(self._config, os.environ.get("SAFE_EXEC_LIMITS"))
-        self.plan = build_plan(self.limits, detect(), self.run_id)
+        machine = detect()
+        profile = os.environ.get("SAFE_EXEC_LIMITS")
+        self.limits = resolve_simple(self._config, profile, machine_memory=machine.memory_total)
+        self.plan = build_plan(self.limits, machine, self.run_id)
         self.sandbox = Sandbox(self.run_id)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:

@@ -45,8 +45,9 @@ KILL_SECONDS = 5.0
 NEAR = 0.85
 """From this share of the memory limit on, stacks are asked for: the kernel may be killed without a word at any moment."""
 STACK_STEP = 0.04
-LOOK_MS = ((0.5, 100), (0.75, 10), (float("inf"), 2))
-"""Up to this share of the limit, look again after so many milliseconds."""
+FASTEST_BYTES_PER_MS = 5 << 20
+"""No allocation fills memory faster (5 GB/s): so long memory cannot have come near its limit, and need not be looked at."""
+LOOK_MS = (2, 100)
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -205,7 +206,8 @@ class Keeper:
             self.ask_for_stack()
         elif share < NEAR:
             self.asked_at = 0.0
-        return next(pause for below, pause in LOOK_MS if share < below)
+        least, most = LOOK_MS
+        return int(max(least, min(most, (NEAR - share) * limit / FASTEST_BYTES_PER_MS)))
 
     def ask_for_stack(self) -> bool:
         """Send the signal at which the inside dumps its stack, if it catches it by now; uncaught it would kill."""

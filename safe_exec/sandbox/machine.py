@@ -16,6 +16,7 @@ from safe_exec.model import Mechanism
 from safe_exec.sandbox import procfs
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+NO_LIMIT = 1 << 60
 V2_CONTROLLERS = ("memory", "pids", "cpu")
 
 
@@ -57,6 +58,7 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
     v2, controllers, v2_why = _v2_parent(mounts, own)
     plain = None if v2 else _v2_plain(mounts, own)
     memory, swap = memory_and_swap()
+    memory = least(memory, _memory_of_group(mounts, own))
     return Machine(
         uid=_uid(),
         cpus=len(os.sched_getaffinity(0)),
@@ -97,6 +99,29 @@ def memory_and_swap() -> tuple[int | None, int | None]:
             if key in ("MemTotal", "SwapTotal"):
                 found[key] = int(rest.split()[0]) * 1024
     return found.get("MemTotal"), found.get("SwapTotal")
+
+
+def least(*figures: int | None) -> int | None:
+    """The smallest of those that are known."""
+    return min((figure for figure in figures if figure is not None), default=None)
+
+
+def _memory_of_group(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> int | None:
+    """What the group that we are in may use, a container's limit for instance; ``None`` for no limit."""
+    if "memory" in mounts:
+        stat = _directory(mounts["memory"], own.get("memory", "/")) / "memory.stat"
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            rows = dict(line.split() for line in stat.read_text().splitlines())
+            limit = int(rows["hierarchical_memory_limit"])
+            return limit if limit < NO_LIMIT else None
+    found: list[int] = []
+    if "" in mounts:
+        top, directory = mounts[""][0], _directory(mounts[""], own.get("", "/"))
+        while directory != top.parent and (directory == top or top in directory.parents):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((directory / "memory.max").read_text()))
+            directory = directory.parent
+    return min(found, default=None)
 
 
 def _cgroup_mounts() -> dict[str, tuple[Path, str]]:

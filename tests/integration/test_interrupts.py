@@ -199,10 +199,12 @@ def test_ctrl_c_on_a_terminal_reaches_the_runner_only_and_all_is_written(tmp_pat
 def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "print('first')", "print('second')", "print('third')")
 
-    def fail(trial: Trial, index: int) -> dict[str, object]:
+    reading = Trial._reading_at_end
+
+    def fail(trial: Trial, index: int) -> dict[str, Any]:
         if index == 1:
             raise OSError(5, "made up for this test")
-        return {}
+        return reading(trial, index)
 
     # A fault in the middle of our own bookkeeping, after the second cell has run.
     monkeypatch.setattr(Trial, "_reading_at_end", fail)

@@ -273,9 +273,9 @@ def test_inert_text_shows_itself_and_does_nothing(words: str) -> None:
 
 
 @settings(max_examples=300)
-@given(anything.map(lambda words: " ".join(words.split())).filter(bool))
+@given(anything.map(lambda words: " ".join(words.replace("\x00", "").split())).filter(bool))
 def test_a_code_span_holds_whatever_it_is_given(words: str) -> None:
-    words = words.encode("utf-8", "replace").decode().replace("\x00", "")
+    words = words.encode("utf-8", "replace").decode()
     markdown = f"- a: {code_span(words)} b"
     assert tags(markdown).count("code") == 1 and "html" not in tags(markdown)
     assert shown(markdown) == f"a: {words} b"

@@ -139,6 +139,13 @@ def hit(name: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C
 
 DEATHS = [
     # Memory: what we did, what the system counted.
+    dead(
+        "abort-for-descriptors",
+        by(signal.SIGABRT),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+        stderr_tail="Too many open files (src/signaler.cpp:345)\n",
+    ),
     dead("watchdog", by(9), K.OUT_OF_MEMORY, termination=TerminationReason.MEMORY),
     dead("oom-counted", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
     dead("oom-of-container", by(9), K.OUT_OF_MEMORY, C.LIKELY, oom_kills=1, oom_kills_cell=1, oom_elsewhere=True),

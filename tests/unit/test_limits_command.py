@@ -140,29 +140,29 @@ def profile(name: str) -> Limits:
 
 
 def test_without_a_word_the_default_profile_holds() -> None:
-    assert resolve_simple({}, None).cell_timeout == profile("default").cell_timeout
-    assert resolve_simple({}, "") == resolve_simple({}, None)
+    assert resolve_simple({}, None, machine_memory=16 << 30).cell_timeout == profile("default").cell_timeout
+    assert resolve_simple({}, "", machine_memory=16 << 30) == resolve_simple({}, None, machine_memory=16 << 30)
 
 
 def test_the_configuration_is_stronger_than_the_environment() -> None:
-    assert resolve_simple({}, "strict") == profile("strict")
-    assert resolve_simple({"limits": "ci"}, "strict") == profile("ci")
+    assert resolve_simple({}, "strict", machine_memory=16 << 30) == profile("strict")
+    assert resolve_simple({"limits": "ci"}, "strict", machine_memory=16 << 30) == profile("ci")
 
 
 def test_figures_of_the_configuration_win_in_any_unit() -> None:
-    found = resolve_simple({"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None}, None)
+    found = resolve_simple({"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None}, None, machine_memory=16 << 30)
     assert (found.memory, found.cell_timeout, found.cpus, found.timeout) == (256 * M, 90.0, 2.0, None)
     assert found.processes == profile("ci").processes
 
 
 def test_a_file_may_be_named() -> None:
     write("own.yaml", "limits:\n  memory: 100M\n")
-    assert resolve_simple({"limits": "own.yaml"}, None).memory == 100 * M
+    assert resolve_simple({"limits": "own.yaml"}, None, machine_memory=16 << 30).memory == 100 * M
 
 
 def test_a_share_is_of_this_machine() -> None:
-    half = resolve_simple({"memory": "50%"}, None).memory
-    whole = resolve_simple({"memory": "100%"}, None).memory
+    half = resolve_simple({"memory": "50%"}, None, machine_memory=16 << 30).memory
+    whole = resolve_simple({"memory": "100%"}, None, machine_memory=16 << 30).memory
     assert half is not None
     assert whole is not None
     assert abs(whole - 2 * half) <= 1
@@ -179,5 +179,5 @@ def test_a_share_is_of_this_machine() -> None:
 )
 def test_errors_name_the_provisioner(config: dict[str, object], said: str) -> None:
     with pytest.raises(LimitsError) as caught:
-        resolve_simple(config, None)
+        resolve_simple(config, None, machine_memory=16 << 30)
     assert said in str(caught.value)
