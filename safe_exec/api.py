@@ -43,6 +43,12 @@ def run(
     OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
     event loop: use :func:`run_async` there.
     """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise RuntimeError("safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead")
     return asyncio.run(
         run_async(
             path,

@@ -64,7 +64,7 @@ def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str
 def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan) -> Verdict:
     """The verdict of one run."""
     limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
-    language = prepared.notebook.language or _language(result.node)
+    language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
     info = NotebookInfo(
         path=str(prepared.job.path),
         sha256=prepared.notebook.sha256,

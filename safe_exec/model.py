@@ -147,7 +147,7 @@ class Limits:
     cpu_time: float | None = None
     cell_timeout: float | None = None
     timeout: float | None = None
-    start_timeout: float | None = 60.0
+    start_timeout: float | None = None
     processes: int | None = None
     open_files: int | None = None
     file_size: int | None = None

@@ -84,7 +84,9 @@ def prepare(job: Job) -> Prepared:
     resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
     paths = notebook.default_outputs(job.path)
     output, verdict = job.output or paths.out, job.verdict or paths.verdict
-    check_outputs({"the notebook": job.path, "-o": output, "--verdict": verdict})
+    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict})
+    for path in (output, verdict):
+        check_writable(path)
     cwd = job.cwd or job.path.absolute().parent
     if not cwd.is_dir():
         raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
@@ -105,15 +107,10 @@ def prepare(job: Job) -> Prepared:
     )
 
 
-def check_outputs(paths: Mapping[str, Path]) -> None:
-    """Check that every output can be written and that no two of the paths are one file; the notebook itself comes first.
-
-    Raises OutputPathError.
-    """
+def refuse_same(paths: Mapping[str, Path]) -> None:
+    """Refuse to write two documents to one file, or over the notebook. Raises OutputPathError."""
     seen: dict[Path, str] = {}
     for name, path in paths.items():
-        if name != "the notebook":
-            check_writable(path)
         real = path.absolute().parent.resolve() / path.name
         if real in seen:
             raise OutputPathError(f"{path}: {seen[real]} and {name} are the same file; give {name} another one")

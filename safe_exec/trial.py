@@ -174,10 +174,16 @@ class Trial:
         except Exception as error:  # noqa: BLE001 - our own failure is an ending too: what was gathered gets written
             ending = InternalError(message=f"{type(error).__name__}: {error}", cell=self.current)
             self._kill(TerminationReason.INTERNAL)
+        except BaseException:  # our task was cancelled: the caller wants no verdict, and nothing may live on
+            self.session.close()
+            raise
         finally:
             if sampler is not None:
                 sampler.cancel()
-        return await self._finish(ending)
+        try:
+            return await self._finish(ending)
+        finally:
+            self.session.close()
 
     async def _finish(self, ending: Ending) -> TrialResult:
         """Collect the evidence while it is there, then take everything down."""

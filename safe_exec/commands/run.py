@@ -13,7 +13,7 @@ import click
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.model import LimitName, Verdict
-from safe_exec.pipeline import Job, Prepared, command_line, prepare, run_job
+from safe_exec.pipeline import Job, Prepared, command_line, prepare, refuse_same, run_job
 from safe_exec.reports import terminal, verdict_json
 from safe_exec.reports.event_log import EventLog
 
@@ -61,8 +61,8 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     job = _job(notebook, out, options)
     # One look and all input is checked: from here on whatever happens ends in a verdict.
     prepared = prepare(job)
-    if events is not None and events.absolute() in (prepared.output.absolute(), prepared.verdict.absolute()):
-        raise UsageError(f"{events}: --events and another output are the same file")
+    if events is not None:
+        refuse_same({"the notebook": notebook, "-o": prepared.output, "--verdict": prepared.verdict, "--events": events})
     verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
@@ -73,6 +73,8 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
     if "output" in limits and "cell_output" not in limits:
         limits["cell_output"] = limits["output"]
     mechanisms = options["mechanisms"]
+    if options["limits"] == "":
+        raise UsageError("--limits: expected the name of a profile or a file, found nothing")
     return Job(
         path=notebook,
         limits=options["limits"],
@@ -83,7 +85,7 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
         require=options["require"],
-        mechanisms=tuple(part.strip() for part in mechanisms.split(",")) if mechanisms else None,
+        mechanisms=None if mechanisms is None else tuple(part.strip() for part in mechanisms.split(",")),
         command=command_line(),
     )
 

@@ -76,6 +76,7 @@ class KernelSession:
         self.provisioner: SandboxProvisioner | None = None
         self.meter: Meter | None = None
         self.departure = Departure()
+        self._closed = False
 
     # --- start --------------------------------------------------------------------------------------------------
 
@@ -360,7 +361,10 @@ class KernelSession:
         return self.died.is_set()
 
     def close(self) -> None:
-        """End everything and remove everything. Never raises; what could not be removed is in ``departure``."""
+        """End everything and remove everything. What could not be removed is in ``departure``. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         loop = asyncio.get_running_loop()
         if self.provisioner is not None and self.provisioner.watchdog is not None:
             self.provisioner.watchdog.stop()
