@@ -48,8 +48,9 @@ class Context:
     def accumulators(self) -> str:
         """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
         kept = [c for c in self.cells if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current]
-        kept.sort(key=lambda c: -(c.memory_kept or 0))
-        return ", ".join(f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in kept[:3])
+        most = sorted(kept, key=lambda c: -(c.memory_kept or 0))[:3]
+        most.sort(key=lambda c: c.index)
+        return ", ".join(f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in most)
 
 
 Rule = Callable[[Context], Cause | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
-from safe_exec.causes.context import Context, exit_facts, inside, make, outside, words
+from safe_exec.causes.context import Context, exit_facts, inside, make, outside
 from safe_exec.model import Cause, CauseKind, CellError, CellFailed, Confidence, Died, Fact, LimitHit, LimitName
 from safe_exec.units import format_size
 
@@ -15,6 +15,9 @@ OS_ERRORS = (
 )  # fmt: skip
 FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
 """What a shell says."""
+
+LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
+"""libzmq's last words, with the place in its source."""
 
 NEARLY = 0.9
 SCARCE_DISK = 4 << 20
@@ -58,10 +61,15 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
         return None
-    said = next((str(f.value) for f in words(evidence) if "Too many open files" in str(f.value)), None)
-    if said is None:
-        return None
-    facts = (*exit_facts(evidence), *words(evidence), outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"))
+    lines = [*evidence.last_words.splitlines(), *evidence.stderr_tail.splitlines()]
+    said = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
+    if said is None or (evidence.fault is not None and evidence.fault.main):
+        return None  # where Python code itself aborted, the words may be anything it printed
+    facts = (
+        *exit_facts(evidence),
+        inside("last words", said[:300], "stderr of the kernel process"),
+        outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"),
+    )
     limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"
     summary = f"too many open files{limit}: a library could not have another one and aborted the kernel"
     advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."

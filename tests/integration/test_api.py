@@ -153,6 +153,7 @@ def test_events_come_in_order(tmp_path: Path) -> None:
         events.CellFinished,
         events.CellStarted,
         events.CellFinished,
+        events.KernelEnded,
         events.RunFinished,
     ]
     assert [event.time for event in seen] == sorted(event.time for event in seen)
@@ -168,7 +169,7 @@ def test_events_of_a_death(tmp_path: Path) -> None:
     safe_exec.run(path, on_event=seen.append)
     kinds = [type(event) for event in seen if not isinstance(event, events.UsageSampled | events.OutputReceived)]
     assert kinds.count(events.CellStarted) == 1
-    ended = next(event for event in seen if isinstance(event, events.KernelEnded))
+    (ended,) = (event for event in seen if isinstance(event, events.KernelEnded))
     assert (ended.expected, os.waitstatus_to_exitcode(ended.status or 0)) == (False, 4)
     assert kinds[-1] is events.RunFinished
 

@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.support import left_behind, make_notebook, run_notebook, safe_exec
+from tests.support import left_behind, make_notebook, ordinary_user, run_notebook, safe_exec
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -380,7 +380,7 @@ def test_a_read_only_folder_with_outputs_elsewhere(for_anybody: Path) -> None:
     (for_anybody / "out").chmod(0o777)
     out, verdict = for_anybody / "out" / "o.ipynb", for_anybody / "out" / "v.json"
     home = {"HOME": str(for_anybody / "out")}
-    done = safe_exec("run", for_anybody / "in" / "nb.ipynb", "-o", out, "--verdict", verdict, prefix=AS_NOBODY, env=home)
+    done = safe_exec("run", for_anybody / "in" / "nb.ipynb", "-o", out, "--verdict", verdict, prefix=ordinary_user(), env=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert os.listdir(for_anybody / "in") == ["nb.ipynb"]
     assert json.loads(verdict.read_text())["status"] == "passed"

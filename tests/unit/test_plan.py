@@ -20,7 +20,7 @@ L, M = LimitName, Mechanism
 MIB = 1 << 20
 LIMITS = Limits(
     memory=100 * MIB, cpus=1.5, cpu_time=10.0, cell_timeout=3.0, timeout=9.0, processes=20, open_files=50, file_size=MIB,
-    cell_output=MIB, output=4 * MIB,
+    start_timeout=60.0, cell_output=MIB, output=4 * MIB,
 )  # fmt: skip
 V1 = {name: Path(f"/cg/{name}") for name in ("memory", "pids", "cpu", "cpuacct")}
 ROOT_V1 = Machine(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
