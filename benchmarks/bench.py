@@ -191,8 +191,9 @@ def demand(ended: Ended, code: int | None, what: str) -> None:
 
 def warm_up(folder: Path) -> None:
     """Store byte code of all that is used, and have every file in the page cache."""
-    for path in {sysconfig.get_paths()[name] for name in ("purelib", "platlib")} | {str(Path(__file__).parents[1] / "safe_exec")}:
-        compileall.compile_dir(path, quiet=2, workers=0)
+    ours = str(Path(__file__).parents[1] / "safe_exec")
+    for directory in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), ours}:
+        compileall.compile_dir(directory, quiet=2, workers=0)
     path = notebook(folder / "warm", "print(1)")
     for tool in tools():
         execute(tool.command(path, path.with_suffix(".o.ipynb")), path.parent)

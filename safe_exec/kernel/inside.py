@@ -239,8 +239,9 @@ class Inside:
                 self.fact(exit_caller=rows, status=status if isinstance(status, int) else None)
             real_exit(status)
 
-        _exit.__doc__ = real_exit.__doc__
-        os._exit = _exit
+        # To be found by pickle under its old name, it has to stand where the name says.
+        _exit.__doc__, _exit.__module__, _exit.__qualname__ = real_exit.__doc__, real_exit.__module__, real_exit.__qualname__
+        os._exit = sys.modules[real_exit.__module__]._exit = _exit
 
         def hook(event, args):
             if event in noted:
@@ -445,6 +446,7 @@ class Inside:
                 inside.settle(stream)
             return flush(stream)
 
+        watch_pipe_fd.__name__ = "_watch_pipe_fd"  # threads are named after what they run
         OutStream._watch_pipe_fd = watch_pipe_fd
         OutStream.flush = flush_all
         self.fitted.append("descriptors")
@@ -557,6 +559,9 @@ def main(argv):
     import runpy
 
     sys.argv = [sys.argv[0], *arguments]
+    if hasattr(sys, "orig_argv"):  # since Python 3.10
+        at = len(sys.orig_argv) - len(argv) - 1
+        del sys.orig_argv[at : at + 5]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

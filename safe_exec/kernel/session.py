@@ -103,7 +103,9 @@ class KernelSession:
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         km.provisioner = provisioner
         self.manager, self.provisioner = km, provisioner
-        await km.start_kernel(cwd=cwd, env=dict(env))
+        # As nbclient does: a headless run neither reads nor writes the user's IPython history.
+        extra = ["--HistoryManager.hist_file=:memory:"] if km.ipykernel else []
+        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra)
         self._watch()
 
     def _spec(self, km: Any, kernel_name: str) -> Any:

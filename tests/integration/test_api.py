@@ -18,6 +18,7 @@ import safe_exec
 from safe_exec import Limits, Status, Verdict, events
 from safe_exec.errors import LimitsError, NotebookError, OutputPathError, UsageError
 from safe_exec.events import Event
+from safe_exec.model import LimitName, Mechanism
 from safe_exec.reports.event_log import EventLog
 from tests.support import MARK, left_behind, make_notebook, marked_processes, wait_until
 
@@ -130,7 +131,7 @@ def test_allow_errors(tmp_path: Path) -> None:
 def test_mechanisms_and_require(tmp_path: Path) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "1")
     verdict = safe_exec.run(path, mechanisms=["watchdog"], options={"memory": "1G"})
-    assert verdict.enforcement[safe_exec.model.LimitName.MEMORY].by.value == "watchdog"  # type: ignore[attr-defined]
+    assert verdict.enforcement[LimitName.MEMORY].by is Mechanism.WATCHDOG
     refused = safe_exec.run(path, mechanisms=["watchdog"], require="memory", options={"memory": "1G"})
     assert refused.status is Status.INTERNAL_ERROR
     assert [cell.status.value for cell in refused.cells] == ["not_run"]

@@ -95,7 +95,7 @@ def run_both(
     with mock.patch.dict(os.environ):
         os.environ.pop("PYTEST_CURRENT_TEST", None)
         node = _run_plain(plain, kernel, env, allow_errors=allow_errors)
-        options = ("--kernel", kernel, *(("--allow-errors",) if allow_errors else ()))
+        options = ("--kernel", kernel, "--cell-timeout", "60s", *(("--allow-errors",) if allow_errors else ()))
         outcome = run_notebook(ours / "notebook.ipynb", *options, env=env, cwd=ours)
     return Pair(plain=comparable(node, plain), ours=comparable(outcome.notebook, ours), outcome=outcome)
 

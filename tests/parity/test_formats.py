@@ -52,7 +52,14 @@ def test_nbformat_3_is_upgraded(tmp_path: Path) -> None:
 
 
 def test_a_document_without_optional_parts(tmp_path: Path) -> None:
-    cell = {"cell_type": "code", "metadata": {}, "source": ["print(1)\n", "2"], "outputs": [], "execution_count": None, "id": "a"}
+    cell: dict[str, object] = {
+        "cell_type": "code",
+        "metadata": {},
+        "source": ["print(1)\n", "2"],
+        "outputs": [],
+        "execution_count": None,
+        "id": "a",
+    }
     document = {"metadata": {}, "nbformat": 4, "nbformat_minor": 5, "cells": [cell]}
     assert_same(run_both(tmp_path, json.dumps(document)))
 
