@@ -255,5 +255,3 @@ def _of_single_line(trial: Trial, index: int) -> Place | None:
     if len(lines) != 1 or (trial.session.fitted and not number):
         return None
     return Place(cell=index, line=lines[0], source="only line")
-
-

@@ -47,9 +47,7 @@ class Ledger:
         records: dict[int, CellRecord] = {}
         for index, cell in enumerate(node.cells):
             if cell.cell_type == "code":
-                records[index] = CellRecord(
-                    index=index, code_index=len(records), id=cell.get("id"), status=CellStatus.NOT_RUN
-                )
+                records[index] = CellRecord(index=index, code_index=len(records), id=cell.get("id"), status=CellStatus.NOT_RUN)
         return cls(records, started)
 
     def code_index(self, index: int) -> int:

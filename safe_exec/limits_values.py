@@ -74,9 +74,7 @@ def parse_layer(entries: Mapping[str, Value], *, source: str = "", machine_memor
 
     Raises LimitsError.
     """
-    values = _parse(
-        ((key, value.scalar(key), value.where) for key, value in entries.items()), machine_memory=machine_memory
-    )
+    values = _parse(((key, value.scalar(key), value.where) for key, value in entries.items()), machine_memory=machine_memory)
     lines = {_name(key): source or value.where.rpartition("/")[2] for key, value in entries.items()}
     return Layer(values=values, sources=lines)
 
@@ -105,9 +103,7 @@ def merge_notebook_limits(
     if loosenable:
         return apply(base, notebook_overrides), ()
     limits, ignored = tighten(base, notebook_overrides)
-    return limits, tuple(
-        ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason) for name in ignored
-    )
+    return limits, tuple(ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason) for name in ignored)
 
 
 def ignored_warning(where: str, name: str, wanted: Figure, kept: Figure, reason: str) -> str:

@@ -138,9 +138,7 @@ def _version(document: Any, path: Path) -> tuple[int, int]:
     if type(major) is not int or type(minor) is not int or major < 1 or minor < 0:
         raise NotebookError(f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers")
     if major > _FORMAT:
-        raise NotebookError(
-            f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4"
-        )
+        raise NotebookError(f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4")
     return major, minor
 
 

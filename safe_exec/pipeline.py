@@ -271,9 +271,7 @@ def _write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:
         write_atomically(prepared.verdict, verdict_json.dumps(verdict))
     except OSError as error:
         outputs = {name: path for name, path in verdict.outputs.items() if name != "verdict"}
-        verdict = replace(
-            verdict, outputs=outputs, warnings=(*verdict.warnings, f"the verdict could not be written: {error}")
-        )
+        verdict = replace(verdict, outputs=outputs, warnings=(*verdict.warnings, f"the verdict could not be written: {error}"))
     return verdict
 
 
@@ -324,4 +322,3 @@ def _signals(arrive: Any) -> Iterator[None]:
 def command_line() -> tuple[str, ...]:
     """How this process was called, for the verdict."""
     return ("safe-exec", *sys.argv[1:])
-

@@ -197,9 +197,7 @@ def resolve(
     for document in own:
         stack.lay(document.layer)
     only_default = f"profile {top.name} does not let a notebook loosen limits"
-    stack.lay(
-        _notebook_layer(metadata or {}, notebook, machine_memory), refuse="" if _is_default(top) else only_default
-    )
+    stack.lay(_notebook_layer(metadata or {}, notebook, machine_memory), refuse="" if _is_default(top) else only_default)
     given = parse_overrides(options or {}, where="--", machine_memory=machine_memory)
     stack.lay(Layer(values=given, sources={name: f"--{name.replace('_', '-')}" for name in given}))
     return Resolved(
@@ -230,9 +228,7 @@ def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine
 _PROVISIONER = "kernel provisioner"
 
 
-def cell_limits(
-    resolved: Resolved, cell_metadata: Mapping[str, object], *, where: str
-) -> tuple[Limits, tuple[str, ...]]:
+def cell_limits(resolved: Resolved, cell_metadata: Mapping[str, object], *, where: str) -> tuple[Limits, tuple[str, ...]]:
     """The limits of one cell, which may carry :data:`CELL_LIMITS`, and a warning for each figure that was ignored.
 
     A figure tightens always; it loosens under the profile ``default`` only, and never what an option has set.

@@ -123,4 +123,4 @@ def _profile(value: Value | None, profiles: Sequence[str]) -> str | None:
 
 def _absolute(path: Path | str) -> Path:
     # Not resolve(): a notebook that is a symlink belongs to the directory in which it is seen.
-    return Path(os.path.abspath(path))  # noqa: PTH100
+    return Path(os.path.abspath(path))

@@ -43,12 +43,14 @@ from safe_exec.model import (
     TimedOut,
 )
 from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.meter import Reading
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 SAMPLE_SECONDS = 0.1
+FRESH_SECONDS = 0.005
 FLOOD_FACTOR = 16
 """A cell that writes so many times its cap is an endless flood: the run is ended."""
 LATE_SIGNAL_SECONDS = 0.3
@@ -149,6 +151,7 @@ class Trial:
         self.open_files: int | None = None
         self.cell_active: bool | None = None
         self._killing = False
+        self._last_reading: tuple[float, Reading] | None = None
         self._near: set[LimitName] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending_output: dict[int, int] = {}
@@ -228,7 +231,7 @@ class Trial:
 
     async def _wait_for_signal(self) -> None:
         deadline = time.monotonic() + LATE_SIGNAL_SECONDS
-        while not self.signals and time.monotonic() < deadline:
+        while not self.signals and time.monotonic() < deadline:  # noqa: ASYNC110 - a signal handler fills it
             await asyncio.sleep(0.01)
 
     async def _shut_down(self, ending: Ending) -> Ending:
@@ -240,7 +243,9 @@ class Trial:
         if asked is not None and isinstance(ending, Passed):
             ending = Died(cell=asked, exit=None, asked_to_exit=True)
         if not await self.session.shut_down():
-            self.warnings.append("an exit hook did not end within 3 s of the shutdown request; the kernel was killed")
+            self.warnings.append(
+                "the kernel did not end within 3 s of the shutdown request (an exit hook, or a child it waits for), and was killed"
+            )
             self._kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
         elif self.session.ended and self.session.ended.status and self.session.ended.status.signal is not None:
@@ -286,8 +291,9 @@ class Trial:
 
     async def _sample_forever(self) -> None:
         """Ten times a second: usage for timeline and progress, and the limits that only a look can hold."""
-        while not self.session.died.is_set():  # noqa: ASYNC110 - it samples, it does not wait for the event
+        while not self.session.died.is_set():
             self._sample()
+            self.session.look_again()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:
@@ -404,6 +410,10 @@ class Trial:
             await self._run_cell(client, index, cell)
         client.set_widgets_metadata()
         self.current = None
+        if client.malformed:
+            self.warnings.append(
+                f"{client.malformed} malformed message(s) from the kernel were left out: {client.first_malformed}"
+            )
         if self.session.died.is_set():
             await self._stop_for_death(None)
         worker = self._worker_killed()
@@ -428,9 +438,7 @@ class Trial:
         self._begin(index, cell)
         if self.session.died.is_set():
             await self._stop_for_death(index)
-        execution = asyncio.create_task(
-            client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-        )
+        execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
         await self._until_done(execution, limits)
         if not execution.done():
             await self._over_time(execution, index, limits)
@@ -547,10 +555,15 @@ class Trial:
     # --- one cell's bookkeeping -----------------------------------------------------------------------------------
 
     def _begin(self, index: int, cell: Any) -> None:
-        reading = self.session.meter.read() if self.session.meter else None
-        self.ledger.begin(index, self.now(), reading)
+        self.ledger.begin(index, self.now(), self._reading_at_start())
         code_index = self.ledger.code_index(index)
         self.sink(events.CellStarted(time=self.now(), index=index, code_index=code_index, source=cell.source))
+
+    def _reading_at_start(self) -> Reading | None:
+        """The figures at the start of a cell: those at the end of the one before, when that was just now."""
+        if self._last_reading is not None and time.monotonic() - self._last_reading[0] < FRESH_SECONDS:
+            return self._last_reading[1]
+        return self.session.meter.read() if self.session.meter else None
 
     def _end(self, index: int, status: CellStatus) -> None:
         client = self.session.client
@@ -573,10 +586,10 @@ class Trial:
     def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
         """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
         client, meter, ended = self.session.client, self.session.meter, self.session.ended
-        counters = ended.counters if ended else meter.counters() if meter else None
+        self._last_reading = (time.monotonic(), meter.read()) if meter and ended is None else None
         return {
-            "reading": meter.read() if meter and ended is None else None,
-            "oom_kills": counters.oom_kills if counters else None,
+            "reading": self._last_reading[1] if self._last_reading else None,
+            "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills() if meter else None,
             "output_bytes": max(client.accounts.received, self.written() or 0) if client else None,
             "truncated": client.accounts.truncated if client else False,
         }
@@ -587,6 +600,9 @@ class Trial:
         if client is None or provisioner is None or provisioner.channels is None or not self.session.fitted:
             return
         number = self._number(index)
+        if number and self.request.node.cells[index].execution_count is None:
+            # It had begun; the message that says its number did not make it.
+            self.request.node.cells[index].execution_count = client.code_cells_executed
         if number and client.running is not None and client.running[2] == index:
             client.recover(provisioner.channels.page, number, self.session.residue())
 
@@ -608,5 +624,3 @@ class Trial:
 async def run_trial(request: TrialRequest) -> TrialResult:
     """Run one trial. Raises SandboxError and EnforcementError only before anything has run."""
     return await Trial(request).run()
-
-

@@ -184,9 +184,7 @@ def _seconds(value: object, text: str) -> Decimal:
     match = _DURATION_RE.fullmatch(text)
     if match is None or not text:
         raise _wrong(value, _DURATION)
-    return sum(
-        (Decimal(part) * unit for part, unit in zip(match.groups(), _DURATION_UNITS, strict=True) if part), Decimal(0)
-    )
+    return sum((Decimal(part) * unit for part, unit in zip(match.groups(), _DURATION_UNITS, strict=True) if part), Decimal(0))
 
 
 def _within(value: object, number: Decimal, *, least: Decimal, most: Decimal) -> Decimal:

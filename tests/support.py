@@ -84,7 +84,7 @@ def run_notebook(
 def left_behind(run_id: str) -> list[str]:
     """Control groups of a run that still stand, and processes that still carry its runtime directory in their command."""
     groups = [str(path) for path in CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")]
-    notes = [str(path) for path in Path("/tmp").glob(f"safe-exec-*/{run_id}.json")]  # noqa: S108
+    notes = [str(path) for path in Path("/tmp").glob(f"safe-exec-*/{run_id}.json")]
     return groups + notes
 
 

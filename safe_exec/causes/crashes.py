@@ -17,7 +17,10 @@ STACK_MARGIN = 64 * 1024
 KINDS = {
     signal.SIGSEGV: (CauseKind.SEGFAULT, "segmentation fault: native code touched memory that is not there"),
     signal.SIGABRT: (CauseKind.ABORT, "abort: native code gave up"),
-    signal.SIGILL: (CauseKind.ILLEGAL_INSTRUCTION, "illegal instruction: a library was built for another processor, or jumped astray"),
+    signal.SIGILL: (
+        CauseKind.ILLEGAL_INSTRUCTION,
+        "illegal instruction: a library was built for another processor, or jumped astray",
+    ),
     signal.SIGBUS: (CauseKind.BUS_ERROR, "bus error: a mapped file is shorter than what was read, or its disk is full"),
     signal.SIGFPE: (CauseKind.FLOATING_POINT_EXCEPTION, "arithmetic fault in native code: an integer division by zero"),
 }

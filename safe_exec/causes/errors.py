@@ -13,7 +13,9 @@ def stdin(context: Context) -> Cause | None:
         return None
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
     advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
-    return make(context, CauseKind.STDIN, "the cell asked for input, and nobody is there to type it", Confidence.CERTAIN, facts, advice)
+    return make(
+        context, CauseKind.STDIN, "the cell asked for input, and nobody is there to type it", Confidence.CERTAIN, facts, advice
+    )
 
 
 def exception(context: Context) -> Cause | None:

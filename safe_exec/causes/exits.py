@@ -40,7 +40,9 @@ def exited(context: Context) -> Cause | None:
     by = ""
     if evidence.exit_caller:
         frame = evidence.exit_caller[0]
-        where = f"{context.human(frame.cell)}, line {frame.line}" if frame.cell is not None else f"{frame.file}, line {frame.line}"
+        where = (
+            f"{context.human(frame.cell)}, line {frame.line}" if frame.cell is not None else f"{frame.file}, line {frame.line}"
+        )
         facts.append(inside("exit called from", f"{frame.function} ({where})", "noted before the call"))
         by = f" by os._exit() in {frame.function}() ({where})"
     summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"
@@ -60,7 +62,9 @@ def signalled(context: Context) -> Cause | None:
         return _killed(context)
     name = signal_name(status.signal)
     alarm = status.signal in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
-    what = "a timer ran out that nobody had cancelled or handled" if alarm else "the kernel was asked to end from outside its code"
+    what = (
+        "a timer ran out that nobody had cancelled or handled" if alarm else "the kernel was asked to end from outside its code"
+    )
     summary = f"terminated by {name}: {what}"
     advice = (
         "Look for signal.alarm() or setitimer() that is still armed when its handler is gone."

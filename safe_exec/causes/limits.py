@@ -43,7 +43,9 @@ def processes_watched(context: Context) -> Cause | None:
         outside("processes allowed", context.limits.processes, "limits of this run"),
     )
     summary = f"too many processes: more than {context.limits.processes} processes and threads at a time"
-    return make(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, "Use a pool of bounded size; see --processes.")
+    return make(
+        context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, "Use a pool of bounded size; see --processes."
+    )
 
 
 def file_too_large_signal(context: Context) -> Cause | None:
@@ -52,7 +54,14 @@ def file_too_large_signal(context: Context) -> Cause | None:
     if not isinstance(context.ending, Died) or status is None or status.signal != getattr(signal, "SIGXFSZ", -1):
         return None
     facts = (*exit_facts(context.evidence), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
-    return make(context, CauseKind.FILE_TOO_LARGE, _file_summary(context), Confidence.CERTAIN, facts, "Write less to one file; see --file-size.")
+    return make(
+        context,
+        CauseKind.FILE_TOO_LARGE,
+        _file_summary(context),
+        Confidence.CERTAIN,
+        facts,
+        "Write less to one file; see --file-size.",
+    )
 
 
 def aborted_for_descriptors(context: Context) -> Cause | None:
@@ -162,7 +171,9 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
         return None
     facts = (_said(error), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
     confidence = Confidence.CERTAIN if context.limits.file_size is not None else Confidence.LIKELY
-    return make(context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, "Write less to one file; see --file-size.")
+    return make(
+        context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, "Write less to one file; see --file-size."
+    )
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:

@@ -89,7 +89,9 @@ def oomd_kill(context: Context) -> Cause | None:
         return None
     facts = (*_facts(context), outside("marked by", "systemd-oomd", "extended attribute oomd_kill of the group"))
     summary = "out of memory: systemd-oomd ended the sandbox because the machine was under memory pressure"
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, facts, "Set --memory to less than the machine has.")
+    return make(
+        context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, facts, "Set --memory to less than the machine has."
+    )
 
 
 def worker_kill(context: Context) -> Cause | None:

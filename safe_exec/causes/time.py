@@ -209,7 +209,9 @@ def timed_out(context: Context) -> Cause | None:
     summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{answer}"
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole else "--cell-timeout"
-    return _timed(context, kind, summary, Confidence.CERTAIN, f"{ADVICE.get(activity, '')} If it only needs longer: {option}.".strip())
+    return _timed(
+        context, kind, summary, Confidence.CERTAIN, f"{ADVICE.get(activity, '')} If it only needs longer: {option}.".strip()
+    )
 
 
 ADVICE: dict[Activity | None, str] = {

@@ -14,7 +14,6 @@ import click
 
 from safe_exec import __version__
 from safe_exec.commands import table
-from safe_exec.errors import UsageError
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.build import build_plan, parse_mechanisms

@@ -73,8 +73,7 @@ def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
         "limits": resolved.limits.as_dict(),
         "sources": dict(resolved.sources),
         "enforcement": {
-            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note}
-            for name, held in plan.enforcement.items()
+            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note} for name, held in plan.enforcement.items()
         },
     }
 
@@ -123,7 +122,7 @@ def _read_whole(file: Path) -> None:
         profiles.project_overrides(file, file.absolute().parent / "any.ipynb", machine_memory=memory)
     else:
         # With a directory: a file that is called as a profile that ships is still the file.
-        profiles.load_profile(os.path.join(".", file), machine_memory=memory)  # noqa: PTH118 - Path drops the "./"
+        profiles.load_profile(os.path.join(".", file), machine_memory=memory)
 
 
 def _is_project_file(file: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.client import CellExecutionComplete
 
 from safe_exec.kernel.page import Message, Page, Text
 
@@ -30,6 +31,7 @@ OVERHEAD = 200
 QUIET_SECONDS = 0.01
 DRAIN_SECONDS = 2.0
 TRACEBACK_BYTES = 64 * 1024
+"""What is left of a traceback that alone is larger than the cell's cap."""
 ENDS = 4
 
 
@@ -63,6 +65,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.replies: dict[int, dict[str, Any]] = {}
         self.sent: dict[str, int] = {}
         self.kernel_pid: int | None = None
+        self.malformed = 0
+        self.first_malformed = ""
 
     # --- death --------------------------------------------------------------------------------------------------
 
@@ -108,6 +112,17 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- output -------------------------------------------------------------------------------------------------
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        """Take in one message. One that is malformed is left out and counted: it is the kernel's fault, not ours."""
+        try:
+            return self._process(msg, cell, cell_index)
+        except CellExecutionComplete:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a kernel sends
+            self.malformed += 1
+            self.first_malformed = self.first_malformed or f"{msg.get('msg_type')}: {type(error).__name__}: {error}"[:300]
+            return None
+
+    def _process(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         """Count a message, cut what goes beyond the caps, and have nbclient do the rest."""
         accounts = self.accounts
         accounts.messages += 1
@@ -123,7 +138,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if kind == "clear_output":
             return self._clear(msg, cell, cell_index)
         if kind == "error":
-            content["traceback"] = _bounded(content.get("traceback") or [])
+            if self.cell_cap is not None and size > self.cell_cap:
+                content["traceback"] = _bounded(content.get("traceback") or [])
         else:
             if self.clear_before_next_output and kind in OUTPUTS:
                 self._clear_now(cell, cell_index)  # whether what comes now fits or not

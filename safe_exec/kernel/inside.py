@@ -39,7 +39,9 @@ SAMPLE_AT, SAMPLE = 128, struct.Struct("<QIIdddQQ")  # cell, line, depth, time, 
 HISTORY_AT, HISTORY = 512, 64
 COUNTS_AT, COUNTS = 256, struct.Struct("<QQ")  # characters written to stdout and stderr in this cell
 STACK_AT, STACK_BYTES = 8192, 128 * 1024  # 30 rows with the longest paths
-RECORD = struct.Struct("<IBBHQQ")  # payload length, kind, stream, pad, cell, characters so far
+RECORD = struct.Struct("<IQBBHQ")  # payload length, characters so far, kind, stream, pad, cell
+GROWN = struct.Struct("<IQ")  # the first two, which change when a record is extended
+COUNTS_EVERY = 64  # writes after which the counts in the header are renewed
 TEXT, MESSAGE = 1, 2
 
 SAMPLE_SECONDS = 0.02
@@ -67,7 +69,8 @@ class Page:
         self.pid = os.getpid()
         self.segment = 0
         self.used = 4
-        self.last = None  # (offset, length, stream, cell) of the record that a further write may extend
+        self.last = None  # [offset, length, stream, cell] of the record that a further write may extend
+        self.writes = 0
         self.cell = 0
         self.counts = [0, 0]
         self.fd_bytes = [[0, 0], [0, 0]]
@@ -93,13 +96,30 @@ class Page:
 
     def text(self, stream, string):
         """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
-        self.counts[stream] += len(string)
         data = string.encode("utf-8", "replace")  # character by character, so that counts hold
-        if len(data) > SEGMENT_BYTES // 2:
-            data = data[-SEGMENT_BYTES // 2 :].decode("utf-8", "ignore").encode()
-        COUNTS.pack_into(self.memory, COUNTS_AT, *self.counts)
+        size = len(data)
         with self.lock:
-            return self._append(TEXT, stream, data, self.counts[stream])
+            counts = self.counts
+            count = counts[stream] = counts[stream] + len(string)
+            self.writes += 1
+            if size > 4096 or self.writes % COUNTS_EVERY == 0:
+                self.note_counts()
+            last = self.last
+            if last and last[2] == stream and last[3] == self.cell and self.used + size <= SEGMENT_BYTES:
+                offset, length = last[0], last[1]
+                start = offset + RECORD.size + length
+                self.memory[start : start + size] = data
+                last[1] = length = length + size
+                GROWN.pack_into(self.memory, offset, length, count)
+                self.used += size
+                return False
+            if size > SEGMENT_BYTES // 2:
+                data = data[-SEGMENT_BYTES // 2 :].decode("utf-8", "ignore").encode()
+            return self._append(TEXT, stream, data, count)
+
+    def note_counts(self):
+        """Renew the counts in the header; they lag behind by some writes while a cell runs."""
+        COUNTS.pack_into(self.memory, COUNTS_AT, *self.counts)
 
     def message(self, frames):
         """Journal a message that is about to be queued."""
@@ -119,18 +139,14 @@ class Page:
             struct.pack_into("<I", self.memory, base, 4)
             struct.pack_into("<I", self.memory, 4, self.segment)
             self.used, self.last, switched = 4, None, True
-        last = self.last
-        if kind == TEXT and last and last[2] == stream and last[3] == self.cell:
-            offset, length = last[0], last[1]
-        else:
-            offset, length = base + self.used, 0
-            self.used += RECORD.size
-        start = offset + RECORD.size + length
+        offset = base + self.used
+        start = offset + RECORD.size
         self.memory[start : start + size] = data
-        RECORD.pack_into(self.memory, offset, length + size, kind, stream, 0, self.cell, count)
-        self.used += size
-        struct.pack_into("<I", self.memory, base, self.used)  # last: what a reader may trust
-        self.last = (offset, length + size, stream, self.cell) if kind == TEXT else None
+        RECORD.pack_into(self.memory, offset, size, count, kind, stream, 0, self.cell)
+        # Last: up to here a reader may trust. A record that grows afterwards says so itself, and is the last one.
+        struct.pack_into("<I", self.memory, base, self.used + RECORD.size)
+        self.used += RECORD.size + size
+        self.last = [offset, size, stream, self.cell] if kind == TEXT else None
         return switched
 
     def stack(self, text):
@@ -301,6 +317,7 @@ class Inside:
                 for stream in (sys.stdout, sys.stderr):
                     inside.settle(stream)
                 inside.in_cell = False
+                page.note_counts()
                 page.note_line(0)
 
         InteractiveShell.run_code = run_code_noted

@@ -132,10 +132,11 @@ class Page:
     def _segment(self, segment: int) -> Iterator[Text | Message]:
         base = inside.PAGE_BYTES + segment * inside.SEGMENT_BYTES
         (used,) = struct.unpack_from("<I", self._memory, base)
-        end = base + min(used, inside.SEGMENT_BYTES)
+        end = base + inside.SEGMENT_BYTES
         at = base + 4
-        while at + inside.RECORD.size <= end:
-            length, kind, stream, _, cell, count = inside.RECORD.unpack_from(self._memory, at)
+        # ``used`` is where the last record's header ends; how long that record has grown it says itself.
+        while at + inside.RECORD.size <= base + min(used, inside.SEGMENT_BYTES):
+            length, count, kind, stream, _, cell = inside.RECORD.unpack_from(self._memory, at)
             start = at + inside.RECORD.size
             at = start + length
             if at > end:

@@ -171,6 +171,7 @@ class KernelSession:
         await self._sockets_exist()
         kc.start_channels(stdin=False, hb=False)
         kc.allow_stdin = False
+        _look_after_sending(kc.shell_channel)
         client.kc = kc
         deadline = None if seconds is None else time.monotonic() + seconds
         while deadline is None or time.monotonic() < deadline:
@@ -356,6 +357,14 @@ class KernelSession:
             await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
         return self.died.is_set()
 
+    def look_again(self) -> None:
+        """Have the sockets looked at for arrivals that were announced to nobody (see ``_look_after_sending``)."""
+        if self.client is not None and self.client.kc is not None:
+            for channel in (self.client.kc.shell_channel, self.client.kc.iopub_channel):
+                look = getattr(channel.socket, "_schedule_remaining_events", None)
+                if look is not None:
+                    look()
+
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; whether it has."""
         with contextlib.suppress(asyncio.TimeoutError):
@@ -387,6 +396,24 @@ class KernelSession:
         for fd in self.told.pipes.values():
             os.close(fd)
         self.told.pipes.clear()
+
+
+def _look_after_sending(channel: Any) -> None:
+    """Make a channel look for arrivals after each send.
+
+    jupyter_client sends through a second, blocking view of the asyncio socket. The descriptor of a libzmq socket is
+    edge-triggered (zmq_getsockopt(3), ZMQ_FD): an arrival that is noticed while sending is announced to nobody, and a wait
+    without a timeout would last for ever. A notebook with an Output widget, which sends during its cells, hung in one run of five.
+    """
+    send, look = channel.send, getattr(channel.socket, "_schedule_remaining_events", None)
+    if look is None:
+        return
+
+    def send_and_look(message: Any) -> None:
+        send(message)
+        look()
+
+    channel.send = send_and_look
 
 
 def _rows(value: Any) -> Rows:

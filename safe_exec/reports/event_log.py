@@ -45,9 +45,7 @@ class EventLog:
             raise OutputPathError(_refusal(self.path, error)) from None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -37,6 +37,9 @@ _RESET = "\x1b[0m"
 
 # --- what a stream can show -------------------------------------------------------------------------------------
 
+LEAST_ROOM = 20
+"""Columns that a line of source needs to say anything."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
@@ -115,7 +118,7 @@ def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
     note = style.paint("dim", text.moment(verdict))
     code = text.code_line(crash.source_line or "")
     room = style.width - len(head) - len(text.moment(verdict)) - 2
-    if room < 20:  # a narrow terminal: the note gets a line of its own
+    if room < LEAST_ROOM:  # a narrow terminal: the note gets a line of its own
         yield head + text.clip(code, style.width - len(head))
         yield " " * len(head) + note
         return
@@ -297,14 +300,13 @@ class Progress:
             self._live = _start_live(self._stream)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         live, self._live, self._silent = self._live, None, True
         if live is not None:
             _quietly(live.stop)
 
     def __call__(self, event: events.Event) -> None:
+        """Show an event; a stream that is gone silences the progress and nothing else."""
         self._now.take(event)
         if not self._silent and not _quietly(lambda: self._show(event)):
             self._silent = True

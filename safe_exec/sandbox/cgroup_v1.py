@@ -33,9 +33,7 @@ def _kill(machine: Machine, name: str) -> CgroupWork:
     if machine.v2_plain is None:
         return CgroupWork()
     group = machine.v2_plain / name
-    return CgroupWork(
-        dirs=(str(group),), joins=(str(group / "cgroup.procs"),), kill_files=(str(group / "cgroup.kill"),)
-    )
+    return CgroupWork(dirs=(str(group),), joins=(str(group / "cgroup.procs"),), kill_files=(str(group / "cgroup.kill"),))
 
 
 def _memory(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:

@@ -29,7 +29,9 @@ START_SECONDS = 20.0
 STACK_BEFORE = (TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.OUTPUT, TerminationReason.PROCESSES)
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
-BOOT = "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]), *sys.argv[3:])"
+BOOT = (
+    "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]), *sys.argv[3:])"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ class Sandbox:
         root = str(Path(safe_exec.__file__).parent.parent)
         made = [str(directory or ""), str(self._note)]
         argv = [*prefix, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, *made]
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+        self._process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()

@@ -426,6 +426,7 @@ def main(control_fd: int, directory: str, note: str) -> None:
     ``directory`` (empty: none) is made here and not by the runner, and ``note`` is known from the start: whenever the runner is
     killed, either there is nothing yet or there is a keeper that removes it.
     """
+    os.set_inheritable(control_fd, False)  # else the kernel would hold it too, and could speak in our name
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
     keeper = Keeper(socket.socket(fileno=control_fd), directory=directory or None, note=note or None)
     keeper.control.setblocking(True)

@@ -187,9 +187,7 @@ def _can_make_group(directory: Path) -> str:
     return ""
 
 
-def _v2_parent(
-    mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
-) -> tuple[Path | None, frozenset[str], str]:
+def _v2_parent(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> tuple[Path | None, frozenset[str], str]:
     """The nearest group from ours upwards whose children get controllers and under which we may make one.
 
     A group with processes in it cannot give controllers to its children (no internal processes, cgroup-v2 of the

@@ -64,6 +64,11 @@ class Meter:
         assert self._cpu is not None
         return _cpu_seconds(_text(self._cpu))
 
+    def oom_kills(self) -> int | None:
+        """The one counter that every cell's end needs: a single small file."""
+        path = self._files.get("memory.events") or self._files.get("memory.oom_control")
+        return _table(path).get("oom_kill") if path else None
+
     def counters(self) -> Counters:
         """The counters of the control groups, read now."""
         return parse_counters({str(path): _text(path) for path in self._files.values()})

@@ -85,7 +85,10 @@ class SpawnPlan:
 
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
-        cgroup = {f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins") else k: v for k, v in asdict(self.cgroup).items()}
+        cgroup = {
+            f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins") else k: v
+            for k, v in asdict(self.cgroup).items()
+        }
         rest = {"rlimits": self.rlimits, "open_files_soft": self.open_files_soft, "memory_limit": self.memory_limit}
         return {**cgroup, **rest}
 

@@ -198,7 +198,7 @@ def _inside(root: Path, path: Path) -> Path:
 
 def _there(path: Path) -> bool:
     """As Path.exists(), but a folder that is closed to us (an entry of PATH, after su) is no error."""
-    return os.path.exists(path)  # noqa: PTH110
+    return os.path.exists(path)
 
 
 def _text(path: Path) -> str:

@@ -29,9 +29,7 @@ def offer(limits: Limits, machine: Machine) -> Offer | None:
     if not machine.may(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
-    holds = {
-        name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note) for name in WATCHED if limits.of(name) is not None
-    }
+    holds = {name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note) for name in WATCHED if limits.of(name) is not None}
     return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
 
 

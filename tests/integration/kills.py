@@ -34,17 +34,11 @@ class Kill:
 
 
 HOG = "print('hogging')\nhog = []\nwhile True:\n    hog.append(b'x' * (16 << 20))"
-WORKER = (
-    "import subprocess, sys\n"
-    "print('worker')\n"
-    "subprocess.run([sys.executable, '-c', 'b = b\"x\" * (900 << 20)'], check=True)"
-)
+WORKER = "import subprocess, sys\nprint('worker')\nsubprocess.run([sys.executable, '-c', 'b = b\"x\" * (900 << 20)'], check=True)"
 THREADS = "import threading, time\nfor n in range(400):\n    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
 SPIN = "n = 0\nwhile True:\n    n += 1"
 NULL = "print('about to crash')\nimport ctypes\nctypes.string_at(0)"
-OVERFLOW = (
-    "from itertools import chain\nrows = iter(())\nfor n in range(400_000):\n    rows = chain(rows, [n])\nprint('built')\nnext(rows)"
-)
+OVERFLOW = "from itertools import chain\nrows = iter(())\nfor n in range(400_000):\n    rows = chain(rows, [n])\nprint('built')\nnext(rows)"
 SECCOMP = """
 import ctypes, struct
 libc = ctypes.CDLL(None, use_errno=True)

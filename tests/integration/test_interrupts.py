@@ -91,7 +91,7 @@ def texts(notebook: dict[str, Any]) -> str:
 @pytest.mark.kills
 def test_sigkill_to_the_runner_at_random_moments(tmp_path: Path) -> None:
     seed = int(os.environ.get("SAFE_EXEC_SEED", secrets.randbelow(10**6)))
-    print(f"SAFE_EXEC_SEED={seed}")
+    print(f"SAFE_EXEC_SEED={seed}")  # noqa: T201 - to repeat a failure
     chance = random.Random(seed)
     for _ in range(24):
         run = Run(tmp_path)

@@ -62,7 +62,7 @@ def test_text_and_displays_in_order_before_each_death(tmp_path: Path, death: str
     assert ("display_data", "application/json", "") in seen
     assert ("stream", "stderr", "four") in seen
     order = [entry for entry in seen if entry[1] != "stderr"]
-    assert [entry[2] or entry[1] for entry in order][0] == "one"
+    assert order[0][2] == "one"
     assert [entry[2] for entry in order if entry[0] == "stream"] == ["one", "three"]
     displays = [entry for entry in order if entry[0] == "display_data"]
     assert len(displays) == 2

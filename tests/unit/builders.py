@@ -125,9 +125,7 @@ def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = N
         command=("safe-exec", "run", "analysis.ipynb"),
         cwd="/home/me/project",
         status=status,
-        notebook=NotebookInfo(
-            path="analysis.ipynb", sha256="0" * 64, kernel="python3", language="python", cells=5, code_cells=4
-        ),
+        notebook=NotebookInfo(path="analysis.ipynb", sha256="0" * 64, kernel="python3", language="python", cells=5, code_cells=4),
         cause=None if passed or kind is None else make_cause(kind),
         crash_cell=None if passed or nothing_ran else make_crash(),
         cells=make_records(*_cell_statuses(status)),

@@ -244,9 +244,7 @@ ERRORS = [
     error("r-text-in-python", raised("ValueError", "cannot allocate vector of size 7 Gb"), K.EXCEPTION),
     error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
     error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
-    error(
-        "open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50
-    ),
+    error("open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50),
     error("disk-full", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, disk_free=0),
     error("disk-full-elsewhere", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
     error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, disk_free=10**9),

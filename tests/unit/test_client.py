@@ -180,7 +180,7 @@ def test_very_many_pieces_of_a_stream_are_joined() -> None:
 
 
 def test_a_long_traceback_keeps_its_ends() -> None:
-    bench = Bench()
+    bench = Bench(cell_cap=500_000)
     bench.send("error", ename="E", evalue="v", traceback=[f"frame {n} " + "x" * 20000 for n in range(50)])
     (error,) = bench.cell.outputs
     assert sum(map(len, error.traceback)) <= 2 * TRACEBACK_BYTES

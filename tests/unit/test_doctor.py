@@ -234,9 +234,7 @@ CASES = {
         ),
     ),
     "wsl 2 with systemd on v2": Case(machine=USER, around=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)),
-    "wsl 1": Case(
-        machine=USER, around=Surroundings(user="ann", wsl=1), steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",)
-    ),
+    "wsl 1": Case(machine=USER, around=Surroundings(user="ann", wsl=1), steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",)),
     "macOS": Case(machine=Machine(platform="darwin", uid=501), around=Surroundings(user="ann"), weak=(MEMORY, CPUS, PROCESSES)),
     "memory controller switched off": Case(
         machine=replace(ROOT, v1={k: v for k, v in V1.items() if k != "memory"}),
@@ -391,9 +389,7 @@ def test_the_tree_is_read_from_the_mounts(tmp_path: Path, mountinfo: str, tree: 
         ({"run/systemd/container": "wsl\n"}, {}, Container.NONE),
     ],
 )
-def test_containers_are_told_apart(
-    tmp_path: Path, files: dict[str, str], environ: dict[str, str], container: Container
-) -> None:
+def test_containers_are_told_apart(tmp_path: Path, files: dict[str, str], environ: dict[str, str], container: Container) -> None:
     assert look(root=world(tmp_path, files), environ=environ, uid=0).container is container
 
 

@@ -150,7 +150,9 @@ def test_the_configuration_is_stronger_than_the_environment() -> None:
 
 
 def test_figures_of_the_configuration_win_in_any_unit() -> None:
-    found = resolve_simple({"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None}, None, machine_memory=16 << 30)
+    found = resolve_simple(
+        {"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None}, None, machine_memory=16 << 30
+    )
     assert (found.memory, found.cell_timeout, found.cpus, found.timeout) == (256 * M, 90.0, 2.0, None)
     assert found.processes == profile("ci").processes
 

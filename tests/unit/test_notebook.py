@@ -260,9 +260,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(
-    ["cell_type", "source", "metadata", "outputs", "id", "attachments", "output_type", "text", "data"]
-)
+keys = st.sampled_from(["cell_type", "source", "metadata", "outputs", "id", "attachments", "output_type", "text", "data"])
 cell_like = st.dictionaries(keys, json_values | st.sampled_from(["code", "markdown", "raw"]), max_size=6)
 
 
@@ -477,9 +475,7 @@ def test_writing_under_the_longest_name() -> None:
 
 @pytest.mark.parametrize("step", ["rename", "fsync"])
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(
-    step: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_what_was_there(step: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("f").write_text("old")
 
     def fail(*_: object, **__: object) -> None:

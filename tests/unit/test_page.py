@@ -75,6 +75,7 @@ def test_notes_counts_samples_and_stacks() -> None:
         assert (note.cell, note.line) == (1, 17) and note.time > 0
         inner.text(0, "äöü")
         inner.text(1, "x")
+        inner.note_counts()
         assert outer.counts() == (3, 1)
         for n in range(3):
             at = inside.HISTORY_AT + n * inside.SAMPLE.size
@@ -101,6 +102,7 @@ def test_header_fields_do_not_overlap() -> None:
         inner.note_fd(1, 9, 2)
         inner.note_line(3)
         inner.text(0, "abc")
+        inner.note_counts()
         assert (outer.note().line, outer.unread("stdout"), outer.unread("stderr"), outer.counts()) == (3, 4, 7, (3, 0))
 
 
@@ -178,6 +180,7 @@ def test_what_was_written_is_read_back(steps: list[Any]) -> None:
                 sent.append(tuple(step))
         assert [record.frames for record in outer.journal(inner.cell) if isinstance(record, Message)] == sent
         read = texts_of(outer, inner.cell)
+        inner.note_counts()
         assert [len(read[name]) for name in STREAMS] == [len(text) for text in wrote] == list(outer.counts())
         for name, text in zip(STREAMS, wrote, strict=True):
             assert all(a == b for a, b in zip(read[name], text, strict=True) if shown(b) == b)

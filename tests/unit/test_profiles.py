@@ -100,8 +100,7 @@ def test_ci_and_strict_profiles() -> None:
 
 def test_unknown_profile_names_the_nearest() -> None:
     assert error_of("strct") == (
-        "unknown profile 'strct'; did you mean strict? expected one of ci, default, strict, "
-        "or a file (its name with / or .yaml)"
+        "unknown profile 'strct'; did you mean strict? expected one of ci, default, strict, or a file (its name with / or .yaml)"
     )
 
 

@@ -57,8 +57,7 @@ def test_the_diagnosis_of_a_death() -> None:
 
 def test_the_diagnosis_of_a_pass() -> None:
     assert printed(make_verdict(Status.PASSED)) == (
-        "✓ passed · 4 code cells · 14.2 s · peak 1.0 GiB\n"
-        "  wrote       analysis.out.ipynb · /tmp/analysis.verdict.json\n"
+        "✓ passed · 4 code cells · 14.2 s · peak 1.0 GiB\n  wrote       analysis.out.ipynb · /tmp/analysis.verdict.json\n"
     )
 
 
@@ -120,9 +119,7 @@ def test_colours_change_nothing_but_the_colours(verdict: Verdict) -> None:
 def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
     evil = "a\x1b]0;title\x07\u202eb\r\ud800"
     cause = make_cause(CauseKind.EXCEPTION, summary=evil, advice=evil, evidence=(make_fact(fact=evil, value=evil),))
-    verdict = make_verdict(
-        cause=cause, crash_cell=make_crash(source_line=evil), warnings=(evil,), outputs={"notebook": evil}
-    )
+    verdict = make_verdict(cause=cause, crash_cell=make_crash(source_line=evil), warnings=(evil,), outputs={"notebook": evil})
     assert set(printed(verdict)).isdisjoint("\x1b\x07\u202e\r\ud800")
 
 
@@ -147,9 +144,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     return FakeTerminal()
 
 
-def test_colours_on_a_terminal_only_and_never_with_no_color(
-    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_colours_on_a_terminal_only_and_never_with_no_color(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Style.of(terminal) == Style(width=100, colour=True)
     assert not Style.of(io.StringIO()).colour
     monkeypatch.setenv("NO_COLOR", "1")

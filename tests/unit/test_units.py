@@ -92,9 +92,7 @@ def test_cpus(value: object, expected: float) -> None:
     assert parse_cpus(value) == expected
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("75%", 0.75), ("12.5 %", 0.125), ("100%", 1.0), ("75", None), (75, None)]
-)
+@pytest.mark.parametrize(("value", "expected"), [("75%", 0.75), ("12.5 %", 0.125), ("100%", 1.0), ("75", None), (75, None)])
 def test_percentages(value: object, expected: float | None) -> None:
     assert parse_percent(value) == expected
 
