@@ -23,10 +23,8 @@ from safe_exec.sandbox import procfs
 def notes_directory() -> Path:
     """The user's own directory for notes: below XDG_RUNTIME_DIR, else a 0700 directory in /tmp that must be ours."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.access(base, os.W_OK):
-        directory = Path(base) / "safe-exec"
-    else:
-        directory = Path(tempfile.gettempdir()) / f"safe-exec-{os.geteuid()}"
+    own = Path(tempfile.gettempdir()) / f"safe-exec-{os.geteuid()}"
+    directory = Path(base) / "safe-exec" if base and os.access(base, os.W_OK) else own
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     found = directory.lstat()
