@@ -55,7 +55,7 @@ run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ an
 
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run all tests: unit, real kernels, cases, parity (some minutes)
-	$(BIN)/pytest -n $(JOBS) -q
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds)
@@ -63,7 +63,7 @@ test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds
 
 .PHONY: test-cases
 test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases
-	$(BIN)/pytest -n $(JOBS) -q tests/cases
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
 
 .PHONY: lint
 lint: $(VENV)/.dev-installed ## Check style (ruff)

@@ -120,6 +120,12 @@ class Ledger:
         self.samples.append(_Sample(seconds=now, memory=after.memory, cpu=after.cpu_seconds, cell=index))
         return self.records[index]
 
+    def abandon(self, index: int) -> None:
+        """A cell that was begun and of which no end is recorded was cut off: what it put out stands."""
+        record = self.records[index]
+        if record.started is not None and record.status is CellStatus.NOT_RUN:
+            self.records[index] = replace(record, status=CellStatus.KILLED)
+
     def raise_peak(self, index: int, memory: int) -> None:
         """A cell's peak that is known from a counter rather than from samples."""
         self.records[index] = replace(self.records[index], memory_peak=_most(self.records[index].memory_peak, memory))

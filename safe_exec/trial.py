@@ -190,6 +190,8 @@ class Trial:
 
     async def _finish(self, ending: Ending) -> TrialResult:
         """Collect the evidence while it is there, then take everything down."""
+        if self.current is not None:
+            self.ledger.abandon(self.current)
         ending = await self._settle(ending)
         self.session.take_facts()
         evidence, place = gather(self, ending)
@@ -492,7 +494,7 @@ class Trial:
         if self.looked is not None and self.looked.state == "T":
             return False  # a stopped process takes no signal but SIGKILL and SIGCONT
         self.sink(events.Interrupted(time=self.now(), index=index))
-        await self.session.interrupt()
+        self.session.interrupt()
         await asyncio.wait({execution}, timeout=grace)
         return execution.done() and not self.session.died.is_set()
 

@@ -60,6 +60,17 @@ class Told:
     pipes: dict[str, int] = field(default_factory=dict)
 
 
+class Manager(AsyncKernelManager):  # type: ignore[misc]
+    """jupyter_client's, without the control socket that it connects as soon as the kernel process exists.
+
+    There is nothing to connect to then, and libzmq tries again at any later moment: a kernel that has no descriptor left at that
+    moment is aborted by libzmq (``ipc_listener.cpp``). The client's own control channel, connected in time, does all that is needed.
+    """
+
+    def _connect_control_socket(self) -> None:
+        """Connect nothing."""
+
+
 class KernelSession:
     """A kernel inside its sandbox. Everything it makes is removed by ``close()``, whatever happened before."""
 
@@ -92,7 +103,7 @@ class KernelSession:
         for a sandbox that cannot be built.
         """
         assert self.sandbox is not None and self.directory is not None
-        km = AsyncKernelManager(kernel_name=kernel_name)
+        km = Manager(kernel_name=kernel_name)
         spec = self._spec(km, kernel_name)
         self.sandbox.wait_ready()
         km.connection_file = str(self.directory / "c.json")
@@ -177,6 +188,7 @@ class KernelSession:
         while deadline is None or time.monotonic() < deadline:
             info = await self._ask(kc)
             if info is not None:
+                await self._control_stands(kc)
                 return info
             if self.died.is_set():
                 raise KernelStartError(self._why_it_ended())
@@ -210,6 +222,12 @@ class KernelSession:
         )
         content: dict[str, Any] = reply["content"]
         return content if idle is not None else None
+
+    async def _control_stands(self, kc: Any) -> None:
+        """See the control channel connected too before anything runs; a kernel that is not ipykernel need not answer there."""
+        if self.manager.transport == "ipc":
+            kc.control_channel.send(self.manager.session.msg("kernel_info_request", {}))
+            await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
 
     async def _until(self, channel: Any, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         """The first message that is wanted, ``None`` after a quarter of a second or when the kernel is dead."""
@@ -337,9 +355,13 @@ class KernelSession:
 
     # --- end ----------------------------------------------------------------------------------------------------
 
-    async def interrupt(self) -> None:
+    def interrupt(self) -> None:
         """Ask the kernel to interrupt the running cell, in the way its kernelspec says."""
-        await self.manager.interrupt_kernel()
+        if self.manager.kernel_spec.interrupt_mode == "message":
+            assert self.client is not None and self.client.kc is not None
+            self.client.kc.control_channel.send(self.manager.session.msg("interrupt_request", {}))
+        elif self.sandbox is not None:
+            self.sandbox.signal(signal.SIGINT)
 
     def kill(self, reason: TerminationReason) -> None:
         """Have the tree killed for a reason."""
@@ -383,7 +405,6 @@ class KernelSession:
             self.client.kc.stop_channels()
             self.client.kc = None
         if self.manager is not None:
-            self.manager._close_control_socket()  # noqa: SLF001 - jupyter_client closes it only in its own shutdown
             self.manager.context.destroy(linger=0)
         if self.sandbox is not None:
             with contextlib.suppress(ValueError, OSError):
