@@ -32,7 +32,7 @@ def run(
 ) -> Verdict:
     """Run one notebook inside its limits, write the annotated notebook and the verdict, and return the verdict.
 
-    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (which then stands alone).
+    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (in place of any profile).
     ``options`` are single limits by name (``{"memory": "512M", "cell_timeout": 30}``), which win over everything else.
     ``output`` and ``verdict`` default to ``NB.out.ipynb`` and ``NB.verdict.json`` beside the notebook. ``kernel``
     overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's

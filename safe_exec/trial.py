@@ -242,7 +242,7 @@ class Trial:
             return Died(cell=self._cell_at_death(), exit=self.session.ended.status if self.session.ended else None)
         await self._read_last_counters()
         asked = self.session.client.asked_to_exit if self.session.client else None
-        if asked is not None and isinstance(ending, Passed):
+        if asked is not None:  # comes before an error that a later, quick cell may have raised
             ending = Died(cell=asked, exit=None, asked_to_exit=True)
         if not await self.session.shut_down():
             self.warnings.append(

@@ -472,7 +472,7 @@ class Inside:
         """Give the runner a copy of a pipe's read end."""
         try:
             socket.send_fds(self.facts, [json.dumps({"pipe": name}).encode()], [fd])
-        except OSError:
+        except (OSError, AttributeError):  # send_fds is there since Python 3.9
             pass
 
     def settle(self, stream):
