@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import replace
 
 from safe_exec.causes.context import Context, exit_facts, inside, make, outside
+from safe_exec.causes.time import activity_of
 from safe_exec.model import (
     Cause,
     CauseKind,
@@ -114,7 +116,9 @@ def worker_kill(context: Context) -> Cause | None:
     summary = f"a worker process was killed for memory in {where}{hang}" + (f" ({amounts})" if amounts else "")
     advice = "Use fewer or smaller workers, or raise --memory: the limit covers the kernel and all its processes together."
     confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
-    return make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
+    cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
+    waited = isinstance(context.ending, TimedOut) and evidence.looked is not None
+    return replace(cause, activity=activity_of(evidence.looked)) if waited and evidence.looked else cause
 
 
 def refused(context: Context) -> Cause | None:

@@ -70,9 +70,11 @@ class Page:
         self._memory = mmap.mmap(self.fd, SIZE)
 
     def close(self) -> None:
-        """Let go of the memory."""
-        self._memory.close()
-        os.close(self.fd)
+        """Let go of the memory. May be called again."""
+        if self.fd >= 0:
+            self._memory.close()
+            os.close(self.fd)
+            self.fd = -1
 
     @property
     def alive(self) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets import Dict
 
-from safe_exec.errors import SandboxError
+from safe_exec.errors import SafeExecError
 from safe_exec.kernel import inside
 from safe_exec.kernel.page import Page
 from safe_exec.model import LimitName, Limits, TerminationReason
@@ -152,7 +152,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 pass_fds=self.channels.pass_fds if wrapped else {},
                 dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
             )
-        except SandboxError:
+        except SafeExecError:
             self.channels.close()
             raise
         self.channels.handed_over()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import safe_exec
-from safe_exec.errors import SandboxError
+from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.model import ExitStatus, TerminationReason
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.meter import Counters, parse_counters
@@ -91,6 +91,7 @@ class Sandbox:
         self.fault_text = ""
         self.fault_at = 0.0
         self._trouble: str | None = None
+        self._command_failed = False
         self._lost = False
         self.on_exit: Callable[[KernelExit], None] | None = None
 
@@ -112,7 +113,8 @@ class Sandbox:
     ) -> int:
         """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
-        Raises SandboxError, naming what could not be made, with the keeper gone and everything removed.
+        Raises SandboxError, naming what could not be made, and KernelStartError for a command that cannot be executed; the
+        keeper is gone then and everything removed.
         """
         self.wait_ready()
         self._write_note(plan)
@@ -132,6 +134,8 @@ class Sandbox:
         if self._trouble is not None or self.kernel_pid is None:
             trouble = self._trouble or "the keeper ended"
             self.leave()
+            if self._command_failed:
+                raise KernelStartError(f"the kernel's command cannot be executed: {trouble} ({argv[0]})")
             raise SandboxError(f"the sandbox cannot be built: {trouble}")
         return self.kernel_pid
 
@@ -184,6 +188,7 @@ class Sandbox:
             self.kernel_pid = int(str(said["pid"]))
         elif event == "failed":
             self._trouble = str(said["message"])
+            self._command_failed = bool(said["command"])
         elif event == "signal":
             self.signals_to_keeper.append(int(str(said["signum"])))
         elif event == "fault":

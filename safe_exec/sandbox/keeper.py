@@ -53,6 +53,14 @@ QUIET_SECONDS = 0.02
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
+class Refused(Exception):  # noqa: N818 - what the child could not do
+    """The child did not become the kernel: at the ``stage`` sandbox (ours to answer for) or command (the kernelspec's)."""
+
+    def __init__(self, stage: str, message: str) -> None:
+        super().__init__(message)
+        self.stage, self.message = stage, message
+
+
 class Keeper:
     """One sandbox: its kernel, its control groups, its runtime directory."""
 
@@ -73,6 +81,7 @@ class Keeper:
         self.tail = b""
         self.signals: list[int] = []
         self.asked_at = 0.0
+        self.made: list[str] = []
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -103,6 +112,7 @@ class Keeper:
         """Make the control groups and write their limits; each write that fails is an error with its path."""
         for path in self.plan["cgroup_dirs"]:
             os.mkdir(path)
+            self.made.append(path)
         for path, value in self.plan["cgroup_writes"]:
             _write(path, value)
         for path, value in self.plan["cgroup_writes_where_present"]:
@@ -130,7 +140,8 @@ class Keeper:
         with os.fdopen(error_r, "rb") as pipe:
             trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
         if trouble:
-            raise RuntimeError(trouble.decode("utf-8", "replace"))
+            stage, _, message = trouble.decode("utf-8", "replace").partition(" ")
+            raise Refused(stage, message)
         self.say("spawned", pid=self.pid)
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -179,8 +190,10 @@ class Keeper:
         try:
             self.build()
             self.spawn()
-        except (OSError, RuntimeError, ValueError) as error:
-            self.say("failed", message=str(error))
+        except Refused as refused:
+            self.say("failed", message=refused.message, command=refused.stage == "command")
+        except (OSError, ValueError) as error:
+            self.say("failed", message=str(error), command=False)
 
     def kill(self, reason: str) -> None:
         """Record why, then kill the whole tree. A kernel that was dead before keeps its own ending."""
@@ -320,7 +333,7 @@ class Keeper:
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
         alive = self.kill_tree()
-        left = [path for path in reversed(self.plan.get("cgroup_dirs", ())) if not _remove_cgroup(path)]
+        left = [path for path in reversed(self.made) if not _remove_cgroup(path)]
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             left += [self.directory] if os.path.lexists(self.directory) else []
@@ -332,6 +345,7 @@ class Keeper:
 
 def _become_kernel(plan: dict[str, Any], parent: int, stderr_fd: int, fault_fd: int, error_fd: int) -> None:
     """In the child: enter the sandbox and execute the kernel. Never returns."""
+    stage = "sandbox"
     try:
         os.setsid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -350,9 +364,10 @@ def _become_kernel(plan: dict[str, Any], parent: int, stderr_fd: int, fault_fd: 
         # ipykernel leaves when this process is no longer its parent, and believes to be a user's own kernel without it.
         plan["env"]["JPY_PARENT_PID"] = str(parent)
         os.chdir(plan["cwd"])
+        stage = "command"
         os.execvpe(plan["argv"][0], plan["argv"], plan["env"])  # noqa: S606 - the kernel's own command
     except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
-        os.write(error_fd, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+        os.write(error_fd, f"{stage} {type(error).__name__}: {error}".encode("utf-8", "replace"))
         os._exit(127)
 
 

@@ -161,6 +161,7 @@ DEATHS: tuple[Kill, ...] = (
     _row("exception", ("x = 1", "1 / 0", "print('no')"), S.CELL_ERROR, K.EXCEPTION, cell=1, line=1),
     _row("exception-user", ("x = 1", "1 / 0"), S.CELL_ERROR, K.EXCEPTION, cell=1, line=1, user=True),
     _row("no-such-kernel", "x = 1", S.START_FAILED, K.KERNEL_START_FAILED, kernel="no-such-kernel"),
+    _row("no-such-command", "x = 1", S.START_FAILED, K.KERNEL_START_FAILED, kernel="broken"),
     _row("start-exit", "x = 1", S.START_FAILED, K.KERNEL_START_FAILED, startup="import os\nos._exit(4)"),
     _row("required", "x = 1", S.INTERNAL_ERROR, K.UNKNOWN, options=("--memory", "1G", "--require", "memory"), mechanisms=WD),
     _row("passes", ("x = 1", "print(x)"), S.PASSED, None, saved="1"),

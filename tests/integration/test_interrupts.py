@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import safe_exec
+from safe_exec.sandbox.machine import detect
 from safe_exec.trial import Trial
 from tests.support import CGROUP_ROOT, EXECUTABLE, MARK, make_notebook, marked_processes, run_notebook, wait_until
 
@@ -193,6 +194,24 @@ def test_ctrl_c_on_a_terminal_reaches_the_runner_only_and_all_is_written(tmp_pat
     run.process.communicate(timeout=30)
     assert run.process.returncode == 130
     assert run.documents()[0]["status"] == "cancelled"
+
+
+@pytest.mark.kills
+def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = secrets.token_hex(6)
+    foreign = detect().v1["pids"] / f"safe-exec-{run_id}"
+    foreign.mkdir()
+    try:
+        monkeypatch.setattr(secrets, "token_hex", lambda _size: run_id)
+        verdict = safe_exec.run(make_notebook(tmp_path / "nb.ipynb", "1"))
+        assert verdict.status == "internal_error"
+        assert verdict.cause is not None
+        assert str(foreign) in verdict.cause.summary
+        assert [str(p) for p in CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")] == [str(foreign)]
+    finally:
+        foreign.rmdir()
 
 
 @pytest.mark.kills

@@ -40,7 +40,12 @@ def test_kill(kill: Kill, folder: Path) -> None:
 
 def check(kill: Kill, folder: Path) -> None:
     path = make_notebook(folder / "nb.ipynb", *kill.cells, kernel=kill.kernel, language=kill.language)
-    env = {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython")}
+    spec = folder / "jupyter" / "kernels" / "broken"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(
+        '{"argv": ["/no/such/python", "{connection_file}"], "display_name": "x", "language": "python"}'
+    )
+    env = {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PATH": str(folder / "jupyter")}
     prefix: list[str] = []
     if kill.user:
         os.chown(folder, NOBODY, NOBODY)
