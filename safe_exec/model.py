@@ -401,7 +401,6 @@ class Evidence:
     processes_peak: int | None = None
     cpu_seconds: float | None = None
     kernel_cpu_seconds: float | None = None
-    kernel_rlimit_cpu: int | None = None
     error: CellError | None = None
     fault: FaultReport | None = None
     place: Place | None = None
@@ -418,7 +417,6 @@ class Evidence:
     signals_to_keeper: tuple[int, ...] = ()
     kernel_uid: int | None = None
     stderr_tail: str = ""
-    kernels_installed: tuple[str, ...] = ()
     disk_free: int | None = None
     open_files: int | None = None
     executed: str | None = None

@@ -55,13 +55,6 @@ FLOOD_FACTOR = 16
 """A cell that writes so many times its cap is an endless flood: the run is ended."""
 LATE_SIGNAL_SECONDS = 0.3
 """A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long for our own."""
-WATCHED_REASONS = {
-    LimitName.MEMORY: TerminationReason.MEMORY,
-    LimitName.CPU_TIME: TerminationReason.CPU_TIME,
-    LimitName.PROCESSES: TerminationReason.PROCESSES,
-}
-DEATHS = (TerminationReason.MEMORY, TerminationReason.CPU_TIME)
-"""Limits by which the kernel *dies* (status ``kernel_died``), be it by the system's hand or by ours."""
 
 
 class Cancellation:

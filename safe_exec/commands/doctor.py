@@ -37,7 +37,6 @@ EVERY_LIMIT = Limits(
 )
 """Every limit is set: what would hold it is asked, and the figures do not matter."""
 
-MECHANISMS = (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)
 WIDTH = 100
 """Columns that are enough: a longer line is harder to read, and commands are not broken at any width."""
 

@@ -17,9 +17,6 @@ _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 LONGEST = 500
 """faulthandler cuts a file name off there."""
 
-DEEP = 90
-"""faulthandler prints at most 100 frames of a thread; a stack that fills this was deep."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thread:

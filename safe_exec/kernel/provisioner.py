@@ -14,13 +14,11 @@ import os
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerBase
-from traitlets import Dict
 
 from safe_exec.errors import SafeExecError
 from safe_exec.kernel import inside
@@ -87,8 +85,6 @@ def speaks_ipc(cmd: Sequence[str]) -> bool:
 
 class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     """Starts kernels through a keeper, holds their raw exit status, and kills whole trees."""
-
-    limits_config = Dict(help="Limits for kernels started by other tools: 'limits' names a profile, other keys are limits.")
 
     def __init__(self, **kwargs: Any) -> None:
         config = {key: kwargs.pop(key) for key in list(kwargs) if key == "limits" or key in LimitName._value2member_map_}
@@ -243,8 +239,3 @@ def runtime_directory(run_id: str) -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
     return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108
-
-
-def python_of(cmd: Sequence[str]) -> str:
-    """The interpreter of a kernel's command, for reports."""
-    return cmd[0] if cmd else sys.executable

@@ -220,12 +220,6 @@ class Sandbox:
             if select.select([self._control], [], [], left)[0]:
                 self.pump()
 
-    def wait_for_exit(self, seconds: float) -> bool:
-        """Wait until the kernel has ended, at most so long; whether it has."""
-        with contextlib.suppress(SandboxError):
-            self._wait_for(lambda: self.exit is not None, "", seconds)
-        return self.exit is not None
-
     # --- ending -------------------------------------------------------------------------------------------------
 
     def signal(self, signum: int) -> None:
