@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from safe_exec.commands import doctor, table
-from safe_exec.commands.doctor import EVERY_LIMIT, MECHANISMS, Diagnosis, as_document, command, place, report
+from safe_exec.commands.doctor import EVERY_LIMIT, Diagnosis, as_document, command, place, report
 from safe_exec.errors import LimitsError, UsageError
 from safe_exec.model import Enforcement, LimitName, Mechanism
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox import leftovers, procfs
-from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.build import CHOOSABLE, build_plan
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
@@ -546,7 +546,7 @@ def call(*arguments: str) -> Result:
 
 def test_on_this_machine_with_every_mechanism_and_with_each_alone() -> None:
     assert call().return_value in (0, 1)
-    for mechanism in MECHANISMS:
+    for mechanism in CHOOSABLE:
         result = call("--mechanisms", mechanism.value, "--json")
         assert result.exception is None
         found = json.loads(result.stdout)
