@@ -241,7 +241,7 @@ def _of_page(trial: Trial, index: int) -> Place | None:
     ended = trial.session.died_at or time.monotonic()
     cell, rows, _ = page.stack()
     stack = trial.session.frames(rows) if cell == number else ()
-    if sample.cell == number and sample.line and sample.time >= note.time:
+    if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
         return Place(cell=index, line=sample.line, source="sample", stack=stack, age=max(0.0, ended - sample.time))
     if note.cell == number and note.line:
         return Place(cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time))

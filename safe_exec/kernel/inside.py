@@ -43,6 +43,7 @@ RECORD = struct.Struct("<IQBBHQ")  # payload length, characters so far, kind, st
 GROWN = struct.Struct("<IQ")  # the first two, which change when a record is extended
 COUNTS_EVERY = 64  # writes after which the counts in the header are renewed
 TEXT, MESSAGE = 1, 2
+FINISHED = 1 << 31  # in the line of the header
 
 SAMPLE_SECONDS = 0.02
 SLOW_SAMPLE_SECONDS = 0.05
@@ -86,6 +87,11 @@ class Page:
     def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _now=time.monotonic):
         """The statement that is about to run."""
         _pack(self.memory, 8, self.cell, line, self.pid, _now())
+
+    def finish(self):
+        """The cell's code is done; its reply is not sent yet. The line stays: what it did may still end the process."""
+        (line,) = struct.unpack_from("<I", self.memory, 16)
+        self.note_line(line | FINISHED)
 
     def note_fd(self, stream, written, consumed):
         """Bytes that came from descriptor 1 or 2: handed on, and taken from the pipe."""
@@ -244,7 +250,7 @@ class Inside:
 
     def watch(self):
         """Note exact places just before calls from which there may be no return, and talk to other hosts."""
-        real_exit = os._exit
+        real_exit, real_closerange = os._exit, os.closerange
         noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
         noted |= {"os.posix_spawn", "os.spawn"}
 
@@ -255,9 +261,17 @@ class Inside:
                 self.fact(exit_caller=rows, status=status if isinstance(status, int) else None)
             real_exit(status)
 
-        # To be found by pickle under its old name, it has to stand where the name says.
-        _exit.__doc__, _exit.__module__, _exit.__qualname__ = real_exit.__doc__, real_exit.__module__, real_exit.__qualname__
-        os._exit = sys.modules[real_exit.__module__]._exit = _exit
+        def closerange(fd_low, fd_high, /):
+            # It takes libzmq's descriptors too: one of its threads aborts the process now, or the main thread a little later.
+            if not self.child and self.in_cell and _thread.get_ident() == self.main:
+                self.here(sys._getframe(1))
+            real_closerange(fd_low, fd_high)
+
+        for real, ours in ((real_exit, _exit), (real_closerange, closerange)):
+            # To be found by pickle under its old name, it has to stand where the name says.
+            ours.__doc__, ours.__module__, ours.__qualname__ = real.__doc__, real.__module__, real.__qualname__
+            setattr(os, real.__name__, ours)
+            setattr(sys.modules[real.__module__], real.__name__, ours)
 
         def hook(event, args):
             if event in noted:
@@ -318,7 +332,7 @@ class Inside:
                     inside.settle(stream)
                 inside.in_cell = False
                 page.note_counts()
-                page.note_line(0)
+                page.finish()
 
         InteractiveShell.run_code = run_code_noted
         IPythonKernel.do_execute = do_execute_noted

@@ -22,11 +22,12 @@ SIZE = inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
-    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine)."""
+    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine); whether the cell is done."""
 
     cell: int
     line: int
     time: float
+    finished: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ class Page:
     def note(self) -> Note:
         """The statement noted last."""
         _, _, cell, line, _, when, *_ = inside.HEADER.unpack_from(self._memory, 0)
-        return Note(cell=cell, line=line, time=when)
+        return Note(cell=cell, line=line & ~inside.FINISHED, time=when, finished=bool(line & inside.FINISHED))
 
     def counts(self) -> tuple[int, int]:
         """Characters that the running cell has written to stdout and stderr, those never sent among them."""

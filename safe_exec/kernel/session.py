@@ -42,6 +42,7 @@ SHUTDOWN_SECONDS = 3.0
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
 MOST_HOSTS = 50
+QUEUED_MESSAGES = 20_000
 
 Rows = list[tuple[str, int, str, int]]
 
@@ -195,7 +196,12 @@ class KernelSession:
         raise KernelStartError(f"the kernel did not answer within {seconds:g} s (--start-timeout)")
 
     def _cap_messages(self, kc: Any) -> None:
-        """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one."""
+        """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one.
+
+        And queue more than libzmq's thousand: a kernel that sends a message a line (bash_kernel) is faster than we are for a moment,
+        and what a full queue pushes back a PUB socket drops.
+        """
+        kc.context.rcvhwm = QUEUED_MESSAGES
         if self.limits.cell_output is not None:
             kc.context.maxmsgsize = self.limits.cell_output + MESSAGE_SLACK
 
@@ -319,7 +325,7 @@ class KernelSession:
         """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
         if not self.fitted or self.provisioner is None or self.provisioner.channels is None:
             return None
-        return number != 0 and self.provisioner.channels.page.note().line != 0
+        return number != 0 and not self.provisioner.channels.page.note().finished
 
     def subject(self, number: int) -> Subject | None:
         """What ``look`` needs to see what this kernel is doing."""
