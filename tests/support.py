@@ -81,9 +81,15 @@ def run_notebook(
     )
 
 
+def groups_of(run_id: str) -> list[Path]:
+    """Control groups of a run; groups of other runs that go while we walk are no error."""
+    name = f"safe-exec-{run_id}"
+    return [Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) if name in names]
+
+
 def left_behind(run_id: str) -> list[str]:
     """Control groups of a run that still stand, and processes that still carry its runtime directory in their command."""
-    groups = [str(path) for path in CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")]
+    groups = [str(path) for path in groups_of(run_id)]
     notes = [str(path) for path in Path("/tmp").glob(f"safe-exec-*/{run_id}.json")]
     return groups + notes
 

@@ -17,7 +17,7 @@ import pytest
 import safe_exec
 from safe_exec.sandbox.machine import detect
 from safe_exec.trial import Trial
-from tests.support import CGROUP_ROOT, EXECUTABLE, MARK, make_notebook, marked_processes, run_notebook, wait_until
+from tests.support import EXECUTABLE, MARK, groups_of, make_notebook, marked_processes, run_notebook, wait_until
 
 BUSY = (
     "print('first')",
@@ -67,10 +67,7 @@ class Run:
     def groups(self) -> list[Path]:
         """Control groups of this run that stand."""
         run_id = self.run_id()
-        try:
-            return list(CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")) if run_id else []
-        except FileNotFoundError:  # a group went while we were walking: look again
-            return self.groups()
+        return groups_of(run_id) if run_id else []
 
     def left(self) -> list[str]:
         """Everything of this run that still stands."""
@@ -209,7 +206,7 @@ def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
         assert verdict.status == "internal_error"
         assert verdict.cause is not None
         assert str(foreign) in verdict.cause.summary
-        assert [str(p) for p in CGROUP_ROOT.glob(f"**/safe-exec-{run_id}")] == [str(foreign)]
+        assert groups_of(run_id) == [foreign]
     finally:
         foreign.rmdir()
 
@@ -235,4 +232,4 @@ def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path, monkeypatc
     written = json.loads((tmp_path / "nb.out.ipynb").read_text())
     assert "second" in texts(written)
     assert "third" not in texts(written)
-    assert list(CGROUP_ROOT.glob(f"**/safe-exec-{verdict.run_id}")) == []
+    assert groups_of(verdict.run_id) == []
