@@ -57,7 +57,8 @@ _CHANGING = (
     (re.compile(r"/bin/python3?(?![\w.])"), "/bin/python"),  # the kernel's is the one that runs the client
     (re.compile(r"'connection_file': '[^']*'"), "'connection_file': 'FILE'"),
     (re.compile(r"\bstarted \d+"), "started IDENT"),
-    (re.compile(r"\b[\d.]+ (?:ns|μs|ms|s)\b"), "TIME"),
+    (re.compile(r"\b[\d.]+(?:e[+-]\d+)? (?:ns|[μµu]s|ms|s)\b"), "TIME"),  # 999.6 µs are "1e+03 μs" to IPython
+    (re.compile(r"(?:Compiler|Parser) *: TIME\\n"), ""),  # %%time prints these where they took over 0.1 s
 )
 
 
