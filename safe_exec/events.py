@@ -136,6 +136,44 @@ class Warned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchStarted(Event):
+    """The search for culprits begins: ``cells`` code cells may be among them, ``budget`` seconds may be spent."""
+
+    cells: int
+    budget: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTrialStarted(Event):
+    """Trial ``number`` (from 1) of the search runs the cells with these indexes."""
+
+    number: int
+    cells: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTrialFinished(Event):
+    """A trial of the search ended; ``answer`` is ``fail`` (the same failure), ``pass`` or ``unresolved``.
+
+    ``left`` is how many cells may still be among the culprits, ``best`` the smallest set so far that fails.
+    """
+
+    number: int
+    answer: str
+    seconds: float
+    left: int
+    best: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFinished(Event):
+    """The search is over; ``cells`` are the culprits' indexes."""
+
+    cells: tuple[int, ...]
+    minimal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
     """The run is over and the verdict is written."""
 

@@ -493,6 +493,68 @@ class CellRecord:
     output_truncated: bool = False
 
 
+class Role(StrEnum):
+    """What a culprit did, as far as evidence tells.
+
+    ``crash``: it ran when it happened. ``accumulator``: it kept much of what ran out. ``definition``: another culprit
+    uses what it defines. ``trigger``: it set off what struck later (a thread, a timer, an exit that was asked for).
+    ``setup``: it must run before; why is not visible.
+    """
+
+    CRASH = "crash"
+    ACCUMULATOR = "accumulator"
+    DEFINITION = "definition"
+    TRIGGER = "trigger"
+    SETUP = "setup"
+
+
+class Stopped(StrEnum):
+    """Why a culprit search ended before its result was known to be minimal."""
+
+    BUDGET = "budget"
+    CANCELLED = "cancelled"
+    NOT_REPRODUCED = "not_reproduced"
+    TOO_RARE = "too_rare"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Culprit:
+    """One cell of the set. ``note`` says in a few words what it did, from evidence (``+612 MiB kept``).
+
+    ``source_line`` is the first line of the cell that says something, at most 200 characters of it.
+    """
+
+    index: int
+    code_index: int
+    id: str | None
+    role: Role
+    note: str
+    source_line: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Culprits:
+    """The result of a culprit search.
+
+    ``cells`` in order, the crash cell last; empty where nothing reproduced. ``minimal``: without any one of them it no
+    longer happens. ``look_first`` is the index of the cell a person should read first. ``trials`` counts kernels that were
+    started for the search (the first run is none of them), ``cached`` those that an earlier search had run.
+    ``reproduced`` is (k, n): of n runs of this very set, from scratch, k ended the same way. ``seconds`` is the wall time of the
+    search. ``repro_notebook`` is the path of the reproduction, where one was written.
+    """
+
+    cells: tuple[Culprit, ...]
+    minimal: bool
+    method: str
+    look_first: int | None
+    trials: int
+    cached: int
+    reproduced: tuple[int, ...]
+    seconds: float
+    repro_notebook: str | None = None
+    stopped: Stopped | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """Samples of the whole run, four columns of the same length; ``cell`` is -1 between cells."""
@@ -541,7 +603,7 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The whole answer. ``culprits`` is ``None`` until a search has found some.
+    """The whole answer. ``culprits`` is ``None`` where no search was made.
 
     ``started`` and ``finished`` are ISO 8601 in UTC; the other fields are as in docs/verdict.md.
     """
@@ -564,7 +626,7 @@ class Verdict:
     environment: Environment
     stderr_tail: str = ""
     warnings: tuple[str, ...] = ()
-    culprits: None = None
+    culprits: Culprits | None = None
     outputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
