@@ -12,7 +12,9 @@ from pathlib import Path
 
 from safe_exec.events import EventSink
 from safe_exec.model import Limits, Verdict
-from safe_exec.pipeline import Job, prepare, run_job
+from safe_exec.errors import UsageError
+from safe_exec.job import Bisect, Job, prepare
+from safe_exec.pipeline import run_job
 
 
 def run(
@@ -28,6 +30,8 @@ def run(
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    bisect: str = "auto",
+    bisect_budget: float | None = None,
     on_event: EventSink | None = None,
 ) -> Verdict:
     """Run one notebook inside its limits, write the annotated notebook and the verdict, and return the verdict.
@@ -37,7 +41,8 @@ def run(
     ``output`` and ``verdict`` default to ``NB.out.ipynb`` and ``NB.verdict.json`` beside the notebook. ``kernel``
     overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's
     kernel must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
-    ``cgroup-v1``, ``rlimit`` and ``watchdog``. ``on_event`` is called with each event as it happens.
+    ``cgroup-v1``, ``rlimit`` and ``watchdog``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search for the
+    culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run). ``on_event`` is called with each event as it happens.
 
     A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
     OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
@@ -62,6 +67,8 @@ def run(
             require=require,
             mechanisms=mechanisms,
             env=env,
+            bisect=bisect,
+            bisect_budget=bisect_budget,
             on_event=on_event,
         )
     )
@@ -80,6 +87,8 @@ async def run_async(
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    bisect: str = "auto",
+    bisect_budget: float | None = None,
     on_event: EventSink | None = None,
 ) -> Verdict:
     """As :func:`run`, inside an event loop."""
@@ -95,6 +104,15 @@ async def run_async(
         require=require,
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,
+        bisect=_bisect(bisect),
+        bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),
     )
     return await run_job(prepare(job))
+
+
+def _bisect(word: str) -> Bisect:
+    try:
+        return Bisect(word)
+    except ValueError:
+        raise UsageError(f"bisect: {word!r} is none of {', '.join(Bisect)}") from None

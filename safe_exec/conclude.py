@@ -29,7 +29,7 @@ from safe_exec.model import (
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
-    from safe_exec.pipeline import Prepared
+    from safe_exec.job import Prepared
     from safe_exec.trial import TrialResult
 
 STATUS_OF: Mapping[type[Any], Status] = {
@@ -61,7 +61,7 @@ def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str
     return find_cause(context)
 
 
-def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan) -> Verdict:
+def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool) -> Verdict:
     """The verdict of one run."""
     limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
     language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
@@ -100,6 +100,8 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan) -> Verdic
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
         warnings=(*prepared.resolved.warnings, *result.warnings, *_reasons(result.ending)),
+        allow_errors=allow_errors,
+        remote_hosts=evidence.remote_hosts,
     )
 
 

@@ -605,6 +605,7 @@ class Environment:
 class Verdict:
     """The whole answer. ``culprits`` is ``None`` where no search was made.
 
+    ``allow_errors`` says whether the run goes on after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to.
     ``started`` and ``finished`` are ISO 8601 in UTC; the other fields are as in docs/verdict.md.
     """
 
@@ -627,6 +628,8 @@ class Verdict:
     stderr_tail: str = ""
     warnings: tuple[str, ...] = ()
     culprits: Culprits | None = None
+    allow_errors: bool = False
+    remote_hosts: tuple[str, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)
 
     @property

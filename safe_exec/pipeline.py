@@ -1,4 +1,4 @@
-"""The whole of ``run``: read, resolve limits, first run, cause, verdict, reports. May import everything below commands."""
+"""The whole of ``run``: first run, cause, search, verdict, reports. May import everything below commands."""
 
 from __future__ import annotations
 
@@ -6,202 +6,75 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from safe_exec import events, notebook, profiles
-from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, SafeExecError, UsageError
+from safe_exec.errors import EnforcementError, SafeExecError
 from safe_exec.events import Event, EventSink
-from safe_exec.files import HeldSpace, check_writable, write_atomically
-from safe_exec.model import Evidence, InternalError, Limits, Verdict
-from safe_exec.sandbox.build import build_plan, parse_mechanisms, parse_required
+from safe_exec.files import HeldSpace, write_atomically
+from safe_exec.job import Bisect, Prepared
+from safe_exec.model import Evidence, InternalError, Verdict
+from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.leftovers import sweep
-from safe_exec.sandbox.machine import Machine, detect
 from safe_exec.sandbox.plan import SpawnPlan, require
+
+if TYPE_CHECKING:
+    from safe_exec.searching import Keeping
+    from safe_exec.trial import Cancellation, TrialRequest, TrialResult
 
 log = logging.getLogger("safe_exec")
 
 HELD_BYTES = 1 << 20
-DEFAULT_KERNEL = "python3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What the user asked for."""
+class First:
+    """The first run: what was asked of the trial, and what came of it."""
 
-    path: Path
-    limits: str | Limits | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
-    output: Path | None = None
-    verdict: Path | None = None
-    kernel: str | None = None
-    cwd: Path | None = None
-    allow_errors: bool = False
-    require: str | None = None
-    mechanisms: tuple[str, ...] | None = None
-    env: Mapping[str, str] | None = None
-    sinks: tuple[EventSink, ...] = ()
-    command: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A job that can run: everything was read and checked, nothing has been written."""
-
-    job: Job
-    notebook: notebook.Notebook
-    node: Any
-    resolved: profiles.Resolved
-    machine: Machine
-    required: tuple[Any, ...]
-    output: Path
-    verdict: Path
-    cwd: Path
-    kernel_name: str
-    run_id: str
-    started: float
-    started_at: datetime
-
-
-def prepare(job: Job) -> Prepared:
-    """Read and check all input and every output path.
-
-    Raises UsageError and its kinds: with them nothing has been written.
-    """
-    started, started_at = time.monotonic(), datetime.now(UTC)
-    read = notebook.read(job.path)
-    machine = detect(parse_mechanisms(job.mechanisms))
-    node = notebook.strip_annotations(read.node)
-    resolved = _resolve(job, node, machine)
-    warnings = _check_cells(resolved, node, job.path)
-    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
-    paths = notebook.default_outputs(job.path)
-    output, verdict = job.output or paths.out, job.verdict or paths.verdict
-    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict})
-    for path in (output, verdict):
-        check_writable(path)
-    cwd = job.cwd or job.path.absolute().parent
-    if not cwd.is_dir():
-        raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
-    return Prepared(
-        job=job,
-        notebook=read,
-        node=node,
-        resolved=resolved,
-        machine=machine,
-        required=_required(job, resolved.limits),
-        output=output,
-        verdict=verdict,
-        cwd=cwd,
-        kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
-        run_id=secrets.token_hex(6),
-        started=started,
-        started_at=started_at,
-    )
-
-
-def refuse_same(paths: Mapping[str, Path]) -> None:
-    """Refuse to write two documents to one file, or over the notebook. Raises OutputPathError."""
-    seen: dict[Path, str] = {}
-    for name, path in paths.items():
-        real = path.absolute().parent.resolve() / path.name
-        if real in seen:
-            raise OutputPathError(f"{path}: {seen[real]} and {name} are the same file; give {name} another one")
-        seen[real] = name
-
-
-def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
-    if isinstance(job.limits, Limits):
-        given = profiles.parse_overrides(job.options, where="--", machine_memory=machine.memory_total)
-        return profiles.Resolved(
-            limits=profiles.apply(job.limits, given),
-            profile="custom",
-            warnings=(),
-            sources={},
-            loosenable=False,
-            fixed=frozenset(given),
-        )
-    file = profiles.find_project_file(job.path)
-    project = profiles.project_overrides(file, job.path, machine_memory=machine.memory_total) if file else None
-    return profiles.resolve(
-        chosen=job.limits,
-        project=project,
-        metadata=node.metadata,
-        options=job.options,
-        machine_memory=machine.memory_total,
-        notebook=str(job.path),
-    )
-
-
-def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> tuple[str, ...]:
-    """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
-    warnings: list[str] = []
-    for index, cell in enumerate(node.cells):
-        warnings += profiles.cell_limits(resolved, cell.metadata, where=f"{path}, cell {index}")[1]
-    return tuple(warnings)
-
-
-def _required(job: Job, limits: Limits) -> tuple[Any, ...]:
-    if job.require is None:
-        return ()
-    try:
-        names = parse_required(job.require, limits)
-    except ValueError as error:
-        raise LimitsError(f"--require: {error}") from error
-    for name in names:
-        if limits.of(name) is None:
-            raise LimitsError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
-    return names
-
-
-# --- running ----------------------------------------------------------------------------------------------------
+    request: TrialRequest
+    result: TrialResult
+    plan: SpawnPlan
 
 
 async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verdict:
-    """First run, cause, verdict, reports. Signals end the run in order until all is written."""
+    """First run, cause, search, verdict, reports. Signals end the run in order until all is written."""
+    from safe_exec.searching import Keeping
     from safe_exec.trial import Cancellation  # nbclient and zmq: not needed to refuse bad input
 
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks))
-    with _signals(cancellation.arrive):
+    with _signals(cancellation.arrive), Keeping(prepared) as keeping:
         sweep()
         emit(_run_started(prepared))
         held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
         try:
-            result, plan = await _first_run(prepared, emit, cancellation)
+            first = await _first_run(prepared, emit, cancellation, keeping)
         finally:
             held.release()
-        verdict = _conclude(prepared, result, plan)
-        verdict = _write(prepared, verdict, result.node)
-        emit(
-            events.RunFinished(
-                time=time.monotonic() - prepared.started,
-                status=verdict.status,
-                cause=verdict.cause.kind.value if verdict.cause else None,
-            )
-        )
+        verdict = _conclude(prepared, first)
+        verdict = await _search(prepared, first, verdict, keeping, emit)
+        verdict = write(prepared, verdict, first.result.node)
+        emit(_run_finished(prepared, verdict))
     return verdict
 
 
-async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> tuple[Any, SpawnPlan]:
+async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancellation, keeping: Keeping) -> First:
     from safe_exec.ledger import Ledger
-    from safe_exec.trial import TrialRequest, TrialResult, run_trial
+    from safe_exec.trial import TrialResult, run_trial
 
-    limits = prepared.resolved.limits
-    plan = build_plan(limits, prepared.machine, prepared.run_id)
+    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id)
+    plan = replace(plan, orphans=keeping.directories)
+    request = request_for(prepared, plan, prepared.node, cancellation, emit)
     try:
         require(plan, prepared.required)
     except EnforcementError as error:
         ledger = Ledger.for_notebook(prepared.node, prepared.started)
         ledger.close(time.monotonic() - prepared.started)
-        return TrialResult(
+        result = TrialResult(
             ending=InternalError(message=str(error), refused=True),
             evidence=Evidence(),
             ledger=ledger,
@@ -209,13 +82,23 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> 
             place=None,
             hello={},
             warnings=(),
-        ), plan
-    request = TrialRequest(
+        )
+        return First(request=request, result=result, plan=plan)
+    keeping.begin()
+    result = await run_trial(replace(request, before_cells=keeping.done))
+    return First(request=request, result=result, plan=plan)
+
+
+def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink) -> TrialRequest:
+    """What a trial of the whole notebook is asked; trials of a search start from it."""
+    from safe_exec.trial import TrialRequest
+
+    return TrialRequest(
         run_id=prepared.run_id,
-        node=prepared.node,
+        node=node,
         kernel_name=prepared.kernel_name,
         cwd=prepared.cwd,
-        limits=limits,
+        limits=prepared.resolved.limits,
         machine=prepared.machine,
         plan=plan,
         cell_limits=lambda cell: profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0],
@@ -226,7 +109,6 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Any) -> 
         started=prepared.started,
         cancellation=cancellation,
     )
-    return await run_trial(request), plan
 
 
 def _largest_output(prepared: Prepared) -> int | None:
@@ -247,32 +129,46 @@ def _allow_errors(prepared: Prepared) -> bool:
     return prepared.job.allow_errors or own is True
 
 
-def _conclude(prepared: Prepared, result: Any, plan: SpawnPlan) -> Verdict:
+def _conclude(prepared: Prepared, first: First) -> Verdict:
     from safe_exec.conclude import conclude
 
-    return conclude(prepared, result, plan)
+    return conclude(prepared, first.result, first.plan, allow_errors=first.request.allow_errors)
 
 
-def _write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:
+async def _search(prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping, emit: EventSink) -> Verdict:
+    """The culprits, where the failure is one that is searched for."""
+    if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
+        return verdict
+    from safe_exec.searching import search_after
+
+    # What is known by now is on disk before anything else is run: a search may be killed.
+    return await search_after(
+        prepared, verdict, first.request, keeping, emit, lambda known: write(prepared, known, first.result.node)
+    )
+
+
+def write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:
     """The annotated notebook first, then the verdict, which says what was written."""
     from safe_exec.reports import annotated, verdict_json
 
-    written = {"notebook": str(prepared.output.absolute()), "verdict": str(prepared.verdict.absolute())}
-    verdict = replace(verdict, outputs=written)
+    outputs = {"notebook": str(prepared.output.absolute()), "verdict": str(prepared.verdict.absolute())}
+    if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
+        outputs["repro"] = verdict.culprits.repro_notebook
+    verdict = replace(verdict, outputs=outputs)
     try:
         write_atomically(prepared.output, notebook.dumps(annotated.annotate(node, verdict)))
     except (OSError, SafeExecError) as error:
-        verdict = replace(
-            verdict,
-            outputs={"verdict": written["verdict"]},
-            warnings=(*verdict.warnings, f"the annotated notebook could not be written: {error}"),
-        )
+        verdict = _without(verdict, "notebook", f"the annotated notebook could not be written: {error}")
     try:
         write_atomically(prepared.verdict, verdict_json.dumps(verdict))
     except OSError as error:
-        outputs = {name: path for name, path in verdict.outputs.items() if name != "verdict"}
-        verdict = replace(verdict, outputs=outputs, warnings=(*verdict.warnings, f"the verdict could not be written: {error}"))
+        verdict = _without(verdict, "verdict", f"the verdict could not be written: {error}")
     return verdict
+
+
+def _without(verdict: Verdict, name: str, warning: str) -> Verdict:
+    outputs = {key: path for key, path in verdict.outputs.items() if key != name}
+    return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, warning))
 
 
 def _run_started(prepared: Prepared) -> events.RunStarted:
@@ -284,6 +180,11 @@ def _run_started(prepared: Prepared) -> events.RunStarted:
         code_cells=sum(cell.cell_type == "code" for cell in prepared.node.cells),
         limits=prepared.resolved.limits.as_dict(),
     )
+
+
+def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
+    cause = verdict.cause.kind.value if verdict.cause else None
+    return events.RunFinished(time=time.monotonic() - prepared.started, status=verdict.status, cause=cause)
 
 
 def _fan_out(sinks: tuple[EventSink, ...]) -> EventSink:
@@ -317,8 +218,3 @@ def _signals(arrive: Any) -> Iterator[None]:
     finally:
         for number in taken:
             loop.remove_signal_handler(number)
-
-
-def command_line() -> tuple[str, ...]:
-    """How this process was called, for the verdict."""
-    return ("safe-exec", *sys.argv[1:])

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,8 @@ class Cancellation:
 class TrialRequest:
     """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
 
-    ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell.
+    ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
+    kernel is ready.
     """
 
     run_id: str
@@ -99,6 +100,7 @@ class TrialRequest:
     sink: events.EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)
     cancellation: Cancellation = field(default_factory=Cancellation)
+    before_cells: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +165,8 @@ class Trial:
         try:
             ending = await self._start()
             if ending is None:
+                if self.request.before_cells is not None:
+                    await self.request.before_cells()
                 sampler = asyncio.create_task(self._sample_forever())
                 ending = await self._run_cells()
         except Stop as stop:

@@ -13,9 +13,11 @@ import click
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.model import LimitName, Verdict
-from safe_exec.pipeline import Job, Prepared, command_line, prepare, refuse_same, run_job
-from safe_exec.reports import terminal, verdict_json
+from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
+from safe_exec.pipeline import run_job
+from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.reports.event_log import EventLog
+from safe_exec.units import UnitError, parse_duration
 
 LIMIT_HELP = {
     LimitName.MEMORY: ("SIZE", "Memory of the kernel and all its processes (512M, 1.5GiB, 50%)."),
@@ -49,6 +51,9 @@ def _limit_options(function: Any) -> Any:
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
 @click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--bisect", type=click.Choice([*Bisect]), default=Bisect.AUTO.value, help="Search for the culprits [auto].")
+@click.option("--no-bisect", is_flag=True, help="Do not search for the culprits (--bisect never).")
+@click.option("--bisect-budget", metavar="T", help="Time that the search may take [60s, or 3 times the first run].")
 @click.option("--events", type=click.Path(path_type=Path), help="Write the run as JSON lines while it happens.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -57,6 +62,9 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
 
     Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another limit, 6 the kernel did
     not start, 7 safe-exec failed, 130 stopped.
+
+    After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
+    hosts: a search runs cells again. Ctrl-C then keeps the best so far.
     """
     job = _job(notebook, out, options)
     # One look and all input is checked: from here on whatever happens ends in a verdict.
@@ -87,7 +95,22 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
         require=options["require"],
         mechanisms=None if mechanisms is None else tuple(part.strip() for part in mechanisms.split(",")),
         command=command_line(),
+        bisect=Bisect.NEVER if options["no_bisect"] else Bisect(options["bisect"]),
+        bisect_budget=parse_budget(options["bisect_budget"]),
     )
+
+
+def parse_budget(text: str | None) -> float | None:
+    """Seconds of ``--bisect-budget``. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        seconds = parse_duration(text)
+    except UnitError as error:
+        raise UsageError(f"--bisect-budget: {error}") from None
+    if seconds is None:
+        raise UsageError("--bisect-budget: expected a time such as 90s or 5m; a search without an end is not offered")
+    return seconds
 
 
 def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
@@ -95,7 +118,7 @@ def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
         sinks: list[EventSink] = []
         if events is not None:
             sinks.append(stack.enter_context(EventLog(events)))
-        sinks.append(stack.enter_context(terminal.Progress(sys.stderr, quiet=quiet)))
+        sinks.append(stack.enter_context(progress.Progress(sys.stderr, quiet=quiet)))
         return asyncio.run(run_job(prepared, tuple(sinks)))
 
 

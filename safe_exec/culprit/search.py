@@ -27,7 +27,7 @@ REPLAYS = 4
 """How often the whole is replayed, once it did not fail, to see how often it does."""
 CONFIRMATIONS = 5
 """How often a set of a failure that comes and goes is run in the end."""
-NEEDED = {"slice": 0.9, "changed": 0.5, "found": 0.95, "other": 0.15}
+NEEDED = {"slice": 0.9, "changed": 0.25, "found": 0.95, "other": 0.4}
 """How likely a cell of a failing set is needed, by how it came in: guesses that only order the work."""
 FEW = 4
 """So many cells are tried one by one at once: chunks would save nothing."""
@@ -49,12 +49,15 @@ class SearchCancelled(Exception):  # noqa: N818 - no error: thrown into a search
 class Ask:
     """A question: do exactly these cells, in order, fail? At most ``allowed`` seconds may be spent on the answer.
 
-    ``fresh``: run it, whatever is known; it is to confirm, or to count how often.
+    ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``left`` is how many cells are
+    not settled yet, ``best`` the smallest set so far that failed.
     """
 
     cells: tuple[int, ...]
     allowed: float
     fresh: bool = False
+    left: int = 0
+    best: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,7 @@ def _nobody(_name: str, _before: int) -> tuple[int, ...]:
 class Problem:
     """What is known before the first trial.
 
-    ``cells`` are those that ran, in order, the crash cell last. ``slice`` is its backward slice, ``changed`` the cells
+    ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice, ``changed`` the cells
     that are in it only because they may change something. ``needs`` are the direct dependencies of each cell.
     ``surely_stops_at`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``suspicion``
     orders the rest. ``amounts`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
@@ -157,6 +160,8 @@ class _Searcher:
         self.rate: float | None = None
         self.found: set[int] = set()
         self.grew = False
+        self.left = len(problem.cells)
+        self.first: frozenset[int] | None = None
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -165,16 +170,23 @@ class _Searcher:
         tally = self.tallies.setdefault(cells, _Tally())
         if not tally.fails and self.problem.surely_stops_at(cells) is not None:
             return False
-        while not tally.fails and tally.others < self.repeats:
+        while not tally.fails and tally.others < self.repeats and not self.lacks_a_name(cells):
             yield from self.run(cells, fresh=tally.others > 0)
         return tally.fails > 0
+
+    def lacks_a_name(self, cells: frozenset[int]) -> bool:
+        """Whether a run of the set ended for a missing name: so will every other."""
+        reply = self.replies.get(cells)
+        return reply is not None and reply.answer is Answer.UNRESOLVED and bool(reply.names)
 
     def run(self, cells: frozenset[int], *, fresh: bool) -> _Step:
         """One run of a set, counted. Raises _Stop when it would not fit the budget."""
         allowed = self.problem.budget - self.spent
         if self.cost(cells) > allowed:
             raise _Stop(Stopped.BUDGET)
-        reply = yield Ask(cells=tuple(sorted(cells)), allowed=allowed, fresh=fresh)
+        reply = yield Ask(
+            cells=tuple(sorted(cells)), allowed=allowed, fresh=fresh, left=self.left, best=tuple(sorted(self.best or ()))
+        )
         self.spent += reply.seconds
         if reply.cut:
             raise _Stop(Stopped.BUDGET)
@@ -196,18 +208,21 @@ class _Searcher:
     def known_not_to(self, cells: frozenset[int]) -> bool:
         """Whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
-        return not tally.fails and (tally.others >= self.repeats or self.problem.surely_stops_at(cells) is not None)
+        settled = tally.others >= self.repeats or (tally.others > 0 and self.lacks_a_name(cells))
+        return not tally.fails and (settled or self.problem.surely_stops_at(cells) is not None)
 
     # --- step one: a small set that fails -----------------------------------------------------------------------
 
     def find(self) -> Generator[Ask, Reply, frozenset[int]]:
         """A set that fails. Raises _Stop when there is none to be had."""
-        base = self.close({self.problem.crash, *self.problem.slice})
+        base = self.close({self.problem.crash, *(self.problem.slice & self.all)})
         base = yield from self.repair(base)
+        self.first = base
         while not (yield from self.fails(base)):
             rest = self.ranked(base)
             if not rest:
-                raise _Stop(Stopped.NOT_REPRODUCED)
+                yield from self.rate_of(base)
+                continue
             self.grew = True
             count = yield from self.shortest(base, rest)
             added = self.close({rest[count - 1]}) | base
@@ -328,6 +343,7 @@ class _Searcher:
             loose = [cell for cell in odds if cell in cells and not self.known_not_to(cells - {cell})]
             if not loose:
                 return cells
+            self.left = len(loose)
             chunk = self.chunk(loose, odds)
             smaller = self.without(cells, chunk)
             if smaller is None or self.known_not_to(smaller):
@@ -381,10 +397,20 @@ class _Searcher:
         """Run the result again, from scratch; whether it failed as often as one that always fails does."""
         wanted = CONFIRMATIONS if self.repeats > 1 else 2
         tally = self.tallies[cells]
-        steady = True
+        self.left, steady = 0, True
         while tally.fails + tally.others < wanted:
             steady = (yield from self.run(cells, fresh=True)) and steady
         return steady or self.repeats > 1
+
+    def slice_passes_again(self) -> _Step:
+        """Whether the slice that did not fail does not fail again: all that was added to it rests on that one run."""
+        base = self.first
+        if not self.grew or self.repeats > 1 or base is None or self.problem.surely_stops_at(base) is not None:
+            return True
+        reply = self.replies.get(base)
+        if reply is None or reply.names:
+            return True
+        return not (yield from self.run(base, fresh=True))
 
     def whole(self) -> Generator[Ask, Reply, bool]:
         """All steps; whether the result in ``best`` is minimal."""
@@ -394,13 +420,13 @@ class _Searcher:
             self.best = cells
             try:
                 steady = yield from self.confirm(cells)
+                steady = steady and (yield from self.slice_passes_again())
             except _Stop:
                 return True  # what was asked for is known: only one more look at it did not fit
             if steady:
                 return True
             # It came and went: what was taken for a PASS may have been luck.
             yield from self.rate_of(cells)
-            self.best = None
 
 
 def search(problem: Problem) -> Search:
@@ -428,7 +454,7 @@ def search(problem: Problem) -> Search:
         stopped=stopped,
         reproduced=(tally.fails, tally.fails + tally.others),
         method=_method(searcher),
-        found=frozenset(searcher.found),
+        found=frozenset(best or ()) - problem.slice,
     )
 
 

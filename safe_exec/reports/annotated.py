@@ -2,9 +2,9 @@
 
 Pure; imports ``model``, the shared texts and the names of our marks in ``notebook``. A notebook that passed gets
 figures in its metadata and nothing else. Else a banner comes first, the crash cell gets an ``error`` output, which
-every viewer shows in red, and the cells that did not run lose their stale outputs. All of it is what ``notebook``
-strips before a run. Text that comes from the notebook or the kernel is inert here: it can neither mark up nor colour
-anything.
+every viewer shows in red, the other culprits begin their outputs with a line that says so, and the cells that did not
+run lose their stale outputs. All of it is what ``notebook`` strips before a run. Text that comes from the notebook or
+the kernel is inert here: it can neither mark up nor colour anything.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from safe_exec.model import VERDICT_SCHEMA, CauseKind, CellRecord, CellStatus, CrashCell, Status, Verdict
+from safe_exec.model import VERDICT_SCHEMA, CauseKind, CellRecord, CellStatus, CrashCell, Culprit, Culprits, Status, Verdict
 from safe_exec.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
-from safe_exec.reports import text
+from safe_exec.reports import culprit_text, text
 from safe_exec.reports.verdict_json import plain
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 _RESULT_KEY = "result"
+_CULPRIT_ROLE = "culprit"
 _BANNER_ID = "safe-exec-banner"
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _CONTEXT_LINES = 4
@@ -42,6 +43,7 @@ def annotate(executed: NotebookNode, verdict: Verdict) -> NotebookNode:
         if record.index < len(notebook.cells):
             _annotate_cell(notebook.cells[record.index], record)
     if verdict.status is not Status.PASSED:
+        _mark_culprits(notebook, verdict)
         _add_error(notebook, verdict)
         notebook.cells.insert(0, _banner(notebook, verdict))
     return notebook
@@ -97,6 +99,37 @@ def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
     if record.status is CellStatus.NOT_RUN and cell.cell_type == "code":
         cell.outputs = []
         cell.execution_count = None
+
+
+# --- culprits ---------------------------------------------------------------------------------------------------
+
+
+def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
+    """Marks each culprit in its metadata and, but for the crash cell with its error, for every viewer to see."""
+    found = verdict.culprits
+    if found is None:
+        return
+    others = culprit_text.others(verdict)
+    for culprit in found.cells:
+        cell = notebook.cells[culprit.index] if culprit.index < len(notebook.cells) else None
+        if cell is None or cell.cell_type != "code":
+            continue
+        ours = cell.metadata.setdefault(METADATA_KEY, _node({}))
+        if isinstance(ours, dict):
+            mark = {"role": culprit.role, "note": culprit.note, "look_first": culprit.index == found.look_first}
+            ours.setdefault(_RESULT_KEY, _node({}))[_CULPRIT_ROLE] = _node(plain(mark))
+        if culprit in others:
+            cell.outputs.insert(0, _culprit_output(culprit))
+
+
+def _culprit_output(culprit: Culprit) -> NotebookNode:
+    role, note = culprit.role.value, culprit_text.note(culprit)
+    shown = {
+        "text/markdown": f"**safe-exec: culprit** ({role}): {inert(note)}",
+        "text/plain": f"safe-exec: culprit ({role}): {note}",
+    }
+    metadata = {METADATA_KEY: {_RESULT_KEY: {"role": _CULPRIT_ROLE}}}
+    return _node({"output_type": "display_data", "data": shown, "metadata": metadata})
 
 
 # --- the error output -------------------------------------------------------------------------------------------
@@ -203,6 +236,8 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield f"**Why:** {inert(verdict.cause.summary)}"
     if verdict.crash_cell is not None:
         yield _where(verdict.crash_cell, verdict)
+    if verdict.culprits is not None:
+        yield from _who(verdict.culprits, verdict)
     facts = text.evidence_lines(verdict)
     if facts:
         yield "**Evidence:**\n\n" + "\n".join(f"- {_fact(line)}" for line in facts)
@@ -215,13 +250,39 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
 
 
 def _where(crash: CrashCell, verdict: Verdict) -> str:
-    name = text.cell_name(crash.code_index)
-    # JupyterLab and the HTML of nbconvert both go to a cell by this anchor.
-    linked = f"[{name}](#cell-id={crash.id})" if crash.id and _CELL_ID.fullmatch(crash.id) else name
-    said = f"**Where:** {linked}, {text.moment(verdict)}"
+    said = f"**Where:** {_linked(crash)}, {text.moment(verdict)}"
     if not crash.source_line:
         return said
     return f"{said}:\n\n{fenced(text.clip(text.code_line(crash.source_line), _SOURCE_WIDTH))}"
+
+
+def _linked(cell: CrashCell | Culprit) -> str:
+    name = text.cell_name(cell.code_index)
+    # JupyterLab and the HTML of nbconvert both go to a cell by this anchor.
+    return f"[{name}](#cell-id={cell.id})" if cell.id and _CELL_ID.fullmatch(cell.id) else name
+
+
+def _who(found: Culprits, verdict: Verdict) -> Iterator[str]:
+    """The culprits, each with what it did, or why no search could tell; and how to see it again."""
+    outcome = culprit_text.outcome(found)
+    if not found.cells:
+        yield f"**Culprits:** none found; {outcome}."
+        return
+    again, runs = found.reproduced
+    checked = f"reproduced {again} of {runs}" if runs else ""
+    said = "; ".join(part for part in (culprit_text.names(found), checked, outcome) if part)
+    others = culprit_text.others(verdict)
+    shown = [*others[: culprit_text.MOST_SHOWN], *(culprit for culprit in found.cells if culprit not in others)]
+    lines = [f"- {_linked(c)} ({c.role.value}): {inert(culprit_text.note(c))}" for c in shown]
+    if len(others) > culprit_text.MOST_SHOWN:
+        lines.append(f"- and {len(others) - culprit_text.MOST_SHOWN} more")
+    yield f"**Culprits:** {said}:\n\n" + "\n".join(lines)
+    first = culprit_text.look_first(verdict)
+    if first is not None:
+        yield f"**Look first:** {_linked(first)}"
+    command = culprit_text.reproduce_command(verdict)
+    if command:
+        yield f"**Reproduce:** {code_span(command)}"
 
 
 def _fact(line: str) -> str:

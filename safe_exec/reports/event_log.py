@@ -2,7 +2,8 @@
 
 Imports ``events`` and ``errors``. A line is written with one ``write(2)`` as soon as its event happens,
 so that a runner that is killed leaves complete lines; only its very last one may be cut short, as the system gives up
-a write to a file between two pages when a SIGKILL is pending. Each end of a cell is a checkpoint on the disk.
+a write to a file between two pages when a SIGKILL is pending. Each end of a cell, or of a trial of a search, is a
+checkpoint on the disk.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from safe_exec.errors import OutputPathError
-from safe_exec.events import CellFinished, Event, KernelEnded, Killed, RunFinished
+from safe_exec.events import CellFinished, Event, KernelEnded, Killed, RunFinished, SearchTrialFinished
 from safe_exec.reports.text import one_line
 from safe_exec.reports.verdict_json import plain
 
-_CHECKPOINTS = (CellFinished, Killed, KernelEnded, RunFinished)
+_CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)
 # Not blocking: a pipe that nobody reads must hold up neither the start nor, once it is full, the run.
 _FLAGS = os.O_NONBLOCK | os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 

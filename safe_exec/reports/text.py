@@ -93,15 +93,40 @@ def cell_name(code_index: int) -> str:
 
 def cell_names(code_indices: Iterable[int]) -> str:
     """Several code cells, runs of them shortened: ``code cells 3, 5-9``."""
-    numbers = sorted({index + 1 for index in code_indices})
+    runs = _runs(code_indices)
+    return f"{_cell_word(runs)} {', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)}"
+
+
+def cell_sum(code_indices: Iterable[int]) -> str:
+    """Code cells that it takes together, long runs of them shortened: ``code cells 1 + 3 + 5-9``."""
+    runs = _runs(code_indices)
+    named = ([str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs)
+    return f"{_cell_word(runs)} {' + '.join(name for names in named for name in names)}"
+
+
+def _runs(code_indices: Iterable[int]) -> list[list[int]]:
+    """First and last number, as people count, of each run of cells."""
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in sorted({index + 1 for index in code_indices}):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    word = "code cell" if len(numbers) == 1 else "code cells"
-    return f"{word} {', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)}"
+    return runs
+
+
+def _cell_word(runs: list[list[int]]) -> str:
+    return "code cell" if len(runs) == 1 and runs[0][0] == runs[0][1] else "code cells"
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 trial``, ``6 trials``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def path_seen(path: str, verdict: Verdict) -> str:
+    """A path that was written, as seen from the directory of the run; as it is, not yet printable."""
+    return path.removeprefix(verdict.cwd.rstrip("/") + "/")
 
 
 def not_run(verdict: Verdict) -> tuple[int, ...]:

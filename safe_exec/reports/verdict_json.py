@@ -41,6 +41,7 @@ _ORDER = (
     "warnings",
     "outputs",
 )
+_COUNTS_OF_REPRODUCED = 2  # of how many runs how many did it again
 
 
 def to_document(verdict: Verdict) -> dict[str, Any]:
@@ -89,6 +90,8 @@ def from_document(document: Mapping[str, Any]) -> Verdict:
     fields = {key: item for key, item in document.items() if key not in ("schema", "exit_code")}
     verdict = _read(Verdict, fields, "verdict")
     assert isinstance(verdict, Verdict)
+    if verdict.culprits is not None and len(verdict.culprits.reproduced) != _COUNTS_OF_REPRODUCED:
+        raise ValueError(f"verdict.culprits.reproduced: expected 2 counts, found {len(verdict.culprits.reproduced)}")
     return verdict
 
 

@@ -155,7 +155,8 @@ class Sandbox:
             "owner": os.getpid(),
             "owner_started": owner.started if owner else 0,
             "cgroup_dirs": list(plan.cgroup.dirs),
-            "directories": [str(self.directory)] if self.directory else [],
+            "directories": [*([str(self.directory)] if self.directory else []), *plan.directories],
+            "orphans": list(plan.orphans),
         }
         leftovers.write_note(self._note, self._undo)
 
@@ -246,7 +247,7 @@ class Sandbox:
         if not self._undo:
             return Departure()
         self._process.wait()
-        left = leftovers.clean(self._undo)
+        left = leftovers.clean(self._undo, orphaned=False)
         if not left:
             self._note.unlink(missing_ok=True)
         return Departure(left=tuple(left))

@@ -82,6 +82,7 @@ class Keeper:
         self.signals: list[int] = []
         self.asked_at = 0.0
         self.made: list[str] = []
+        self.orphaned = True
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ class Keeper:
             elif op == "kill":
                 self.kill(request["reason"])
             elif op == "finish":
+                self.orphaned = False
                 return False
         return True
 
@@ -334,9 +336,9 @@ class Keeper:
             self.reason = "shutdown"
         alive = self.kill_tree()
         left = [path for path in reversed(self.made) if not _remove_cgroup(path)]
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            left += [self.directory] if os.path.lexists(self.directory) else []
+        directories = [self.directory] if self.directory is not None else []
+        directories += [*self.plan.get("directories", ()), *(self.plan.get("orphans", ()) if self.orphaned else ())]
+        left += [path for path in directories if not _remove_tree(path)]
         if not left and not alive and self.note is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.note)
@@ -348,11 +350,16 @@ def _become_kernel(plan: dict[str, Any], parent: int, stderr_fd: int, fault_fd: 
     stage = "sandbox"
     try:
         os.setsid()
+        for path in plan["cgroup_joins"]:
+            _write(path, "0")
+        if plan["mounts"]:
+            from safe_exec.sandbox import mounts
+
+            mounts.enter(plan["mounts"], user_namespace=plan["user_namespace"])
+        # After the namespaces: new credentials take the wish for a signal away (prctl(2)).
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
             os._exit(1)
-        for path in plan["cgroup_joins"]:
-            _write(path, "0")
         _place_descriptors(plan, stderr_fd, fault_fd)
         for number, soft, hard in plan["rlimits"]:
             resource.setrlimit(number, (soft, hard))
@@ -417,6 +424,14 @@ def _oomd_killed(dirs: list[str]) -> bool | None:
             with contextlib.suppress(OSError):
                 return int(os.getxattr(path, name)) > 0
     return None
+
+
+def _remove_tree(path: str) -> bool:
+    """Remove a directory and all below."""
+    with contextlib.suppress(OSError):
+        os.chmod(os.path.join(path, "work", "work"), 0o700)  # overlayfs leaves it without any right
+    shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)
 
 
 def _remove_cgroup(path: str) -> bool:

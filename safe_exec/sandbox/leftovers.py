@@ -73,9 +73,13 @@ def _alive(pid: int, started: int) -> bool:
     return found is not None and found.started == started and found.state not in "ZX"
 
 
-def clean(note: Mapping[str, object]) -> list[str]:
-    """Kill what stands in the noted groups, remove groups and directories; the paths that would not go."""
+def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
+    """Kill what stands in the noted groups, remove groups and directories; the paths that would not go.
+
+    With ``orphaned`` the runner is gone too, and with it what only it had a use for.
+    """
     groups, directories = _paths(note["cgroup_dirs"]), _paths(note["directories"])
+    directories += _paths(note.get("orphans", [])) if orphaned else []
     for path in groups:
         _empty_group(path)
     for path in reversed(groups):

@@ -74,7 +74,11 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpawnPlan:
-    """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit."""
+    """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit.
+
+    ``mounts`` are made in a mount namespace of the kernel's own (see mounts.py), with ``user_namespace`` in one of both kinds.
+    ``directories`` are removed with the sandbox, ``orphans`` only when the runner is gone and nobody else will.
+    """
 
     cgroup: CgroupWork
     rlimits: tuple[tuple[int, int, int], ...]
@@ -82,6 +86,10 @@ class SpawnPlan:
     watch: frozenset[LimitName]
     enforcement: Mapping[LimitName, Enforcement]
     memory_limit: int | None = None
+    mounts: tuple[Mapping[str, str], ...] = ()
+    user_namespace: bool = False
+    directories: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
 
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
@@ -89,7 +97,15 @@ class SpawnPlan:
             f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins") else k: v
             for k, v in asdict(self.cgroup).items()
         }
-        rest = {"rlimits": self.rlimits, "open_files_soft": self.open_files_soft, "memory_limit": self.memory_limit}
+        rest = {
+            "rlimits": self.rlimits,
+            "open_files_soft": self.open_files_soft,
+            "memory_limit": self.memory_limit,
+            "mounts": self.mounts,
+            "user_namespace": self.user_namespace,
+            "directories": self.directories,
+            "orphans": self.orphans,
+        }
         return {**cgroup, **rest}
 
 

@@ -13,6 +13,8 @@ from safe_exec.model import (
     CellStatus,
     Confidence,
     CrashCell,
+    Culprit,
+    Culprits,
     Enforcement,
     Environment,
     Fact,
@@ -22,7 +24,9 @@ from safe_exec.model import (
     Mechanism,
     NotebookInfo,
     Origin,
+    Role,
     Status,
+    Stopped,
     Timeline,
     Usage,
     Verdict,
@@ -98,11 +102,48 @@ def make_crash(**changes: Any) -> CrashCell:
     return dataclasses.replace(crash, **changes)
 
 
+def make_culprit(code_index: int = 0, role: Role = Role.ACCUMULATOR, **changes: Any) -> Culprit:
+    """A culprit of the notebook whose first cell is markdown."""
+    culprit = Culprit(
+        index=code_index + 1,
+        code_index=code_index,
+        id=NAMES[code_index] if code_index < len(NAMES) else None,
+        role=role,
+        note="+612 MiB kept",
+        source_line="big = load_everything()",
+    )
+    return dataclasses.replace(culprit, **changes)
+
+
+def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
+    """The result of a search that found the first two code cells, the second of which is the crash cell."""
+    found = Culprits(
+        cells=cells or (make_culprit(), make_culprit(1, Role.CRASH, note="asked for more")),
+        minimal=True,
+        method="search",
+        look_first=1,
+        trials=6,
+        cached=0,
+        reproduced=(2, 2),
+        seconds=14.2,
+        repro_notebook="/home/me/project/analysis.repro.ipynb",
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def nothing_found(stopped: Stopped, reproduced: tuple[int, int] = (0, 3)) -> Culprits:
+    """The result of a search that found nothing."""
+    found = make_culprits(minimal=False, look_first=None, reproduced=reproduced, repro_notebook=None, stopped=stopped)
+    return dataclasses.replace(found, cells=())
+
+
+NAMES = ("second", "third", "fourth", "fifth")
+
+
 def make_records(*statuses: CellStatus) -> tuple[CellRecord, ...]:
     """Records of the code cells of a notebook whose first cell is markdown."""
-    names = ("second", "third", "fourth", "fifth")
     return tuple(
-        CellRecord(index=i + 1, code_index=i, id=names[i], status=status, seconds=_seconds(status), output_bytes=None)
+        CellRecord(index=i + 1, code_index=i, id=NAMES[i], status=status, seconds=_seconds(status), output_bytes=None)
         for i, status in enumerate(statuses)
     )
 
@@ -156,7 +197,21 @@ def every_verdict() -> list[Verdict]:
     """A verdict for every status, and for every cause kind with each status that it comes with."""
     bare = [make_verdict(Status.CANCELLED, cause=None), make_verdict(Status.INTERNAL_ERROR, cause=None)]
     of_kinds = [make_verdict(status, kind) for kind, statuses in STATUSES_OF_KIND.items() for status in statuses]
-    return [make_verdict(Status.PASSED), *bare, *of_kinds]
+    return [make_verdict(Status.PASSED), *bare, *of_kinds, *searched_verdicts()]
+
+
+def searched_verdicts() -> list[Verdict]:
+    """Verdicts of every end that a search can come to."""
+    many = tuple(make_culprit(i, Role.SETUP, note="", source_line=None) for i in range(12))
+    found = [
+        make_culprits(),
+        make_culprits(make_culprit(1, Role.CRASH), look_first=2, cached=3),
+        make_culprits(*many, look_first=None, minimal=False, stopped=Stopped.BUDGET),
+        *(make_culprits(minimal=False, stopped=stopped, reproduced=(1, 4)) for stopped in Stopped),
+        *(nothing_found(stopped) for stopped in Stopped),
+    ]
+    everywhere = [make_verdict(culprits=culprits) for culprits in found]
+    return [*everywhere, make_verdict(crash_cell=None, culprits=make_culprits(make_culprit(0, Role.TRIGGER)))]
 
 
 def name_of(verdict: Verdict) -> str:

@@ -13,11 +13,22 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from nbformat import NotebookNode
 
-from safe_exec.model import CauseKind, CellStatus, Limits, Status, Verdict
+from safe_exec.model import CauseKind, CellStatus, Limits, Role, Status, Stopped, Verdict
 from safe_exec.notebook import strip_annotations
 from safe_exec.reports.annotated import annotate, code_span, fenced, inert
 from safe_exec.reports.text import one_line
-from tests.unit.builders import every_verdict, make_cause, make_crash, make_fact, make_records, make_verdict, name_of
+from tests.unit.builders import (
+    every_verdict,
+    make_cause,
+    make_crash,
+    make_culprit,
+    make_culprits,
+    make_fact,
+    make_records,
+    make_verdict,
+    name_of,
+    nothing_found,
+)
 
 SOURCES = ("import pandas", 'frame = load()\njoined = frame.merge(big, on="k")\njoined.head()', "stale()", "later()")
 NB: Any = nbformat  # which has no types
@@ -174,6 +185,89 @@ def test_without_a_crash_cell_there_is_no_error_output(crash: Any) -> None:
     NB.validate(annotated)
 
 
+# --- culprits ---------------------------------------------------------------------------------------------------
+
+
+def paragraphs(verdict: Verdict) -> list[str]:
+    return str(annotate(make_notebook(), verdict).cells[0].source).split("\n\n")
+
+
+def test_the_banner_names_the_culprits_and_how_to_see_it_again() -> None:
+    said = paragraphs(make_verdict(culprits=make_culprits()))
+    start = said.index("**Culprits:** code cells 1 + 2; reproduced 2 of 2:")
+    assert said[start + 1 : start + 4] == [
+        "- [code cell 1](#cell-id=second) (accumulator): +612 MiB kept\n- [code cell 2](#cell-id=third) (crash): asked for more",
+        "**Look first:** [code cell 1](#cell-id=second)",
+        "**Reproduce:** `safe-exec run analysis.repro.ipynb`",
+    ]
+
+
+def test_the_banner_says_what_a_search_did_not_come_to() -> None:
+    alone = make_culprits(make_culprit(1, Role.CRASH), look_first=2, minimal=False, stopped=Stopped.BUDGET, repro_notebook=None)
+    said = paragraphs(make_verdict(culprits=alone))
+    assert "**Culprits:** code cell 2 alone; reproduced 2 of 2; not known to be minimal: the budget ran out:" in said
+    assert not any(part.startswith(("**Look first", "**Reproduce")) for part in said)
+    found = nothing_found(Stopped.NOT_REPRODUCED)
+    assert "**Culprits:** none found; it did not happen again in 3 of 3 runs." in paragraphs(make_verdict(culprits=found))
+
+
+def test_the_banner_lists_eight_culprits_beside_the_crash_cell() -> None:
+    many = [make_culprit(i, Role.SETUP) for i in range(12)]
+    listing = next(part for part in paragraphs(make_verdict(culprits=make_culprits(*many))) if part.startswith("- "))
+    lines = listing.splitlines()
+    assert len(lines) == 10
+    assert lines[7].startswith("- code cell 9 (setup)") and lines[8].startswith("- [code cell 2]") and lines[9] == "- and 3 more"
+
+
+def test_each_culprit_has_a_mark_and_all_but_the_crash_cell_say_so() -> None:
+    before = make_notebook()
+    annotated = annotate(before, make_verdict(culprits=make_culprits()))
+    NB.validate(annotated)
+    first, crash, other = annotated.cells[2:5]
+    assert first.outputs[0] == {
+        "output_type": "display_data",
+        "data": {
+            "text/markdown": "**safe-exec: culprit** (accumulator): +612 MiB kept",
+            "text/plain": "safe-exec: culprit (accumulator): +612 MiB kept",
+        },
+        "metadata": {"safe_exec": {"result": {"role": "culprit"}}},
+    }
+    assert first.outputs[1:] == before.cells[1].outputs
+    assert first.metadata.safe_exec.result.culprit == {"role": "accumulator", "note": "+612 MiB kept", "look_first": True}
+    assert first.metadata.safe_exec.result.status == "passed"
+    assert crash.metadata.safe_exec.result.culprit == {"role": "crash", "note": "asked for more", "look_first": False}
+    assert [output.output_type for output in crash.outputs] == ["stream", "error"]
+    assert "culprit" not in other.metadata.safe_exec.result
+    for ours, own in zip(annotated.cells[1:], before.cells, strict=True):
+        assert (ours.source, ours.id, ours.metadata.get("tags")) == (own.source, own.id, own.metadata.get("tags"))
+
+
+def test_a_culprit_without_a_note_is_told_by_its_role() -> None:
+    found = make_culprits(make_culprit(0, Role.SETUP, note=""), make_culprit(1, Role.CRASH))
+    output = annotate(make_notebook(), make_verdict(culprits=found)).cells[2].outputs[0]
+    assert output.data["text/plain"] == "safe-exec: culprit (setup): must run before"
+
+
+def test_culprits_that_are_no_code_cells_are_passed_over() -> None:
+    found = make_culprits(make_culprit(index=0), make_culprit(index=99), make_culprit(1, Role.CRASH))
+    annotated = annotate(make_notebook(), make_verdict(culprits=found))
+    NB.validate(annotated)
+    assert "safe_exec" not in annotated.cells[1].metadata
+
+
+def test_a_rerun_takes_the_marks_of_culprits_away_and_nothing_of_the_users() -> None:
+    before = make_notebook()
+    before.cells[1].metadata.safe_exec = NB.from_dict({"limits": {"memory": "2G"}})
+    before.cells[1].metadata.tags = ["mine"]
+    before.cells[1].outputs.append(NB.v4.new_output("display_data", {"text/plain": "mine"}, metadata={"mine": 1}))
+    for cell in before.cells[3:]:
+        cell.outputs, cell.execution_count = [], None
+    annotated = annotate(before, make_verdict(culprits=make_culprits()))
+    assert annotated != before
+    assert strip_annotations(annotated) == before
+    assert strip_annotations(NB.reads(NB.writes(annotated), as_version=4)) == before
+
+
 @pytest.mark.parametrize("line", [None, 0, 99])
 def test_a_line_that_is_not_there_shows_no_source(line: int | None) -> None:
     annotated = annotate(make_notebook(), make_verdict(crash_cell=make_crash(line=line)))
@@ -294,11 +388,16 @@ def test_nothing_from_the_kernel_gets_out_of_its_place(words: str) -> None:
     crash = make_crash(source_line=words, id=words)
     notebook = make_notebook()
     notebook.cells[2].source = words
-    annotated = annotate(notebook, make_verdict(cause=cause, crash_cell=crash, warnings=(words,)))
+    cells = (make_culprit(note=words, id=words, source_line=words), make_culprit(1, Role.CRASH, note=words, id=words))
+    culprits = make_culprits(*cells, repro_notebook=words)
+    annotated = annotate(notebook, make_verdict(cause=cause, crash_cell=crash, warnings=(words,), culprits=culprits))
     NB.validate(annotated)
     annotated.cells[0].source.encode()
     assert set(tags(annotated.cells[0].source)) <= {"p", "strong", "em", "code", "ul", "li", "a"}
-    assert tags(annotated.cells[0].source).count("a") <= 2  # the link to the crash cell, opened and closed
+    # The links to the crash cell (two) and to the other culprit (two), opened and closed.
+    assert tags(annotated.cells[0].source).count("a") <= 8
+    assert set(tags(annotated.cells[2].outputs[0].data["text/markdown"])) <= {"p", "strong", "code"}
+    assert len(annotated.cells[2].outputs[0].data["text/plain"].splitlines()) == 1
     error = our_errors(annotated.cells[3])[0]
     for line in (error.evalue, *error.traceback):
         line.encode()

@@ -21,7 +21,19 @@ import yaml
 import safe_exec
 from safe_exec import api, events
 from safe_exec.commands.cli import COMMANDS
-from safe_exec.model import Activity, CauseKind, CellStatus, Confidence, LimitName, Limits, Mechanism, Status, TerminationReason
+from safe_exec.model import (
+    Activity,
+    CauseKind,
+    CellStatus,
+    Confidence,
+    LimitName,
+    Limits,
+    Mechanism,
+    Role,
+    Status,
+    Stopped,
+    TerminationReason,
+)
 from safe_exec.reports.event_log import event_name
 from safe_exec.reports.verdict_json import load_schema
 from safe_exec.sandbox.plan import REQUIRE_ALL
@@ -180,6 +192,16 @@ def test_fields_within_the_verdict() -> None:
     for name in ("notebook", "usage", "environment", "timeline"):
         wanted |= set(schema["properties"][name]["properties"])
     assert wanted - named(text) == set()
+
+
+def test_culprits() -> None:
+    text = section(page("docs/verdict.md"), "Culprits")
+    schema = load_schema()["$defs"]
+    keys, roles, ends = text.split("\n| `role`")[0], *re.split(r"\n\| `(?:role|stopped)` \| meaning", text)[1:]
+    assert sorted(first_column(keys)) == sorted(schema["culprits"]["properties"])
+    assert set(schema["culprit"]["properties"]) <= named(keys)
+    assert first_column(roles) == [str(role) for role in Role]
+    assert first_column(ends) == [str(end) for end in Stopped]
 
 
 def test_the_example_is_a_part_of_a_verdict() -> None:

@@ -17,7 +17,19 @@ import pytest
 
 from safe_exec import events
 from safe_exec.errors import OutputPathError
-from safe_exec.events import CellFinished, CellStarted, Event, KernelReady, RunFinished, SandboxBuilt, UsageSampled
+from safe_exec.events import (
+    CellFinished,
+    CellStarted,
+    Event,
+    KernelReady,
+    RunFinished,
+    SandboxBuilt,
+    SearchFinished,
+    SearchStarted,
+    SearchTrialFinished,
+    SearchTrialStarted,
+    UsageSampled,
+)
 from safe_exec.model import CellStatus, Enforcement, LimitName, Mechanism, Status
 from safe_exec.reports.event_log import EventLog, event_name, line_of
 
@@ -31,6 +43,7 @@ FINISHED = CellFinished(
     memory_peak=1 << 30,
     memory_kept=None,
 )
+TRIAL = SearchTrialFinished(time=4.6, number=1, answer="fail", seconds=1.5, left=2, best=(1, 2))
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
@@ -60,6 +73,33 @@ def test_words_and_nested_types_are_plain() -> None:
     assert json.loads(line_of(FINISHED))["status"] == "killed"
 
 
+def test_a_search_is_four_kinds_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log(SearchStarted(time=3.0, cells=7, budget=60.0))
+        log(SearchTrialStarted(time=3.1, number=1, cells=(1, 2)))
+        log(TRIAL)
+        log(SearchFinished(time=5.0, cells=(1, 2), minimal=True))
+    assert lines_of(path) == [
+        {"event": "search_started", "time": 3.0, "cells": 7, "budget": 60.0},
+        {"event": "search_trial_started", "time": 3.1, "number": 1, "cells": [1, 2]},
+        {
+            "event": "search_trial_finished",
+            "time": 4.6,
+            "number": 1,
+            "answer": "fail",
+            "seconds": 1.5,
+            "left": 2,
+            "best": [1, 2],
+        },
+        {"event": "search_finished", "time": 5.0, "cells": [1, 2], "minimal": True},
+    ]
+
+
+def test_a_budget_without_an_end_is_null() -> None:
+    assert json.loads(line_of(SearchStarted(time=3.0, cells=7, budget=math.inf)))["budget"] is None
+
+
 def test_a_line_is_one_line_of_utf8_whatever_is_in_it() -> None:
     line = line_of(CellStarted(time=math.nan, index=0, code_index=0, source="\n\u2028\ud800\x1b\r"))
     assert line.count(b"\n") == 1 and line.endswith(b"\n")
@@ -75,15 +115,16 @@ def test_every_event_has_a_name_of_its_own() -> None:
     assert all("event" not in {field.name for field in dataclasses.fields(kind)} for kind in kinds)
 
 
-def test_a_checkpoint_at_the_end_of_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_at_the_end_of_each_cell_and_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     with EventLog(tmp_path / "events.jsonl") as log:
         log(UsageSampled(time=1.0, index=3, memory=1, cpu_seconds=None, processes=None))
         assert len(synced) == 0
         log(FINISHED)
-        log(RunFinished(time=3.0, status=Status.KERNEL_DIED, cause="out_of_memory"))
-    assert len(synced) == 2
+        log(TRIAL)
+        log(RunFinished(time=5.0, status=Status.KERNEL_DIED, cause="out_of_memory"))
+    assert len(synced) == 3
 
 
 def test_an_older_log_is_replaced(tmp_path: Path) -> None:

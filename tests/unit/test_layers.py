@@ -40,14 +40,21 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.kernel.page": {"safe_exec.kernel.inside"},
     "safe_exec.kernel.faults": {"safe_exec.model"},
     "safe_exec.sandbox.procfs": set(),
-    "safe_exec.sandbox.keeper": {"safe_exec.sandbox.procfs"},
+    "safe_exec.sandbox.keeper": {"safe_exec.sandbox.mounts", "safe_exec.sandbox.procfs"},
+    "safe_exec.sandbox.mounts": set(),
     "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.errors"},
 }
 
 # Pieces of one layer that know nothing of each other.
 APART = ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes")
 
-STANDARD_ONLY = ("safe_exec.sandbox.keeper", "safe_exec.sandbox.procfs", "safe_exec.kernel.inside", "safe_exec.kernel.page")
+STANDARD_ONLY = (
+    "safe_exec.sandbox.keeper",
+    "safe_exec.sandbox.mounts",
+    "safe_exec.sandbox.procfs",
+    "safe_exec.kernel.inside",
+    "safe_exec.kernel.page",
+)
 
 # Longer than a screen or two, each with its reason.
 LONG_MODULES = {

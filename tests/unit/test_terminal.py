@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import math
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +23,27 @@ from safe_exec.model import (
     Enforcement,
     LimitName,
     Mechanism,
+    Role,
     Status,
+    Stopped,
     TerminationReason,
     Verdict,
 )
 from safe_exec.reports import text
-from safe_exec.reports.terminal import Progress, Style, diagnosis, first_line, print_diagnosis
-from tests.unit.builders import GIB, every_verdict, make_cause, make_crash, make_fact, make_verdict, name_of
+from safe_exec.reports.progress import Progress, first_line
+from safe_exec.reports.terminal import Style, diagnosis, print_diagnosis
+from tests.unit.builders import (
+    GIB,
+    every_verdict,
+    make_cause,
+    make_crash,
+    make_culprit,
+    make_culprits,
+    make_fact,
+    make_verdict,
+    name_of,
+    nothing_found,
+)
 
 
 def printed(verdict: Verdict, style: Style | None = None) -> str:
@@ -119,8 +137,109 @@ def test_colours_change_nothing_but_the_colours(verdict: Verdict) -> None:
 def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
     evil = "a\x1b]0;title\x07\u202eb\r\ud800"
     cause = make_cause(CauseKind.EXCEPTION, summary=evil, advice=evil, evidence=(make_fact(fact=evil, value=evil),))
-    verdict = make_verdict(cause=cause, crash_cell=make_crash(source_line=evil), warnings=(evil,), outputs={"notebook": evil})
+    culprits = make_culprits(make_culprit(note=evil, source_line=evil), repro_notebook=evil)
+    crash, written = make_crash(source_line=evil), {"notebook": evil}
+    verdict = make_verdict(cause=cause, crash_cell=crash, warnings=(evil,), outputs=written, culprits=culprits)
     assert set(printed(verdict)).isdisjoint("\x1b\x07\u202e\r\ud800")
+
+
+# --- culprits ---------------------------------------------------------------------------------------------------
+
+SEARCHED = """\
+✗ kernel died in code cell 2 · out of memory · limit 1.0 GiB, peak 1.0 GiB
+    2 │ joined = frame.merge(big, on="k")           line 2, running when the kernel was killed
+  caused by   code cells 1 + 2                      reproduced 2/2 · 6 trials · 14.2 s
+    1 │ big = load_everything()                     +612 MiB kept
+  look first  code cell 1 · accumulator: +612 MiB kept
+  why         the summary of out_of_memory
+  wrote       analysis.repro.ipynb
+  reproduce   safe-exec run analysis.repro.ipynb
+"""
+NARROW = """\
+  caused by   code cells 1 + 2
+              reproduced 2/2 · 6 trials · 14.2 s
+    1 │ big = load_everything()                +612 MiB kept
+"""
+
+
+def searched(*cells: object, **changes: object) -> Verdict:
+    repro = "/home/me/project/analysis.repro.ipynb"
+    cause = make_cause(evidence=(), advice="")
+    return make_verdict(cause=cause, outputs={"repro": repro}, culprits=make_culprits(*cells, **changes))  # type: ignore[arg-type]
+
+
+def test_the_diagnosis_with_culprits() -> None:
+    assert printed(searched()) == SEARCHED
+    assert NARROW in printed(searched(), Style(width=60))
+    assert "    1 | big = load_everything()                     +612 MiB kept" in printed(searched(), Style(encoding="ascii"))
+
+
+def test_a_long_note_of_a_culprit_goes_below_its_line() -> None:
+    said = printed(searched(make_culprit(note="defines frame, which code cell 7 uses, and much more")), Style(width=60))
+    assert "    1 │ big = load_everything()\n        defines frame, which code cell 7 uses, and much more\n" in said
+
+
+def test_a_crash_cell_alone() -> None:
+    said = printed(searched(make_culprit(1, Role.CRASH), look_first=2, cached=3, trials=1))
+    assert "  caused by   code cell 2 alone                     reproduced 2/2 · 1 trial + 3 cached · 14.2 s\n  why" in said
+
+
+def test_no_more_than_eight_culprits_beside_the_crash_cell() -> None:
+    many = [make_culprit(i, Role.SETUP, note="", source_line=f"c{i}") for i in (0, *range(2, 12))]
+    said = printed(searched(*many, look_first=None))
+    assert "caused by   code cells 1 + 3-12 " in said
+    assert said.count("must run before") == 8
+    assert "    9 │ c8 " in said and "c9" not in said and "\n      │ and 3 more\n" in said
+
+
+def test_what_to_look_at_first_unless_it_is_the_crash_cell() -> None:
+    assert "look first" not in printed(searched(look_first=2))
+    assert "look first" not in printed(searched(look_first=None))
+
+
+@pytest.mark.parametrize(
+    ("stopped", "said"),
+    [
+        (Stopped.BUDGET, "not known to be minimal: the budget ran out"),
+        (Stopped.CANCELLED, "stopped by the user; the smallest set so far"),
+        (Stopped.TOO_RARE, "not known to be minimal: too rare for the budget"),
+        (None, "not known to be minimal"),
+    ],
+)
+def test_a_set_that_may_be_too_large(stopped: Stopped | None, said: str) -> None:
+    lines = printed(searched(minimal=False, stopped=stopped)).splitlines()
+    assert lines[3] == f"              {said}"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "reproduced", "said"),
+    [
+        (Stopped.NOT_REPRODUCED, (0, 3), "it did not happen again in 3 of 3 runs"),
+        (Stopped.NOT_REPRODUCED, (0, 1), "it did not happen again in 1 of 1 run"),
+        (Stopped.NOT_REPRODUCED, (0, 0), "it did not happen again"),
+        (Stopped.TOO_RARE, (1, 5), "it happened in 1 of 5 runs: too rare for the budget"),
+        (Stopped.BUDGET, (0, 0), "the budget ran out before any culprits were found"),
+        (Stopped.CANCELLED, (0, 0), "stopped by the user before any culprits were found"),
+    ],
+)
+def test_a_search_that_found_nothing(stopped: Stopped, reproduced: tuple[int, int], said: str) -> None:
+    lines = printed(make_verdict(culprits=nothing_found(stopped, reproduced))).splitlines()
+    assert lines[2] == f"  search      {said} · 6 trials · 14.2 s"
+    assert not any("reproduce  " in line or "caused by" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("/home/me/project/sub/a.repro.ipynb", "safe-exec run sub/a.repro.ipynb"),
+        ("/elsewhere/a.repro.ipynb", "safe-exec run /elsewhere/a.repro.ipynb"),
+        ("/home/me/project/my 'own'; rm -r.ipynb", """safe-exec run 'my '"'"'own'"'"'; rm -r.ipynb'"""),
+        ("/home/me/project/-x.ipynb", "safe-exec run ./-x.ipynb"),
+        ("/home/me/project/" + "long" * 30 + " name.ipynb", f"safe-exec run '{'long' * 30} name.ipynb'"),
+    ],
+)
+def test_the_command_to_see_it_again_is_there_to_be_copied(path: str, command: str) -> None:
+    assert printed(searched(repro_notebook=path), Style(width=60)).endswith(f"\n  reproduce   {command}\n")
 
 
 class FakeTerminal(io.StringIO):
@@ -291,6 +410,111 @@ def test_the_terminal_is_left_as_it_was_even_by_an_error(terminal: FakeTerminal)
     assert terminal.getvalue() == before, "drawn on after the end"
 
 
+# --- progress of a search ---------------------------------------------------------------------------------------
+
+
+def trial_finished(
+    number: int, time: float, left: int, best: tuple[int, ...], answer: str = "fail"
+) -> events.SearchTrialFinished:
+    return events.SearchTrialFinished(time=time, number=number, answer=answer, seconds=2.5, left=left, best=best)
+
+
+def a_search(budget: float = 60.0) -> list[events.Event]:
+    """A run of seven code cells, every second cell markdown, and a search that ends with two of them."""
+    cells = [events.CellStarted(time=0.5, index=2 * i, code_index=i, source="x") for i in range(7)]
+    return [
+        *cells,
+        events.SearchStarted(time=10.0, cells=7, budget=budget),
+        events.SearchTrialStarted(time=10.0, number=1, cells=(0, 4, 12)),
+        trial_finished(1, 12.0, 5, (0, 4, 12)),
+        events.SearchTrialStarted(time=12.0, number=2, cells=(0, 12)),
+        trial_finished(2, 14.0, 5, (0, 4, 12), "pass"),
+        trial_finished(3, 21.9, 4, (0, 4, 12), "pass"),
+        trial_finished(4, 22.0, 3, (0, 4, 12), "unresolved"),
+        trial_finished(5, 23.0, 2, (4, 12)),
+        events.SearchTrialStarted(time=23.0, number=6, cells=(4,)),
+        trial_finished(6, 24.0, 2, (4, 12), "pass"),
+        events.SearchFinished(time=24.2, cells=(4, 12), minimal=True),
+    ]
+
+
+def plainly(happened: list[events.Event]) -> list[str]:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        for event in happened:
+            progress(event)
+    return stream.getvalue().splitlines()
+
+
+def test_plain_progress_of_a_search() -> None:
+    assert plainly(a_search()) == [
+        "searching for the culprits among 7 code cells (budget 60 s)",
+        "search  trial 1 · 5 cells left · best: code cells 1 + 3 + 7 · 2 s of 60 s",
+        "search  trial 4 · 3 cells left · best: code cells 1 + 3 + 7 · 12 s of 60 s",
+        "search  trial 5 · 2 cells left · best: code cells 3 + 7 · 13 s of 60 s",
+        "culprits: code cells 3 + 7 · 6 trials · 14.2 s",
+    ]
+
+
+def test_plain_progress_of_a_search_without_a_budget() -> None:
+    said = plainly(a_search(math.inf))
+    assert said[0] == "searching for the culprits among 7 code cells"
+    assert said[1].endswith("code cells 1 + 3 + 7 · 2 s")
+    assert plainly(a_search(3600.0))[0].endswith("(budget 1h)")
+
+
+def test_the_end_of_a_search_that_did_not_come_to_one() -> None:
+    end = events.SearchFinished(time=24.2, cells=(), minimal=False)
+    assert plainly([*a_search()[:9], end])[-1] == "no culprits found · 1 trial · 14.2 s"
+    end = events.SearchFinished(time=24.2, cells=(4, 12), minimal=False)
+    assert plainly([*a_search()[:-1], end])[-1] == "culprits: code cells 3 + 7 · not known to be minimal · 6 trials · 14.2 s"
+
+
+def test_cells_that_nobody_saw_run_are_counted() -> None:
+    assert plainly(a_search()[7:])[-1] == "culprits: 2 cells · 6 trials · 14.2 s"
+
+
+def drawn(terminal: FakeTerminal, happened: list[events.Event]) -> str:
+    clock = ticks(*range(1, 99))
+    with Progress(terminal, clock=lambda: next(clock)) as progress:
+        for event in happened:
+            progress(event)
+        return terminal.getvalue()
+
+
+def test_live_progress_of_a_search(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = drawn(terminal, a_search()[:9])
+    assert "search  trial 1 · 7 cells left" in first and "Ctrl-C keeps the best so far" in first
+    assert "searching for" not in first
+    last = drawn(terminal, a_search()[:-3])
+    assert "search  trial 5 · 2 cells left · best: code cells 3 + 7" in last[last.rindex("search  ") :]
+    assert "s of 60 s" in last
+    over = drawn(terminal, a_search())
+    assert "search  code cells 3 + 7" in over and "Ctrl-C" not in over[over.rindex("search  ") :]
+
+
+def test_live_progress_of_a_search_on_a_narrow_terminal(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    last = drawn(terminal, a_search()[:-1])
+    line = last[last.rindex("search  ") :]
+    assert "trial 6 · 2 cells left" in line and "        best: code cells 3 + 7 · Ctrl-C keeps it" in line
+
+
+def test_the_seconds_of_a_search_go_on_between_its_events(terminal: FakeTerminal) -> None:
+    async def searching() -> None:
+        with Progress(terminal, clock=lambda: 20 * time.monotonic()) as progress:
+            for event in a_search()[:9]:
+                progress(event)
+            await asyncio.sleep(1.2)
+        before = terminal.getvalue()
+        await asyncio.sleep(0.7)
+        assert terminal.getvalue() == before, "drawn on after the end"
+
+    asyncio.run(searching())
+    seconds = [int(spent) for spent in re.findall(r"(\d+) s of 60 s", terminal.getvalue())]
+    assert len(seconds) > 2 and seconds == sorted(seconds) and seconds[-1] >= 12, "the last event was after 2 s"
+
+
 @pytest.mark.parametrize(
     ("source", "line"),
     [("", ""), ("# only\n# words", "# only"), ("\n\n  x = 1\ny", "x = 1"), ("\x1b[2J", r"\x1b[2J")],
@@ -301,7 +525,8 @@ def test_the_first_line_that_says_something(source: str, line: str) -> None:
 
 IMPORTED = """
 import sys
-from safe_exec.reports.terminal import Progress, print_diagnosis
+from safe_exec.reports.progress import Progress
+from safe_exec.reports.terminal import print_diagnosis
 with Progress(sys.stderr): pass
 print("rich" in sys.modules)
 """

@@ -88,6 +88,25 @@ def test_people_count_cells_from_one(indices: list[int], name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("indices", "name"),
+    [
+        ([6], "code cell 7"),
+        ([2, 6], "code cells 3 + 7"),
+        ([7, 6], "code cells 7 + 8"),
+        ([0, 4, 5, 6, 9], "code cells 1 + 5-7 + 10"),
+    ],
+)
+def test_cells_that_it_takes_together(indices: list[int], name: str) -> None:
+    assert text.cell_sum(indices) == name
+
+
+def test_a_path_as_seen_from_the_run() -> None:
+    seen = [text.path_seen(path, make_verdict()) for path in ("/home/me/project/a/b", "/home/me/projects/b", "c")]
+    assert seen == ["a/b", "/home/me/projects/b", "c"]
+    assert text.path_seen("/a", make_verdict(cwd="/")) == "a"
+
+
+@pytest.mark.parametrize(
     ("frame", "line"),
     [
         (Frame(function="load", line=12, file="cache.py"), "load (cache.py:12)"),

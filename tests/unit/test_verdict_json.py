@@ -21,6 +21,8 @@ from safe_exec.model import (
     CellStatus,
     Confidence,
     CrashCell,
+    Culprit,
+    Culprits,
     Enforcement,
     Environment,
     Fact,
@@ -30,13 +32,24 @@ from safe_exec.model import (
     Mechanism,
     NotebookInfo,
     Origin,
+    Role,
     Status,
+    Stopped,
     Timeline,
     Usage,
     Verdict,
 )
 from safe_exec.reports.verdict_json import dumps, from_document, load_schema, plain, to_document
-from tests.unit.builders import every_verdict, make_cause, make_crash, make_fact, make_verdict, name_of
+from tests.unit.builders import (
+    every_verdict,
+    make_cause,
+    make_crash,
+    make_culprits,
+    make_fact,
+    make_verdict,
+    name_of,
+    nothing_found,
+)
 
 SCHEMA = load_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -104,14 +117,16 @@ def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
         (SCHEMA["$defs"]["cause"]["properties"]["confidence"], Confidence),
         (SCHEMA["$defs"]["fact"]["properties"]["origin"], Origin),
         (SCHEMA["$defs"]["cell"]["properties"]["status"], CellStatus),
+        (SCHEMA["$defs"]["culprit"]["properties"]["role"], Role),
     ],
 )
 def test_the_words_of_the_schema_are_those_of_the_model(where: dict[str, Any], words: type[Status]) -> None:
     assert where["enum"] == [word.value for word in words]
 
 
-def test_activities_are_those_of_the_model() -> None:
+def test_words_that_may_be_missing_are_those_of_the_model() -> None:
     assert SCHEMA["$defs"]["cause"]["properties"]["activity"]["enum"] == [*(a.value for a in Activity), None]
+    assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [*(s.value for s in Stopped), None]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +143,8 @@ def test_activities_are_those_of_the_model() -> None:
         (SCHEMA["$defs"]["crash_cell"], CrashCell),
         (SCHEMA["$defs"]["frame"], Frame),
         (SCHEMA["$defs"]["cell"], CellRecord),
+        (SCHEMA["$defs"]["culprits"], Culprits),
+        (SCHEMA["$defs"]["culprit"], Culprit),
     ],
 )
 def test_the_fields_of_the_schema_are_those_of_the_model(where: dict[str, Any], kind: type) -> None:
@@ -174,13 +191,45 @@ def test_the_schema_asks_for_every_key(key: str) -> None:
     assert errors_of(document)
 
 
-def test_culprits_have_their_place_in_the_schema() -> None:
-    cell = {"index": 2, "code_index": 1, "id": None, "role": "crash", "note": ""}
-    found = {"cells": [cell], "minimal": True, "method": "bisect", "trials": 6, "reproduced": [2, 2]}
-    culprits = {**found, "seconds": 14.2, "repro_notebook": None, "stopped": None}
-    document = {**to_document(make_verdict()), "culprits": culprits}
+WRONG_CULPRITS = [
+    ("a count too few", {"reproduced": [2]}),
+    ("a count too many", {"reproduced": [2, 2, 2]}),
+    ("less than none", {"reproduced": [-1, 2]}),
+    ("no such end", {"stopped": "tired"}),
+    ("no such role", {"cells": [{**plain(make_culprits().cells[0]), "role": "victim"}]}),
+    ("a cell without a line", {"cells": [{k: v for k, v in plain(make_culprits().cells[0]).items() if k != "source_line"}]}),
+    ("nothing, and yet done", {"cells": []}),
+    ("nothing, and no less", {"cells": [], "stopped": "budget"}),
+    ("no time", {"seconds": None}),
+    ("a cell before the first", {"look_first": -1}),
+    ("no place", {"look_first": "second"}),
+    ("a further key", {"mood": "bad"}),
+]
+
+
+@pytest.mark.parametrize("change", [change for _, change in WRONG_CULPRITS], ids=[name for name, _ in WRONG_CULPRITS])
+def test_the_schema_refuses_culprits_with(change: dict[str, Any]) -> None:
+    document = to_document(make_verdict(culprits=make_culprits()))
     assert errors_of(document) == []
-    assert errors_of({**document, "culprits": {**culprits, "reproduced": [2]}})
+    assert errors_of({**document, "culprits": {**document["culprits"], **change}})
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Culprits)])
+def test_the_schema_asks_for_every_key_of_culprits(key: str) -> None:
+    document = to_document(make_verdict(culprits=make_culprits()))
+    del document["culprits"][key]
+    assert errors_of(document)
+
+
+@pytest.mark.parametrize("stopped", Stopped)
+def test_a_search_may_find_nothing(stopped: Stopped) -> None:
+    document = to_document(make_verdict(culprits=nothing_found(stopped)))
+    assert errors_of(document) == []
+    assert document["culprits"]["cells"] == [] and document["culprits"]["stopped"] == stopped.value
+
+
+def test_a_passed_run_has_no_culprits() -> None:
+    assert errors_of(to_document(make_verdict(Status.PASSED, culprits=make_culprits())))
 
 
 def test_what_json_cannot_hold_becomes_null_or_an_escape() -> None:
@@ -212,6 +261,9 @@ def test_the_text_is_utf8_indented_and_ends_with_a_newline() -> None:
         ({"usage": {"oom_kills": "one"}}, "verdict.usage.oom_kills: expected int, found str"),
         ({"notebook": {"path": "x"}}, "verdict.notebook: .*missing"),
         ({"cells": {}}, "verdict.cells: expected list, found dict"),
+        ({"culprits": {**plain(make_culprits()), "reproduced": [2]}}, "reproduced: expected 2 counts, found 1"),
+        ({"culprits": {**plain(make_culprits()), "trials": None}}, "verdict.culprits.trials: expected int, found NoneType"),
+        ({"culprits": {**plain(make_culprits()), "stopped": "tired"}}, "'tired' is not a valid Stopped"),
         ({"cause": {**plain(make_cause()), "evidence": [{**plain(make_fact()), "value": []}]}}, "evidence.0..value: "),
     ],
 )
@@ -266,6 +318,21 @@ records = st.builds(
     memory_kept=st.none() | st.integers(),
     output_bytes=counts,
 )
+culprits = st.builds(
+    Culprits,
+    cells=st.lists(
+        st.builds(Culprit, index=st.integers(0, 99), code_index=st.integers(0, 99), source_line=st.none() | texts),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+    look_first=counts,
+    trials=st.integers(0, 99),
+    cached=st.integers(0, 99),
+    reproduced=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    seconds=st.floats(0, allow_infinity=False, allow_nan=False),
+    repro_notebook=st.none() | texts,
+    stopped=st.none() | st.sampled_from(Stopped),
+)
 enforcements = st.dictionaries(
     st.sampled_from(LimitName),
     st.builds(Enforcement, by=st.sampled_from(Mechanism).filter(lambda by: by is not Mechanism.NONE)),
@@ -278,6 +345,7 @@ verdicts = st.builds(
     cwd=texts,
     cause=causes,
     crash_cell=st.none() | crashes,
+    culprits=st.none() | culprits,
     cells=st.lists(records, max_size=3).map(tuple),
     limits=st.builds(Limits, memory=counts, cpus=amounts, cell_timeout=amounts, output=counts),
     enforcement=enforcements,

@@ -1,0 +1,288 @@
+"""The folder a notebook runs in, as it was before the first run, for every trial anew. Imports mounts only.
+
+A small folder is copied before the first cell runs; of a large one the names, sizes and times are noted, and a trial gets it as the
+lower layer of an overlay, if the first run changed no file that was there. With a mount namespace a trial sees its folder at the
+folder's own path, an empty /dev/shm, and in /tmp what was there before the first run; without one it runs in the copy, elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safe_exec.sandbox import mounts
+
+COPY_BYTES = 32 << 20
+COPY_ENTRIES = 2000
+NOTE_ENTRIES = 20_000
+TMP_ENTRIES = 500
+TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What tells whether a file is still the same: changes of content show in ``ctime_ns`` whatever a program sets."""
+
+    mode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A folder before the first run. ``copy`` is ``None`` for a large one, ``entries`` for one too large to be noted.
+
+    ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many.
+    """
+
+    folder: Path
+    scratch: Path
+    copy: Path | None
+    entries: Mapping[str, Entry] | None
+    tmp: frozenset[str] | None
+
+    def fingerprint(self) -> str:
+        """A hash of what the folder held: of the contents where there is a copy, else of names, sizes and times."""
+        digest = hashlib.sha256()
+        if self.copy is not None:
+            for path, found in walk(self.copy):
+                digest.update(
+                    f"{path.relative_to(self.copy)}\0{found.st_mode}\0{found.st_size}\0".encode(errors="surrogateescape")
+                )
+                if stat.S_ISREG(found.st_mode):
+                    digest.update(path.read_bytes())
+        for name, entry in sorted((self.entries or {}).items() if self.copy is None else ()):
+            digest.update(f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def take(folder: Path, scratch: Path) -> Snapshot:
+    """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out."""
+    folder = folder.resolve()
+    entries: dict[str, Entry] = {}
+    total = 0
+    for path, found in walk(folder, but=scratch):
+        if len(entries) >= NOTE_ENTRIES:
+            return Snapshot(folder=folder, scratch=scratch, copy=None, entries=None, tmp=_names_in_tmp())
+        entries[str(path.relative_to(folder))] = _entry(found)
+        total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    copy: Path | None = None
+    if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
+        copy = scratch / "before"
+        copy_tree(folder, copy, but=scratch)
+    return Snapshot(folder=folder, scratch=scratch, copy=copy, entries=entries, tmp=_names_in_tmp())
+
+
+def reopen(folder: Path, scratch: Path) -> Snapshot | None:
+    """The snapshot of an earlier run that has left its copy in ``scratch``."""
+    copy = scratch / "before"
+    return Snapshot(folder=folder.resolve(), scratch=scratch, copy=copy, entries=None, tmp=None) if copy.is_dir() else None
+
+
+def _entry(found: os.stat_result) -> Entry:
+    return Entry(mode=found.st_mode, size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns)
+
+
+def _names_in_tmp() -> frozenset[str] | None:
+    try:
+        names = frozenset(os.listdir(TMP))
+    except OSError:
+        return None
+    return names if len(names) <= TMP_ENTRIES else None
+
+
+def walk(folder: Path, *, but: Path | None = None) -> Iterator[tuple[Path, os.stat_result]]:
+    """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
+    try:
+        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in found:
+        path = Path(entry.path)
+        with contextlib.suppress(OSError):
+            status = entry.stat(follow_symlinks=False)
+            if path != but:
+                yield path, status
+                if stat.S_ISDIR(status.st_mode):
+                    yield from walk(path, but=but)
+
+
+def copy_tree(source: Path, target: Path, *, but: Path | None = None) -> None:
+    """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read."""
+    target.mkdir(mode=0o700)
+    directories: list[tuple[Path, Path]] = [(source, target)]
+    for path, status in walk(source, but=but):
+        made = target / path.relative_to(source)
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(status.st_mode):
+                made.mkdir()
+                directories.append((path, made))
+            elif stat.S_ISLNK(status.st_mode):
+                made.symlink_to(os.readlink(path))
+            elif stat.S_ISREG(status.st_mode):
+                shutil.copy2(path, made)
+            if os.geteuid() == 0:
+                os.chown(made, status.st_uid, status.st_gid, follow_symlinks=False)
+    for path, made in reversed(directories):  # last, and inner ones first: to fill a directory changes its times
+        with contextlib.suppress(OSError):
+            shutil.copystat(path, made)
+
+
+# --- what a trial sees ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """Where a trial runs and what is mounted for it; ``directory`` holds all that it writes and is to be removed after it."""
+
+    cwd: Path
+    directory: Path
+    mounts: tuple[Mapping[str, str], ...] = ()
+    user_namespace: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """Makes views of one snapshot. ``way`` is as in :func:`mounts.namespaces`; ``new`` are the paths that an overlay hides.
+
+    ``gaps`` say in a few words what a trial may still see of an earlier one.
+    """
+
+    snapshot: Snapshot
+    way: str | None
+    overlay: bool
+    new: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = field(default=())
+
+    def make(self, name: str, runtime: Path) -> View:
+        """A view for the trial ``name`` whose runtime directory (sockets) is ``runtime``. Raises OSError."""
+        directory = self.snapshot.scratch / f"trial-{name}"
+        directory.mkdir(mode=0o700)
+        if self.overlay:
+            mount = self._layers(directory)
+        elif self.snapshot.copy is not None:
+            copy_tree(self.snapshot.copy, directory / "folder")
+            mount = {"kind": "bind", "source": str(directory / "folder"), "target": str(self.snapshot.folder)}
+        else:
+            mount = None
+        if self.way is None:
+            cwd = directory / "folder" if mount else self.snapshot.folder
+            return View(cwd=cwd, directory=directory)
+        made = [mount] if mount else []
+        made += [*self._tmp(directory, runtime), {"kind": "tmpfs", "target": "/dev/shm", "options": "mode=1777"}]  # noqa: S108
+        return View(cwd=self.snapshot.folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user")
+
+    def _layers(self, directory: Path) -> dict[str, str]:
+        """An overlay; what the first run added is hidden by whiteouts (character devices 0:0, overlayfs.rst)."""
+        for name in ("upper", "work"):
+            (directory / name).mkdir()
+        for path in self.new:
+            white = directory / "upper" / path
+            white.parent.mkdir(parents=True, exist_ok=True)
+            os.mknod(white, stat.S_IFCHR, os.makedev(0, 0))
+        return {
+            "kind": "overlay",
+            "lower": str(self.snapshot.folder),
+            "upper": str(directory / "upper"),
+            "work": str(directory / "work"),
+            "target": str(self.snapshot.folder),
+        }
+
+    def _tmp(self, directory: Path, runtime: Path) -> list[dict[str, str]]:
+        """A /tmp with what was there before: every name of then bound into a fresh directory, which is bound over /tmp last."""
+        if self.snapshot.tmp is None:
+            return []
+        fresh = directory / "tmp"
+        fresh.mkdir()
+        fresh.chmod(0o1777)
+        names = {*self.snapshot.tmp}
+        if runtime.is_relative_to(TMP):
+            names.add(runtime.relative_to(TMP).parts[0])
+        found = (_bound(TMP / name, fresh / name) for name in sorted(names))
+        return [*(mount for mount in found if mount), {"kind": "bind", "source": str(fresh), "target": str(TMP)}]
+
+
+def _bound(source: Path, target: Path) -> dict[str, str] | None:
+    """Make a place of the same kind and say what to bind there; a link is made anew; ``None`` for what is gone."""
+    try:
+        status = source.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            target.symlink_to(os.readlink(source))
+            return None
+        if stat.S_ISDIR(status.st_mode):
+            target.mkdir()
+        else:
+            target.touch()
+    except OSError:
+        return None
+    return {"kind": "bind", "source": str(source), "target": str(target)}
+
+
+class NoView(Exception):  # noqa: N818 - an answer rather than an error
+    """Trials cannot be given the folder as it was; the text says why."""
+
+
+def views_of(snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False) -> Views:
+    """How trials get their folder here. ``ours`` are files that we write ourselves. Raises NoView with the reason.
+
+    With ``insist`` there is always a way, and its gaps say what could not be ruled out.
+    """
+    way = mounts.namespaces()
+    gaps: tuple[str, ...] = () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
+    gaps += () if way else ("what it left in /dev/shm, and files of the folder that are named by their full path",)
+    if snapshot.copy is not None:
+        return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps)
+    reason = _unfit(snapshot, ours, way)
+    if reason is None:
+        return Views(snapshot=snapshot, way=way, overlay=True, new=added(snapshot), gaps=gaps)
+    if not insist:
+        raise NoView(reason)
+    return Views(snapshot=snapshot, way=way, overlay=False, gaps=(*gaps, f"files of the folder itself: {reason}"))
+
+
+def _unfit(snapshot: Snapshot, ours: frozenset[Path], way: str | None) -> str | None:
+    """Why a large folder cannot be overlaid."""
+    if snapshot.entries is None:
+        return f"it holds more than {NOTE_ENTRIES} files"
+    changed = next((name for name in _changed(snapshot) if snapshot.folder / name not in ours), None)
+    if changed is not None:
+        return (
+            f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and the first run changed {changed} in it"
+        )
+    if way is None:
+        return "it is too large to copy, and this system lets us make no mount namespace for an overlay"
+    probe = snapshot.scratch / "probe"
+    probe.mkdir(exist_ok=True)
+    if not mounts.overlays(snapshot.folder, probe, way):
+        return "it is too large to copy, and its file system cannot be overlaid here"
+    return None
+
+
+def _changed(snapshot: Snapshot) -> Iterator[str]:
+    """Files that are not what they were; directories change with what is in them."""
+    for name, before in (snapshot.entries or {}).items():
+        try:
+            now = _entry((snapshot.folder / name).lstat())
+        except OSError:
+            yield name
+            continue
+        if now != before and not stat.S_ISDIR(before.mode):
+            yield name
+
+
+def added(snapshot: Snapshot) -> tuple[str, ...]:
+    """The paths that were not there before, without what is in new directories."""
+    known = snapshot.entries or {}
+    found: list[str] = []
+    for path, _ in walk(snapshot.folder, but=snapshot.scratch):
+        name = str(path.relative_to(snapshot.folder))
+        if name not in known and not any(name.startswith(f"{top}/") for top in found):
+            found.append(name)
+    return tuple(found)

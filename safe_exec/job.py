@@ -1,0 +1,172 @@
+"""What the user asked for, read and checked before anything runs or is written. May import notebook, profiles and the sandbox's plan.
+
+With an error from here nothing has been written: exit code 2.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from safe_exec import notebook, profiles
+from safe_exec.errors import LimitsError, OutputPathError, UsageError
+from safe_exec.events import EventSink
+from safe_exec.files import check_writable
+from safe_exec.model import LimitName, Limits
+from safe_exec.sandbox.build import parse_mechanisms, parse_required
+from safe_exec.sandbox.machine import Machine, detect
+
+DEFAULT_KERNEL = "python3"
+
+
+class Bisect(StrEnum):
+    """Whether a search for the culprits follows a run that failed."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the user asked for. ``bisect_budget`` is in seconds; ``None`` for what the length of the first run makes of it."""
+
+    path: Path
+    limits: str | Limits | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    output: Path | None = None
+    verdict: Path | None = None
+    kernel: str | None = None
+    cwd: Path | None = None
+    allow_errors: bool = False
+    require: str | None = None
+    mechanisms: tuple[str, ...] | None = None
+    env: Mapping[str, str] | None = None
+    sinks: tuple[EventSink, ...] = ()
+    command: tuple[str, ...] = ()
+    bisect: Bisect = Bisect.AUTO
+    bisect_budget: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A job that can run: everything was read and checked, nothing has been written."""
+
+    job: Job
+    notebook: notebook.Notebook
+    node: Any
+    resolved: profiles.Resolved
+    machine: Machine
+    required: tuple[Any, ...]
+    output: Path
+    verdict: Path
+    repro: Path
+    cwd: Path
+    kernel_name: str
+    run_id: str
+    started: float
+    started_at: datetime
+
+
+def prepare(job: Job) -> Prepared:
+    """Read and check all input and every output path.
+
+    Raises UsageError and its kinds: with them nothing has been written.
+    """
+    started, started_at = time.monotonic(), datetime.now(UTC)
+    read = notebook.read(job.path)
+    machine = detect(parse_mechanisms(job.mechanisms))
+    node = notebook.strip_annotations(read.node)
+    resolved = _resolve(job, node, machine)
+    warnings = _check_cells(resolved, node, job.path)
+    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
+    paths = notebook.default_outputs(job.path)
+    output, verdict = job.output or paths.out, job.verdict or paths.verdict
+    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": paths.repro})
+    for path in (output, verdict):
+        check_writable(path)
+    cwd = job.cwd or job.path.absolute().parent
+    if not cwd.is_dir():
+        raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
+    return Prepared(
+        job=job,
+        notebook=read,
+        node=node,
+        resolved=resolved,
+        machine=machine,
+        required=_required(job, resolved.limits),
+        output=output,
+        verdict=verdict,
+        repro=paths.repro,
+        cwd=cwd,
+        kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
+        run_id=secrets.token_hex(6),
+        started=started,
+        started_at=started_at,
+    )
+
+
+def refuse_same(paths: Mapping[str, Path]) -> None:
+    """Refuse to write two documents to one file, or over the notebook. Raises OutputPathError."""
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        real = path.absolute().parent.resolve() / path.name
+        if real in seen:
+            raise OutputPathError(f"{path}: {seen[real]} and {name} are the same file; give {name} another one")
+        seen[real] = name
+
+
+def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
+    if isinstance(job.limits, Limits):
+        given = profiles.parse_overrides(job.options, where="--", machine_memory=machine.memory_total)
+        return profiles.Resolved(
+            limits=profiles.apply(job.limits, given),
+            profile="custom",
+            warnings=(),
+            sources={},
+            loosenable=False,
+            fixed=frozenset(given),
+        )
+    file = profiles.find_project_file(job.path)
+    project = profiles.project_overrides(file, job.path, machine_memory=machine.memory_total) if file else None
+    return profiles.resolve(
+        chosen=job.limits,
+        project=project,
+        metadata=node.metadata,
+        options=job.options,
+        machine_memory=machine.memory_total,
+        notebook=str(job.path),
+    )
+
+
+def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> tuple[str, ...]:
+    """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
+    warnings: list[str] = []
+    for index, cell in enumerate(node.cells):
+        warnings += profiles.cell_limits(resolved, cell.metadata, where=f"{path}, cell {index}")[1]
+    return tuple(warnings)
+
+
+def _required(job: Job, limits: Limits) -> tuple[Any, ...]:
+    if job.require is None:
+        return ()
+    try:
+        names = parse_required(job.require, limits)
+    except ValueError as error:
+        raise LimitsError(f"--require: {error}") from error
+    for name in names:
+        if limits.of(name) is None:
+            raise LimitsError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
+    return names
+
+
+def command_line() -> tuple[str, ...]:
+    """How this process was called, for the verdict."""
+    return ("safe-exec", *sys.argv[1:])

@@ -1,0 +1,345 @@
+"""What a person sees on the terminal while a notebook runs: one line that lives, or plain lines where nothing can move.
+
+Imports ``model``, ``events``, ``units``, the shared texts and what ``terminal`` knows of streams; rich only once there
+is a terminal to draw on, for it takes longer to import than a small notebook to run. Progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from safe_exec import events
+from safe_exec.model import CellStatus, ExitStatus, LimitName, TerminationReason
+from safe_exec.reports import text
+from safe_exec.reports.terminal import Style, is_terminal
+from safe_exec.units import format_seconds, format_size
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
+
+_REFRESH_SECONDS = 0.1
+_SLOW_CELL_SECONDS = 1.0
+_BAR_WIDTH = 12
+_SEARCH_LINE_SECONDS = 10.0
+_TICK_SECONDS = 0.5
+_SEARCH_INDENT = " " * 8
+
+
+class _Search:
+    """What has been seen of the search for culprits: folds its events into what a line of progress says."""
+
+    def __init__(self, started: events.SearchStarted, code_indices: dict[int, int]) -> None:
+        self._began, self._budget = started.time, started.budget
+        self._code_indices = code_indices
+        self._left = started.cells
+        self._told = started.time
+        self._trial = 0
+        self._best: tuple[int, ...] = ()
+        self.running = True
+        self.news = False
+
+    def take(self, event: events.Event) -> None:
+        match event:
+            case events.SearchTrialStarted():
+                self._trial = event.number
+            case events.SearchTrialFinished():
+                # Worth a line: a smaller set, or a sign of life after a while.
+                self.news = event.best != self._best or event.time - self._told >= _SEARCH_LINE_SECONDS
+                self._told = event.time if self.news else self._told
+                self._trial, self._left, self._best = event.number, event.left, event.best
+            case events.SearchFinished():
+                self._best, self.running = event.cells, False
+
+    def doing(self) -> str:
+        """``trial 4 · 5 cells left · best: code cells 1 + 3 + 7``."""
+        if not self.running:
+            return self._names(self._best) if self._best else "no culprits found"
+        return text.SEPARATOR.join(part for part in (self.stage(), self.best()) if part)
+
+    def stage(self) -> str:
+        return f"trial {max(1, self._trial)}{text.SEPARATOR}{text.counted(self._left, 'cell')} left"
+
+    def best(self) -> str:
+        return f"best: {self._names(self._best)}" if self._best else ""
+
+    def spent(self, now: float) -> str:
+        """``12 s of 60 s``."""
+        spent = _whole(max(0.0, now - self._began))
+        return f"{spent} of {_whole(self._budget)}" if math.isfinite(self._budget) else spent
+
+    def result(self, event: events.SearchFinished) -> str:
+        minimal = "" if event.minimal or not event.cells else "not known to be minimal"
+        found = f"culprits: {self._names(event.cells)}" if event.cells else "no culprits found"
+        parts = (found, minimal, text.counted(self._trial, "trial"), format_seconds(max(0.0, event.time - self._began)))
+        return text.SEPARATOR.join(part for part in parts if part)
+
+    def _names(self, indices: Iterable[int]) -> str:
+        """The cells with these indexes as people call them; those of the first run are known."""
+        code = [self._code_indices.get(index) for index in indices]
+        known = [index for index in code if index is not None]
+        return text.cell_sum(known) if len(known) == len(code) else text.counted(len(code), "cell")
+
+
+def _whole(seconds: float) -> str:
+    """Whole seconds for what counts up; minutes only where there are many."""
+    return f"{seconds:.0f} s" if seconds < 600 else format_seconds(seconds)  # noqa: PLR2004
+
+
+class _Situation:
+    """What has been seen of the run so far: folds the events into what a line of progress says."""
+
+    def __init__(self) -> None:
+        self.kernel = ""
+        self.cells = 0
+        self.time = 0.0
+        self.cell: events.CellStarted | None = None
+        self.ready = False
+        self.killed = False
+        self.memory: int | None = None
+        self.memory_limit: float | None = None
+        self.cpu_share: float | None = None
+        self.search: _Search | None = None
+        self._code_indices: dict[int, int] = {}
+        self._cpu_sample: tuple[float, float] | None = None
+
+    def take(self, event: events.Event) -> None:
+        self.time = event.time
+        match event:
+            case events.RunStarted():
+                self.kernel, self.cells = event.kernel, event.code_cells
+                self.memory_limit = event.limits.get(LimitName.MEMORY)
+            case events.KernelReady():
+                self.ready = True
+            case events.Killed():
+                self.killed = True
+            case events.CellStarted():
+                self.cell = event
+                self._code_indices[event.index] = event.code_index
+            case events.SearchStarted():
+                self.search = _Search(event, self._code_indices)
+            case events.UsageSampled():
+                self._sample(event)
+        if self.search is not None:
+            self.search.take(event)
+
+    def _sample(self, event: events.UsageSampled) -> None:
+        self.memory = event.memory
+        if event.cpu_seconds is None:
+            return
+        if self._cpu_sample is not None and event.time > self._cpu_sample[0]:
+            then, used = self._cpu_sample
+            self.cpu_share = max(0.0, event.cpu_seconds - used) / (event.time - then)
+        self._cpu_sample = (event.time, event.cpu_seconds)
+
+    def cell_of(self, code_index: int) -> str:
+        return f"{text.cell_name(code_index)}/{self.cells}" if self.cells else text.cell_name(code_index)
+
+    def where(self) -> str:
+        return text.cell_name(self.cell.code_index) if self.cell is not None else "the kernel"
+
+    def doing(self) -> str:
+        """What runs now and its first line of source; how far the search is."""
+        if self.search is not None:
+            return f"search  {self.search.doing()}"
+        if self.cell is None:
+            return f"kernel {text.one_line(self.kernel)} is ready" if self.ready else "starting the kernel"
+        return f"{self.cell_of(self.cell.code_index)}  {first_line(self.cell.source)}"
+
+    def figures(self, since: float = 0.0) -> str:
+        """Time of the cell, memory against its limit, processors in use; only what was measured.
+
+        In a search the time spent of its budget; ``since`` is how long ago the last event was.
+        """
+        if self.search is not None:
+            return self.search.spent(self.time + since) if self.search.running else ""
+        parts = [format_seconds(self.spent()), self._memory()]
+        if self.cpu_share is not None:
+            parts.append(f"cpu {self.cpu_share:.0%}")
+        return "  ".join(part for part in parts if part)
+
+    def spent(self) -> float:
+        """Seconds since the cell began, or the run where none has."""
+        return max(0.0, self.time - (self.cell.time if self.cell is not None else 0.0))
+
+    def _memory(self) -> str:
+        if self.memory is None:
+            return ""
+        if not self.memory_limit:
+            return format_size(self.memory)
+        full = round(_BAR_WIDTH * min(1.0, self.memory / self.memory_limit))
+        bar = "█" * full + "░" * (_BAR_WIDTH - full)
+        return f"{bar} {format_size(self.memory)}/{format_size(self.memory_limit)}"
+
+
+def first_line(source: str) -> str:
+    """The first line of a cell that says something."""
+    lines = [text.code_line(line) for line in source.split("\n")]
+    return next((line for line in lines if line and not line.startswith("#")), lines[0])
+
+
+def notable(event: events.Event, now: _Situation) -> str | None:
+    """The line that stays on the screen for ``event``, with a terminal or without; ``None`` for none."""
+    match event:
+        case events.LimitNear():
+            name, used, allowed = _amounts(event.limit, event.used, event.allowed)
+            return f"{name} near its limit in {now.where()}: {used} of {allowed}"
+        case events.LimitReached():
+            name, used, allowed = _amounts(event.limit, event.used, event.allowed)
+            return f"{name} limit reached in {now.where()}: {used or 'all'} of {allowed}"
+        case events.Interrupted():
+            return f"interrupting {now.where()} after {format_seconds(now.spent())}"
+        case events.Killed() if event.reason is not TerminationReason.SHUTDOWN:
+            return f"ending the kernel: {event.reason.value.replace('_', ' ')}"
+        case events.KernelEnded(expected=False) if not now.killed:  # it is no news that our own kill worked
+            how = str(ExitStatus(event.status)) if event.status is not None else "exit status not known"
+            return f"the kernel died in {now.where()}: {how}" if now.cell is not None else f"the kernel died: {how}"
+    return None
+
+
+def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str, str, str]:
+    name = limit.value.replace("_", " ")
+    return name, "" if used is None else text.quantity(limit, used), text.quantity(limit, allowed)
+
+
+def plain_line(event: events.Event, now: _Situation) -> str | None:
+    """What a log without a terminal gets besides: the start of the kernel, cells that were slow or did not pass, the search."""
+    match event:
+        case events.KernelReady():
+            return f"kernel {text.one_line(now.kernel)} ready after {format_seconds(event.time)}"
+        case events.CellFinished():
+            slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS
+            return _finished(event, now) if slow or event.status in (CellStatus.FAILED, CellStatus.KILLED) else None
+        case events.SearchStarted():
+            budget = f" (budget {_whole(event.budget)})" if math.isfinite(event.budget) else ""
+            return f"searching for the culprits among {text.counted(event.cells, 'code cell')}{budget}"
+        case events.SearchTrialFinished() if now.search is not None and now.search.news:
+            return text.SEPARATOR.join((now.doing(), now.figures()))
+        case events.SearchFinished() if now.search is not None:
+            return now.search.result(event)
+    return None
+
+
+def _finished(event: events.CellFinished, now: _Situation) -> str:
+    parts = [f"{now.cell_of(event.code_index)} {event.status.value}"]
+    if event.seconds is not None:
+        parts.append(format_seconds(event.seconds))
+    if event.memory_peak is not None:
+        parts.append(f"peak {format_size(event.memory_peak)}")
+    return text.SEPARATOR.join(parts)
+
+
+class Progress:
+    """An event sink that shows the run on ``stream``: one line that lives on a terminal, plain lines elsewhere.
+
+    A context manager, which leaves the terminal as it was. There is no thread: the line is drawn anew as events come
+    in, ten times a second at most, and by the event loop in a search, whose events are far apart. Never raises: a
+    stream that fails is not written to again.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._style = Style.of(stream)
+        self._clock = clock
+        self._now = _Situation()
+        self._silent = quiet
+        self._live: Live | None = None
+        self._drawn = float("-inf")
+        self._heard = 0.0
+        self._ticking = False
+
+    def __enter__(self) -> Self:
+        if not self._silent and is_terminal(self._stream):
+            self._live = _start_live(self._stream)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        live, self._live, self._silent = self._live, None, True
+        if live is not None:
+            _quietly(live.stop)
+
+    def __call__(self, event: events.Event) -> None:
+        """Show an event; a stream that is gone silences the progress and nothing else."""
+        self._now.take(event)
+        self._heard = self._clock()
+        if not self._silent and not _quietly(lambda: self._show(event)):
+            self._silent = True
+        self._keep_ticking()
+
+    def _show(self, event: events.Event) -> None:
+        line = notable(event, self._now)
+        if self._live is not None:
+            self._draw(self._live, line)
+            return
+        line = line or plain_line(event, self._now)
+        if line is not None:
+            self._stream.write(f"{self._style.fit(line)}\n")
+            self._stream.flush()
+
+    def _draw(self, live: Live, line: str | None) -> None:
+        if line is not None:
+            live.console.print(self._style.fit(line), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if self._clock() - self._drawn >= _REFRESH_SECONDS:
+            self._drawn = self._clock()
+            live.update(self._status_line(live.console.width), refresh=True)
+
+    def _keep_ticking(self) -> None:
+        """Has the event loop, where there is one, draw the line of a search again and again."""
+        search = self._now.search
+        if self._ticking or self._silent or self._live is None or search is None or not search.running:
+            return
+        try:
+            asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+        except RuntimeError:  # no loop: the line moves with the events alone
+            return
+        self._ticking = True
+
+    def _tick(self) -> None:
+        live, self._ticking = self._live, False
+        if live is not None and not self._silent:
+            self._silent = not _quietly(lambda: self._draw(live, None))
+        self._keep_ticking()
+
+    def _status_line(self, width: int) -> Text:
+        from rich.text import Text
+
+        figures = self._style.fit(self._now.figures(self._clock() - self._heard))
+        room = max(0, width - text.display_width(figures) - 3)
+        doing, below = self._style.fit(self._now.doing()), ""
+        if self._now.search is not None and self._now.search.running:
+            below = "Ctrl-C keeps the best so far"
+            if text.display_width(doing) > room:  # a narrow terminal: the best set goes below
+                doing = f"search  {self._now.search.stage()}"
+                best = self._now.search.best()
+                below = f"{best}{text.SEPARATOR}Ctrl-C keeps it" if best else below
+            below = f"\n{_SEARCH_INDENT}{self._style.fit(below)}"
+        doing = text.clip(self._style.fit(doing), room)
+        pad = " " * (room - text.display_width(doing) + 2)
+        return Text.assemble((doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop")
+
+
+def _start_live(stream: TextIO) -> Live:
+    from rich.console import Console
+    from rich.live import Live
+
+    # No redirection: what else is written belongs to whoever writes it.
+    console = Console(file=stream)
+    live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+    live.start()
+    # A runner that is killed cannot bring a hidden cursor back.
+    console.show_cursor(True)
+    return live
+
+
+def _quietly(action: Callable[[], None]) -> bool:
+    """Does it; false where the stream is closed, broken or cannot take the text."""
+    try:
+        action()
+    except (OSError, ValueError):
+        return False
+    return True

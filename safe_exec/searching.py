@@ -1,0 +1,200 @@
+"""The search as part of a run: keep the folder as it was, decide whether to search, search, and hand over the reproduction.
+
+May import culprit, conclude and what is below. The pure search and its oracle know nothing of profiles, verdict files or commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safe_exec import notebook
+from safe_exec.events import EventSink
+from safe_exec.files import write_atomically
+from safe_exec.job import Bisect, Prepared
+from safe_exec.model import Cause, Verdict
+
+if TYPE_CHECKING:
+    from safe_exec.culprit.folder import Snapshot
+    from safe_exec.culprit.investigate import Investigated
+    from safe_exec.trial import TrialRequest, TrialResult
+
+LEAST_BUDGET = 60.0
+BUDGET_RUNS = 3.0
+"""What a search may cost by itself: a minute, or so many times the first run."""
+MOST_HOSTS = 3
+
+
+class Keeping:
+    """Keeps what a search needs of the folder before the first run: begun while the kernel starts, done before the first cell runs.
+
+    A context manager: what was kept is gone at its end, unless a search may go on from it.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.snapshot: Snapshot | None = None
+        self.trouble = ""
+        self.keep = False
+        self._scratch: Path | None = None
+        self._task: asyncio.Task[None] | None = None
+        if prepared.job.bisect is not Bisect.NEVER:
+            self._claim()
+
+    def _claim(self) -> None:
+        from safe_exec.culprit.cache import cache_root, claim_folder
+
+        try:
+            self._scratch = claim_folder(cache_root(), self.prepared.run_id)
+        except OSError as error:
+            self.trouble = str(error)
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """What is to be removed should we be killed during the first run."""
+        return () if self._scratch is None else (str(self._scratch),)
+
+    def begin(self) -> None:
+        """Start, on a thread of its own."""
+        if self._scratch is not None:
+            self._task = asyncio.create_task(asyncio.to_thread(self._take, self._scratch))
+
+    def _take(self, scratch: Path) -> None:
+        from safe_exec.culprit.folder import take
+
+        try:
+            self.snapshot = take(self.prepared.cwd, scratch)
+        except OSError as error:  # no room, say: the run goes on without
+            self.trouble = str(error)
+
+    async def done(self) -> None:
+        """Wait until the folder is kept."""
+        if self._task is not None:
+            await self._task
+
+    def __enter__(self) -> Keeping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._scratch is not None and not self.keep:
+            from safe_exec.culprit.cache import release_folder
+
+            release_folder(self._scratch)
+
+
+async def search_after(
+    prepared: Prepared,
+    verdict: Verdict,
+    request: TrialRequest,
+    keeping: Keeping,
+    emit: EventSink,
+    write: Callable[[Verdict], Verdict],
+) -> Verdict:
+    """Search after a first run, if that is what one does after such a run; the verdict with what came of it."""
+    reason = _why_not(prepared, verdict, request, keeping)
+    if reason is not None:
+        keeping.keep = bool(reason) and keeping.snapshot is not None
+        return _warned(verdict, f"no search for the culprits: {reason}") if reason else verdict
+    assert keeping.snapshot is not None
+    write(verdict)
+    keeping.keep = True  # should we be killed from here on, `bisect` goes on
+    verdict = await search(prepared, verdict, request, keeping.snapshot, emit, insist=prepared.job.bisect is Bisect.ALWAYS)
+    keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
+    return verdict
+
+
+def _why_not(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping) -> str | None:
+    from safe_exec.culprit.failure import why_not_searched
+    from safe_exec.culprit.reproduction import is_reproduction
+
+    always = prepared.job.bisect is Bisect.ALWAYS
+    reason = why_not_searched(verdict, always=always)
+    if reason is not None or request.cancellation.signals:
+        return reason or ""
+    if is_reproduction(prepared.node) and not always:
+        return ""
+    hosts = verdict.remote_hosts
+    if hosts and not always:
+        named = ", ".join(hosts[:MOST_HOSTS]) + (" and others" if len(hosts) > MOST_HOSTS else "")
+        return f"the notebook talked to {named}, and a search runs its cells again; `safe-exec bisect` does it all the same"
+    return None if keeping.snapshot is not None else f"the folder could not be kept as it was: {keeping.trouble or 'it was not begun'}"
+
+
+async def search(
+    prepared: Prepared, verdict: Verdict, request: TrialRequest, snapshot: Snapshot, emit: EventSink, *, insist: bool
+) -> Verdict:
+    """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
+    from safe_exec.culprit.cache import TrialCache, cache_root, tidy
+    from safe_exec.culprit.folder import NoView, views_of
+    from safe_exec.culprit.investigate import Given, Investigation
+    from safe_exec.culprit.oracle import Oracle, SearchFailed
+
+    ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
+    with contextlib.suppress(OSError):
+        tidy(cache_root())
+    try:
+        views = views_of(snapshot, ours=ours, insist=insist)
+        oracle = Oracle(_subject(prepared, verdict, request), views, TrialCache(cache_root()))
+        given = Given(
+            verdict=verdict,
+            node=notebook.strip_annotations(prepared.notebook.node),
+            budget=budget_of(prepared.job.bisect_budget, verdict),
+            sink=emit,
+            started=prepared.started,
+        )
+        found = await Investigation(given, oracle).run()
+    except (NoView, SearchFailed, OSError) as trouble:
+        return _warned(verdict, f"no search for the culprits: {trouble}")
+    return _with(prepared, verdict, found)
+
+
+def budget_of(asked: float | None, verdict: Verdict) -> float:
+    """The seconds that a search may take."""
+    return asked if asked is not None else max(LEAST_BUDGET, BUDGET_RUNS * (verdict.usage.wall_seconds or 0.0))
+
+
+def _subject(prepared: Prepared, verdict: Verdict, request: TrialRequest) -> Any:
+    from safe_exec.culprit.failure import Failure
+    from safe_exec.culprit.oracle import Subject
+
+    assert verdict.cause is not None and verdict.crash_cell is not None
+    return Subject(
+        node=notebook.strip_annotations(prepared.notebook.node),
+        request=request,
+        failure=Failure.of(verdict.cause, verdict.crash_cell.index),
+        seconds={record.index: record.seconds for record in verdict.cells if record.seconds is not None},
+        environment={
+            "kernel": verdict.notebook.kernel,
+            "python": verdict.environment.python,
+            "packages": verdict.environment.packages,
+            "platform": verdict.environment.platform,
+        },
+        cause_of=lambda result, asked: cause_of_trial(result, asked, verdict),
+    )
+
+
+def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict) -> Cause | None:
+    """The cause of a trial's ending, by the same rules as the run's."""
+    from safe_exec.conclude import cause_of
+
+    return cause_of(result, request.limits, request.plan, verdict.notebook.language)
+
+
+def _with(prepared: Prepared, verdict: Verdict, found: Investigated) -> Verdict:
+    """The verdict with the culprits; the reproduction is written."""
+    verdict = replace(verdict, culprits=found.culprits, warnings=(*verdict.warnings, *found.warnings))
+    if found.reproduction is None:
+        return verdict
+    try:
+        write_atomically(prepared.repro, notebook.dumps(found.reproduction))
+    except OSError as error:
+        return _warned(verdict, f"the reproduction could not be written: {error}")
+    return replace(verdict, culprits=replace(found.culprits, repro_notebook=str(prepared.repro.absolute())))
+
+
+def _warned(verdict: Verdict, words: str) -> Verdict:
+    return replace(verdict, warnings=(*verdict.warnings, words))
