@@ -51,7 +51,7 @@ def _limit_options(function: Any) -> Any:
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
 @click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
-@click.option("--bisect", type=click.Choice([*Bisect]), default=Bisect.AUTO.value, help="Search for the culprits [auto].")
+@click.option("--bisect", type=click.Choice([choice.value for choice in Bisect]), default=Bisect.AUTO.value, help="Search for the culprits [auto].")
 @click.option("--no-bisect", is_flag=True, help="Do not search for the culprits (--bisect never).")
 @click.option("--bisect-budget", metavar="T", help="Time that the search may take [60s, or 3 times the first run].")
 @click.option("--events", type=click.Path(path_type=Path), help="Write the run as JSON lines while it happens.")

@@ -202,10 +202,10 @@ class Views:
         fresh = directory / "tmp"
         fresh.mkdir()
         fresh.chmod(0o1777)
-        names = {*self.snapshot.tmp}
-        if runtime.is_relative_to(TMP):
-            names.add(runtime.relative_to(TMP).parts[0])
-        found = (_bound(TMP / name, fresh / name) for name in sorted(names))
+        found = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
+        if runtime.parent == TMP:  # the keeper makes it before it mounts anything
+            (fresh / runtime.name).mkdir()
+            found.append({"kind": "bind", "source": str(runtime), "target": str(fresh / runtime.name)})
         return [*(mount for mount in found if mount), {"kind": "bind", "source": str(fresh), "target": str(TMP)}]
 
 

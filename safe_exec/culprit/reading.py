@@ -99,7 +99,7 @@ _ESCAPE = re.compile(r"()([%!?,;/])")
 _ASSIGNED = re.compile(rf"([^\n=#(){{}}'\"%!]*[\w\]] *=[ \t]*)(?:(%)(?={_WORD})|(!))")
 _CONTINUED = re.compile(r"(?:[^\n]*\\\n)*[^\n]*")
 _AUTOMAGIC = re.compile(rf"(\s*)({_WORD})(?!\S)(?![ \t]*=)[^\n]*\s*")
-_CELL_MAGIC = re.compile(r"(\s*)%%([^\s?]+)(?!\S)[ \t]*([^\n]*)")
+_CELL_MAGIC = re.compile(r"(\s*)%%([^\s?]*)(?!\S)[ \t]*([^\n]*)")
 _OPTIONS = re.compile(r"(?:--?[a-zA-Z][\w-]*(?:[ \t]*\d+)?[ \t]+)*")
 _LEXEME = re.compile(
     r""" \"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z) | '{3}(?:\\.|[^\\])*?(?:'{3}|\Z)
@@ -167,8 +167,8 @@ def _special(text: str) -> Special:
         return _line_magic(name, rest)
     if text.startswith("!"):
         return Special(uses=_interpolated(text), suspicion=3)
-    words = re.findall(_WORD, text)
-    return Special(uses=set(words if text.startswith("/") else words[:1]), suspicion=0 if text.startswith("?") else 1)
+    found = re.findall(_WORD, text)
+    return Special(uses=set(found if text.startswith("/") else found[:1]), suspicion=0 if text.startswith("?") else 1)
 
 
 def _logical_end(text: str, at: int) -> int:

@@ -93,7 +93,7 @@ def _uses(found: Found, index: int) -> str:
     at = found.order.index(index)
     for later in (cell for cell in found.cells if cell > index):
         position = found.order.index(later)
-        taken = sorted(found.dependencies.taken(position, at))
+        taken = sorted(_taken(found.dependencies, position, at))
         if taken:
             users.append(found.records[later].code_index + 1)
             names += [name for name in taken if name not in names]
@@ -102,6 +102,12 @@ def _uses(found: Found, index: int) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + (" and more" if len(names) > MOST_NAMES else "")
     cells = "code cell" if len(users) == 1 else "code cells"
     return f"defines {shown}, used by {cells} {', '.join(map(str, users))}"
+
+
+def _taken(dependencies: Dependencies, position: int, at: int) -> set[str]:
+    """The names that one cell reads and another one bound last before it."""
+    reads = dependencies.facts[position].uses | dependencies.facts[position].late_uses
+    return {name for name in reads if dependencies.definers(name, position)[:1] == (at,)}
 
 
 def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) -> int:

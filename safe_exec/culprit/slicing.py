@@ -48,20 +48,23 @@ def _parts(node: ast.AST) -> list[ast.AST | None]:
     return [part for value in values for part in (value if isinstance(value, list) else [value])]
 
 
-def _operands(node: ast.AST) -> Sequence[ast.AST | None]:
+def _operands(node: ast.AST) -> list[ast.AST | None]:
     """What comes before the expression's own effect; an effect in between is written as a star's."""
+    parts = _parts(node)
     match node:
         case ast.BoolOp(values=values):
-            return values[:1]
+            parts = [values[0]]
         case ast.Compare(left=left, comparators=others):
-            return [left, others[0]]
+            parts = [left, others[0]]
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            return [node.generators[0].iter]
+            parts = [node.generators[0].iter]
         case ast.Call(func=func, args=args, keywords=keywords):
-            return [func, *args, *(keyword.value if keyword.arg else keyword for keyword in keywords)]
+            parts = [func, *args, *(keyword.value if keyword.arg else keyword for keyword in keywords)]
         case ast.Dict(keys=keys, values=values):
-            return [part for key, value in zip(keys, values, strict=True) for part in (key, ast.Starred(value=value))]
-    return [ast.Starred(value=part) for part in node.elts] if isinstance(node, ast.Set) else _parts(node)
+            parts = [part for key, value in zip(keys, values, strict=True) for part in (key, ast.Starred(value=value))]
+        case ast.Set(elts=elements):
+            parts = [ast.Starred(value=element) for element in elements]
+    return parts
 
 
 def _evaluated(node: ast.AST | None) -> Iterator[str]:
@@ -73,22 +76,23 @@ def _evaluated(node: ast.AST | None) -> Iterator[str]:
         yield _EFFECT
 
 
-def _steps(node: ast.stmt) -> Sequence[ast.AST | None]:
+def _steps(node: ast.stmt) -> list[ast.AST | None]:
     """What a statement surely evaluates. A ``try`` may swallow errors; a second context runs under the first."""
+    parts = _parts(node)
     match node:
         case ast.Assign(targets=targets, value=value):
-            return [ast.Starred(value=value), *targets]
+            parts = [ast.Starred(value=value), *targets]
         case ast.AugAssign(target=target, value=value):
-            return [ast.Name(id=target.id, ctx=ast.Load()) if isinstance(target, ast.Name) else target, value]
+            parts = [ast.Name(id=target.id, ctx=ast.Load()) if isinstance(target, ast.Name) else target, value]
         case ast.With(items=items) | ast.AsyncWith(items=items):
-            return [items[0].context_expr]
+            parts = [items[0].context_expr]
         case ast.Delete(targets=targets):
-            return [ast.Starred(value=target) for target in targets]
+            parts = [ast.Starred(value=target) for target in targets]
         case ast.FunctionDef(decorator_list=before, args=args) | ast.AsyncFunctionDef(decorator_list=before, args=args):
-            return [*before, *_parts(args)]
+            parts = [*before, *_parts(args)]
         case ast.ClassDef(decorator_list=before, bases=bases, keywords=keywords):
-            return [*before, *(() if getattr(node, "type_params", ()) else (*bases, *keywords))]
-    return _parts(node)
+            parts = [*before, *(() if getattr(node, "type_params", ()) else (*bases, *keywords))]
+    return parts
 
 
 def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> Iterator[Read]:
@@ -142,9 +146,9 @@ def _is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
         return False
     if root(node) not in modules:
         return isinstance(node, ast.Name) and node.id in ("exit", "quit", "get_ipython")
+    if not isinstance(node.ctx, ast.Load):
+        return isinstance(node, ast.Attribute)
     name = path(node, modules)
-    if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-        return True
     return name.partition(".")[0] in _TRAPS or name in _TRAP_PATHS or name.startswith(("sys.set", "os.exec", "os.spawn"))
 
 
@@ -153,22 +157,26 @@ def _writes(node: ast.AST, modules: Mapping[str, str]) -> bool:
         return False
     name = path(node.func, modules)
     if name == "open" or name.endswith(".open"):
-        modes = [*node.args[:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        modes = [*node.args[name == "open" : 2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         return any(isinstance(m, ast.Constant) and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", str(m.value)) for m in modes)
     return name in _WRITES or name.startswith("shutil.") or (isinstance(node.func, ast.Attribute) and node.func.attr in _WRITERS)
+
+
+def _calls_inert(node: ast.AST) -> bool:
+    formats = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Constant) and node.attr == "format"
+    return formats or path(node, {}) in _INERT_CALLS
 
 
 def _is_inert(node: ast.stmt) -> bool:
     """It can do no more than print, and bind plain values."""
     match node:
         case ast.Expr(value=value):
-            called = {
-                id(part.func) for part in ast.walk(value) if isinstance(part, ast.Call) and path(part.func, {}) in _INERT_CALLS
-            }
-            return all(isinstance(part, _SHOWN) or id(getattr(part, "func", None)) in called for part in ast.walk(value))
+            parts = list(ast.walk(value))
+            inert = [part for part in parts if isinstance(part, ast.Call) and _calls_inert(part.func)]
+            return all(isinstance(part, _SHOWN) or part in inert or part in [call.func for call in inert] for part in parts)
         case ast.Assign(targets=targets, value=value):
-            names = all(isinstance(target, ast.Name) for target in targets)
-            return names and all(isinstance(part, _LITERAL) for part in ast.walk(value))
+            plain = all(isinstance(target, ast.Name) for target in targets)
+            return plain and all(isinstance(part, _LITERAL) for part in ast.walk(value))
     return isinstance(node, ast.Pass)
 
 
@@ -229,7 +237,8 @@ class Dependencies:
             for name in cell.defines:
                 self._defining[name].append(index)
         self._memo: dict[tuple[int, bool], frozenset[int]] = {}
-        self._changed: dict[tuple[int, bool], frozenset[str]] = {}
+        self._made: dict[tuple[str, int, bool], frozenset[int]] = {}
+        self._changing: dict[bool, dict[str, list[int]]] = {}
 
     @classmethod
     def of_sources(cls, sources: Sequence[str], *, language: str | None) -> Dependencies:
@@ -307,12 +316,12 @@ class Dependencies:
         """Names that functions read are resolved where the functions may be called: here, not where they are written."""
         facts = self.facts[cell]
         found = set(range(cell)) if weak and facts.history else set()
-        todo = [(name, cell) for name in facts.uses | facts.at_once | facts.own]
+        own = (facts.carried[name].uses for name in facts.own if name in facts.carried)
+        todo = [(name, cell) for name in facts.uses.union(facts.at_once, *own)]
         done = set(todo)
         while todo:
             name, at = todo.pop()
-            own_only = at == cell and name in facts.own and name not in facts.uses | facts.at_once
-            makers = set() if own_only else self._makers(name, at, weak=weak)
+            makers = self._makers(name, at, weak=weak)
             found |= makers if at == cell else set()
             for maker in (*makers, at):
                 if carried := self.facts[maker].carried.get(name):
@@ -331,32 +340,42 @@ class Dependencies:
                     return found, True
         return found, False
 
-    def _makers(self, name: str, at: int, *, weak: bool) -> set[int]:
-        binders, certain = self._binders(name, at)
-        found = set(binders)
-        if not certain and name not in _GIVEN:
-            found |= set(self._unseen(at)[:1])
-        first = binders[-1] + 1 if certain else 0
-        return found | {index for index in range(first, at) if name in self._changes(index, weak=weak)}
+    def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
+        """Cells that made the object which the name stands for when cell ``at`` begins."""
+        if (made := self._made.get((name, at, weak))) is None:
+            binders, certain = self._binders(name, at)
+            first = binders[-1] if certain else -1
+            made = frozenset(index for index in self._changers(weak=weak).get(name, ()) if first < index < at).union(binders)
+            if not certain and name not in _GIVEN:
+                made = made.union(self._unseen(at)[:1])
+            self._made[name, at, weak] = made
+        return made
 
-    def _changes(self, cell: int, *, weak: bool) -> frozenset[str]:
-        """Names whose objects the cell changes, through the functions it calls, too; with ``weak``, those it may change."""
-        if (cell, weak) not in self._changed:
-            facts = self.facts[cell]
-            found = set(facts.mutates | facts.touches if weak else facts.mutates)
-            todo = [(name, cell) for name in (facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls)]
-            done = set(todo)
-            while todo:
-                name, at = todo.pop()
-                for maker in (*self._binders(name, at)[0], at):
-                    if carried := self.facts[maker].carried.get(name):
-                        found |= carried.mutates | carried.touches if weak else carried.mutates
-                        new = {(n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)}
-                        new |= {(n, maker) for n in carried.sources} if weak else set()
-                        todo.extend(new - done)
-                        done |= new
-            self._changed[cell, weak] = frozenset(found)
-        return self._changed[cell, weak]
+    def _changers(self, *, weak: bool) -> dict[str, list[int]]:
+        if weak not in self._changing:
+            changing: dict[str, list[int]] = defaultdict(list)
+            for index in range(len(self.facts)):
+                for name in self._changes(index, weak=weak):
+                    changing[name].append(index)
+            self._changing[weak] = changing
+        return self._changing[weak]
+
+    def _changes(self, cell: int, *, weak: bool) -> set[str]:
+        """Names whose objects the cell changes, through functions it calls, too; with ``weak``, through any it can get at."""
+        facts = self.facts[cell]
+        found = set(facts.mutates | facts.touches if weak else facts.mutates)
+        todo = [(name, cell) for name in (facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls)]
+        done = set(todo)
+        while todo:
+            name, at = todo.pop()
+            for maker in (*self._binders(name, at)[0], at):
+                if carried := self.facts[maker].carried.get(name):
+                    found |= carried.mutates | carried.touches if weak else carried.mutates
+                    new = {(n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)}
+                    new |= {(n, maker) for n in carried.sources} if weak else set()
+                    todo.extend(new - done)
+                    done |= new
+        return found
 
 
 def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
