@@ -146,7 +146,10 @@ async def search(
             sink=emit,
             started=prepared.started,
         )
-        found = await Investigation(given, oracle).run()
+        try:
+            found = await Investigation(given, oracle).run()
+        finally:
+            await oracle.close()
     except (NoView, SearchFailed, OSError) as trouble:
         return _warned(verdict, f"no search for the culprits: {trouble}")
     return _with(prepared, verdict, found)

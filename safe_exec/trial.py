@@ -82,7 +82,7 @@ class TrialRequest:
     """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
 
     ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
-    kernel is ready.
+    kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do.
     """
 
     run_id: str
@@ -101,6 +101,7 @@ class TrialRequest:
     started: float = field(default_factory=time.monotonic)
     cancellation: Cancellation = field(default_factory=Cancellation)
     before_cells: Callable[[], Awaitable[None]] | None = None
+    hasty: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +146,7 @@ class Trial:
         self.looked: Looked | None = None
         self.open_files: int | None = None
         self.cell_active: bool | None = None
+        self._starting: asyncio.Task[Ending | None] | None = None
         self._killing = False
         self._last_reading: tuple[float, Reading] | None = None
         self._near: set[LimitName] = set()
@@ -157,13 +159,47 @@ class Trial:
 
     # --- the whole ----------------------------------------------------------------------------------------------
 
-    async def run(self) -> TrialResult:
-        """Run; whatever happens, the tree is dead and everything removed when this returns."""
+    def warm(self) -> None:
+        """Start sandbox and kernel in the background; ``run`` or ``discard`` comes later. A kernel costs more than most trials."""
+        self._loop = asyncio.get_running_loop()
+        self._starting = asyncio.create_task(self._start())
+
+    async def discard(self) -> None:
+        """End a kernel that was started and is not wanted."""
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._starting
+        self.session.close()
+
+    def _take_on(self, request: TrialRequest) -> None:
+        """The question for a kernel that was started before it was asked; the sandbox is the same."""
+        self.request = request
+        self.ledger = Ledger.for_notebook(request.node, request.started)
+        client = self.session.client
+        if client is not None:
+            client.nb = request.node
+            client.reset_execution_trackers()
+            self._welcome(client.info)
+
+    def _welcome(self, info: Mapping[str, Any]) -> None:
+        """The kernel is ready for the notebook."""
+        if "language_info" in info:
+            self.request.node.metadata["language_info"] = info["language_info"]
+        self.ledger.ready(self.now())
+
+    async def run(self, request: TrialRequest | None = None) -> TrialResult:
+        """Run; whatever happens, the tree is dead and everything removed when this returns.
+
+        After ``warm``, ``request`` is what is asked in the end: other cells, another notebook, another time, the same sandbox.
+        """
         self._loop = asyncio.get_running_loop()
         self.request.cancellation.attach(self._cancelled)
         sampler: asyncio.Task[None] | None = None
         try:
-            ending = await self._start()
+            ending = await (self._starting or self._start())
+            if request is not None:
+                self._take_on(request)
             if ending is None:
                 if self.request.before_cells is not None:
                     await self.request.before_cells()
@@ -241,7 +277,10 @@ class Trial:
         asked = self.session.client.asked_to_exit if self.session.client else None
         if asked is not None:  # comes before an error that a later, quick cell may have raised
             ending = Died(cell=asked, exit=None, asked_to_exit=True)
-        if not await self.session.shut_down():
+        if self.request.hasty:
+            self._kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        elif not await self.session.shut_down():
             self.warnings.append(
                 "the kernel did not end within 3 s of the shutdown request (an exit hook, or a child it waits for), and was killed"
             )
@@ -360,9 +399,9 @@ class Trial:
         if info is None:
             return Cancelled(signal=self.signals[0] if self.signals else signal.SIGTERM, cell=None)
         self.sink(events.KernelReady(time=self.now()))
-        if "language_info" in info:
-            request.node.metadata["language_info"] = info["language_info"]
-        self.ledger.ready(self.now())
+        if self.session.client is not None:
+            self.session.client.info = info
+        self._welcome(info)
         return None
 
     async def _connect(self) -> dict[str, Any] | None:

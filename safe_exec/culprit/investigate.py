@@ -21,7 +21,9 @@ from safe_exec.events import EventSink
 from safe_exec.model import CauseKind, CellStatus, Culprits, Verdict
 
 MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
-WEAK = 1.5
+ERRATIC = frozenset({CauseKind.SEGFAULT, CauseKind.ABORT, CauseKind.KILLED, CauseKind.TERMINATED, CauseKind.UNKNOWN})
+"""What depends on where memory lies, or comes from outside."""
+WEAK = 0.5
 """How much more suspicious a cell is that hands a name of the slice to somebody else."""
 SHRINK_FROM = 5
 """A crash cell of so many statements is worth making smaller."""
@@ -107,6 +109,7 @@ class Investigation:
             limit=limit,
             seconds={index: self.records[index].seconds or 0.0 for index in self.order},
             start_seconds=min((r.started for r in self.records.values() if r.started is not None), default=0.0),
+            erratic=self.given.verdict.cause is not None and self.given.verdict.cause.kind in ERRATIC,
             budget=self.given.budget,
         )
 

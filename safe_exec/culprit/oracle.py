@@ -8,12 +8,14 @@ timeout. Answers are kept by all that they depend on.
 from __future__ import annotations
 
 import copy
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 import safe_exec
 from safe_exec.culprit import failure as failures
@@ -24,16 +26,20 @@ from safe_exec.culprit.search import Answer, Ask, Reply
 from safe_exec.kernel.provisioner import runtime_directory
 from safe_exec.model import Cancelled, Cause, CauseKind, Limits, TimedOut
 from safe_exec.sandbox.build import build_plan
-from safe_exec.trial import TrialRequest, TrialResult, run_trial
+from safe_exec.trial import Trial, TrialRequest, TrialResult
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.NOTEBOOK_TIMEOUT})
 """Failures that consist in taking too long: the crash cell gets all the time that it had."""
 SLACK_FACTOR, SLACK_SECONDS = 10.0, 5.0
 """A cell that took t seconds may take so many times t and so much more before a trial is given up."""
-CRASH_SECONDS = 30.0
+CRASH_SECONDS = 10.0
 """The least a crash cell is given: what killed it early in the first run may be gone, and what comes after takes its time."""
 SETTLE_SECONDS = 1.0
 """What a trial may take beyond its time to be interrupted and taken down."""
+
+TWO_PROCESSORS = 2
+ROOM_BYTES = 1 << 30
+"""What must be free, twice over, before a second kernel is started beside the first; for runs without a limit on memory."""
 
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
@@ -66,6 +72,14 @@ class Trialled:
     cached: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Started:
+    """A trial whose kernel is on its way, and the request that made its sandbox."""
+
+    trial: Trial
+    request: TrialRequest
+
+
 class Oracle:
     """Runs trials of one subject."""
 
@@ -75,6 +89,13 @@ class Oracle:
         self.cached = 0
         self.others: dict[str, int] = {}
         self._folder = views.snapshot.fingerprint()
+        self._next: _Started | None = None
+
+    async def close(self) -> None:
+        """End the kernel that was started for a question which did not come."""
+        started, self._next = self._next, None
+        if started is not None:
+            await started.trial.discard()
 
     async def answer(self, ask: Ask, *, node: Any | None = None, crash: int | None = None) -> Trialled:
         """The answer for a set of cells; with ``node`` for the whole of another notebook, whose ``crash`` cell is the crash cell.
@@ -96,26 +117,50 @@ class Oracle:
 
     async def _run(self, ask: Ask, other: Any | None, crash: int | None) -> tuple[Trialled, bool]:
         began = time.monotonic()
-        run_id = secrets.token_hex(6)
-        try:
-            view = self.views.make(run_id, runtime_directory(run_id))
-        except OSError as error:
-            raise SearchFailed(f"the folder cannot be had as it was: {error}") from error
-        request = self._request(run_id, ask, other, view.cwd)
-        plan = replace(
-            build_plan(request.limits, request.machine, run_id),
-            mounts=view.mounts,
-            user_namespace=view.user_namespace,
-            directories=(str(view.directory),),
-        )
-        request = replace(request, plan=plan)
-        result = await run_trial(request)
+        started, self._next = self._next or self._start(), None
+        request = self._request(started.request, ask, other)
+        result = await started.trial.run(request)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
             raise SearchFailed("a trial was cancelled by nobody")
         return self._judge(result, request, ask, crash, time.monotonic() - began)
 
-    def _request(self, run_id: str, ask: Ask, other: Any | None, cwd: Path) -> TrialRequest:
+    def _start(self) -> _Started:
+        """A kernel in a sandbox and a folder of its own, before anybody knows what it will run."""
+        run_id = secrets.token_hex(6)
         template = self.subject.request
+        try:
+            view = self.views.make(run_id, runtime_directory(run_id))
+        except OSError as error:
+            raise SearchFailed(f"the folder cannot be had as it was: {error}") from error
+        plan = replace(
+            build_plan(template.limits, template.machine, run_id),
+            mounts=view.mounts,
+            user_namespace=view.user_namespace,
+            directories=(str(view.directory),),
+        )
+        request = replace(
+            template,
+            run_id=run_id,
+            node=copy.deepcopy(self.subject.node),
+            cwd=view.cwd,
+            plan=plan,
+            sink=lambda _event: None,
+            started=time.monotonic(),
+            before_cells=self._start_next,
+            hasty=True,
+        )
+        trial = Trial(request)
+        trial.warm()
+        return _Started(trial=trial, request=request)
+
+    async def _start_next(self) -> None:
+        """The next trial's kernel starts while the cells of this one run, where there is room for two."""
+        limits = self.subject.request.limits
+        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > 2 * (limits.memory or ROOM_BYTES)
+        if self._next is None and room:
+            self._next = self._start()
+
+    def _request(self, template: TrialRequest, ask: Ask, other: Any | None) -> TrialRequest:
         node = copy.deepcopy(self.subject.node if other is None else other)
         deadlines = {id(cell): self._deadline(index) for index, cell in enumerate(node.cells)} if other is None else {}
         whole = template.limits.timeout
@@ -130,15 +175,11 @@ class Oracle:
 
         return replace(
             template,
-            run_id=run_id,
             node=node,
-            cwd=cwd,
             cells=frozenset(ask.cells) if other is None else None,
             limits=replace(template.limits, timeout=allowed if whole is None else min(whole, allowed)),
             cell_limits=cell_limits,
-            sink=lambda _event: None,
             started=time.monotonic(),
-            before_cells=None,
         )
 
     def _deadline(self, index: int) -> float | None:

@@ -92,7 +92,7 @@ class Problem:
     that are in it only because they may change something. ``needs`` are the direct dependencies of each cell.
     ``surely_stops_at`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``suspicion``
     orders the rest. ``amounts`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
-    what each cell took, ``start_seconds`` a kernel's start and end.
+    what each cell took, ``start_seconds`` a kernel's start and end. ``erratic``: failures of this kind often come and go.
     """
 
     cells: tuple[int, ...]
@@ -106,6 +106,7 @@ class Problem:
     limit: float | None = None
     seconds: Mapping[int, float] = field(default_factory=dict)
     start_seconds: float = 0.0
+    erratic: bool = False
     budget: float = math.inf
 
     @property
@@ -161,6 +162,7 @@ class _Searcher:
         self.found: set[int] = set()
         self.grew = False
         self.left = len(problem.cells)
+        self.learned: dict[int, set[str]] = {}
         self.first: frozenset[int] | None = None
 
     # --- asking -------------------------------------------------------------------------------------------------
@@ -168,11 +170,19 @@ class _Searcher:
     def fails(self, cells: frozenset[int]) -> _Step:
         """Whether a set fails: once is enough; that it does not takes as many runs as the rate asks for."""
         tally = self.tallies.setdefault(cells, _Tally())
-        if not tally.fails and self.problem.surely_stops_at(cells) is not None:
+        if not tally.fails and self.stops_at(cells) is not None:
             return False
         while not tally.fails and tally.others < self.repeats and not self.lacks_a_name(cells):
             yield from self.run(cells, fresh=tally.others > 0)
         return tally.fails > 0
+
+    def stops_at(self, cells: frozenset[int]) -> int | None:
+        """The cell at which a run of a set surely ends for a missing name: by its source, or as trials have taught."""
+        for cell in sorted(self.learned.keys() & cells):
+            for name in self.learned[cell]:
+                if not cells & set(self.problem.definers(name, cell)):
+                    return cell
+        return self.problem.surely_stops_at(cells)
 
     def lacks_a_name(self, cells: frozenset[int]) -> bool:
         """Whether a run of the set ended for a missing name: so will every other."""
@@ -191,6 +201,10 @@ class _Searcher:
         if reply.cut:
             raise _Stop(Stopped.BUDGET)
         self.replies[cells] = reply
+        if reply.answer is Answer.UNRESOLVED and reply.stopped_at is not None and reply.names:
+            self.learned.setdefault(reply.stopped_at, set()).update(
+                name for name in reply.names if set(self.problem.definers(name, reply.stopped_at)) & self.all
+            )
         tally = self.tallies.setdefault(cells, _Tally())
         failed = reply.answer is Answer.FAIL
         if failed:
@@ -209,7 +223,7 @@ class _Searcher:
         """Whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
         settled = tally.others >= self.repeats or (tally.others > 0 and self.lacks_a_name(cells))
-        return not tally.fails and (settled or self.problem.surely_stops_at(cells) is not None)
+        return not tally.fails and (settled or self.stops_at(cells) is not None)
 
     # --- step one: a small set that fails -----------------------------------------------------------------------
 
@@ -385,7 +399,7 @@ class _Searcher:
     def without(self, cells: frozenset[int], chunk: list[int]) -> frozenset[int] | None:
         """The set without a chunk and without what would surely stop for want of it; ``None`` where that is the crash cell."""
         left = cells - set(chunk)
-        while (stop := self.problem.surely_stops_at(left)) is not None:
+        while (stop := self.stops_at(left)) is not None:
             if stop == self.problem.crash:
                 return None
             left -= {stop}
@@ -405,10 +419,9 @@ class _Searcher:
     def slice_passes_again(self) -> _Step:
         """Whether the slice that did not fail does not fail again: all that was added to it rests on that one run."""
         base = self.first
-        if not self.grew or self.repeats > 1 or base is None or self.problem.surely_stops_at(base) is not None:
+        if not self.problem.erratic or not self.grew or self.repeats > 1 or base is None or self.stops_at(base) is not None:
             return True
-        reply = self.replies.get(base)
-        if reply is None or reply.names:
+        if base not in self.replies or self.lacks_a_name(base):
             return True
         return not (yield from self.run(base, fresh=True))
 

@@ -1,4 +1,4 @@
-"""From which cells a cell's names come, so that a culprit search can start there. Pure; imports only the reading beside it.
+"""From which cells a cell's names come, so that a culprit search can start there. Pure; imports only cells and reading beside it.
 
 Needed is a cell that binds a name used, and any cell that surely or very probably changes that name's object in between. What is
 bound, used and changed within functions counts where they are called. Objects under two names are not followed.
@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from safe_exec.culprit.reading import USUAL, CellFacts, Read, Special, bound_in, imports, names_in, path, python_of, root, words
+from safe_exec.culprit.cells import CellFacts, Read, Special, bound_in, imports, path, python_of, root, words
+from safe_exec.culprit.reading import USUAL, names_in
 
 __all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
 

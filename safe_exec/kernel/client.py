@@ -65,6 +65,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.replies: dict[int, dict[str, Any]] = {}
         self.sent: dict[str, int] = {}
         self.kernel_pid: int | None = None
+        self.info: dict[str, Any] = {}
         self.malformed = 0
         self.first_malformed = ""
 

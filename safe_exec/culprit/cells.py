@@ -1,0 +1,298 @@
+"""A code cell as Python: its source without IPython's own syntax, and the facts there are of it. Pure; imports the standard library only.
+
+Nothing is run, and no text makes this raise: what cannot be read is opaque.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+Names = frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Read:
+    """A name that is surely evaluated, at the line where its top-level statement begins.
+
+    ``before_effect``: before anything that begins on that line could run foreign code.
+    """
+
+    name: str
+    line: int
+    before_effect: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Carried:
+    """What a name bound or changed in a cell takes along: names its object was made of, and facts of its functions' bodies."""
+
+    sources: Names
+    uses: Names
+    calls: Names
+    mutates: Names
+    touches: Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellFacts:
+    """One cell. ``late_``: in functions' bodies, which run when called. The names of other scopes are not the notebook's.
+
+    ``uses``: read, not surely bound before in this cell; ``at_once``: the same in a lambda handed to a call, which may run
+    now; ``own``: read after the cell bound it itself; ``touches``: handed to a call, so perhaps changed; ``stars``: may
+    bind names that are not visible; ``history``: reads former cells' outputs; ``start``: the first statement's line.
+    """
+
+    defines: Names = frozenset()
+    maybe_defines: Names = frozenset()
+    uses: Names = frozenset()
+    late_uses: Names = frozenset()
+    at_once: Names = frozenset()
+    own: Names = frozenset()
+    calls: Names = frozenset()
+    mutates: Names = frozenset()
+    late_mutates: Names = frozenset()
+    touches: Names = frozenset()
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    reads: tuple[Read, ...] = ()
+    start: int = 0
+    opaque: bool = False
+    stars: bool = False
+    history: bool = False
+    suspicion: int = 1
+
+
+def words(text: str) -> Names:
+    """A table of names."""
+    return frozenset(text.split())
+
+
+# --- IPython's own syntax ------------------------------------------------------------------------------------------
+
+_PYTHON_CELLS = {"time", "timeit", "capture", "prun", "memit"}
+_TEXT_CELLS = {"html", "HTML", "latex", "markdown", "javascript", "js", "svg", "SVG"}
+_SHELL_CELLS = words("bash sh script perl ruby cmd ! sx system pypy python python2 python3")
+_RUNS_PYTHON = {"time", "timeit", "prun", "memit"}
+_SHOWS = words(
+    "matplotlib config precision pprint who whos who_ls pinfo pinfo2 pdef pdoc pfile psource psearch page history hist lsmagic "
+    "quickref colors xmode tb pwd ls ll pycat doctest_mode"
+)
+_BINDS_NOTHING = (
+    _SHOWS
+    | _RUNS_PYTHON
+    | words(
+        "env set_env cd pip conda mamba uv mkdir rmdir rm mv cp cat lf lk ldir lx sx system gui pdb autosave automagic autocall "
+        "autoawait autoreload killbgscripts notebook"
+    )
+)
+_WORD = r"[^\W\d]\w*"
+_BLANKS = re.compile(r"[ \t]*")
+_HELP = re.compile(r"(?=[^\n]*\?[ \t]*(?:\n|\Z))[^\n#'\"]*?%{0,2}([\w*][\w.*\[\]-]*)\?\??[ \t]*(?=\n|\Z)")
+_ESCAPE = re.compile(r"()([%!?,;/])")
+_ASSIGNED = re.compile(rf"([^\n=#(){{}}'\"%!]*[\w\]] *=[ \t]*)(?:(%)(?={_WORD})|(!))")
+_CONTINUED = re.compile(r"(?:[^\n]*\\\n)*[^\n]*")
+_AUTOMAGIC = re.compile(rf"(\s*)({_WORD})(?!\S)(?![ \t]*=)[^\n]*\s*")
+_CELL_MAGIC = re.compile(r"(\s*)%%([^\s?]*)(?!\S)[ \t]*([^\n]*)")
+_OPTIONS = re.compile(r"(?:--?[a-zA-Z][\w-]*(?:[ \t]*\d+)?[ \t]+)*")
+_LEXEME = re.compile(
+    r""" \"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z) | '{3}(?:\\.|[^\\])*?(?:'{3}|\Z)
+    | "(?:\\.|[^"\\\n])*"? | '(?:\\.|[^'\\\n])*'? | \#[^\n]* | \\\n | [()\[\]{}] | \n """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Special:
+    """A magic, shell or help line: Python that it runs, names that it reads, how far it reaches."""
+
+    code: ast.Module = field(default_factory=lambda: ast.Module(body=[], type_ignores=[]))
+    uses: set[str] = field(default_factory=set)
+    stars: bool = False
+    binds: bool = True
+    suspicion: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Cell:
+    """A cell's Python, each special line replaced by a name that stands for it; ``guarded``: errors may not get out."""
+
+    text: str
+    specials: dict[str, Special] = field(default_factory=dict)
+    defines: set[str] = field(default_factory=set)
+    uses: set[str] = field(default_factory=set)
+    suspicion: int = 0
+    guarded: bool = False
+    binds: bool = True
+    opaque: bool = False
+
+
+def parse(text: str) -> ast.Module | None:
+    """The tree of Python that would also compile."""
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree: ast.Module = compile(text, "<cell>", "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+            compile(tree, "<cell>", "exec", flags, dont_inherit=True)
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+            return None
+    return tree
+
+
+def _interpolated(text: str) -> set[str]:
+    """Names in ``$name`` and ``{expression}``."""
+    inside = " ".join(re.findall(r"\{([^{}]*)\}", text))
+    return set(re.findall(rf"(?<![\\$])\$({_WORD})", text)) | set(re.findall(rf"(?<![\w.'\"]){_WORD}", inside))
+
+
+def _line_magic(name: str, rest: str) -> Special:
+    if name in _RUNS_PYTHON:
+        code = parse(rest[_OPTIONS.match(rest).end() :].strip())  # type: ignore[union-attr]  # it matches nothing, too
+        return Special(code=code, binds=name in ("time", "prun")) if code else Special(stars=True, suspicion=1)
+    known = name in _BINDS_NOTHING or (name, rest.strip()) == ("load_ext", "autoreload")
+    return Special(uses=_interpolated(rest), stars=not known, suspicion=1 if name in _SHOWS else 3)
+
+
+def _special(text: str) -> Special:
+    """What one escaped line does."""
+    if text.startswith("%"):
+        name, _, rest = text.lstrip("% \t").partition(" ")
+        return _line_magic(name, rest)
+    if text.startswith("!"):
+        return Special(uses=_interpolated(text), suspicion=3)
+    found = re.findall(_WORD, text)
+    return Special(uses=set(found if text.startswith("/") else found[:1]), suspicion=0 if text.startswith("?") else 1)
+
+
+def _logical_end(text: str, at: int) -> int:
+    """Where the logical line that begins at ``at`` ends."""
+    depth = 0
+    for found in _LEXEME.finditer(text, at):
+        if found[0] in "([{":
+            depth += 1
+        elif found[0] in ")]}":
+            depth -= 1
+        elif found[0] == "\n" and depth <= 0:
+            return found.end()
+    return len(text)
+
+
+def _replace_specials(cell: Cell) -> None:
+    """Only beginnings of logical lines count: a ``%`` within brackets or a string is Python's own."""
+    text, out, at = cell.text, [], 0
+    prefix = "ipython_line_"
+    while prefix in text:
+        prefix += "_"
+    while at < len(text):
+        start = _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        name = f"{prefix}{len(cell.specials)}"
+        if found := _HELP.match(text, start):
+            cell.specials[name] = Special(uses=set(re.findall(_WORD, found[1])[:1]))
+            out.append(text[at:start] + name)
+            at = found.end()
+        elif found := _ESCAPE.match(text, start) or _ASSIGNED.match(text, start):
+            end = _CONTINUED.match(text, found.end()).end()  # type: ignore[union-attr]  # it matches nothing, too
+            escaped = text[found.end(1) : end]
+            cell.specials[name] = _special(escaped.replace("\\\n", " "))
+            out.append(text[at:start] + found[1] + name + "\n" * escaped.count("\n"))
+            at = end
+        else:
+            end = _logical_end(text, at)
+            out.append(text[at:end])
+            at = end
+    cell.text = "".join(out)
+
+
+def _unwrap(source: str) -> Cell:
+    """Takes cell magics off; each leaves an empty line."""
+    cell = Cell(text=textwrap.dedent(re.sub(r"\r\n?", "\n", source)))
+    while found := _CELL_MAGIC.match(cell.text):
+        lead, name, line = found.groups()
+        cell.guarded, rest = True, cell.text[found.end() :]
+        cell.uses |= _interpolated(line)
+        cell.text = "\n" * lead.count("\n") + rest
+        if name == "capture":
+            cell.defines |= {word.rstrip(";") for word in line.split() if not word.startswith("-")}
+        elif name in _PYTHON_CELLS:
+            cell.binds = cell.binds and name not in ("timeit", "memit")
+            cell.text = "\n" * lead.count("\n") + line[_OPTIONS.match(line + " ").end() :] + rest  # type: ignore[union-attr]
+        else:
+            cell.defines |= set(re.findall(rf"--(?:out|err|proc)[ =]+({_WORD})", line))
+            cell.suspicion = 0 if name in _TEXT_CELLS else 2 if name in ("writefile", "file") else 3
+            cell.opaque = name not in _TEXT_CELLS | _SHELL_CELLS | {"writefile", "file"}
+            cell.text = ""
+    return cell
+
+
+def python_of(source: str) -> tuple[Cell, ast.Module | None]:
+    """The cell, and the tree of its Python where it can be read."""
+    cell = _unwrap(source)
+    tree = None if cell.opaque else parse(cell.text)
+    automagic = _AUTOMAGIC.fullmatch(cell.text)
+    if automagic and automagic[2] in _BINDS_NOTHING:
+        cell.guarded = True
+        cell.text = f"{automagic[1]}%{cell.text.strip()}" if tree is None else cell.text
+    if tree is None and not cell.opaque:
+        _replace_specials(cell)
+        tree = parse(cell.text)
+    return cell, tree
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def root(node: ast.expr | None) -> str | None:
+    """The name that a chain of attributes and subscripts begins with."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def path(node: ast.AST | None, modules: Mapping[str, str]) -> str:
+    """A dotted name with what it was imported as; empty for anything else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([modules.get(node.id, node.id), *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def imports(node: ast.AST) -> dict[str, str]:
+    """What one import statement binds, and to what."""
+    if isinstance(node, ast.Import):
+        return {a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0] for a in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {a.asname or a.name: f"{node.module or ''}.{a.name}" for a in node.names if a.name != "*"}
+    return {}
+
+
+def bound_in(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str], set[str]]:
+    """Names bound in this scope by ``nodes``, and those declared global and nonlocal."""
+    bound: set[str] = set()
+    outer: dict[type[ast.AST], set[str]] = {ast.Global: set(), ast.Nonlocal: set()}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                bound.add(name)
+            case ast.MatchMapping(rest=str(name)) | ast.ExceptHandler(name=str(name)):
+                bound.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                bound.add(name)
+                continue
+            case ast.Import() | ast.ImportFrom():
+                bound |= set(imports(node))
+            case ast.Global(names=names) | ast.Nonlocal(names=names):
+                outer[type(node)] |= set(names)
+            case ast.Lambda():
+                continue
+            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+                bound |= {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
+                continue
+        stack.extend(ast.iter_child_nodes(node))
+    return bound, outer[ast.Global], outer[ast.Nonlocal]
