@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safe_exec.events import EventSink
-from safe_exec.model import Limits, Verdict
 from safe_exec.errors import UsageError
+from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, prepare
+from safe_exec.model import Limits, Verdict
 from safe_exec.pipeline import run_job
 
 
@@ -42,7 +42,8 @@ def run(
     overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's
     kernel must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
     ``cgroup-v1``, ``rlimit`` and ``watchdog``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search for the
-    culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run). ``on_event`` is called with each event as it happens.
+    culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run).
+    ``on_event`` is called with each event as it happens.
 
     A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
     OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running

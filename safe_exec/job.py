@@ -19,7 +19,7 @@ from safe_exec import notebook, profiles
 from safe_exec.errors import LimitsError, OutputPathError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import check_writable
-from safe_exec.model import LimitName, Limits
+from safe_exec.model import Limits
 from safe_exec.sandbox.build import parse_mechanisms, parse_required
 from safe_exec.sandbox.machine import Machine, detect
 

@@ -83,7 +83,7 @@ def _split_lines(node: NotebookNode) -> None:
 def _beyond_counting(node: NotebookNode) -> Iterator[tuple[dict[str, Any], str, str]]:
     """The texts of outputs, and where they are, that do not fit into what is left of the lines for all of them."""
     left = _MOST_LINES
-    outputs = [output for cell in node.cells for output in cell.get("outputs", ())]
+    outputs = [output for cell in node.cells if cell.cell_type == "code" for output in cell.outputs]
     holders = [part for output in outputs for part in (output, output.get("data")) if isinstance(part, dict)]
     for holder in holders:
         for key, text in holder.items():

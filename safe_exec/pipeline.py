@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("safe_exec")
 
 HELD_BYTES = 1 << 20
+SEARCH_WARNING = "no search for the culprits"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +57,39 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
         finally:
             held.release()
         verdict = _conclude(prepared, first)
-        verdict = await _search(prepared, first, verdict, keeping, emit)
+        verdict = await _search(prepared, first, verdict, keeping)
         verdict = write(prepared, verdict, first.result.node)
         emit(_run_finished(prepared, verdict))
     return verdict
+
+
+async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()) -> Verdict:
+    """The search alone, after a run of before; its documents are written anew."""
+    from safe_exec.searching import Keeping, search
+    from safe_exec.trial import Cancellation
+
+    cancellation = Cancellation()
+    emit = _fan_out((*prepared.job.sinks, *sinks))
+    with _signals(cancellation.arrive), Keeping(prepared, of=verdict.run_id) as keeping:
+        sweep()
+        emit(_run_started(prepared))
+        keeping.begin()
+        await keeping.done()
+        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id)
+        request = request_for(prepared, plan, prepared.node, cancellation, emit)
+        bare = replace(verdict, culprits=None, warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)))
+        found = await search(prepared, bare, request, keeping)
+        found = write(prepared, found, _outputs_so_far(prepared))
+        emit(_run_finished(prepared, found))
+    return found
+
+
+def _outputs_so_far(prepared: Prepared) -> Any:
+    """The notebook with the outputs of the run before, where it is still there."""
+    try:
+        return notebook.strip_annotations(notebook.read(prepared.output).node)
+    except SafeExecError:
+        return prepared.node
 
 
 async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancellation, keeping: Keeping) -> First:
@@ -135,16 +165,14 @@ def _conclude(prepared: Prepared, first: First) -> Verdict:
     return conclude(prepared, first.result, first.plan, allow_errors=first.request.allow_errors)
 
 
-async def _search(prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping, emit: EventSink) -> Verdict:
+async def _search(prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping) -> Verdict:
     """The culprits, where the failure is one that is searched for."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
         return verdict
     from safe_exec.searching import search_after
 
     # What is known by now is on disk before anything else is run: a search may be killed.
-    return await search_after(
-        prepared, verdict, first.request, keeping, emit, lambda known: write(prepared, known, first.result.node)
-    )
+    return await search_after(prepared, verdict, first.request, keeping, lambda known: write(prepared, known, first.result.node))
 
 
 def write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:

@@ -10,10 +10,9 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from safe_exec import notebook
-from safe_exec.events import EventSink
 from safe_exec.files import write_atomically
 from safe_exec.job import Bisect, Prepared
 from safe_exec.model import Cause, Verdict
@@ -35,8 +34,10 @@ class Keeping:
     A context manager: what was kept is gone at its end, unless a search may go on from it.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, *, of: str | None = None) -> None:
+        """``of`` is the run whose copy is to be used again, where it is still there."""
         self.prepared = prepared
+        self.run_id = of or prepared.run_id
         self.snapshot: Snapshot | None = None
         self.trouble = ""
         self.keep = False
@@ -49,7 +50,7 @@ class Keeping:
         from safe_exec.culprit.cache import cache_root, claim_folder
 
         try:
-            self._scratch = claim_folder(cache_root(), self.prepared.run_id)
+            self._scratch = claim_folder(cache_root(), self.run_id)
         except OSError as error:
             self.trouble = str(error)
 
@@ -64,10 +65,10 @@ class Keeping:
             self._task = asyncio.create_task(asyncio.to_thread(self._take, self._scratch))
 
     def _take(self, scratch: Path) -> None:
-        from safe_exec.culprit.folder import take
+        from safe_exec.culprit.folder import reopen, take
 
         try:
-            self.snapshot = take(self.prepared.cwd, scratch)
+            self.snapshot = reopen(self.prepared.cwd, scratch) or take(self.prepared.cwd, scratch, ours=_ours(self.prepared))
         except OSError as error:  # no room, say: the run goes on without
             self.trouble = str(error)
 
@@ -76,7 +77,7 @@ class Keeping:
         if self._task is not None:
             await self._task
 
-    def __enter__(self) -> Keeping:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +92,6 @@ async def search_after(
     verdict: Verdict,
     request: TrialRequest,
     keeping: Keeping,
-    emit: EventSink,
     write: Callable[[Verdict], Verdict],
 ) -> Verdict:
     """Search after a first run, if that is what one does after such a run; the verdict with what came of it."""
@@ -99,12 +99,8 @@ async def search_after(
     if reason is not None:
         keeping.keep = bool(reason) and keeping.snapshot is not None
         return _warned(verdict, f"no search for the culprits: {reason}") if reason else verdict
-    assert keeping.snapshot is not None
     write(verdict)
-    keeping.keep = True  # should we be killed from here on, `bisect` goes on
-    verdict = await search(prepared, verdict, request, keeping.snapshot, emit, insist=prepared.job.bisect is Bisect.ALWAYS)
-    keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
-    return verdict
+    return await search(prepared, verdict, request, keeping)
 
 
 def _why_not(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping) -> str | None:
@@ -121,29 +117,40 @@ def _why_not(prepared: Prepared, verdict: Verdict, request: TrialRequest, keepin
     if hosts and not always:
         named = ", ".join(hosts[:MOST_HOSTS]) + (" and others" if len(hosts) > MOST_HOSTS else "")
         return f"the notebook talked to {named}, and a search runs its cells again; `safe-exec bisect` does it all the same"
-    return None if keeping.snapshot is not None else f"the folder could not be kept as it was: {keeping.trouble or 'it was not begun'}"
+    return (
+        None
+        if keeping.snapshot is not None
+        else f"the folder could not be kept as it was: {keeping.trouble or 'it was not begun'}"
+    )
 
 
-async def search(
-    prepared: Prepared, verdict: Verdict, request: TrialRequest, snapshot: Snapshot, emit: EventSink, *, insist: bool
-) -> Verdict:
+async def search(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping) -> Verdict:
+    """Search as in :func:`_search`; the folder is kept for ``bisect`` while a search is under way and after one that is not at its end."""
+    if keeping.snapshot is None:
+        return _warned(verdict, f"no search for the culprits: the folder cannot be copied: {keeping.trouble}")
+    keeping.keep = True
+    verdict = await _search(prepared, verdict, request, keeping.snapshot)
+    keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
+    return verdict
+
+
+async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, snapshot: Snapshot) -> Verdict:
     """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
     from safe_exec.culprit.cache import TrialCache, cache_root, tidy
     from safe_exec.culprit.folder import NoView, views_of
     from safe_exec.culprit.investigate import Given, Investigation
     from safe_exec.culprit.oracle import Oracle, SearchFailed
 
-    ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
     with contextlib.suppress(OSError):
         tidy(cache_root())
     try:
-        views = views_of(snapshot, ours=ours, insist=insist)
+        views = views_of(snapshot, ours=_ours(prepared), insist=prepared.job.bisect is Bisect.ALWAYS)
         oracle = Oracle(_subject(prepared, verdict, request), views, TrialCache(cache_root()))
         given = Given(
             verdict=verdict,
             node=notebook.strip_annotations(prepared.notebook.node),
             budget=budget_of(prepared.job.bisect_budget, verdict),
-            sink=emit,
+            sink=request.sink,
             started=prepared.started,
         )
         try:
@@ -153,6 +160,11 @@ async def search(
     except (NoView, SearchFailed, OSError) as trouble:
         return _warned(verdict, f"no search for the culprits: {trouble}")
     return _with(prepared, verdict, found)
+
+
+def _ours(prepared: Prepared) -> frozenset[Path]:
+    """The documents of a run."""
+    return frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
 
 
 def budget_of(asked: float | None, verdict: Verdict) -> float:

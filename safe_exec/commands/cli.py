@@ -14,6 +14,7 @@ from safe_exec.errors import SafeExecError
 
 COMMANDS = {
     "run": "Run a notebook inside limits and say why its kernel died.",
+    "bisect": "Search for the culprits of a failure, with more time or where `run` did not.",
     "doctor": "Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
 }

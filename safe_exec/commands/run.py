@@ -12,8 +12,8 @@ import click
 
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
-from safe_exec.model import LimitName, Verdict
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
+from safe_exec.model import LimitName, Verdict
 from safe_exec.pipeline import run_job
 from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.reports.event_log import EventLog
@@ -51,7 +51,12 @@ def _limit_options(function: Any) -> Any:
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
 @click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
-@click.option("--bisect", type=click.Choice([choice.value for choice in Bisect]), default=Bisect.AUTO.value, help="Search for the culprits [auto].")
+@click.option(
+    "--bisect",
+    type=click.Choice([choice.value for choice in Bisect]),
+    default=Bisect.AUTO.value,
+    help="Search for the culprits [auto].",
+)
 @click.option("--no-bisect", is_flag=True, help="Do not search for the culprits (--bisect never).")
 @click.option("--bisect-budget", metavar="T", help="Time that the search may take [60s, or 3 times the first run].")
 @click.option("--events", type=click.Path(path_type=Path), help="Write the run as JSON lines while it happens.")

@@ -78,9 +78,12 @@ class TrialCache:
 
 
 def claim_folder(root: Path, run_id: str) -> Path:
-    """A directory for what a run keeps of its folder; marked as ours while we live. Raises OSError."""
+    """A directory for what a run keeps of its folder; marked as ours while we live. Raises OSError.
+
+    It may be there from a run whose search goes on.
+    """
     directory = root / "folders" / run_id
-    directory.mkdir(mode=0o700, parents=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     me = procfs.stat(os.getpid())
     (directory / _OWNER).write_text(json.dumps({"pid": os.getpid(), "started": me.started if me else 0}))
     return directory

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from safe_exec.culprit.search import Answer
+from safe_exec.culprit.problem import Answer
 from safe_exec.model import (
     Cause,
     CauseKind,

@@ -63,12 +63,15 @@ class Snapshot:
         return digest.hexdigest()
 
 
-def take(folder: Path, scratch: Path) -> Snapshot:
-    """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out."""
-    folder = folder.resolve()
+def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset()) -> Snapshot:
+    """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out.
+
+    ``ours`` are files that we write into it ourselves: no part of what the notebook starts from.
+    """
+    folder, but = folder.resolve(), ours | {scratch}
     entries: dict[str, Entry] = {}
     total = 0
-    for path, found in walk(folder, but=scratch):
+    for path, found in walk(folder, but=but):
         if len(entries) >= NOTE_ENTRIES:
             return Snapshot(folder=folder, scratch=scratch, copy=None, entries=None, tmp=_names_in_tmp())
         entries[str(path.relative_to(folder))] = _entry(found)
@@ -76,7 +79,7 @@ def take(folder: Path, scratch: Path) -> Snapshot:
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
-        copy_tree(folder, copy, but=scratch)
+        copy_tree(folder, copy, but=but)
     return Snapshot(folder=folder, scratch=scratch, copy=copy, entries=entries, tmp=_names_in_tmp())
 
 
@@ -98,7 +101,7 @@ def _names_in_tmp() -> frozenset[str] | None:
     return names if len(names) <= TMP_ENTRIES else None
 
 
-def walk(folder: Path, *, but: Path | None = None) -> Iterator[tuple[Path, os.stat_result]]:
+def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
     """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
     try:
         found = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -108,13 +111,13 @@ def walk(folder: Path, *, but: Path | None = None) -> Iterator[tuple[Path, os.st
         path = Path(entry.path)
         with contextlib.suppress(OSError):
             status = entry.stat(follow_symlinks=False)
-            if path != but:
+            if path not in but:
                 yield path, status
                 if stat.S_ISDIR(status.st_mode):
                     yield from walk(path, but=but)
 
 
-def copy_tree(source: Path, target: Path, *, but: Path | None = None) -> None:
+def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset()) -> None:
     """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read."""
     target.mkdir(mode=0o700)
     directories: list[tuple[Path, Path]] = [(source, target)]
@@ -281,7 +284,7 @@ def added(snapshot: Snapshot) -> tuple[str, ...]:
     """The paths that were not there before, without what is in new directories."""
     known = snapshot.entries or {}
     found: list[str] = []
-    for path, _ in walk(snapshot.folder, but=snapshot.scratch):
+    for path, _ in walk(snapshot.folder, but=frozenset({snapshot.scratch})):
         name = str(path.relative_to(snapshot.folder))
         if name not in known and not any(name.startswith(f"{top}/") for top in found):
             found.append(name)

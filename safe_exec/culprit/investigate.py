@@ -14,8 +14,10 @@ from typing import Any
 from safe_exec import events
 from safe_exec.culprit import reproduction
 from safe_exec.culprit.oracle import Oracle
+from safe_exec.culprit.path import read_on_the_way
+from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
 from safe_exec.culprit.roles import Found, culprits_of, look_first
-from safe_exec.culprit.search import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled, search
+from safe_exec.culprit.search import search
 from safe_exec.culprit.slicing import Dependencies
 from safe_exec.events import EventSink
 from safe_exec.model import CauseKind, CellStatus, Culprits, Verdict
@@ -89,11 +91,14 @@ class Investigation:
         strong, weak = self.dependencies.slice_of(crash), self.dependencies.slice_of(crash, weak=True)
         suspicions = self.dependencies.suspicions()
         amounts, limit = self.amounts()
+        way = self.names_on_the_way()
 
         def stops_at(cells: frozenset[int]) -> int | None:
             kept = [n for n, index in at.items() if index in cells]
             found = self.dependencies.surely_missing(kept, crash=crash, crash_line=self.crash.line)
-            return None if found is None else at[found[0]]
+            if found is not None:
+                return at[found[0]]
+            return self.crash.index if self.dependencies.lack_any(kept, way) else None
 
         def definers(name: str, before: int) -> tuple[int, ...]:
             return tuple(at[n] for n in self.dependencies.definers(name, self.order.index(before)))
@@ -112,6 +117,21 @@ class Investigation:
             erratic=self.given.verdict.cause is not None and self.given.verdict.cause.kind in ERRATIC,
             budget=self.given.budget,
         )
+
+    def names_on_the_way(self) -> dict[int, frozenset[str]]:
+        """By place in the order, the names read at the lines of the crash's frames: what died there had all of them.
+
+        Nothing where the crash cell may go on after an error, or where the place moves from run to run.
+        """
+        if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
+            return {}
+        lines = [(self.crash.index, self.crash.line), *((frame.cell, frame.line) for frame in self.crash.stack)]
+        found: dict[int, frozenset[str]] = {}
+        for index, line in lines:
+            if index in self.sources and line is not None:
+                place = self.order.index(index)
+                found[place] = found.get(place, frozenset()) | read_on_the_way(self.sources[index], line)
+        return found
 
     def amounts(self) -> tuple[Mapping[int, float] | None, float | None]:
         """What each cell kept of what ran out, and how much there was of it."""
@@ -132,10 +152,9 @@ class Investigation:
         try:
             ask = next(searching)
             while True:
-                if self.oracle.subject.request.cancellation.signals:
-                    ask = searching.throw(SearchCancelled())
-                else:
-                    ask = searching.send(await ask_oracle(ask))
+                reply = await ask_oracle(ask)
+                cancelled = bool(self.oracle.subject.request.cancellation.signals)
+                ask = searching.throw(SearchCancelled()) if cancelled else searching.send(reply)
         except StopIteration as done:
             result: Result = done.value
             return result

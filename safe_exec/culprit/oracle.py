@@ -22,7 +22,7 @@ from safe_exec.culprit import failure as failures
 from safe_exec.culprit.cache import TrialCache, key_of
 from safe_exec.culprit.failure import Failure
 from safe_exec.culprit.folder import Views
-from safe_exec.culprit.search import Answer, Ask, Reply
+from safe_exec.culprit.problem import Answer, Ask, Reply
 from safe_exec.kernel.provisioner import runtime_directory
 from safe_exec.model import Cancelled, Cause, CauseKind, Limits, TimedOut
 from safe_exec.sandbox.build import build_plan

@@ -303,6 +303,18 @@ class Dependencies:
             bound |= cell.defines
         return None
 
+    def lack_any(self, kept: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
+        """Whether just ``kept`` lack a name that one of them (``names``, by cell) is sure to read when it gets there.
+
+        As sure as :meth:`surely_missing`: some cell left out binds it in sight, none that is kept can have.
+        """
+        cells = [index for index in kept if self.known]
+        if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):
+            return False
+        bound = frozenset().union(*(self.facts[index].defines for index in cells))
+        left_out = {name for name, binders in self._defining.items() if any(binder < max(cells) for binder in binders)}
+        return any(names.get(index, frozenset()) & left_out - bound - _GIVEN for index in cells)
+
     def _unseen(self, before: int) -> list[int]:
         return [i for i in range(min(before, len(self.facts)) - 1, -1, -1) if self.facts[i].opaque or self.facts[i].stars]
 

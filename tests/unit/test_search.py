@@ -13,19 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.culprit.search import (
-    CONFIRMATIONS,
-    REPLAYS,
-    Answer,
-    Ask,
-    Problem,
-    Reply,
-    Result,
-    Search,
-    SearchCancelled,
-    drive,
-    search,
-)
+from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
+from safe_exec.culprit.search import CONFIRMATIONS, REPLAYS, drive, search
 from safe_exec.model import Stopped
 from tests.unit.ddmin import ddmin
 
