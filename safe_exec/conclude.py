@@ -86,6 +86,7 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_
         crash_cell=crash_cell(result.ending, result.place, result.node),
         cells=tuple(ledger.records.values()),
         limits=limits,
+        isolation=prepared.resolved.isolation,
         enforcement=plan.enforcement,
         timeline=ledger.timeline(),
         usage=Usage(
@@ -151,7 +152,7 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages=installed_packages(paths) if paths else None,
         cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),
-        isolation=(),
+        isolation=plan.walls,
     )
 
 

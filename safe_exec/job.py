@@ -15,13 +15,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from safe_exec import notebook, profiles
+from safe_exec import isolation, notebook, profiles
 from safe_exec.errors import LimitsError, OutputPathError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import check_writable
-from safe_exec.model import Limits
+from safe_exec.model import Isolation, Limits
+from safe_exec.sandbox.bubblewrap import is_needed
 from safe_exec.sandbox.build import parse_mechanisms, parse_required
-from safe_exec.sandbox.machine import Machine, detect
+from safe_exec.sandbox.machine import Machine, detect, look_for_walls
 
 DEFAULT_KERNEL = "python3"
 
@@ -36,10 +37,14 @@ class Bisect(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the user asked for. ``bisect_budget`` is in seconds; ``None`` for what the length of the first run makes of it."""
+    """What the user asked for. ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None`` for what the length of the first run makes of it.
+
+    ``writes``: documents are written; without it their paths need not be writable.
+    """
 
     path: Path
     limits: str | Limits | None = None
+    isolation: Isolation | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     output: Path | None = None
     verdict: Path | None = None
@@ -51,8 +56,10 @@ class Job:
     env: Mapping[str, str] | None = None
     sinks: tuple[EventSink, ...] = ()
     command: tuple[str, ...] = ()
+    walls: Mapping[str, Any] = field(default_factory=dict)
     bisect: Bisect = Bisect.AUTO
     bisect_budget: float | None = None
+    writes: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +92,14 @@ def prepare(job: Job) -> Prepared:
     machine = detect(parse_mechanisms(job.mechanisms))
     node = notebook.strip_annotations(read.node)
     resolved = _resolve(job, node, machine)
+    if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
+        machine = look_for_walls(machine)
     warnings = _check_cells(resolved, node, job.path)
     resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
     paths = notebook.default_outputs(job.path)
     output, verdict = job.output or paths.out, job.verdict or paths.verdict
     refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": paths.repro})
-    for path in (output, verdict):
+    for path in (output, verdict) if job.writes else ():
         check_writable(path)
     cwd = job.cwd or job.path.absolute().parent
     if not cwd.is_dir():
@@ -133,6 +142,7 @@ def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
             sources={},
             loosenable=False,
             fixed=frozenset(given),
+            isolation=isolation.apply(job.isolation or Isolation(), job.walls),
         )
     file = profiles.find_project_file(job.path)
     project = profiles.project_overrides(file, job.path, machine_memory=machine.memory_total) if file else None
@@ -143,6 +153,7 @@ def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
         options=job.options,
         machine_memory=machine.memory_total,
         notebook=str(job.path),
+        walls=job.walls,
     )
 
 

@@ -46,6 +46,8 @@ _PARSERS: Mapping[str, Callable[[object], Figure]] = {
     "file_size": parse_size,
     "cell_output": parse_size,
     "output": parse_size,
+    "disk": parse_size,
+    "shm": parse_size,
     "interrupt_grace": parse_grace,
 }
 

@@ -55,6 +55,10 @@ class Value:
             return self.data.strip()
         raise LimitsError(f"{self.where}: {what}: expected text, found {self.kind}")
 
+    def words(self, what: str) -> tuple[str, ...]:
+        """A list of words. Raises LimitsError."""
+        return tuple(item.text(what) for item in self.items(what))
+
     def flag(self, what: str) -> bool:
         """The yes or no that this must be. Raises LimitsError."""
         if isinstance(self.data, bool):

@@ -112,6 +112,9 @@ class Mechanism(StrEnum):
     CGROUP_V1 = "cgroup-v1"
     RLIMIT = "rlimit"
     BUBBLEWRAP = "bubblewrap"
+    LANDLOCK = "landlock"
+    SECCOMP = "seccomp"
+    KERNEL = "kernel"
     WATCHDOG = "watchdog"
     RUNNER = "runner"
     NONE = "none"
@@ -131,13 +134,16 @@ class LimitName(StrEnum):
     FILE_SIZE = "file_size"
     CELL_OUTPUT = "cell_output"
     OUTPUT = "output"
+    DISK = "disk"
+    SHM = "shm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the user allows one notebook; ``None`` is unlimited.
 
-    ``memory`` covers the kernel and all its descendants; ``open_files`` and ``file_size`` hold for each process.
+    ``disk`` is what may be written to the folder, /tmp and scratch together, ``shm`` to /dev/shm. ``memory`` covers the kernel and all its
+    descendants; ``open_files`` and ``file_size`` hold for each process.
     ``cpu_time`` is the processor time of the whole tree; ``interrupt_grace`` is how long a kernel that ran past its
     time may take to answer an interrupt before it is killed.
     """
@@ -153,6 +159,8 @@ class Limits:
     file_size: int | None = None
     cell_output: int | None = None
     output: int | None = None
+    disk: int | None = None
+    shm: int | None = None
     interrupt_grace: float = 2.0
 
     def __post_init__(self) -> None:
@@ -173,9 +181,65 @@ class Limits:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+class FolderUse(StrEnum):
+    """What a notebook may do with its folder. Of a copy nothing comes back unless ``Isolation.write_back``."""
+
+    WRITE = "write"
+    READ = "read"
+    COPY = "copy"
+
+
+class SystemCalls(StrEnum):
+    """Whether system calls that no notebook needs are let through, refused with EPERM, or end the kernel (SIGSYS)."""
+
+    ALL = "all"
+    REFUSE = "refuse"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """What a notebook may reach, beside its limits. The defaults wall off nothing.
+
+    ``hide_home``: home directories are empty but for what the kernel's interpreter needs. ``read_only_system``: nothing may be
+    written but the folder, ``writable``, and a /tmp, /dev/shm and home of its own. ``network``: other hosts; loopback always stays.
+    ``own_processes``: process, ipc and host names of its own. ``listed_environment``: of the environment only what is known to be
+    harmless, and ``env``. ``other_user``: as a user that owns nothing, where we are root. ``devices`` are paths below /dev.
+    """
+
+    hide_home: bool = False
+    read_only_system: bool = False
+    folder: FolderUse = FolderUse.WRITE
+    write_back: bool = True
+    network: bool = True
+    own_processes: bool = False
+    listed_environment: bool = False
+    system_calls: SystemCalls = SystemCalls.ALL
+    other_user: bool = False
+    env: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+class Wall(StrEnum):
+    """The walls that isolation may put up; the verdict says of each that was asked for what holds it."""
+
+    HOME = "home"
+    SYSTEM = "system"
+    FOLDER = "folder"
+    HIDDEN = "hidden"
+    NETWORK = "network"
+    PROCESSES = "processes"
+    ENVIRONMENT = "environment"
+    SYSTEM_CALLS = "system_calls"
+    PRIVILEGES = "privileges"
+    USER = "user"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Enforcement:
-    """What holds one limit: ``hard`` means the operating system's kernel does, with no way past it."""
+    """What holds one limit or wall: ``hard`` means the operating system's kernel does, with no way past it."""
 
     by: Mechanism
     hard: bool
@@ -216,6 +280,7 @@ class TerminationReason(StrEnum):
     NOTEBOOK_TIMEOUT = "notebook_timeout"
     START_TIMEOUT = "start_timeout"
     PROCESSES = "processes"
+    DISK = "disk"
     OUTPUT = "output"
     CANCELLED = "cancelled"
     INTERNAL = "internal"
@@ -598,14 +663,14 @@ class Environment:
     platform: str
     packages: Mapping[str, str] | None = None
     cgroup: str | None = None
-    isolation: tuple[str, ...] = ()
+    isolation: Mapping[Wall, Enforcement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The whole answer. ``culprits`` is ``None`` where no search was made.
 
-    ``allow_errors`` says whether the run goes on after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to.
+    ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to.
     ``started`` and ``finished`` are ISO 8601 in UTC; the other fields are as in docs/verdict.md.
     """
 
@@ -628,6 +693,7 @@ class Verdict:
     stderr_tail: str = ""
     warnings: tuple[str, ...] = ()
     culprits: Culprits | None = None
+    isolation: Isolation = field(default_factory=Isolation)
     allow_errors: bool = False
     remote_hosts: tuple[str, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)

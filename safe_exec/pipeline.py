@@ -48,7 +48,7 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
 
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks))
-    with _signals(cancellation.arrive), Keeping(prepared) as keeping:
+    with signals(cancellation.arrive), Keeping(prepared) as keeping:
         sweep()
         emit(_run_started(prepared))
         held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
@@ -70,7 +70,7 @@ async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSin
 
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks))
-    with _signals(cancellation.arrive), Keeping(prepared, of=verdict.run_id) as keeping:
+    with signals(cancellation.arrive), Keeping(prepared, of=verdict.run_id) as keeping:
         sweep()
         emit(_run_started(prepared))
         keeping.begin()
@@ -96,7 +96,7 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancella
     from safe_exec.ledger import Ledger
     from safe_exec.trial import TrialResult, run_trial
 
-    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id)
+    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
     plan = replace(plan, orphans=keeping.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     try:
@@ -231,7 +231,7 @@ def _fan_out(sinks: tuple[EventSink, ...]) -> EventSink:
 
 
 @contextlib.contextmanager
-def _signals(arrive: Any) -> Iterator[None]:
+def signals(arrive: Any) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP are told to ``arrive`` until everything is written.
 
     Elsewhere than on the main thread nothing is taken over.

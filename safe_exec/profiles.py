@@ -7,11 +7,13 @@ when the first file is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from safe_exec import isolation
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits_values import (
@@ -28,7 +30,7 @@ from safe_exec.limits_values import (
     tighten,
 )
 from safe_exec.limits_yaml import Value, load
-from safe_exec.model import Limits
+from safe_exec.model import Isolation, Limits
 from safe_exec.project_file import PROJECT_FILE, ProjectLimits, find_project_file
 from safe_exec.project_file import project_overrides as _project_overrides
 
@@ -76,6 +78,7 @@ class Profile:
     firm: bool
     path: Path
     description: str
+    isolation: Isolation = field(default_factory=Isolation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +94,7 @@ class Resolved:
     sources: Mapping[str, str]
     loosenable: bool
     fixed: frozenset[str]
+    isolation: Isolation = field(default_factory=Isolation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +108,10 @@ class _Document:
     extends: str | None
     firm: bool
     layer: Layer
+    isolation: Mapping[str, Any]
 
 
-_SECTIONS = ("description", "extends", "firm", "limits")
+_SECTIONS = ("description", "extends", "firm", "limits", "isolation")
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------
@@ -149,6 +154,7 @@ def load_profile(name_or_path: str, *, machine_memory: int | None) -> Profile:
         firm=any(document.firm for document in documents),
         path=last.path,
         description=last.description,
+        isolation=_walls(documents, {}, "", {}),
     )
 
 
@@ -168,6 +174,7 @@ def resolve(
     options: Mapping[str, object] | None = None,
     machine_memory: int | None,
     notebook: str = "notebook",
+    walls: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """The limits of one run, from the weakest word to the strongest.
 
@@ -179,7 +186,8 @@ def resolve(
        under the profile ``default`` only;
     5. ``options``, by the names of limits; they win both ways.
 
-    ``notebook`` names the notebook in errors and warnings. Raises LimitsError.
+    Isolation is laid over likewise; a notebook may only wall itself off further (``safe_exec.isolation``), and ``walls`` are the
+    options. ``notebook`` names the notebook in errors and warnings. Raises LimitsError.
     """
     named = _documents(chosen, machine_memory) if chosen else []
     base = [document for document in named if document.shipped]
@@ -207,7 +215,19 @@ def resolve(
         sources=stack.sources,
         loosenable=_is_default(top),
         fixed=frozenset(given),
+        isolation=_walls([*base, *own], metadata or {}, notebook, walls or {}),
     )
+
+
+def _walls(
+    documents: Sequence[_Document], metadata: Mapping[str, object], notebook: str, options: Mapping[str, Any]
+) -> Isolation:
+    """The isolation of one run: the files one over the other, tightened by the notebook, and the options at last."""
+    found = Isolation()
+    for document in documents:
+        found = isolation.apply(found, document.isolation)
+    found = isolation.tighten(found, isolation.of_metadata(metadata, notebook))
+    return isolation.apply(found, options)
 
 
 def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine_memory: int | None) -> Limits:
@@ -349,6 +369,7 @@ def _read(name: str, path: Path, *, shipped: bool, machine_memory: int | None) -
         extends=extends,
         firm="firm" in sections and sections["firm"].flag("firm"),
         layer=parse_layer(entries, source=f"profile {name}" if shipped else "", machine_memory=machine_memory),
+        isolation=isolation.parse(sections["isolation"].mapping("isolation")) if "isolation" in sections else {},
     )
 
 

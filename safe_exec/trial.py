@@ -231,6 +231,7 @@ class Trial:
         for message in self.warnings:
             self.sink(events.Warned(time=self.now(), message=message))
         self.session.close()
+        self.warnings += self.session.sandbox.troubles if self.session.sandbox else []
         departure = self.session.departure
         if departure.alive or departure.left:
             self.warnings.append(

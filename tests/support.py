@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +61,15 @@ def run_notebook(
     prefix: Sequence[str] = (),
     cwd: Path | None = None,
 ) -> Outcome:
-    """``safe-exec run`` on a notebook; documents checked against their schemas, and nothing left behind."""
+    """``safe-exec run`` on a notebook; documents checked against their schemas, and nothing left behind.
+
+    The cache of trials is one of its own, gone afterwards, unless ``env`` names one.
+    """
     mark = secrets.token_hex(8)
-    done = safe_exec("run", path, *options, env={**(env or {}), MARK: mark}, prefix=prefix, cwd=cwd)
+    with private_directory() as own:
+        given = {"XDG_CACHE_HOME": str(own), **(env or {}), MARK: mark}
+        done = safe_exec("run", path, *options, env=given, prefix=prefix, cwd=cwd)
+        kept = kept_folders(Path(given["XDG_CACHE_HOME"]))
     stem = path.with_suffix("")
     verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")
     assert verdict_path.exists(), f"no verdict; exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -71,6 +80,9 @@ def run_notebook(
     assert verdict["exit_code"] == done.returncode
     assert left_behind(verdict["run_id"]) == []
     assert marked_processes(mark) == []
+    if not (verdict["culprits"] or {"minimal": False})["minimal"]:
+        kept = [name for name in kept if name != verdict["run_id"]]  # `bisect` may go on from there
+    assert kept == []
     return Outcome(
         code=done.returncode,
         stdout=done.stdout,
@@ -79,6 +91,21 @@ def run_notebook(
         notebook=node,
         run_id=verdict["run_id"],
     )
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory of one's own with a short path, in no notebook's folder, that the ordinary user may write to as well."""
+    with tempfile.TemporaryDirectory(prefix="se-", ignore_cleanup_errors=True) as name:
+        path = Path(name)
+        path.chmod(0o777)
+        yield path
+
+
+def kept_folders(cache_home: Path) -> list[str]:
+    """Runs of which a cache keeps the folder as it was."""
+    folders = cache_home / "safe-exec" / "folders"
+    return [path.name for path in folders.iterdir()] if folders.is_dir() else []
 
 
 def groups_of(run_id: str) -> list[Path]:
@@ -92,6 +119,17 @@ def left_behind(run_id: str) -> list[str]:
     groups = [str(path) for path in groups_of(run_id)]
     notes = [str(path) for path in Path("/tmp").glob(f"safe-exec-*/{run_id}.json")]
     return groups + notes
+
+
+def orphaned_groups() -> list[Path]:
+    """Control groups of any run whose keeper is gone: trials of a search have names that nobody else knows."""
+    groups = [Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) for name in names if re.match("safe-exec-[0-9a-f]{12}", name)]
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            commands.append(path.read_text(errors="replace"))
+    kept = {found for command in commands for found in re.findall(r"([0-9a-f]{12})\.json", command)}
+    return [path for path in groups if path.name.removeprefix("safe-exec-") not in kept and path.exists()]
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -66,7 +66,7 @@ def read_verdict(path: Path) -> Verdict:
     data = read_regular(path, most=MOST_BYTES, error=UsageError)
     try:
         return verdict_json.from_document(json.loads(data))
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(f"{path}: not a verdict of safe-exec: {str(error)[:200]}") from None
 
 
@@ -83,6 +83,7 @@ def reprepared(verdict: Verdict, path: Path, seconds: float | None) -> Prepared:
         Job(
             path=source,
             limits=verdict.limits,
+            isolation=verdict.isolation,
             output=outputs.get("notebook"),
             verdict=path,
             kernel=verdict.notebook.kernel,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import click
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
-from safe_exec.model import LimitName, Verdict
+from safe_exec.model import FolderUse, LimitName, Verdict
 from safe_exec.pipeline import run_job
 from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.reports.event_log import EventLog
@@ -30,14 +32,33 @@ LIMIT_HELP = {
     LimitName.OPEN_FILES: ("N", "Open files of each process."),
     LimitName.FILE_SIZE: ("SIZE", "Size of any one file that it writes."),
     LimitName.CELL_OUTPUT: ("SIZE", "Output that is kept of each cell."),
+    LimitName.DISK: ("SIZE", "What it may write to its folder, /tmp and home together; it works in a copy of the folder."),
+    LimitName.SHM: ("SIZE", "Size of /dev/shm."),
     LimitName.OUTPUT: ("SIZE", "Output that is kept in all; given alone it is the cap of each cell too."),
 }
 
 
-def _limit_options(function: Any) -> Any:
+def limit_options(function: Any) -> Any:
+    """An option for each limit."""
     for name, (metavar, text) in reversed(LIMIT_HELP.items()):
         function = click.option(f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text)(function)
     return function
+
+
+def _wall_options(function: Any) -> Any:
+    for option in reversed(WALL_OPTIONS):
+        function = option(function)
+    return function
+
+
+WALL_OPTIONS = (
+    click.option("--network/--no-network", default=None, help="Let it reach other hosts, or not; loopback always works."),
+    click.option("--read-only", is_flag=True, help="Let it write nothing in its folder."),
+    click.option("--writable", multiple=True, metavar="PATH", help="Let it write here too."),
+    click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory from it."),
+    click.option("--env", "env_names", multiple=True, metavar="NAME", help="Let it see this variable of the environment."),
+    click.option("--device", "devices", multiple=True, metavar="PATH", help="Let it use this device (/dev/nvidia0)."),
+)
 
 
 @click.command("run", short_help="Run a notebook inside limits and say why its kernel died.")
@@ -45,7 +66,8 @@ def _limit_options(function: Any) -> Any:
 @click.option("-o", "--output-notebook", "out", type=click.Path(path_type=Path), help="The annotated notebook [NB.out.ipynb].")
 @click.option("--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json].")
 @click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
-@_limit_options
+@limit_options
+@_wall_options
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
@@ -92,6 +114,7 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
         path=notebook,
         limits=options["limits"],
         options=limits,
+        walls=walls_of(options),
         output=out,
         verdict=options["verdict"],
         kernel=options["kernel"],
@@ -103,6 +126,28 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
         bisect=Bisect.NEVER if options["no_bisect"] else Bisect(options["bisect"]),
         bisect_budget=parse_budget(options["bisect_budget"]),
     )
+
+
+def walls_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options say of isolation. Raises UsageError for a path that is not there."""
+    walls: dict[str, Any] = {}
+    if options["network"] is not None:
+        walls["network"] = options["network"]
+    if options["read_only"]:
+        walls["folder"] = FolderUse.READ
+    if options["env_names"]:
+        walls["env"] = tuple(options["env_names"])
+    for name, key in (("writable", "writable"), ("hide", "hide"), ("devices", "devices")):
+        if options[name]:
+            walls[key] = tuple(_existing(f"--{name.removesuffix('s')}", path) for path in options[name])
+    return walls
+
+
+def _existing(option: str, path: str) -> str:
+    real = os.path.realpath(path)
+    if not os.path.exists(real):
+        raise UsageError(f"{option} {path}: no such file or directory")
+    return real
 
 
 def parse_budget(text: str | None) -> float | None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -25,6 +26,7 @@ FOLDER_DAYS = 7
 TRIAL_DAYS = 30
 _DAY = 86400.0
 _OWNER = "owner.json"
+_RUN_ID = re.compile(r"[0-9A-Za-z]+(-[0-9A-Za-z]+)*")
 
 
 def cache_root() -> Path:
@@ -33,15 +35,15 @@ def cache_root() -> Path:
     Raises OSError where not even that can be had.
     """
     own = Path(tempfile.gettempdir()) / f"safe-exec-cache-{os.geteuid()}"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for path in (Path(base) / "safe-exec", own):
+    base = next((b for b in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")) if os.path.isabs(b)), None)
+    for path in (*([Path(base) / "safe-exec"] if base else []), own):
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(path, os.W_OK):
                 return path
-    raise OSError(f"no place for a cache: neither {base} nor {own} can be written")
+    raise OSError(f"no place for a cache: neither {base or '~/.cache'} nor {own} can be written")
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -59,7 +61,7 @@ class TrialCache:
         """The answer of an earlier trial."""
         try:
             found = json.loads(self._path(key).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -80,8 +82,10 @@ class TrialCache:
 def claim_folder(root: Path, run_id: str) -> Path:
     """A directory for what a run keeps of its folder; marked as ours while we live. Raises OSError.
 
-    It may be there from a run whose search goes on.
+    It may be there from a run whose search goes on. A verdict names it, and anybody may write one: no path gets past here.
     """
+    if not _RUN_ID.fullmatch(run_id):
+        raise OSError(f"not the name of a run: {run_id[:80]!r}")
     directory = root / "folders" / run_id
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     me = procfs.stat(os.getpid())
@@ -90,8 +94,14 @@ def claim_folder(root: Path, run_id: str) -> Path:
 
 
 def release_folder(directory: Path) -> None:
-    """Remove a run's directory."""
+    """Remove a run's directory, and what is read-only in it."""
     shutil.rmtree(directory, ignore_errors=True)
+    if directory.is_dir():
+        for top, names, _ in os.walk(directory):
+            for path in [top, *(path for name in names if not os.path.islink(path := os.path.join(top, name)))]:
+                with contextlib.suppress(OSError):
+                    os.chmod(path, 0o700)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def tidy(root: Path) -> None:
@@ -113,7 +123,7 @@ def _owned(directory: Path) -> bool:
         owner = json.loads((directory / _OWNER).read_text())
         found = procfs.stat(int(owner["pid"]))
         return found is not None and found.started == owner["started"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 

@@ -43,7 +43,10 @@ _MISSING = re.compile(r"name '([^']+)' is not defined")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """The failure that is searched for. ``error`` is the name of the exception where it is nothing more than that."""
+    """The failure that is searched for. ``error`` is the name of the exception where it is nothing more than that.
+
+    ``missing`` are the names that a NameError missed.
+    """
 
     kind: CauseKind
     signal: int | None
@@ -51,6 +54,7 @@ class Failure:
     cell: int
     error: str | None = None
     moves: bool = False
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, cause: Cause, cell: int) -> Failure:
@@ -62,6 +66,7 @@ class Failure:
             exit_code=cause.exit_code,
             cell=cell,
             error=_raised(cause),
+            missing=tuple(sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})),
             moves=cause.kind is CauseKind.ABORT and any(word in said for word in HEAP_WORDS),
         )
 
@@ -101,7 +106,7 @@ def answer(failure: Failure, ending: Ending, cause: Cause | None) -> tuple[Answe
         return Answer.PASS, None, frozenset()
     missing = _missing(ending)
     # A NameError that the first run did not have comes from what was left out, whatever it is that is searched for.
-    if failure.is_same(cause, cell) and not (missing and failure.kind is CauseKind.EXCEPTION and failure.error != "NameError"):
+    if failure.is_same(cause, cell) and not (failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)):
         return Answer.FAIL, None, frozenset()
     return Answer.UNRESOLVED, cell, missing
 

@@ -8,6 +8,7 @@ folder's own path, an empty /dev/shm, and in /tmp what was there before the firs
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -23,6 +24,8 @@ COPY_ENTRIES = 2000
 NOTE_ENTRIES = 20_000
 TMP_ENTRIES = 500
 TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
+SHM = Path("/dev/shm")  # noqa: S108
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,8 @@ class Snapshot:
                 )
                 if stat.S_ISREG(found.st_mode):
                     digest.update(path.read_bytes())
+                elif stat.S_ISLNK(found.st_mode):
+                    digest.update(os.fsencode(os.readlink(path)))
         for name, entry in sorted((self.entries or {}).items() if self.copy is None else ()):
             digest.update(f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -103,27 +108,41 @@ def _names_in_tmp() -> frozenset[str] | None:
 
 def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
     """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
-    try:
-        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in found:
+    waiting = [_entries(folder)]  # no recursion: folders may lie deeper than Python can call
+    while waiting:
+        entry = next(waiting[-1], None)
+        if entry is None:
+            waiting.pop()
+            continue
         path = Path(entry.path)
-        with contextlib.suppress(OSError):
+        try:
             status = entry.stat(follow_symlinks=False)
-            if path not in but:
-                yield path, status
-                if stat.S_ISDIR(status.st_mode):
-                    yield from walk(path, but=but)
+        except OSError:
+            continue
+        if path not in but:
+            yield path, status
+            if stat.S_ISDIR(status.st_mode):
+                waiting.append(_entries(path))
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return iter(sorted(found, key=lambda entry: entry.name))
+    except OSError:
+        return iter(())
 
 
 def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset()) -> None:
-    """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read."""
+    """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read.
+
+    Raises OSError where there is no room: half a folder is none.
+    """
     target.mkdir(mode=0o700)
     directories: list[tuple[Path, Path]] = [(source, target)]
     for path, status in walk(source, but=but):
         made = target / path.relative_to(source)
-        with contextlib.suppress(OSError):
+        try:
             if stat.S_ISDIR(status.st_mode):
                 made.mkdir()
                 directories.append((path, made))
@@ -133,6 +152,9 @@ def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset())
                 shutil.copy2(path, made)
             if os.geteuid() == 0:
                 os.chown(made, status.st_uid, status.st_gid, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
     for path, made in reversed(directories):  # last, and inner ones first: to fill a directory changes its times
         with contextlib.suppress(OSError):
             shutil.copystat(path, made)
@@ -178,9 +200,22 @@ class Views:
         if self.way is None:
             cwd = directory / "folder" if mount else self.snapshot.folder
             return View(cwd=cwd, directory=directory)
-        made = [mount] if mount else []
-        made += [*self._tmp(directory, runtime), {"kind": "tmpfs", "target": "/dev/shm", "options": "mode=1777"}]  # noqa: S108
-        return View(cwd=self.snapshot.folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user")
+        # The folder comes after /tmp: where our cache lies within it, that hides what the others are mounted from.
+        folder = self.snapshot.folder
+        made = [] if folder == TMP and mount else self._tmp(directory, runtime)
+        made += self._beside_runtime(mount, directory, runtime) if mount else []
+        if not folder.is_relative_to(SHM):
+            made.append({"kind": "tmpfs", "target": str(SHM), "options": "mode=1777"})
+        return View(cwd=folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user")
+
+    def _beside_runtime(self, mount: dict[str, str], directory: Path, runtime: Path) -> list[dict[str, str]]:
+        """The folder's mount; where the folder is /tmp itself it would hide the runtime directory, and brings it along."""
+        if not runtime.is_relative_to(self.snapshot.folder):
+            return [mount]
+        place = directory / "runtime" if self.overlay else directory / "folder" / runtime.relative_to(self.snapshot.folder)
+        place.mkdir(parents=True, exist_ok=True)
+        found = [{"kind": "bind", "source": str(runtime), "target": str(place)}, mount]
+        return [*found, {"kind": "bind", "source": str(place), "target": str(runtime)}] if self.overlay else found
 
     def _layers(self, directory: Path) -> dict[str, str]:
         """An overlay; what the first run added is hidden by whiteouts (character devices 0:0, overlayfs.rst)."""
@@ -225,7 +260,8 @@ def _bound(source: Path, target: Path) -> dict[str, str] | None:
             target.touch()
     except OSError:
         return None
-    return {"kind": "bind", "source": str(source), "target": str(target)}
+    # Others come and go in /tmp: what is gone when the mounts are made is no part of it any more.
+    return {"kind": "bind", "source": str(source), "target": str(target), "optional": "yes"}
 
 
 class NoView(Exception):  # noqa: N818 - an answer rather than an error
@@ -240,6 +276,7 @@ def views_of(snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False)
     way = mounts.namespaces()
     gaps: tuple[str, ...] = () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
     gaps += () if way else ("what it left in /dev/shm, and files of the folder that are named by their full path",)
+    gaps += ("what it left in /dev/shm",) if way and snapshot.folder.is_relative_to(SHM) else ()
     if snapshot.copy is not None:
         return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps)
     reason = _unfit(snapshot, ours, way)
@@ -283,9 +320,13 @@ def _changed(snapshot: Snapshot) -> Iterator[str]:
 def added(snapshot: Snapshot) -> tuple[str, ...]:
     """The paths that were not there before, without what is in new directories."""
     known = snapshot.entries or {}
+    new: set[Path] = set()
     found: list[str] = []
     for path, _ in walk(snapshot.folder, but=frozenset({snapshot.scratch})):
         name = str(path.relative_to(snapshot.folder))
-        if name not in known and not any(name.startswith(f"{top}/") for top in found):
+        if path.parent in new:
+            new.add(path)
+        elif name not in known:
+            new.add(path)
             found.append(name)
     return tuple(found)

@@ -6,6 +6,7 @@ May import the other parts of this package, trial and notebook. The pure search 
 from __future__ import annotations
 
 import ast
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from safe_exec.culprit.roles import Found, culprits_of, look_first
 from safe_exec.culprit.search import search
 from safe_exec.culprit.slicing import Dependencies
 from safe_exec.events import EventSink
+from safe_exec.isolation import as_metadata
 from safe_exec.model import CauseKind, CellStatus, Culprits, Verdict
 
 MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
@@ -229,6 +231,7 @@ class Investigation:
             origin=verdict.notebook.path,
             cause=verdict.cause,
             crash_source=source,
+            isolation=as_metadata(verdict.isolation),
         )
 
     def reproduction(self, result: Result, source: str | None) -> Any:
@@ -283,16 +286,17 @@ def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:
     """The top-level statements of a cell up to the one that holds ``last_line``: first line and text. Empty for what is no Python."""
     try:
         body = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    lines = source.splitlines()
+    lines = re.split(r"\r\n|\r|\n", source)  # those of the parser: splitlines() knows more, within texts too
     spans: list[tuple[int, int]] = []
     for statement in body:
         first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
         if last_line is not None and first > last_line:
             break
         last = statement.end_lineno or first
-        if spans and spans[-1][1] >= first:  # two on one line stay together
+        # Two on one line stay together, be it one that goes on after a backslash.
+        if spans and (spans[-1][1] >= first or lines[first - 2].endswith("\\")):
             spans[-1] = (spans[-1][0], last)
         else:
             spans.append((first, last))

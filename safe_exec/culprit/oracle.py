@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +22,8 @@ from safe_exec.culprit.cache import TrialCache, key_of
 from safe_exec.culprit.failure import Failure
 from safe_exec.culprit.folder import Views
 from safe_exec.culprit.problem import Answer, Ask, Reply
-from safe_exec.kernel.provisioner import runtime_directory
-from safe_exec.model import Cancelled, Cause, CauseKind, Limits, TimedOut
-from safe_exec.sandbox.build import build_plan
+from safe_exec.culprit.runs import SETTLE_SECONDS, NoTrial, enclosed, peak_of, why_not_run
+from safe_exec.model import Cancelled, Cause, CauseKind, LimitName, Limits, TimedOut
 from safe_exec.trial import Trial, TrialRequest, TrialResult
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.NOTEBOOK_TIMEOUT})
@@ -34,8 +32,6 @@ SLACK_FACTOR, SLACK_SECONDS = 10.0, 5.0
 """A cell that took t seconds may take so many times t and so much more before a trial is given up."""
 CRASH_SECONDS = 10.0
 """The least a crash cell is given: what killed it early in the first run may be gone, and what comes after takes its time."""
-SETTLE_SECONDS = 1.0
-"""What a trial may take beyond its time to be interrupted and taken down."""
 
 TWO_PROCESSORS = 2
 ROOM_BYTES = 1 << 30
@@ -44,8 +40,8 @@ ROOM_BYTES = 1 << 30
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
 
-class SearchFailed(Exception):  # noqa: N818 - told in a warning
-    """Trials cannot be run; the text says why."""
+SearchFailed = NoTrial
+"""Trials cannot be run; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,29 +122,8 @@ class Oracle:
 
     def _start(self) -> _Started:
         """A kernel in a sandbox and a folder of its own, before anybody knows what it will run."""
-        run_id = secrets.token_hex(6)
-        template = self.subject.request
-        try:
-            view = self.views.make(run_id, runtime_directory(run_id))
-        except OSError as error:
-            raise SearchFailed(f"the folder cannot be had as it was: {error}") from error
-        plan = replace(
-            build_plan(template.limits, template.machine, run_id),
-            mounts=view.mounts,
-            user_namespace=view.user_namespace,
-            directories=(str(view.directory),),
-        )
-        request = replace(
-            template,
-            run_id=run_id,
-            node=copy.deepcopy(self.subject.node),
-            cwd=view.cwd,
-            plan=plan,
-            sink=lambda _event: None,
-            started=time.monotonic(),
-            before_cells=self._start_next,
-            hasty=True,
-        )
+        request = enclosed(self.subject.request, self.views, node=self.subject.node)
+        request = replace(request, before_cells=self._start_next)
         trial = Trial(request)
         trial.warm()
         return _Started(trial=trial, request=request)
@@ -194,8 +169,9 @@ class Oracle:
         self, result: TrialResult, request: TrialRequest, ask: Ask, crash: int | None, seconds: float
     ) -> tuple[Trialled, bool]:
         """The answer, and whether it may be remembered."""
-        if failures.is_ours(result.ending):
-            raise SearchFailed(f"a trial could not be run: {getattr(result.ending, 'message', None) or result.ending}")
+        trouble = why_not_run(result)
+        if trouble is not None:
+            raise SearchFailed(f"a trial could not be run: {trouble}")
         cause = self.subject.cause_of(result, request)
         failure = self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
         answer, stopped_at, names = failures.answer(failure, result.ending, cause)
@@ -223,11 +199,9 @@ class Oracle:
 
     def _peak(self, result: TrialResult) -> float | None:
         kind = self.subject.failure.kind
-        if kind is CauseKind.CPU_TIME:
-            return result.evidence.cpu_seconds
         if kind is CauseKind.NOTEBOOK_TIMEOUT:
             return result.ledger.wall_seconds
-        return result.evidence.memory_peak
+        return peak_of(LimitName.CPU_TIME if kind is CauseKind.CPU_TIME else LimitName.MEMORY, result)
 
     # --- what an answer depends on ------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safe_exec.model import Cause, Limits
@@ -24,6 +24,7 @@ def build(
     origin: str,
     cause: Cause | None,
     crash_source: str | None = None,
+    isolation: Mapping[str, Any] | None = None,
 ) -> Any:
     """A notebook of the culprits, in order, the crash cell last; ``node`` is stripped and stays as it is.
 
@@ -41,6 +42,8 @@ def build(
     spec["name"] = kernel
     ours = metadata.setdefault(METADATA_KEY, {})
     ours["limits"] = {name: value for name, value in limits.as_dict().items() if name not in _NOT_CARRIED}
+    if isolation:
+        ours["isolation"] = dict(isolation)
     ours[REPRODUCES] = {"notebook": origin, "cells": list(cells), "cause": cause.kind.value if cause else None}
     # metadata.execution.timeout would count after the figures carried here; allow_errors is part of how it ran.
     execution = dict(metadata.get("execution") or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ SHARE = 0.05
 RISKY = 2
 """From this suspicion on a cell changes more than its own names."""
 MOST_NAMES = 3
+_BUILTINS = frozenset(dir(builtins))
 LINE_LENGTH = 200
 
 
@@ -91,9 +93,10 @@ def _uses(found: Found, index: int) -> str:
     names: list[str] = []
     users: list[int] = []
     at = found.order.index(index)
+    culprits = frozenset(map(found.order.index, found.cells))
     for later in (cell for cell in found.cells if cell > index):
         position = found.order.index(later)
-        taken = sorted(_taken(found.dependencies, position, at))
+        taken = sorted(_taken(found.dependencies, position, at, culprits))
         if taken:
             users.append(found.records[later].code_index + 1)
             names += [name for name in taken if name not in names]
@@ -104,10 +107,12 @@ def _uses(found: Found, index: int) -> str:
     return f"defines {shown}, used by {cells} {', '.join(map(str, users))}"
 
 
-def _taken(dependencies: Dependencies, position: int, at: int) -> set[str]:
-    """The names that one cell reads and another one bound last before it."""
+def _taken(dependencies: Dependencies, position: int, at: int, culprits: frozenset[int]) -> set[str]:
+    """The names that one cell reads and another one was the last of the culprits to bind before it."""
     reads = dependencies.facts[position].uses | dependencies.facts[position].late_uses
-    return {name for name in reads if dependencies.definers(name, position)[:1] == (at,)}
+    # What cannot be read may bind any name, but nobody takes ``print`` from it.
+    names = reads - (_BUILTINS - dependencies.facts[at].defines)
+    return {name for name in names if next((c for c in dependencies.definers(name, position) if c in culprits), None) == at}
 
 
 def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) -> int:

@@ -20,8 +20,9 @@ from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerBase
 
-from safe_exec.errors import SafeExecError
+from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.kernel import inside
+from safe_exec.kernel.environment import listed_environment
 from safe_exec.kernel.page import Page
 from safe_exec.model import LimitName, Limits, TerminationReason
 from safe_exec.sandbox.build import build_plan
@@ -139,12 +140,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         wrapped = wrap_command(cmd, self._inside_config())
         self.fitted = wrapped is not None
         env = {k: v for k, v in kwargs.get("env", os.environ).items() if k not in DROPPED_VARIABLES}
+        cwd = str(kwargs.get("cwd") or os.getcwd())
+        argv = wrapped or cmd
+        if self.plan.isolation.listed_environment:
+            env = listed_environment(env, self.plan.isolation.env)
         try:
             self.sandbox.spawn(
                 self.plan,
-                argv=wrapped or cmd,
+                argv=argv,
                 env=env,
-                cwd=str(kwargs.get("cwd") or os.getcwd()),
+                cwd=cwd,
+                walls=self._walls(argv, env, cwd),
                 pass_fds=self.channels.pass_fds if wrapped else {},
                 dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
             )
@@ -154,6 +160,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.channels.handed_over()
         self._start_watchdog()
         return self.connection_info
+
+    def _walls(self, argv: Sequence[str], env: Mapping[str, str], cwd: str) -> Mapping[str, object] | None:
+        """What walls the kernel off, for the keeper; most runs have no walls."""
+        assert self.plan is not None and self.sandbox is not None
+        if not self.plan.walls and not self.plan.enclosed:
+            return None
+        from safe_exec.kernel.enclosure import enclose
+
+        if self.sandbox.directory is None:
+            raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
+        return enclose(self.plan, argv=argv, env=env, cwd=cwd, runtime=self.sandbox.directory)
 
     def _inside_config(self) -> dict[str, object]:
         # Where other tools run the kernel nobody would mark what is missing: then nothing is held back.

@@ -6,27 +6,48 @@ May import the mechanisms, plan, machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from safe_exec.errors import UsageError
-from safe_exec.model import LimitName, Limits, Mechanism
-from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, watchdog
+from safe_exec.model import Isolation, LimitName, Limits, Mechanism
+from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, walls, watchdog
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
 
 
-def build_plan(limits: Limits, machine: Machine, run_id: str) -> SpawnPlan:
+def build_plan(limits: Limits, machine: Machine, run_id: str, isolation: Isolation | None = None) -> SpawnPlan:
     """The plan for one sandbox."""
+    asked = isolation or Isolation()
+    wall_plan = walls.put_up(asked, limits, machine)
     group = f"safe-exec-{run_id}"
     offers = (
         cgroup_v2.offer(limits, machine, group),
         cgroup_v1.offer(limits, machine, group),
         rlimits.offer(limits, machine),
+        walls.offer(limits, machine),
         watchdog.offer(limits, machine),
     )
-    return fold(limits, [offer for offer in offers if offer is not None])
+    plan = fold(limits, [offer for offer in offers if offer is not None])
+    return replace(
+        plan,
+        isolation=asked,
+        walls=wall_plan.walls,
+        enclosed=machine.bubblewrap if wall_plan.enclosed else None,
+        landlock=wall_plan.landlock,
+        disk=limits.disk if wall_plan.enclosed else None,
+        shm=limits.shm if wall_plan.enclosed else None,
+    )
 
 
-CHOOSABLE = (Mechanism.CGROUP_V2, Mechanism.CGROUP_V1, Mechanism.RLIMIT, Mechanism.WATCHDOG)
+CHOOSABLE = (
+    Mechanism.CGROUP_V2,
+    Mechanism.CGROUP_V1,
+    Mechanism.RLIMIT,
+    Mechanism.WATCHDOG,
+    Mechanism.BUBBLEWRAP,
+    Mechanism.LANDLOCK,
+    Mechanism.SECCOMP,
+)
 """What ``--mechanisms`` may name."""
 
 

@@ -29,6 +29,7 @@ START_SECONDS = 20.0
 STACK_BEFORE = (TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.OUTPUT, TerminationReason.PROCESSES)
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
+NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None}
 BOOT = (
     "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]), *sys.argv[3:])"
 )
@@ -88,6 +89,7 @@ class Sandbox:
         self.exit: KernelExit | None = None
         self.departure: Departure | None = None
         self.signals_to_keeper: list[int] = []
+        self.troubles: list[str] = []
         self.fault_text = ""
         self.fault_at = 0.0
         self._trouble: str | None = None
@@ -110,6 +112,7 @@ class Sandbox:
         cwd: str,
         pass_fds: Mapping[str, int],
         dump_signal: int | None = None,
+        walls: Mapping[str, object] | None = None,
     ) -> int:
         """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
@@ -127,6 +130,7 @@ class Sandbox:
             "pass_names": list(pass_fds),
             "dump_signal": dump_signal,
             "stack_before": [reason.value for reason in STACK_BEFORE],
+            **(walls or NO_WALLS),
         }
         self._send_descriptors(list(pass_fds.values()))
         self._say(request)
@@ -197,6 +201,8 @@ class Sandbox:
             self.fault_at = float(str(said["at"]))
         elif event == "exited":
             self._set_exit(_kernel_exit(said))
+        elif event == "trouble":
+            self.troubles.append(str(said["message"]))
         elif event == "left":
             self.departure = Departure(alive=tuple(said["alive"]), left=tuple(said["left"]))  # type: ignore[arg-type]
 
@@ -256,10 +262,10 @@ class Sandbox:
 def _kernel_exit(said: dict[str, object]) -> KernelExit:
     seen: dict[str, int | None] = said["fault_seen"]  # type: ignore[assignment]
     return KernelExit(
-        status=ExitStatus(int(str(said["status"]))),
+        status=ExitStatus(int(str(said["status"]))) if said["status"] is not None else None,
         reason=TerminationReason(str(said["reason"])) if said["reason"] else None,
         at=float(str(said["at"])),
-        cpu_seconds=float(str(said["cpu"])),
+        cpu_seconds=float(str(said["cpu"])) if said["cpu"] is not None else None,
         counters=parse_counters(said["counters"]),  # type: ignore[arg-type]
         fault=str(said["fault"]),
         stack_bytes=seen.get("stack"),

@@ -24,18 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
-import resource
 import select
 import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
-from safe_exec.sandbox import procfs
+from safe_exec.sandbox import become, enclosed, procfs, trees
+from safe_exec.sandbox.become import Refused
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -51,14 +51,6 @@ LOOK_MS = (2, 100)
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-class Refused(Exception):  # noqa: N818 - what the child could not do
-    """The child did not become the kernel: at the ``stage`` sandbox (ours to answer for) or command (the kernelspec's)."""
-
-    def __init__(self, stage: str, message: str) -> None:
-        super().__init__(message)
-        self.stage, self.message = stage, message
 
 
 class Keeper:
@@ -83,6 +75,8 @@ class Keeper:
         self.asked_at = 0.0
         self.made: list[str] = []
         self.orphaned = True
+        self.inner: enclosed.Enclosed | None = None
+        self.disk: dict[str, Any] | None = None
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -130,20 +124,62 @@ class Keeper:
         ours.setblocking(False)
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become_kernel(self.plan, parent, stderr_w, theirs.fileno(), error_w)
+        self.give_away()
+        self.prepare_disk()
+        self.inner = enclosed.Enclosed() if self.plan.get("enclosure") else None
+        pid = os.fork()
+        if pid == 0:
+            _become_child(self.plan, self.inner, parent, stderr_w, theirs.fileno(), error_w)
         os.close(stderr_w)
         os.close(error_w)
         theirs.close()
         for fd in self.plan["pass_fds"]:
             os.close(fd)
+        if self.inner is not None:
+            self.inner.started(pid)
         with os.fdopen(error_r, "rb") as pipe:
             trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
         if trouble:
             stage, _, message = trouble.decode("utf-8", "replace").partition(" ")
             raise Refused(stage, message)
+        self.pid = pid if self.inner is None else self.let_in(self.inner)
         self.say("spawned", pid=self.pid)
+
+    def let_in(self, inner: enclosed.Enclosed) -> int:
+        """Put the kernel's process, which waits inside bubblewrap, into its control groups and let it go on."""
+        try:
+            pid = inner.meet()
+            for path in self.plan["cgroup_joins"]:
+                _write(path, str(pid))
+            inner.go()
+        except Refused as refused:
+            self.read_stderr()
+            words = self.tail.decode("utf-8", "replace").strip().splitlines()
+            raise Refused(refused.stage, ": ".join([refused.message, *words[-1:]])) from None
+        return pid
+
+    def give_away(self) -> None:
+        """The directory of the sockets and the connection file, to the other user that the kernel will be."""
+        owner = self.plan.get("owner")
+        if owner is None or self.directory is None:
+            return
+        for path in (self.directory, *(entry.path for entry in os.scandir(self.directory))):
+            os.chown(path, owner, owner, follow_symlinks=False)
+
+    def prepare_disk(self) -> None:
+        """The file system of limited size that a run writes to; in a mount namespace that is ours, so that it goes with us.
+
+        A trial of a search has a view of its own, and makes it in there: nothing of it comes back.
+        """
+        disk = (self.plan.get("enclosure") or {}).get("disk")
+        if disk is None or self.plan["mounts"]:
+            return
+        from safe_exec.sandbox import mounts
+
+        os.mkdir(disk["base"])
+        mounts.enter([enclosed.disk_mount(disk["base"], disk)], user_namespace=disk["user_namespace"])
+        self.disk = disk
+        enclosed.fill_disk(disk["base"], disk)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -154,7 +190,7 @@ class Keeper:
         poller.register(self.wake_r, select.POLLIN)
         watched: set[int] = set()
         while True:
-            for fd in (self.stderr_fd, self.fault.fileno() if self.fault else -1):
+            for fd in self.sources():
                 if fd >= 0 and fd not in watched:
                     poller.register(fd, select.POLLIN)
                     watched.add(fd)
@@ -167,6 +203,21 @@ class Keeper:
                     poller.unregister(fd)
                 if self.fault and fd == self.fault.fileno() and not self.read_fault():
                     poller.unregister(fd)
+                if self.inner and fd == self.inner.status.fileno() and not self.hear_of_end():
+                    poller.unregister(fd)
+
+    def sources(self) -> tuple[int, ...]:
+        """Descriptors on which a kernel that was started is heard of."""
+        fault = self.fault.fileno() if self.fault else -1
+        return (self.stderr_fd, fault, self.inner.status.fileno() if self.inner and self.pid else -1)
+
+    def hear_of_end(self) -> bool:
+        """What the init inside bubblewrap says of the kernel's end; ``False`` when nothing more can come."""
+        assert self.inner is not None
+        ending = self.inner.ending()
+        if ending is not None and not self.exited:
+            self.report_exit(ending["status"], ending["cpu"], ending["maxrss"])
+        return not self.exited
 
     def serve(self) -> bool:
         """Do what the runner asks; ``False`` when it asks us to leave, or is gone."""
@@ -266,10 +317,14 @@ class Keeper:
                 return False
             if pid == 0:
                 return True
-            if pid == self.pid:
-                self.report_exit(status, usage)
+            if self.inner is None and pid == self.pid:
+                self.report_exit(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+            elif self.inner is not None and pid == self.inner.bubblewrap and self.pid:
+                self.hear_of_end()
+                if not self.exited:  # the init was killed: nobody read the kernel's status
+                    self.report_exit(None, None, None)
 
-    def report_exit(self, status: int, usage: resource.struct_rusage) -> None:
+    def report_exit(self, status: int | None, cpu: float | None, maxrss: int | None) -> None:
         """Tell the runner of the kernel's death with all that will not be there later."""
         self.exited = True
         while self.fault and self.read_fault():
@@ -280,8 +335,8 @@ class Keeper:
             "exited",
             status=status,
             reason=self.reason,
-            cpu=usage.ru_utime + usage.ru_stime,
-            maxrss=usage.ru_maxrss * 1024,
+            cpu=cpu,
+            maxrss=None if maxrss is None else maxrss * 1024,
             counters={path: _read(path) for path in self.plan["counter_files"]},
             fault=self.fault_text.decode("utf-8", "replace"),
             fault_seen=self.fault_seen,
@@ -330,11 +385,24 @@ class Keeper:
 
     # --- the end ------------------------------------------------------------------------------------------------
 
+    def take_disk_back(self) -> None:
+        """What the run wrote into its copy of the folder, if it is to come back; then the file system goes."""
+        if self.disk is None:
+            return
+        if self.disk["write_back"] and self.pid and not self.orphaned:
+            try:
+                trees.take_back(Path(self.disk["base"]) / "folder", Path(self.disk["folder"]))
+            except OSError as error:
+                self.say("trouble", message=f"the folder could not be written back: {error}")
+        if not enclosed.unmount(self.disk["base"]):
+            self.directory = None  # better left lying than emptied through a mount
+
     def leave(self) -> None:
         """Kill what lives, remove what we made, tell what could not be."""
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
         alive = self.kill_tree()
+        self.take_disk_back()
         left = [path for path in reversed(self.made) if not _remove_cgroup(path)]
         directories = [self.directory] if self.directory is not None else []
         directories += [*self.plan.get("directories", ()), *(self.plan.get("orphans", ()) if self.orphaned else ())]
@@ -345,60 +413,49 @@ class Keeper:
         self.say("left", alive=alive, left=left)
 
 
-def _become_kernel(plan: dict[str, Any], parent: int, stderr_fd: int, fault_fd: int, error_fd: int) -> None:
-    """In the child: enter the sandbox and execute the kernel. Never returns."""
-    stage = "sandbox"
+def _become_child(
+    plan: dict[str, Any], inner: enclosed.Enclosed | None, parent: int, stderr_fd: int, fault_fd: int, error_fd: int
+) -> None:
+    """In the child: enter the sandbox and execute the kernel, or bubblewrap with the kernel to be. Never returns."""
     try:
         os.setsid()
-        for path in plan["cgroup_joins"]:
+        for path in plan["cgroup_joins"] if inner is None else ():
             _write(path, "0")
-        if plan["mounts"]:
-            from safe_exec.sandbox import mounts
-
-            mounts.enter(plan["mounts"], user_namespace=plan["user_namespace"])
-        # After the namespaces: new credentials take the wish for a signal away (prctl(2)).
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
-            os._exit(1)
-        _place_descriptors(plan, stderr_fd, fault_fd)
-        for number, soft, hard in plan["rlimits"]:
-            resource.setrlimit(number, (soft, hard))
-        for number in range(1, signal.NSIG):
-            if number not in (signal.SIGKILL, signal.SIGSTOP):
-                with contextlib.suppress(OSError, ValueError):
-                    signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        # ipykernel leaves when this process is no longer its parent, and believes to be a user's own kernel without it.
-        plan["env"]["JPY_PARENT_PID"] = str(parent)
-        os.chdir(plan["cwd"])
-        stage = "command"
-        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])  # noqa: S606 - the kernel's own command
+        _enter_mounts(plan)
+        _die_with(parent)
+        given = {**_given(plan), "fault": fault_fd}
+        if inner is not None:
+            inner.become_bubblewrap(plan, stderr_fd, given, error_fd)
+        become.place_descriptors(plan, stderr_fd, given)
     except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
-        os.write(error_fd, f"{stage} {type(error).__name__}: {error}".encode("utf-8", "replace"))
-        os._exit(127)
+        become.tell(error_fd, "sandbox", error)
+    become.run(plan, parent, error_fd)
 
 
-def _place_descriptors(plan: dict[str, Any], stderr_fd: int, fault_fd: int) -> None:
-    """Standard streams, and the descriptors for the inside, as high up as they go.
+def _enter_mounts(plan: dict[str, Any]) -> None:
+    if not plan["mounts"]:
+        return
+    from safe_exec.sandbox import mounts
 
-    High up, since programs that close "all" descriptors stop at 256, 512 or 1024, and the fault handler's must
-    survive them. Done before RLIMIT_NOFILE is set: an open descriptor above the limit stays valid.
-    """
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(stderr_fd, 1)
-    os.dup2(stderr_fd, 2)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    floor = max(10, min(hard, 65536) - 64)
-    names = dict(zip(plan["pass_names"], plan["pass_fds"], strict=True))
-    names["fault"] = fault_fd
-    for name, fd in names.items():
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD, floor)
-        os.set_inheritable(high, True)
-        plan["argv"] = [part.replace("{" + name + "}", str(high)) for part in plan["argv"]]
-    soft = plan["open_files_soft"]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard) if soft else hard, hard))
+    disk = (plan.get("enclosure") or {}).get("disk")
+    if disk is not None:
+        os.mkdir(disk["base"])
+    more = [] if disk is None else [enclosed.disk_mount(disk["base"], disk)]
+    mounts.enter([*plan["mounts"], *more], user_namespace=plan["user_namespace"])
+    if disk is not None:
+        enclosed.fill_disk(disk["base"], disk)
+
+
+def _die_with(parent: int) -> None:
+    """Be killed with the keeper. After any change of credentials: they take the wish for a signal away (prctl(2))."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
+        os._exit(1)
+
+
+def _given(plan: dict[str, Any]) -> dict[str, int]:
+    """The descriptors that the runner handed over, by name."""
+    return dict(zip(plan["pass_names"], plan["pass_fds"], strict=True))
 
 
 def _write(path: str, value: str) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safe_exec.model import Mechanism
-from safe_exec.sandbox import procfs
+from safe_exec.sandbox import landlock, procfs
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 NO_LIMIT = 1 << 60
@@ -41,6 +43,9 @@ class Machine:
     v2_why_not: str = ""
     v1_why_not: str = ""
     user_tasks: int | None = None
+    bubblewrap: str | None = None
+    bubblewrap_why_not: str = "it was not looked for"
+    landlock: int = 0
     allowed: frozenset[Mechanism] = frozenset(Mechanism)
 
     def may(self, mechanism: Mechanism) -> bool:
@@ -73,6 +78,32 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         user_tasks=None if os.geteuid() == 0 or "pids" in v1 or v2 else _user_tasks(os.getuid()),
         allowed=allowed,
     )
+
+
+BUBBLEWRAP_SECONDS = 10
+
+
+def look_for_walls(machine: Machine) -> Machine:
+    """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor)."""
+    path = shutil.which("bwrap")
+    why_not = f"it is not installed ({INSTALL_BUBBLEWRAP})" if path is None else _bubblewrap_fails(path)
+    return replace(
+        machine, bubblewrap=None if why_not else path, bubblewrap_why_not=why_not, landlock=landlock.abi()
+    )
+
+
+INSTALL_BUBBLEWRAP = "install the package bubblewrap"
+
+
+def _bubblewrap_fails(path: str) -> str:
+    """Why bubblewrap does not do what is needed; empty when it does."""
+    probe = [path, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-net", "--die-with-parent"]
+    probe += ["--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"]  # noqa: S108
+    try:
+        done = subprocess.run(probe, capture_output=True, text=True, errors="replace", timeout=BUBBLEWRAP_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stderr.strip().splitlines() or ["it failed without a word"])[-1] if done.returncode else ""
 
 
 def _user_tasks(uid: int) -> int:

@@ -8,6 +8,7 @@ Documentation/filesystems/overlayfs.rst).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -23,7 +24,7 @@ PROBE_SECONDS = 10
 
 Mount = Mapping[str, str]
 """``{"kind": "bind", "source", "target"}``, ``{"kind": "tmpfs", "target", "options"}``, or ``{"kind": "overlay", "lower", "upper",
-"work", "target"}``; carried out in order."""
+"work", "target"}``; carried out in order. ``{"kind": "bind", ..., "optional": "yes"}`` may be gone by then."""
 
 
 def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
@@ -42,7 +43,8 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
 def _make(mount: Mount) -> None:
     target = mount["target"]
     if mount["kind"] == "bind":
-        _mount(mount["source"], target, "", MS_BIND | MS_REC, "")
+        with contextlib.suppress(*([FileNotFoundError] if "optional" in mount else [])):
+            _mount(mount["source"], target, "", MS_BIND | MS_REC, "")
     elif mount["kind"] == "tmpfs":
         _mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, mount["options"])
     else:

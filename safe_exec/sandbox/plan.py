@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from safe_exec.errors import EnforcementError
-from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.model import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 
 RUNNER_LIMITS = (
     LimitName.CELL_TIMEOUT,
@@ -77,6 +77,7 @@ class SpawnPlan:
     """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit.
 
     ``mounts`` are made in a mount namespace of the kernel's own (see mounts.py), with ``user_namespace`` in one of both kinds.
+    ``enclosed`` is the program bubblewrap where the kernel is to run inside it, ``disk`` and ``shm`` the sizes of its file systems.
     ``directories`` are removed with the sandbox, ``orphans`` only when the runner is gone and nobody else will.
     """
 
@@ -88,6 +89,12 @@ class SpawnPlan:
     memory_limit: int | None = None
     mounts: tuple[Mapping[str, str], ...] = ()
     user_namespace: bool = False
+    isolation: Isolation = field(default_factory=Isolation)
+    walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
+    enclosed: str | None = None
+    landlock: bool = False
+    disk: int | None = None
+    shm: int | None = None
     directories: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
 

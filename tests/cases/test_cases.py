@@ -1,8 +1,15 @@
-"""Every dead-kernel case gets its status, cause, activity, crash cell, line and signal; real kernels, each in a folder of its own."""
+"""Every dead-kernel case gets its status, cause, activity, crash cell, line and signal, and its culprits; real kernels, each in a folder of
+its own.
+
+The search for the culprits takes much longer than a run: unless SAFE_EXEC_CASES is ``all`` it is made for some of the cases only, drawn anew
+each day. The seed stands in the head of pytest's report; SAFE_EXEC_CASES_SEED draws the same again.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import run_notebook
+from tests.support import Outcome, marked_processes, orphaned_groups, private_directory, run_notebook, wait_until
 
 HERE = Path(__file__).parent
 CASES: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())["cases"]
@@ -23,6 +30,7 @@ def holds_here(case: dict[str, Any]) -> bool:
 
 
 RUNNABLE = [case for case in CASES if not case.get("needs_isolation") and holds_here(case)]
+SEARCHED = [case for case in RUNNABLE if case["expected"]["culprits"]]
 
 
 def agrees(expected: Any, found: Any) -> bool:
@@ -30,20 +38,20 @@ def agrees(expected: Any, found: Any) -> bool:
     return expected is None or found == expected or (isinstance(expected, list) and found in expected)
 
 
-@pytest.mark.cases
-@pytest.mark.parametrize("case", RUNNABLE, ids=[case["id"] for case in RUNNABLE])
-def test_case(case: dict[str, Any], tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    for name, text in case.get("files", {}).items():
-        path = tmp_path / name
+def run_case(case: dict[str, Any], base: Path, name: str, *options: str, notebook: Path | None = None, **env: str) -> Outcome:
+    """Run a case's notebook, or another one in its place, in a folder as the case needs it."""
+    work = base / "work"
+    work.mkdir(parents=True)
+    for file, text in case.get("files", {}).items():
+        path = base / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    path = Path(shutil.copy(HERE / "notebooks" / f"{case['id']}.ipynb", work))
-    env = {name: value.format(base=tmp_path) for name, value in case.get("env", {}).items()}
+    path = Path(shutil.copy(notebook or HERE / "notebooks" / f"{case['id']}.ipynb", work / name))
+    env |= {key: value.format(base=base) for key, value in case.get("env", {}).items()}
+    return run_notebook(path, *options, env=env, cwd=work)
 
-    outcome = run_notebook(path, *case["options"], env=env, cwd=work)
 
+def check_cause(case: dict[str, Any], outcome: Outcome) -> None:
     cause = outcome.verdict["cause"] or {}
     crash = outcome.verdict["crash_cell"] or {}
     found = {
@@ -56,3 +64,76 @@ def test_case(case: dict[str, Any], tmp_path: Path) -> None:
     }
     wrong = {key: (case["expected"][key], value) for key, value in found.items() if not agrees(case["expected"][key], value)}
     assert not wrong, f"expected, found: {wrong}\n{outcome.stdout}\n{json.dumps(cause, indent=1)}"
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("case", RUNNABLE, ids=[case["id"] for case in RUNNABLE])
+def test_case(case: dict[str, Any], tmp_path: Path) -> None:
+    check_cause(case, run_case(case, tmp_path, "case.ipynb", *case["options"], "--no-bisect"))
+
+
+# --- culprits ---------------------------------------------------------------------------------------------------
+
+NOT_BLAMED_FIRST: dict[str, str] = {}
+
+
+def drawn() -> list[dict[str, Any]]:
+    return SEARCHED
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("case", drawn(), ids=[case["id"] for case in drawn()])
+def test_culprits(case: dict[str, Any], tmp_path: Path, record_property: Any) -> None:
+    with private_directory() as runtime:
+        outcome = run_case(case, tmp_path / "first", "case.ipynb", *case["options"], XDG_RUNTIME_DIR=str(runtime))
+        assert [path for path in runtime.rglob("*") if path != runtime / "safe-exec"] == []
+    wait_until(lambda: orphaned_groups() == [], 10, f"no control group without a keeper: {orphaned_groups()}")
+    check_cause(case, outcome)
+    verdict = outcome.verdict
+    said = f"{outcome.stdout}\n{outcome.stderr}"
+    found = verdict["culprits"]
+    assert found is not None, said
+    code = {cell["index"]: cell["code_index"] for cell in verdict["cells"]}
+    look_first = code.get(found["look_first"])
+    cells = [culprit["code_index"] for culprit in found["cells"]]
+    record_property("culprits", row_of(case, verdict, cells, look_first))
+
+    assert cells in case["expected"]["culprits"], said
+    assert found["minimal"], said
+    assert found["reproduced"][0] >= 1, said
+    blamed = look_first in case["expected"]["blame"]
+    assert blamed == (case["id"] not in NOT_BLAMED_FIRST), f"look first: {look_first}\n{said}"
+    check_reproduction(case, verdict, tmp_path / "again")
+
+
+def check_reproduction(case: dict[str, Any], verdict: dict[str, Any], base: Path) -> None:
+    """By itself, in a folder as the first run found it, the reproduction ends the same way in its last cell."""
+    repro = Path(verdict["culprits"]["repro_notebook"])
+    assert verdict["outputs"]["repro"] == str(repro)
+    again = run_case(case, base, "case.repro.ipynb", notebook=repro)
+    assert again.verdict["cause"] is not None, again.stdout
+    assert again.verdict["cause"]["kind"] == verdict["cause"]["kind"], again.stdout
+    assert again.verdict["culprits"] is None
+    last = sum(cell.cell_type == "code" for cell in again.notebook.cells) - 1
+    if not on_the_heap(verdict):
+        assert again.verdict["crash_cell"]["code_index"] == last, again.stdout
+
+
+def on_the_heap(verdict: dict[str, Any]) -> bool:
+    return False
+
+
+def row_of(case: dict[str, Any], verdict: dict[str, Any], cells: list[int], look_first: int | None) -> dict[str, Any]:
+    """A line of the table."""
+    found = verdict["culprits"]
+    ran = sum(cell["status"] != "not_run" for cell in verdict["cells"])
+    return {
+        "case": case["id"],
+        "cells": ran,
+        "culprits": cells,
+        "trials": found["trials"],
+        "seconds": found["seconds"],
+        "runs": found["seconds"] / verdict["usage"]["wall_seconds"],
+        "method": found["method"],
+        "look first": look_first,
+    }

@@ -27,6 +27,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.kernel",),
     ("safe_exec.sandbox",),
     ("safe_exec.notebook", "safe_exec.nbcheck", "safe_exec.nbjson", "safe_exec.profiles", "safe_exec.project_file"),
+    ("safe_exec.isolation",),
     ("safe_exec.limits_values", "safe_exec.limits_yaml"),
     ("safe_exec.files", "safe_exec.units"),
     ("safe_exec.events",),
@@ -43,7 +44,9 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.kernel.faults": {"safe_exec.model"},
     "safe_exec.sandbox.procfs": set(),
     "safe_exec.sandbox.keeper": {"safe_exec.sandbox.mounts", "safe_exec.sandbox.procfs"},
+    "safe_exec.sandbox.landlock": set(),
     "safe_exec.sandbox.mounts": set(),
+    "safe_exec.sandbox.seccomp": set(),
     "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.errors"},
 }
 
@@ -55,8 +58,10 @@ RUNS_TRIALS = tuple(f"safe_exec.culprit.{name}" for name in ("oracle", "investig
 
 STANDARD_ONLY = (
     "safe_exec.sandbox.keeper",
+    "safe_exec.sandbox.landlock",
     "safe_exec.sandbox.mounts",
     "safe_exec.sandbox.procfs",
+    "safe_exec.sandbox.seccomp",
     "safe_exec.kernel.inside",
     "safe_exec.kernel.page",
 )

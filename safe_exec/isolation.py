@@ -1,0 +1,112 @@
+"""What the ``isolation:`` of a profile, a file or a notebook says, checked, and laid over each other.
+
+Imports ``model``, ``errors``, ``files``, ``limits_values`` and ``limits_yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from safe_exec.errors import LimitsError
+from safe_exec.files import one_line
+from safe_exec.limits_values import nearest
+from safe_exec.limits_yaml import Value
+from safe_exec.model import FolderUse, Isolation, SystemCalls
+
+KEYS = tuple(f.name for f in fields(Isolation))
+_LISTS = ("env", "writable", "hide", "devices")
+_CHOICES: Mapping[str, type[FolderUse | SystemCalls]] = {"folder": FolderUse, "system_calls": SystemCalls}
+_STRICTER_IF = {"network": False, "write_back": False}
+"""The value that walls off more; ``True`` for the other keys."""
+_ORDER: Mapping[str, list[Any]] = {
+    "folder": [FolderUse.WRITE, FolderUse.COPY, FolderUse.READ],
+    "system_calls": list(SystemCalls),
+}
+
+
+def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
+    """The keys under an ``isolation:`` of a file, checked. Raises LimitsError with file, line and the nearest right name."""
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        name = str(key).replace("-", "_")
+        if name not in KEYS:
+            raise LimitsError(f"{value.where}: unknown key {one_line(key)!r} under isolation; {nearest(str(key), KEYS)}")
+        found[name] = _read(name, value)
+    return found
+
+
+def _read(name: str, value: Value) -> Any:
+    if name in _LISTS:
+        return value.words(name)
+    if name in _CHOICES:
+        return _choice(name, value.text(name), value.where)
+    return value.flag(name)
+
+
+def _choice(name: str, word: str, where: str) -> Any:
+    kind = _CHOICES[name]
+    try:
+        return kind(word)
+    except ValueError:
+        raise LimitsError(f"{where}: {name}: expected one of {', '.join(kind)}, found {word!r:.60}") from None
+
+
+def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
+    """``isolation`` with other values; lists are added to."""
+    merged: Any = {name: (*getattr(isolation, name), *value) if name in _LISTS else value for name, value in changes.items()}
+    return replace(isolation, **merged)
+
+
+def of_metadata(metadata: Mapping[str, object], where: str) -> dict[str, Any]:
+    """``metadata.safe_exec.isolation`` of a notebook, as a reproduction carries it. Raises LimitsError."""
+    ours = metadata.get("safe_exec")
+    found = ours.get("isolation") if isinstance(ours, Mapping) else None
+    if found is None:
+        return {}
+    place = f"{one_line(where)}: metadata.safe_exec.isolation"
+    if not isinstance(found, Mapping):
+        raise LimitsError(f"{place}: expected an object of keys and values")
+    return {_known(key, place): _plain(_known(key, place), value, place) for key, value in found.items()}
+
+
+def _known(key: object, place: str) -> str:
+    name = str(key).replace("-", "_")
+    if name not in KEYS:
+        raise LimitsError(f"{place}: unknown key {one_line(key)!r}; {nearest(str(key), KEYS)}")
+    return name
+
+
+def _plain(name: str, value: object, place: str) -> Any:
+    if name in _LISTS:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise LimitsError(f"{place}: {name}: expected a list of words")
+    if name in _CHOICES:
+        return _choice(name, str(value), place)
+    if not isinstance(value, bool):
+        raise LimitsError(f"{place}: {name}: expected true or false")
+    return value
+
+
+def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:
+    """What a notebook's own wishes make of it: only more walls, never fewer; what it wants opened is not heard."""
+    changes: dict[str, Any] = {}
+    for name, value in wished.items():
+        before = getattr(isolation, name)
+        order = _ORDER.get(name, [])
+        if name == "hide":
+            changes[name] = value
+        elif name in _CHOICES:
+            changes[name] = max(before, value, key=order.index)
+        elif name not in _LISTS and value is _STRICTER_IF.get(name, True):
+            changes[name] = value
+    return apply(isolation, changes)
+
+
+def as_metadata(isolation: Isolation) -> dict[str, Any]:
+    """The walls that are up, for the metadata of a reproduction."""
+    bare = Isolation()
+    found = {f.name: getattr(isolation, f.name) for f in fields(Isolation) if getattr(isolation, f.name) != getattr(bare, f.name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

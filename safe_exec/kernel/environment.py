@@ -1,0 +1,31 @@
+"""Which variables of the environment a kernel may see where only listed ones are. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+LISTED = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS", "LINES", "NO_COLOR", "CI",
+        "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONUTF8", "PYTHONWARNINGS",
+        "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "PYTHONIOENCODING", "LD_LIBRARY_PATH", "R_HOME", "R_LIBS", "R_LIBS_USER", "R_LIBS_SITE",
+        "JULIA_DEPOT_PATH", "JULIA_PROJECT", "JULIA_NUM_THREADS", "MPLBACKEND", "MPLCONFIGDIR", "SOURCE_DATE_EPOCH",
+        "JUPYTER_PATH", "JUPYTER_DATA_DIR", "CUDA_VISIBLE_DEVICES", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
+        "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+    }
+)  # fmt: skip
+"""Variables that are known to be harmless and useful; proxies only where their value holds no password."""
+LISTED_ENDS = ("_NUM_THREADS",)
+LISTED_STARTS = ("LC_",)
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+
+
+def listed_environment(env: Mapping[str, str], more: Iterable[str]) -> dict[str, str]:
+    """What of an environment may be seen where only listed variables are: the list, and ``more`` by name."""
+    names = set(more)
+    return {key: value for key, value in env.items() if key in names or (_is_listed(key) and not _CREDENTIALS.search(value))}
+
+
+def _is_listed(key: str) -> bool:
+    return key in LISTED or key.startswith(LISTED_STARTS) or key.endswith(LISTED_ENDS)

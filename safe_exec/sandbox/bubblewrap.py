@@ -1,0 +1,167 @@
+"""The walls that bubblewrap puts up: from what is asked to its arguments. Pure; imports model.
+
+bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the init of ours (init.py), which starts the
+kernel. The order of mounts is the order of the arguments: first the system, then what hides parts of it, then what stays visible in there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safe_exec.model import FolderUse, Isolation
+
+OLDEST = (0, 5, 0)
+"""``--size`` and ``--perms`` for tmpfs."""
+TMP_BYTES = 1 << 30
+SHM_BYTES = 1 << 30
+"""What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case."""
+STICKY = "1777"
+HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
+"""Sockets of other programs (docker, dbus, a session's agents) are in /run."""
+NEEDED_RUN = ("/run/systemd/resolve", "/run/resolvconf", "/run/netns")
+DEVICES = ("/dev/fuse", "/dev/kvm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What the walls are put around: paths as the notebook sees them.
+
+    ``folder`` is its working directory, ``runtime`` that of its sockets, ``homes`` are to be hidden, ``visible`` must be readable in
+    them (interpreters, packages). ``disk`` is a directory of limited size with ``folder``, ``tmp`` and ``home`` in it, where there is one.
+    """
+
+    folder: Path
+    runtime: Path
+    homes: tuple[Path, ...]
+    visible: tuple[Path, ...]
+    disk: Path | None = None
+
+
+def arguments(
+    program: str,
+    isolation: Isolation,
+    around: Surroundings,
+    *,
+    shm_bytes: int | None,
+    root: bool,
+) -> list[str]:
+    """Bubblewrap's command line up to and with the ``--`` before the program that is to run inside."""
+    return [
+        program,
+        *_namespaces(isolation),
+        *_capabilities(isolation, root=root),
+        *_system(isolation),
+        *_own_mounts(isolation, around, shm_bytes),
+        *_homes(isolation, around),
+        *_folder(isolation, around),
+        *_extra(isolation),
+        "--bind", str(around.runtime), str(around.runtime),
+        "--chdir", str(around.folder),
+        "--",
+    ]  # fmt: skip
+
+
+def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
+    """Whether anything is asked for that takes namespaces."""
+    return (
+        isolation.hide_home
+        or isolation.read_only_system
+        or isolation.own_processes
+        or not isolation.network
+        or isolation.folder is not FolderUse.WRITE
+        or bool(isolation.hide)
+        or disk
+        or shm
+    )
+
+
+def _namespaces(isolation: Isolation) -> Iterator[str]:
+    yield "--die-with-parent"
+    if isolation.own_processes:
+        yield from ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox")
+    if not isolation.network:
+        yield "--unshare-net"
+
+
+def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
+    """An ordinary user has none to drop; root keeps what it takes to become somebody else, if that is asked for."""
+    if root:
+        yield from ("--cap-drop", "ALL")
+        if isolation.other_user:
+            yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL")
+
+
+def _system(isolation: Isolation) -> Iterator[str]:
+    if isolation.read_only_system:
+        yield from ("--ro-bind", "/", "/", "--dev", "/dev")
+        for device in isolation.devices:
+            yield from ("--dev-bind", device, device)
+    else:
+        yield from ("--dev-bind", "/", "/")
+    if isolation.own_processes:
+        yield from ("--proc", "/proc")
+    if isolation.read_only_system:
+        # To root without any capability the files below are still its own: /proc/sys/kernel/core_pattern runs programs outside.
+        for path in ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"):
+            yield from ("--ro-bind-try", path, path)
+
+
+def _own_mounts(isolation: Isolation, around: Surroundings, shm_bytes: int | None) -> Iterator[str]:
+    """File systems of its own where the system may not be written; what other programs have in /run is hidden."""
+    if isolation.read_only_system or around.disk is not None:
+        yield from _tmpfs_or(around.disk and around.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
+    if isolation.read_only_system or shm_bytes is not None:
+        yield from ("--perms", STICKY, "--size", str(shm_bytes or SHM_BYTES), "--tmpfs", "/dev/shm")  # noqa: S108
+    if isolation.read_only_system:
+        for path in HIDDEN_SYSTEM:
+            yield from ("--size", str(TMP_BYTES), "--tmpfs", path)
+        if isolation.network:
+            for path in NEEDED_RUN:
+                yield from ("--ro-bind-try", path, path)
+
+
+def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:
+    if source is not None:
+        yield from ("--bind", str(source), target)
+    else:
+        yield from ("--perms", STICKY, "--size", str(size), "--tmpfs", target)
+
+
+def _homes(isolation: Isolation, around: Surroundings) -> Iterator[str]:
+    """Empty homes, in which what the interpreter needs stays readable; the first is the user's own, and can be written."""
+    hidden = [*(around.homes if isolation.hide_home else ()), *map(Path, isolation.hide)]
+    for number, home in enumerate(hidden):
+        if number == 0 and around.disk is not None and isolation.hide_home:
+            yield from ("--bind", str(around.disk / "home"), str(home))
+        else:
+            yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(home))
+    covered = [*hidden, *((Path("/tmp"),) if isolation.read_only_system or around.disk else ())]  # noqa: S108
+    for path in _outermost(around.visible):
+        if any(path.is_relative_to(top) for top in covered):
+            yield from ("--ro-bind-try", str(path), str(path))
+
+
+def _outermost(paths: Sequence[Path]) -> list[Path]:
+    """Paths that lie in no other one."""
+    found: list[Path] = []
+    for path in sorted(set(paths)):
+        if not any(path.is_relative_to(top) for top in found):
+            found.append(path)
+    return found
+
+
+def _folder(isolation: Isolation, around: Surroundings) -> Iterator[str]:
+    folder = str(around.folder)
+    if isolation.folder is FolderUse.READ:
+        yield from ("--ro-bind", folder, folder)
+    elif around.disk is not None:
+        yield from ("--bind", str(around.disk / "folder"), folder)
+    else:
+        yield from ("--bind", folder, folder)
+
+
+def _extra(isolation: Isolation) -> Iterator[str]:
+    for path in isolation.writable:
+        yield from ("--bind", path, path)

@@ -1,0 +1,159 @@
+"""The keeper's side of a kernel inside bubblewrap: start it, meet the init and the kernel, hear of the end. Standard library only.
+
+Who speaks is known by the credentials that the system puts on each message: the process ids arrive as they are out here, whatever namespace
+the speaker is in (unix(7), SCM_CREDENTIALS). That is how the keeper learns which process is the kernel, and why nobody but the init can say
+how the kernel ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+from safe_exec.sandbox import become, trees
+
+SO_PASSCRED, SCM_CREDENTIALS = 16, 2
+MNT_DETACH = 2
+_UCRED = struct.Struct("3i")
+MEET_SECONDS = 20.0
+MESSAGE_BYTES = 4096
+BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); from safe_exec.sandbox.init import main; main(*map(int, sys.argv[2:]))"
+)
+
+
+class Enclosed:
+    """One bubblewrap and what is in it."""
+
+    def __init__(self) -> None:
+        self.status, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.status.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+        self._go_r, self._go_w = os.pipe2(os.O_CLOEXEC)
+        self.bubblewrap = 0
+        self.init = 0
+        self.kernel = 0
+
+    # --- in the keeper's child ----------------------------------------------------------------------------------
+
+    def become_bubblewrap(self, plan: dict[str, Any], stderr_fd: int, given: dict[str, int], error_fd: int) -> None:
+        """Execute bubblewrap, with the init in it. Never returns."""
+        try:
+            enclosure = plan["enclosure"]
+            placed = become.place_descriptors(
+                plan, stderr_fd, {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec", 0)}
+            )
+            _write_config(placed["config"], plan)
+            inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
+            inner += [str(placed[name]) for name in ("status", "go", "config")]
+            argv = [*enclosure["argv"], *inner]
+            os.execve(argv[0], argv, {"PATH": os.defpath})
+        except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
+            become.tell(error_fd, "sandbox", error)
+
+    # --- in the keeper ------------------------------------------------------------------------------------------
+
+    def started(self, pid: int) -> None:
+        """The child is on its way; its ends of things are its own now."""
+        self.bubblewrap = pid
+        self._theirs.close()
+        os.close(self._go_r)
+
+    def meet(self) -> int:
+        """Wait for the kernel's process, which waits for us; its id out here. Raises Refused when bubblewrap ends before."""
+        deadline = time.monotonic() + MEET_SECONDS
+        while not self.kernel:
+            if not select.select([self.status], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise become.Refused("sandbox", "nothing started inside bubblewrap")
+            message, pid = self.receive()
+            if not message:
+                raise become.Refused("sandbox", "bubblewrap could not build it")
+            if message.get("who") == "init":
+                self.init = pid
+            elif message.get("who") == "kernel":
+                self.kernel = pid
+        return self.kernel
+
+    def go(self) -> None:
+        """Let the kernel's process go on; wait until it has executed the kernel. Raises Refused when it could not."""
+        os.write(self._go_w, b"g")
+        os.close(self._go_w)
+        deadline = time.monotonic() + MEET_SECONDS
+        while True:
+            if not select.select([self.status], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise become.Refused("sandbox", "the kernel's process did not get to its command")
+            message, pid = self.receive()
+            if not message or pid == self.init:
+                break
+        if not message or "executed" not in message:
+            stage, _, words = str(message.get("failed", "sandbox bubblewrap ended")).partition(" ")
+            raise become.Refused(stage, words)
+        self.status.setblocking(False)
+
+    def receive(self) -> tuple[dict[str, Any], int]:
+        """A message and who sent it, by process id out here; an empty one at the end, and for what is no message of ours."""
+        data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(_UCRED.size))
+        pid = next((_UCRED.unpack(found[: _UCRED.size])[0] for _, kind, found in ancillary if kind == SCM_CREDENTIALS), 0)
+        with contextlib.suppress(ValueError):
+            message = json.loads(data)
+            if isinstance(message, dict):
+                return message, pid
+        return {}, pid
+
+    def ending(self) -> dict[str, Any] | None:
+        """How the kernel ended, once the init has said so. What others say there is not heard."""
+        while True:
+            try:
+                message, pid = self.receive()
+            except (BlockingIOError, ConnectionError):
+                return None
+            if pid == self.init and "status" in message:
+                return message
+            if not message and not pid:
+                return None
+
+
+def _write_config(fd: int, plan: dict[str, Any]) -> None:
+    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls")
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps({name: plan[name] for name in wanted}).encode())
+
+
+# --- a folder of limited size -----------------------------------------------------------------------------------
+
+
+def disk_mount(base: str, disk: dict[str, Any]) -> dict[str, str]:
+    """The tmpfs that holds all that a run may write; as many inodes as 4 KiB files would fill."""
+    return {"kind": "tmpfs", "target": base, "options": f"size={disk['size']},nr_inodes={disk['inodes']},mode=0755"}
+
+
+def fill_disk(base: str, disk: dict[str, Any]) -> None:
+    """The folder's copy, a /tmp and a home in it. Raises OSError with what is too small."""
+    owner = disk["owner"]
+    folder = Path(base) / "folder"
+    try:
+        trees.copy_tree(Path(disk["folder"]), folder, owner=owner)
+    except OSError as error:
+        raise OSError(error.errno, f"the folder {disk['folder']} does not fit into --disk: {error.strerror}") from error
+    for name, mode in (("tmp", 0o1777), ("home", 0o755)):
+        made = Path(base) / name
+        made.mkdir()
+        made.chmod(mode)
+        if owner is not None:
+            os.chown(made, owner, owner)
+
+
+def unmount(path: str) -> bool:
+    """Detach what is mounted on a path; whether nothing is any more."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.umount2(os.fsencode(path), MNT_DETACH)
+    return not os.path.ismount(path)
+
+

@@ -1,0 +1,195 @@
+"""Walls that any process can put around itself, where no namespace is to be had: Landlock. Linux only; standard library only.
+
+Theory of operation (landlock(7); kernel documentation userspace-api/landlock). A ruleset names the kinds of access that it handles. What
+is handled is forbidden, but beneath the paths that a rule opens. :func:`restrict` makes the ruleset, adds the rules, and puts the calling
+thread under it for good, with all that will come from it; the child calls it right before it executes the kernel.
+
+What a kernel of the system does not know yet is left out (:func:`describe`), as the documentation has it:
+
+=== ==============================================================================================
+ABI
+=== ==============================================================================================
+1   reading, executing, writing, making and removing files; none can be moved to another directory
+2   they can, between directories that may be written to (REFER)
+3   truncate(2); before, any file that the user may write to can be emptied by it
+4   TCP: bind and connect
+5   ioctl(2) on devices that are opened from then on
+6   abstract Unix sockets of, and signals to, processes outside
+7   nothing that we use: what is written to the audit log
+=== ==============================================================================================
+
+What no ABI up to 7 walls off: looking at what a file is like (stat, access) and changing that (chmod, chown, utime, setxattr), chdir,
+Unix sockets with a path, UDP, and descriptors that are open already. A hidden tree that is mounted a second time, or a file with a
+second hard link, can be read there. Inside, nothing can be mounted, and no process outside can be traced (ptrace(2)), so that
+/proc/PID/environ, mem, root and cwd of those outside are closed, too.
+
+Rules open whole trees, and none can be taken back further down. To hide one directory, all beside it must be opened instead
+(:func:`all_but`): the directories above a hidden one can be passed through, but not listed, and what is put into them later cannot be
+read. Writable trees are readable; they may lie beneath hidden ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+# linux/landlock.h: LANDLOCK_ACCESS_FS_*, in the order of their bits
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR = (1 << bit for bit in range(8))
+MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV = (1 << bit for bit in range(8, 16))
+BIND_TCP, CONNECT_TCP = 1, 2
+SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
+
+FIRST = REFER - 1
+"""What ABI 1 knows: all bits below REFER."""
+READ = EXECUTE | READ_FILE | READ_DIR
+# Root could make a device file of the disk that a hidden directory lies on.
+NEVER = MAKE_CHAR | MAKE_BLOCK
+OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+"""What a rule for anything but a directory may speak of."""
+
+DEVICES = (
+    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/shm",  # noqa: S108
+)  # fmt: skip
+"""What programs expect to be able to write to; of no danger to anybody. Graphics cards are not among them."""
+
+# The same numbers on every architecture that we run on.
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+CREATE_RULESET_VERSION = 1
+RULE_PATH_BENEATH = 1
+PR_SET_NO_NEW_PRIVS = 38
+
+
+class Handled(NamedTuple):
+    """struct landlock_ruleset_attr: what is forbidden where no rule allows it."""
+
+    files: int
+    net: int
+    scoped: int
+
+
+def describe(abi: int) -> dict[str, bool]:
+    """Which walls an ABI gives."""
+    since = {"files": 1, "truncation": 3, "tcp": 4, "devices": 5, "abstract_sockets": 6, "signals": 6}
+    return {wall: abi >= first for wall, first in since.items()}
+
+
+def handled(abi: int, *, tcp: bool | None) -> Handled:
+    """What to forbid, as far as this ABI knows it."""
+    files = FIRST | (REFER if abi >= 2 else 0) | (TRUNCATE if abi >= 3 else 0) | (IOCTL_DEV if abi >= 5 else 0)  # noqa: PLR2004
+    walls = describe(abi)
+    net = BIND_TCP | CONNECT_TCP if walls["tcp"] and tcp is False else 0
+    return Handled(files, net, SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if walls["signals"] else 0)
+
+
+def rules(abi: int, *, readable: Iterable[str], writable: Iterable[str]) -> dict[str, int]:
+    """What to allow beneath each path."""
+    known = handled(abi, tcp=None).files
+    return {**dict.fromkeys(readable, READ & known), **dict.fromkeys(writable, known & ~NEVER)}
+
+
+def all_but(
+    hidden: Sequence[str],
+    *,
+    listdir: Callable[[str], list[str]] = os.listdir,
+    islink: Callable[[str], bool] = os.path.islink,
+    resolve: Callable[[str], str] = os.path.realpath,
+) -> list[str]:
+    """The paths to open so that everything can be read but the hidden trees; only what lies above those is listed.
+
+    Links are left out: following one needs no right, and what it leads to is opened for itself, or hidden. A rule for a link would
+    open its target, which may be what is to be hidden.
+    """
+    closed = {"/" + resolve(path).lstrip("/") for path in hidden}
+    above = {str(parent) for path in closed for parent in PurePosixPath(path).parents}
+    found, todo = [], ["/"]
+    while todo:
+        path = todo.pop()
+        if path in closed:
+            continue
+        if path not in above:
+            found.append(path)
+            continue
+        try:
+            children = [os.path.join(path, name) for name in listdir(path)]
+        except OSError:  # what cannot be listed stays closed altogether
+            continue
+        todo += [child for child in children if not islink(child)]
+    return sorted(found)
+
+
+# --- the calls --------------------------------------------------------------------------------------------------
+
+
+class _RulesetAttr(ctypes.Structure):
+    # Older systems take the longer structure, so long as what they do not know is zero.
+    _fields_ = (("files", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
+
+
+class _PathBeneathAttr(ctypes.Structure):
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
+
+
+def abi() -> int:
+    """The version of Landlock that the running system offers, 0 where it has none or does not use it."""
+    try:
+        return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION, what="ask for Landlock")
+    except OSError:
+        return 0
+
+
+def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | None) -> None:
+    """Put up the walls for good; ``tcp=False`` refuses TCP, else it is left as it is. Raises OSError that names what failed.
+
+    Paths are followed where they are links. Those that are missing, or that we cannot get at, are left out: that forbids more, not less.
+    """
+    version = abi()
+    if version == 0:
+        raise OSError(errno.EOPNOTSUPP, "cannot wall off files: the system has no Landlock")
+    attr = _RulesetAttr(*handled(version, tcp=tcp))
+    ruleset = _call(CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0, what="make a Landlock ruleset")
+    try:
+        for path, access in rules(version, readable=readable, writable=writable).items():
+            _allow(ruleset, path, access)
+        _no_new_privileges()
+        _call(RESTRICT_SELF, ruleset, 0, what="put up the walls of Landlock")
+    finally:
+        os.close(ruleset)
+
+
+def _allow(ruleset: int, path: str, access: int) -> None:
+    try:
+        parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the path's fault: a rule would be missing
+            raise OSError(error.errno, f"cannot open {path}: {error.strerror}") from error
+        return
+    try:
+        attr = _PathBeneathAttr(access if os.path.isdir(parent) else access & OF_A_FILE, parent)
+        _call(ADD_RULE, ruleset, RULE_PATH_BENEATH, ctypes.byref(attr), 0, what=f"allow what is beneath {path}")
+    finally:
+        os.close(parent)
+
+
+def _no_new_privileges() -> None:
+    """Asked of whoever is not root: walls could mislead a set-user-id program."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, *(ctypes.c_ulong(number) for number in (1, 0, 0, 0))) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot set no_new_privs: {os.strerror(number)}")
+
+
+def _call(number: int, *arguments: object, what: str) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Arguments of a variadic function: an int would leave the upper half of its register to chance.
+    wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    done: int = libc.syscall(ctypes.c_long(number), *wide)
+    if done < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot {what}: {os.strerror(code)}")
+    return done
