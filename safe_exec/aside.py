@@ -48,7 +48,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
 
     Raises SandboxError where the folder cannot be kept.
     """
-    from safe_exec.culprit.cache import cache_root, claim_folder, release_folder
+    from safe_exec.culprit.cache import cache_root, claim_folder, release_folder, tidy
     from safe_exec.culprit.folder import take, views_of
     from safe_exec.culprit.runs import Runs
     from safe_exec.trial import Cancellation
@@ -58,6 +58,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
     with signals(cancellation.arrive), contextlib.ExitStack() as stack:
         sweep()
         try:
+            tidy(cache_root())
             scratch = claim_folder(cache_root(), prepared.run_id)
             stack.callback(release_folder, scratch)
             snapshot = await asyncio.to_thread(take, prepared.cwd, scratch, ours=ours)

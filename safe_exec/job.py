@@ -37,7 +37,10 @@ class Bisect(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the user asked for. ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None`` for what the length of the first run makes of it.
+    """What the user asked for.
+
+    ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None``
+    for what the length of the first run makes of it.
 
     ``writes``: documents are written; without it their paths need not be writable.
     """

@@ -670,8 +670,9 @@ class Environment:
 class Verdict:
     """The whole answer. ``culprits`` is ``None`` where no search was made.
 
-    ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to.
-    ``started`` and ``finished`` are ISO 8601 in UTC; the other fields are as in docs/verdict.md.
+    ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on
+    after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to. ``started`` and ``finished`` are
+    ISO 8601 in UTC; the other fields are as in docs/verdict.md.
     """
 
     safe_exec_version: str

@@ -190,11 +190,12 @@ class Trials:
         from safe_exec.culprit.runs import Change, NoTrial, why_not_run
         from safe_exec.model import InternalError
 
-        name, seen = self.scale.name, Descriptors()
-        # The first run is with the limits as given, of the cells too.
-        value = self.scale.limit(attempt.value)
+        name, value = self.scale.name, self.scale.limit(attempt.value)
+        limits = with_value(self.prepared.resolved.limits, name, value)
+        seen = Descriptors(limits.open_files)
         change = Change(
-            limits=with_value(self.prepared.resolved.limits, name, value),
+            limits=limits,
+            # The first run is with the limits as given, of the cells too.
             cell_limits=self.runs.template.cell_limits if self._first else self._of_cells(value),
             allowed=attempt.allowed,
             deadline=self._deadline,

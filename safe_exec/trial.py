@@ -419,12 +419,16 @@ class Trial:
         client.reset_execution_trackers()
         client.total_cap = self.request.limits.output
         connect = asyncio.create_task(self.session.connect(client, self.request.limits.start_timeout))
+        # Whoever discards us does not ask how the connection went.
+        connect.add_done_callback(lambda task: task.cancelled() or task.exception())
         stop = asyncio.create_task(self.stopping.wait())
-        await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if connect.done():
-            return connect.result()
-        connect.cancel()
+        try:
+            await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if connect.done():
+                return connect.result()
+        finally:
+            stop.cancel()
+            connect.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await connect
         return None

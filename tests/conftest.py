@@ -1,0 +1,41 @@
+"""For all tests: the seed by which cases are drawn, and the table of what the search for their culprits took."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tests.cases.table import PROPERTY, Row, render, write
+
+SEED = "SAFE_EXEC_CASES_SEED"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--culprit-table", type=Path, metavar="FILE", help="write the table of culprits into this document")
+
+
+def pytest_configure() -> None:
+    # Workers inherit it: all of them draw the same, at midnight too.
+    os.environ.setdefault(SEED, datetime.now(UTC).date().isoformat())
+
+
+def pytest_report_header() -> str:
+    return f"cases for the culprit search drawn by {SEED}={os.environ[SEED]}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = [dict(report.user_properties).get(PROPERTY) for report in reports if report.when == "call"]
+    rows = [Row(**row | {"culprits": tuple(row["culprits"])}) for row in found if row is not None]
+    if rows:
+        if config.get_verbosity() < 0:  # there was no header
+            terminalreporter.write_line(pytest_report_header())
+        terminalreporter.section("culprits")
+        terminalreporter.write_line(render(rows))
+        path = config.getoption("--culprit-table")
+        if path is not None:
+            write(path, rows)
+            terminalreporter.write_line(f"written into {path}")

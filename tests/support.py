@@ -123,7 +123,9 @@ def left_behind(run_id: str) -> list[str]:
 
 def orphaned_groups() -> list[Path]:
     """Control groups of any run whose keeper is gone: trials of a search have names that nobody else knows."""
-    groups = [Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) for name in names if re.match("safe-exec-[0-9a-f]{12}", name)]
+    groups = [
+        Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) for name in names if re.match("safe-exec-[0-9a-f]{12}", name)
+    ]
     commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -182,3 +184,45 @@ def ordinary_user() -> list[str]:
         return none
     only = "-all,+dac_read_search"
     return [*base, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "env"]
+
+
+def ordinary_user_with_namespaces() -> list[str]:
+    """The same for a user who is to get a user namespace, where a capability over root's files counts for nothing.
+
+    A directory that only root may enter is replaced, in a mount namespace, by one that everybody may, with our interpreter in it.
+    """
+    prefix = ordinary_user()
+    closed = sorted({path for need in (sys.base_prefix, sys.prefix, ROOT) for path in _closed(Path(need).resolve())})
+    if not closed:
+        return prefix
+    script = ["set -e", "hold=$(mktemp -d)", 'mount -t tmpfs safe-exec-test "$hold"']
+    needed = [
+        str(path)
+        for path in (Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve(), ROOT)
+        if set(closed) & set(path.parents)
+    ]
+    for number, path in enumerate(needed):
+        script += [f'mkdir "$hold/{number}"', f"mount --bind '{path}' \"$hold/{number}\""]
+    script += [f"mount -t tmpfs -o mode=755 safe-exec-test '{path}'" for path in closed if not set(closed) & set(path.parents)]
+    for number, path in enumerate(needed):
+        script += [f"mkdir -p '{path}'", f"mount --bind \"$hold/{number}\" '{path}'"]
+    script += ['umount -R -l "$hold"', 'rmdir "$hold"', 'exec "$@"']
+    base = [part for part in prefix if "caps" not in part and "bounding" not in part and part != "env"]
+    none = ["--inh-caps=-all", "--bounding-set=-all", "env"]
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(script), "sh", *base, *none]
+
+
+def _closed(path: Path) -> list[Path]:
+    """The directories above that others may not enter."""
+    return [parent for parent in (path, *path.parents) if not parent.stat().st_mode & 0o001]
+
+
+def without_namespaces() -> list[str]:
+    """A command prefix that makes what follows run where no namespace of its own is to be had, as the user it is.
+
+    Counts of namespaces are limited in each user namespace for itself (namespaces(7)): in one of our own, to none.
+    """
+    limits = "echo 0 > /proc/sys/user/max_mnt_namespaces && echo 0 > /proc/sys/user/max_user_namespaces"
+    prefix = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", f'{limits} && exec "$@"', "sh"]
+    # Where not even this one can be made, there are none in the first place.
+    return prefix if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0 else []

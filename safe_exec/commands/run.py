@@ -150,16 +150,16 @@ def _existing(option: str, path: str) -> str:
     return real
 
 
-def parse_budget(text: str | None) -> float | None:
-    """Seconds of ``--bisect-budget``. Raises UsageError."""
+def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | None:
+    """Seconds of a budget. Raises UsageError."""
     if text is None:
         return None
     try:
         seconds = parse_duration(text)
     except UnitError as error:
-        raise UsageError(f"--bisect-budget: {error}") from None
+        raise UsageError(f"{option}: {error}") from None
     if seconds is None:
-        raise UsageError("--bisect-budget: expected a time such as 90s or 5m; a search without an end is not offered")
+        raise UsageError(f"{option}: expected a time such as 90s or 5m; a search without an end is not offered")
     return seconds
 
 

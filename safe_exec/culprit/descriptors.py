@@ -16,9 +16,13 @@ _WRITABLE = 0o200
 
 
 class Descriptors:
-    """An event sink that keeps ``most``, how many were open at a time, and ``largest``, the size of the largest file open for writing."""
+    """An event sink that keeps ``most``, how many were open at a time, and ``largest``, the size of the largest file open for writing.
 
-    def __init__(self) -> None:
+    ``limit`` is what the kernel may open: descriptors from there on are no notebook's (ours are put where nobody would look for them).
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
         self.most: int | None = None
         self.largest: int | None = None
         self._pid = 0
@@ -35,8 +39,7 @@ class Descriptors:
         """Look now; a kernel that is gone has none."""
         directory = f"/proc/{self._pid}/fd"
         with contextlib.suppress(OSError):
-            names = os.listdir(directory)
-            # Their count and not the highest: some of ours are put where no notebook would look for them.
+            names = [name for name in os.listdir(directory) if self._limit is None or int(name) < self._limit]
             self.most = max(self.most or 0, len(names))
             for name in names:
                 with contextlib.suppress(OSError):

@@ -66,7 +66,9 @@ class Failure:
             exit_code=cause.exit_code,
             cell=cell,
             error=_raised(cause),
-            missing=tuple(sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})),
+            missing=tuple(
+                sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})
+            ),
             moves=cause.kind is CauseKind.ABORT and any(word in said for word in HEAP_WORDS),
         )
 

@@ -73,7 +73,7 @@ def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset()) ->
 
     ``ours`` are files that we write into it ourselves: no part of what the notebook starts from.
     """
-    folder, but = folder.resolve(), ours | {scratch}
+    folder, but = folder.resolve(), ours | {scratch.resolve()}
     entries: dict[str, Entry] = {}
     total = 0
     for path, found in walk(folder, but=but):
@@ -322,7 +322,7 @@ def added(snapshot: Snapshot) -> tuple[str, ...]:
     known = snapshot.entries or {}
     new: set[Path] = set()
     found: list[str] = []
-    for path, _ in walk(snapshot.folder, but=frozenset({snapshot.scratch})):
+    for path, _ in walk(snapshot.folder, but=frozenset({snapshot.scratch.resolve()})):
         name = str(path.relative_to(snapshot.folder))
         if path.parent in new:
             new.add(path)

@@ -21,9 +21,12 @@ _BODIES = ast.stmt | ast.ExceptHandler | ast.match_case
 def read_on_the_way(source: str, line: int) -> frozenset[str]:
     """Global names that the innermost statement at a line reads before it can do anything else; none where that is not sure."""
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the latter two: nested too deep for the parser
+        return _read_in(ast.parse(source), line)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the latter two: nested deeper than can be followed
         return frozenset()
+
+
+def _read_in(tree: ast.Module, line: int) -> frozenset[str]:
     chain = list(_chain(tree, line))
     if not chain or any(_may_swallow(outer, inner) for outer, inner in pairwise(chain)):
         return frozenset()

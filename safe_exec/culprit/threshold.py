@@ -69,7 +69,7 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is looked for. The first run is with ``given``; no other leaves ``least`` to ``most``.
+    """What is looked for. The first run is with ``given``; no other leaves ``least`` to ``most``, which can be set.
 
     ``precision`` is relative; ``whole`` values are found to 1. ``fit`` gives the next value, at or above, that can be set. ``guess`` is where
     to begin if a run that passes tells no peak. ``budget`` is in seconds.
@@ -216,10 +216,13 @@ class _Searcher:
         """Down from what passed, until something fails or what failed before is next."""
         first = True
         while not self.is_near():
-            if self.high <= self.question.least:
+            if self.high <= self.question.least or math.isinf(step):
                 raise _Stop(Ended.LEAST)
             value = max(self.question.least, min(self.question.most, self.moved(self.high, -step)))
-            if not self.low < value < self.high or not (yield from self.ask(value)):
+            if value >= self.high:
+                step *= 2  # a step that is finer than what can be set
+                continue
+            if value <= self.low or not (yield from self.ask(value)):
                 return
             # Where a peak is not sharp (a time, say) the threshold is often right below it.
             step, first = (step if first else step * 2), False

@@ -13,11 +13,12 @@ import re
 import site
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safe_exec
-from safe_exec.model import FolderUse, Isolation, SystemCalls
+from safe_exec.model import FolderUse, SystemCalls
 from safe_exec.sandbox import bubblewrap, mounts
 from safe_exec.sandbox.plan import SpawnPlan
 
@@ -91,81 +92,97 @@ def _linked(prefix: Path) -> list[Path]:
 # --- what the keeper is told ------------------------------------------------------------------------------------
 
 
-def enclose(
-    plan: SpawnPlan, *, argv: Sequence[str], env: Mapping[str, str], cwd: str, runtime: Path
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Birth:
+    """A kernel that is about to be started: its plan, command, environment and folder, and the directory of its sockets."""
+
+    plan: SpawnPlan
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path
+    runtime: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder without links: what can be mounted over."""
+        return self.cwd.resolve()
+
+    @property
+    def owner(self) -> int | None:
+        """The other user that it is to be, if it is."""
+        return OTHER_UID if self.plan.isolation.other_user and os.geteuid() == 0 else None
+
+
+def enclose(birth: Birth) -> dict[str, Any]:
     """The part of the keeper's request that puts up the walls."""
-    other = OTHER_UID if plan.isolation.other_user and os.geteuid() == 0 else None
     return {
-        "enclosure": _bubblewrap(plan, argv, env, Path(cwd), runtime, other) if plan.enclosed else None,
-        "walls": _own_walls(plan, argv, env, Path(cwd), runtime, other),
-        "owner": other,
+        "enclosure": _bubblewrap(birth, birth.plan.enclosed) if birth.plan.enclosed else None,
+        "walls": _own_walls(birth),
+        "owner": birth.owner,
     }
 
 
-def _bubblewrap(
-    plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: Path, runtime: Path, owner: int | None
-) -> dict[str, Any]:
-    assert plan.enclosed is not None
-    disk = _disk(plan, cwd.resolve(), runtime, owner)
+def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
+    disk = _disk(birth)
     around = bubblewrap.Surroundings(
-        folder=cwd.resolve(),
-        runtime=runtime,
+        folder=birth.folder,
+        runtime=birth.runtime,
         homes=homes(),
-        visible=visible(argv, env),
+        visible=visible(birth.argv, birth.env),
         disk=Path(disk["base"]) if disk else None,
     )
+    is_root = os.geteuid() == 0
     return {
-        "argv": bubblewrap.arguments(plan.enclosed, plan.isolation, around, shm_bytes=plan.shm, root=os.geteuid() == 0),
+        "argv": bubblewrap.arguments(program, birth.plan.isolation, around, shm_bytes=birth.plan.shm, root=is_root),
         "python": sys.executable,
         "root": str(Path(safe_exec.__file__).parent.parent),
         "disk": disk,
     }
 
 
-def _disk(plan: SpawnPlan, folder: Path, runtime: Path, owner: int | None) -> dict[str, Any] | None:
+def _disk(birth: Birth) -> dict[str, Any] | None:
     """The file system of limited size: asked for by a limit, or since the run is to work in a copy."""
-    if plan.disk is None and plan.isolation.folder is not FolderUse.COPY:
+    isolation = birth.plan.isolation
+    if birth.plan.disk is None and isolation.folder is not FolderUse.COPY:
         return None
-    size = plan.disk if plan.disk is not None else bubblewrap.TMP_BYTES
+    size = birth.plan.disk if birth.plan.disk is not None else bubblewrap.TMP_BYTES
     return {
-        "base": str(runtime / "disk"),
-        "folder": str(folder),
+        "base": str(birth.runtime / "disk"),
+        "folder": str(birth.folder),
         "size": size,
         "inodes": max(LEAST_INODES, size // INODE_BYTES),
-        "write_back": plan.isolation.write_back and plan.isolation.folder is FolderUse.WRITE,
-        "owner": owner,
+        "write_back": isolation.write_back and isolation.folder is FolderUse.WRITE,
+        "owner": birth.owner,
         "user_namespace": mounts.namespaces() == "user",
     }
 
 
-def _own_walls(
-    plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: Path, runtime: Path, uid: int | None
-) -> dict[str, Any]:
+def _own_walls(birth: Birth) -> dict[str, Any]:
     """What the kernel's process gives up by itself before it executes the kernel."""
-    isolation = plan.isolation
-    walls: dict[str, Any] = {}
-    if uid is not None:
-        walls["uid"] = uid
-    if plan.landlock:
-        walls["landlock"] = _landlock(isolation, argv, env, cwd.resolve(), runtime)
+    isolation = birth.plan.isolation
+    walls: dict[str, Any] = {} if birth.owner is None else {"uid": birth.owner}
+    if birth.plan.landlock:
+        walls["landlock"] = _landlock(birth)
     if isolation.system_calls is not SystemCalls.ALL:
         from safe_exec.sandbox import seccomp
 
-        refusal = "errno" if isolation.system_calls is SystemCalls.REFUSE else "kill"
-        walls["seccomp"] = base64.b64encode(seccomp.load(refusal)).decode()
+        program = seccomp.load("errno" if isolation.system_calls is SystemCalls.REFUSE else "kill")
+        walls["seccomp"] = base64.b64encode(program).decode()
     return walls
 
 
-def _landlock(isolation: Isolation, argv: Sequence[str], env: Mapping[str, str], cwd: Path, runtime: Path) -> dict[str, Any]:
+def _landlock(birth: Birth) -> dict[str, Any]:
     from safe_exec.sandbox import landlock
 
+    isolation = birth.plan.isolation
     hidden = [*(map(str, homes()) if isolation.hide_home else ()), *isolation.hide]
     readable = landlock.all_but(hidden, listdir=os.listdir) if hidden else ["/"]
-    readable += [str(path) for path in visible(argv, env)]
-    folder = [] if isolation.folder is FolderUse.READ else [str(cwd)]
+    readable += [str(path) for path in (*visible(birth.argv, birth.env), birth.folder)]
+    folder = [] if isolation.folder is FolderUse.READ else [str(birth.folder)]
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
-    writable = [*folder, str(runtime), "/tmp", "/dev", *isolation.writable] if isolation.read_only_system else ["/"]  # noqa: S108
-    return {"readable": [*readable, str(cwd)], "writable": writable, "tcp": None if isolation.network else False}
-
-
+    own = [*folder, str(birth.runtime), "/tmp", "/dev", *isolation.writable]  # noqa: S108
+    return {
+        "readable": readable,
+        "writable": own if isolation.read_only_system else ["/"],
+        "tcp": None if isolation.network else False,
+    }

@@ -166,11 +166,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         assert self.plan is not None and self.sandbox is not None
         if not self.plan.walls and not self.plan.enclosed:
             return None
-        from safe_exec.kernel.enclosure import enclose
+        from safe_exec.kernel.enclosure import Birth, enclose
 
         if self.sandbox.directory is None:
             raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
-        return enclose(self.plan, argv=argv, env=env, cwd=cwd, runtime=self.sandbox.directory)
+        return enclose(Birth(plan=self.plan, argv=argv, env=env, cwd=Path(cwd), runtime=self.sandbox.directory))
 
     def _inside_config(self) -> dict[str, object]:
         # Where other tools run the kernel nobody would mark what is missing: then nothing is held back.

@@ -138,9 +138,20 @@ def _homes(isolation: Isolation, around: Surroundings) -> Iterator[str]:
         else:
             yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(home))
     covered = [*hidden, *((Path("/tmp"),) if isolation.read_only_system or around.disk else ())]  # noqa: S108
-    for path in _outermost(around.visible):
-        if any(path.is_relative_to(top) for top in covered):
-            yield from ("--ro-bind-try", str(path), str(path))
+    shown = [path for path in _outermost(around.visible) if any(path.is_relative_to(top) for top in covered)]
+    yield from _ways([*shown, around.folder, *map(Path, isolation.writable)], covered)
+    for path in shown:
+        yield from ("--ro-bind-try", str(path), str(path))
+
+
+def _ways(paths: Sequence[Path], covered: Sequence[Path]) -> Iterator[str]:
+    """The directories on the way to what stays visible below what is covered: bubblewrap would make them for their owner alone."""
+    made: list[Path] = []
+    for path in paths:
+        for parent in reversed(path.parents):
+            if parent not in made and any(parent != top and parent.is_relative_to(top) for top in covered):
+                made.append(parent)
+                yield from ("--perms", "0755", "--dir", str(parent))
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:

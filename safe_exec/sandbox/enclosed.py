@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
 import socket
+import stat
 import struct
 import time
 from pathlib import Path
 from typing import Any
 
-from safe_exec.sandbox import become, trees
+from safe_exec.sandbox import become, mounts, trees
 
 SO_PASSCRED, SCM_CREDENTIALS = 16, 2
 MNT_DETACH = 2
 _UCRED = struct.Struct("3i")
 MEET_SECONDS = 20.0
 MESSAGE_BYTES = 4096
-BOOT = (
-    "import sys; sys.path.append(sys.argv[1]); from safe_exec.sandbox.init import main; main(*map(int, sys.argv[2:]))"
-)
+PAGE = 4096
+COPY_BYTES = 256 << 20
+BOOT = "import sys; sys.path.append(sys.argv[1]); from safe_exec.sandbox.init import main; main(*map(int, sys.argv[2:]))"
 
 
 class Enclosed:
@@ -48,13 +50,15 @@ class Enclosed:
         try:
             enclosure = plan["enclosure"]
             placed = become.place_descriptors(
-                plan, stderr_fd, {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec", 0)}
+                plan,
+                stderr_fd,
+                {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec", 0)},
             )
             _write_config(placed["config"], plan)
             inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
             inner += [str(placed[name]) for name in ("status", "go", "config")]
             argv = [*enclosure["argv"], *inner]
-            os.execve(argv[0], argv, {"PATH": os.defpath})
+            os.execve(argv[0], argv, {"PATH": os.defpath})  # noqa: S606 - bubblewrap, found and tried before
         except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
             become.tell(error_fd, "sandbox", error)
 
@@ -129,31 +133,62 @@ def _write_config(fd: int, plan: dict[str, Any]) -> None:
 # --- a folder of limited size -----------------------------------------------------------------------------------
 
 
-def disk_mount(base: str, disk: dict[str, Any]) -> dict[str, str]:
-    """The tmpfs that holds all that a run may write; as many inodes as 4 KiB files would fill."""
-    return {"kind": "tmpfs", "target": base, "options": f"size={disk['size']},nr_inodes={disk['inodes']},mode=0755"}
+def make_disk(disk: dict[str, Any]) -> None:
+    """The file system that a run writes to: its folder as it is, a /tmp and a home. In a mount namespace of our own.
 
-
-def fill_disk(base: str, disk: dict[str, Any]) -> None:
-    """The folder's copy, a /tmp and a home in it. Raises OSError with what is too small."""
-    owner = disk["owner"]
-    folder = Path(base) / "folder"
-    try:
-        trees.copy_tree(Path(disk["folder"]), folder, owner=owner)
-    except OSError as error:
-        raise OSError(error.errno, f"the folder {disk['folder']} does not fit into --disk: {error.strerror}") from error
+    The folder is the lower layer of an overlay, so that only what is written counts; where that cannot be, or all is to belong to another
+    user, it is a copy, for which there is room besides. Raises OSError with what is too large.
+    """
+    owner, base = disk["owner"], Path(disk["base"])
+    folder = Path(disk["folder"])
+    copied = None if owner is None and _overlays(folder, base, disk) else _measure(folder)
+    if copied is not None:
+        size, entries = copied
+        _mount_disk(base, disk["size"] + size, disk["inodes"] + entries)
+        trees.copy_tree(folder, base / "folder", owner=owner)
     for name, mode in (("tmp", 0o1777), ("home", 0o755)):
-        made = Path(base) / name
+        made = base / name
         made.mkdir()
         made.chmod(mode)
         if owner is not None:
             os.chown(made, owner, owner)
 
 
+def _mount_disk(base: Path, size: int, inodes: int) -> None:
+    mounts.make({"kind": "tmpfs", "target": str(base), "options": f"size={size},nr_inodes={inodes},mode=0755"})
+
+
+def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
+    """Lay the folder under a layer of limited size; whether that can be had here."""
+    _mount_disk(base, disk["size"], disk["inodes"])
+    for name in ("upper", "work", "folder"):
+        (base / name).mkdir()
+    layers = {"lower": str(folder), "upper": str(base / "upper"), "work": str(base / "work"), "target": str(base / "folder")}
+    try:
+        mounts.make({"kind": "overlay", **layers})
+    except OSError:
+        unmount(str(base))
+        return False
+    return True
+
+
+def _measure(folder: Path) -> tuple[int, int]:
+    """What a copy of a folder takes: bytes in whole pages, and entries. Raises OSError where it is too much to copy."""
+    size = entries = 0
+    for _, status in trees.walk(folder):
+        entries += 1
+        size += -(-status.st_size // PAGE) * PAGE if stat.S_ISREG(status.st_mode) else PAGE
+        if size > COPY_BYTES:
+            raise OSError(
+                errno.EFBIG,
+                f"the folder {folder} is too large to be copied ({COPY_BYTES >> 20} MiB); run in a smaller one (--cwd)",
+            )
+    return size, entries + 8
+
+
 def unmount(path: str) -> bool:
     """Detach what is mounted on a path; whether nothing is any more."""
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.umount2(os.fsencode(path), MNT_DETACH)
+    for mounted in (os.path.join(path, "folder"), path):
+        libc.umount2(os.fsencode(mounted), MNT_DETACH)
     return not os.path.ismount(path)
-
-

@@ -34,7 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safe_exec.sandbox import become, enclosed, procfs, trees
+from safe_exec.sandbox import become, enclosed, mounts, procfs, trees
 from safe_exec.sandbox.become import Refused
 
 PR_SET_PDEATHSIG = 1
@@ -123,13 +123,14 @@ class Keeper:
         os.set_blocking(stderr_r, False)
         ours.setblocking(False)
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
-        parent = os.getpid()
+        self.plan["keeper"] = os.getpid()
         self.give_away()
         self.prepare_disk()
         self.inner = enclosed.Enclosed() if self.plan.get("enclosure") else None
         pid = os.fork()
         if pid == 0:
-            _become_child(self.plan, self.inner, parent, stderr_w, theirs.fileno(), error_w)
+            given = {**dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)), "fault": theirs.fileno()}
+            _become_child(self.plan, self.inner, stderr_w, given, error_w)
         os.close(stderr_w)
         os.close(error_w)
         theirs.close()
@@ -174,12 +175,10 @@ class Keeper:
         disk = (self.plan.get("enclosure") or {}).get("disk")
         if disk is None or self.plan["mounts"]:
             return
-        from safe_exec.sandbox import mounts
-
         os.mkdir(disk["base"])
-        mounts.enter([enclosed.disk_mount(disk["base"], disk)], user_namespace=disk["user_namespace"])
+        mounts.enter([], user_namespace=disk["user_namespace"])
         self.disk = disk
-        enclosed.fill_disk(disk["base"], disk)
+        enclosed.make_disk(disk)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -414,16 +413,19 @@ class Keeper:
 
 
 def _become_child(
-    plan: dict[str, Any], inner: enclosed.Enclosed | None, parent: int, stderr_fd: int, fault_fd: int, error_fd: int
+    plan: dict[str, Any], inner: enclosed.Enclosed | None, stderr_fd: int, given: dict[str, int], error_fd: int
 ) -> None:
-    """In the child: enter the sandbox and execute the kernel, or bubblewrap with the kernel to be. Never returns."""
+    """In the child: enter the sandbox and execute the kernel, or bubblewrap with the kernel to be. Never returns.
+
+    ``given`` are the descriptors for the kernel, by name.
+    """
+    parent = plan["keeper"]
     try:
         os.setsid()
         for path in plan["cgroup_joins"] if inner is None else ():
             _write(path, "0")
         _enter_mounts(plan)
         _die_with(parent)
-        given = {**_given(plan), "fault": fault_fd}
         if inner is not None:
             inner.become_bubblewrap(plan, stderr_fd, given, error_fd)
         become.place_descriptors(plan, stderr_fd, given)
@@ -435,15 +437,11 @@ def _become_child(
 def _enter_mounts(plan: dict[str, Any]) -> None:
     if not plan["mounts"]:
         return
-    from safe_exec.sandbox import mounts
-
+    mounts.enter(plan["mounts"], user_namespace=plan["user_namespace"])
     disk = (plan.get("enclosure") or {}).get("disk")
     if disk is not None:
         os.mkdir(disk["base"])
-    more = [] if disk is None else [enclosed.disk_mount(disk["base"], disk)]
-    mounts.enter([*plan["mounts"], *more], user_namespace=plan["user_namespace"])
-    if disk is not None:
-        enclosed.fill_disk(disk["base"], disk)
+        enclosed.make_disk(disk)
 
 
 def _die_with(parent: int) -> None:
@@ -451,11 +449,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
         os._exit(1)
-
-
-def _given(plan: dict[str, Any]) -> dict[str, int]:
-    """The descriptors that the runner handed over, by name."""
-    return dict(zip(plan["pass_names"], plan["pass_fds"], strict=True))
 
 
 def _write(path: str, value: str) -> None:

@@ -21,7 +21,7 @@ ABI
 What no ABI up to 7 walls off: looking at what a file is like (stat, access) and changing that (chmod, chown, utime, setxattr), chdir,
 Unix sockets with a path, UDP, and descriptors that are open already. A hidden tree that is mounted a second time, or a file with a
 second hard link, can be read there. Inside, nothing can be mounted, and no process outside can be traced (ptrace(2)), so that
-/proc/PID/environ, mem, root and cwd of those outside are closed, too.
+/proc/PID/mem, root and cwd of those outside are closed, too; environ and maps as well, but not to root on newer systems (CAP_PERFMON).
 
 Rules open whole trees, and none can be taken back further down. To hide one directory, all beside it must be opened instead
 (:func:`all_but`): the directories above a hidden one can be passed through, but not listed, and what is put into them later cannot be

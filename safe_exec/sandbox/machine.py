@@ -87,9 +87,7 @@ def look_for_walls(machine: Machine) -> Machine:
     """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor)."""
     path = shutil.which("bwrap")
     why_not = f"it is not installed ({INSTALL_BUBBLEWRAP})" if path is None else _bubblewrap_fails(path)
-    return replace(
-        machine, bubblewrap=None if why_not else path, bubblewrap_why_not=why_not, landlock=landlock.abi()
-    )
+    return replace(machine, bubblewrap=None if why_not else path, bubblewrap_why_not=why_not, landlock=landlock.abi())
 
 
 INSTALL_BUBBLEWRAP = "install the package bubblewrap"
@@ -97,7 +95,19 @@ INSTALL_BUBBLEWRAP = "install the package bubblewrap"
 
 def _bubblewrap_fails(path: str) -> str:
     """Why bubblewrap does not do what is needed; empty when it does."""
-    probe = [path, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-net", "--die-with-parent"]
+    probe = [
+        path,
+        "--ro-bind",
+        "/",
+        "/",
+        "--dev",
+        "/dev",
+        "--proc",
+        "/proc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--die-with-parent",
+    ]
     probe += ["--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"]  # noqa: S108
     try:
         done = subprocess.run(probe, capture_output=True, text=True, errors="replace", timeout=BUBBLEWRAP_SECONDS, check=False)

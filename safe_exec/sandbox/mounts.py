@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -37,10 +36,11 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
     # What is mounted outside later may still show up inside; what we mount stays with us.
     _mount("none", "/", "", MS_REC | MS_SLAVE, "")
     for mount in mounts:
-        _make(mount)
+        make(mount)
 
 
-def _make(mount: Mount) -> None:
+def make(mount: Mount) -> None:
+    """Make one mount, in whatever namespace this process is in. Raises OSError."""
     target = mount["target"]
     if mount["kind"] == "bind":
         with contextlib.suppress(*([FileNotFoundError] if "optional" in mount else [])):
@@ -97,6 +97,8 @@ def _works(way: str, mounts: list[dict[str, str]]) -> bool:
     """In a process of its own: a namespace cannot be left again."""
     if sys.platform != "linux" or (way == "root" and os.geteuid() != 0):
         return False
+    import subprocess  # the keeper, which mounts, starts faster without
+
     root = str(Path(__file__).parent.parent.parent)
     program = (
         "import sys; sys.path.append(sys.argv[1]); from safe_exec.sandbox.mounts import enter; "

@@ -94,14 +94,14 @@ NEVER: Numbers = {
     "modify_ldt": (154, None),  # 16-bit segments: Wine and DOS emulators
 }
 PROBED: Numbers = {
-    # What it carries out passes no filter. EPERM is what sysctl kernel.io_uring_disabled gives: libuv (Julia, Node), tokio, databases.
+    # What it carries out passes no filter. libuv and databases try it; EPERM is what sysctl kernel.io_uring_disabled gives them, too.
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # MPI and UCX write to their own process by it at start, to learn whether it works.
+    # UCX, which carries MPI, writes to its own process by it at start, to learn whether it works.
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
-    # Kerberos looks for its tickets in keyrings: database drivers do so when they connect.
+    # Kerberos may keep its tickets in keyrings; database drivers look for them when they connect.
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),

@@ -37,9 +37,7 @@ def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
     return WallPlan(walls={wall: walls[wall] for wall in Wall if wall in walls}, enclosed=enclosed, landlock=landlock)
 
 
-def _namespaced(
-    isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool
-) -> Iterator[tuple[Wall, Enforcement]]:
+def _namespaced(isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool) -> Iterator[tuple[Wall, Enforcement]]:
     lost = machine.bubblewrap_why_not
     for wall, note in _asked(isolation):
         if enclosed:

@@ -19,6 +19,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.__main__",),
     ("safe_exec.commands", "safe_exec.integrations", "safe_exec.batch"),
     ("safe_exec.api",),
+    ("safe_exec.probing", "safe_exec.replaying"),
+    ("safe_exec.aside",),
     ("safe_exec.pipeline",),
     ("safe_exec.searching",),
     ("safe_exec.conclude",),
@@ -54,7 +56,7 @@ NARROW: dict[str, set[str]] = {
 APART = ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes")
 
 # What answers the questions of the culprit search, which itself knows numbers only.
-RUNS_TRIALS = tuple(f"safe_exec.culprit.{name}" for name in ("oracle", "investigate", "folder", "cache"))
+RUNS_TRIALS = tuple(f"safe_exec.culprit.{name}" for name in ("oracle", "investigate", "folder", "cache", "runs"))
 
 STANDARD_ONLY = (
     "safe_exec.sandbox.keeper",
