@@ -1,6 +1,7 @@
 # Everything a developer needs; `make help` lists it. On a fresh Debian machine `make run` and `make test` install what they need.
 
-PYTHON ?= python3
+# The system's own where it is new enough: one that lies in somebody's home is nobody else's, and some tests run as another user.
+PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo /usr/bin/python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
@@ -22,6 +23,7 @@ system: ## Install the system packages that are missing (Debian, Ubuntu)
 	command -v $(PYTHON) >/dev/null || missing="$$missing python3"; \
 	command -v setpriv >/dev/null || missing="$$missing util-linux"; \
 	command -v mount >/dev/null || missing="$$missing mount"; \
+	command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
 	ldconfig -p 2>/dev/null | grep -q 'libstdc++\.so\.6' || missing="$$missing libstdc++6"; \
 	if [ -n "$$missing" ]; then \
 		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
@@ -62,8 +64,12 @@ test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds
 	$(BIN)/pytest -n $(JOBS) -q tests/unit
 
 .PHONY: test-cases
-test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
+test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases, each with the search for its culprits
+	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
+
+.PHONY: cases-table
+cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, and write the table in docs/culprit-search.md
+	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -q tests/cases -k test_culprits --culprit-table docs/culprit-search.md
 
 .PHONY: lint
 lint: $(VENV)/.dev-installed ## Check style (ruff)
@@ -80,8 +86,9 @@ format: $(VENV)/.dev-installed ## Format the code
 	$(BIN)/ruff format -q .
 
 .PHONY: bench
-bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute
+bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute, and the culprit search beside ddmin
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.search
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote

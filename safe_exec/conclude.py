@@ -57,6 +57,7 @@ def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str
         cells=tuple(result.ledger.records.values()),
         current=getattr(result.ending, "cell", None),
         language=language,
+        walls=plan.walls,
     )
     return find_cause(context)
 

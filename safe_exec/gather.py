@@ -24,7 +24,7 @@ from safe_exec.model import (
 )
 
 if TYPE_CHECKING:
-    from safe_exec.trial import Trial
+    from safe_exec.trial import Trial, TrialRequest
 
 NEAR_LIMIT = 0.95
 RECENT_CHARACTERS = 65536
@@ -79,7 +79,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
         kernel_uid=session.told.hello.get("uid"),
         stderr_tail=ended.stderr if ended else "",
-        disk_free=_disk_free(str(request.cwd)),
+        disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=trial.open_files,
         executed=session.told.executed,
         cell_active=trial.cell_active,
@@ -140,9 +140,12 @@ def _age(last: float | None) -> float | None:
     return None if last is None else time.monotonic() - last
 
 
-def _disk_free(path: str) -> int | None:
+def _disk_free(request: TrialRequest) -> int | None:
+    """Free room in the folder; of a folder of limited size only the keeper can tell."""
+    if request.plan.disk is not None:
+        return None
     try:
-        found = os.statvfs(path)
+        found = os.statvfs(request.cwd)
         return found.f_bavail * found.f_frsize
     except OSError:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safe_exec.causes import crashes, errors, exits, limits, memory, start, time
+from safe_exec.causes import crashes, errors, exits, limits, memory, network, start, time
 from safe_exec.causes.context import Context, Rule
 from safe_exec.model import Cancelled, Cause, Passed
 
@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     time.timed_out,
     # Errors of cells.
     memory.refused,
+    network.blocked,
     limits.raised,
     errors.stdin,
     errors.exception,

@@ -21,6 +21,7 @@ from safe_exec.model import (
     Limits,
     Origin,
     StartFailed,
+    Wall,
 )
 from safe_exec.units import format_size
 
@@ -39,6 +40,7 @@ class Context:
     cells: tuple[CellRecord, ...] = ()
     current: int | None = None
     language: str | None = "python"
+    walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
 
     def human(self, index: int | None) -> str:
         """``code cell 3``, counted from 1 as a reader of the notebook counts."""

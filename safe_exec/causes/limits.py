@@ -160,10 +160,14 @@ def _disk(context: Context, error: CellError, certain: bool) -> Cause | None:
     full = free is not None and free < SCARCE_DISK
     if not certain and not full:
         return None
-    facts = (_said(error), outside("free in the working directory", free, "statvfs"))
+    allowed = context.limits.disk
+    facts = [_said(error), outside("free where the notebook writes", free, "statvfs at the end")]
+    facts += [] if allowed is None else [outside("disk allowed", allowed, "limits of this run")]
     confidence = Confidence.CERTAIN if full else Confidence.LIKELY
     advice = "Free space, or write elsewhere; look at what earlier cells wrote."
-    return make(context, CauseKind.DISK_FULL, "the disk is full: a write was refused", confidence, facts, advice)
+    limit = "" if allowed is None else f" of {format_size(allowed)} (folder, /tmp and home together)"
+    advice += "" if allowed is None else " See --disk."
+    return make(context, CauseKind.DISK_FULL, f"the disk{limit} is full: a write was refused", confidence, tuple(facts), advice)
 
 
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:

@@ -14,7 +14,7 @@ import click
 
 from safe_exec.commands import table
 from safe_exec.commands.probe_report import RunLines, as_document, report
-from safe_exec.commands.run import limit_options, parse_budget
+from safe_exec.commands.run import limit_options, parse_budget, wall_options, walls_of
 from safe_exec.culprit.scales import SCALES
 from safe_exec.culprit.threshold import Ended
 from safe_exec.errors import UsageError
@@ -38,6 +38,7 @@ LIMITS = [name.value.replace("_", "-") for name in SCALES]
 @click.option("--budget", metavar="T", default="10m", show_default=True, help="Time that all runs together may take.")
 @click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
 @limit_options
+@wall_options
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Run in a copy of this directory [the notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
@@ -88,6 +89,7 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
         path=path,
         limits=options["limits"],
         options={name.value: options[name.value] for name in LimitName if options.get(name.value) is not None},
+        walls=walls_of(options),
         kernel=options["kernel"],
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
@@ -97,15 +99,24 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
     )
 
 
+NAMES = {"env_names": "env", "devices": "device"}
+"""Parameters that are not called as their options are."""
+
+
 def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
     """The ``run`` that does what the run with this value did, to be typed into a shell."""
     name = f"./{path}" if str(path).startswith("-") else str(path)
     words = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
     for key, given in options.items():
-        if given is None or given is False or key == probed.value:
+        option = NAMES.get(key, key).replace("_", "-")
+        if key == probed.value or given is None:
             continue
-        words.append(f"--{key.replace('_', '-')}")
-        words += [] if given is True else [str(given)]
+        if isinstance(given, tuple):
+            words += [word for item in given for word in (f"--{option}", str(item))]
+        elif isinstance(given, bool):
+            words += [f"--{option}"] if given else [f"--no-{option}"] if key == "network" else []
+        else:
+            words += [f"--{option}", str(given)]
     return shlex.join(words)
 
 

@@ -45,7 +45,8 @@ def limit_options(function: Any) -> Any:
     return function
 
 
-def _wall_options(function: Any) -> Any:
+def wall_options(function: Any) -> Any:
+    """The options of isolation."""
     for option in reversed(WALL_OPTIONS):
         function = option(function)
     return function
@@ -67,7 +68,7 @@ WALL_OPTIONS = (
 @click.option("--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json].")
 @click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
 @limit_options
-@_wall_options
+@wall_options
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")

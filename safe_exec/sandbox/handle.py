@@ -52,6 +52,7 @@ class KernelExit:
     stack_limit: int | None = None
     stderr: str = ""
     oomd: bool | None = None
+    disk_free: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,4 +273,5 @@ def _kernel_exit(said: dict[str, object]) -> KernelExit:
         stack_limit=seen.get("stack_limit"),
         stderr=str(said["stderr"]),
         oomd=said["oomd"],  # type: ignore[arg-type]
+        disk_free=said["disk_free"],  # type: ignore[arg-type]
     )

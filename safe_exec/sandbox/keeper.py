@@ -341,6 +341,7 @@ class Keeper:
             fault_seen=self.fault_seen,
             stderr=self.tail.decode("utf-8", "replace"),
             oomd=_oomd_killed(self.plan["cgroup_dirs"]),
+            disk_free=self.disk_free(),
         )
 
     def read_stderr(self) -> bool:
@@ -383,6 +384,15 @@ class Keeper:
         }
 
     # --- the end ------------------------------------------------------------------------------------------------
+
+    def disk_free(self) -> int | None:
+        """What is left of the file system of limited size; nobody else can see it."""
+        if self.disk is None:
+            return None
+        with contextlib.suppress(OSError):
+            found = os.statvfs(self.disk["base"])
+            return 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
+        return None
 
     def take_disk_back(self) -> None:
         """What the run wrote into its copy of the folder, if it is to come back; then the file system goes."""

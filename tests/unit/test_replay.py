@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safe_exec import notebook
 from safe_exec.commands.replay import as_document, command, exit_code, report, source_of
 from safe_exec.culprit import reproduction
-from safe_exec.culprit.agreement import Agreement, Difference, compare
+from safe_exec.culprit.agreement import Agreement, compare
 from safe_exec.errors import UsageError
 from safe_exec.model import CauseKind, Culprit, Enforcement, Fact, LimitName, Limits, Mechanism, Origin, Role, Status, Verdict
 from safe_exec.replaying import Replay, Replayed, prepare_replay
@@ -262,4 +262,4 @@ def test_bad_usage(tmp_path: Path, verdict: Verdict | None, words: str) -> None:
 def test_a_difference_of_nothing_is_shown() -> None:
     done = replayed(make_verdict(crash_cell=None))
     assert ["code", "cell", "2", "none"] in [line.split() for line in said(done).splitlines()]
-    assert cast("Difference", done.agreement.failure[0]).here is None
+    assert done.agreement.failure[0].here is None
