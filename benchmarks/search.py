@@ -29,6 +29,8 @@ from tests.unit.ddmin import ddmin
 MINUTES = 5.0
 OWN_SECONDS = 300.0
 """The budget of each search."""
+RESERVE_SECONDS = 15.0
+"""What a first run and its search take, as long as none has shown it."""
 
 # --- notebooks --------------------------------------------------------------------------------------------------
 
@@ -138,10 +140,10 @@ OPEN_FILES = Death(
     name="open files leaked",
     outside=True,
     planted=(
-        (0.3, "readers = [open('/dev/null') for _ in range(100)]\nprint(len(readers))"),
-        (0.6, "writers = [open('/dev/null', 'w') for _ in range(100)]\nprint(len(writers))"),
+        (0.3, "readers = [open('/dev/null') for _ in range(80)]\nprint(len(readers))"),
+        (0.6, "writers = [open('/dev/null', 'w') for _ in range(80)]\nprint(len(writers))"),
     ),
-    crash="parts = [open('/dev/null') for _ in range(60)]\nprint(len(parts))",
+    crash="parts = [open('/dev/null') for _ in range(80)]\nprint(len(parts))",
     options={"open_files": 256},
 )
 TABLE: tuple[tuple[int, Death], ...] = (
@@ -222,9 +224,9 @@ class Recorder(oracle.Oracle):
 
 
 class Both(investigate.Investigation):
-    """A search, and after it ddmin by the same trials for as long as ``patience`` says."""
+    """A search, and after it ddmin by the same trials, until a moment at which it is stopped."""
 
-    patience = 0.0
+    until = 0.0
     ours: Effort
     plain: Effort
 
@@ -235,17 +237,17 @@ class Both(investigate.Investigation):
         type(self).ours = Effort(
             cells=cells, trials=self.oracle.trials, seconds=time.monotonic() - began, done=found.culprits.minimal
         )
-        type(self).plain = await asyncio.to_thread(self.by_ddmin, asyncio.get_running_loop(), time.monotonic() + self.patience)
+        type(self).plain = await asyncio.to_thread(self.by_ddmin, asyncio.get_running_loop())
         return found
 
-    def by_ddmin(self, loop: asyncio.AbstractEventLoop, until: float) -> Effort:
+    def by_ddmin(self, loop: asyncio.AbstractEventLoop) -> Effort:
         recorder = self.oracle
         assert isinstance(recorder, Recorder)
         tried: dict[frozenset[int], float] = {}
 
         def fails(cells: frozenset[int]) -> bool:
             if cells not in recorder.known:
-                if time.monotonic() > until:
+                if time.monotonic() > self.until:
                     raise OutOfTime
                 ask = Ask(cells=tuple(sorted(cells)), allowed=float("inf"), fresh=True)
                 asyncio.run_coroutine_threadsafe(recorder.answer(ask), loop).result()
@@ -259,11 +261,11 @@ class Both(investigate.Investigation):
         return Effort(cells=tuple(sorted(left)), trials=len(tried), seconds=sum(tried.values()), done=True)
 
 
-def measure(folder: Path, cells: int, death: Death, patience: float) -> Measured:
-    """One notebook: first run, search, ddmin."""
+def measure(folder: Path, cells: int, death: Death, until: float) -> Measured:
+    """One notebook: first run, search, and ddmin until a moment."""
     sources, planted = make(cells, death)
     path = notebook(folder / f"{cells}", *sources)
-    Both.patience = patience
+    Both.until = until
     # In the place of those that a run uses: the first run and all that goes before the search are a user's.
     with patch.object(investigate, "Investigation", Both), patch.object(oracle, "Oracle", Recorder):
         verdict = safe_exec.run(path, options=death.options, bisect="always", bisect_budget=OWN_SECONDS)
@@ -282,27 +284,27 @@ def measure(folder: Path, cells: int, death: Death, patience: float) -> Measured
 
 
 def measure_all(folder: Path, table: Sequence[tuple[int, Death]], seconds: float) -> list[Measured]:
-    """All of them, each with its share of the time that is left for ddmin."""
+    """All of them. For ddmin there is what the first runs and searches that are to come leave of the time: it ends on small notebooks first."""
     found: list[Measured] = []
     until = time.monotonic() + seconds
     for number, (cells, death) in enumerate(table):
         print(f"measuring: {cells} cells, {death.name}", file=sys.stderr, flush=True)
-        share = (until - time.monotonic()) / (len(table) - number)
-        typical = statistics.median(measured.ours.seconds for measured in found) if found else 0.0
-        found.append(measure(folder, cells, death, max(0.0, share - typical)))
+        each = max((m.run_seconds + m.ours.seconds for m in found), default=RESERVE_SECONDS)
+        found.append(measure(folder, cells, death, until - each * (len(table) - number)))
     return found
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------
 
-FIGURES: tuple[tuple[str, Callable[[Measured], float]], ...] = (
-    ("search: trials", lambda m: m.ours.trials),
-    ("search: seconds", lambda m: m.ours.seconds),
-    ("search: first runs", lambda m: m.ours.seconds / m.run_seconds),
-    ("ddmin: trials", lambda m: m.plain.trials),
-    ("ddmin: first runs", lambda m: m.plain.seconds / m.run_seconds),
-    ("ddmin / search, trials", lambda m: m.plain.trials / m.ours.trials),
+FIGURES: tuple[tuple[str, bool, Callable[[Measured], float]], ...] = (
+    ("search: trials", False, lambda m: m.ours.trials),
+    ("search: seconds", False, lambda m: m.ours.seconds),
+    ("search: first runs", False, lambda m: m.ours.seconds / m.run_seconds),
+    ("ddmin: trials", True, lambda m: m.plain.trials),
+    ("ddmin: first runs", True, lambda m: m.plain.seconds / m.run_seconds),
+    ("ddmin / search, trials", True, lambda m: m.plain.trials / m.ours.trials),
 )
+"""Those of ddmin are of the notebooks on which it came to its end."""
 
 
 def table_of(found: Sequence[Measured]) -> str:
@@ -318,9 +320,10 @@ def table_of(found: Sequence[Measured]) -> str:
         lines.append(
             f"{m.cells:>5}  {m.death:<26}{where:<8}{m.run_seconds:>7.2f}  {ours}  {plain}{'' if m.right else '  not what was put in'}{same}"
         )
-    for name, figure in FIGURES:
-        values = [figure(m) for m in found]
-        lines.append(f"{name:<24} median {statistics.median(values):>7.1f}   most {max(values):>7.1f}")
+    for name, ended, figure in FIGURES:
+        values = [figure(m) for m in found if m.plain.done or not ended]
+        if values:
+            lines.append(f"{name:<24}median {statistics.median(values):>7.1f}   most {max(values):>7.1f}   of {len(values)}")
     return "\n".join(lines)
 
 

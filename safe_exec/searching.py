@@ -164,7 +164,12 @@ async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, s
 
 def _ours(prepared: Prepared) -> frozenset[Path]:
     """The documents of a run."""
-    return frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
+    from safe_exec.culprit.cache import cache_root
+
+    documents = [path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro)]
+    with contextlib.suppress(OSError):  # no cache, nothing of it in the folder
+        documents.append(cache_root())
+    return frozenset(documents)
 
 
 def budget_of(asked: float | None, verdict: Verdict) -> float:

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 SAMPLE_SECONDS = 0.1
+PEERS_EVERY = 3
+"""Samples between two looks at the sockets."""
 FRESH_SECONDS = 0.005
 FLOOD_FACTOR = 16
 """A cell that writes so many times its cap is an endless flood: the run is ended."""
@@ -330,9 +332,13 @@ class Trial:
 
     async def _sample_forever(self) -> None:
         """Ten times a second: usage for timeline and progress, and the limits that only a look can hold."""
+        looks = 0
         while not self.session.died.is_set():
             self._sample()
             self.session.look_again()
+            looks += 1
+            if looks % PEERS_EVERY == 0:
+                self.session.look_for_peers()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:

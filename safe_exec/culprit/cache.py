@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 from safe_exec.files import write_atomically
 from safe_exec.sandbox import procfs
+from safe_exec.sandbox.trees import remove_tree
 
 FOLDER_DAYS = 7
 TRIAL_DAYS = 30
@@ -95,13 +95,7 @@ def claim_folder(root: Path, run_id: str) -> Path:
 
 def release_folder(directory: Path) -> None:
     """Remove a run's directory, and what is read-only in it."""
-    shutil.rmtree(directory, ignore_errors=True)
-    if directory.is_dir():
-        for top, names, _ in os.walk(directory):
-            for path in [top, *(path for name in names if not os.path.islink(path := os.path.join(top, name)))]:
-                with contextlib.suppress(OSError):
-                    os.chmod(path, 0o700)
-        shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
 
 
 def tidy(root: Path) -> None:

@@ -23,7 +23,6 @@ from safe_exec.model import (
     Verdict,
 )
 
-SEARCHED = frozenset({Status.KERNEL_DIED, Status.TIMEOUT, Status.LIMIT_EXCEEDED})
 LIMIT_ERRORS = frozenset(
     {
         CauseKind.MEMORY_ERROR,

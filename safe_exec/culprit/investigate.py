@@ -15,7 +15,7 @@ from typing import Any
 from safe_exec import events
 from safe_exec.culprit import reproduction
 from safe_exec.culprit.oracle import Oracle
-from safe_exec.culprit.path import read_on_the_way
+from safe_exec.culprit.path import is_caught, read_on_the_way
 from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
 from safe_exec.culprit.roles import Found, culprits_of, look_first
 from safe_exec.culprit.search import search
@@ -127,12 +127,15 @@ class Investigation:
         """
         if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
             return {}
-        lines = [(self.crash.index, self.crash.line), *((frame.cell, frame.line) for frame in self.crash.stack)]
+        lines = [(self.crash.index, self.crash.line), *((frame.cell, frame.line) for frame in reversed(self.crash.stack))]
         found: dict[int, frozenset[str]] = {}
         for index, line in lines:
-            if index in self.sources and line is not None:
-                place = self.order.index(index)
-                found[place] = found.get(place, frozenset()) | read_on_the_way(self.sources[index], line)
+            if index is None or line is None:
+                continue  # a library's frame
+            if index not in self.sources or is_caught(self.sources[index], line):
+                break  # what is missing further in may be caught here
+            place = self.order.index(index)
+            found[place] = found.get(place, frozenset()) | read_on_the_way(self.sources[index], line)
         return found
 
     def amounts(self) -> tuple[Mapping[int, float] | None, float | None]:

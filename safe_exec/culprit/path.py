@@ -18,6 +18,14 @@ _SWALLOWING = ("suppress", "raises")
 _BODIES = ast.stmt | ast.ExceptHandler | ast.match_case
 
 
+def is_caught(source: str, line: int) -> bool:
+    """Whether an exception at a line may be caught there; also where the source cannot be read."""
+    try:
+        return any(_may_swallow(outer, inner) for outer, inner in pairwise(_chain(ast.parse(source), line)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True
+
+
 def read_on_the_way(source: str, line: int) -> frozenset[str]:
     """Global names that the innermost statement at a line reads before it can do anything else; none where that is not sure."""
     try:

@@ -368,7 +368,7 @@ def search(problem: Problem) -> Search:
         stopped=stopped,
         reproduced=(tally.fails, tally.fails + tally.others),
         method=_method(searcher),
-        found=frozenset(best or ()) - problem.slice,
+        found=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pwd
 import re
+import shutil
 import site
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,13 +45,17 @@ def homes() -> tuple[Path, ...]:
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
     """Directories that a kernel needs to run at all: interpreters, packages, ours."""
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix), Path(safe_exec.__file__).parent.parent / "safe_exec"]
-    theirs = [found for prefix in _prefixes(argv[0]) for found in (prefix, *_linked(prefix))]
+    program = shutil.which(argv[0], path=env.get("PATH"))
+    theirs = [found for prefix in (_prefixes(program) if program else ()) for found in (prefix, *_linked(prefix))]
     search = [Path(part) for name in ("PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH") for part in _parts(env, name)]
     users = [Path(site.getusersitepackages()), Path("~/.local/share/jupyter").expanduser(), Path("~/.local/lib").expanduser()]
     own = [found for prefix in (Path(sys.prefix),) for found in _linked(prefix)]
     paths = [*ours, *theirs, *search, *users, *own]
+    programs = [Path(program), Path(program).resolve()] if program else []  # one in ~/bin: it alone, not the home around it
     both = [form for path in paths for form in (path, path.resolve())]
-    return tuple(dict.fromkeys(path for path in both if path.is_absolute() and path != Path("/") and path.exists()))
+    hidden = homes()
+    fit = (path for path in both if path.is_absolute() and not any(home.is_relative_to(path) for home in hidden))
+    return tuple(dict.fromkeys(path for path in (*fit, *programs) if path != Path("/") and path.exists()))
 
 
 def _parts(env: Mapping[str, str], name: str) -> list[str]:
@@ -129,6 +134,7 @@ def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
         runtime=birth.runtime,
         homes=homes(),
         visible=visible(birth.argv, birth.env),
+        files=frozenset(path for path in map(Path, birth.plan.isolation.hide) if not path.is_dir()),
         disk=Path(disk["base"]) if disk else None,
     )
     is_root = os.geteuid() == 0

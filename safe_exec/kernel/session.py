@@ -28,7 +28,8 @@ from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
-from safe_exec.model import Frame, LimitName, Limits, TerminationReason
+from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
+from safe_exec.sandbox import sockets
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.meter import Meter
 from safe_exec.sandbox.plan import SpawnPlan
@@ -392,6 +393,14 @@ class KernelSession:
                 look = getattr(channel.socket, "_schedule_remaining_events", None)
                 if look is not None:
                     look()
+
+    def look_for_peers(self) -> None:
+        """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""
+        if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
+            return
+        if len(self.told.hosts) < MOST_HOSTS and Wall.NETWORK not in self.plan.walls:
+            found = sockets.peers(self.sandbox.keeper_pid, self.pid)
+            self.told.hosts += sorted(found - set(self.told.hosts))
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; whether it has."""

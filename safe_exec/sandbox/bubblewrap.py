@@ -29,13 +29,15 @@ class Surroundings:
     """What the walls are put around: paths as the notebook sees them.
 
     ``folder`` is its working directory, ``runtime`` that of its sockets, ``homes`` are to be hidden, ``visible`` must be readable in
-    them (interpreters, packages). ``disk`` is a directory of limited size with ``folder``, ``tmp`` and ``home`` in it, where there is one.
+    them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories. ``disk`` is a directory of limited size
+    with ``folder``, ``tmp`` and ``home`` in it, where there is one.
     """
 
     folder: Path
     runtime: Path
     homes: tuple[Path, ...]
     visible: tuple[Path, ...]
+    files: frozenset[Path] = frozenset()
     disk: Path | None = None
 
 
@@ -86,11 +88,14 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
 
 
 def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
-    """An ordinary user has none to drop; root keeps what it takes to become somebody else, if that is asked for."""
-    if root:
+    """An ordinary user has none to drop; root keeps what it takes to become somebody else, if that is asked for.
+
+    Where no more is asked for than a file system of limited size, or no network, root stays what it is.
+    """
+    if root and (isolation.read_only_system or isolation.own_processes or isolation.other_user):
         yield from ("--cap-drop", "ALL")
         if isolation.other_user:
-            yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL")
+            yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
 
 
 def _system(isolation: Isolation) -> Iterator[str]:
@@ -133,7 +138,9 @@ def _homes(isolation: Isolation, around: Surroundings) -> Iterator[str]:
     """Empty homes, in which what the interpreter needs stays readable; the first is the user's own, and can be written."""
     hidden = [*(around.homes if isolation.hide_home else ()), *map(Path, isolation.hide)]
     for number, home in enumerate(hidden):
-        if number == 0 and around.disk is not None and isolation.hide_home:
+        if home in around.files:
+            yield from ("--ro-bind", "/dev/null", str(home))
+        elif number == 0 and around.disk is not None and isolation.hide_home:
             yield from ("--bind", str(around.disk / "home"), str(home))
         else:
             yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(home))

@@ -27,7 +27,6 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import time
@@ -415,7 +414,7 @@ class Keeper:
         left = [path for path in reversed(self.made) if not _remove_cgroup(path)]
         directories = [self.directory] if self.directory is not None else []
         directories += [*self.plan.get("directories", ()), *(self.plan.get("orphans", ()) if self.orphaned else ())]
-        left += [path for path in directories if not _remove_tree(path)]
+        left += [path for path in directories if not trees.remove_tree(path)]
         if not left and not alive and self.note is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.note)
@@ -484,14 +483,6 @@ def _oomd_killed(dirs: list[str]) -> bool | None:
             with contextlib.suppress(OSError):
                 return int(os.getxattr(path, name)) > 0
     return None
-
-
-def _remove_tree(path: str) -> bool:
-    """Remove a directory and all below."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.join(path, "work", "work"), 0o700)  # overlayfs leaves it without any right
-    shutil.rmtree(path, ignore_errors=True)
-    return not os.path.lexists(path)
 
 
 def _remove_cgroup(path: str) -> bool:

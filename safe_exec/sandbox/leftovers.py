@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import stat as stat_module
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safe_exec.errors import SandboxError
-from safe_exec.sandbox import procfs
+from safe_exec.sandbox import procfs, trees
 
 
 def notes_directory() -> Path:
@@ -87,7 +86,7 @@ def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
             path.rmdir()
     for path in directories:
         if not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            trees.remove_tree(path)
     return [str(path) for path in (*groups, *directories) if os.path.lexists(path)]
 
 

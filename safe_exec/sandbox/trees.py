@@ -71,6 +71,18 @@ def _give(made: Path, status: os.stat_result, owner: int | None) -> None:
             os.chown(made, uid, gid, follow_symlinks=False)
 
 
+def remove_tree(path: str | Path) -> bool:
+    """Remove a directory and all below, what is read-only in it too (overlayfs leaves one without any right); whether it is gone."""
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        for top, names, _ in os.walk(path):
+            for made in [top, *(inner for name in names if not os.path.islink(inner := os.path.join(top, name)))]:
+                with contextlib.suppress(OSError):
+                    os.chmod(made, 0o700)
+        shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)
+
+
 # --- taking back ------------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.sandbox.landlock": set(),
     "safe_exec.sandbox.mounts": set(),
     "safe_exec.sandbox.seccomp": set(),
-    "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.errors"},
+    "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.sandbox.trees", "safe_exec.errors"},
 }
 
 # Pieces of one layer that know nothing of each other.
