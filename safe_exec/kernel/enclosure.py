@@ -14,12 +14,13 @@ import shutil
 import site
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safe_exec
-from safe_exec.model import FolderUse, SystemCalls
+from safe_exec.errors import SandboxError
+from safe_exec.model import Enforcement, FolderUse, Isolation, Mechanism, SystemCalls, Wall
 from safe_exec.sandbox import bubblewrap, mounts
 from safe_exec.sandbox.plan import SpawnPlan
 
@@ -27,6 +28,7 @@ OTHER_UID = 1_060_660
 """The user that owns nothing: no distribution hands out ids up here (systemd, UIDs-GIDs.md), and no file is theirs."""
 INODE_BYTES = 4096
 LEAST_INODES = 1024
+NO_WALL = Enforcement(by=Mechanism.NONE, hard=False)
 
 
 def homes() -> tuple[Path, ...]:
@@ -43,19 +45,31 @@ def homes() -> tuple[Path, ...]:
 
 
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """Directories that a kernel needs to run at all: interpreters, packages, ours."""
-    ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix), Path(safe_exec.__file__).parent.parent / "safe_exec"]
-    program = shutil.which(argv[0], path=env.get("PATH"))
-    theirs = [found for prefix in (_prefixes(program) if program else ()) for found in (prefix, *_linked(prefix))]
+    """Directories that a kernel needs to run at all: interpreters, packages, ours. Never a whole home."""
+    ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
+    theirs = _prefixes(shutil.which(argv[0], path=env.get("PATH", os.defpath)) or "")
+    linked = [found for prefix in (Path(sys.prefix), *theirs) for found in _linked(prefix)]
     search = [Path(part) for name in ("PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH") for part in _parts(env, name)]
     users = [Path(site.getusersitepackages()), Path("~/.local/share/jupyter").expanduser(), Path("~/.local/lib").expanduser()]
-    own = [found for prefix in (Path(sys.prefix),) for found in _linked(prefix)]
-    paths = [*ours, *theirs, *search, *users, *own]
-    programs = [Path(program), Path(program).resolve()] if program else []  # one in ~/bin: it alone, not the home around it
+    wide = _wide()
+    prefixes = [found for prefix in (*ours, *theirs) for found in _narrowed(prefix, wide)]
+    paths = [*prefixes, Path(safe_exec.__file__).parent, *linked, *search, *users]
     both = [form for path in paths for form in (path, path.resolve())]
-    hidden = homes()
-    fit = (path for path in both if path.is_absolute() and not any(home.is_relative_to(path) for home in hidden))
-    return tuple(dict.fromkeys(path for path in (*fit, *programs) if path != Path("/") and path.exists()))
+    return tuple(dict.fromkeys(path for path in both if path.is_absolute() and path not in wide and path.exists()))
+
+
+PARTS = ("bin", "lib", "lib64", "libexec", "include", "share/jupyter", "etc/jupyter", "pyvenv.cfg", "conda-meta")
+"""What makes an environment of a directory that is more than one."""
+
+
+def _wide() -> frozenset[Path]:
+    """Directories that hold more than an environment: a ``~/bin/python`` must not open the home around it."""
+    narrow = [*homes(), *(home / ".local" for home in homes()), Path("/tmp"), Path("/var/tmp"), Path("/run")]  # noqa: S108
+    return frozenset(wide for path in narrow for wide in (path, *path.parents))
+
+
+def _narrowed(prefix: Path, wide: frozenset[Path]) -> list[Path]:
+    return [prefix / part for part in PARTS] if prefix in wide or prefix.resolve() in wide else [prefix]
 
 
 def _parts(env: Mapping[str, str], name: str) -> list[str]:
@@ -66,9 +80,9 @@ def _prefixes(program: str) -> list[Path]:
     """Where the program's environment lies: beside its ``bin``, what its links lead to, and the base of a virtual environment."""
     found: list[Path] = []
     path = Path(program)
+    if not path.is_absolute():  # no such program: a path relative to us would say nothing of it
+        return []
     for _ in range(10):
-        if not path.is_absolute():
-            break
         prefix = path.parent.parent
         found.append(prefix)
         config = prefix / "pyvenv.cfg"
@@ -115,16 +129,54 @@ class Birth:
     @property
     def owner(self) -> int | None:
         """The other user that it is to be, if it is."""
-        return OTHER_UID if self.plan.isolation.other_user and os.geteuid() == 0 else None
+        return OTHER_UID if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0 else None
 
 
 def enclose(birth: Birth) -> dict[str, Any]:
-    """The part of the keeper's request that puts up the walls."""
+    """The part of the keeper's request that puts up the walls. Raises SandboxError for what can be walled off in no way."""
+    asked = birth.plan.isolation
+    birth = replace(birth, plan=replace(birth.plan, isolation=settled(asked)))
+    demand_narrow(birth.folder, asked)
     return {
         "enclosure": _bubblewrap(birth, birth.plan.enclosed) if birth.plan.enclosed else None,
         "walls": _own_walls(birth),
         "owner": birth.owner,
+        # A link on the way to it may lie in what is hidden.
+        "cwd": str(birth.folder),
     }
+
+
+SYSTEM = tuple(map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr")))  # noqa: S108
+
+
+def demand_narrow(folder: Path, isolation: Isolation) -> None:
+    """The folder stays open whatever lies in it. Raises SandboxError where that would be what is to be closed."""
+    closed = [*(homes() if isolation.hide_home else ()), *(SYSTEM if isolation.read_only_system else ())]
+    for path in closed:
+        if path.is_relative_to(folder):
+            what = "a home" if path not in SYSTEM else "a part of the system"
+            raise SandboxError(
+                f"the notebook's folder {folder} is, or holds, {what} that is to be walled off ({path}): run it in a folder of its own"
+            )
+
+
+def settled(isolation: Isolation) -> Isolation:
+    """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
+    found = {name: tuple(os.path.realpath(os.path.expanduser(path)) for path in getattr(isolation, name)) for name in _PATHS}
+    for name in ("writable", "devices"):
+        for path in found[name]:
+            if not os.path.exists(path):
+                raise SandboxError(f"isolation: {name}: {path}: no such file or directory")
+    for path in found["devices"]:
+        if not path.startswith("/dev/"):
+            raise SandboxError(f"isolation: devices: {path} is not below /dev")
+    if "/" in (*found["writable"], *found["hide"]):
+        raise SandboxError("isolation: / itself can be neither writable nor hidden")
+    found["hide"] = tuple(path for path in found["hide"] if os.path.exists(path))
+    return replace(isolation, **found)
+
+
+_PATHS = ("writable", "hide", "devices")
 
 
 def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
@@ -169,7 +221,7 @@ def _own_walls(birth: Birth) -> dict[str, Any]:
     walls: dict[str, Any] = {} if birth.owner is None else {"uid": birth.owner}
     if birth.plan.landlock:
         walls["landlock"] = _landlock(birth)
-    if isolation.system_calls is not SystemCalls.ALL:
+    if birth.plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is Mechanism.SECCOMP:
         from safe_exec.sandbox import seccomp
 
         program = seccomp.load("errno" if isolation.system_calls is SystemCalls.REFUSE else "kill")
@@ -178,17 +230,21 @@ def _own_walls(birth: Birth) -> dict[str, Any]:
 
 
 def _landlock(birth: Birth) -> dict[str, Any]:
-    from safe_exec.sandbox import landlock
-
+    """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
     isolation = birth.plan.isolation
+    folder, extra = str(birth.folder), [str(birth.runtime), *isolation.writable]
     hidden = [*(map(str, homes()) if isolation.hide_home else ()), *isolation.hide]
-    readable = landlock.all_but(hidden, listdir=os.listdir) if hidden else ["/"]
-    readable += [str(path) for path in (*visible(birth.argv, birth.env), birth.folder)]
-    folder = [] if isolation.folder is FolderUse.READ else [str(birth.folder)]
+    open_folder = isolation.folder is FolderUse.WRITE  # nobody makes a copy here
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
-    own = [*folder, str(birth.runtime), "/tmp", "/dev", *isolation.writable]  # noqa: S108
+    writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but([*hidden, *([] if open_folder else [folder])])  # noqa: S108
     return {
-        "readable": readable,
-        "writable": own if isolation.read_only_system else ["/"],
+        "readable": [*_all_but(hidden), *map(str, visible(birth.argv, birth.env)), folder],
+        "writable": [*writable, *([folder] if open_folder else []), *extra],
         "tcp": None if isolation.network else False,
     }
+
+
+def _all_but(closed: Sequence[str]) -> list[str]:
+    from safe_exec.sandbox import landlock
+
+    return landlock.all_but(closed) if closed else ["/"]

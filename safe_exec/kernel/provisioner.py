@@ -144,6 +144,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         argv = wrapped or cmd
         if self.plan.isolation.listed_environment:
             env = listed_environment(env, self.plan.isolation.env)
+        if self.plan.landlock and self.plan.isolation.hide_home and self.sandbox.directory is not None:
+            # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
+            env["HOME"] = str(self.sandbox.directory / "home")
+            os.mkdir(env["HOME"], 0o700)
         try:
             self.sandbox.spawn(
                 self.plan,

@@ -65,18 +65,17 @@ def _harden(walls: dict[str, Any]) -> None:
     """What a process can give up by itself: core dumps, its user, writing and reading elsewhere, system calls."""
     if not walls:
         return
+    # Imported before anything is given up: another user may not be able to read where they lie.
+    from safe_exec.sandbox import landlock, seccomp
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if walls.get("uid") is not None:
         os.setgroups([])
         os.setresgid(walls["uid"], walls["uid"], walls["uid"])
         os.setresuid(walls["uid"], walls["uid"], walls["uid"])
     if walls.get("landlock") is not None:
-        from safe_exec.sandbox import landlock
-
         landlock.restrict(**walls["landlock"])
     if walls.get("seccomp") is not None:
-        from safe_exec.sandbox import seccomp
-
         seccomp.install(base64.b64decode(walls["seccomp"]))
 
 

@@ -6,7 +6,7 @@ kernel. The order of mounts is the order of the arguments: first the system, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +57,9 @@ def arguments(
         *_system(isolation),
         *_own_mounts(isolation, around, shm_bytes),
         *_homes(isolation, around),
-        *_folder(isolation, around),
-        *_extra(isolation),
+        *_inner(isolation, around),
         "--bind", str(around.runtime), str(around.runtime),
+        *_own_disk(around),
         "--chdir", str(around.folder),
         "--",
     ]  # fmt: skip
@@ -136,19 +136,36 @@ def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:
 
 def _homes(isolation: Isolation, around: Surroundings) -> Iterator[str]:
     """Empty homes, in which what the interpreter needs stays readable; the first is the user's own, and can be written."""
-    hidden = [*(around.homes if isolation.hide_home else ()), *map(Path, isolation.hide)]
-    for number, home in enumerate(hidden):
-        if home in around.files:
-            yield from ("--ro-bind", "/dev/null", str(home))
-        elif number == 0 and around.disk is not None and isolation.hide_home:
-            yield from ("--bind", str(around.disk / "home"), str(home))
+    homes = around.homes if isolation.hide_home else ()
+    hidden = _outer_first(
+        [*homes, *(path for path in map(Path, isolation.hide) if not _lies_in(path, _inside(isolation, around)))]
+    )
+    for path in hidden:
+        if around.disk is not None and path in homes[:1]:
+            yield from ("--bind", str(around.disk / "home"), str(path))
         else:
-            yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(home))
+            yield from _hide(path, isolation, around)
     covered = [*hidden, *((Path("/tmp"),) if isolation.read_only_system or around.disk else ())]  # noqa: S108
-    shown = [path for path in _outermost(around.visible) if any(path.is_relative_to(top) for top in covered)]
+    shown = [path for path in _outermost(around.visible) if _lies_in(path, covered)]
     yield from _ways([*shown, around.folder, *map(Path, isolation.writable)], covered)
     for path in shown:
         yield from ("--ro-bind-try", str(path), str(path))
+
+
+def _hide(path: Path, isolation: Isolation, around: Surroundings) -> Iterator[str]:
+    if path in around.files:
+        yield from ("--ro-bind", "/dev/null", str(path))
+    else:
+        yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(path))
+
+
+def _inside(isolation: Isolation, around: Surroundings) -> list[Path]:
+    """What is shown as it is, whatever lies around it: hiding a part of it has to come later."""
+    return [around.folder, *map(Path, isolation.writable), *around.visible]
+
+
+def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(top) for top in tops)
 
 
 def _ways(paths: Sequence[Path], covered: Sequence[Path]) -> Iterator[str]:
@@ -165,9 +182,27 @@ def _outermost(paths: Sequence[Path]) -> list[Path]:
     """Paths that lie in no other one."""
     found: list[Path] = []
     for path in sorted(set(paths)):
-        if not any(path.is_relative_to(top) for top in found):
+        if not _lies_in(path, found):
             found.append(path)
     return found
+
+
+def _outer_first(paths: Iterable[Path]) -> list[Path]:
+    """The order in which no mount covers one that came before."""
+    return sorted(dict.fromkeys(paths), key=lambda path: len(path.parts))
+
+
+def _inner(isolation: Isolation, around: Surroundings) -> Iterator[str]:
+    """The folder, what else may be written, and what is hidden in there: what says more of a path has the last word."""
+    writable = list(map(Path, isolation.writable))
+    hidden = [path for path in map(Path, isolation.hide) if _lies_in(path, _inside(isolation, around))]
+    for path in _outer_first([around.folder, *writable, *hidden]):
+        if path in hidden:
+            yield from _hide(path, isolation, around)
+        elif path in writable:
+            yield from ("--bind", str(path), str(path))
+        else:
+            yield from _folder(isolation, around)
 
 
 def _folder(isolation: Isolation, around: Surroundings) -> Iterator[str]:
@@ -180,6 +215,7 @@ def _folder(isolation: Isolation, around: Surroundings) -> Iterator[str]:
         yield from ("--bind", folder, folder)
 
 
-def _extra(isolation: Isolation) -> Iterator[str]:
-    for path in isolation.writable:
-        yield from ("--bind", path, path)
+def _own_disk(around: Surroundings) -> Iterator[str]:
+    """The file system of limited size lies in the runtime directory: seen there, too, it would show what is hidden in the folder."""
+    if around.disk is not None:
+        yield from ("--perms", "0000", "--size", "4096", "--tmpfs", str(around.disk))

@@ -1,8 +1,13 @@
-"""Copies of folders, made and taken back without following anything. Standard library only."""
+"""Copies of folders, made and taken back without following anything. Standard library only.
+
+What a hostile program leaves is never walked by recursion, nor deeper than paths go: it may nest folders as deep as it likes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import shutil
 import stat
@@ -10,22 +15,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
+TAKEN = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
+PIECE = 64 << 20
 
 
 def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
     """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
-    try:
-        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in found:
+    levels = [_entries(folder)]
+    while levels:
+        entry = next(levels[-1], None)
+        if entry is None:
+            levels.pop()
+            continue
         path = Path(entry.path)
-        with contextlib.suppress(OSError):
+        try:
             status = entry.stat(follow_symlinks=False)
-            if path not in but:
-                yield path, status
-                if stat.S_ISDIR(status.st_mode):
-                    yield from walk(path, but=but)
+        except OSError:
+            continue
+        if path not in but:
+            yield path, status
+            if stat.S_ISDIR(status.st_mode):
+                levels.append(_entries(path))
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return iter(sorted(found, key=lambda entry: entry.name))
+    except OSError:
+        return iter(())
 
 
 def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(), owner: int | None = None) -> None:
@@ -71,16 +89,54 @@ def _give(made: Path, status: os.stat_result, owner: int | None) -> None:
             os.chown(made, uid, gid, follow_symlinks=False)
 
 
+# --- removing ---------------------------------------------------------------------------------------------------
+
+
 def remove_tree(path: str | Path) -> bool:
-    """Remove a directory and all below, what is read-only in it too (overlayfs leaves one without any right); whether it is gone."""
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        for top, names, _ in os.walk(path):
-            for made in [top, *(inner for name in names if not os.path.islink(inner := os.path.join(top, name)))]:
-                with contextlib.suppress(OSError):
-                    os.chmod(made, 0o700)
-        shutil.rmtree(path, ignore_errors=True)
-    return not os.path.lexists(path)
+    """Remove a directory and all below, what is read-only in it too (overlayfs leaves one without any right); whether it is gone.
+
+    What lies deeper is moved up first, so that no path gets long.
+    """
+    top = os.fspath(path)
+    if os.path.isdir(top) and not os.path.islink(top):
+        numbers = itertools.count()
+        stuck: set[str] = set()
+        _open(top)
+        while below := [entry for entry in _entries(Path(top)) if entry.name not in stuck]:
+            for entry in below:
+                if not _removed(entry, top, numbers):
+                    stuck.add(entry.name)
+        with contextlib.suppress(OSError):
+            os.rmdir(top)
+    return not os.path.lexists(top)
+
+
+def _removed(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
+    """Remove one entry right below ``top``; a directory's own directories come up beside it."""
+    try:
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.path)
+            return True
+        _open(entry.path)
+        for inner in _entries(Path(entry.path)):
+            if inner.is_dir(follow_symlinks=False):
+                _open(inner.path)
+                os.rename(inner.path, _free(top, numbers))
+            else:
+                os.unlink(inner.path)
+        os.rmdir(entry.path)
+    except OSError:
+        return False
+    return True
+
+
+def _free(top: str, numbers: Iterator[int]) -> str:
+    return next(place for n in numbers if not os.path.lexists(place := os.path.join(top, f"up-{n}")))
+
+
+def _open(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
 
 
 # --- taking back ------------------------------------------------------------------------------------------------
@@ -90,15 +146,40 @@ def take_back(source: Path, target: Path) -> None:
     """Make ``target`` what ``source`` has become: a copy of it in which a program has worked.
 
     Whatever that program left is data: links are copied as links and never followed, set-user-id bits are dropped, devices, pipes and
-    sockets are left out. Files that did not change are not touched.
+    sockets are left out, holes stay holes. Files that did not change are not touched, nor is what no copy has: devices, pipes, sockets,
+    files that cannot be read. A file comes back whole or stays as it was. Raises OSError for what could not be taken, after all the rest.
     """
     owner = os.stat(target)
-    wanted: dict[str, os.stat_result] = {str(path.relative_to(source)): status for path, status in walk(source)}
-    for path, _ in reversed(list(walk(target))):
-        if str(path.relative_to(target)) not in wanted:
+    found = ((str(path.relative_to(source)), status) for path, status in walk(source))
+    wanted = {name: status for name, status in found if stat.S_IFMT(status.st_mode) in TAKEN}
+    for path, status in reversed(list(walk(target))):
+        if str(path.relative_to(target)) not in wanted and _is_copied(path, status):
             _remove(path)
+    troubles: list[OSError] = []
+    folders = {"."}  # that were seen to be folders: a link among the parents would lead elsewhere
     for name, status in wanted.items():
-        _take(source / name, target / name, status, owner)
+        if (os.path.dirname(name) or ".") not in folders:
+            continue
+        try:
+            if stat.S_ISDIR(status.st_mode):
+                _take_folder(target / name, owner)
+                folders.add(name)
+            else:
+                _take(source / name, target / name, status, owner)
+        except OSError as trouble:
+            troubles.append(trouble)
+    for name in reversed([name for name in wanted if name in folders]):  # last: one may not be written to any more
+        _settle(target / name, wanted[name])
+    if troubles:
+        more = f", and {len(troubles) - 1} more" if len(troubles) > 1 else ""
+        raise OSError(troubles[0].errno, f"{troubles[0].filename or target}: {troubles[0].strerror}{more}")
+
+
+def _is_copied(path: Path, status: os.stat_result) -> bool:
+    """Whether a copy of the folder would have had this at all."""
+    if stat.S_ISREG(status.st_mode):
+        return os.access(path, os.R_OK, effective_ids=True)
+    return stat.S_IFMT(status.st_mode) in TAKEN
 
 
 def _remove(path: Path) -> None:
@@ -109,21 +190,83 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def _take_folder(place: Path, owner: os.stat_result) -> None:
+    before = _seen(place)
+    if before is not None and stat.S_ISDIR(before.st_mode):
+        return
+    if before is not None:
+        place.unlink()
+    place.mkdir(mode=0o700)
+    _give(place, owner, None)
+
+
 def _take(path: Path, place: Path, status: os.stat_result, owner: os.stat_result) -> None:
-    try:
-        before: os.stat_result | None = place.lstat()
-    except OSError:
-        before = None
+    """A file or a link, put together beside its place."""
+    before = _seen(place)
     if before is not None and _same(path, place, status, before):
         return
-    if before is not None and (not stat.S_ISDIR(status.st_mode) or not stat.S_ISDIR(before.st_mode)):
-        shutil.rmtree(place) if stat.S_ISDIR(before.st_mode) else place.unlink()
-        before = None
-    if before is None and not _copied(path, place, status):
-        return
-    if not stat.S_ISLNK(status.st_mode):
-        place.chmod(stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
-    _give(place, owner, None)
+    if before is not None and stat.S_ISDIR(before.st_mode):
+        place.rmdir()  # what was in it is gone by now, but for what is not ours to remove
+    made = place.with_name(f".safe-exec-{os.urandom(6).hex()}")
+    try:
+        if stat.S_ISLNK(status.st_mode):
+            made.symlink_to(os.readlink(path))
+        else:
+            _copy_file(path, made)
+        _give(made, owner, None)
+        made.replace(place)
+    except OSError:
+        made.unlink(missing_ok=True)
+        raise
+
+
+def _seen(place: Path) -> os.stat_result | None:
+    try:
+        return place.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _settle(place: Path, status: os.stat_result) -> None:
+    """A folder's mode."""
+    with contextlib.suppress(OSError):
+        if place.lstat().st_mode != status.st_mode:
+            place.chmod(stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
+
+
+def _copy_file(path: Path, made: Path) -> None:
+    """Bytes, times and mode; neither links nor what else could be there by now is opened, and at no time is the copy set-user-id."""
+    source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no file any more", str(path))
+        target = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            _copy_data(source, target, status.st_size)
+            os.fchmod(target, stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)
+
+
+def _copy_data(source: int, target: int, size: int) -> None:
+    """What is there, and no holes: a file of a few bytes may be as long as a disk is large."""
+    end = 0
+    while end < size:
+        try:
+            at = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # a hole up to the end
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        os.lseek(target, at, os.SEEK_SET)
+        while at < end and (sent := os.sendfile(target, source, at, min(PIECE, end - at))):
+            at += sent
+    os.ftruncate(target, size)
 
 
 def _same(path: Path, place: Path, status: os.stat_result, before: os.stat_result) -> bool:
@@ -132,6 +275,4 @@ def _same(path: Path, place: Path, status: os.stat_result, before: os.stat_resul
         return False
     if stat.S_ISLNK(status.st_mode):
         return os.readlink(path) == os.readlink(place)
-    if stat.S_ISDIR(status.st_mode):
-        return status.st_mode == before.st_mode
     return (status.st_size, status.st_mtime_ns, status.st_mode) == (before.st_size, before.st_mtime_ns, before.st_mode)

@@ -33,7 +33,7 @@ def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
     enclosed = wanted and machine.bubblewrap is not None and machine.may(Mechanism.BUBBLEWRAP)
     landlock = wanted and not enclosed and machine.landlock > 0 and machine.may(Mechanism.LANDLOCK)
     walls = dict(_namespaced(isolation, machine, enclosed=enclosed, landlock=landlock))
-    walls |= dict(_own(isolation, machine))
+    walls |= dict(_own(isolation, machine, enclosed=enclosed))
     return WallPlan(walls={wall: walls[wall] for wall in Wall if wall in walls}, enclosed=enclosed, landlock=landlock)
 
 
@@ -66,7 +66,7 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
         yield Wall.PROCESSES, "process ids, ipc and host name of its own"
 
 
-def _own(isolation: Isolation, machine: Machine) -> Iterator[tuple[Wall, Enforcement]]:
+def _own(isolation: Isolation, machine: Machine, *, enclosed: bool) -> Iterator[tuple[Wall, Enforcement]]:
     """What a process gives up by itself, whatever the machine."""
     if isolation.system_calls is not SystemCalls.ALL:
         how = "refused with EPERM" if isolation.system_calls is SystemCalls.REFUSE else "end the kernel with SIGSYS"
@@ -75,10 +75,12 @@ def _own(isolation: Isolation, machine: Machine) -> Iterator[tuple[Wall, Enforce
     if isolation.listed_environment:
         yield Wall.ENVIRONMENT, Enforcement(by=Mechanism.RUNNER, hard=True, note="only variables that are on the list")
     if isolation.other_user:
-        if machine.uid == 0:
+        if machine.uid == 0 and enclosed:
             yield Wall.USER, Enforcement(by=Mechanism.KERNEL, hard=True, note="a user that owns nothing")
         else:
-            yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note="only root can become somebody else")
+            # Without mounts of its own another user may not even reach the interpreter.
+            why = "without bubblewrap it stays the same" if machine.uid == 0 else "only root can become somebody else"
+            yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note=why)
 
 
 # --- the limits that walls hold ---------------------------------------------------------------------------------

@@ -7,19 +7,22 @@ A test takes an arena, runs notebooks in it and leaves it; leaving checks the ca
         assert fight.status == Status.CELL_ERROR, fight
 
 ``who`` is ``"root"`` or ``"user"`` (an ordinary user without any privilege; his bubblewrap works by a user namespace), ``profile`` one of
-those that ship (``untrusted``). Cells are text, or notebooks that are there already (``run_notebook``). In cells these words are replaced:
+those that ship (``untrusted``), ``reaches`` the listeners outside that may be connected to, by name (none). Cells are text, or notebooks that are there already (``run_notebook``). In cells these words are replaced:
 
     @HOME@      the user's home: .ssh/id_test and .config/token in it hold secrets
     @BESIDE@    a file with a secret in the folder above the notebook's, that anybody may read and write
-    @SYSTEM@    a directory of the system that anybody may write to, with a file ``canary`` in it
+    @SYSTEM@    a directory of the system that anybody may write to, with a file ``canary`` in it, and ``id``, a set-user-id program of root's
     @PID@       a process of the same user that runs outside
     @ABSTRACT@  the name of an abstract socket outside on which somebody listens, without the leading zero byte
     @SOCKET@    the path of a socket outside, in the user's home
     @PORT@      a TCP port on loopback outside on which somebody listens
     @OURS@      what a cell should begin the names of shared things with (/dev/shm, queues), so that what is left of them is found
 
+Most tests are rows of a table, each an ``Attack``; ``rounds`` makes the parameters of a test out of them, and ``fight`` holds one.
+
 The environment holds SECRET_TOKEN. Every run checks that no secret is in anything that it printed or wrote, that the runner took less than
-200 MB, that its documents are valid, and that no process, control group, note, mount, socket or directory is left.
+200 MB, that its documents are valid, and that no process, control group, note, mount, socket or directory is left. What is left of a run all
+the same is removed, so that it fails one test and not those after it.
 """
 
 from __future__ import annotations
@@ -45,9 +48,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import nbformat
+import pytest
 from jsonschema import Draft202012Validator
 
 from safe_exec.kernel.enclosure import OTHER_UID
+from safe_exec.model import Activity, CauseKind, Status
 from safe_exec.reports.verdict_json import load_schema
 from safe_exec.sandbox import procfs
 from tests.support import EXECUTABLE, MARK, NOBODY, groups_of, left_behind, make_notebook, marked_processes, wait_until
@@ -58,6 +63,7 @@ Who = Literal["root", "user"]
 RUNNER_BYTES = 200 << 20
 """What the runner itself may take at its peak, whatever the notebook does."""
 RUN_SECONDS = 120.0
+NOT_PASSED = ("PYTEST_CURRENT_TEST", "XDG_RUNTIME_DIR")
 GONE_SECONDS = 2.0
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 SYSTEM_FILES = (
@@ -67,6 +73,66 @@ SYSTEM_FILES = (
     "/proc/sys/kernel/hostname",
 )
 SYSTEM_DIRECTORIES = ("/", "/etc", "/usr", "/usr/bin", "/tmp", "/var/tmp", "/dev/shm", "/root")
+
+
+Ending = tuple[Status, CauseKind | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One row of a table: what a notebook does, and all the ways in which it may end.
+
+    ``says`` must stand in its outputs and ``warns`` in the warnings. ``reaches``: the listeners outside that it is known to reach.
+    ``broken`` says why it is known to fail, for a row that waits for a repair.
+    """
+
+    name: str
+    cells: str | tuple[str, ...]
+    ends: tuple[Ending, ...]
+    cell: int | None = None
+    who: Who | Literal["both"] = "both"
+    profile: str = "untrusted"
+    options: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
+    warns: str | None = None
+    activity: Activity | None = None
+    exit_code: int | None = None
+    seconds: float = RUN_SECONDS
+    reaches: tuple[str, ...] = ()
+    broken: str = ""
+
+
+def rounds(attacks: Sequence[Attack]) -> list[Any]:
+    """Each attack as each of those that make it: the parameters ``attack, who`` of a test."""
+    found = []
+    for attack in attacks:
+        marks = [pytest.mark.xfail(reason=attack.broken, strict=True)] if attack.broken else []
+        whos: tuple[Who, ...] = ("root", "user") if attack.who == "both" else (attack.who,)
+        found += [pytest.param(attack, who, id=f"{attack.name}-{who}", marks=marks) for who in whos]
+    return found
+
+
+def fight(attack: Attack, who: Who) -> None:
+    """Make one attack, and see that it ended as it may, behind walls that bubblewrap holds."""
+    with Arena(who, attack.profile, reaches=attack.reaches) as arena:
+        cells = (attack.cells,) if isinstance(attack.cells, str) else attack.cells
+        seen = arena.run(*cells, options=("--cell-timeout", "30", *attack.options))
+        report = f"{attack.name} as {who}: {seen}"
+        walls = seen.verdict["environment"]["isolation"]
+        assert {walls[wall]["by"] for wall in ("home", "system", "processes")} == {"bubblewrap"}, f"no walls: {walls}\n{report}"
+        assert (seen.status, seen.cause) in attack.ends, report
+        if attack.cell is not None:
+            assert seen.cell == attack.cell, report
+        for words in attack.says:
+            assert words in seen.text, f"nowhere: {words!r}\n{report}"
+        if attack.warns is not None:
+            assert any(attack.warns in warning for warning in seen.verdict["warnings"]), f"{seen.verdict['warnings']}\n{report}"
+        cause = seen.verdict["cause"] or {}
+        if attack.activity is not None:
+            assert cause["activity"] == attack.activity, report
+        if attack.exit_code is not None:
+            assert cause["exit_code"] == attack.exit_code and cause["signal"] is None, report
+        assert seen.seconds < attack.seconds, f"it took {seen.seconds:.0f} s\n{report}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +183,7 @@ class Arena:
 
     who: Who = "root"
     profile: str = "untrusted"
+    reaches: Sequence[str] = ()
     folder: Path = field(init=False)
     base: Path = field(init=False)
     home: Path = field(init=False)
@@ -160,6 +227,8 @@ class Arena:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(mode)
+        shutil.copy("/usr/bin/id", self.system / "id")
+        (self.system / "id").chmod(0o4755)
         if self.who == "user":
             for path in (self.base, self.folder, *self.base.iterdir(), self.home, *self.home.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
@@ -247,7 +316,7 @@ class Arena:
         mark = secrets.token_hex(8)
         argv = [*self._prefix(), str(EXECUTABLE), "run", str(path), "--limits", self.profile]
         argv += ["--bisect", "always" if bisect else "never", *options]
-        full = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        full = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
         full |= {
             "HOME": str(self.home),
             "XDG_CACHE_HOME": str(self.base / "cache"),
@@ -257,7 +326,11 @@ class Arena:
         with _subreaper():
             done = _launch(argv, cwd=self.folder, env=full | dict(env or {}), timeout=timeout)
             self._check_processes(mark)
-        said = f"exit {done.code}\n{done.stdout[:3000]}\n{done.stderr[:3000]}"
+        said = f"exit {done.code}\n{done.stdout[:3000]}\n{done.stderr[-3000:]}"
+        left = _noted(done.pid)
+        for path in left:
+            subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
+        assert left == [], f"left behind, and removed now; {said}"
         assert done.peak < RUNNER_BYTES, f"the runner took {done.peak >> 20} MiB; {said}"
         for stream in (done.stdout, done.stderr):
             self.check_no_secret(stream.encode(), said)
@@ -293,8 +366,8 @@ class Arena:
             if now.get(name) != self._before.get(name)
         }
         assert changed == {}, f"before and now: {changed}"
-        reached = [name for name, listener in self._listeners().items() if _was_reached(listener)]
-        assert reached == [], f"reached from inside: {reached}"
+        reached = sorted(name for name, listener in self._listeners().items() if _was_reached(listener))
+        assert reached == sorted(self.reaches), f"reached from inside: {reached}"
         for path in self.base.rglob("*"):
             if path.is_file() and not path.is_symlink() and path.name != "beside.txt":
                 self.check_no_secret(path.read_bytes(), str(path))
@@ -351,11 +424,12 @@ class Arena:
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """The command's end. ``peak`` is the resident memory of the runner alone at its highest, in bytes."""
+    """The command's end. ``pid`` was its process, ``peak`` is the resident memory of the runner alone at its highest, in bytes."""
 
     code: int
     stdout: str
     stderr: str
+    pid: int
     peak: int
     seconds: float
 
@@ -394,6 +468,7 @@ def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: 
         code=process.returncode,
         stdout=out.decode("utf-8", "replace"),
         stderr=err.decode("utf-8", "replace"),
+        pid=process.pid,
         peak=max(peaks),
         seconds=time.monotonic() - began,
     )
@@ -426,6 +501,17 @@ def _subreaper() -> Iterator[None]:
         yield
     finally:
         libc.prctl(PR_SET_CHILD_SUBREAPER, before.value)
+
+
+def _noted(pid: int) -> list[Path]:
+    """Notes of the runs of a process that are still there, and the directories of those runs that are."""
+    found: list[Path] = []
+    for path in Path("/tmp").glob("safe-exec-*/*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(path.read_text())
+            if note["owner"] == pid:
+                found += [path, *(there for name in note["directories"] if (there := Path(name)).exists())]
+    return found
 
 
 def _command(pid: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.sandbox import landlock
@@ -113,6 +113,7 @@ names = st.sampled_from(["a", "b", "c"])
 paths = st.lists(names, min_size=1, max_size=4).map(lambda parts: "/" + "/".join(parts))
 
 
+@settings(deadline=None)
 @given(st.lists(paths, min_size=1, max_size=4), paths)
 def test_what_is_opened_is_all_but_the_hidden_trees_and_what_lies_above(hidden: list[str], path: str) -> None:
     def within(path: str, top: str) -> bool:

@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,15 +22,20 @@ from safe_exec.commands import probe as probe_command
 from safe_exec.commands.probe import command, exit_code, parse_precision, reproduce_command
 from safe_exec.commands.probe_report import RunLines, as_document, report
 from safe_exec.commands.run import command as run_command
+from safe_exec.culprit import runs
 from safe_exec.culprit.descriptors import Descriptors
+from safe_exec.culprit.runs import Change, Runs
 from safe_exec.culprit.scales import SCALES
 from safe_exec.culprit.threshold import Ended, Fate, Question, Try, search
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.job import Prepared
 from safe_exec.limits_values import parse_overrides
-from safe_exec.model import CauseKind, Enforcement, LimitName, Mechanism
+from safe_exec.model import CauseKind, Enforcement, LimitName, Limits, Mechanism, TimedOut
 from safe_exec.probing import Probed, Shot, drive
 from safe_exec.reports.terminal import Style
+from safe_exec.sandbox.build import build_plan
+from safe_exec.sandbox.machine import Machine
+from safe_exec.trial import TrialRequest
 from tests.support import make_notebook
 from tests.unit.builders import make_cause, make_crash
 
@@ -380,3 +386,42 @@ def test_the_command_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (quiet.stdout, quiet.stderr) == ("", "")
     as_json = CliRunner().invoke(command, [*arguments, "--json"], standalone_mode=False)
     assert json.loads(as_json.stdout)["passes"] == 416 * MIB and as_json.stderr == ""
+
+
+# --- one run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("timeout", "times", "bound", "ended"),
+    [
+        (None, (math.inf, math.inf), None, ""),
+        (30.0, (math.inf, math.inf), 30.0, ""),
+        (30.0, (20.0, 100.0), 20.0, "slow"),
+        (30.0, (20.0, 10.0), 9.0, "cut"),
+        (5.0, (20.0, 10.0), 5.0, ""),
+        (None, (20.0, 0.2), 1.0, "cut"),
+    ],
+)
+def test_why_a_run_was_over(
+    monkeypatch: pytest.MonkeyPatch, timeout: float | None, times: tuple[float, float], bound: float | None, ended: str
+) -> None:
+    """``times`` are the deadline and what is allowed."""
+    asked: list[TrialRequest] = []
+
+    async def run_trial(request: TrialRequest) -> Any:
+        asked.append(request)
+        return SimpleNamespace(ending=TimedOut(cell=0, whole=True, allowed=request.limits.timeout or 0.0))
+
+    limits = Limits(memory=MIB, timeout=timeout)
+    template = TrialRequest(
+        run_id="0", node=None, kernel_name="python3", cwd=Path(), limits=limits, machine=Machine(), plan=build_plan(limits, Machine(), "0"),
+        cell_limits=lambda _: limits,
+    )  # fmt: skip
+    monkeypatch.setattr(runs, "run_trial", run_trial)
+    monkeypatch.setattr(runs, "enclosed", lambda request, _views, limits, orphans: replace(request, limits=limits))
+    views: Any = SimpleNamespace(snapshot=SimpleNamespace(scratch=Path("scratch")))
+    change = Change(limits=limits, cell_limits=lambda _: limits, deadline=times[0], allowed=times[1])
+    ran = asyncio.run(Runs(template, views).run(change))
+    assert asked[0].limits.timeout == bound
+    assert ran.request.limits == limits  # what is told of it is what the user set
+    assert (ran.slow, ran.cut) == (ended == "slow", ended == "cut")

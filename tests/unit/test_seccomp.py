@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safe_exec.sandbox import seccomp
@@ -60,8 +61,11 @@ def decide(program: bytes, number: int, *arguments: int, arch: int) -> int:
             return operand
 
 
+program = functools.cache(seccomp.program)
+
+
 def answer(arch: str, refusal: seccomp.Refusal, number: int, *arguments: int) -> int:
-    return decide(seccomp.program(arch, refusal), number, *arguments, arch=seccomp.ARCHITECTURES[arch])
+    return decide(program(arch, refusal), number, *arguments, arch=seccomp.ARCHITECTURES[arch])
 
 
 def column(arch: str, numbers: seccomp.Numbers) -> dict[str, int]:
@@ -121,26 +125,30 @@ words = st.integers(0, 2**32 - 1)
 longs = st.integers(0, 2**64 - 1)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(BOTH), words, words, st.lists(longs, max_size=6))
 @example(("x86_64", "errno"), 0x40000003, 0, [])  # i386
 def test_any_call_of_another_architecture_kills(
     which: tuple[str, seccomp.Refusal], arch: int, number: int, arguments: list[int]
 ) -> None:
     if arch != seccomp.ARCHITECTURES[which[0]]:
-        assert decide(seccomp.program(*which), number, *arguments, arch=arch) == KILL
+        assert decide(program(*which), number, *arguments, arch=arch) == KILL
 
 
+@settings(deadline=None)
 @given(st.sampled_from(BOTH), st.one_of(st.integers(0, 600), words), st.lists(longs, max_size=6))
 def test_any_call_gets_a_verdict(which: tuple[str, seccomp.Refusal], number: int, arguments: list[int]) -> None:
     assert answer(*which, number, *arguments) in {ALLOW, EPERM, ENOSYS, refused(which[1])}
 
 
+@settings(deadline=None)
 @given(st.sampled_from(BOTH), st.sampled_from(list(seccomp.JUDGED)), st.lists(longs, min_size=6, max_size=6))
 def test_upper_halves_do_not_count(which: tuple[str, seccomp.Refusal], name: str, arguments: list[int]) -> None:
     number = judged(which[0], name)
     assert answer(*which, number, *arguments) == answer(*which, number, *(value & 0xFFFFFFFF for value in arguments))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(REFUSALS), words)
 def test_x32_is_refused(refusal: seccomp.Refusal, number: int) -> None:
     if number & 0x40000000:
