@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safe_exec import isolation
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, prepare
@@ -30,6 +31,7 @@ def run(
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    walls: Mapping[str, object] | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -41,8 +43,10 @@ def run(
     ``output`` and ``verdict`` default to ``NB.out.ipynb`` and ``NB.verdict.json`` beside the notebook. ``kernel``
     overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's
     kernel must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
-    ``cgroup-v1``, ``rlimit`` and ``watchdog``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search for the
-    culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run).
+    ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and ``seccomp``. ``walls`` are the keys of a file's
+    ``isolation:`` (``{"network": False, "hide": ["/srv/data"]}``) and change what the profile says of it; paths begin with
+    ``/`` or ``~``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search for the culprits follows a failure;
+    ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run).
     ``on_event`` is called with each event as it happens.
 
     A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
@@ -68,6 +72,7 @@ def run(
             require=require,
             mechanisms=mechanisms,
             env=env,
+            walls=walls,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -88,6 +93,7 @@ async def run_async(
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    walls: Mapping[str, object] | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -105,6 +111,7 @@ async def run_async(
         require=require,
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,
+        walls=isolation.of_mapping(walls or {}, "walls"),
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

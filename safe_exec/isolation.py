@@ -39,10 +39,21 @@ def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
 
 def _read(name: str, value: Value) -> Any:
     if name in _LISTS:
-        return value.words(name)
+        return tuple(_word(name, item.text(name), item.where) for item in value.items(name))
     if name in _CHOICES:
         return _choice(name, value.text(name), value.where)
     return value.flag(name)
+
+
+def _word(name: str, word: str, where: str) -> str:
+    """One entry of a list: a variable, or a path that says by itself where it leads, as no folder is its own here."""
+    if "\0" in word or (name == "env" and "=" in word):
+        raise LimitsError(f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}")
+    if name == "devices" and not word.startswith("/dev/"):
+        raise LimitsError(f"{where}: {name}: expected a path below /dev, found {one_line(word)!r:.60}")
+    if name in ("writable", "hide") and not word.startswith(("/", "~")):
+        raise LimitsError(f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}")
+    return word
 
 
 def _choice(name: str, word: str, where: str) -> Any:
@@ -68,7 +79,12 @@ def of_metadata(metadata: Mapping[str, object], where: str) -> dict[str, Any]:
     place = f"{one_line(where)}: metadata.safe_exec.isolation"
     if not isinstance(found, Mapping):
         raise LimitsError(f"{place}: expected an object of keys and values")
-    return {_known(key, place): _plain(_known(key, place), value, place) for key, value in found.items()}
+    return of_mapping(found, place)
+
+
+def of_mapping(walls: Mapping[Any, object], where: str) -> dict[str, Any]:
+    """Keys and values as they stand in JSON or Python, checked. Raises LimitsError that begins with ``where``."""
+    return {_known(key, where): _plain(_known(key, where), value, where) for key, value in walls.items()}
 
 
 def _known(key: object, place: str) -> str:
@@ -80,8 +96,8 @@ def _known(key: object, place: str) -> str:
 
 def _plain(name: str, value: object, place: str) -> Any:
     if name in _LISTS:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(_word(name, item, place) for item in value)
         raise LimitsError(f"{place}: {name}: expected a list of words")
     if name in _CHOICES:
         return _choice(name, str(value), place)

@@ -229,6 +229,7 @@ class Trial:
             self.ledger.abandon(self.current)
         ending = await self._settle(ending)
         self.session.take_facts()
+        self._warn_of_messages()
         evidence, place = gather(self, ending)
         for message in self.warnings:
             self.sink(events.Warned(time=self.now(), message=message))
@@ -249,6 +250,12 @@ class Trial:
             hello=self.session.told.hello,
             warnings=tuple(self.warnings),
         )
+
+    def _warn_of_messages(self) -> None:
+        """What came over the wire and was none, or not as it should be."""
+        count, first = self.session.malformed()
+        if count:
+            self.warnings.append(f"{count} malformed message(s) from the kernel were left out or mended: {first}")
 
     async def _settle(self, ending: Ending) -> Ending:
         """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
@@ -334,8 +341,10 @@ class Trial:
         """Ten times a second: usage for timeline and progress, and the limits that only a look can hold."""
         looks = 0
         while not self.session.died.is_set():
-            self._sample()
-            self.session.look_again()
+            try:
+                self._sample()
+            except Exception as error:  # noqa: BLE001 - one look that fails must not end all looks: limits hang on them
+                self._warn_once(f"usage could not be read: {type(error).__name__}: {error}")
             looks += 1
             if looks % PEERS_EVERY == 0:
                 self.session.look_for_peers()
@@ -362,6 +371,10 @@ class Trial:
         if limits.cpu_time is not None and reading.cpu_seconds is not None and reading.cpu_seconds > limits.cpu_time:
             self._end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, reading.cpu_seconds)
         self._look_for_flood()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
 
     def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
         if used is not None and allowed and used > 0.9 * allowed and name not in self._near:
@@ -459,10 +472,6 @@ class Trial:
             await self._run_cell(client, index, cell)
         client.set_widgets_metadata()
         self.current = None
-        if client.malformed:
-            self.warnings.append(
-                f"{client.malformed} malformed message(s) from the kernel were left out: {client.first_malformed}"
-            )
         if self.session.died.is_set():
             await self._stop_for_death(None)
         worker = self._worker_killed()
@@ -595,7 +604,18 @@ class Trial:
             limit, cell = self.limit or (LimitName(reason.value), index)
             self.current = cell
             raise Stop(LimitHit(limit=limit, cell=cell))
-        raise Stop(Died(cell=index if index is not None else self._cell_at_death(), exit=ended.status if ended else None))
+        cell = index if index is not None else self._cell_at_death()
+        raise Stop(Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None))
+
+    def _cell_by_page(self, cell: int | None) -> int | None:
+        """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
+        found = self.session.running_by_page()
+        if found is None or cell is None or found >= cell:
+            return cell
+        code_index = self.ledger.code_index(found) + 1
+        self.warnings.append(f"code cell {code_index} was said to be done while the kernel was still at work on it")
+        self.current = found
+        return found
 
     def _cell_at_death(self) -> int | None:
         """The cell to name when the kernel died with no cell running: the last that ran."""
@@ -619,6 +639,11 @@ class Trial:
         record = self.ledger.end(index, self.now(), status, **self._reading_at_end(index))
         if client and client.accounts.truncated:
             self.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
+        if client and client.disbelieved:
+            what = " and ".join(sorted(client.disbelieved))
+            self.warnings.append(
+                f"code cell {record.code_index + 1} was said to be done ({what}) while the kernel was still at work on it: not believed"
+            )
         self.sink(
             events.CellFinished(
                 time=self.now(),

@@ -1,10 +1,9 @@
-"""``safe-exec doctor``: what holds each limit on this machine, and the commands that mend what is weak."""
+"""``safe-exec doctor``: what holds each limit and each wall on this machine, and the commands that mend what is weak."""
 
 from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,13 +13,14 @@ import click
 
 from safe_exec import __version__
 from safe_exec.commands import table
-from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.model import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox.build import build_plan, parse_mechanisms
-from safe_exec.sandbox.machine import Machine, detect
+from safe_exec.sandbox.build import CHOOSABLE, build_plan, parse_mechanisms
+from safe_exec.sandbox.machine import Machine, detect, look_for_walls
 from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
+from safe_exec.sandbox.wall_remedies import WallRemedy, advise_walls, weak_walls
 
 EVERY_LIMIT = Limits(
     memory=2**30,
@@ -34,8 +34,22 @@ EVERY_LIMIT = Limits(
     file_size=2**30,
     cell_output=2**20,
     output=2**20,
+    disk=2**30,
+    shm=2**30,
 )
 """Every limit is set: what would hold it is asked, and the figures do not matter."""
+
+EVERY_WALL = Isolation(
+    hide_home=True,
+    read_only_system=True,
+    folder=FolderUse.COPY,
+    write_back=False,
+    network=False,
+    own_processes=True,
+    listed_environment=True,
+    system_calls=SystemCalls.REFUSE,
+    other_user=True,
+)
 
 WIDTH = 100
 """Columns that are enough: a longer line is harder to read, and commands are not broken at any width."""
@@ -43,13 +57,13 @@ WIDTH = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """All that doctor says. ``bubblewrap`` is its version or ``None``; ``dead_runs`` a count, or why there is none."""
+    """All that doctor says. ``dead_runs`` is a count, or why there is none."""
 
     machine: Machine
     around: Surroundings
     plan: SpawnPlan
     remedies: tuple[Remedy, ...]
-    bubblewrap: str | None
+    wall_remedies: tuple[WallRemedy, ...]
     kernels: tuple[str, ...]
     dead_runs: int | str
 
@@ -65,11 +79,11 @@ class Diagnosis:
 
 
 @click.command("doctor", short_help="Say, limit by limit, what this machine can enforce, and how to mend what it cannot.")
-@click.option("--limits", "profile", metavar="NAME|FILE", help="Look at the limits of this profile or file only [all limits].")
-@click.option("--mechanisms", metavar="NAME,...", help="Look at these only: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--limits", "profile", metavar="NAME|FILE", help="Look at the limits and walls of this profile or file only [all].")
+@click.option("--mechanisms", metavar="NAME,...", help=f"Look at these only: {', '.join(CHOOSABLE)}.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
-    """Say, limit by limit, what this machine can enforce and by what, and for each weakness the commands that mend it.
+    """Say, limit by limit and wall by wall, what this machine can enforce and by what, and for each weakness what mends it.
 
     Exit codes: 0 when the system's kernel can hold memory, cpus, processes, open_files and file_size (with --limits,
     those of them that are set there), so that `safe-exec run --require all` would run; 1 when it cannot; 2 bad usage.
@@ -85,15 +99,16 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
     """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
-    machine = detect(_allowed(mechanisms))
+    machine = look_for_walls(detect(_allowed(mechanisms)))
     around = look()
-    plan = build_plan(_limits(profile, machine), machine, "doctor")
+    limits, isolation = _asked(profile, machine)
+    plan = build_plan(limits, machine, "doctor", isolation)
     return Diagnosis(
         machine=machine,
         around=around,
         plan=plan,
         remedies=advise(machine, around, plan),
-        bubblewrap=_bubblewrap(),
+        wall_remedies=advise_walls(machine, around, plan.walls, plan.enforcement),
         kernels=_kernels(),
         dead_runs=_dead_runs(),
     )
@@ -103,20 +118,13 @@ def _allowed(text: str | None) -> frozenset[Mechanism]:
     return parse_mechanisms(None if text is None else [part.strip() for part in text.split(",")])
 
 
-def _limits(profile: str | None, machine: Machine) -> Limits:
+def _asked(profile: str | None, machine: Machine) -> tuple[Limits, Isolation]:
     if profile is None:
-        return EVERY_LIMIT
+        return EVERY_LIMIT, EVERY_WALL
     from safe_exec.profiles import load_profile
 
-    return load_profile(profile, machine_memory=machine.memory_total).limits
-
-
-def _bubblewrap() -> str | None:
-    try:
-        told = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.split()[-1] if told.split() else None
+    found = load_profile(profile, machine_memory=machine.memory_total)
+    return found.limits, found.isolation
 
 
 def _kernels() -> tuple[str, ...]:
@@ -142,11 +150,18 @@ def report(found: Diagnosis, style: Style) -> Iterator[str]:
     yield ""
     yield from table.table(_rows(found.plan), style)
     yield ""
+    if found.plan.walls:
+        yield style.paint("bold", "walls")
+        yield from table.table(table.wall_rows(found.plan.walls), style)
+        yield ""
     for label, words in facts(found):
         yield from table.labelled(label, words, style)
     for remedy in found.remedies:
         yield ""
-        yield from _remedy(remedy, style)
+        yield from table.remedy([name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.ways, style)
+    for wall_remedy in found.wall_remedies:
+        yield ""
+        yield from table.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.ways, style)
 
 
 def place(machine: Machine, around: Surroundings) -> str:
@@ -168,7 +183,7 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, held in plan.enforcement.items():
         if held.by is not Mechanism.RUNNER:
-            rows.append((table.mark(held), name.value, *_held(held)))
+            rows.append((table.mark(held), name.value, *table.held_columns(held)))
     ours = [name for name in RUNNER_LIMITS if name in plan.enforcement]
     runner = "by safe-exec itself, which waits and takes the output"
     for number, name in enumerate(ours):
@@ -176,36 +191,27 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _held(held: Enforcement) -> tuple[str, str, str]:
-    if held.by is Mechanism.NONE:
-        return "nothing", "", held.note
-    return held.by.value, "hard" if held.hard else "soft", held.note
-
-
 def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """What else there is to know, each with its label."""
     yield "swap", swap_state(found.machine, found.plan)
     if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
-        yield "root", "as root a notebook can undo its limits: run what you do not trust as an ordinary user"
+        yield "root", "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted"
     yield "kernels", ", ".join(found.kernels) or "none is installed: pip install ipykernel"
-    have = f"version {found.bubblewrap}" if found.bubblewrap else "not installed"
-    yield "bubblewrap", f"{have}; not used by this version, isolation will need it"
+    yield "bubblewrap", _bubblewrap(found.machine)
+    abi = found.machine.landlock
+    yield "landlock", f"version {abi}; it stands in where bubblewrap cannot work" if abi else "not offered by this system"
+    lost = found.machine.seccomp_why_not
+    yield "seccomp", f"no filter: {lost}" if lost else "a filter for this machine is shipped"
     if isinstance(found.dead_runs, str):
         yield "left over", found.dead_runs
     elif found.dead_runs:
         yield "left over", f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them"
 
 
-def _remedy(remedy: Remedy, style: Style) -> Iterator[str]:
-    names = ", ".join(name.value for name in remedy.limits) or "limits"
-    yield f"  {style.paint('warn', f'to mend {names}')}: {remedy.why}"
-    for number, way in enumerate(remedy.ways):
-        either = "or " if number and not way.what.startswith("or ") else ""
-        yield f"    {either}{way.what}{':' if way.steps else ''}"
-        # Commands are never wrapped: they are there to be copied.
-        yield from (f"      {style.paint('bold', step)}" for step in way.steps)
-        if way.note:
-            yield f"      {style.paint('dim', f'({way.note})')}"
+def _bubblewrap(machine: Machine) -> str:
+    version = f"version {machine.bubblewrap_version}" if machine.bubblewrap_version else ""
+    state = "works here" if machine.bubblewrap is not None else machine.bubblewrap_why_not
+    return ", ".join(part for part in (version, state) if part)
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------
@@ -228,14 +234,20 @@ def as_document(found: Diagnosis) -> dict[str, Any]:
             "github": around.github,
             "systemd": around.systemd,
         },
-        "limits": {
-            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note}
-            for name, held in found.plan.enforcement.items()
-        },
+        "limits": table.enforcement_document(found.plan.enforcement),
         "weak": [name.value for name in found.weak],
         "remedies": [asdict(remedy) for remedy in found.remedies],
+        "walls": table.enforcement_document(found.plan.walls),
+        "weak_walls": [wall.value for wall in weak_walls(found.plan.walls)],
+        "wall_remedies": [asdict(remedy) for remedy in found.wall_remedies],
         "swap": {"bytes": found.machine.swap_total, "state": swap_state(found.machine, found.plan)},
-        "bubblewrap": found.bubblewrap,
+        "bubblewrap": {
+            "version": found.machine.bubblewrap_version,
+            "works": found.machine.bubblewrap is not None,
+            "why_not": found.machine.bubblewrap_why_not,
+        },
+        "landlock": found.machine.landlock,
+        "seccomp": not found.machine.seccomp_why_not,
         "kernels": list(found.kernels),
         "dead_runs": found.dead_runs if isinstance(found.dead_runs, int) else None,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -13,15 +13,20 @@ import click
 from safe_exec import profiles
 from safe_exec.commands import table
 from safe_exec.errors import LimitsError
+from safe_exec.isolation import as_metadata
 from safe_exec.limits_values import parse_layer
 from safe_exec.limits_yaml import Value, load
-from safe_exec.model import LimitName
+from safe_exec.model import Isolation, LimitName
 from safe_exec.profiles import Resolved, format_limit
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text import one_line
+from safe_exec.reports.verdict_json import plain
+from safe_exec.sandbox.bubblewrap import is_needed
 from safe_exec.sandbox.build import build_plan
-from safe_exec.sandbox.machine import detect, memory_and_swap
+from safe_exec.sandbox.machine import detect, look_for_walls, memory_and_swap
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.surroundings import look
+from safe_exec.sandbox.wall_remedies import WallRemedy, advise_walls
 
 BAD_INPUT = 2
 _LIMITS = frozenset(name.value for name in LimitName)
@@ -41,16 +46,22 @@ def command() -> None:
 @click.argument("profile", metavar="[NAME|FILE]", default=profiles.DEFAULT_PROFILE)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes and seconds.")
 def show(profile: str, as_json: bool) -> int:
-    """Show every limit of a profile or file [default], where its figure was written, and what would hold it here."""
+    """Show every limit of a profile or file [default], where its figure was written, and what would hold it here.
+
+    Then its isolation: what is asked for, and what each wall is held by here; what nothing holds, with how to mend it.
+    """
     machine = detect()
     resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
-    plan = build_plan(resolved.limits, machine, "limits")
+    if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
+        machine = look_for_walls(machine)
+    plan = build_plan(resolved.limits, machine, "limits", resolved.isolation)
     if as_json:
         click.echo(json.dumps(_document(resolved, plan), indent=2))
         return 0
     style = Style.of(sys.stdout)
     about = profiles.load_profile(profile, machine_memory=machine.memory_total).description
-    table.write(_shown(resolved, plan, about, style), style)
+    remedies = advise_walls(machine, look(), plan.walls, plan.enforcement)
+    table.write([*_shown(resolved, plan, about, style), *_walls(resolved.isolation, plan, remedies, style)], style)
     return 0
 
 
@@ -66,15 +77,36 @@ def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
 
 
+def _walls(isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style) -> Iterator[str]:
+    """What is asked for in the words of a file, what it comes to here, and what would mend the rest."""
+    asked = [(key, _word(value)) for key, value in as_metadata(isolation).items()]
+    yield ""
+    yield style.paint("bold", "isolation") + ("" if asked else ": none, the notebook may reach what you may")
+    yield from table.table(asked, style) if asked else ()
+    if plan.walls:
+        yield ""
+        yield from table.table(table.wall_rows(plan.walls), style)
+    for remedy in remedies:
+        yield ""
+        yield from table.remedy(remedy.names, remedy.why, remedy.ways, style)
+
+
+def _word(value: object) -> str:
+    """A value as a file has it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return one_line(", ".join(value)) if isinstance(value, list) else one_line(str(value))
+
+
 def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
     return {
         "schema": "safe-exec/limits/1",
         "profile": resolved.profile,
         "limits": resolved.limits.as_dict(),
         "sources": dict(resolved.sources),
-        "enforcement": {
-            name.value: {"by": held.by.value, "hard": held.hard, "note": held.note} for name, held in plan.enforcement.items()
-        },
+        "enforcement": table.enforcement_document(plan.enforcement),
+        "isolation": plain(resolved.isolation),
+        "walls": table.enforcement_document(plan.walls),
     }
 
 

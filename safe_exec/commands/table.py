@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from safe_exec.model import Enforcement, Mechanism
+from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text import display_width, one_line
+from safe_exec.sandbox.ways import Way
 
 HARD, SOFT, NOTHING, PLAIN = "✓", "~", "✗", "·"
 _COLOURS = {HARD: "good", SOFT: "warn", NOTHING: "bad", PLAIN: "dim"}
@@ -22,6 +23,24 @@ def mark(held: Enforcement) -> str:
     if held.by is Mechanism.RUNNER:
         return PLAIN
     return HARD if held.hard else SOFT
+
+
+def held_columns(held: Enforcement) -> tuple[str, str, str]:
+    """By what, how hard, and the note."""
+    if held.by is Mechanism.NONE:
+        return "nothing", "", held.note
+    return held.by.value, "hard" if held.hard else "soft", held.note
+
+
+def wall_rows(walls: Mapping[Wall, Enforcement]) -> list[tuple[str, ...]]:
+    """A row for each wall: what would hold it, and what that means."""
+    # What the runner holds of walls (the environment) it holds before the kernel starts: there is no way past it.
+    return [(HARD if held.hard else mark(held), wall.value, *held_columns(held)) for wall, held in walls.items()]
+
+
+def enforcement_document(held: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement]) -> dict[str, dict[str, object]]:
+    """What holds each limit or wall, as JSON values."""
+    return {name.value: {"by": found.by.value, "hard": found.hard, "note": found.note} for name, found in held.items()}
 
 
 def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> Iterator[str]:
@@ -45,6 +64,19 @@ def labelled(label: str, words: str, style: Style, width: int = 12) -> Iterator[
     for row, line in enumerate(lines):
         name = label if row == 0 else ""
         yield f"  {style.paint('dim', name)}{' ' * (width - len(name))}{line}"
+
+
+def remedy(names: Sequence[str], why: str, ways: Sequence[Way], style: Style) -> Iterator[str]:
+    """Why something is weak, and what mends it."""
+    label = style.paint("warn", f"to mend {', '.join(names)}")
+    yield f"  {label}: {why}"
+    for number, way in enumerate(ways):
+        either = "or " if number and not way.what.startswith("or ") else ""
+        yield f"    {either}{way.what}{':' if way.steps else ''}"
+        # Commands are never wrapped: they are there to be copied.
+        yield from (f"      {style.paint('bold', step)}" for step in way.steps)
+        if way.note:
+            yield f"      {style.paint('dim', f'({way.note})')}"
 
 
 def write(lines: Iterable[str], style: Style) -> None:

@@ -162,7 +162,9 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 def settled(isolation: Isolation) -> Isolation:
     """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
-    found = {name: tuple(os.path.realpath(os.path.expanduser(path)) for path in getattr(isolation, name)) for name in _PATHS}
+    found: dict[str, Any] = {
+        name: tuple(os.path.realpath(os.path.expanduser(path)) for path in getattr(isolation, name)) for name in _PATHS
+    }
     for name in ("writable", "devices"):
         for path in found[name]:
             if not os.path.exists(path):
@@ -195,6 +197,7 @@ def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
         "python": sys.executable,
         "root": str(Path(safe_exec.__file__).parent.parent),
         "disk": disk,
+        "devices": [path for path in bubblewrap.shared_devices(birth.plan.isolation, root=is_root) if os.path.exists(path)],
     }
 
 
@@ -237,9 +240,11 @@ def _landlock(birth: Birth) -> dict[str, Any]:
     open_folder = isolation.folder is FolderUse.WRITE  # nobody makes a copy here
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but([*hidden, *([] if open_folder else [folder])])  # noqa: S108
+    writable += [*([folder] if open_folder else []), *extra]
+    readable = [*map(str, visible(birth.argv, birth.env)), folder]
     return {
-        "readable": [*_all_but(hidden), *map(str, visible(birth.argv, birth.env)), folder],
-        "writable": [*writable, *([folder] if open_folder else []), *extra],
+        "readable": [*_all_but(hidden), *(part for path in readable for part in parts_beside(path, hidden))],
+        "writable": [part for path in writable for part in parts_beside(path, hidden)],
         "tcp": None if isolation.network else False,
     }
 
@@ -248,3 +253,15 @@ def _all_but(closed: Sequence[str]) -> list[str]:
     from safe_exec.sandbox import landlock
 
     return landlock.all_but(closed) if closed else ["/"]
+
+
+def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
+    """What to open of a tree in which something is to be hidden: a rule opens all that is below. Without such, the tree."""
+    inner = [other for other in hidden if other != path and Path(other).is_relative_to(path)]
+    if not inner:
+        return [path]
+    try:
+        children = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    except OSError:
+        return []
+    return [part for child in children if child not in inner and not os.path.islink(child) for part in parts_beside(child, inner)]

@@ -221,8 +221,13 @@ class Inside:
         rows = self.frames(frame)
         line = next((row[1] for row in rows if row[3] == self.page.cell), None)
         if line:
-            self.page.note_line(line)
+            self.at(line)
         return rows
+
+    def at(self, line):
+        """Note a line. What runs outside of any cell, a callback say, leaves the cell finished; a child's lines are not ours."""
+        if not self.child:
+            self.page.note_line(line if self.in_cell else line | FINISHED)
 
     # --- faults -------------------------------------------------------------------------------------------------
 
@@ -309,7 +314,7 @@ class Inside:
                 name = code_obj.co_filename
                 files[name] = page.cell
                 inside.fact(file=name, cell=page.cell)
-            page.note_line(first_line(code_obj))
+            inside.at(first_line(code_obj))
             coroutine = run_code(shell, code_obj, result, async_=async_)
             inside.coroutine = coroutine
             try:
@@ -331,8 +336,9 @@ class Inside:
                 for stream in (sys.stdout, sys.stderr):
                     inside.settle(stream)
                 inside.in_cell = False
-                page.note_counts()
-                page.finish()
+                if not inside.child:
+                    page.note_counts()
+                    page.finish()
 
         InteractiveShell.run_code = run_code_noted
         IPythonKernel.do_execute = do_execute_noted

@@ -7,6 +7,7 @@ text is decoded with replacement, nothing is trusted beyond "the kernel says".
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from safe_exec.kernel import inside
 
 MOST_FRAMES = 64
+MOST_RECORDS = 20_000
+"""A segment holds no more messages than that, and text is gathered; what has more was not written by us."""
 SIZE = inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES
 
 
@@ -120,7 +123,7 @@ class Page:
             found = json.loads(raw)
             rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in found["rows"]]
             return int(found["cell"]), rows, bool(found["awaiting"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):  # int(Infinity) is an OverflowError
             return 0, [], False
 
     def journal(self, cell: int) -> Iterator[Text | Message]:
@@ -128,7 +131,7 @@ class Page:
         (current,) = struct.unpack_from("<I", self._memory, 4)
         current &= 1
         for segment in (current ^ 1, current):
-            for record in self._segment(segment):
+            for record in itertools.islice(self._segment(segment), MOST_RECORDS):
                 if record.cell == cell:
                     yield record
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import socket
-import struct
-import termios
+import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -26,8 +24,12 @@ from jupyter_client.manager import AsyncKernelManager
 
 from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
+from safe_exec.kernel.channel import Channel
+from safe_exec.kernel.content import bounded_size
 from safe_exec.kernel.look import Subject
+from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
+from safe_exec.kernel.wire import Address, Connection, ConnectFailed, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
 from safe_exec.sandbox import sockets
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
@@ -42,8 +44,14 @@ SHUTDOWN_SECONDS = 3.0
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
+CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
+"""In this order: the subscription should stand when the first reply comes."""
 MOST_HOSTS = 50
-QUEUED_MESSAGES = 20_000
+MOST_FILES = 20_000
+MOST_FACTS = 500
+"""Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
+LONGEST_TEXT = 1000
+FAULT_CHARACTERS = 1 << 20
 
 Rows = list[tuple[str, int, str, int]]
 
@@ -89,6 +97,7 @@ class KernelSession:
         self.provisioner: SandboxProvisioner | None = None
         self.meter: Meter | None = None
         self.departure = Departure()
+        self._channels: dict[str, Channel] = {}
         self._closed = False
 
     # --- start --------------------------------------------------------------------------------------------------
@@ -147,6 +156,8 @@ class KernelSession:
     def _pump(self) -> None:
         assert self.sandbox is not None
         self.sandbox.pump()
+        if len(self.sandbox.fault_text) > FAULT_CHARACTERS:  # no fault handler writes so much
+            self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
             with contextlib.suppress(ValueError, OSError):  # the keeper is gone: its socket would wake us for ever
                 asyncio.get_running_loop().remove_reader(self.sandbox.fileno())
@@ -177,16 +188,15 @@ class KernelSession:
         iopub may not stand yet, and the first cell's output would be lost.
         """
         self.client = client
+        client.note = self.note
         client.km = self.manager
         client.kernel_pid = self.pid
-        kc = self.manager.client()
-        self._cap_messages(kc)
-        await self._sockets_exist()
-        kc.start_channels(stdin=False, hb=False)
-        kc.allow_stdin = False
-        _look_after_sending(kc.shell_channel)
-        client.kc = kc
         deadline = None if seconds is None else time.monotonic() + seconds
+        kc = self.manager.client()
+        kc.allow_stdin = False
+        await self._open_channels(kc, deadline)
+        kc.iopub_channel.on_oversize = client.cut_display
+        client.kc = kc
         while deadline is None or time.monotonic() < deadline:
             info = await self._ask(kc)
             if info is not None:
@@ -194,28 +204,38 @@ class KernelSession:
                 return info
             if self.died.is_set():
                 raise KernelStartError(self._why_it_ended())
-        raise KernelStartError(f"the kernel did not answer within {seconds:g} s (--start-timeout)")
+        raise KernelStartError(self._silent())
 
-    def _cap_messages(self, kc: Any) -> None:
-        """Refuse messages that could not be stored anyway; libzmq drops a connection that sends one.
+    async def _open_channels(self, kc: Any, deadline: float | None) -> None:
+        """Connect once to each socket; never again, whatever is put in their places later."""
+        for name, kind in CHANNELS.items():
+            port = getattr(self.manager, f"{name}_port")
+            ip = self.manager.transport == "ipc"
+            address = Address(host=f"{self.manager.ip}-{port}") if ip else Address(host=self.manager.ip, port=port)
+            identity = kc.session.bsession if kind == "DEALER" else b""
+            try:
+                connection = await self._alive(connect(address, kind=kind, identity=identity, largest=self._largest()), deadline)
+            except ConnectFailed as error:
+                raise KernelStartError(str(error)) from error
+            self._channels[name] = Channel(kc.session, connection)
+            setattr(kc, f"_{name}_channel", self._channels[name])
 
-        And queue more than libzmq's thousand: a kernel that sends a message a line (bash_kernel) is faster than we are for a moment,
-        and what a full queue pushes back a PUB socket drops.
-        """
-        kc.context.rcvhwm = QUEUED_MESSAGES
-        if self.limits.cell_output is not None:
-            kc.context.maxmsgsize = self.limits.cell_output + MESSAGE_SLACK
+    async def _alive(self, connecting: Coroutine[Any, Any, Connection], deadline: float | None) -> Connection:
+        """What comes of an attempt, unless the kernel ends first or the time is up: then KernelStartError."""
+        attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            await asyncio.wait({attempt, death}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if attempt.done():
+                return attempt.result()
+            raise KernelStartError(self._why_it_ended() if self.died.is_set() else self._silent())
+        finally:
+            death.cancel()
+            attempt.cancel()
 
-    async def _sockets_exist(self) -> None:
-        """Wait for the kernel's socket files: a connect that comes too early is only tried again after 100 ms."""
-        if self.manager.transport != "ipc":
-            return
-        paths = [f"{self.manager.ip}-{getattr(self.manager, name)}" for name in ("shell_port", "iopub_port", "control_port")]
-        deadline = time.monotonic() + (self.limits.start_timeout or 3600)
-        while not all(os.path.exists(path) for path in paths):  # noqa: ASYNC240 - a stat(2) in memory
-            if self.died.is_set() or time.monotonic() > deadline:
-                return
-            await asyncio.sleep(0.002)
+    def _largest(self) -> int | None:
+        """The largest message that is taken in: a larger one could not be stored anyway."""
+        return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
     async def _ask(self, kc: Any) -> dict[str, Any] | None:
         """One kernel_info request; the content of its reply once its "idle" came over iopub too."""
@@ -246,6 +266,9 @@ class KernelSession:
                     return message
         return None
 
+    def _silent(self) -> str:
+        return f"the kernel did not answer within {self.limits.start_timeout or 0:g} s (--start-timeout)"
+
     def _why_it_ended(self) -> str:
         ended = self.ended
         how = str(ended.status) if ended and ended.status else "its supervisor was killed"
@@ -257,7 +280,7 @@ class KernelSession:
         """Take in all that the kernel process has told so far."""
         if self.provisioner is None or self.provisioner.channels is None:
             return
-        while True:
+        for _ in range(MOST_FACTS):
             try:
                 data, fds, _, _ = socket.recv_fds(self.provisioner.channels.facts, 1 << 16, 4)
             except (BlockingIOError, OSError):
@@ -269,10 +292,11 @@ class KernelSession:
             self._take(data, fds)
 
     def _take(self, data: bytes, fds: list[int]) -> None:
+        """Take in one fact; whatever is no fact is let go by: any code in the kernel can write here."""
         keep = False
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             fact = json.loads(data)
-            if "pipe" in fact and len(fds) == 1 and fact["pipe"] in ("stdout", "stderr"):
+            if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
                 self.told.pipes[fact["pipe"]] = fds[0]
                 keep = True
             else:
@@ -281,24 +305,35 @@ class KernelSession:
             for fd in fds:
                 os.close(fd)
 
+    def _is_new_pipe(self, name: str, fd: int) -> bool:
+        """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
+        return name in ("stdout", "stderr") and name not in self.told.pipes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
     def _note(self, fact: dict[str, Any]) -> None:
+        """What came first stays: of a thing that is told once, what is told again was not told by us."""
         told = self.told
         if "msg_id" in fact:
-            told.cells[int(fact["cell"])] = str(fact["msg_id"])
-        elif "file" in fact:
-            told.files[str(fact["file"])] = int(fact["cell"])
-        elif "error" in fact:
+            self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
+        elif "file" in fact and len(told.files) < MOST_FILES:
+            told.files.setdefault(_text(fact["file"]), int(fact["cell"]))
+        elif "error" in fact and int(fact["cell"]) in told.cells:
             told.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
         elif "remote" in fact and len(told.hosts) < MOST_HOSTS:
-            told.hosts.append(str(fact["remote"]))
+            told.hosts.append(_text(fact["remote"]))
         elif "exit_caller" in fact:
             told.exit_caller = _rows(fact["exit_caller"])
         elif "exec" in fact:
-            told.executed = str(fact["exec"])
+            told.executed = _text(fact["exec"])
         elif "oversize" in fact and self.client is not None:
-            self.client.cut_display(int(fact["oversize"]))
-        elif "hello" in fact:
+            self.client.cut_display(bounded_size(fact["oversize"]))
+        elif "hello" in fact and not told.hello:
             told.hello = fact
+
+    def _note_cell(self, number: int, msg_id: str) -> None:
+        """Which request a number inside answers: only one that was sent, and each but once."""
+        known = self.told.cells
+        if self.client is not None and msg_id in self.client.sent and msg_id not in known.values():
+            known.setdefault(number, msg_id)
 
     def index_of(self, number: int) -> int | None:
         """The notebook's cell index for a cell number inside."""
@@ -321,6 +356,26 @@ class KernelSession:
             Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
             for function, line, file, number in rows
         )
+
+    def malformed(self) -> tuple[int, str]:
+        """How many messages were none or had to be mended, and what was wrong with the first."""
+        client = self.client
+        sources = [(c.refused, c.first_refused) for c in self._channels.values()]
+        sources += [(client.malformed, client.first_malformed)] if client else []
+        return sum(count for count, _ in sources), next((first for count, first in sources if count), "")
+
+    def note(self) -> Note | None:
+        """What the kernel's own page says runs or ran last; ``None`` for other kernels, and before the first cell."""
+        channels = self.provisioner.channels if self.fitted and self.provisioner else None
+        if channels is None or "cells" not in self.told.hello.get("fitted", ()):
+            return None
+        note = channels.page.note()
+        return note if note.cell else None
+
+    def running_by_page(self) -> int | None:
+        """The index of the cell that was begun inside and has not ended there, whatever the kernel's messages say."""
+        note = self.note()
+        return None if note is None or note.finished else self.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
         """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
@@ -386,14 +441,6 @@ class KernelSession:
             await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
         return self.died.is_set()
 
-    def look_again(self) -> None:
-        """Have the sockets looked at for arrivals that were announced to nobody (see ``_look_after_sending``)."""
-        if self.client is not None and self.client.kc is not None:
-            for channel in (self.client.kc.shell_channel, self.client.kc.iopub_channel):
-                look = getattr(channel.socket, "_schedule_remaining_events", None)
-                if look is not None:
-                    look()
-
     def look_for_peers(self) -> None:
         """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
@@ -416,11 +463,10 @@ class KernelSession:
         loop = asyncio.get_running_loop()
         if self.provisioner is not None and self.provisioner.watchdog is not None:
             self.provisioner.watchdog.stop()
-        if self.client is not None and self.client.kc is not None:
-            self.client.kc.stop_channels()
+        for channel in self._channels.values():
+            channel.stop()
+        if self.client is not None:
             self.client.kc = None
-        if self.manager is not None:
-            self.manager.context.destroy(linger=0)
         if self.sandbox is not None:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.sandbox.fileno())
@@ -434,35 +480,30 @@ class KernelSession:
         self.told.pipes.clear()
 
 
-def _look_after_sending(channel: Any) -> None:
-    """Make a channel look for arrivals after each send.
-
-    jupyter_client sends through a second, blocking view of the asyncio socket. The descriptor of a libzmq socket is
-    edge-triggered (zmq_getsockopt(3), ZMQ_FD): an arrival that is noticed while sending is announced to nobody, and a wait
-    without a timeout would last for ever. A notebook with an Output widget, which sends during its cells, hung in one run of five.
-    """
-    send, look = channel.send, getattr(channel.socket, "_schedule_remaining_events", None)
-    if look is None:
-        return
-
-    def send_and_look(message: Any) -> None:
-        send(message)
-        look()
-
-    channel.send = send_and_look
-
-
 def _rows(value: Any) -> Rows:
-    return [(str(f), int(n or 0), str(p), int(c)) for f, n, p, c in value][:50]
+    return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:50]]
+
+
+def _text(value: Any) -> str:
+    return str(value)[:LONGEST_TEXT]
 
 
 def _read_waiting(fd: int) -> bytes:
-    """What stands in a pipe now, without waiting; at most a pipe's largest size."""
+    """What stands in a pipe now; at most a pipe's largest size.
+
+    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
+    """
+    ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    found = b""
     try:
-        (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
-        return os.read(fd, min(size, 1 << 20)) if size else b""
+        while len(found) < 1 << 20 and (size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)):
+            found += os.read(ours_r, size)
     except OSError:
-        return b""
+        pass
+    finally:
+        os.close(ours_r)
+        os.close(ours_w)
+    return found
 
 
 def was_polite(number: int | None) -> bool:

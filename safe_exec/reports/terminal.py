@@ -87,7 +87,7 @@ def print_diagnosis(verdict: Verdict, stream: TextIO, style: Style | None = None
 
 
 def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
-    """The diagnosis line by line: headline, line, culprits, why, evidence, weak limits, warnings, advice, files."""
+    """The diagnosis line by line: headline, line, culprits, why, evidence, weak limits and walls, warnings, advice, files."""
     passed = verdict.status is Status.PASSED
     sign = style.paint("good", "✓") if passed else style.paint("bad", "✗")
     yield f"{sign} {style.paint('bold', text.headline(verdict))}"
@@ -98,6 +98,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _entry("evidence", text.evidence_lines(verdict, _MOST_FACTS), style)
     yield from _entry("stderr", _last_words(verdict), style)
     yield from _entry("weak limit", text.weak_limits(verdict), style, "warn")
+    yield from _entry("weak wall", text.weak_walls(verdict), style, "warn")
     yield from _entry("warning", list(verdict.warnings), style, "warn")
     yield from _entry("next", [verdict.cause.advice] if verdict.cause is not None else [], style)
     yield from _entry("wrote", [text.SEPARATOR.join(_written(verdict))], style)

@@ -25,6 +25,7 @@ from safe_exec.model import (
     Origin,
     Status,
     Verdict,
+    Wall,
 )
 from safe_exec.units import format_seconds, format_size
 
@@ -251,7 +252,7 @@ def _passed_figures(verdict: Verdict) -> list[str]:
 
 
 _SIZES = frozenset(
-    {LimitName.MEMORY, LimitName.FILE_SIZE, LimitName.CELL_OUTPUT, LimitName.OUTPUT},
+    {LimitName.MEMORY, LimitName.FILE_SIZE, LimitName.CELL_OUTPUT, LimitName.OUTPUT, LimitName.DISK, LimitName.SHM},
 )
 _TIMES = frozenset({LimitName.CPU_TIME, LimitName.CELL_TIMEOUT, LimitName.TIMEOUT, LimitName.START_TIMEOUT})
 
@@ -333,3 +334,16 @@ def weak_limits(verdict: Verdict) -> list[str]:
         note = f"; {one_line(held.note)}" if held.note else ""
         lines.append(f"{name.value.replace('_', ' ')}: {by}{note}")
     return lines
+
+
+def weak_walls(verdict: Verdict) -> list[str]:
+    """The walls that were asked for and that the operating system's kernel does not hold, in one line; ``doctor`` says more."""
+    # To be another user is asked of root alone.
+    weak = {w: held for w, held in verdict.environment.isolation.items() if not held.hard and w is not Wall.USER}
+    names = [
+        wall.value.replace("_", " ") if held.by is Mechanism.NONE else f"{wall.value} ({held.by.value} holds a part)"
+        for wall, held in weak.items()
+    ]
+    # What is held in part comes first in a note, then why it is no more.
+    reasons = dict.fromkeys(one_line(held.note.rpartition("; ")[2]) for held in weak.values())
+    return ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)] if weak else []

@@ -21,6 +21,8 @@ STICKY = "1777"
 HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
 """Sockets of other programs (docker, dbus, a session's agents) are in /run."""
 NEEDED_RUN = ("/run/systemd/resolve", "/run/resolvconf", "/run/netns")
+OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+"""What bubblewrap's own /dev has of the machine's."""
 DEVICES = ("/dev/fuse", "/dev/kvm")
 
 
@@ -60,6 +62,7 @@ def arguments(
         *_inner(isolation, around),
         "--bind", str(around.runtime), str(around.runtime),
         *_own_disk(around),
+        *_close(isolation, around),
         "--chdir", str(around.folder),
         "--",
     ]  # fmt: skip
@@ -125,6 +128,24 @@ def _own_mounts(isolation: Isolation, around: Surroundings, shm_bytes: int | Non
         if isolation.network:
             for path in NEEDED_RUN:
                 yield from ("--ro-bind-try", path, path)
+
+
+def _close(isolation: Isolation, around: Surroundings) -> Iterator[str]:
+    """What only hides what was there is not to be written either: it would count for no limit. Last, when all is mounted in there."""
+    own, others = (around.homes[:1], around.homes[1:]) if isolation.hide_home else ((), ())
+    system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
+    mounted_over = {*own, around.folder, *map(Path, isolation.writable), *around.files}
+    for path in dict.fromkeys((*system, *others, *map(Path, isolation.hide))):
+        if path not in mounted_over:
+            yield from ("--remount-ro", str(path))
+
+
+def shared_devices(isolation: Isolation, *, root: bool) -> tuple[str, ...]:
+    """Devices in there that are the machine's own, and that root could give another mode, unless they are mounted read-only outside.
+
+    That takes nothing from whoever uses them: a read-only mount keeps files from being written, not devices.
+    """
+    return (*OWN_DEV, *isolation.devices) if root and isolation.read_only_system else ()
 
 
 def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:

@@ -24,6 +24,7 @@ from safe_exec.sandbox import become, mounts, trees
 
 SO_PASSCRED, SCM_CREDENTIALS = 16, 2
 MNT_DETACH = 2
+MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 _UCRED = struct.Struct("3i")
 MEET_SECONDS = 20.0
 MESSAGE_BYTES = 4096
@@ -52,9 +53,10 @@ class Enclosed:
             placed = become.place_descriptors(
                 plan,
                 stderr_fd,
-                {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec", 0)},
+                {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec")},
             )
             _write_config(placed["config"], plan)
+            _close_devices(enclosure["devices"])
             inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
             inner += [str(placed[name]) for name in ("status", "go", "config")]
             argv = [*enclosure["argv"], *inner]
@@ -122,6 +124,19 @@ class Enclosed:
                 return message
             if not message and not pid:
                 return None
+
+
+def _close_devices(paths: list[str]) -> None:
+    """Devices that bubblewrap is to show, mounted read-only on themselves: its own mounts of them inherit that."""
+    if not paths:
+        return
+    mounts.enter([{"kind": "bind", "source": path, "target": path} for path in paths], user_namespace=False)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for path in paths:
+        kept = os.statvfs(path).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC)  # the same numbers in mount(2)
+        if libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | kept), None) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot mount {path} read-only: {os.strerror(number)}")
 
 
 def _write_config(fd: int, plan: dict[str, Any]) -> None:

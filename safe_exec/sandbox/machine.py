@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safe_exec.model import Mechanism
-from safe_exec.sandbox import landlock, procfs
+from safe_exec.sandbox import landlock, procfs, seccomp
+from safe_exec.sandbox.bubblewrap import OLDEST
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 NO_LIMIT = 1 << 60
@@ -29,6 +31,7 @@ class Machine:
     ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified
     tree whose children get ``v2_controllers``; ``v2_plain`` one where a group may be made but no controllers are had
     (it still gives ``cgroup.kill``). ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all.
+    ``bubblewrap`` is the program where it does what is needed, ``landlock`` the version of it (0: none).
     """
 
     platform: str = "linux"
@@ -44,8 +47,10 @@ class Machine:
     v1_why_not: str = ""
     user_tasks: int | None = None
     bubblewrap: str | None = None
+    bubblewrap_version: str | None = None
     bubblewrap_why_not: str = "it was not looked for"
     landlock: int = 0
+    seccomp_why_not: str = ""
     allowed: frozenset[Mechanism] = frozenset(Mechanism)
 
     def may(self, mechanism: Mechanism) -> bool:
@@ -76,21 +81,56 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         v2_why_not=v2_why,
         v1_why_not=v1_why,
         user_tasks=None if os.geteuid() == 0 or "pids" in v1 or v2 else _user_tasks(os.getuid()),
+        seccomp_why_not=_no_filter(),
         allowed=allowed,
     )
 
 
 BUBBLEWRAP_SECONDS = 10
+INSTALL_BUBBLEWRAP = "install the package bubblewrap"
+NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
 
 
 def look_for_walls(machine: Machine) -> Machine:
-    """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor)."""
+    """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor).
+
+    Costs two starts of bubblewrap: for runs that ask for walls only.
+    """
+    if not machine.platform.startswith("linux"):
+        return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
     path = shutil.which("bwrap")
-    why_not = f"it is not installed ({INSTALL_BUBBLEWRAP})" if path is None else _bubblewrap_fails(path)
-    return replace(machine, bubblewrap=None if why_not else path, bubblewrap_why_not=why_not, landlock=landlock.abi())
+    version = _version_of(path) if path is not None else None
+    why_not = NOT_INSTALLED if path is None else _too_old(version) or _bubblewrap_fails(path)
+    return replace(
+        machine,
+        bubblewrap=None if why_not else path,
+        bubblewrap_version=version,
+        bubblewrap_why_not=why_not,
+        landlock=landlock.abi(),
+    )
 
 
-INSTALL_BUBBLEWRAP = "install the package bubblewrap"
+def _version_of(path: str) -> str | None:
+    """The last word of ``bubblewrap 0.8.0``; ``None`` where it does not say."""
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=BUBBLEWRAP_SECONDS, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return told.split()[-1] if told.split() else None
+
+
+def _too_old(version: str | None) -> str:
+    """Why a version will not do; empty where it will, and where it says nothing: then the trial tells."""
+    numbers = tuple(map(int, re.findall(r"\d+", version or "")[: len(OLDEST)]))
+    if not numbers or numbers >= OLDEST:
+        return ""
+    return f"version {version} is too old ({'.'.join(map(str, OLDEST))} is the oldest that will do)"
+
+
+def _no_filter() -> str:
+    """Why system calls cannot be filtered here; empty where they can."""
+    machine = os.uname().machine
+    return "" if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32 else f"there is none for {machine}"
 
 
 def _bubblewrap_fails(path: str) -> str:

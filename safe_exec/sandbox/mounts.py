@@ -50,7 +50,13 @@ def make(mount: Mount) -> None:
     else:
         layers = {"lowerdir": mount["lower"], "upperdir": mount["upper"], "workdir": mount["work"]}
         options = ",".join(f"{name}={_escaped(path)}" for name, path in layers.items())
+        # Only the first user namespace may keep overlayfs's own marks in trusted.* attributes: without these an opaque directory is none.
+        options += "" if _is_first_user_namespace() else ",userxattr"
         _mount("overlay", target, "overlay", 0, options)
+
+
+def _is_first_user_namespace() -> bool:
+    return Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
 
 
 def _escaped(path: str) -> str:

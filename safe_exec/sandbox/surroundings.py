@@ -44,7 +44,8 @@ class Surroundings:
     ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
     are controllers switched off at boot; ``read_only`` says that the groups are mounted so. ``wsl`` is the version of
     WSL. ``user_manager``: a systemd of this user runs; ``user_controllers`` is what it may hand on (``None``: not seen);
-    ``runtime_dir``: the environment says where to reach it; ``linger``: it runs without a login too.
+    ``runtime_dir``: the environment says where to reach it; ``linger``: it runs without a login too. ``distribution`` is its names
+    (``ubuntu debian``); ``apparmor_userns``, ``no_userns_clone`` and ``no_user_namespaces`` are settings that keep users from namespaces.
     """
 
     release: str = ""
@@ -63,6 +64,10 @@ class Surroundings:
     user_controllers: frozenset[str] | None = None
     runtime_dir: bool = False
     linger: bool = False
+    distribution: str = ""
+    apparmor_userns: bool = False
+    no_userns_clone: bool = False
+    no_user_namespaces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +105,10 @@ def look(
         user_controllers=frozenset(_text(handed_on).split()) if _there(handed_on) else None,
         runtime_dir=bool(environ.get("XDG_RUNTIME_DIR")),
         linger=_there(root / "var/lib/systemd/linger" / user),
+        distribution=_distribution(_text(root / "etc/os-release")),
+        apparmor_userns=_text(root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns").strip() == "1",
+        no_userns_clone=_text(root / "proc/sys/kernel/unprivileged_userns_clone").strip() == "0",
+        no_user_namespaces=_text(root / "proc/sys/user/max_user_namespaces").strip() == "0",
     )
 
 
@@ -163,6 +172,12 @@ def _disabled(cgroups: str) -> frozenset[str]:
     """The controllers that /proc/cgroups has as not enabled (``cgroup_disable=memory`` on the kernel's command line)."""
     rows = [line.split() for line in cgroups.splitlines() if not line.startswith("#")]
     return frozenset(row[0] for row in rows if row[-1:] == ["0"])
+
+
+def _distribution(release: str) -> str:
+    """What os-release(5) calls the system and those that it is like."""
+    rows = dict(line.split("=", 1) for line in release.splitlines() if "=" in line)
+    return " ".join(rows.get(name, "").strip("\"' ") for name in ("ID", "ID_LIKE")).strip()
 
 
 def _container(root: Path, environ: Mapping[str, str]) -> Container:

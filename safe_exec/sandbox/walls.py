@@ -16,6 +16,9 @@ from safe_exec.sandbox.plan import Offer
 
 LANDLOCK_TCP = 4
 """The version of Landlock that knows TCP (Linux 6.7)."""
+LANDLOCK_TRUNCATE = 3
+"""The version of Landlock that knows truncate(2) (Linux 6.2)."""
+NOT_ALLOWED = "it is not among the mechanisms allowed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +41,25 @@ def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
 
 
 def _namespaced(isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool) -> Iterator[tuple[Wall, Enforcement]]:
-    lost = machine.bubblewrap_why_not
+    lost = machine.bubblewrap_why_not if machine.may(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
     for wall, note in _asked(isolation):
         if enclosed:
             yield wall, Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
-        elif landlock and wall in (Wall.HOME, Wall.SYSTEM, Wall.HIDDEN, Wall.FOLDER):
+        elif landlock and wall in (Wall.HOME, Wall.HIDDEN):
             yield wall, Enforcement(by=Mechanism.LANDLOCK, hard=True, note=f"refused rather than hidden; no bubblewrap: {lost}")
+        elif landlock and wall in (Wall.SYSTEM, Wall.FOLDER):
+            yield wall, _unwritten(wall, machine.landlock, lost)
         elif landlock and wall is Wall.NETWORK and machine.landlock >= LANDLOCK_TCP:
             yield wall, Enforcement(by=Mechanism.LANDLOCK, hard=False, note=f"TCP only, loopback too; no bubblewrap: {lost}")
         else:
             yield wall, Enforcement(by=Mechanism.NONE, hard=False, note=f"no bubblewrap: {lost}")
+
+
+def _unwritten(wall: Wall, abi: int, lost: str) -> Enforcement:
+    what = "the folder cannot be written to" if wall is Wall.FOLDER else "nothing can be written but the folder, /tmp and /dev"
+    empty = "" if abi >= LANDLOCK_TRUNCATE else ", but files can be emptied (until Linux 6.2)"
+    note = f"{what}{empty}; no bubblewrap: {lost}"
+    return Enforcement(by=Mechanism.LANDLOCK, hard=abi >= LANDLOCK_TRUNCATE, note=note)
 
 
 def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
@@ -69,9 +81,13 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
 def _own(isolation: Isolation, machine: Machine, *, enclosed: bool) -> Iterator[tuple[Wall, Enforcement]]:
     """What a process gives up by itself, whatever the machine."""
     if isolation.system_calls is not SystemCalls.ALL:
+        lost = machine.seccomp_why_not if machine.may(Mechanism.SECCOMP) else NOT_ALLOWED
         how = "refused with EPERM" if isolation.system_calls is SystemCalls.REFUSE else "end the kernel with SIGSYS"
-        yield Wall.SYSTEM_CALLS, Enforcement(by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {how}")
-        yield Wall.PRIVILEGES, Enforcement(by=Mechanism.KERNEL, hard=True, note="no new ones (no_new_privs), no core dumps")
+        none = Enforcement(by=Mechanism.NONE, hard=False, note=f"no filter: {lost}")
+        filtered = Enforcement(by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {how}")
+        yield Wall.SYSTEM_CALLS, none if lost else filtered
+        given_up = Enforcement(by=Mechanism.KERNEL, hard=True, note="no new ones (no_new_privs), no core dumps")
+        yield Wall.PRIVILEGES, none if lost else given_up
     if isolation.listed_environment:
         yield Wall.ENVIRONMENT, Enforcement(by=Mechanism.RUNNER, hard=True, note="only variables that are on the list")
     if isolation.other_user:

@@ -7,7 +7,8 @@ A test takes an arena, runs notebooks in it and leaves it; leaving checks the ca
         assert fight.status == Status.CELL_ERROR, fight
 
 ``who`` is ``"root"`` or ``"user"`` (an ordinary user without any privilege; his bubblewrap works by a user namespace), ``profile`` one of
-those that ship (``untrusted``), ``reaches`` the listeners outside that may be connected to, by name (none). Cells are text, or notebooks that are there already (``run_notebook``). In cells these words are replaced:
+those that ship (``untrusted``), ``reaches`` the listeners outside that may be connected to, by name (none). Cells are text, or notebooks that
+are there already (``run_notebook``). In cells these words are replaced:
 
     @HOME@      the user's home: .ssh/id_test and .config/token in it hold secrets
     @BESIDE@    a file with a secret in the folder above the notebook's, that anybody may read and write
@@ -328,8 +329,8 @@ class Arena:
             self._check_processes(mark)
         said = f"exit {done.code}\n{done.stdout[:3000]}\n{done.stderr[-3000:]}"
         left = _noted(done.pid)
-        for path in left:
-            subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
+        for lies in left:
+            subprocess.run(["rm", "-rf", "--one-file-system", str(lies)], check=False)
         assert left == [], f"left behind, and removed now; {said}"
         assert done.peak < RUNNER_BYTES, f"the runner took {done.peak >> 20} MiB; {said}"
         for stream in (done.stdout, done.stderr):

@@ -19,6 +19,7 @@ from safe_exec.model import (
     Environment,
     Fact,
     Frame,
+    Isolation,
     LimitName,
     Limits,
     Mechanism,
@@ -30,6 +31,7 @@ from safe_exec.model import (
     Timeline,
     Usage,
     Verdict,
+    Wall,
 )
 
 GIB = 1 << 30
@@ -177,7 +179,15 @@ def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = N
         },
         timeline=Timeline(seconds=(0.0, 0.5), memory=(100, None), cpu=(None, 0.4), cell=(-1, 2)),
         usage=Usage(wall_seconds=14.2, cpu_seconds=3.5, memory_peak=GIB, oom_kills=0, processes_peak=3),
-        environment=Environment(python="3.11.2", platform="Linux-6.1", packages={"numpy": "2.0"}, cgroup="v1"),
+        environment=Environment(
+            python="3.11.2",
+            platform="Linux-6.1",
+            packages={"numpy": "2.0"},
+            cgroup="v1",
+            isolation={Wall.HOME: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="empty")},
+        ),
+        isolation=Isolation(hide_home=True, hide=("/srv/data",)),
+        remote_hosts=("192.0.2.1",),
         outputs={"notebook": "/home/me/project/analysis.out.ipynb", "verdict": "/tmp/analysis.verdict.json"},
     )
     return dataclasses.replace(verdict, **changes)

@@ -8,21 +8,25 @@ import re
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from safe_exec.commands import doctor, table
-from safe_exec.commands.doctor import EVERY_LIMIT, Diagnosis, as_document, command, place, report
+from safe_exec.commands.doctor import EVERY_LIMIT, EVERY_WALL, Diagnosis, as_document, command, place, report
 from safe_exec.errors import LimitsError, UsageError
-from safe_exec.model import Enforcement, LimitName, Mechanism
+from safe_exec.job import Job, prepare
+from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.build import CHOOSABLE, build_plan
-from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, look_for_walls
 from safe_exec.sandbox.plan import REQUIRE_ALL
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
+from safe_exec.sandbox.wall_remedies import advise_walls, weak_walls
+from tests.support import make_notebook
 
 G = 2**30
 V1 = {name: Path("/sys/fs/cgroup") / name for name in ("memory", "pids", "cpu", "cpuacct")}
@@ -453,13 +457,13 @@ def test_notes_of_dead_runs_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def doctor_of(case: Case, **changes: object) -> Diagnosis:
-    plan = build_plan(EVERY_LIMIT, case.machine, "test")
+    plan = build_plan(EVERY_LIMIT, case.machine, "test", EVERY_WALL)
     found = Diagnosis(
         machine=case.machine,
         around=case.around,
         plan=plan,
         remedies=advise(case.machine, case.around, plan),
-        bubblewrap=None,
+        wall_remedies=advise_walls(case.machine, case.around, plan.walls, plan.enforcement),
         kernels=("python3",),
         dead_runs=0,
     )
@@ -476,11 +480,12 @@ def test_the_exit_code_is_that_of_require_all(case: Case) -> None:
 def test_the_report_has_each_limit_once_and_never_breaks_a_command(case: Case) -> None:
     found = doctor_of(case)
     lines = list(report(found, Style(width=60)))
-    for name in LimitName:
-        assert sum(re.match(rf"  [✓~✗·]  {name.value} ", line) is not None for line in lines) == 1
-    for remedy in found.remedies:
-        for step in (step for way in remedy.ways for step in way.steps):
-            assert f"      {step}" in lines
+    for name in (*LimitName, *(wall for wall in Wall if wall is not Wall.HIDDEN)):
+        count = 2 if name.value == "processes" else 1  # a limit and a wall
+        assert sum(re.match(rf"  [✓~✗·]  {name.value} ", line) is not None for line in lines) == count
+    ways = [*(way for remedy in found.remedies for way in remedy.ways), *(way for r in found.wall_remedies for way in r.ways)]
+    for step in (step for way in ways for step in way.steps):
+        assert f"      {step}" in lines
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -489,6 +494,7 @@ def test_the_json_can_be_written(case: Case) -> None:
     assert set(document["limits"]) == {name.value for name in LimitName}
     assert sorted(document["weak"]) == sorted(case.weak)
     assert document["exit_code"] == (1 if case.weak else 0)
+    assert set(document["walls"]) == set(Wall) - {Wall.HIDDEN}
 
 
 def test_columns_stay_aligned_without_signs_and_with_colours() -> None:
@@ -503,14 +509,17 @@ def test_columns_stay_aligned_without_signs_and_with_colours() -> None:
 
 
 def test_what_else_there_is_to_know() -> None:
-    text = "\n".join(report(doctor_of(CASES["root on v1"], dead_runs=2, bubblewrap="0.8.0"), Style()))
+    machine = replace(CASES["root on v1"].machine, bubblewrap="/usr/bin/bwrap", bubblewrap_version="0.8.0", landlock=4)
+    text = "\n".join(report(doctor_of(replace(CASES["root on v1"], machine=machine), dead_runs=2), Style()))
     assert "2 earlier runs were killed" in text
-    assert "version 0.8.0; not used by this version" in text
-    assert "as root a notebook can undo its limits" in text
+    assert "version 0.8.0, works here" in text
+    assert "version 4; it stands in where bubblewrap cannot work" in text
+    assert "as root a notebook without walls can undo its limits" in text
     text = "\n".join(report(doctor_of(CASES["github runner"], kernels=(), dead_runs="/x is not ours"), Style()))
     assert "none is installed" in text
     assert "/x is not ours" in text
-    assert "as root a notebook can undo" not in text
+    assert "as root a notebook" not in text
+    assert "it was not looked for" in text and "not offered by this system" in text
 
 
 @pytest.mark.parametrize(
@@ -552,6 +561,7 @@ def test_on_this_machine_with_every_mechanism_and_with_each_alone() -> None:
         found = json.loads(result.stdout)
         allowed = {mechanism.value, "runner", "none"}
         assert {held["by"] for held in found["limits"].values()} <= allowed
+        assert {held["by"] for held in found["walls"].values()} <= {*allowed, "kernel"}, "what a process gives up by itself"
         assert result.return_value == found["exit_code"] == 1, "no mechanism alone holds all five"
 
 
@@ -570,4 +580,166 @@ def test_bad_usage() -> None:
 
 def test_no_bubblewrap_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.diagnose().bubblewrap is None
+    found = doctor.diagnose()
+    assert (found.machine.bubblewrap, found.machine.bubblewrap_version) == (None, None)
+    assert "install the package bubblewrap" in found.machine.bubblewrap_why_not
+    assert any("install it" in way.what for remedy in found.wall_remedies for way in remedy.ways)
+
+
+def test_the_walls_of_a_profile_alone() -> None:
+    assert json.loads(call("--limits", "default", "--json").stdout)["walls"] == {}
+    assert set(json.loads(call("--limits", "ci", "--json").stdout)["walls"]) == {
+        "home", "system", "processes", "environment", "system_calls", "privileges",
+    }  # fmt: skip
+
+
+# --- bubblewrap -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A directory in which programs are found before those of the system."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+    return tmp_path
+
+
+def fake_bubblewrap(folder: Path, version: str, *, fails: str = "") -> None:
+    path = folder / "bwrap"
+    path.write_text(f'#!/bin/sh\necho "$1" >> {folder}/calls\n[ "$1" = --version ] && {version} || {fails or "exit 0"}\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("version", "fails", "works", "why_not"),
+    [
+        ("echo bubblewrap 0.5.0", "", True, ""),
+        ("echo bubblewrap 0.11.2", "", True, ""),
+        ("echo bubblewrap 1.0", "", True, ""),
+        ("echo something else", "", True, ""),  # it works, whatever it calls itself
+        ("echo bubblewrap 0.4.1", "", False, "version 0.4.1 is too old (0.5.0 is the oldest that will do)"),
+        ("echo bubblewrap 0.8.0", "{ echo x >&2; echo bwrap: no permission >&2; exit 1; }", False, "bwrap: no permission"),
+        ("echo bubblewrap 0.8.0", "exit 3", False, "it failed without a word"),
+        ("exit 1", "exit 3", False, "it failed without a word"),
+    ],
+)
+def test_bubblewrap_is_tried(fake_path: Path, version: str, fails: str, works: bool, why_not: str) -> None:
+    fake_bubblewrap(fake_path, version, fails=fails)
+    found = look_for_walls(Machine())
+    assert (found.bubblewrap, found.bubblewrap_why_not) == (str(fake_path / "bwrap") if works else None, why_not)
+
+
+def test_a_bubblewrap_that_is_too_old_is_not_tried(fake_path: Path) -> None:
+    fake_bubblewrap(fake_path, "echo bubblewrap 0.3.0")
+    look_for_walls(Machine())
+    assert (fake_path / "calls").read_text() == "--version\n"
+
+
+@pytest.mark.parametrize(("profile", "options", "looks"), [("default", {}, 0), ("default", {"disk": "1G"}, 2), ("ci", {}, 2)])
+def test_a_run_without_walls_does_not_look_for_them(
+    fake_path: Path, profile: str, options: dict[str, object], looks: int
+) -> None:
+    fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0")
+    prepare(Job(path=make_notebook(fake_path / "nb.ipynb", "1"), limits=profile, options=options))
+    calls = fake_path / "calls"
+    assert (len(calls.read_text().splitlines()) if calls.exists() else 0) == looks
+
+
+def test_elsewhere_than_on_linux_nothing_is_looked_for() -> None:
+    found = look_for_walls(Machine(platform="darwin"))
+    assert (found.bubblewrap, found.landlock, found.bubblewrap_why_not) == (None, 0, "there is none for darwin")
+
+
+# --- what mends walls -------------------------------------------------------------------------------------------
+
+REFUSED = "bwrap: setting up uid map: Permission denied"
+HAVE = replace(USER, bubblewrap_version="0.9.0", bubblewrap_why_not=REFUSED)
+LACK = replace(USER, bubblewrap_why_not=NOT_INSTALLED)
+WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
+    "debian": (LACK, Surroundings(distribution="debian"), ["sudo apt-get install bubblewrap"], []),
+    "ubuntu, root": (replace(LACK, uid=0), Surroundings(distribution="ubuntu debian"), ["apt-get install bubblewrap"], ["sudo"]),
+    "fedora": (LACK, Surroundings(distribution="fedora"), ["sudo dnf install bubblewrap"], ["apt"]),
+    "alma": (LACK, Surroundings(distribution="almalinux rhel centos fedora"), ["sudo dnf install bubblewrap"], []),
+    "arch": (LACK, Surroundings(distribution="arch"), ["sudo pacman -S bubblewrap"], []),
+    "unknown": (LACK, Surroundings(), ["sudo apt-get install bubblewrap"], []),
+    "ubuntu 24.04": (
+        HAVE,
+        Surroundings(apparmor_userns=True),
+        [
+            "profile bwrap /usr/bin/bwrap flags=(unconfined)",
+            "sudo systemctl reload apparmor",
+            "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+            "/etc/sysctl.d/",
+        ],
+        ["install"],
+    ),
+    "debian 10": (HAVE, Surroundings(no_userns_clone=True), ["sudo sysctl -w kernel.unprivileged_userns_clone=1"], ["apparmor"]),
+    "hardened": (HAVE, Surroundings(no_user_namespaces=True), ["sudo sysctl -w user.max_user_namespaces=10000"], []),
+    "no known reason": (HAVE, Surroundings(), ["bwrap --ro-bind", "apt-get install bubblewrap"], ["sysctl"]),
+    "docker": (
+        HAVE,
+        Surroundings(container=Container.DOCKER),
+        [
+            "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined",
+            "docker run --privileged IMAGE",
+        ],
+        ["sysctl", "install"],
+    ),
+    "docker on ubuntu": (
+        HAVE,
+        Surroundings(container=Container.DOCKER, apparmor_userns=True),
+        ["docker run", "# and on the host:", "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"],
+        [],
+    ),
+    "docker without it": (LACK, Surroundings(container=Container.DOCKER), ["apt-get install"], ["docker run"]),
+    "podman": (HAVE, Surroundings(container=Container.PODMAN), ["podman run --security-opt seccomp=unconfined"], ["docker"]),
+    "kubernetes": (HAVE, Surroundings(container=Container.KUBERNETES), ["procMount: Unmasked"], ["docker"]),
+    "other container": (HAVE, Surroundings(container=Container.OTHER), ["# how is for its manager to say"], ["docker"]),
+    "not allowed": (replace(HAVE, allowed=frozenset({Mechanism.RLIMIT})), Surroundings(apparmor_userns=True), [], ["sudo"]),
+}
+
+
+@pytest.mark.parametrize(("machine", "around", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES)
+def test_what_mends_walls(machine: Machine, around: Surroundings, wanted: list[str], never: list[str]) -> None:
+    plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
+    found = advise_walls(machine, around, plan.walls, plan.enforcement)
+    assert {Wall.HOME, Wall.NETWORK, Wall.PROCESSES} <= set(found[0].walls)
+    assert set(found[0].limits) == {LimitName.DISK, LimitName.SHM}
+    assert found[0].why
+    steps = [step for remedy in found for way in remedy.ways for step in way.steps]
+    rest = iter(steps)
+    for want in wanted:
+        assert any(want in step for step in rest), f"{want!r} is missing, or out of order, in {steps}"
+    assert not [word for word in never if word in "\n".join(steps)]
+    script = "\n".join(step for step in steps if not step.startswith("securityContext"))
+    assert subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_where_all_walls_stand_there_is_nothing_to_mend() -> None:
+    machine = replace(USER, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
+    plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
+    assert advise_walls(machine, Surroundings(), plan.walls, plan.enforcement) == ()
+    assert weak_walls(plan.walls) == (), "that only root can become somebody else is no weakness"
+
+
+def test_elsewhere_nothing_is_said_of_walls_twice() -> None:
+    machine = Machine(platform="darwin", uid=501)
+    plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
+    assert advise_walls(machine, Surroundings(), plan.walls, plan.enforcement) == ()
+    assert Wall.HOME in weak_walls(plan.walls)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n'}, {"distribution": "ubuntu debian"}),
+        ({"etc/os-release": 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'}, {"distribution": "rocky rhel centos fedora"}),
+        ({"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"}, {"apparmor_userns": True}),
+        ({"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "0\n"}, {}),
+        ({"proc/sys/kernel/unprivileged_userns_clone": "0\n"}, {"no_userns_clone": True}),
+        ({"proc/sys/kernel/unprivileged_userns_clone": "1\n"}, {}),
+        ({"proc/sys/user/max_user_namespaces": "0\n"}, {"no_user_namespaces": True}),
+    ],
+)
+def test_what_keeps_users_from_namespaces_is_read(tmp_path: Path, files: dict[str, str], wanted: dict[str, Any]) -> None:
+    bare = look(root=tmp_path / "none", environ={}, uid=7, release="6.1")
+    assert look(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(bare, **wanted)

@@ -45,10 +45,15 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.kernel.page": {"safe_exec.kernel.inside"},
     "safe_exec.kernel.faults": {"safe_exec.model"},
     "safe_exec.sandbox.procfs": set(),
-    "safe_exec.sandbox.keeper": {"safe_exec.sandbox.mounts", "safe_exec.sandbox.procfs"},
+    "safe_exec.sandbox.become": {"safe_exec.sandbox.landlock", "safe_exec.sandbox.seccomp"},
+    "safe_exec.sandbox.bubblewrap": {"safe_exec.model"},
+    "safe_exec.sandbox.enclosed": {"safe_exec.sandbox.become", "safe_exec.sandbox.mounts", "safe_exec.sandbox.trees"},
+    "safe_exec.sandbox.init": {"safe_exec.sandbox.become"},
+    "safe_exec.sandbox.keeper": {f"safe_exec.sandbox.{name}" for name in ("become", "enclosed", "mounts", "procfs", "trees")},
     "safe_exec.sandbox.landlock": set(),
     "safe_exec.sandbox.mounts": set(),
     "safe_exec.sandbox.seccomp": set(),
+    "safe_exec.sandbox.trees": set(),
     "safe_exec.sandbox.leftovers": {"safe_exec.sandbox.procfs", "safe_exec.sandbox.trees", "safe_exec.errors"},
 }
 
@@ -59,11 +64,15 @@ APART = ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes")
 RUNS_TRIALS = tuple(f"safe_exec.culprit.{name}" for name in ("oracle", "investigate", "folder", "cache", "runs"))
 
 STANDARD_ONLY = (
+    "safe_exec.sandbox.become",
+    "safe_exec.sandbox.enclosed",
+    "safe_exec.sandbox.init",
     "safe_exec.sandbox.keeper",
     "safe_exec.sandbox.landlock",
     "safe_exec.sandbox.mounts",
     "safe_exec.sandbox.procfs",
     "safe_exec.sandbox.seccomp",
+    "safe_exec.sandbox.trees",
     "safe_exec.kernel.inside",
     "safe_exec.kernel.page",
 )
@@ -192,9 +201,20 @@ def test_the_keeper_starts_without_anything_heavy() -> None:
     assert {name for name in loaded if name.startswith("safe_exec")} == {
         "safe_exec",
         "safe_exec.sandbox",
-        "safe_exec.sandbox.keeper",
-        "safe_exec.sandbox.procfs",
+        *(f"safe_exec.sandbox.{name}" for name in ("become", "enclosed", "keeper", "mounts", "procfs", "trees")),
+    }, "what only walls take (landlock, seccomp) is imported where they are put up"
+
+
+def test_what_starts_inside_bubblewrap_is_light() -> None:
+    code = "import sys; import safe_exec.sandbox.init; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {name for name in loaded if name.startswith("safe_exec")} == {
+        "safe_exec",
+        "safe_exec.sandbox",
+        "safe_exec.sandbox.init",
     }
+    assert {name.partition(".")[0] for name in loaded} & {*HEAVY, "subprocess"} == set()
 
 
 # --- size -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from safe_exec.commands.limits import command, errors_of
 from safe_exec.errors import LimitsError
-from safe_exec.model import Limits
+from safe_exec.model import Isolation, Limits
 from safe_exec.profiles import LIMIT_NAMES, load_profile, resolve_simple, shipped_profiles
 
 M = 2**20
@@ -37,6 +39,7 @@ def test_show_has_every_limit_with_figure_and_source() -> None:
     write("own.yaml", "description: mine\nextends: ci\nlimits:\n  memory: 512M\n")
     lines = call("show", "own.yaml").stdout.splitlines()
     assert lines[0] == "own.yaml: mine"
+    lines = lines[: lines.index("")]
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
     assert tuple(rows) == LIMIT_NAMES
     assert rows["memory"].startswith("512 MiB")
@@ -59,6 +62,48 @@ def test_show_as_json_is_in_bytes_and_seconds() -> None:
     assert set(document["limits"]) == set(LIMIT_NAMES)
 
 
+def test_show_has_the_walls_and_what_holds_them_here() -> None:
+    write("own.yaml", "extends: ci\nisolation:\n  hide: [/srv/data, ~/x]\n  network: no\n  env: [TOKEN]\n")
+    shown = call("show", "own.yaml").stdout
+    _, _, walls = shown.partition("\nisolation\n")
+    asked, _, held = walls.partition("\n\n")
+    assert {line.split()[0]: " ".join(line.split()[1:]) for line in asked.splitlines()} == {
+        "hide_home": "true",
+        "read_only_system": "true",
+        "network": "false",
+        "own_processes": "true",
+        "listed_environment": "true",
+        "system_calls": "refuse",
+        "env": "TOKEN",
+        "hide": "/srv/data, ~/x",
+    }
+    marks = re.findall(r"^  ([✓~✗])  (\w+) ", held, re.MULTILINE)
+    assert [name for _, name in marks] == [
+        "home", "system", "hidden", "network", "processes", "environment", "system_calls", "privileges",
+    ]  # fmt: skip
+
+
+def test_show_says_how_to_mend_what_nothing_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shown = call("show", "ci").stdout
+    assert re.search(r"^  ✗  processes +nothing +no bubblewrap: it is not installed", shown, re.MULTILINE)
+    assert "to mend" in shown and "install it" in shown
+
+
+def test_show_of_a_profile_without_walls() -> None:
+    shown = call("show").stdout
+    assert "isolation: none, the notebook may reach what you may" in shown
+    assert "to mend" not in shown.partition("isolation: none")[2]
+
+
+def test_show_as_json_has_the_walls() -> None:
+    document = json.loads(call("show", "strict", "--json").stdout)
+    assert document["isolation"]["folder"] == "copy" and document["isolation"]["hide"] == []
+    assert set(document["isolation"]) == {field.name for field in fields(Isolation)}
+    assert {"home", "system", "folder", "network"} <= set(document["walls"])
+    assert json.loads(call("show", "--json").stdout)["walls"] == {}
+
+
 def test_show_of_what_is_not_there() -> None:
     assert isinstance(call("show", "stritc").exception, LimitsError)
 
@@ -78,6 +123,11 @@ limits:
   cpu: 3
   cpus: 2
   processes: -1
+"""
+BAD_WALLS = """\
+extends: ci
+isolation:
+  hide_hom: true
 """
 BAD_PROJECT = """\
 limits:
@@ -99,6 +149,7 @@ limits:
         ("own.yaml", "extends: nonesuch\nlimits:\n  memory: 5Q\n", [3]),
         ("own.yaml", "limits:\n  memory: [1\n", [3]),
         ("own.yaml", "memory: 1G\n", [1]),
+        ("own.yaml", BAD_WALLS, [3]),
         ("safe-exec.yaml", 'limits:\n  - path: "a"\n    memory: 1G\n', []),
         ("safe-exec.yaml", BAD_PROJECT, [3, 6]),
         ("other-name.yaml", BAD_PROJECT, [3, 6]),

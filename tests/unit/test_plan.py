@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safe_exec.errors import EnforcementError
-from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.model import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.sandbox import rlimits, watchdog
 from safe_exec.sandbox.build import build_plan, parse_required
 from safe_exec.sandbox.machine import Machine
@@ -20,7 +20,7 @@ L, M = LimitName, Mechanism
 MIB = 1 << 20
 LIMITS = Limits(
     memory=100 * MIB, cpus=1.5, cpu_time=10.0, cell_timeout=3.0, timeout=9.0, processes=20, open_files=50, file_size=MIB,
-    start_timeout=60.0, cell_output=MIB, output=4 * MIB,
+    start_timeout=60.0, cell_output=MIB, output=4 * MIB, disk=8 * MIB, shm=MIB,
 )  # fmt: skip
 V1 = {name: Path(f"/cg/{name}") for name in ("memory", "pids", "cpu", "cpuacct")}
 ROOT_V1 = Machine(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
@@ -29,6 +29,7 @@ ROOT_BARE = Machine(uid=0)
 USER_BARE = Machine(uid=1000, user_tasks=30)
 WATCH_ALONE = Machine(uid=1000, user_tasks=30, allowed=frozenset({M.WATCHDOG}))
 NOTHING = Machine(allowed=frozenset())
+WALLS = Machine(bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
 
 
 def plan_for(machine: Machine, limits: Limits = LIMITS) -> SpawnPlan:
@@ -66,7 +67,8 @@ TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
             L.FILE_SIZE: M.NONE,
         },
     ),
-    ("nothing", NOTHING, dict.fromkeys(REQUIRE_ALL, M.NONE)),
+    ("nothing", NOTHING, dict.fromkeys((*REQUIRE_ALL, L.DISK, L.SHM), M.NONE)),
+    ("bubblewrap", WALLS, {L.DISK: M.BUBBLEWRAP, L.SHM: M.BUBBLEWRAP, L.MEMORY: M.RLIMIT}),
 ]
 
 
@@ -181,6 +183,20 @@ def test_the_request_to_the_keeper_is_json() -> None:
     request = json.loads(json.dumps(plan_for(ROOT_V1).as_request()))
     wanted = {"cgroup_dirs", "cgroup_writes", "cgroup_joins", "kill_files", "counter_files", "rlimits", "open_files_soft"}
     assert wanted <= set(request)
+
+
+def test_walls_are_carried_out_only_where_they_stand() -> None:
+    plan = build_plan(LIMITS, WALLS, "id")
+    assert (plan.enclosed, plan.disk, plan.shm, plan.landlock) == ("/usr/bin/bwrap", 8 * MIB, MIB, False)
+    without = build_plan(LIMITS, ROOT_V1, "id", Isolation(hide_home=True))
+    assert (without.enclosed, without.disk, without.shm, without.landlock) == (None, None, None, False)
+    assert set(without.walls) == {Wall.HOME} and without.walls[Wall.HOME].by is M.NONE
+
+
+@pytest.mark.parametrize("machine", [ROOT_V1, WALLS], ids=["v1", "bubblewrap"])
+def test_a_run_without_walls_and_sizes_is_not_enclosed(machine: Machine) -> None:
+    plan = build_plan(Limits(memory=MIB), machine, "id")
+    assert (plan.enclosed, plan.landlock, dict(plan.walls)) == (None, False, {})
 
 
 def test_work_is_put_together_in_order() -> None:

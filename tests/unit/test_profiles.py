@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from safe_exec import limits_values
 from safe_exec.errors import LimitsError
-from safe_exec.model import LimitName, Limits
+from safe_exec.model import FolderUse, Isolation, LimitName, Limits, SystemCalls
 from safe_exec.profiles import (
     LIMIT_NAMES,
     PROJECT_FILE,
@@ -70,15 +70,18 @@ def test_every_limit_has_a_parser_and_a_name() -> None:
 
 
 def test_shipped_profiles() -> None:
-    assert shipped_profiles() == ("ci", "default", "strict")
+    assert shipped_profiles() == ("ci", "default", "strict", "untrusted")
 
 
-@pytest.mark.parametrize("name", ["ci", "default", "strict"])
+@pytest.mark.parametrize("name", ["ci", "default", "strict", "untrusted"])
 def test_shipped_profiles_are_complete_and_commented(name: str) -> None:
     text = (profile_dir() / f"{name}.yaml").read_text()
     document = yaml.safe_load(text)
     assert set(document["limits"]) == set(LIMIT_NAMES)
-    for block in text.partition("\nlimits:\n")[2].strip().split("\n\n"):
+    limits, _, walls = text.partition("\nlimits:\n")[2].partition("\nisolation:\n")
+    assert set(document.get("isolation", {})) <= {f.name for f in fields(Isolation)} and bool(walls) is (name != "default")
+    # What stands right above the section is its comment.
+    for block in limits.rpartition("\n\n#")[0 if walls else 2].strip().split("\n\n"):
         *comment, last = block.splitlines()
         assert comment, f"{last.strip()} has no comment"
         assert all(line.lstrip().startswith("# ") for line in comment)
@@ -98,9 +101,23 @@ def test_ci_and_strict_profiles() -> None:
     assert (strict.limits.memory, strict.limits.cpus, strict.loosenable, strict.firm) == (G // 2, 1.0, False, True)
 
 
+def test_what_the_profiles_wall_off() -> None:
+    found = {name: load_profile(name, machine_memory=MEMORY) for name in shipped_profiles()}
+    assert found["default"].isolation == Isolation()
+    ci = Isolation(
+        hide_home=True, read_only_system=True, own_processes=True, listed_environment=True, system_calls=SystemCalls.REFUSE
+    )
+    assert found["ci"].isolation == ci
+    strict = replace(ci, folder=FolderUse.COPY, write_back=False, network=False)
+    assert found["strict"].isolation == strict
+    assert found["untrusted"].isolation == replace(strict, other_user=True)
+    assert found["untrusted"].limits == found["strict"].limits
+    assert (found["untrusted"].firm, found["untrusted"].loosenable) == (True, False)
+
+
 def test_unknown_profile_names_the_nearest() -> None:
     assert error_of("strct") == (
-        "unknown profile 'strct'; did you mean strict? expected one of ci, default, strict, or a file (its name with / or .yaml)"
+        "unknown profile 'strct'; did you mean strict? expected one of ci, default, strict, untrusted, or a file (its name with / or .yaml)"
     )
 
 
@@ -246,7 +263,7 @@ def test_format_limit(name: str, value: Figure, text: str) -> None:
 def figures(name: str) -> st.SearchStrategy[Figure]:
     if name in ("processes", "open_files"):
         return st.none() | st.integers(1, 2**31 - 1)
-    if name in ("memory", "file_size", "cell_output", "output"):
+    if name in ("memory", "file_size", "cell_output", "output", "disk", "shm"):
         return st.none() | st.integers(1, 2**63 - 1)
     durations = st.floats(0.01, 65536.0)
     return durations if name == "interrupt_grace" else st.none() | durations

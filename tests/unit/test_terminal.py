@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from safe_exec.model import (
     CauseKind,
     CellStatus,
     Enforcement,
+    Environment,
     LimitName,
     Mechanism,
     Role,
@@ -28,6 +30,7 @@ from safe_exec.model import (
     Stopped,
     TerminationReason,
     Verdict,
+    Wall,
 )
 from safe_exec.reports import text
 from safe_exec.reports.progress import Progress, first_line
@@ -71,6 +74,22 @@ def test_the_diagnosis_of_a_death() -> None:
     note = "the pids controller is missing"
     held = {LimitName.PROCESSES: Enforcement(by=Mechanism.NONE, hard=False, note=note)}
     assert printed(make_verdict(enforcement=held, warnings=("a warning",))) == DIED
+
+
+def test_walls_that_do_not_stand_are_one_line() -> None:
+    lost = "no bubblewrap: it is not installed"
+    held = {
+        Wall.HOME: Enforcement(by=Mechanism.LANDLOCK, hard=True, note="refused rather than hidden"),
+        Wall.NETWORK: Enforcement(by=Mechanism.LANDLOCK, hard=False, note=f"TCP only, loopback too; {lost}"),
+        Wall.PROCESSES: Enforcement(by=Mechanism.NONE, hard=False, note=lost),
+        Wall.SYSTEM_CALLS: Enforcement(by=Mechanism.SECCOMP, hard=True),
+        Wall.USER: Enforcement(by=Mechanism.NONE, hard=False, note="only root can become somebody else"),
+    }
+    environment = Environment(python="3.11", platform="Linux", isolation=held)
+    said = printed(make_verdict(Status.PASSED, environment=environment), Style(width=200))
+    assert f"  weak wall   network (landlock holds a part), processes not held; {lost}\n" in said
+    hard = {wall: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True) for wall in Wall}
+    assert "weak" not in printed(make_verdict(Status.PASSED, environment=replace(environment, isolation=hard)))
 
 
 def test_the_diagnosis_of_a_pass() -> None:

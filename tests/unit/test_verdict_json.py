@@ -26,7 +26,9 @@ from safe_exec.model import (
     Enforcement,
     Environment,
     Fact,
+    FolderUse,
     Frame,
+    Isolation,
     LimitName,
     Limits,
     Mechanism,
@@ -35,9 +37,11 @@ from safe_exec.model import (
     Role,
     Status,
     Stopped,
+    SystemCalls,
     Timeline,
     Usage,
     Verdict,
+    Wall,
 )
 from safe_exec.reports.verdict_json import dumps, from_document, load_schema, plain, to_document
 from tests.unit.builders import (
@@ -71,6 +75,9 @@ CONTRACT_KEYS = [
     "cells",
     "limits",
     "enforcement",
+    "isolation",
+    "allow_errors",
+    "remote_hosts",
     "timeline",
     "usage",
     "stderr_tail",
@@ -112,7 +119,10 @@ def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
     [
         (SCHEMA["properties"]["status"], Status),
         (SCHEMA["properties"]["enforcement"]["propertyNames"], LimitName),
-        (SCHEMA["properties"]["enforcement"]["additionalProperties"]["properties"]["by"], Mechanism),
+        (SCHEMA["$defs"]["enforcement"]["properties"]["by"], Mechanism),
+        (SCHEMA["properties"]["environment"]["properties"]["isolation"]["propertyNames"], Wall),
+        (SCHEMA["properties"]["isolation"]["properties"]["folder"], FolderUse),
+        (SCHEMA["properties"]["isolation"]["properties"]["system_calls"], SystemCalls),
         (SCHEMA["$defs"]["cause"]["properties"]["kind"], CauseKind),
         (SCHEMA["$defs"]["cause"]["properties"]["confidence"], Confidence),
         (SCHEMA["$defs"]["fact"]["properties"]["origin"], Origin),
@@ -134,7 +144,8 @@ def test_words_that_may_be_missing_are_those_of_the_model() -> None:
     [
         (SCHEMA["properties"]["notebook"], NotebookInfo),
         (SCHEMA["properties"]["limits"], Limits),
-        (SCHEMA["properties"]["enforcement"]["additionalProperties"], Enforcement),
+        (SCHEMA["$defs"]["enforcement"], Enforcement),
+        (SCHEMA["properties"]["isolation"], Isolation),
         (SCHEMA["properties"]["timeline"], Timeline),
         (SCHEMA["properties"]["usage"], Usage),
         (SCHEMA["properties"]["environment"], Environment),
@@ -158,6 +169,7 @@ def test_every_status_has_its_exit_code_in_the_schema() -> None:
     assert said == {status.value: status.exit_code for status in Status}
 
 
+ENVIRONMENT = to_document(make_verdict())["environment"]
 BROKEN = [
     ("a wrong exit code", {"exit_code": 0}),
     ("no such status", {"status": "crashed"}),
@@ -171,6 +183,12 @@ BROKEN = [
     ("line 0", {"crash_cell": {**plain(make_crash()), "line": 0}}),
     ("no such limit", {"enforcement": {"patience": {"by": "none", "hard": False, "note": ""}}}),
     ("nothing, and hard", {"enforcement": {"memory": {"by": "none", "hard": True, "note": ""}}}),
+    ("no such wall", {"environment": {**ENVIRONMENT, "isolation": {"moat": {"by": "none", "hard": False, "note": ""}}}}),
+    ("no wall, and hard", {"environment": {**ENVIRONMENT, "isolation": {"home": {"by": "none", "hard": True, "note": ""}}}}),
+    ("no such use of the folder", {"isolation": {**plain(Isolation()), "folder": "burn"}}),
+    ("a wall less", {"isolation": {k: v for k, v in plain(Isolation()).items() if k != "network"}}),
+    ("no host", {"remote_hosts": [None]}),
+    ("a flag that is a number", {"allow_errors": 1}),
     ("too long a timeline", {"timeline": {"seconds": [0.0] * 501, "memory": [], "cpu": [], "cell": []}}),
 ]
 
@@ -337,6 +355,16 @@ enforcements = st.dictionaries(
     st.sampled_from(LimitName),
     st.builds(Enforcement, by=st.sampled_from(Mechanism).filter(lambda by: by is not Mechanism.NONE)),
 )
+walls = st.dictionaries(
+    st.sampled_from(Wall), st.builds(Enforcement, by=st.sampled_from(Mechanism), hard=st.just(value=False), note=texts)
+)
+isolations = st.builds(
+    Isolation,
+    folder=st.sampled_from(FolderUse),
+    system_calls=st.sampled_from(SystemCalls),
+    env=st.lists(texts, max_size=2).map(tuple),
+    hide=st.lists(texts, max_size=2).map(tuple),
+)
 verdicts = st.builds(
     make_verdict,
     status=st.sampled_from([status for status in Status if status is not Status.PASSED]),
@@ -350,7 +378,10 @@ verdicts = st.builds(
     limits=st.builds(Limits, memory=counts, cpus=amounts, cell_timeout=amounts, output=counts),
     enforcement=enforcements,
     usage=st.builds(Usage, wall_seconds=amounts, memory_peak=counts),
-    environment=st.builds(Environment, packages=st.none() | st.dictionaries(texts, texts, max_size=2)),
+    environment=st.builds(Environment, packages=st.none() | st.dictionaries(texts, texts, max_size=2), isolation=walls),
+    isolation=isolations,
+    allow_errors=st.booleans(),
+    remote_hosts=st.lists(texts, max_size=2).map(tuple),
     stderr_tail=st.text(),
     warnings=st.lists(texts, max_size=2).map(tuple),
     outputs=st.dictionaries(texts, texts, max_size=2),

@@ -1,0 +1,159 @@
+"""What nbclient takes for a channel of jupyter_client: signed messages over one bounded connection (see wire.py).
+
+What is not a message is left out and counted, never raised: wrong signature, wrong number of parts, no JSON, other types than the
+protocol has, or so much structure that a few megabytes of JSON would take hundreds in memory. May import wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty
+from typing import Any
+
+from safe_exec.kernel.wire import Connection, Received
+
+DELIMITER = b"<IDS|MSG>"
+HEADER_BYTES = 64 << 10
+MOST_PARSED = 96 << 20
+"""Bytes that the objects of one message may take."""
+HARMLESS_BYTES = 1 << 20
+"""So few bytes cannot take so much: no byte of JSON costs more than a bracket."""
+MOST_TEXTS = 500_000
+TURN_SECONDS = 0.005
+"""So long messages are taken without a break; then timers and others get their turn."""
+
+
+class Refused(ValueError):  # noqa: N818 - says what happened
+    """What came is no message."""
+
+
+class Channel:
+    """One channel of a kernel. ``on_oversize`` is called with the size of what was too large to be taken in."""
+
+    def __init__(self, session: Any, connection: Connection) -> None:
+        self.session = session
+        self.refused = 0
+        self.first_refused = ""
+        self.on_oversize: Callable[[int], None] = lambda _size: None
+        self._connection = connection
+        self._arrived = asyncio.Event()
+        self._back: list[dict[str, Any]] = []
+        self._rested = 0.0
+        connection.on_arrival = self._arrived.set
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - jupyter_client's signature
+        """The next message; waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds."""
+        if self._back:
+            return self._back.pop()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if time.monotonic() - self._rested > TURN_SECONDS:
+                await asyncio.sleep(0)
+                self._rested = time.monotonic()
+            received = self._connection.take()
+            if received is None:
+                await self._arrival(deadline)
+                continue
+            message = self._message(received)
+            if message is not None:
+                return message
+
+    async def _arrival(self, deadline: float | None) -> None:
+        self._arrived.clear()
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise Empty
+        try:
+            await asyncio.wait_for(self._arrived.wait(), left)
+        except TimeoutError:
+            raise Empty from None
+
+    def put_back(self, message: dict[str, Any]) -> None:
+        """Let a message be the next one."""
+        self._back.append(message)
+
+    def _message(self, received: Received) -> dict[str, Any] | None:
+        try:
+            if received.dropped:
+                self.on_oversize(received.dropped)
+                return self._remains(received.parts)
+            return unpacked(self.session, received.parts)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel sends
+            self.refused += 1
+            self.first_refused = self.first_refused or f"{type(error).__name__}: {error}"[:200]
+            return None
+
+    def _remains(self, parts: list[bytes]) -> dict[str, Any] | None:
+        """Of a reply that was too large: that it came, to which request, and that it failed. Others leave nothing."""
+        if DELIMITER not in parts:
+            return None
+        _, header, parent, *_ = [*parts[parts.index(DELIMITER) + 1 :], b"", b"", b""]
+        if not header or not parent:
+            return None
+        head, asked = self.session.unpack(header), self.session.unpack(parent)
+        if not isinstance(head, dict) or not isinstance(asked, dict) or head.get("msg_type") != "execute_reply":
+            return None
+        content = {"status": "error", "ename": "ReplyTooLarge", "evalue": "the kernel's reply was too large", "traceback": []}
+        rest = {"msg_type": "execute_reply", "parent_header": asked, "metadata": {}, "content": content, "buffers": []}
+        return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **rest}
+
+    def send(self, msg: dict[str, Any]) -> None:
+        """Send a message of the session's; one that no kernel takes any more is lost."""
+        self._connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
+
+    def start(self) -> None:
+        """Nothing to do: it is connected."""
+
+    def stop(self) -> None:
+        """Let go of the connection. May be called again."""
+        self._connection.close()
+
+    close = stop
+
+    def is_alive(self) -> bool:
+        """Whether the other end is there."""
+        return not self._connection.ended
+
+
+# --- messages ---------------------------------------------------------------------------------------------------
+
+
+def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
+    """The message that parts make up. Raises ValueError and others for parts that make up none."""
+    _, signed = session.feed_identities(list(parts))
+    if len(signed) < 5:  # noqa: PLR2004 - signature, header, parent, metadata, content
+        raise Refused(f"a message of {len(signed)} parts")
+    if len(signed[1]) > HEADER_BYTES or len(signed[2]) > HEADER_BYTES:
+        raise Refused("a header of more than 64 KiB")
+    for part in signed[3:5]:
+        if len(part) > HARMLESS_BYTES and _cost(part) > MOST_PARSED and _cost_of_structure(part) > MOST_PARSED:
+            raise Refused("a message that would take hundreds of megabytes")
+    message: dict[str, Any] = session.deserialize(signed)
+    for key in ("header", "parent_header", "metadata", "content"):
+        if not isinstance(message[key], dict):
+            raise Refused(f"its {key} is no object")
+    if not isinstance(message["msg_type"], str) or not isinstance(message["msg_id"], str):
+        raise Refused("its type or id is no text")
+    return message
+
+
+def _cost(part: bytes) -> int:
+    """About the most that the objects of a piece of JSON take, with all in its texts counted as if it were structure.
+
+    CPython's sizes: a container 72 with its place, a text 56, an entry of an object 50, a number 32.
+    """
+    containers = part.count(b"[") + part.count(b"{")
+    commas = part.count(b",")
+    return len(part) + 72 * containers + 40 * commas + 28 * part.count(b'"') + 50 * part.count(b":")
+
+
+def _cost_of_structure(part: bytes) -> int:
+    """The same for what stands outside of texts alone."""
+    plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
+    texts = plain.count(b'"') // 2
+    if texts > MOST_TEXTS:
+        return MOST_PARSED + 1
+    outside = b"".join(plain.split(b'"')[::2])
+    return len(part) + 56 * texts + _cost(outside)

@@ -1,0 +1,84 @@
+"""Whether what a message carries is what the protocol says it is: outputs and their MIME bundles. Pure.
+
+What can be left out alone (one entry of a bundle) is; the rest of a message that is not as it should be says nothing. Source: "Messaging in
+Jupyter" in jupyter_client's documentation, and the schema of nbformat 4 for what may stand in a file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MOST_TYPES = 100
+LONGEST_TYPE = 200
+MOST_COUNT = 2**31
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
+_BINARY = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "application/pdf")
+_BUNDLES = ("display_data", "execute_result", "update_display_data")
+
+
+def checked(kind: str, content: dict[str, Any]) -> list[str]:
+    """What was wrong in a message of a kind and was left out of its ``content``. Raises ValueError for one that says nothing."""
+    problems = _count_checked(content)
+    if kind == "stream":
+        _demand(content, name=str, text=str)
+    elif kind == "error":
+        _demand(content, ename=str, evalue=str, traceback=list)
+        if not all(isinstance(line, str) for line in content["traceback"]):
+            raise ValueError("its traceback is no list of texts")
+    elif kind in _BUNDLES:
+        problems += _bundle_checked(content)
+    elif kind in ("comm_open", "comm_msg", "comm_close"):
+        _demand(content, comm_id=str, data=dict)
+    return problems
+
+
+def _demand(content: Mapping[str, Any], **types: type) -> None:
+    for key, kind in types.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"its {key} is {type(content.get(key)).__name__}")  # noqa: TRY004 - a message, not an argument
+
+
+def _count_checked(content: dict[str, Any]) -> list[str]:
+    """A number of execution that is none is taken out: a file may not hold it."""
+    count = content.get("execution_count")
+    if count is None or (type(count) is int and 0 <= count < MOST_COUNT):
+        return []
+    content["execution_count"] = None
+    return ["its execution_count is no number"]
+
+
+def _bundle_checked(content: dict[str, Any]) -> list[str]:
+    _demand(content, data=dict)
+    data: dict[str, Any] = content["data"]
+    if not isinstance(content.get("metadata", {}), dict):
+        raise ValueError("its metadata is no object")  # noqa: TRY004
+    content.setdefault("metadata", {})
+    wrong = {key: why for key, value in data.items() if (why := _why_not(key, value))}
+    wrong |= dict.fromkeys(list(data)[MOST_TYPES:], "one of too many types")
+    kept = {key: value for key, value in data.items() if key not in wrong}
+    if data and not kept:
+        raise ValueError(f"{next(iter(wrong))[:LONGEST_TYPE]!r} is {next(iter(wrong.values()))}")
+    content["data"] = kept
+    return [f"{key[:LONGEST_TYPE]!r} is {why}" for key, why in list(wrong.items())[:1]]
+
+
+def _why_not(key: str, value: Any) -> str:
+    """What is wrong with one entry of a bundle; nothing where all is well."""
+    if len(key) > LONGEST_TYPE:
+        return "no MIME type"
+    if key.endswith("+json") or key == "application/json":
+        return ""
+    lines = value if isinstance(value, list) else [value]
+    if not all(isinstance(line, str) for line in lines):
+        return f"{type(value).__name__}, not text"
+    return "not base64" if key in _BINARY and not all(_BASE64.fullmatch(line) for line in lines) else ""
+
+
+def bounded_size(value: object) -> int:
+    """A size in bytes that the kernel tells: no more than a disk holds, and not less than nothing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return 0
+    return max(0, min(int(value), 2**40)) if isinstance(value, int | float) else 0
