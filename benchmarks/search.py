@@ -315,7 +315,8 @@ def table_of(found: Sequence[Measured]) -> str:
         where = "outside" if m.outside else "inside"
         ours = f"{m.ours.trials:>6}{m.ours.seconds:>8.1f}{m.ours.seconds / m.run_seconds:>8.1f}"
         more = "" if m.plain.done else ">"
-        plain = f"{more + str(m.plain.trials):>8}{more + format(m.plain.seconds / m.run_seconds, '.1f'):>10}"
+        figures = (f"{more}{m.plain.trials}", f"{more}{m.plain.seconds / m.run_seconds:.1f}") if m.plain.trials else ("-", "-")
+        plain = f"{figures[0]:>8}{figures[1]:>10}"
         same = "" if not m.plain.done or m.plain.cells == m.ours.cells else "  ddmin: another set"
         lines.append(
             f"{m.cells:>5}  {m.death:<26}{where:<8}{m.run_seconds:>7.2f}  {ours}  {plain}{'' if m.right else '  not what was put in'}{same}"

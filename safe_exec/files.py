@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 from contextlib import suppress
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
@@ -194,6 +195,41 @@ def _replace(directory: int, name: str, data: bytes) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)
         raise
+
+
+class HeldFolder:
+    """The folder of a document to come, held open from before anything else runs: it may be moved, or something put in its place.
+
+    Raises OSError when the folder cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """``path`` is the document's."""
+        self._path = path.absolute()
+        self._fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def path(self) -> Path:
+        """Where the document is by now: the path that was asked for, unless the folder was moved."""
+        with suppress(OSError):
+            if not os.path.samestat(os.stat(self._path.parent), os.fstat(self._fd)):
+                return Path(os.readlink(f"/proc/self/fd/{self._fd}")) / self._path.name
+        return self._path
+
+    def write(self, data: bytes) -> None:
+        """As :func:`write_atomically`, in this very folder."""
+        _replace(self._fd, self._path.name, data)
+        _sync_directory(self._fd)
+
+    def sibling(self, word: str) -> HeldFolder:
+        """Another document in the folder: the same name with a word in it."""
+        found = copy(self)
+        found._path = self._path.with_name(f"{self._path.stem}.{word}{self._path.suffix}")  # noqa: SLF001
+        return found
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._fd)
 
 
 class HeldSpace:

@@ -54,14 +54,18 @@ def dumps(node: NotebookNode) -> bytes:
 
 
 def _encoded(node: Any) -> bytes:
-    from nbformat import from_dict, v4
+    from nbformat import from_dict
+    from nbformat.v4.nbjson import BytesEncoder
+    from nbformat.v4.rwbase import strip_transient
 
     # from_dict, because what was put into the node may hold plain dicts, on which nbformat's writer stumbles. It also
     # copies, so that what follows leaves the caller's node alone.
     node = from_dict(_without_ids(node) if node["nbformat_minor"] < IDS_SINCE else node)
     _split_lines(node)
-    text: str = v4.writes(node, split_lines=False, allow_nan=False)
-    return (text + "\n").encode()
+    strip_transient(node)
+    # As v4.writes does; but piece by piece, since texts of many megabytes are not to be held once more in one.
+    encoder = BytesEncoder(ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True, separators=(",", ": "))
+    return b"".join([*(piece.encode() for piece in encoder.iterencode(node)), b"\n"])
 
 
 def _split_lines(node: NotebookNode) -> None:

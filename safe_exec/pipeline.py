@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 from safe_exec import events, notebook, profiles
 from safe_exec.errors import EnforcementError, SafeExecError
 from safe_exec.events import Event, EventSink
-from safe_exec.files import HeldSpace, write_atomically
+from safe_exec.files import HeldFolder, HeldSpace, one_line
 from safe_exec.job import Bisect, Prepared
 from safe_exec.model import Evidence, InternalError, Verdict
+from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.leftovers import sweep
 from safe_exec.sandbox.plan import SpawnPlan, require
@@ -47,8 +50,8 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
     from safe_exec.trial import Cancellation  # nbclient and zmq: not needed to refuse bad input
 
     cancellation = Cancellation()
-    emit = _fan_out((*prepared.job.sinks, *sinks))
-    with signals(cancellation.arrive), Keeping(prepared) as keeping:
+    emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
+    with signals(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared) as keeping:
         sweep()
         emit(_run_started(prepared))
         held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
@@ -56,9 +59,11 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
             first = await _first_run(prepared, emit, cancellation, keeping)
         finally:
             held.release()
-        verdict = _conclude(prepared, first)
-        verdict = await _search(prepared, first, verdict, keeping)
-        verdict = write(prepared, verdict, first.result.node)
+        verdict = _conclude(prepared, first, documents.mask)
+        # What is known by now is on disk before anything else is run: a search may be killed.
+        so_far = partial(write, prepared, node=first.result.node, documents=documents)
+        verdict = await _search(prepared, first, verdict, keeping, so_far)
+        verdict = write(prepared, verdict, first.result.node, documents)
         emit(_run_finished(prepared, verdict))
     return verdict
 
@@ -69,8 +74,8 @@ async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSin
     from safe_exec.trial import Cancellation
 
     cancellation = Cancellation()
-    emit = _fan_out((*prepared.job.sinks, *sinks))
-    with signals(cancellation.arrive), Keeping(prepared, of=verdict.run_id) as keeping:
+    emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
+    with signals(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared, of=verdict.run_id) as keeping:
         sweep()
         emit(_run_started(prepared))
         keeping.begin()
@@ -79,7 +84,7 @@ async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSin
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
         bare = replace(verdict, culprits=None, warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)))
         found = await search(prepared, bare, request, keeping)
-        found = write(prepared, found, _outputs_so_far(prepared))
+        found = write(prepared, found, _outputs_so_far(prepared), documents)
         emit(_run_finished(prepared, found))
     return found
 
@@ -159,39 +164,99 @@ def _allow_errors(prepared: Prepared) -> bool:
     return prepared.job.allow_errors or own is True
 
 
-def _conclude(prepared: Prepared, first: First) -> Verdict:
+def _conclude(prepared: Prepared, first: First, mask: Mask) -> Verdict:
     from safe_exec.conclude import conclude
 
-    return conclude(prepared, first.result, first.plan, allow_errors=first.request.allow_errors)
+    # Before texts are shortened: half a secret is no longer found.
+    result = replace(first.result, ending=mask.everywhere(first.result.ending), evidence=mask.everywhere(first.result.evidence))
+    return conclude(prepared, result, first.plan, allow_errors=first.request.allow_errors)
 
 
-async def _search(prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping) -> Verdict:
+async def _search(
+    prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping, so_far: Callable[[Verdict], Verdict]
+) -> Verdict:
     """The culprits, where the failure is one that is searched for."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
         return verdict
     from safe_exec.searching import search_after
 
-    # What is known by now is on disk before anything else is run: a search may be killed.
-    return await search_after(prepared, verdict, first.request, keeping, lambda known: write(prepared, known, first.result.node))
+    return await search_after(prepared, verdict, first.request, keeping, so_far)
 
 
-def write(prepared: Prepared, verdict: Verdict, node: Any) -> Verdict:
-    """The annotated notebook first, then the verdict, which says what was written."""
+class Documents:
+    """Where the documents go, their folders held open from the start, and the mask for what they say. A context manager."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.mask = _mask(prepared)
+        self.warnings: list[str] = []
+        self._run_id = prepared.run_id
+        self._stack = contextlib.ExitStack()
+        self._folders: dict[str, HeldFolder] = {}
+        for name, path in (("notebook", prepared.output), ("verdict", prepared.verdict)):
+            with contextlib.suppress(OSError):  # what became of it is said when there is something to write
+                folder = self._folders[name] = HeldFolder(path)
+                self._stack.callback(folder.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def paths(self) -> dict[str, str]:
+        """Where each document is by now, or will be."""
+        return {name: str(folder.path) for name, folder in self._folders.items()}
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a document; under a name beside its own, with a warning, where what stands there cannot be replaced. Raises OSError."""
+        if name not in self._folders:
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone")
+        folder = self._folders[name]
+        try:
+            folder.write(data)
+        except (IsADirectoryError, PermissionError) as error:
+            other = folder.sibling(self._run_id)
+            other.write(data)
+            self._folders[name] = other
+            self.warnings.append(f"{folder.path.name} could not be replaced ({error.strerror}): see {other.path.name}")
+
+
+def _mask(prepared: Prepared) -> Mask:
+    """The mask for the secrets of our environment and of the kernel's."""
+    return mask_for({**os.environ, **(prepared.job.env or {})})
+
+
+def write(prepared: Prepared, verdict: Verdict, node: Any, documents: Documents) -> Verdict:
+    """The annotated notebook first, then the verdict, which says what was written. Here a verdict is finished: secrets are masked."""
     from safe_exec.reports import annotated, verdict_json
 
-    outputs = {"notebook": str(prepared.output.absolute()), "verdict": str(prepared.verdict.absolute())}
-    if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
-        outputs["repro"] = verdict.culprits.repro_notebook
-    verdict = replace(verdict, outputs=outputs)
+    verdict = _with_outputs(documents.mask.everywhere(verdict), documents)
     try:
-        write_atomically(prepared.output, notebook.dumps(annotated.annotate(node, verdict)))
+        documents.put("notebook", notebook.dumps(annotated.annotate(node, verdict, documents.mask)))
     except (OSError, SafeExecError) as error:
         verdict = _without(verdict, "notebook", f"the annotated notebook could not be written: {error}")
     try:
-        write_atomically(prepared.verdict, verdict_json.dumps(verdict))
+        for _ in range(2):  # once more where it went by another name, which it says itself
+            said = len(documents.warnings)
+            verdict = _with_outputs(verdict, documents)
+            documents.put("verdict", verdict_json.dumps(verdict))
+            if len(documents.warnings) == said:
+                break
     except OSError as error:
         verdict = _without(verdict, "verdict", f"the verdict could not be written: {error}")
+        # The one document that programs read: that it is missing is said even to those who want to hear nothing.
+        log.error("%s: the verdict could not be written: %s", one_line(prepared.verdict), one_line(error))  # noqa: TRY400
     return verdict
+
+
+def _with_outputs(verdict: Verdict, documents: Documents) -> Verdict:
+    """The verdict that says which documents there are, but for one that is known not to be, and what became of their names."""
+    gone = {"notebook"} - verdict.outputs.keys() if verdict.outputs else set()
+    outputs = {name: path for name, path in documents.paths().items() if name not in gone}
+    if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
+        outputs["repro"] = verdict.culprits.repro_notebook
+    fresh = [words for words in documents.warnings if words not in verdict.warnings]
+    return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, *fresh))
 
 
 def _without(verdict: Verdict, name: str, warning: str) -> Verdict:
@@ -215,11 +280,12 @@ def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
     return events.RunFinished(time=time.monotonic() - prepared.started, status=verdict.status, cause=cause)
 
 
-def _fan_out(sinks: tuple[EventSink, ...]) -> EventSink:
-    """One sink for all. One that raises is left out from then on: a broken progress display must not cost the run."""
+def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
+    """One sink for all, which hears of no secrets. One that raises is left out from then on: a broken progress display must not cost the run."""
     live = list(sinks)
 
     def emit(event: Event) -> None:
+        event = mask.everywhere(event)
         for sink in tuple(live):
             try:
                 sink(event)

@@ -83,8 +83,9 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     """
     status = evidence.exit
     if status is None:
-        return (outside("wait status", None, "the keeper was killed; nobody could read it"),)
-    facts = [outside("ended with", str(status), "wait status of the kernel process")]
+        facts = [outside("wait status", None, "whoever would have read it was killed too")]
+    else:
+        facts = [outside("ended with", str(status), "wait status of the kernel process")]
     if evidence.termination is not None:
         facts.append(outside("killed by safe-exec for", evidence.termination.value, "recorded before the signal was sent"))
     return tuple(facts)

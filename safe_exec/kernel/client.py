@@ -111,7 +111,14 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.sent[parent_msg_id] = cell_index
         await super()._async_poll_output_msg(parent_msg_id, cell, cell_index)
 
-    async def _async_poll_for_reply(self, msg_id: str, cell: Any, timeout: int | None, outputs: Any, alive: Any) -> Any:
+    async def _async_poll_for_reply(
+        self,
+        msg_id: str,
+        cell: Any,
+        timeout: int | None,  # noqa: ASYNC109 - nbclient's signature
+        outputs: Any,
+        alive: Any,
+    ) -> Any:
         """As nbclient, for a reply that is believed; whoever runs code in a kernel knows its key and can sign one."""
         shell = self.kc.shell_channel
         while True:
@@ -323,7 +330,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _recover_message(self, record: Message) -> int:
         message = _parse(record.frames)
-        if message is None or message["msg_type"] not in KEPT or str(message["header"]["msg_id"])[:LONGEST_ID] in self.accounts.seen:
+        if (
+            message is None
+            or message["msg_type"] not in KEPT
+            or str(message["header"]["msg_id"])[:LONGEST_ID] in self.accounts.seen
+        ):
             return 0
         try:
             self._feed(message)
@@ -347,7 +358,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
 
 def _is_reply(message: dict[str, Any], msg_id: str) -> bool:
-    return message["msg_type"] == "execute_reply" and message["parent_header"].get("msg_id") == msg_id
+    return bool(message["msg_type"] == "execute_reply" and message["parent_header"].get("msg_id") == msg_id)
 
 
 def _size(kind: str, content: dict[str, Any]) -> int:

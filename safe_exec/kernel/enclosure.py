@@ -33,7 +33,7 @@ NO_WALL = Enforcement(by=Mechanism.NONE, hard=False)
 
 def homes() -> tuple[Path, ...]:
     """Home directories: the user's own first, then where those of others are."""
-    own = [Path(os.environ["HOME"])] if os.environ.get("HOME", "/") != "/" else []
+    own = [Path(os.environ["HOME"])] if os.path.isabs(os.environ.get("HOME", "")) else []
     with contextlib.suppress(KeyError):  # a user without an entry
         own.append(Path(pwd.getpwuid(os.geteuid()).pw_dir))
     found = [path for path in (*own, Path("/root"), Path("/home")) if path.is_dir() and path != Path("/")]
@@ -137,10 +137,13 @@ def enclose(birth: Birth) -> dict[str, Any]:
     asked = birth.plan.isolation
     birth = replace(birth, plan=replace(birth.plan, isolation=settled(asked)))
     demand_narrow(birth.folder, asked)
+    # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
+    own_tmp = {"TMPDIR": str(birth.runtime)} if birth.plan.landlock and birth.plan.isolation.read_only_system else {}
     return {
         "enclosure": _bubblewrap(birth, birth.plan.enclosed) if birth.plan.enclosed else None,
         "walls": _own_walls(birth),
         "owner": birth.owner,
+        "env": {**birth.env, **own_tmp},
         # A link on the way to it may lie in what is hidden.
         "cwd": str(birth.folder),
     }
@@ -237,14 +240,15 @@ def _landlock(birth: Birth) -> dict[str, Any]:
     isolation = birth.plan.isolation
     folder, extra = str(birth.folder), [str(birth.runtime), *isolation.writable]
     hidden = [*(map(str, homes()) if isolation.hide_home else ()), *isolation.hide]
-    open_folder = isolation.folder is FolderUse.WRITE  # nobody makes a copy here
+    # Nobody makes a copy here.
+    closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
-    writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but([*hidden, *([] if open_folder else [folder])])  # noqa: S108
-    writable += [*([folder] if open_folder else []), *extra]
+    writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
+    writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
     readable = [*map(str, visible(birth.argv, birth.env)), folder]
     return {
         "readable": [*_all_but(hidden), *(part for path in readable for part in parts_beside(path, hidden))],
-        "writable": [part for path in writable for part in parts_beside(path, hidden)],
+        "writable": [part for path in writable for part in parts_beside(path, closed)],
         "tcp": None if isolation.network else False,
     }
 

@@ -29,7 +29,7 @@ from safe_exec.kernel.content import bounded_size
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
-from safe_exec.kernel.wire import Address, Connection, ConnectFailed, connect
+from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
 from safe_exec.sandbox import sockets
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox

@@ -153,33 +153,41 @@ class Connection:
             return self._fill()
         if self._skip:
             return self._let_go()
-        if len(self._inbox) < 2:  # noqa: PLR2004 - flags and the first byte of the length
+        head = self._head()
+        if head is None:
             return False
-        flags = self._inbox[0]
-        start = 9 if flags & LONG else 2
-        if len(self._inbox) < start:
-            return False
-        length = int.from_bytes(self._inbox[1:start], "big")
+        flags, start, length = head
         if flags & COMMAND:
             return self._command(start, length)
         if not self._has_room(self._size + length):
             self._pause()
             return False
-        if length > SMALL and not self._is_too_large(length):
-            del self._inbox[:start]
-            self._body, self._filled, self._more = bytearray(length), 0, bool(flags & MORE)
-            return self._fill()
-        if length <= SMALL and len(self._inbox) < start + length:
+        return self._small(flags, start, length) if length <= SMALL else self._large(flags, start, length)
+
+    def _head(self) -> tuple[int, int, int] | None:
+        """Flags of the next frame, where its body starts, and the body's length; ``None`` before that has come."""
+        start = 9 if self._inbox and self._inbox[0] & LONG else 2
+        if len(self._inbox) < start:
+            return None
+        return self._inbox[0], start, int.from_bytes(self._inbox[1:start], "big")
+
+    def _small(self, flags: int, start: int, length: int) -> bool:
+        if len(self._inbox) < start + length:
             return False
-        if length > SMALL:
-            del self._inbox[:start]
-            self._skip, self._more = length, bool(flags & MORE)
-            self._overflow(length)
-            return self._let_go()
         part = bytes(self._inbox[start : start + length])
         del self._inbox[: start + length]
         self._part(part, more=bool(flags & MORE))
         return True
+
+    def _large(self, flags: int, start: int, length: int) -> bool:
+        del self._inbox[:start]
+        self._more = bool(flags & MORE)
+        if self._is_too_large(length):
+            self._skip = length
+            self._overflow(length)
+            return self._let_go()
+        self._body, self._filled = bytearray(length), 0
+        return self._fill()
 
     def _is_too_large(self, length: int) -> bool:
         if self._message.dropped or len(self._message.parts) >= MOST_PARTS:

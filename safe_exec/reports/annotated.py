@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from safe_exec.model import VERDICT_SCHEMA, CauseKind, CellRecord, CellStatus, CrashCell, Culprit, Culprits, Status, Verdict
@@ -31,10 +31,10 @@ _SOURCE_WIDTH = 160
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
-def annotate(executed: NotebookNode, verdict: Verdict) -> NotebookNode:
+def annotate(executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str) -> NotebookNode:
     """A copy of ``executed`` (the stripped input with the outputs gathered so far) that says what ``verdict`` says.
 
-    ``executed`` stays as it is; the copy shares the single outputs with it.
+    ``hide`` takes out of lines of source what nobody should read. ``executed`` stays as it is; the copy shares the single outputs with it.
     """
     notebook = _copied(executed)
     notebook.cells = [_copied(cell) for cell in executed.cells]
@@ -44,7 +44,7 @@ def annotate(executed: NotebookNode, verdict: Verdict) -> NotebookNode:
             _annotate_cell(notebook.cells[record.index], record)
     if verdict.status is not Status.PASSED:
         _mark_culprits(notebook, verdict)
-        _add_error(notebook, verdict)
+        _add_error(notebook, verdict, hide)
         notebook.cells.insert(0, _banner(notebook, verdict))
     return notebook
 
@@ -135,7 +135,7 @@ def _culprit_output(culprit: Culprit) -> NotebookNode:
 # --- the error output -------------------------------------------------------------------------------------------
 
 
-def _add_error(notebook: NotebookNode, verdict: Verdict) -> None:
+def _add_error(notebook: NotebookNode, verdict: Verdict, hide: Callable[[str], str]) -> None:
     cell = _crashed(notebook, verdict.crash_cell)
     # The kernel's own traceback says all there is to say of a plain exception.
     if cell is None or (verdict.cause is not None and verdict.cause.kind is CauseKind.EXCEPTION):
@@ -144,7 +144,7 @@ def _add_error(notebook: NotebookNode, verdict: Verdict) -> None:
         "output_type": "error",
         "ename": _error_name(verdict),
         "evalue": _error_value(verdict),
-        "traceback": list(_traceback(cell.source, verdict)),
+        "traceback": list(_traceback(hide(cell.source), verdict)),
     }
     cell.outputs.append(_node(output))
 

@@ -86,6 +86,9 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
     yield "--die-with-parent"
     if isolation.own_processes:
         yield from ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox")
+        # The init of ours is the first process. bubblewrap's own would let others of its user write into its memory (/proc/1/mem): it runs
+        # under no limit and no filter, and so would what they write there.
+        yield "--as-pid-1"
     if not isolation.network:
         yield "--unshare-net"
 

@@ -5,6 +5,9 @@ ended, and what it used. The keeper knows who speaks by the credentials that the
 kernel that got hold of the socket would speak in its own name. It cannot get hold of it either: this process is not dumpable, so that nobody
 of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
 
+With process ids of their own this is the first process in there: it buries orphans, and all in there dies with it. No signal from in there
+reaches it, SIGKILL and SIGSTOP included (pid_namespaces(7)).
+
 The kernel's process waits until the keeper has put it into its control groups. Neither this process nor bubblewrap is in them: they do not
 count against the notebook's limits, and cannot be killed for them.
 """
@@ -67,7 +70,7 @@ def _become(plan: dict[str, Any], status: socket.socket, go_fd: int, error_fd: i
 
 
 def _wait(pid: int, status: socket.socket) -> None:
-    """Reap until the kernel has ended, then say how. Whatever else runs in here ends with us: bubblewrap takes all down."""
+    """Reap until the kernel has ended, then say how. Whatever else runs in here ends with us."""
     while True:
         try:
             ended, raw, usage = os.wait4(-1, 0)

@@ -230,7 +230,7 @@ def _seen(place: Path) -> os.stat_result | None:
 def _settle(place: Path, status: os.stat_result) -> None:
     """A folder's mode."""
     with contextlib.suppress(OSError):
-        if place.lstat().st_mode != status.st_mode:
+        if (place.lstat().st_mode ^ status.st_mode) & ~SPECIAL_BITS:
             place.chmod(stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
 
 
@@ -275,4 +275,6 @@ def _same(path: Path, place: Path, status: os.stat_result, before: os.stat_resul
         return False
     if stat.S_ISLNK(status.st_mode):
         return os.readlink(path) == os.readlink(place)
-    return (status.st_size, status.st_mtime_ns, status.st_mode) == (before.st_size, before.st_mtime_ns, before.st_mode)
+    # A copy that was given to another user has lost these bits by that alone, and the original may keep its own.
+    modes = {found.st_mode & ~SPECIAL_BITS for found in (status, before)}
+    return len(modes) == 1 and (status.st_size, status.st_mtime_ns) == (before.st_size, before.st_mtime_ns)

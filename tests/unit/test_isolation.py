@@ -18,6 +18,7 @@ from safe_exec.model import FolderUse, Isolation, SystemCalls
 from safe_exec.profiles import load_profile, resolve, shipped_profiles
 
 FLAGS = tuple(f.name for f in fields(Isolation) if isinstance(f.default, bool))
+MEMORY = 8 << 30
 LISTS = ("env", "writable", "hide", "devices")
 
 
@@ -29,7 +30,7 @@ def _in_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
 def read(text: str) -> Isolation:
     """What a file of one's own comes to."""
     Path("own.yaml").write_text(text)
-    return load_profile("own.yaml", machine_memory=None).isolation
+    return load_profile("own.yaml", machine_memory=MEMORY).isolation
 
 
 def error_of(text: str) -> str:
@@ -213,18 +214,18 @@ def test_no_walls_leave_nothing_in_the_metadata() -> None:
 
 def test_every_source_beats_the_one_before() -> None:
     notebook = {"safe_exec": {"isolation": {"network": False, "hide_home": False, "folder": "read", "env": ["SECRET"]}}}
-    found = resolve(chosen="ci", metadata=notebook, machine_memory=None).isolation
-    ci = load_profile("ci", machine_memory=None).isolation
+    found = resolve(chosen="ci", metadata=notebook, machine_memory=MEMORY).isolation
+    ci = load_profile("ci", machine_memory=MEMORY).isolation
     assert found == replace(ci, network=False, folder=FolderUse.READ)
-    opened = resolve(chosen="ci", metadata=notebook, machine_memory=None, walls={"network": True, "env": ("A",)}).isolation
+    opened = resolve(chosen="ci", metadata=notebook, machine_memory=MEMORY, walls={"network": True, "env": ("A",)}).isolation
     assert opened == replace(ci, folder=FolderUse.READ, env=("A",)), "options win both ways"
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_no_profile_lets_a_notebook_take_walls_down(name: str) -> None:
     bare = {"safe_exec": {"isolation": {name: getattr(Isolation(), name) for name in (*FLAGS, "folder", "system_calls")}}}
-    found = resolve(chosen=name, metadata=json.loads(json.dumps(bare)), machine_memory=None)
-    assert found.isolation == load_profile(name, machine_memory=None).isolation
+    found = resolve(chosen=name, metadata=json.loads(json.dumps(bare)), machine_memory=MEMORY)
+    assert found.isolation == load_profile(name, machine_memory=MEMORY).isolation
 
 
 def test_the_keys_are_those_of_the_model() -> None:

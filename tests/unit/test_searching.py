@@ -77,8 +77,10 @@ MANY = make_verdict(remote_hosts=("a", "b", "c", "d"))
 RAISED = make_verdict(Status.CELL_ERROR, CauseKind.EXCEPTION)
 TALK = "the notebook talked to {}, and a search runs its cells again; `safe-exec bisect` does it all the same"
 
+DIED = make_verdict(remote_hosts=())
+
 REASONS: dict[str, tuple[Verdict, dict[str, Any], str | None]] = {
-    "a kernel that died": (make_verdict(), {}, None),
+    "a kernel that died": (DIED, {}, None),
     "passed": (make_verdict(Status.PASSED), {}, ""),
     "passed, and asked for": (make_verdict(Status.PASSED), {"bisect": Bisect.ALWAYS}, ""),
     "an exception": (RAISED, {}, ""),
@@ -89,22 +91,22 @@ REASONS: dict[str, tuple[Verdict, dict[str, Any], str | None]] = {
         {"signals": (2,), "kept": False},
         "no cell was running when it happened",
     ),
-    "cancelled meanwhile": (make_verdict(), {"signals": (15,)}, ""),
-    "cancelled meanwhile, though asked for": (make_verdict(), {"signals": (15,), "bisect": Bisect.ALWAYS}, ""),
-    "a reproduction": (make_verdict(), {"reproduction": True}, ""),
+    "cancelled meanwhile": (DIED, {"signals": (15,)}, ""),
+    "cancelled meanwhile, though asked for": (DIED, {"signals": (15,), "bisect": Bisect.ALWAYS}, ""),
+    "a reproduction": (DIED, {"reproduction": True}, ""),
     "a reproduction that talked": (TALKED, {"reproduction": True}, ""),
-    "a reproduction, and asked for": (make_verdict(), {"reproduction": True, "bisect": Bisect.ALWAYS}, None),
+    "a reproduction, and asked for": (DIED, {"reproduction": True, "bisect": Bisect.ALWAYS}, None),
     "talked to one": (TALKED, {}, TALK.format("db.example.org")),
     "talked to many": (MANY, {}, TALK.format("a, b, c and others")),
     "talked, and asked for": (MANY, {"bisect": Bisect.ALWAYS}, None),
     "the folder was not kept": (
-        make_verdict(),
+        DIED,
         {"kept": False, "trouble": "no room"},
         "the folder could not be kept as it was: no room",
     ),
-    "nobody began to keep it": (make_verdict(), {"kept": False}, "the folder could not be kept as it was: it was not begun"),
+    "nobody began to keep it": (DIED, {"kept": False}, "the folder could not be kept as it was: it was not begun"),
     "not kept, though asked for": (
-        make_verdict(),
+        DIED,
         {"kept": False, "trouble": "no room", "bisect": Bisect.ALWAYS},
         "the folder could not be kept as it was: no room",
     ),

@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[Machine, Held]] = {
         {**dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)), W.USER: (M.KERNEL, HARD)},
     ),
     "nothing": (USER, NONE),
-    "nothing, root": (replace(USER, uid=0), {**NONE, W.USER: (M.KERNEL, HARD)}),
+    "nothing, root": (replace(USER, uid=0), NONE),  # another user may not even reach the interpreter
     "landlock 1": (
         replace(USER, landlock=1),
         {**NONE, **FILES, W.SYSTEM: (M.LANDLOCK, SOFT), W.FOLDER: (M.LANDLOCK, SOFT)},
@@ -103,7 +103,7 @@ SINGLE: list[tuple[Isolation, set[Wall], bool]] = [
     (Isolation(listed_environment=True), {W.ENVIRONMENT}, False),
     (Isolation(system_calls=SystemCalls.REFUSE), {W.SYSTEM_CALLS, W.PRIVILEGES}, False),
     (Isolation(system_calls=SystemCalls.KILL), {W.SYSTEM_CALLS, W.PRIVILEGES}, False),
-    (Isolation(other_user=True), {W.USER}, False),
+    (Isolation(other_user=True), {W.USER}, False),  # alone it is not had
     (Isolation(write_back=False), set(), False),
     (Isolation(env=("A",), writable=("/x",), devices=("/dev/x",)), set(), False),
 ]

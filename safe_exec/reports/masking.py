@@ -1,0 +1,144 @@
+"""Secrets of the environment kept out of reports: what looks like one is written as ``***``. Pure.
+
+A kernel's last words, an exception or a line of source may hold a token, and verdicts go into logs and artifacts that others read. A variable
+counts as secret by its name, its value unless it is too short, an ordinary word or number, or a path: masking those would only make
+reports unreadable. Outputs of cells are the notebook's own and are never masked. Imports ``model`` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from safe_exec.model import Activity, CauseKind, CellStatus, Confidence, LimitName, Mechanism, Role, Status, TerminationReason
+
+MASK = "***"
+SHORTEST = 6
+LONGEST_NUMBER = 9
+SHORTEST_LINE = 16
+"""A line of a secret of several lines (a private key) counts by itself from here on."""
+
+_NAME = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|PRIVATE|APIKEY|KEY(?!BOARD|MAP|RING|SERVER)|AUTH(?!OR)|AUTHORIZATION"
+    r"|COOKIE|SIGNATURE|BEARER|(?:^|_)(?:PASS|PWD|PIN|SAS|DSN|PAT)(?:$|_)|(?:DATABASE|CONNECTION|WEBHOOK|MONGO|REDIS|POSTGRES).*(?:URL|URI|STRING)$",
+    re.IGNORECASE,
+)
+_SURE_NAME = re.compile(r"PASS|SECRET|CREDENTIAL|(?:^|_)(?:PWD|PIN)(?:$|_)", re.IGNORECASE)
+_NEVER = frozenset({"PWD", "OLDPWD"})
+_ROOT_NAMES = (
+    "app bin boot content data dev etc home kaggle lib lib64 media mnt nix opt private proc root run sbin snap srv sys tmp usr var "
+    "work workspace workspaces builds github Users Library Applications"
+)
+_PATH = re.compile(rf"(?:~|\.{{1,2}})(?:/[^\0\n:]*)?|/(?:{_ROOT_NAMES.replace(' ', '|')})(?:/[^\0\n:]*)?")
+_NUMBER = re.compile(rf"[+-]?\d{{1,{LONGEST_NUMBER}}}(?:\.\d{{1,{LONGEST_NUMBER}}})?[a-zA-Z%]{{0,2}}")
+_SETTINGS = (
+    "enabled disabled enable disable default required optional always never automatic manual development production staging testing "
+    "localhost keyring keychain password passwd secret token tokens private public basic bearer digest negotiate oauth oauth2 openid "
+    "plaintext pkcs11 softhsm string number object unknown undefined notset python python3 ipython jupyter notebook kernel kernels memory "
+    "limits system output outputs process processes import module modules safe-exec safe_exec strict standard library values source "
+    "github gitlab google amazon azure aws-sdk vagrant docker ubuntu debian nobody runner administrator"
+)
+_WORDS = frozenset(_SETTINGS.split())
+_KINDS: tuple[type[Enum], ...] = (
+    Activity, CauseKind, CellStatus, Confidence, LimitName, Mechanism, Role, Status, TerminationReason,
+)  # fmt: skip
+_OURS = frozenset(str(item.value) for kind in _KINDS for item in kind)
+"""Words that reports are made of."""
+
+_KEPT = frozenset(
+    {"run_id", "started", "finished", "safe_exec_version", "sha256", "cwd", "outputs", "path", "repro_notebook", "id"}
+)
+"""Fields that commands go by: the names of files above all. They come from the command line, not from a kernel."""
+
+T = TypeVar("T")
+
+
+class Mask:
+    """Puts ``***`` for what is secret in a piece of text; ``everywhere`` in all text of a value of ``model`` or ``events``."""
+
+    def __init__(self, secrets: tuple[str, ...] = ()) -> None:
+        forms = sorted({form for secret in secrets for form in _forms(secret)}, key=lambda form: (-len(form), form))
+        self._pattern = re.compile("|".join(map(re.escape, forms))) if forms else None
+
+    def __call__(self, text: str) -> str:
+        """``text`` without the secrets."""
+        return self._pattern.sub(MASK, text) if self._pattern else text
+
+    def everywhere(self, value: T) -> T:
+        """A copy of a value with the secrets masked in all its texts but names of files and the like, or the value itself."""
+        return value if self._pattern is None else self._masked(value)
+
+    def _masked(self, value: Any) -> Any:
+        if isinstance(value, Enum) or value is None or isinstance(value, int | float):
+            return value
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._masked, value))
+        if isinstance(value, Mapping):
+            return {key: self._masked(item) for key, item in value.items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pairs = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in _KEPT and f.init]
+            changed = {name: new for name, old in pairs if (new := self._masked(old)) != old}
+            return dataclasses.replace(value, **changed) if changed else value
+        return value
+
+
+def mask_for(environment: Mapping[str, str]) -> Mask:
+    """The mask for the secrets of an environment."""
+    found = [secret for name, value in environment.items() if is_secret_name(name) for secret in secrets_in(name, value)]
+    return Mask(tuple(found))
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name may hold a secret."""
+    return name not in _NEVER and _NAME.search(name) is not None
+
+
+def secrets_in(name: str, value: str) -> Iterator[str]:
+    """What is secret in the value of such a variable: the value, its longer lines, the password of a URL."""
+    value = value.strip()
+    # MAX_TOKENS=100000 is no secret, PASSWORD=100000 is one.
+    if is_ordinary(value) or (_NUMBER.fullmatch(value) and not _SURE_NAME.search(name)):
+        return
+    yield value
+    lines = value.splitlines()
+    if len(lines) > 1:
+        yield from (line.strip() for line in lines if len(line.strip()) >= SHORTEST_LINE)
+    if "://" in value:
+        password = _password_of(value)
+        if password and not is_ordinary(password):
+            yield password
+
+
+def _password_of(url: str) -> str | None:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return None
+    return unquote(password) if password else None
+
+
+def is_ordinary(value: str) -> bool:
+    """Whether a value is too short or too plain to be a secret: a word of ours or of settings, a path."""
+    word = value.casefold()
+    return (
+        len(value) < SHORTEST
+        or word in _WORDS
+        or word in _OURS
+        or _PATH.fullmatch(value) is not None
+    )
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """The forms in which a secret may be written: as it is, as Python and JSON show it, on one line, in a URL."""
+    yield secret
+    yield repr(secret)[1:-1]
+    yield secret.encode("unicode_escape", "replace").decode()
+    yield secret.replace("\\", "\\\\").replace('"', '\\"')
+    yield " ".join(secret.split())
+    yield quote(secret, safe="", errors="replace")
