@@ -57,7 +57,11 @@ run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ an
 
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run all tests: unit, real kernels, cases, parity (some minutes)
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -q
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q -m 'not hostile'
+
+.PHONY: test-hostile
+test-hostile: $(VENV)/.dev-installed ## Run notebooks that try to get out, inside walls (some minutes)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/hostile
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds)

@@ -92,7 +92,9 @@ def test_a_flood_past_ipykernel_ends_the_run(arena: Arena) -> None:
 
 
 def test_a_reply_of_many_megabytes_is_an_error_of_its_cell(arena: Arena) -> None:
-    found = fight(arena, "answer(status='error', ename='E', evalue='x' * 60_000_000, traceback=[])\nraise ValueError('x' * 60_000_000)")
+    found = fight(
+        arena, "answer(status='error', ename='E', evalue='x' * 60_000_000, traceback=[])\nraise ValueError('x' * 60_000_000)"
+    )
     assert found.status == ERROR and found.cell == 1, found
     assert "too large" in str(found), found
 
@@ -181,7 +183,9 @@ def test_wrong_mime_bundles_and_types_are_left_out(arena: Arena) -> None:
     for output in outputs(found, 1):
         for kind, value in output.get("data", {}).items():
             assert isinstance(value, str) and kind != "image/png" and len(output.data) <= 100, output
-    assert found.verdict["crash_cell"]["execution_count"] is None or isinstance(found.verdict["crash_cell"]["execution_count"], int)
+    assert found.verdict["crash_cell"]["execution_count"] is None or isinstance(
+        found.verdict["crash_cell"]["execution_count"], int
+    )
 
 
 GARBAGE = r"""
@@ -476,21 +480,20 @@ os.write(fault, b'Fatal Python error: \x1b]0;title\x07\xff\nCurrent thread 0x' +
 def test_garbage_in_the_channels_of_the_inside_changes_no_verdict(arena: Arena, name: str) -> None:
     """The kernel dies after it: of that, in that cell, whatever stands in its channels."""
     found = fight(arena, CHANNELS[name] + "\ndie()", "print('never')")
-    assert found.cell == 1 and found.status in (DIED, LIMIT), found
-    if found.status == DIED:
-        assert found.verdict["cause"]["signal"] == -9 and found.cause in ("killed", "out_of_memory"), found
-    else:
-        assert name == "counts without end", found
+    assert (found.status, found.cell) == (DIED, 1), found
+    assert found.verdict["cause"]["signal"] == -9 and found.cause == "killed", found
     assert found.seconds < 30 and "Traceback" not in found.stderr, found
     shown = found.stdout + found.stderr
     assert "\x1b]" not in shown and "\x1b[2J" not in shown and "STRANGE" not in shown
 
 
-@pytest.mark.parametrize("name", ["facts without end", "descriptors", "page of bytes", "page of a stack", "times that are none", "fault of bytes"])
+@pytest.mark.parametrize(
+    "name", ["facts without end", "descriptors", "page of bytes", "page of a stack", "times that are none", "fault of bytes"]
+)
 def test_garbage_in_the_channels_and_a_timeout(arena: Arena, name: str) -> None:
     """Now they are read while the kernel lives: to see what it is doing."""
     found = fight(arena, CHANNELS[name] + "\nwhile True: time.sleep(0.05)", timeout="3")
-    assert (found.status, found.cell) == (TIMEOUT, 1) or found.cause == "output_flood", found
+    assert (found.status, found.cell) == (TIMEOUT, 1), found
     assert found.seconds < 30 and "Traceback" not in found.stderr, found
 
 
@@ -555,11 +558,15 @@ def test_no_escape_of_a_kernels_name_reaches_the_terminal(tmp_path: Path) -> Non
 
 def test_markup_is_inert_in_the_banner(arena: Arena) -> None:
     evil = "</b><script>alert(1)</script> ![x](http://evil/x.png) [a](javascript:1) $\\\\href{javascript:1}{x}$ `` ` ``` | <img src=x onerror=1>"
-    found = fight(arena, f"class E(Exception): pass\nE.__name__ = {evil!r}\nimport os\nprint({evil!r})\nraise MemoryError({evil!r})")
+    found = fight(
+        arena, f"class E(Exception): pass\nE.__name__ = {evil!r}\nimport os\nprint({evil!r})\nraise MemoryError({evil!r})"
+    )
     banner = found.notebook.cells[0].source
     assert found.notebook.cells[0].cell_type == "markdown"
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"(?ms)^(`{3,})text\n.*?\n\1$", "", banner))
-    assert "<script" not in outside and "<img" not in outside and "](http" not in outside and "](javascript" not in outside, banner
+    assert "<script" not in outside and "<img" not in outside and "](http" not in outside and "](javascript" not in outside, (
+        banner
+    )
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ FLOOD_FAULT = (
     CHANNELS
     + """
 import time
-until = time.monotonic() + 6
+until = time.monotonic() + 4
 for _ in range(3):
     os.fork()
 while time.monotonic() < until:
@@ -337,7 +337,7 @@ FLOOD_FACTS = (
 import json, time
 told = socket.socket(fileno=os.dup(facts))
 told.setblocking(True)
-until, n = time.monotonic() + 6, 0
+until, n = time.monotonic() + 4, 0
 while time.monotonic() < until:
     n += 1
     told.send(json.dumps({"file": f"{n}" + "x" * 60000, "cell": 1}).encode())
@@ -345,7 +345,7 @@ while time.monotonic() < until:
 )
 FLOOD_STDERR = """
 import os, time
-until = time.monotonic() + 4
+until = time.monotonic() + 3
 while time.monotonic() < until:
     for pipe in pipes:
         try:
@@ -381,7 +381,7 @@ DEEP = (
     RUNTIME
     + """
 os.chdir(runtime)
-for _ in range(3000):
+for _ in range(1200):  # deeper than Python's own recursion goes
     os.mkdir("d")
     os.chdir("d")
 """
@@ -398,7 +398,7 @@ LITTER = (
     RUNTIME
     + """
 import socket
-for n in range(5000):
+for n in range(500):
     try:
         os.mkfifo(f"{runtime}/{n}")
     except OSError:

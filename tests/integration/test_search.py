@@ -294,14 +294,14 @@ def test_a_death_that_never_comes_back(place: Place) -> None:
 
 # --- a search that is cut short ---------------------------------------------------------------------------------
 
-PARTS = [f"import sys, time\ntime.sleep(0.1)\nsys.part_{n} = {n}" for n in range(12)]
+PARTS = [f"import sys, time\ntime.sleep(0.1)\nsys.part_{n} = {n}" for n in range(8)]
 NAMELESS = (
     "import sys",
     *PARTS,
-    f"if getattr(sys, 'part_2', 0) + getattr(sys, 'part_9', 0) == 11:\n    {CRASH.replace(chr(10), '; ')}",
+    f"if getattr(sys, 'part_2', 0) + getattr(sys, 'part_5', 0) == 7:\n    {CRASH.replace(chr(10), '; ')}",
 )
 """No name tells of the two that it takes, and all look the same: to find them takes a dozen trials."""
-FOUND = [3, 10, 13]
+FOUND = [3, 6, 9]
 
 
 @pytest.mark.kills
@@ -342,10 +342,11 @@ def test_sigkill_leaves_nothing_but_what_is_known(place: Place) -> None:
 @pytest.mark.kills
 def test_a_budget_that_is_too_small_and_then_a_larger_one(place: Place) -> None:
     path = place.notebook(*NAMELESS)
-    outcome = place.run(path, "--bisect-budget", "4s")
+    budget = 2.5 * place.run(path, "--no-bisect").verdict["usage"]["wall_seconds"]  # for a trial or two, on any machine
+    outcome = place.run(path, "--bisect-budget", f"{budget:.1f}s")
     found = outcome.verdict["culprits"]
     assert (found["stopped"], found["minimal"]) == ("budget", False), outcome.stdout
-    assert found["seconds"] < 4 + 2
+    assert found["seconds"] < budget + GONE_SECONDS
     code, verdict, said = place.bisect(path, "--budget", "2m")
     assert code == 0, said
     assert code_cells(verdict) == FOUND

@@ -187,7 +187,6 @@ def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = N
             isolation={Wall.HOME: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="empty")},
         ),
         isolation=Isolation(hide_home=True, hide=("/srv/data",)),
-        remote_hosts=("192.0.2.1",),
         outputs={"notebook": "/home/me/project/analysis.out.ipynb", "verdict": "/tmp/analysis.verdict.json"},
     )
     return dataclasses.replace(verdict, **changes)

@@ -27,6 +27,7 @@ from safe_exec.model import (
     Confidence,
     Died,
     Ending,
+    Enforcement,
     Evidence,
     ExitStatus,
     FaultReport,
@@ -36,6 +37,7 @@ from safe_exec.model import (
     LimitName,
     Limits,
     Looked,
+    Mechanism,
     Origin,
     Passed,
     Place,
@@ -43,6 +45,7 @@ from safe_exec.model import (
     Status,
     TerminationReason,
     TimedOut,
+    Wall,
 )
 
 K, C = CauseKind, Confidence
@@ -59,8 +62,9 @@ LIMITS = Limits(
     output=4 * MIB,
 )
 BARE = Limits()
-NEED_ISOLATION = {CauseKind.NETWORK_BLOCKED}
-"""Kinds that no rule gives until there is a sandbox without a network."""
+NO_NETWORK = {Wall.NETWORK: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True)}
+NO_TCP = {Wall.NETWORK: Enforcement(by=Mechanism.LANDLOCK, hard=False)}
+UNHELD = {Wall.NETWORK: Enforcement(by=Mechanism.NONE, hard=False)}
 
 
 def exit_code(number: int) -> ExitStatus:
@@ -108,6 +112,7 @@ class Row:
     limits: Limits = LIMITS
     language: str | None = "python"
     seen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    walls: Mapping[Wall, Enforcement] = dataclasses.field(default_factory=dict)
 
     @property
     def context(self) -> Context:
@@ -115,7 +120,9 @@ class Row:
         error = self.ending.error if isinstance(self.ending, CellFailed | TimedOut) else None
         status = self.ending.exit if isinstance(self.ending, Died | StartFailed) else None
         evidence = Evidence(**{"error": error, "exit": status, **self.seen})
-        return Context(ending=self.ending, evidence=evidence, limits=self.limits, language=self.language, current=2)
+        return Context(
+            ending=self.ending, evidence=evidence, limits=self.limits, language=self.language, current=2, walls=self.walls
+        )
 
 
 def dead(name: str, status: ExitStatus | None, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
@@ -124,8 +131,8 @@ def dead(name: str, status: ExitStatus | None, kind: CauseKind, confidence: Conf
 
 
 def error(name: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
-    limits, language = facts.pop("limits", LIMITS), facts.pop("language", "python")
-    return Row(id=name, ending=failed(raises), kind=kind, confidence=confidence, limits=limits, language=language, seen=facts)
+    more = {key: facts.pop(key) for key in ("limits", "language", "walls") if key in facts}
+    return Row(id=name, ending=failed(raises), kind=kind, confidence=confidence, seen=facts, **more)
 
 
 def late(name: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any) -> Row:
@@ -245,6 +252,25 @@ ERRORS = [
     error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
     error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
     error("open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50),
+    error(
+        "no-network",
+        raised("URLError", "<urlopen error [Errno 101] Network is unreachable>"),
+        K.NETWORK_BLOCKED,
+        walls=NO_NETWORK,
+    ),
+    error("no-names", raised("gaierror", "[Errno -3] Temporary failure in name resolution"), K.NETWORK_BLOCKED, walls=NO_NETWORK),
+    error("no-tcp", raised("OSError", "[Errno 101] Network is unreachable"), K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP),
+    error("r-no-network", raised("ERROR", "cannot open URL 'https://x'"), K.NETWORK_BLOCKED, language="R", walls=NO_NETWORK),
+    error("network-down", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION),
+    error("network-down-unheld", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION, walls=UNHELD),
+    error("loopback-refuses", raised("ConnectionRefusedError", "[Errno 111] Connection refused"), K.EXCEPTION, walls=NO_NETWORK),
+    error(
+        "disk-of-a-limit",
+        raised("OSError", "[Errno 28] No space left on device"),
+        K.DISK_FULL,
+        disk_free=0,
+        limits=Limits(disk=MIB),
+    ),
     error("disk-full", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, disk_free=0),
     error("disk-full-elsewhere", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
     error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
@@ -339,7 +365,7 @@ def test_our_own_signal_says_nothing_about_a_timeout(row: Row) -> None:
 
 
 def test_every_kind_can_be_concluded() -> None:
-    assert {row.kind for row in ROWS} == set(CauseKind) - NEED_ISOLATION
+    assert {row.kind for row in ROWS} == set(CauseKind)
 
 
 def test_every_rule_gives_some_row_its_cause() -> None:
