@@ -19,6 +19,7 @@ from safe_exec.model import FolderUse, LimitName, Verdict
 from safe_exec.pipeline import run_job
 from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.reports.event_log import EventLog
+from safe_exec.sandbox.build import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
 
 LIMIT_HELP = {
@@ -56,7 +57,7 @@ WALL_OPTIONS = (
     click.option("--network/--no-network", default=None, help="Let it reach other hosts, or not; loopback always works."),
     click.option("--read-only", is_flag=True, help="Let it write nothing in its folder."),
     click.option("--writable", multiple=True, metavar="PATH", help="Let it write here too."),
-    click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory from it."),
+    click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory or file from it."),
     click.option("--env", "env_names", multiple=True, metavar="NAME", help="Let it see this variable of the environment."),
     click.option("--device", "devices", multiple=True, metavar="PATH", help="Let it use this device (/dev/nvidia0)."),
 )
@@ -66,14 +67,14 @@ WALL_OPTIONS = (
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.option("-o", "--output-notebook", "out", type=click.Path(path_type=Path), help="The annotated notebook [NB.out.ipynb].")
 @click.option("--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json].")
-@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
+@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own.")
 @limit_options
 @wall_options
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
-@click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
 @click.option(
     "--bisect",
     type=click.Choice([choice.value for choice in Bisect]),

@@ -52,7 +52,7 @@ def sweep() -> list[str]:
     except OSError:
         return removed
     for path in notes:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             note = json.loads(path.read_text())
             if is_dead(note):
                 removed.extend([*note["cgroup_dirs"], *note["directories"]])

@@ -26,6 +26,7 @@ from safe_exec.model import (
     CauseKind,
     CellStatus,
     Confidence,
+    Isolation,
     LimitName,
     Limits,
     Mechanism,
@@ -33,14 +34,16 @@ from safe_exec.model import (
     Status,
     Stopped,
     TerminationReason,
+    Wall,
 )
 from safe_exec.reports.event_log import event_name
 from safe_exec.reports.verdict_json import load_schema
+from safe_exec.sandbox.build import CHOOSABLE
 from safe_exec.sandbox.plan import REQUIRE_ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 CODE = re.compile(r"`([^`\n]+)`")
@@ -118,7 +121,7 @@ def test_tables_are_whole(name: str) -> None:
 def options_of(command: click.Command) -> set[str]:
     if isinstance(command, click.Group) and hasattr(command, "commands"):
         return {option for inner in command.commands.values() for option in options_of(inner)}
-    return {option for parameter in command.params for option in parameter.opts}
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def commands() -> dict[str, click.Command]:
@@ -241,11 +244,31 @@ def test_profiles_are_as_their_files_say() -> None:
     head = next(line for line in text.splitlines() if line.startswith("| key"))
     names = [cell.strip() for cell in head.strip("|").split("|")][1:]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "limits").glob("*.yaml"))
-    table = {row[0].strip("`"): row[1:] for row in rows(text)}
+    table = {row[0].strip("`"): row[1:] for row in rows(text.partition("\n## ")[0])}
     for column, name in enumerate(names):
         document: dict[str, Any] = yaml.safe_load((ROOT / "limits" / f"{name}.yaml").read_text())
         said = {key: "null" if value is None else str(value) for key, value in document["limits"].items()}
         assert {key: row[column] for key, row in table.items()} == said, name
+
+
+def said_of(value: object) -> str:
+    return "true" if value is True else "false" if value is False else str(value)
+
+
+def test_keys_of_isolation() -> None:
+    text = section(page("docs/limits.md"), "Isolation").partition("\n### ")[0]
+    keys, profiles = text.split("\n| key | default | ci |")
+    table = list(rows(keys))
+    assert [row[0].strip("`") for row in table] == [field.name for field in dataclasses.fields(Isolation)]
+    assert {wall for row in table for wall in CODE.findall(row[4])} == {str(wall) for wall in Wall}
+    bare = {field.name: said_of(field.default) for field in dataclasses.fields(Isolation) if field.default != ()}
+    assert {row[0].strip("`"): row[2].strip("`") for row in table if row[2]} == bare
+    lines = list(rows("| key | default | ci |" + profiles))
+    assert [row[0].strip("`") for row in lines] == list(bare)
+    for column, name in enumerate(("default", "ci", "strict", "untrusted"), 1):
+        document = yaml.safe_load((ROOT / "limits" / f"{name}.yaml").read_text())
+        found = bare | {key: said_of(value) for key, value in document.get("isolation", {}).items() if value != []}
+        assert {row[0].strip("`"): row[column] for row in lines} == found, name
 
 
 def test_mechanisms() -> None:
@@ -263,9 +286,11 @@ def test_mechanisms_that_can_be_chosen() -> None:
     text = section(page("docs/limits.md"), "`--mechanisms`")
     said = re.search(r"uses only these of (.*?)\. It", text, re.DOTALL)
     assert said
-    help_text = next(p for p in commands()["run"].params if p.name == "mechanisms")
-    assert isinstance(help_text, click.Option) and help_text.help
-    assert CODE.findall(said[1]) == re.findall(r"cgroup-v\d|rlimit|watchdog", help_text.help)
+    assert CODE.findall(said[1]) == [str(mechanism) for mechanism in CHOOSABLE]
+    for command in ("run", "doctor"):
+        option = next(p for p in commands()[command].params if p.name == "mechanisms")
+        assert isinstance(option, click.Option) and option.help
+        assert all(mechanism in option.help for mechanism in CHOOSABLE)
 
 
 def test_a_place_for_the_overshoot() -> None:
