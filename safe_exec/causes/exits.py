@@ -14,7 +14,9 @@ def supervisor_killed(context: Context) -> Cause | None:
     """Nobody could read the exit status: whoever watches over the kernel was killed, and the kernel ended with it."""
     if not isinstance(context.ending, Died) or context.evidence.exit is not None or context.ending.asked_to_exit:
         return None
-    summary = "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
+    summary = (
+        "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
+    )
     advice = "Look for os.kill(os.getppid(), ...) or a kill of whole process groups in the cell."
     return make(context, CauseKind.KILLED, summary, Confidence.LIKELY, exit_facts(context.evidence), advice)
 

@@ -30,4 +30,6 @@ def blocked(context: Context) -> Cause | None:
     )
     summary = f"the network is walled off, and the cell wanted another host ({found[0]})"
     advice = "Let it reach other hosts with --network, or give it the data beside the notebook; loopback works in any case."
-    return make(context, CauseKind.NETWORK_BLOCKED, summary, Confidence.CERTAIN if wall.hard else Confidence.LIKELY, facts, advice)
+    return make(
+        context, CauseKind.NETWORK_BLOCKED, summary, Confidence.CERTAIN if wall.hard else Confidence.LIKELY, facts, advice
+    )

@@ -126,12 +126,7 @@ def _password_of(url: str) -> str | None:
 def is_ordinary(value: str) -> bool:
     """Whether a value is too short or too plain to be a secret: a word of ours or of settings, a path."""
     word = value.casefold()
-    return (
-        len(value) < SHORTEST
-        or word in _WORDS
-        or word in _OURS
-        or _PATH.fullmatch(value) is not None
-    )
+    return len(value) < SHORTEST or word in _WORDS or word in _OURS or _PATH.fullmatch(value) is not None
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -30,14 +30,16 @@ NAMES = (".out.ipynb", ".verdict.json", ".repro.ipynb")
 SEGFAULT = "import ctypes; ctypes.string_at(1)"
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+@pytest.fixture(params=PLACES, ids="-".join)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     who, profile = request.param
     with Arena(who, profile) as found:
         yield found
 
 
-def launch(arena: Arena, *cells: str, options: tuple[str, ...] = (), bisect: bool = False, folder: Path | None = None) -> Launched:
+def launch(
+    arena: Arena, *cells: str, options: tuple[str, ...] = (), bisect: bool = False, folder: Path | None = None
+) -> Launched:
     """Run cells in a notebook of the arena's folder."""
     ipython = arena.base / "ipython"
     ipython.mkdir(exist_ok=True)

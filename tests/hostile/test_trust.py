@@ -40,7 +40,7 @@ PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
 )
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+@pytest.fixture(params=PLACES, ids="-".join)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     who, profile = request.param
     with Arena(who, profile) as found:
