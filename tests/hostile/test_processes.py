@@ -63,7 +63,13 @@ for name in os.listdir("/proc"):
 time.sleep(2)
 print("still here")
 """
-KILL_EVERYBODY = "import os, time\nos.kill(-1, 9)\ntime.sleep(2)\nprint('still here')"
+KILL_EVERYBODY = """
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+os.kill(-1, 9)
+assert child.wait() == -9
+print("still here")
+"""
 KILL_BY_NUMBER = """
 import os
 for pid in range(max(1000, @PID@ - 5000), @PID@ + 5000):  # threads have numbers too, our own begin at 3
@@ -191,8 +197,8 @@ ATTACKS = (
     Attack(name="null", cells=("x = 1", NULL), ends=died(K.SEGFAULT), cell=1),
     Attack(name="stack-overflow", cells=("x = 1", OVERFLOW), ends=died(K.STACK_OVERFLOW), cell=1),
     Attack(name="heap", cells=("x = 1", HEAP), ends=died(K.ABORT, K.SEGFAULT), cell=1),
-    Attack(name="illegal", cells=("x = 1", ILLEGAL), ends=died(K.ILLEGAL_INSTRUCTION), cell=1),
-    Attack(name="truncated", cells=("x = 1", TRUNCATED), ends=died(K.BUS_ERROR), cell=1),
+    Attack(name="illegal", cells=("x = 1", ILLEGAL), ends=died(K.ILLEGAL_INSTRUCTION), cell=1, who="root"),
+    Attack(name="truncated", cells=("x = 1", TRUNCATED), ends=died(K.BUS_ERROR), cell=1, who="user"),
     Attack(name="child-crashes", cells=CHILD_CRASHES, ends=PASSED, who="user"),
     # Leaving.
     Attack(name="exit-0", cells=("x = 1", "import os\nos._exit(0)", "y = 1"), ends=died(K.EXIT), cell=1, exit_code=0),
@@ -221,15 +227,15 @@ ATTACKS = (
     Attack(name="daemon-without-disk", cells=DAEMON, ends=PASSED, says=("left",), profile="ci"),
     Attack(name="daemon-holds-all", cells=DAEMON_HOLDS_ALL, ends=PASSED, says=("left",)),
     Attack(name="daemon-of-dead", cells=(DAEMON, NULL), ends=died(K.SEGFAULT), cell=1),
-    Attack(name="running-ahead", cells=CHAIN, ends=PASSED, says=("running ahead",)),
-    Attack(name="stopped-children", cells=STOPPED_CHILDREN, ends=PASSED, says=("stopped",)),
-    Attack(name="zombies", cells=ZOMBIES, ends=PASSED, says=("buried",), options=("--cell-timeout", "60")),
+    Attack(name="running-ahead", cells=CHAIN, ends=PASSED, who="root", says=("running ahead",)),
+    Attack(name="stopped-children", cells=STOPPED_CHILDREN, ends=PASSED, who="user", says=("stopped",)),
+    Attack(name="zombies", cells=ZOMBIES, ends=PASSED, who="root", says=("buried",), options=("--cell-timeout", "60")),
     Attack(name="zombies-left", cells=ZOMBIES_LEFT, ends=PASSED, who="root", says=("refused after",)),
     Attack(name="zombies-left", cells=ZOMBIES_LEFT, ends=(*PASSED, (S.LIMIT_EXCEEDED, K.TOO_MANY_PROCESSES)), who="user"),
     Attack(name="vfork", cells=VFORK, ends=PASSED, says=("held up",)),
     Attack(name="headless", cells=HEADLESS, ends=PASSED, says=("state Z",)),
     Attack(name="shared-things", cells=SHARED_THINGS, ends=PASSED, says=("made",)),
-    Attack(name="traced", cells=TRACED, ends=PASSED, says=("refused",)),
+    Attack(name="traced", cells=TRACED, ends=PASSED, who="user", says=("refused",)),
 )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ ATTACKS = (
            options=("--cell-timeout", "8")),
     Attack(name="threads", cells=("x = 1", THREADS), ends=MANY, cell=1),
     Attack(name="descriptors", cells=("x = 1", FILES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1),
-    Attack(name="pipes", cells=("x = 1", PIPES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1),
+    Attack(name="pipes", cells=("x = 1", PIPES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1, who="user"),
     # Disk.
     Attack(name="disk", cells=("x = 1", FILL.format("big")), ends=DISK_FULL, cell=1, options=("--disk", "16M")),
     Attack(name="disk-of-tmp", cells=("x = 1", FILL.format("/tmp/big")), ends=DISK_FULL, cell=1, options=("--disk", "16M")),

@@ -457,16 +457,16 @@ ATTACKS = (
     # Whoever gives the verdict.
     Attack(name="forged-end", cells=("x = 1", ZMQ, FORGED), ends=((S.KERNEL_DIED, K.KILLED),), cell=2),
     Attack(name="forged-end-strict", cells=("x = 1", ZMQ, FORGED), ends=((S.KERNEL_DIED, K.KILLED),), cell=2, who="root", profile="strict"),
-    Attack(name="flood-of-faults", cells=FLOOD_FAULT, ends=PASSED),
+    Attack(name="flood-of-faults", cells=FLOOD_FAULT, ends=PASSED, who="root"),
     Attack(name="flood-of-facts", cells=FLOOD_FACTS, ends=PASSED, who="root"),
-    Attack(name="flood-of-stderr", cells=(STDERR, FLOOD_STDERR), ends=PASSED),
+    Attack(name="flood-of-stderr", cells=(STDERR, FLOOD_STDERR), ends=PASSED, who="user"),
     # The directory of the sockets, which whoever is outside removes.
     Attack(name="link-for-chmod", cells=LINK_FOR_CHMOD, ends=PASSED),
     Attack(name="link-for-chmod-ci", cells=LINK_FOR_CHMOD, ends=PASSED, profile="ci"),
     Attack(name="deep", cells=DEEP, ends=PASSED),
-    Attack(name="closed", cells=CLOSED, ends=PASSED),
+    Attack(name="closed", cells=CLOSED, ends=PASSED, who="user"),
     Attack(name="closed-ci", cells=CLOSED, ends=PASSED, profile="ci"),
-    Attack(name="litter", cells=LITTER, ends=PASSED),
+    Attack(name="litter", cells=LITTER, ends=PASSED, who="user"),
     Attack(name="links-for-sockets", cells=(NO_SOCKETS, "x = 1"), ends=PASSED, who="root"),
 )  # fmt: skip
 

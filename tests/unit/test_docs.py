@@ -244,7 +244,7 @@ def test_profiles_are_as_their_files_say() -> None:
     head = next(line for line in text.splitlines() if line.startswith("| key"))
     names = [cell.strip() for cell in head.strip("|").split("|")][1:]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "limits").glob("*.yaml"))
-    table = {row[0].strip("`"): row[1:] for row in rows(text.partition("\n## ")[0])}
+    table = {row[0].strip("`"): row[1:] for row in rows(text)}
     for column, name in enumerate(names):
         document: dict[str, Any] = yaml.safe_load((ROOT / "limits" / f"{name}.yaml").read_text())
         said = {key: "null" if value is None else str(value) for key, value in document["limits"].items()}
@@ -381,3 +381,26 @@ def test_markers() -> None:
 def test_folders_of_tests() -> None:
     folders = {f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
     assert folders == {name for name in first_column(section(page("CONTRIBUTING.md"), "Tests")) if name.startswith("tests/")}
+
+
+# --- security ---------------------------------------------------------------------------------------------------
+
+
+def hostile() -> set[str]:
+    """What the hostile notebooks are called: attacks by name, and tests of their own."""
+    text = "\n".join(path.read_text() for path in (ROOT / "tests" / "hostile").glob("test_*.py"))
+    return set(re.findall(r'Attack\(\s*name="([^"]+)"', text)) | set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+
+
+def test_each_promise_is_shown_by_tests_that_exist() -> None:
+    text = page("docs/security.md")
+    tables = [*rows(section(text, "Walls")), *rows(section(text, "Limits")), *rows(section(text, "The verdict"))]
+    assert len(tables) > 20
+    for row in tables:
+        shown = CODE.findall(row[-1])
+        assert shown and set(shown) <= hostile(), row[0]
+
+
+def test_each_wall_is_promised_to_the_profiles_that_have_it() -> None:
+    found = {row[0]: row[1] for row in rows(section(page("docs/security.md"), "Profiles"))}
+    assert {name.strip("`") for name in found} == {path.stem for path in (ROOT / "limits").glob("*.yaml")}

@@ -83,6 +83,7 @@ LONG_MODULES = {
     "safe_exec.kernel.inside": "handed over by path as one file",
     "safe_exec.trial": "the run of a trial",
     "safe_exec.kernel.session": "a kernel from its start to its end",
+    "safe_exec.kernel.wire": "one protocol, whole",
     "safe_exec.sandbox.keeper": "handed over by path as one file",
 }
 LONG_FUNCTIONS = {
