@@ -158,6 +158,14 @@ DEATHS: tuple[Kill, ...] = (
          cell=1, line=1),
     _row("disk-full", ("x = 1", "f = open('big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)"), S.CELL_ERROR, K.DISK_FULL,
          needs_small_disk=True, cell=1, line=3),
+    _row("disk", ("x = 1", "f = open('big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)"), S.CELL_ERROR, K.DISK_FULL,
+         options=("--disk", "16M"), limit=L.DISK, by=M.BUBBLEWRAP, cell=1, line=3),
+    _row("disk-user", ("x = 1", "f = open('/tmp/big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)"), S.CELL_ERROR, K.DISK_FULL,
+         options=("--disk", "16M"), limit=L.DISK, by=M.BUBBLEWRAP, cell=1, line=3, user=True),
+    _row("shm", "f = open('/dev/shm/big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)", S.CELL_ERROR, K.DISK_FULL,
+         options=("--shm", "16M"), limit=L.SHM, by=M.BUBBLEWRAP, cell=0, line=3),
+    _row("network-blocked", ("x = 1", "import urllib.request\nurllib.request.urlopen('http://192.0.2.1/')"), S.CELL_ERROR,
+         K.NETWORK_BLOCKED, options=("--no-network",), cell=1, line=2),
     _row("exception", ("x = 1", "1 / 0", "print('no')"), S.CELL_ERROR, K.EXCEPTION, cell=1, line=1),
     _row("exception-user", ("x = 1", "1 / 0"), S.CELL_ERROR, K.EXCEPTION, cell=1, line=1, user=True),
     _row("no-such-kernel", "x = 1", S.START_FAILED, K.KERNEL_START_FAILED, kernel="no-such-kernel"),
@@ -170,12 +178,14 @@ DEATHS: tuple[Kill, ...] = (
 
 KILLS = LIMITS + DEATHS
 
-OPEN_CAUSES = {CauseKind.NETWORK_BLOCKED: "needs a sandbox without network"}
-"""Causes that only isolation can give; each is to get its row with it."""
+OPEN_CAUSES: dict[CauseKind, str] = {}
+"""Causes that cannot be had here, each with its reason."""
 
 OPEN_MECHANISMS = {
     Mechanism.CGROUP_V2: "needs a machine with the unified hierarchy",
     Mechanism.SYSTEMD: "needs a machine with systemd as init",
-    Mechanism.BUBBLEWRAP: "isolation",
+    Mechanism.LANDLOCK: "holds walls, no limit",
+    Mechanism.SECCOMP: "holds walls, no limit",
+    Mechanism.KERNEL: "holds walls, no limit",
 }
-"""Mechanisms that cannot be exercised where the controllers are those of version 1."""
+"""Mechanisms that hold no limit where the controllers are those of version 1."""

@@ -54,7 +54,7 @@ def check(kill: Kill, folder: Path) -> None:
         start = folder / "ipython" / "profile_default" / "startup"
         start.mkdir(parents=True)
         (start / "00.py").write_text(kill.startup)
-    options = list(kill.options)
+    options = [*kill.options, "--no-bisect"]
     if kill.mechanisms:
         options += ["--mechanisms", ",".join(kill.mechanisms)]
 
