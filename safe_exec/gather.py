@@ -69,6 +69,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         looked=trial.looked,
         cell_seconds=current.seconds if current else None,
         cell_output_bytes=current.output_bytes if current else None,
+        cell_output_received=client.accounts.received if client else None,
         cell_messages=client.accounts.messages if client else None,
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,

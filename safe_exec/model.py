@@ -472,6 +472,7 @@ class Evidence:
     looked: Looked | None = None
     cell_seconds: float | None = None
     cell_output_bytes: int | None = None
+    cell_output_received: int | None = None
     cell_messages: int | None = None
     cell_output_age: float | None = None
     cell_output_truncated: bool = False

@@ -28,10 +28,14 @@ def output_flood(context: Context) -> Cause | None:
     if not isinstance(context.ending, LimitHit) or context.ending.limit not in (LimitName.OUTPUT, LimitName.CELL_OUTPUT):
         return None
     size = context.evidence.cell_output_bytes or 0
-    facts = (outside("output of the cell", size, "bytes written"), outside("cap", context.limits.cell_output, "limits"))
+    received, cap = context.evidence.cell_output_received, context.limits.cell_output or context.limits.output
+    # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
+    seen = received is not None and cap is not None and received > cap
+    said = outside("output of the cell", size, "bytes received") if seen else inside("output of the cell", size, "the kernel's count")
+    facts = (said, outside("bytes received of it", received, "messages"), outside("cap", context.limits.cell_output, "limits"))
     summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
     advice = "End the loop or print less. A long but finite log passes, cut at its cap (--cell-output)."
-    return make(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.CERTAIN, facts, advice)
+    return make(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.CERTAIN if seen else Confidence.LIKELY, facts, advice)
 
 
 def processes_watched(context: Context) -> Cause | None:

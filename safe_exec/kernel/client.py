@@ -282,11 +282,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return f"\n[safe-exec: output cut here; limit for {which} {format_size(cap or 0)}]\n"
 
     def cut_display(self, size: int) -> None:
-        """A display that was too large to be sent at all is marked in the running cell."""
+        """A message that was too large to be sent, or to be taken in, is marked in the running cell."""
         if self.running is not None and not self.accounts.marked:
             self.accounts.truncated = self.accounts.marked = True
             self.running[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
-        # One display too large is cut, not a flood: it counts as a cell's worth of output.
+        # One message too large is cut, not a flood: it counts as a cell's worth of output.
         self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
 
     def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:

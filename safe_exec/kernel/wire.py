@@ -184,7 +184,7 @@ class Connection:
         self._more = bool(flags & MORE)
         if self._is_too_large(length):
             self._skip = length
-            self._overflow(length)
+            self._overflow(0)
             return self._let_go()
         self._body, self._filled = bytearray(length), 0
         return self._fill()
@@ -211,6 +211,7 @@ class Connection:
         gone = min(self._skip, len(self._inbox))
         del self._inbox[:gone]
         self._skip -= gone
+        self._overflow(gone)
         if self._skip:
             return False
         if not self._more:

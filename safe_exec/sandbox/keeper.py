@@ -431,9 +431,10 @@ def _become_child(
     parent = plan["keeper"]
     try:
         os.setsid()
+        # Mounts first: the system's memory for them (hundreds, with a /tmp of its own) is ours, not the notebook's.
+        _enter_mounts(plan)
         for path in plan["cgroup_joins"] if inner is None else ():
             _write(path, "0")
-        _enter_mounts(plan)
         _die_with(parent)
         if inner is not None:
             inner.become_bubblewrap(plan, stderr_fd, given, error_fd)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
@@ -40,6 +41,7 @@ class TreeUse:
     memory: int
     cpu_seconds: float
     tasks: int
+    processes: int = 1
 
 
 class Tree:
@@ -72,7 +74,26 @@ class Tree:
                     tasks += process.num_threads()
             except self._psutil.Error:
                 self._members.pop(pid, None)
-        return TreeUse(memory=memory + self._shared(), cpu_seconds=sum(self._cpu.values()), tasks=tasks)
+        return TreeUse(
+            memory=memory + self._shared(), cpu_seconds=sum(self._cpu.values()), tasks=tasks, processes=len(self._members)
+        )
+
+    def exact(self) -> int | None:
+        """The memory of the tree with pages that several processes share counted once (Pss, proc(5)); ``None`` where it cannot be read.
+
+        After a fork parent and child share all pages until one of them writes: what each of them has resident counts them twice. Slow for
+        large processes: only asked when it matters.
+        """
+        total = 0
+        for pid in list(self._members):
+            try:
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except ProcessLookupError:
+                continue
+            except OSError:
+                return None
+            total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        return total * 1024
 
     def _list(self) -> None:
         try:
@@ -109,13 +130,21 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Look every 20 ms."""
         while not self._stop_event.wait(PERIOD_SECONDS):
-            use = self._tree.read()
+            use = self._checked(self._tree.read())
             self._keep_peak(use)
             for name, used in self._figures(use):
                 allowed = self._limits.of(name)
                 if name in self._names and allowed is not None and used > allowed:
                     self._on_passed(name, used)
                     return
+
+    def _checked(self, use: TreeUse) -> TreeUse:
+        """A reading; one past the memory limit with shared pages counted once, as nobody is to be killed for what was counted twice."""
+        allowed = self._limits.memory
+        if allowed is None or use.memory <= allowed or use.processes == 1:
+            return use
+        exact = self._tree.exact()
+        return use if exact is None else replace(use, memory=min(use.memory, exact))
 
     def stop(self) -> None:
         """End the watch and wait for its thread, unless called from it."""
