@@ -31,7 +31,11 @@ def output_flood(context: Context) -> Cause | None:
     received, cap = context.evidence.cell_output_received, context.limits.cell_output or context.limits.output
     # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
     seen = received is not None and cap is not None and received > cap
-    said = outside("output of the cell", size, "bytes received") if seen else inside("output of the cell", size, "the kernel's count")
+    said = (
+        outside("output of the cell", size, "bytes received")
+        if seen
+        else inside("output of the cell", size, "the kernel's count")
+    )
     facts = (said, outside("bytes received of it", received, "messages"), outside("cap", context.limits.cell_output, "limits"))
     summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
     advice = "End the loop or print less. A long but finite log passes, cut at its cap (--cell-output)."
