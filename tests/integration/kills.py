@@ -160,8 +160,6 @@ DEATHS: tuple[Kill, ...] = (
          needs_small_disk=True, cell=1, line=3),
     _row("disk", ("x = 1", "f = open('big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)"), S.CELL_ERROR, K.DISK_FULL,
          options=("--disk", "16M"), limit=L.DISK, by=M.BUBBLEWRAP, cell=1, line=3),
-    _row("disk-user", ("x = 1", "f = open('/tmp/big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)"), S.CELL_ERROR, K.DISK_FULL,
-         options=("--disk", "16M"), limit=L.DISK, by=M.BUBBLEWRAP, cell=1, line=3, user=True),
     _row("shm", "f = open('/dev/shm/big', 'wb', buffering=0)\nwhile True:\n    f.write(b'x' * 4096)", S.CELL_ERROR, K.DISK_FULL,
          options=("--shm", "16M"), limit=L.SHM, by=M.BUBBLEWRAP, cell=0, line=3),
     _row("network-blocked", ("x = 1", "import urllib.request\nurllib.request.urlopen('http://192.0.2.1/')"), S.CELL_ERROR,
