@@ -7,17 +7,15 @@ folder's own path, an empty /dev/shm, and in /tmp what was there before the firs
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safe_exec.sandbox import mounts
+from safe_exec.sandbox.trees import copy_tree, walk
 
 COPY_BYTES = 32 << 20
 COPY_ENTRIES = 2000
@@ -25,7 +23,6 @@ NOTE_ENTRIES = 20_000
 TMP_ENTRIES = 500
 TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
 SHM = Path("/dev/shm")  # noqa: S108
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,60 +101,6 @@ def _names_in_tmp() -> frozenset[str] | None:
     except OSError:
         return None
     return names if len(names) <= TMP_ENTRIES else None
-
-
-def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
-    """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
-    waiting = [_entries(folder)]  # no recursion: folders may lie deeper than Python can call
-    while waiting:
-        entry = next(waiting[-1], None)
-        if entry is None:
-            waiting.pop()
-            continue
-        path = Path(entry.path)
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except OSError:
-            continue
-        if path not in but:
-            yield path, status
-            if stat.S_ISDIR(status.st_mode):
-                waiting.append(_entries(path))
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return iter(sorted(found, key=lambda entry: entry.name))
-    except OSError:
-        return iter(())
-
-
-def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset()) -> None:
-    """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read.
-
-    Raises OSError where there is no room: half a folder is none.
-    """
-    target.mkdir(mode=0o700)
-    directories: list[tuple[Path, Path]] = [(source, target)]
-    for path, status in walk(source, but=but):
-        made = target / path.relative_to(source)
-        try:
-            if stat.S_ISDIR(status.st_mode):
-                made.mkdir()
-                directories.append((path, made))
-            elif stat.S_ISLNK(status.st_mode):
-                made.symlink_to(os.readlink(path))
-            elif stat.S_ISREG(status.st_mode):
-                shutil.copy2(path, made)
-            if os.geteuid() == 0:
-                os.chown(made, status.st_uid, status.st_gid, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-    for path, made in reversed(directories):  # last, and inner ones first: to fill a directory changes its times
-        with contextlib.suppress(OSError):
-            shutil.copystat(path, made)
 
 
 # --- what a trial sees ------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from safe_exec.culprit import folder as folders
-from safe_exec.culprit.folder import NoView, Snapshot, View, Views, added, copy_tree, reopen, take, views_of, walk
-from safe_exec.sandbox import mounts
+from safe_exec.culprit.folder import NoView, Snapshot, View, Views, added, reopen, take, views_of
+from safe_exec.sandbox import mounts, trees
+from safe_exec.sandbox.trees import copy_tree, walk
 
 NONE: frozenset[Path] = frozenset()
 SHM = {"kind": "tmpfs", "target": "/dev/shm", "options": "mode=1777"}
@@ -126,7 +127,7 @@ def test_what_goes_meanwhile_is_left_out(place: Path, monkeypatch: pytest.Monkey
         shutil.rmtree(work / "data")
         yield from found
 
-    monkeypatch.setattr(folders, "walk", vanishing)
+    monkeypatch.setattr(trees, "walk", vanishing)
     copy_tree(work, place / "made")
     left = [name for name in NAMES if name not in ("notes.txt", "data/deep/a.csv")]
     assert [str(path.relative_to(place / "made")) for path, _ in walk(place / "made")] == left
