@@ -97,5 +97,5 @@ bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter e
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
-	rm -f examples/*.out.ipynb examples/*.verdict.json
+	rm -f examples/*.out.ipynb examples/*.verdict.json examples/*.repro.ipynb
 	find . -name __pycache__ -prune -exec rm -rf {} +
