@@ -1,0 +1,82 @@
+"""The notebooks of a batch as reports see them: where each one's documents lie, and what came of it in a word.
+
+Imports nothing of ours. Verdicts stay on disk: those of five hundred notebooks, each with its timeline, do not belong into memory at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+REFUSED = "refused"
+"""The input cannot be read, or its limits cannot be: no verdict; exit code 2."""
+UNCHANGED = "unchanged"
+"""Not run: it passed before with the same content, limits, kernel and inputs."""
+NOT_RUN = "not_run"
+"""Not run: the batch ended before its turn came."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One notebook of a batch.
+
+    ``path`` is the one shown: relative to the batch's root, with ``/``. ``status`` is the verdict's, or ``refused``, ``unchanged``,
+    ``not_run``. ``seconds`` is the wall time of the last attempt; ``None`` where nothing ran. ``attempts`` counts its runs: 0 where nothing
+    ran, 1 without a retry. ``flaky``: it passed after an attempt that did not. ``error`` is one line, where it was refused. ``verdict``,
+    ``notebook`` (annotated) and ``repro`` are files that were written, ``None`` where none was; ``source`` is the notebook itself.
+    """
+
+    path: str
+    status: str
+    exit_code: int | None
+    seconds: float | None
+    attempts: int
+    flaky: bool
+    error: str | None
+    verdict: Path | None
+    notebook: Path | None
+    repro: Path | None
+    source: Path
+
+    def document(self) -> Mapping[str, Any] | None:
+        """The verdict, read from its file now and not kept; ``None`` where there is none that can be read."""
+        if self.verdict is None:
+            return None
+        try:
+            document = json.loads(self.verdict.read_bytes())
+        except (OSError, ValueError):  # removed or overwritten by somebody since: a report says less, and is written
+            return None
+        return document if isinstance(document, Mapping) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A batch that is over. ``entries`` are in the order of their paths.
+
+    ``root`` is the directory that paths are relative to, ``out`` the one that everything was written to. ``seconds`` is the wall time
+    of this call. ``limits`` is the profile or file that ``--limits`` named. ``shard`` is (K, N), K from 1. ``jobs`` is how many
+    notebooks could run at a time. ``cancelled``: somebody stopped it; ``resumed``: it went on from the journal of an earlier call.
+    """
+
+    entries: tuple[Entry, ...]
+    root: Path
+    out: Path
+    started: datetime
+    seconds: float
+    exit_code: int
+    command: tuple[str, ...]
+    safe_exec_version: str
+    limits: str | None = None
+    shard: tuple[int, int] | None = None
+    jobs: int = 1
+    cancelled: bool = False
+    resumed: bool = False
+
+    def counts(self) -> dict[str, int]:
+        """How many notebooks there are of each status, the most frequent first."""
+        return dict(Counter(entry.status for entry in self.entries).most_common())
