@@ -25,6 +25,7 @@ def run(
     options: Mapping[str, object] | None = None,
     output: str | os.PathLike[str] | None = None,
     verdict: str | os.PathLike[str] | None = None,
+    repro: str | os.PathLike[str] | None = None,
     kernel: str | None = None,
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
@@ -40,14 +41,14 @@ def run(
 
     ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (in place of any profile).
     ``options`` are single limits by name (``{"memory": "512M", "cell_timeout": 30}``), which win over everything else.
-    ``output`` and ``verdict`` default to ``NB.out.ipynb`` and ``NB.verdict.json`` beside the notebook. ``kernel``
-    overrides the notebook's own, ``cwd`` its folder as working directory. ``require`` names limits that the system's
-    kernel must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
-    ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and ``seccomp``. ``walls`` are the keys of a file's
-    ``isolation:`` (``{"network": False, "hide": ["/srv/data"]}``) and change what the profile says of it; paths begin with
-    ``/`` or ``~``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search for the culprits follows a failure;
-    ``bisect_budget`` the seconds it may take (``None``: 60, or three times the first run).
-    ``on_event`` is called with each event as it happens.
+    ``output``, ``verdict`` and ``repro`` default to ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written
+    where culprits were found) beside the notebook. ``kernel`` overrides the notebook's own, ``cwd`` its folder as working
+    directory. ``require`` names limits that the system's kernel must hold (``"memory,processes"`` or ``"all"``).
+    ``mechanisms`` allows only some of ``cgroup-v2``, ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock``
+    and ``seccomp``. ``walls`` are the keys of a file's ``isolation:`` (``{"network": False, "hide": ["/srv/data"]}``) and
+    change what the profile says of it; paths begin with ``/`` or ``~``. ``bisect`` is ``"auto"``, ``"always"`` or
+    ``"never"``: whether a search for the culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60,
+    or three times the first run). ``on_event`` is called with each event.
 
     A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
     OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
@@ -66,6 +67,7 @@ def run(
             options=options,
             output=output,
             verdict=verdict,
+            repro=repro,
             kernel=kernel,
             cwd=cwd,
             allow_errors=allow_errors,
@@ -87,6 +89,7 @@ async def run_async(
     options: Mapping[str, object] | None = None,
     output: str | os.PathLike[str] | None = None,
     verdict: str | os.PathLike[str] | None = None,
+    repro: str | os.PathLike[str] | None = None,
     kernel: str | None = None,
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
@@ -105,6 +108,7 @@ async def run_async(
         options=options or {},
         output=Path(output) if output is not None else None,
         verdict=Path(verdict) if verdict is not None else None,
+        repro=Path(repro) if repro is not None else None,
         kernel=kernel,
         cwd=Path(cwd) if cwd is not None else None,
         allow_errors=allow_errors,

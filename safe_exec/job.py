@@ -42,6 +42,7 @@ class Job:
     ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None``
     for what the length of the first run makes of it.
 
+    ``output``, ``verdict`` and ``repro`` (the reproduction) stand beside the notebook where nothing is said.
     ``writes``: documents are written; without it their paths need not be writable.
     """
 
@@ -51,6 +52,7 @@ class Job:
     options: Mapping[str, object] = field(default_factory=dict)
     output: Path | None = None
     verdict: Path | None = None
+    repro: Path | None = None
     kernel: str | None = None
     cwd: Path | None = None
     allow_errors: bool = False
@@ -100,8 +102,8 @@ def prepare(job: Job) -> Prepared:
     warnings = _check_cells(resolved, node, job.path)
     resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
     paths = notebook.default_outputs(job.path)
-    output, verdict = job.output or paths.out, job.verdict or paths.verdict
-    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": paths.repro})
+    output, verdict, repro = job.output or paths.out, job.verdict or paths.verdict, job.repro or paths.repro
+    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro})
     for path in (output, verdict) if job.writes else ():
         check_writable(path)
     cwd = job.cwd or job.path.absolute().parent
@@ -116,7 +118,7 @@ def prepare(job: Job) -> Prepared:
         required=_required(job, resolved.limits),
         output=output,
         verdict=verdict,
-        repro=paths.repro,
+        repro=repro,
         cwd=cwd,
         kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
         run_id=secrets.token_hex(6),

@@ -5,6 +5,7 @@ Pure. Imports ``model``, ``units`` and ``text``.
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from safe_exec.model import Culprit, Culprits, Role, Stopped, Verdict
@@ -85,4 +86,7 @@ def reproduce_command(verdict: Verdict) -> str:
     if not path:
         return ""
     seen = text.path_seen(path, verdict)
-    return text.code_line(f"safe-exec run {shlex.quote(f'./{seen}' if seen.startswith('-') else seen)}")
+    command = f"safe-exec run {shlex.quote(f'./{seen}' if seen.startswith('-') else seen)}"
+    if os.path.dirname(path) != verdict.cwd:  # what the cells open stands where the notebook ran
+        command += f" --cwd {shlex.quote(verdict.cwd)}"
+    return text.code_line(command)

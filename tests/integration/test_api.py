@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -19,8 +20,10 @@ from safe_exec import Limits, Status, Verdict, events
 from safe_exec.errors import LimitsError, NotebookError, OutputPathError, UsageError
 from safe_exec.events import Event
 from safe_exec.model import LimitName, Mechanism
+from safe_exec.reports.culprit_text import reproduce_command
 from safe_exec.reports.event_log import EventLog
 from tests.support import MARK, left_behind, make_notebook, marked_processes, wait_until
+from tests.support import safe_exec as safe_exec_command
 
 MIB = 2**20
 
@@ -67,6 +70,24 @@ def test_a_notebook_that_dies_is_a_verdict(tmp_path: Path) -> None:
     assert verdict.cause.kind is safe_exec.CauseKind.KILLED
     assert verdict.crash_cell is not None
     assert (verdict.crash_cell.code_index, verdict.crash_cell.line) == (1, 2)
+    clean(verdict)
+
+
+def test_documents_may_go_elsewhere_and_the_reproduction_runs_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "signal.txt").write_text("9")
+    path = make_notebook(
+        tmp_path / "here" / "nb.ipynb", "x = 1", "import os\nos.kill(os.getpid(), int(open('signal.txt').read()))"
+    )
+    out, said, repro = (tmp_path / "there" / name for name in ("nb.out.ipynb", "nb.json", "nb.repro.ipynb"))
+    verdict = safe_exec.run(path, output=out, verdict=said, repro=repro)
+    assert verdict.culprits is not None and verdict.culprits.minimal
+    assert verdict.culprits.repro_notebook == str(repro)
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["nb.ipynb", "signal.txt"]
+    again = safe_exec_command(*shlex.split(reproduce_command(verdict))[1:], "--no-bisect", cwd=tmp_path)
+    assert again.returncode == Status.KERNEL_DIED.exit_code, again.stdout
     clean(verdict)
 
 

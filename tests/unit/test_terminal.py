@@ -250,8 +250,9 @@ def test_a_search_that_found_nothing(stopped: Stopped, reproduced: tuple[int, in
 @pytest.mark.parametrize(
     ("path", "command"),
     [
-        ("/home/me/project/sub/a.repro.ipynb", "safe-exec run sub/a.repro.ipynb"),
-        ("/elsewhere/a.repro.ipynb", "safe-exec run /elsewhere/a.repro.ipynb"),
+        ("/home/me/project/a.repro.ipynb", "safe-exec run a.repro.ipynb"),
+        ("/home/me/project/sub/a.repro.ipynb", "safe-exec run sub/a.repro.ipynb --cwd /home/me/project"),
+        ("/elsewhere/a.repro.ipynb", "safe-exec run /elsewhere/a.repro.ipynb --cwd /home/me/project"),
         ("/home/me/project/my 'own'; rm -r.ipynb", """safe-exec run 'my '"'"'own'"'"'; rm -r.ipynb'"""),
         ("/home/me/project/-x.ipynb", "safe-exec run ./-x.ipynb"),
         ("/home/me/project/" + "long" * 30 + " name.ipynb", f"safe-exec run '{'long' * 30} name.ipynb'"),
