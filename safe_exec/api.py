@@ -54,12 +54,7 @@ def run(
     OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
     event loop: use :func:`run_async` there.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        raise RuntimeError("safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead")
+    _refuse_a_running_loop()
     return asyncio.run(
         run_async(
             path,
@@ -121,6 +116,14 @@ async def run_async(
         sinks=(on_event,) if on_event is not None else (),
     )
     return await run_job(prepare(job))
+
+
+def _refuse_a_running_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError("safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead")
 
 
 def _bisect(word: str) -> Bisect:
