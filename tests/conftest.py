@@ -1,4 +1,4 @@
-"""For all tests: the seed by which cases are drawn, and the table of what the search for their culprits took."""
+"""For all tests: the beds they lie in, the seed by which cases are drawn, and the table of what the search for their culprits took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import beds
 from tests.cases.table import PROPERTY, Row, render, write
 
 SEED = "SAFE_EXEC_CASES_SEED"
@@ -15,9 +16,11 @@ SEED = "SAFE_EXEC_CASES_SEED"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--culprit-table", type=Path, metavar="FILE", help="write the table of culprits into this document")
+    parser.addoption("--bed", action="append", default=[], metavar="NAME", help="only tests that need this bed (tests/beds.py)")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    beds.register(config)
     # Workers inherit it: all of them draw the same, at midnight too.
     os.environ.setdefault(SEED, datetime.now(UTC).date().isoformat())
 

@@ -32,6 +32,18 @@ class Kill:
     startup: str = ""
     needs_small_disk: bool = False
 
+    @property
+    def beds(self) -> tuple[str, ...]:
+        """What a machine must have for this row (tests/beds.py)."""
+        needs = {
+            "ordinary-user": self.user,
+            "cgroup-v1-root": Mechanism.CGROUP_V1 in self.mechanisms,
+            "mount": self.needs_small_disk,
+            "bubblewrap": self.by is Mechanism.BUBBLEWRAP or self.cause is CauseKind.NETWORK_BLOCKED,
+            self.kernel: self.language != "python",
+        }
+        return tuple(bed for bed, needed in needs.items() if needed)
+
 
 HOG = "print('hogging')\nhog = []\nwhile True:\n    hog.append(b'x' * (16 << 20))"
 WORKER = "import subprocess, sys\nprint('worker')\nsubprocess.run([sys.executable, '-c', 'b = b\"x\" * (900 << 20)'], check=True)"

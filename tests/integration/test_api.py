@@ -122,6 +122,7 @@ def test_a_limits_file(tmp_path: Path) -> None:
     assert verdict.limits.processes == 77
 
 
+@pytest.mark.bed("bash")
 def test_output_verdict_cwd_kernel_env(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()

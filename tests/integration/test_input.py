@@ -132,20 +132,16 @@ def for_anybody() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def needs_root() -> None:
-    assert os.geteuid() == 0, "this test becomes another user: run it as root"
-
-
+@pytest.mark.bed("ordinary-user")
 def test_an_unreadable_file(for_anybody: Path) -> None:
-    needs_root()
     path = make_notebook(for_anybody / "secret.ipynb", "1")
     path.chmod(0)
     line = refused(for_anybody, "secret.ipynb", prefix=AS_NOBODY)
     assert "readable" in line
 
 
+@pytest.mark.bed("ordinary-user")
 def test_an_output_folder_that_may_not_be_written(for_anybody: Path) -> None:
-    needs_root()
     make_notebook(for_anybody / "nb.ipynb", "1").chmod(0o644)
     for_anybody.chmod(0o755)
     assert "cannot be written" in refused(for_anybody, "nb.ipynb", prefix=AS_NOBODY)
@@ -371,8 +367,8 @@ def test_a_byte_order_mark_and_odd_names_are_no_obstacle(tmp_path: Path) -> None
     assert run_notebook(path).code == 0
 
 
+@pytest.mark.bed("ordinary-user")
 def test_a_read_only_folder_with_outputs_elsewhere(for_anybody: Path) -> None:
-    needs_root()
     (for_anybody / "in").mkdir()
     make_notebook(for_anybody / "in" / "nb.ipynb", "print(1)").chmod(0o644)
     (for_anybody / "in").chmod(0o555)
@@ -386,6 +382,7 @@ def test_a_read_only_folder_with_outputs_elsewhere(for_anybody: Path) -> None:
     assert json.loads(verdict.read_text())["status"] == "passed"
 
 
+@pytest.mark.bed("bash")
 def test_an_unknown_kernel_names_those_installed_in_a_verdict(tmp_path: Path) -> None:
     outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", "1", kernel="pithon"))
     assert (outcome.code, outcome.verdict["status"]) == (6, "start_failed")

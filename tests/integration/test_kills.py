@@ -27,7 +27,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize("kill", KILLS, ids=[kill.id for kill in KILLS])
+@pytest.mark.parametrize("kill", [pytest.param(kill, id=kill.id, marks=pytest.mark.bed(*kill.beds)) for kill in KILLS])
 def test_kill(kill: Kill, folder: Path) -> None:
     if kill.needs_small_disk:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "safe-exec-test", str(folder)], check=True)

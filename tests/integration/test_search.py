@@ -198,6 +198,7 @@ def test_a_large_crash_cell_is_made_smaller_in_the_reproduction(place: Place) ->
 
 
 @pytest.mark.kills
+@pytest.mark.bed("bash")
 def test_a_notebook_in_another_language(place: Place) -> None:
     path = place.notebook("ANSWER=42", "echo $ANSWER", '[ "$ANSWER" = 42 ] && kill -9 $PPID', kernel="bash", language="bash")
     verdict = place.run(path, "--cell-timeout", "10").verdict
@@ -367,6 +368,11 @@ class Way:
     large: bool = False
     namespaces: bool = True
 
+    @property
+    def beds(self) -> tuple[str, ...]:
+        """What it needs."""
+        return ("ordinary-user", "user-namespaces") if self.user else ("user-namespaces",)
+
 
 WAYS = (
     Way(id="root"),
@@ -406,7 +412,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize("way", WAYS, ids=[way.id for way in WAYS])
+@pytest.mark.parametrize("way", [pytest.param(way, id=way.id, marks=pytest.mark.bed(*way.beds)) for way in WAYS])
 def test_trials_start_from_the_folder_as_it_was(way: Way, place: Place) -> None:
     prefix = ordinary_user_with_namespaces() if way.user else () if way.namespaces else without_namespaces()
     place = Place(base=place.base, prefix=prefix)

@@ -94,6 +94,7 @@ def test_metadata_of_the_user_is_left_alone(tmp_path: Path) -> None:
     assert written.cells[0].metadata.safe_exec.limits == {"cell_timeout": "50s"}
 
 
+@pytest.mark.bed("bash")
 def test_bash(tmp_path: Path) -> None:
     sources = (
         "echo one; echo two >&2",
@@ -116,6 +117,7 @@ def test_bash(tmp_path: Path) -> None:
     assert_same(run_both(tmp_path, document, kernel="bash"))
 
 
+@pytest.mark.bed("bash")
 def test_bash_that_fails_where_it_may(tmp_path: Path) -> None:
     document = notebook_of("false", "ls /no-such-file", "echo on", tags={0: ["raises-exception"], 1: ["raises-exception"]})
     assert_same(run_both(tmp_path, document, kernel="bash"))

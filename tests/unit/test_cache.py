@@ -109,7 +109,7 @@ def test_a_full_disk_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         cache_root()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what belongs to another user")
+@pytest.mark.bed("root")  # who alone can make what belongs to another user
 def test_one_in_tmp_that_belongs_to_somebody_else_is_not_ours(home: Path) -> None:
     no_folder(home)
     fallback(home).mkdir(mode=0o777)

@@ -208,7 +208,9 @@ def test_a_32_bit_program_is_told_that_there_is_none(monkeypatch: pytest.MonkeyP
 
 # --- in real processes ------------------------------------------------------------------------------------------
 
-USERS = pytest.mark.parametrize("prefix", [[], ordinary_user()], ids=["root", "user"])
+USERS = pytest.mark.parametrize(
+    "prefix", [pytest.param([], id="root"), pytest.param(ordinary_user(), id="user", marks=pytest.mark.bed("ordinary-user"))]
+)
 
 START = """
 import ctypes, errno, os, signal, subprocess, sys
@@ -282,6 +284,7 @@ def test_without_the_filter_they_do_not() -> None:
         assert str(errno.EPERM) not in done.stdout.split() and done.stdout.split(), (name, done.stdout, done.stderr)
 
 
+@pytest.mark.bed("ordinary-user")
 def test_without_the_filter_an_ordinary_user_may_be_traced() -> None:
     assert inside("none", f"print({PROBES['ptrace']}, flush=True)\nos._exit(0)", ordinary_user()).stdout.split() == ["0"]
 
@@ -432,7 +435,13 @@ def cases() -> Iterator[tuple[str, list[str], str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "refusal"), [pytest.param(*c, id=f"{c[0]}-{c[2]}-{'user' if c[1] else 'root'}") for c in cases()]
+    ("name", "prefix", "refusal"),
+    [
+        pytest.param(
+            *c, id=f"{c[0]}-{c[2]}-{'user' if c[1] else 'root'}", marks=[pytest.mark.bed("ordinary-user")] if c[1] else []
+        )
+        for c in cases()
+    ],
 )
 def test_what_notebooks_do_works(name: str, prefix: list[str], refusal: str) -> None:
     succeeds(refusal, WORKS[name], prefix)

@@ -1,0 +1,213 @@
+"""The beds that tests lie in: what a machine must have for a test to mean something there.
+
+A test names what it needs: ``@pytest.mark.bed("cgroup-v1-root", "bash")``, and so does a row of a table (``pytest.param(..., marks=...)``).
+Each bed is tried once per run (``BEDS``). Where one is absent the tests that need it are left out, and the end of the run lists bed,
+reason and number of tests. ``SAFE_EXEC_BEDS=a,b`` pins beds: each that is pinned and absent fails the run. ``--bed NAME`` selects the
+tests that need one.
+
+A new bed is a function and a line in ``BEDS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+
+from safe_exec.sandbox import landlock
+from safe_exec.sandbox.machine import Machine, detect, look_for_walls
+from tests.support import EXECUTABLE, ordinary_user, ordinary_user_with_namespaces
+
+PINNED = "SAFE_EXEC_BEDS"
+FOUND = "SAFE_EXEC_BEDS_FOUND"
+"""What the first process found, for the workers: all must leave out the same tests."""
+SECONDS = 30
+LANDLOCK = 6
+"""The oldest version of Landlock (its ABI) that does all that is tested."""
+REPORTED = "safe_exec_beds"
+
+
+@cache
+def _machine() -> Machine:
+    return look_for_walls(detect())
+
+
+def _tried(argv: Sequence[str]) -> str:
+    """Why a command does not end well; empty where it does."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+    return f"exit {done.returncode}: {said}" if done.returncode else ""
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "these tests are not run as root"
+
+
+def _ordinary_user() -> str:
+    return _root() or _tried([*ordinary_user(), str(EXECUTABLE), "--version"])
+
+
+def _user_namespaces() -> str:
+    who = ordinary_user_with_namespaces() if os.geteuid() == 0 else []
+    return _tried([*who, "unshare", "--user", "--map-root-user", "--mount", "true"])
+
+
+def _mount() -> str:
+    return _root() or _tried(["unshare", "--mount", "sh", "-c", "mount -t tmpfs safe-exec-test /mnt"])
+
+
+def _cgroup_v1_root() -> str:
+    machine = _machine()
+    missing = [name for name in ("memory", "pids", "cpu") if name not in machine.v1]
+    return _root() or (f"no group of {', '.join(missing)} can be made: {machine.v1_why_not}" if missing else "")
+
+
+def _cgroup2() -> str:
+    machine = _machine()
+    missing = [name for name in ("memory", "pids", "cpu") if name not in machine.v2_controllers]
+    return machine.v2_why_not or (f"{machine.v2} does not hand on {', '.join(missing)}" if missing else "")
+
+
+def _cgroup2_root() -> str:
+    return _root() or _cgroup2()
+
+
+def _cgroup2_user() -> str:
+    return "these tests are run as root" if os.geteuid() == 0 else _cgroup2()
+
+
+def _systemd_user() -> str:
+    if os.geteuid() == 0:
+        return "these tests are run as root"
+    return _tried(["systemd-run", "--user", "--scope", "--quiet", "true"])
+
+
+def _bubblewrap() -> str:
+    return _machine().bubblewrap_why_not
+
+
+def _landlock() -> str:
+    return "" if landlock.abi() >= LANDLOCK else f"the version here is {landlock.abi()}, tests need {LANDLOCK}"
+
+
+def _kernel(name: str, program: str) -> Callable[[], str]:
+    """A bed of a language: its kernel is known to Jupyter, and its program is there."""
+
+    def probe() -> str:
+        from jupyter_client.kernelspec import KernelSpecManager
+
+        if name not in KernelSpecManager().find_kernel_specs():
+            return f"no kernel {name} is installed"
+        return "" if shutil.which(program) else f"there is no {program}"
+
+    return probe
+
+
+BEDS: Mapping[str, Callable[[], str]] = {
+    "root": _root,
+    "ordinary-user": _ordinary_user,
+    "user-namespaces": _user_namespaces,
+    "mount": _mount,
+    "cgroup-v1-root": _cgroup_v1_root,
+    "cgroup2-root": _cgroup2_root,
+    "cgroup2-user": _cgroup2_user,
+    "systemd-user": _systemd_user,
+    "bubblewrap": _bubblewrap,
+    "landlock": _landlock,
+    "bash": _kernel("bash", "bash"),
+}
+"""Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
+
+
+class AbsentBed(pytest.Item):
+    """What fails in place of tests that had to lie in a bed which is not there."""
+
+    def __init__(self, *, why_not: str, **more: Any) -> None:
+        super().__init__(**more)
+        self.why_not = why_not
+
+    def runtest(self) -> None:
+        """Fail."""
+        pytest.fail(f"{PINNED} pins this bed, and it is not to be had here: {self.why_not}", pytrace=False)
+
+    def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
+        """Where this is written down."""
+        return self.path, None, self.name
+
+
+class Beds:
+    """The plugin: finds out what is absent, leaves out the tests that need it, and says so."""
+
+    def __init__(self, *, known: Collection[str], absent: Mapping[str, str], pinned: Sequence[str]) -> None:
+        self.known = known
+        self.absent = absent
+        self.pinned = pinned
+        self.left_out: Counter[str] = Counter()
+        self._check(pinned, PINNED)
+
+    def _check(self, names: Sequence[str], where: str) -> None:
+        wrong = sorted(set(names) - set(self.known))
+        if wrong:
+            raise pytest.UsageError(f"{where}: {', '.join(wrong)} is no bed; there are {', '.join(self.known)}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Last, so that what other options leave out is not counted, and what must fail is not left out."""
+        wanted = config.getoption("--bed")
+        self._check(wanted, "--bed")
+        stay: list[pytest.Item] = []
+        out: list[pytest.Item] = []
+        for item in items:
+            needs = [name for mark in item.iter_markers("bed") for name in mark.args]
+            self._check(needs, item.nodeid)  # a name that is none would leave the test out for ever
+            missing = [name for name in needs if name in self.absent]
+            self.left_out.update(set(missing))
+            (out if missing or not set(wanted) <= set(needs) else stay).append(item)
+        if out:
+            config.hook.pytest_deselected(items=out)
+        stay += [
+            AbsentBed.from_parent(session, name=f"bed[{name}]", why_not=self.absent[name])
+            for name in self.pinned
+            if name in self.absent
+        ]
+        items[:] = stay
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A worker hands what it left out to the process that reports."""
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output[REPORTED] = dict(self.left_out)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """All workers have left out the same."""
+        self.left_out = Counter(getattr(node, "workeroutput", {}).get(REPORTED, {})) or self.left_out
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """List the absent beds that tests wanted."""
+        if self.left_out:
+            terminalreporter.section("beds absent here")
+            for name, count in sorted(self.left_out.items()):
+                terminalreporter.write_line(f"{name} ({count} test{'' if count == 1 else 's'}): {self.absent[name]}")
+
+
+def register(config: pytest.Config, beds: Mapping[str, Callable[[], str]] = BEDS) -> None:
+    """Try the beds in the first process; workers inherit what it found. Raises UsageError for a pinned name that is none."""
+    if FOUND in os.environ:
+        absent = json.loads(os.environ[FOUND])
+    else:
+        answers = {name: probe() for name, probe in beds.items()}
+        absent = {name: why_not for name, why_not in answers.items() if why_not}
+        os.environ[FOUND] = json.dumps(absent)
+    pinned = [name.strip() for name in os.environ.get(PINNED, "").split(",") if name.strip()]
+    config.pluginmanager.register(Beds(known=beds.keys(), absent=absent, pinned=pinned), "safe-exec-beds")
