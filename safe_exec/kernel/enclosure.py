@@ -192,6 +192,7 @@ def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
         homes=homes(),
         visible=visible(birth.argv, birth.env),
         files=frozenset(path for path in map(Path, birth.plan.isolation.hide) if not path.is_dir()),
+        given=tuple(path for path in birth.runtime.glob("*") if path.is_file()),
         disk=Path(disk["base"]) if disk else None,
     )
     is_root = os.geteuid() == 0
@@ -199,6 +200,7 @@ def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
         "argv": bubblewrap.arguments(program, birth.plan.isolation, around, shm_bytes=birth.plan.shm, root=is_root),
         "python": sys.executable,
         "root": str(Path(safe_exec.__file__).parent.parent),
+        "sockets": str(birth.runtime),
         "disk": disk,
         "devices": [path for path in bubblewrap.shared_devices(birth.plan.isolation, root=is_root) if os.path.exists(path)],
     }

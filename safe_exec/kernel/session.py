@@ -211,7 +211,7 @@ class KernelSession:
         for name, kind in CHANNELS.items():
             port = getattr(self.manager, f"{name}_port")
             ip = self.manager.transport == "ipc"
-            address = Address(host=f"{self.manager.ip}-{port}") if ip else Address(host=self.manager.ip, port=port)
+            address = Address(host=f"{self._sockets()}-{port}") if ip else Address(host=self.manager.ip, port=port)
             identity = kc.session.bsession if kind == "DEALER" else b""
             try:
                 connection = await self._alive(connect(address, kind=kind, identity=identity, largest=self._largest()), deadline)
@@ -219,6 +219,11 @@ class KernelSession:
                 raise KernelStartError(str(error)) from error
             self._channels[name] = Channel(kc.session, connection)
             setattr(kc, f"_{name}_channel", self._channels[name])
+
+    def _sockets(self) -> str:
+        """What the paths of the kernel's sockets begin with, as we reach them."""
+        inside = self.sandbox.sockets if self.sandbox is not None else None
+        return self.manager.ip if inside is None else f"/proc/self/fd/{inside}/{Path(self.manager.ip).name}"
 
     async def _alive(self, connecting: Coroutine[Any, Any, Connection], deadline: float | None) -> Connection:
         """What comes of an attempt, unless the kernel ends first or the time is up: then KernelStartError."""

@@ -17,6 +17,8 @@ OLDEST = (0, 5, 0)
 TMP_BYTES = 1 << 30
 SHM_BYTES = 1 << 30
 """What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case."""
+SOCKETS_BYTES = 1 << 20
+"""For what else a kernel may put beside its sockets, which take none."""
 STICKY = "1777"
 HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
 """Sockets of other programs (docker, dbus, a session's agents) are in /run."""
@@ -30,9 +32,9 @@ DEVICES = ("/dev/fuse", "/dev/kvm")
 class Surroundings:
     """What the walls are put around: paths as the notebook sees them.
 
-    ``folder`` is its working directory, ``runtime`` that of its sockets, ``homes`` are to be hidden, ``visible`` must be readable in
-    them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories. ``disk`` is a directory of limited size
-    with ``folder``, ``tmp`` and ``home`` in it, where there is one.
+    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``given`` in it to read (the connection file); ``homes`` are to be
+    hidden, ``visible`` must be readable in them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
+    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in it, where there is one.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Surroundings:
     homes: tuple[Path, ...]
     visible: tuple[Path, ...]
     files: frozenset[Path] = frozenset()
+    given: tuple[Path, ...] = ()
     disk: Path | None = None
 
 
@@ -60,8 +63,7 @@ def arguments(
         *_own_mounts(isolation, around, shm_bytes),
         *_homes(isolation, around),
         *_inner(isolation, around),
-        "--bind", str(around.runtime), str(around.runtime),
-        *_own_disk(around),
+        *_sockets(around),
         *_close(isolation, around),
         "--chdir", str(around.folder),
         "--",
@@ -239,7 +241,12 @@ def _folder(isolation: Isolation, around: Surroundings) -> Iterator[str]:
         yield from ("--bind", folder, folder)
 
 
-def _own_disk(around: Surroundings) -> Iterator[str]:
-    """The file system of limited size lies in the runtime directory: seen there, too, it would show what is hidden in the folder."""
-    if around.disk is not None:
-        yield from ("--perms", "0000", "--size", "4096", "--tmpfs", str(around.disk))
+def _sockets(around: Surroundings) -> Iterator[str]:
+    """The directory in which the kernel binds its sockets is one of its own too, with nothing of the machine's below.
+
+    What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that the init hands out (init.py). It covers the
+    real one, in which the file system of limited size lies: seen there, that would show what is hidden in the folder.
+    """
+    yield from _tmpfs_or(around.disk and around.disk / "sockets", str(around.runtime), SOCKETS_BYTES)
+    for path in around.given:
+        yield from ("--ro-bind", str(path), str(path))

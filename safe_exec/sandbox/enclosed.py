@@ -25,7 +25,7 @@ from safe_exec.sandbox import become, mounts, trees
 SO_PASSCRED, SCM_CREDENTIALS = 16, 2
 MNT_DETACH = 2
 MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
-_UCRED = struct.Struct("3i")
+_UCRED, _INT = struct.Struct("3i"), struct.Struct("i")
 MEET_SECONDS = 20.0
 MESSAGE_BYTES = 4096
 PAGE = 4096
@@ -43,6 +43,8 @@ class Enclosed:
         self.bubblewrap = 0
         self.init = 0
         self.kernel = 0
+        self.sockets = -1
+        self.over = False
 
     # --- in the keeper's child ----------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ class Enclosed:
                 stderr_fd,
                 {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec")},
             )
-            _write_config(placed["config"], plan)
+            _write_config(placed["config"], {**plan, "sockets": enclosure["sockets"]})
             _close_devices(enclosure["devices"])
             inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
             inner += [str(placed[name]) for name in ("status", "go", "config")]
@@ -73,7 +75,10 @@ class Enclosed:
         os.close(self._go_r)
 
     def meet(self) -> int:
-        """Wait for the kernel's process, which waits for us; its id out here. Raises Refused when bubblewrap ends before."""
+        """Wait for the kernel's process, which waits for us; its id out here. Raises Refused when bubblewrap ends before.
+
+        ``sockets`` is the directory of the kernel's sockets from then on, as a descriptor.
+        """
         deadline = time.monotonic() + MEET_SECONDS
         while not self.kernel:
             if not select.select([self.status], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -105,25 +110,38 @@ class Enclosed:
 
     def receive(self) -> tuple[dict[str, Any], int]:
         """A message and who sent it, by process id out here; an empty one at the end, and for what is no message of ours."""
-        data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(_UCRED.size))
+        room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_INT.size)
+        data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         pid = next((_UCRED.unpack(found[: _UCRED.size])[0] for _, kind, found in ancillary if kind == SCM_CREDENTIALS), 0)
+        self.over = not data and not pid
+        for number in (found for _, kind, found in ancillary if kind == socket.SCM_RIGHTS):
+            self._take_descriptor(_INT.unpack(number[: _INT.size])[0])
         with contextlib.suppress(ValueError):
             message = json.loads(data)
             if isinstance(message, dict):
                 return message, pid
         return {}, pid
 
+    def _take_descriptor(self, fd: int) -> None:
+        """The first one is the init's: it speaks before anything else lives in there."""
+        if self.sockets < 0 and not self.init:
+            self.sockets = fd
+        else:
+            os.close(fd)
+
     def ending(self) -> dict[str, Any] | None:
-        """How the kernel ended, once the init has said so. What others say there is not heard."""
-        while True:
+        """How the kernel ended, once the init has said so. What others say there is not heard; ``over`` when nobody can say any more."""
+        while not self.over:
             try:
                 message, pid = self.receive()
-            except (BlockingIOError, ConnectionError):
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                self.over = True
                 return None
             if pid == self.init and "status" in message:
                 return message
-            if not message and not pid:
-                return None
+        return None
 
 
 def _close_devices(paths: list[str]) -> None:
@@ -140,7 +158,7 @@ def _close_devices(paths: list[str]) -> None:
 
 
 def _write_config(fd: int, plan: dict[str, Any]) -> None:
-    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls")
+    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls", "sockets")
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(json.dumps({name: plan[name] for name in wanted}).encode())
 
@@ -149,7 +167,7 @@ def _write_config(fd: int, plan: dict[str, Any]) -> None:
 
 
 def make_disk(disk: dict[str, Any]) -> None:
-    """The file system that a run writes to: its folder as it is, a /tmp and a home. In a mount namespace of our own.
+    """The file system that a run writes to: its folder as it is, a /tmp, a home and a place for sockets. In a mount namespace of our own.
 
     The folder is the lower layer of an overlay, so that only what is written counts; where that cannot be, or all is to belong to another
     user, it is a copy, for which there is room besides. Raises OSError with what is too large.
@@ -161,7 +179,7 @@ def make_disk(disk: dict[str, Any]) -> None:
         size, entries = copied
         _mount_disk(base, disk["size"] + size, disk["inodes"] + entries)
         trees.copy_tree(folder, base / "folder", owner=owner)
-    for name, mode in (("tmp", 0o1777), ("home", 0o755)):
+    for name, mode in (("tmp", 0o1777), ("home", 0o755), ("sockets", 0o755)):
         made = base / name
         made.mkdir()
         made.chmod(mode)

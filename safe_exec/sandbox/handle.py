@@ -64,7 +64,7 @@ class Departure:
 
 
 class Sandbox:
-    """One keeper and what it keeps."""
+    """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it."""
 
     def __init__(self, run_id: str, *, directory: Path | None = None, prefix: Sequence[str] = ()) -> None:
         """Start the keeper at once: its interpreter starts while the runner does other things.
@@ -87,6 +87,7 @@ class Sandbox:
         self._undo: Mapping[str, object] = {}
         self.keeper_pid: int | None = None
         self.kernel_pid: int | None = None
+        self.sockets: int | None = None
         self.exit: KernelExit | None = None
         self.departure: Departure | None = None
         self.signals_to_keeper: list[int] = []
@@ -174,11 +175,12 @@ class Sandbox:
     def pump(self) -> None:
         """Take in what the keeper has said; call it when ``fileno()`` is readable."""
         try:
-            data = self._control.recv(1 << 20, socket.MSG_DONTWAIT)
+            data, fds, _, _ = socket.recv_fds(self._control, 1 << 20, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except ConnectionError:
-            data = b""
+            data, fds = b"", []
+        self.sockets = next(iter(fds), self.sockets)
         if not data:
             self._keeper_gone()
             return
@@ -248,6 +250,9 @@ class Sandbox:
             self.departure = self._clean_up_ourselves()
         self._process.wait()
         self._control.close()
+        if self.sockets is not None:
+            os.close(self.sockets)
+            self.sockets = None
         return self.departure
 
     def _clean_up_ourselves(self) -> Departure:

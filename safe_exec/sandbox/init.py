@@ -37,7 +37,10 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
         file.seek(0)
         plan = json.load(file)
     status = socket.socket(fileno=status_fd)
-    status.send(b'{"who":"init"}')
+    # The directory in which the kernel will bind its sockets: it is in no other view of the file system than ours.
+    sockets = os.open(plan["sockets"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    socket.send_fds(status, [b'{"who":"init"}'], [sockets])
+    os.close(sockets)
     parent = os.getpid()
     error_r, error_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()

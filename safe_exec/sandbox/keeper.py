@@ -80,11 +80,12 @@ class Keeper:
 
     # --- talking ------------------------------------------------------------------------------------------------
 
-    def say(self, event: str, **facts: Any) -> None:
+    def say(self, event: str, *, descriptors: tuple[int, ...] = (), **facts: Any) -> None:
         """Send one line to the runner; a runner that is gone is noticed elsewhere, by the end of the socket."""
         line = json.dumps({"event": event, "at": time.monotonic(), **facts}).encode() + b"\n"
         with contextlib.suppress(OSError):
-            self.control.sendall(line)
+            sent = socket.send_fds(self.control, [line], descriptors) if descriptors else 0
+            self.control.sendall(line[sent:])
 
     def hear(self) -> list[dict[str, Any]] | None:
         """The requests that have come in; ``None`` at the end of the socket."""
@@ -143,7 +144,9 @@ class Keeper:
             stage, _, message = trouble.decode("utf-8", "replace").partition(" ")
             raise Refused(stage, message)
         self.pid = pid if self.inner is None else self.let_in(self.inner)
-        self.say("spawned", pid=self.pid)
+        self.say("spawned", pid=self.pid, descriptors=() if self.inner is None else (self.inner.sockets,))
+        if self.inner is not None:
+            os.close(self.inner.sockets)
 
     def let_in(self, inner: enclosed.Enclosed) -> int:
         """Put the kernel's process, which waits inside bubblewrap, into its control groups and let it go on."""
@@ -215,7 +218,7 @@ class Keeper:
         ending = self.inner.ending()
         if ending is not None and not self.exited:
             self.report_exit(ending["status"], ending["cpu"], ending["maxrss"])
-        return not self.exited
+        return not self.exited and not self.inner.over
 
     def serve(self) -> bool:
         """Do what the runner asks; ``False`` when it asks us to leave, or is gone."""

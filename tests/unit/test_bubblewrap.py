@@ -100,7 +100,7 @@ def test_nothing_of_the_machine_is_writable_but_what_is_said_so() -> None:
     for isolation, around in EVERY:
         if not isolation.read_only_system:
             continue
-        allowed = {str(around.runtime), *isolation.writable, *isolation.devices}
+        allowed = {*isolation.writable, *isolation.devices}
         if isolation.folder is FolderUse.WRITE and around.disk is None:
             allowed.add(str(around.folder))
         found = {step.words[0] for step in made(isolation, around) if step.option in WRITABLE}
@@ -122,10 +122,13 @@ def test_each_tmpfs_has_a_size() -> None:
 def test_no_mount_covers_the_folder_the_sockets_or_the_interpreter_again() -> None:
     for isolation, around in EVERY:
         found = made(isolation, around)
-        for path in (around.folder, around.runtime, VENV):
+        for path in (around.folder, VENV):
             shown = [n for n, step in enumerate(found) if step.option in FROM_OUTSIDE and path.is_relative_to(step.words[1])]
             over = [n for n, step in enumerate(found) if step.option == "--tmpfs" and path.is_relative_to(step.place)]
             assert max(shown) > max(over, default=-1), (path, isolation)
+        mounted = [step for step in found if step.option in (*FROM_OUTSIDE, "--tmpfs")]
+        covering = [step for step in mounted if around.runtime.is_relative_to(step.place)]
+        assert covering[-1].place == str(around.runtime)
 
 
 def test_it_starts_in_the_folder_and_ends_with_its_parent() -> None:
@@ -150,7 +153,7 @@ def test_nothing_hidden_comes_back() -> None:
 
 def test_without_walls_all_is_there() -> None:
     found = made(Isolation())
-    assert [step.option for step in found] == ["--die-with-parent", "--dev-bind", "--bind", "--bind", "--chdir"]
+    assert [step.option for step in found] == ["--die-with-parent", "--dev-bind", "--bind", "--tmpfs", "--chdir"]
     assert found[1].words == ("/", "/")
 
 
@@ -234,10 +237,17 @@ def test_a_disk_holds_folder_tmp_and_home_and_is_not_seen_itself() -> None:
     assert at(found, "/tmp") == [Step("--bind", (str(DISK / "tmp"), "/tmp"))]
     assert [step for step in at(found, HOME) if step.option != "--dir"] == [Step("--bind", (str(DISK / "home"), str(HOME)))]
     assert at(found, "/root")[-1].option == "--tmpfs", "of the others only the emptiness is needed"
-    assert at(found, DISK)[-1].option == "--tmpfs" and at(found, DISK)[-1].perms == "0000"
-    assert position(found, "--bind", RUNTIME) < position(found, "--tmpfs", DISK)
+    assert at(found, RUNTIME) == [Step("--bind", (str(DISK / "sockets"), str(RUNTIME)))], "the disk lies below it"
     bare = made(Isolation(), replace(AROUND, disk=DISK))
     assert at(bare, "/tmp") == [Step("--bind", (str(DISK / "tmp"), "/tmp"))] and at(bare, HOME) == []
+
+
+def test_the_directory_of_the_sockets_is_its_own_with_what_is_to_be_read_there() -> None:
+    given = RUNTIME / "c.json"
+    found = made(Isolation(network=False), replace(AROUND, given=(given,)))
+    assert [step.option for step in at(found, RUNTIME)] == ["--tmpfs"]
+    assert at(found, given) == [Step("--ro-bind", (str(given), str(given)))]
+    assert position(found, "--tmpfs", RUNTIME) < position(found, "--ro-bind", given)
 
 
 @pytest.mark.parametrize(("shm", "isolation", "size"), [(5, Isolation(), "5"), (5, WALLED, "5"), (None, WALLED, str(1 << 30))])

@@ -102,6 +102,20 @@ def test_why_the_kernel_was_not_executed(inner: Enclosed, said: dict[str, Any] |
     assert (caught.value.stage, caught.value.message) == (stage, words)
 
 
+def test_the_directory_of_the_sockets_comes_from_the_init_alone(inner: Enclosed, tmp_path: Path) -> None:
+    theirs = os.open(tmp_path, os.O_PATH)
+    socket.send_fds(inner._theirs, [b'{"who":"init"}'], [theirs])
+    for _ in range(3):
+        socket.send_fds(inner._theirs, [b'{"who":"kernel"}'], [theirs])
+    assert inner.meet() and os.readlink(f"/proc/self/fd/{inner.sockets}") == str(tmp_path)
+    inner.status.setblocking(False)
+    assert inner.ending() is None
+    held = [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path)]
+    assert sorted(held) == sorted(map(str, (theirs, inner.sockets))), "what came later is closed"
+    os.close(inner.sockets)
+    os.close(theirs)
+
+
 def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Enclosed) -> None:
     inner.init = os.getpid()
     inner.status.setblocking(False)
@@ -112,13 +126,16 @@ def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Enclosed) -> None:
     speak(inner, {"who": "init"})
     speak(inner, {"status": 9, "cpu": 1.5, "maxrss": 7})
     assert inner.ending() == {"status": 9, "cpu": 1.5, "maxrss": 7}
+    assert not inner.over
     inner._theirs.shutdown(socket.SHUT_WR)
     assert inner.ending() is None
+    assert inner.over, "nobody is to wait for more"
 
 
 def test_the_init_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
     wanted: dict[str, Any] = {
         "argv": ["x"], "env": {"A": "\udce9"}, "cwd": "/", "rlimits": [[1, 2, 3]], "open_files_soft": 5, "walls": {"uid": 7},
+        "sockets": "/run/x",
     }  # fmt: skip
     fd = os.open(tmp_path / "config", os.O_RDWR | os.O_CREAT)
     enclosed._write_config(fd, {**wanted, "cgroup_joins": ["/x"], "enclosure": {}, "keeper": 1})
