@@ -5,10 +5,12 @@ May import kernel, ledger, model. Still no opinions: a figure is taken from the 
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safe_exec.kernel.faults import fatal_part, last_dump, main_stack, parse_fault
@@ -168,8 +170,35 @@ def _place(trial: Trial, ending: Ending, fault: FaultReport | None) -> Place | N
         _of_page(trial, index),
     ):
         if place is not None:
-            return place
+            return _past_loop_header(place, trial.request.node.cells[index].source)
     return _of_single_line(trial, index)
+
+
+def _past_loop_header(place: Place, source: str) -> Place:
+    """The same place, but never on the first line of an endless loop with a body of one line.
+
+    Python gives way to other threads and takes signals where a loop jumps back, and from 3.11 on that jump bears the line of
+    ``while``: a look from outside finds it there, though ``while True`` does nothing itself.
+    """
+    body = body_of_endless_loop(source, place.line) if place.source in ("dump", "sample") else None
+    if body is None:
+        return place
+    innermost = next((number for number, frame in enumerate(place.stack) if frame.cell == place.cell and frame.line), None)
+    stack = tuple(replace(frame, line=body) if number == innermost else frame for number, frame in enumerate(place.stack))
+    return replace(place, line=body, stack=stack)
+
+
+def body_of_endless_loop(source: str, line: int) -> int | None:
+    """The one line of the body of a ``while`` with a constant condition whose first line is ``line``."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # magics, another language
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.While) and node.lineno == line and isinstance(node.test, ast.Constant):
+            first, last = node.body[0].lineno, node.body[-1].end_lineno
+            return first if first == last != line else None
+    return None
 
 
 def _innermost(frames: tuple[Frame, ...], index: int) -> int | None:

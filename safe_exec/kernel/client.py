@@ -20,7 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.client import CellExecutionComplete
 
-from safe_exec.kernel.content import checked
+from safe_exec.kernel.content import checked, mended_reply
 from safe_exec.kernel.page import Message, Note, Page, Text
 
 MERGE_AFTER = 200
@@ -125,7 +125,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             reply = await shell.get_msg(timeout=None)
             if _is_reply(reply, msg_id):
                 break
-        shell.put_back(await self._believed(reply, msg_id))
+        reply = await self._believed(reply, msg_id)
+        reply["content"] = mended_reply(reply["content"])
+        shell.put_back(reply)
         return await super()._async_poll_for_reply(msg_id, cell, timeout, outputs, alive)
 
     async def _believed(self, reply: dict[str, Any], msg_id: str) -> dict[str, Any]:

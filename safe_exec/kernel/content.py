@@ -35,6 +35,23 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
     return problems
 
 
+def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
+    """What a reply to a cell says, in the types that it should have; one that says neither yes nor no is a no."""
+    status, payload = content.get("status"), content.get("payload")
+    mended = {**content, "payload": [item for item in payload if isinstance(item, dict)] if isinstance(payload, list) else []}
+    if status in ("ok", "aborted"):
+        return mended
+    if status != "error":
+        content = {"ename": "MalformedReply", "evalue": "the kernel's reply says neither that the cell ran nor that it failed"}
+    traceback = content.get("traceback")
+    return mended | {
+        "status": "error",
+        "ename": str(content.get("ename", "")),
+        "evalue": str(content.get("evalue", "")),
+        "traceback": [str(line) for line in traceback] if isinstance(traceback, list) else [],
+    }
+
+
 def _demand(content: Mapping[str, Any], **types: type) -> None:
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):

@@ -51,6 +51,8 @@ MOST_FILES = 20_000
 MOST_FACTS = 500
 """Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
 LONGEST_TEXT = 1000
+END_SECONDS = 1.0
+"""A kernel that closes its sockets while we connect is most likely ending."""
 FAULT_CHARACTERS = 1 << 20
 
 Rows = list[tuple[str, int, str, int]]
@@ -216,7 +218,8 @@ class KernelSession:
             try:
                 connection = await self._alive(connect(address, kind=kind, identity=identity, largest=self._largest()), deadline)
             except ConnectFailed as error:
-                raise KernelStartError(str(error)) from error
+                dead = await self.wait_dead(END_SECONDS)
+                raise KernelStartError(self._why_it_ended() if dead else str(error)) from error
             self._channels[name] = Channel(kc.session, connection)
             setattr(kc, f"_{name}_channel", self._channels[name])
 

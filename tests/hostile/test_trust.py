@@ -31,6 +31,12 @@ pytestmark = pytest.mark.hostile
 PLACES: list[tuple[Who, str]] = [("root", "default"), ("user", "ci")]
 """The two ends: with all rights and no walls, without any right and walled in."""
 
+
+def in_turn(names: Sequence[str]) -> list[tuple[tuple[Who, str], str]]:
+    """Each of these in one of the places, in turn: what differs is what is sent, not where."""
+    return [(PLACES[number % len(PLACES)], name) for number, name in enumerate(names)]
+
+
 PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
     Status.PASSED,
     Status.KERNEL_DIED,
@@ -76,7 +82,7 @@ BIG = {
 }
 
 
-@pytest.mark.parametrize("name", list(BIG))
+@pytest.mark.parametrize(("arena", "name"), in_turn(list(BIG)), indirect=["arena"])
 def test_half_a_gigabyte_at_once_is_cut(arena: Arena, name: str) -> None:
     found = fight(arena, BIG[name], "print('next cell')", timeout="60")
     # What ipykernel itself is given counts by its own record: so much at once may be seen as the flood that it is.
@@ -220,19 +226,23 @@ def test_a_greeting_that_goes_on_with_garbage_ends_in_silence(arena: Arena) -> N
     """Bytes straight into the connection that no ZeroMQ library would send: the cell ends by its time."""
     cell = """
 import stat
+sent = 0
 for fd in map(int, os.listdir('/proc/self/fd')):
     try:
-        if stat.S_ISSOCK(os.fstat(fd).st_mode) and b'shell' not in b'':
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
             with socket.socket(fileno=os.dup(fd)) as found:
                 if found.type == socket.SOCK_STREAM and found.family == socket.AF_UNIX and RUNTIME in str(found.getsockname()):
                     found.setblocking(False)
+                    sent += 1
                     found.send(b'\\x02' + b'\\xff' * 8 + b'garbage' * 1000)
     except OSError:
         pass
+os.write(2, b'SENT %d' % sent)
 time.sleep(60)
 """
     found = fight(arena, cell, timeout="3")
     assert (found.status, found.cell) == (TIMEOUT, 1), found
+    assert re.search("SENT [3-9]", found.text + found.verdict["stderr_tail"]), "shell, iopub and control"
 
 
 # --- floods -----------------------------------------------------------------------------------------------------
@@ -261,9 +271,9 @@ while time.time() - began < 60:
 """
 
 
-@pytest.mark.parametrize("name", list(FLOODS))
+@pytest.mark.parametrize(("arena", "name"), in_turn(list(FLOODS)), indirect=["arena"])
 def test_a_flood_of_small_messages_ends_by_the_cells_time(arena: Arena, name: str) -> None:
-    found = fight(arena, FLOOD.format(attack=FLOODS[name]), timeout="4")
+    found = fight(arena, FLOOD.format(attack=FLOODS[name]), timeout="3")
     assert found.status in (TIMEOUT, LIMIT) and found.cell == 1 and found.seconds < 25, found
     assert "No handler" not in found.stderr
 
@@ -321,6 +331,31 @@ def test_a_kernel_that_says_it_is_done_and_then_is_passes(arena: Arena) -> None:
     found = fight(arena, "idle(); answer()\ntime.sleep(1)\nprint('really done')", "print('next cell')")
     assert found.status == PASSED and "really done" in found.text and "next cell" in found.text, found
     assert "code cell 2 was said to be done" in said(found)
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        ({}, ERROR),
+        ({"status": 5}, ERROR),
+        ({"status": "error"}, ERROR),
+        ({"status": "error", "ename": 5, "evalue": [], "traceback": {"x": 1}, "payload": 7}, ERROR),
+        ({"status": "ok", "payload": 5, "execution_count": "x"}, PASSED),
+        ({"status": "ok", "payload": [5, {"source": [1]}], "user_expressions": []}, PASSED),
+    ],
+    ids=str,
+)
+def test_a_reply_of_the_wrong_types(reply: dict[str, Any], status: Status) -> None:
+    with Arena("root", "default") as arena:
+        cell = f"""
+real = session.send
+def send(stream, kind, content=None, *rest, **more):
+    return real(stream, kind, {reply!r} if kind == 'execute_reply' else content, *rest, **more)
+session.send = send
+"""
+        found = fight(arena, cell)
+        assert found.status == status, found
+        assert status == PASSED or found.cell == 1
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -476,6 +511,16 @@ os.write(fault, b'Fatal Python error: \x1b]0;title\x07\xff\nCurrent thread 0x' +
 }
 
 
+READ_WHILE_ALIVE = [
+    "facts without end",
+    "descriptors",
+    "page of bytes",
+    "page of a stack",
+    "times that are none",
+    "fault of bytes",
+]
+
+
 @pytest.mark.parametrize("name", list(CHANNELS))
 def test_garbage_in_the_channels_of_the_inside_changes_no_verdict(arena: Arena, name: str) -> None:
     """The kernel dies after it: of that, in that cell, whatever stands in its channels."""
@@ -487,9 +532,7 @@ def test_garbage_in_the_channels_of_the_inside_changes_no_verdict(arena: Arena, 
     assert "\x1b]" not in shown and "\x1b[2J" not in shown and "STRANGE" not in shown
 
 
-@pytest.mark.parametrize(
-    "name", ["facts without end", "descriptors", "page of bytes", "page of a stack", "times that are none", "fault of bytes"]
-)
+@pytest.mark.parametrize(("arena", "name"), in_turn(READ_WHILE_ALIVE), indirect=["arena"])
 def test_garbage_in_the_channels_and_a_timeout(arena: Arena, name: str) -> None:
     """Now they are read while the kernel lives: to see what it is doing."""
     found = fight(arena, CHANNELS[name] + "\nwhile True: time.sleep(0.05)", timeout="3")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -48,6 +49,9 @@ jupyter_client sends past the asyncio socket, whose descriptor is edge-triggered
 answers a widget is not announced and nbclient sits out its timeout. Looking again changes no output.
 """
 
+MORE_RUNS = 2
+"""On a busy machine ipykernel's threads hand text on late, and nbclient itself gives different notebooks: ours has to be one of them."""
+
 _CHANGING = (
     (re.compile(r"0x[0-9a-f]{6,}"), "0xADDRESS"),
     (re.compile(r"ipykernel_\d+"), "ipykernel_PID"),
@@ -69,6 +73,8 @@ class Pair:
     plain: Any
     ours: Any
     outcome: Outcome
+    again: Callable[[], Any]
+    """Runs it once more under nbclient."""
 
     def text(self, index: int) -> str:
         """All text that safe-exec has of a cell's streams, both together."""
@@ -87,18 +93,29 @@ def run_both(
     """Execute ``document`` (a node, or the text of a notebook file) both ways, each in a folder of its own under ``folder``."""
     text = document if isinstance(document, str) else nbformat.writes(document)
     plain, ours = folder / "plain", folder / "ours"
-    for work in (plain, ours):
+
+    def fill(work: Path) -> None:
         work.mkdir()
         (work / "notebook.ipynb").write_text(text)
         if prepare is not None:
             prepare(work)
+
+    def again() -> Any:
+        shutil.rmtree(plain)
+        fill(plain)
+        with mock.patch.dict(os.environ):
+            os.environ.pop("PYTEST_CURRENT_TEST", None)
+            return comparable(_run_plain(plain, kernel, env, allow_errors=allow_errors), plain)
+
+    fill(plain)
+    fill(ours)
     # ipykernel leaves descriptors 1 and 2 alone where it sees this variable.
     with mock.patch.dict(os.environ):
         os.environ.pop("PYTEST_CURRENT_TEST", None)
         node = _run_plain(plain, kernel, env, allow_errors=allow_errors)
         options = ("--kernel", kernel, "--cell-timeout", "60s", *(("--allow-errors",) if allow_errors else ()))
         outcome = run_notebook(ours / "notebook.ipynb", *options, env=env, cwd=ours)
-    return Pair(plain=comparable(node, plain), ours=comparable(outcome.notebook, ours), outcome=outcome)
+    return Pair(plain=comparable(node, plain), ours=comparable(outcome.notebook, ours), outcome=outcome, again=again)
 
 
 def _run_plain(work: Path, kernel: str, env: Mapping[str, str] | None, *, allow_errors: bool) -> Any:
@@ -161,10 +178,23 @@ def assert_same(pair: Pair, *, status: str = "passed") -> None:
     """Outputs, counts, sources, ids, metadata: all the same."""
     assert pair.outcome.verdict["status"] == status, pair.outcome.stdout + pair.outcome.stderr
     assert len(pair.ours.cells) == len(pair.plain.cells)
-    for plain, ours in zip(pair.plain.cells, pair.ours.cells, strict=True):
-        assert in_order(ours) == in_order(plain), f"in the cell\n{plain.source}"
-    assert dict(pair.ours.metadata) == dict(pair.plain.metadata)
-    assert (pair.ours.nbformat, pair.ours.nbformat_minor) == (pair.plain.nbformat, pair.plain.nbformat_minor)
+    plain = pair.plain
+    for _ in range(MORE_RUNS):
+        if difference(plain, pair.ours) is None:
+            break
+        plain = pair.again()
+    assert difference(plain, pair.ours) is None, difference(pair.plain, pair.ours)
+
+
+def difference(plain: Any, ours: Any) -> str | None:
+    """Where the two differ first."""
+    for cell, own in zip(plain.cells, ours.cells, strict=True):
+        if in_order(own) != in_order(cell):
+            return f"in the cell\n{cell.source}\nnbclient\n{in_order(cell)}\nsafe-exec\n{in_order(own)}"
+    if dict(ours.metadata) != dict(plain.metadata):
+        return f"in the metadata: nbclient {plain.metadata}, safe-exec {ours.metadata}"
+    versions = (plain.nbformat, plain.nbformat_minor), (ours.nbformat, ours.nbformat_minor)
+    return None if versions[0] == versions[1] else f"in the format: {versions}"
 
 
 def in_order(cell: Any) -> dict[str, Any]:

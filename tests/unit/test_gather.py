@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.gather import line_in_traceback
+from safe_exec.gather import body_of_endless_loop, line_in_traceback
 
 SEVEN = """\
 \x1b[0;31m---------------------------------------------------------------------------\x1b[0m
@@ -158,3 +158,21 @@ def test_the_line_of_the_cell(text: str, count: int | None, line: int | None) ->
 
 def test_no_traceback_no_line() -> None:
     assert line_in_traceback([], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "body"),
+    [
+        ("x = 1\nwhile True:\n    x += 1", 2, 3),
+        ("while 1:\n\n    x += 1; y += 1", 1, 3),
+        ("while True:\n    x += 1", 2, None),  # it is there already
+        ("while True: x += 1", 1, None),
+        ("while x():\n    pass", 1, None),  # the condition may be what runs
+        ("while True:\n    a()\n    b()", 1, None),  # which of both is not known
+        ("while True:\n    a(1,\n      2)", 1, None),
+        ("for x in y:\n    pass", 1, None),  # the iterator may be what runs
+        ("%magic\nwhile True:\n    x += 1", 2, None),
+    ],
+)
+def test_an_endless_loop_is_in_its_body(source: str, line: int, body: int | None) -> None:
+    assert body_of_endless_loop(source, line) == body
