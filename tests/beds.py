@@ -96,6 +96,11 @@ def _bubblewrap() -> str:
     return _machine().bubblewrap_why_not
 
 
+def _runexec() -> str:
+    """BenchExec's runexec can make and read control groups here. It writes the program's output to a file."""
+    return _tried([str(EXECUTABLE.with_name("runexec")), "--no-container", "--output", os.devnull, "--", "true"])
+
+
 def _landlock() -> str:
     return "" if landlock.abi() >= LANDLOCK else f"the version here is {landlock.abi()}, tests need {LANDLOCK}"
 
@@ -124,6 +129,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "systemd-user": _systemd_user,
     "bubblewrap": _bubblewrap,
     "landlock": _landlock,
+    "runexec": _runexec,
     "bash": _kernel("bash", "bash"),
 }
 """Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
