@@ -19,10 +19,11 @@ from safe_exec import isolation, notebook, profiles
 from safe_exec.errors import LimitsError, OutputPathError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import check_writable
-from safe_exec.model import Isolation, Limits
+from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.sandbox.bubblewrap import is_needed
-from safe_exec.sandbox.build import parse_mechanisms, parse_required
+from safe_exec.sandbox.build import Required, parse_mechanisms, parse_required
 from safe_exec.sandbox.machine import Machine, detect, look_for_walls
+from safe_exec.sandbox.walls import put_up
 
 DEFAULT_KERNEL = "python3"
 
@@ -76,7 +77,7 @@ class Prepared:
     node: Any
     resolved: profiles.Resolved
     machine: Machine
-    required: tuple[Any, ...]
+    required: tuple[LimitName | Wall, ...]
     output: Path
     verdict: Path
     repro: Path
@@ -100,7 +101,9 @@ def prepare(job: Job) -> Prepared:
     if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
         machine = look_for_walls(machine)
     warnings = _check_cells(resolved, node, job.path)
-    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings))
+    required = _required(job, resolved, machine)
+    asked = resolved.isolation if required.isolation is None else replace(resolved.isolation, required=required.isolation)
+    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=asked)
     paths = notebook.default_outputs(job.path)
     output, verdict, repro = job.output or paths.out, job.verdict or paths.verdict, job.repro or paths.repro
     refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro})
@@ -115,7 +118,7 @@ def prepare(job: Job) -> Prepared:
         node=node,
         resolved=resolved,
         machine=machine,
-        required=_required(job, resolved.limits),
+        required=required.names,
         output=output,
         verdict=verdict,
         repro=repro,
@@ -170,17 +173,24 @@ def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> tuple[st
     return tuple(warnings)
 
 
-def _required(job: Job, limits: Limits) -> tuple[Any, ...]:
+def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Required:
+    """What must hold for anything to be run. Raises LimitsError for what is not even asked for."""
     if job.require is None:
-        return ()
+        return Required()
     try:
-        names = parse_required(job.require, limits)
+        required = parse_required(job.require, resolved.limits)
     except ValueError as error:
         raise LimitsError(f"--require: {error}") from error
-    for name in names:
-        if limits.of(name) is None:
+    asked = put_up(resolved.isolation, resolved.limits, machine).walls
+    for name in required.names:
+        if isinstance(name, Wall):
+            if name not in asked:
+                raise LimitsError(f"--require {name}: no such wall is asked for; choose a profile with it (--limits)")
+        elif resolved.limits.of(name) is None:
             raise LimitsError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
-    return names
+    if required.isolation and not asked:
+        raise LimitsError("--require walls: no wall is asked for; choose a profile with some (--limits)")
+    return required
 
 
 def command_line() -> tuple[str, ...]:

@@ -205,6 +205,7 @@ class Isolation:
     written but the folder, ``writable``, and a /tmp, /dev/shm and home of its own. ``network``: other hosts; loopback always stays.
     ``own_processes``: process, ipc and host names of its own. ``listed_environment``: of the environment only what is known to be
     harmless, and ``env``. ``other_user``: as a user that owns nothing, where we are root. ``devices`` are paths below /dev.
+    ``required``: where one of these walls does not stand nothing is run.
     """
 
     hide_home: bool = False
@@ -216,6 +217,7 @@ class Isolation:
     listed_environment: bool = False
     system_calls: SystemCalls = SystemCalls.ALL
     other_user: bool = False
+    required: bool = False
     env: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()

@@ -69,10 +69,12 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
 
 
 async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()) -> Verdict:
-    """The search alone, after a run of before; its documents are written anew."""
+    """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
     from safe_exec.searching import Keeping, search
     from safe_exec.trial import Cancellation
 
+    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+    require(plan, prepared.required)
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
     with signals(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared, of=verdict.run_id) as keeping:
@@ -80,7 +82,6 @@ async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSin
         emit(_run_started(prepared))
         keeping.begin()
         await keeping.done()
-        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id)
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
         bare = replace(verdict, culprits=None, warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)))
         found = await search(prepared, bare, request, keeping)

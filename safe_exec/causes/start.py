@@ -38,7 +38,7 @@ def internal(context: Context) -> Cause | None:
         if not held.hard and f"--require {name.value}:" in ending.message
     )
     if ending.refused:
-        advice = "Nothing was run. Run it without --require, or mend the machine as `safe-exec doctor` says."
+        advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
     advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
     return make(context, CauseKind.UNKNOWN, ending.message or "safe-exec failed", Confidence.GUESS, facts, advice)

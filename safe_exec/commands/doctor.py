@@ -17,10 +17,10 @@ from safe_exec.model import FolderUse, Isolation, LimitName, Limits, Mechanism, 
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.build import CHOOSABLE, build_plan, parse_mechanisms
 from safe_exec.sandbox.machine import Machine, detect, look_for_walls
-from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan
+from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan, weak_walls
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
-from safe_exec.sandbox.wall_remedies import WallRemedy, advise_walls, weak_walls
+from safe_exec.sandbox.wall_remedies import WallRemedy, advise_walls
 
 EVERY_LIMIT = Limits(
     memory=2**30,

@@ -73,7 +73,11 @@ WALL_OPTIONS = (
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
-@click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
+@click.option(
+    "--require",
+    metavar="LIMIT,...",
+    help="Refuse to run unless the system's kernel holds these limits and walls (or: all, walls, none).",
+)
 @click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
 @click.option(
     "--bisect",

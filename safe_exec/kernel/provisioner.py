@@ -28,7 +28,7 @@ from safe_exec.model import LimitName, Limits, TerminationReason
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
-from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.plan import SpawnPlan, require_walls
 from safe_exec.sandbox.watchdog import Watchdog
 
 log = logging.getLogger("safe_exec")
@@ -172,6 +172,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             return None
         from safe_exec.kernel.enclosure import Birth, enclose
 
+        require_walls(self.plan)  # whoever made the plan: nothing starts without a wall that must stand
         if self.sandbox.directory is None:
             raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
         return enclose(Birth(plan=self.plan, argv=argv, env=env, cwd=Path(cwd), runtime=self.sandbox.directory))

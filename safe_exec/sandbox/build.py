@@ -5,11 +5,11 @@ May import the mechanisms, plan, machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from safe_exec.errors import UsageError
-from safe_exec.model import Isolation, LimitName, Limits, Mechanism
+from safe_exec.model import Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, walls, watchdog
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
@@ -62,16 +62,34 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
     return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
-def parse_required(text: str, limits: Limits) -> tuple[LimitName, ...]:
-    """``--require memory,processes`` or ``all`` (those of REQUIRE_ALL for which a limit is set).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Required:
+    """What ``--require`` names. ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has it."""
+
+    names: tuple[LimitName | Wall, ...] = ()
+    isolation: bool | None = None
+
+
+EVERY_LIMIT, EVERY_WALL, NOTHING = "all", "walls", "none"
+REQUIRABLE: Mapping[str, LimitName | Wall] = {
+    **{wall.value: wall for wall in Wall if wall is not Wall.PROCESSES},
+    "own_processes": Wall.PROCESSES,  # there is a limit of that name
+    **{name.value: name for name in LimitName},
+}
+
+
+def parse_required(text: str, limits: Limits) -> Required:
+    """``--require memory,network``: names of limits and walls; ``all`` (those of REQUIRE_ALL for which a limit is set), ``walls``, or ``none``.
 
     Raises ValueError with the names that there are.
     """
-    if text.strip() == "all":
-        return tuple(name for name in REQUIRE_ALL if limits.of(name) is not None)
-    names = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
-    known = {name.value for name in LimitName}
-    wrong = [name for name in names if name not in known]
-    if wrong or not names:
-        raise ValueError(f"{', '.join(wrong) or 'nothing'} is no limit; there are all, {', '.join(sorted(known))}")
-    return tuple(LimitName(name) for name in names)
+    words = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
+    if words == [NOTHING]:
+        return Required(isolation=False)
+    wrong = [word for word in words if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
+    if wrong or not words:
+        known = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
+        raise ValueError(f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {known}")
+    every = [name for name in REQUIRE_ALL if limits.of(name) is not None] if EVERY_LIMIT in words else []
+    names = (*every, *(REQUIRABLE[word] for word in words if word in REQUIRABLE))
+    return Required(names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in words else None)

@@ -162,13 +162,30 @@ def _held_for_the_tree(held: Enforcement, name: LimitName) -> bool:
     return held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD) and name is not LimitName.CPU_TIME
 
 
-def require(plan: SpawnPlan, names: Sequence[LimitName]) -> None:
-    """Refuse a plan that holds a required limit by less than the operating system's kernel.
+def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
+    """The walls that the system does not hold here. That only root can become somebody else is no weakness."""
+    return tuple(wall for wall, held in walls.items() if not held.hard and wall is not Wall.USER)
+
+
+def require_walls(plan: SpawnPlan) -> None:
+    """Refuse a plan whose isolation is required and in which a wall does not stand. Raises EnforcementError, naming them."""
+    weak = weak_walls(plan.walls) if plan.isolation.required else ()
+    if weak:
+        names = ", ".join(wall.value.replace("_", " ") for wall in weak)
+        why = plan.walls[weak[-1]].note.rpartition("; ")[2]
+        raise EnforcementError(
+            f"walls are required that do not stand here: {names} ({why}); `safe-exec doctor` says how to mend it, --require none runs all the same"
+        )
+
+
+def require(plan: SpawnPlan, names: Sequence[LimitName | Wall]) -> None:
+    """Refuse a plan that holds a required limit or wall by less than the operating system's kernel.
 
     Raises EnforcementError, naming the limit, what would hold it, and where to look further.
     """
+    require_walls(plan)
     for name in names:
-        held = plan.enforcement[name]
+        held = plan.walls[name] if isinstance(name, Wall) else plan.enforcement[name]
         if not held.hard:
             by = "nothing" if held.by is Mechanism.NONE else f"the {held.by} alone"
             raise EnforcementError(

@@ -41,11 +41,6 @@ class WallRemedy:
         return (*(wall.value for wall in self.walls), *(name.value for name in self.limits))
 
 
-def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
-    """The walls that the system does not hold here. That only root can become somebody else is no weakness."""
-    return tuple(wall for wall, held in walls.items() if not held.hard and wall is not Wall.USER)
-
-
 def advise_walls(
     machine: Machine,
     around: Surroundings,

@@ -22,10 +22,10 @@ from safe_exec.reports.terminal import Style
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.build import CHOOSABLE, build_plan
 from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, look_for_walls
-from safe_exec.sandbox.plan import REQUIRE_ALL
+from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
-from safe_exec.sandbox.wall_remedies import advise_walls, weak_walls
+from safe_exec.sandbox.wall_remedies import advise_walls
 from tests.support import make_notebook
 
 G = 2**30

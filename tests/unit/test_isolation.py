@@ -53,6 +53,7 @@ isolation:
   listed_environment: true
   system_calls: kill
   other_user: true
+  required: true
   env: [TOKEN, HOME]
   writable: [/srv/out, ~/out]
   hide: [/srv/data]
@@ -72,6 +73,7 @@ def test_every_key_can_be_written() -> None:
         listed_environment=True,
         system_calls=SystemCalls.KILL,
         other_user=True,
+        required=True,
         env=("TOKEN", "HOME"),
         writable=("/srv/out", "~/out"),
         hide=("/srv/data",),

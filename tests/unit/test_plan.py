@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from safe_exec.errors import EnforcementError
 from safe_exec.model import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.sandbox import rlimits, watchdog
-from safe_exec.sandbox.build import build_plan, parse_required
+from safe_exec.sandbox.build import Required, build_plan, parse_required
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, RUNNER_LIMITS, CgroupWork, Offer, SpawnPlan, fold, require
 
@@ -209,7 +210,7 @@ def test_work_is_put_together_in_order() -> None:
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
 def test_control_groups_satisfy_all_that_can_be_required(machine: Machine) -> None:
-    require(build_plan(LIMITS, machine, "id"), parse_required("all", LIMITS))
+    require(build_plan(LIMITS, machine, "id"), parse_required("all", LIMITS).names)
 
 
 @pytest.mark.parametrize(
@@ -230,23 +231,59 @@ def test_less_than_the_systems_kernel_is_refused(machine: Machine, name: LimitNa
 
 
 @pytest.mark.parametrize(
-    ("text", "names"),
+    ("text", "required"),
     [
-        ("memory", (L.MEMORY,)),
-        ("memory,processes", (L.MEMORY, L.PROCESSES)),
-        (" open-files , cpus,", (L.OPEN_FILES, L.CPUS)),
-        ("all", REQUIRE_ALL),
+        ("memory", Required(names=(L.MEMORY,))),
+        ("memory,processes", Required(names=(L.MEMORY, L.PROCESSES))),
+        (" open-files , cpus,", Required(names=(L.OPEN_FILES, L.CPUS))),
+        ("all", Required(names=REQUIRE_ALL)),
+        ("all,memory", Required(names=REQUIRE_ALL)),
+        ("network, own-processes", Required(names=(Wall.NETWORK, Wall.PROCESSES))),
+        ("walls", Required(isolation=True)),
+        ("memory,walls", Required(names=(L.MEMORY,), isolation=True)),
+        ("none", Required(isolation=False)),
     ],
 )
-def test_names_that_are_required(text: str, names: tuple[LimitName, ...]) -> None:
-    assert parse_required(text, LIMITS) == names
+def test_names_that_are_required(text: str, required: Required) -> None:
+    found = parse_required(text, LIMITS)
+    assert found == required
+    assert list(map(type, found.names)) == list(map(type, required.names)), "a limit and a wall have one name"
 
 
 def test_all_means_what_is_set() -> None:
-    assert parse_required("all", Limits(memory=5)) == (L.MEMORY,)
+    assert parse_required("all", Limits(memory=5)).names == (L.MEMORY,)
 
 
-@pytest.mark.parametrize("text", ["", " , ", "memroy", "memory,all", "Memory"])
+@pytest.mark.parametrize("text", ["", " , ", "memroy", "memory,none", "Memory"])
 def test_names_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="memory"):
         parse_required(text, LIMITS)
+
+
+# --- required walls ---------------------------------------------------------------------------------------------
+
+WALLED = Isolation(hide_home=True, network=False, own_processes=True, other_user=True)
+LANDLOCKED = Machine(uid=1000, bubblewrap_why_not="not permitted", landlock=7)
+
+
+@pytest.mark.parametrize(
+    ("machine", "weak"),
+    [(WALLS, ()), (LANDLOCKED, ("network", "processes")), (USER_BARE, ("home", "network", "processes"))],
+)
+def test_walls_that_are_required_must_stand(machine: Machine, weak: tuple[str, ...]) -> None:
+    plan = build_plan(LIMITS, machine, "id", replace(WALLED, required=True))
+    if not weak:
+        require(plan, [])
+        return
+    with pytest.raises(EnforcementError) as caught:
+        require(plan, [])
+    assert f"do not stand here: {', '.join(weak)} (no bubblewrap: {machine.bubblewrap_why_not})" in str(caught.value)
+    require(build_plan(LIMITS, machine, "id", WALLED), [])
+
+
+def test_a_wall_that_is_held_as_well_by_something_else_will_do() -> None:
+    plan = build_plan(LIMITS, LANDLOCKED, "id", WALLED)
+    require(plan, [Wall.HOME])
+    for wall, words in ((Wall.NETWORK, "landlock alone"), (Wall.PROCESSES, "nothing")):
+        with pytest.raises(EnforcementError, match=words):
+            require(plan, [wall])

@@ -110,7 +110,7 @@ def test_what_the_profiles_wall_off() -> None:
     assert found["ci"].isolation == ci
     strict = replace(ci, folder=FolderUse.COPY, write_back=False, network=False)
     assert found["strict"].isolation == strict
-    assert found["untrusted"].isolation == replace(strict, other_user=True)
+    assert found["untrusted"].isolation == replace(strict, other_user=True, required=True)
     assert found["untrusted"].limits == found["strict"].limits
     assert (found["untrusted"].firm, found["untrusted"].loosenable) == (True, False)
 
