@@ -511,6 +511,39 @@ class Inside:
             while self.page.fd_bytes[index][1] < target and time.monotonic() < deadline:
                 time.sleep(0.0005)
 
+    # --- what nobody needs here -----------------------------------------------------------------------------------
+
+    def fit_debugger(self):
+        """Leave ipykernel's debugger out: its import takes longer than all others together, and nobody is there to use it.
+
+        ``%debug`` and ``breakpoint()`` do not come from it, and ``import debugpy`` in a cell works as ever.
+        """
+        if not self.config.get("headless") or "debugpy" in sys.modules:
+            return
+        sys.modules["debugpy"] = None  # an import of it fails while this stands
+        try:
+            import ipykernel.debugger  # noqa: F401
+        except ImportError:  # before version 6 there was none
+            pass
+        finally:
+            del sys.modules["debugpy"]
+
+    def fit_shutdown(self):
+        """Do not import psutil and read all of /proc at the end only to learn that there are no children."""
+        from ipykernel.kernelbase import Kernel
+
+        process_children = Kernel._process_children
+
+        @functools.wraps(process_children)
+        def process_children_if_any(kernel):
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return []
+            return process_children(kernel)
+
+        Kernel._process_children = process_children_if_any
+
     # --- samples ------------------------------------------------------------------------------------------------
 
     def sample_forever(self):
@@ -566,7 +599,8 @@ class Inside:
         self.arm()
         self.watch()
         missing = {}
-        for part in (self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors):
+        parts = (self.fit_debugger, self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors, self.fit_shutdown)
+        for part in parts:
             try:
                 part()
             except Exception as error:

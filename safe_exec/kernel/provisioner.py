@@ -181,7 +181,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         # Where other tools run the kernel nobody would mark what is missing: then nothing is held back.
         cap = self.limits.cell_output if self.on_limit is not None else None
         cut = None if cap is None else cap + MESSAGE_SLACK
-        return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK}
+        return {
+            "cut": cut,
+            "message": None if cut is None else cut + MESSAGE_SLACK,
+            "headless": self.on_limit is not None,  # elsewhere somebody may want to debug
+        }
 
     def _start_watchdog(self) -> None:
         assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
