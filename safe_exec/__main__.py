@@ -7,6 +7,10 @@ import sys
 
 def main() -> None:
     """Run the command line; exits with its code."""
+    if sys.argv[1:2] == ["run"] and not {"-h", "--help"} & set(sys.argv):
+        from safe_exec import early
+
+        early.begin()
     from safe_exec.commands import cli
 
     sys.exit(cli.call(sys.argv[1:]))

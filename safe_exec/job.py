@@ -5,25 +5,31 @@ With an error from here nothing has been written: exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_exec import isolation, notebook, profiles
-from safe_exec.errors import LimitsError, OutputPathError, UsageError
+from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import check_writable
 from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.sandbox.bubblewrap import is_needed
-from safe_exec.sandbox.build import Required, parse_mechanisms, parse_required
+from safe_exec.sandbox.build import Required, build_plan, parse_mechanisms, parse_required
 from safe_exec.sandbox.machine import Machine, detect, look_for_walls
+from safe_exec.sandbox.plan import require
 from safe_exec.sandbox.walls import put_up
+
+if TYPE_CHECKING:
+    from safe_exec.early import Early
 
 DEFAULT_KERNEL = "python3"
 
@@ -86,21 +92,25 @@ class Prepared:
     run_id: str
     started: float
     started_at: datetime
+    early: Early | None = None
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job, early: Early | None = None) -> Prepared:
     """Read and check all input and every output path.
 
+    In the sandbox of ``early`` the kernel is started as soon as its limits are known, while the notebook is read whole and checked.
     Raises UsageError and its kinds: with them nothing has been written.
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
-    read = notebook.read(job.path)
+    source = notebook.Source.of(job.path)
+    scan = source.scan()
+    whole = source.notebook() if scan is None else None
     machine = detect(parse_mechanisms(job.mechanisms))
-    node = notebook.strip_annotations(read.node)
-    resolved = _resolve(job, node, machine)
+    metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
+    resolved = _resolve(job, metadata, machine)
     if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
         machine = look_for_walls(machine)
-    warnings = _check_cells(resolved, node, job.path)
+    warnings = _check_cells(resolved, cells, job.path)
     required = _required(job, resolved, machine)
     asked = resolved.isolation if required.isolation is None else replace(resolved.isolation, required=required.isolation)
     resolved = replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=asked)
@@ -112,10 +122,19 @@ def prepare(job: Job) -> Prepared:
     cwd = job.cwd or job.path.absolute().parent
     if not cwd.is_dir():
         raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
+    if early is not None and scan is not None:
+        kernel_name = job.kernel or scan.kernel_name or DEFAULT_KERNEL
+        env = dict(job.env if job.env is not None else os.environ)
+        plan = build_plan(resolved.limits, machine, early.run_id, resolved.isolation)
+        limits = replace(resolved.limits, cell_output=largest_output(resolved, cells))
+        with contextlib.suppress(EnforcementError):  # a run that is refused says so in its verdict
+            require(plan, required.names)
+            early.launch(kernel_name, plan=plan, limits=limits, cwd=cwd, env=env)
+    read = whole or source.notebook()
     return Prepared(
         job=job,
         notebook=read,
-        node=node,
+        node=notebook.strip_annotations(read.node),
         resolved=resolved,
         machine=machine,
         required=required.names,
@@ -124,10 +143,28 @@ def prepare(job: Job) -> Prepared:
         repro=repro,
         cwd=cwd,
         kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
-        run_id=secrets.token_hex(6),
+        run_id=early.run_id if early is not None else secrets.token_hex(6),
         started=started,
         started_at=started_at,
+        early=early,
     )
+
+
+def _of_node(read: notebook.Notebook | None) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+    assert read is not None
+    node = notebook.strip_annotations(read.node)
+    return node.metadata, tuple(node.cells)
+
+
+def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]]) -> int | None:
+    """The most that any cell may put out, in bytes: cells may have caps of their own."""
+    caps = [
+        profiles.cell_limits(resolved, cell["metadata"], where="cell")[0].cell_output
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    known = [cap for cap in caps if cap is not None]
+    return max(known) if known and len(known) == len(caps) else None
 
 
 def refuse_same(paths: Mapping[str, Path]) -> None:
@@ -140,7 +177,7 @@ def refuse_same(paths: Mapping[str, Path]) -> None:
         seen[real] = name
 
 
-def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
+def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
         given = profiles.parse_overrides(job.options, where="--", machine_memory=machine.memory_total)
         return profiles.Resolved(
@@ -157,7 +194,7 @@ def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
     return profiles.resolve(
         chosen=job.limits,
         project=project,
-        metadata=node.metadata,
+        metadata=metadata,
         options=job.options,
         machine_memory=machine.memory_total,
         notebook=str(job.path),
@@ -165,11 +202,11 @@ def _resolve(job: Job, node: Any, machine: Machine) -> profiles.Resolved:
     )
 
 
-def _check_cells(resolved: profiles.Resolved, node: Any, path: Path) -> tuple[str, ...]:
+def _check_cells(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
     """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
     warnings: list[str] = []
-    for index, cell in enumerate(node.cells):
-        warnings += profiles.cell_limits(resolved, cell.metadata, where=f"{path}, cell {index}")[1]
+    for index, cell in enumerate(cells):
+        warnings += profiles.cell_limits(resolved, cell["metadata"], where=f"{path}, cell {index}")[1]
     return tuple(warnings)
 
 

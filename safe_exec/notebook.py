@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
@@ -31,6 +31,8 @@ __all__ = [
     "CodeCell",
     "Notebook",
     "OutputPaths",
+    "Scan",
+    "Source",
     "check_writable",
     "code_cells",
     "default_outputs",
@@ -92,6 +94,15 @@ class OutputPaths(NamedTuple):
     repro: Path
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scan:
+    """What the metadata of a notebook says, before anybody has checked the notebook as a whole. ``cells`` are without our banners."""
+
+    metadata: Mapping[str, Any]
+    cells: tuple[Mapping[str, Any], ...]
+    kernel_name: str | None
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
@@ -100,17 +111,54 @@ def read(path: Path | str) -> Notebook:
 
     Cells of nbformat 4.5 and later without an id get one that depends on the file alone.
     """
-    path = Path(path)
-    data = read_regular(path, most=_MOST_BYTES, error=NotebookError)
-    document = _parse(data, path)
-    version = _version(document, path)
-    if _SURROGATE_ESCAPE.search(data):
-        document = mapped(document, joined)
-    node = _current(document, path) if version[0] == _FORMAT else _upgraded(document, version, path)
-    sha256 = hashlib.sha256(data).hexdigest()
-    _give_ids(node, sha256)
-    kernel, language = _kernel_of(node.metadata)
-    return Notebook(path=path, node=node, sha256=sha256, kernel_name=kernel, language=language, original_format=version)
+    return Source.of(Path(path)).notebook()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A file that holds JSON and says that it is a notebook."""
+
+    path: Path
+    data: bytes
+    document: Any
+    version: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Read it, once. Raises NotebookError."""
+        data = read_regular(path, most=_MOST_BYTES, error=NotebookError)
+        document = _parse(data, path)
+        version = _version(document, path)
+        if _SURROGATE_ESCAPE.search(data):
+            document = mapped(document, joined)
+        return cls(path=path, data=data, document=document, version=version)
+
+    def scan(self) -> Scan | None:
+        """Its metadata, where it is of the current format and everything is as it should be on the way there."""
+        metadata, cells = self.document.get("metadata"), self.document.get("cells")
+        if self.version[0] != _FORMAT or not isinstance(metadata, dict) or not isinstance(cells, list):
+            return None
+        if not all(_has_metadata(cell) for cell in cells):
+            return None
+        metadata = copy.deepcopy(metadata)
+        _drop_result(metadata)
+        own = tuple(cell for cell in cells if not is_banner(cell))
+        return Scan(metadata=metadata, cells=own, kernel_name=_kernel_of(metadata)[0])
+
+    def notebook(self) -> Notebook:
+        """The notebook, checked; uses the document up. Raises NotebookError."""
+        current = self.version[0] == _FORMAT
+        node = _current(self.document, self.path) if current else _upgraded(self.document, self.version, self.path)
+        sha256 = hashlib.sha256(self.data).hexdigest()
+        _give_ids(node, sha256)
+        kernel, language = _kernel_of(node.metadata)
+        return Notebook(
+            path=self.path, node=node, sha256=sha256, kernel_name=kernel, language=language, original_format=self.version
+        )
+
+
+def _has_metadata(cell: Any) -> bool:
+    return isinstance(cell, dict) and isinstance(cell.get("metadata"), dict) and isinstance(cell.get("cell_type"), str)
 
 
 def _parse(data: bytes, path: Path) -> Any:

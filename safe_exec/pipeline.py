@@ -18,7 +18,7 @@ from safe_exec import events, notebook, profiles
 from safe_exec.errors import EnforcementError, SafeExecError
 from safe_exec.events import Event, EventSink
 from safe_exec.files import HeldFolder, HeldSpace, one_line
-from safe_exec.job import Bisect, Prepared
+from safe_exec.job import Bisect, Prepared, largest_output
 from safe_exec.model import Evidence, InternalError, Verdict
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.build import build_plan
@@ -102,7 +102,12 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancella
     from safe_exec.ledger import Ledger
     from safe_exec.trial import TrialResult, run_trial
 
-    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+    early = prepared.early
+    plan = early.plan if early is not None else None
+    if early is None or plan is None:
+        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+    else:
+        early.sandbox.entrust(keeping.directories)
     plan = replace(plan, orphans=keeping.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     try:
@@ -121,8 +126,20 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancella
         )
         return First(request=request, result=result, plan=plan)
     keeping.begin()
-    result = await run_trial(replace(request, before_cells=keeping.done))
+    warming = asyncio.create_task(_warm_up())
+    result = await run_trial(replace(request, before_cells=keeping.done, early=early))
+    await warming
     return First(request=request, result=result, plan=plan)
+
+
+async def _warm_up() -> None:
+    """Do what would be done later anyway while there is nothing to do but wait for the kernel."""
+    from nbformat import v4
+
+    from safe_exec import conclude  # noqa: F401
+    from safe_exec.reports import annotated  # noqa: F401
+
+    v4.new_output("stream", text="")  # reads and compiles the schema of notebooks: 30 ms
 
 
 def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink) -> TrialRequest:
@@ -138,24 +155,13 @@ def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Ca
         machine=prepared.machine,
         plan=plan,
         cell_limits=lambda cell: profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0],
-        largest_output=_largest_output(prepared),
+        largest_output=largest_output(prepared.resolved, prepared.node.cells),
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,
         started=prepared.started,
         cancellation=cancellation,
     )
-
-
-def _largest_output(prepared: Prepared) -> int | None:
-    """The most that any cell may put out, in bytes: cells may have caps of their own."""
-    caps = [
-        profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0].cell_output
-        for cell in prepared.node.cells
-        if cell.cell_type == "code"
-    ]
-    known = [cap for cap in caps if cap is not None]
-    return max(known) if known and len(known) == len(caps) else None
 
 
 def _allow_errors(prepared: Prepared) -> bool:

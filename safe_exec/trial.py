@@ -47,6 +47,7 @@ from safe_exec.sandbox.meter import Reading
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
+    from safe_exec.early import Early
     from safe_exec.kernel.client import TrialClient
 
 SAMPLE_SECONDS = 0.1
@@ -86,7 +87,8 @@ class TrialRequest:
     """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
 
     ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
-    kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do.
+    kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do. ``early`` is the
+    sandbox that was opened ahead.
     """
 
     run_id: str
@@ -106,6 +108,7 @@ class TrialRequest:
     cancellation: Cancellation = field(default_factory=Cancellation)
     before_cells: Callable[[], Awaitable[None]] | None = None
     hasty: bool = False
+    early: Early | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -415,8 +418,10 @@ class Trial:
         self.sink(events.SandboxBuilt(time=self.now(), enforcement=request.plan.enforcement))
         begun = time.monotonic()
         try:
-            self.session.open_sandbox()
-            await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env)
+            early = request.early
+            self.session.open_sandbox(early.sandbox if early else None)
+            launched = early.outcome() if early else None
+            await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env, launched=launched)
             self.sink(events.KernelStarted(time=self.now(), pid=self.session.pid or 0))
             info = await self._connect()
         except KernelStartError as error:

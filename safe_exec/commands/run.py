@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from safe_exec import early
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
@@ -99,12 +100,12 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
     hosts: a search runs cells again. Ctrl-C then keeps the best so far.
     """
-    job = _job(notebook, out, options)
-    # One look and all input is checked: from here on whatever happens ends in a verdict.
-    prepared = prepare(job)
-    if events is not None:
-        refuse_same({"the notebook": notebook, "-o": prepared.output, "--verdict": prepared.verdict, "--events": events})
-    verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
+    with early.take() as ahead:
+        # One look and all input is checked: from here on whatever happens ends in a verdict.
+        prepared = prepare(_job(notebook, out, options), ahead)
+        if events is not None:
+            refuse_same({"the notebook": notebook, "-o": prepared.output, "--verdict": prepared.verdict, "--events": events})
+        verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
 

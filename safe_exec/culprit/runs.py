@@ -16,7 +16,7 @@ from typing import Any
 from safe_exec.culprit import failure as failures
 from safe_exec.culprit.folder import Views
 from safe_exec.events import EventSink
-from safe_exec.kernel.provisioner import runtime_directory
+from safe_exec.kernel.launch import runtime_directory
 from safe_exec.model import Cancelled, InternalError, LimitName, Limits, TimedOut
 from safe_exec.sandbox.build import build_plan
 from safe_exec.trial import TrialRequest, TrialResult, run_trial

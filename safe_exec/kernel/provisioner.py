@@ -8,80 +8,24 @@ that configuration and from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
 import signal
-import socket
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerBase
 
-from safe_exec.errors import SafeExecError, SandboxError
-from safe_exec.kernel import inside
-from safe_exec.kernel.environment import listed_environment
-from safe_exec.kernel.page import Page
+from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
 from safe_exec.model import LimitName, Limits, TerminationReason
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
-from safe_exec.sandbox.plan import SpawnPlan, require_walls
+from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.watchdog import Watchdog
 
 log = logging.getLogger("safe_exec")
-
-DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
-"""ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
-
-MODULES = ("ipykernel_launcher", "ipykernel")
-MESSAGE_SLACK = 1 << 20
-LONGEST_BASE = 60
-
-
-class Channels:
-    """The page and the facts socket of one kernel, ours and theirs."""
-
-    def __init__(self) -> None:
-        self.page = Page()
-        self.facts, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.facts.setblocking(False)
-
-    @property
-    def pass_fds(self) -> dict[str, int]:
-        """What the kernel gets, by the name that stands in its command."""
-        return {"page": self.page.fd, "facts": self._theirs.fileno()}
-
-    def handed_over(self) -> None:
-        """Close the kernel's end here, so that its end is seen."""
-        self._theirs.close()
-
-    def close(self) -> None:
-        """Close all."""
-        self._theirs.close()
-        self.facts.close()
-        self.page.close()
-
-
-def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
-    """The kernel's command with ``inside.py`` in front, ``None`` for a command that is not ipykernel's.
-
-    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] inside.py PAGE FACTS FAULT CONFIG -m ...``.
-    """
-    if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
-        return None
-    at = list(cmd).index("-m")
-    if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
-        return None
-    ours = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
-    return [*cmd[:at], *ours, *cmd[at:]]
-
-
-def speaks_ipc(cmd: Sequence[str]) -> bool:
-    """Whether a kernel is known to name its ipc sockets as jupyter_client does; others get TCP on loopback."""
-    return "-m" in cmd and any(part in MODULES for part in cmd)
 
 
 class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
@@ -136,56 +80,18 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Have the keeper start the kernel inside its limits."""
         assert self.sandbox is not None and self.plan is not None
-        self.channels = Channels()
-        wrapped = wrap_command(cmd, self._inside_config())
-        self.fitted = wrapped is not None
-        env = {k: v for k, v in kwargs.get("env", os.environ).items() if k not in DROPPED_VARIABLES}
-        cwd = str(kwargs.get("cwd") or os.getcwd())
-        argv = wrapped or cmd
-        if self.plan.isolation.listed_environment:
-            env = listed_environment(env, self.plan.isolation.env)
-        if self.plan.landlock and self.plan.isolation.hide_home and self.sandbox.directory is not None:
-            # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
-            env["HOME"] = str(self.sandbox.directory / "home")
-            os.mkdir(env["HOME"], 0o700)
-        try:
-            self.sandbox.spawn(
-                self.plan,
-                argv=argv,
-                env=env,
-                cwd=cwd,
-                walls=self._walls(argv, env, cwd),
-                pass_fds=self.channels.pass_fds if wrapped else {},
-                dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
-            )
-        except SafeExecError:
-            self.channels.close()
-            raise
-        self.channels.handed_over()
+        env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
+        headless = self.on_limit is not None
+        config = inside_config(self.limits, headless=headless)
+        self.channels, self.fitted = spawn(self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config)
         self._start_watchdog()
         return self.connection_info
 
-    def _walls(self, argv: Sequence[str], env: Mapping[str, str], cwd: str) -> Mapping[str, object] | None:
-        """What walls the kernel off, for the keeper; most runs have no walls."""
-        assert self.plan is not None and self.sandbox is not None
-        if not self.plan.walls and not self.plan.enclosed:
-            return None
-        from safe_exec.kernel.enclosure import Birth, enclose
-
-        require_walls(self.plan)  # whoever made the plan: nothing starts without a wall that must stand
-        if self.sandbox.directory is None:
-            raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
-        return enclose(Birth(plan=self.plan, argv=argv, env=env, cwd=Path(cwd), runtime=self.sandbox.directory))
-
-    def _inside_config(self) -> dict[str, object]:
-        # Where other tools run the kernel nobody would mark what is missing: then nothing is held back.
-        cap = self.limits.cell_output if self.on_limit is not None else None
-        cut = None if cap is None else cap + MESSAGE_SLACK
-        return {
-            "cut": cut,
-            "message": None if cut is None else cut + MESSAGE_SLACK,
-            "headless": self.on_limit is not None,  # elsewhere somebody may want to debug
-        }
+    def adopt(self, launched: Launched) -> None:
+        """Take over a kernel that was started ahead of everything else."""
+        self.channels, self.fitted = launched.channels, launched.fitted
+        self.connection_info = launched.connection
+        self._start_watchdog()
 
     def _start_watchdog(self) -> None:
         assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
@@ -258,10 +164,3 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         killed = ended.counters.oom_kills or 0
         memory = f", {killed} process(es) killed for memory in its control group" if killed else ""
         log.error("kernel ended with %s%s%s", ended.status, why, memory)
-
-
-def runtime_directory(run_id: str) -> Path:
-    """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
-    return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108

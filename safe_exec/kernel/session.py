@@ -19,16 +19,17 @@ from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
 from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.content import bounded_size
+from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, runtime_directory, speaks_ipc
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.page import Note
-from safe_exec.kernel.provisioner import SandboxProvisioner, runtime_directory, speaks_ipc
+from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
 from safe_exec.sandbox import sockets
@@ -82,6 +83,11 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
     def _connect_control_socket(self) -> None:
         """Connect nothing."""
 
+    def take_on(self, launched: Launched) -> None:
+        """Know a kernel that was started without us."""
+        self._kernel_spec = KernelSpec(resource_dir=launched.spec.directory, **launched.spec.document)
+        self.load_connection_info(dict(launched.connection))
+
 
 class KernelSession:
     """A kernel inside its sandbox. Everything it makes is removed by ``close()``, whatever happened before."""
@@ -104,33 +110,47 @@ class KernelSession:
 
     # --- start --------------------------------------------------------------------------------------------------
 
-    def open_sandbox(self) -> None:
-        """Start the keeper; it gets ready while the notebook client is set up."""
+    def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
+        """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
         self.directory = runtime_directory(self.run_id)
-        self.sandbox = Sandbox(self.run_id, directory=self.directory)
+        self.sandbox = sandbox or Sandbox(self.run_id, directory=self.directory)
 
-    async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str]) -> None:
-        """Start the kernel process.
+    async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str], launched: Launched | None = None) -> None:
+        """Start the kernel process, or take over the one that was ``launched`` in this sandbox already.
 
         Raises KernelStartError for a kernel that is not installed or whose command cannot be executed, SandboxError
         for a sandbox that cannot be built.
         """
         assert self.sandbox is not None and self.directory is not None
+        if launched is None and (spec := find_spec(kernel_name)) is not None:
+            what = Launch(spec=spec, kernel_name=kernel_name, plan=self.plan, limits=self.limits, cwd=cwd, env=env)
+            launched = launch(self.sandbox, what)
         km = Manager(kernel_name=kernel_name)
-        spec = self._spec(km, kernel_name)
-        self.sandbox.wait_ready()
         km.connection_file = str(self.directory / "c.json")
-        if speaks_ipc(spec.argv):
-            km.transport, km.ip = "ipc", str(self.directory / "k")
-        provisioner = SandboxProvisioner(kernel_id=self.run_id, kernel_spec=spec, parent=km)
+        if launched is not None:
+            km.take_on(launched)
+        self.manager, self.provisioner = km, self._provision(km, kernel_name)
+        if launched is not None:
+            self.provisioner.adopt(launched)
+        else:
+            await self._start_by_jupyter(km, cwd, env)
+        self._watch()
+
+    def _provision(self, km: Any, kernel_name: str) -> SandboxProvisioner:
+        assert self.sandbox is not None
+        provisioner = SandboxProvisioner(kernel_id=self.run_id, kernel_spec=self._spec(km, kernel_name), parent=km)
         provisioner.on_limit = self._on_limit
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         km.provisioner = provisioner
-        self.manager, self.provisioner = km, provisioner
-        # As nbclient does: a headless run neither reads nor writes the user's IPython history.
-        extra = ["--HistoryManager.hist_file=:memory:"] if km.ipykernel else []
-        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra)
-        self._watch()
+        return provisioner
+
+    async def _start_by_jupyter(self, km: Any, cwd: str, env: Mapping[str, str]) -> None:
+        """A kernel of which jupyter_client has to say how it is started."""
+        assert self.sandbox is not None
+        self.sandbox.wait_ready()
+        if speaks_ipc(km.kernel_spec.argv):
+            km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
+        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra_arguments(km.kernel_name))
 
     def _spec(self, km: Any, kernel_name: str) -> Any:
         try:

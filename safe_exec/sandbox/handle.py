@@ -152,6 +152,13 @@ class Sandbox:
     def _send_descriptors(self, fds: list[int]) -> None:
         socket.send_fds(self._control, [b'{"op":"descriptors"}\n'], fds)
 
+    def entrust(self, orphans: Sequence[str]) -> None:
+        """Directories to be removed should we be killed, which were not known yet when the kernel was spawned."""
+        if self._undo and orphans:
+            self._undo = {**self._undo, "orphans": list(orphans)}
+            leftovers.renew_note(self._note, self._undo)
+            self._say({"op": "entrust", "orphans": list(orphans)})
+
     def _write_note(self, plan: SpawnPlan) -> None:
         assert self.keeper_pid is not None
         keeper, owner = procfs.stat(self.keeper_pid), procfs.stat(os.getpid())

@@ -233,6 +233,8 @@ class Keeper:
                 procfs.signal_all([self.pid], request["signum"])
             elif op == "kill":
                 self.kill(request["reason"])
+            elif op == "entrust":
+                self.plan["orphans"] = request["orphans"]
             elif op == "finish":
                 self.orphaned = False
                 return False

@@ -44,6 +44,13 @@ def write_note(path: Path, note: Mapping[str, object]) -> None:
         json.dump(note, handle)
 
 
+def renew_note(path: Path, note: Mapping[str, object]) -> None:
+    """Replace a note by one that says more; at no moment is there none."""
+    fresh = path.with_name(f".{path.stem}.new")
+    write_note(fresh, note)
+    fresh.replace(path)
+
+
 def sweep() -> list[str]:
     """Clean up what dead keepers left; the paths removed. Runs whose keeper lives are left alone."""
     removed: list[str] = []

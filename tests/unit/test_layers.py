@@ -26,6 +26,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.conclude",),
     ("safe_exec.job",),
     ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes", "safe_exec.trial", "safe_exec.gather", "safe_exec.ledger"),
+    ("safe_exec.early",),
     ("safe_exec.kernel",),
     ("safe_exec.sandbox",),
     ("safe_exec.notebook", "safe_exec.nbcheck", "safe_exec.nbjson", "safe_exec.profiles", "safe_exec.project_file"),

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from safe_exec.kernel import inside
-from safe_exec.kernel.provisioner import speaks_ipc, wrap_command
+from safe_exec.kernel.launch import speaks_ipc, wrap_command
 
 CONFIG = {"cut": 5, "message": None}
 OURS = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(CONFIG)]

@@ -436,9 +436,9 @@ def test_no_text_makes_it_raise(sources: list[str]) -> None:
     "text", ["%time " * 20000, "%%time\n" * 3000, "a" * 200_000, "x = [" + "1, " * 50_000 + "]\n!ls", "'" * 9999]
 )
 def test_long_texts_take_no_time(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     read_cell(text)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 10  # what is quadratic here takes minutes
 
 
 VARIABLES, FUNCTIONS = "abcd", "fgh"

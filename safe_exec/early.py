@@ -1,0 +1,72 @@
+"""The sandbox of a run that is opened before all else, and its kernel that starts while the rest of us is imported.
+
+The keeper is an interpreter of its own that takes as long to start as ours to read the command line, and a kernel takes longer than all that
+we do until its first cell: whatever can be done beside it costs nothing. May import kernel.launch and the sandbox.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from safe_exec.errors import SafeExecError
+from safe_exec.kernel.launch import Launch, Launched, find_spec, launch, runtime_directory
+from safe_exec.model import Limits
+from safe_exec.sandbox.handle import Sandbox
+from safe_exec.sandbox.plan import SpawnPlan
+
+
+class Early:
+    """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
+
+    def __init__(self) -> None:
+        """Start the keeper."""
+        self.run_id = secrets.token_hex(6)
+        self.sandbox = Sandbox(self.run_id, directory=runtime_directory(self.run_id))
+        self.plan: SpawnPlan | None = None
+        self._launched: Launched | None = None
+        self._failure: SafeExecError | None = None
+
+    def launch(self, kernel_name: str, *, plan: SpawnPlan, limits: Limits, cwd: Path, env: Mapping[str, str]) -> None:
+        """Start the kernel, if it is one of which we know how. What goes wrong is heard of in ``outcome``: a run says it in its verdict."""
+        spec = find_spec(kernel_name)
+        if spec is None:
+            return
+        self.plan = plan
+        try:
+            what = Launch(spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env)
+            self._launched = launch(self.sandbox, what)
+        except SafeExecError as error:
+            self._failure = error
+
+    def outcome(self) -> Launched | None:
+        """The kernel that was started, ``None`` if none was asked for. Raises what went wrong."""
+        if self._failure is not None:
+            raise self._failure
+        return self._launched
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sandbox.leave()
+        if self._launched is not None:
+            self._launched.channels.close()
+
+
+_begun: Early | None = None
+
+
+def begin() -> None:
+    """Open a sandbox now: the command line may ask for it in a moment."""
+    global _begun  # noqa: PLW0603 - one process, one command line
+    _begun = Early()
+
+
+def take() -> Early:
+    """The sandbox that was begun, or a new one."""
+    global _begun
+    found, _begun = _begun, None
+    return found or Early()

@@ -1,0 +1,265 @@
+"""How a kernel process is started: its kernelspec, connection file and command, and the keeper that is told to spawn it.
+
+Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a sandbox takes to build, and the kernel can
+start meanwhile. What is found here is what jupyter_client would find; a test compares them. May import sandbox, page, environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safe_exec.errors import SafeExecError, SandboxError
+from safe_exec.kernel import inside
+from safe_exec.kernel.environment import listed_environment
+from safe_exec.kernel.page import Page
+from safe_exec.model import Limits
+from safe_exec.sandbox.handle import Sandbox
+from safe_exec.sandbox.plan import SpawnPlan, require_walls
+
+DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
+"""ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
+
+MODULES = ("ipykernel_launcher", "ipykernel")
+MESSAGE_SLACK = 1 << 20
+LONGEST_BASE = 60
+
+
+class Channels:
+    """The page and the facts socket of one kernel, ours and theirs."""
+
+    def __init__(self) -> None:
+        self.page = Page()
+        self.facts, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.facts.setblocking(False)
+
+    @property
+    def pass_fds(self) -> dict[str, int]:
+        """What the kernel gets, by the name that stands in its command."""
+        return {"page": self.page.fd, "facts": self._theirs.fileno()}
+
+    def handed_over(self) -> None:
+        """Close the kernel's end here, so that its end is seen."""
+        self._theirs.close()
+
+    def close(self) -> None:
+        """Close all."""
+        self._theirs.close()
+        self.facts.close()
+        self.page.close()
+
+
+def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
+    """The kernel's command with ``inside.py`` in front, ``None`` for a command that is not ipykernel's.
+
+    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] inside.py PAGE FACTS FAULT CONFIG -m ...``.
+    """
+    if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
+        return None
+    at = list(cmd).index("-m")
+    if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
+        return None
+    ours = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
+    return [*cmd[:at], *ours, *cmd[at:]]
+
+
+def speaks_ipc(cmd: Sequence[str]) -> bool:
+    """Whether a kernel is known to name its ipc sockets as jupyter_client does; others get TCP on loopback."""
+    return "-m" in cmd and any(part in MODULES for part in cmd)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """A kernelspec as it stands in its ``kernel.json``, and the directory of that file."""
+
+    directory: str
+    document: Mapping[str, Any]
+
+    @property
+    def argv(self) -> list[str]:
+        """The kernel's command with its place holders."""
+        return list(self.document["argv"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """A kernel process that runs in its sandbox, and how to reach it."""
+
+    spec: Spec
+    connection: Mapping[str, Any]
+    channels: Channels
+    fitted: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """What is to be started, and where."""
+
+    spec: Spec
+    kernel_name: str
+    plan: SpawnPlan
+    limits: Limits
+    cwd: str
+    env: Mapping[str, str] = field(repr=False)
+
+
+# --- the kernelspec ---------------------------------------------------------------------------------------------
+
+
+def find_spec(name: str) -> Spec | None:
+    """The spec that jupyter_client would choose, if it is ipykernel's and installed in the usual way; ``None`` for all others."""
+    from jupyter_core.paths import jupyter_path
+
+    for directory in jupyter_path("kernels"):
+        try:
+            entries = os.listdir(directory)
+        except OSError:
+            continue
+        for entry in entries:
+            path = os.path.join(directory, entry)
+            if entry.lower() == name.lower() and os.path.isfile(os.path.join(path, "kernel.json")):
+                return _read_spec(path)
+    return None
+
+
+def _read_spec(directory: str) -> Spec | None:
+    try:
+        document = json.loads(Path(directory, "kernel.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # jupyter_client has the words for it
+    argv = document.get("argv") if isinstance(document, dict) else None
+    if not isinstance(argv, list) or not all(isinstance(part, str) for part in argv) or not speaks_ipc(argv):
+        return None
+    environment = document.get("env", {})
+    metadata = document.get("metadata", {})
+    if not isinstance(environment, dict) or not isinstance(metadata, dict) or "kernel_provisioner" in metadata:
+        return None
+    return Spec(directory=directory, document=document)
+
+
+def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]:
+    """The kernel's command, its place holders filled in."""
+    argv = [*spec.argv, *extra]
+    major, minor = sys.version_info[:2]
+    if argv[0] in ("python", f"python{major}", f"python{major}.{minor}"):
+        argv[0] = sys.executable
+    known = {"connection_file": os.path.realpath(connection_file), "prefix": sys.prefix, "resource_dir": spec.directory}
+    return [re.sub(r"\{([A-Za-z0-9_]+)\}", lambda found: known.get(found[1], found[0]), part) for part in argv]
+
+
+def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment with what the spec adds to it."""
+    added = {name: string.Template(value).safe_substitute(env) for name, value in spec.document.get("env", {}).items()}
+    result = {**env, **added}
+    if str(spec.document.get("language", "")).lower().startswith("python"):
+        result.pop("PYTHONEXECUTABLE", None)
+    return result
+
+
+def extra_arguments(kernel_name: str) -> list[str]:
+    """As nbclient does: a headless run neither reads nor writes the user's IPython history."""
+    return ["--HistoryManager.hist_file=:memory:"] if kernel_name in ("python", "python2", "python3") else []
+
+
+# --- the start --------------------------------------------------------------------------------------------------
+
+
+def launch(sandbox: Sandbox, what: Launch) -> Launched:
+    """Start a kernel over ipc. Raises KernelStartError and SandboxError."""
+    assert sandbox.directory is not None
+    sandbox.wait_ready()
+    connection = {
+        **{f"{name}_port": number for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)},
+        "ip": str(sandbox.directory / "k"),
+        "key": secrets.token_hex(20),
+        "transport": "ipc",
+        "signature_scheme": "hmac-sha256",
+        "kernel_name": what.kernel_name,
+    }
+    path = sandbox.directory / "c.json"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(connection, file)
+    channels, fitted = spawn(
+        sandbox,
+        what.plan,
+        command(what.spec, str(path), extra_arguments(what.kernel_name)),
+        env=environment_of(what.spec, what.env),
+        cwd=what.cwd,
+        config=inside_config(what.limits, headless=True),
+    )
+    return Launched(spec=what.spec, connection=connection, channels=channels, fitted=fitted)
+
+
+def spawn(
+    sandbox: Sandbox, plan: SpawnPlan, cmd: list[str], *, env: Mapping[str, str], cwd: str, config: Mapping[str, object]
+) -> tuple[Channels, bool]:
+    """Have the keeper spawn the kernel; our channels to it, and whether ``inside.py`` runs in it.
+
+    Raises KernelStartError and SandboxError.
+    """
+    channels = Channels()
+    wrapped = wrap_command(cmd, config)
+    environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
+    argv = wrapped or cmd
+    if plan.isolation.listed_environment:
+        environment = listed_environment(environment, plan.isolation.env)
+    if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
+        # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
+        environment["HOME"] = str(sandbox.directory / "home")
+        os.mkdir(environment["HOME"], 0o700)
+    try:
+        sandbox.spawn(
+            plan,
+            argv=argv,
+            env=environment,
+            cwd=cwd,
+            walls=_walls(sandbox, plan, argv, environment, cwd),
+            pass_fds=channels.pass_fds if wrapped else {},
+            dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
+        )
+    except SafeExecError:
+        channels.close()
+        raise
+    channels.handed_over()
+    return channels, wrapped is not None
+
+
+def _walls(
+    sandbox: Sandbox, plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: str
+) -> Mapping[str, object] | None:
+    """What walls the kernel off, for the keeper; most runs have no walls."""
+    if not plan.walls and not plan.enclosed:
+        return None
+    from safe_exec.kernel.enclosure import Birth, enclose
+
+    require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
+    if sandbox.directory is None:
+        raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
+    return enclose(Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory))
+
+
+def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
+    """What ``inside.py`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back.
+
+    Headless: nobody is there who may want to debug.
+    """
+    cap = limits.cell_output if headless else None
+    cut = None if cap is None else cap + MESSAGE_SLACK
+    return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK, "headless": headless}
+
+
+def runtime_directory(run_id: str) -> Path:
+    """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
+    return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108
