@@ -7,11 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import beds
 from tests.cases.table import PROPERTY, Row, render, write
 
 SEED = "SAFE_EXEC_CASES_SEED"
+
+# On a busy machine any example may take long.
+settings.register_profile("safe-exec", deadline=None)
+settings.load_profile("safe-exec")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.support import left_behind, make_notebook, ordinary_user, run_notebook, safe_exec
+from tests.support import MARK, left_behind, make_notebook, marked_processes, ordinary_user, run_notebook, safe_exec
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -498,3 +499,19 @@ def test_help_and_version_need_no_notebook() -> None:
         done: subprocess.CompletedProcess[str] = safe_exec(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
+
+
+# --- a kernel that has been started already -----------------------------------------------------------------------
+
+
+@pytest.mark.kills
+def test_a_notebook_found_invalid_while_its_kernel_starts(tmp_path: Path) -> None:
+    """The kernel is started when the metadata is known; the rest of the notebook may still be none."""
+    mark = secrets.token_hex(8)
+    cells = [{"cell_type": "code", "metadata": {}, "source": "open('ran', 'w')", "outputs": 5, "execution_count": None}]
+    (tmp_path / "nb.ipynb").write_text(document(cells=cells))
+    done = safe_exec("run", "nb.ipynb", cwd=tmp_path, env={MARK: mark, "XDG_RUNTIME_DIR": str(tmp_path)})
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert marked_processes(mark) == []
+    left = [path for path in tmp_path.rglob("*") if path.name not in ("nb.ipynb", "safe-exec")]
+    assert left == [], "no documents, sockets or notes"
