@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safe_exec.model import VERDICT_SCHEMA, CauseKind, CellRecord, CellStatus, CrashCell, Culprit, Culprits, Status, Verdict
 from safe_exec.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
 from safe_exec.reports import culprit_text, text
+from safe_exec.reports.markdown import code_span, fenced, inert
 from safe_exec.reports.verdict_json import plain
 
 if TYPE_CHECKING:
@@ -294,40 +295,3 @@ def _missed(verdict: Verdict) -> Iterator[str]:
     missed = text.not_run(verdict)
     if missed:
         yield f"{text.cell_names(missed).capitalize()} did not run; earlier outputs of theirs are cleared."
-
-
-# --- inert markdown ---------------------------------------------------------------------------------------------
-
-_MARKUP = re.compile(r"[&<>`*_\[\]#~|!^@]|(?<=:)//|(?<=www)\.")
-
-
-def inert(words: str) -> str:
-    """``words`` on one line as markdown that shows them and does nothing else; not for the start of a line.
-
-    Markup becomes character references, which also keep URLs from turning into links. A reference does not stop
-    MathJax, which reads the finished page, but it passes code by: so ``$`` and the backslash are code.
-    """
-    parts = re.split(r"([$\\]+)", text.one_line(words))
-    return "".join(f"`{part}`" if i % 2 else _MARKUP.sub(_reference, part) for i, part in enumerate(parts))
-
-
-def _reference(found: re.Match[str]) -> str:
-    return "".join(f"&#{ord(char)};" for char in found[0])
-
-
-def code_span(words: str) -> str:
-    """One line of ``words`` as inline code, however many backticks are in it (CommonMark 6.1)."""
-    ticks = "`" * (_longest_run(words) + 1)
-    # A blank at both ends is taken off again; without it a backtick there would join the fence.
-    pad = " " if words[:1] in ("`", " ", "") or words[-1:] in ("`", " ") else ""
-    return f"{ticks}{pad}{words}{pad}{ticks}"
-
-
-def fenced(code: str) -> str:
-    """``code`` as a block whose fence is longer than any run of backticks in it (CommonMark 4.5)."""
-    fence = "`" * max(3, _longest_run(code) + 1)
-    return f"{fence}text\n{code}\n{fence}"
-
-
-def _longest_run(words: str) -> int:
-    return max((len(run) for run in re.findall("`+", words)), default=0)

@@ -15,7 +15,8 @@ from nbformat import NotebookNode
 
 from safe_exec.model import CauseKind, CellStatus, Limits, Role, Status, Stopped, Verdict
 from safe_exec.notebook import strip_annotations
-from safe_exec.reports.annotated import annotate, code_span, fenced, inert
+from safe_exec.reports.annotated import annotate
+from safe_exec.reports.markdown import code_span, fenced, inert
 from safe_exec.reports.text import one_line
 from tests.unit.builders import (
     every_verdict,
