@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -104,7 +105,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _read_union(arguments, value, where)
     if origin is tuple:
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
+        return _read_items(arguments[0], _expect(list, value, where), where)
     if origin is Mapping:
         pairs = _expect(dict, value, where).items()
         return {_read(arguments[0], k, where): _read(arguments[1], v, f"{where}.{k}") for k, v in pairs}
@@ -127,8 +128,27 @@ def _read_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     raise ValueError(f"{where}: unexpected {type(value).__name__}")
 
 
+def _read_items(hint: Any, items: list[Any], where: str) -> tuple[Any, ...]:
+    if {type(item) for item in items} <= _exact(hint):  # a timeline is thousands of numbers
+        return tuple(items)
+    return tuple(_read(hint, item, f"{where}[{i}]") for i, item in enumerate(items))
+
+
+@cache
+def _exact(hint: Any) -> frozenset[type]:
+    """The types whose values are of the type ``hint`` just as JSON has them."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return frozenset(choice for choice in choices if choice in (str, int, float, bool, types.NoneType))
+
+
+@cache
+def _hints(hint: Any) -> dict[str, Any]:
+    """The types of the fields: to work them out takes longer than to read them, and a batch reads hundreds of verdicts."""
+    return typing.get_type_hints(hint)
+
+
 def _read_fields(hint: Any, value: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(hint)
+    hints = _hints(hint)
     unknown = sorted(value.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}")
