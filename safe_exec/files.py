@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from copy import copy
 from difflib import get_close_matches
@@ -176,20 +177,25 @@ def write_atomically(path: Path | str, data: bytes) -> None:
     A temporary file beside it is filled, flushed to disk and renamed over ``path``; a symlink there is replaced, never
     followed. Whatever fails, the temporary file is removed. Raises OSError.
     """
+    write_pieces_atomically(path, (data,))
+
+
+def write_pieces_atomically(path: Path | str, pieces: Iterable[bytes]) -> None:
+    """As :func:`write_atomically`, of a document that is made while it is written and never in memory as a whole."""
     path = Path(path)
     # The directory is held open, so that no rename of it in between can split our steps over two places.
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _replace(directory, path.name, data)
+        _replace(directory, path.name, pieces)
         _sync_directory(directory)
     finally:
         os.close(directory)
 
 
-def _replace(directory: int, name: str, data: bytes) -> None:
+def _replace(directory: int, name: str, pieces: Iterable[bytes]) -> None:
     temporary = _temporary_name()
     try:
-        _fill(directory, temporary, data)
+        _fill(directory, temporary, pieces)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -218,7 +224,7 @@ class HeldFolder:
 
     def write(self, data: bytes) -> None:
         """As :func:`write_atomically`, in this very folder."""
-        _replace(self._fd, self._path.name, data)
+        _replace(self._fd, self._path.name, (data,))
         _sync_directory(self._fd)
 
     def sibling(self, word: str) -> HeldFolder:
@@ -257,10 +263,10 @@ def _temporary_name() -> str:
     return f".safe-exec-{secrets.token_hex(8)}.tmp"
 
 
-def _fill(directory: int, name: str, data: bytes) -> None:
+def _fill(directory: int, name: str, pieces: Iterable[bytes]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 

@@ -189,6 +189,11 @@ _MEASURES: dict[CauseKind, tuple[LimitName, str | None]] = {
 _USED_WORD = {"memory_peak": "peak", "processes_peak": "peak", "cpu_seconds": "used", "output_bytes": "received"}
 
 
+def status_words(status: Status) -> str:
+    """A status in words: ``kernel died``."""
+    return _WHAT[status]
+
+
 def kind_words(cause: Cause) -> str:
     """The kind of a cause in words, with our confidence where it is not certain."""
     words = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
@@ -290,20 +295,26 @@ def _was_killed(cause: Cause) -> bool:
 
 # --- evidence ---------------------------------------------------------------------------------------------------
 
-_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|stack_limit)(?:$|_|\b)")
+_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|stack[_ ]limit)(?:$|_|\b)")
 _TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 
 
 def fact_line(fact: Fact) -> str:
     """One fact for a person: ``oom kills: 1 · memory.events``; what only the kernel itself says is marked so."""
-    said = f"{one_line(fact.fact).replace('_', ' ')}: {_fact_value(fact.fact, fact.value)}"
+    said = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
     source = one_line(fact.source)
     if fact.origin is Origin.INSIDE:
         source = f"{source}, said by the kernel" if source else "said by the kernel"
     return clip(f"{said}{SEPARATOR}{source}" if source else said, FACT_WIDTH)
 
 
-def _fact_value(name: str, value: FactValue) -> str:
+def fact_name(fact: Fact) -> str:
+    """What a fact is of, in words."""
+    return one_line(fact.fact).replace("_", " ")
+
+
+def fact_value(name: str, value: FactValue) -> str:
+    """The value of the fact called ``name``, with its unit where the name tells."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "not measured"
     if isinstance(value, bool):

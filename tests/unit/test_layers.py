@@ -94,7 +94,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 HEAVY = (
     "nbclient", "nbformat", "jupyter_client", "zmq", "psutil", "rich", "click", "yaml", "asyncio", "traitlets", "tornado",
-    "jsonschema",
+    "jsonschema", "junitparser",
 )  # fmt: skip
 
 
