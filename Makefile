@@ -29,6 +29,12 @@ system: ## Install the system packages that are missing (Debian, Ubuntu)
 		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
 	fi
 
+.PHONY: browser
+browser: ## Install the browser that the HTML report is tested in, where it is missing (Debian; some 300 MB)
+	@command -v chromium >/dev/null || command -v chromium-headless-shell >/dev/null || { \
+		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends chromium; \
+	}
+
 $(VENV)/pyvenv.cfg: | system
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "safe-exec needs Python 3.11 or newer; choose one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +62,7 @@ run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ an
 	done
 
 .PHONY: test
-test: $(VENV)/.dev-installed ## Run all tests: unit, real kernels, cases, parity (some minutes)
+test: $(VENV)/.dev-installed browser ## Run all tests: unit, real kernels, cases, parity (some minutes)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -q -m 'not hostile'
 
 .PHONY: test-hostile
