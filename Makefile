@@ -24,6 +24,7 @@ system: ## Install the system packages that are missing (Debian, Ubuntu)
 	command -v setpriv >/dev/null || missing="$$missing util-linux"; \
 	command -v mount >/dev/null || missing="$$missing mount"; \
 	command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
+	[ -e /usr/share/jupyter/kernels/ir ] || missing="$$missing r-cran-irkernel"; \
 	ldconfig -p 2>/dev/null | grep -q 'libstdc++\.so\.6' || missing="$$missing libstdc++6"; \
 	if [ -n "$$missing" ]; then \
 		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
@@ -46,6 +47,7 @@ $(VENV)/.run-installed: pyproject.toml $(VENV)/pyvenv.cfg
 $(VENV)/.dev-installed: pyproject.toml $(VENV)/pyvenv.cfg
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/python -m bash_kernel.install --sys-prefix
+	XDG_DATA_HOME=$(VENV)/share $(BIN)/deno jupyter --install --force 2>/dev/null
 	@touch $@ $(VENV)/.run-installed
 
 .PHONY: install

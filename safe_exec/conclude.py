@@ -101,7 +101,12 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_
         ),
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
-        warnings=(*prepared.resolved.warnings, *result.warnings, *_reasons(result.ending)),
+        warnings=(
+            *prepared.resolved.warnings,
+            *result.warnings,
+            *_reasons(result.ending),
+            *_not_known(prepared.kernel_name, result),
+        ),
         allow_errors=allow_errors,
         remote_hosts=evidence.remote_hosts,
     )
@@ -114,6 +119,15 @@ def _reasons(ending: Ending) -> tuple[str, ...]:
 
         return (f"stopped by {signal_name(ending.signal)}",)
     return ()
+
+
+def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
+    """What is missing of a failure in a kernel in which no code of ours runs."""
+    ending = result.ending
+    if result.fitted or getattr(ending, "cell", None) is None or isinstance(ending, model.Passed | model.Cancelled):
+        return ()
+    missing = "no stack" if result.place is not None else "neither line nor stack"
+    return (f"kernel {kernel} is not ipykernel: {missing} is known",)
 
 
 def _utc(moment: datetime) -> str:
@@ -149,7 +163,7 @@ def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | No
 def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
     paths = [str(p) for p in result.hello.get("path", ()) if isinstance(p, str)]
     return Environment(
-        python=str(result.hello.get("python") or platform.python_version()),
+        python=str(result.hello["python"]) if result.hello.get("python") else None,
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages=installed_packages(paths) if paths else None,
         cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),

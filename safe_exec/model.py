@@ -429,7 +429,8 @@ class Looked:
     seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
     ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
     starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
-    ``children_cpu_share`` processor seconds per second of the kernel's descendants.
+    ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``fitted`` whether code of ours runs in the
+    kernel: elsewhere the main thread need not be the one that runs cells.
     """
 
     state: str | None
@@ -445,6 +446,7 @@ class Looked:
     runnable: float | None = None
     starved: bool | None = None
     reads_terminal: bool | None = None
+    fitted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -660,9 +662,9 @@ class NotebookInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where it ran. ``packages`` are the kernel side's, ``None`` where they are not known."""
+    """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python."""
 
-    python: str
+    python: str | None
     platform: str
     packages: Mapping[str, str] | None = None
     cgroup: str | None = None

@@ -113,7 +113,7 @@ class TrialRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialResult:
-    """What was observed. ``node`` is the notebook with the outputs gathered."""
+    """What was observed. ``node`` is the notebook with the outputs gathered; ``fitted``: code of ours ran in the kernel."""
 
     ending: Ending
     evidence: Evidence
@@ -122,6 +122,7 @@ class TrialResult:
     place: Place | None
     hello: Mapping[str, Any]
     warnings: tuple[str, ...]
+    fitted: bool = True
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
@@ -254,6 +255,7 @@ class Trial:
             place=place,
             hello=self.session.told.hello,
             warnings=tuple(self.warnings),
+            fitted=self.session.fitted,
         )
 
     def _warn_of_messages(self) -> None:

@@ -105,8 +105,8 @@ def _landlock() -> str:
     return "" if landlock.abi() >= LANDLOCK else f"the version here is {landlock.abi()}, tests need {LANDLOCK}"
 
 
-def _kernel(name: str, program: str) -> Callable[[], str]:
-    """A bed of a language: its kernel is known to Jupyter, and its program is there."""
+def _kernel(name: str, program: str = "true") -> Callable[[], str]:
+    """A bed of a language: its kernel is known to Jupyter, and the program that this starts is there."""
 
     def probe() -> str:
         from jupyter_client.kernelspec import KernelSpecManager
@@ -131,6 +131,8 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "landlock": _landlock,
     "runexec": _runexec,
     "bash": _kernel("bash", "bash"),
+    "R": _kernel("ir", "R"),
+    "deno": _kernel("deno"),
 }
 """Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
 

@@ -42,6 +42,11 @@ class Context:
     language: str | None = "python"
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
 
+    @property
+    def is_python(self) -> bool:
+        """Whether advice may speak of Python's own calls; so it does where the language is not known."""
+        return self.language in (None, "python")
+
     def human(self, index: int | None) -> str:
         """``code cell 3``, counted from 1 as a reader of the notebook counts."""
         found = next((c for c in self.cells if c.index == index), None)

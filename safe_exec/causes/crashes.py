@@ -22,6 +22,8 @@ KINDS = {
         "illegal instruction: a library was built for another processor, or jumped astray",
     ),
     signal.SIGBUS: (CauseKind.BUS_ERROR, "bus error: a mapped file is shorter than what was read, or its disk is full"),
+    # V8 and others built by Clang end themselves so (brk, int3) where a check of their own fails.
+    signal.SIGTRAP: (CauseKind.ABORT, "abort by a trap: native code gave up"),
     signal.SIGFPE: (CauseKind.FLOATING_POINT_EXCEPTION, "arithmetic fault in native code: an integer division by zero"),
 }
 

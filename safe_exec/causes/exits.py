@@ -7,7 +7,7 @@ import signal
 from safe_exec.causes.context import Context, exit_facts, inside, make, outside, signal_name
 from safe_exec.model import Cause, CauseKind, Confidence, Died
 
-FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE}
+FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP}
 
 
 def supervisor_killed(context: Context) -> Cause | None:
@@ -51,6 +51,8 @@ def exited(context: Context) -> Cause | None:
     advice = (
         "Look for exit(), quit(), os._exit(), a stopped event loop, a watchdog thread or timer, or a library that ends the process"
         " itself; sys.exit() alone only raises SystemExit."
+        if context.is_python
+        else "Look for a call that ends the process, in the cell or in a library that it calls."
     )
     return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, tuple(facts), advice)
 
@@ -83,10 +85,8 @@ def _killed(context: Context) -> Cause:
         facts.append(outside("killed by the system in this cell", evidence.oom_kills_cell, "oom_kill of the control group"))
     source = evidence.place.source if evidence.place else ""
     summary = "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
-    advice = (
-        "Look for kill -9, os.kill(os.getpid(), 9) or a restart idiom in the cell; else a person, a scheduler or the machine's"
-        " out-of-memory killer (dmesg)."
-    )
+    itself = "os.kill(os.getpid(), 9) or a restart idiom" if context.is_python else "a call that sends the signal"
+    advice = f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the machine's out-of-memory killer (dmesg)."
     confidence = Confidence.CERTAIN if evidence.oom_kills is not None else Confidence.LIKELY
     if source:
         facts.append(inside("place noted by", source, "shared page"))

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from safe_exec.causes.context import Context, inside, make, outside
-from safe_exec.model import Cause, CauseKind, Confidence, Fact, InternalError, StartFailed
+from safe_exec.model import Cause, CauseKind, Confidence, Fact, InternalError, LimitName, Mechanism, StartFailed
+
+MEMORY = re.compile("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")
+"""How programs say that they were refused memory."""
+TOO_LITTLE = (
+    "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory here and counts what is reserved, too:"
+    " raise --memory, or leave memory to the watchdog (--mechanisms watchdog)."
+)
+
+
+def _is_held_by_rlimit(context: Context) -> bool:
+    held = context.enforcement.get(LimitName.MEMORY)
+    return held is not None and held.by is Mechanism.RLIMIT
 
 
 def start_failed(context: Context) -> Cause | None:
@@ -19,8 +33,11 @@ def start_failed(context: Context) -> Cause | None:
     last = [line.strip() for line in context.evidence.stderr_tail.splitlines() if line.strip()]
     if last:
         facts.append(inside("last line on stderr", last[-1][:300], "stderr of the kernel process"))
+    asks_too_much = _is_held_by_rlimit(context) and MEMORY.search(context.evidence.stderr_tail) is not None
     advice = (
-        "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
+        TOO_LITTLE
+        if asks_too_much
+        else "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
         if "no kernel named" in ending.reason
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )

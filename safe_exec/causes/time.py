@@ -31,6 +31,7 @@ TOLERANCE_SECONDS = 1.0
 
 SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
 LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
+MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
 FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "pty_spawn.py", "script.py")
 SEARCHED_FRAMES = 8
@@ -50,7 +51,7 @@ def activity_of(looked: Looked) -> Activity | None:
 def computes(looked: Looked) -> bool:
     """Whether the main thread is at work, or has native threads at work for it (a parallel library)."""
     share = looked.cpu_share or 0.0
-    if looked.runnable is None:
+    if looked.runnable is None or (not looked.fitted and share >= BUSY):
         return share >= BUSY
     if looked.runnable >= BUSY:
         return True
@@ -90,6 +91,9 @@ def _awaiting(awaiting: str) -> Activity:
 def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
     files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:SEARCHED_FRAMES]]
     call = looked.syscall
+    if not looked.fitted and (call in MULTIPLEXERS or call in LOCKS):
+        # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
+        return Activity.WAITING_CHILD if (looked.children_cpu_share or 0.0) >= BUSY else None
     # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
     if call in ("wait4", "waitid") or (looked.children and any(f in FILES_OF_CHILDREN for f in files)):
         return Activity.WAITING_CHILD
@@ -97,7 +101,7 @@ def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return f
         return Activity.SLEEPING
     if call in LOCKS:
         return Activity.WAITING_LOCK
-    if call in ("select", "pselect6", "poll", "ppoll") and looked.stack and looked.stack[0].function == "sleep":
+    if call in MULTIPLEXERS and looked.stack and looked.stack[0].function == "sleep":
         return Activity.SLEEPING
     if call is not None and call.replace("_", "").isalnum() and not call.lstrip("-").isdigit():
         return Activity.WAITING_IO
@@ -115,6 +119,10 @@ DOING = {
     Activity.WAITING_CHILD: "it was waiting for a child process",
     Activity.STOPPED: "the process was stopped (SIGSTOP)",
 }
+
+
+COMPUTING = "it was computing"
+"""What can be said of a kernel in which no code of ours runs."""
 
 
 def _facts(context: Context) -> tuple[Fact, ...]:
@@ -203,15 +211,15 @@ def timed_out(context: Context) -> Cause | None:
         return None
     looked = context.evidence.looked
     activity = activity_of(looked) if looked else None
-    doing = f"; {DOING[activity]}" if activity else ""
+    fitted = looked is None or looked.fitted
+    doing = f"; {DOING[activity] if fitted or activity is not Activity.NATIVE_CODE else COMPUTING}" if activity else ""
     answer = "" if ending.answered is not False else "; it did not answer an interrupt"
     whole = "the notebook" if ending.whole else context.human(ending.cell)
     summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{answer}"
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole else "--cell-timeout"
-    return _timed(
-        context, kind, summary, Confidence.CERTAIN, f"{ADVICE.get(activity, '')} If it only needs longer: {option}.".strip()
-    )
+    advice = ADVICE.get(activity if fitted or activity is not Activity.NATIVE_CODE else Activity.PYTHON_LOOP, "")
+    return _timed(context, kind, summary, Confidence.CERTAIN, f"{advice} If it only needs longer: {option}.".strip())
 
 
 ADVICE: dict[Activity | None, str] = {

@@ -37,6 +37,7 @@ LIMIT_ERRORS = frozenset(
 """What a cell error must be caused by to be searched for without being asked."""
 HEAP_WORDS = ("free()", "malloc", "double free", "corrupt", "munmap_chunk", "realloc()", "unlink_chunk")
 """glibc's last words on a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
+ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
 
@@ -61,8 +62,8 @@ class Failure:
         said = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last words")
         return cls(
             kind=cause.kind,
-            signal=cause.signal,
-            exit_code=cause.exit_code,
+            signal=_how(cause)[0],
+            exit_code=_how(cause)[1],
             cell=cell,
             error=_raised(cause),
             missing=tuple(
@@ -73,11 +74,17 @@ class Failure:
 
     def is_same(self, cause: Cause | None, cell: int | None) -> bool:
         """Whether a trial with this cause in this cell failed the same way."""
-        if cause is None or (cause.kind, cause.signal, cause.exit_code) != (self.kind, self.signal, self.exit_code):
+        if cause is None or (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
             return False
         if self.kind is CauseKind.EXCEPTION and _raised(cause) != self.error:
             return False
         return self.moves or cell == self.cell
+
+
+def _how(cause: Cause) -> tuple[int | None, int | None]:
+    """Signal and exit code. A kernel that was asked to end had the time to in the run, and is killed at the end of a hasty trial."""
+    asked = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
+    return (None, None) if asked else (cause.signal, cause.exit_code)
 
 
 def _raised(cause: Cause) -> str | None:

@@ -61,7 +61,7 @@ async def look(subject: Subject) -> Looked:
     for _ in range(LOOKS):
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         calls.append(_syscall(pid))
-        states.append(_state(pid))
+        states.append(_state(pid) if subject.page is not None else _busiest(pid))
     window = clock() - start
     after, children_after = _cpu(pid), _children(pid)
     main = procfs.stat(pid, pid)
@@ -84,6 +84,7 @@ async def look(subject: Subject) -> Looked:
         window=window,
         starved=starved,
         reads_terminal=any(_reads_terminal(child) for child in children_after),
+        fitted=subject.page is not None,
     )
 
 
@@ -138,6 +139,15 @@ def _samples(subject: Subject, start_age: float) -> tuple[tuple[float, ...], int
 def _state(pid: int) -> str | None:
     found = procfs.stat(pid, pid)
     return found.state if found else None
+
+
+def _busiest(pid: int) -> str | None:
+    """``R`` where any thread has work to do: which one runs the cells of a kernel without code of ours nobody knows."""
+    try:
+        tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return None
+    return next(("R" for task in tasks if (found := procfs.stat(pid, task)) is not None and found.state == "R"), "S")
 
 
 def _most_common(values: list[str]) -> str | None:

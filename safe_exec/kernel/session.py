@@ -45,6 +45,7 @@ SHUTDOWN_SECONDS = 3.0
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
+PORTS = ("shell", "iopub", "stdin", "hb", "control")
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 """In this order: the subscription should stand when the first reply comes."""
 MOST_HOSTS = 50
@@ -150,6 +151,9 @@ class KernelSession:
         self.sandbox.wait_ready()
         if speaks_ipc(km.kernel_spec.argv):
             km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
+        else:
+            for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
+                setattr(km, f"{name}_port", port)
         await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra_arguments(km.kernel_name))
 
     def _spec(self, km: Any, kernel_name: str) -> Any:

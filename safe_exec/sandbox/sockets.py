@@ -1,4 +1,4 @@
-"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside. May import procfs.
+"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside; ports for a kernel. May import procfs.
 
 For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at now and then: a connection that is over between
 two looks is not seen.
@@ -9,10 +9,17 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import random
+import socket
 import struct
+from pathlib import Path
 
 from safe_exec.sandbox import procfs
 
+RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 10_000
+"""Below are the services that have names."""
+TRIED_PORTS = 100
 TABLES = ("tcp", "tcp6", "udp", "udp6")
 LISTENING = "0A"
 _PREFIX, _SUFFIX = "socket:[", "]"
@@ -41,6 +48,27 @@ def _remote(pid: int) -> dict[str, str]:
                 if fields[3] != LISTENING and address is not None:
                     found[fields[9]] = address
     return found
+
+
+def quiet_ports(count: int) -> list[int]:
+    """Free ports of loopback for a kernel to listen on, where no outgoing connection will take them meanwhile; none where there are none.
+
+    What the system hands out for port 0 lies in the range of outgoing connections (``ip_local_port_range``, ip(7)): between our choice
+    and the kernel's bind any program that connects somewhere may get it, and the kernel ends before it is ready.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        first = int(RANGE.read_text().split()[0])
+        found: list[int] = []
+        with contextlib.ExitStack() as held:
+            room = range(LOWEST_PORT, max(LOWEST_PORT, first))
+            for port in random.sample(room, min(TRIED_PORTS, len(room))):
+                sock = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                with contextlib.suppress(OSError):
+                    sock.bind(("127.0.0.1", port))
+                    found.append(port)
+                if len(found) == count:
+                    return found
+    return []
 
 
 def address_of(text: str) -> str | None:

@@ -203,3 +203,29 @@ def test_any_look_has_an_answer(looked: Looked) -> None:
     assert found is None or isinstance(found, Activity)
     if looked.state in ("T", "t"):
         assert found is A.STOPPED
+
+
+def other(**facts: Any) -> Looked:
+    """The main thread of a kernel in which no code of ours runs."""
+    return Looked(**{"state": "S", "cpu_share": 0.0, "syscall": None, "stack": (), "children": 0, "fitted": False, **facts})
+
+
+@pytest.mark.parametrize(
+    ("looked", "activity"),
+    [
+        # Which thread runs the cells nobody knows: any that is at work computes.
+        (other(syscall="epoll_wait", cpu_share=0.9, runnable=0.0), A.NATIVE_CODE),
+        (other(syscall="epoll_wait", cpu_share=0.2, runnable=1.0), A.NATIVE_CODE),
+        # So waits a kernel for its own threads and timers, and for us: what the cell does cannot be told.
+        (other(syscall="epoll_wait", runnable=0.0), None),
+        (other(syscall="pselect6", runnable=0.0), None),
+        (other(syscall="futex", runnable=0.0), None),
+        (other(syscall="pselect6", runnable=0.0, children=1, children_cpu_share=0.9), A.WAITING_CHILD),
+        (other(syscall="wait4", runnable=0.0, children=1), A.WAITING_CHILD),
+        (other(syscall="clock_nanosleep", runnable=0.0), A.SLEEPING),
+        (other(syscall="recvfrom", runnable=0.0), A.WAITING_IO),
+        (other(state="T", syscall="epoll_wait", runnable=0.0), A.STOPPED),
+    ],
+)
+def test_a_kernel_without_code_of_ours(looked: Looked, activity: Activity | None) -> None:
+    assert activity_of(looked) is activity

@@ -29,6 +29,9 @@ CELL = 4
 K = CauseKind
 
 
+ASKED = (make_fact(fact="asked to exit", value=True),)
+
+
 def raised(text: str, kind: CauseKind = K.EXCEPTION) -> Cause:
     """A cause with what the cell raised."""
     return make_cause(kind, evidence=(make_fact(fact="raised", value=text),))
@@ -64,6 +67,9 @@ def test_a_failure_is_the_same_as_itself_and_no_other(kind: CauseKind) -> None:
         # Signal and exit code are part of it, whatever the words say.
         (make_cause(K.EXIT, exit_code=3), make_cause(K.EXIT, exit_code=3, summary="in other words"), True),
         (make_cause(K.EXIT, exit_code=3), make_cause(K.EXIT, exit_code=4), False),
+        # A kernel that was asked to end left by itself in the run, and is killed at the end of a hasty trial.
+        (make_cause(K.EXIT, exit_code=0, evidence=ASKED), make_cause(K.EXIT, signal=-9, evidence=ASKED), True),
+        (make_cause(K.EXIT, exit_code=0, evidence=ASKED), make_cause(K.EXIT, exit_code=0), False),
         (make_cause(K.KILLED, signal=-9), make_cause(K.KILLED, signal=-15), False),
         (make_cause(K.BUS_ERROR), make_cause(K.BUS_ERROR, signal=None), False),
         # Of an exception the name, and not what it says.
