@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec import isolation, notebook, profiles
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
-from safe_exec.events import EventSink
 from safe_exec.files import check_writable
 from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.sandbox.bubblewrap import is_needed
@@ -30,6 +29,7 @@ from safe_exec.sandbox.walls import put_up
 
 if TYPE_CHECKING:
     from safe_exec.early import Early
+    from safe_exec.events import EventSink
 
 DEFAULT_KERNEL = "python3"
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from safe_exec import early
 from safe_exec.errors import UsageError
-from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
 from safe_exec.model import FolderUse, LimitName, Verdict
-from safe_exec.pipeline import run_job
-from safe_exec.reports import progress, terminal, verdict_json
-from safe_exec.reports.event_log import EventLog
 from safe_exec.sandbox.build import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
+
+if TYPE_CHECKING:
+    from safe_exec.events import EventSink
 
 LIMIT_HELP = {
     LimitName.MEMORY: ("SIZE", "Memory of the kernel and all its processes (512M, 1.5GiB, 50%)."),
@@ -171,6 +169,12 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
 
 
 def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
+    import asyncio  # all of this while the kernel starts
+
+    from safe_exec.pipeline import run_job
+    from safe_exec.reports import progress
+    from safe_exec.reports.event_log import EventLog
+
     with contextlib.ExitStack() as stack:
         sinks: list[EventSink] = []
         if events is not None:
@@ -180,6 +184,8 @@ def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
 
 
 def _show(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:
+    from safe_exec.reports import terminal, verdict_json
+
     if as_json:
         sys.stdout.buffer.write(verdict_json.dumps(verdict))
         sys.stdout.buffer.flush()

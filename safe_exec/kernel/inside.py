@@ -19,6 +19,7 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
+import gc
 import json
 import mmap
 import os
@@ -620,12 +621,14 @@ class Inside:
 
 def main(argv):
     """``inside.py PAGE FACTS FAULT CONFIG -m MODULE ARGS...``: fit, then run the module as ``python -m`` would."""
+    gc.disable()  # while modules are imported there is nothing to collect
     page, facts, fault, config = int(argv[0]), int(argv[1]), int(argv[2]), json.loads(argv[3])
     module, arguments = argv[5], argv[6:]
     sys.path[0] = os.getcwd()
     # ipykernel_launcher takes the working directory off the path while it imports; do the same while we do.
     first = sys.path.pop(0)
     Inside(page, facts, fault, config).fit()
+    gc.enable()
     sys.path.insert(0, first)
     import runpy
 

@@ -129,7 +129,7 @@ LIMITS: tuple[Kill, ...] = (
          limit=L.CELL_TIMEOUT, by=M.RUNNER, activity="python_loop", cell=1, saved="looping"),
     _row("cell-timeout-user", ("x = 1", "import time\ntime.sleep(60)"), S.TIMEOUT, K.CELL_TIMEOUT, options=("--cell-timeout", "2"),
          user=True, limit=L.CELL_TIMEOUT, by=M.RUNNER, activity="sleeping", cell=1, line=2),
-    _row("notebook-timeout", ("x = 1", "import time\ntime.sleep(60)"), S.TIMEOUT, K.NOTEBOOK_TIMEOUT, options=("--timeout", "3"),
+    _row("notebook-timeout", ("x = 1", "import time\ntime.sleep(60)"), S.TIMEOUT, K.NOTEBOOK_TIMEOUT, options=("--timeout", "8"),
          limit=L.TIMEOUT, by=M.RUNNER, cell=1, line=2),
     _row("start-timeout", "x = 1", S.START_FAILED, K.KERNEL_START_FAILED, options=("--start-timeout", "3"),
          startup="import time\ntime.sleep(60)", limit=L.START_TIMEOUT, by=M.RUNNER),
