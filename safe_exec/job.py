@@ -50,7 +50,9 @@ class Job:
     for what the length of the first run makes of it.
 
     ``output``, ``verdict`` and ``repro`` (the reproduction) stand beside the notebook where nothing is said.
-    ``writes``: documents are written; without it their paths need not be writable.
+    ``writes``: documents are written; without it their paths need not be writable. ``machine`` is one that was looked at before (what it
+    says of memory is what a percentage refers to). ``beside`` are files and directories that belong to us, wherever they lie: no part of
+    the folder that the notebook starts from.
     """
 
     path: Path
@@ -72,6 +74,8 @@ class Job:
     bisect: Bisect = Bisect.AUTO
     bisect_budget: float | None = None
     writes: bool = True
+    machine: Machine | None = None
+    beside: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +109,11 @@ def prepare(job: Job, early: Early | None = None) -> Prepared:
     source = notebook.Source.of(job.path)
     scan = source.scan()
     whole = source.notebook() if scan is None else None
-    machine = detect(parse_mechanisms(job.mechanisms))
+    machine = job.machine or detect(parse_mechanisms(job.mechanisms))
     metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
     resolved = _resolve(job, metadata, machine)
-    if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
+    needed = is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None)
+    if needed and not machine.looked_for_walls:
         machine = look_for_walls(machine)
     warnings = _check_cells(resolved, cells, job.path)
     required = _required(job, resolved, machine)

@@ -44,14 +44,24 @@ class First:
     plan: SpawnPlan
 
 
-async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verdict:
-    """First run, cause, search, verdict, reports. Signals end the run in order until all is written."""
+async def run_job(
+    prepared: Prepared,
+    sinks: tuple[EventSink, ...] = (),
+    *,
+    cancellation: Cancellation | None = None,
+    worth_a_search: Callable[[Verdict], bool] = lambda _verdict: True,
+) -> Verdict:
+    """First run, cause, search, verdict, reports. Signals end the run in order until all is written.
+
+    With a ``cancellation`` of the caller's, who runs several at a time, signals are the caller's to take.
+    """
     from safe_exec.searching import Keeping
     from safe_exec.trial import Cancellation  # nbclient and zmq: not needed to refuse bad input
 
-    cancellation = Cancellation()
+    taken = signals if cancellation is None else _nothing_taken
+    cancellation = cancellation or Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
-    with signals(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared) as keeping:
+    with taken(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared) as keeping:
         sweep()
         emit(_run_started(prepared))
         held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
@@ -62,7 +72,8 @@ async def run_job(prepared: Prepared, sinks: tuple[EventSink, ...] = ()) -> Verd
         verdict = _conclude(prepared, first, documents.mask)
         # What is known by now is on disk before anything else is run: a search may be killed.
         so_far = partial(write, prepared, node=first.result.node, documents=documents)
-        verdict = await _search(prepared, first, verdict, keeping, so_far)
+        if worth_a_search(verdict):
+            verdict = await _search(prepared, first, verdict, keeping, so_far)
         verdict = write(prepared, verdict, first.result.node, documents)
         emit(_run_finished(prepared, verdict))
     return verdict
@@ -301,6 +312,10 @@ def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
                 log.exception("an event sink failed and gets no more events")
 
     return emit
+
+
+def _nothing_taken(_arrive: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def _ours(prepared: Prepared) -> frozenset[Path]:
     """The documents of a run."""
     from safe_exec.culprit.cache import cache_root
 
-    documents = [path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro)]
+    documents = [path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro, *prepared.job.beside)]
     with contextlib.suppress(OSError):  # no cache, nothing of it in the folder
         documents.append(cache_root())
     return frozenset(documents)

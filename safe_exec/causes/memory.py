@@ -82,7 +82,8 @@ def _not_our_limit(context: Context) -> Cause:
         " memory left"
     )
     advice = "Give the container or machine more memory, or set --memory below what it has, so that this run is stopped first."
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.LIKELY, _facts(context), advice)
+    facts = (*_facts(context), outside("ran out in", "a group above the sandbox, or the machine", "counters of the groups"))
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.LIKELY, facts, advice)
 
 
 def oomd_kill(context: Context) -> Cause | None:

@@ -14,6 +14,7 @@ from safe_exec.errors import SafeExecError
 
 COMMANDS = {
     "run": "Run a notebook inside limits and say why its kernel died.",
+    "batch": "Run many notebooks and report on all of them.",
     "bisect": "Search for the culprits of a failure, with more time or where `run` did not.",
     "probe": "Find by trial how much of a limit a notebook needs, and what it dies of with less.",
     "replay": "Run what a verdict says again, and say whether this machine agrees.",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     """
     with early.take() as ahead:
         # One look and all input is checked: from here on whatever happens ends in a verdict.
-        prepared = prepare(_job(notebook, out, options), ahead)
+        prepared = prepare(replace(job_of(notebook, options), output=out), ahead)
         if events is not None:
             refuse_same({"the notebook": notebook, "-o": prepared.output, "--verdict": prepared.verdict, "--events": events})
         verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
@@ -108,7 +109,8 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     return verdict.exit_code
 
 
-def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
+def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
+    """The job that the options of a command describe. Raises UsageError."""
     limits = {name.value: options[name.value] for name in LimitName if options[name.value] is not None}
     if "output" in limits and "cell_output" not in limits:
         limits["cell_output"] = limits["output"]
@@ -120,7 +122,6 @@ def _job(notebook: Path, out: Path | None, options: dict[str, Any]) -> Job:
         limits=options["limits"],
         options=limits,
         walls=walls_of(options),
-        output=out,
         verdict=options["verdict"],
         kernel=options["kernel"],
         cwd=options["cwd"],

@@ -8,11 +8,15 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Names = frozenset[str]
+
+_FILTERS = threading.Lock()
+"""The filters of warnings belong to the whole process: of two threads that set them aside, the later one would put the wrong ones back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +137,7 @@ class Cell:
 def parse(text: str) -> ast.Module | None:
     """The tree of Python that would also compile."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             tree: ast.Module = compile(text, "<cell>", "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)

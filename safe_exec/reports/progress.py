@@ -91,7 +91,7 @@ def _whole(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else format_seconds(seconds)  # noqa: PLR2004
 
 
-class _Situation:
+class Situation:
     """What has been seen of the run so far: folds the events into what a line of progress says."""
 
     def __init__(self) -> None:
@@ -109,6 +109,7 @@ class _Situation:
         self._cpu_sample: tuple[float, float] | None = None
 
     def take(self, event: events.Event) -> None:
+        """Note an event."""
         self.time = event.time
         match event:
             case events.RunStarted():
@@ -138,9 +139,11 @@ class _Situation:
         self._cpu_sample = (event.time, event.cpu_seconds)
 
     def cell_of(self, code_index: int) -> str:
+        """``code cell 3/7``."""
         return f"{text.cell_name(code_index)}/{self.cells}" if self.cells else text.cell_name(code_index)
 
     def where(self) -> str:
+        """What runs now."""
         return text.cell_name(self.cell.code_index) if self.cell is not None else "the kernel"
 
     def doing(self) -> str:
@@ -183,7 +186,7 @@ def first_line(source: str) -> str:
     return next((line for line in lines if line and not line.startswith("#")), lines[0])
 
 
-def notable(event: events.Event, now: _Situation) -> str | None:
+def notable(event: events.Event, now: Situation) -> str | None:
     """The line that stays on the screen for ``event``, with a terminal or without; ``None`` for none."""
     match event:
         case events.LimitNear():
@@ -207,7 +210,7 @@ def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str,
     return name, "" if used is None else text.quantity(limit, used), text.quantity(limit, allowed)
 
 
-def plain_line(event: events.Event, now: _Situation) -> str | None:
+def plain_line(event: events.Event, now: Situation) -> str | None:
     """What a log without a terminal gets besides: the start of the kernel, cells that were slow or did not pass, the search."""
     match event:
         case events.KernelReady():
@@ -225,7 +228,7 @@ def plain_line(event: events.Event, now: _Situation) -> str | None:
     return None
 
 
-def _finished(event: events.CellFinished, now: _Situation) -> str:
+def _finished(event: events.CellFinished, now: Situation) -> str:
     parts = [f"{now.cell_of(event.code_index)} {event.status.value}"]
     if event.seconds is not None:
         parts.append(format_seconds(event.seconds))
@@ -246,7 +249,7 @@ class Progress:
         self._stream = stream
         self._style = Style.of(stream)
         self._clock = clock
-        self._now = _Situation()
+        self._now = Situation()
         self._silent = quiet
         self._live: Live | None = None
         self._drawn = float("-inf")
@@ -255,19 +258,19 @@ class Progress:
 
     def __enter__(self) -> Self:
         if not self._silent and is_terminal(self._stream):
-            self._live = _start_live(self._stream)
+            self._live = start_live(self._stream)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         live, self._live, self._silent = self._live, None, True
         if live is not None:
-            _quietly(live.stop)
+            quietly(live.stop)
 
     def __call__(self, event: events.Event) -> None:
         """Show an event; a stream that is gone silences the progress and nothing else."""
         self._now.take(event)
         self._heard = self._clock()
-        if not self._silent and not _quietly(lambda: self._show(event)):
+        if not self._silent and not quietly(lambda: self._show(event)):
             self._silent = True
         self._keep_ticking()
 
@@ -302,7 +305,7 @@ class Progress:
     def _tick(self) -> None:
         live, self._ticking = self._live, False
         if live is not None and not self._silent:
-            self._silent = not _quietly(lambda: self._draw(live, None))
+            self._silent = not quietly(lambda: self._draw(live, None))
         self._keep_ticking()
 
     def _status_line(self, width: int) -> Text:
@@ -323,7 +326,8 @@ class Progress:
         return Text.assemble((doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop")
 
 
-def _start_live(stream: TextIO) -> Live:
+def start_live(stream: TextIO) -> Live:
+    """A place on the terminal that is drawn anew again and again, and is gone at the end."""
     from rich.console import Console
     from rich.live import Live
 
@@ -336,7 +340,7 @@ def _start_live(stream: TextIO) -> Live:
     return live
 
 
-def _quietly(action: Callable[[], None]) -> bool:
+def quietly(action: Callable[[], None]) -> bool:
     """Does it; false where the stream is closed, broken or cannot take the text."""
     try:
         action()

@@ -6,12 +6,13 @@ May import model. Reads /proc and /sys only; makes and removes one probe control
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safe_exec.sandbox.bubblewrap import OLDEST
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 NO_LIMIT = 1 << 60
+NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = ("memory", "pids", "cpu")
 
 
@@ -48,10 +50,15 @@ class Machine:
     user_tasks: int | None = None
     bubblewrap: str | None = None
     bubblewrap_version: str | None = None
-    bubblewrap_why_not: str = "it was not looked for"
+    bubblewrap_why_not: str = NOT_LOOKED_FOR
     landlock: int = 0
     seccomp_why_not: str = ""
     allowed: frozenset[Mechanism] = frozenset(Mechanism)
+
+    @property
+    def looked_for_walls(self) -> bool:
+        """Whether :func:`look_for_walls` has been here."""
+        return self.bubblewrap_why_not != NOT_LOOKED_FOR
 
     def may(self, mechanism: Mechanism) -> bool:
         """Whether a mechanism may be used."""
@@ -173,13 +180,18 @@ def _uid() -> int:
 
 def memory_and_swap() -> tuple[int | None, int | None]:
     """Total memory and swap in bytes, from /proc/meminfo; ``None`` where there is none such."""
+    found = _meminfo()
+    return found.get("MemTotal"), found.get("SwapTotal")
+
+
+def _meminfo() -> dict[str, int]:
     found: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             key, _, rest = line.partition(":")
-            if key in ("MemTotal", "SwapTotal"):
+            if key in ("MemTotal", "MemAvailable", "SwapTotal"):
                 found[key] = int(rest.split()[0]) * 1024
-    return found.get("MemTotal"), found.get("SwapTotal")
+    return found
 
 
 def least(*figures: int | None) -> int | None:
@@ -203,6 +215,52 @@ def _memory_of_group(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, s
                 found.append(int((directory / "memory.max").read_text()))
             directory = directory.parent
     return min(found, default=None)
+
+
+def memory_available() -> int | None:
+    """Bytes that can be used now without swapping anything out: the machine's, or what a group above leaves us. ``None``: not known."""
+    return least(_meminfo().get("MemAvailable"), *(row for _, row in _left_in_groups()))
+
+
+def _left_in_groups() -> Iterator[tuple[Path, int]]:
+    """What each group that we are in may still use; cached files give way."""
+    mounts, own = _cgroup_mounts(), _own_cgroups()
+    for controller, limit, used, cached in (
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("", "memory.max", "memory.current", "inactive_file"),
+    ):
+        for directory in _upwards(mounts, own, controller):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                most = int((directory / limit).read_text())
+                rows = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+                if most < NO_LIMIT:
+                    yield directory, max(0, most - int((directory / used).read_text()) + int(rows[cached]))
+
+
+def _upwards(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str) -> Iterator[Path]:
+    """Our group of a controller and those above it."""
+    if controller not in mounts:
+        return
+    top, directory = mounts[controller][0], _directory(mounts[controller], own.get(controller, "/"))
+    while directory == top or top in directory.parents:
+        yield directory
+        directory = directory.parent
+
+
+def cpus_available() -> int:
+    """Processors that we may use: those that we are allowed on, or what a group's quota amounts to (a container's ``--cpus``)."""
+    found = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    mounts, own = _cgroup_mounts(), _own_cgroups()
+    for directory in _upwards(mounts, own, "cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((directory / "cpu.cfs_quota_us").read_text())
+            if quota > 0:
+                found.append(quota / int((directory / "cpu.cfs_period_us").read_text()))
+    for directory in _upwards(mounts, own, ""):
+        with contextlib.suppress(OSError, ValueError):  # "max 100000": no quota
+            share, period = map(int, (directory / "cpu.max").read_text().split())
+            found.append(share / period)
+    return max(1, math.floor(min(found) + 0.5))
 
 
 def _cgroup_mounts() -> dict[str, tuple[Path, str]]:

@@ -1,0 +1,55 @@
+"""How many notebooks run at a time. Pure; imports errors only.
+
+What a notebook may use counts, not what it uses: a notebook is admitted while the memory limits of those that run, its own among them, fit
+into the memory that there is. One without a limit may use all of it, and runs alone; so does one that may use more than there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from safe_exec.errors import UsageError
+
+AUTO = "auto"
+RESERVE_BYTES = 256 << 20
+"""Left free for ourselves and the keepers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What there is: ``jobs`` notebooks at a time, ``memory`` bytes for all of them together (``None``: not known, does not count)."""
+
+    jobs: int
+    memory: int | None
+
+
+def parse_jobs(text: str, cpus: int) -> int:
+    """``-j``: a number, or ``auto`` for that of the processors. Raises UsageError."""
+    if text == AUTO:
+        return max(1, cpus)
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise UsageError(f"-j: expected a number of notebooks from 1 on, or {AUTO}, found {text[:40]!r}")
+    return int(text)
+
+
+def room_for(jobs: int, available: int | None) -> Room:
+    """The room on a machine with ``available`` bytes of memory that nobody uses yet."""
+    return Room(jobs=jobs, memory=None if available is None else max(0, available - RESERVE_BYTES))
+
+
+def admits(room: Room, running: Sequence[int | None], wanted: int | None) -> bool:
+    """Whether one with the memory limit ``wanted`` may start beside those that run, given by theirs."""
+    if not running:
+        return True
+    if len(running) >= room.jobs:
+        return False
+    if room.memory is None:
+        return True
+    known = [limit for limit in (*running, wanted) if limit is not None]
+    return len(known) == len(running) + 1 and sum(known) <= room.memory
+
+
+def first_fitting(room: Room, running: Sequence[int | None], waiting: Iterable[int | None]) -> int | None:
+    """The number of the first in line that may start now."""
+    return next((number for number, wanted in enumerate(waiting) if admits(room, running, wanted)), None)

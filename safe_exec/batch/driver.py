@@ -1,0 +1,302 @@
+"""The whole of ``batch``: admit, run, record, report. May import pipeline and what is below.
+
+The main thread only decides; each notebook runs on a thread of its own (``worker``). Signals are taken once, here, and told to every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from safe_exec import __version__
+from safe_exec.batch.admission import Room, first_fitting
+from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
+from safe_exec.batch.history import History
+from safe_exec.batch.journal import Finished, Journal
+from safe_exec.batch.order import longest_first
+from safe_exec.batch.outcome import exit_code
+from safe_exec.batch.selection import Chosen
+from safe_exec.batch.worker import Shared, Stops, Task, refused, run_task
+from safe_exec.errors import OutputPathError, UsageError
+from safe_exec.events import EventSink
+from safe_exec.files import one_line
+from safe_exec.job import Job, Prepared, prepare
+from safe_exec.pipeline import signals
+from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
+
+LOOK_AHEAD = 32
+"""How many of those that wait are looked at for one that fits, when the first does not."""
+DRAW_SECONDS = 0.2
+
+
+class Watcher(Protocol):
+    """Whoever shows the batch while it runs. Events come on the threads of the notebooks, all else on the main one."""
+
+    def begin(self, total: int, jobs: int) -> None:
+        """So many notebooks, so many at a time."""
+
+    def sink(self, path: str, attempt: int) -> EventSink:
+        """The watcher's end of a notebook's events."""
+
+    def finished(self, entry: Entry, headline: str) -> None:
+        """A notebook came to its end, or needs not be run; ``headline`` is its verdict in one line."""
+
+    def draw(self) -> None:
+        """Called every now and then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A batch as it was asked for. ``template`` is the job of every notebook but for its paths. ``limits`` is what ``--limits`` named."""
+
+    chosen: tuple[Chosen, ...]
+    root: Path
+    out: Path
+    room: Room
+    template: Job
+    command: tuple[str, ...]
+    retries: int = 0
+    fail_fast: bool = False
+    resume: bool = False
+    only_changed: bool = False
+    shard: tuple[int, int] | None = None
+    limits: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Waiting:
+    """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes."""
+
+    task: Task
+    memory: int | None
+
+
+class _Run:
+    """The state of a batch that runs."""
+
+    def __init__(self, plan: Plan, journal: Journal, watcher: Watcher) -> None:
+        self.plan, self.watcher = plan, watcher
+        self.stops = Stops()
+        self.history = History.of_user()
+        self.shared = Shared(
+            out=plan.out,
+            jobs=plan.room.jobs,
+            retries=plan.retries,
+            journal=journal,
+            history=self.history,
+            kernels=Kernels(),
+            stops=self.stops,
+            sink=watcher.sink,
+        )
+        self.past = journal.past.finished if plan.resume else {}
+        self.entries: dict[str, Entry] = {}
+        self.todo = self._in_order()
+        self.waiting: list[_Waiting] = []
+        self.running: dict[asyncio.Future[Finished], _Waiting] = {}
+        self.failed = False
+
+    def _in_order(self) -> list[Chosen]:
+        """Those still to be looked at, the longest first."""
+        by_path = {chosen.path: chosen for chosen in self.plan.chosen}
+        seconds, sizes = {}, {}
+        for path, chosen in by_path.items():
+            known = self.history.get(chosen.source).seconds
+            if known is not None:
+                seconds[path] = known
+            with contextlib.suppress(OSError):
+                sizes[path] = chosen.source.stat().st_size
+        return [by_path[path] for path in longest_first(list(by_path), seconds, sizes)]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is to be started."""
+        return bool(self.stops.signals) or (self.plan.fail_fast and self.failed)
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run all; when this returns every notebook has an entry and nothing is under way."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(self.plan.room.jobs, "notebook") as pool:
+            try:
+                while True:
+                    while not self.stopped and (found := await self._next()) is not None:
+                        self.running[loop.run_in_executor(pool, run_task, found.task, self.shared)] = found
+                    if not self.running:
+                        break
+                    done, _ = await asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED)
+                    for future in done:
+                        self._finish(self.running.pop(future).task.chosen, future.result())
+            except BaseException:
+                self.stops.arrive(
+                    signal.SIGTERM
+                )  # whatever went wrong here: no thread may be left with a kernel, and the pool waits for them
+                raise
+        for chosen in (*(found.task.chosen for found in self.waiting), *self.todo):
+            self.entries[chosen.path] = _not_run(chosen, NOT_RUN)
+
+    async def _next(self) -> _Waiting | None:
+        """The first in line that may start now."""
+        while True:
+            limits = [found.memory for found in self.running.values()]
+            at = first_fitting(self.plan.room, limits, [found.memory for found in self.waiting])
+            if at is not None:
+                return self.waiting.pop(at)
+            full = len(self.running) >= self.plan.room.jobs or len(self.waiting) >= LOOK_AHEAD
+            if full or not self.todo or self.stopped:
+                return None
+            await self._look_at(self.todo.pop(0))
+
+    async def _look_at(self, chosen: Chosen) -> None:
+        """Read a notebook: it waits from now on, or needs not be run, or cannot be."""
+        task = Task(chosen=chosen, job=job_of(self.plan, chosen))
+        try:
+            found = await asyncio.to_thread(self._survey, task)
+        except UsageError as error:
+            self._finish(chosen, refused(task, error))
+            return
+        if isinstance(found, _Waiting):
+            self.waiting.append(found)
+        elif isinstance(found, Finished):
+            self._finish(chosen, found)
+        else:
+            self._show(found, "passed before, and nothing has changed")
+
+    def _survey(self, task: Task) -> _Waiting | Finished | Entry:
+        _make_folder(task.job)
+        prepared = prepare(task.job)
+        inputs = inputs_of(prepared)  # wrong ones are found before anything runs
+        done = self.past.get(task.chosen.path)
+        if done is not None and done.key == key_of_run(prepared) and _stands(done, self.plan.out):
+            return done
+        if self.plan.only_changed and self._passed_before(task, prepared, inputs):
+            return _not_run(task.chosen, UNCHANGED)
+        return _Waiting(task=task, memory=prepared.resolved.limits.memory)
+
+    def _passed_before(self, task: Task, prepared: Prepared, inputs: dict[str, str | None]) -> bool:
+        known = self.history.get(task.chosen.source).passed
+        return known is not None and known == key_of_pass(prepared, self.shared.kernels, inputs)
+
+    def _finish(self, chosen: Chosen, record: Finished) -> None:
+        self.failed = self.failed or record.exit_code != 0
+        self._show(_entry_of(record, chosen, self.plan.out), record.headline)
+
+    def _show(self, entry: Entry, headline: str) -> None:
+        self.entries[entry.path] = entry
+        self.watcher.finished(entry, headline)
+
+
+def job_of(plan: Plan, chosen: Chosen) -> Job:
+    """The job of one notebook: it runs in its own folder, and its documents go below the output directory."""
+    base = plan.out / chosen.documents
+    return replace(
+        plan.template,
+        path=chosen.source,
+        output=base.with_name(f"{base.name}.out.ipynb"),
+        verdict=base.with_name(f"{base.name}.verdict.json"),
+        repro=base.with_name(f"{base.name}.repro.ipynb"),
+        beside=(plan.out,),
+        command=plan.command,
+    )
+
+
+def _make_folder(job: Job) -> None:
+    assert job.output is not None
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputPathError(f"{one_line(job.output.parent)}: cannot be made: {error.strerror}; choose another --out") from None
+
+
+def _stands(record: Finished, out: Path) -> bool:
+    """Whether the documents of a finished notebook are still there."""
+    return record.verdict is not None and all(
+        (out / name).is_file() for name in (record.verdict, record.notebook, record.repro) if name is not None
+    )
+
+
+def _entry_of(record: Finished, chosen: Chosen, out: Path) -> Entry:
+    return Entry(
+        path=chosen.path,
+        status=record.status,
+        exit_code=record.exit_code,
+        seconds=record.seconds,
+        attempts=record.attempts,
+        flaky=record.flaky,
+        error=record.error,
+        verdict=out / record.verdict if record.verdict is not None else None,
+        notebook=out / record.notebook if record.notebook is not None else None,
+        repro=out / record.repro if record.repro is not None else None,
+        source=chosen.source,
+    )
+
+
+def _not_run(chosen: Chosen, status: str) -> Entry:
+    return Entry(
+        path=chosen.path,
+        status=status,
+        exit_code=None,
+        seconds=None,
+        attempts=0,
+        flaky=False,
+        error=None,
+        verdict=None,
+        notebook=None,
+        repro=None,
+        source=chosen.source,
+    )
+
+
+async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]) -> Batch:
+    """Run a batch; ``report`` writes what is written of it in the end, and returns an exit code that may be worse.
+
+    Whatever ends it, SIGKILL excepted, every notebook has its documents and all reports are written when this returns. Raises UsageError,
+    before anything is run, where the output directory cannot be used.
+    """
+    started, began = datetime.now(UTC), time.monotonic()
+    with Journal(plan.out, resume=plan.resume) as journal:
+        run = _Run(plan, journal, watcher)
+        with signals(run.stops.arrive):
+            journal.batch_started(version=__version__, command=plan.command, root=str(plan.root), notebooks=len(plan.chosen))
+            watcher.begin(len(plan.chosen), plan.room.jobs)
+            drawing = asyncio.create_task(_draw_forever(watcher))
+            try:
+                await run.run()
+            finally:
+                drawing.cancel()
+            entries = tuple(run.entries[chosen.path] for chosen in plan.chosen)
+            cancelled = bool(run.stops.signals)
+            batch = Batch(
+                entries=entries,
+                root=plan.root,
+                out=plan.out,
+                started=started,
+                seconds=time.monotonic() - began,
+                exit_code=exit_code(entries, cancelled=cancelled),
+                command=plan.command,
+                safe_exec_version=__version__,
+                limits=plan.limits,
+                shard=plan.shard,
+                jobs=plan.room.jobs,
+                cancelled=cancelled,
+                resumed=plan.resume and not journal.past.empty,
+            )
+            batch = replace(batch, exit_code=report(batch))
+            if not cancelled and not any(entry.status == NOT_RUN for entry in entries):
+                journal.batch_finished(exit_code=batch.exit_code)
+            run.history.tidy()
+    return batch
+
+
+async def _draw_forever(watcher: Watcher) -> None:
+    while True:
+        watcher.draw()
+        await asyncio.sleep(DRAW_SECONDS)

@@ -1,0 +1,184 @@
+"""One notebook of a batch, on a thread and an event loop of its own. May import pipeline and what is below.
+
+A thread each, and not one loop for all: starting a keeper, taking a large tree down, writing documents and the search for culprits hold their
+loop up for moments, and a notebook's wall times must not depend on its neighbours' moments. What waits for the system lets other threads run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
+from safe_exec.batch.history import History, Memory
+from safe_exec.batch.journal import Finished, Journal
+from safe_exec.batch.outcome import REFUSED_CODE
+from safe_exec.batch.retries import is_transient
+from safe_exec.batch.selection import Chosen
+from safe_exec.errors import SafeExecError, UsageError
+from safe_exec.events import EventSink
+from safe_exec.files import one_line
+from safe_exec.job import Job, Prepared, prepare
+from safe_exec.model import Status, Verdict
+from safe_exec.pipeline import run_job
+from safe_exec.reports.entries import REFUSED
+from safe_exec.reports.text import headline
+from safe_exec.trial import Cancellation
+
+log = logging.getLogger("safe_exec")
+
+OWN_TASKS = 64
+"""Threads and keepers of ours beside each notebook, roughly."""
+
+
+class Stops:
+    """Signals that came for the batch, and the runs that are to hear of them; each lives on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._live: list[tuple[Cancellation, asyncio.AbstractEventLoop]] = []
+        self._turn = threading.Lock()
+
+    def arrive(self, number: int) -> None:
+        """A signal came: every run that is under way is told."""
+        with self._turn:
+            self.signals.append(number)
+            for cancellation, loop in self._live:
+                loop.call_soon_threadsafe(cancellation.arrive, number)
+
+    @contextlib.contextmanager
+    def told(self, cancellation: Cancellation) -> Iterator[None]:
+        """Within it a run of this thread's loop hears of all signals, of those that came before too."""
+        entry = (cancellation, asyncio.get_running_loop())
+        with self._turn:
+            self._live.append(entry)
+            for number in self.signals:
+                cancellation.arrive(number)
+        try:
+            yield
+        finally:
+            with self._turn:  # before its loop closes: a closed one takes no calls
+                self._live.remove(entry)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A notebook and the whole of what is asked of its run."""
+
+    chosen: Chosen
+    job: Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What all notebooks of a batch have in common. ``sink`` gives the events of a notebook, by its path, to whoever watches."""
+
+    out: Path
+    jobs: int
+    retries: int
+    journal: Journal
+    history: History
+    kernels: Kernels
+    stops: Stops
+    sink: Callable[[str, int], EventSink]
+
+
+def run_task(task: Task, shared: Shared) -> Finished:
+    """Run a notebook, again where that may help; on record when this returns. Never raises."""
+    try:
+        return _run(task, shared)
+    except UsageError as error:  # it was read before, and has changed since
+        return refused(task, error)
+    except Exception as error:
+        log.exception("%s: safe-exec failed", one_line(task.chosen.path))
+        words = str(error) if isinstance(error, SafeExecError) else f"{type(error).__name__}: {error}"
+        return _without_verdict(task, str(Status.INTERNAL_ERROR), Status.INTERNAL_ERROR.exit_code, words)
+
+
+def refused(task: Task, error: UsageError) -> Finished:
+    """What there is to say of a notebook that cannot be used."""
+    return _without_verdict(task, REFUSED, REFUSED_CODE, str(error))
+
+
+def _without_verdict(task: Task, status: str, exit_code: int, words: str) -> Finished:
+    return Finished(
+        path=task.chosen.path,
+        status=status,
+        exit_code=exit_code,
+        seconds=None,
+        attempts=0,
+        flaky=False,
+        key="",
+        error=one_line(words).removeprefix(f"{one_line(task.chosen.source)}:").lstrip(),
+    )
+
+
+def _run(task: Task, shared: Shared) -> Finished:
+    for attempt in itertools.count(1):
+        _remove_documents(task.job)
+        prepared = _beside_others(prepare(task.job), shared.jobs)
+        key, inputs = key_of_run(prepared), inputs_of(prepared)
+        again = is_transient if attempt <= shared.retries else _never
+        shared.journal.started(task.chosen.path, attempt=attempt, run_id=prepared.run_id)
+        verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
+        if shared.stops.signals or not again(verdict):
+            break
+    record = _record(task, verdict, attempt, key, shared.out)
+    if verdict.status is not Status.CANCELLED:  # that one is to be run again
+        shared.journal.finished(record)
+        clean = verdict.status is Status.PASSED and not record.flaky
+        passed = key_of_pass(prepared, shared.kernels, inputs) if clean else None
+        shared.history.put(task.chosen.source, Memory(seconds=record.seconds, passed=passed))
+    return record
+
+
+def _never(_verdict: Verdict) -> bool:
+    return False
+
+
+async def _attempt(prepared: Prepared, sink: EventSink, stops: Stops, again: Callable[[Verdict], bool]) -> Verdict:
+    """One run. What is going to be tried again anyhow is not searched before."""
+    cancellation = Cancellation()
+    with stops.told(cancellation):
+        return await run_job(prepared, (sink,), cancellation=cancellation, worth_a_search=lambda found: not again(found))
+
+
+def _remove_documents(job: Job) -> None:
+    """Those of an earlier run: they must not be taken for this one's."""
+    for path in (job.output, job.verdict, job.repro):
+        if path is not None:
+            with contextlib.suppress(OSError):  # what stands there and is no file is found by prepare
+                path.unlink()
+
+
+def _beside_others(prepared: Prepared, jobs: int) -> Prepared:
+    """RLIMIT_NPROC counts all tasks of a user, those of the other notebooks too (setrlimit(2))."""
+    tasks = prepared.machine.user_tasks
+    if tasks is None or jobs == 1:
+        return prepared
+    others = (jobs - 1) * ((prepared.resolved.limits.processes or 0) + OWN_TASKS)
+    return replace(prepared, machine=replace(prepared.machine, user_tasks=tasks + others))
+
+
+def _record(task: Task, verdict: Verdict, attempt: int, key: str, out: Path) -> Finished:
+    documents = {name: Path(path) for name, path in verdict.outputs.items()}
+    below = {name: str(path.relative_to(out)) for name, path in documents.items() if path.is_relative_to(out) and path.exists()}
+    return Finished(
+        path=task.chosen.path,
+        status=str(verdict.status),
+        exit_code=verdict.exit_code,
+        seconds=verdict.usage.wall_seconds,
+        attempts=attempt,
+        flaky=attempt > 1 and verdict.status is Status.PASSED,
+        key=key,
+        headline=headline(verdict),
+        verdict=below.get("verdict"),
+        notebook=below.get("notebook"),
+        repro=below.get("repro"),
+    )
