@@ -132,7 +132,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(folders, "TMP", tmp_path / "tmp")
     names = {"output": "nb.out.ipynb", "verdict": "nb.verdict.json", "repro": "nb.repro.ipynb"}
     return SimpleNamespace(
-        job=SimpleNamespace(bisect=Bisect.AUTO),
+        job=SimpleNamespace(bisect=Bisect.AUTO, beside=()),
         run_id="abc",
         cwd=tmp_path / "work",
         **{key: tmp_path / "work" / name for key, name in names.items()},
