@@ -24,7 +24,7 @@ from safe_exec.batch.journal import Finished, Journal
 from safe_exec.batch.order import longest_first
 from safe_exec.batch.outcome import exit_code
 from safe_exec.batch.selection import Chosen
-from safe_exec.batch.worker import Shared, Stops, Task, refused, run_task
+from safe_exec.batch.worker import Shared, Stops, Task, beside_others, refused, run_task
 from safe_exec.errors import OutputPathError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import one_line
@@ -179,7 +179,8 @@ class _Run:
             return done
         if self.plan.only_changed and self._passed_before(task, prepared, inputs):
             return _not_run(task.chosen, UNCHANGED)
-        return _Waiting(task=task, memory=prepared.resolved.limits.memory)
+        limits = prepared.resolved.limits
+        return _Waiting(task=replace(task, job=beside_others(task.job, limits, self.plan.room.jobs)), memory=limits.memory)
 
     def _passed_before(self, task: Task, prepared: Prepared, inputs: dict[str, str | None]) -> bool:
         known = self.history.get(task.chosen.source).passed

@@ -132,7 +132,7 @@ class Kernels:
 def _environment_of(name: str) -> str:
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    from safe_exec.kernel.provisioner import speaks_ipc
+    from safe_exec.kernel.launch import speaks_ipc
 
     try:
         spec = KernelSpecManager().get_kernel_spec(name)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from safe_exec.batch.journal import Finished, Journal
 from safe_exec.batch.outcome import REFUSED_CODE
 from safe_exec.batch.retries import is_transient
 from safe_exec.batch.selection import Chosen
+from safe_exec.early import Early
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import one_line
 from safe_exec.job import Job, Prepared, prepare
-from safe_exec.model import Status, Verdict
+from safe_exec.model import Limits, Status, Verdict
 from safe_exec.pipeline import run_job
 from safe_exec.reports.entries import REFUSED
 from safe_exec.reports.text import headline
@@ -122,20 +123,30 @@ def _without_verdict(task: Task, status: str, exit_code: int, words: str) -> Fin
 def _run(task: Task, shared: Shared) -> Finished:
     for attempt in itertools.count(1):
         _remove_documents(task.job)
-        prepared = _beside_others(prepare(task.job), shared.jobs)
-        key, inputs = key_of_run(prepared), inputs_of(prepared)
         again = is_transient if attempt <= shared.retries else _never
-        shared.journal.started(task.chosen.path, attempt=attempt, run_id=prepared.run_id)
-        verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
+        with Early() as early:
+            prepared = prepare(task.job, early)
+            key, inputs = key_of_run(prepared), inputs_of(prepared)
+            shared.journal.started(task.chosen.path, attempt=attempt, run_id=prepared.run_id)
+            verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
         if shared.stops.signals or not again(verdict):
             break
     record = _record(task, verdict, attempt, key, shared.out)
     if verdict.status is not Status.CANCELLED:  # that one is to be run again
         shared.journal.finished(record)
-        clean = verdict.status is Status.PASSED and not record.flaky
-        passed = key_of_pass(prepared, shared.kernels, inputs) if clean else None
-        shared.history.put(task.chosen.source, Memory(seconds=record.seconds, passed=passed))
+        _remember(task, record, prepared, inputs, shared)
     return record
+
+
+def _remember(task: Task, record: Finished, prepared: Prepared, inputs: Mapping[str, str | None], shared: Shared) -> None:
+    """For the order of later batches, and for those that run only what has changed."""
+    passed: str | None = None
+    if record.status == Status.PASSED and not record.flaky:
+        try:
+            passed = key_of_pass(prepared, shared.kernels, inputs)
+        except Exception:  # the notebook is finished and on record: that must not change any more
+            log.exception("%s: it cannot be told what it depends on; it will be run again", one_line(task.chosen.path))
+    shared.history.put(task.chosen.source, Memory(seconds=record.seconds, passed=passed))
 
 
 def _never(_verdict: Verdict) -> bool:
@@ -157,13 +168,13 @@ def _remove_documents(job: Job) -> None:
                 path.unlink()
 
 
-def _beside_others(prepared: Prepared, jobs: int) -> Prepared:
-    """RLIMIT_NPROC counts all tasks of a user, those of the other notebooks too (setrlimit(2))."""
-    tasks = prepared.machine.user_tasks
-    if tasks is None or jobs == 1:
-        return prepared
-    others = (jobs - 1) * ((prepared.resolved.limits.processes or 0) + OWN_TASKS)
-    return replace(prepared, machine=replace(prepared.machine, user_tasks=tasks + others))
+def beside_others(job: Job, limits: Limits, jobs: int) -> Job:
+    """RLIMIT_NPROC counts all tasks of a user (setrlimit(2)): those of the other notebooks must not be taken for this one's."""
+    machine = job.machine
+    if machine is None or machine.user_tasks is None or jobs == 1:
+        return job
+    others = (jobs - 1) * ((limits.processes or 0) + OWN_TASKS)
+    return replace(job, machine=replace(machine, user_tasks=machine.user_tasks + others))
 
 
 def _record(task: Task, verdict: Verdict, attempt: int, key: str, out: Path) -> Finished:

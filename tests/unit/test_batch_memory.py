@@ -18,6 +18,7 @@ from safe_exec.batch.fingerprint import Kernels, declared_inputs, inputs_of, key
 from safe_exec.batch.history import KEPT_DAYS, History, Memory
 from safe_exec.errors import NotebookError
 from safe_exec.job import Job, Prepared, prepare
+from safe_exec.model import Limits
 from safe_exec.sandbox import machine
 from safe_exec.trial import Cancellation
 from tests.support import make_notebook
@@ -167,13 +168,13 @@ def test_a_run_hears_of_signals_that_came_before_and_while_it_runs() -> None:
     assert stops.signals == [2, 15, 1]
 
 
-def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own(folder: Path) -> None:
-    found = prepared(folder, options={"processes": 100})
-    ours = replace(found, machine=replace(found.machine, user_tasks=7))
-    assert worker._beside_others(ours, 1) is ours
-    assert worker._beside_others(ours, 3).machine.user_tasks == 7 + 2 * (100 + worker.OWN_TASKS)
-    unlimited = replace(found, machine=replace(found.machine, user_tasks=None))
-    assert worker._beside_others(unlimited, 3) is unlimited
+def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:
+    limits, job = Limits(processes=100), Job(path=Path("n.ipynb"), machine=machine.Machine(user_tasks=7))
+    assert worker.beside_others(job, limits, 1) is job
+    changed = worker.beside_others(job, limits, 3).machine
+    assert changed is not None and changed.user_tasks == 7 + 2 * (100 + worker.OWN_TASKS)
+    unlimited = Job(path=Path("n.ipynb"), machine=machine.Machine(user_tasks=None))
+    assert worker.beside_others(unlimited, limits, 3) is unlimited
 
 
 # --- what the machine has left ----------------------------------------------------------------------------------
