@@ -14,6 +14,9 @@ from tests.cases.table import PROPERTY, Row, render, write
 
 SEED = "SAFE_EXEC_CASES_SEED"
 
+UNIT = Path(__file__).parent / "unit"
+"""A test outside of it watches a dozen processes on a machine that others use too: one that fails is run once more, and listed as such."""
+
 # On a busy machine any example may take long.
 settings.register_profile("safe-exec", deadline=None)
 settings.load_profile("safe-exec")
@@ -28,6 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     beds.register(config)
     # Workers inherit it: all of them draw the same, at midnight too.
     os.environ.setdefault(SEED, datetime.now(UTC).date().isoformat())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if UNIT not in item.path.parents:
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def pytest_report_header() -> str:
