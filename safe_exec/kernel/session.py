@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ class KernelSession:
         assert self.sandbox is not None and self.directory is not None
         if launched is None and (spec := find_spec(kernel_name)) is not None:
             what = Launch(spec=spec, kernel_name=kernel_name, plan=self.plan, limits=self.limits, cwd=cwd, env=env)
-            launched = launch(self.sandbox, what)
+            launched = await _aside(partial(launch, self.sandbox, what))
         km = Manager(kernel_name=kernel_name)
         km.connection_file = str(self.directory / "c.json")
         if launched is not None:
@@ -510,6 +511,17 @@ class KernelSession:
         for fd in self.told.pipes.values():
             os.close(fd)
         self.told.pipes.clear()
+
+
+async def _aside(call: Callable[[], Launched]) -> Launched:
+    """Wait for a call on a thread: other runs go on in the meantime. It is never left alone: whoever cancels us takes down what it works on."""
+    waiting = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            (await waiting).channels.close()
+        raise
 
 
 def _rows(value: Any) -> Rows:
