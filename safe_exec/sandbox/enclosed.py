@@ -166,25 +166,28 @@ def _write_config(fd: int, plan: dict[str, Any]) -> None:
 # --- a folder of limited size -----------------------------------------------------------------------------------
 
 
-def make_disk(disk: dict[str, Any]) -> None:
+def make_disk(disk: dict[str, Any]) -> trees.Meanwhile:
     """The file system that a run writes to: its folder as it is, a /tmp, a home and a place for sockets. In a mount namespace of our own.
 
     The folder is the lower layer of an overlay, so that only what is written counts; where that cannot be, or all is to belong to another
-    user, it is a copy, for which there is room besides. Raises OSError with what is too large.
+    user, it is a copy, for which there is room besides. Returns what will tell later what others made of the folder. Raises OSError with what
+    is too large.
     """
     owner, base = disk["owner"], Path(disk["base"])
     folder = Path(disk["folder"])
+    meanwhile = trees.Meanwhile(since=trees.now())
     copied = None if owner is None and _overlays(folder, base, disk) else _measure(folder)
     if copied is not None:
         size, entries = copied
         _mount_disk(base, disk["size"] + size, disk["inodes"] + entries)
-        trees.copy_tree(folder, base / "folder", owner=owner)
+        meanwhile = trees.Meanwhile(marks=trees.copy_tree(folder, base / "folder", owner=owner))
     for name, mode in (("tmp", 0o1777), ("home", 0o755), ("sockets", 0o755)):
         made = base / name
         made.mkdir()
         made.chmod(mode)
         if owner is not None:
             os.chown(made, owner, owner)
+    return meanwhile
 
 
 def _mount_disk(base: Path, size: int, inodes: int) -> None:

@@ -49,6 +49,8 @@ FASTEST_BYTES_PER_MS = 5 << 20
 LOOK_MS = (2, 100)
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
+NAMED = 5
+"""Files that are named one by one."""
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -76,6 +78,7 @@ class Keeper:
         self.orphaned = True
         self.inner: enclosed.Enclosed | None = None
         self.disk: dict[str, Any] | None = None
+        self.meanwhile = trees.Meanwhile()
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ class Keeper:
         os.mkdir(disk["base"])
         mounts.enter([], user_namespace=disk["user_namespace"])
         self.disk = disk
-        enclosed.make_disk(disk)
+        self.meanwhile = enclosed.make_disk(disk)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -404,7 +407,11 @@ class Keeper:
             return
         if self.disk["write_back"] and self.pid and not self.orphaned:
             try:
-                trees.take_back(Path(self.disk["base"]) / "folder", Path(self.disk["folder"]))
+                kept = trees.take_back(Path(self.disk["base"]) / "folder", Path(self.disk["folder"]), self.meanwhile)
+                if kept:
+                    more = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""
+                    what = "changed outside while the notebook ran, and left as it is there"
+                    self.say("trouble", message=f"{what}: {', '.join(kept[:NAMED])}{more}")
             except OSError as error:
                 self.say("trouble", message=f"the folder could not be written back: {error}")
         if not enclosed.unmount(self.disk["base"]):

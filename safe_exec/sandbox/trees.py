@@ -11,12 +11,28 @@ import itertools
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 TAKEN = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
 PIECE = 64 << 20
+CLOCK_REALTIME_COARSE = 5
+
+
+Mark = tuple[object, ...]
+"""What tells whether an entry is the one that it was: kind and mode, of files size and time, of links where they lead."""
+
+
+def mark(path: Path, status: os.stat_result) -> Mark:
+    """The mark of an entry. Raises OSError for a link that is gone."""
+    kind = stat.S_IFMT(status.st_mode)
+    if stat.S_ISLNK(status.st_mode):
+        return kind, os.readlink(path)
+    # A copy that was given to another user has lost the special bits by that alone.
+    mode = stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS
+    return (kind, mode, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (kind, mode)
 
 
 def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
@@ -46,17 +62,19 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
         return iter(())
 
 
-def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(), owner: int | None = None) -> None:
+def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(), owner: int | None = None) -> dict[str, Mark]:
     """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read.
 
-    All of it belongs to ``owner`` then, where one is given; where we are root, else, to whom it belonged. Raises OSError for a disk that
-    is full: a part of a folder is not the folder.
+    Returns what was copied, by its path in the folder. All of it belongs to ``owner`` then, where one is given; where we are root, else,
+    to whom it belonged. Raises OSError for a disk that is full: a part of a folder is not the folder.
     """
     target.mkdir(mode=0o700)
     directories: list[tuple[Path, Path]] = [(source, target)]
+    marks: dict[str, Mark] = {}
     for path, status in walk(source, but=but):
         made = target / path.relative_to(source)
         if _copied(path, made, status):
+            marks[str(path.relative_to(source))] = mark(path, status)
             if stat.S_ISDIR(status.st_mode):
                 directories.append((path, made))
             _give(made, status, owner)
@@ -64,6 +82,7 @@ def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(),
         with contextlib.suppress(OSError):
             shutil.copystat(path, made)
     _give(target, os.stat(source), owner)
+    return marks
 
 
 def _copied(path: Path, made: Path, status: os.stat_result) -> bool:
@@ -142,23 +161,61 @@ def _open(folder: str) -> None:
 # --- taking back ------------------------------------------------------------------------------------------------
 
 
-def take_back(source: Path, target: Path) -> None:
+class Meanwhile:
+    """Tells what others made of a folder while a program worked in a copy of it, or in a layer over it.
+
+    Of a copy it is known what was copied (``marks``): whatever differs from that was changed by somebody. Under a layer others are seen through
+    it at once, and only what both have changed is in question: there the system's own time of the last change says so, which nobody
+    sets back (``since``, in nanoseconds; inode(7), st_ctime). Without either nobody else is thought of.
+    """
+
+    def __init__(self, *, marks: dict[str, Mark] | None = None, since: int | None = None) -> None:
+        self._marks, self._since = marks, since
+
+    def is_untouched(self, name: str, path: Path, status: os.stat_result) -> bool:
+        """Whether the program has left this entry of the copy as it was."""
+        return self._marks is not None and self._marks.get(name) == mark(path, status)
+
+    def is_new(self, name: str) -> bool:
+        """Whether an entry of the folder was made since, and so is in no copy."""
+        return self._marks is not None and name not in self._marks
+
+    def changed(self, name: str, path: Path, status: os.stat_result) -> bool:
+        """Whether others have changed this entry of the folder. What lies in directories has changes of its own."""
+        if stat.S_ISDIR(status.st_mode):
+            return self._marks is not None and self._marks.get(name, (0,))[0] != stat.S_IFDIR
+        if self._marks is not None:
+            return self._marks.get(name) != mark(path, status)
+        return self._since is not None and status.st_ctime_ns > self._since
+
+
+def now() -> int:
+    """The time by which the system stamps changes: not as fine as time.time_ns(), and never before it."""
+    return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+
+
+def take_back(source: Path, target: Path, meanwhile: Meanwhile | None = None) -> list[str]:
     """Make ``target`` what ``source`` has become: a copy of it in which a program has worked.
 
     Whatever that program left is data: links are copied as links and never followed, set-user-id bits are dropped, devices, pipes and
     sockets are left out, holes stay holes. Files that did not change are not touched, nor is what no copy has: devices, pipes, sockets,
-    files that cannot be read. A file comes back whole or stays as it was. Raises OSError for what could not be taken, after all the rest.
+    files that cannot be read. What others changed ``meanwhile`` stays; returned are the names of what the program had changed too. A file
+    comes back whole or stays as it was. Raises OSError for what could not be taken, after all the rest.
     """
+    meanwhile = meanwhile or Meanwhile()
     owner = os.stat(target)
     found = ((str(path.relative_to(source)), status) for path, status in walk(source))
     wanted = {name: status for name, status in found if stat.S_IFMT(status.st_mode) in TAKEN}
-    for path, status in reversed(list(walk(target))):
-        if str(path.relative_to(target)) not in wanted and _is_copied(path, status):
-            _remove(path)
+    kept = _take_away(target, wanted, meanwhile)
     troubles: list[OSError] = []
     folders = {"."}  # that were seen to be folders: a link among the parents would lead elsewhere
+    touched = [name for name, status in wanted.items() if not meanwhile.is_untouched(name, source / name, status)]
+    needed = {parent for name in touched for parent in _with_parents(name)}
     for name, status in wanted.items():
-        if (os.path.dirname(name) or ".") not in folders:
+        if name not in needed or (os.path.dirname(name) or ".") not in folders:
+            continue
+        if _is_disputed(name, source, target, status, meanwhile):
+            kept.append(name)
             continue
         try:
             if stat.S_ISDIR(status.st_mode):
@@ -168,11 +225,41 @@ def take_back(source: Path, target: Path) -> None:
                 _take(source / name, target / name, status, owner)
         except OSError as trouble:
             troubles.append(trouble)
-    for name in reversed([name for name in wanted if name in folders]):  # last: one may not be written to any more
+    for name in reversed([name for name in touched if name in folders]):  # last: one may not be written to any more
         _settle(target / name, wanted[name])
     if troubles:
         more = f", and {len(troubles) - 1} more" if len(troubles) > 1 else ""
         raise OSError(troubles[0].errno, f"{troubles[0].filename or target}: {troubles[0].strerror}{more}")
+    return sorted(kept)
+
+
+def _take_away(target: Path, wanted: dict[str, os.stat_result], meanwhile: Meanwhile) -> list[str]:
+    """Remove what the program has removed; the names of what others have changed meanwhile, which stays."""
+    kept: list[str] = []
+    for path, status in reversed(list(walk(target))):
+        name = str(path.relative_to(target))
+        if name in wanted or meanwhile.is_new(name) or not _is_copied(path, status):
+            continue
+        if meanwhile.changed(name, path, status):
+            kept.append(name)
+        else:
+            _remove(path)
+    return kept
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = os.path.dirname(name)
+
+
+def _is_disputed(name: str, source: Path, target: Path, status: os.stat_result, meanwhile: Meanwhile) -> bool:
+    """Whether both the program and others have made something else of an entry."""
+    place = target / name
+    before = _seen(place)
+    if before is None or (stat.S_ISDIR(status.st_mode) and stat.S_ISDIR(before.st_mode)):
+        return False
+    return not _same(source / name, place, status, before) and meanwhile.changed(name, place, before)
 
 
 def _is_copied(path: Path, status: os.stat_result) -> bool:

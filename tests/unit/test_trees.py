@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from safe_exec.sandbox import trees
 from safe_exec.sandbox.trees import copy_tree, remove_tree, take_back, walk
+from tests.support import wait_until
 
 IS_ROOT = os.geteuid() == 0
 DEEP = 3000
@@ -210,6 +211,81 @@ def test_a_second_name_of_a_file_outside_is_not_written_through(place: Path) -> 
     (copy / "c").write_text("dead")
     take_back(copy, folder)
     assert (outside / "canary").read_text() == "alive" and (folder / "c").read_text() == "dead"
+
+
+# --- what others change meanwhile -------------------------------------------------------------------------------
+
+
+def both(place: Path, layered: bool) -> tuple[Path, Path, trees.Meanwhile]:
+    """A folder of files, what a program works in, and what tells what others did; their names say who will change them."""
+    folder, copy, _ = fresh(place)
+    (folder / "in").mkdir()
+    for name in ("program", "others", "both", "nobody", "in/program", "in/both", "taken-away", "taken-away-both"):
+        (folder / name).write_text("as it was")
+    marks = copy_tree(folder, copy)
+    since = max(status.st_ctime_ns for _, status in walk(folder))
+    wait_until(lambda: trees.now() > since, 5, "another tick of the system's clock")
+    return folder, copy, trees.Meanwhile(since=since) if layered else trees.Meanwhile(marks=marks)
+
+
+@pytest.mark.parametrize("layered", [False, True], ids=["copy", "layer"])
+def test_what_others_changed_meanwhile_stays(place: Path, layered: bool) -> None:
+    folder, copy, meanwhile = both(place, layered)
+    for name in ("program", "both", "in/program", "in/both", "new"):
+        (copy / name).write_text("by the program")
+    for name in ("taken-away", "taken-away-both"):
+        (copy / name).unlink()
+    for name in ("others", "both", "in/both", "taken-away-both"):
+        (folder / name).write_text("by others")
+    if layered:  # through a layer it is seen at once
+        shutil.copy2(folder / "others", copy / "others")
+    assert take_back(copy, folder, meanwhile) == ["both", "in/both", "taken-away-both"]
+    assert {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} == {
+        **dict.fromkeys(("program", "in/program", "new"), "by the program"),
+        **dict.fromkeys(("others", "both", "in/both", "taken-away-both"), "by others"),
+        "nobody": "as it was",
+    }
+
+
+def test_what_others_made_or_took_away_meanwhile_stays_so(place: Path) -> None:
+    folder, copy, meanwhile = both(place, layered=False)
+    (folder / "made").write_text("by others")
+    (folder / "others").unlink()
+    (folder / "both").unlink()
+    (folder / "nobody").unlink()
+    (folder / "nobody").mkdir()
+    (folder / "in" / "both").unlink()
+    (folder / "in" / "program").unlink()
+    (folder / "in").rmdir()
+    (copy / "both").write_text("by the program")
+    (copy / "in" / "program").write_text("by the program")
+    assert take_back(copy, folder, meanwhile) == []
+    assert (folder / "made").read_text() == "by others" and (folder / "nobody").is_dir()
+    assert not (folder / "others").exists() and not (folder / "in" / "both").exists()
+    assert (folder / "both").read_text() == (folder / "in" / "program").read_text() == "by the program", "nothing is lost by that"
+
+
+def test_a_folder_that_others_made_a_link_meanwhile_is_not_followed(place: Path) -> None:
+    folder, copy, meanwhile = both(place, layered=False)
+    shutil.rmtree(folder / "in")
+    (folder / "in").symlink_to(folder.parent / "outside")
+    (copy / "in" / "program").write_text("by the program")
+    assert take_back(copy, folder, meanwhile) == ["in"]
+    assert (folder / "in").is_symlink() and sorted(os.listdir(folder.parent / "outside")) == ["canary"]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(top, top)
+def test_where_nobody_else_changes_anything_all_comes_back(
+    place: Path, before: dict[str, tuple[object, ...]], after: dict[str, tuple[object, ...]]
+) -> None:
+    folder, copy, _ = fresh(place)
+    make(folder, before)
+    meanwhile = trees.Meanwhile(marks=copy_tree(folder, copy))
+    remove_tree(copy)
+    make_over(copy, after)
+    assert take_back(copy, folder, meanwhile) == []
+    assert look(folder) == look(copy)
 
 
 # --- rights -----------------------------------------------------------------------------------------------------
