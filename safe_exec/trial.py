@@ -611,7 +611,7 @@ class Trial:
             self._end(index, CellStatus.KILLED)
         ended = self.session.ended
         reason = ended.reason if ended else None
-        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES):
+        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES, TerminationReason.DISK):
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.limit or (LimitName(reason.value), index)
             self.current = cell

@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     memory.oomd_kill,
     limits.output_flood,
     limits.processes_watched,
+    limits.disk_watched,
     limits.file_too_large_signal,
     limits.bad_system_call,
     limits.aborted_for_descriptors,

@@ -56,6 +56,21 @@ def processes_watched(context: Context) -> Cause | None:
     )
 
 
+def disk_watched(context: Context) -> Cause | None:
+    """We ended the run because it had written too much."""
+    if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.DISK:
+        return None
+    allowed = context.limits.disk
+    facts = (
+        outside("killed by safe-exec for", "disk", "recorded before the signal was sent"),
+        outside("disk allowed", allowed, "limits of this run"),
+    )
+    most = "" if allowed is None else f": more than {format_size(allowed)} came to its folder and temporary files"
+    summary = f"the run wrote too much{most}, and was ended by safe-exec's watchdog"
+    advice = "Write less, or remove what is no longer needed; look at what earlier cells wrote. See --disk."
+    return make(context, CauseKind.DISK_FULL, summary, Confidence.CERTAIN, facts, advice)
+
+
 def file_too_large_signal(context: Context) -> Cause | None:
     """SIGXFSZ ends a process that writes past RLIMIT_FSIZE and does not ignore the signal (Python does)."""
     status = context.evidence.exit

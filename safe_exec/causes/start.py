@@ -58,4 +58,4 @@ def internal(context: Context) -> Cause | None:
         advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
     advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
-    return make(context, CauseKind.UNKNOWN, ending.message or "safe-exec failed", Confidence.GUESS, facts, advice)
+    return make(context, CauseKind.UNKNOWN, ending.message.strip() or "safe-exec failed", Confidence.GUESS, facts, advice)

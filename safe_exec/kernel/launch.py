@@ -22,7 +22,7 @@ from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.kernel import inside
 from safe_exec.kernel.environment import listed_environment
 from safe_exec.kernel.page import Page
-from safe_exec.model import Limits
+from safe_exec.model import LimitName, Limits
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
 
@@ -98,6 +98,7 @@ class Launched:
     connection: Mapping[str, Any]
     channels: Channels
     fitted: bool
+    cwd: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +198,7 @@ def launch(sandbox: Sandbox, what: Launch) -> Launched:
         cwd=what.cwd,
         config=inside_config(what.limits, headless=True),
     )
-    return Launched(spec=what.spec, connection=connection, channels=channels, fitted=fitted)
+    return Launched(spec=what.spec, connection=connection, channels=channels, fitted=fitted, cwd=what.cwd)
 
 
 def spawn(
@@ -217,6 +218,10 @@ def spawn(
         # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
         environment["HOME"] = str(sandbox.directory / "home")
         os.mkdir(environment["HOME"], 0o700)
+    if LimitName.DISK in plan.watch and sandbox.directory is not None:
+        # Temporary files go where they are counted, and with the run.
+        environment["TMPDIR"] = str(sandbox.directory / "tmp")
+        os.mkdir(environment["TMPDIR"], 0o700)
     try:
         sandbox.spawn(
             plan,

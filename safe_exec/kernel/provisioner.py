@@ -13,7 +13,8 @@ import os
 import secrets
 import signal
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from jupyter_client.provisioning import KernelProvisionerBase
 
@@ -24,6 +25,9 @@ from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from safe_exec.sandbox.diskwatch import DiskWatch
 
 log = logging.getLogger("safe_exec")
 
@@ -42,6 +46,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.channels: Channels | None = None
         self.fitted = False
         self.watchdog: Watchdog | None = None
+        self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
 
     def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
@@ -84,18 +89,27 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         headless = self.on_limit is not None
         config = inside_config(self.limits, headless=headless)
         self.channels, self.fitted = spawn(self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config)
-        self._start_watchdog()
+        self._start_watchdog(cwd)
         return self.connection_info
 
     def adopt(self, launched: Launched) -> None:
         """Take over a kernel that was started ahead of everything else."""
         self.channels, self.fitted = launched.channels, launched.fitted
         self.connection_info = launched.connection
-        self._start_watchdog()
+        self._start_watchdog(launched.cwd)
 
-    def _start_watchdog(self) -> None:
+    def _start_watchdog(self, cwd: str) -> None:
         assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
-        if self.plan.watch - {LimitName.CPU_TIME} or (LimitName.CPU_TIME in self.plan.watch and self.on_limit is None):
+        if LimitName.DISK in self.plan.watch and self.limits.disk is not None:
+            from safe_exec.sandbox.diskwatch import DiskWatch  # seldom needed
+
+            places = (cwd, *([str(self.sandbox.directory)] if self.sandbox.directory else []), *self.plan.directories)
+            passed = partial(self._limit_passed, LimitName.DISK)
+            self._diskwatch = DiskWatch(self.sandbox.keeper_pid, places, self.limits.disk, passed)
+            self._diskwatch.start()
+        if self.plan.watch - {LimitName.CPU_TIME, LimitName.DISK} or (
+            LimitName.CPU_TIME in self.plan.watch and self.on_limit is None
+        ):
             self.watchdog = Watchdog(self.sandbox.keeper_pid, self.limits, self.plan.watch, self._limit_passed)
             self.watchdog.start()
 
@@ -105,6 +119,12 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.kill(TerminationReason(name.value))
         if self.on_limit is not None:
             self.on_limit(name, used)
+
+    def stop_watching(self) -> None:
+        """End the watches; before the tree is killed, or they would see it go."""
+        for watch in (self.watchdog, self._diskwatch):
+            if watch is not None:
+                watch.stop()
 
     async def poll(self) -> int | None:
         """``None`` while the kernel runs; then its return code as subprocess gives it, which stays."""
@@ -143,8 +163,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         """Take the sandbox down. Other tools learn here what became of their kernel: it is logged."""
         if self.sandbox is None:
             return
-        if self.watchdog is not None:
-            self.watchdog.stop()
+        self.stop_watching()
         departure = self.sandbox.leave()
         if departure.alive or departure.left:
             log.warning("left behind: processes %s, paths %s", departure.alive, departure.left)

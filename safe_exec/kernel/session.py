@@ -494,8 +494,8 @@ class KernelSession:
             return
         self._closed = True
         loop = asyncio.get_running_loop()
-        if self.provisioner is not None and self.provisioner.watchdog is not None:
-            self.provisioner.watchdog.stop()
+        if self.provisioner is not None:
+            self.provisioner.stop_watching()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:

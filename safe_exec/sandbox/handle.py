@@ -26,7 +26,13 @@ from safe_exec.sandbox.meter import Counters, parse_counters
 from safe_exec.sandbox.plan import SpawnPlan
 
 START_SECONDS = 20.0
-STACK_BEFORE = (TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.OUTPUT, TerminationReason.PROCESSES)
+STACK_BEFORE = (
+    TerminationReason.MEMORY,
+    TerminationReason.CPU_TIME,
+    TerminationReason.OUTPUT,
+    TerminationReason.PROCESSES,
+    TerminationReason.DISK,
+)
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
 NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None}

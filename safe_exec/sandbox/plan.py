@@ -159,7 +159,8 @@ def _carry_out(limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitN
 
 def _held_for_the_tree(held: Enforcement, name: LimitName) -> bool:
     """Whether a limit is already held for all processes together, so that no watch is needed."""
-    return held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD) and name is not LimitName.CPU_TIME
+    whole = (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD, Mechanism.BUBBLEWRAP)
+    return held.by in whole and name is not LimitName.CPU_TIME
 
 
 def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:

@@ -51,7 +51,7 @@ def advise_walls(
     if not machine.platform.startswith("linux"):
         return ()  # what there is to say stands with the limits
     weak = [wall for wall in BY_NAMESPACES if wall in walls and walls[wall].by is not Mechanism.BUBBLEWRAP]
-    sizes = [name for name in SIZES if name in enforcement and enforcement[name].by is Mechanism.NONE]
+    sizes = [name for name in SIZES if name in enforcement and not enforcement[name].hard]
     found: list[WallRemedy] = []
     if weak or sizes:
         allowed = machine.may(Mechanism.BUBBLEWRAP)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.sandbox.held import held
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import Offer
 
@@ -23,14 +24,19 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 0.02
 LIST_SECONDS = 0.1
 WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
+HELD_SHARE = 20
+"""To look at all descriptors takes a twentieth of the time at most."""
 
 
 def offer(limits: Limits, machine: Machine) -> Offer | None:
-    """What a watch can hold: memory, processes and processor time of the whole tree."""
+    """What a watch can hold: memory, processes and processor time of the whole tree, and what it writes (diskwatch.py)."""
     if not machine.may(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
     holds = {name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note) for name in WATCHED if limits.of(name) is not None}
+    if limits.disk is not None:
+        what = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
+        holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=what)
     return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
 
 
@@ -58,6 +64,8 @@ class Tree:
         self._members: dict[int, psutil.Process] = {}
         self._cpu: dict[int, float] = {}
         self._listed = 0.0
+        self._held = 0
+        self._held_next = 0.0
 
     def read(self) -> TreeUse:
         """Sum over the tree. Memory is resident minus file-backed pages."""
@@ -84,7 +92,7 @@ class Tree:
         After a fork parent and child share all pages until one of them writes: what each of them has resident counts them twice. Slow for
         large processes: only asked when it matters.
         """
-        total = 0
+        anonymous = shared = 0
         for pid in list(self._members):
             try:
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -92,8 +100,10 @@ class Tree:
                 continue
             except OSError:
                 return None
-            total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-        return total * 1024
+            figures = {line.split()[0]: int(line.split()[1]) * 1024 for line in text.splitlines()[1:]}
+            anonymous += figures.get("Pss_Anon:", 0)
+            shared += figures.get("Pss_Shmem:", 0)
+        return anonymous + max(shared, self._held)
 
     def _list(self) -> None:
         try:
@@ -102,15 +112,19 @@ class Tree:
             found = []
         self._members = {p.pid: self._members.get(p.pid, p) for p in found}
         self._listed = time.monotonic()
+        if self._listed >= self._held_next:
+            self._held = sum(held(self._members).memory.values())
+            now = time.monotonic()
+            self._held_next = now + HELD_SHARE * (now - self._listed)
 
     def _shared(self) -> int:
-        """Shared memory that is no file (anonymous MAP_SHARED, /dev/shm, memfd), once: the most any member maps.
+        """Shared memory that is no file (anonymous MAP_SHARED, /dev/shm, memfd), once: the most any member maps, or all that they hold open.
 
-        The sum over members would count the same pages many times; the largest is a lower bound.
+        The sum over members would count the same pages many times; the largest is a lower bound. What is held open need not be mapped.
         """
         from safe_exec.sandbox import procfs
 
-        return max((procfs.status_bytes(pid, "RssShmem") or 0 for pid in self._members), default=0)
+        return max((self._held, *(procfs.status_bytes(pid, "RssShmem") or 0 for pid in self._members)))
 
 
 class Watchdog(threading.Thread):

@@ -158,7 +158,7 @@ ATTACKS = (
     Attack(name="shm-limit", cells=FILL.format("/dev/shm/@OURS@"), ends=DISK_FULL, cell=0, options=("--shm", "8M")),
     Attack(name="shm-memory", cells=FILL.format("/dev/shm/@OURS@"), ends=OUT_OF_MEMORY, cell=0, who="root",
            options=(*SMALL, "--shm", "1G", "--file-size", "1G")),
-    Attack(name="memfd", cells=MEMFD, ends=OUT_OF_MEMORY, cell=0, who="root", options=SMALL),
+    Attack(name="memfd", cells=MEMFD, ends=OUT_OF_MEMORY, cell=0, options=SMALL),
     Attack(name="shared", cells=SHARED, ends=OUT_OF_MEMORY, cell=0, options=SMALL),
     Attack(name="reserve", cells=RESERVE, ends=PASSED + REFUSED, options=SMALL),
     Attack(name="daemon-holds", cells=(HELD_BY_DAEMON, "y = 1"), ends=PASSED, says=("left a daemon",), options=("--memory", "250M")),

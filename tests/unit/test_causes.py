@@ -317,6 +317,7 @@ OTHERS = [
     hit("output", LimitName.CELL_OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
     hit("output-in-all", LimitName.OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
     hit("processes", LimitName.PROCESSES, K.TOO_MANY_PROCESSES, termination=TerminationReason.PROCESSES, exit=by(9)),
+    hit("disk", LimitName.DISK, K.DISK_FULL, termination=TerminationReason.DISK, exit=by(9)),
     hit("worker-unnoticed", LimitName.MEMORY, K.WORKER_OUT_OF_MEMORY, oom_kills=1),
     hit("nothing-fits", LimitName.OPEN_FILES, K.UNKNOWN, C.GUESS),
 ]

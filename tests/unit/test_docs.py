@@ -33,7 +33,6 @@ from safe_exec.model import (
     Role,
     Status,
     Stopped,
-    TerminationReason,
     Wall,
 )
 from safe_exec.reports.event_log import event_name
@@ -353,8 +352,9 @@ def test_figures_of_the_architecture() -> None:
     assert 2 * inside.SEGMENT_BYTES == 8 << 20 and inside.PAGE_BYTES == 136 << 10
     assert keeper.TAIL_BYTES == 64 << 10
     assert watchdog.PERIOD_SECONDS == 0.02 and inside.SAMPLE_SECONDS == 0.02
-    asked = {TerminationReason.MEMORY, TerminationReason.CPU_TIME, TerminationReason.PROCESSES, TerminationReason.OUTPUT}
-    assert set(handle.STACK_BEFORE) == asked
+    asked = {f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}" for reason in handle.STACK_BEFORE}
+    said = re.search(r"Kills of ours for (.*?)\s+ask for one", text, re.DOTALL)
+    assert said and set(re.split(r",\s+|\s+or\s+", said[1])) == asked
 
 
 def test_picture() -> None:

@@ -108,15 +108,16 @@ def test_without_offers_all_is_held_by_none_but_what_the_runner_holds() -> None:
 @pytest.mark.parametrize(
     ("machine", "watched"),
     [
-        (ROOT_V2, {L.CPU_TIME}),
-        (ROOT_V1, {L.CPU_TIME}),
+        (ROOT_V2, {L.CPU_TIME, L.DISK}),
+        (ROOT_V1, {L.CPU_TIME, L.DISK}),
         # A limit of each process alone wants the watch over all of them beside it.
-        (USER_BARE, {L.MEMORY, L.PROCESSES, L.CPU_TIME}),
-        (ROOT_BARE, {L.MEMORY, L.PROCESSES, L.CPU_TIME}),
-        (WATCH_ALONE, {L.MEMORY, L.PROCESSES, L.CPU_TIME}),
+        (USER_BARE, {L.MEMORY, L.PROCESSES, L.CPU_TIME, L.DISK}),
+        (ROOT_BARE, {L.MEMORY, L.PROCESSES, L.CPU_TIME, L.DISK}),
+        (WATCH_ALONE, {L.MEMORY, L.PROCESSES, L.CPU_TIME, L.DISK}),
+        (WALLS, {L.MEMORY, L.PROCESSES, L.CPU_TIME}),  # a file system of its own needs no watch
         (NOTHING, set()),
     ],
-    ids=["v2", "v1", "user", "root", "watchdog", "nothing"],
+    ids=["v2", "v1", "user", "root", "watchdog", "bubblewrap", "nothing"],
 )
 def test_what_is_watched(machine: Machine, watched: set[LimitName]) -> None:
     assert plan_for(machine).watch == watched
