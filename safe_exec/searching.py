@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from safe_exec import notebook
-from safe_exec.files import write_atomically
+from safe_exec.files import HeldFolder
 from safe_exec.job import Bisect, Prepared
 from safe_exec.model import Cause, Verdict
 
@@ -43,7 +43,10 @@ class Keeping:
         self.keep = False
         self._scratch: Path | None = None
         self._task: asyncio.Task[None] | None = None
+        self._place: HeldFolder | None = None
         if prepared.job.bisect is not Bisect.NEVER:
+            with contextlib.suppress(OSError):  # said when there is something to write
+                self._place = HeldFolder(prepared.repro)
             self._claim()
 
     def _claim(self) -> None:
@@ -72,6 +75,12 @@ class Keeping:
         except OSError as error:  # no room, say: the run goes on without
             self.trouble = str(error)
 
+    def write_reproduction(self, data: bytes) -> Path:
+        """Write it into the folder that was there before anything ran; where it is by now. Raises OSError."""
+        place = self._place or HeldFolder(self.prepared.repro)
+        place.write(data)
+        return place.path
+
     async def done(self) -> None:
         """Wait until the folder is kept."""
         if self._task is not None:
@@ -81,6 +90,8 @@ class Keeping:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._place is not None:
+            self._place.close()
         if self._scratch is not None and not self.keep:
             from safe_exec.culprit.cache import release_folder
 
@@ -129,12 +140,12 @@ async def search(prepared: Prepared, verdict: Verdict, request: TrialRequest, ke
     if keeping.snapshot is None:
         return _warned(verdict, f"no search for the culprits: the folder cannot be copied: {keeping.trouble}")
     keeping.keep = True
-    verdict = await _search(prepared, verdict, request, keeping.snapshot)
+    verdict = await _search(prepared, verdict, request, keeping, keeping.snapshot)
     keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
     return verdict
 
 
-async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, snapshot: Snapshot) -> Verdict:
+async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping, snapshot: Snapshot) -> Verdict:
     """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
     from safe_exec.culprit.cache import TrialCache, cache_root, tidy
     from safe_exec.culprit.folder import NoView, views_of
@@ -159,7 +170,7 @@ async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, s
             await oracle.close()
     except (NoView, SearchFailed, OSError) as trouble:
         return _warned(verdict, f"no search for the culprits: {trouble}")
-    return _with(prepared, verdict, found)
+    return _with(keeping, verdict, found)
 
 
 def _ours(prepared: Prepared) -> frozenset[Path]:
@@ -204,16 +215,16 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
     return cause_of(result, request.limits, request.plan, verdict.notebook.language)
 
 
-def _with(prepared: Prepared, verdict: Verdict, found: Investigated) -> Verdict:
+def _with(keeping: Keeping, verdict: Verdict, found: Investigated) -> Verdict:
     """The verdict with the culprits; the reproduction is written."""
     verdict = replace(verdict, culprits=found.culprits, warnings=(*verdict.warnings, *found.warnings))
     if found.reproduction is None:
         return verdict
     try:
-        write_atomically(prepared.repro, notebook.dumps(found.reproduction))
+        written = keeping.write_reproduction(notebook.dumps(found.reproduction))
     except OSError as error:
         return _warned(verdict, f"the reproduction could not be written: {error}")
-    return replace(verdict, culprits=replace(found.culprits, repro_notebook=str(prepared.repro.absolute())))
+    return replace(verdict, culprits=replace(found.culprits, repro_notebook=str(written)))
 
 
 def _warned(verdict: Verdict, words: str) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from safe_exec.errors import UsageError
 from safe_exec.job import Bisect, Job, Prepared, prepare
 from safe_exec.model import LimitName
 from safe_exec.probing import Probed, probe
+from safe_exec.reports.masking import mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.units import UnitError, parse_percent
 
@@ -59,7 +61,8 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
     prepared = prepare(_job(notebook, options))
     with RunLines(sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())) as lines:
         found = asyncio.run(probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines))
-    _show(found, prepared, options, as_json=as_json, quiet=quiet)
+    mask = mask_for({**os.environ, **(prepared.job.env or {})})
+    _show(mask.everywhere(found), prepared, options, as_json=as_json, quiet=quiet)
     return exit_code(found)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safe_exec.job import command_line
 from safe_exec.model import Status, Verdict
 from safe_exec.replaying import Replayed, prepare_replay, replay
 from safe_exec.reports import progress, text
+from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.verdict_json import plain
 from safe_exec.units import format_size
@@ -53,7 +56,8 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
     source, reproduction = source_of(then, verdict)
     asked = prepare_replay(then, source, reproduction=reproduction, command=command_line())
     with progress.Progress(sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())) as shown:
-        done = asyncio.run(replay(asked, shown))
+        mask = mask_for({**os.environ, **(asked.prepared.job.env or {})})
+        done = masked(asyncio.run(replay(asked, lambda event: shown(mask.everywhere(event)))), mask)
     if as_json:
         document = as_document(done, str(verdict))
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -61,6 +65,12 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
         style = Style.of(sys.stdout)
         table.write(report(done, style), style)
     return exit_code(done)
+
+
+def masked(done: Replayed, mask: Mask) -> Replayed:
+    """Without the secrets of the environment."""
+    here, agreement, warnings = map(mask.everywhere, (done.here, done.agreement, done.warnings))
+    return replace(done, here=here, agreement=agreement, warnings=warnings)
 
 
 def exit_code(done: Replayed) -> int:

@@ -5,6 +5,7 @@ May import sandbox and model. What the keeper is told is plain data (see enclose
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import os
@@ -97,15 +98,37 @@ def _prefixes(program: str) -> list[Path]:
 
 
 def _linked(prefix: Path) -> list[Path]:
-    """Folders that a Python environment has on its path by ``.pth`` files: packages installed for development."""
+    """What a Python environment has elsewhere by ``.pth`` files: packages installed for development.
+
+    A line is a folder for the path, or imports a module that finds packages (setuptools' ``__editable___NAME_finder``, and the like of other
+    builders): what that one names in its text.
+    """
     found: list[Path] = []
     for path in prefix.glob("lib/python3*/site-packages/*.pth"):
-        try:
-            lines = path.read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        found += [Path(line) for line in lines if line.startswith("/")]
+        for line in _text(path).splitlines():
+            if line.startswith("/"):
+                found.append(Path(line))
+            elif imported := re.match(r"import\s+(\w+)", line):
+                found += _named_in(path.with_name(f"{imported[1]}.py"))
     return found
+
+
+def _named_in(module: Path) -> list[Path]:
+    """Absolute paths that stand in the source of a module, and that are there; of a package's first file the package."""
+    try:
+        tree = ast.parse(_text(module))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    paths = [Path(word) for word in words if word.startswith("/") and "\0" not in word and os.path.exists(word)]
+    return [path.parent if path.name == "__init__.py" else path for path in paths]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 # --- what the keeper is told ------------------------------------------------------------------------------------

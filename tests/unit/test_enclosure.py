@@ -120,6 +120,32 @@ def test_packages_installed_for_development_are_visible(home: Path) -> None:
     assert not {home, Path("/nonesuch"), home / "relative"} & found
 
 
+FINDERS = {
+    # setuptools, editables (hatchling), and one that says nothing.
+    "__editable___mine_finder.py": "MAPPING: dict[str, str] = {{'mine': '{home}/src/mine'}}\nNAMESPACES = {{'ns': ['{home}/src/ns']}}\n",
+    "_other.py": "from editables.redirector import RedirectingFinder as F\nF.map_module('other', '{home}/src/other/__init__.py')\n",
+    "_single.py": "map_module('single', '{home}/src/single.py')\nHOME, GONE = '{home}', '{home}/gone'\n",
+    "_broken.py": "this is '{home}/src/secret' (\n",
+}
+
+
+def test_packages_that_a_finder_finds_are_visible(home: Path) -> None:
+    python = venv(home / "venv", program(home / "base" / "bin" / "python3"))
+    site = home / "venv" / "lib" / "python3.11" / "site-packages"
+    for name in ("mine", "ns", "other", "secret"):
+        (home / "src" / name).mkdir(parents=True)
+    (home / "src" / "other" / "__init__.py").touch()
+    (home / "src" / "single.py").touch()
+    for name, source in FINDERS.items():
+        (site / name).write_text(source.format(home=home))
+        (site / f"{name}.pth").write_text(f"import {name.removesuffix('.py')}; {name.removesuffix('.py')}.install()\n")
+    (site / "_unused.py").write_text(f"PLACE = '{home}/src/secret'\n")
+    (site / "builtin.pth").write_text("import os; import nonesuch\n")
+    found = seen(python)
+    assert {home / "src" / name for name in ("mine", "ns", "other", "single.py")} <= found
+    assert not {home, home / "src", home / "gone", home / "src" / "secret"} & found
+
+
 @pytest.mark.parametrize("place", ["bin/python", ".local/bin/python"])
 def test_a_program_right_in_a_home_does_not_show_the_home(home: Path, place: str) -> None:
     python = program(home / place)

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -348,3 +349,18 @@ def test_a_name_that_is_none_is_not_found(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "nb.ipynb").mkdir()
     with pytest.raises(UsageError):
         find_notebook(verdict_of(name, tmp_path), tmp_path / "v.json")
+
+
+def test_the_reproduction_goes_where_the_folder_was_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook moves its folder away and puts a link in its place: nothing is written where the link leads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, outside = tmp_path / "nb", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    job: Any = SimpleNamespace(bisect=Bisect.AUTO)
+    prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", repro=folder / "nb.repro.ipynb")
+    with Keeping(prepared) as keeping:
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(outside)
+        assert keeping.write_reproduction(b"it") == tmp_path / "moved" / "nb.repro.ipynb"
+    assert (tmp_path / "moved" / "nb.repro.ipynb").read_bytes() == b"it" and os.listdir(outside) == []
