@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from safe_exec.job import Job, Prepared, prepare
 from safe_exec.pipeline import signals
 from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
 
+log = logging.getLogger("safe_exec")
+
 LOOK_AHEAD = 32
 """How many of those that wait are looked at for one that fits, when the first does not."""
 DRAW_SECONDS = 0.2
@@ -42,6 +45,9 @@ class Watcher(Protocol):
 
     def begin(self, total: int, jobs: int) -> None:
         """So many notebooks, so many at a time."""
+
+    def note(self, words: str) -> None:
+        """Something that the user should know."""
 
     def sink(self, path: str, attempt: int) -> EventSink:
         """The watcher's end of a notebook's events."""
@@ -267,6 +273,10 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
         run = _Run(plan, journal, watcher)
         with signals(run.stops.arrive):
             journal.batch_started(version=__version__, command=plan.command, root=str(plan.root), notebooks=len(plan.chosen))
+            if not plan.resume and not journal.past.empty and not journal.past.complete:
+                watcher.note(
+                    f"the batch before in {one_line(plan.out)} was not finished; this one begins anew (--resume goes on with it)"
+                )
             watcher.begin(len(plan.chosen), plan.room.jobs)
             drawing = asyncio.create_task(_draw_forever(watcher))
             try:
@@ -293,6 +303,10 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
             batch = replace(batch, exit_code=report(batch))
             if not cancelled and not any(entry.status == NOT_RUN for entry in entries):
                 journal.batch_finished(exit_code=batch.exit_code)
+            if journal.trouble is not None:
+                log.error(
+                    "%s: could not be written: %s; --resume will run more again", one_line(journal.path), journal.trouble.strerror
+                )
             run.history.tidy()
     return batch
 

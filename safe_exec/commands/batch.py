@@ -95,9 +95,9 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         shard=shard,
     )
     notes = [*found.notes, *([f"left out: {found.ours} that safe-exec wrote"] if found.ours else [])]
-    for note in () if quiet else notes:
-        click.echo(f"note: {note}", err=True)
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
+        for note in notes:
+            progress.note(note)
         batch = asyncio.run(run_batch(plan, progress, write_all))
     _show(batch, sys.stdout, quiet=quiet)
     return batch.exit_code

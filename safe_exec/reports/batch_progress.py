@@ -66,6 +66,10 @@ class BatchProgress:
         self._total, self._began = total, self._clock()
         self._say(f"{text.counted(total, 'notebook')}, {jobs} at a time", "dim")
 
+    def note(self, words: str) -> None:
+        """Something that the user should know."""
+        self._say(f"note: {text.one_line(words)}", "")
+
     def sink(self, path: str, attempt: int) -> events.EventSink:
         """Takes the events of a notebook, on whatever thread it runs."""
         found = _Running(now=Situation(), since=self._clock(), attempt=attempt)
@@ -112,7 +116,7 @@ class BatchProgress:
             again = f" (attempt {found.attempt})" if found.attempt > 1 else ""
             name = text.clip(text.one_line(path), _MOST_PATH) + again
             seconds = format_seconds(self._clock() - found.since)
-            cells = (name, found.now.doing(), f"{seconds}  {found.now.figures()}")
+            cells = (name, found.now.doing(), seconds, found.now.usage())
             table.add_row(*(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells))
         bad = f", {self._bad} not passed" if self._bad else ""
         spent = format_seconds(self._clock() - self._began)

@@ -161,7 +161,11 @@ class Situation:
         """
         if self.search is not None:
             return self.search.spent(self.time + since) if self.search.running else ""
-        parts = [format_seconds(self.spent()), self._memory()]
+        return "  ".join(part for part in (format_seconds(self.spent()), self.usage()) if part)
+
+    def usage(self) -> str:
+        """Memory against its limit, processors in use; only what was measured."""
+        parts = [self._memory()]
         if self.cpu_share is not None:
             parts.append(f"cpu {self.cpu_share:.0%}")
         return "  ".join(part for part in parts if part)

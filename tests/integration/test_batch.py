@@ -371,6 +371,11 @@ def test_fail_fast_starts_no_more(place: Place) -> None:
     done = place.run(".", "--fail-fast", "-j", "1")
     assert done.code == 1
     assert done.statuses() == {"0.ipynb": "cell_error", "1.ipynb": "not_run", "2.ipynb": "not_run", "3.ipynb": "not_run"}
+    assert "go on with --resume" in done.stdout
+    make_notebook(place.folder / "0.ipynb", "1")
+    again = place.run("0.ipynb")
+    assert "the batch before in" in again.stderr and "was not finished" in again.stderr
+    assert "was not finished" not in place.run("0.ipynb").stderr
 
 
 def test_shards_share_all_and_a_list_comes_on_stdin(place: Place) -> None:

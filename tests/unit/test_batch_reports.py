@@ -147,13 +147,17 @@ def test_a_notebook_in_one_line(tmp_path: Path, changes: dict[str, Any], headlin
 def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     stream = io.StringIO()
     with BatchProgress(stream) as progress:
+        progress.note("of\x07 interest")
         progress.begin(12, 2)
         sink = progress.sink("docs/a.ipynb", 1)
         sink(events.KernelReady(time=0.5))
         progress.draw()
         progress.finished(entry(tmp_path), "passed")
         progress.finished(entry(tmp_path, "timeout", "b"), "timed out")
-    assert stream.getvalue() == "12 notebooks, 2 at a time\n[ 1/12] ✓ docs/a.ipynb: passed\n[ 2/12] ✗ docs/b.ipynb: timed out\n"
+    assert (
+        stream.getvalue()
+        == "note: of\\x07 interest\n12 notebooks, 2 at a time\n[ 1/12] ✓ docs/a.ipynb: passed\n[ 2/12] ✗ docs/b.ipynb: timed out\n"
+    )
 
 
 class Terminal(io.StringIO):
