@@ -69,8 +69,12 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
 
 def masked(done: Replayed, mask: Mask) -> Replayed:
     """Without the secrets of the environment."""
-    here, agreement, warnings = map(mask.everywhere, (done.here, done.agreement, done.warnings))
-    return replace(done, here=here, agreement=agreement, warnings=warnings)
+    return replace(
+        done,
+        here=mask.everywhere(done.here),
+        agreement=mask.everywhere(done.agreement),
+        warnings=mask.everywhere(done.warnings),
+    )
 
 
 def exit_code(done: Replayed) -> int:
