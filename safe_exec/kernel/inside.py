@@ -456,6 +456,8 @@ class Inside:
         inside, page = self, self.page
         libc = ctypes.CDLL(None, use_errno=True)
         libc.tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+        if libc.tee(-1, -1, 1, 0) < 0 and ctypes.get_errno() != 9:  # EBADF, where there is a tee: some sandboxes have none
+            return  # then ipykernel reads as it always did
         flush = OutStream.flush
         chunk = 1000
 

@@ -38,7 +38,14 @@ class Channels:
     """The page and the facts socket of one kernel, ours and theirs."""
 
     def __init__(self) -> None:
-        self.page = Page()
+        """Raises SandboxError where the system cannot make the page."""
+        try:
+            self.page = Page()
+        except OSError as error:
+            raise SandboxError(
+                f"the memory that kernel and runner share cannot be made: memfd_create(2) with seals: {error.strerror}; the system is too"
+                " old (Linux 3.17 has it), or a filter around safe-exec refuses it"
+            ) from error
         self.facts, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.facts.setblocking(False)
 
