@@ -25,4 +25,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'safe_exec' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in ("run", "run_async"):
+        from safe_exec.platforms import refuse_elsewhere
+
+        refuse_elsewhere()
     return getattr(import_module(f"safe_exec.{_HOMES.get(name, 'model')}"), name)

@@ -15,7 +15,7 @@ def main() -> None:
     gc.set_threshold(
         OBJECTS_UNTIL_COLLECTION
     )  # what is imported stays: to look through it at every 700 objects takes a tenth of the start
-    if sys.argv[1:2] == ["run"] and not {"-h", "--help"} & set(sys.argv):
+    if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
         from safe_exec import early
 
         early.begin()

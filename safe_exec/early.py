@@ -6,6 +6,7 @@ we do until its first cell: whatever can be done beside it costs nothing. May im
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,8 @@ _begun: Early | None = None
 def begin() -> None:
     """Open a sandbox now: the command line may ask for it in a moment."""
     global _begun  # noqa: PLW0603 - one process, one command line
-    _begun = Early()
+    with contextlib.suppress(SafeExecError, OSError):  # whoever takes it meets the same, where it can be told
+        _begun = Early()
 
 
 def take() -> Early:

@@ -42,6 +42,12 @@ class SandboxError(SafeExecError):
     exit_code = 7
 
 
+class PlatformError(SafeExecError):
+    """There is no sandbox for this operating system; nothing was run or written."""
+
+    exit_code = 7
+
+
 class KernelStartError(SafeExecError):
     """The kernel never became ready."""
 

@@ -36,6 +36,11 @@ def one_line(text: object) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
+_READ = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # Windows has the last alone
+    _READ |= getattr(os, _name, 0)
+
+
 def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
     """The bytes of a regular file of at most ``most`` bytes; raises ``error`` with one line for anything else."""
     name = one_line(path)
@@ -64,7 +69,7 @@ def _open_regular(path: Path) -> int:
     """A descriptor of the regular file ``path``. Raises OSError, _NotRegularError among them."""
     _demand_regular(path.stat())  # before the open: to open some devices is to act on them
     # O_NONBLOCK: should a FIFO have taken the file's place since, the open must not wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    descriptor = os.open(path, _READ)
     try:
         _demand_regular(os.fstat(descriptor))
     except OSError:

@@ -11,6 +11,7 @@ import click
 
 from safe_exec import __version__
 from safe_exec.errors import SafeExecError
+from safe_exec.platforms import refuse_elsewhere
 
 COMMANDS = {
     "run": "Run a notebook inside limits and say why its kernel died.",
@@ -21,6 +22,8 @@ COMMANDS = {
     "doctor": "Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
 }
+ANYWHERE = ("doctor", "limits")
+"""What runs no notebook; the other commands import what other systems than Linux lack."""
 CANCELLED = 130
 
 
@@ -35,6 +38,8 @@ class Commands(click.Group):
         """Import and return one."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name not in ANYWHERE:
+            refuse_elsewhere()
         command: click.Command = import_module(f"safe_exec.commands.{cmd_name}").command
         return command
 

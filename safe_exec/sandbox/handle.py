@@ -21,6 +21,7 @@ from pathlib import Path
 import safe_exec
 from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.model import ExitStatus, TerminationReason
+from safe_exec.platforms import refuse_elsewhere
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.meter import Counters, parse_counters
 from safe_exec.sandbox.plan import SpawnPlan
@@ -77,6 +78,7 @@ class Sandbox:
 
         ``directory`` is made by the keeper, and removed by it.
         """
+        refuse_elsewhere()
         self.run_id = run_id
         self.directory = directory
         self._note = leftovers.note_path(run_id)

@@ -68,7 +68,8 @@ class Machine:
 def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
     """Look at the machine; every field is what was seen now."""
     if not sys.platform.startswith("linux"):
-        return Machine(platform=sys.platform, cpus=os.cpu_count() or 1, allowed=allowed, uid=_uid())
+        no_filter = f"there is none for {sys.platform}"
+        return Machine(platform=sys.platform, cpus=os.cpu_count() or 1, allowed=allowed, uid=_uid(), seccomp_why_not=no_filter)
     mounts = _cgroup_mounts()
     own = _own_cgroups()
     v1, v1_why = _v1_parents(mounts, own)

@@ -39,7 +39,7 @@ def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Rem
     """All that can be mended here, the weightiest first; empty where every limit is held as well as it can be."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
-        return (Remedy(limits=weak, why=f"safe-exec is made for Linux and untested on {machine.platform}", ways=_ELSEWHERE),)
+        return (Remedy(limits=weak, why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}", ways=_ELSEWHERE),)
     grouped = tuple(name for name in weak if name in BY_GROUPS)
     others = tuple(name for name in weak if name not in BY_GROUPS)
     found: list[Remedy] = []

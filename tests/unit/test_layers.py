@@ -33,7 +33,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.isolation",),
     ("safe_exec.limits_values", "safe_exec.limits_yaml"),
     ("safe_exec.files", "safe_exec.units"),
-    ("safe_exec.events",),
+    ("safe_exec.events", "safe_exec.platforms"),
     ("safe_exec.model", "safe_exec.errors", "safe_exec"),
 )
 
@@ -41,6 +41,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
 NARROW: dict[str, set[str]] = {
     "safe_exec.model": set(),
     "safe_exec.errors": set(),
+    "safe_exec.platforms": {"safe_exec.errors"},
     "safe_exec.events": {"safe_exec.model"},
     "safe_exec.kernel.inside": set(),
     "safe_exec.kernel.page": {"safe_exec.kernel.inside"},

@@ -1,0 +1,81 @@
+"""macOS and Windows, faked in a process of its own: modules and functions that these lack are gone, and every command says a clear sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import make_notebook
+
+PRELUDE = """
+import asyncio, click, contextlib, ctypes, json, os, platform, pathlib, shutil, signal, socket, subprocess, sys, tempfile, yaml, rich.console
+import jupyter_client.kernelspec
+system = sys.argv.pop(1)
+sys.platform = system
+for name in ("memfd_create", "pipe2", "splice", "eventfd", "sched_getaffinity", "getxattr", "O_TMPFILE"):
+    if hasattr(os, name):
+        delattr(os, name)
+platform.system = lambda: {"darwin": "Darwin", "win32": "Windows"}[system]
+platform.release = lambda: "23.1"
+if system == "win32":
+    for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+        sys.modules[name] = None
+    for name in ("fork", "geteuid", "getuid", "getppid", "setsid", "chown", "mkfifo", "sysconf", "statvfs", "wait4", "uname"):
+        delattr(os, name)
+    for name in ("SIGKILL", "SIGSTOP", "SIGCHLD", "SIGHUP", "SIGQUIT", "SIGBUS", "SIGTRAP", "SIGXCPU", "SIGUSR2"):
+        delattr(signal, name)
+    del socket.AF_UNIX, os.O_NOFOLLOW, os.O_CLOEXEC, os.O_NONBLOCK, os.O_NOCTTY
+for name in [name for name in sys.modules if name.startswith("safe_exec")]:
+    del sys.modules[name]
+"""
+CALL = PRELUDE + "from safe_exec.commands import cli\nsys.exit(cli.call(sys.argv[1:]))"
+SYSTEMS = pytest.mark.parametrize(
+    ("system", "name", "way"), [("darwin", "macOS", "virtual machine"), ("win32", "Windows", "WSL 2")]
+)
+
+
+def faked(system: str, *arguments: str | Path, code: str = CALL) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, system, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@SYSTEMS
+@pytest.mark.parametrize("command", ["run", "bisect", "probe", "replay", "batch"])
+def test_what_runs_notebooks_refuses(system: str, name: str, way: str, command: str, tmp_path: Path) -> None:
+    path = make_notebook(tmp_path / "nb.ipynb", "print('ran')")
+    done = faked(system, command, path)
+    assert done.returncode == 7
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"safe-exec: notebooks are run on Linux only, and this is {name}: ") and way in line
+    assert [found.name for found in tmp_path.iterdir()] == ["nb.ipynb"]
+
+
+@SYSTEMS
+def test_python_refuses(system: str, name: str, way: str) -> None:
+    code = (
+        PRELUDE
+        + "import safe_exec\nfrom safe_exec.errors import PlatformError\ntry:\n    safe_exec.run\nexcept PlatformError as e:\n    print(e)"
+    )
+    done = faked(system, code=code)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout and way in done.stdout
+
+
+@SYSTEMS
+def test_doctor_says_that_nothing_holds(system: str, name: str, way: str) -> None:
+    done = faked(system, "doctor")
+    assert done.returncode == 1, done.stderr
+    assert f"safe-exec runs notebooks on Linux only, not on {system}" in done.stdout
+    assert "rlimit" not in done.stdout and "watchdog" not in done.stdout
+    assert done.stderr == ""
+
+
+@SYSTEMS
+def test_limits_can_be_read_and_written_anywhere(system: str, name: str, way: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("limits:\n  memory: 1G\n")
+    assert faked(system, "limits", "check", tmp_path / "mine.yaml").returncode == 0
+    assert "512 MiB" in faked(system, "limits", "show", "strict").stdout
+    assert faked(system, "--help").returncode == 0
