@@ -404,3 +404,35 @@ def test_each_promise_is_shown_by_tests_that_exist() -> None:
 def test_each_wall_is_promised_to_the_profiles_that_have_it() -> None:
     found = {row[0]: row[1] for row in rows(section(page("docs/security.md"), "Profiles"))}
     assert {name.strip("`") for name in found} == {path.stem for path in (ROOT / "limits").glob("*.yaml")}
+
+
+# --- docs/platforms.md ------------------------------------------------------------------------------------------
+
+TESTS = ROOT / "tests"
+TABLES = {"kills": "tests.integration.kills.KILLS", "languages": "tests.integration.languages.ROWS"}
+
+
+def test_platforms_names_tests_that_there_are() -> None:
+    text = page("docs/platforms.md")
+    rows = re.findall(r"`(kills|languages)\[([^\]`]+)\]`", text)
+    functions = re.findall(r"`([a-z_]+/test_\w+\.py)::(test_\w+)`", text)
+    assert len(rows) > 15 and len(functions) > 10
+    for table, name in rows:
+        module, _, variable = TABLES[table].rpartition(".")
+        assert name in {row.id for row in getattr(import_module(module), variable)}, f"{table}[{name}]"
+    for path, name in functions:
+        defined = {node.name for node in ast.parse((TESTS / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert name in defined, f"{path}::{name}"
+
+
+def test_platforms_says_of_each_limit_what_holds_it_where_and_by_which_test() -> None:
+    text = page("docs/platforms.md")
+    _, _, rest = text.partition("<!-- platforms:")
+    lines = [line for line in rest.partition("<!-- /platforms -->")[0].splitlines() if line.startswith("| `")]
+    named = {name for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert named == {name.value for name in LimitName}
+    for line in lines:
+        _, _, *cells, _ = line.split("|")
+        assert len(cells) == 5, line
+        for cell in cells:
+            assert "untested" in cell or re.search(r"`kills\[|::test_", cell), cell
