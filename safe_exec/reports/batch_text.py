@@ -178,9 +178,13 @@ def _culprits(verdict: Verdict) -> Iterator[str]:
 
 def reproduce_command(told: Told, batch: Batch) -> str:
     """The command, to be typed into a shell where the batch ran, that makes it happen again; nothing where there is no verdict."""
-    if told.entry.repro is not None:
-        return f"safe-exec run {_seen(told.entry.repro, batch)}"
-    return f"safe-exec replay {_seen(told.entry.verdict, batch)}" if told.entry.verdict is not None else ""
+    entry = told.entry
+    if entry.repro is None:
+        return f"safe-exec replay {_seen(entry.verdict, batch)}" if entry.verdict is not None else ""
+    ran_in = Path(told.verdict.cwd) if told.verdict is not None else entry.source.parent
+    # What its cells open stands where the notebook ran.
+    where = "" if entry.repro.parent == ran_in else f" --cwd {_seen(ran_in, batch)}"
+    return f"safe-exec run {_seen(entry.repro, batch)}{where}"
 
 
 def _seen(path: Path, batch: Batch) -> str:

@@ -21,6 +21,8 @@ from safe_exec.units import format_seconds, format_size
 MOST_LINES = 300
 """Lines of the crash cell's source, around the one that is marked; a culprit has a fifth of it."""
 LINE_WIDTH = 300
+USUAL_WIDTH = 60
+"""Where lines are longer than this on average, fewer of them are shown."""
 MOST_CULPRITS = 20
 MOST_CELLS = 300
 MOST_FRAMES = 50
@@ -238,8 +240,8 @@ def _culprit(culprit: Culprit, first: Culprit | None, found: Placed | None) -> d
 def code(source: str | None, source_line: str | None, line: int | None, most: int) -> dict[str, Any] | None:
     """Lines of source to be shown: ``first`` is the number of the first, ``marked`` that of the one it is about.
 
-    At most ``most`` lines around that one; ``cut`` says how many were left out. Where the source is not known, the one line that the
-    verdict holds; nothing where that is not known either.
+    At most ``most`` lines around that one, fewer where they are long; ``cut`` says how many were left out. Where the source is not
+    known, the one line that the verdict holds; nothing where that is not known either.
     """
     if source is None:
         if not source_line:
@@ -247,8 +249,10 @@ def code(source: str | None, source_line: str | None, line: int | None, most: in
         return {"first": line, "marked": line, "lines": _shown([source_line]), "cut": 0, "alone": True}
     lines = source.split("\n")
     start = max(0, min((line or 1) - 1 - most // 2, len(lines) - most))
-    kept = lines[start : start + most]
-    return {"first": start + 1, "marked": line, "lines": _shown(kept), "cut": len(lines) - len(kept), "alone": False}
+    kept = _shown(lines[start : start + most])
+    if most > 1 and sum(map(len, kept)) > most * USUAL_WIDTH:
+        return code(source, source_line, line, most // 2)
+    return {"first": start + 1, "marked": line, "lines": kept, "cut": len(lines) - len(kept), "alone": False}
 
 
 def _shown(lines: Sequence[str]) -> list[str]:

@@ -114,7 +114,7 @@ def verdict_of(seconds: float, memory: int | None, status: Status = Status.KERNE
 
 def mixed(root: Path) -> list[Entry]:
     """A notebook of each kind."""
-    oom = verdict_of(4.0, GIB, culprits=make_culprits(), stderr_tail="last words of the kernel\n")
+    oom = verdict_of(4.0, GIB, culprits=make_culprits(), cwd=str(root / "docs"), stderr_tail="last words of the kernel\n")
     error = verdict_of(2.0, 40 * MIB, Status.CELL_ERROR, cause=make_cause(CauseKind.EXCEPTION, summary="ValueError: no"))
     slow = verdict_of(30.0, 90 * MIB, Status.TIMEOUT, cause=make_cause(CauseKind.CELL_TIMEOUT))
     start = verdict_of(1.0, None, Status.START_FAILED, cause=make_cause(CauseKind.KERNEL_START_FAILED), timeline=Timeline())
@@ -203,7 +203,7 @@ def test_a_case_says_why_where_and_what_to_do(show: Show, tmp_path: Path) -> Non
         expect(case.get_by_text(words, exact=False).first).to_be_visible()
     facts = case.locator(".evidence tbody tr").first
     expect(facts).to_contain_text(re.compile("oom kills.*1.*memory.oom_control.*outside"))
-    expect(case.locator(".command code")).to_have_text("safe-exec run out/docs/b-memory.repro.ipynb")
+    expect(case.locator(".command code")).to_have_text("safe-exec run out/docs/b-memory.repro.ipynb --cwd docs")
     case.get_by_text("End of standard error").click()
     expect(case.get_by_text("last words of the kernel")).to_be_visible()
     case.get_by_text("Stack, innermost first").click()
@@ -251,7 +251,7 @@ def test_the_command_can_be_copied(show: Show, tmp_path: Path) -> None:
     case = seen.open("docs/b-memory.ipynb")
     case.get_by_role("button", name="Copy the command to reproduce").click()
     expect(case.get_by_role("button", name="Copied")).to_be_visible()
-    assert seen.page.evaluate("navigator.clipboard.readText()") == "safe-exec run out/docs/b-memory.repro.ipynb"
+    assert seen.page.evaluate("navigator.clipboard.readText()") == "safe-exec run out/docs/b-memory.repro.ipynb --cwd docs"
 
 
 def test_a_case_has_an_address(show: Show, tmp_path: Path) -> None:

@@ -189,8 +189,12 @@ def test_a_long_cell_is_cut_around_its_line() -> None:
         assert shown is not None and (shown["first"], len(shown["lines"]), shown["cut"]) == (first, 300, 700)
         if line is not None:
             assert shown["lines"][line - first] == f"line {line}"
-    wide = page_data.code("x" * 5000, None, 1, 300)
-    assert wide is not None and len(wide["lines"][0]) == page_data.LINE_WIDTH
+    wide = page_data.code("\n".join(["x" * 5000] * 1000), None, 500, 300)
+    assert wide is not None and {len(words) for words in wide["lines"]} == {page_data.LINE_WIDTH}
+    assert sum(map(len, wide["lines"])) <= 300 * page_data.USUAL_WIDTH
+    assert wide["first"] <= 500 < wide["first"] + len(wide["lines"]) and wide["cut"] + len(wide["lines"]) == 1000
+    one = page_data.code("x" * 5000, None, 1, 300)
+    assert one is not None and len(one["lines"]) == 1
 
 
 def test_links_go_to_files_below_the_page_only(tmp_path: Path) -> None:

@@ -112,6 +112,25 @@ def test_what_a_failure_says(tmp_path: Path) -> None:
     assert suite.findtext("system-err") == "last words\n"
 
 
+@pytest.mark.parametrize(
+    ("cwd", "repro", "command"),
+    [
+        ("docs", "out/docs/a b.repro.ipynb", "safe-exec run 'out/docs/a b.repro.ipynb' --cwd docs"),
+        (".", "out/a.repro.ipynb", "safe-exec run out/a.repro.ipynb --cwd ."),
+        ("docs", "docs/a.repro.ipynb", "safe-exec run docs/a.repro.ipynb"),
+        ("docs", "-x/a.repro.ipynb", "safe-exec run ./-x/a.repro.ipynb --cwd docs"),
+        ("docs", None, "safe-exec replay out/docs/a.ipynb.verdict.json"),
+    ],
+)
+def test_the_command_to_reproduce_is_for_the_directory_of_the_batch(
+    tmp_path: Path, cwd: str, repro: str | None, command: str
+) -> None:
+    verdict = make_verdict(cwd=str(tmp_path / cwd))
+    entry = make_entry(tmp_path, "docs/a.ipynb", verdict, repro=tmp_path / repro if repro else None)
+    found = result(written(make_batch(tmp_path, [entry]))[0])
+    assert found is not None and found.text is not None and found.text.splitlines()[-1] == f"reproduce: {command}"
+
+
 def test_what_was_not_measured_is_no_property(tmp_path: Path) -> None:
     verdict = make_verdict()
     verdict = replace(verdict, usage=replace(verdict.usage, memory_peak=None, cpu_seconds=None))
