@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,10 @@ log = logging.getLogger("safe_exec")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchReport:
-    """A file in the output directory, and ``module:function`` that writes it: called with the batch and the path; may raise OSError."""
+    """A file, and ``module:function`` that writes it: called with the batch and the path; may raise OSError.
+
+    ``file`` is seen from the output directory.
+    """
 
     file: str
     writer: str
@@ -30,13 +33,17 @@ class BatchReport:
         return found
 
 
-BATCH_REPORTS = (BatchReport(file="summary.json", writer="safe_exec.reports.summary_json:write"),)
+BATCH_REPORTS = (
+    BatchReport(file="summary.json", writer="safe_exec.reports.summary_json:write"),
+    BatchReport(file="junit.xml", writer="safe_exec.reports.junit:write"),
+    BatchReport(file="report.html", writer="safe_exec.reports.page:write"),
+)
 
 
-def write_all(batch: Batch) -> int:
-    """Write every report; the exit code of the batch, or 7 where that is worse and one could not be written."""
+def write_all(batch: Batch, more: Iterable[BatchReport] = ()) -> int:
+    """Write every report, and ``more``; the exit code of the batch, or 7 where that is worse and one could not be written."""
     code = batch.exit_code
-    for report in BATCH_REPORTS:
+    for report in (*BATCH_REPORTS, *more):
         try:
             report.function()(batch, batch.out / report.file)
         except OSError as error:

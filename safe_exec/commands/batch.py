@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,6 +68,10 @@ STDIN = "-"
 )
 @click.option("--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never).")
 @click.option("--bisect-budget", metavar="T", help="Time that each search may take [60s, or 3 times the first run].")
+@click.option(
+    "--github/--no-github", default=None, help="Annotations on stdout, and a summary of the job [where GITHUB_ACTIONS=true]."
+)
+@click.option("--gitlab/--no-gitlab", default=None, help="codequality.json in --out [where GITLAB_CI is set].")
 @click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
 def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
     """Run the notebooks in PATH... (files, folders, patterns; - for a list on stdin), each in its own folder and inside its own limits.
@@ -74,8 +79,13 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     The last line of output is for scripts. The exit code is that of the worst notebook, from good to bad: 0 passed, 1 a cell raised, 5 a limit,
     4 timeout, 3 the kernel died, 6 it did not start, 2 not readable, 7 safe-exec failed, 130 stopped.
     """
+    from safe_exec.batch import hosted
     from safe_exec.batch.driver import Plan, run_batch
     from safe_exec.batch.reports import write_all
+
+    github = hosted.on_github() if options["github"] is None else options["github"]
+    gitlab = hosted.on_gitlab() if options["gitlab"] is None else options["gitlab"]
+    more = hosted.reports(github=github, gitlab=gitlab)
 
     cwd = Path.cwd()
     shard = parse_shard(options["shard"]) if options["shard"] is not None else None
@@ -98,7 +108,9 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
         for note in notes:
             progress.note(note)
-        batch = asyncio.run(run_batch(plan, progress, write_all))
+        batch = asyncio.run(run_batch(plan, progress, partial(write_all, more=more)))
+    for line in hosted.github_lines(batch) if github else ():
+        click.echo(line)
     _show(batch, sys.stdout, quiet=quiet)
     return batch.exit_code
 

@@ -18,6 +18,14 @@ assert safe_exec.__file__.startswith(sys.argv[1]), safe_exec.__file__
 assert set(shipped_profiles()) >= {"default", "ci", "strict"}, shipped_profiles()
 assert load_profile("ci", machine_memory=1 << 34).limits.memory == 2 << 30
 assert load_schema()["$id"] == "safe-exec/verdict/1"
+from datetime import datetime, timezone
+from pathlib import Path
+from safe_exec.reports import page
+from safe_exec.reports.entries import Batch
+here = Path.cwd()
+none = Batch(entries=(), root=here, out=here, started=datetime.now(timezone.utc), seconds=0, exit_code=0, command=(), safe_exec_version="")
+page.write(none, here / "report.html")
+assert "</html>" in (here / "report.html").read_text()
 print("fine")
 """
 
@@ -30,7 +38,7 @@ def test_a_wheel_stands_on_its_own(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "safe_exec/_limits/default.yaml" in names
-    assert "safe_exec/reports/verdict.schema.json" in names
+    assert {f"safe_exec/reports/{name}" for name in ("verdict.schema.json", "page.html", "page.css", "page.js")} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){SCRIPT}", str(tmp_path / "site")],
