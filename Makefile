@@ -98,9 +98,10 @@ format: $(VENV)/.dev-installed ## Format the code
 	$(BIN)/ruff format -q .
 
 .PHONY: bench
-bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute, and the culprit search beside ddmin
+bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute, the culprit search beside ddmin, and what walls cost
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.walls
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote
