@@ -11,6 +11,7 @@ import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -190,7 +191,7 @@ class Sandbox:
     def pump(self) -> None:
         """Take in what the keeper has said; call it when ``fileno()`` is readable."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, 1 << 20, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+            data, fds = _received(self._control)
         except BlockingIOError:
             return
         except ConnectionError:
@@ -295,3 +296,12 @@ def _kernel_exit(said: dict[str, object]) -> KernelExit:
         oomd=said["oomd"],  # type: ignore[arg-type]
         disk_free=said["disk_free"],  # type: ignore[arg-type]
     )
+
+
+def _received(control: socket.socket) -> tuple[bytes, list[int]]:
+    """What stands in the socket and a descriptor that came along, never waiting: ``socket.recv_fds`` drops its flags before Python 3.12."""
+    room = socket.CMSG_SPACE(struct.calcsize("i"))
+    data, ancillary, _, _ = control.recvmsg(1 << 20, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    rights = b"".join(said for level, kind, said in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS))
+    whole = len(rights) - len(rights) % struct.calcsize("i")
+    return data, [fd for (fd,) in struct.iter_unpack("i", rights[:whole])]
