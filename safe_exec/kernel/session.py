@@ -33,7 +33,7 @@ from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
-from safe_exec.sandbox import sockets
+from safe_exec.sandbox import procfs, sockets
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.meter import Meter
 from safe_exec.sandbox.plan import SpawnPlan
@@ -217,7 +217,7 @@ class KernelSession:
         self.client = client
         client.note = self.note
         client.km = self.manager
-        client.kernel_pid = self.pid
+        client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
         deadline = None if seconds is None else time.monotonic() + seconds
         kc = self.manager.client()
         kc.allow_stdin = False

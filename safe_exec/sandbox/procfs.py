@@ -75,6 +75,17 @@ def catches(pid: int, signum: int) -> bool:
     return False
 
 
+def innermost_pid(pid: int) -> int | None:
+    """The id by which a process knows itself, in a pid namespace of its own another one (NSpid, Linux 4.1); ``None`` when it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except (OSError, ValueError):
+        return None
+    return pid
+
+
 def all_pids() -> list[int]:
     """The ids of all processes that /proc shows."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]

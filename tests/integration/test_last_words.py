@@ -86,3 +86,13 @@ def test_interrupted_cells_keep_their_traceback(tmp_path: Path) -> None:
     assert [e.ename for e in errors] == ["KeyboardInterrupt", "SafeExec: cell_timeout"]
     assert "inner()" in "\n".join(errors[0].traceback)
     assert outcome.verdict["crash_cell"]["line"] in (2, 3)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("profile", ["default", "ci"])
+def test_what_arrived_is_not_put_there_twice(tmp_path: Path, profile: str) -> None:
+    # With processes of its own (ci) the kernel has another id than the one by which we know it, and signs its messages with that.
+    cell = f"import time\nprint('once', flush=True)\ntime.sleep(1)\n{DEATHS['sigkill']}"
+    outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", cell), "--limits", profile, "--no-bisect")
+    assert outcome.verdict["status"] == "kernel_died"
+    assert stream(outcome.notebook, 1, "stdout") == "once\n"
