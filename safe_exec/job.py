@@ -99,14 +99,14 @@ class Prepared:
     early: Early | None = None
 
 
-def prepare(job: Job, early: Early | None = None) -> Prepared:
+def prepare(job: Job, early: Early | None = None, source: notebook.Source | None = None) -> Prepared:
     """Read and check all input and every output path.
 
     In the sandbox of ``early`` the kernel is started as soon as its limits are known, while the notebook is read whole and checked.
-    Raises UsageError and its kinds: with them nothing has been written.
+    ``source`` is a notebook that somebody else has read. Raises UsageError and its kinds: with them nothing has been written.
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
-    source = notebook.Source.of(job.path)
+    source = source or notebook.Source.of(job.path)
     scan = source.scan()
     whole = source.notebook() if scan is None else None
     machine = job.machine or detect(parse_mechanisms(job.mechanisms))

@@ -126,7 +126,11 @@ class Source:
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read it, once. Raises NotebookError."""
-        data = read_regular(path, most=_MOST_BYTES, error=NotebookError)
+        return cls.of_data(path, read_regular(path, most=_MOST_BYTES, error=NotebookError))
+
+    @classmethod
+    def of_data(cls, path: Path, data: bytes) -> Self:
+        """What a file of that name would hold. Raises NotebookError."""
         document = _parse(data, path)
         version = _version(document, path)
         if _SURROGATE_ESCAPE.search(data):

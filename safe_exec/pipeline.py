@@ -79,6 +79,27 @@ async def run_job(
     return verdict
 
 
+async def run_undocumented(
+    prepared: Prepared, sinks: tuple[EventSink, ...] = (), heard: Callable[[int, dict[str, Any]], None] | None = None
+) -> tuple[Verdict, Any]:
+    """First run and cause, for tools that write documents of their own; nothing is searched for. Verdict, notebook with its outputs.
+
+    ``heard`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
+    """
+    from safe_exec.searching import Keeping
+    from safe_exec.trial import Cancellation
+
+    cancellation, mask = Cancellation(), _mask(prepared)
+    emit = _fan_out((*prepared.job.sinks, *sinks), mask)
+    with signals(cancellation.arrive), Keeping(prepared) as keeping:
+        sweep()
+        emit(_run_started(prepared))
+        first = await _first_run(prepared, emit, cancellation, keeping, heard)
+        verdict = mask.everywhere(_conclude(prepared, first, mask))
+        emit(_run_finished(prepared, verdict))
+    return verdict, first.result.node
+
+
 async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()) -> Verdict:
     """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
     from safe_exec.searching import Keeping, search
@@ -109,7 +130,13 @@ def _outputs_so_far(prepared: Prepared) -> Any:
         return prepared.node
 
 
-async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancellation, keeping: Keeping) -> First:
+async def _first_run(
+    prepared: Prepared,
+    emit: EventSink,
+    cancellation: Cancellation,
+    keeping: Keeping,
+    heard: Callable[[int, dict[str, Any]], None] | None = None,
+) -> First:
     from safe_exec.ledger import Ledger
     from safe_exec.trial import TrialResult, run_trial
 
@@ -121,6 +148,8 @@ async def _first_run(prepared: Prepared, emit: EventSink, cancellation: Cancella
         early.sandbox.entrust(keeping.directories)
     plan = replace(plan, orphans=keeping.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
+    if heard is not None:
+        request = replace(request, heard=heard)
     try:
         require(plan, prepared.required)
     except EnforcementError as error:

@@ -88,7 +88,8 @@ class TrialRequest:
 
     ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
     kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do. ``early`` is the
-    sandbox that was opened ahead.
+    sandbox that was opened ahead. ``heard`` is called with each message that put something into a cell (its index, and what is kept of
+    the message); it must not raise.
     """
 
     run_id: str
@@ -109,6 +110,7 @@ class TrialRequest:
     before_cells: Callable[[], Awaitable[None]] | None = None
     hasty: bool = False
     early: Early | None = None
+    heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -449,6 +451,7 @@ class Trial:
         )
         client.reset_execution_trackers()
         client.total_cap = self.request.limits.output
+        client.heard = self.request.heard
         connect = asyncio.create_task(self.session.connect(client, self.request.limits.start_timeout))
         # Whoever discards us does not ask how the connection went.
         connect.add_done_callback(lambda task: task.cancelled() or task.exception())

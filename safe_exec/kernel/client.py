@@ -78,6 +78,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.note: Callable[[], Note | None] = lambda: None
         self.before: int | None = None
         self.disbelieved: set[str] = set()
+        self.heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
     # --- death --------------------------------------------------------------------------------------------------
 
@@ -210,7 +211,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
                 self._clear_now(cell, cell_index)  # whether what comes now fits or not
             if not self._admit(kind, content, size, cell):
                 return None
-        return super().process_message(msg, cell, cell_index)
+        output = super().process_message(msg, cell, cell_index)
+        self.heard(cell_index, msg)
+        return output
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
         """For the kernel's death: which text and which displays did arrive. A forked child's text is not the kernel's."""

@@ -141,13 +141,18 @@ def _add_error(notebook: NotebookNode, verdict: Verdict, hide: Callable[[str], s
     # The kernel's own traceback says all there is to say of a plain exception.
     if cell is None or (verdict.cause is not None and verdict.cause.kind is CauseKind.EXCEPTION):
         return
+    cell.outputs.append(error_output(hide(cell.source), verdict))
+
+
+def error_output(source: str, verdict: Verdict) -> NotebookNode:
+    """What happened, as the ``error`` output of the cell with this source; without a crash cell, only what and why."""
     output = {
         "output_type": "error",
         "ename": _error_name(verdict),
         "evalue": _error_value(verdict),
-        "traceback": list(_traceback(hide(cell.source), verdict)),
+        "traceback": list(_traceback(source, verdict)),
     }
-    cell.outputs.append(_node(output))
+    return _node(output)
 
 
 def _crashed(notebook: NotebookNode, crash: CrashCell | None) -> NotebookNode | None:
@@ -176,12 +181,12 @@ def _error_value(verdict: Verdict) -> str:
 def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
     """The lines of our ``error`` output. The colours are ours: :func:`text.printable` lets none through."""
     crash = verdict.crash_cell
-    assert crash is not None
     yield _red("-" * 75)
     yield f"{_red(_error_name(verdict))}: {_summary(verdict)}"
-    yield f"{text.cell_name(crash.code_index).capitalize()}, {text.moment(verdict)}"
-    yield from _source_lines(source, crash.line)
-    yield from _block("Stack, innermost first", [text.frame_line(frame) for frame in crash.stack])
+    if crash is not None:
+        yield f"{text.cell_name(crash.code_index).capitalize()}, {text.moment(verdict)}"
+        yield from _source_lines(source, crash.line)
+        yield from _block("Stack, innermost first", [text.frame_line(frame) for frame in crash.stack])
     yield from _block("Evidence", text.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
         yield f"{_BOLD}Next:{_PLAIN} {text.one_line(verdict.cause.advice)}"

@@ -1,0 +1,214 @@
+"""The papermill engine: ``papermill --engine safe-exec`` runs the cells inside limits and records a dead kernel as what it is.
+
+papermill keeps its own ways: parameters, progress, timings, autosave, where the notebook is written, what is raised. It imports this
+module at every start wherever safe-exec is installed; the rest of ours is imported when a notebook is run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from papermill.engines import Engine
+from papermill.log import logger
+
+if TYPE_CHECKING:
+    from safe_exec.events import Event
+    from safe_exec.job import Prepared
+    from safe_exec.model import Verdict
+
+PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
+"""Names a profile or a limits file where no argument does: papermill's command line hands an engine no options."""
+
+
+class SafeExecEngine(Engine):  # type: ignore[misc]
+    """Runs the notebook of an execution manager in a sandboxed kernel."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        *,
+        input_path: str | None = None,
+        log_output: bool = False,
+        stdout_file: TextIO | None = None,
+        stderr_file: TextIO | None = None,
+        start_timeout: float | None = None,
+        execution_timeout: float | None = None,
+        limits: str | None = None,
+        options: Mapping[str, object] | None = None,
+        require: str | None = None,
+        **rest: Any,
+    ) -> None:
+        """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
+
+        ``limits``, ``options`` and ``require`` are as for :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own
+        engine. Raises UsageError for limits that are wrong, KeyboardInterrupt where we were stopped, and SafeExecError where the
+        notebook has no cell that could carry the error.
+        """
+        given = dict(options or {})
+        seconds = execution_timeout or rest.get("timeout")
+        if seconds:
+            given["cell_timeout"] = seconds
+        if start_timeout:
+            given["start_timeout"] = start_timeout
+        chosen = limits or os.environ.get(PROFILE_VARIABLE) or None
+        prepared = _prepared(nb_man.nb, input_path, kernel_name, limits=chosen, options=given, require=require)
+        nb_man.nb = prepared.node  # filled in place: what is saved on the way has the outputs so far
+        relay = Relay(nb_man, log_output=log_output, stdout=stdout_file, stderr=stderr_file)
+        logger.info(f"Executing notebook with kernel: {kernel_name}")
+        verdict = _run(prepared, relay)
+        relay.finish(verdict)
+
+
+def _prepared(node: Any, input_path: str | None, kernel: str, **asked: Any) -> Prepared:
+    """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
+    from safe_exec import notebook
+    from safe_exec.job import Bisect, Job, prepare
+
+    path = Path(input_path) if input_path and os.path.isfile(input_path) else Path.cwd() / "notebook.ipynb"
+    source = notebook.Source.of_data(path, notebook.dumps(node))
+    job = Job(path=path, kernel=kernel, cwd=Path.cwd(), bisect=Bisect.NEVER, writes=False, **asked)
+    return prepare(job, source=source)
+
+
+def _run(prepared: Prepared, relay: Relay) -> Verdict:
+    from safe_exec.pipeline import run_undocumented
+
+    found: tuple[Verdict, Any] = _finished(run_undocumented(prepared, (relay.event,), relay.message))
+    return found[0]
+
+
+def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns; on a thread of its own where a loop runs already, as in a notebook that calls papermill."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(coroutine)))
+    thread.start()
+    thread.join()
+    if not found:
+        raise RuntimeError("the run ended without a verdict; its own error stands above")
+    return found[0]
+
+
+class Relay:
+    """Tells papermill's execution manager what happens, in its own words and at the time.
+
+    papermill counts every cell, those of text and those that are skipped too; a trial speaks of those that it runs.
+    """
+
+    def __init__(self, nb_man: Any, *, log_output: bool, stdout: TextIO | None, stderr: TextIO | None) -> None:
+        self.nb_man = nb_man
+        self.log_output = log_output
+        self.files = {"stdout": stdout, "stderr": stderr}
+        self.next = 0
+        self.running: int | None = None
+
+    # --- while it runs ------------------------------------------------------------------------------------------------
+
+    def event(self, event: Event) -> None:
+        """A cell began or ended."""
+        from safe_exec.events import CellFinished, CellStarted
+        from safe_exec.model import CellStatus
+
+        if isinstance(event, CellStarted):
+            self._catch_up(event.index)
+            self._begin(event.index)
+        elif isinstance(event, CellFinished) and event.index == self.running:
+            failed = event.status is CellStatus.KILLED or (
+                event.status is CellStatus.FAILED and not self._is_allowed(event.index)
+            )
+            self._end(event.index, failed=failed)
+
+    def _is_allowed(self, index: int) -> bool:
+        """Whether the cell may raise, as nbclient knows it."""
+        node = self.nb_man.nb
+        execution = node.metadata.get("execution")
+        everywhere = isinstance(execution, Mapping) and execution.get("allow_errors") is True
+        return everywhere or "raises-exception" in node.cells[index].metadata.get("tags", [])
+
+    def _catch_up(self, index: int) -> None:
+        """The cells before that are not run: they begin and end at once."""
+        while self.next < index:
+            self._begin(self.next)
+            self._end(self.next - 1, failed=False)
+
+    def _begin(self, index: int) -> None:
+        self.nb_man.cell_start(self.nb_man.nb.cells[index], index)
+        self.running, self.next = index, index + 1
+
+    def _end(self, index: int, *, failed: bool) -> None:
+        cell = self.nb_man.nb.cells[index]
+        if failed:
+            self.nb_man.cell_exception(cell, cell_index=index)
+        self.nb_man.cell_complete(cell, cell_index=index)
+        self.running = None
+
+    def message(self, _index: int, message: dict[str, Any]) -> None:
+        """Something was put into a cell: save now and then, and log what it was, as papermill's own engine does."""
+        try:
+            self.nb_man.autosave_cell()
+        except Exception:  # noqa: BLE001 - storages of all kinds
+            # It is saved once more at the end, and that one is heard; a run must not end for one on the way.
+            logger.exception("the notebook could not be saved on the way")
+        kind, content = message["msg_type"], message["content"]
+        if kind == "stream":
+            self._log_stream(str(content["name"]), content["text"])
+        elif kind in ("display_data", "execute_result") and self.log_output and "text/plain" in content["data"]:
+            logger.info("".join(content["data"]["text/plain"]))
+
+    def _log_stream(self, name: str, words: str) -> None:
+        if self.log_output:
+            (logger.warning if name == "stderr" else logger.info)(words)
+        file = self.files.get(name)
+        if file is not None:
+            file.write(words)
+            file.flush()
+
+    # --- at its end ---------------------------------------------------------------------------------------------------
+
+    def finish(self, verdict: Verdict) -> None:
+        """Say what came of it. A cell that carries an error makes papermill save, and raise its own exception."""
+        from safe_exec.model import Status
+
+        if verdict.status is Status.PASSED:
+            self._catch_up(len(self.nb_man.nb.cells))
+            return
+        for words in verdict.warnings:
+            logger.warning(words)
+        index = self._place(verdict)
+        if index is not None:
+            self._mark(index, verdict)
+        if verdict.status is Status.CANCELLED:
+            raise KeyboardInterrupt
+        if index is None:
+            from safe_exec.errors import SafeExecError
+            from safe_exec.reports.text import headline
+
+            raise SafeExecError(headline(verdict))
+
+    def _place(self, verdict: Verdict) -> int | None:
+        """The cell that carries the error: where it happened, else the first that did not run, else the last one."""
+        if verdict.crash_cell is not None:
+            return verdict.crash_cell.index
+        code = [index for index, cell in enumerate(self.nb_man.nb.cells) if cell.cell_type == "code"]
+        return next((index for index in code if index >= self.next), code[-1] if code else None)
+
+    def _mark(self, index: int, verdict: Verdict) -> None:
+        from safe_exec.model import CauseKind
+        from safe_exec.reports.annotated import error_output
+
+        cell = self.nb_man.nb.cells[index]
+        if verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:
+            # Before an error of the cell's own (a KeyboardInterrupt of ours, say): papermill raises the first.
+            errors = (at for at, output in enumerate(cell.outputs) if output.output_type == "error")
+            cell.outputs.insert(next(errors, len(cell.outputs)), error_output(cell.source, verdict))
+        self.nb_man.cell_exception(cell, cell_index=index)
