@@ -63,7 +63,7 @@ class Layer:
 def parse_overrides(mapping: Mapping[str, object], *, where: str, machine_memory: int | None) -> dict[str, Figure]:
     """The figures of ``mapping`` in bytes, seconds and counts, checked.
 
-    ``where`` starts the text of an error: a file, a place in a notebook, or anything with ``--`` for options, which
+    ``where`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
     are then named one by one. ``machine_memory`` is the bytes that a ``memory`` of ``"75%"`` refers to. Raises
     LimitsError.
     """
@@ -161,7 +161,7 @@ def _name(key: object) -> str:
 
 
 def _place(where: str, name: str) -> str:
-    return f"--{name.replace('_', '-')}" if where.startswith("--") else f"{one_line(where)}: {name}"
+    return f"{where}{name.replace('_', '-')}" if where.startswith("--") else f"{one_line(where)}: {name}"
 
 
 def _looser(new: Figure, old: Figure) -> bool:

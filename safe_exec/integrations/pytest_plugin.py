@@ -1,0 +1,323 @@
+"""The pytest plugin: with ``--safe-exec`` each notebook is a test, run inside limits, and its failure is the diagnosis.
+
+pytest imports this module at every start wherever safe-exec is installed, asked for or not: it imports nothing of ours that costs
+anything, and registers options alone, until ``--safe-exec`` is given.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from safe_exec.model import Verdict
+
+LIMITS = (
+    "memory", "cpus", "cpu_time", "cell_timeout", "timeout", "start_timeout", "processes", "open_files", "file_size", "cell_output",
+    "output", "disk", "shm",
+)  # fmt: skip
+"""The names of ``safe_exec.model.LimitName``, which is not imported for its names alone."""
+
+SUFFIX = ".ipynb"
+OURS = (".out.ipynb", ".repro.ipynb")
+NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
+"""Copies that Jupyter and Jupyter Book make of notebooks."""
+
+MARK = "safe_exec_version"
+"""The property by which a report of ours is known; it travels from xdist's workers as text does."""
+
+UNDER_TEST = "PYTEST_CURRENT_TEST"
+"""ipykernel takes a kernel with this for one that is under test itself, and does not watch its descriptors 1 and 2."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register the options; none of them costs anything without ``--safe-exec``."""
+    group = parser.getgroup("safe-exec", "notebooks inside limits (safe-exec)")
+    group.addoption("--safe-exec", action="store_true", help="Run each notebook as a test, inside limits.")
+    group.addoption(
+        "--safe-exec-limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own."
+    )
+    for name in LIMITS:
+        option = name.replace("_", "-")
+        group.addoption(
+            f"--safe-exec-{option}", dest=f"safe_exec_limit_{name}", metavar="VALUE", help=f"As `safe-exec run --{option}`."
+        )
+    group.addoption("--safe-exec-kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
+    group.addoption("--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`.")
+    group.addoption("--safe-exec-no-bisect", action="store_true", help="Do not search for the culprits of a failure.")
+    group.addoption("--safe-exec-bisect-budget", metavar="T", help="Time that the search may take (60s).")
+    group.addoption(
+        "--safe-exec-out",
+        metavar="DIR",
+        help="Keep annotated notebook and verdict of every notebook here [of those that fail, in pytest's cache directory].",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the options say. ``out`` is where documents go; ``keeps``: also those of notebooks that passed."""
+
+    out: Path
+    keeps: bool
+    limits: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    kernel: str | None = None
+    require: str | None = None
+    bisect: str = "auto"
+    bisect_budget: float | None = None
+
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the options before anything is collected: a wrong limit is one error, not one for each notebook."""
+    if not config.getoption("safe_exec"):
+        return
+    from safe_exec.errors import SafeExecError
+
+    config.addinivalue_line("markers", "safe_exec: a notebook that safe-exec runs")
+    try:
+        config.stash[SETTINGS] = _settings(config)
+    except SafeExecError as error:
+        raise pytest.UsageError(str(error)) from None
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Headlines(), "safe-exec-headlines")
+
+
+def _settings(config: pytest.Config) -> Settings:
+    """Raises UsageError and LimitsError."""
+    from safe_exec.commands.run import parse_budget
+
+    given = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
+    options = {name: value for name, value in given.items() if value is not None}
+    if "output" in options:
+        options.setdefault("cell_output", options["output"])  # as the command takes it
+    out = config.getoption("safe_exec_out")
+    return Settings(
+        out=_directory(config, out),
+        keeps=out is not None,
+        limits=_checked(config.getoption("safe_exec_limits"), options),
+        options=options,
+        kernel=config.getoption("safe_exec_kernel"),
+        require=config.getoption("safe_exec_require"),
+        bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
+        bisect_budget=parse_budget(config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"),
+    )
+
+
+def _checked(limits: str | None, options: dict[str, str]) -> str | None:
+    """The profile, a file by its whole path: tests beside ours may change the directory. Raises LimitsError."""
+    from safe_exec import profiles
+    from safe_exec.sandbox.machine import detect
+
+    memory = detect().memory_total
+    profiles.parse_overrides(options, where="--safe-exec-", machine_memory=memory)
+    if limits is None:
+        return None
+    profile = profiles.load_profile(limits, machine_memory=memory)
+    return limits if profile.path.parent == profiles.profile_dir() else str(profile.path.absolute())
+
+
+def _directory(config: pytest.Config, out: str | None) -> Path:
+    """Where documents go: never beside the notebooks, where the next commit would take them along."""
+    if out is not None:
+        return config.invocation_params.dir / out
+    if config.pluginmanager.hasplugin("cacheprovider") and config.cache is not None:
+        return config.cache.mkdir("safe-exec")
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"safe-exec-pytest-{os.getuid()}"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What holds for the notebooks of this session."""
+    settings = config.stash.get(SETTINGS, None)
+    if settings is None:
+        return []
+    own = "".join(f", {name.replace('_', '-')} {value}" for name, value in settings.options.items())
+    what = "documents" if settings.keeps else "documents of failures"
+    return [f"safe-exec: limits {settings.limits or 'default'}{own}; {what} in {settings.out}"]
+
+
+# --- collecting ---------------------------------------------------------------------------------------------------
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.File | None:
+    """A file of one test for each notebook."""
+    if parent.config.stash.get(SETTINGS, None) is None or file_path.suffix != SUFFIX:
+        return None
+    made: NotebookFile = NotebookFile.from_parent(parent, path=file_path)
+    return made
+
+
+def is_collected(path: Path) -> bool:
+    """Whether a notebook is one that somebody wrote."""
+    return not path.name.endswith(OURS) and NOT_WALKED.isdisjoint(path.parts)
+
+
+class NotebookFile(pytest.File):
+    """A notebook, which is one test."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """The one test: a notebook passes or fails as a whole. None for what Jupyter or safe-exec wrote.
+
+        To refuse the file instead would be an error where it is named: a shell puts all into ``pytest docs/*.ipynb``.
+        """
+        if not is_collected(self.path):
+            return
+        item: NotebookItem = NotebookItem.from_parent(self, name=self.path.name)
+        item.add_marker("safe_exec")
+        yield item
+
+
+class NotebookFailed(Exception):  # noqa: N818 - what pytest is told; the verdict says what it was
+    """The notebook did not pass."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.status)
+        self.verdict = verdict
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+class NotebookItem(pytest.Item):
+    """One run of one notebook."""
+
+    _line = 0
+
+    def runtest(self) -> None:
+        """Run it; raises NotebookFailed, UsageError for what cannot be run, and KeyboardInterrupt where we were stopped."""
+        from safe_exec import __version__
+        from safe_exec.model import Status
+
+        self.user_properties.append((MARK, __version__))
+        verdict = self._verdict()
+        self.user_properties += properties(verdict)
+        if verdict.status is Status.CANCELLED:
+            raise KeyboardInterrupt  # the signal came to us, pytest has not seen it
+        if verdict.status is not Status.PASSED:
+            self._point_at(verdict)
+            raise NotebookFailed(verdict)
+        if not self._settings.keeps:
+            for path in verdict.outputs.values():
+                Path(path).unlink(missing_ok=True)
+
+    @property
+    def _settings(self) -> Settings:
+        return self.config.stash[SETTINGS]
+
+    def _verdict(self) -> Verdict:
+        from safe_exec import api
+
+        settings, stem = self._settings, self._stem()
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            # Those of the libraries below us are not the user's: `-W error` is meant for their own code.
+            warnings.simplefilter("ignore")
+            return api.run(
+                self.path,
+                limits=settings.limits,
+                options=settings.options,
+                output=f"{stem}.out.ipynb",
+                verdict=f"{stem}.verdict.json",
+                repro=f"{stem}.repro.ipynb",
+                kernel=settings.kernel,
+                require=settings.require,
+                bisect=settings.bisect,
+                bisect_budget=settings.bisect_budget,
+                env={name: value for name, value in os.environ.items() if name != UNDER_TEST},
+            )
+
+    def _stem(self) -> Path:
+        """The documents' path without their endings: as the notebook's below the root directory, or its whole path elsewhere."""
+        root, path = self.config.rootpath, self.path
+        relative = path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
+        return self._settings.out / relative.with_name(relative.name[: -len(SUFFIX)])
+
+    # --- reporting --------------------------------------------------------------------------------------------------
+
+    def _point_at(self, verdict: Verdict) -> None:
+        """Have reports name the line that failed; pytest has asked for the place before, and kept the answer."""
+        from safe_exec.reports.places import placed, read_as_run
+
+        crash = verdict.crash_cell
+        text = read_as_run(self.path, verdict.notebook.sha256) if crash is not None else None
+        if crash is not None and text is not None and (cell := placed(text, {crash.index}).get(crash.index)) is not None:
+            line = (crash.line or 1) - 1
+            self._line = cell.lines[line if line < len(cell.lines) else 0] - 1
+        self.__dict__.pop("location", None)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """The file, the line in it (from 0, the notebook's JSON) of what failed, and the name."""
+        return self.path, self._line, self.name
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The diagnosis as on the terminal: plain text, which is all that those who annotate pull requests read."""
+        from safe_exec.errors import SafeExecError
+
+        if isinstance(excinfo.value, NotebookFailed):
+            from safe_exec.reports.terminal import Style, diagnosis
+
+            return "\n".join(diagnosis(excinfo.value.verdict, Style()))
+        if isinstance(excinfo.value, SafeExecError):
+            return f"safe-exec: {excinfo.value}"
+        return super().repr_failure(excinfo, style)
+
+
+def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
+    """Figures of a run by name, bytes and seconds; what was not measured is left out."""
+    cause, crash, culprits = verdict.cause, verdict.crash_cell, verdict.culprits
+    found: dict[str, str | int | float | None] = {
+        "status": verdict.status.value,
+        "exit_code": verdict.exit_code,
+        "cause": cause.kind.value if cause else None,
+        "confidence": cause.confidence.value if cause else None,
+        "crash_cell": crash.code_index if crash else None,
+        "crash_line": crash.line if crash else None,
+        "culprits": " ".join(str(culprit.code_index) for culprit in culprits.cells) if culprits else None,
+        "cells": verdict.notebook.cells,
+        "code_cells": verdict.notebook.code_cells,
+        "wall_seconds": verdict.usage.wall_seconds,
+        "cpu_seconds": verdict.usage.cpu_seconds,
+        "memory_peak": verdict.usage.memory_peak,
+        "memory_limit": verdict.limits.memory,
+    }
+    return [(name, value) for name, value in found.items() if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crash:
+    """What pytest's short summary and JUnit's message are made from."""
+
+    path: str
+    lineno: int
+    message: str
+
+
+class Diagnosis(str):  # noqa: SLOT000 - a text that carries one thing more
+    """The text of a failure that knows its headline."""
+
+    reprcrash: Crash
+
+
+class Headlines:
+    """Where reports arrive, a failure of ours gets its headline; xdist's workers, which send them, can send plain text only."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Make the plain text one that pytest's summary and JUnit's message take a line from."""
+        if not isinstance(report.longrepr, str) or not any(name == MARK for name, _ in report.user_properties):
+            return
+        path, line, _ = report.location
+        said = Diagnosis(report.longrepr)
+        headline = said.partition("\n")[0].removeprefix("✗ ")
+        said.reprcrash = Crash(path=path, lineno=(line or 0) + 1, message=headline)
+        report.longrepr = said
