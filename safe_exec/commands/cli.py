@@ -21,6 +21,7 @@ COMMANDS = {
     "replay": "Run what a verdict says again, and say whether this machine agrees.",
     "doctor": "Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
+    "kernelspec": "Make a kernel for other Jupyter tools that is born inside limits.",
 }
 ANYWHERE = ("doctor", "limits")
 """What runs no notebook; the other commands import what other systems than Linux lack."""

@@ -17,19 +17,25 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jupyter_client.provisioning import KernelProvisionerBase
+from traitlets.config import Application
 
+from safe_exec.files import one_line
 from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
 from safe_exec.model import LimitName, Limits, TerminationReason
+from safe_exec.sandbox import leftovers
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.watchdog import Watchdog
+from safe_exec.units import format_size
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.diskwatch import DiskWatch
 
 log = logging.getLogger("safe_exec")
+
+LONGEST_WORDS = 300
 
 
 class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
@@ -48,6 +54,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.watchdog: Watchdog | None = None
         self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
+        self._told = False
 
     def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
         """Use what ``safe-exec run`` has built already instead of building it here."""
@@ -76,6 +83,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def _build_for_others(self) -> None:
         from safe_exec.profiles import resolve_simple  # only other tools come this way
 
+        leftovers.sweep()  # of servers that were killed together with their keepers
+        self.run_id = secrets.token_hex(6)  # a restarted kernel's sandbox is another one
+        self._told = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")
         self.limits = resolve_simple(self._config, profile, machine_memory=machine.memory_total)
@@ -135,6 +145,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         ended = self.sandbox.exit
         if ended is None:
             return None
+        self._tell_ending()
         if ended.status is None:
             return -signal.SIGKILL
         return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
@@ -152,34 +163,57 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Kill the whole tree."""
+        self._asked_for()
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason.SHUTDOWN)
 
     async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Ask the kernel process to end."""
+        self._asked_for()
         await self.send_signal(signal.SIGTERM)
 
     async def cleanup(self, restart: bool = False) -> None:
-        """Take the sandbox down. Other tools learn here what became of their kernel: it is logged."""
+        """Take the sandbox down."""
         if self.sandbox is None:
             return
         self.stop_watching()
         departure = self.sandbox.leave()
         if departure.alive or departure.left:
             log.warning("left behind: processes %s, paths %s", departure.alive, departure.left)
-        if self.on_limit is None:
-            self._log_ending()
+        self._tell_ending()
         if self.channels is not None:
             self.channels.close()
         self.sandbox = None
         if restart:
             self.plan = None
 
-    def _log_ending(self) -> None:
+    async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
+        """Somebody asked the kernel to end: how it does is not news."""
+        self._asked_for()
+
+    def _asked_for(self) -> None:
+        """The end is wanted from now on; one that came before, and was not looked at yet, was not."""
+        if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
+            self.sandbox.pump()
+        self._tell_ending()
+        self._told = True
+
+    def _tell_ending(self) -> None:
+        """Log once how a kernel ended that nobody asked to; people of other tools learn of the cause here, and nowhere else."""
         ended = self.sandbox.exit if self.sandbox else None
-        if ended is None or ended.reason is TerminationReason.SHUTDOWN or ended.status is None or ended.status.raw == 0:
+        if ended is None or self._told or self.on_limit is not None:
             return
+        self._told = True
+        if ended.status is not None and ended.status.raw == 0 and not ended.reason:
+            return  # a client's own shutdown request goes past us
         why = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
         killed = ended.counters.oom_kills or 0
-        memory = f", {killed} process(es) killed for memory in its control group" if killed else ""
-        log.error("kernel ended with %s%s%s", ended.status, why, memory)
+        if killed:
+            limit = f" at its limit of {format_size(self.limits.memory)}" if self.limits.memory is not None else ""
+            why += f", {killed} process(es) killed for memory in its control group{limit}"
+        # An interpreter that cannot run the kernel at all exits with 1, and nobody else shows what it said.
+        words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+        status = ended.status if ended.status is not None else "its keeper"
+        said = f"; last on its stderr: {one_line(words[-1])[:LONGEST_WORDS]}" if words and str(status) == "exit status 1" else ""
+        # An application's own log where there is one: traitlets' other logger says nothing to anybody.
+        (self.log if Application.initialized() else log).error("kernel ended with %s%s%s", status, why, said)

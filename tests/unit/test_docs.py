@@ -52,6 +52,29 @@ MACHINE_PATH = re.compile(r"(?<![\w.~/$])/(?:root|home|work|Users|mnt|opt)/")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+OF_OTHER_TOOLS = {
+    "docs/integrations.md": {
+        *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),
+        *(
+            "--safe-exec",
+            *(f"--safe-exec-{name}" for name in ("limits", "kernel", "require", "no-bisect", "bisect-budget", "out")),
+        ),
+        *(
+            "--junitxml",
+            "--lf",
+            "--nbmake",
+            "--nbmake-kernel",
+            "--engine",
+            "--log-output",
+            "--stdout-file",
+            "--execution-timeout",
+        ),
+        *("--to", "--execute", "--kernel"),
+    }
+}
+"""Tested where these tools are run."""
+
+
 def page(name: str) -> str:
     return (ROOT / name).read_text()
 
@@ -130,6 +153,7 @@ def commands() -> dict[str, click.Command]:
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in sorted(DOCS.glob("*.md"))])
 def test_every_option_named_exists(name: str) -> None:
     known = {option for command in commands().values() for option in options_of(command)} | {"--help", "--version"}
+    known |= OF_OTHER_TOOLS.get(name, set())
     assert set(OPTION.findall(page(name))) - known == set()
 
 
