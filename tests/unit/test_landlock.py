@@ -256,6 +256,7 @@ def test_what_is_missing_is_left_out(top: Path, prefix: list[str]) -> None:
     assert inside(code, top, prefix) == ["ok"]
 
 
+@pytest.mark.bed("root", "landlock")
 def test_no_device_of_the_disk_is_made(top: Path) -> None:
     code = "import stat; print(tried(os.mknod, work / 'disk', stat.S_IFBLK | 0o600, os.makedev(8, 0)))"
     assert inside("restrict()\n" + code, top, []) == ["EACCES"]
@@ -370,6 +371,7 @@ print(tried((hidden / "file").read_text), tried((other / "file").write_text, "x"
     assert inside(code, top, prefix) == ["EACCES"] * 3
 
 
+@pytest.mark.bed("landlock")
 def test_no_descriptor_is_left_open(top: Path) -> None:
     code = """
 os.listdir("/proc/self/fd")
@@ -383,6 +385,7 @@ print(len(os.listdir("/proc/self/fd")) - before)
 # --- where it fails ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.bed("landlock")
 def test_a_rule_that_cannot_be_made_for_want_of_descriptors_is_an_error(top: Path) -> None:
     code = """
 import resource

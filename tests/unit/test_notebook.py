@@ -498,6 +498,7 @@ def refusal(path: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.bed("root")  # to others /dev itself is closed
 def test_paths_that_cannot_be_written() -> None:
     Path("file").write_text("")
     Path("dir").mkdir()
@@ -547,6 +548,7 @@ def test_a_directory_that_is_closed_to_us(tmp_path: Path) -> None:
     assert answer == "f: the directory . cannot be written: permission denied; choose another"
 
 
+@pytest.mark.bed("root")
 def test_a_file_of_another_user_in_a_sticky_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("f").write_text("")
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
