@@ -213,7 +213,7 @@ MIXED = (
     "g5-abort",
     "l7-timer-signal",
     "m6-subprocess-oom",
-    "n2-leak-then-fail",
+    "d6-foreign-exit",
     "w3-bash-wait",
     "ctl4-sys-exit",
     "ctl14-top-level-await",
