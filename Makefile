@@ -83,6 +83,22 @@ test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases, each with the s
 cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, and write the table in docs/culprit-search.md
 	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -q tests/cases -k test_culprits --culprit-table docs/culprit-search.md
 
+.PHONY: system-vm
+system-vm: | system ## Install what it takes to boot a Linux of its own (Debian, amd64)
+	@missing=""; \
+	command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86"; \
+	command -v debootstrap >/dev/null || missing="$$missing debootstrap"; \
+	command -v mkfs.ext4 >/dev/null || [ -x /usr/sbin/mkfs.ext4 ] || missing="$$missing e2fsprogs"; \
+	command -v depmod >/dev/null || [ -x /usr/sbin/depmod ] || missing="$$missing kmod"; \
+	command -v git >/dev/null || missing="$$missing git"; \
+	if [ -n "$$missing" ] || ! apt-cache show linux-image-amd64 >/dev/null 2>&1; then \
+		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+
+.PHONY: test-cgroup2
+test-cgroup2: $(VENV)/.dev-installed system-vm ## Boot a Linux with control groups v2 and systemd, and run the tests for both (some minutes)
+	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.vm -- -q -n 2 --dist worksteal tests/integration/test_unified.py tests/integration/test_v2_notebooks.py
+
 .PHONY: lint
 lint: $(VENV)/.dev-installed ## Check style (ruff)
 	$(BIN)/ruff check .

@@ -17,18 +17,25 @@ from safe_exec.kernel.launch import Launch, Launched, find_spec, launch, runtime
 from safe_exec.model import Limits
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.unified import is_booted
 
 
 class Early:
     """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
 
     def __init__(self) -> None:
-        """Start the keeper."""
+        """Start the keeper, but where systemd is: there it may have to be born in a scope, and the plan says so."""
         self.run_id = secrets.token_hex(6)
-        self.sandbox = Sandbox(self.run_id, directory=runtime_directory(self.run_id))
+        self._sandbox: Sandbox | None = None if is_booted() else Sandbox(self.run_id, directory=runtime_directory(self.run_id))
         self.plan: SpawnPlan | None = None
         self._launched: Launched | None = None
         self._failure: SafeExecError | None = None
+
+    def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
+        """The sandbox, with its keeper started by now."""
+        if self._sandbox is None:
+            self._sandbox = Sandbox(self.run_id, directory=runtime_directory(self.run_id), hand_on=plan.cgroup.hand_on)
+        return self._sandbox
 
     def launch(self, kernel_name: str, *, plan: SpawnPlan, limits: Limits, cwd: Path, env: Mapping[str, str]) -> None:
         """Start the kernel, if it is one of which we know how. What goes wrong is heard of in ``outcome``: a run says it in its verdict."""
@@ -38,7 +45,7 @@ class Early:
         self.plan = plan
         try:
             what = Launch(spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env)
-            self._launched = launch(self.sandbox, what)
+            self._launched = launch(self.sandbox_for(plan), what)
         except SafeExecError as error:
             self._failure = error
 
@@ -52,7 +59,8 @@ class Early:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sandbox.leave()
+        if self._sandbox is not None:
+            self._sandbox.leave()
         if self._launched is not None:
             self._launched.channels.close()
 

@@ -26,6 +26,7 @@ from safe_exec.model import (
 )
 
 if TYPE_CHECKING:
+    from safe_exec.sandbox.meter import Counters
     from safe_exec.trial import Trial, TrialRequest
 
 NEAR_LIMIT = 0.95
@@ -48,6 +49,8 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
     ledger.counters = counters if ended else ledger.counters
     kills = counters.oom_kills
     peak = _memory_peak(trial, kills, counters.memory_peak_raw)
+    not_ours = elsewhere(counters, request.limits.memory)
+    bound = session.meter.bound_hit() if not_ours and session.meter else None
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
     current = ledger.records.get(trial.current) if trial.current is not None else None
@@ -56,7 +59,8 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         termination=ended.reason if ended else None,
         oom_kills=kills,
         oom_kills_cell=ledger.oom_cell,
-        oom_elsewhere=_elsewhere(kills, counters.memory_peak_raw, request.limits.memory),
+        oom_elsewhere=not_ours,
+        oom_bound=(str(bound.group), bound.limit) if bound else None,
         oomd_killed=ended.oomd if ended else None,
         process_refusals=counters.fork_refusals,
         memory_peak=peak,
@@ -132,11 +136,14 @@ def _tasks_peak(trial: Trial) -> int | None:
     return max((n for n in (seen, trial.ledger.tasks_peak) if n is not None), default=None)
 
 
-def _elsewhere(kills: int | None, raw: int | None, limit: int | None) -> bool | None:
-    """Whether the limit that was hit is not ours: the sandbox never came near its own."""
-    if not kills or raw is None:
+def elsewhere(counters: Counters, limit: int | None) -> bool | None:
+    """Whether the limit that was hit is not ours: our own was not, or where nobody counts that, the sandbox never came near it."""
+    if not counters.oom_kills:
         return None
-    return limit is None or raw < NEAR_LIMIT * limit
+    if counters.limit_hits is not None:
+        return counters.limit_hits == 0
+    raw = counters.memory_peak_raw
+    return None if raw is None else limit is None or raw < NEAR_LIMIT * limit
 
 
 def _age(last: float | None) -> float | None:

@@ -454,7 +454,8 @@ class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
     Origins: everything is read outside the kernel but ``error``, ``place``, ``remote_hosts``, ``executed``,
-    ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself.
+    ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself. ``oom_bound`` is
+    the group above the sandbox whose memory limit was hit, and that limit in bytes.
     """
 
     exit: ExitStatus | None = None
@@ -462,6 +463,7 @@ class Evidence:
     oom_kills: int | None = None
     oom_kills_cell: int | None = None
     oom_elsewhere: bool | None = None
+    oom_bound: tuple[str, int] | None = None
     oomd_killed: bool | None = None
     process_refusals: int | None = None
     memory_peak: int | None = None

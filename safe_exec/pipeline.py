@@ -145,7 +145,7 @@ async def _first_run(
     if early is None or plan is None:
         plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
     else:
-        early.sandbox.entrust(keeping.directories)
+        early.sandbox_for(plan).entrust(keeping.directories)
     plan = replace(plan, orphans=keeping.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     if heard is not None:

@@ -423,7 +423,7 @@ class Trial:
         begun = time.monotonic()
         try:
             early = request.early
-            self.session.open_sandbox(early.sandbox if early else None)
+            self.session.open_sandbox(early.sandbox_for(request.plan) if early else None)
             launched = early.outcome() if early else None
             await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env, launched=launched)
             self.sink(events.KernelStarted(time=self.now(), pid=self.session.pid or 0))

@@ -17,6 +17,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ SECONDS = 30
 LANDLOCK = 6
 """The oldest version of Landlock (its ABI) that does all that is tested."""
 REPORTED = "safe_exec_beds"
+LINGERING = "notebooks"
+"""A user of the machines that are made for tests (tests/vm)."""
 
 
 @cache
@@ -72,24 +75,29 @@ def _cgroup_v1_root() -> str:
     return _root() or (f"no group of {', '.join(missing)} can be made: {machine.v1_why_not}" if missing else "")
 
 
-def _cgroup2() -> str:
-    machine = _machine()
-    missing = [name for name in ("memory", "pids", "cpu") if name not in machine.v2_controllers]
-    return machine.v2_why_not or (f"{machine.v2} does not hand on {', '.join(missing)}" if missing else "")
-
-
 def _cgroup2_root() -> str:
-    return _root() or _cgroup2()
+    """Tests make groups of their own right below the root of the tree, and enter them."""
+    top = Path("/sys/fs/cgroup")
+    try:
+        has = (top / "cgroup.controllers").read_text().split()
+    except OSError as error:
+        return f"the unified hierarchy is not mounted there: {error}"
+    missing = [name for name in ("memory", "pids", "cpu") if name not in has]
+    unwritable = "" if os.access(top / "cgroup.subtree_control", os.W_OK) else f"{top} is not ours to write to"
+    return _root() or (f"{top} has no controllers {', '.join(missing)}" if missing else unwritable)
 
 
 def _cgroup2_user() -> str:
-    return "these tests are run as root" if os.geteuid() == 0 else _cgroup2()
+    return _cgroup2_root() or _ordinary_user()
+
+
+def _systemd_root() -> str:
+    return _root() or _tried(["systemd-run", "--scope", "--quiet", "true"])
 
 
 def _systemd_user() -> str:
-    if os.geteuid() == 0:
-        return "these tests are run as root"
-    return _tried(["systemd-run", "--user", "--scope", "--quiet", "true"])
+    """A user whose systemd runs without a login, and sessions (``su`` makes one where PAM asks logind)."""
+    return _root() or _tried(["su", "--login", "-c", "systemd-run --user --scope --quiet true", LINGERING])
 
 
 def _bubblewrap() -> str:
@@ -126,6 +134,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "cgroup-v1-root": _cgroup_v1_root,
     "cgroup2-root": _cgroup2_root,
     "cgroup2-user": _cgroup2_user,
+    "systemd-root": _systemd_root,
     "systemd-user": _systemd_user,
     "bubblewrap": _bubblewrap,
     "landlock": _landlock,

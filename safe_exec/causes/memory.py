@@ -77,13 +77,21 @@ def oom_kill(context: Context) -> Cause | None:
 
 
 def _not_our_limit(context: Context) -> Cause:
-    summary = (
-        "out of memory, but not by this run's limit: a group above the sandbox (a container, a session) or the machine itself had no"
-        " memory left"
-    )
     advice = "Give the container or machine more memory, or set --memory below what it has, so that this run is stopped first."
-    facts = (*_facts(context), outside("ran out in", "a group above the sandbox, or the machine", "counters of the groups"))
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.LIKELY, facts, advice)
+    bound = context.evidence.oom_bound
+    if bound is None:
+        where = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
+        facts: tuple[Fact, ...] = (outside("ran out in", "a group above the sandbox, or the machine", "counters of the groups"),)
+    else:
+        group, limit = bound
+        where = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
+        facts = (
+            outside("ran out in", group, "its memory.events.local counted it"),
+            outside("memory limit there", limit, "its memory.max"),
+        )
+    summary = f"out of memory, but not by this run's limit: {where}"
+    confidence = Confidence.LIKELY if bound is None else Confidence.CERTAIN
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, confidence, (*_facts(context), *facts), advice)
 
 
 def oomd_kill(context: Context) -> Cause | None:

@@ -195,6 +195,9 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
 
 def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """What else there is to know, each with its label."""
+    groups = _groups(found.machine)
+    if groups:
+        yield "groups", groups
     yield "swap", swap_state(found.machine, found.plan)
     if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
         yield "root", "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted"
@@ -208,6 +211,19 @@ def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
         yield "left over", found.dead_runs
     elif found.dead_runs:
         yield "left over", f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them"
+
+
+def _groups(machine: Machine) -> str:
+    """Where the control groups of a run will stand; empty where there are none."""
+    scope = machine.scope
+    if scope is not None and machine.may(Mechanism.SYSTEMD):
+        whose = "the system's" if scope.runtime is None else "the user's"
+        return f"each kernel in a scope that {whose} systemd makes in {scope.slice}"
+    if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
+        stepped = ", which is safe-exec's alone: it moves one group down first" if machine.v2_step_down else ""
+        return f"below {machine.v2}{stepped}"
+    above = machine.v1.get("memory")
+    return f"below {above} and those of other controllers" if above and machine.may(Mechanism.CGROUP_V1) else ""
 
 
 def _bubblewrap(machine: Machine) -> str:
@@ -242,6 +258,10 @@ def as_document(found: Diagnosis) -> dict[str, Any]:
         "walls": table.enforcement_document(found.plan.walls),
         "weak_walls": [wall.value for wall in weak_walls(found.plan.walls)],
         "wall_remedies": [asdict(remedy) for remedy in found.wall_remedies],
+        "groups": {
+            "v2": None if found.machine.v2 is None else str(found.machine.v2),
+            "scope": None if found.machine.scope is None else str(found.machine.scope.directory),
+        },
         "swap": {"bytes": found.machine.swap_total, "state": swap_state(found.machine, found.plan)},
         "bubblewrap": {
             "version": found.machine.bubblewrap_version,

@@ -90,7 +90,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         profile = os.environ.get("SAFE_EXEC_LIMITS")
         self.limits = resolve_simple(self._config, profile, machine_memory=machine.memory_total)
         self.plan = build_plan(self.limits, machine, self.run_id)
-        self.sandbox = Sandbox(self.run_id)
+        self.sandbox = Sandbox(self.run_id, hand_on=self.plan.cgroup.hand_on)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Have the keeper start the kernel inside its limits."""

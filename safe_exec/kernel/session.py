@@ -115,7 +115,7 @@ class KernelSession:
     def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
         """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
         self.directory = runtime_directory(self.run_id)
-        self.sandbox = sandbox or Sandbox(self.run_id, directory=self.directory)
+        self.sandbox = sandbox or Sandbox(self.run_id, directory=self.directory, hand_on=self.plan.cgroup.hand_on)
 
     async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str], launched: Launched | None = None) -> None:
         """Start the kernel process, or take over the one that was ``launched`` in this sandbox already.

@@ -45,6 +45,7 @@ def build_plan(limits: Limits, machine: Machine, run_id: str, isolation: Isolati
 
 
 CHOOSABLE = (
+    Mechanism.SYSTEMD,
     Mechanism.CGROUP_V2,
     Mechanism.CGROUP_V1,
     Mechanism.RLIMIT,

@@ -18,7 +18,7 @@ PERIOD_US = 100_000
 
 def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     """What the controllers that are writable here can hold; ``name`` is the directory of this sandbox."""
-    if not machine.may(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2:
+    if not machine.may(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
     work = CgroupWork()
     holds: dict[LimitName, Enforcement] = {}

@@ -7,30 +7,75 @@ worker must not take the kernel with it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.sandbox import unified
 from safe_exec.sandbox.machine import Machine
-from safe_exec.sandbox.plan import CgroupWork, Offer
+from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer
 
 PERIOD_US = 100_000
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """A group for ours to stand in, and who gives it."""
+
+    by: Mechanism
+    parent: Path
+    controllers: frozenset[str]
+    note: str = ""
+    leaf: str | None = None
+    born: tuple[str, ...] = ()
+
+
+def _place(machine: Machine, name: str) -> _Place | None:
+    """A scope of its own where systemd makes one, which is asked only where that is the better way."""
+    scope = machine.scope
+    if scope is not None and machine.may(Mechanism.SYSTEMD):
+        whose = "the system's" if scope.runtime is None else "the user's"
+        note = f"a scope of {whose} systemd"
+        born = scope.command(name)
+        return _Place(
+            by=Mechanism.SYSTEMD, parent=scope.group(name), controllers=scope.controllers, note=note, leaf="keeper", born=born
+        )
+    if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
+        leaf = unified.LEAF if machine.v2_step_down else None
+        return _Place(by=Mechanism.CGROUP_V2, parent=machine.v2, controllers=machine.v2_controllers, leaf=leaf)
+    return None
+
+
 def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     """What a group of the unified hierarchy can hold here; ``name`` is its directory."""
-    if not machine.may(Mechanism.CGROUP_V2) or machine.v2 is None:
+    place = _place(machine, name)
+    if place is None:
         return None
-    group = machine.v2 / name
+    group = place.parent / name
     writes: list[tuple[str, str]] = []
     holds: dict[LimitName, Enforcement] = {}
-    if limits.memory is not None and "memory" in machine.v2_controllers:
-        writes.append((str(group / "memory.max"), str(limits.memory)))
-        holds[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V2, hard=True, note="no swap")
-    if limits.processes is not None and "pids" in machine.v2_controllers:
-        writes.append((str(group / "pids.max"), str(limits.processes)))
-        holds[LimitName.PROCESSES] = Enforcement(by=Mechanism.CGROUP_V2, hard=True, note="threads count")
-    if limits.cpus is not None and "cpu" in machine.v2_controllers:
-        writes.append((str(group / "cpu.max"), f"{max(1000, round(limits.cpus * PERIOD_US))} {PERIOD_US}"))
-        holds[LimitName.CPUS] = Enforcement(by=Mechanism.CGROUP_V2, hard=True)
+
+    def hold(limit: LimitName, file: str, value: str, note: str = "") -> None:
+        writes.append((str(group / file), value))
+        holds[limit] = Enforcement(by=place.by, hard=True, note="; ".join(part for part in (note, place.note) if part))
+
+    if limits.memory is not None and "memory" in place.controllers:
+        hold(LimitName.MEMORY, "memory.max", str(limits.memory), "no swap")
+    if limits.processes is not None and "pids" in place.controllers:
+        hold(LimitName.PROCESSES, "pids.max", str(limits.processes), "threads count")
+    if limits.cpus is not None and "cpu" in place.controllers:
+        hold(LimitName.CPUS, "cpu.max", f"{max(1000, round(limits.cpus * PERIOD_US))} {PERIOD_US}")
+    hand_on = None
+    if place.leaf is not None:
+        hand_on = HandOn(
+            group=str(place.parent),
+            leaf=str(place.parent / place.leaf),
+            controllers=tuple(controller for controller in unified.CONTROLLERS if controller in place.controllers),
+            born=place.born,
+            environment=machine.scope.environment if place.born and machine.scope else {},
+        )
     work = CgroupWork(
+        hand_on=hand_on,
         dirs=(str(group),),
         writes=tuple(writes),
         # Absent where swap accounting is off.
@@ -43,4 +88,4 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
             for name in ("memory.events", "memory.events.local", "memory.peak", "pids.events", "pids.peak", "cpu.stat")
         ),
     )
-    return Offer(mechanism=Mechanism.CGROUP_V2, holds=holds, cgroup=work)
+    return Offer(mechanism=place.by, holds=holds, cgroup=work)

@@ -25,7 +25,7 @@ from safe_exec.model import ExitStatus, TerminationReason
 from safe_exec.platforms import refuse_elsewhere
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.meter import Counters, parse_counters
-from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.plan import HandOn, SpawnPlan
 
 START_SECONDS = 20.0
 STACK_BEFORE = (
@@ -74,10 +74,10 @@ class Departure:
 class Sandbox:
     """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it."""
 
-    def __init__(self, run_id: str, *, directory: Path | None = None, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, run_id: str, *, directory: Path | None = None, hand_on: HandOn | None = None) -> None:
         """Start the keeper at once: its interpreter starts while the runner does other things.
 
-        ``directory`` is made by the keeper, and removed by it.
+        ``directory`` is made by the keeper, and removed by it. ``hand_on`` of the plan may say by what the keeper must be born.
         """
         refuse_elsewhere()
         self.run_id = run_id
@@ -88,9 +88,15 @@ class Sandbox:
         self._inbox = b""
         root = str(Path(safe_exec.__file__).parent.parent)
         made = [str(directory or ""), str(self._note)]
-        argv = [*prefix, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, *made]
+        born, more = (hand_on.born, hand_on.environment) if hand_on is not None else ((), {})
+        argv = [*born, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, *made]
         self._process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, **more},
         )
         theirs.close()
         self._undo: Mapping[str, object] = {}

@@ -47,6 +47,7 @@ STACK_STEP = 0.04
 FASTEST_BYTES_PER_MS = 5 << 20
 """No allocation fills memory faster (5 GB/s): so long memory cannot have come near its limit, and need not be looked at."""
 LOOK_MS = (2, 100)
+HAND_ON_SECONDS = 5.0
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
 NAMED = 5
@@ -108,6 +109,8 @@ class Keeper:
 
     def build(self) -> None:
         """Make the control groups and write their limits; each write that fails is an error with its path."""
+        if self.plan["cgroup_hand_on"]:
+            _hand_on(**self.plan["cgroup_hand_on"])
         for path in self.plan["cgroup_dirs"]:
             os.mkdir(path)
             self.made.append(path)
@@ -471,6 +474,26 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
         os._exit(1)
+
+
+def _hand_on(group: str, leaf: str, controllers: list[str], **_: Any) -> None:
+    """Have a group hand controllers on, which it can once no process stands in it: all of them go into ``leaf``.
+
+    Other keepers of the same runner may be at it too. What has ended meanwhile cannot be moved and need not be. The leaf stays: we are in
+    it. Of a scope systemd removes it with all the rest.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(leaf)
+    deadline = time.monotonic() + HAND_ON_SECONDS
+    while pids := (_read(f"{group}/cgroup.procs") or "").split():
+        for pid in pids:
+            try:
+                _write(f"{leaf}/cgroup.procs", pid)
+            except ProcessLookupError:
+                continue
+        if time.monotonic() > deadline:
+            raise OSError(f"{group} does not get empty, {', '.join(pids)} stay: it cannot hand controllers on")
+    _write(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
 
 
 def _write(path: str, value: str) -> None:

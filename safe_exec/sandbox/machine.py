@@ -1,6 +1,6 @@
 """What this machine offers to hold limits with, found once per run.
 
-May import model. Reads /proc and /sys only; makes and removes one probe control group where it could be allowed.
+May import model, unified. Reads /proc and /sys only; makes and removes one probe control group, and a scope where systemd is to give one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safe_exec.model import Mechanism
-from safe_exec.sandbox import landlock, procfs, seccomp
+from safe_exec.sandbox import landlock, procfs, seccomp, unified
 from safe_exec.sandbox.bubblewrap import OLDEST
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 NO_LIMIT = 1 << 60
 NOT_LOOKED_FOR = "it was not looked for"
-V2_CONTROLLERS = ("memory", "pids", "cpu")
+V2_CONTROLLERS = unified.CONTROLLERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +31,10 @@ class Machine:
     """What can hold limits here.
 
     ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified
-    tree whose children get ``v2_controllers``; ``v2_plain`` one where a group may be made but no controllers are had
-    (it still gives ``cgroup.kill``). ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all.
-    ``bubblewrap`` is the program where it does what is needed, ``landlock`` the version of it (0: none).
+    tree whose children get ``v2_controllers``, our own where we must ``v2_step_down`` first; ``v2_plain`` one where a group may be made
+    but no controllers are had (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that is the better
+    way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all. ``bubblewrap`` is the program where it does what
+    is needed, ``landlock`` the version of it (0: none).
     """
 
     platform: str = "linux"
@@ -44,8 +45,11 @@ class Machine:
     v1: Mapping[str, Path] = field(default_factory=dict)
     v2: Path | None = None
     v2_controllers: frozenset[str] = frozenset()
+    v2_step_down: bool = False
     v2_plain: Path | None = None
     v2_why_not: str = ""
+    scope: unified.Scope | None = None
+    scope_why_not: str = ""
     v1_why_not: str = ""
     user_tasks: int | None = None
     bubblewrap: str | None = None
@@ -73,8 +77,8 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
     mounts = _cgroup_mounts()
     own = _own_cgroups()
     v1, v1_why = _v1_parents(mounts, own)
-    v2, controllers, v2_why = _v2_parent(mounts, own)
-    plain = None if v2 else _v2_plain(mounts, own)
+    tree = unified.Tree(top=mounts[""][0], own=_directory(mounts[""], own.get("", "/"))) if "" in mounts else None
+    ground, scope, scope_why = _v2_ground(tree, allowed)
     memory, swap = memory_and_swap()
     memory = least(memory, _memory_of_group(mounts, own))
     return Machine(
@@ -83,12 +87,15 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         memory_total=memory,
         swap_total=swap,
         v1=v1,
-        v2=v2,
-        v2_controllers=controllers,
-        v2_plain=plain,
-        v2_why_not=v2_why,
+        v2=ground.parent,
+        v2_controllers=ground.controllers,
+        v2_step_down=ground.step_down,
+        v2_plain=None if ground.parent else _v2_plain(tree),
+        v2_why_not=ground.why_not,
+        scope=scope,
+        scope_why_not=scope_why,
         v1_why_not=v1_why,
-        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or v2 else _user_tasks(os.getuid()),
+        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or ground.parent or scope else _user_tasks(os.getuid()),
         seccomp_why_not=_no_filter(),
         allowed=allowed,
     )
@@ -173,6 +180,21 @@ def _user_tasks(uid: int) -> int:
                 found = procfs.stat(pid)
                 count += found.threads if found else 0
     return count
+
+
+def _v2_ground(tree: unified.Tree | None, allowed: frozenset[Mechanism]) -> tuple[unified.Ground, unified.Scope | None, str]:
+    """Where groups of the unified tree may be made. systemd is asked only where no group is ours without it."""
+    if tree is None:
+        return unified.Ground(why_not="the unified hierarchy is not mounted"), None, "the unified hierarchy is not mounted"
+    systemd = unified.is_booted()
+    ground = unified.find(tree, systemd=systemd)
+    if ground.parent is not None and not ground.borrowed:
+        return ground, None, "it is not needed: groups can be made without"
+    if not systemd:
+        return ground, None, "systemd is not the init here"
+    if Mechanism.SYSTEMD not in allowed:
+        return ground, None, "it is not among the mechanisms allowed"
+    return ground, *unified.find_scope(tree, _uid())
 
 
 def _uid() -> int:
@@ -308,7 +330,7 @@ def _v1_parents(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) 
         if controller not in mounts:
             continue
         directory = _directory(mounts[controller], own.get(controller, "/"))
-        trouble = _can_make_group(directory)
+        trouble = unified.can_make_group(directory)
         if trouble:
             why = trouble
         else:
@@ -316,61 +338,5 @@ def _v1_parents(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) 
     return parents, "" if parents else why
 
 
-def _can_make_group(directory: Path) -> str:
-    """Try to make and remove a group; why not, or the empty string. The only proof that counts: modes and mounts lie."""
-    probe = directory / f"safe-exec-probe-{os.getpid()}"
-    try:
-        probe.mkdir()
-    except OSError as error:
-        return f"{directory}: {error.strerror}"
-    probe.rmdir()
-    return ""
-
-
-def _v2_parent(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> tuple[Path | None, frozenset[str], str]:
-    """The nearest group from ours upwards whose children get controllers and under which we may make one.
-
-    A group with processes in it cannot give controllers to its children (no internal processes, cgroup-v2 of the
-    kernel's admin guide), hence the walk: our own group holds this very process, unless it is the root.
-    """
-    if "" not in mounts:
-        return None, frozenset(), "the unified hierarchy is not mounted"
-    directory = _directory(mounts[""], own.get("", "/"))
-    why = "no group above this process hands memory and pids on to new groups"
-    while directory == mounts[""][0] or mounts[""][0] in directory.parents:
-        given = _words(directory / "cgroup.subtree_control")
-        if "memory" in given and "pids" in given:
-            trouble = _can_join_below(directory)
-            if not trouble:
-                return directory, frozenset(given) & frozenset(V2_CONTROLLERS), ""
-            why = trouble
-        directory = directory.parent
-    return None, frozenset(), why
-
-
-def _can_join_below(directory: Path) -> str:
-    """Whether a process of ours may be moved into a new group here: mkdir, and write access to the common ancestor.
-
-    Moving needs write access to ``cgroup.procs`` of the nearest common ancestor of both groups (delegation
-    containment), which is what an ordinary user lacks outside its own delegated tree.
-    """
-    trouble = _can_make_group(directory)
-    if trouble:
-        return trouble
-    if not os.access(directory / "cgroup.procs", os.W_OK):
-        return f"{directory}/cgroup.procs is not ours to write"
-    return ""
-
-
-def _v2_plain(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> Path | None:
-    if "" not in mounts:
-        return None
-    directory = _directory(mounts[""], own.get("", "/"))
-    return None if _can_join_below(directory) else directory
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
+def _v2_plain(tree: unified.Tree | None) -> Path | None:
+    return None if tree is None or unified.can_join_below(tree.own) else tree.own

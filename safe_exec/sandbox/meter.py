@@ -25,13 +25,39 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counters:
-    """What the system counted: kills for memory, refused forks, the highest charge (page cache included)."""
+    """What the system counted: kills for memory, refused forks, the highest charge (page cache included).
+
+    ``limit_hits``: how often the group's own memory limit left nothing but to kill (version 2 alone tells that apart).
+    """
 
     oom_kills: int | None = None
+    limit_hits: int | None = None
     fork_refusals: int | None = None
     memory_peak_raw: int | None = None
     tasks_peak: int | None = None
     cpu_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """A memory limit in bytes on a group above a sandbox; ``hits``: how often it had left nothing but to kill."""
+
+    group: Path
+    limit: int
+    hits: int
+
+
+def bounds_above(group: Path) -> tuple[Bound, ...]:
+    """The memory limits on groups of the unified tree above this one, the nearest first. The tree's root has none, and no such file."""
+    found: list[Bound] = []
+    for above in group.parents:
+        text = _text(above / "memory.max")
+        if text is None:
+            break
+        limit, hits = _parse_number(text), _table(above / "memory.events.local").get("oom")
+        if limit is not None and hits is not None:
+            found.append(Bound(group=above, limit=limit, hits=hits))
+    return tuple(found)
 
 
 class Meter:
@@ -43,6 +69,7 @@ class Meter:
         self._tasks = _beside(files, ("pids.events",), "pids.current")
         self._cpu = files.get("cpuacct.usage") or files.get("cpu.stat")
         self._files = files
+        self._above = bounds_above(files["memory.events"].parent) if "memory.events" in files else ()
         self._tree = None if self._memory_stat and self._cpu else Tree(keeper_pid)
 
     def read(self) -> Reading:
@@ -69,6 +96,12 @@ class Meter:
         path = self._files.get("memory.events") or self._files.get("memory.oom_control")
         return _table(path).get("oom_kill") if path else None
 
+    def bound_hit(self) -> Bound | None:
+        """The limit on a group above that was hit since this meter stands, the nearest of several."""
+        before = {bound.group: bound.hits for bound in self._above}
+        now = (bound for last in self._above[:1] for bound in bounds_above(last.group / "any"))
+        return next((bound for bound in now if bound.hits > before.get(bound.group, bound.hits)), None)
+
     def counters(self) -> Counters:
         """The counters of the control groups, read now."""
         return parse_counters({str(path): _text(path) for path in self._files.values()})
@@ -81,6 +114,7 @@ def parse_counters(texts: Mapping[str, str | None]) -> Counters:
     peak = by_name.get("memory.peak") or by_name.get("memory.max_usage_in_bytes")
     return Counters(
         oom_kills=events.get("oom_kill"),
+        limit_hits=_parse_table(by_name.get("memory.events.local")).get("oom"),
         fork_refusals=_parse_table(by_name.get("pids.events")).get("max"),
         memory_peak_raw=_parse_number(peak),
         tasks_peak=_parse_number(by_name.get("pids.peak")),

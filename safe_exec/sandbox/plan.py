@@ -31,6 +31,21 @@ REQUIRE_ALL = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HandOn:
+    """A group that holds processes of ours and is to hand controllers on: they go into ``leaf`` first (no internal processes).
+
+    ``born`` is what the keeper is started by, with ``environment``, so that it stands in that group from the start; empty where the
+    group is the runner's own.
+    """
+
+    group: str
+    leaf: str
+    controllers: tuple[str, ...]
+    born: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CgroupWork:
     """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
 
@@ -44,6 +59,7 @@ class CgroupWork:
     kill_files: tuple[str, ...] = ()
     counter_files: tuple[str, ...] = ()
     memory_file: str | None = None
+    hand_on: HandOn | None = None
 
     def plus(self, other: CgroupWork) -> CgroupWork:
         """Both, one after the other."""
@@ -55,6 +71,7 @@ class CgroupWork:
             kill_files=self.kill_files + other.kill_files,
             counter_files=self.counter_files + other.counter_files,
             memory_file=self.memory_file or other.memory_file,
+            hand_on=self.hand_on or other.hand_on,
         )
 
 
@@ -101,7 +118,7 @@ class SpawnPlan:
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
         cgroup = {
-            f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins") else k: v
+            f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins", "hand_on") else k: v
             for k, v in asdict(self.cgroup).items()
         }
         rest = {

@@ -47,7 +47,7 @@ def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Rem
         found.append(Remedy(limits=grouped, why=_why(machine, around, grouped), ways=_ways(machine, around, grouped)))
     if others:
         found.append(Remedy(limits=others, why="rlimit is not among the mechanisms allowed", ways=(_ALLOW,)))
-    if _cpu_not_delegated(machine, around) and LimitName.CPUS in grouped and machine.v2 is None:
+    if _cpu_not_delegated(machine, around) and LimitName.CPUS in grouped and not _has_groups(machine):
         why = f"the systemd of user {around.user} was given no cpu controller to hand on"
         found.append(Remedy(limits=(LimitName.CPUS,), why=why, ways=(_delegate_cpu(machine),)))
     if _swap_extends(machine, plan):
@@ -78,17 +78,31 @@ def _swap_extends(machine: Machine, plan: SpawnPlan) -> bool:
 # --- control groups ---------------------------------------------------------------------------------------------
 
 
+def _has_groups(machine: Machine) -> bool:
+    """Whether groups of the unified tree can be had, if not for every controller."""
+    return machine.v2 is not None or machine.scope is not None
+
+
+def _may_use_groups(machine: Machine) -> bool:
+    return any(machine.may(mechanism) for mechanism in (Mechanism.SYSTEMD, Mechanism.CGROUP_V1, Mechanism.CGROUP_V2))
+
+
 def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> str:
     missing = " and ".join(BY_GROUPS[name] for name in weak)
-    if not (machine.may(Mechanism.CGROUP_V1) or machine.may(Mechanism.CGROUP_V2)):
+    if not _may_use_groups(machine):
         return "control groups are not among the mechanisms allowed"
     if _switched_off(around, weak):
         return f"the {missing} controller is switched off on the kernel's command line"
+    if machine.scope is not None:
+        whose = "the system's systemd" if machine.scope.runtime is None else f"the systemd of user {around.user}"
+        return f"{whose} was given no {missing} controller to hand on"
     if machine.v2 is not None:
         return f"{machine.v2} does not hand on {missing}"
     if machine.v1:
         return f"no group of ours can be made for {missing}"
     seen = machine.v2_why_not if around.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
+    if around.tree is CgroupTree.V2 and around.systemd and machine.scope_why_not:
+        seen += f"; systemd gives no scope: {machine.scope_why_not}"
     return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
 
 
@@ -97,11 +111,11 @@ def _switched_off(around: Surroundings, weak: tuple[LimitName, ...]) -> bool:
 
 
 def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> tuple[Way, ...]:
-    if not (machine.may(Mechanism.CGROUP_V1) or machine.may(Mechanism.CGROUP_V2)):
+    if not _may_use_groups(machine):
         return (_ALLOW,)
     if _switched_off(around, weak):
         return (_switch_on(BY_GROUPS[name] for name in weak),) if around.container is Container.NONE else (_ON_THE_HOST,)
-    if machine.v2 is not None:
+    if _has_groups(machine):
         return (_hand_on_the_rest(machine, around),)
     if _engine_in_charge(around):
         return container_ways(machine, around)
@@ -154,12 +168,13 @@ def _user_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
 
 
 def _scope(machine: Machine, around: Surroundings) -> Way:
-    """A scope below the user's own systemd, whose slice then hands its controllers on (systemd-run(1), Delegate=)."""
+    """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
     where = "" if around.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
     run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
     linger = f"sudo loginctl enable-linger {around.user}"
     if not around.user_manager:
-        return Way(what="in a scope of your own systemd, which lingering starts", steps=(linger, run))
+        what = "have your own systemd run without a login too; safe-exec then gets its scopes from it"
+        return Way(what=what, steps=(linger,))
     note = "" if around.linger else f"where you are not logged in (cron, a service), once: {linger}"
     return Way(what="in a scope of your own systemd", steps=(run,), note=note)
 

@@ -155,6 +155,16 @@ DEATHS = [
     ),
     dead("watchdog", by(9), K.OUT_OF_MEMORY, termination=TerminationReason.MEMORY),
     dead("oom-counted", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
+    dead(
+        "oom-of-named-container",
+        by(9),
+        K.OUT_OF_MEMORY,
+        C.CERTAIN,
+        oom_kills=1,
+        oom_kills_cell=1,
+        oom_elsewhere=True,
+        oom_bound=("/sys/fs/cgroup/box", 4 * MIB),
+    ),
     dead("oom-of-container", by(9), K.OUT_OF_MEMORY, C.LIKELY, oom_kills=1, oom_kills_cell=1, oom_elsewhere=True),
     dead("oomd", by(9), K.OUT_OF_MEMORY, oomd_killed=True, oom_kills=0, oom_kills_cell=0),
     # SIGKILL without a counter that went up in this cell.

@@ -53,6 +53,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 OF_OTHER_TOOLS = {
+    "docs/limits.md": {"--user", "--scope"},
     "docs/integrations.md": {
         *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),
         *(
@@ -70,7 +71,7 @@ OF_OTHER_TOOLS = {
             "--execution-timeout",
         ),
         *("--to", "--execute", "--kernel"),
-    }
+    },
 }
 """Tested where these tools are run."""
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from safe_exec.commands import doctor, table
-from safe_exec.commands.doctor import EVERY_LIMIT, EVERY_WALL, Diagnosis, as_document, command, place, report
+from safe_exec.commands.doctor import EVERY_LIMIT, EVERY_WALL, Diagnosis, as_document, command, facts, place, report
 from safe_exec.errors import LimitsError, UsageError
 from safe_exec.job import Job, prepare
 from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
@@ -25,6 +25,7 @@ from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, look_for_walls
 from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
+from safe_exec.sandbox.unified import Scope
 from safe_exec.sandbox.wall_remedies import advise_walls
 from tests.support import make_notebook
 
@@ -42,6 +43,9 @@ SYSTEMD = Surroundings(
 )  # fmt: skip
 IN_DOCKER = Surroundings(
     user="root", tree=CgroupTree.V2, controllers=V2_ALL, container=Container.DOCKER, read_only=True, systemd_run=True
+)
+USERS_SCOPE = Scope(
+    slice="app.slice", directory=Path("/sys/fs/cgroup/app.slice"), controllers=V2_ALL, runtime=Path("/run/user/1000")
 )
 SCOPE = "systemd-run --user --scope -p Delegate=yes safe-exec run NOTEBOOK"
 SUDO = 'sudo -E env "PATH=$PATH" safe-exec run NOTEBOOK'
@@ -108,7 +112,8 @@ CASES = {
     "user whose systemd does not run": Case(
         machine=USER,
         around=replace(SYSTEMD, user_manager=False, runtime_dir=False, linger=False, user_controllers=None),
-        steps=(LINGER, f"XDG_RUNTIME_DIR=/run/user/1000 {SCOPE}", SUDO),
+        steps=(LINGER, SUDO),
+        never=(SCOPE,),
     ),
     "user whose systemd has no cpu controller": Case(
         machine=USER,
@@ -125,6 +130,19 @@ CASES = {
         weak=(CPUS,),
         steps=("delegate.conf", "sudo systemctl daemon-reload"),
         never=(SCOPE,),
+    ),
+    "user who gets scopes without the cpu controller": Case(
+        machine=replace(USER, scope=replace(USERS_SCOPE, controllers=V2_ALL - {"cpu"})),
+        around=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
+        weak=(CPUS,),
+        steps=("delegate.conf", "sudo systemctl daemon-reload"),
+        never=(SCOPE,),
+    ),
+    "user who gets scopes": Case(machine=replace(USER, scope=USERS_SCOPE), around=SYSTEMD, weak=()),
+    "user whose systemd cannot be reached": Case(
+        machine=replace(USER, v2_why_not="not ours", scope_why_not="no systemd of user 1000 is running"),
+        around=SYSTEMD,
+        steps=(SCOPE,),
     ),
     "user in a slice without the cpu controller": Case(
         machine=replace(USER, v2=Path("/sys/fs/cgroup/app.slice"), v2_controllers=V2_ALL - {"cpu"}),
@@ -221,7 +239,8 @@ CASES = {
     "github runner": Case(
         machine=USER,
         around=replace(SYSTEMD, github=True, user_manager=False, runtime_dir=False, linger=False),
-        steps=(SUDO, LINGER, f"XDG_RUNTIME_DIR=/run/user/1000 {SCOPE}"),
+        steps=(SUDO, LINGER),
+        never=(SCOPE,),
         notes=("no password",),
     ),
     "wsl 2 with mixed groups and no systemd": Case(
@@ -747,3 +766,21 @@ def test_elsewhere_nothing_is_said_of_walls_twice() -> None:
 def test_what_keeps_users_from_namespaces_is_read(tmp_path: Path, files: dict[str, str], wanted: dict[str, Any]) -> None:
     bare = look(root=tmp_path / "none", environ={}, uid=7, release="6.1")
     assert look(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(bare, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (replace(USER, scope=USERS_SCOPE), "each kernel in a scope that the user's systemd makes in app.slice"),
+        (
+            replace(ROOT, scope=replace(USERS_SCOPE, slice="system.slice", runtime=None)),
+            "that the system's systemd makes in system.slice",
+        ),
+        (replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL), "below /cg"),
+        (replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL, v2_step_down=True), "it moves one group down first"),
+        (USER, ""),
+    ],
+)
+def test_where_groups_will_stand_is_said(machine: Machine, said: str) -> None:
+    lines = [words for label, words in facts(replace(doctor_of(CASES["root on v1"]), machine=machine)) if label == "groups"]
+    assert bool(lines) == bool(said) and all(said in line for line in lines)

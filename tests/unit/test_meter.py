@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.sandbox.meter import Counters, Meter, Reading, parse_counters
+from safe_exec.sandbox.meter import Bound, Counters, Meter, Reading, parse_counters
 from safe_exec.sandbox.plan import CgroupWork, SpawnPlan
 
 V1 = {
@@ -46,6 +46,10 @@ NONE = Counters()
         ({"/a/cpu.stat": "nr_periods 0\nnr_throttled 0\n"}, NONE),  # the cpu controller of version 1
         ({"/a/cpuacct.usage": "0\n"}, Counters(cpu_seconds=0.0)),
         ({"/a/memory.peak": "0\n"}, Counters(memory_peak_raw=0)),
+        (
+            {"/a/memory.events": "oom_kill 1\n", "/a/memory.events.local": "oom 0\noom_kill 1\n"},
+            Counters(oom_kills=1, limit_hits=0),
+        ),
     ],
 )
 def test_counters(texts: Mapping[str, str | None], counters: Counters) -> None:
@@ -84,3 +88,24 @@ def test_memory_is_what_cannot_be_reclaimed(tmp_path: Path, files: tuple[str, st
 def test_a_group_that_is_gone_reads_as_not_measured(tmp_path: Path) -> None:
     meter = Meter(plan(tmp_path / "memory.events", tmp_path / "cpu.stat", tmp_path / "pids.events"), keeper_pid=1)
     assert (meter.read(), meter.counters()) == (Reading(), Counters())
+
+
+def test_the_bound_above_that_was_hit_is_the_nearest_whose_count_rose(tmp_path: Path) -> None:
+    """As in the unified tree: the groups above have limits or ``max``, and its root has no such file."""
+    group = tmp_path / "container" / "session" / "leaf"
+    group.mkdir(parents=True)
+
+    def count(where: Path, limit: str, hits: int) -> None:
+        (where / "memory.max").write_text(f"{limit}\n")
+        (where / "memory.events.local").write_text(f"max 9\noom {hits}\noom_kill 0\n")
+
+    for where, limit in ((group, "4096"), (group.parent, "max"), (group.parent.parent, "1024")):
+        count(where, limit, 3)
+    for name in ("memory.events", "cpu.stat", "pids.events"):
+        (group / name).write_text("")
+    meter = Meter(plan(*(group / name for name in ("memory.events", "cpu.stat", "pids.events"))), keeper_pid=1)
+    assert meter.bound_hit() is None
+    count(group, "4096", 4)
+    assert meter.bound_hit() is None, "its own limit is no bound above"
+    count(group.parent.parent, "1024", 4)
+    assert meter.bound_hit() == Bound(group=group.parent.parent, limit=1024, hits=4)

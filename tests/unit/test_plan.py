@@ -16,6 +16,7 @@ from safe_exec.sandbox import rlimits, watchdog
 from safe_exec.sandbox.build import Required, build_plan, parse_required
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, RUNNER_LIMITS, CgroupWork, Offer, SpawnPlan, fold, require
+from safe_exec.sandbox.unified import Scope
 
 L, M = LimitName, Mechanism
 MIB = 1 << 20
@@ -26,6 +27,10 @@ LIMITS = Limits(
 V1 = {name: Path(f"/cg/{name}") for name in ("memory", "pids", "cpu", "cpuacct")}
 ROOT_V1 = Machine(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
 ROOT_V2 = Machine(v2=Path("/cg"), v2_controllers=frozenset({"memory", "pids", "cpu"}), swap_total=1)
+BY_SYSTEMD = Scope(
+    slice="app.slice", directory=Path("/cg/app.slice"), controllers=ROOT_V2.v2_controllers, runtime=Path("/run/user/1")
+)
+SCOPED = Machine(uid=1, scope=BY_SYSTEMD, v1=V1, swap_total=1)
 ROOT_BARE = Machine(uid=0)
 USER_BARE = Machine(uid=1000, user_tasks=30)
 WATCH_ALONE = Machine(uid=1000, user_tasks=30, allowed=frozenset({M.WATCHDOG}))
@@ -53,6 +58,7 @@ def holding(mechanism: Mechanism, *names: LimitName, rows: bool = False) -> Offe
 
 TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
     ("v2", ROOT_V2, {L.MEMORY: M.CGROUP_V2, L.PROCESSES: M.CGROUP_V2, L.CPUS: M.CGROUP_V2, L.CPU_TIME: M.RLIMIT}),
+    ("scope", SCOPED, {L.MEMORY: M.SYSTEMD, L.PROCESSES: M.SYSTEMD, L.CPUS: M.SYSTEMD, L.CPU_TIME: M.RLIMIT}),
     ("v1", ROOT_V1, {L.MEMORY: M.CGROUP_V1, L.PROCESSES: M.CGROUP_V1, L.CPUS: M.CGROUP_V1, L.CPU_TIME: M.RLIMIT}),
     ("root", ROOT_BARE, {L.MEMORY: M.RLIMIT, L.PROCESSES: M.WATCHDOG, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT}),
     ("user", USER_BARE, {L.MEMORY: M.RLIMIT, L.PROCESSES: M.RLIMIT, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT}),
@@ -288,3 +294,29 @@ def test_a_wall_that_is_held_as_well_by_something_else_will_do() -> None:
     for wall, words in ((Wall.NETWORK, "landlock alone"), (Wall.PROCESSES, "nothing")):
         with pytest.raises(EnforcementError, match=words):
             require(plan, [wall])
+
+
+def test_in_a_scope_the_keeper_stands_beside_the_kernel() -> None:
+    """A group that hands controllers on holds no processes: the scope has one group for the keeper and one for the kernel."""
+    work = plan_for(SCOPED).cgroup
+    assert work.dirs == ("/cg/app.slice/safe-exec-id.scope/safe-exec-id",)
+    assert work.hand_on is not None
+    assert (work.hand_on.group, work.hand_on.leaf) == (
+        "/cg/app.slice/safe-exec-id.scope",
+        "/cg/app.slice/safe-exec-id.scope/keeper",
+    )
+    assert work.hand_on.controllers == ("memory", "pids", "cpu")
+    assert work.hand_on.born[:3] == ("systemd-run", "--user", "--scope") and work.hand_on.born[-1] == "--"
+    assert {"--collect", "--unit=safe-exec-id.scope", "--slice=app.slice", "Delegate=yes"} <= set(work.hand_on.born)
+    assert work.hand_on.environment["XDG_RUNTIME_DIR"] == "/run/user/1"
+
+
+def test_a_group_that_hands_on_already_is_only_used() -> None:
+    assert plan_for(ROOT_V2).cgroup.hand_on is None
+    stepping = plan_for(replace(ROOT_V2, v2_step_down=True)).cgroup
+    assert stepping.hand_on is not None and (stepping.hand_on.leaf, stepping.hand_on.born) == ("/cg/safe-exec", ())
+
+
+def test_without_systemd_among_the_mechanisms_no_scope_is_asked_for() -> None:
+    plan = plan_for(replace(SCOPED, allowed=frozenset(M) - {M.SYSTEMD}))
+    assert plan.cgroup.hand_on is None and plan.enforcement[L.MEMORY].by is not M.SYSTEMD

@@ -1,0 +1,250 @@
+"""Whole runs on a machine with the unified hierarchy: as root, as a user who was given a group, in a container, in a login session."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cases.test_cases import CASES, check_cause
+from tests.integration.kills import HOG, WORKER
+from tests.integration.unified import (
+    as_container,
+    as_nobody,
+    bare,
+    delegated,
+    in_session,
+    lingering_uid,
+    scopes,
+)
+from tests.support import (
+    EXECUTABLE,
+    MARK,
+    NOBODY,
+    Outcome,
+    make_notebook,
+    marked_processes,
+    ordinary_user,
+    run_notebook,
+    safe_exec,
+    wait_until,
+)
+
+MIB = 1 << 20
+SLOW = ("--cell-timeout", "120", "--start-timeout", "120")
+"""Such machines are emulated as a rule."""
+SMALL = (*SLOW, "--memory", "200M", "--no-bisect")
+NO_SYSTEMD = ("--mechanisms", "cgroup-v2,rlimit,watchdog,bubblewrap,landlock,seccomp")
+SCOPE_SECONDS = 30
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name that any user may write to."""
+    made = Path("/tmp") / f"v2-{os.getpid()}-{time.monotonic_ns()}"
+    made.mkdir(mode=0o777)
+    made.chmod(0o777)
+    yield made
+    shutil.rmtree(made)
+
+
+def hog(folder: Path, *options: str, prefix: list[str], cells: tuple[str, ...] = ("x = 1", HOG)) -> Outcome:
+    return run_notebook(
+        make_notebook(folder / "nb.ipynb", *cells), *SMALL, *options, prefix=prefix, cwd=folder, env={"HOME": str(folder)}
+    )
+
+
+def check_killed(outcome: Outcome, by: str) -> None:
+    verdict = outcome.verdict
+    said = f"{outcome.stdout}\n{outcome.stderr}\n{verdict['cause']}"
+    assert verdict["status"] == "kernel_died", said
+    assert (verdict["cause"]["kind"], verdict["cause"]["confidence"]) == ("out_of_memory", "certain"), said
+    assert {name: held["by"] for name, held in verdict["enforcement"].items() if name in ("memory", "processes")} == {
+        "memory": by,
+        "processes": by,
+    }
+    assert verdict["crash_cell"]["code_index"] == 1 and verdict["crash_cell"]["line"] in (3, 4), said
+    assert verdict["usage"]["oom_kills"] == 1
+    # Page tables and the like are charged too: it never gets quite there.
+    assert 0.9 * 200 * MIB <= verdict["usage"]["memory_peak"] <= 200 * MIB
+
+
+def doctor(prefix: list[str], *options: str) -> dict[str, Any]:
+    done = safe_exec("doctor", "--json", *options, prefix=prefix, cwd=Path("/"))
+    assert done.returncode in (0, 1), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def held_by(found: dict[str, Any]) -> dict[str, str]:
+    return {name: found["limits"][name]["by"] for name in ("memory", "processes", "cpus")}
+
+
+def all_by(mechanism: str) -> dict[str, str]:
+    return dict.fromkeys(("memory", "processes", "cpus"), mechanism)
+
+
+# --- a group that was given -------------------------------------------------------------------------------------
+
+
+@pytest.mark.bed("cgroup2-user")
+def test_a_user_with_a_delegated_group(folder: Path) -> None:
+    with delegated(owner=NOBODY) as place:
+        found = doctor(as_nobody(place))
+        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {"v2": str(place.group), "scope": None}
+        outcome = hog(folder, prefix=as_nobody(place))
+    check_killed(outcome, "cgroup-v2")
+    assert outcome.verdict["environment"]["cgroup"].startswith(str(place.group))
+
+
+@pytest.mark.bed("cgroup2-root")
+def test_a_container_with_a_smaller_limit(folder: Path) -> None:
+    """Its own namespace of control groups: what is above cannot be seen, and its limit stands at the root of what can."""
+    with bare(memory=260 * MIB) as group:
+        found = doctor(as_container(group))
+        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {"v2": "/sys/fs/cgroup", "scope": None}
+        outcome = hog(folder, "--memory", "400M", prefix=as_container(group))
+    verdict = outcome.verdict
+    said = f"{outcome.stdout}\n{outcome.stderr}\n{verdict['cause']}"
+    assert (verdict["status"], verdict["cause"]["kind"], verdict["cause"]["confidence"]) == (
+        "kernel_died",
+        "out_of_memory",
+        "certain",
+    ), said
+    assert verdict["enforcement"]["memory"]["by"] == "cgroup-v2"
+    assert "not by this run's limit: the limit of 260 MiB on /sys/fs/cgroup," in verdict["cause"]["summary"]
+
+
+# --- systemd ----------------------------------------------------------------------------------------------------
+
+
+def gone(prefix_of: str = "safe-exec-") -> bool:
+    return not [path for path in scopes() if path.name.startswith(prefix_of)]
+
+
+@pytest.mark.bed("systemd-root", "cgroup2-root")
+def test_root_gets_a_scope_by_itself(folder: Path) -> None:
+    found = doctor([])
+    assert held_by(found) == all_by("systemd") and found["groups"]["scope"].endswith(".slice")
+    outcome = hog(folder, prefix=[])
+    check_killed(outcome, "systemd")
+    assert "a scope of the system's systemd" in outcome.verdict["enforcement"]["memory"]["note"]
+    assert f"safe-exec-{outcome.run_id}.scope/" in outcome.verdict["environment"]["cgroup"]
+    wait_until(lambda: gone(f"safe-exec-{outcome.run_id}"), SCOPE_SECONDS, "systemd has collected the scope")
+
+
+@pytest.mark.bed("systemd-user")
+def test_a_login_session_gets_a_scope_by_itself(folder: Path) -> None:
+    """The session's own group is root's, and no process can be moved out of it: the keeper is born in the scope."""
+    found = doctor(in_session())
+    assert held_by(found) == all_by("systemd") and found["exit_code"] == 0
+    assert f"user@{lingering_uid()}.service/app.slice" in found["groups"]["scope"]
+    outcome = hog(folder, prefix=in_session())
+    check_killed(outcome, "systemd")
+    assert "a scope of the user's systemd" in outcome.verdict["enforcement"]["memory"]["note"]
+    wait_until(lambda: gone(f"safe-exec-{outcome.run_id}"), SCOPE_SECONDS, "systemd has collected the scope")
+
+
+@pytest.mark.bed("systemd-user")
+def test_in_a_scope_a_killed_worker_does_not_end_the_kernel(folder: Path) -> None:
+    """systemd ends a whole unit for one process that was killed for memory (OOMPolicy=), but none that is delegated."""
+    outcome = hog(folder, prefix=in_session(), cells=("x = 1", WORKER, "print('after')"))
+    assert (outcome.verdict["status"], outcome.verdict["cause"]["kind"]) == ("cell_error", "worker_out_of_memory"), outcome.stdout
+
+
+@pytest.mark.bed("systemd-user")
+def test_by_hand_in_a_scope_whose_limit_is_smaller(folder: Path) -> None:
+    """The way that is documented; what runs in it stays in that scope, below its limit."""
+    by_hand = [*in_session(), "systemd-run", "--user", "--scope", "--quiet", "-p", "Delegate=yes"]
+    # The runner is in it as well; with swap it would be swapped out, page by page, before anything is killed.
+    by_hand += ["-p", "MemoryMax=260M", "-p", "MemorySwapMax=0"]
+    outcome = hog(folder, "--memory", "400M", prefix=by_hand)
+    verdict = outcome.verdict
+    assert verdict["enforcement"]["memory"]["by"] == "cgroup-v2", verdict["enforcement"]
+    assert "the limit of 260 MiB on /sys/fs/cgroup/user.slice/" in verdict["cause"]["summary"], verdict["cause"]
+
+
+@pytest.mark.bed("systemd-user")
+def test_two_at_a_time_and_a_killed_runner(folder: Path) -> None:
+    """A scope for each; one whose runner is killed goes as well, with all that was in it."""
+    paths = [make_notebook(folder / f"{name}.ipynb", "import time\ntime.sleep(600)") for name in ("one", "two")]
+    marks = [f"v2-{os.urandom(8).hex()}" for _ in paths]
+    argv = [*in_session(), str(EXECUTABLE), "run"]
+    runs = [
+        subprocess.Popen(
+            [*argv, str(path), *SLOW, "--no-bisect"],
+            env={**os.environ, MARK: mark},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for path, mark in zip(paths, marks, strict=True)
+    ]
+    try:
+        wait_until(lambda: len([path for path in scopes() if list(path.glob("safe-exec-*"))]) == 2, 180, "both kernels stand")
+        for mark in marks:
+            wait_until(lambda mark=mark: _runner(mark) is not None, 60, "the runner is there")  # type: ignore[misc]
+            runner = _runner(mark)
+            assert runner is not None
+            os.kill(runner, signal.SIGKILL)
+        wait_until(gone, SCOPE_SECONDS, f"no scope is left: {scopes()}")
+        for mark in marks:
+            wait_until(lambda mark=mark: marked_processes(mark) == [], SCOPE_SECONDS, "no process is left")  # type: ignore[misc]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+
+
+def _runner(mark: str) -> int | None:
+    """The command itself: neither what was put in front of it, nor the keeper or the kernel."""
+    for pid in marked_processes(mark):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if len(words) > 2 and words[0].rpartition(b"/")[2].startswith(b"python") and words[1] == os.fsencode(EXECUTABLE):
+            return pid
+    return None
+
+
+# --- doctor elsewhere -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.bed("cgroup2-user", "systemd-root")
+def test_doctor_of_a_user_without_a_systemd() -> None:
+    found = doctor(ordinary_user())
+    assert found["limits"]["memory"]["by"] != "cgroup-v2" and found["groups"] == {"v2": None, "scope": None}
+    steps = [step for remedy in found["remedies"] for way in remedy["ways"] for step in way["steps"]]
+    assert "sudo loginctl enable-linger nobody" in steps
+
+
+# --- the search -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.bed("cgroup2-root", "cgroup2-user", "systemd-user")
+def test_bisect_in_each_place(folder: Path) -> None:
+    """Cases of tests/cases, as root in scopes, as a user in a group that was given, in a session."""
+    with delegated(owner=NOBODY) as place, ThreadPoolExecutor(max_workers=2) as pool:
+        todo = [("a4-bytes-join", []), ("b5-gc-disabled", as_nobody(place)), ("m6-subprocess-oom", in_session())]
+        done = [pool.submit(search, name, folder / name, prefix) for name, prefix in todo]
+        for (name, _), future in zip(todo, done, strict=True):
+            case, outcome = future.result()
+            check_cause(case, outcome)
+            culprits = outcome.verdict["culprits"]
+            assert culprits is not None, (name, outcome.verdict["warnings"])
+            assert [cell["code_index"] for cell in culprits["cells"]] in case["expected"]["culprits"], (name, culprits)
+
+
+def search(name: str, base: Path, prefix: list[str]) -> tuple[dict[str, Any], Outcome]:
+    case = next(case for case in CASES if case["id"] == name)
+    base.mkdir()
+    base.chmod(0o777)
+    path = Path(shutil.copy(Path(__file__).parent.parent / "cases" / "notebooks" / f"{name}.ipynb", base / "case.ipynb"))
+    options = [*case["options"], *SLOW, "--bisect-budget", "600"]
+    return case, run_notebook(path, *options, prefix=prefix, cwd=base)
