@@ -227,9 +227,9 @@ class HeldFolder:
                 return Path(os.readlink(f"/proc/self/fd/{self._fd}")) / self._path.name
         return self._path
 
-    def write(self, data: bytes) -> None:
-        """As :func:`write_atomically`, in this very folder."""
-        _replace(self._fd, self._path.name, (data,))
+    def write(self, data: bytes | Iterable[bytes]) -> None:
+        """As :func:`write_atomically`, in this very folder, in one piece or in several."""
+        _replace(self._fd, self._path.name, (data,) if isinstance(data, bytes) else data)
         _sync_directory(self._fd)
 
     def sibling(self, word: str) -> HeldFolder:

@@ -99,8 +99,14 @@ def _recent_text(trial: Trial) -> str:
     if trial.current is None:
         return ""
     outputs = trial.request.node.cells[trial.current].get("outputs", [])
-    text = "".join(str(o.get("text", "")) for o in outputs[-20:] if o.get("output_type") == "stream")
-    return text[-RECENT_CHARACTERS:]
+    texts = [o.get("text", "") for o in outputs[-20:] if o.get("output_type") == "stream"]
+    parts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
+    found: list[str] = []
+    size = 0
+    while parts and size < RECENT_CHARACTERS:
+        found.append(parts.pop()[-RECENT_CHARACTERS:])
+        size += len(found[-1])
+    return "".join(reversed(found))[-RECENT_CHARACTERS:]
 
 
 def _fault(trial: Trial) -> FaultReport | None:

@@ -1,6 +1,7 @@
-"""The JSON of notebooks: harmless whatever is in it, and written as nbformat writes it.
+"""The JSON of notebooks: harmless whatever is in it, and written as nbformat writes it, piece by piece.
 
-Imports nothing of safe-exec; nbformat (150 ms) when something is written.
+Imports the standard library only. The encoder is our own: Python's needs all texts of a notebook once more as lists of lines, with an
+indent it is written in Python too, and nbformat copies the whole before. Here no more than a piece is held beside the notebook itself.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,10 +22,20 @@ IDS_SINCE = 5
 DEEPEST = 200
 """Levels: copying and writing recurse, some three frames a level, under Python's limit of 1000."""
 
+PIECE = 1 << 18
+"""Characters that are encoded at a time, about."""
+
 _TOO_DEEP = "(nested too deeply)"
 _MOST_LINES = 200_000
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
+_ESCAPES = (("\\", "\\\\"), ('"', '\\"'), ("\t", "\\t"))
+_ODD = tuple({*map(chr, range(32)), *_LINE_ENDS} - {"\t", "\n"})
+"""What makes a text other than plain: the rest of what ends lines or must be escaped."""
+_WORTHWHILE = 500
+"""Characters from which on it is worth while to look for those first."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SPLIT_TOO = ("application/javascript", "image/svg+xml")
+_TRANSIENT = ("orig_nbformat", "orig_nbformat_minor", "signature")
 
 
 def is_shallow(document: object) -> bool:
@@ -41,66 +54,11 @@ def _children(item: object) -> list[Any]:
     return item if isinstance(item, list) else []
 
 
-def dumps(node: NotebookNode) -> bytes:
-    """The file of a notebook, as nbformat writes it, whatever a kernel has put into the outputs.
-
-    Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply to write is left out: the
-    file must be JSON that every viewer reads. Ids are left out before nbformat 4.5, which does not have them.
-    """
-    try:
-        return _encoded(node)
-    except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
-        return _encoded(mapped(node, _harmless))
-
-
-def _encoded(node: Any) -> bytes:
-    from nbformat import from_dict
-    from nbformat.v4.nbjson import BytesEncoder
-    from nbformat.v4.rwbase import strip_transient
-
-    # from_dict, because what was put into the node may hold plain dicts, on which nbformat's writer stumbles. It also
-    # copies, so that what follows leaves the caller's node alone.
-    node = from_dict(_without_ids(node) if node["nbformat_minor"] < IDS_SINCE else node)
-    _split_lines(node)
-    strip_transient(node)
-    # As v4.writes does; but piece by piece, since texts of many megabytes are not to be held once more in one.
-    encoder = BytesEncoder(ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True, separators=(",", ": "))
-    return b"".join([*(piece.encode() for piece in encoder.iterencode(node)), b"\n"])
-
-
-def _split_lines(node: NotebookNode) -> None:
-    """Turn texts into lists of lines in place, as nbformat does, but for what would be too many lines.
-
-    A kernel that prints "y" for a minute makes millions of them, a hundred times the memory of the text. The format
-    allows a text in one piece.
-    """
-    from nbformat.v4.rwbase import split_lines
-
-    whole = list(_beyond_counting(node))
-    for holder, key, _ in whole:
-        holder[key] = ""
-    split_lines(node)
-    for holder, key, text in whole:
-        holder[key] = text
-
-
-def _beyond_counting(node: NotebookNode) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """The texts of outputs, and where they are, that do not fit into what is left of the lines for all of them."""
-    left = _MOST_LINES
-    outputs = [output for cell in node.cells if cell.cell_type == "code" for output in cell.outputs]
-    holders = [part for output in outputs for part in (output, output.get("data")) if isinstance(part, dict)]
-    for holder in holders:
-        for key, text in holder.items():
-            lines = sum(map(text.count, _LINE_ENDS)) if isinstance(text, str) else 0
-            if lines > left:
-                yield holder, key, text
-            else:
-                left -= lines
-
-
-def _without_ids(node: Mapping[str, Any]) -> dict[str, Any]:
-    cells = [{key: value for key, value in cell.items() if key != "id"} for cell in node["cells"]]
-    return {**node, "cells": cells}
+def joined(value: Any) -> Any:
+    """Text without lone surrogates; two halves of a pair are one character again."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return value
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any], depth: int = DEEPEST) -> Any:
@@ -114,12 +72,277 @@ def mapped(value: Any, leaf: Callable[[Any], Any], depth: int = DEEPEST) -> Any:
     return [mapped(item, leaf, depth - 1) for item in value]
 
 
-def joined(value: Any) -> Any:
-    """Text without lone surrogates; two halves of a pair are one character again."""
-    if isinstance(value, str) and _SURROGATE.search(value):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return value
+# --- writing ----------------------------------------------------------------------------------------------------
 
 
-def _harmless(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else joined(value)
+def dumps(node: NotebookNode) -> bytes:
+    """The file of a notebook in one piece; see :class:`Encoded`."""
+    return b"".join(Encoded(node))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The file of a notebook in pieces, as nbformat writes it, whatever a kernel has put into the outputs. May be gone through again.
+
+    Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply is left out: the file must be JSON that
+    every viewer reads. Ids are left out before nbformat 4.5, which does not have them. Texts of outputs may be lists of parts.
+    """
+
+    node: NotebookNode
+
+    def __iter__(self) -> Iterator[bytes]:
+        held: list[str] = []
+        size = 0
+        for part in _value(_for_a_file(self.node), "\n", DEEPEST):
+            held.append(part)
+            size += len(part)
+            if size >= PIECE:
+                yield _bytes("".join(held))
+                held.clear()
+                size = 0
+        held.append("\n")
+        yield _bytes("".join(held))
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        result: str = joined(text)
+        return result.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A text that is written as a list of its lines."""
+
+    text: str | list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A text in parts that is written as one."""
+
+    parts: list[str]
+
+
+def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook with its texts marked as nbformat would split them, and without what does not go into files; all else is shared."""
+    budget = _Budget(node)
+    ids = node["nbformat_minor"] >= IDS_SINCE
+    metadata = {key: value for key, value in node["metadata"].items() if key not in _TRANSIENT}
+    return {**node, "metadata": metadata, "cells": [_cell(cell, budget, ids=ids) for cell in node["cells"]]}
+
+
+def _cell(cell: Mapping[str, Any], budget: _Budget, *, ids: bool) -> dict[str, Any]:
+    made = {key: value for key, value in cell.items() if ids or key != "id"}
+    made["metadata"] = {key: value for key, value in cell["metadata"].items() if key != "trusted"}
+    if isinstance(made.get("source"), str):
+        made["source"] = _Lines(made["source"])
+    if "attachments" in made:
+        made["attachments"] = {key: _bundle(value, _Lines) for key, value in made["attachments"].items()}
+    if made["cell_type"] == "code":
+        made["outputs"] = [_output(output, budget) for output in made["outputs"]]
+    return made
+
+
+def _output(output: Mapping[str, Any], budget: _Budget) -> Mapping[str, Any]:
+    if output["output_type"] == "stream":
+        return {**output, "text": budget.marked(output["text"])}
+    if output["output_type"] in ("execute_result", "display_data"):
+        return {**output, "data": _bundle(output["data"], budget.marked)}
+    return output
+
+
+def _bundle(data: Mapping[str, Any], mark: Callable[[str], Any]) -> dict[str, Any]:
+    split = [key for key, value in data.items() if isinstance(value, str) and (key.startswith("text/") or key in _SPLIT_TOO)]
+    return {**data, **{key: mark(data[key]) for key in split}}
+
+
+class _Budget:
+    """How many more lines of outputs are written as lines.
+
+    A kernel that prints "y" for a minute makes millions of them: a file many times as large as the text, and a hundred times the memory
+    for whoever reads it. The format allows a text in one piece.
+    """
+
+    def __init__(self, node: Mapping[str, Any]) -> None:
+        self._left = _MOST_LINES
+        self._counts = _characters(node) > _MOST_LINES  # else they cannot be so many
+
+    def marked(self, text: str | list[str]) -> _Lines | _Whole | str:
+        """The text as it is to be written."""
+        parts = [text] if isinstance(text, str) else text
+        if self._counts:
+            lines = sum(_line_ends(part) for part in parts)
+            if lines > self._left:
+                return _Whole(parts)
+            self._left -= lines
+        return _Lines(text)
+
+
+def _characters(node: Mapping[str, Any]) -> int:
+    """Characters in the texts of all outputs."""
+    outputs = [output for cell in node["cells"] for output in cell.get("outputs") or ()]
+    texts = [text for output in outputs for text in (output.get("text"), *(output.get("data") or {}).values())]
+    return sum(sum(map(len, text)) if isinstance(text, list) else len(text) for text in texts if isinstance(text, str | list))
+
+
+def _line_ends(text: str) -> int:
+    # Looking for a character is ten times as fast as counting it.
+    return sum(text.count(end) for end in _LINE_ENDS if end in text)
+
+
+# --- the encoder ------------------------------------------------------------------------------------------------
+
+
+def _value(value: Any, indent: str, depth: int) -> Iterator[str]:
+    """As ``json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)``; ``indent`` is a newline and the blanks of this level."""
+    if isinstance(value, str):
+        yield from _text(value)
+    elif isinstance(value, _Lines):
+        yield from _lines(value.text, indent)
+    elif isinstance(value, _Whole):
+        yield from _whole(value)
+    elif isinstance(value, Mapping | list | tuple) and not depth:
+        yield f'"{_TOO_DEEP}"'
+    elif isinstance(value, Mapping):
+        yield from _object(value, indent, depth)
+    elif isinstance(value, list | tuple):
+        yield from _array(value, indent, depth)
+    else:
+        yield _scalar(value)
+
+
+def _object(value: Mapping[Any, Any], indent: str, depth: int) -> Iterator[str]:
+    if not value:
+        yield "{}"
+        return
+    before, inner = "{", indent + " "
+    for key in sorted(value):
+        yield f"{before}{inner}{encode_basestring(key if isinstance(key, str) else _scalar(key))}: "
+        yield from _value(value[key], inner, depth - 1)
+        before = ","
+    yield indent + "}"
+
+
+def _array(value: list[Any] | tuple[Any, ...], indent: str, depth: int) -> Iterator[str]:
+    if not value:
+        yield "[]"
+        return
+    before, inner = "[", indent + " "
+    for item in value:
+        yield before + inner
+        yield from _value(item, inner, depth - 1)
+        before = ","
+    yield indent + "]"
+
+
+def _scalar(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, bytes):  # base64, as nbformat's own encoder takes it
+        return encode_basestring(value.decode("ascii"))
+    raise TypeError(f"no JSON: {type(value).__name__}")
+
+
+def _text(value: str) -> Iterator[str]:
+    if len(value) <= PIECE:
+        yield f'"{_escaped(value)}"'
+    else:
+        yield from _whole(_Whole([value]))
+
+
+def _whole(text: _Whole) -> Iterator[str]:
+    yield '"'
+    yield from map(_escaped, _slices(text.parts))
+    yield '"'
+
+
+def _escaped(text: str) -> str:
+    """The inside of a JSON string."""
+    return _replaced(text, "\\n") if _is_plain(text) else encode_basestring(text)[1:-1]
+
+
+def _is_plain(text: str) -> bool:
+    """Whether no lines end in it but by newlines, and nothing else in it must be escaped but quotes, backslashes and tabs."""
+    return len(text) >= _WORTHWHILE and not any(odd in text for odd in _ODD)
+
+
+def _replaced(text: str, newline: str) -> str:
+    """A plain text with its escapes. To look for a character and to replace it is many times as fast as CPython's own escaping."""
+    for character, written in (*_ESCAPES, ("\n", newline)):
+        if character in text:
+            text = text.replace(character, written)
+    return text
+
+
+class _Block(str):
+    """Plain lines, each with its end."""
+
+    __slots__ = ()
+
+
+def _lines(text: str | list[str], indent: str) -> Iterator[str]:
+    """The list of the lines of a text."""
+    between = f",{indent} "
+    before = f"[{indent} "
+    for lines in _split([text] if isinstance(text, str) else text):
+        yield before
+        if isinstance(lines, _Whole):
+            yield from _whole(lines)
+        else:
+            yield between.join([_block(line, between) if type(line) is _Block else encode_basestring(line) for line in lines])
+        before = between
+    yield f"{indent}]" if before is between else "[]"
+
+
+def _block(lines: _Block, between: str) -> str:
+    return '"' + _replaced(lines[:-1], f'\\n"{between}"') + '\\n"'
+
+
+def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
+    """The lines of a text in parts, as ``splitlines(True)`` gives them, many at a time; one that goes over several parts alone."""
+    begun: list[str] = []
+    for part in _slices(parts):
+        lines = _divided(part)
+        if begun:
+            begun.append(lines.pop(0))
+            if begun[-1][-1] not in _LINE_ENDS:
+                continue
+            yield _Whole(begun)
+            begun = []
+        if lines and lines[-1][-1] not in _LINE_ENDS:
+            begun = [lines.pop()]
+        if lines:
+            yield lines
+    if begun:
+        yield _Whole(begun)
+
+
+def _divided(part: str) -> list[str]:
+    """The lines of a part; of a plain one the first, a block of those between, and what follows after the last line end."""
+    if not _is_plain(part):
+        return part.splitlines(keepends=True)
+    first, last = part.find("\n") + 1, part.rfind("\n") + 1
+    return [piece for piece in (part[:first], _Block(part[first:last]), part[last:]) if piece]
+
+
+def _slices(parts: list[str]) -> Iterator[str]:
+    """The same text in parts that are not large, none of them empty or ending where one must not: in a line end or a surrogate pair."""
+    kept = ""
+    for part in parts:
+        for at in range(0, len(part), PIECE):
+            whole, kept = kept + part[at : at + PIECE], ""
+            if whole[-1] == "\r" or "\ud800" <= whole[-1] <= "\udbff":
+                whole, kept = whole[:-1], whole[-1]
+            if whole:
+                yield whole
+    if kept:
+        yield kept

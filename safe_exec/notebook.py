@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
 from safe_exec.nbcheck import problems
-from safe_exec.nbjson import DEEPEST, IDS_SINCE, dumps, is_shallow, joined, mapped
+from safe_exec.nbjson import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -29,6 +29,7 @@ __all__ = [
     "METADATA_KEY",
     "OUR_ERROR_PREFIX",
     "CodeCell",
+    "Encoded",
     "Notebook",
     "OutputPaths",
     "Scan",

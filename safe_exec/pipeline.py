@@ -254,7 +254,7 @@ class Documents:
         """Where each document is by now, or will be."""
         return {name: str(folder.path) for name, folder in self._folders.items()}
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | notebook.Encoded) -> None:
         """Write a document; under a name beside its own, with a warning, where what stands there cannot be replaced. Raises OSError."""
         if name not in self._folders:
             raise FileNotFoundError(errno.ENOENT, "the folder is gone")
@@ -279,7 +279,7 @@ def write(prepared: Prepared, verdict: Verdict, node: Any, documents: Documents)
 
     verdict = _with_outputs(documents.mask.everywhere(verdict), documents)
     try:
-        documents.put("notebook", notebook.dumps(annotated.annotate(node, verdict, documents.mask)))
+        documents.put("notebook", notebook.Encoded(annotated.annotate(node, verdict, documents.mask)))
     except (OSError, SafeExecError) as error:
         verdict = _without(verdict, "notebook", f"the annotated notebook could not be written: {error}")
     try:

@@ -7,8 +7,12 @@ protocol has, or so much structure that a few megabytes of JSON would take hundr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
+from hmac import compare_digest
+from json.decoder import scanstring  # type: ignore[attr-defined] # JSONDecoder.parse_string; typeshed has no name for it
 from queue import Empty
 from typing import Any
 
@@ -21,6 +25,8 @@ MOST_PARSED = 96 << 20
 HARMLESS_BYTES = 1 << 20
 """So few bytes cannot take so much: no byte of JSON costs more than a bracket."""
 MOST_TEXTS = 500_000
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'[{,":'))
+_STREAMS = tuple((name, f'{{"name": "{name}", "text": "'.encode()) for name in ("stdout", "stderr"))
 TURN_SECONDS = 0.005
 """So long messages are taken without a break; then timers and others get their turn."""
 
@@ -121,22 +127,77 @@ class Channel:
 
 
 def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
-    """The message that parts make up. Raises ValueError and others for parts that make up none."""
+    """The message that parts make up. Raises ValueError and others for parts that make up none.
+
+    As jupyter_client's session, which looks for dates in every text of both headers with dateutil: two thirds of what a message costs.
+    """
     _, signed = session.feed_identities(list(parts))
     if len(signed) < 5:  # noqa: PLR2004 - signature, header, parent, metadata, content
         raise Refused(f"a message of {len(signed)} parts")
     if len(signed[1]) > HEADER_BYTES or len(signed[2]) > HEADER_BYTES:
         raise Refused("a header of more than 64 KiB")
-    for part in signed[3:5]:
-        if len(part) > HARMLESS_BYTES and _cost(part) > MOST_PARSED and _cost_of_structure(part) > MOST_PARSED:
-            raise Refused("a message that would take hundreds of megabytes")
-    message: dict[str, Any] = session.deserialize(signed)
-    for key in ("header", "parent_header", "metadata", "content"):
+    _demand_signed(session, signed)
+    header, parent, metadata = (_unpacked(session, part) for part in signed[1:4])
+    if not isinstance(header, dict) or not isinstance(header.get("msg_type"), str) or not isinstance(header.get("msg_id"), str):
+        raise Refused("its type or id is no text")
+    content = _stream(signed[4]) if header["msg_type"] == "stream" else None
+    message = {
+        "header": header | {"date": _date(header.get("date"))},
+        "msg_id": header["msg_id"],
+        "msg_type": header["msg_type"],
+        "parent_header": parent,
+        "metadata": metadata,
+        "content": _unpacked(session, signed[4]) if content is None else content,
+        "buffers": [memoryview(part) for part in signed[5:]],
+    }
+    for key in ("parent_header", "metadata", "content"):
         if not isinstance(message[key], dict):
             raise Refused(f"its {key} is no object")
-    if not isinstance(message["msg_type"], str) or not isinstance(message["msg_id"], str):
-        raise Refused("its type or id is no text")
-    return message
+    return message if str(header.get("version", "")).startswith("5.") else _adapted(message)
+
+
+def _demand_signed(session: Any, signed: list[bytes]) -> None:
+    """Raise Refused unless the message bears the kernel's signature, for the first time."""
+    if session.auth is None:
+        return
+    if signed[0] in session.digest_history:
+        raise Refused("a message of before")
+    if not compare_digest(signed[0], session.sign(signed[1:5])):
+        raise Refused("a wrong signature")
+    session._add_digest(signed[0])  # noqa: SLF001 - it keeps the history bounded, too
+
+
+def _unpacked(session: Any, part: bytes) -> Any:
+    if len(part) > HARMLESS_BYTES and _cost(part) > MOST_PARSED and _cost_of_structure(part) > MOST_PARSED:
+        raise Refused("a message that would take hundreds of megabytes")
+    return session.unpack(part)
+
+
+def _stream(part: bytes) -> dict[str, Any] | None:
+    """The content of a text as ipykernel sends it, whose structure need not be looked for; ``None`` for any other."""
+    for name, head in _STREAMS:
+        if part.startswith(head):
+            whole = part.decode("utf-8", "replace")
+            with contextlib.suppress(ValueError):
+                text, end = scanstring(whole, len(head))
+                return {"name": name, "text": text} if whole[end:] == "}" else None
+    return None
+
+
+def _date(text: object) -> object:
+    """The moment that an ISO 8601 date is, for nbclient's record of timings; anything else as it is."""
+    try:
+        return datetime.fromisoformat(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+def _adapted(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of another version of the protocol, as one of ours."""
+    from jupyter_client.adapter import adapt
+
+    made: dict[str, Any] = adapt(message)
+    return made
 
 
 def _cost(part: bytes) -> int:
@@ -144,9 +205,9 @@ def _cost(part: bytes) -> int:
 
     CPython's sizes: a container 72 with its place, a text 56, an entry of an object 50, a number 32.
     """
-    containers = part.count(b"[") + part.count(b"{")
-    commas = part.count(b",")
-    return len(part) + 72 * containers + 40 * commas + 28 * part.count(b'"') + 50 * part.count(b":")
+    marks = part.translate(None, _NO_STRUCTURE)  # one pass instead of five
+    containers = marks.count(b"[") + marks.count(b"{")
+    return len(part) + 72 * containers + 40 * marks.count(b",") + 28 * marks.count(b'"') + 50 * marks.count(b":")
 
 
 def _cost_of_structure(part: bytes) -> int:

@@ -2,7 +2,7 @@
 
 nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here: death comes as an event, not
 from a poll by seconds; outputs are counted and cut at their caps; what a dead kernel had written but not sent is put into the
-cell afterwards. Timeouts are the trial's business (``trial.py``), so nbclient's own are off. May import model, page, nbclient.
+cell afterwards. Timeouts are the trial's business (``trial.py``), so nbclient's own are off. May import model, page, content, outputs, nbclient.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
-import nbformat
 from nbclient import NotebookClient
 from nbclient.client import CellExecutionComplete
 
 from safe_exec.kernel.content import checked, mended_reply
+from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
 from safe_exec.kernel.page import Message, Note, Page, Text
 
 MERGE_AFTER = 200
@@ -33,9 +33,6 @@ OVERHEAD = 200
 
 QUIET_SECONDS = 0.01
 DRAIN_SECONDS = 2.0
-TRACEBACK_BYTES = 64 * 1024
-"""What is left of a traceback that alone is larger than the cell's cap."""
-ENDS = 4
 LONGEST_ID = 200
 BEGIN_SECONDS = 0.25
 """So soon a kernel that has nothing else to do has begun a cell."""
@@ -196,21 +193,20 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if kind in ("status", "execute_input"):
             done = kind == "status" and content.get("execution_state") == "idle"
             return None if done and self._at_work("idle") else super().process_message(msg, cell, cell_index)
-        size = _size(kind, content)
+        size = size_of(kind, content)
         accounts.received += size
         accounts.last = time.monotonic()
         self._remember(kind, msg, content)
         self.on_output(cell_index, size)
         if kind == "clear_output":
             return self._clear(msg, cell, cell_index)
+        if self.clear_before_next_output and kind in OUTPUTS:
+            self._clear_now(cell, cell_index)  # whether what comes now fits or not
         if kind == "error":
             if self.cell_cap is not None and size > self.cell_cap:
-                content["traceback"] = _bounded(content.get("traceback") or [])
-        else:
-            if self.clear_before_next_output and kind in OUTPUTS:
-                self._clear_now(cell, cell_index)  # whether what comes now fits or not
-            if not self._admit(kind, content, size, cell):
-                return None
+                content["traceback"] = bounded(content.get("traceback") or [])
+        elif not self._admit(kind, content, size, cell):
+            return None
         output = super().process_message(msg, cell, cell_index)
         self.heard(cell_index, msg)
         return output
@@ -261,7 +257,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if kind == "stream":
             content["text"] = content["text"].encode("utf-8", "replace")[: max(0, left)].decode("utf-8", "ignore") + self._mark()
         else:
-            cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
+            cell.outputs.append(remark(self._mark().lstrip()))
             return False
         self._store(max(0, left))
         return True
@@ -290,19 +286,27 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """A message that was too large to be sent, or to be taken in, is marked in the running cell."""
         if self.running is not None and not self.accounts.marked:
             self.accounts.truncated = self.accounts.marked = True
-            self.running[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=self._mark().lstrip()))
+            self.running[1].outputs.append(remark(self._mark().lstrip()))
         # One message too large is cut, not a flood: it counts as a cell's worth of output.
         self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
 
     def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
-        """As nbclient, but a stream that comes in very many pieces is joined."""
-        content = msg["content"]
-        if len(outs) >= MERGE_AFTER and msg["msg_type"] == "stream" and not self.clear_before_next_output:
-            last = outs[-1]
-            if last.get("output_type") == "stream" and last.get("name") == content.get("name"):
-                last["text"] += content["text"]
-                return last
-        return super().output(outs, msg, display_id, cell_index)
+        """As nbclient, but a stream that comes in very many pieces is joined, and what ``checked`` has checked is not checked again.
+
+        nbformat's own check takes as long as all else that is done with an output, and describes each text to itself.
+        """
+        if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
+            return super().output(outs, msg, display_id, cell_index)
+        made = output_node(msg["msg_type"], msg["content"])
+        if made is None:
+            return None
+        if len(outs) >= MERGE_AFTER and joins(outs[-1], made):
+            join(outs[-1], made.text)
+            return outs[-1]
+        if display_id:
+            self._display_id_map.setdefault(display_id, {}).setdefault(cell_index, []).append(len(outs))
+        outs.append(made)
+        return made
 
     # --- after a death ------------------------------------------------------------------------------------------
 
@@ -364,27 +368,6 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
 def _is_reply(message: dict[str, Any], msg_id: str) -> bool:
     return bool(message["msg_type"] == "execute_reply" and message["parent_header"].get("msg_id") == msg_id)
-
-
-def _size(kind: str, content: dict[str, Any]) -> int:
-    """Bytes of the content that will be stored, near enough."""
-    if kind == "stream":
-        text = content.get("text", "")
-        return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-    if kind in ("display_data", "execute_result", "update_display_data"):
-        return sum(len(v) if isinstance(v, str) else len(json.dumps(v)) for v in content.get("data", {}).values())
-    if kind == "error":
-        return sum(map(len, content.get("traceback") or ()))
-    return len(json.dumps(content))
-
-
-def _bounded(traceback: list[str]) -> list[str]:
-    """A traceback of at most 64 KiB: the ends stay."""
-    if sum(map(len, traceback)) <= TRACEBACK_BYTES:
-        return traceback
-    half = TRACEBACK_BYTES // 16
-    short = [line if len(line) < 2 * half else line[:half] + " [...] " + line[-half:] for line in traceback]
-    return short if len(short) <= 2 * ENDS else [*short[:ENDS], "[...]", *short[-ENDS:]]
 
 
 def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:

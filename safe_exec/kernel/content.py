@@ -15,6 +15,9 @@ MOST_TYPES = 100
 LONGEST_TYPE = 200
 MOST_COUNT = 2**31
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n"
+_JSON = re.compile(r"application/(.*\+)?json")
+"""As the schema of nbformat has it; under such a type anything may stand."""
 _BINARY = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "application/pdf")
 _BUNDLES = ("display_data", "execute_result", "update_display_data")
 
@@ -86,12 +89,17 @@ def _why_not(key: str, value: Any) -> str:
     """What is wrong with one entry of a bundle; nothing where all is well."""
     if len(key) > LONGEST_TYPE:
         return "no MIME type"
-    if key.endswith("+json") or key == "application/json":
+    if _JSON.fullmatch(key):
         return ""
     lines = value if isinstance(value, list) else [value]
     if not all(isinstance(line, str) for line in lines):
         return f"{type(value).__name__}, not text"
-    return "not base64" if key in _BINARY and not all(_BASE64.fullmatch(line) for line in lines) else ""
+    return "not base64" if key in _BINARY and not all(map(_is_base64, lines)) else ""
+
+
+def _is_base64(text: str) -> bool:
+    # To take out what may be there is four times as fast as the pattern; a picture may have megabytes.
+    return (text.isascii() and not text.encode().translate(None, _ALPHABET)) or _BASE64.fullmatch(text) is not None
 
 
 def bounded_size(value: object) -> int:

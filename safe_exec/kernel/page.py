@@ -140,18 +140,21 @@ class Page:
         (used,) = struct.unpack_from("<I", self._memory, base)
         end = base + inside.SEGMENT_BYTES
         at = base + 4
-        # ``used`` is where the last record's header ends; how long that record has grown it says itself.
-        while at + inside.RECORD.size <= base + min(used, inside.SEGMENT_BYTES):
-            length, count, kind, stream, _, cell = inside.RECORD.unpack_from(self._memory, at)
+        # ``used`` is where the last record's header ends; a text that stands last may have grown, up to where memory is zero.
+        last = base + min(used, inside.SEGMENT_BYTES)
+        while at + inside.RECORD.size <= last:
+            length, before, kind, stream, _, cell = inside.RECORD.unpack_from(self._memory, at)
             start = at + inside.RECORD.size
+            if start == last and kind == inside.TEXT:
+                zero = self._memory.find(b"\0", start, end)
+                length = (end if zero < 0 else zero) - start
             at = start + length
             if at > end:
                 return
             data = self._memory[start:at]
             if kind == inside.TEXT:
-                text = data.decode("utf-8", "replace")
-                name = "stderr" if stream else "stdout"
-                yield Text(stream=name, cell=cell, start=max(0, count - len(text)), text=text)
+                text = data.replace(inside.NUL, b"\0").decode("utf-8", "replace")
+                yield Text(stream="stderr" if stream else "stdout", cell=cell, start=before, text=text)
             elif kind == inside.MESSAGE:
                 yield Message(cell=cell, frames=_frames(data))
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.kernel import inside
-from safe_exec.kernel.client import MERGE_AFTER, TRACEBACK_BYTES, TrialClient
+from safe_exec.kernel.client import MERGE_AFTER, TrialClient
+from safe_exec.kernel.outputs import TRACEBACK_BYTES
 from safe_exec.kernel.page import Page
 
 NB: Any = nbformat  # which has no types, as
@@ -64,7 +65,7 @@ class Bench:
 
     @property
     def text(self) -> str:
-        return "".join(o.get("text", "") for o in self.cell.outputs)
+        return "".join(part for o in self.cell.outputs for part in o.get("text", ""))  # a text, or a list of parts
 
     @property
     def marks(self) -> int:

@@ -38,7 +38,7 @@ def pages(segment: int = inside.SEGMENT_BYTES) -> Iterator[tuple[Any, Page]]:
 
 def begin(inner: Any) -> None:
     """What ``Inside.begin`` does with the page at the start of a cell."""
-    inner.counts = [0, 0]
+    inner.counts[:] = 0, 0
     inner.cell += 1
     inner.last = None
     inside.COUNTS.pack_into(inner.memory, inside.COUNTS_AT, 0, 0)
