@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import safe_exec
-from benchmarks.bench import notebook
+from benchmarks.measure import notebook
 from safe_exec.culprit import investigate, oracle
 from safe_exec.culprit.problem import Answer, Ask
 from tests.unit.ddmin import ddmin

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
 from safe_exec import events, notebook, profiles
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("safe_exec")
 
 HELD_BYTES = 1 << 20
+_NEEDED_LATER = ("safe_exec.conclude", "safe_exec.reports.annotated", "safe_exec.reports.verdict_json")
+_SENT_SECONDS = 0.001
+"""By then the first cell has been sent."""
 SEARCH_WARNING = "no search for the culprits"
 
 
@@ -60,7 +64,7 @@ async def run_job(
 
     taken = signals if cancellation is None else _nothing_taken
     cancellation = cancellation or Cancellation()
-    emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
+    emit = _fan_out((*prepared.job.sinks, *sinks, _read_ahead()), _mask(prepared))
     with taken(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared) as keeping:
         sweep()
         emit(_run_started(prepared))
@@ -325,6 +329,20 @@ def _run_started(prepared: Prepared) -> events.RunStarted:
 def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
     cause = verdict.cause.kind.value if verdict.cause else None
     return events.RunFinished(time=time.monotonic() - prepared.started, status=verdict.status, cause=cause)
+
+
+def _read_ahead() -> EventSink:
+    """Imports what concludes and writes while the kernel is at work on its first cell: after a death it would take a fifth of the time."""
+    asked = False
+
+    def sink(event: Event) -> None:
+        nonlocal asked
+        if isinstance(event, events.CellStarted) and not asked:
+            asked = True
+            for number, name in enumerate(_NEEDED_LATER):
+                asyncio.get_running_loop().call_later(_SENT_SECONDS * (1 + number), import_module, name)
+
+    return sink
 
 
 def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:

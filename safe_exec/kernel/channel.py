@@ -118,6 +118,10 @@ class Channel:
 
     close = stop
 
+    def is_exhausted(self) -> bool:
+        """Whether the other end is gone and all that it sent has been taken."""
+        return self._connection.exhausted and not self._back
+
     def is_alive(self) -> bool:
         """Whether the other end is there."""
         return not self._connection.ended
@@ -161,9 +165,9 @@ def _demand_signed(session: Any, signed: list[bytes]) -> None:
     if session.auth is None:
         return
     if signed[0] in session.digest_history:
-        raise Refused("a message of before")
+        raise Refused("Duplicate signature: a message of before")
     if not compare_digest(signed[0], session.sign(signed[1:5])):
-        raise Refused("a wrong signature")
+        raise Refused("Invalid signature")
     session._add_digest(signed[0])  # noqa: SLF001 - it keeps the history bounded, too
 
 

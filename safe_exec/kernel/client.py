@@ -32,6 +32,7 @@ OVERHEAD = 200
 """Bytes that an output costs beside its content; so a flood of empty ones is bounded too."""
 
 QUIET_SECONDS = 0.01
+LOOK_AGAIN_SECONDS = 0.001
 DRAIN_SECONDS = 2.0
 LONGEST_ID = 200
 BEGIN_SECONDS = 0.25
@@ -87,12 +88,13 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.task_poll_for_reply.cancel()
 
     async def _drained(self) -> None:
-        """Wait until no more messages come in; a dead kernel's sockets are at their end soon."""
+        """Wait until no more messages come in: the end of the socket, or a while of silence where a child holds it open."""
         deadline = time.monotonic() + DRAIN_SECONDS
-        count = -1
-        while count != self.accounts.messages and time.monotonic() < deadline:
-            count = self.accounts.messages
-            await asyncio.sleep(QUIET_SECONDS)
+        count, since = self.accounts.messages, time.monotonic()
+        while not self.kc.iopub_channel.is_exhausted() and time.monotonic() < min(deadline, since + QUIET_SECONDS):
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            if count != self.accounts.messages:
+                count, since = self.accounts.messages, time.monotonic()
 
     # --- one cell -----------------------------------------------------------------------------------------------
 

@@ -94,6 +94,11 @@ class Connection:
             self._read_on()
         return message
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the end has come and every message was taken."""
+        return self.ended and not self._waiting
+
     def _read_on(self) -> None:
         if not self._reading and not self.ended and self._has_room(0):
             self._reading = True

@@ -52,6 +52,7 @@ STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
 NAMED = 5
 """Files that are named one by one."""
+NEXT_SECONDS = 0.002
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -373,7 +374,7 @@ class Keeper:
         try:
             if not self.exited and b"Fatal" in self.fault.recv(65536, socket.MSG_PEEK):
                 self.fault_seen = self.see_stack()
-            data = self.fault.recv(65536)
+            data = self.fault.recv(65536) + self.rest_of_fault()
         except BlockingIOError:
             return not self.exited
         except ConnectionError:
@@ -385,6 +386,26 @@ class Keeper:
         if not self.exited:
             self.say("fault", text=data.decode("utf-8", "replace"))
         return True
+
+    def rest_of_fault(self) -> bytes:
+        """What is written next, one piece close behind the other, up to a fatal report that is still to be looked at.
+
+        The handler writes a few dozen bytes and waits until they are taken. To tell the runner of each, and to look at the memory between,
+        took longer than the rest of a death.
+        """
+        assert self.fault is not None
+        found, deadline = b"", time.monotonic() + STACK_WAIT_SECONDS
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while (
+                len(found) < FAULT_BYTES and time.monotonic() < deadline and select.select([self.fault], [], [], NEXT_SECONDS)[0]
+            ):
+                if b"Fatal" in self.fault.recv(65536, socket.MSG_PEEK):
+                    break
+                piece = self.fault.recv(65536)
+                if not piece:
+                    break
+                found += piece
+        return found
 
     def see_stack(self) -> dict[str, int | None]:
         """How far the main thread's stack has grown, and how far it may."""
