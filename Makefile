@@ -113,11 +113,22 @@ format: $(VENV)/.dev-installed ## Format the code
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format -q .
 
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	$(BIN)/pip install -q -e '.[bench]'
+	@touch $@
+
 .PHONY: bench
-bench: $(VENV)/.dev-installed ## Measure start, cells and death beside jupyter execute, the culprit search beside ddmin, and what walls cost
-	$(BIN)/python -m benchmarks.bench
-	$(BIN)/python -m benchmarks.search
+bench: $(VENV)/.bench-installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (12 minutes)
+	$(BIN)/python -m benchmarks.bench --readme --json docs/performance.json
 	$(BIN)/python -m benchmarks.walls
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.bench-installed ## The same in a round or two each; writes nothing
+	$(BIN)/python -m benchmarks.bench --quick
+
+.PHONY: bench-check
+bench-check: $(VENV)/.dev-installed ## Compare paired ratios with the recorded ones; fails where one has become worse beyond its noise
+	$(BIN)/python -m benchmarks.check
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote

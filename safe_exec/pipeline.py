@@ -332,7 +332,7 @@ def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
 
 
 def _read_ahead() -> EventSink:
-    """Imports what concludes and writes while the kernel is at work on its first cell: after a death it would take a fifth of the time."""
+    """Imports what concludes and writes while the kernel is at work on its first cell: after a death somebody waits."""
     asked = False
 
     def sink(event: Event) -> None:

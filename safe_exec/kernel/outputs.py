@@ -1,8 +1,8 @@
 """Outputs as they stand in a notebook, made from messages that ``content.checked`` has passed. Pure.
 
-nbformat makes them too, but checks each against a schema that takes 30 ms to load, and tries "is it a list?" on a text by describing the
-whole text to itself. A stream that came in very many pieces holds a list of parts as its text, as a file may: to put each piece to the end of
-one text would copy it every time. May import nbformat.
+nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by describing the whole text in an error. A stream that
+came in very many pieces holds a list of parts as its text, as a file may: to put each piece to the end of one text would copy it every time.
+May import nbformat.
 """
 
 from __future__ import annotations
