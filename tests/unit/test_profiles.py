@@ -237,7 +237,7 @@ def test_overrides() -> None:
 @pytest.mark.parametrize(
     ("mapping", "where", "expected"),
     [
-        ({"memory": "x"}, "--memory", "--memory: 'x' is not a size"),
+        ({"memory": "x"}, "--safe-exec-", "--safe-exec-memory: 'x' is not a size"),
         ({"cell_timeout": "x"}, "--", "--cell-timeout: 'x' is not a duration"),
         ({"memory": "50%"}, "a.yaml", "a.yaml: memory: '50%' of an unknown memory; give a size such as 2G"),
         ({"memory": "150%"}, "a.yaml", "a.yaml: memory: '150%' is not a share of the machine's memory"),
