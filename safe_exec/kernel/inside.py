@@ -20,6 +20,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import importlib.util
 import json
 import mmap
 import os
@@ -582,9 +583,9 @@ class Inside:
     def fit_debugger(self):
         """Leave ipykernel's debugger out: its import takes longer than all others together, and nobody is there to use it.
 
-        ``%debug`` and ``breakpoint()`` do not come from it, and ``import debugpy`` in a cell works as ever.
+        ``%debug`` does not come from it, ``import debugpy`` in a cell works as ever, and ``breakpoint()`` imports it.
         """
-        if not self.config.get("headless") or "debugpy" in sys.modules:
+        if not self.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
             return
         sys.modules["debugpy"] = None  # an import of it fails while this stands
         try:
@@ -593,6 +594,18 @@ class Inside:
             pass
         finally:
             del sys.modules["debugpy"]
+        os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # as its import would leave it, for children too
+        default = sys.breakpointhook
+
+        def debugpy_breakpointhook(*args, **kwargs):
+            if sys.breakpointhook is debugpy_breakpointhook:
+                sys.breakpointhook = default
+                import debugpy.server.api  # noqa: F401 - puts a hook of its own there
+
+            return sys.breakpointhook(*args, **kwargs)
+
+        debugpy_breakpointhook.__qualname__ = debugpy_breakpointhook.__name__  # the debugger's is called so too
+        sys.breakpointhook = debugpy_breakpointhook
 
     def fit_shutdown(self):
         """Do not import psutil and read all of /proc at the end only to learn that there are no children."""
