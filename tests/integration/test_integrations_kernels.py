@@ -1,4 +1,4 @@
-"""Kernels of other tools: a kernelspec that carries limits, used by the real `jupyter execute`, nbconvert and nbmake."""
+"""Kernels of other tools: a kernelspec that carries limits, used by the real `jupyter execute`, nbconvert, nbmake and a Jupyter server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import websocket
 
 from tests.support import EXECUTABLE, MARK, make_notebook, marked_processes, wait_until
 
@@ -134,3 +139,130 @@ def test_a_tool_runs_kernels_inside_limits(tmp_path: Path, prefix: Path, mark: s
     done = run(tmp_path, prefix, mark, *TOOLS[tool], "eater.ipynb")
     assert done.returncode != 0
     assert DIED in done.stdout + done.stderr
+
+
+# --- a Jupyter server, as JupyterLab has it -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server on loopback; JupyterLab speaks to one in the same way."""
+
+    url: str
+    token: str
+    log: Path
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"token {self.token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}api/{path}", data=data, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            said = answer.read()
+        return json.loads(said) if said else None
+
+    def answers(self) -> bool:
+        """Whether it listens by now: its file is written before it does."""
+        try:
+            self.ask("GET", "status")
+        except OSError:
+            return False
+        return True
+
+    def connect(self, kernel: str) -> Session:
+        url = f"{self.url.replace('http', 'ws', 1)}api/kernels/{kernel}/channels?token={self.token}"
+        return Session(websocket.create_connection(url, timeout=60))
+
+
+class Session:
+    """One websocket to a kernel."""
+
+    def __init__(self, socket: Any) -> None:
+        self.socket = socket
+
+    def send(self, code: str) -> str:
+        header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
+        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+        self.socket.send(json.dumps(message))
+        return header["msg_id"]
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            message: dict[str, Any] = json.loads(self.socket.recv())
+            if wanted(message):
+                return message
+        raise AssertionError("the message did not come")
+
+    def reply(self, msg_id: str) -> dict[str, Any]:
+        found = self.until(lambda m: m["msg_type"] == "execute_reply" and m["parent_header"].get("msg_id") == msg_id)
+        content: dict[str, Any] = found["content"]
+        return content
+
+    def run(self, code: str) -> dict[str, Any]:
+        return self.reply(self.send(code))
+
+
+@pytest.fixture
+def server(tmp_path: Path, prefix: Path, mark: str) -> Iterator[Server]:
+    """A server that is told to stop at the end; what it started has to be gone then."""
+    (tmp_path / "root").mkdir()
+    token, log = secrets.token_hex(8), tmp_path / "server.log"
+    options = {
+        "ServerApp.ip": "127.0.0.1", "ServerApp.port": "0", "ServerApp.root_dir": str(tmp_path / "root"), "ServerApp.open_browser": "False",
+        "IdentityProvider.token": token, "AsyncIOLoopKernelRestarter.time_to_dead": "0.5",
+    }  # fmt: skip
+    argv = [str(BIN / "jupyter"), "server", "--allow-root", *(f"--{name}={value}" for name, value in options.items())]
+    runtime = tmp_path / "runtime"
+    env = {**environment(prefix, mark), "JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    with log.open("w") as said:
+        process = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: list(runtime.glob("jpserver-*.json")) or process.poll() is not None, 60, "the server is up")
+        assert process.poll() is None, log.read_text()
+        wait_until(lambda: next(runtime.glob("jpserver-*.json")).read_text().rstrip().endswith("}"), 10, "it says where")
+        info = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
+        found = Server(url=info["url"], token=token, log=log)
+        wait_until(found.answers, 60, "the server answers")
+        yield found
+        found.ask("POST", "shutdown")
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.kills
+def test_a_kernel_of_a_server_as_jupyterlab_uses_it(server: Server, mark: str) -> None:
+    listed = server.ask("GET", "kernelspecs")["kernelspecs"]
+    assert listed[KERNEL]["spec"]["display_name"] == "Python 3 (safe-exec: ci, memory 300M)"
+    kernel = server.ask("POST", "kernels", {"name": KERNEL})["id"]
+    session = server.connect(kernel)
+    assert session.run("x = 1")["status"] == "ok"
+
+    # Interrupt: the cell ends, the kernel stays.
+    asked = session.send("print('looping', flush=True)\nwhile True:\n    pass")
+    session.until(lambda m: m["msg_type"] == "stream" and m["content"]["text"] == "looping\n")
+    server.ask("POST", f"kernels/{kernel}/interrupt")
+    assert session.reply(asked)["ename"] == "KeyboardInterrupt"
+    assert session.run("assert x == 1")["status"] == "ok"
+
+    # A death for memory: the server sees it, says why in its log, and starts the kernel anew.
+    session.send(EATER)
+    session.until(lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "restarting")
+    wait_until(lambda: DIED in server.log.read_text(), 10, "the reason stands in the server's log")
+    session = server.connect(kernel)
+    assert session.run("x")["ename"] == "NameError"
+    assert session.run("assert '/safe-exec-' in open('/proc/self/cgroup').read()")["status"] == "ok", "inside limits again"
+
+    # Restart, with a child in the background that must not outlive its kernel.
+    session.run("import subprocess\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\ny = 2")
+    server.ask("POST", f"kernels/{kernel}/restart")
+    session = server.connect(kernel)
+    assert session.run("y")["ename"] == "NameError"
+    assert server.log.read_text().count("kernel ended") == 1, "what was asked for is no news"
+
+    before = len(marked_processes(mark))
+    assert before > 1
+    server.ask("DELETE", f"kernels/{kernel}")
+    wait_until(lambda: len(marked_processes(mark)) == 1, 10, "only the server is left")
