@@ -60,6 +60,7 @@ def run_notebook(
     env: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
     cwd: Path | None = None,
+    timeout: float = 180,
 ) -> Outcome:
     """``safe-exec run`` on a notebook; documents checked against their schemas, and nothing left behind.
 
@@ -68,7 +69,7 @@ def run_notebook(
     mark = secrets.token_hex(8)
     with private_directory() as own:
         given = {"XDG_CACHE_HOME": str(own), **(env or {}), MARK: mark}
-        done = safe_exec("run", path, *options, env=given, prefix=prefix, cwd=cwd)
+        done = safe_exec("run", path, *options, env=given, prefix=prefix, cwd=cwd, timeout=timeout)
         kept = kept_folders(Path(given["XDG_CACHE_HOME"]))
     stem = path.with_suffix("")
     verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")

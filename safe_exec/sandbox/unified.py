@@ -140,6 +140,16 @@ def _is_delegated(directory: Path) -> bool:
     return False
 
 
+def _says_delegated(own: Path) -> bool:
+    """What systemd itself says of the unit that we are in: a user's systemd 252 leaves no mark on its scopes [measured]."""
+    user = any(part.startswith("user@") and part.endswith(".service") for part in own.parts)
+    argv = ["systemctl", *(["--user"] if user else []), "show", "--property=Delegate", "--value", own.name]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SCOPE_SECONDS, check=False)
+        return done.stdout.strip() == "yes"
+    return False
+
+
 def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
     """Whether our own group may be divided: we may write to it, and there is no process in it but this one and what it started.
 
@@ -149,11 +159,11 @@ def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
     files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
     if not all(os.access(path, os.W_OK) for path in files) or not frozenset(words(own / "cgroup.controllers")) >= NEEDED:
         return False
-    if systemd and _is_unit(tree, own):
-        return False
     there = {int(pid) for pid in words(own / "cgroup.procs")}
     me = os.getpid()
-    return (there == {me} or there <= {me, *procfs.descendants(me)}) and not can_make_group(own)
+    if not (there == {me} or there <= {me, *procfs.descendants(me)}) or can_make_group(own):
+        return False
+    return not (systemd and _is_unit(tree, own)) or _says_delegated(own)
 
 
 def bounds_left(tree: Tree, target: Path) -> str:

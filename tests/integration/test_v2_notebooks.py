@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,24 +226,29 @@ def test_doctor_of_a_user_without_a_systemd() -> None:
 # --- the search -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.bed("cgroup2-root", "cgroup2-user", "systemd-user")
-def test_bisect_in_each_place(folder: Path) -> None:
-    """Cases of tests/cases, as root in scopes, as a user in a group that was given, in a session."""
-    with delegated(owner=NOBODY) as place, ThreadPoolExecutor(max_workers=2) as pool:
-        todo = [("a4-bytes-join", []), ("b5-gc-disabled", as_nobody(place)), ("m6-subprocess-oom", in_session())]
-        done = [pool.submit(search, name, folder / name, prefix) for name, prefix in todo]
-        for (name, _), future in zip(todo, done, strict=True):
-            case, outcome = future.result()
-            check_cause(case, outcome)
-            culprits = outcome.verdict["culprits"]
-            assert culprits is not None, (name, outcome.verdict["warnings"])
-            assert [cell["code_index"] for cell in culprits["cells"]] in case["expected"]["culprits"], (name, culprits)
+SEARCH_SECONDS = 400
 
 
-def search(name: str, base: Path, prefix: list[str]) -> tuple[dict[str, Any], Outcome]:
+@pytest.mark.timeout(SEARCH_SECONDS + 60)
+@pytest.mark.bed("systemd-root", "cgroup2-root")
+def test_bisect_as_root_in_scopes(folder: Path) -> None:
+    search("a4-bytes-join", folder, [])
+
+
+@pytest.mark.timeout(SEARCH_SECONDS + 60)
+@pytest.mark.bed("cgroup2-user")
+def test_bisect_as_a_user_with_a_delegated_group(folder: Path) -> None:
+    with delegated(owner=NOBODY) as place:
+        search("b5-gc-disabled", folder, as_nobody(place))
+
+
+def search(name: str, base: Path, prefix: list[str]) -> None:
+    """A case of tests/cases: its cause, and its culprits."""
     case = next(case for case in CASES if case["id"] == name)
-    base.mkdir()
-    base.chmod(0o777)
     path = Path(shutil.copy(Path(__file__).parent.parent / "cases" / "notebooks" / f"{name}.ipynb", base / "case.ipynb"))
-    options = [*case["options"], *SLOW, "--bisect-budget", "600"]
-    return case, run_notebook(path, *options, prefix=prefix, cwd=base)
+    options = [*case["options"], *SLOW, "--bisect-budget", str(SEARCH_SECONDS)]
+    outcome = run_notebook(path, *options, prefix=prefix, cwd=base, timeout=SEARCH_SECONDS)
+    check_cause(case, outcome)
+    culprits = outcome.verdict["culprits"]
+    assert culprits is not None, (name, outcome.verdict["warnings"])
+    assert [cell["code_index"] for cell in culprits["cells"]] in case["expected"]["culprits"], (name, culprits)
