@@ -72,7 +72,9 @@ class Channel:
         if left is not None and left <= 0:
             raise Empty
         try:
-            await asyncio.wait_for(self._arrived.wait(), left)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes with the arrival.
+            async with asyncio.timeout(left):
+                await self._arrived.wait()
         except TimeoutError:
             raise Empty from None
 

@@ -85,7 +85,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         await self.died.wait()
         await self._drained()
         assert self.task_poll_for_reply is not None
-        self.task_poll_for_reply.cancel()
+        # A wait that ends at the same moment may swallow a cancellation (asyncio.wait_for before Python 3.12).
+        while not self.task_poll_for_reply.done():
+            self.task_poll_for_reply.cancel()
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
     async def _drained(self) -> None:
         """Wait until no more messages come in: the end of the socket, or a while of silence where a child holds it open."""

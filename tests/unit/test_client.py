@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -211,6 +213,24 @@ def test_who_asks_to_exit_is_noted(payload: Any, asked: int | None) -> None:
     assert bench.client.asked_to_exit == asked
     bench.client._look_for_exit({"payload": [{"source": "ask_exit"}]}, 2)
     assert bench.client.asked_to_exit == (1 if asked == 1 else 2), "the first that asks"
+
+
+def test_a_death_ends_a_wait_that_swallowed_its_cancellation() -> None:
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    async def test() -> None:
+        client = Bench().client
+        client.kc = SimpleNamespace(iopub_channel=SimpleNamespace(is_exhausted=lambda: True))
+        client.task_poll_for_reply = asyncio.create_task(stubborn())
+        await asyncio.sleep(0)
+        client.died.set()
+        await asyncio.wait_for(client._async_poll_kernel_alive(), 20)
+        assert client.task_poll_for_reply.cancelled()
+
+    asyncio.run(test())
 
 
 # --- after a death ----------------------------------------------------------------------------------------------
