@@ -20,7 +20,6 @@ import faulthandler
 import fcntl
 import functools
 import gc
-import importlib.util
 import json
 import mmap
 import os
@@ -505,6 +504,16 @@ class Inside:
                     page.message(msg)
             return send(thread, msg, *args, **kwargs)
 
+        start = IOPubThread.start
+
+        @functools.wraps(start)
+        def start_ready(thread):
+            start(thread)
+            # It wakes itself by a socket that it makes at its first flush: too late where a cell has taken all descriptors, and the cell hangs.
+            if hasattr(thread, "_event_pipe"):
+                thread.schedule(lambda: thread._event_pipe)
+
+        IOPubThread.start = start_ready
         IOPubThread.send_multipart = send_noted
         self.fitted.append("messages")
 
@@ -578,34 +587,7 @@ class Inside:
             while self.page.fd_bytes[index][1] < target and time.monotonic() < deadline:
                 time.sleep(0.0005)
 
-    # --- what nobody needs here -----------------------------------------------------------------------------------
-
-    def fit_debugger(self):
-        """Leave ipykernel's debugger out: its import takes longer than all others together, and nobody is there to use it.
-
-        ``%debug`` does not come from it, ``import debugpy`` in a cell works as ever, and ``breakpoint()`` imports it.
-        """
-        if not self.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
-            return
-        sys.modules["debugpy"] = None  # an import of it fails while this stands
-        try:
-            import ipykernel.debugger  # noqa: F401
-        except ImportError:  # before version 6 there was none
-            pass
-        finally:
-            del sys.modules["debugpy"]
-        os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # as its import would leave it, for children too
-        default = sys.breakpointhook
-
-        def debugpy_breakpointhook(*args, **kwargs):
-            if sys.breakpointhook is debugpy_breakpointhook:
-                sys.breakpointhook = default
-                import debugpy.server.api  # noqa: F401 - puts a hook of its own there
-
-            return sys.breakpointhook(*args, **kwargs)
-
-        debugpy_breakpointhook.__qualname__ = debugpy_breakpointhook.__name__  # the debugger's is called so too
-        sys.breakpointhook = debugpy_breakpointhook
+    # --- the end -------------------------------------------------------------------------------------------------
 
     def fit_shutdown(self):
         """Do not import psutil and read all of /proc at the end only to learn that there are no children."""
@@ -679,7 +661,7 @@ class Inside:
         self.arm()
         self.watch()
         missing = {}
-        parts = (self.fit_debugger, self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors, self.fit_shutdown)
+        parts = (self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors, self.fit_shutdown)
         for part in parts:
             try:
                 part()
