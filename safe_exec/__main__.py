@@ -12,9 +12,9 @@ OBJECTS_UNTIL_COLLECTION = 50_000
 
 def main() -> None:
     """Run the command line; exits with its code."""
-    gc.set_threshold(
-        OBJECTS_UNTIL_COLLECTION
-    )  # what is imported stays: to look through it at every 700 objects takes a tenth of the start
+    if sys.argv[1:2] != ["batch"]:  # which lives long
+        # What is imported stays: to look through it at every 700 objects takes a tenth of the start.
+        gc.set_threshold(OBJECTS_UNTIL_COLLECTION)
     if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
         from safe_exec import early
 
