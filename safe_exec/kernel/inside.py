@@ -15,11 +15,13 @@ Nothing here may change what a notebook sees. Whatever does not fit the ipykerne
 """
 
 import _thread
+import builtins
 import ctypes
 import faulthandler
 import fcntl
 import functools
 import gc
+import importlib.util
 import json
 import mmap
 import os
@@ -29,6 +31,7 @@ import struct
 import sys
 import termios
 import time
+import types
 
 PAGE_BYTES = 8192 + 128 * 1024
 SEGMENT_BYTES = 4 * 1024 * 1024
@@ -587,6 +590,81 @@ class Inside:
             while self.page.fd_bytes[index][1] < target and time.monotonic() < deadline:
                 time.sleep(0.0005)
 
+    # --- what can wait --------------------------------------------------------------------------------------------
+
+    def fit_debugger(self):
+        """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
+
+        ipykernel's debugger is made as ever, of classes that import what they need; what debugpy's import leaves behind stands
+        there from the start: a variable, a hook, two functions that it adds to the builtins.
+        """
+        if not self.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
+            return
+        names = ("debugpy", "debugpy.server", "_pydevd_bundle", "_pydevd_bundle.pydevd_suspended_frames")
+        empty = {name: types.ModuleType(name) for name in names}
+        wanted = (("debugpy.server", "api"), ("_pydevd_bundle", "pydevd_frame_utils"))
+        wanted += tuple((names[3], name) for name in ("SuspendedFramesManager", "_FramesTracker"))
+        for module, name in wanted:
+            setattr(empty[module], name, None)
+        sys.modules.update(empty)
+        try:
+            import threading
+
+            from ipykernel import debugger
+        finally:
+            for name in names:
+                del sys.modules[name]
+        explorer = debugger.VariableExplorer
+        os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # for children too
+        default = sys.breakpointhook
+
+        def load():
+            if sys.breakpointhook is debugpy_breakpointhook:
+                sys.breakpointhook = default  # so that the import puts the real one there
+            quiet = "PYDEVD_DISABLE_FILE_VALIDATION"
+            said = os.environ.get(quiet)
+            os.environ[quiet] = "1"  # a warning that the terminal gets when a kernel starts, and no cell
+            try:
+                for module, name in wanted:
+                    importlib.import_module(module)
+                    if not hasattr(sys.modules[module], name):
+                        importlib.import_module(f"{module}.{name}")
+                    setattr(debugger, name, getattr(sys.modules[module], name))
+            finally:
+                if said is None:
+                    del os.environ[quiet]
+                else:
+                    os.environ[quiet] = said
+
+        class VariableExplorer(explorer):
+            def __init__(self):
+                threading.Thread()  # the import makes one, only to look at it: the next ones have their numbers from it
+
+            def __getattr__(self, name):
+                if name.startswith("__") or "tracker" in self.__dict__:
+                    raise AttributeError(name)
+                load()
+                explorer.__init__(self)
+                return getattr(self, name)
+
+        def debugpy_breakpointhook(*args, **kwargs):
+            load()
+            return sys.breakpointhook(*args, **kwargs)
+
+        def execfile(*args, **kwargs):
+            load()
+            return builtins.execfile(*args, **kwargs)
+
+        def runfile(*args, **kwargs):
+            load()
+            return builtins.runfile(*args, **kwargs)
+
+        VariableExplorer.__module__, VariableExplorer.__qualname__ = explorer.__module__, explorer.__qualname__
+        debugger.VariableExplorer = VariableExplorer
+        debugpy_breakpointhook.__qualname__ = debugpy_breakpointhook.__name__
+        sys.breakpointhook = debugpy_breakpointhook
+        builtins.execfile, builtins.runfile = execfile, runfile
+
     # --- the end -------------------------------------------------------------------------------------------------
 
     def fit_shutdown(self):
@@ -661,7 +739,7 @@ class Inside:
         self.arm()
         self.watch()
         missing = {}
-        parts = (self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors, self.fit_shutdown)
+        parts = (self.fit_debugger, self.fit_shell, self.fit_streams, self.fit_messages, self.fit_descriptors, self.fit_shutdown)
         for part in parts:
             try:
                 part()

@@ -264,7 +264,7 @@ def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
     """What ``inside.py`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back."""
     cap = limits.cell_output if headless else None
     cut = None if cap is None else cap + MESSAGE_SLACK
-    return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK}
+    return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK, "headless": headless}
 
 
 def runtime_directory(run_id: str) -> Path:

@@ -19,6 +19,8 @@ SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 TAKEN = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
 PIECE = 64 << 20
 CLOCK_REALTIME_COARSE = 5
+NO_FILE_ANY_MORE = frozenset({errno.ELOOP, errno.ESTALE, errno.ENXIO})
+"""By the time a file is opened it is a link, or a pipe or device."""
 
 
 Mark = tuple[object, ...]
@@ -93,10 +95,15 @@ def _copied(path: Path, made: Path, status: os.stat_result) -> bool:
         elif stat.S_ISLNK(status.st_mode):
             made.symlink_to(os.readlink(path))
         elif stat.S_ISREG(status.st_mode):
-            shutil.copy2(path, made, follow_symlinks=False)
+            _copy_file(path, made)
+            shutil.copystat(path, made, follow_symlinks=False)
         else:
             return False
     except (PermissionError, FileNotFoundError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_FILE_ANY_MORE:
+            raise
         return False
     return True
 
@@ -327,7 +334,7 @@ def _copy_file(path: Path, made: Path) -> None:
     try:
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "no file any more", str(path))
+            raise OSError(errno.ESTALE, "no file any more", str(path))
         target = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             _copy_data(source, target, status.st_size)
@@ -340,7 +347,7 @@ def _copy_file(path: Path, made: Path) -> None:
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
-    """What is there, and no holes: a file of a few bytes may be as long as a disk is large."""
+    """What is there by now, and no holes: a file of a few bytes may be as long as a disk is large, and one that grows has no end."""
     end = 0
     while end < size:
         try:
@@ -349,7 +356,7 @@ def _copy_data(source: int, target: int, size: int) -> None:
             if error.errno != errno.ENXIO:
                 raise
             break  # a hole up to the end
-        end = os.lseek(source, at, os.SEEK_HOLE)
+        end = min(size, os.lseek(source, at, os.SEEK_HOLE))
         os.lseek(target, at, os.SEEK_SET)
         while at < end and (sent := os.sendfile(target, source, at, min(PIECE, end - at))):
             at += sent

@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_left_out(place: Path, monkeypatch: pytest.Monkey
     work = place / "work"
     denied = PermissionError(errno.EACCES, "no")
     monkeypatch.setattr(os, "scandir", failing(os.scandir, "deep", denied))
-    monkeypatch.setattr(shutil, "copy2", failing(shutil.copy2, "notes.txt", denied))
+    monkeypatch.setattr(trees, "_copy_file", failing(trees._copy_file, "notes.txt", denied))
     left = [name for name in NAMES if name != "data/deep/a.csv"]
     assert names_below(work) == left
     snapshot = kept(place)
@@ -135,7 +135,7 @@ def test_what_goes_meanwhile_is_left_out(place: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_no_half_of_a_folder(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(shutil, "copy2", failing(shutil.copy2, "run.sh", OSError(number, "full")))
+    monkeypatch.setattr(trees, "_copy_file", failing(trees._copy_file, "run.sh", OSError(number, "full")))
     with pytest.raises(OSError, match="full"):
         kept(place)
 

@@ -421,6 +421,23 @@ def test_what_is_not_readable_counts_as_not_copied(place: Path, monkeypatch: pyt
 # --- too long, too deep, too full -------------------------------------------------------------------------------
 
 
+def test_a_file_that_grows_while_it_is_copied_is_copied_as_long_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that somebody writes on: to copy up to its end would never end."""
+    log = place / "folder" / "log"
+    log.parent.mkdir()
+    log.write_bytes(b"x" * 1000)
+    send = os.sendfile
+
+    def growing(target: int, source: int, at: int, size: int) -> int:
+        with open(log, "ab") as file:
+            file.write(b"y" * 500)
+        return send(target, source, at, size)
+
+    monkeypatch.setattr(os, "sendfile", growing)
+    trees.copy_tree(log.parent, place / "copy")
+    assert (place / "copy" / "log").read_bytes() == b"x" * 1000
+
+
 def test_holes_stay_holes(place: Path) -> None:
     folder, copy, _ = copied(place)
     with (copy / "large").open("wb") as file:
@@ -496,7 +513,7 @@ def test_a_copy_of_a_part_is_an_error(place: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(trees, "_copy_file", full)
     with pytest.raises(OSError, match="No space left"):
         copy_tree(folder, copy)
 
