@@ -8,6 +8,8 @@ import os
 import sys
 
 OBJECTS_UNTIL_COLLECTION = 50_000
+UNUSED = ("isoduration", "rfc3986_validator", "rfc3987_syntax")
+"""What jsonschema imports for formats that no notebook's schema has, where JupyterLab is installed: a grammar that is compiled in 0.8 s."""
 
 
 def main() -> None:
@@ -15,6 +17,8 @@ def main() -> None:
     if sys.argv[1:2] != ["batch"]:  # which lives long
         # What is imported stays: to look through it at every 700 objects takes a tenth of the start.
         gc.set_threshold(OBJECTS_UNTIL_COLLECTION)
+    for name in UNUSED:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails, as where it is not installed
     if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
         from safe_exec import early
 

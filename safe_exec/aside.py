@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safe_exec.errors import SandboxError
 from safe_exec.job import Prepared
 from safe_exec.pipeline import request_for, signals
+from safe_exec.records import dataclass
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.leftovers import sweep
 

@@ -7,13 +7,13 @@ we do until its first cell: whatever can be done beside it costs nothing. May im
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from safe_exec.errors import SafeExecError
-from safe_exec.kernel.launch import Launch, Launched, find_spec, launch, runtime_directory
+from safe_exec.kernel.launch import Launch, Launched, await_birth, begin_launch, find_spec, runtime_directory
 from safe_exec.model import Limits
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan
@@ -25,7 +25,7 @@ class Early:
 
     def __init__(self) -> None:
         """Start the keeper, but where systemd is: there it may have to be born in a scope, and the plan says so."""
-        self.run_id = secrets.token_hex(6)
+        self.run_id = os.urandom(6).hex()
         self._sandbox: Sandbox | None = None if is_booted() else Sandbox(self.run_id, directory=runtime_directory(self.run_id))
         self.plan: SpawnPlan | None = None
         self._launched: Launched | None = None
@@ -45,7 +45,7 @@ class Early:
         self.plan = plan
         try:
             what = Launch(spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env)
-            self._launched = launch(self.sandbox_for(plan), what)
+            self._launched = begin_launch(self.sandbox_for(plan), what)
         except SafeExecError as error:
             self._failure = error
 
@@ -53,6 +53,8 @@ class Early:
         """The kernel that was started, ``None`` if none was asked for. Raises what went wrong."""
         if self._failure is not None:
             raise self._failure
+        if self._launched is not None and self._sandbox is not None:
+            await_birth(self._sandbox, self._launched.channels)
         return self._launched
 
     def __enter__(self) -> Self:

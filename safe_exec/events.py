@@ -6,9 +6,9 @@ Imports ``model`` only. ``time`` is seconds since the run began (monotonic).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from safe_exec.model import CellStatus, Enforcement, LimitName, Status, TerminationReason
+from safe_exec.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

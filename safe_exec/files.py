@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -265,7 +264,7 @@ class HeldSpace:
 
 def _temporary_name() -> str:
     # Not derived from the final name, which may be as long as a name can be.
-    return f".safe-exec-{secrets.token_hex(8)}.tmp"
+    return f".safe-exec-{os.urandom(8).hex()}.tmp"
 
 
 def _fill(directory: int, name: str, pieces: Iterable[bytes]) -> None:

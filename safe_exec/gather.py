@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safe_exec.kernel.faults import fatal_part, last_dump, main_stack, parse_fault
@@ -24,6 +23,7 @@ from safe_exec.model import (
     StartFailed,
     TimedOut,
 )
+from safe_exec.records import replace
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.meter import Counters

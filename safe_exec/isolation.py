@@ -6,7 +6,6 @@ Imports ``model``, ``errors``, ``files``, ``limits_values`` and ``limits_yaml``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from safe_exec.errors import LimitsError
@@ -14,6 +13,7 @@ from safe_exec.files import one_line
 from safe_exec.limits_values import nearest
 from safe_exec.limits_yaml import Value
 from safe_exec.model import FolderUse, Isolation, SystemCalls
+from safe_exec.records import fields, replace
 
 KEYS = tuple(f.name for f in fields(Isolation))
 _LISTS = ("env", "writable", "hide", "devices")

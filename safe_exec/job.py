@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +19,7 @@ from safe_exec import isolation, notebook, profiles
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
 from safe_exec.files import check_writable
 from safe_exec.model import Isolation, LimitName, Limits, Wall
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.bubblewrap import is_needed
 from safe_exec.sandbox.build import Required, build_plan, parse_mechanisms, parse_required
 from safe_exec.sandbox.machine import Machine, detect, look_for_walls
@@ -148,7 +147,7 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
         repro=repro,
         cwd=cwd,
         kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
-        run_id=early.run_id if early is not None else secrets.token_hex(6),
+        run_id=early.run_id if early is not None else os.urandom(6).hex(),
         started=started,
         started_at=started_at,
         early=early,

@@ -5,10 +5,10 @@ Memory is what cannot be reclaimed where the system tells; a figure nobody measu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 from safe_exec.model import CellRecord, CellStatus, Timeline
+from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.meter import Counters, Reading
 
 TIMELINE_POINTS = 500

@@ -7,7 +7,6 @@ file, a notebook, the options) says of some of the limits; :mod:`safe_exec.profi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,6 +14,7 @@ from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits_yaml import Value
 from safe_exec.model import Limits
+from safe_exec.records import dataclass, field, fields, replace
 from safe_exec.units import (
     UnitError,
     format_seconds,

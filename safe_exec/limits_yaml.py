@@ -7,12 +7,12 @@ gigabytes), no tags, no duplicate keys; figures stay text, so that ``1:30`` is a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line, read_regular
+from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     import yaml

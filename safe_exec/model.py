@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from enum import StrEnum
+
+from safe_exec.records import dataclass, field, fields
 
 VERDICT_SCHEMA = "safe-exec/verdict/1"
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
+
+from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

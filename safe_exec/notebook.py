@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -19,6 +18,7 @@ from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
 from safe_exec.nbcheck import problems
 from safe_exec.nbjson import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
+from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +20,7 @@ from safe_exec.events import Event, EventSink
 from safe_exec.files import HeldFolder, HeldSpace, one_line
 from safe_exec.job import Bisect, Prepared, largest_output
 from safe_exec.model import Evidence, InternalError, Verdict
+from safe_exec.records import dataclass, replace
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.leftovers import sweep

@@ -9,7 +9,6 @@ import math
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safe_exec.aside import set_aside
@@ -18,6 +17,7 @@ from safe_exec.culprit.threshold import Bracket, Cancel, Fate, Search, Tried, Tr
 from safe_exec.errors import SandboxError
 from safe_exec.job import Prepared
 from safe_exec.model import Cause, CrashCell, Enforcement, LimitName, Limits, Mechanism
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.build import build_plan
 
 if TYPE_CHECKING:

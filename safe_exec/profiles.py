@@ -8,7 +8,6 @@ when the first file is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from safe_exec.limits_yaml import Value, load
 from safe_exec.model import Isolation, Limits
 from safe_exec.project_file import PROJECT_FILE, ProjectLimits, find_project_file
 from safe_exec.project_file import project_overrides as _project_overrides
+from safe_exec.records import dataclass, field
 
 __all__ = [
     "CELL_LIMITS",

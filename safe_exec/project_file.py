@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +19,7 @@ from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits_values import Layer, nearest, parse_layer
 from safe_exec.limits_yaml import Value, load
+from safe_exec.records import dataclass
 
 PROJECT_FILE = "safe-exec.yaml"
 

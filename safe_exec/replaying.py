@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from safe_exec import events
@@ -15,6 +14,7 @@ from safe_exec.errors import SandboxError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.job import Bisect, Job, Prepared, prepare
 from safe_exec.model import Culprit, Verdict
+from safe_exec.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

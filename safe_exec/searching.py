@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ from safe_exec import notebook
 from safe_exec.files import HeldFolder
 from safe_exec.job import Bisect, Prepared
 from safe_exec.model import Cause, Verdict
+from safe_exec.records import replace
 
 if TYPE_CHECKING:
     from safe_exec.culprit.folder import Snapshot

@@ -13,7 +13,6 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from safe_exec.model import (
     TerminationReason,
     TimedOut,
 )
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.meter import Reading
 from safe_exec.sandbox.plan import SpawnPlan

@@ -7,9 +7,9 @@ into the memory that there is. One without a limit may use all of it, and runs a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from safe_exec.errors import UsageError
+from safe_exec.records import dataclass
 
 AUTO = "auto"
 RESERVE_BYTES = 256 << 20

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +30,7 @@ from safe_exec.events import EventSink
 from safe_exec.files import one_line
 from safe_exec.job import Job, Prepared, prepare
 from safe_exec.pipeline import signals
+from safe_exec.records import dataclass, replace
 from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
 
 log = logging.getLogger("safe_exec")

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safe_exec.culprit.cache import cache_root
 from safe_exec.files import write_atomically
+from safe_exec.records import asdict, dataclass
 
 KEPT_DAYS = 180
 _DAY = 86400.0

@@ -16,12 +16,12 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
+from safe_exec.records import dataclass
 from safe_exec.reports.verdict_json import plain
 
 NAME = "journal.jsonl"

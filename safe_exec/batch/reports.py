@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from safe_exec.batch.outcome import worst
 from safe_exec.files import one_line
 from safe_exec.model import Status
+from safe_exec.records import dataclass
 from safe_exec.reports.entries import Batch
 
 log = logging.getLogger("safe_exec")

@@ -11,12 +11,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
 from safe_exec.project_file import matches
+from safe_exec.records import dataclass, field
 
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")

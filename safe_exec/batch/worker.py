@@ -12,7 +12,6 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
@@ -28,6 +27,7 @@ from safe_exec.files import one_line
 from safe_exec.job import Job, Prepared, prepare
 from safe_exec.model import Limits, Status, Verdict
 from safe_exec.pipeline import run_job
+from safe_exec.records import dataclass, replace
 from safe_exec.reports.entries import REFUSED
 from safe_exec.reports.text import headline
 from safe_exec.trial import Cancellation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from safe_exec.model import (
     Cause,
@@ -23,6 +22,7 @@ from safe_exec.model import (
     StartFailed,
     Wall,
 )
+from safe_exec.records import dataclass, field
 from safe_exec.units import format_size
 
 KEPT_WORTH_NAMING = 8 << 20

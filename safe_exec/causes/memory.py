@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import replace
 
 from safe_exec.causes.context import Context, exit_facts, inside, make, outside
 from safe_exec.causes.time import activity_of
@@ -24,6 +23,7 @@ from safe_exec.model import (
     TerminationReason,
     TimedOut,
 )
+from safe_exec.records import replace
 from safe_exec.units import format_size
 
 MEMORY_ERRORS = ("MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "ArrowMemoryError")

@@ -6,10 +6,10 @@ What it was doing is decided by what the system says (state, processor time, blo
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 
 from safe_exec.causes.context import Context, exit_facts, inside, make, outside
 from safe_exec.model import Activity, Cause, CauseKind, Confidence, Died, Fact, Looked, TerminationReason, TimedOut
+from safe_exec.records import replace
 from safe_exec.units import format_seconds, format_size
 
 BUSY = 0.5

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +19,7 @@ from safe_exec.commands.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
 from safe_exec.job import Bisect, command_line
+from safe_exec.records import replace
 from safe_exec.reports.batch_progress import BatchProgress, line_of
 from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
 from safe_exec.reports.terminal import Style

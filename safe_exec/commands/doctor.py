@@ -6,7 +6,6 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ import click
 from safe_exec import __version__
 from safe_exec.commands import table
 from safe_exec.model import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls
+from safe_exec.records import asdict, dataclass
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.build import CHOOSABLE, build_plan, parse_mechanisms
 from safe_exec.sandbox.machine import Machine, detect, look_for_walls

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safe_exec.culprit.agreement import Difference, compares_peaks
 from safe_exec.errors import UsageError
 from safe_exec.job import command_line
 from safe_exec.model import Status, Verdict
+from safe_exec.records import replace
 from safe_exec.replaying import Replayed, prepare_replay, replay
 from safe_exec.reports import progress, text
 from safe_exec.reports.masking import Mask, mask_for

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from safe_exec import early
 from safe_exec.errors import UsageError
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
 from safe_exec.model import FolderUse, LimitName, Verdict
+from safe_exec.records import replace
 from safe_exec.sandbox.build import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
 

@@ -7,10 +7,10 @@ peak move a little from run to run: they are told, and make no other failure of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from safe_exec.culprit.failure import Failure
 from safe_exec.model import CauseKind, Culprit, LimitName, Verdict
+from safe_exec.records import dataclass
 
 PEAK_SHARE = 0.1
 """Peaks that are no further apart are the same."""

@@ -11,7 +11,8 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+from safe_exec.records import dataclass, field
 
 Names = frozenset[str]
 

@@ -8,7 +8,6 @@ the cause of the first run and stands in ``Failure.moves``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from safe_exec.culprit.problem import Answer
 from safe_exec.model import (
@@ -22,6 +21,7 @@ from safe_exec.model import (
     Status,
     Verdict,
 )
+from safe_exec.records import dataclass
 
 LIMIT_ERRORS = frozenset(
     {

@@ -11,9 +11,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from safe_exec.records import dataclass, field
 from safe_exec.sandbox import mounts
 from safe_exec.sandbox.trees import copy_tree, walk
 

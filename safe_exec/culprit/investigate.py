@@ -9,7 +9,6 @@ import ast
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safe_exec import events
@@ -23,6 +22,7 @@ from safe_exec.culprit.slicing import Dependencies
 from safe_exec.events import EventSink
 from safe_exec.isolation import as_metadata
 from safe_exec.model import CauseKind, CellStatus, Culprits, Verdict
+from safe_exec.records import dataclass, field, replace
 
 MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
 ERRATIC = frozenset({CauseKind.SEGFAULT, CauseKind.ABORT, CauseKind.KILLED, CauseKind.TERMINATED, CauseKind.UNKNOWN})

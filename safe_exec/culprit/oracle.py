@@ -11,7 +11,6 @@ import copy
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -24,6 +23,7 @@ from safe_exec.culprit.folder import Views
 from safe_exec.culprit.problem import Answer, Ask, Reply
 from safe_exec.culprit.runs import SETTLE_SECONDS, NoTrial, enclosed, peak_of, why_not_run
 from safe_exec.model import Cancelled, Cause, CauseKind, LimitName, Limits, TimedOut
+from safe_exec.records import dataclass, replace
 from safe_exec.trial import Trial, TrialRequest, TrialResult
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.NOTEBOOK_TIMEOUT})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 from safe_exec.model import Stopped
+from safe_exec.records import dataclass, field
 
 
 class Answer(StrEnum):

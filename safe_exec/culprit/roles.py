@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from safe_exec.culprit.slicing import Dependencies
 from safe_exec.model import CellRecord, CrashCell, Culprit, Role
+from safe_exec.records import dataclass
 from safe_exec.units import format_size
 
 WORTH_NAMING = 8 << 20

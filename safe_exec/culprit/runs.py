@@ -7,10 +7,9 @@ start here, so that their runs are alike: the folder as it was before, a fresh k
 from __future__ import annotations
 
 import copy
-import secrets
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safe_exec.culprit import failure as failures
@@ -18,6 +17,7 @@ from safe_exec.culprit.folder import Views
 from safe_exec.events import EventSink
 from safe_exec.kernel.launch import runtime_directory
 from safe_exec.model import Cancelled, InternalError, LimitName, Limits, TimedOut
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.build import build_plan
 from safe_exec.trial import TrialRequest, TrialResult, run_trial
 
@@ -41,7 +41,7 @@ def enclosed(
 
     ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises NoTrial.
     """
-    run_id = secrets.token_hex(6)
+    run_id = os.urandom(6).hex()
     held = limits or template.limits
     try:
         view = views.make(run_id, runtime_directory(run_id))

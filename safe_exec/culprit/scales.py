@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from safe_exec.culprit.threshold import Fate, Question
 from safe_exec.model import Cause, CauseKind, LimitName
+from safe_exec.records import dataclass
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
 
 from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
 from safe_exec.model import Stopped
+from safe_exec.records import dataclass
 
 DOUBT = 0.05
 """A PASS of a failure that comes and goes is believed when the odds of being wrong are below this."""

@@ -11,10 +11,10 @@ import builtins
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from safe_exec.culprit.cells import CellFacts, Read, Special, bound_in, imports, path, python_of, root, words
 from safe_exec.culprit.reading import USUAL, names_in
+from safe_exec.records import replace
 
 __all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
 

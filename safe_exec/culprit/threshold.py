@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from enum import StrEnum
+
+from safe_exec.records import dataclass
 
 CLIMBS = 3
 """How often a value that passed and then failed is given up for a higher one."""

@@ -15,13 +15,13 @@ import shutil
 import site
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model import Enforcement, FolderUse, Isolation, Mechanism, SystemCalls, Wall
+from safe_exec.records import dataclass, replace
 from safe_exec.sandbox import bubblewrap, mounts
 from safe_exec.sandbox.plan import SpawnPlan
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import socket
 import string
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from safe_exec.kernel import inside
 from safe_exec.kernel.environment import listed_environment
 from safe_exec.kernel.page import Page
 from safe_exec.model import LimitName, Limits
+from safe_exec.records import dataclass, field
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
 
@@ -182,13 +181,20 @@ def extra_arguments(kernel_name: str) -> list[str]:
 
 
 def launch(sandbox: Sandbox, what: Launch) -> Launched:
-    """Start a kernel over ipc. Raises KernelStartError and SandboxError."""
+    """Start a kernel over ipc and wait until its process is born. Raises KernelStartError and SandboxError."""
+    launched = begin_launch(sandbox, what)
+    await_birth(sandbox, launched.channels)
+    return launched
+
+
+def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
+    """Have a kernel started over ipc; ``await_birth`` says what came of it. Raises SandboxError."""
     assert sandbox.directory is not None
     sandbox.wait_ready()
     connection = {
         **{f"{name}_port": number for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)},
         "ip": str(sandbox.directory / "k"),
-        "key": secrets.token_hex(20),
+        "key": os.urandom(20).hex(),
         "transport": "ipc",
         "signature_scheme": "hmac-sha256",
         "kernel_name": what.kernel_name,
@@ -197,7 +203,7 @@ def launch(sandbox: Sandbox, what: Launch) -> Launched:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(connection, file)
-    channels, fitted = spawn(
+    channels, fitted = begin_spawn(
         sandbox,
         what.plan,
         command(what.spec, str(path), extra_arguments(what.kernel_name)),
@@ -215,6 +221,24 @@ def spawn(
 
     Raises KernelStartError and SandboxError.
     """
+    channels, fitted = begin_spawn(sandbox, plan, cmd, env=env, cwd=cwd, config=config)
+    await_birth(sandbox, channels)
+    return channels, fitted
+
+
+def await_birth(sandbox: Sandbox, channels: Channels) -> None:
+    """Wait for the process of a kernel. Raises KernelStartError and SandboxError; its channels are closed then."""
+    try:
+        sandbox.await_kernel()
+    except SafeExecError:
+        channels.close()
+        raise
+
+
+def begin_spawn(
+    sandbox: Sandbox, plan: SpawnPlan, cmd: list[str], *, env: Mapping[str, str], cwd: str, config: Mapping[str, object]
+) -> tuple[Channels, bool]:
+    """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
     channels = Channels()
     wrapped = wrap_command(cmd, config)
     environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}

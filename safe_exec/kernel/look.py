@@ -10,11 +10,11 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from safe_exec.kernel.page import Page
 from safe_exec.model import Frame, Looked
+from safe_exec.records import dataclass
 from safe_exec.sandbox import procfs
 
 WINDOW_SECONDS = 0.4

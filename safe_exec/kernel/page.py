@@ -13,9 +13,9 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from safe_exec.kernel import inside
+from safe_exec.records import dataclass
 
 MOST_FRAMES = 64
 MOST_RECORDS = 20_000

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +46,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._config: dict[str, object] = config
         self.limits = Limits()
         self.plan: SpawnPlan | None = None
-        self.run_id = secrets.token_hex(6)
+        self.run_id = os.urandom(6).hex()
         self.sandbox: Sandbox | None = None
         self.channels: Channels | None = None
         self.fitted = False
@@ -84,7 +83,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         from safe_exec.profiles import resolve_simple  # only other tools come this way
 
         leftovers.sweep()  # of servers that were killed together with their keepers
-        self.run_id = secrets.token_hex(6)  # a restarted kernel's sandbox is another one
+        self.run_id = os.urandom(6).hex()  # a restarted kernel's sandbox is another one
         self._told = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")

@@ -14,7 +14,6 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import Empty
@@ -33,6 +32,7 @@ from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
+from safe_exec.records import dataclass, field
 from safe_exec.sandbox import procfs, sockets
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.meter import Meter

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from safe_exec import events
+from safe_exec.records import dataclass
 from safe_exec.reports import text
 from safe_exec.reports.entries import UNCHANGED, Entry
 from safe_exec.reports.progress import Situation, quietly, start_live

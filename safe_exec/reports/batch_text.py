@@ -9,11 +9,11 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from safe_exec.model import Status, Verdict
+from safe_exec.records import dataclass
 from safe_exec.reports import culprit_text, text
 from safe_exec.reports.entries import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
 from safe_exec.reports.verdict_json import from_document

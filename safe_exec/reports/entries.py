@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from safe_exec.records import dataclass
 
 REFUSED = "refused"
 """The input cannot be read, or its limits cannot be: no verdict; exit code 2."""

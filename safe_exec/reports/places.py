@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import read_regular
 from safe_exec.notebook import METADATA_KEY, is_banner
+from safe_exec.records import dataclass
 from safe_exec.reports.batch_text import Told
 
 MOST_BYTES = 16 << 20

@@ -9,10 +9,10 @@ import os
 import shutil
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TextIO
 
 from safe_exec.model import Status, Verdict
+from safe_exec.records import dataclass
 from safe_exec.reports import culprit_text, text
 
 _PLAIN_WIDTH = 110

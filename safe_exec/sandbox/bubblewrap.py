@@ -7,10 +7,10 @@ kernel. The order of mounts is the order of the arguments: first the system, the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from safe_exec.model import FolderUse, Isolation
+from safe_exec.records import dataclass
 
 OLDEST = (0, 5, 0)
 """``--size`` and ``--perms`` for tmpfs."""

@@ -6,10 +6,10 @@ May import the mechanisms, plan, machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from safe_exec.errors import UsageError
 from safe_exec.model import Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.records import dataclass, replace
 from safe_exec.sandbox import cgroup_v1, cgroup_v2, rlimits, walls, watchdog
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold

@@ -7,10 +7,10 @@ worker must not take the kernel with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.records import dataclass
 from safe_exec.sandbox import unified
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer

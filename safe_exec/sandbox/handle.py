@@ -16,13 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safe_exec
 from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.model import ExitStatus, TerminationReason
 from safe_exec.platforms import refuse_elsewhere
+from safe_exec.records import dataclass, field
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.meter import Counters, parse_counters
 from safe_exec.sandbox.plan import HandOn, SpawnPlan
@@ -111,6 +111,7 @@ class Sandbox:
         self.fault_at = 0.0
         self._trouble: str | None = None
         self._command_failed = False
+        self._command = ""
         self._lost = False
         self.on_exit: Callable[[KernelExit], None] | None = None
 
@@ -130,11 +131,10 @@ class Sandbox:
         pass_fds: Mapping[str, int],
         dump_signal: int | None = None,
         walls: Mapping[str, object] | None = None,
-    ) -> int:
-        """Have the kernel born inside; its process id. ``pass_fds`` stand as ``{name}`` in ``argv``.
+    ) -> None:
+        """Have the kernel born inside; ``await_kernel`` says what came of it. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
-        Raises SandboxError, naming what could not be made, and KernelStartError for a command that cannot be executed; the
-        keeper is gone then and everything removed.
+        Raises SandboxError where there is no keeper.
         """
         self.wait_ready()
         self._write_note(plan)
@@ -150,13 +150,21 @@ class Sandbox:
             **(walls or NO_WALLS),
         }
         self._send_descriptors(list(pass_fds.values()))
+        self._command = argv[0]
         self._say(request)
+
+    def await_kernel(self) -> int:
+        """Wait until the kernel that was asked for is born; its process id.
+
+        Raises SandboxError, naming what could not be made, and KernelStartError for a command that cannot be executed; the
+        keeper is gone then and everything removed.
+        """
         self._wait_for(lambda: self.kernel_pid is not None or self._trouble is not None, "the kernel was not started")
         if self._trouble is not None or self.kernel_pid is None:
             trouble = self._trouble or "the keeper ended"
             self.leave()
             if self._command_failed:
-                raise KernelStartError(f"the kernel's command cannot be executed: {trouble} ({argv[0]})")
+                raise KernelStartError(f"the kernel's command cannot be executed: {trouble} ({self._command})")
             raise SandboxError(f"the sandbox cannot be built: {trouble}")
         return self.kernel_pid
 

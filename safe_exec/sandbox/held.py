@@ -10,7 +10,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+
+from safe_exec.records import dataclass, field
 
 BLOCK = 512
 """The unit of ``st_blocks`` (stat(2))."""

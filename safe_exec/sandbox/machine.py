@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safe_exec.model import Mechanism
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox import landlock, procfs, seccomp, unified
 from safe_exec.sandbox.bubblewrap import OLDEST
 

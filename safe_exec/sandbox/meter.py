@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from safe_exec.records import dataclass
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.watchdog import Tree
 

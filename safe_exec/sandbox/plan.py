@@ -6,10 +6,10 @@ May import model, machine and the mechanisms. Pure: nothing here touches the sys
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 
 from safe_exec.errors import EnforcementError
 from safe_exec.model import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.records import asdict, dataclass, field
 
 RUNNER_LIMITS = (
     LimitName.CELL_TIMEOUT,

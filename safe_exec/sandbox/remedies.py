@@ -7,9 +7,9 @@ to mend names its source; nothing here is run. Commands are for a shell of the u
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from safe_exec.model import LimitName, Mechanism
+from safe_exec.records import dataclass
 from safe_exec.sandbox.containers import container_ways
 from safe_exec.sandbox.machine import V1_CONTROLLERS, V2_CONTROLLERS, Machine
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan

@@ -11,10 +11,10 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from safe_exec.records import dataclass
 from safe_exec.sandbox import leftovers
 
 

@@ -20,9 +20,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from safe_exec.records import dataclass
 from safe_exec.sandbox import procfs
 
 CONTROLLERS = ("memory", "pids", "cpu")

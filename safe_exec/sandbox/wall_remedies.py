@@ -14,9 +14,9 @@ Pure: from a machine and its surroundings to advice, as in remedies. May import 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
+from safe_exec.records import dataclass
 from safe_exec.sandbox.machine import NOT_INSTALLED, Machine
 from safe_exec.sandbox.surroundings import Container, Surroundings
 from safe_exec.sandbox.ways import Way

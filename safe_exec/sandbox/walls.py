@@ -7,9 +7,9 @@ need neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from safe_exec.model import Enforcement, FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls, Wall
+from safe_exec.records import dataclass, field
 from safe_exec.sandbox import bubblewrap
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import Offer

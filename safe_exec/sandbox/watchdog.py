@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_exec.model import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.held import held
 from safe_exec.sandbox.machine import Machine
 from safe_exec.sandbox.plan import Offer

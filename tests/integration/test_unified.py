@@ -92,6 +92,7 @@ def started(plan: SpawnPlan, run_id: str, program: str) -> Iterator[Sandbox]:
     try:
         argv = [sys.executable, "-I", "-S", "-c", program]
         sandbox.spawn(plan, argv=argv, env={"PATH": os.defpath}, cwd="/", pass_fds={})
+        sandbox.await_kernel()
         yield sandbox
     finally:
         departure = sandbox.leave()
