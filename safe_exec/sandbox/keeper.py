@@ -53,6 +53,8 @@ QUIET_SECONDS = 0.02
 NAMED = 5
 """Files that are named one by one."""
 NEXT_SECONDS = 0.002
+OOM_SHARE = 300
+"""Thousandths of the memory that ran out, which count as if the sandbox used them when the system chooses what to kill."""
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -467,6 +469,7 @@ def _become_child(
     parent = plan["keeper"]
     try:
         os.setsid()
+        _go_first()
         # Mounts first: the system's memory for them (hundreds, with a /tmp of its own) is ours, not the notebook's.
         _enter_mounts(plan)
         for path in plan["cgroup_joins"] if inner is None else ():
@@ -488,6 +491,19 @@ def _enter_mounts(plan: dict[str, Any]) -> None:
     if disk is not None:
         os.mkdir(disk["base"])
         enclosed.make_disk(disk)
+
+
+def _go_first() -> None:
+    """Where a limit above ours, or the machine, runs out: have the system kill the kernel, and not the runner, which is to tell of it.
+
+    It kills what uses most, so a batch in a container would go for one of its notebooks (proc_pid_oom_score_adj(5)). All of the sandbox
+    inherits this; among themselves nothing changes. It could be more, but then a small kernel would die for any large stranger. To
+    raise it takes no privilege; where /proc is read-only it stays what it was.
+    """
+    own = (_read("/proc/self/oom_score_adj") or "").strip()
+    if own.lstrip("-").isdigit():
+        with contextlib.suppress(OSError):
+            _write("/proc/self/oom_score_adj", str(min(1000, int(own) + OOM_SHARE)))
 
 
 def _die_with(parent: int) -> None:

@@ -239,6 +239,39 @@ def test_a_smaller_limit_above_is_named() -> None:
     assert bound is not None and (bound.group, bound.limit) == (outer.group, 96 * MIB)
 
 
+@contextlib.contextmanager
+def company_of(size: int) -> Iterator[int]:
+    """A child of ours that holds so much memory, in whatever group we are."""
+    ready, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(done[1])
+        held = os.urandom(1 << 20) * (size >> 20)
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        os._exit(len(held) == 0)
+    try:
+        os.close(ready[1])
+        assert os.read(ready[0], 1), "it holds its memory"
+        yield pid
+    finally:
+        for fd in (ready[0], *done):
+            os.close(fd)
+
+
+def test_where_a_limit_above_runs_out_the_kernel_goes_and_not_who_tells_of_it() -> None:
+    """What uses most would be killed: a runner of many notebooks rather than one of them."""
+    with delegated(memory=300 * MIB) as outer, inside(outer), company_of(160 * MIB) as large:
+        run_id = secrets.token_hex(6)
+        plan = build_plan(Limits(memory=400 * MIB), machine(), run_id)
+        with started(plan, run_id, HOG) as sandbox:
+            exit_ = ended(sandbox)
+            assert os.waitpid(large, os.WNOHANG) == (0, 0)
+    assert os.waitpid(large, 0)[1] == 0
+    assert signal_of(exit_) == signal.SIGKILL
+    assert exit_.counters.oom_kills == 1 and elsewhere(exit_.counters, 400 * MIB) is True
+
+
 # --- delegation -------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ def delegated(*, owner: int = 0, memory: int | None = None, hand_on: str = CONTR
         group.mkdir()
         if memory is not None:
             (group / "memory.max").write_text(str(memory))
+            (group / "memory.swap.max").write_text("0")
         (group / "cgroup.subtree_control").write_text(hand_on)
         made.leaf.mkdir()
         for path in (group, group / "cgroup.procs", made.leaf, made.leaf / "cgroup.procs", group / "cgroup.subtree_control"):
