@@ -48,8 +48,8 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
 
         ``limits``, ``options`` and ``require`` are as for :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own
-        engine. Raises UsageError for limits that are wrong, KeyboardInterrupt where we were stopped, and SafeExecError where the
-        notebook has no cell that could carry the error.
+        engine. Raises UsageError for limits that are wrong, PlatformError on anything but Linux, KeyboardInterrupt where we were
+        stopped, and SafeExecError where the notebook has no cell that could carry the error.
         """
         given = dict(options or {})
         seconds = execution_timeout or rest.get("timeout")
@@ -68,6 +68,9 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
 
 def _prepared(node: Any, input_path: str | None, kernel: str, **asked: Any) -> Prepared:
     """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
+    from safe_exec.platforms import refuse_elsewhere
+
+    refuse_elsewhere()
     from safe_exec import notebook
     from safe_exec.job import Bisect, Job, prepare
 

@@ -93,7 +93,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    """Raises UsageError and LimitsError."""
+    """Raises UsageError, LimitsError and PlatformError."""
+    from safe_exec.platforms import refuse_elsewhere
+
+    refuse_elsewhere()
     from safe_exec.commands.run import parse_budget
 
     given = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}

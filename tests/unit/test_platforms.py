@@ -79,3 +79,49 @@ def test_limits_can_be_read_and_written_anywhere(system: str, name: str, way: st
     assert faked(system, "limits", "check", tmp_path / "mine.yaml").returncode == 0
     assert "512 MiB" in faked(system, "limits", "show", "strict").stdout
     assert faked(system, "--help").returncode == 0
+
+
+FACTORY = f"""
+import jupyter_client.provisioning.factory
+{PRELUDE}
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
+entry = KernelProvisionerFactory.instance().provisioners["safe-exec"]
+try:
+    entry.load()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+ENGINE = f"""
+import papermill
+{PRELUDE}
+from types import SimpleNamespace
+for name in [name for name in sys.modules if name.startswith("papermill")]:
+    del sys.modules[name]
+from papermill.engines import papermill_engines
+try:
+    papermill_engines.get_engine("safe-exec").execute_managed_notebook(SimpleNamespace(nb=None), "python3")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@SYSTEMS
+@pytest.mark.parametrize("loads", [FACTORY, ENGINE], ids=["provisioner", "papermill"])
+def test_other_tools_that_choose_us_are_refused_in_a_sentence(system: str, name: str, way: str, loads: str) -> None:
+    """Jupyter and papermill load us by entry points, which must not fail for a module that these systems lack."""
+    done = faked(system, code=loads)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"PlatformError notebooks are run on Linux only, and this is {name}: ") and way in done.stdout
+
+
+@SYSTEMS
+def test_pytest_starts_with_our_plugin_and_refuses_where_it_is_asked_for(system: str, name: str, way: str) -> None:
+    """Pytest loads the plugin at every start, wanted or not."""
+    code = f"import pytest\n{PRELUDE}\nimport safe_exec.integrations.pytest_plugin as plugin\n"
+    code += "from types import SimpleNamespace\n"
+    code += "plugin.pytest_configure(SimpleNamespace(getoption=lambda name: False))\n"
+    code += "asked = SimpleNamespace(getoption=lambda name: True, addinivalue_line=lambda *words: None, stash={})\n"
+    code += "try:\n    plugin.pytest_configure(asked)\nexcept plugin.pytest.UsageError as error:\n    print(error)\n"
+    done = faked(system, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"notebooks are run on Linux only, and this is {name}: ") and way in done.stdout
