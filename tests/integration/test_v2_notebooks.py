@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cases.test_cases import CASES, check_cause
-from tests.integration.kills import HOG, WORKER
+from tests.integration.kills import HOG, SPIN, WORKER
 from tests.integration.unified import (
     as_container,
     as_nobody,
@@ -44,6 +45,17 @@ SLOW = ("--cell-timeout", "120", "--start-timeout", "120")
 SMALL = (*SLOW, "--memory", "200M", "--no-bisect")
 NO_SYSTEMD = ("--mechanisms", "cgroup-v2,rlimit,watchdog,bubblewrap,landlock,seccomp")
 SCOPE_SECONDS = 30
+RUN_SECONDS = 280
+DAEMON = """
+import os, signal, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True: time.sleep(60)
+    os._exit(0)
+os.wait()
+"""
 
 
 @pytest.fixture
@@ -58,7 +70,13 @@ def folder() -> Iterator[Path]:
 
 def hog(folder: Path, *options: str, prefix: list[str], cells: tuple[str, ...] = ("x = 1", HOG)) -> Outcome:
     return run_notebook(
-        make_notebook(folder / "nb.ipynb", *cells), *SMALL, *options, prefix=prefix, cwd=folder, env={"HOME": str(folder)}
+        make_notebook(folder / "nb.ipynb", *cells),
+        *SMALL,
+        *options,
+        prefix=prefix,
+        cwd=folder,
+        env={"HOME": str(folder)},
+        timeout=RUN_SECONDS,
     )
 
 
@@ -210,6 +228,158 @@ def _runner(mark: str) -> int | None:
         if len(words) > 2 and words[0].rpartition(b"/")[2].startswith(b"python") and words[1] == os.fsencode(EXECUTABLE):
             return pid
     return None
+
+
+# --- the other limits -------------------------------------------------------------------------------------------
+
+ROOT_IN_A_SCOPE = pytest.param("root in a scope", marks=pytest.mark.bed("systemd-root", "cgroup2-root"))
+USER_IN_A_GROUP = pytest.param("user in a group", marks=pytest.mark.bed("cgroup2-user"))
+USER_IN_A_SESSION = pytest.param("user in a session", marks=pytest.mark.bed("systemd-user"))
+
+REFUSED = (
+    """
+import errno
+def refused(what, number, step):
+    made = []
+    try:
+        while True:
+            made.append(step(len(made)))
+    except OSError as error:
+        assert error.errno == number, (what, error)
+        print(what, "refused")
+    made.clear()
+refused("open files", errno.EMFILE, lambda n: open("/dev/null"))
+""",
+    """
+import os
+def write(name, size):
+    with open(name, "wb", buffering=0) as file:
+        while size:  # the last that fits may be a part
+            size -= file.write(bytes(size))
+big = open("big", "wb", buffering=0)
+refused("file size", errno.EFBIG, lambda n: big.write(bytes(300 << 10)))
+""",
+    """refused("shm", errno.ENOSPC, lambda n: write(f"/dev/shm/{n}", 1 << 20))""",
+    """refused("disk", errno.ENOSPC, lambda n: write(f"file-{n}", 1 << 20))""",
+    """
+import threading
+over = threading.Event()
+threads = []
+try:
+    while True:
+        threads.append(threading.Thread(target=over.wait))
+        threads[-1].start()
+except RuntimeError as error:
+    print("processes", "refused")
+over.set()
+for thread in threads[:-1]:
+    thread.join()
+""",
+    """
+import signal
+group = "/sys/fs/cgroup" + next(line.split("::")[1].strip() for line in open("/proc/self/cgroup") if line.startswith("0::"))
+def throttled():
+    return int(dict(line.split() for line in open(group + "/cpu.stat"))["nr_throttled"])
+others = []
+for _ in range(2):
+    others.append(os.fork())
+    if not others[-1]:
+        while True: pass
+before = throttled()
+while throttled() < before + 3: pass
+for pid in others:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+print("cpus", open(group + "/cpu.max").read().split())
+""",
+)
+"""A cell for each limit that refuses or slows down; what it says shows that it did."""
+SAID = ["open files refused", "file size refused", "shm refused", "disk refused", "processes refused", "cpus ['80000', '100000']"]
+FEW = ("--open-files", "128", "--file-size", "2M", "--shm", "8M", "--disk", "12M", "--processes", "60", "--cpus", "0.8")
+
+
+@contextlib.contextmanager
+def place_of(name: str) -> Iterator[tuple[list[str], str]]:
+    """What is put in front of a command so that it runs there, and who holds memory, processes and cpus there."""
+    if name == "user in a group":
+        with delegated(owner=NOBODY) as place:
+            yield as_nobody(place), "cgroup-v2"
+    else:
+        yield (in_session() if name == "user in a session" else []), "systemd"
+
+
+def run_in(name: str, folder: Path, *options: str, cells: tuple[str, ...]) -> tuple[Outcome, str]:
+    path = make_notebook(folder / "nb.ipynb", *cells)
+    with place_of(name) as (prefix, by):
+        outcome = run_notebook(
+            path, *SLOW, "--no-bisect", *options, prefix=prefix, cwd=folder, env={"HOME": str(folder)}, timeout=RUN_SECONDS
+        )
+    return outcome, by
+
+
+@pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP, USER_IN_A_SESSION])
+def test_limits_that_refuse(name: str, folder: Path) -> None:
+    outcome, by = run_in(name, folder, *FEW, cells=REFUSED)
+    said = [output["text"].strip() for cell in outcome.notebook.cells for output in cell.get("outputs", []) if "text" in output]
+    report = f"{outcome.stdout}\n{outcome.stderr}\n{outcome.verdict['cause']}"
+    assert (outcome.verdict["status"], said) == ("passed", SAID), report
+    held = {limit: held["by"] for limit, held in outcome.verdict["enforcement"].items() if held["hard"]}
+    wanted = {
+        "open_files": "rlimit",
+        "file_size": "rlimit",
+        "shm": "bubblewrap",
+        "disk": "bubblewrap",
+        "processes": by,
+        "cpus": by,
+    }
+    assert {limit: held.get(limit) for limit in wanted} == wanted
+    assert outcome.verdict["usage"]["processes_peak"] in (None, 60)  # pids.peak came with Linux 6.5
+
+
+@pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP])
+def test_processor_time(name: str, folder: Path) -> None:
+    outcome, _ = run_in(name, folder, "--cpu-time", "15s", cells=("x = 1", SPIN))
+    verdict = outcome.verdict
+    assert (verdict["status"], verdict["cause"]["kind"]) == ("kernel_died", "cpu_time"), f"{outcome.stdout}\n{outcome.stderr}"
+    assert verdict["crash_cell"]["code_index"] == 1 and verdict["enforcement"]["cpu_time"]["by"] == "rlimit"
+
+
+@pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP])
+def test_wall_time_and_a_daemon(name: str, folder: Path) -> None:
+    """The daemon has a session of its own and obeys no SIGTERM; that nothing lives on is seen after every run here."""
+    outcome, _ = run_in(name, folder, "--cell-timeout", "10", cells=(DAEMON, SPIN))
+    verdict = outcome.verdict
+    found = (verdict["status"], verdict["cause"]["kind"], verdict["cause"]["activity"])
+    assert found == ("timeout", "cell_timeout", "python_loop"), f"{outcome.stdout}\n{outcome.stderr}"
+    assert verdict["crash_cell"]["code_index"] == 1
+
+
+@pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP])
+def test_output(name: str, folder: Path) -> None:
+    flood = "while True:\n    print('flood' * 2000)"
+    outcome, _ = run_in(name, folder, "--cell-output", "200k", cells=("x = 1", flood))
+    verdict = outcome.verdict
+    found = (verdict["status"], verdict["cause"]["kind"])
+    assert found == ("limit_exceeded", "output_flood"), f"{outcome.stdout}\n{outcome.stderr}"
+
+
+@pytest.mark.bed("cgroup2-user")
+def test_a_batch_of_a_user_two_at_a_time(folder: Path) -> None:
+    """A group for each: one is killed for memory, and the other does not notice."""
+    make_notebook(folder / "hog.ipynb", "x = 1", HOG)
+    make_notebook(folder / "fine.ipynb", "x = bytearray(120 << 20)", "print(len(x))")
+    with delegated(owner=NOBODY) as place:
+        options = ["-j", "2", "--memory", "200M", "--no-bisect", *SLOW, "--out", "out"]
+        done = safe_exec(
+            "batch", *options, ".", prefix=as_nobody(place), cwd=folder, env={"HOME": str(folder)}, timeout=RUN_SECONDS
+        )
+        assert [path.name for path in place.group.iterdir() if path.is_dir()] == ["leaf"], "the groups are gone"
+    said = f"{done.stdout}\n{done.stderr}"
+    verdicts = {name: json.loads((folder / "out" / f"{name}.verdict.json").read_text()) for name in ("hog", "fine")}
+    assert {name: verdict["status"] for name, verdict in verdicts.items()} == {"hog": "kernel_died", "fine": "passed"}, said
+    assert verdicts["hog"]["cause"]["kind"] == "out_of_memory" and verdicts["fine"]["usage"]["oom_kills"] == 0
+    groups = {verdict["environment"]["cgroup"] for verdict in verdicts.values()}
+    assert len(groups) == 2 and all(group.startswith(str(place.group)) for group in groups)
 
 
 # --- doctor elsewhere -------------------------------------------------------------------------------------------

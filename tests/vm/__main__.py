@@ -27,7 +27,7 @@ EXIT = re.compile(rb"^exit (\d+)\s*$", re.MULTILINE)
 def main() -> int:
     """Build what is not there, boot, and say how it went."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="how long the guest may run [10]")
+    parser.add_argument("--minutes", type=float, default=20, help="how long the guest may run [20]")
     parser.add_argument("--report", type=Path, help="write pytest's JUnit report there")
     parser.add_argument("arguments", nargs="*", help="for pytest in the guest")
     given = parser.parse_args()
