@@ -5,13 +5,15 @@ Taken by the keeper's child, or inside bubblewrap by the child of the init there
 
 from __future__ import annotations
 
-import base64
-import contextlib
+import _signal as signal  # type: ignore[import-not-found]  # what signal is made of, without enum
+import binascii
 import fcntl
 import os
 import resource
-import signal
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 BASE_DESCRIPTORS = 10
 HIGHEST = 65536
@@ -52,8 +54,10 @@ def execute(plan: dict[str, Any], parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft_files, most) if soft_files else most, most))
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                continue  # the C library keeps two for itself
     signal.set_wakeup_fd(-1)
     # ipykernel leaves when this process is no longer its parent, and believes to be a user's own kernel without it.
     plan["env"]["JPY_PARENT_PID"] = str(parent)
@@ -66,7 +70,10 @@ def _harden(walls: dict[str, Any]) -> None:
     if not walls:
         return
     # Imported before anything is given up: another user may not be able to read where they lie.
-    from safe_exec.sandbox import landlock, seccomp
+    if walls.get("landlock") is not None:
+        from safe_exec.sandbox import landlock
+    if walls.get("seccomp") is not None:
+        from safe_exec.sandbox import seccomp
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if walls.get("uid") is not None:
@@ -76,7 +83,7 @@ def _harden(walls: dict[str, Any]) -> None:
     if walls.get("landlock") is not None:
         landlock.restrict(**walls["landlock"])
     if walls.get("seccomp") is not None:
-        seccomp.install(base64.b64decode(walls["seccomp"]))
+        seccomp.install(binascii.a2b_base64(walls["seccomp"]))
 
 
 class Refused(Exception):  # noqa: N818 - what the child could not do

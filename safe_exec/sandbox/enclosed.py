@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import marshal
 import os
 import select
 import socket
@@ -160,7 +161,7 @@ def _close_devices(paths: list[str]) -> None:
 def _write_config(fd: int, plan: dict[str, Any]) -> None:
     wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls", "sockets")
     with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(json.dumps({name: plan[name] for name in wanted}).encode())
+        file.write(marshal.dumps({name: plan[name] for name in wanted}))
 
 
 # --- a folder of limited size -----------------------------------------------------------------------------------

@@ -8,19 +8,25 @@ of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
 With process ids of their own this is the first process in there: it buries orphans, and all in there dies with it. No signal from in there
 reaches it, SIGKILL and SIGSTOP included (pid_namespaces(7)).
 
+Every kernel inside walls waits for it, so it imports what is written in C: json, signal and socket are made of enum and re, which take longer than
+the interpreter's own start.
+
 The kernel's process waits until the keeper has put it into its control groups. Neither this process nor bubblewrap is in them: they do not
 count against the notebook's limits, and cannot be killed for them.
 """
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
+import _socket as socket
 import ctypes
-import json
+import marshal
 import os
-import signal
-import socket
 import sys
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 MESSAGE_BYTES = 2000
@@ -35,11 +41,11 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
         os.set_inheritable(fd, False)
     with os.fdopen(config_fd, "rb") as file:
         file.seek(0)
-        plan = json.load(file)
+        plan = marshal.load(file)  # noqa: S302 - the keeper wrote it, and nobody else has it
     status = socket.socket(fileno=status_fd)
     # The directory in which the kernel will bind its sockets: it is in no other view of the file system than ours.
     sockets = os.open(plan["sockets"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    socket.send_fds(status, [b'{"who":"init"}'], [sockets])
+    status.sendmsg([b'{"who":"init"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sockets.to_bytes(4, sys.byteorder))])
     os.close(sockets)
     parent = os.getpid()
     error_r, error_w = os.pipe2(os.O_CLOEXEC)
@@ -50,8 +56,7 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
     os.close(error_w)
     with os.fdopen(error_r, "rb") as pipe:
         trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
-    said = {"failed": trouble.decode("utf-8", "replace")[:MESSAGE_BYTES]} if trouble else {"executed": True}
-    status.send(json.dumps(said).encode())
+    status.send(_failed(trouble) if trouble else b'{"executed":true}')
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     _wait(pid, status)
@@ -80,8 +85,15 @@ def _wait(pid: int, status: socket.socket) -> None:
         except ChildProcessError:
             return
         if ended == pid:
-            status.send(json.dumps({"status": raw, "cpu": usage.ru_utime + usage.ru_stime, "maxrss": usage.ru_maxrss}).encode())
+            cpu = usage.ru_utime + usage.ru_stime
+            status.send(b'{"status":%d,"cpu":%.6f,"maxrss":%d}' % (raw, cpu, usage.ru_maxrss))
             return
+
+
+def _failed(trouble: bytes) -> bytes:
+    import json
+
+    return json.dumps({"failed": trouble.decode("utf-8", "replace")[:MESSAGE_BYTES]}).encode()
 
 
 if __name__ == "__main__":

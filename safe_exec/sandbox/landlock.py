@@ -34,7 +34,6 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 # linux/landlock.h: LANDLOCK_ACCESS_FS_*, in the order of their bits
@@ -104,6 +103,8 @@ def all_but(
     open its target, which may be what is to be hidden.
     """
     closed = {"/" + resolve(path).lstrip("/") for path in hidden}
+    from pathlib import PurePosixPath
+
     above = {str(parent) for path in closed for parent in PurePosixPath(path).parents}
     found, todo = [], ["/"]
     while todo:

@@ -33,15 +33,19 @@ import errno
 import os
 import struct
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, NamedTuple, get_args
 
-Refusal = Literal["errno", "kill"]
+TYPE_CHECKING = False  # the process that becomes the kernel imports this: typing takes as long as all else here
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Literal
+
+    Refusal = Literal["errno", "kill"]
+REFUSALS: tuple[Refusal, ...] = ("errno", "kill")
+
 Numbers = dict[str, tuple[int, int | None]]
 """A call's number on x86_64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); ``None`` where it does not exist."""
 
-FILTERS = Path(__file__).with_name("filters")
+FILTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "filters")
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """AUDIT_ARCH_* by what uname(2) calls the machine (linux/audit.h)."""
 
@@ -137,7 +141,8 @@ def load(refusal: Refusal) -> bytes:
     """The shipped filter for the running machine. Raises OSError where there is none."""
     machine = os.uname().machine if sys.maxsize > 1 << 32 else f"32-bit programs on {os.uname().machine}"
     _known(machine)
-    return (FILTERS / f"{machine}-{refusal}.bpf").read_bytes()
+    with open(os.path.join(FILTERS, f"{machine}-{refusal}.bpf"), "rb") as file:
+        return file.read()
 
 
 def install(program: bytes) -> None:
@@ -179,13 +184,11 @@ ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 
 
-class _Line(NamedTuple):
+class _Line:
     """An instruction; the jumps are names of places further down, or none for the next line."""
 
-    code: int
-    operand: int
-    yes: str = ""
-    no: str = ""
+    def __init__(self, code: int, operand: int, yes: str = "", no: str = "") -> None:
+        self.code, self.operand, self.yes, self.no = code, operand, yes, no
 
 
 def program(arch: str, refusal: Refusal) -> bytes:
@@ -273,8 +276,9 @@ def _assemble(lines: list[_Line | str]) -> bytes:
 def write_filters() -> None:
     """Write the shipped programs."""
     for arch in ARCHITECTURES:
-        for refusal in get_args(Refusal):
-            (FILTERS / f"{arch}-{refusal}.bpf").write_bytes(program(arch, refusal))
+        for refusal in REFUSALS:
+            with open(os.path.join(FILTERS, f"{arch}-{refusal}.bpf"), "wb") as file:
+                file.write(program(arch, refusal))
 
 
 if __name__ == "__main__":

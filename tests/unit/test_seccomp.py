@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,7 +21,7 @@ from safe_exec.sandbox import seccomp
 from tests.support import ROOT, ordinary_user
 
 ARCHITECTURES = tuple(seccomp.ARCHITECTURES)
-REFUSALS: tuple[seccomp.Refusal, ...] = get_args(seccomp.Refusal)
+REFUSALS: tuple[seccomp.Refusal, ...] = seccomp.REFUSALS
 BOTH = [(arch, refusal) for arch in ARCHITECTURES for refusal in REFUSALS]
 HEADERS = {
     "x86_64": ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
@@ -182,11 +181,11 @@ def test_numbers_are_those_of_the_headers(arch: str) -> None:
 @pytest.mark.parametrize(("arch", "refusal"), BOTH)
 def test_the_shipped_program_is_what_is_generated(arch: str, refusal: seccomp.Refusal) -> None:
     """Else: ``python -m safe_exec.sandbox.seccomp``."""
-    assert (seccomp.FILTERS / f"{arch}-{refusal}.bpf").read_bytes() == seccomp.program(arch, refusal)
+    assert (Path(seccomp.FILTERS) / f"{arch}-{refusal}.bpf").read_bytes() == seccomp.program(arch, refusal)
 
 
 def test_no_other_program_is_shipped() -> None:
-    assert {path.name for path in seccomp.FILTERS.iterdir()} == {f"{arch}-{refusal}.bpf" for arch, refusal in BOTH}
+    assert {path.name for path in Path(seccomp.FILTERS).iterdir()} == {f"{arch}-{refusal}.bpf" for arch, refusal in BOTH}
 
 
 def test_another_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
