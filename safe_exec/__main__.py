@@ -20,9 +20,9 @@ def main() -> None:
     for name in UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails, as where it is not installed
     if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
-        from safe_exec import early
+        from safe_exec.sandbox import birth
 
-        early.begin()
+        birth.begin()
     from safe_exec.commands import cli
 
     code = cli.call(sys.argv[1:])

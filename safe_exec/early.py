@@ -6,27 +6,30 @@ we do until its first cell: whatever can be done beside it costs nothing. May im
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from safe_exec.errors import SafeExecError
-from safe_exec.kernel.launch import Launch, Launched, await_birth, begin_launch, find_spec, runtime_directory
+from safe_exec.kernel.launch import Launch, Launched, await_birth, begin_launch, find_spec
 from safe_exec.model import Limits
+from safe_exec.sandbox import birth
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.sandbox.unified import is_booted
 
 
 class Early:
     """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
 
     def __init__(self) -> None:
-        """Start the keeper, but where systemd is: there it may have to be born in a scope, and the plan says so."""
-        self.run_id = os.urandom(6).hex()
-        self._sandbox: Sandbox | None = None if is_booted() else Sandbox(self.run_id, directory=runtime_directory(self.run_id))
+        """Take the keeper that was begun, or start one; not where systemd is: there it may have to be born in a scope, and the plan says so."""
+        born = birth.take()
+        self.run_id = born.run_id if born is not None else os.urandom(6).hex()
+        self._directory = Path(born.directory if born is not None else birth.runtime_directory(self.run_id))
+        self._sandbox: Sandbox | None = None
+        if born is not None or not birth.systemd_is_booted():
+            self._sandbox = Sandbox(self.run_id, directory=self._directory, born=born)
         self.plan: SpawnPlan | None = None
         self._launched: Launched | None = None
         self._failure: SafeExecError | None = None
@@ -34,7 +37,7 @@ class Early:
     def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
         """The sandbox, with its keeper started by now."""
         if self._sandbox is None:
-            self._sandbox = Sandbox(self.run_id, directory=runtime_directory(self.run_id), hand_on=plan.cgroup.hand_on)
+            self._sandbox = Sandbox(self.run_id, directory=self._directory, hand_on=plan.cgroup.hand_on)
         return self._sandbox
 
     def launch(self, kernel_name: str, *, plan: SpawnPlan, limits: Limits, cwd: Path, env: Mapping[str, str]) -> None:
@@ -65,20 +68,3 @@ class Early:
             self._sandbox.leave()
         if self._launched is not None:
             self._launched.channels.close()
-
-
-_begun: Early | None = None
-
-
-def begin() -> None:
-    """Open a sandbox now: the command line may ask for it in a moment."""
-    global _begun  # noqa: PLW0603 - one process, one command line
-    with contextlib.suppress(SafeExecError, OSError):  # whoever takes it meets the same, where it can be told
-        _begun = Early()
-
-
-def take() -> Early:
-    """The sandbox that was begun, or a new one."""
-    global _begun
-    found, _begun = _begun, None
-    return found or Early()

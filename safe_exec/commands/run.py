@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from safe_exec import early
+from safe_exec.early import Early
 from safe_exec.errors import UsageError
 from safe_exec.job import Bisect, Job, Prepared, command_line, prepare, refuse_same
 from safe_exec.model import FolderUse, LimitName, Verdict
@@ -99,7 +99,7 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
     After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
     hosts: a search runs cells again. Ctrl-C then keeps the best so far.
     """
-    with early.take() as ahead:
+    with Early() as ahead:
         # One look and all input is checked: from here on whatever happens ends in a verdict.
         prepared = prepare(replace(job_of(notebook, options), output=out), ahead)
         if events is not None:

@@ -10,14 +10,15 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from safe_exec.culprit import failure as failures
 from safe_exec.culprit.folder import Views
 from safe_exec.events import EventSink
-from safe_exec.kernel.launch import runtime_directory
 from safe_exec.model import Cancelled, InternalError, LimitName, Limits, TimedOut
 from safe_exec.records import dataclass, field, replace
+from safe_exec.sandbox.birth import runtime_directory
 from safe_exec.sandbox.build import build_plan
 from safe_exec.trial import TrialRequest, TrialResult, run_trial
 
@@ -44,7 +45,7 @@ def enclosed(
     run_id = os.urandom(6).hex()
     held = limits or template.limits
     try:
-        view = views.make(run_id, runtime_directory(run_id))
+        view = views.make(run_id, Path(runtime_directory(run_id)))
     except OSError as error:
         raise NoTrial(f"the folder cannot be had as it was: {error}") from error
     plan = replace(

@@ -30,7 +30,6 @@ DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 
 MODULES = ("ipykernel_launcher", "ipykernel")
 MESSAGE_SLACK = 1 << 20
-LONGEST_BASE = 60
 
 
 class Channels:
@@ -289,10 +288,3 @@ def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
     cap = limits.cell_output if headless else None
     cut = None if cap is None else cap + MESSAGE_SLACK
     return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK, "headless": headless}
-
-
-def runtime_directory(run_id: str) -> Path:
-    """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
-    return Path(base if usable else "/tmp") / f"safe-exec-{run_id}"  # noqa: S108

@@ -26,7 +26,7 @@ from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.content import bounded_size
-from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, runtime_directory, speaks_ipc
+from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner
@@ -34,6 +34,7 @@ from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
 from safe_exec.records import dataclass, field
 from safe_exec.sandbox import procfs, sockets
+from safe_exec.sandbox.birth import runtime_directory
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.meter import Meter
 from safe_exec.sandbox.plan import SpawnPlan
@@ -114,7 +115,7 @@ class KernelSession:
 
     def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
         """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
-        self.directory = runtime_directory(self.run_id)
+        self.directory = Path(runtime_directory(self.run_id))
         self.sandbox = sandbox or Sandbox(self.run_id, directory=self.directory, hand_on=self.plan.cgroup.hand_on)
 
     async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str], launched: Launched | None = None) -> None:

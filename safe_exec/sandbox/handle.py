@@ -12,18 +12,16 @@ import os
 import select
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import safe_exec
 from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.model import ExitStatus, TerminationReason
 from safe_exec.platforms import refuse_elsewhere
 from safe_exec.records import dataclass, field
 from safe_exec.sandbox import leftovers, procfs
+from safe_exec.sandbox.birth import Born
 from safe_exec.sandbox.meter import Counters, parse_counters
 from safe_exec.sandbox.plan import HandOn, SpawnPlan
 
@@ -38,9 +36,6 @@ STACK_BEFORE = (
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
 NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None}
-BOOT = (
-    "import sys; sys.path.append(sys.argv[2]); from safe_exec.sandbox.keeper import main; main(int(sys.argv[1]), *sys.argv[3:])"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +69,10 @@ class Departure:
 class Sandbox:
     """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it."""
 
-    def __init__(self, run_id: str, *, directory: Path | None = None, hand_on: HandOn | None = None) -> None:
-        """Start the keeper at once: its interpreter starts while the runner does other things.
+    def __init__(
+        self, run_id: str, *, directory: Path | None = None, hand_on: HandOn | None = None, born: Born | None = None
+    ) -> None:
+        """Start the keeper at once, or take one that was: its interpreter starts while the runner does other things.
 
         ``directory`` is made by the keeper, and removed by it. ``hand_on`` of the plan may say by what the keeper must be born.
         """
@@ -83,22 +80,11 @@ class Sandbox:
         self.run_id = run_id
         self.directory = directory
         self._note = leftovers.note_path(run_id)
-        ours, theirs = socket.socketpair()
-        self._control = ours
         self._inbox = b""
-        root = str(Path(safe_exec.__file__).parent.parent)
-        made = [str(directory or ""), str(self._note)]
-        born, more = (hand_on.born, hand_on.environment) if hand_on is not None else ((), {})
-        argv = [*born, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, *made]
-        self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            env={**os.environ, **more},
-        )
-        theirs.close()
+        if born is None:
+            command, more = (hand_on.born, hand_on.environment) if hand_on is not None else ((), {})
+            born = Born(run_id, directory=str(directory or ""), born=command, environment=more)
+        self._control, self._process = born.control, born.process
         self._undo: Mapping[str, object] = {}
         self.keeper_pid: int | None = None
         self.kernel_pid: int | None = None
@@ -194,6 +180,7 @@ class Sandbox:
             "directories": [*([str(self.directory)] if self.directory else []), *plan.directories],
             "orphans": list(plan.orphans),
         }
+        self._say({"op": "note", "path": str(self._note)})  # first: whenever we are killed, there is somebody who removes it
         leftovers.write_note(self._note, self._undo)
 
     # --- talking ------------------------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 class Keeper:
     """One sandbox: its kernel, its control groups, its runtime directory."""
 
-    def __init__(self, control: socket.socket, *, directory: str | None, note: str | None) -> None:
+    def __init__(self, control: socket.socket, *, directory: str | None) -> None:
         self.control = control
         self.directory = directory
-        self.note = note
+        self.note: str | None = None
         self.inbox = b""
         self.given: list[int] = []
         self.plan: dict[str, Any] = {}
@@ -242,6 +242,8 @@ class Keeper:
                 procfs.signal_all([self.pid], request["signum"])
             elif op == "kill":
                 self.kill(request["reason"])
+            elif op == "note":
+                self.note = request["path"]
             elif op == "entrust":
                 self.plan["orphans"] = request["orphans"]
             elif op == "finish":
@@ -574,15 +576,15 @@ def _remove_cgroup(path: str) -> bool:
             return True
 
 
-def main(control_fd: int, directory: str, note: str) -> None:
+def main(control_fd: int, directory: str) -> None:
     """Run the keeper on the socket that the runner left at ``control_fd``.
 
-    ``directory`` (empty: none) is made here and not by the runner, and ``note`` is known from the start: whenever the runner is
-    killed, either there is nothing yet or there is a keeper that removes it.
+    ``directory`` (empty: none) is made here and not by the runner: whenever the runner is killed, either there is nothing yet or there is
+    a keeper that removes it.
     """
     os.set_inheritable(control_fd, False)  # else the kernel would hold it too, and could speak in our name
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    keeper = Keeper(socket.socket(fileno=control_fd), directory=directory or None, note=note or None)
+    keeper = Keeper(socket.socket(fileno=control_fd), directory=directory or None)
     keeper.control.setblocking(True)
     signal.set_wakeup_fd(keeper.wake_w, warn_on_full_buffer=False)
     for number in (*NOTED_SIGNALS, signal.SIGCHLD):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safe_exec.model import Mechanism
 from safe_exec.records import dataclass, field, replace
-from safe_exec.sandbox import landlock, procfs, seccomp, unified
+from safe_exec.sandbox import birth, landlock, procfs, seccomp, unified
 from safe_exec.sandbox.bubblewrap import OLDEST
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
@@ -186,7 +186,7 @@ def _v2_ground(tree: unified.Tree | None, allowed: frozenset[Mechanism]) -> tupl
     """Where groups of the unified tree may be made. systemd is asked only where no group is ours without it."""
     if tree is None:
         return unified.Ground(why_not="the unified hierarchy is not mounted"), None, "the unified hierarchy is not mounted"
-    systemd = unified.is_booted()
+    systemd = birth.systemd_is_booted()
     ground = unified.find(tree, systemd=systemd)
     if ground.parent is not None and not ground.borrowed:
         return ground, None, "it is not needed: groups can be made without"

@@ -252,11 +252,6 @@ def _refused(scope: Scope) -> str:
     return f"systemd-run: {(done.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
 
 
-def is_booted() -> bool:
-    """Whether systemd is the init here (sd_booted(3))."""
-    return os.path.isdir("/run/systemd/system")
-
-
 def words(path: Path) -> list[str]:
     """The words of a small file; none where it cannot be read."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import marshal
 import os
 import socket
 import subprocess
@@ -139,7 +140,7 @@ def test_the_init_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
     }  # fmt: skip
     fd = os.open(tmp_path / "config", os.O_RDWR | os.O_CREAT)
     enclosed._write_config(fd, {**wanted, "cgroup_joins": ["/x"], "enclosure": {}, "keeper": 1})
-    assert json.loads(os.pread(fd, 9999, 0)) == wanted
+    assert marshal.loads(os.pread(fd, 9999, 0)) == wanted
     os.close(fd)
 
 

@@ -48,6 +48,7 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.kernel.inside": set(),
     "safe_exec.kernel.page": {"safe_exec.kernel.inside"},
     "safe_exec.kernel.faults": {"safe_exec.model"},
+    "safe_exec.sandbox.birth": set(),
     "safe_exec.sandbox.procfs": set(),
     "safe_exec.sandbox.become": {"safe_exec.sandbox.landlock", "safe_exec.sandbox.seccomp"},
     "safe_exec.sandbox.bubblewrap": {"safe_exec.model"},
@@ -69,6 +70,7 @@ RUNS_TRIALS = tuple(f"safe_exec.culprit.{name}" for name in ("oracle", "investig
 
 STANDARD_ONLY = (
     "safe_exec.sandbox.become",
+    "safe_exec.sandbox.birth",
     "safe_exec.sandbox.enclosed",
     "safe_exec.sandbox.init",
     "safe_exec.sandbox.keeper",
