@@ -22,7 +22,7 @@ from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.bubblewrap import is_needed
 from safe_exec.sandbox.build import Required, build_plan, parse_mechanisms, parse_required
-from safe_exec.sandbox.machine import Machine, detect, look_for_walls
+from safe_exec.sandbox.machine import Machine, Rehearsal, detect, look_for_walls
 from safe_exec.sandbox.plan import require
 from safe_exec.sandbox.walls import put_up
 
@@ -106,14 +106,15 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     source = source or notebook.Source.of(job.path)
-    scan = source.scan()
-    whole = source.notebook() if scan is None else None
-    machine = job.machine or detect(parse_mechanisms(job.mechanisms))
-    metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
-    resolved = _resolve(job, metadata, machine)
-    needed = is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None)
-    if needed and not machine.looked_for_walls:
-        machine = look_for_walls(machine)
+    with _rehearsal(job) as rehearsal:
+        scan = source.scan()
+        whole = source.notebook() if scan is None else None
+        machine = job.machine or detect(parse_mechanisms(job.mechanisms))
+        metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
+        resolved = _resolve(job, metadata, machine)
+        needed = is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None)
+        if needed and not machine.looked_for_walls:
+            machine = look_for_walls(machine, rehearsal)
     warnings = _check_cells(resolved, cells, job.path)
     required = _required(job, resolved, machine)
     asked = resolved.isolation if required.isolation is None else replace(resolved.isolation, required=required.isolation)
@@ -152,6 +153,13 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
         started_at=started_at,
         early=early,
     )
+
+
+def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
+    """Bubblewrap tried while the notebook is read, where by its own words the job will need it. What else asks for walls waits for it later."""
+    named = isinstance(job.limits, str) and job.limits in profiles.shipped_profiles() and job.limits != profiles.DEFAULT_PROFILE
+    likely = named or job.isolation or job.walls or {"disk", "shm"} & job.options.keys()
+    return Rehearsal() if job.machine is None and likely and sys.platform.startswith("linux") else contextlib.nullcontext()
 
 
 def _of_node(read: notebook.Notebook | None) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:

@@ -99,7 +99,7 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
     """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
-    machine = look_for_walls(detect(_allowed(mechanisms)))
+    machine = look_for_walls(detect(_allowed(mechanisms)), version=True)
     around = look()
     limits, isolation = _asked(profile, machine)
     plan = build_plan(limits, machine, "doctor", isolation)

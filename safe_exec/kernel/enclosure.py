@@ -22,7 +22,7 @@ import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model import Enforcement, FolderUse, Isolation, Mechanism, SystemCalls, Wall
 from safe_exec.records import dataclass, replace
-from safe_exec.sandbox import bubblewrap, mounts
+from safe_exec.sandbox import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
 
 OTHER_UID = 1_060_660
@@ -242,7 +242,6 @@ def _disk(birth: Birth) -> dict[str, Any] | None:
         "inodes": max(LEAST_INODES, size // INODE_BYTES),
         "write_back": isolation.write_back and isolation.folder is FolderUse.WRITE,
         "owner": birth.owner,
-        "user_namespace": mounts.namespaces() == "user",
     }
 
 

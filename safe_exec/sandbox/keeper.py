@@ -187,7 +187,7 @@ class Keeper:
         if disk is None or self.plan["mounts"]:
             return
         os.mkdir(disk["base"])
-        mounts.enter([], user_namespace=disk["user_namespace"])
+        mounts.enter_own()
         self.disk = disk
         self.meanwhile = enclosed.make_disk(disk)
 

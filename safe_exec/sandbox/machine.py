@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 from safe_exec.model import Mechanism
 from safe_exec.records import dataclass, field, replace
@@ -104,25 +105,81 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
 BUBBLEWRAP_SECONDS = 10
 INSTALL_BUBBLEWRAP = "install the package bubblewrap"
 NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
+REHEARSAL = (
+    *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-net", "--die-with-parent"),
+    *("--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"),  # noqa: S108
+)
+"""What bubblewrap is asked to do to see whether it can."""
 
 
-def look_for_walls(machine: Machine) -> Machine:
+def look_for_walls(machine: Machine, rehearsal: Rehearsal | None = None, *, version: bool = False) -> Machine:
     """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor).
 
-    Costs two starts of bubblewrap: for runs that ask for walls only.
+    Costs a start of bubblewrap, for runs that ask for walls only; ``rehearsal`` is one that was begun before. What ``version`` it is, is asked
+    for those who want to know, and where it fails.
     """
     if not machine.platform.startswith("linux"):
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
-    path = shutil.which("bwrap")
-    version = _version_of(path) if path is not None else None
-    why_not = NOT_INSTALLED if path is None else _too_old(version) or _bubblewrap_fails(path)
+    with rehearsal or Rehearsal() as tried:
+        fails = tried.outcome()
+    told = _version_of(tried.path) if tried.path is not None and (version or fails) else None
+    why_not = (_too_old(told) or fails) if fails else ""
     return replace(
         machine,
-        bubblewrap=None if why_not else path,
-        bubblewrap_version=version,
+        bubblewrap=None if why_not else tried.path,
+        bubblewrap_version=told,
         bubblewrap_why_not=why_not,
         landlock=landlock.abi(),
     )
+
+
+class Rehearsal:
+    """Whether bubblewrap does what is needed: a process that begins at once, so that other things can be done meanwhile.
+
+    A version that is too old fails for an option that it does not know. A context manager, which leaves no process behind.
+    """
+
+    def __init__(self) -> None:
+        """Begin."""
+        self.path = shutil.which("bwrap")
+        self._process: subprocess.Popen[str] | None = None
+        self._trouble = "" if self.path is not None else NOT_INSTALLED
+        if self.path is None:
+            return
+        try:
+            self._process = subprocess.Popen(
+                [self.path, *REHEARSAL],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            self._trouble = str(error)
+
+    def outcome(self) -> str:
+        """Wait for the end. Why bubblewrap does not do what is needed; empty when it does."""
+        if self._process is None:
+            return self._trouble
+        try:
+            _, said = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            self.close()
+            return str(error)
+        return (said.strip().splitlines() or ["it failed without a word"])[-1] if self._process.returncode else ""
+
+    def close(self) -> None:
+        """End it, whether anybody asked for its outcome or not."""
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _version_of(path: str) -> str | None:
@@ -135,7 +192,7 @@ def _version_of(path: str) -> str | None:
 
 
 def _too_old(version: str | None) -> str:
-    """Why a version will not do; empty where it will, and where it says nothing: then the trial tells."""
+    """Whether a version that failed is too old; empty where it is not, and where it says nothing."""
     numbers = tuple(map(int, re.findall(r"\d+", version or "")[: len(OLDEST)]))
     if not numbers or numbers >= OLDEST:
         return ""
@@ -146,29 +203,6 @@ def _no_filter() -> str:
     """Why system calls cannot be filtered here; empty where they can."""
     machine = os.uname().machine
     return "" if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32 else f"there is none for {machine}"
-
-
-def _bubblewrap_fails(path: str) -> str:
-    """Why bubblewrap does not do what is needed; empty when it does."""
-    probe = [
-        path,
-        "--ro-bind",
-        "/",
-        "/",
-        "--dev",
-        "/dev",
-        "--proc",
-        "/proc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--die-with-parent",
-    ]
-    probe += ["--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"]  # noqa: S108
-    try:
-        done = subprocess.run(probe, capture_output=True, text=True, errors="replace", timeout=BUBBLEWRAP_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return (done.stderr.strip().splitlines() or ["it failed without a word"])[-1] if done.returncode else ""
 
 
 def _user_tasks(uid: int) -> int:

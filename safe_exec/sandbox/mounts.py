@@ -39,6 +39,16 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
         make(mount)
 
 
+def enter_own() -> None:
+    """Enter a mount namespace of our own: as root where root may, else with a user namespace. Tried by doing it. Raises OSError."""
+    if os.geteuid() == 0:
+        # Root without the right to mount (in a container) gets on as everybody else does.
+        with contextlib.suppress(OSError):
+            enter([], user_namespace=False)
+            return
+    enter([], user_namespace=True)
+
+
 def make(mount: Mount) -> None:
     """Make one mount, in whatever namespace this process is in. Raises OSError."""
     target = mount["target"]

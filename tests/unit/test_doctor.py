@@ -21,7 +21,7 @@ from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox import leftovers, procfs
 from safe_exec.sandbox.build import CHOOSABLE, build_plan
-from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, look_for_walls
+from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, Rehearsal, look_for_walls
 from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
 from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
@@ -639,7 +639,7 @@ def fake_bubblewrap(folder: Path, version: str, *, fails: str = "") -> None:
         ("echo bubblewrap 0.11.2", "", True, ""),
         ("echo bubblewrap 1.0", "", True, ""),
         ("echo something else", "", True, ""),  # it works, whatever it calls itself
-        ("echo bubblewrap 0.4.1", "", False, "version 0.4.1 is too old (0.5.0 is the oldest that will do)"),
+        ("echo bubblewrap 0.4.1", "exit 1", False, "version 0.4.1 is too old (0.5.0 is the oldest that will do)"),
         ("echo bubblewrap 0.8.0", "{ echo x >&2; echo bwrap: no permission >&2; exit 1; }", False, "bwrap: no permission"),
         ("echo bubblewrap 0.8.0", "exit 3", False, "it failed without a word"),
         ("exit 1", "exit 3", False, "it failed without a word"),
@@ -651,18 +651,31 @@ def test_bubblewrap_is_tried(fake_path: Path, version: str, fails: str, works: b
     assert (found.bubblewrap, found.bubblewrap_why_not) == (str(fake_path / "bwrap") if works else None, why_not)
 
 
-def test_a_bubblewrap_that_is_too_old_is_not_tried(fake_path: Path) -> None:
-    fake_bubblewrap(fake_path, "echo bubblewrap 0.3.0")
-    look_for_walls(Machine())
-    assert (fake_path / "calls").read_text() == "--version\n"
+def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_path: Path) -> None:
+    fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0")
+    assert look_for_walls(Machine()).bubblewrap_version is None
+    assert "--version" not in (fake_path / "calls").read_text()
+    assert look_for_walls(Machine(), version=True).bubblewrap_version == "0.8.0"
+    fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exit 1")
+    assert look_for_walls(Machine()).bubblewrap_version == "0.8.0"
 
 
-@pytest.mark.parametrize(("profile", "options", "looks"), [("default", {}, 0), ("default", {"disk": "1G"}, 2), ("ci", {}, 2)])
+def test_a_rehearsal_that_nobody_waits_for_leaves_no_process(fake_path: Path) -> None:
+    fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exec sleep 600")
+    with Rehearsal() as rehearsal:
+        assert rehearsal._process is not None
+    assert rehearsal._process.returncode == -9
+
+
+@pytest.mark.parametrize(
+    ("profile", "options", "walls", "looks"),
+    [("default", {}, {}, 0), ("default", {"disk": "1G"}, {}, 1), ("default", {}, {"network": False}, 1), ("ci", {}, {}, 1)],
+)
 def test_a_run_without_walls_does_not_look_for_them(
-    fake_path: Path, profile: str, options: dict[str, object], looks: int
+    fake_path: Path, profile: str, options: dict[str, object], walls: dict[str, object], looks: int
 ) -> None:
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0")
-    prepare(Job(path=make_notebook(fake_path / "nb.ipynb", "1"), limits=profile, options=options))
+    prepare(Job(path=make_notebook(fake_path / "nb.ipynb", "1"), limits=profile, options=options, walls=walls))
     calls = fake_path / "calls"
     assert (len(calls.read_text().splitlines()) if calls.exists() else 0) == looks
 

@@ -58,6 +58,28 @@ def test_as_root_a_mount_namespace_is_all(calls: list[tuple[Any, ...]]) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("uid", "refused", "tried"),
+    [(0, (), [False]), (0, (False,), [False, True]), (1000, (), [True])],
+    ids=["root", "root that may not mount", "anybody else"],
+)
+def test_a_namespace_of_our_own_is_had_the_way_that_works(
+    monkeypatch: pytest.MonkeyPatch, uid: int, refused: tuple[bool, ...], tried: list[bool]
+) -> None:
+    found: list[bool] = []
+
+    def enter(made: list[mounts.Mount], *, user_namespace: bool) -> None:
+        assert made == []
+        found.append(user_namespace)
+        if user_namespace in refused:
+            raise PermissionError(1, "no")
+
+    monkeypatch.setattr(mounts, "enter", enter)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    mounts.enter_own()
+    assert found == tried
+
+
 def test_anybody_else_stays_who_he_is(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The maps are written once the namespace is there, setgroups before the groups (user_namespaces(7))."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
