@@ -32,7 +32,9 @@ import contextlib
 import ctypes
 import json
 import os
+import pty
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -41,7 +43,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -77,6 +79,22 @@ SYSTEM_DIRECTORIES = ("/", "/etc", "/usr", "/usr/bin", "/tmp", "/var/tmp", "/dev
 
 
 Ending = tuple[Status, CauseKind | None]
+
+PLACES: tuple[tuple[Who, str], ...] = (("root", "default"), ("user", "ci"))
+"""The two ends: with all rights and no walls, without any right and walled in."""
+
+
+def in_turn(names: Iterable[str], *, both: Collection[str] = ()) -> list[Any]:
+    """The parameters ``arena, name`` of a test: each name in one of the places, in turn, those in ``both`` in both.
+
+    For what differs in what is sent, not in where: the runner, which takes it, is the same.
+    """
+    found = []
+    for number, name in enumerate(names):
+        places = PLACES if name in both else (PLACES[number % len(PLACES)],)
+        found += [pytest.param(place, name, id=f"{'-'.join(place)}-{name}") for place in places]
+    assert set(both) <= set(names), "no such name"
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,11 +296,24 @@ class Arena:
         path = make_notebook(self.folder / f"nb{self._runs}.ipynb", *map(self.fill, cells))
         return self.run_notebook(path, options=options, env=env, bisect=bisect)
 
+    def mkdir(self, name: str) -> Path:
+        """A directory above the notebook's folder that anybody may write to; the one of before where there is one."""
+        path = self.base / name
+        path.mkdir(exist_ok=True)
+        path.chmod(0o777)
+        return path
+
     def run_notebook(
-        self, path: Path, *, options: Sequence[str] = (), env: Mapping[str, str] | None = None, bisect: bool = False
+        self,
+        path: Path,
+        *,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        bisect: bool = False,
+        terminal: bool = False,
     ) -> Fight:
         """Run a notebook that is there, in our profile; ``options`` may say otherwise. All that holds for every run is checked."""
-        done = self.launch(path, options=options, env=env, bisect=bisect)
+        done = self.launch(path, options=options, env=env, bisect=bisect, terminal=terminal)
         stem = path.with_suffix("")
         verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")
         said = f"exit {done.code}\n{done.stdout}\n{done.stderr}"
@@ -312,8 +343,12 @@ class Arena:
         env: Mapping[str, str] | None = None,
         bisect: bool = False,
         timeout: float = RUN_SECONDS,
+        terminal: bool = False,
     ) -> Launched:
-        """Run the command alone, whatever it writes; memory, secrets and processes are checked, documents are not."""
+        """Run the command alone, whatever it writes; memory, secrets and processes are checked, documents are not.
+
+        At a ``terminal`` all that it writes there is in ``stdout``.
+        """
         mark = secrets.token_hex(8)
         argv = [*self._prefix(), str(EXECUTABLE), "run", str(path), "--limits", self.profile]
         argv += ["--bisect", "always" if bisect else "never", *options]
@@ -325,7 +360,7 @@ class Arena:
             MARK: mark,
         }
         with _subreaper():
-            done = _launch(argv, cwd=self.folder, env=full | dict(env or {}), timeout=timeout)
+            done = _launch(argv, cwd=self.folder, env=full | dict(env or {}), timeout=timeout, terminal=terminal)
             self._check_processes(mark)
         said = f"exit {done.code}\n{done.stdout[:3000]}\n{done.stderr[-3000:]}"
         left = _noted(done.pid)
@@ -435,16 +470,16 @@ class Launched:
     seconds: float
 
 
-def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float) -> Launched:
+def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, terminal: bool) -> Launched:
     """Start, watch the runner's peak, wait.
 
     The system's ru_maxrss would not do: it counts the children that were waited for, the kernel among them, and what the process was before
     it executed the command. VmHWM never sinks: looked at often enough its last value is the peak.
     """
     began = time.monotonic()
-    process = subprocess.Popen(
-        argv, cwd=cwd, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    ours, theirs = pty.openpty() if terminal else (-1, subprocess.PIPE)
+    stdin = theirs if terminal else None
+    process = subprocess.Popen(argv, cwd=cwd, env=dict(env), stdin=stdin, stdout=theirs, stderr=theirs, start_new_session=True)
     peaks = [0]
     ended = threading.Event()
 
@@ -455,7 +490,12 @@ def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        out, err = process.communicate(timeout=timeout)
+        if terminal:
+            os.close(theirs)
+            out, err = _shown_at(ours, began + timeout), b""
+            process.wait(began + timeout - time.monotonic())
+        else:
+            out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -473,6 +513,15 @@ def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: 
         peak=max(peaks),
         seconds=time.monotonic() - began,
     )
+
+
+def _shown_at(terminal: int, deadline: float) -> bytes:
+    """All that is written to a terminal until nobody has it open any more (EIO), or time is up; closes our end."""
+    seen = b""
+    with open(terminal, "rb", buffering=0) as screen, contextlib.suppress(OSError):
+        while select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0] and (data := screen.read(65536)):
+            seen += data
+    return seen
 
 
 @cache

@@ -10,7 +10,6 @@ import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,20 @@ from jsonschema import Draft202012Validator
 
 from safe_exec.model import Status
 from safe_exec.reports.verdict_json import load_schema
-from tests.hostile.arena import Arena, Launched, Who
+from tests.hostile.arena import Arena, Launched, Who, in_turn
 from tests.support import NOBODY, make_notebook
 
 pytestmark = pytest.mark.hostile
 
-PLACES: list[tuple[Who, str]] = [("root", "default"), ("user", "ci")]
 NAMES = (".out.ipynb", ".verdict.json", ".repro.ipynb")
 SEGFAULT = "import ctypes; ctypes.string_at(1)"
-
-
-@pytest.fixture(params=PLACES, ids="-".join)
-def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    who, profile = request.param
-    with Arena(who, profile) as found:
-        yield found
 
 
 def launch(
     arena: Arena, *cells: str, options: tuple[str, ...] = (), bisect: bool = False, folder: Path | None = None
 ) -> Launched:
     """Run cells in a notebook of the arena's folder."""
-    ipython = arena.base / "ipython"
-    ipython.mkdir(exist_ok=True)
-    ipython.chmod(0o777)
+    ipython = arena.mkdir("ipython")
     path = (folder or arena.folder) / "n.ipynb"
     words = {"@NB@": str(path.with_suffix("")), "@FOLDER@": str(path.parent), "@BASE@": str(arena.base)}
     sources = [arena.fill(cell) for cell in cells]
@@ -88,7 +77,7 @@ for end in {names!r}:
 """
 
 
-@pytest.mark.parametrize("name", list(TRAPS))
+@pytest.mark.parametrize(("arena", "name"), in_turn(TRAPS, both=("symlink", "fifo", "hard link")), indirect=["arena"])
 def test_what_is_put_in_the_place_of_a_document_is_replaced(arena: Arena, name: str) -> None:
     done = launch(arena, SET.format(names=NAMES, trap=TRAPS[name]), SEGFAULT, bisect=name in ("symlink", "fifo"))
     assert done.code == Status.KERNEL_DIED.exit_code, done
@@ -140,8 +129,7 @@ os.rename('@FOLDER@', '@BASE@/moved'); os.symlink('@BASE@/trap', '@FOLDER@')
         assert sorted(path.name for path in (arena.base / "trap").iterdir()) == ["n.verdict.json"]
 
 
-@pytest.mark.parametrize("who", ["root", "user"])
-@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize(("who", "quiet"), [("root", False), ("user", True)])
 def test_a_folder_that_was_removed_is_said(who: Who, quiet: bool) -> None:
     with Arena(who, "default") as arena:
         folder = arena.base / "gone"
@@ -177,7 +165,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(INPUTS))
+@pytest.mark.parametrize(("arena", "name"), in_turn(INPUTS, both=("swapped",)), indirect=["arena"])
 def test_the_notebook_is_read_once(arena: Arena, name: str) -> None:
     cell = f"import os\n{INPUTS[name]}"
     done = launch(arena, cell, "print('second')", SEGFAULT)
@@ -228,7 +216,7 @@ LOGS = {
 }
 
 
-@pytest.mark.parametrize("name", list(LOGS))
+@pytest.mark.parametrize(("arena", "name"), in_turn(LOGS), indirect=["arena"])
 def test_the_event_log_goes_on_in_its_own_file(arena: Arena, name: str) -> None:
     log = arena.folder / "log.jsonl"
     cell = f"import os\nopen('@FOLDER@/target.txt', 'w').write('untouched')\npath = {str(log)!r}\n{LOGS[name]}"

@@ -197,7 +197,7 @@ ATTACKS = (
     Attack(name="null", cells=("x = 1", NULL), ends=died(K.SEGFAULT), cell=1),
     Attack(name="stack-overflow", cells=("x = 1", OVERFLOW), ends=died(K.STACK_OVERFLOW), cell=1),
     Attack(name="heap", cells=("x = 1", HEAP), ends=died(K.ABORT, K.SEGFAULT), cell=1),
-    Attack(name="illegal", cells=("x = 1", ILLEGAL), ends=died(K.ILLEGAL_INSTRUCTION), cell=1, who="root"),
+    Attack(name="illegal", cells=("x = 1", ILLEGAL), ends=died(K.ILLEGAL_INSTRUCTION), cell=1),
     Attack(name="truncated", cells=("x = 1", TRUNCATED), ends=died(K.BUS_ERROR), cell=1, who="user"),
     Attack(name="child-crashes", cells=CHILD_CRASHES, ends=PASSED, who="user"),
     # Leaving.

@@ -6,36 +6,23 @@ took less than 200 MB, that the documents are valid, and that nothing is left.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from safe_exec.model import Status
-from tests.hostile.arena import Arena, Fight, Who
+from tests.hostile.arena import PLACES, Arena, Fight, in_turn
 from tests.hostile.weapons import WEAPONS
-from tests.support import EXECUTABLE, make_notebook
+from tests.support import make_notebook
 
 pytestmark = pytest.mark.hostile
 
-PLACES: list[tuple[Who, str]] = [("root", "default"), ("user", "ci")]
-"""The two ends: with all rights and no walls, without any right and walled in."""
-
-
-def in_turn(names: Sequence[str]) -> list[tuple[tuple[Who, str], str]]:
-    """Each of these in one of the places, in turn: what differs is what is sent, not where."""
-    return [(PLACES[number % len(PLACES)], name) for number, name in enumerate(names)]
-
+ROOT, USER = (pytest.mark.parametrize("arena", [place], ids="-".join, indirect=True) for place in PLACES)
+"""For what is told to the runner, and judged by it, in the same way whoever the kernel is: one of the places will do."""
 
 PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
     Status.PASSED,
@@ -46,19 +33,10 @@ PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
 )
 
 
-@pytest.fixture(params=PLACES, ids="-".join)
-def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    who, profile = request.param
-    with Arena(who, profile) as found:
-        yield found
-
-
 def fight(arena: Arena, *cells: str, timeout: str = "20", options: Sequence[str] = (), **env: str) -> Fight:
     """Run cells behind the weapons. IPython's own files go beside the notebook: in profile default the home is the user's own."""
-    ipython = arena.base / "ipython"
-    ipython.mkdir(exist_ok=True)
-    ipython.chmod(0o777)
-    return arena.run(WEAPONS, *cells, options=("--cell-timeout", timeout, *options), env={"IPYTHONDIR": str(ipython), **env})
+    more = {"IPYTHONDIR": str(arena.mkdir("ipython")), **env}
+    return arena.run(WEAPONS, *cells, options=("--cell-timeout", timeout, *options), env=more)
 
 
 def said(found: Fight) -> str:
@@ -82,7 +60,7 @@ BIG = {
 }
 
 
-@pytest.mark.parametrize(("arena", "name"), in_turn(list(BIG)), indirect=["arena"])
+@pytest.mark.parametrize(("arena", "name"), in_turn(BIG, both=("display",)), indirect=["arena"])
 def test_half_a_gigabyte_at_once_is_cut(arena: Arena, name: str) -> None:
     found = fight(arena, BIG[name], "print('next cell')", timeout="60")
     # What ipykernel itself is given counts by its own record: so much at once may be seen as the flood that it is.
@@ -91,12 +69,14 @@ def test_half_a_gigabyte_at_once_is_cut(arena: Arena, name: str) -> None:
         assert "next cell" in found.text and "was cut at its limit" in said(found), found
 
 
+@USER
 def test_a_flood_past_ipykernel_ends_the_run(arena: Arena) -> None:
     cell = "text = 'x' * 4_000_000\nfor _ in range(1000): say('stream', name='stdout', text=text)"
     found = fight(arena, cell, timeout="60")
     assert (found.status, found.cause, found.cell) == (LIMIT, "output_flood", 1), found
 
 
+@ROOT
 def test_a_reply_of_many_megabytes_is_an_error_of_its_cell(arena: Arena) -> None:
     found = fight(
         arena, "answer(status='error', ename='E', evalue='x' * 60_000_000, traceback=[])\nraise ValueError('x' * 60_000_000)"
@@ -113,14 +93,14 @@ SWELLING = {
 }
 
 
-@pytest.mark.parametrize("name", list(SWELLING))
-def test_json_that_swells_in_memory_is_not_parsed(name: str) -> None:
-    with Arena("root", "default") as arena:
-        cell = f"iopub([b't', *message('display_data', b'{{\"data\":{{\"application/json\":[' + {SWELLING[name]} + b'1]}}}}')])"
-        found = fight(arena, cell, "print('next cell')")
+@pytest.mark.parametrize(("arena", "name"), in_turn(SWELLING), indirect=["arena"])
+def test_json_that_swells_in_memory_is_not_parsed(arena: Arena, name: str) -> None:
+    cell = f"iopub([b't', *message('display_data', b'{{\"data\":{{\"application/json\":[' + {SWELLING[name]} + b'1]}}}}')])"
+    found = fight(arena, cell, "print('next cell')")
     assert found.status == PASSED and "next cell" in found.text and "malformed" in said(found), found
 
 
+@USER
 def test_much_text_that_looks_like_structure_is_text(arena: Arena) -> None:
     found = fight(arena, "print('{[,:\"' * 600_000)")
     assert found.status == PASSED and found.text.count('{[,:"') == 600_000 and said(found) == ""
@@ -222,6 +202,7 @@ def test_frames_that_are_no_message_are_left_out(arena: Arena) -> None:
     assert "after" in found.text and "next cell" in found.text and "malformed" in said(found)
 
 
+@ROOT
 def test_a_greeting_that_goes_on_with_garbage_ends_in_silence(arena: Arena) -> None:
     """Bytes straight into the connection that no ZeroMQ library would send: the cell ends by its time."""
     cell = """
@@ -271,7 +252,7 @@ while time.time() - began < 60:
 """
 
 
-@pytest.mark.parametrize(("arena", "name"), in_turn(list(FLOODS)), indirect=["arena"])
+@pytest.mark.parametrize(("arena", "name"), in_turn(FLOODS, both=("comms", "updates")), indirect=["arena"])
 def test_a_flood_of_small_messages_ends_by_the_cells_time(arena: Arena, name: str) -> None:
     found = fight(arena, FLOOD.format(attack=FLOODS[name]), timeout="3")
     assert found.status in (TIMEOUT, LIMIT) and found.cell == 1 and found.seconds < 25, found
@@ -294,7 +275,7 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("name", list(LIES))
+@pytest.mark.parametrize(("arena", "name"), in_turn(LIES, both=("ok and idle",)), indirect=["arena"])
 def test_a_kernel_that_says_it_is_done_and_dies_died_in_that_cell(arena: Arena, name: str) -> None:
     found = fight(arena, f"{LIES[name]}\ntime.sleep(1)\nprint('last words')\ndie()", "print('never')", "print('never')")
     assert (found.status, found.cell) == (DIED, 1), found
@@ -322,11 +303,13 @@ threading.Thread(target=lie, daemon=True).start()
     assert "second" in found.text and "never" not in found.text
 
 
+@USER
 def test_a_kernel_that_says_it_is_done_and_goes_on_is_out_of_time(arena: Arena) -> None:
     found = fight(arena, "idle(); answer()\nwhile True: time.sleep(0.1)", "print('never')", timeout="3")
     assert (found.status, found.cell) == (TIMEOUT, 1) and "was said to be done" in said(found), found
 
 
+@ROOT
 def test_a_kernel_that_says_it_is_done_and_then_is_passes(arena: Arena) -> None:
     found = fight(arena, "idle(); answer()\ntime.sleep(1)\nprint('really done')", "print('next cell')")
     assert found.status == PASSED and "really done" in found.text and "next cell" in found.text, found
@@ -533,7 +516,7 @@ READ_WHILE_ALIVE = [
 ]
 
 
-@pytest.mark.parametrize("name", list(CHANNELS))
+@pytest.mark.parametrize(("arena", "name"), in_turn(CHANNELS), indirect=["arena"])
 def test_garbage_in_the_channels_of_the_inside_changes_no_verdict(arena: Arena, name: str) -> None:
     """The kernel dies after it: of that, in that cell, whatever stands in its channels."""
     found = fight(arena, CHANNELS[name] + "\ndie()", "print('never')")
@@ -558,29 +541,6 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b31m\u202egnp.exe\u200b\r\b\x00"
 RAW = re.compile(r"\x1b\][^\x07]*|\x1b\[2J|\x9b|\x07|\u202e|\u200b|\x00|\x08")
 
 
-def terminal_of(argv: Sequence[str], cwd: Path, env: dict[str, str]) -> str:
-    """All that a command writes to its terminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    seen, deadline = b"", time.monotonic() + 60
-    try:
-        while time.monotonic() < deadline:
-            if select.select([ours], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):  # EIO: nobody has it open any more
-                    data = os.read(ours, 65536)
-                    seen += data
-                    continue
-            if process.poll() is not None:
-                break
-        assert process.wait(timeout=10) is not None
-    finally:
-        os.close(ours)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return seen.decode("utf-8", "replace")
-
-
 SHOUTS = {
     "exception": f"class E(Exception): pass\nE.__name__ = E.__qualname__ = {EVIL!r}\nraise E({EVIL!r})",
     "death": f"import os, sys\nprint({EVIL!r}); print({EVIL!r}, file=sys.stderr); os.write(2, {EVIL!r}.encode())\nos.abort()  # {{source}}",
@@ -588,29 +548,27 @@ SHOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(SHOUTS))
-@pytest.mark.parametrize("profile", ["default", "ci"])
-def test_no_escape_reaches_the_terminal(tmp_path: Path, name: str, profile: str) -> None:
-    folder = tmp_path / "\x1b[31mred\x9b\u202e"
-    folder.mkdir()
+@pytest.mark.parametrize(("arena", "name"), in_turn(SHOUTS, both=("death",)), indirect=["arena"])
+def test_no_escape_reaches_the_terminal(arena: Arena, name: str) -> None:
+    folder = arena.mkdir("\x1b[31mred\x9b\u202e")
     source = SHOUTS[name].replace("{source}", EVIL.replace("\r", "").replace("\x00", ""))
     path = make_notebook(folder / "nb\x1b]0;owned\x07.ipynb", f"# {EVIL[:-1]}\nx = 1".replace("\r", ""), source)
-    env = {**os.environ, "TERM": "xterm-256color", "IPYTHONDIR": str(tmp_path / "i"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    env.pop("PYTEST_CURRENT_TEST", None)
-    seen = terminal_of([str(EXECUTABLE), "run", str(path), "--bisect", "never", "--limits", profile], folder, env)
-    assert "code cell 2" in seen
-    assert RAW.findall(seen) == [], repr(seen)
-    written = next(folder.glob("*.out.ipynb")).read_text()
-    banner = "".join(json.loads(written)["cells"][0]["source"])
+    env = {"TERM": "xterm-256color", "IPYTHONDIR": str(arena.mkdir("ipython"))}
+    found = arena.run_notebook(path, env=env, terminal=True)
+    assert found.status == (ERROR if name == "exception" else DIED) and "code cell 2" in found.stdout, found
+    assert RAW.findall(found.stdout) == [], repr(found.stdout)
+    banner = found.notebook.cells[0].source
     assert RAW.findall(banner) == [], repr(banner)
 
 
-def test_no_escape_of_a_kernels_name_reaches_the_terminal(tmp_path: Path) -> None:
-    path = make_notebook(tmp_path / "nb.ipynb", "1", kernel=EVIL)
-    seen = terminal_of([str(EXECUTABLE), "run", str(path)], tmp_path, {**os.environ, "TERM": "xterm"})
+@ROOT
+def test_no_escape_of_a_kernels_name_reaches_the_terminal(arena: Arena) -> None:
+    path = make_notebook(arena.folder / "nb.ipynb", "1", kernel=EVIL)
+    seen = arena.launch(path, env={"TERM": "xterm"}, terminal=True).stdout
     assert "did not start" in seen and RAW.findall(seen) == [], repr(seen)
 
 
+@ROOT
 def test_markup_is_inert_in_the_banner(arena: Arena) -> None:
     evil = "</b><script>alert(1)</script> ![x](http://evil/x.png) [a](javascript:1) $\\\\href{javascript:1}{x}$ `` ` ``` | <img src=x onerror=1>"
     found = fight(
@@ -627,6 +585,7 @@ def test_markup_is_inert_in_the_banner(arena: Arena) -> None:
 # --- secrets ----------------------------------------------------------------------------------------------------
 
 
+@USER
 def test_secrets_of_the_environment_are_masked_in_reports_and_left_in_outputs(arena: Arena) -> None:
     secret = "hunter2-Zq93/+xyz="
     cells = (
@@ -643,6 +602,7 @@ def test_secrets_of_the_environment_are_masked_in_reports_and_left_in_outputs(ar
     assert secret not in json.dumps(found.notebook.metadata)
 
 
+@ROOT
 def test_secrets_are_masked_in_our_error_output(arena: Arena) -> None:
     secret = "s3cr3t-value-42"
     found = fight(arena, f"x = '{secret}'\nos.write(2, b'terminate called {secret}')\nos.abort()  # {secret}", DB_PASSWORD=secret)
