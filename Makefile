@@ -121,6 +121,7 @@ $(VENV)/.bench-installed: $(VENV)/.dev-installed
 bench: $(VENV)/.bench-installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (12 minutes)
 	$(BIN)/python -m benchmarks.bench --readme --json docs/performance.json
 	$(BIN)/python -m benchmarks.walls
+	$(BIN)/python -m benchmarks.disk
 
 .PHONY: bench-quick
 bench-quick: $(VENV)/.bench-installed ## The same in a round or two each; writes nothing
