@@ -14,7 +14,7 @@ from contextlib import suppress
 from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from safe_exec.errors import OutputPathError, UsageError
 
@@ -207,24 +207,93 @@ def _replace(directory: int, name: str, pieces: Iterable[bytes]) -> None:
         raise
 
 
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def _now(path: Path, descriptor: int) -> Path:
+    """Where a directory is by now that was ``path`` when it was opened; one that was removed has no other place."""
+    held = os.fstat(descriptor)
+    with suppress(OSError):
+        if os.path.samestat(os.stat(path), held):
+            return path
+    with suppress(OSError):
+        found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.samestat(os.stat(found), held):
+            return found
+    return path
+
+
+class HeldTree:
+    """A directory held open from before anything else runs, and all below it reached from there, through no link.
+
+    Several notebooks write below one directory, which lies in the folder of some of them maybe: one may move it away while another
+    runs, and put a link in its place or in that of a directory in it. A context manager. Raises OSError when it cannot be opened.
+    """
+
+    def __init__(self, top: Path) -> None:
+        """``top`` is a path without links."""
+        self.top = top
+        self._fd = os.open(top, _FOLDER | os.O_NOFOLLOW)
+
+    @property
+    def place(self) -> Path:
+        """Where the directory is by now."""
+        return _now(self.top, self._fd)
+
+    def now(self, path: Path) -> Path:
+        """Where a document below ``top`` goes by now: its folder is made. Raises OutputPathError."""
+        try:
+            with contextlib.closing(HeldFolder(path, self)) as folder:
+                return folder.path
+        except OSError as problem:
+            raise OutputPathError(
+                f"{one_line(path.parent)}: cannot be made: {_system_text(problem)}; choose another --out"
+            ) from None
+
+    def open(self, folder: Path) -> int:
+        """A descriptor of a directory that was to be below ``top``; made, with all on the way, where it is not there. Raises OSError."""
+        held = os.dup(self._fd)
+        for name in folder.relative_to(self.top).parts:
+            outer = held
+            try:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=outer)
+                held = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=outer)
+            finally:
+                os.close(outer)
+        return held
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class HeldFolder:
     """The folder of a document to come, held open from before anything else runs: it may be moved, or something put in its place.
 
     Raises OSError when the folder cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        """``path`` is the document's."""
+    def __init__(self, path: Path, tree: HeldTree | None = None) -> None:
+        """``path`` is the document's, in ``tree`` if there is one."""
         self._path = path.absolute()
-        self._fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = self._path.parent
+        self._fd = os.open(parent, _FOLDER) if tree is None else tree.open(parent)
 
     @property
     def path(self) -> Path:
         """Where the document is by now: the path that was asked for, unless the folder was moved."""
-        with suppress(OSError):
-            if not os.path.samestat(os.stat(self._path.parent), os.fstat(self._fd)):
-                return Path(os.readlink(f"/proc/self/fd/{self._fd}")) / self._path.name
-        return self._path
+        return _now(self._path.parent, self._fd) / self._path.name
+
+    def forget(self) -> None:
+        """Remove what stands there, if it is a file or a link. Raises OSError."""
+        os.unlink(self._path.name, dir_fd=self._fd)
 
     def write(self, data: bytes | Iterable[bytes]) -> None:
         """As :func:`write_atomically`, in this very folder, in one piece or in several."""

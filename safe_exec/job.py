@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec import isolation, notebook, profiles
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
-from safe_exec.files import check_writable
+from safe_exec.files import HeldTree, check_writable
 from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.bubblewrap import is_needed
@@ -51,7 +51,7 @@ class Job:
     ``output``, ``verdict`` and ``repro`` (the reproduction) stand beside the notebook where nothing is said.
     ``writes``: documents are written; without it their paths need not be writable. ``machine`` is one that was looked at before (what it
     says of memory is what a percentage refers to). ``beside`` are files and directories that belong to us, wherever they lie: no part of
-    the folder that the notebook starts from.
+    the folder that the notebook starts from. ``tree`` is the directory in which all documents lie, where others write into it too.
     """
 
     path: Path
@@ -75,6 +75,7 @@ class Job:
     writes: bool = True
     machine: Machine | None = None
     beside: tuple[Path, ...] = ()
+    tree: HeldTree | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +124,7 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
     output, verdict, repro = job.output or paths.out, job.verdict or paths.verdict, job.repro or paths.repro
     refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro})
     for path in (output, verdict) if job.writes else ():
-        check_writable(path)
+        check_writable(path if job.tree is None else job.tree.now(path))
     cwd = job.cwd or job.path.absolute().parent
     if not cwd.is_dir():
         raise UsageError(f"{cwd}: no such directory to run in (--cwd)")

@@ -245,7 +245,7 @@ class Documents:
         self._folders: dict[str, HeldFolder] = {}
         for name, path in (("notebook", prepared.output), ("verdict", prepared.verdict)):
             with contextlib.suppress(OSError):  # what became of it is said when there is something to write
-                folder = self._folders[name] = HeldFolder(path)
+                folder = self._folders[name] = HeldFolder(path, prepared.job.tree)
                 self._stack.callback(folder.close)
 
     def __enter__(self) -> Self:

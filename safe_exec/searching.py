@@ -46,7 +46,7 @@ class Keeping:
         self._place: HeldFolder | None = None
         if prepared.job.bisect is not Bisect.NEVER:
             with contextlib.suppress(OSError):  # said when there is something to write
-                self._place = HeldFolder(prepared.repro)
+                self._place = HeldFolder(prepared.repro, prepared.job.tree)
             self._claim()
 
     def _claim(self) -> None:
@@ -77,7 +77,7 @@ class Keeping:
 
     def write_reproduction(self, data: bytes) -> Path:
         """Write it into the folder that was there before anything ran; where it is by now. Raises OSError."""
-        place = self._place or HeldFolder(self.prepared.repro)
+        place = self._place or HeldFolder(self.prepared.repro, self.prepared.job.tree)
         place.write(data)
         return place.path
 

@@ -25,9 +25,9 @@ from safe_exec.batch.order import longest_first
 from safe_exec.batch.outcome import exit_code
 from safe_exec.batch.selection import Chosen
 from safe_exec.batch.worker import Shared, Stops, Task, beside_others, refused, run_task
-from safe_exec.errors import OutputPathError, UsageError
+from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
-from safe_exec.files import one_line
+from safe_exec.files import HeldTree, one_line
 from safe_exec.job import Job, Prepared, prepare
 from safe_exec.pipeline import signals
 from safe_exec.records import dataclass, replace
@@ -88,12 +88,12 @@ class _Waiting:
 class _Run:
     """The state of a batch that runs."""
 
-    def __init__(self, plan: Plan, journal: Journal, watcher: Watcher) -> None:
-        self.plan, self.watcher = plan, watcher
+    def __init__(self, plan: Plan, tree: HeldTree, journal: Journal, watcher: Watcher) -> None:
+        self.plan, self.tree, self.watcher = plan, tree, watcher
         self.stops = Stops()
         self.history = History.of_user()
         self.shared = Shared(
-            out=plan.out,
+            out=tree,
             jobs=plan.room.jobs,
             retries=plan.retries,
             journal=journal,
@@ -163,7 +163,7 @@ class _Run:
 
     async def _look_at(self, chosen: Chosen) -> None:
         """Read a notebook: it waits from now on, or needs not be run, or cannot be."""
-        task = Task(chosen=chosen, job=job_of(self.plan, chosen))
+        task = Task(chosen=chosen, job=job_of(self.plan, chosen, self.tree))
         try:
             found = await asyncio.to_thread(self._survey, task)
         except UsageError as error:
@@ -177,11 +177,10 @@ class _Run:
             self._show(found, "passed before, and nothing has changed")
 
     def _survey(self, task: Task) -> _Waiting | Finished | Entry:
-        _make_folder(task.job)
         prepared = prepare(task.job)
         inputs = inputs_of(prepared)  # wrong ones are found before anything runs
         done = self.past.get(task.chosen.path)
-        if done is not None and done.key == key_of_run(prepared) and _stands(done, self.plan.out):
+        if done is not None and done.key == key_of_run(prepared) and _stands(done, self.tree.place):
             return done
         if self.plan.only_changed and self._passed_before(task, prepared, inputs):
             return _not_run(task.chosen, UNCHANGED)
@@ -194,15 +193,15 @@ class _Run:
 
     def _finish(self, chosen: Chosen, record: Finished) -> None:
         self.failed = self.failed or record.exit_code != 0
-        self._show(_entry_of(record, chosen, self.plan.out), record.headline)
+        self._show(_entry_of(record, chosen, self.tree.place), record.headline)
 
     def _show(self, entry: Entry, headline: str) -> None:
         self.entries[entry.path] = entry
         self.watcher.finished(entry, headline)
 
 
-def job_of(plan: Plan, chosen: Chosen) -> Job:
-    """The job of one notebook: it runs in its own folder, and its documents go below the output directory."""
+def job_of(plan: Plan, chosen: Chosen, tree: HeldTree) -> Job:
+    """The job of one notebook: it runs in its own folder, and its documents go below the output directory, which is held."""
     base = plan.out / chosen.documents
     return replace(
         plan.template,
@@ -211,16 +210,9 @@ def job_of(plan: Plan, chosen: Chosen) -> Job:
         verdict=base.with_name(f"{base.name}.verdict.json"),
         repro=base.with_name(f"{base.name}.repro.ipynb"),
         beside=(plan.out,),
+        tree=tree,
         command=plan.command,
     )
-
-
-def _make_folder(job: Job) -> None:
-    assert job.output is not None
-    try:
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputPathError(f"{one_line(job.output.parent)}: cannot be made: {error.strerror}; choose another --out") from None
 
 
 def _stands(record: Finished, out: Path) -> bool:
@@ -246,6 +238,13 @@ def _entry_of(record: Finished, chosen: Chosen, out: Path) -> Entry:
     )
 
 
+def _moved(entry: Entry, before: Path, now: Path) -> Entry:
+    """The entry, whose documents moved with the output directory."""
+    documents = {name: getattr(entry, name) for name in ("verdict", "notebook", "repro")}
+    moved = {name: now / path.relative_to(before) for name, path in documents.items() if path and path.is_relative_to(before)}
+    return replace(entry, **moved) if now != before else entry
+
+
 def _not_run(chosen: Chosen, status: str) -> Entry:
     return Entry(
         path=chosen.path,
@@ -269,8 +268,8 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
     before anything is run, where the output directory cannot be used.
     """
     started, began = datetime.now(UTC), time.monotonic()
-    with Journal(plan.out, resume=plan.resume) as journal:
-        run = _Run(plan, journal, watcher)
+    with HeldTree(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal:
+        run = _Run(plan, tree, journal, watcher)
         with signals(run.stops.arrive):
             journal.batch_started(version=__version__, command=plan.command, root=str(plan.root), notebooks=len(plan.chosen))
             if not plan.resume and not journal.past.empty and not journal.past.complete:
@@ -283,12 +282,12 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
                 await run.run()
             finally:
                 drawing.cancel()
-            entries = tuple(run.entries[chosen.path] for chosen in plan.chosen)
+            entries = tuple(_moved(run.entries[chosen.path], plan.out, tree.place) for chosen in plan.chosen)
             cancelled = bool(run.stops.signals)
             batch = Batch(
                 entries=entries,
                 root=plan.root,
-                out=plan.out,
+                out=tree.place,
                 started=started,
                 seconds=time.monotonic() - began,
                 exit_code=exit_code(entries, cancelled=cancelled),
@@ -300,6 +299,8 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
                 cancelled=cancelled,
                 resumed=plan.resume and not journal.past.empty,
             )
+            if batch.out != plan.out:
+                log.warning("%s was moved away while notebooks ran; all is in %s", one_line(plan.out), one_line(batch.out))
             batch = replace(batch, exit_code=report(batch))
             if not cancelled and not any(entry.status == NOT_RUN for entry in entries):
                 journal.batch_finished(exit_code=batch.exit_code)

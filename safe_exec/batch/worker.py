@@ -23,7 +23,7 @@ from safe_exec.batch.selection import Chosen
 from safe_exec.early import Early
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.events import EventSink
-from safe_exec.files import one_line
+from safe_exec.files import HeldFolder, HeldTree, one_line
 from safe_exec.job import Job, Prepared, prepare
 from safe_exec.model import Limits, Status, Verdict
 from safe_exec.pipeline import run_job
@@ -80,7 +80,7 @@ class Task:
 class Shared:
     """What all notebooks of a batch have in common. ``sink`` gives the events of a notebook, by its path, to whoever watches."""
 
-    out: Path
+    out: HeldTree
     jobs: int
     retries: int
     journal: Journal
@@ -131,7 +131,7 @@ def _run(task: Task, shared: Shared) -> Finished:
             verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
         if shared.stops.signals or not again(verdict):
             break
-    record = _record(task, verdict, attempt, key, shared.out)
+    record = _record(task, verdict, attempt, key, shared.out.place)
     if verdict.status is not Status.CANCELLED:  # that one is to be run again
         shared.journal.finished(record)
         _remember(task, record, prepared, inputs, shared)
@@ -164,8 +164,8 @@ def _remove_documents(job: Job) -> None:
     """Those of an earlier run: they must not be taken for this one's."""
     for path in (job.output, job.verdict, job.repro):
         if path is not None:
-            with contextlib.suppress(OSError):  # what stands there and is no file is found by prepare
-                path.unlink()
+            with contextlib.suppress(OSError), contextlib.closing(HeldFolder(path, job.tree)) as folder:
+                folder.forget()  # what stands there and is no file is found by prepare
 
 
 def beside_others(job: Job, limits: Limits, jobs: int) -> Job:

@@ -1,6 +1,6 @@
 """The notebooks of a batch as reports see them: where each one's documents lie, and what came of it in a word.
 
-Imports nothing of ours. Verdicts stay on disk: those of five hundred notebooks, each with its timeline, do not belong into memory at once.
+Imports files, errors, records. Verdicts stay on disk: those of five hundred notebooks, each with its timeline, do not belong into memory at once.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safe_exec.errors import UsageError
+from safe_exec.files import read_regular
 from safe_exec.records import dataclass
 
+MOST_BYTES = 64 << 20
+"""No verdict is as long."""
 REFUSED = "refused"
 """The input cannot be read, or its limits cannot be: no verdict; exit code 2."""
 UNCHANGED = "unchanged"
@@ -46,11 +50,12 @@ class Entry:
 
     def document(self) -> Mapping[str, Any] | None:
         """The verdict, read from its file now and not kept; ``None`` where there is none that can be read."""
-        if self.verdict is None:
+        if self.verdict is None or self.verdict.is_symlink():  # we write none
             return None
         try:
-            document = json.loads(self.verdict.read_bytes())
-        except (OSError, ValueError):  # removed or overwritten by somebody since: a report says less, and is written
+            # Somebody may have put anything there since: what can be written where verdicts lie are notebooks, too.
+            document = json.loads(read_regular(self.verdict, most=MOST_BYTES, error=UsageError))
+        except (UsageError, ValueError, RecursionError):  # a report says less, and is written
             return None
         return document if isinstance(document, Mapping) else None
 

@@ -349,9 +349,16 @@ class Arena:
 
         At a ``terminal`` all that it writes there is in ``stdout``.
         """
+        bisected = ("--bisect", "always" if bisect else "never")
+        argv = ("run", str(path), "--limits", self.profile, *bisected, *options)
+        return self.command(*argv, env=env, timeout=timeout, terminal=terminal)
+
+    def command(
+        self, *words: str, env: Mapping[str, str] | None = None, timeout: float = RUN_SECONDS, terminal: bool = False
+    ) -> Launched:
+        """Run a command of ours with these words after its name, in the notebook's folder; the same is checked."""
         mark = secrets.token_hex(8)
-        argv = [*self._prefix(), str(EXECUTABLE), "run", str(path), "--limits", self.profile]
-        argv += ["--bisect", "always" if bisect else "never", *options]
+        argv = [*self._prefix(), str(EXECUTABLE), *words]
         full = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
         full |= {
             "HOME": str(self.home),

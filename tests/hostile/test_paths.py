@@ -176,6 +176,77 @@ def test_the_notebook_is_read_once(arena: Arena, name: str) -> None:
     assert "second" in str(node.cells[2].outputs) and node.cells[3].source == SEGFAULT
 
 
+# --- many notebooks ---------------------------------------------------------------------------------------------
+
+MOVES = {
+    "the directory": "os.rename('out', 'away'); os.symlink('@TARGET@', 'out')",
+    "a directory in it": "os.rename('out/sub', 'out/away'); os.symlink('@TARGET@', 'out/sub')",
+    "a directory to come": "os.symlink('@TARGET@', 'out/late')",
+}
+
+
+@pytest.mark.parametrize(
+    ("who", "name"),
+    [("root", "the directory"), ("user", "the directory"), ("user", "a directory in it"), ("root", "a directory to come")],
+)
+def test_documents_of_a_batch_go_through_no_link_that_a_notebook_has_put_there(who: Who, name: str) -> None:
+    """The output directory lies in the folder of a notebook, which may write there, and nowhere else."""
+    with Arena(who, "ci") as arena:
+        target = arena.mkdir("target")
+        for document in ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"):
+            (target / document).write_text("untouched")
+        for folder in ("sub", "late"):
+            (arena.folder / folder).mkdir()
+            make_notebook(arena.folder / folder / "b.ipynb", "1")
+        make_notebook(arena.folder / "a.ipynb", f"import os\n{MOVES[name].replace('@TARGET@', str(target))}")
+        (arena.folder / "out" / "sub").mkdir(parents=True)
+        if who == "user":
+            for path in (arena.folder, *arena.folder.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+        words = ("a.ipynb", "sub/b.ipynb", "late/b.ipynb", "--out", "out", "-j", "1", "--limits", "ci", "--no-bisect")
+        done = arena.command("batch", *words)
+        assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys(
+            ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"), "untouched"
+        ), done
+        where = arena.folder / ("away" if name == "the directory" else "out")
+        summary = json.loads((where / "summary.json").read_text())
+        status = {found["path"]: found["status"] for found in summary["notebooks"]}
+        assert status["a.ipynb"] == "passed" and verdict_in(where / "a.verdict.json")["status"] == "passed", done
+        for folder, blocked in (("sub", name == "a directory in it"), ("late", name == "a directory to come")):
+            assert status[f"{folder}/b.ipynb"] == ("refused" if blocked else "passed"), done
+        assert (name == "the directory") == ("was moved away" in done.stderr), done
+
+
+PUT_FOR_VERDICTS = """
+import os
+os.chdir('out')
+for name in ('pipe', 'link', 'nonsense', 'shape'):
+    os.unlink(name + '.verdict.json')
+os.mkfifo('pipe.verdict.json')
+os.symlink('/dev/zero', 'link.verdict.json')
+open('nonsense.verdict.json', 'w').write('[' * 100_000)
+open('shape.verdict.json', 'w').write('{"cause": 5, "cells": {}, "crash_cell": [], "status": [], "usage": 7, "limits": "x"}')
+"""
+
+
+def test_what_is_put_in_the_place_of_others_verdicts_holds_up_no_report() -> None:
+    with Arena("user", "ci") as arena:
+        for name in ("pipe", "link", "nonsense", "shape"):
+            path = make_notebook(arena.folder / f"{name}.ipynb", "raise ValueError")
+            # The longer a file is, the earlier it is run; spaces leave it the notebook that it is.
+            path.write_text(path.read_text() + " " * 10_000)
+        make_notebook(arena.folder / "evil.ipynb", PUT_FOR_VERDICTS)
+        (arena.folder / "out").mkdir()
+        for path in (arena.folder, *arena.folder.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        done = arena.command("batch", ".", "--out", "out", "-j", "1", "--limits", "ci", "--no-bisect")
+        summary = json.loads((arena.folder / "out" / "summary.json").read_text())
+        statuses = {found["path"]: found["status"] for found in summary["notebooks"]}
+        assert statuses.pop("evil.ipynb") == "passed" and set(statuses.values()) == {"cell_error"} and len(statuses) == 4, done
+        assert done.code == Status.CELL_ERROR.exit_code and "Traceback" not in done.stderr, done
+        assert {path.name for path in (arena.folder / "out").iterdir()} >= {"junit.xml", "report.html"}
+
+
 # --- the disk and the log ---------------------------------------------------------------------------------------
 
 

@@ -133,7 +133,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(folders, "TMP", tmp_path / "tmp")
     names = {"output": "nb.out.ipynb", "verdict": "nb.verdict.json", "repro": "nb.repro.ipynb"}
     return SimpleNamespace(
-        job=SimpleNamespace(bisect=Bisect.AUTO, beside=()),
+        job=SimpleNamespace(bisect=Bisect.AUTO, beside=(), tree=None),
         run_id="abc",
         cwd=tmp_path / "work",
         **{key: tmp_path / "work" / name for key, name in names.items()},
@@ -357,7 +357,7 @@ def test_the_reproduction_goes_where_the_folder_was_held(tmp_path: Path, monkeyp
     folder, outside = tmp_path / "nb", tmp_path / "outside"
     folder.mkdir()
     outside.mkdir()
-    job: Any = SimpleNamespace(bisect=Bisect.AUTO)
+    job: Any = SimpleNamespace(bisect=Bisect.AUTO, tree=None)
     prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", repro=folder / "nb.repro.ipynb")
     with Keeping(prepared) as keeping:
         folder.rename(tmp_path / "moved")
