@@ -641,6 +641,34 @@ class Inside:
 
     # --- what can wait --------------------------------------------------------------------------------------------
 
+    def fit_client(self):
+        """Import the part of jupyter_client that a kernel needs; the clients and managers when somebody asks for them."""
+        if not self.config.get("headless") or "jupyter_client" in sys.modules:
+            return
+        spec = importlib.util.find_spec("jupyter_client")
+        package = importlib.util.module_from_spec(spec)
+        lock, loading = _thread.RLock(), []
+
+        def load(name):
+            with lock:
+                if not loading:
+                    loading.append(name)
+                    spec.loader.exec_module(package)
+                    del package.__getattr__, package.__dir__
+            if name in vars(package):
+                return vars(package)[name]
+            raise AttributeError(f"module 'jupyter_client' has no attribute {name!r}")
+
+        def names():
+            load("__name__")
+            return dir(package)
+
+        package.__getattr__, package.__dir__ = load, names
+        sys.modules["jupyter_client"] = package
+        from jupyter_client.connect import write_connection_file
+
+        package.write_connection_file = write_connection_file
+
     def fit_debugger(self):
         """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
 
