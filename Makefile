@@ -113,26 +113,29 @@ format: $(VENV)/.dev-installed ## Format the code
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format -q .
 
-$(VENV)/.bench-installed: $(VENV)/.dev-installed
-	$(BIN)/pip install -q -e '.[bench]'
+# A place of its own, with nothing but what is compared: beside JupyterLab's packages nbformat alone takes most of a second to import.
+BENCH := .venv-bench
+$(BENCH)/.installed: pyproject.toml | system
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install -q -e '.[kernel,bench]'
 	@touch $@
 
 .PHONY: bench
-bench: $(VENV)/.bench-installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (12 minutes)
-	$(BIN)/python -m benchmarks.bench --readme --json docs/performance.json
-	$(BIN)/python -m benchmarks.walls
-	$(BIN)/python -m benchmarks.disk
+bench: $(BENCH)/.installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (12 minutes)
+	$(BENCH)/bin/python -m benchmarks.bench --readme --json docs/performance.json
+	$(BENCH)/bin/python -m benchmarks.walls
+	$(BENCH)/bin/python -m benchmarks.disk
 
 .PHONY: bench-quick
-bench-quick: $(VENV)/.bench-installed ## The same in a round or two each; writes nothing
-	$(BIN)/python -m benchmarks.bench --quick
+bench-quick: $(BENCH)/.installed ## The same in a round or two each; writes nothing
+	$(BENCH)/bin/python -m benchmarks.bench --quick
 
 .PHONY: bench-check
-bench-check: $(VENV)/.dev-installed ## Compare paired ratios with the recorded ones; fails where one has become worse beyond its noise
-	$(BIN)/python -m benchmarks.check
+bench-check: $(BENCH)/.installed ## Compare paired ratios with the recorded ones; fails where one has become worse beyond its noise
+	$(BENCH)/bin/python -m benchmarks.check
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	rm -rf $(VENV) $(BENCH) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
 	rm -f examples/*.out.ipynb examples/*.verdict.json examples/*.repro.ipynb
 	find . -name __pycache__ -prune -exec rm -rf {} +
