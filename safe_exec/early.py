@@ -6,7 +6,6 @@ we do until its first cell: whatever can be done beside it costs nothing. May im
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -25,7 +24,7 @@ class Early:
     def __init__(self) -> None:
         """Take the keeper that was begun, or start one; not where systemd is: there it may have to be born in a scope, and the plan says so."""
         born = birth.take()
-        self.run_id = born.run_id if born is not None else os.urandom(6).hex()
+        self.run_id = born.run_id if born is not None else birth.new_run_id()
         self._directory = Path(born.directory if born is not None else birth.runtime_directory(self.run_id))
         self._sandbox: Sandbox | None = None
         if born is not None or not birth.systemd_is_booted():

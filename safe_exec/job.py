@@ -20,6 +20,7 @@ from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, Usa
 from safe_exec.files import HeldTree, check_writable
 from safe_exec.model import Isolation, LimitName, Limits, Wall
 from safe_exec.records import dataclass, field, replace
+from safe_exec.sandbox import birth
 from safe_exec.sandbox.bubblewrap import is_needed
 from safe_exec.sandbox.build import Required, build_plan, parse_mechanisms, parse_required
 from safe_exec.sandbox.machine import Machine, Rehearsal, detect, look_for_walls
@@ -149,7 +150,7 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
         repro=repro,
         cwd=cwd,
         kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
-        run_id=early.run_id if early is not None else os.urandom(6).hex(),
+        run_id=early.run_id if early is not None else birth.new_run_id(),
         started=started,
         started_at=started_at,
         early=early,

@@ -7,7 +7,6 @@ start here, so that their runs are alike: the folder as it was before, a fresh k
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from safe_exec.culprit.folder import Views
 from safe_exec.events import EventSink
 from safe_exec.model import Cancelled, InternalError, LimitName, Limits, TimedOut
 from safe_exec.records import dataclass, field, replace
-from safe_exec.sandbox.birth import runtime_directory
+from safe_exec.sandbox import birth
 from safe_exec.sandbox.build import build_plan
 from safe_exec.trial import TrialRequest, TrialResult, run_trial
 
@@ -42,10 +41,10 @@ def enclosed(
 
     ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises NoTrial.
     """
-    run_id = os.urandom(6).hex()
+    run_id = birth.new_run_id()
     held = limits or template.limits
     try:
-        view = views.make(run_id, Path(runtime_directory(run_id)))
+        view = views.make(run_id, Path(birth.runtime_directory(run_id)))
     except OSError as error:
         raise NoTrial(f"the folder cannot be had as it was: {error}") from error
     plan = replace(

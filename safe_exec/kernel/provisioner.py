@@ -21,7 +21,7 @@ from traitlets.config import Application
 from safe_exec.files import one_line
 from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
 from safe_exec.model import LimitName, Limits, TerminationReason
-from safe_exec.sandbox import leftovers
+from safe_exec.sandbox import birth, leftovers
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
@@ -46,7 +46,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._config: dict[str, object] = config
         self.limits = Limits()
         self.plan: SpawnPlan | None = None
-        self.run_id = os.urandom(6).hex()
+        self.run_id = birth.new_run_id()
         self.sandbox: Sandbox | None = None
         self.channels: Channels | None = None
         self.fitted = False
@@ -83,7 +83,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         from safe_exec.profiles import resolve_simple  # only other tools come this way
 
         leftovers.sweep()  # of servers that were killed together with their keepers
-        self.run_id = os.urandom(6).hex()  # a restarted kernel's sandbox is another one
+        self.run_id = birth.new_run_id()  # a restarted kernel's sandbox is another one
         self._told = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")

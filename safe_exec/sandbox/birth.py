@@ -40,6 +40,11 @@ class Born:
             )
 
 
+def new_run_id() -> str:
+    """Twelve hexadecimal digits."""
+    return os.urandom(6).hex()
+
+
 def runtime_directory(run_id: str) -> str:
     """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -60,7 +65,7 @@ def begin() -> None:
     global _begun  # noqa: PLW0603 - one process, one command line
     if systemd_is_booted():
         return
-    run_id = os.urandom(6).hex()
+    run_id = new_run_id()
     try:
         _begun = Born(run_id, directory=runtime_directory(run_id))
     except OSError:

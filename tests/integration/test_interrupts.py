@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import safe_exec
+from safe_exec.sandbox import birth
 from safe_exec.sandbox.machine import detect
 from safe_exec.trial import Trial
 from tests.support import EXECUTABLE, MARK, groups_of, make_notebook, marked_processes, run_notebook, wait_until
@@ -201,7 +202,7 @@ def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
     foreign = detect().v1["pids"] / f"safe-exec-{run_id}"
     foreign.mkdir()
     try:
-        monkeypatch.setattr(secrets, "token_hex", lambda _size: run_id)
+        monkeypatch.setattr(birth, "new_run_id", lambda: run_id)
         verdict = safe_exec.run(make_notebook(tmp_path / "nb.ipynb", "1"))
         assert verdict.status == "internal_error"
         assert verdict.cause is not None
