@@ -515,3 +515,15 @@ def test_a_notebook_found_invalid_while_its_kernel_starts(tmp_path: Path) -> Non
     assert marked_processes(mark) == []
     left = [path for path in tmp_path.rglob("*") if path.name not in ("nb.ipynb", "safe-exec")]
     assert left == [], "no documents, sockets or notes"
+
+
+def test_what_no_notebook_needs_checked_is_not_imported(tmp_path: Path) -> None:
+    """Beside JupyterLab jsonschema imports what takes it most of a second; the kernel may import it as ever."""
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "rfc3987_syntax.py").write_text("import os\nopen(os.environ['SEEN'], 'a').write('imported ')\n")
+    path = make_notebook(tmp_path / "nb.ipynb", "import rfc3987_syntax, sys\nprint('rfc3987_syntax' in sys.modules)")
+    seen = tmp_path / "seen"
+    outcome = run_notebook(path, env={"PYTHONPATH": str(place), "SEEN": str(seen)})
+    assert outcome.verdict["status"] == "passed"
+    assert seen.read_text() == "imported "
