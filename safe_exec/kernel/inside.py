@@ -92,17 +92,22 @@ FROM_DEBUGPY = (
 
 
 def import_debugger_alone():
-    """ipykernel's debugger with nothing in the places of what it has from debugpy."""
+    """ipykernel's debugger with nothing in the places of what it has from debugpy; ``None`` where it is not the one that we know."""
     empty = {name: types.ModuleType(name) for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))}
     for module, name in FROM_DEBUGPY:
         setattr(empty[module], name, None)
     sys.modules.update(empty)
     try:
         from ipykernel import debugger
+    except ImportError:  # before version 6 there was none
+        return None
     finally:
         for name in empty:
             del sys.modules[name]
-    return debugger
+    if all(hasattr(debugger, name) for name in ("VariableExplorer", *(name for _, name in FROM_DEBUGPY))):
+        return debugger
+    import_debugpy(debugger)
+    return None
 
 
 def import_debugpy(debugger):
@@ -678,6 +683,8 @@ class Inside:
         if not self.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
             return
         debugger = import_debugger_alone()
+        if debugger is None:
+            return
         explorer = debugger.VariableExplorer
         default = sys.breakpointhook
 
