@@ -33,8 +33,11 @@ def _cell_problems(cell: Any) -> Iterator[str]:
         yield f"cell_type must be one of {', '.join(_CELL_TYPES)}"
     if not _is_text(cell.get("source")):
         yield "source must be text or a list of lines"
-    if not isinstance(cell.get("metadata"), dict):
+    metadata = cell.get("metadata")
+    if not isinstance(metadata, dict):
         yield "metadata must be an object"
+    elif not isinstance(metadata.get("tags", []), list | str | dict):  # nbclient looks for words in it; others do no harm
+        yield "metadata.tags must be a list of words"
     attachments = cell.get("attachments", {})
     if not isinstance(attachments, dict) or not all(isinstance(item, dict) for item in attachments.values()):
         yield "attachments must be objects"

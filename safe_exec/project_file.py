@@ -34,10 +34,14 @@ class ProjectLimits:
 
 
 def find_project_file(notebook_path: Path | str) -> Path | None:
-    """The ``safe-exec.yaml`` that covers a notebook: the nearest above it, no further up than the repository's root."""
+    """The ``safe-exec.yaml`` that covers a notebook: the nearest above it, no further up than the repository's root.
+
+    Raises LimitsError for one that is a link to what the repository does not hold.
+    """
     folder = _absolute(notebook_path).parent
     for directory in (folder, *folder.parents):
         if (directory / PROJECT_FILE).is_file() and _is_ours(directory / PROJECT_FILE, folder):
+            _demand_inside(directory / PROJECT_FILE)
             return directory / PROJECT_FILE
         if (directory / ".git").exists():  # a directory, or a file in a work tree or submodule
             return None
@@ -51,6 +55,15 @@ def _is_ours(file: Path, folder: Path) -> bool:
     """
     owner = file.stat().st_uid
     return owner in (_user(), 0, folder.stat().st_uid)
+
+
+def _demand_inside(file: Path) -> None:
+    """Errors tell what stands in the file, in a log that others may read: it must be the repository's own, and no secret by a link."""
+    real = Path(os.path.realpath(file))
+    root = next((parent for parent in file.parents if (parent / ".git").exists()), file.parent)
+    inside = Path(os.path.realpath(root))
+    if not real.is_relative_to(inside) or ".git" in real.relative_to(inside).parts:
+        raise LimitsError(f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there")
 
 
 def _user() -> int:

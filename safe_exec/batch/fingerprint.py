@@ -146,7 +146,8 @@ def _environment_of(name: str) -> str:
 
 def _packages_of(python: str) -> str | None:
     try:
-        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=ASK_SECONDS, check=True)
+        # Not from the directory that we are in: it may be the notebooks' own, and Python imports from there first.
+        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=ASK_SECONDS, check=True, cwd="/")
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

@@ -201,6 +201,13 @@ def _is_walked(path: str, name: str, out: str) -> bool:
 # --- git --------------------------------------------------------------------------------------------------------
 
 
+# A repository's own settings name programs, which git runs as whoever calls it; and who wrote the repository may be nobody to be trusted.
+WITHOUT_PROGRAMS = ("-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null")
+"""What git runs to read its index, but not for us."""
+WITHOUT_HOSTS = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
+"""What it lacks of a partial clone stays away: to fetch it is to run what the settings of its remote say. Nothing is written."""
+
+
 def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
     """Those of ``files`` that git ignores. One call for each repository: a path in a submodule is an error to the one around it."""
     by_repository: dict[Path, list[Path]] = {}
@@ -227,10 +234,11 @@ def _repository_of(folder: Path) -> Path | None:
 
 def _ask_git(git: str, repository: Path, files: Sequence[Path], notes: list[str]) -> set[Path]:
     real = {os.path.join(os.path.realpath(file.parent), file.name): file for file in files}
-    argv = [git, "-C", str(repository), "check-ignore", "-z", "--stdin"]
+    argv = [git, *WITHOUT_PROGRAMS, "-C", str(repository), "check-ignore", "-z", "--stdin"]
     asked = b"".join(os.fsencode(path) + b"\0" for path in real)
     try:
-        done = subprocess.run(argv, input=asked, capture_output=True, timeout=GIT_SECONDS, check=False)
+        env = {**os.environ, **WITHOUT_HOSTS}
+        done = subprocess.run(argv, input=asked, capture_output=True, timeout=GIT_SECONDS, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         notes.append(f"{one_line(repository)}: git could not say what it ignores: {one_line(error)}")
         return set()

@@ -116,6 +116,14 @@ def test_the_environment_of_a_kernel_names_its_packages() -> None:
     assert Kernels().environment("no-such-kernel") == "none"
 
 
+def test_nothing_of_the_folder_that_we_are_in_is_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "platform"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'trapped')!r}, 'w')")
+    monkeypatch.chdir(folder)
+    assert "ipykernel" in Kernels().environment("python3")
+    assert not (folder / "trapped").exists()
+
+
 def test_inputs_are_hashed_below_the_notebooks_folder(folder: Path) -> None:
     (folder / "data" / "deep").mkdir(parents=True)
     (folder / "data" / "a.csv").write_text("1")

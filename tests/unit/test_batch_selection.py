@@ -168,6 +168,54 @@ def test_a_repository_within_another_has_its_own_rules(tree: Path) -> None:
     assert chosen(tree, ".") == ["a.ipynb", "docs/c.ipynb"]
 
 
+def trap(tree: Path) -> tuple[Path, Path]:
+    """A program in a repository, and the file that is there once somebody has run it."""
+    program, trapped = tree / ".git" / "program", tree / ".git" / "trapped"
+    program.write_text(f"#!/bin/sh\ntouch '{trapped}'\n")
+    program.chmod(0o755)
+    return program, trapped
+
+
+def test_no_program_of_a_repositorys_settings_is_run(tree: Path) -> None:
+    git(tree, "init", "-q")
+    git(tree, "add", "a.ipynb")
+    (tree / ".gitignore").write_text("deep/\n")
+    program, trapped = trap(tree)
+    for name in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "core.alternateRefsCommand"):
+        git(tree, "config", name, str(program))
+    git(tree, "config", "core.hooksPath", str(program.parent))
+    git(tree, "status")
+    assert trapped.exists(), "no trap"
+    trapped.unlink()
+    assert chosen(tree, ".") == ["a.ipynb", "docs/c.ipynb"] and not trapped.exists()
+
+
+def test_what_a_partial_clone_lacks_is_not_fetched(tree: Path) -> None:
+    """To fetch it runs what the settings of the remote say."""
+    git(tree, "init", "-q")
+    ignore = tree / "docs" / ".gitignore"
+    ignore.write_text("c.ipynb\n")
+    git(tree, "add", "docs/.gitignore")
+    git(tree, "-c", "user.email=a@b", "-c", "user.name=a", "commit", "-q", "-m", "x")
+    git(tree, "update-index", "--skip-worktree", "docs/.gitignore")
+    ignore.unlink()
+    for stored in (tree / ".git" / "objects").glob("??/*"):
+        stored.unlink()
+    program, trapped = trap(tree)
+    for name, value in {
+        "core.repositoryformatversion": "1",
+        "extensions.partialClone": "origin",
+        "remote.origin.url": str(tree),
+        "remote.origin.promisor": "true",
+        "remote.origin.uploadpack": str(program),
+    }.items():
+        git(tree, "config", name, value)
+    subprocess.run(["git", "-C", str(tree), "check-ignore", "docs/c.ipynb"], check=False, capture_output=True)
+    assert trapped.exists(), "no trap"
+    trapped.unlink()
+    assert "a.ipynb" in chosen(tree, ".") and not trapped.exists()
+
+
 def test_git_that_fails_leaves_nothing_out_and_says_so(tree: Path) -> None:
     (tree / ".git").mkdir()  # looks like a repository, and is none
     result = found(tree, ".")

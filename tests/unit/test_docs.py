@@ -426,6 +426,19 @@ def test_each_promise_is_shown_by_tests_that_exist() -> None:
         assert shown and set(shown) <= hostile(), row[0]
 
 
+def test_each_promise_of_what_is_outside_is_shown_by_tests_that_exist() -> None:
+    tests = hostile() | {
+        name
+        for path in (ROOT / "tests" / "unit").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    table = [*rows(section(page("docs/security.md"), "Outside the walls"))]
+    assert len(table) >= 3
+    for promise, shown in table:
+        names = CODE.findall(shown)
+        assert names and set(names) <= tests, promise
+
+
 def test_each_wall_is_promised_to_the_profiles_that_have_it() -> None:
     found = {row[0]: row[1] for row in rows(section(page("docs/security.md"), "Profiles"))}
     assert {name.strip("`") for name in found} == {path.stem for path in (ROOT / "limits").glob("*.yaml")}

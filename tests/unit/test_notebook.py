@@ -196,6 +196,13 @@ def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
         (document(code(["a", 5])), "nb.ipynb: not a valid notebook: cell 0 (from 0): source must be text"),
         (document(code(cell_type="x")), "nb.ipynb: not a valid notebook: cell 0 (from 0): cell_type must be one of"),
         (document(code(metadata=None)), "nb.ipynb: not a valid notebook: cell 0 (from 0): metadata must be an object"),
+        *(
+            (
+                document(code(metadata={"tags": tags})),
+                "nb.ipynb: not a valid notebook: cell 0 (from 0): metadata.tags must be a list of words",
+            )
+            for tags in (5, None, True, 1.5)
+        ),
         (document(code(attachments={"a": 1})), "nb.ipynb: not a valid notebook: cell 0 (from 0): attachments"),
         (document(code(outputs={})), "nb.ipynb: not a valid notebook: cell 0 (from 0): outputs must be a list"),
         (

@@ -501,6 +501,27 @@ def test_the_project_file_is_looked_for_up_to_the_repository(tmp_path: Path) -> 
     assert find_project_file(notebook) == tmp_path / "repo" / PROJECT_FILE
 
 
+@pytest.mark.parametrize(
+    ("leads_to", "refused"),
+    [("../secret", True), ("/etc/hosts", True), (".git/config", True), ("other.yaml", False), ("sub/../other.yaml", False)],
+)
+def test_a_project_file_is_no_link_to_what_the_repository_does_not_hold(tmp_path: Path, leads_to: str, *, refused: bool) -> None:
+    """What is wrong in the file is told with its words: of a secret, to whoever reads the log."""
+    (tmp_path / "secret").write_text("hunter2")
+    repository = tmp_path / "repo"
+    for name in (".git", "sub"):
+        (repository / name).mkdir(parents=True)
+    (repository / ".git" / "config").write_text("token")
+    (repository / "other.yaml").write_text("")
+    (repository / PROJECT_FILE).symlink_to(leads_to)
+    if refused:
+        with pytest.raises(LimitsError, match="is a link that leads out of") as caught:
+            find_project_file(repository / "sub" / "nb.ipynb")
+        assert "hunter2" not in str(caught.value) and "token" not in str(caught.value)
+    else:
+        assert find_project_file(repository / "sub" / "nb.ipynb") == repository / PROJECT_FILE
+
+
 def test_the_first_match_wins() -> None:
     text = "limits:\n- path: docs/slow/*\n  timeout: 1h\n- path: docs/**\n  timeout: 1m\n"
     file = Path(write(PROJECT_FILE, text))
