@@ -51,6 +51,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
     peak = _memory_peak(trial, kills, counters.memory_peak_raw)
     not_ours = elsewhere(counters, request.limits.memory)
     bound = session.meter.bound_hit() if not_ours and session.meter else None
+    fewer = session.meter.tasks_bound(request.limits.processes) if session.meter else None
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
     current = ledger.records.get(trial.current) if trial.current is not None else None
@@ -63,6 +64,7 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         oom_bound=(str(bound.group), bound.limit) if bound else None,
         oomd_killed=ended.oomd if ended else None,
         process_refusals=counters.fork_refusals,
+        process_bound=(str(fewer[0]), fewer[1]) if fewer else None,
         memory_peak=peak,
         memory_peak_raw=counters.memory_peak_raw,
         memory_last=ledger.memory_last,

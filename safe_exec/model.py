@@ -456,7 +456,8 @@ class Evidence:
 
     Origins: everything is read outside the kernel but ``error``, ``place``, ``remote_hosts``, ``executed``,
     ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself. ``oom_bound`` is
-    the group above the sandbox whose memory limit was hit, and that limit in bytes.
+    the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
+    threads than the run, and how many.
     """
 
     exit: ExitStatus | None = None
@@ -467,6 +468,7 @@ class Evidence:
     oom_bound: tuple[str, int] | None = None
     oomd_killed: bool | None = None
     process_refusals: int | None = None
+    process_bound: tuple[str, int] | None = None
     memory_peak: int | None = None
     memory_peak_raw: int | None = None
     memory_last: int | None = None

@@ -214,14 +214,21 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
     if not (refusals or forks or says) or not certain:
         return None
-    facts = (
+    facts = [
         _said(error),
         outside("forks refused", refusals, "pids.events of the control group"),
         outside("processes and threads at most", context.evidence.processes_peak, "control group or psutil"),
         outside("processes allowed", context.limits.processes, "limits of this run"),
-    )
-    limit = context.limits.processes
-    summary = "too many processes: a new process or thread was refused" + (f", {limit} are allowed" if limit is not None else "")
+    ]
+    limit, bound = context.limits.processes, context.evidence.process_bound
+    allowed = "" if limit is None else f", {limit} are allowed"
+    if bound is not None:
+        group, fewest = bound
+        facts.append(outside("processes allowed there", f"{fewest} in {group}", "its pids.max"))
+        allowed = (
+            f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
+        )
+    summary = f"too many processes: a new process or thread was refused{allowed}"
     confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
     advice = "Threads count: use a pool of bounded size, join what is done, and look at earlier cells; see --processes."
-    return make(context, CauseKind.TOO_MANY_PROCESSES, summary, confidence, facts, advice)
+    return make(context, CauseKind.TOO_MANY_PROCESSES, summary, confidence, tuple(facts), advice)

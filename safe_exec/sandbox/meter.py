@@ -102,6 +102,18 @@ class Meter:
         now = (bound for last in self._above[:1] for bound in bounds_above(last.group / "any"))
         return next((bound for bound in now if bound.hits > before.get(bound.group, bound.hits)), None)
 
+    def tasks_bound(self, limit: int | None) -> tuple[Path, int] | None:
+        """The group above that allows the fewest processes and threads, with how many, where that is less than ``limit``.
+
+        What is in the sandbox is in that group too: it is full before the sandbox is. Its counter need not be asked, which before Linux 6.11
+        counted in the sandbox's group what was refused for any group above.
+        """
+        if "pids.events" not in self._files:
+            return None
+        found = [(_number(above / "pids.max"), above) for above in self._files["pids.events"].parent.parents]
+        fewest, group = min(((most, above) for most, above in found if most is not None), default=(None, None))
+        return (group, fewest) if group is not None and fewest is not None and (limit is None or fewest < limit) else None
+
     def counters(self) -> Counters:
         """The counters of the control groups, read now."""
         return parse_counters({str(path): _text(path) for path in self._files.values()})

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cases.test_cases import CASES, check_cause
-from tests.integration.kills import HOG, SPIN, WORKER
+from tests.integration.kills import HOG, SPIN, THREADS, WORKER
 from tests.integration.unified import (
     as_container,
     as_nobody,
@@ -139,6 +139,20 @@ def test_a_container_with_a_smaller_limit(folder: Path) -> None:
     ), said
     assert verdict["enforcement"]["memory"]["by"] == "cgroup-v2"
     assert "not by this run's limit: the limit of 260 MiB on /sys/fs/cgroup," in verdict["cause"]["summary"]
+
+
+@pytest.mark.bed("cgroup2-root")
+def test_a_container_with_room_for_fewer_processes(folder: Path) -> None:
+    path = make_notebook(folder / "nb.ipynb", "x = 1", THREADS)
+    with bare(processes=50) as group:
+        outcome = run_notebook(
+            path, *SLOW, "--no-bisect", "--processes", "200", prefix=as_container(group), cwd=folder, timeout=RUN_SECONDS
+        )
+    cause = outcome.verdict["cause"]
+    assert (outcome.verdict["status"], cause["kind"]) == ("cell_error", "too_many_processes"), (
+        f"{outcome.stdout}\n{outcome.stderr}"
+    )
+    assert "not by this run's limit: 50 are allowed in /sys/fs/cgroup," in cause["summary"], cause
 
 
 # --- systemd ----------------------------------------------------------------------------------------------------

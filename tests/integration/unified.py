@@ -52,8 +52,8 @@ def delegated(*, owner: int = 0, memory: int | None = None, hand_on: str = CONTR
 
 
 @contextlib.contextmanager
-def bare(*, owner: int = 0, memory: int | None = None) -> Iterator[Path]:
-    """A group that is a user's, and hands nothing on yet; ``memory`` bytes are all that it may use."""
+def bare(*, owner: int = 0, memory: int | None = None, processes: int | None = None) -> Iterator[Path]:
+    """A group that is a user's, and hands nothing on yet; ``memory`` bytes are all that it may use, and so many processes."""
     group = TOP / f"safe-exec-test-{secrets.token_hex(4)}"
     (TOP / "cgroup.subtree_control").write_text(CONTROLLERS)
     try:
@@ -61,6 +61,8 @@ def bare(*, owner: int = 0, memory: int | None = None) -> Iterator[Path]:
         if memory is not None:
             (group / "memory.max").write_text(str(memory))
             (group / "memory.swap.max").write_text("0")
+        if processes is not None:
+            (group / "pids.max").write_text(str(processes))
         for path in (group, group / "cgroup.procs", group / "cgroup.subtree_control"):
             os.chown(path, owner, owner)
         yield group

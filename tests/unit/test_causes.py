@@ -302,6 +302,13 @@ ERRORS = [
         place=FORKING,
     ),
     error("thread-refused", raised("RuntimeError", "can't start new thread"), K.TOO_MANY_PROCESSES, C.LIKELY),
+    error(
+        "thread-refused-above",
+        raised("RuntimeError", "can't start new thread"),
+        K.TOO_MANY_PROCESSES,
+        process_refusals=1,
+        process_bound=("/sys/fs/cgroup/box", 20),
+    ),
     error("bash-fork", raised("ERROR", "bash: fork: retry: no"), K.TOO_MANY_PROCESSES, C.LIKELY, language="bash"),
     error("eagain-of-a-socket", raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"), K.EXCEPTION),
     # Text alone, in an exception of the user's own, proves nothing.

@@ -109,3 +109,14 @@ def test_the_bound_above_that_was_hit_is_the_nearest_whose_count_rose(tmp_path: 
     assert meter.bound_hit() is None, "its own limit is no bound above"
     count(group.parent.parent, "1024", 4)
     assert meter.bound_hit() == Bound(group=group.parent.parent, limit=1024, hits=4)
+
+
+def test_the_group_above_that_allows_fewer_tasks(tmp_path: Path) -> None:
+    group = tmp_path / "container" / "session" / "leaf"
+    group.mkdir(parents=True)
+    for where, most in ((group, "60"), (group.parent, "max"), (group.parent.parent, "40")):
+        (where / "pids.max").write_text(f"{most}\n")
+    meter = Meter(plan(group / "pids.events"), keeper_pid=1)
+    assert meter.tasks_bound(60) == meter.tasks_bound(None) == (group.parent.parent, 40)
+    assert meter.tasks_bound(40) is None, "which of the two is full first is open"
+    assert Meter(plan(group / "cpu.stat"), keeper_pid=1).tasks_bound(60) is None

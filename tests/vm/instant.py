@@ -9,6 +9,6 @@ import pytest
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Print what went wrong."""
-    if report.failed:
+    if report.failed or report.outcome == "rerun":  # type: ignore[comparison-overlap]  # pytest-rerunfailures' own
         sys.stdout.write(f"\n{report.nodeid}\n{report.longreprtext}\n")
         sys.stdout.flush()
