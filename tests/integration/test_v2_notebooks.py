@@ -361,10 +361,9 @@ def test_processor_time(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP])
 def test_wall_time_and_a_daemon(name: str, folder: Path) -> None:
     """The daemon has a session of its own and obeys no SIGTERM; that nothing lives on is seen after every run here."""
-    outcome, _ = run_in(name, folder, "--cell-timeout", "10", cells=(DAEMON, SPIN))
+    outcome, _ = run_in(name, folder, "--cell-timeout", "20", cells=(DAEMON, "import time\ntime.sleep(600)"))
     verdict = outcome.verdict
-    found = (verdict["status"], verdict["cause"]["kind"], verdict["cause"]["activity"])
-    assert found == ("timeout", "cell_timeout", "python_loop"), f"{outcome.stdout}\n{outcome.stderr}"
+    assert (verdict["status"], verdict["cause"]["kind"]) == ("timeout", "cell_timeout"), f"{outcome.stdout}\n{outcome.stderr}"
     assert verdict["crash_cell"]["code_index"] == 1
 
 

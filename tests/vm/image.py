@@ -45,6 +45,10 @@ def image(cache: Path) -> Image:
     """The image, from the cache where one of this very content is there."""
     found = cache / _key()
     if not found.is_dir():
+        # The lists may be older than what the archive still has.
+        _run("apt-get", "update", "-q")
+        found = cache / _key()
+    if not found.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         for old in cache.iterdir():
             shutil.rmtree(old, ignore_errors=True)
