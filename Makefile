@@ -97,7 +97,7 @@ system-vm: | system ## Install what it takes to boot a Linux of its own (Debian,
 
 .PHONY: test-cgroup2
 test-cgroup2: $(VENV)/.dev-installed system-vm ## Boot a Linux with control groups v2 and systemd, and run the tests for both (some minutes)
-	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.vm -- -q -n 2 --dist worksteal tests/integration/test_unified.py tests/integration/test_v2_notebooks.py
+	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.vm -- -q -n 3 --dist worksteal tests/integration/test_unified.py tests/integration/test_v2_notebooks.py
 
 .PHONY: lint
 lint: $(VENV)/.dev-installed ## Check style (ruff)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.vm.image import Image, image, source_disk
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds"
-MEMORY = "2560M"
+MEMORY = "3G"
 SWAP_BYTES = 512 << 20
 EXIT = re.compile(rb"^exit (\d+)\s*$", re.MULTILINE)
 

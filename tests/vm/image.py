@@ -7,6 +7,7 @@ each time. Runs as root: Debian's own tools want that.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -42,23 +43,33 @@ class Image:
 
 
 def image(cache: Path) -> Image:
-    """The image, from the cache where one of this very content is there."""
-    found = cache / _key()
-    if not found.is_dir():
-        # The lists may be older than what the archive still has.
-        _run("apt-get", "update", "-q")
+    """The image, from the cache where one of this very content is there. One process makes one at a time."""
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = os.open(cache, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         found = cache / _key()
-    if not found.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        for old in cache.iterdir():
-            shutil.rmtree(old, ignore_errors=True)
-        making = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
-        try:
-            _make(making)
-            making.rename(found)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+        if not found.is_dir():
+            # The lists may be older than what the archive still has.
+            _run("apt-get", "update", "-q")
+            found = cache / _key()
+        if not found.is_dir():
+            _fill(cache, found)
+    finally:
+        os.close(lock)
     return Image(kernel=found / "kernel", initrd=found / "initrd", disk=found / "disk")
+
+
+def _fill(cache: Path, found: Path) -> None:
+    """Make the image, in the place of whatever else lies there."""
+    for old in cache.iterdir():
+        shutil.rmtree(old, ignore_errors=True)
+    making = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
+    try:
+        _make(making)
+        making.rename(found)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def source_disk(path: Path, arguments: str) -> None:
