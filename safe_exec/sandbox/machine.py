@@ -165,14 +165,20 @@ class Rehearsal:
         try:
             _, said = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
         except subprocess.TimeoutExpired as error:
-            self.close()
             return str(error)
         return (said.strip().splitlines() or ["it failed without a word"])[-1] if self._process.returncode else ""
 
     def close(self) -> None:
-        """End it, whether anybody asked for its outcome or not."""
-        if self._process is not None:
-            with self._process as process:
+        """Wait for its end, whether anybody asked for its outcome or not.
+
+        It is not killed: bubblewrap's inner process waits for a word of the outer one, and would for ever.
+        """
+        if self._process is None:
+            return
+        with self._process as process:
+            try:
+                process.communicate(timeout=BUBBLEWRAP_SECONDS)
+            except subprocess.TimeoutExpired:
                 process.kill()
 
     def __enter__(self) -> Self:

@@ -195,4 +195,9 @@ def test_annotations_of_a_plugin_that_knows_nothing_of_us(project: Path, mark: s
 def test_installed_and_not_asked_for_it_costs_nothing() -> None:
     code = "import sys, pytest; before = set(sys.modules); import safe_exec.integrations.pytest_plugin; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"safe_exec", "safe_exec.integrations", "safe_exec.integrations.pytest_plugin"}
+    assert set(done.stdout.split()) == {
+        "safe_exec",
+        "safe_exec.integrations",
+        "safe_exec.integrations.pytest_plugin",
+        "safe_exec.records",
+    }

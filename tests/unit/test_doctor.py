@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safe_exec.errors import LimitsError, UsageError
 from safe_exec.job import Job, prepare
 from safe_exec.model import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox import leftovers, procfs
+from safe_exec.sandbox import leftovers, machine, procfs
 from safe_exec.sandbox.build import CHOOSABLE, build_plan
 from safe_exec.sandbox.machine import NOT_INSTALLED, Machine, Rehearsal, look_for_walls
 from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
@@ -27,7 +28,7 @@ from safe_exec.sandbox.remedies import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.surroundings import CgroupTree, Container, Surroundings, dead_runs, look
 from safe_exec.sandbox.unified import Scope
 from safe_exec.sandbox.wall_remedies import advise_walls
-from tests.support import make_notebook
+from tests.support import MARK, make_notebook, marked_processes
 
 G = 2**30
 V1 = {name: Path("/sys/fs/cgroup") / name for name in ("memory", "pids", "cpu", "cpuacct")}
@@ -660,7 +661,8 @@ def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_pa
     assert look_for_walls(Machine()).bubblewrap_version == "0.8.0"
 
 
-def test_a_rehearsal_that_nobody_waits_for_leaves_no_process(fake_path: Path) -> None:
+def test_a_rehearsal_that_does_not_end_is_killed(fake_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "BUBBLEWRAP_SECONDS", 0.2)
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exec sleep 600")
     with Rehearsal() as rehearsal:
         assert rehearsal._process is not None
@@ -797,3 +799,13 @@ def test_what_keeps_users_from_namespaces_is_read(tmp_path: Path, files: dict[st
 def test_where_groups_will_stand_is_said(machine: Machine, said: str) -> None:
     lines = [words for label, words in facts(replace(doctor_of(CASES["root on v1"]), machine=machine)) if label == "groups"]
     assert bool(lines) == bool(said) and all(said in line for line in lines)
+
+
+@pytest.mark.bed("bubblewrap")
+def test_a_rehearsal_that_nobody_asks_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = secrets.token_hex(8)
+    monkeypatch.setenv(MARK, mark)
+    for _ in range(20):
+        with Rehearsal():
+            pass
+    assert marked_processes(mark) == []
