@@ -55,6 +55,9 @@ OUR_ERROR_PREFIX = "SafeExec"
 
 _FORMAT = 4
 _MOST_BYTES = 2**30
+MOST_CONTAINERS = 500_000
+"""Lists and objects, each of which takes us more than a kilobyte until all is written; a hundred charts of 5000 rows have so many."""
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -166,7 +169,17 @@ def _has_metadata(cell: Any) -> bool:
     return isinstance(cell, dict) and isinstance(cell.get("metadata"), dict) and isinstance(cell.get("cell_type"), str)
 
 
+def _demand_few(data: bytes, path: Path) -> None:
+    """A file of 60 MB that is nothing but ``{}`` takes gigabytes once it is read, and we are inside no limit. Text may hold what it likes."""
+    if data.count(b"{") + data.count(b"[") <= MOST_CONTAINERS:
+        return
+    bare = _TEXT.sub(b"", data)
+    if bare.count(b"{") + bare.count(b"[") > MOST_CONTAINERS:
+        raise NotebookError(f"{one_line(path)}: not read: it holds more than {MOST_CONTAINERS:,} lists and objects")
+
+
 def _parse(data: bytes, path: Path) -> Any:
+    _demand_few(data, path)
     deep = f"{one_line(path)}: not a notebook: nested deeper than {DEEPEST} levels"
     try:
         document = json.loads(data.decode("utf-8-sig"))

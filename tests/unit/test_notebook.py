@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from safe_exec.errors import NotebookError, OutputPathError
 from safe_exec.notebook import (
+    MOST_CONTAINERS,
     OUR_ERROR_PREFIX,
     check_writable,
     code_cells,
@@ -563,3 +564,14 @@ def test_a_file_of_another_user_in_a_sticky_directory(tmp_path: Path, monkeypatc
     tmp_path.chmod(0o1777)
     check_writable("g")
     assert refusal("f") == "f: belongs to another user; choose another output path"
+
+
+def test_a_file_that_would_swell_in_memory_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "nb.ipynb"
+    whole = json.dumps(document(code("x", metadata={"a": "@"})))
+    path.write_text(whole.replace('"@"', "[" + "{}," * MOST_CONTAINERS + "{}]"))
+    with pytest.raises(NotebookError, match="more than 500,000 lists and objects"):
+        read(path)
+    text = '\\"{[' * (MOST_CONTAINERS // 2 + 1)
+    path.write_text(whole.replace('"@"', f'"{text}"'))
+    assert read(path).node.cells[0].metadata.a == text.replace("\\", "")
