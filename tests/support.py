@@ -131,7 +131,7 @@ def orphaned_groups() -> list[Path]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             commands.append(path.read_text(errors="replace"))
-    kept = {found for command in commands for found in re.findall(r"([0-9a-f]{12})\.json", command)}
+    kept = {command.rstrip("\0").rpartition("\0")[2] for command in commands if "sandbox.keeper import main" in command}
     return [path for path in groups if path.name.removeprefix("safe-exec-") not in kept and path.exists()]
 
 

@@ -31,7 +31,7 @@ class Born:
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         with theirs:
             self.process = subprocess.Popen(
-                [*born, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, directory],
+                [*born, sys.executable, "-I", "-S", "-c", BOOT, str(theirs.fileno()), root, directory, run_id],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

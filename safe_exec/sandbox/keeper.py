@@ -576,11 +576,11 @@ def _remove_cgroup(path: str) -> bool:
             return True
 
 
-def main(control_fd: int, directory: str) -> None:
+def main(control_fd: int, directory: str, _run_id: str) -> None:
     """Run the keeper on the socket that the runner left at ``control_fd``.
 
     ``directory`` (empty: none) is made here and not by the runner: whenever the runner is killed, either there is nothing yet or there is
-    a keeper that removes it.
+    a keeper that removes it. The name of the run is for those who look at the list of processes.
     """
     os.set_inheritable(control_fd, False)  # else the kernel would hold it too, and could speak in our name
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
