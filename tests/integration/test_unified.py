@@ -25,7 +25,7 @@ from safe_exec.sandbox.handle import KernelExit, Sandbox
 from safe_exec.sandbox.machine import Machine, detect, memory_and_swap
 from safe_exec.sandbox.meter import Meter
 from safe_exec.sandbox.plan import SpawnPlan
-from tests.integration.unified import Delegated, bare, delegated, inside
+from tests.integration.unified import DAEMON, Delegated, bare, delegated, inside
 from tests.support import groups_of, wait_until
 
 pytestmark = pytest.mark.bed("cgroup2-root")
@@ -61,17 +61,8 @@ for _ in range(3):
     if os.fork() == 0: break
 while True: pass
 """
-DAEMON = """
-import os, signal, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while True: time.sleep(60)
-    os._exit(0)
-os.wait()
-while True: time.sleep(60)
-"""
+STAYING = f"{DAEMON}while True: time.sleep(60)\n"
+"""And stays itself."""
 
 
 def machine() -> Machine:
@@ -207,7 +198,7 @@ def test_one_write_kills_daemons_too(place: Delegated) -> None:
     """``cgroup.kill`` alone, without the keeper's own search for descendants."""
     run_id = secrets.token_hex(6)
     plan = build_plan(Limits(memory=64 * MIB), machine(), run_id)
-    with started(plan, run_id, DAEMON) as sandbox:
+    with started(plan, run_id, STAYING) as sandbox:
         group = Path(plan.cgroup.dirs[0])
         assert plan.cgroup.kill_files == (str(group / "cgroup.kill"),)
         wait_until(lambda: len(_sessions(group)) == 2, SECONDS, "the daemon has its own session")

@@ -18,6 +18,7 @@ import pytest
 from tests.cases.test_cases import CASES, check_cause
 from tests.integration.kills import HOG, SPIN, THREADS, WORKER
 from tests.integration.unified import (
+    DAEMON,
     TOP,
     as_container,
     as_nobody,
@@ -47,16 +48,6 @@ SMALL = (*SLOW, "--memory", "200M", "--no-bisect")
 NO_SYSTEMD = ("--mechanisms", "cgroup-v2,rlimit,watchdog,bubblewrap,landlock,seccomp")
 SCOPE_SECONDS = 60
 RUN_SECONDS = 280
-DAEMON = """
-import os, signal, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while True: time.sleep(60)
-    os._exit(0)
-os.wait()
-"""
 
 
 @pytest.fixture
