@@ -5,6 +5,7 @@ Imports ``model``, ``errors``, ``files``, ``limits_values`` and ``limits_yaml``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,10 @@ def _choice(name: str, word: str, where: str) -> Any:
 
 
 def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
-    """``isolation`` with other values; lists are added to."""
+    """``isolation`` with other values; lists are added to. Raises LimitsError for the root of all as an entry of one."""
+    for name in ("writable", "hide"):
+        if any(os.path.normpath(path) in ("/", "//") for path in changes.get(name, ())):
+            raise LimitsError(f"isolation: {name}: / itself can be neither writable nor hidden; name what is to be")
     merged: Any = {name: (*getattr(isolation, name), *value) if name in _LISTS else value for name, value in changes.items()}
     return replace(isolation, **merged)
 

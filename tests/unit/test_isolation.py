@@ -233,3 +233,11 @@ def test_no_profile_lets_a_notebook_take_walls_down(name: str) -> None:
 def test_the_keys_are_those_of_the_model() -> None:
     assert set(KEYS) == {f.name for f in fields(Isolation)} == {*FLAGS, *LISTS, "folder", "system_calls"}
     assert set(isolation._ORDER) | {*FLAGS, *LISTS} == set(KEYS)
+
+
+@pytest.mark.parametrize("name", ["hide", "writable"])
+@pytest.mark.parametrize("path", ["/", "//", "/usr/.."])
+def test_the_root_of_all_is_neither_hidden_nor_opened(name: str, path: str) -> None:
+    with pytest.raises(LimitsError, match=f"isolation: {name}: / itself"):
+        isolation.apply(Isolation(), {name: ("/data", path)})
+    assert getattr(isolation.apply(Isolation(), {name: ("/data",)}), name) == ("/data",)
