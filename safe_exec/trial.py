@@ -60,6 +60,8 @@ MOST_BYTES_PER_SECOND = 20 << 30
 """No process writes faster; what says so lies."""
 LATE_SIGNAL_SECONDS = 0.3
 """A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long for our own."""
+DISCARD_SECONDS = 5.0
+"""A kernel that is not wanted gets so long to be started before it is killed."""
 
 
 class Cancellation:
@@ -175,8 +177,14 @@ class Trial:
         self._starting = asyncio.create_task(self._start())
 
     async def discard(self) -> None:
-        """End a kernel that was started and is not wanted."""
+        """End a kernel that was started and is not wanted.
+
+        One that starts comes to the end of it first: a shell that is killed while it reads the user's start-up files leaves behind what
+        they hold (pyenv's lock, for which every later shell waits a minute). Whoever cancels does not wait for that.
+        """
         if self._starting is not None:
+            if not self.signals:
+                await asyncio.wait({self._starting}, timeout=DISCARD_SECONDS)
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._starting

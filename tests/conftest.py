@@ -39,6 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
+@pytest.fixture(autouse=True)
+def no_start_up_files_of_bash(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A shell reads what stands in the user's home: what is tested shall not depend on it, nor on who else uses it."""
+    if any("bash" in mark.args for mark in request.node.iter_markers("bed")):
+        monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 def pytest_report_header() -> str:
     return f"cases for the culprit search drawn by {SEED}={os.environ[SEED]}"
 

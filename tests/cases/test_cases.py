@@ -26,6 +26,12 @@ HERE = Path(__file__).parent
 CASES: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())["cases"]
 
 
+def row(case: dict[str, Any]) -> Any:
+    """A case as a row of a table of tests, with the bed that its kernel needs."""
+    kernel = json.loads((HERE / "notebooks" / f"{case['id']}.ipynb").read_text())["metadata"].get("kernelspec", {}).get("name")
+    return pytest.param(case, id=case["id"], marks=[pytest.mark.bed(kernel)] if kernel == "bash" else [])
+
+
 def holds_here(case: dict[str, Any]) -> bool:
     """Whether a case's answer is meant for this version of Python (``"<3.12"``)."""
     wanted = case.get("python")
@@ -70,7 +76,7 @@ def check_cause(case: dict[str, Any], outcome: Outcome) -> None:
 
 
 @pytest.mark.cases
-@pytest.mark.parametrize("case", RUNNABLE, ids=[case["id"] for case in RUNNABLE])
+@pytest.mark.parametrize("case", [row(case) for case in RUNNABLE])
 def test_case(case: dict[str, Any], tmp_path: Path) -> None:
     check_cause(case, run_case(case, tmp_path, "case.ipynb", *case["options"], "--no-bisect"))
 
@@ -109,7 +115,7 @@ DRAWN = drawn(SEARCHED, os.environ["SAFE_EXEC_CASES_SEED"], float(os.environ.get
 
 
 @pytest.mark.cases
-@pytest.mark.parametrize("case", DRAWN, ids=[case["id"] for case in DRAWN])
+@pytest.mark.parametrize("case", [row(case) for case in DRAWN])
 def test_culprits(case: dict[str, Any], tmp_path: Path, record_property: Any) -> None:
     with private_directory() as runtime:
         outcome = run_case(case, tmp_path / "first", "case.ipynb", *case["options"], XDG_RUNTIME_DIR=str(runtime))

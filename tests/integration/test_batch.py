@@ -227,6 +227,7 @@ MIXED = (
 
 @pytest.mark.kills
 @pytest.mark.timeout(600)
+@pytest.mark.bed("bash")
 def test_mixed_cases_get_the_same_verdicts_one_and_two_at_a_time(place: Place) -> None:
     cases = {case["id"]: case for case in CASES if case["id"] in MIXED}
     assert set(cases) == set(MIXED)

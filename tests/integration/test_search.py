@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
@@ -205,6 +206,24 @@ def test_a_notebook_in_another_language(place: Place) -> None:
     assert verdict["cause"]["kind"] == "killed"
     assert code_cells(verdict) == [0, 2]
     assert verdict["culprits"]["minimal"]
+
+
+@pytest.mark.kills
+@pytest.mark.bed("bash")
+def test_no_kernel_is_killed_while_it_reads_its_start_up_files(place: Place) -> None:
+    """The kernel that is kept ready for the next question is discarded at the end; what a start-up file holds by then, it gives back."""
+    crash = 'sleep 1; [ "$ANSWER" = 42 ] && kill -9 $PPID'
+    path = place.notebook("ANSWER=42", "true", crash, kernel="bash", language="bash")
+    with TemporaryDirectory(dir="/var/tmp") as name:  # trials have a /tmp of their own
+        home = Path(name)
+        (home / ".bashrc").write_text(
+            "bash -c 'trap \"rm -f ~/lock\" EXIT; echo >> ~/begun; touch ~/lock; sleep 1; echo >> ~/done'\n"
+        )
+        outcome = run_notebook(path, "--memory", "600M", env=place.env | {"HOME": name}, cwd=place.folder)
+        begun, done = ((home / name).read_text().count("\n") for name in ("begun", "done"))
+        assert not (home / "lock").exists()
+    assert code_cells(outcome.verdict) == [0, 2]
+    assert begun == done > 1
 
 
 @pytest.mark.kills
