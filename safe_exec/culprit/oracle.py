@@ -35,7 +35,7 @@ CRASH_SECONDS = 10.0
 
 TWO_PROCESSORS = 2
 ROOM_BYTES = 1 << 30
-"""What must be free, twice over, before a second kernel is started beside the first; for runs without a limit on memory."""
+"""What must be free beside the limit on memory (beside as much again, where there is none) before a second kernel is started: it only starts."""
 
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
@@ -131,7 +131,9 @@ class Oracle:
     async def _start_next(self) -> None:
         """The next trial's kernel starts while the cells of this one run, where there is room for two."""
         limits = self.subject.request.limits
-        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > 2 * (limits.memory or ROOM_BYTES)
+        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > (
+            limits.memory or ROOM_BYTES
+        ) + ROOM_BYTES
         if self._next is None and room:
             self._next = self._start()
 

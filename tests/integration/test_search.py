@@ -219,7 +219,7 @@ def test_no_kernel_is_killed_while_it_reads_its_start_up_files(place: Place) -> 
         (home / ".bashrc").write_text(
             "bash -c 'trap \"rm -f ~/lock\" EXIT; echo >> ~/begun; touch ~/lock; sleep 1; echo >> ~/done'\n"
         )
-        outcome = run_notebook(path, "--memory", "600M", env=place.env | {"HOME": name}, cwd=place.folder)
+        outcome = run_notebook(path, env=place.env | {"HOME": name}, cwd=place.folder)
         begun, done = ((home / name).read_text().count("\n") for name in ("begun", "done"))
         assert not (home / "lock").exists()
     assert code_cells(outcome.verdict) == [0, 2]
