@@ -60,6 +60,7 @@ DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5
 KEPT_TOPICS = ("display_data", "execute_result", "error", "clear_output", "comm_open", "comm_msg", "comm_close")
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 MADV_WIPEONFORK = 18
+CONTROL_SECONDS = 1.0
 
 
 def first_line(code):
@@ -758,13 +759,16 @@ class Inside:
     # --- the end -------------------------------------------------------------------------------------------------
 
     def fit_shutdown(self):
-        """Do not import psutil and read all of /proc at the end only to learn that there are no children."""
+        """Let a kernel that is done end at once."""
+        from ipykernel.iostream import IOPubThread
+        from ipykernel.kernelapp import IPKernelApp
         from ipykernel.kernelbase import Kernel
 
         process_children = Kernel._process_children
 
         @functools.wraps(process_children)
         def process_children_if_any(kernel):
+            # psutil need not be imported, and all of /proc read, only to learn that there are none.
             try:
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
@@ -772,6 +776,19 @@ class Inside:
             return process_children(kernel)
 
         Kernel._process_children = process_children_if_any
+        stop = IOPubThread.stop
+
+        @functools.wraps(stop)
+        def stop_after_control(thread):
+            # The thread of the control channel has taken the request to shut down and flushes, while the main thread ends the one that answers a
+            # flush: where both meet, neither comes to its end before the flush gives up, in ten seconds or never.
+            control = getattr(IPKernelApp._instance, "control_thread", None)
+            if control is not None and control.is_alive() and control.ident != _thread.get_ident():
+                control.stop()
+                control.join(CONTROL_SECONDS)
+            stop(thread)
+
+        IOPubThread.stop = stop_after_control
 
     # --- samples ------------------------------------------------------------------------------------------------
 
