@@ -157,6 +157,11 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
     )
 
 
+def begun_now(prepared: Prepared) -> Prepared:
+    """The same, whose time begins to run: it had to wait for others."""
+    return replace(prepared, started=time.monotonic(), started_at=datetime.now(UTC))
+
+
 def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
     """Bubblewrap tried while the notebook is read, where by its own words the job will need it. What else asks for walls waits for it later."""
     named = isinstance(job.limits, str) and job.limits in profiles.shipped_profiles() and job.limits != profiles.DEFAULT_PROFILE

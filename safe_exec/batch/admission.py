@@ -14,6 +14,8 @@ from safe_exec.records import dataclass
 AUTO = "auto"
 RESERVE_BYTES = 256 << 20
 """Left free for ourselves and the keepers."""
+START_BYTES = 512 << 20
+"""What a kernel may take that has started and runs nothing yet; most take a tenth of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,3 +55,11 @@ def admits(room: Room, running: Sequence[int | None], wanted: int | None) -> boo
 def first_fitting(room: Room, running: Sequence[int | None], waiting: Iterable[int | None]) -> int | None:
     """The number of the first in line that may start now."""
     return next((number for number, wanted in enumerate(waiting) if admits(room, running, wanted)), None)
+
+
+def admits_ahead(room: Room, running: Sequence[int | None], ahead: int) -> bool:
+    """Whether one more kernel may be started for a notebook whose turn comes later, beside those that run and ``ahead`` others that wait."""
+    if ahead >= room.jobs:
+        return False
+    known = [limit for limit in running if limit is not None]
+    return room.memory is None or (len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory)

@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Protocol
 
 from safe_exec import __version__
-from safe_exec.batch.admission import Room, first_fitting
+from safe_exec.batch.admission import Room, admits_ahead, first_fitting
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
 from safe_exec.batch.history import History
 from safe_exec.batch.journal import Finished, Journal
 from safe_exec.batch.order import longest_first
 from safe_exec.batch.outcome import exit_code
 from safe_exec.batch.selection import Chosen
-from safe_exec.batch.worker import Shared, Stops, Task, beside_others, refused, run_task
+from safe_exec.batch.worker import Shared, Stops, Task, Turn, beside_others, refused, run_task
 from safe_exec.errors import UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import HeldTree, one_line
 from safe_exec.job import Job, Prepared, prepare
+from safe_exec.model import FolderUse
 from safe_exec.pipeline import signals
-from safe_exec.records import dataclass, replace
+from safe_exec.records import dataclass, field, replace
 from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
 
 log = logging.getLogger("safe_exec")
@@ -79,10 +80,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Waiting:
-    """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes."""
+    """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes. ``early``: its sandbox may be built before its turn."""
 
     task: Task
     memory: int | None
+    early: bool
+    turn: Turn = field(default_factory=Turn)
 
 
 class _Run:
@@ -106,7 +109,8 @@ class _Run:
         self.entries: dict[str, Entry] = {}
         self.todo = self._in_order()
         self.waiting: list[_Waiting] = []
-        self.running: dict[asyncio.Future[Finished], _Waiting] = {}
+        self.ready: dict[asyncio.Future[Finished | None], _Waiting] = {}
+        self.running: dict[asyncio.Future[Finished | None], _Waiting] = {}
         self.failed = False
 
     def _in_order(self) -> list[Chosen]:
@@ -130,36 +134,78 @@ class _Run:
 
     async def run(self) -> None:
         """Run all; when this returns every notebook has an entry and nothing is under way."""
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(self.plan.room.jobs, "notebook") as pool:
+        with ThreadPoolExecutor(2 * self.plan.room.jobs, "notebook") as pool:
             try:
                 while True:
                     while not self.stopped and (found := await self._next()) is not None:
-                        self.running[loop.run_in_executor(pool, run_task, found.task, self.shared)] = found
-                    if not self.running:
+                        self._start(found, pool)
+                    while not self.stopped and (ahead := await self._next_ahead()) is not None:
+                        self.ready[self._submit(ahead, pool)] = ahead
+                    if self.stopped:
+                        self._refuse()
+                    if not self.running and not self.ready:
                         break
-                    done, _ = await asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait([*self.running, *self.ready], return_when=asyncio.FIRST_COMPLETED)
                     for future in done:
-                        self._finish(self.running.pop(future).task.chosen, future.result())
+                        self._take(future)
             except BaseException:
-                self.stops.arrive(
-                    signal.SIGTERM
-                )  # whatever went wrong here: no thread may be left with a kernel, and the pool waits for them
+                # Whatever went wrong here: no thread may be left with a kernel, and the pool waits for them.
+                self._refuse()
+                self.stops.arrive(signal.SIGTERM)
                 raise
         for chosen in (*(found.task.chosen for found in self.waiting), *self.todo):
             self.entries[chosen.path] = _not_run(chosen, NOT_RUN)
+
+    def _submit(self, found: _Waiting, pool: ThreadPoolExecutor) -> asyncio.Future[Finished | None]:
+        return asyncio.get_running_loop().run_in_executor(pool, run_task, found.task, self.shared, found.turn)
+
+    def _start(self, found: _Waiting, pool: ThreadPoolExecutor) -> None:
+        """Let it run; one that was got ready is on a thread already."""
+        found.turn.give()
+        future = next((future for future, ready in self.ready.items() if ready is found), None)
+        if future is None:
+            future = self._submit(found, pool)
+        else:
+            del self.ready[future]
+        self.running[future] = found
+
+    def _refuse(self) -> None:
+        """None of those that are ready is going to run."""
+        for found in self.ready.values():
+            found.turn.refuse()
+
+    def _take(self, future: asyncio.Future[Finished | None]) -> None:
+        """What became of one that ran, or was got ready."""
+        found = self.running.pop(future, None) or self.ready.pop(future)
+        record = future.result()
+        if record is None:
+            self.entries[found.task.chosen.path] = _not_run(found.task.chosen, NOT_RUN)
+        else:
+            self._finish(found.task.chosen, record)
 
     async def _next(self) -> _Waiting | None:
         """The first in line that may start now."""
         while True:
             limits = [found.memory for found in self.running.values()]
-            at = first_fitting(self.plan.room, limits, [found.memory for found in self.waiting])
+            line = [*self.ready.values(), *self.waiting]
+            at = first_fitting(self.plan.room, limits, [found.memory for found in line])
             if at is not None:
-                return self.waiting.pop(at)
+                found = line[at]
+                if at >= len(self.ready):
+                    del self.waiting[at - len(self.ready)]
+                return found
             full = len(self.running) >= self.plan.room.jobs or len(self.waiting) >= LOOK_AHEAD
             if full or not self.todo or self.stopped:
                 return None
             await self._look_at(self.todo.pop(0))
+
+    async def _next_ahead(self) -> _Waiting | None:
+        """The first in line, whose kernel may start by now though its turn has not come."""
+        if not admits_ahead(self.plan.room, [found.memory for found in self.running.values()], len(self.ready)):
+            return None
+        while not self.waiting and self.todo and not self.stopped:
+            await self._look_at(self.todo.pop(0))
+        return self.waiting.pop(0) if self.waiting and self.waiting[0].early else None
 
     async def _look_at(self, chosen: Chosen) -> None:
         """Read a notebook: it waits from now on, or needs not be run, or cannot be."""
@@ -185,7 +231,10 @@ class _Run:
         if self.plan.only_changed and self._passed_before(task, prepared, inputs):
             return _not_run(task.chosen, UNCHANGED)
         limits = prepared.resolved.limits
-        return _Waiting(task=replace(task, job=beside_others(task.job, limits, self.plan.room.jobs)), memory=limits.memory)
+        # A copy of the folder is made with the sandbox: what others write there until its turn comes would not be in it.
+        early = limits.disk is None and prepared.resolved.isolation.folder is not FolderUse.COPY
+        job = beside_others(task.job, limits, 2 * self.plan.room.jobs)
+        return _Waiting(task=replace(task, job=job), memory=limits.memory, early=early)
 
     def _passed_before(self, task: Task, prepared: Prepared, inputs: dict[str, str | None]) -> bool:
         known = self.history.get(task.chosen.source).passed

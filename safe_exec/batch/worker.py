@@ -24,7 +24,7 @@ from safe_exec.early import Early
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.events import EventSink
 from safe_exec.files import HeldFolder, HeldTree, one_line
-from safe_exec.job import Job, Prepared, prepare
+from safe_exec.job import Job, Prepared, begun_now, prepare
 from safe_exec.model import Limits, Status, Verdict
 from safe_exec.pipeline import run_job
 from safe_exec.records import dataclass, replace
@@ -68,6 +68,28 @@ class Stops:
                 self._live.remove(entry)
 
 
+class Turn:
+    """Whether a notebook may run. It is got ready before, with a kernel that has started, so that no processor waits for the next one."""
+
+    def __init__(self) -> None:
+        self._said = threading.Event()
+        self._given = False
+
+    def give(self) -> None:
+        """It may run, now or as soon as it is ready."""
+        self._given = True
+        self._said.set()
+
+    def refuse(self) -> None:
+        """It is not going to run, if it does not already."""
+        self._said.set()
+
+    def wait(self) -> bool:
+        """Whether it may run, once that is said."""
+        self._said.wait()
+        return self._given
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """A notebook and the whole of what is asked of its run."""
@@ -90,10 +112,13 @@ class Shared:
     sink: Callable[[str, int], EventSink]
 
 
-def run_task(task: Task, shared: Shared) -> Finished:
-    """Run a notebook, again where that may help; on record when this returns. Never raises."""
+def run_task(task: Task, shared: Shared, turn: Turn) -> Finished | None:
+    """Get a notebook ready and run it when its turn comes, again where that may help; on record when this returns. Never raises.
+
+    ``None``: its turn did not come, and nothing of it was run.
+    """
     try:
-        return _run(task, shared)
+        return _run(task, shared, turn)
     except UsageError as error:  # it was read before, and has changed since
         return refused(task, error)
     except Exception as error:
@@ -120,13 +145,16 @@ def _without_verdict(task: Task, status: str, exit_code: int, words: str) -> Fin
     )
 
 
-def _run(task: Task, shared: Shared) -> Finished:
+def _run(task: Task, shared: Shared, turn: Turn) -> Finished | None:
     for attempt in itertools.count(1):
         _remove_documents(task.job)
         again = is_transient if attempt <= shared.retries else _never
         with Early() as early:
             prepared = prepare(task.job, early)
             key, inputs = key_of_run(prepared), inputs_of(prepared)
+            if not turn.wait():
+                return None
+            prepared = begun_now(prepared)
             shared.journal.started(task.chosen.path, attempt=attempt, run_id=prepared.run_id)
             verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
         if shared.stops.signals or not again(verdict):

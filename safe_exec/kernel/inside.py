@@ -657,7 +657,11 @@ class Inside:
 
         def load(name):
             with lock:
-                if not loading:
+                if not loading and name == "BlockingKernelClient":  # ipykernel's application names its class, and makes none
+                    from jupyter_client.blocking import BlockingKernelClient
+
+                    package.BlockingKernelClient = BlockingKernelClient
+                elif not loading:
                     loading.append(name)
                     spec.loader.exec_module(package)
                     del package.__getattr__, package.__dir__
@@ -671,9 +675,8 @@ class Inside:
 
         package.__getattr__, package.__dir__ = load, names
         sys.modules["jupyter_client"] = package
-        from jupyter_client.connect import write_connection_file
-
-        package.write_connection_file = write_connection_file
+        connect = importlib.import_module("jupyter_client.connect")
+        vars(package).update((name, getattr(connect, name)) for name in connect.__all__)
 
     def fit_debugger(self):
         """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
@@ -847,6 +850,7 @@ class Inside:
         self.watch()
         missing = {}
         parts = (
+            self.fit_client,
             self.fit_debugger,
             self.fit_collector,
             self.fit_shell,
