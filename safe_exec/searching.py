@@ -16,6 +16,7 @@ from safe_exec.files import HeldFolder
 from safe_exec.job import Bisect, Prepared
 from safe_exec.model import Cause, Verdict
 from safe_exec.records import replace
+from safe_exec.sandbox.birth import Nursery
 
 if TYPE_CHECKING:
     from safe_exec.culprit.folder import Snapshot
@@ -164,10 +165,11 @@ async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, k
             sink=request.sink,
             started=prepared.started,
         )
-        try:
-            found = await Investigation(given, oracle).run()
-        finally:
-            await oracle.close()
+        with Nursery():
+            try:
+                found = await Investigation(given, oracle).run()
+            finally:
+                await oracle.close()
     except (NoView, SearchFailed, OSError) as trouble:
         return _warned(verdict, f"no search for the culprits: {trouble}")
     return _with(keeping, verdict, found)

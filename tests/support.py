@@ -127,11 +127,11 @@ def orphaned_groups() -> list[Path]:
     groups = [
         Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) for name in names if re.match("safe-exec-[0-9a-f]{12}", name)
     ]
-    commands = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    names = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
-            commands.append(path.read_text(errors="replace"))
-    kept = {command.rstrip("\0").rpartition("\0")[2] for command in commands if "sandbox.keeper import main" in command}
+            names.append(path.read_text().strip())
+    kept = {name.removeprefix("se-") for name in names}
     return [path for path in groups if path.name.removeprefix("safe-exec-") not in kept and path.exists()]
 
 

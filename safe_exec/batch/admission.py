@@ -40,8 +40,8 @@ def room_for(jobs: int, available: int | None) -> Room:
     return Room(jobs=jobs, memory=None if available is None else max(0, available - RESERVE_BYTES))
 
 
-def admits(room: Room, running: Sequence[int | None], wanted: int | None) -> bool:
-    """Whether one with the memory limit ``wanted`` may start beside those that run, given by theirs."""
+def admits(room: Room, running: Sequence[int | None], wanted: int | None, ahead: int = 0) -> bool:
+    """Whether one with the memory limit ``wanted`` may start beside those that run, given by theirs, and ``ahead`` kernels that only wait."""
     if not running:
         return True
     if len(running) >= room.jobs:
@@ -49,17 +49,17 @@ def admits(room: Room, running: Sequence[int | None], wanted: int | None) -> boo
     if room.memory is None:
         return True
     known = [limit for limit in (*running, wanted) if limit is not None]
-    return len(known) == len(running) + 1 and sum(known) <= room.memory
-
-
-def first_fitting(room: Room, running: Sequence[int | None], waiting: Iterable[int | None]) -> int | None:
-    """The number of the first in line that may start now."""
-    return next((number for number, wanted in enumerate(waiting) if admits(room, running, wanted)), None)
+    return len(known) == len(running) + 1 and sum(known) + ahead * START_BYTES <= room.memory
 
 
 def admits_ahead(room: Room, running: Sequence[int | None], ahead: int) -> bool:
-    """Whether one more kernel may be started for a notebook whose turn comes later, beside those that run and ``ahead`` others that wait."""
+    """Whether one more kernel may be started for a notebook whose turn comes later, beside ``ahead`` others that wait: it only starts."""
     if ahead >= room.jobs:
         return False
     known = [limit for limit in running if limit is not None]
     return room.memory is None or (len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory)
+
+
+def first_fitting(room: Room, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0) -> int | None:
+    """The number of the first in line that may start now."""
+    return next((number for number, wanted in enumerate(waiting) if admits(room, running, wanted, ahead)), None)

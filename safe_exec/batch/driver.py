@@ -33,6 +33,7 @@ from safe_exec.model import FolderUse
 from safe_exec.pipeline import signals
 from safe_exec.records import dataclass, field, replace
 from safe_exec.reports.entries import NOT_RUN, UNCHANGED, Batch, Entry
+from safe_exec.sandbox.birth import Nursery
 
 log = logging.getLogger("safe_exec")
 
@@ -188,7 +189,7 @@ class _Run:
         while True:
             limits = [found.memory for found in self.running.values()]
             line = [*self.ready.values(), *self.waiting]
-            at = first_fitting(self.plan.room, limits, [found.memory for found in line])
+            at = first_fitting(self.plan.room, limits, [found.memory for found in line], len(self.ready))
             if at is not None:
                 found = line[at]
                 if at >= len(self.ready):
@@ -317,7 +318,7 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
     before anything is run, where the output directory cannot be used.
     """
     started, began = datetime.now(UTC), time.monotonic()
-    with HeldTree(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal:
+    with HeldTree(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
         run = _Run(plan, tree, journal, watcher)
         with signals(run.stops.arrive):
             journal.batch_started(version=__version__, command=plan.command, root=str(plan.root), notebooks=len(plan.chosen))

@@ -84,7 +84,7 @@ class Sandbox:
         if born is None:
             command, more = (hand_on.born, hand_on.environment) if hand_on is not None else ((), {})
             born = Born(run_id, directory=str(directory or ""), born=command, environment=more)
-        self._control, self._process = born.control, born.process
+        self._control, self._process = born.control, born
         self._undo: Mapping[str, object] = {}
         self.keeper_pid: int | None = None
         self.kernel_pid: int | None = None
@@ -209,6 +209,7 @@ class Sandbox:
         event = said["event"]
         if event == "ready":
             self.keeper_pid = int(str(said["pid"]))
+            self._process.is_known_as(self.keeper_pid)
         elif event == "spawned":
             self.kernel_pid = int(str(said["pid"]))
         elif event == "failed":

@@ -37,6 +37,7 @@ from safe_exec.sandbox import become, enclosed, mounts, procfs, trees
 from safe_exec.sandbox.become import Refused
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 TAIL_BYTES = 64 * 1024
 FAULT_BYTES = 256 * 1024
@@ -576,14 +577,16 @@ def _remove_cgroup(path: str) -> bool:
             return True
 
 
-def main(control_fd: int, directory: str, _run_id: str) -> None:
+def main(control_fd: int, directory: str, run_id: str) -> None:
     """Run the keeper on the socket that the runner left at ``control_fd``.
 
     ``directory`` (empty: none) is made here and not by the runner: whenever the runner is killed, either there is nothing yet or there is
-    a keeper that removes it. The name of the run is for those who look at the list of processes.
+    a keeper that removes it. By the name of the run it is known to those who look at the list of processes.
     """
     os.set_inheritable(control_fd, False)  # else the kernel would hold it too, and could speak in our name
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_NAME, f"se-{run_id}".encode())
     keeper = Keeper(socket.socket(fileno=control_fd), directory=directory or None)
     keeper.control.setblocking(True)
     signal.set_wakeup_fd(keeper.wake_w, warn_on_full_buffer=False)

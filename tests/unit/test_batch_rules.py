@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_exec.batch.admission import RESERVE_BYTES, Room, admits, first_fitting, parse_jobs, room_for
+from safe_exec.batch.admission import RESERVE_BYTES, START_BYTES, Room, admits, admits_ahead, first_fitting, parse_jobs, room_for
 from safe_exec.batch.order import cut, longest_first, parse_shard, read_timings
 from safe_exec.batch.outcome import SEVERITY, STATUSES, exit_code, summary_line, worst
 from safe_exec.batch.retries import is_transient
@@ -53,6 +53,25 @@ def test_one_without_a_limit_runs_alone() -> None:
     room = Room(jobs=4, memory=1000)
     assert not admits(room, [1], None) and not admits(room, [None], 1)
     assert admits(Room(jobs=4, memory=None), [None], None), "where memory is not known it does not count"
+
+
+@given(st.integers(1, 6), st.none() | st.integers(0, 40 << 30), st.lists(st.none() | st.integers(1, 8 << 30), max_size=6))
+def test_kernels_that_only_wait_fit_beside_all_limits(jobs: int, memory: int | None, running: list[int | None]) -> None:
+    room = Room(jobs=jobs, memory=memory)
+    ahead = 0
+    while admits_ahead(room, running, ahead):
+        ahead += 1
+        assert ahead <= jobs
+        if memory is not None:
+            assert None not in running, "one without a limit may use all there is"
+            assert sum(limit for limit in running if limit is not None) + ahead * START_BYTES <= memory
+
+
+def test_what_waits_counts_when_the_next_one_is_to_run() -> None:
+    room = Room(jobs=3, memory=4 * START_BYTES)
+    assert admits(room, [START_BYTES], 2 * START_BYTES, ahead=1)
+    assert not admits(room, [START_BYTES], 2 * START_BYTES, ahead=2)
+    assert admits(room, [], 1 << 50, ahead=2), "one always runs"
 
 
 def test_a_small_one_may_pass_a_large_one_that_does_not_fit() -> None:
