@@ -15,12 +15,16 @@ from pathlib import Path
 
 from safe_exec.records import dataclass, field
 from safe_exec.sandbox import mounts
-from safe_exec.sandbox.trees import copy_tree, walk
+from safe_exec.sandbox.trees import copy_tree, now, walk
 
 COPY_BYTES = 32 << 20
 COPY_ENTRIES = 2000
 NOTE_ENTRIES = 20_000
 TMP_ENTRIES = 500
+MOST_FOLDERS = 32
+"""Of so many the last copy is remembered."""
+TICK_NS = 100_000_000
+"""Ten ticks of the slowest clock."""
 TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
 SHM = Path("/dev/shm")  # noqa: S108
 
@@ -39,7 +43,8 @@ class Entry:
 class Snapshot:
     """A folder before the first run. ``copy`` is ``None`` for a large one, ``entries`` for one too large to be noted.
 
-    ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many.
+    ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many. ``taken_ns`` is when it was
+    begun, on the clock of files.
     """
 
     folder: Path
@@ -47,6 +52,7 @@ class Snapshot:
     copy: Path | None
     entries: Mapping[str, Entry] | None
     tmp: frozenset[str] | None
+    taken_ns: int = 0
 
     def fingerprint(self) -> str:
         """A hash of what the folder held: of the contents where there is a copy, else of names, sizes and times."""
@@ -70,7 +76,7 @@ def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset()) ->
 
     ``ours`` are files that we write into it ourselves: no part of what the notebook starts from.
     """
-    folder, but = folder.resolve(), ours | {scratch.resolve()}
+    folder, but, taken = folder.resolve(), ours | {scratch.resolve()}, now()
     entries: dict[str, Entry] = {}
     total = 0
     for path, found in walk(folder, but=but):
@@ -81,8 +87,29 @@ def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset()) ->
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
-        copy_tree(folder, copy, but=but)
-    return Snapshot(folder=folder, scratch=scratch, copy=copy, entries=entries, tmp=_names_in_tmp())
+        copy_tree(folder, copy, but=but, twins=_twins(_latest.get(folder), entries))
+    made = Snapshot(folder=folder, scratch=scratch, copy=copy, entries=entries, tmp=_names_in_tmp(), taken_ns=taken)
+    if copy is not None:
+        _latest[folder] = made
+        for oldest in list(_latest)[:-MOST_FOLDERS]:
+            _latest.pop(oldest, None)
+    return made
+
+
+_latest: dict[Path, Snapshot] = {}
+"""The last copy of each folder: the notebooks of one folder share what did not change."""
+
+
+def _twins(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
+    """The files of an earlier copy that are still the same, by path within the folder.
+
+    Times of files have the grain of the system's clock tick: one that changed just before it was copied may have changed again in the same tick.
+    """
+    if earlier is None or earlier.copy is None or not earlier.entries:
+        return {}
+    settled = earlier.taken_ns - TICK_NS
+    same = (name for name, entry in entries.items() if entry.ctime_ns < settled and earlier.entries.get(name) == entry)
+    return {name: earlier.copy / name for name in same if stat.S_ISREG(entries[name].mode)}
 
 
 def reopen(folder: Path, scratch: Path) -> Snapshot | None:

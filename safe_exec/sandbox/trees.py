@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
@@ -64,8 +64,17 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
         return iter(())
 
 
-def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(), owner: int | None = None) -> dict[str, Mark]:
+def copy_tree(
+    source: Path,
+    target: Path,
+    *,
+    but: frozenset[Path] = frozenset(),
+    owner: int | None = None,
+    twins: Mapping[str, Path] | None = None,
+) -> dict[str, Mark]:
     """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read.
+
+    ``twins`` are earlier copies of files, by path in the folder: nobody writes to either, so they may be one file under two names.
 
     Returns what was copied, by its path in the folder. All of it belongs to ``owner`` then, where one is given; where we are root, else,
     to whom it belonged. Raises OSError for a disk that is full: a part of a folder is not the folder.
@@ -74,9 +83,10 @@ def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(),
     directories: list[tuple[Path, Path]] = [(source, target)]
     marks: dict[str, Mark] = {}
     for path, status in walk(source, but=but):
-        made = target / path.relative_to(source)
-        if _copied(path, made, status):
-            marks[str(path.relative_to(source))] = mark(path, status)
+        name = str(path.relative_to(source))
+        made = target / name
+        if (twins and name in twins and _linked(twins[name], made)) or _copied(path, made, status):
+            marks[name] = mark(path, status)
             if stat.S_ISDIR(status.st_mode):
                 directories.append((path, made))
             _give(made, status, owner)
@@ -85,6 +95,14 @@ def copy_tree(source: Path, target: Path, *, but: frozenset[Path] = frozenset(),
             shutil.copystat(path, made)
     _give(target, os.stat(source), owner)
     return marks
+
+
+def _linked(twin: Path, made: Path) -> bool:
+    try:
+        os.link(twin, made, follow_symlinks=False)
+    except OSError:  # it is gone with its run, or may have no more names
+        return False
+    return True
 
 
 def _copied(path: Path, made: Path, status: os.stat_result) -> bool:

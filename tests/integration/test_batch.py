@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -367,6 +368,78 @@ def test_retries_are_for_what_can_be_transient_and_flaky_is_said(place: Place) -
     assert size_of(place.own / "error") == 1 and done.row("error.ipynb")["attempts"] == 1
     assert size_of(place.own / "killed") == 3 and done.row("killed.ipynb")["attempts"] == 3
     assert "1 passed (1 flaky)" in done.stdout.splitlines()[-1] and "flaky: attempt 2" in done.stdout
+
+
+STARTED = """
+import os
+open(os.path.join(os.environ["TRACES"], f"{os.getpid()}-{os.getppid()}-{os.urandom(4).hex()}"), "w").close()
+"""
+"""A start-up file of IPython: a kernel leaves a trace when it starts."""
+
+
+def traced(place: Place) -> Path:
+    """Where each kernel of this batch leaves a trace."""
+    startup = place.own / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00-trace.py").write_text(STARTED)
+    traces = place.own / "traces"
+    traces.mkdir()
+    place.env |= {"IPYTHONDIR": str(place.own / "ipython"), "TRACES": str(traces)}
+    return traces
+
+
+LONGEST = "# so that it is the first\n" * 20
+WAITS = """
+import os, time
+begun = time.monotonic()
+while len(os.listdir(os.environ["TRACES"])) < 2:
+    assert time.monotonic() < begun + 60, "no other kernel was started"
+    time.sleep(0.01)
+time.sleep(1)
+open("done", "w").close()
+"""
+
+
+def test_the_next_kernel_starts_while_one_runs_and_waits_for_its_turn(place: Place) -> None:
+    traces = traced(place)
+    make_notebook(place.folder / "a.ipynb", LONGEST + WAITS)
+    make_notebook(place.folder / "b.ipynb", "import os\nassert os.path.exists('done')")
+    done = place.run("a.ipynb", "b.ipynb", "-j", "1", "--timeout", "40")
+    assert done.code == 0, done.stdout
+    assert len(list(traces.iterdir())) == 2
+    seconds = {name: done.row(f"{name}.ipynb")["seconds"] for name in "ab"}
+    assert seconds["b"] < seconds["a"], "what it waited is not its own"
+
+
+def test_a_kernel_that_was_started_for_nothing_runs_nothing(place: Place) -> None:
+    traces = traced(place)
+    make_notebook(place.folder / "a.ipynb", LONGEST + WAITS + "1/0")
+    make_notebook(place.folder / "b.ipynb", "open('ran', 'w')")
+    done = place.run("a.ipynb", "b.ipynb", "-j", "1", "--fail-fast")
+    assert done.statuses() == {"a.ipynb": "cell_error", "b.ipynb": "not_run"}
+    assert len(list(traces.iterdir())) == 2
+    assert not (place.folder / "ran").exists() and not (place.out / "b.verdict.json").exists()
+    assert [event["path"] for event in place.journal() if event["event"] == "started"] == ["a.ipynb"]
+
+
+def test_no_kernel_starts_ahead_where_the_sandbox_copies_the_folder(place: Place) -> None:
+    """A copy that was made before its turn would not have what the one before wrote."""
+    make_notebook(place.folder / "a.ipynb", LONGEST + "import time\ntime.sleep(3)\nopen('given', 'w').write('yes')")
+    make_notebook(place.folder / "b.ipynb", "assert open('given').read() == 'yes'")
+    (place.folder / "safe-exec.yaml").write_text("limits:\n  - path: b.ipynb\n    disk: 50M\n")
+    process = place.start("a.ipynb", "b.ipynb", "-j", "1")
+    most = 0
+    while not (place.folder / "given").exists() and process.poll() is None:
+        most = max(most, sum(b"ipykernel_launcher" in command_of(pid) for pid in marked_processes(place.mark)))
+    done = place.done(process.wait(60), *process.communicate())
+    assert done.code == 0, done.stdout
+    assert most == 1
+
+
+def command_of(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def test_fail_fast_starts_no_more(place: Place) -> None:

@@ -19,7 +19,8 @@ import pytest
 from safe_exec.culprit import folder as folders
 from safe_exec.culprit.folder import NoView, Snapshot, View, Views, added, reopen, take, views_of
 from safe_exec.sandbox import mounts, trees
-from safe_exec.sandbox.trees import copy_tree, walk
+from safe_exec.sandbox.trees import copy_tree, now, walk
+from tests.support import wait_until
 
 NONE: frozenset[Path] = frozenset()
 SHM = {"kind": "tmpfs", "target": "/dev/shm", "options": "mode=1777"}
@@ -271,6 +272,59 @@ def test_the_names_in_tmp(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(place / "scratch" / "before")
     monkeypatch.setattr(folders, "TMP", place / "nowhere")
     assert kept(place).tmp is None
+
+
+def there(place: Path, name: str) -> Path:
+    (place / name).mkdir()
+    return place / name
+
+
+def aged(*paths: Path) -> None:
+    """Wait until the files are older than the grain of their times."""
+    newest = max(path.stat().st_ctime_ns for path in paths)
+    wait_until(lambda: now() > newest + folders.TICK_NS, 5, "the clock of files goes on")
+
+
+def test_what_did_not_change_is_copied_once(place: Path) -> None:
+    work, names = place / "work", ("same", "edited", "replaced", "touched")
+    for name in names:
+        (work / name).write_text("before")
+    aged(*(work / name for name in names))
+    first = take(work, there(place, "one"))
+    times = (work / "edited").stat()
+    (work / "edited").write_text("behind")
+    os.utime(work / "edited", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (place / "other").write_text("behind")
+    (place / "other").replace(work / "replaced")
+    (work / "touched").chmod(0o600)
+    second = take(work, there(place, "two"))
+    assert first.copy is not None and second.copy is not None
+    shared = {name for name in names if (first.copy / name).samefile(second.copy / name)}
+    assert shared == {"same"}
+    assert [(second.copy / name).read_text() for name in names] == ["before", "behind", "behind", "before"]
+    assert (second.copy / "touched").stat().st_mode & 0o777 == 0o600
+    trees.remove_tree(first.copy)
+    assert (second.copy / "same").read_text() == "before"
+    third = take(work, there(place, "three"))
+    assert third.copy is not None and (third.copy / "same").read_text() == "before"
+
+
+def test_what_changed_just_before_a_copy_is_copied_again(place: Path) -> None:
+    """It could change once more in the same tick of the clock, and would look the same."""
+    (place / "work" / "fresh").write_text("a")
+    first, second = take(place / "work", there(place, "one")), take(place / "work", there(place, "two"))
+    assert first.copy is not None and second.copy is not None
+    assert not (first.copy / "fresh").samefile(second.copy / "fresh")
+
+
+def test_a_copy_whose_twin_is_gone_is_a_copy_all_the_same(place: Path) -> None:
+    (place / "work" / "old").write_text("a")
+    aged(place / "work" / "old")
+    first = take(place / "work", there(place, "one"))
+    assert first.copy is not None
+    trees.remove_tree(first.copy)
+    second = take(place / "work", there(place, "two"))
+    assert second.copy is not None and (second.copy / "old").read_text() == "a"
 
 
 def test_an_earlier_copy_is_opened_again(place: Path) -> None:
