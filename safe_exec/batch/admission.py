@@ -52,9 +52,14 @@ def admits(room: Room, running: Sequence[int | None], wanted: int | None, ahead:
     return len(known) == len(running) + 1 and sum(known) + ahead * START_BYTES <= room.memory
 
 
+def most_ahead(room: Room) -> int:
+    """How many kernels may wait: half as many as run keep all processors busy, and as many do no better."""
+    return (room.jobs + 1) // 2
+
+
 def admits_ahead(room: Room, running: Sequence[int | None], ahead: int) -> bool:
     """Whether one more kernel may be started for a notebook whose turn comes later, beside ``ahead`` others that wait: it only starts."""
-    if ahead >= room.jobs:
+    if ahead >= most_ahead(room):
         return False
     known = [limit for limit in running if limit is not None]
     return room.memory is None or (len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from safe_exec import __version__
-from safe_exec.batch.admission import Room, admits_ahead, first_fitting
+from safe_exec.batch.admission import Room, admits_ahead, first_fitting, most_ahead
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
 from safe_exec.batch.history import History
 from safe_exec.batch.journal import Finished, Journal
@@ -135,7 +135,7 @@ class _Run:
 
     async def run(self) -> None:
         """Run all; when this returns every notebook has an entry and nothing is under way."""
-        with ThreadPoolExecutor(2 * self.plan.room.jobs, "notebook") as pool:
+        with ThreadPoolExecutor(self.plan.room.jobs + most_ahead(self.plan.room), "notebook") as pool:
             try:
                 while True:
                     while not self.stopped and (found := await self._next()) is not None:
@@ -234,7 +234,7 @@ class _Run:
         limits = prepared.resolved.limits
         # A copy of the folder is made with the sandbox: what others write there until its turn comes would not be in it.
         early = limits.disk is None and prepared.resolved.isolation.folder is not FolderUse.COPY
-        job = beside_others(task.job, limits, 2 * self.plan.room.jobs)
+        job = beside_others(task.job, limits, self.plan.room.jobs + most_ahead(self.plan.room))
         return _Waiting(task=replace(task, job=job), memory=limits.memory, early=early)
 
     def _passed_before(self, task: Task, prepared: Prepared, inputs: dict[str, str | None]) -> bool:
