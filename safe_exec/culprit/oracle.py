@@ -130,10 +130,8 @@ class Oracle:
 
     async def _start_next(self) -> None:
         """The next trial's kernel starts while the cells of this one run, where there is room for two."""
-        limits = self.subject.request.limits
-        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > (
-            limits.memory or ROOM_BYTES
-        ) + ROOM_BYTES
+        needed = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
+        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > needed
         if self._next is None and room:
             self._next = self._start()
 

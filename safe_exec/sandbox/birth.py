@@ -92,20 +92,13 @@ class Nursery:
     """
 
     def __enter__(self) -> Self:
-        global _nursery, _depth  # noqa: PLW0603 - one for the process
+        global _depth  # noqa: PLW0603 - one for the process
         with _turn:
             _depth += 1
-            if _depth == 1 and _knows_pidfds():
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                try:
-                    with theirs:
-                        _nursery = (ours, _start("nursery", theirs))
-                except OSError:
-                    ours.close()
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _nursery, _depth  # noqa: PLW0603
+        global _depth, _nursery  # noqa: PLW0603
         with _turn:
             _depth -= 1
             if _depth == 0 and _nursery is not None:
@@ -115,8 +108,9 @@ class Nursery:
                 process.wait()
 
 
-_nursery: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 _depth = 0
+_nursery: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
+"""Our end of the socket to it, and its process: there is none before the first keeper is wanted."""
 _turn = threading.Lock()
 
 
@@ -130,14 +124,27 @@ def _knows_pidfds() -> bool:
 
 def _fork_one(theirs: socket.socket, run_id: str, directory: str) -> bool:
     """Have a keeper forked for the other end of a socket; ``False`` where there is nobody to do so."""
+    global _nursery  # noqa: PLW0603
     with _turn:
-        if _nursery is None:
-            return False
         try:
+            if _nursery is None and _depth and _knows_pidfds():
+                _nursery = _open_nursery()
+            if _nursery is None:
+                return False
             socket.send_fds(_nursery[0], [f"{run_id}\0{directory}".encode("utf-8", "surrogateescape")], [theirs.fileno()])
         except OSError:  # it was killed: a keeper can be started as well
             return False
     return True
+
+
+def _open_nursery() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            return ours, _start("nursery", theirs)
+        except OSError:
+            ours.close()
+            raise
 
 
 def new_run_id() -> str:

@@ -64,10 +64,13 @@ def nursery_pid() -> int:
 
 def test_keepers_are_forked_within_it_and_started_without() -> None:
     with Nursery():
-        mother = nursery_pid()
+        assert birth._nursery is None, "there is none before one is needed"
+        mother = 0
         for _ in range(2):
             with sandbox("import os; os._exit(7)") as made:
                 assert made.keeper_pid is not None
+                assert mother in (0, nursery_pid())
+                mother = nursery_pid()
                 assert parent_of(made.keeper_pid) == mother
                 assert os.getsid(made.keeper_pid) == made.keeper_pid
                 assert Path(f"/proc/{made.keeper_pid}/comm").read_text() == f"se-{made.run_id}\n"
@@ -80,9 +83,9 @@ def test_keepers_are_forked_within_it_and_started_without() -> None:
 
 def test_one_stands_in_another() -> None:
     with Nursery():
-        mother = nursery_pid()
-        with Nursery():
-            assert nursery_pid() == mother
+        with Nursery(), sandbox("import time; time.sleep(60)") as made:
+            mother = nursery_pid()
+            assert made.keeper_pid is not None and parent_of(made.keeper_pid) == mother
         with sandbox("import time; time.sleep(60)") as made:
             assert made.keeper_pid is not None and parent_of(made.keeper_pid) == mother
 
