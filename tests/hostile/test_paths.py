@@ -198,12 +198,28 @@ def test_documents_of_a_batch_go_through_no_link_that_a_notebook_has_put_there(w
         for folder in ("sub", "late"):
             (arena.folder / folder).mkdir()
             make_notebook(arena.folder / folder / "b.ipynb", "1")
-        make_notebook(arena.folder / "a.ipynb", f"import os\n{MOVES[name].replace('@TARGET@', str(target))}")
+        # The longer a file is, the earlier it is run; the kernel of the second is started, and its directory made, while the first runs.
+        move = f"import os\n{MOVES[name].replace('@TARGET@', str(target))}"
+        for first, source, spaces in (("a.ipynb", move, 20_000), ("second.ipynb", "1", 10_000)):
+            made = make_notebook(arena.folder / first, source)
+            made.write_text(made.read_text() + " " * spaces)
         (arena.folder / "out" / "sub").mkdir(parents=True)
         if who == "user":
             for path in (arena.folder, *arena.folder.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
-        words = ("a.ipynb", "sub/b.ipynb", "late/b.ipynb", "--out", "out", "-j", "1", "--limits", "ci", "--no-bisect")
+        words = (
+            "a.ipynb",
+            "second.ipynb",
+            "sub/b.ipynb",
+            "late/b.ipynb",
+            "--out",
+            "out",
+            "-j",
+            "1",
+            "--limits",
+            "ci",
+            "--no-bisect",
+        )
         done = arena.command("batch", *words)
         assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys(
             ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"), "untouched"
