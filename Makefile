@@ -121,7 +121,7 @@ $(BENCH)/.installed: pyproject.toml | system
 	@touch $@
 
 .PHONY: bench
-bench: $(BENCH)/.installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (12 minutes)
+bench: $(BENCH)/.installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (15 minutes)
 	$(BENCH)/bin/python -m benchmarks.bench --readme --json docs/performance.json
 	$(BENCH)/bin/python -m benchmarks.walls
 	$(BENCH)/bin/python -m benchmarks.disk

@@ -1,9 +1,9 @@
 """Whether anything has become slower or larger beside nbclient: ``python -m benchmarks.check [--record]``, what CI runs.
 
 No seconds are compared, only ratios of what followed each other on the same machine: processor time of the whole tree of processes, which hardly
-depends on what else runs there; peak memory; and for a death the time to the verdict. A ratio has become worse if its median is beyond the
-recorded one by more than its noise, if all rounds but one are beyond it, and if both are so again in as many rounds more. ``recorded.json``
-holds the ratios; ``--record`` writes it anew, after a change that is meant.
+depends on what else runs there; peak memory; the time from a death to the verdict, and that of many notebooks. A ratio has become worse if its
+median is beyond the recorded one by more than its noise, if all rounds but one are beyond it, and if both are so again in as many rounds more.
+``recorded.json`` holds the ratios; ``--record`` writes it anew, after a change that is meant.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import demand, execute, in_turns, notebook
-from benchmarks.peers import NBCLIENT, OURS, nbclient, ours, warm_up
+from benchmarks.measure import demand, execute, in_turns, notebook, write_notebook
+from benchmarks.peers import BIN, NBCLIENT, OURS, PROFILE, loop_of, nbclient, ours, warm_up
 from benchmarks.sections import PRINTS, RAISED, death
 
 RECORDED = Path(__file__).with_name("recorded.json")
+FEW = 12
 FLOOD = "for i in range(50_000):\n    print('x' * 1023)"
 
 
@@ -60,6 +61,20 @@ def _told(path: Path, command: list[str]) -> float:
     return float(path.with_name("took").read_text())
 
 
+def _many(folder: Path, rounds: int) -> list[float]:
+    """Wall time, of a few notebooks at a time and one after the other: a processor that has nothing to do is seen in nothing else."""
+    folder.mkdir()
+    paths = [write_notebook(folder / f"n{n:02}.ipynb", *_cells(5)) for n in range(FEW)]
+    batch = [str(BIN / "safe-exec"), "batch", "-q", *PROFILE, "-j", "2", "--out", str(folder / "out"), *map(str, paths)]
+    commands = {OURS: batch, NBCLIENT: loop_of([nbclient(path, folder / "theirs.ipynb") for path in paths])}
+    takers = {
+        name: lambda name=name, command=command: [demand(execute(command, folder), 0, name).seconds]
+        for name, command in commands.items()
+    }
+    taken = in_turns(rounds, takers)
+    return [mine / theirs for (mine,), (theirs,) in zip(taken[OURS], taken[NBCLIENT], strict=True)]
+
+
 def _cells(count: int) -> list[str]:
     return [f"x{n} = {n}\nprint(x{n})" for n in range(count)]
 
@@ -76,6 +91,7 @@ _PRINTS = PRINTS.replace("perf_counter", "thread_time")
 RATIOS = (
     Ratio(name="processor time, 5 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(5), _processor)),
     Ratio(name="processor time, 200 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(200), _processor)),
+    Ratio(name=f"{FEW} notebooks at -j 2, wall time", rounds=3, noise=0.25, measure=_many),
     Ratio(name="a print, in the cell", rounds=5, noise=0.3, measure=lambda f, n: _paired(f, n, [_PRINTS], _told)),
     Ratio(name="50 MB of output, memory", rounds=3, noise=0.25, measure=lambda f, n: _paired(f, n, [FLOOD], _memory, *RAISED)),
     Ratio(
