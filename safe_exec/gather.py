@@ -12,13 +12,12 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from safe_exec.kernel.faults import fatal_part, last_dump, main_stack, parse_fault
+from safe_exec.kernel.faults import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
 from safe_exec.model import (
     CellFailed,
     Ending,
     Evidence,
     FaultReport,
-    Frame,
     Place,
     StartFailed,
     TimedOut,
@@ -216,11 +215,6 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     return None
 
 
-def _innermost(frames: tuple[Frame, ...], index: int) -> int | None:
-    """The innermost line of a cell in a stack."""
-    return next((f.line for f in frames if f.cell == index and f.line), None)
-
-
 def _of_error(trial: Trial, index: int) -> Place | None:
     found = trial.session.told.errors.get(trial.number_now())
     if found is not None:
@@ -250,13 +244,13 @@ def _of_fault(trial: Trial, index: int, fault: FaultReport | None) -> Place | No
     session = trial.session
     text = fatal_part(ended.fault) or fatal_part(_recent_text(trial))
     stack = fault.stack if fault.main else main_stack(text, session.file_cells, session.told.hello.get("main"))
-    line = _innermost(stack, index)
+    line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
 
 
 def _of_look(trial: Trial, index: int) -> Place | None:
     stack = trial.looked.stack if trial.looked else ()
-    line = _innermost(stack, index)
+    line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
 
 
@@ -272,8 +266,9 @@ def _of_last_dump(trial: Trial, index: int) -> Place | None:
     note = provisioner.channels.page.note()
     if note.cell != trial.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
         return None
-    stack = last_dump(sandbox.fault_text, session.file_cells, session.told.hello.get("main"))
-    line = _innermost(stack, index)
+    stacks = dumps(sandbox.fault_text, session.file_cells, session.told.hello.get("main"))
+    stack = usual(stacks, index) if stacks else ()
+    line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
     return None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.kernel.faults import fatal_part, last_dump, main_stack, parse_fault, parse_threads
+from safe_exec.kernel.faults import dumps, fatal_part, main_stack, parse_fault, parse_threads, usual
 from safe_exec.model import FaultReport, Frame
 
 DUMPS = Path(__file__).parent / "dumps"
@@ -62,8 +62,34 @@ def test_a_dump_that_was_asked_for(version: str) -> None:
 def test_the_last_of_several_dumps(version: str) -> None:
     main, text = dump(version, "ask")
     asked, fatal = text[: text.index("Fatal")], text[text.index("Fatal") :]
-    assert brief(last_dump(asked + fatal.partition("\n")[2], CELLS, main))[-2:] == [("inner", 14, 4), ("<module>", 16, 4)]
-    assert last_dump("", CELLS, main) == ()
+    assert brief(dumps(asked + fatal.partition("\n")[2], CELLS, main)[-1])[-2:] == [("inner", 14, 4), ("<module>", 16, 4)]
+    assert dumps("", CELLS, main) == ()
+
+
+def stack(*rows: tuple[str, int, int | None]) -> tuple[Frame, ...]:
+    return tuple(Frame(function=name, line=line, file="f.py", cell=cell) for name, line, cell in rows)
+
+
+FILLS = stack(("full", 386, None), ("load", 4, 1), ("<module>", 2, 4))
+SUMS = stack(("_sum", 50, None), ("<module>", 2, 4))
+BEFORE = stack(("<module>", 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("stacks", "found"),
+    [
+        ([SUMS], SUMS),
+        ([FILLS, FILLS, SUMS], FILLS),
+        ([FILLS, SUMS], FILLS),
+        ([SUMS, FILLS], FILLS),
+        ([FILLS, SUMS, SUMS], SUMS),
+        ([FILLS, FILLS, BEFORE], BEFORE),
+        ([BEFORE, BEFORE, BEFORE, SUMS], SUMS),
+    ],
+    ids=["one", "most", "deeper", "last", "most are in the cell", "another line", "the last line counts"],
+)
+def test_the_stack_that_says_where_the_time_went(stacks: list[tuple[Frame, ...]], found: tuple[Frame, ...]) -> None:
+    assert usual(stacks, 4) is found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -210,4 +236,4 @@ def test_anything_may_be_written_there(text: str) -> None:
     report = parse_fault(text, CELLS, 9, None, None)
     assert (report is None) == ("Fatal Python error: " not in text)
     main_stack(text, CELLS, 9)
-    last_dump(text, CELLS, None)
+    dumps(text, CELLS, None)
