@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import MIB, Row, Spread, demand, execute, in_turns, notebook, rows, write_notebook
+from benchmarks.measure import MIB, Row, Spread, demand, execute, in_turns, notebook, rows, waited, write_notebook
 from benchmarks.peers import BIN, EXECUTE, NBCLIENT, OURS, PROFILE, loop_of, nbclient, nbmake, ours, papermill, tools
 
 WATCHED_LIMIT = 500 * MIB
@@ -104,13 +104,15 @@ def many(folder: Path, rounds: int) -> list[Row]:
 
     def taker(name: str, command: list[str]) -> Callable[[], Sequence[float]]:
         def take() -> Sequence[float]:
-            ended = execute(command, folder)
+            code, seconds = waited(command, folder)
             if (
-                ended.code and name != OURS
+                code and name != OURS
             ):  # of some hundred kernels of nbmake's one does not start, after a minute: that is not its time
-                print(f"{name}: exit code {ended.code}, once more", file=sys.stderr)
-                ended = execute(command, folder)
-            return [demand(ended, 0, name).seconds]
+                print(f"{name}: exit code {code}, once more", file=sys.stderr)
+                code, seconds = waited(command, folder)
+            if code:
+                raise SystemExit(f"{name}: exit code {code}")
+            return [seconds]
 
         return take
 
