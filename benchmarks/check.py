@@ -95,7 +95,7 @@ _PRINTS = PRINTS.replace("perf_counter", "thread_time")
 RATIOS = (
     Ratio(name="processor time, 5 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(5), _processor)),
     Ratio(name="processor time, 200 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(200), _processor)),
-    Ratio(name=f"{FEW} notebooks at -j 2, wall time", rounds=3, noise=0.25, measure=_many),
+    Ratio(name=f"{FEW} notebooks at -j 2, wall time", rounds=3, noise=0.4, measure=_many),
     Ratio(name="a print, in the cell", rounds=5, noise=0.3, measure=lambda f, n: _paired(f, n, [_PRINTS], _told)),
     Ratio(name="50 MB of output, memory", rounds=3, noise=0.25, measure=lambda f, n: _paired(f, n, [FLOOD], _memory, *RAISED)),
     Ratio(
