@@ -1,7 +1,7 @@
 """Deaths by a fault of native code: the signal says which, the fault handler where.
 
 ``stack_overflow`` needs evidence of its own: how far the main thread's stack had grown when the fault handler ran, read from
-/proc while the dying process was held up (see sandbox/keeper.py).
+/proc while the dying process was held up (see sandbox/lastwords.py).
 """
 
 from __future__ import annotations

@@ -13,11 +13,8 @@ over a socket pair. The keeper
 6. on the end of the socket, be it a request or the death of the runner, kills the tree, removes control groups and
    the runtime directory, and leaves.
 
-A dying kernel waits at our door. The kernel's fault handler writes to a stream socket whose send buffer is as small as the
-system allows; after a few short writes it blocks until we read. So when the first byte shows up, the process still
-stands with its stack as it was, and /proc tells how far the stack had grown, which is what tells a stack overflow from
-another segmentation fault. Signals meant for the runner (Ctrl-C on a terminal, a SIGTERM to the whole session at shutdown) are noted
-and not obeyed: the keeper leaves last.
+What a dying kernel says is taken in by ``lastwords``. Signals meant for the runner (Ctrl-C on a terminal, a SIGTERM to the whole session
+at shutdown) are noted and not obeyed: the keeper leaves last.
 """
 
 from __future__ import annotations
@@ -33,14 +30,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safe_exec.sandbox import become, enclosed, mounts, procfs, trees
+from safe_exec.sandbox import become, cgroupfs, enclosed, mounts, procfs, trees
 from safe_exec.sandbox.become import Refused
+from safe_exec.sandbox.lastwords import LastWords
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
-TAIL_BYTES = 64 * 1024
-FAULT_BYTES = 256 * 1024
 KILL_SECONDS = 5.0
 NEAR = 0.85
 """From this share of the memory limit on, stacks are asked for: the kernel may be killed without a word at any moment."""
@@ -48,12 +44,8 @@ STACK_STEP = 0.04
 FASTEST_BYTES_PER_MS = 5 << 20
 """No allocation fills memory faster (5 GB/s): so long memory cannot have come near its limit, and need not be looked at."""
 LOOK_MS = (2, 100)
-HAND_ON_SECONDS = 5.0
-STACK_WAIT_SECONDS = 0.2
-QUIET_SECONDS = 0.02
 NAMED = 5
 """Files that are named one by one."""
-NEXT_SECONDS = 0.002
 OOM_SHARE = 300
 """Thousandths of the memory that ran out, which count as if the sandbox used them when the system chooses what to kill."""
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -72,11 +64,7 @@ class Keeper:
         self.pid = 0
         self.exited = False
         self.reason: str | None = None
-        self.stderr_fd = -1
-        self.fault: socket.socket | None = None
-        self.fault_text = b""
-        self.fault_seen: dict[str, int | None] = {}
-        self.tail = b""
+        self.words = LastWords(lambda text: self.say("fault", text=text))
         self.signals: list[int] = []
         self.asked_at = 0.0
         self.made: list[str] = []
@@ -113,25 +101,20 @@ class Keeper:
 
     def build(self) -> None:
         """Make the control groups and write their limits; each write that fails is an error with its path."""
-        if self.plan["cgroup_hand_on"]:
-            _hand_on(**self.plan["cgroup_hand_on"])
+        if (way := self.plan["cgroup_hand_on"]) is not None:
+            cgroupfs.hand_on(way["group"], way["leaf"], way["controllers"])
         for path in self.plan["cgroup_dirs"]:
             os.mkdir(path)
             self.made.append(path)
         for path, value in self.plan["cgroup_writes"]:
-            _write(path, value)
+            cgroupfs.write(path, value)
         for path, value in self.plan["cgroup_writes_where_present"]:
             if os.path.exists(path):
-                _write(path, value)
+                cgroupfs.write(path, value)
 
     def spawn(self) -> None:
         """Fork the kernel into the sandbox."""
-        stderr_r, stderr_w = os.pipe2(os.O_CLOEXEC)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the system rounds up to its smallest
-        self.stderr_fd, self.fault = stderr_r, ours
-        os.set_blocking(stderr_r, False)
-        ours.setblocking(False)
+        stderr, fault = self.words.open()
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
         self.plan["keeper"] = os.getpid()
         self.give_away()
@@ -139,11 +122,11 @@ class Keeper:
         self.inner = enclosed.Enclosed() if self.plan.get("enclosure") else None
         pid = os.fork()
         if pid == 0:
-            given = {**dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)), "fault": theirs.fileno()}
-            _become_child(self.plan, self.inner, stderr_w, given, error_w)
-        os.close(stderr_w)
+            given = {**dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)), "fault": fault.fileno()}
+            _become_child(self.plan, self.inner, stderr, given, error_w)
+        os.close(stderr)
         os.close(error_w)
-        theirs.close()
+        fault.close()
         for fd in self.plan["pass_fds"]:
             os.close(fd)
         if self.inner is not None:
@@ -163,11 +146,11 @@ class Keeper:
         try:
             pid = inner.meet()
             for path in self.plan["cgroup_joins"]:
-                _write(path, str(pid))
+                cgroupfs.write(path, str(pid))
             inner.go()
         except Refused as refused:
-            self.read_stderr()
-            words = self.tail.decode("utf-8", "replace").strip().splitlines()
+            self.words.read_stderr()
+            words = self.words.tail.decode("utf-8", "replace").strip().splitlines()
             raise Refused(refused.stage, ": ".join([refused.message, *words[-1:]])) from None
         return pid
 
@@ -195,40 +178,45 @@ class Keeper:
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the runner says finish or is gone."""
+        """Serve until the runner says finish or is gone.
+
+        What is no source any more is not waited on, whoever read its end: poll(2) returns at once for a descriptor that is closed.
+        """
         poller = select.poll()
-        poller.register(self.control, select.POLLIN)
-        poller.register(self.wake_r, select.POLLIN)
-        watched: set[int] = set()
+        waited: set[int] = set()
         while True:
-            for fd in self.sources():
-                if fd >= 0 and fd not in watched:
-                    poller.register(fd, select.POLLIN)
-                    watched.add(fd)
+            sources = {self.control.fileno(), self.wake_r, *self.words.sources(), *self.news()}
+            for fd in waited - sources:
+                poller.unregister(fd)
+            for fd in sources - waited:
+                poller.register(fd, select.POLLIN)
+            waited = sources
             for fd, _ in poller.poll(self.look_at_memory()):
                 if fd == self.control.fileno() and self.serve() is False:
                     return
                 if fd == self.wake_r:
                     self.wake()
-                if fd == self.stderr_fd and not self.read_stderr():
-                    poller.unregister(fd)
-                if self.fault and fd == self.fault.fileno() and not self.read_fault():
-                    poller.unregister(fd)
-                if self.inner and fd == self.inner.status.fileno() and not self.hear_of_end():
-                    poller.unregister(fd)
+                elif fd in self.words.sources():
+                    self.words.read(fd, self.alive)
+                elif fd in self.news():
+                    self.hear_of_end()
 
-    def sources(self) -> tuple[int, ...]:
-        """Descriptors on which a kernel that was started is heard of."""
-        fault = self.fault.fileno() if self.fault else -1
-        return (self.stderr_fd, fault, self.inner.status.fileno() if self.inner and self.pid else -1)
+    def news(self) -> tuple[int, ...]:
+        """Where the init inside bubblewrap will say how the kernel ended."""
+        awaited = self.inner is not None and self.pid and not self.exited and not self.inner.over
+        return (self.inner.status.fileno(),) if self.inner is not None and awaited else ()
 
-    def hear_of_end(self) -> bool:
-        """What the init inside bubblewrap says of the kernel's end; ``False`` when nothing more can come."""
+    @property
+    def alive(self) -> int | None:
+        """The kernel's process, while it has not ended; 0 before it has begun."""
+        return None if self.exited else self.pid
+
+    def hear_of_end(self) -> None:
+        """What the init inside bubblewrap says of the kernel's end."""
         assert self.inner is not None
         ending = self.inner.ending()
         if ending is not None and not self.exited:
             self.report_exit(ending["status"], ending["cpu"], ending["maxrss"])
-        return not self.exited and not self.inner.over
 
     def serve(self) -> bool:
         """Do what the runner asks; ``False`` when it asks us to leave, or is gone."""
@@ -280,7 +268,7 @@ class Keeper:
         path, limit = self.plan.get("memory_file"), self.plan.get("memory_limit")
         if not path or not limit or self.exited or not self.pid:
             return None
-        text = _read(path)
+        text = cgroupfs.read(path)
         share = int(text) / limit if text and text.strip().isdigit() else 0.0
         if share >= NEAR and share >= self.asked_at + STACK_STEP:
             self.asked_at = share
@@ -300,18 +288,14 @@ class Keeper:
 
     def take_stack(self) -> None:
         """Ask for a last stack and take it; the main thread allocates nothing while it writes."""
-        if self.fault is None or not self.ask_for_stack():
-            return
-        deadline = time.monotonic() + STACK_WAIT_SECONDS
-        while time.monotonic() < deadline and select.select([self.fault], [], [], QUIET_SECONDS)[0]:
-            if not self.read_fault():
-                return
+        if self.ask_for_stack():
+            self.words.wait_for_stack(self.pid)
 
     def kill_tree(self) -> list[int]:
         """Kill all in the sandbox; the pids that would not die."""
         for path in self.plan.get("kill_files", ()):
             with contextlib.suppress(OSError):
-                _write(path, "1")
+                cgroupfs.write(path, "1")
         return procfs.kill_descendants(os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap)
 
     def wake(self) -> None:
@@ -342,82 +326,20 @@ class Keeper:
     def report_exit(self, status: int | None, cpu: float | None, maxrss: int | None) -> None:
         """Tell the runner of the kernel's death with all that will not be there later."""
         self.exited = True
-        while self.fault and self.read_fault():
-            pass
-        while self.stderr_fd >= 0 and self.read_stderr():
-            pass
+        self.words.read_rest()
         self.say(
             "exited",
             status=status,
             reason=self.reason,
             cpu=cpu,
             maxrss=None if maxrss is None else maxrss * 1024,
-            counters={path: _read(path) for path in self.plan["counter_files"]},
-            fault=self.fault_text.decode("utf-8", "replace"),
-            fault_seen=self.fault_seen,
-            stderr=self.tail.decode("utf-8", "replace"),
-            oomd=_oomd_killed(self.plan["cgroup_dirs"]),
+            counters={path: cgroupfs.read(path) for path in self.plan["counter_files"]},
+            fault=self.words.fault_text.decode("utf-8", "replace"),
+            fault_seen=self.words.seen,
+            stderr=self.words.tail.decode("utf-8", "replace"),
+            oomd=cgroupfs.oomd_killed(self.plan["cgroup_dirs"]),
             disk_free=self.disk_free(),
         )
-
-    def read_stderr(self) -> bool:
-        """Keep the tail of what the kernel process writes to its own stdout and stderr."""
-        try:
-            data = os.read(self.stderr_fd, 65536)
-        except BlockingIOError:
-            return not self.exited
-        if not data:
-            os.close(self.stderr_fd)
-            self.stderr_fd = -1
-            return False
-        self.tail = (self.tail + data)[-TAIL_BYTES:]
-        return True
-
-    def read_fault(self) -> bool:
-        """Take what the fault handler writes; at a fatal one look at the process first, while the full buffer holds it up."""
-        assert self.fault is not None
-        try:
-            if not self.exited and b"Fatal" in self.fault.recv(65536, socket.MSG_PEEK):
-                self.fault_seen = self.see_stack()
-            data = self.fault.recv(65536) + self.rest_of_fault()
-        except BlockingIOError:
-            return not self.exited
-        except ConnectionError:
-            data = b""
-        if not data:
-            return False
-        # The end is what counts: stacks that were asked for stand before a fatal one.
-        self.fault_text = (self.fault_text + data)[-FAULT_BYTES:]
-        if not self.exited:
-            self.say("fault", text=data.decode("utf-8", "replace"))
-        return True
-
-    def rest_of_fault(self) -> bytes:
-        """What is written next, one piece close behind the other, up to a fatal report that is still to be looked at.
-
-        The handler writes a few dozen bytes and waits until they are taken. To tell the runner of each, and to look at the memory between,
-        took longer than the rest of a death.
-        """
-        assert self.fault is not None
-        found, deadline = b"", time.monotonic() + STACK_WAIT_SECONDS
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while (
-                len(found) < FAULT_BYTES and time.monotonic() < deadline and select.select([self.fault], [], [], NEXT_SECONDS)[0]
-            ):
-                if b"Fatal" in self.fault.recv(65536, socket.MSG_PEEK):
-                    break
-                piece = self.fault.recv(65536)
-                if not piece:
-                    break
-                found += piece
-        return found
-
-    def see_stack(self) -> dict[str, int | None]:
-        """How far the main thread's stack has grown, and how far it may."""
-        return {
-            "stack": procfs.status_bytes(self.pid, "VmStk"),
-            "stack_limit": procfs.soft_limit(self.pid, "Max stack size"),
-        }
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -452,7 +374,7 @@ class Keeper:
             self.reason = "shutdown"
         alive = self.kill_tree()
         self.take_disk_back()
-        left = [path for path in reversed(self.made) if not _remove_cgroup(path)]
+        left = [path for path in reversed(self.made) if not cgroupfs.remove(path)]
         directories = [self.directory] if self.directory is not None else []
         directories += [*self.plan.get("directories", ()), *(self.plan.get("orphans", ()) if self.orphaned else ())]
         left += [path for path in directories if not trees.remove_tree(path)]
@@ -476,7 +398,7 @@ def _become_child(
         # Mounts first: the system's memory for them (hundreds, with a /tmp of its own) is ours, not the notebook's.
         _enter_mounts(plan)
         for path in plan["cgroup_joins"] if inner is None else ():
-            _write(path, "0")
+            cgroupfs.write(path, "0")
         _die_with(parent)
         if inner is not None:
             inner.become_bubblewrap(plan, stderr_fd, given, error_fd)
@@ -503,10 +425,9 @@ def _go_first() -> None:
     inherits this; among themselves nothing changes. It could be more, but then a small kernel would die for any large stranger. To
     raise it takes no privilege; where /proc is read-only it stays what it was.
     """
-    own = (_read("/proc/self/oom_score_adj") or "").strip()
-    if own.lstrip("-").isdigit():
-        with contextlib.suppress(OSError):
-            _write("/proc/self/oom_score_adj", str(min(1000, int(own) + OOM_SHARE)))
+    with contextlib.suppress(OSError, ValueError):
+        wish = Path("/proc/self/oom_score_adj")
+        wish.write_text(str(min(1000, int(wish.read_text()) + OOM_SHARE)))
 
 
 def _die_with(parent: int) -> None:
@@ -514,67 +435,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
         os._exit(1)
-
-
-def _hand_on(group: str, leaf: str, controllers: list[str], **_: Any) -> None:
-    """Have a group hand controllers on, which it can once no process stands in it: all of them go into ``leaf``.
-
-    Other keepers of the same runner may be at it too. What has ended meanwhile cannot be moved and need not be. The leaf stays: we are in
-    it. Of a scope systemd removes it with all the rest.
-    """
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(leaf)
-    deadline = time.monotonic() + HAND_ON_SECONDS
-    while pids := (_read(f"{group}/cgroup.procs") or "").split():
-        for pid in pids:
-            try:
-                _write(f"{leaf}/cgroup.procs", pid)
-            except ProcessLookupError:
-                continue
-        if time.monotonic() > deadline:
-            raise OSError(f"{group} does not get empty, {', '.join(pids)} stay: it cannot hand controllers on")
-    _write(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
-
-
-def _write(path: str, value: str) -> None:
-    try:
-        with open(path, "w") as handle:
-            handle.write(value)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {value!r} to {path}: {error.strerror}") from error
-
-
-def _read(path: str) -> str | None:
-    try:
-        with open(path) as handle:
-            return handle.read(65536)
-    except OSError:
-        return None
-
-
-def _oomd_killed(dirs: list[str]) -> bool | None:
-    """Whether systemd-oomd killed one of these groups: it says so in an extended attribute (systemd-oomd.service(8))."""
-    for path in dirs:
-        for name in ("user.oomd_kill", "trusted.oomd_kill"):
-            with contextlib.suppress(OSError):
-                return int(os.getxattr(path, name)) > 0
-    return None
-
-
-def _remove_cgroup(path: str) -> bool:
-    """Remove one control group; it stays busy for a moment after its last process is gone."""
-    deadline = time.monotonic() + 1.0
-    while True:
-        try:
-            os.rmdir(path)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        else:
-            return True
 
 
 def main(control_fd: int, directory: str, run_id: str) -> None:

@@ -1,0 +1,63 @@
+"""A keeper waits when there is nothing to do, in whatever order it hears of a death."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.support import wait_until
+
+SECONDS = 30
+LOOKS = 50
+
+# A keeper to whom the end of its kernel is told together with the end of all that the kernel wrote to: as on a busy machine.
+ALL_AT_ONCE = """
+import os, signal, socket, sys
+from safe_exec.sandbox.keeper import Keeper
+
+keeper = Keeper(socket.socket(fileno=int(sys.argv[1])), directory=None)
+keeper.plan = {"counter_files": [], "cgroup_dirs": []}
+stderr, fault = keeper.words.open()
+keeper.pid = os.fork()
+if keeper.pid == 0:
+    os.write(stderr, b"last words")
+    os._exit(3)
+os.close(stderr)
+fault.close()
+os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
+os.write(keeper.wake_w, bytes([signal.SIGCHLD]))
+keeper.run()
+keeper.leave()
+"""
+
+
+@pytest.mark.kills
+def test_a_keeper_that_hears_of_all_at_once_waits_afterwards() -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        subprocess.Popen([sys.executable, "-c", ALL_AT_ONCE, str(theirs.fileno())], pass_fds=(theirs.fileno(),)) as process,
+    ):
+        theirs.close()
+        try:
+            assert select.select([ours], [], [], SECONDS)[0]
+            exited = json.loads(ours.recv(1 << 16).split(b"\n")[0])
+            assert (exited["event"], os.waitstatus_to_exitcode(exited["status"]), exited["stderr"]) == ("exited", 3, "last words")
+            keeper = psutil.Process(process.pid)
+            # One that looks at a closed descriptor again and again is running at nearly every look.
+            wait_until(
+                lambda: all(keeper.status() == psutil.STATUS_SLEEPING for _ in range(LOOKS)),
+                SECONDS,
+                f"the keeper sleeps at {LOOKS} looks in a row",
+            )
+            ours.sendall(b'{"op": "finish"}\n')
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
