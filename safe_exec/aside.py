@@ -20,7 +20,7 @@ from safe_exec.sandbox.leftovers import sweep
 if TYPE_CHECKING:
     from safe_exec.culprit.runs import Runs
     from safe_exec.model import Limits
-    from safe_exec.trial import Cancellation
+    from safe_exec.trial.request import Cancellation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
     from safe_exec.culprit.cache import cache_root, claim_folder, release_folder, tidy
     from safe_exec.culprit.folder import take, views_of
     from safe_exec.culprit.runs import Runs
-    from safe_exec.trial import Cancellation
+    from safe_exec.trial.request import Cancellation
 
     cancellation = Cancellation()
     ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))

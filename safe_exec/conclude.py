@@ -30,7 +30,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
     from safe_exec.job import Prepared
-    from safe_exec.trial import TrialResult
+    from safe_exec.trial.request import TrialResult
 
 STATUS_OF: Mapping[type[Any], Status] = {
     model.Passed: Status.PASSED,

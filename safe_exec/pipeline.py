@@ -28,7 +28,7 @@ from safe_exec.sandbox.plan import SpawnPlan, require
 
 if TYPE_CHECKING:
     from safe_exec.searching import Keeping
-    from safe_exec.trial import Cancellation, TrialRequest, TrialResult
+    from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
 
 log = logging.getLogger("safe_exec")
 
@@ -60,7 +60,7 @@ async def run_job(
     With a ``cancellation`` of the caller's, who runs several at a time, signals are the caller's to take.
     """
     from safe_exec.searching import Keeping
-    from safe_exec.trial import Cancellation  # nbclient and zmq: not needed to refuse bad input
+    from safe_exec.trial.request import Cancellation
 
     taken = signals if cancellation is None else _nothing_taken
     cancellation = cancellation or Cancellation()
@@ -91,7 +91,7 @@ async def run_undocumented(
     ``heard`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
     """
     from safe_exec.searching import Keeping
-    from safe_exec.trial import Cancellation
+    from safe_exec.trial.request import Cancellation
 
     cancellation, mask = Cancellation(), _mask(prepared)
     emit = _fan_out((*prepared.job.sinks, *sinks), mask)
@@ -107,7 +107,7 @@ async def run_undocumented(
 async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()) -> Verdict:
     """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
     from safe_exec.searching import Keeping, search
-    from safe_exec.trial import Cancellation
+    from safe_exec.trial.request import Cancellation
 
     plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
     require(plan, prepared.required)
@@ -141,8 +141,9 @@ async def _first_run(
     keeping: Keeping,
     heard: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> First:
-    from safe_exec.ledger import Ledger
-    from safe_exec.trial import TrialResult, run_trial
+    from safe_exec.trial.ledger import Ledger
+    from safe_exec.trial.request import TrialResult
+    from safe_exec.trial.run import run_trial  # jupyter_client and zmq: the kernel starts meanwhile
 
     early = prepared.early
     plan = early.plan if early is not None else None
@@ -188,7 +189,7 @@ async def _warm_up() -> None:
 
 def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink) -> TrialRequest:
     """What a trial of the whole notebook is asked; trials of a search start from it."""
-    from safe_exec.trial import TrialRequest
+    from safe_exec.trial.request import TrialRequest
 
     return TrialRequest(
         run_id=prepared.run_id,

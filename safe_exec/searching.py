@@ -21,7 +21,7 @@ from safe_exec.sandbox.birth import Nursery
 if TYPE_CHECKING:
     from safe_exec.culprit.folder import Snapshot
     from safe_exec.culprit.investigate import Investigated
-    from safe_exec.trial import TrialRequest, TrialResult
+    from safe_exec.trial.request import TrialRequest, TrialResult
 
 LEAST_BUDGET = 60.0
 BUDGET_RUNS = 3.0

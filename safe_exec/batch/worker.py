@@ -30,7 +30,7 @@ from safe_exec.pipeline import run_job
 from safe_exec.records import dataclass, replace
 from safe_exec.reports.entries import REFUSED
 from safe_exec.reports.text import headline
-from safe_exec.trial import Cancellation
+from safe_exec.trial.request import Cancellation
 
 log = logging.getLogger("safe_exec")
 

@@ -24,7 +24,8 @@ from safe_exec.culprit.problem import Answer, Ask, Reply
 from safe_exec.culprit.runs import SETTLE_SECONDS, NoTrial, enclosed, peak_of, why_not_run
 from safe_exec.model import Cancelled, Cause, CauseKind, LimitName, Limits, TimedOut
 from safe_exec.records import dataclass, replace
-from safe_exec.trial import Trial, TrialRequest, TrialResult
+from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.run import Trial
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.NOTEBOOK_TIMEOUT})
 """Failures that consist in taking too long: the crash cell gets all the time that it had."""

@@ -19,7 +19,8 @@ from safe_exec.model import Cancelled, InternalError, LimitName, Limits, TimedOu
 from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox import birth
 from safe_exec.sandbox.build import build_plan
-from safe_exec.trial import TrialRequest, TrialResult, run_trial
+from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.run import run_trial
 
 SETTLE_SECONDS = 1.0
 """What a run may take beyond its time to be interrupted and taken down."""

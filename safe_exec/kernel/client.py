@@ -2,7 +2,7 @@
 
 nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here: death comes as an event, not
 from a poll by seconds; outputs are counted and cut at their caps; what a dead kernel had written but not sent is put into the
-cell afterwards. Timeouts are the trial's business (``trial.py``), so nbclient's own are off. May import model, page, content, outputs, nbclient.
+cell afterwards. Timeouts are the trial's business (``trial/cells.py``), so nbclient's own are off. May import model, page, content, outputs, nbclient.
 """
 
 from __future__ import annotations

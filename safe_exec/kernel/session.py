@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import signal
-import socket
-import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -25,14 +21,13 @@ from jupyter_client.manager import AsyncKernelManager
 from safe_exec.errors import KernelStartError
 from safe_exec.kernel import faults, inside
 from safe_exec.kernel.channel import Channel
-from safe_exec.kernel.content import bounded_size
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner
+from safe_exec.kernel.told import Told
 from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
 from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
-from safe_exec.records import dataclass, field
 from safe_exec.sandbox import procfs, sockets
 from safe_exec.sandbox.birth import runtime_directory
 from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
@@ -50,30 +45,9 @@ MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 """In this order: the subscription should stand when the first reply comes."""
-MOST_HOSTS = 50
-MOST_FILES = 20_000
-MOST_FACTS = 500
-"""Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
-LONGEST_TEXT = 1000
 END_SECONDS = 1.0
 """A kernel that closes its sockets while we connect is most likely ending."""
 FAULT_CHARACTERS = 1 << 20
-
-Rows = list[tuple[str, int, str, int]]
-
-
-@dataclass(kw_only=True)
-class Told:
-    """What the kernel process told of itself. Claims, every one of them."""
-
-    hello: dict[str, Any] = field(default_factory=dict)
-    cells: dict[int, str] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    hosts: list[str] = field(default_factory=list)
-    exit_caller: Rows = field(default_factory=list)
-    errors: dict[int, tuple[int, Rows]] = field(default_factory=dict)
-    executed: str | None = None
-    pipes: dict[str, int] = field(default_factory=dict)
 
 
 class Manager(AsyncKernelManager):  # type: ignore[misc]
@@ -215,7 +189,7 @@ class KernelSession:
         Raises KernelStartError when it ends or stays silent for so long. A reply alone is not enough: the subscription to
         iopub may not stand yet, and the first cell's output would be lost.
         """
-        self.client = client
+        self.client = self.told.client = client
         client.note = self.note
         client.km = self.manager
         client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
@@ -312,84 +286,17 @@ class KernelSession:
 
     def take_facts(self) -> None:
         """Take in all that the kernel process has told so far."""
-        if self.provisioner is None or self.provisioner.channels is None:
-            return
-        for _ in range(MOST_FACTS):
-            try:
-                data, fds, _, _ = socket.recv_fds(self.provisioner.channels.facts, 1 << 16, 4)
-            except (BlockingIOError, OSError):
-                return
-            if not data and not fds:
-                with contextlib.suppress(ValueError, OSError):
-                    asyncio.get_running_loop().remove_reader(self.provisioner.channels.facts.fileno())
-                return
-            self._take(data, fds)
-
-    def _take(self, data: bytes, fds: list[int]) -> None:
-        """Take in one fact; whatever is no fact is let go by: any code in the kernel can write here."""
-        keep = False
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
-            fact = json.loads(data)
-            if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
-                self.told.pipes[fact["pipe"]] = fds[0]
-                keep = True
-            else:
-                self._note(fact)
-        if not keep:
-            for fd in fds:
-                os.close(fd)
-
-    def _is_new_pipe(self, name: str, fd: int) -> bool:
-        """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
-        return name in ("stdout", "stderr") and name not in self.told.pipes and stat.S_ISFIFO(os.fstat(fd).st_mode)
-
-    def _note(self, fact: dict[str, Any]) -> None:
-        """What came first stays: of a thing that is told once, what is told again was not told by us."""
-        told = self.told
-        if "msg_id" in fact:
-            self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
-        elif "file" in fact and len(told.files) < MOST_FILES:
-            told.files.setdefault(_text(fact["file"]), int(fact["cell"]))
-        elif "error" in fact and int(fact["cell"]) in told.cells:
-            told.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
-        elif "remote" in fact and len(told.hosts) < MOST_HOSTS:
-            told.hosts.append(_text(fact["remote"]))
-        elif "exit_caller" in fact:
-            told.exit_caller = _rows(fact["exit_caller"])
-        elif "exec" in fact:
-            told.executed = _text(fact["exec"])
-        elif "oversize" in fact and self.client is not None:
-            self.client.cut_display(bounded_size(fact["oversize"]))
-        elif "hello" in fact and not told.hello:
-            told.hello = fact
-
-    def _note_cell(self, number: int, msg_id: str) -> None:
-        """Which request a number inside answers: only one that was sent, and each but once."""
-        known = self.told.cells
-        if self.client is not None and msg_id in self.client.sent and msg_id not in known.values():
-            known.setdefault(number, msg_id)
-
-    def index_of(self, number: int) -> int | None:
-        """The notebook's cell index for a cell number inside."""
-        msg_id = self.told.cells.get(number)
-        return self.client.sent.get(msg_id) if self.client and msg_id else None
-
-    def number_of(self, msg_id: str) -> int:
-        """The number inside of the cell that answers a request; 0 when it has not begun."""
-        return next((number for number, known in self.told.cells.items() if known == msg_id), 0)
-
-    @property
-    def file_cells(self) -> dict[str, int]:
-        """File name of cell code to the notebook's cell index."""
-        pairs = ((name, self.index_of(number)) for name, number in self.told.files.items())
-        return {name: index for name, index in pairs if index is not None}
-
-    def frames(self, rows: Rows) -> tuple[Frame, ...]:
-        """Rows from inside as frames with notebook cell indexes."""
-        return tuple(
-            Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
-            for function, line, file, number in rows
+        facts = (
+            self.provisioner.channels.facts if self.provisioner is not None and self.provisioner.channels is not None else None
         )
+        if facts is not None and not self.told.take(facts):
+            with contextlib.suppress(ValueError, OSError):
+                asyncio.get_running_loop().remove_reader(facts.fileno())
+
+    def residue(self) -> dict[str, str]:
+        """What a dead kernel's C code had written to descriptors 1 and 2 and its reading thread had not taken yet."""
+        page = self.provisioner.channels.page if self.provisioner and self.provisioner.channels else None
+        return self.told.residue(page.unread if page is not None else lambda _name: 0)
 
     def malformed(self) -> tuple[int, str]:
         """How many messages were none or had to be mended, and what was wrong with the first."""
@@ -409,7 +316,7 @@ class KernelSession:
     def running_by_page(self) -> int | None:
         """The index of the cell that was begun inside and has not ended there, whatever the kernel's messages say."""
         note = self.note()
-        return None if note is None or note.finished else self.index_of(note.cell)
+        return None if note is None or note.finished else self.told.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
         """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
@@ -427,7 +334,7 @@ class KernelSession:
 
         def dumped() -> tuple[Frame, ...]:
             fresh = sandbox.fault_text[already:]
-            return faults.main_stack(fresh, self.file_cells, self.told.hello.get("main"))
+            return faults.main_stack(fresh, self.told.file_cells, self.told.hello.get("main"))
 
         return Subject(
             pid=self.pid,
@@ -435,19 +342,8 @@ class KernelSession:
             number=number,
             dump=(lambda: sandbox.signal(int(inside.DUMP_SIGNAL))) if self.told.hello else None,
             dumped=dumped,
-            frames=self.frames,
+            frames=self.told.frames,
         )
-
-    def residue(self) -> dict[str, str]:
-        """What a dead kernel's C code had written to descriptors 1 and 2 and its reading thread had not taken yet."""
-        found: dict[str, str] = {}
-        page = self.provisioner.channels.page if self.provisioner and self.provisioner.channels else None
-        for name, fd in self.told.pipes.items():
-            data = _read_waiting(fd)
-            skip = page.unread(name) if page else 0
-            if data[skip:]:
-                found[name] = data[skip:].decode("utf-8", "replace")
-        return found
 
     # --- end ----------------------------------------------------------------------------------------------------
 
@@ -479,9 +375,9 @@ class KernelSession:
         """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
-        if len(self.told.hosts) < MOST_HOSTS and Wall.NETWORK not in self.plan.walls:
+        if Wall.NETWORK not in self.plan.walls:
             found = sockets.peers(self.sandbox.keeper_pid, self.pid)
-            self.told.hosts += sorted(found - set(self.told.hosts))
+            self.told.add_hosts(sorted(found - set(self.told.hosts)))
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; whether it has."""
@@ -509,9 +405,7 @@ class KernelSession:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.provisioner.channels.facts.fileno())
             self.provisioner.channels.close()
-        for fd in self.told.pipes.values():
-            os.close(fd)
-        self.told.pipes.clear()
+        self.told.close()
 
 
 async def _aside(call: Callable[[], Launched]) -> Launched:
@@ -523,32 +417,6 @@ async def _aside(call: Callable[[], Launched]) -> Launched:
         with contextlib.suppress(Exception):
             (await waiting).channels.close()
         raise
-
-
-def _rows(value: Any) -> Rows:
-    return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:50]]
-
-
-def _text(value: Any) -> str:
-    return str(value)[:LONGEST_TEXT]
-
-
-def _read_waiting(fd: int) -> bytes:
-    """What stands in a pipe now; at most a pipe's largest size.
-
-    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
-    """
-    ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    found = b""
-    try:
-        while len(found) < 1 << 20 and (size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)):
-            found += os.read(ours_r, size)
-    except OSError:
-        pass
-    finally:
-        os.close(ours_r)
-        os.close(ours_w)
-    return found
 
 
 def was_polite(number: int | None) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import safe_exec
 from safe_exec.sandbox import birth
 from safe_exec.sandbox.machine import detect
-from safe_exec.trial import Trial
+from safe_exec.trial.cells import CellLoop
 from tests.support import EXECUTABLE, MARK, groups_of, make_notebook, marked_processes, run_notebook, wait_until
 
 BUSY = (
@@ -216,15 +216,15 @@ def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
 def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "print('first')", "print('second')", "print('third')")
 
-    reading = Trial._reading_at_end
+    reading = CellLoop._reading_at_end
 
-    def fail(trial: Trial, index: int) -> dict[str, Any]:
+    def fail(loop: CellLoop, index: int) -> dict[str, Any]:
         if index == 1:
             raise OSError(5, "made up for this test")
-        return reading(trial, index)
+        return reading(loop, index)
 
     # A fault in the middle of our own bookkeeping, after the second cell has run.
-    monkeypatch.setattr(Trial, "_reading_at_end", fail)
+    monkeypatch.setattr(CellLoop, "_reading_at_end", fail)
     verdict = safe_exec.run(path)
     assert verdict.status == "internal_error"
     assert verdict.exit_code == 7

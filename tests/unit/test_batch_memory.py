@@ -20,7 +20,7 @@ from safe_exec.errors import NotebookError
 from safe_exec.job import Job, Prepared, prepare
 from safe_exec.model import Limits
 from safe_exec.sandbox import machine
-from safe_exec.trial import Cancellation
+from safe_exec.trial.request import Cancellation
 from tests.support import make_notebook
 
 # --- history ----------------------------------------------------------------------------------------------------

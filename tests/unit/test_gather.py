@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.gather import body_of_endless_loop, line_in_traceback
+from safe_exec.trial.gather import body_of_endless_loop, line_in_traceback
 
 SEVEN = """\
 \x1b[0;31m---------------------------------------------------------------------------\x1b[0m

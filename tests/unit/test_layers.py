@@ -25,7 +25,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.searching",),
     ("safe_exec.conclude",),
     ("safe_exec.job",),
-    ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes", "safe_exec.trial", "safe_exec.gather", "safe_exec.ledger"),
+    ("safe_exec.reports", "safe_exec.culprit", "safe_exec.causes", "safe_exec.trial"),
     ("safe_exec.early",),
     ("safe_exec.kernel",),
     ("safe_exec.sandbox",),
@@ -96,13 +96,12 @@ STANDARD_ONLY = (
 LONG_MODULES = {
     "safe_exec.model": "one type after the other",
     "safe_exec.kernel.inside": "handed over by path as one file",
-    "safe_exec.trial": "the run of a trial",
     "safe_exec.kernel.session": "a kernel from its start to its end",
     "safe_exec.kernel.wire": "one protocol, whole",
     "safe_exec.sandbox.keeper": "one sandbox from its start to its end",
 }
 LONG_FUNCTIONS = {
-    "safe_exec.gather.gather": "one field after the other",
+    "safe_exec.trial.gather.gather": "one field after the other",
 }
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
@@ -178,7 +177,7 @@ def test_what_may_know_little_knows_no_more(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if any(within(name, part) for part in APART)])
 def test_reports_causes_and_the_search_know_nothing_of_each_other_nor_of_kernels(name: str) -> None:
     own = next(part for part in APART if within(name, part))
-    kernels = () if name in RUNS_TRIALS else ("safe_exec.trial", "safe_exec.gather", "safe_exec.kernel", "safe_exec.sandbox")
+    kernels = () if name in RUNS_TRIALS else ("safe_exec.trial", "safe_exec.kernel", "safe_exec.sandbox")
     closed = {*APART, *kernels} - {own}
     assert {other for other in ours(name) if any(within(other, part) for part in closed)} == set()
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.ledger import TIMELINE_POINTS, Ledger
 from safe_exec.model import CellStatus
 from safe_exec.sandbox.meter import Reading
+from safe_exec.trial.ledger import TIMELINE_POINTS, Ledger
 
 MIB = 1 << 20
 

@@ -35,7 +35,7 @@ from safe_exec.probing import Probed, Shot, drive
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.machine import Machine
-from safe_exec.trial import TrialRequest
+from safe_exec.trial.request import TrialRequest
 from tests.support import make_notebook
 from tests.unit.builders import make_cause, make_crash
 

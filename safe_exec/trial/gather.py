@@ -1,6 +1,6 @@
 """Puts together what was observed of a trial into one :class:`Evidence`, and says where in the cell it happened.
 
-May import kernel, ledger, model. Still no opinions: a figure is taken from the source that is nearest to the fact.
+May import kernel, state, model. Still no opinions: a figure is taken from the source that is nearest to the fact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from safe_exec.records import replace
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.meter import Counters
-    from safe_exec.trial import Trial, TrialRequest
+    from safe_exec.trial.request import TrialRequest
+    from safe_exec.trial.state import TrialState
 
 NEAR_LIMIT = 0.95
 RECENT_CHARACTERS = 65536
@@ -38,22 +39,22 @@ _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
 _SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE)
 
 
-def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
+def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
     """The evidence of a trial that is over, and the place in the current cell where it was."""
-    session, ledger, request = trial.session, trial.ledger, trial.request
+    session, ledger, request = state.session, state.ledger, state.request
     ended = session.ended
-    fault = _fault(trial)
-    place = _place(trial, ending, fault)
+    fault = _fault(state)
+    place = _place(state, ending, fault)
     counters = ended.counters if ended else ledger.counters
     ledger.counters = counters if ended else ledger.counters
     kills = counters.oom_kills
-    peak = _memory_peak(trial, kills, counters.memory_peak_raw)
+    peak = _memory_peak(state, kills, counters.memory_peak_raw)
     not_ours = elsewhere(counters, request.limits.memory)
     bound = session.meter.bound_hit() if not_ours and session.meter else None
     fewer = session.meter.tasks_bound(request.limits.processes) if session.meter else None
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
-    current = ledger.records.get(trial.current) if trial.current is not None else None
+    current = ledger.records.get(state.current) if state.current is not None else None
     return Evidence(
         exit=ended.status if ended else None,
         termination=ended.reason if ended else None,
@@ -67,13 +68,13 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         memory_peak=peak,
         memory_peak_raw=counters.memory_peak_raw,
         memory_last=ledger.memory_last,
-        processes_peak=counters.tasks_peak or _tasks_peak(trial),
+        processes_peak=counters.tasks_peak or _tasks_peak(state),
         cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
         error=error,
         fault=fault,
         place=place,
-        looked=trial.looked,
+        looked=state.looked,
         cell_seconds=current.seconds if current else None,
         cell_output_bytes=current.output_bytes if current else None,
         cell_output_received=client.accounts.received if client else None,
@@ -81,25 +82,25 @@ def gather(trial: Trial, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,
         output_bytes=None if ledger.ready_at is None else sum(r.output_bytes or 0 for r in ledger.records.values()),
-        exit_caller=session.frames(session.told.exit_caller),
+        exit_caller=session.told.frames(session.told.exit_caller),
         remote_hosts=tuple(session.told.hosts),
-        signals_to_runner=tuple(trial.signals),
+        signals_to_runner=tuple(state.signals),
         signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
         kernel_uid=session.told.hello.get("uid"),
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
-        open_files=trial.open_files,
+        open_files=state.open_files,
         executed=session.told.executed,
-        cell_active=trial.cell_active,
-        last_words=_recent_text(trial)[-4000:],
+        cell_active=state.cell_active,
+        last_words=_recent_text(state)[-4000:],
     ), place
 
 
-def _recent_text(trial: Trial) -> str:
+def _recent_text(state: TrialState) -> str:
     """The end of the text that the current cell put out, and of the process's own stderr."""
-    if trial.current is None:
+    if state.current is None:
         return ""
-    outputs = trial.request.node.cells[trial.current].get("outputs", [])
+    outputs = state.request.node.cells[state.current].get("outputs", [])
     texts = [o.get("text", "") for o in outputs[-20:] if o.get("output_type") == "stream"]
     parts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
     found: list[str] = []
@@ -110,37 +111,37 @@ def _recent_text(trial: Trial) -> str:
     return "".join(reversed(found))[-RECENT_CHARACTERS:]
 
 
-def _fault(trial: Trial) -> FaultReport | None:
-    session = trial.session
+def _fault(state: TrialState) -> FaultReport | None:
+    session = state.session
     ended = session.ended
     if ended is None:
         return None
     main = session.told.hello.get("main")
-    report = parse_fault(ended.fault, session.file_cells, main, ended.stack_bytes, ended.stack_limit)
+    report = parse_fault(ended.fault, session.told.file_cells, main, ended.stack_bytes, ended.stack_limit)
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
-        report = parse_fault(_recent_text(trial), session.file_cells, main, None, None)
+        report = parse_fault(_recent_text(state), session.told.file_cells, main, None, None)
     return report
 
 
-def _memory_peak(trial: Trial, kills: int | None, raw: int | None) -> int | None:
+def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
     """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
-    seen, limit = trial.ledger.memory_peak, trial.request.limits.memory
-    watchdog = trial.session.provisioner.watchdog if trial.session.provisioner else None
+    seen, limit = state.ledger.memory_peak, state.request.limits.memory
+    watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
     if watchdog is not None and watchdog.peak is not None:
         seen = max(seen or 0, watchdog.peak.memory)
     if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
-        if trial.current is not None:
-            trial.ledger.raise_peak(trial.current, raw)
+        if state.current is not None:
+            state.ledger.raise_peak(state.current, raw)
         return max(raw, seen or 0)
     return seen
 
 
-def _tasks_peak(trial: Trial) -> int | None:
+def _tasks_peak(state: TrialState) -> int | None:
     """The most tasks that samples or the watchdog saw."""
-    watchdog = trial.session.provisioner.watchdog if trial.session.provisioner else None
+    watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
     seen = watchdog.peak.tasks if watchdog is not None and watchdog.peak is not None else None
-    return max((n for n in (seen, trial.ledger.tasks_peak) if n is not None), default=None)
+    return max((n for n in (seen, state.ledger.tasks_peak) if n is not None), default=None)
 
 
 def elsewhere(counters: Counters, limit: int | None) -> bool | None:
@@ -171,21 +172,21 @@ def _disk_free(request: TrialRequest) -> int | None:
 # --- the place --------------------------------------------------------------------------------------------------
 
 
-def _place(trial: Trial, ending: Ending, fault: FaultReport | None) -> Place | None:
-    if trial.current is None or isinstance(ending, StartFailed):
+def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Place | None:
+    if state.current is None or isinstance(ending, StartFailed):
         return None
-    index = trial.current
+    index = state.current
     for place in (
-        _of_error(trial, index) if isinstance(ending, CellFailed) else None,
-        _of_fault(trial, index, fault),
-        _of_look(trial, index) if isinstance(ending, TimedOut) else None,
-        _of_error(trial, index) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
-        _of_last_dump(trial, index),
-        _of_page(trial, index),
+        _of_error(state, index) if isinstance(ending, CellFailed) else None,
+        _of_fault(state, index, fault),
+        _of_look(state, index) if isinstance(ending, TimedOut) else None,
+        _of_error(state, index) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
+        _of_last_dump(state, index),
+        _of_page(state, index),
     ):
         if place is not None:
-            return _past_loop_header(place, trial.request.node.cells[index].source)
-    return _of_single_line(trial, index)
+            return _past_loop_header(place, state.request.node.cells[index].source)
+    return _of_single_line(state, index)
 
 
 def _past_loop_header(place: Place, source: str) -> Place:
@@ -215,14 +216,14 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     return None
 
 
-def _of_error(trial: Trial, index: int) -> Place | None:
-    found = trial.session.told.errors.get(trial.number_now())
+def _of_error(state: TrialState, index: int) -> Place | None:
+    found = state.session.told.errors.get(state.number_now())
     if found is not None:
         line, rows = found
-        return Place(cell=index, line=line, source="traceback", stack=trial.session.frames(rows))
-    client = trial.session.client
+        return Place(cell=index, line=line, source="traceback", stack=state.session.told.frames(rows))
+    client = state.session.client
     reply = client.replies.get(index, {}) if client else {}
-    count = trial.request.node.cells[index].get("execution_count")
+    count = state.request.node.cells[index].get("execution_count")
     in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
     return None if in_text is None else Place(cell=index, line=in_text, source="traceback")
 
@@ -237,53 +238,53 @@ def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
     return int(found[found.lastindex or 0]) if found else None
 
 
-def _of_fault(trial: Trial, index: int, fault: FaultReport | None) -> Place | None:
-    ended = trial.session.ended
+def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place | None:
+    ended = state.session.ended
     if fault is None or ended is None:
         return None
-    session = trial.session
-    text = fatal_part(ended.fault) or fatal_part(_recent_text(trial))
-    stack = fault.stack if fault.main else main_stack(text, session.file_cells, session.told.hello.get("main"))
+    session = state.session
+    text = fatal_part(ended.fault) or fatal_part(_recent_text(state))
+    stack = fault.stack if fault.main else main_stack(text, session.told.file_cells, session.told.hello.get("main"))
     line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
 
 
-def _of_look(trial: Trial, index: int) -> Place | None:
-    stack = trial.looked.stack if trial.looked else ()
+def _of_look(state: TrialState, index: int) -> Place | None:
+    stack = state.looked.stack if state.looked else ()
     line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
 
 
-def _of_last_dump(trial: Trial, index: int) -> Place | None:
+def _of_last_dump(state: TrialState, index: int) -> Place | None:
     """From a stack that was asked for shortly before the end (see the keeper): exact where the sampling thread is not.
 
     It must be of this cell and newer than the statement noted last.
     """
-    session, sandbox = trial.session, trial.session.sandbox
+    session, sandbox = state.session, state.session.sandbox
     provisioner = session.provisioner
     if sandbox is None or not sandbox.fault_text or provisioner is None or provisioner.channels is None:
         return None
     note = provisioner.channels.page.note()
-    if note.cell != trial.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
+    if note.cell != state.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
         return None
-    stacks = dumps(sandbox.fault_text, session.file_cells, session.told.hello.get("main"))
+    stacks = dumps(sandbox.fault_text, session.told.file_cells, session.told.hello.get("main"))
     stack = usual(stacks, index) if stacks else ()
     line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
     return None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
 
 
-def _of_page(trial: Trial, index: int) -> Place | None:
+def _of_page(state: TrialState, index: int) -> Place | None:
     """From the shared page: the statement noted last, made finer by a sample taken within it."""
-    number = trial.number_now()
-    provisioner = trial.session.provisioner
+    number = state.number_now()
+    provisioner = state.session.provisioner
     if not number or provisioner is None or provisioner.channels is None:
         return None
     page = provisioner.channels.page
     note, sample = page.note(), page.sample()
-    ended = trial.session.died_at or time.monotonic()
+    ended = state.session.died_at or time.monotonic()
     cell, rows, _ = page.stack()
-    stack = trial.session.frames(rows) if cell == number else ()
+    stack = state.session.told.frames(rows) if cell == number else ()
     if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
         return Place(cell=index, line=sample.line, source="sample", stack=stack, age=max(0.0, ended - sample.time))
     if note.cell == number and note.line:
@@ -291,10 +292,10 @@ def _of_page(trial: Trial, index: int) -> Place | None:
     return None
 
 
-def _of_single_line(trial: Trial, index: int) -> Place | None:
+def _of_single_line(state: TrialState, index: int) -> Place | None:
     """A cell of one line leaves no doubt, whatever the kernel."""
-    lines = [n for n, line in enumerate(trial.request.node.cells[index].source.splitlines(), 1) if line.strip()]
-    number = trial.number_now()
-    if len(lines) != 1 or (trial.session.fitted and not number):
+    lines = [n for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1) if line.strip()]
+    number = state.number_now()
+    if len(lines) != 1 or (state.session.fitted and not number):
         return None
     return Place(cell=index, line=lines[0], source="only line")

@@ -1,0 +1,173 @@
+"""What the kernel process tells of itself, over the socket that ``inside.py`` was given. Claims, every one of them.
+
+Any code in the kernel can write there: what is no fact is let go by, what is told once is not told anew, and there is a bound on each.
+May import content and model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.kernel.content import bounded_size
+from safe_exec.model import Frame
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
+
+MOST_HOSTS = 50
+MOST_FILES = 20_000
+MOST_FACTS = 500
+"""Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
+LONGEST_TEXT = 1000
+MOST_ROWS = 50
+FACT_BYTES = 1 << 16
+PIPE_BYTES = 1 << 20
+"""The largest size of a pipe (pipe(7), pipe-max-size)."""
+
+Rows = list[tuple[str, int, str, int]]
+"""Frames as told: function, line, file, number of the cell inside."""
+
+
+class Told:
+    """What was told so far. ``client`` knows which requests were sent."""
+
+    def __init__(self) -> None:
+        self.client: TrialClient | None = None
+        self.hello: dict[str, Any] = {}
+        self.hosts: list[str] = []
+        self.exit_caller: Rows = []
+        self.errors: dict[int, tuple[int, Rows]] = {}
+        self.executed: str | None = None
+        self._cells: dict[int, str] = {}
+        self._files: dict[str, int] = {}
+        self._pipes: dict[str, int] = {}
+
+    def take(self, facts: socket.socket) -> bool:
+        """Take in what has come; ``False`` when no more can."""
+        for _ in range(MOST_FACTS):
+            try:
+                data, fds, _, _ = socket.recv_fds(facts, FACT_BYTES, 4)
+            except (BlockingIOError, OSError):
+                return True
+            if not data and not fds:
+                return False
+            self._take(data, fds)
+        return True
+
+    def _take(self, data: bytes, fds: list[int]) -> None:
+        keep = False
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            fact = json.loads(data)
+            if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
+                self._pipes[fact["pipe"]] = fds[0]
+                keep = True
+            else:
+                self._note(fact)
+        if not keep:
+            for fd in fds:
+                os.close(fd)
+
+    def _is_new_pipe(self, name: str, fd: int) -> bool:
+        """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
+        return name in ("stdout", "stderr") and name not in self._pipes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+    def _note(self, fact: dict[str, Any]) -> None:
+        """What came first stays: of a thing that is told once, what is told again was not told by us."""
+        if "msg_id" in fact:
+            self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
+        elif "file" in fact and len(self._files) < MOST_FILES:
+            self._files.setdefault(_text(fact["file"]), int(fact["cell"]))
+        elif "error" in fact and int(fact["cell"]) in self._cells:
+            self.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
+        elif "remote" in fact:
+            self.add_hosts([_text(fact["remote"])])
+        elif "exit_caller" in fact:
+            self.exit_caller = _rows(fact["exit_caller"])
+        elif "exec" in fact:
+            self.executed = _text(fact["exec"])
+        elif "oversize" in fact and self.client is not None:
+            self.client.cut_display(bounded_size(fact["oversize"]))
+        elif "hello" in fact and not self.hello:
+            self.hello = fact
+
+    def _note_cell(self, number: int, msg_id: str) -> None:
+        """Which request a number inside answers: only one that was sent, and each but once."""
+        if self.client is not None and msg_id in self.client.sent and msg_id not in self._cells.values():
+            self._cells.setdefault(number, msg_id)
+
+    def add_hosts(self, names: Iterable[str]) -> None:
+        """Other hosts that were connected to, told or seen from outside."""
+        self.hosts += list(names)[: MOST_HOSTS - len(self.hosts)]
+
+    # --- cells: numbers inside, messages on the wire, indexes in the notebook ------------------------------------
+
+    def index_of(self, number: int) -> int | None:
+        """The notebook's cell index for a cell number inside."""
+        msg_id = self._cells.get(number)
+        return self.client.sent.get(msg_id) if self.client and msg_id else None
+
+    def number_of(self, msg_id: str) -> int:
+        """The number inside of the cell that answers a request; 0 when it has not begun."""
+        return next((number for number, known in self._cells.items() if known == msg_id), 0)
+
+    @property
+    def file_cells(self) -> dict[str, int]:
+        """File name of cell code to the notebook's cell index."""
+        pairs = ((name, self.index_of(number)) for name, number in self._files.items())
+        return {name: index for name, index in pairs if index is not None}
+
+    def frames(self, rows: Rows) -> tuple[Frame, ...]:
+        """Rows from inside as frames with notebook cell indexes."""
+        return tuple(
+            Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
+            for function, line, file, number in rows
+        )
+
+    # --- the pipes behind descriptors 1 and 2 ---------------------------------------------------------------------
+
+    def residue(self, known: Callable[[str], int]) -> dict[str, str]:
+        """What a dead kernel's C code had written to each and nobody took; ``known`` bytes of it are in the outputs already."""
+        found: dict[str, str] = {}
+        for name, fd in self._pipes.items():
+            data = _read_waiting(fd)[known(name) :]
+            if data:
+                found[name] = data.decode("utf-8", "replace")
+        return found
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in self._pipes.values():
+            os.close(fd)
+        self._pipes.clear()
+
+
+def _rows(value: Any) -> Rows:
+    return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:MOST_ROWS]]
+
+
+def _text(value: Any) -> str:
+    return str(value)[:LONGEST_TEXT]
+
+
+def _read_waiting(fd: int) -> bytes:
+    """What stands in a pipe now; at most a pipe's largest size.
+
+    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
+    """
+    ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    found = b""
+    try:
+        while len(found) < PIPE_BYTES and (size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)):
+            found += os.read(ours_r, size)
+    except OSError:
+        pass
+    finally:
+        os.close(ours_r)
+        os.close(ours_w)
+    return found

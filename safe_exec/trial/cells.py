@@ -1,0 +1,264 @@
+"""The run of the cells, one after the other, each under its limits. May import state, kernel, model, events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from safe_exec import events
+from safe_exec.kernel.look import look
+from safe_exec.model import (
+    CellError,
+    CellFailed,
+    CellStatus,
+    Died,
+    Ending,
+    LimitHit,
+    LimitName,
+    Limits,
+    Passed,
+    TerminationReason,
+    TimedOut,
+)
+from safe_exec.sandbox.meter import Reading
+from safe_exec.trial.state import TrialState
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
+
+FRESH_SECONDS = 0.005
+
+
+class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
+    """Leave the run of cells with an ending."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(repr(ending))
+        self.ending = ending
+
+
+class CellLoop:
+    """Runs the cells of one trial, in the kernel that its state holds."""
+
+    def __init__(self, state: TrialState) -> None:
+        self.state = state
+        self.request, self.session, self.ledger = state.request, state.session, state.ledger
+        self._last_reading: tuple[float, Reading] | None = None
+
+    async def run(self) -> Ending:
+        """Run them all. Raises Stop when the run ends with one of them."""
+        client = self.session.client
+        assert client is not None
+        for index, cell in enumerate(self.request.node.cells):
+            if cell.cell_type != "code" or (self.request.cells is not None and index not in self.request.cells):
+                continue
+            if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
+                self.ledger.skip(index)
+                continue
+            await self._run_cell(client, index, cell)
+        client.set_widgets_metadata()
+        self.state.current = None
+        if self.session.died.is_set():
+            await self._stop_for_death(None)
+        worker = self._worker_killed()
+        return worker or Passed()
+
+    def _worker_killed(self) -> Ending | None:
+        """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
+        if self.session.meter is not None:
+            self.ledger.counters = self.session.meter.counters()
+        if self.ledger.counters.oom_kills and not self.session.died.is_set():
+            return LimitHit(limit=LimitName.MEMORY, cell=self.ledger.cell_of_first_oom)
+        return None
+
+    async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
+        """Run one cell under its limits; raises Stop when the run ends with it."""
+        if self.state.stopping.is_set():
+            await self.session.wait_dead(10.0)
+            await self._stop_for_death(None)
+        self.state.current = index
+        limits = self.request.cell_limits(cell)
+        client.begin_cell(limits.cell_output)
+        self._begin(index, cell)
+        if self.session.died.is_set():
+            await self._stop_for_death(index)
+        execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
+        await self._until_done(execution, limits)
+        if not execution.done():
+            await self._over_time(execution, index, limits)
+        await self._judge(execution, index)
+
+    async def _until_done(self, execution: asyncio.Task[Any], limits: Limits) -> None:
+        stop = asyncio.create_task(self.state.stopping.wait())
+        await asyncio.wait({execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if self.state.stopping.is_set() and not execution.done():
+            await self.session.wait_dead(10.0)
+            await asyncio.wait({execution}, timeout=5.0)
+
+    def _time_left(self, limits: Limits) -> float | None:
+        """Seconds until the first of both wall times is over."""
+        left = [] if limits.cell_timeout is None else [limits.cell_timeout]
+        if self.request.limits.timeout is not None:
+            left.append(max(0.0, self.request.limits.timeout - self.state.now()))
+        return min(left) if left else None
+
+    async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
+        """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
+        if self.state.stopping.is_set():
+            return
+        whole = self.request.limits.timeout is not None and self.state.now() >= self.request.limits.timeout
+        allowed = self.request.limits.timeout if whole else limits.cell_timeout
+        name = LimitName.TIMEOUT if whole else LimitName.CELL_TIMEOUT
+        self.state.limit_reached(name, self.state.now() if whole else allowed)
+        await self._look(index)
+        answered = await self._interrupt(execution, index, limits.interrupt_grace)
+        if self.state.signals:
+            return
+        self.state.kill(TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT)
+        await self.session.wait_dead(10.0)
+        await asyncio.wait({execution}, timeout=5.0)
+        error = self._retrieve(execution)
+        self._recover(index)
+        self._end(index, CellStatus.KILLED)
+        raise Stop(TimedOut(cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error))
+
+    async def _look(self, index: int) -> None:
+        """What is it doing? Asked before the interrupt changes it."""
+        self.session.take_facts()
+        self.state.cell_active = self.session.at_work(self.state.number(index))
+        subject = self.session.subject(self.state.number(index))
+        if subject is not None and not self.session.died.is_set():
+            self.state.looked = await look(subject)
+
+    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool:
+        """Interrupt; whether the cell came to its end within the grace time."""
+        if self.state.looked is not None and self.state.looked.state == "T":
+            return False  # a stopped process takes no signal but SIGKILL and SIGCONT
+        self.state.sink(events.Interrupted(time=self.state.now(), index=index))
+        self.session.interrupt()
+        await asyncio.wait({execution}, timeout=grace)
+        return execution.done() and not self.session.died.is_set()
+
+    def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
+        """The error with which an interrupted cell answered; takes the task's exception so that nobody else reports it."""
+        if execution.done() and not execution.cancelled():
+            execution.exception()
+        else:
+            execution.cancel()
+        return self._error_of(self.state.current)
+
+    async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
+        """What became of a cell that is done, one way or another."""
+        client = self.session.client
+        assert client is not None
+        if self.session.died.is_set() or not execution.done():
+            failure = execution.exception() if execution.done() and not execution.cancelled() else None
+            if failure is not None or not execution.done():
+                execution.cancel()
+                await self._stop_for_death(index)
+        failure = execution.exception()
+        reply = client.replies.get(index, {})
+        if failure is None:
+            self._end(index, CellStatus.PASSED if reply.get("status", "ok") != "error" else CellStatus.FAILED)
+            return
+        error = self._error_of(index)
+        if error is None:
+            raise failure
+        self._end(index, CellStatus.FAILED)
+        raise Stop(CellFailed(cell=index, error=error))
+
+    def _error_of(self, index: int | None) -> CellError | None:
+        client = self.session.client
+        reply = client.replies.get(index, {}) if client and index is not None else {}
+        if reply.get("status") != "error":
+            return None
+        traceback = tuple(str(line) for line in reply.get("traceback") or ())
+        return CellError(ename=str(reply.get("ename", "")), evalue=str(reply.get("evalue", "")), traceback=traceback)
+
+    async def _stop_for_death(self, index: int | None) -> None:
+        """The kernel is dead: keep its last words and raise the ending."""
+        await self.session.wait_dead(5.0)
+        self.session.take_facts()
+        if index is not None:
+            self._recover(index)
+            self._end(index, CellStatus.KILLED)
+        ended = self.session.ended
+        reason = ended.reason if ended else None
+        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES, TerminationReason.DISK):
+            # The cell that struck it may have ended while the kill was under way.
+            limit, cell = self.state.limit or (LimitName(reason.value), index)
+            self.state.current = cell
+            raise Stop(LimitHit(limit=limit, cell=cell))
+        cell = index if index is not None else self.ledger.last_run
+        raise Stop(Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None))
+
+    def _cell_by_page(self, cell: int | None) -> int | None:
+        """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
+        found = self.session.running_by_page()
+        if found is None or cell is None or found >= cell:
+            return cell
+        code_index = self.ledger.code_index(found) + 1
+        self.state.warnings.append(f"code cell {code_index} was said to be done while the kernel was still at work on it")
+        self.state.current = found
+        return found
+
+    # --- one cell's bookkeeping -----------------------------------------------------------------------------------
+
+    def _begin(self, index: int, cell: Any) -> None:
+        self.ledger.begin(index, self.state.now(), self._reading_at_start())
+        code_index = self.ledger.code_index(index)
+        self.state.sink(events.CellStarted(time=self.state.now(), index=index, code_index=code_index, source=cell.source))
+
+    def _reading_at_start(self) -> Reading | None:
+        """The figures at the start of a cell: those at the end of the one before, when that was just now."""
+        if self._last_reading is not None and time.monotonic() - self._last_reading[0] < FRESH_SECONDS:
+            return self._last_reading[1]
+        return self.session.meter.read() if self.session.meter else None
+
+    def _end(self, index: int, status: CellStatus) -> None:
+        client = self.session.client
+        record = self.ledger.end(index, self.state.now(), status, **self._reading_at_end(index))
+        if client and client.accounts.truncated:
+            self.state.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
+        if client and client.disbelieved:
+            what = " and ".join(sorted(client.disbelieved))
+            self.state.warnings.append(
+                f"code cell {record.code_index + 1} was said to be done ({what}) while the kernel was still at work on it: not believed"
+            )
+        self.state.sink(
+            events.CellFinished(
+                time=self.state.now(),
+                index=index,
+                code_index=record.code_index,
+                status=status,
+                seconds=record.seconds,
+                cpu_seconds=record.cpu_seconds,
+                memory_peak=record.memory_peak,
+                memory_kept=record.memory_kept,
+            )
+        )
+
+    def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
+        """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
+        client, meter, ended = self.session.client, self.session.meter, self.session.ended
+        self._last_reading = (time.monotonic(), meter.read()) if meter and ended is None else None
+        return {
+            "reading": self._last_reading[1] if self._last_reading else None,
+            "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills() if meter else None,
+            "output_bytes": max(client.accounts.received, self.state.written() or 0) if client else None,
+            "truncated": client.accounts.truncated if client else False,
+        }
+
+    def _recover(self, index: int) -> None:
+        """Put what the dead kernel left in shared memory into its cell."""
+        client, provisioner = self.session.client, self.session.provisioner
+        if client is None or provisioner is None or provisioner.channels is None or not self.session.fitted:
+            return
+        number = self.state.number(index)
+        if number and self.request.node.cells[index].execution_count is None:
+            # It had begun; the message that says its number did not make it.
+            self.request.node.cells[index].execution_count = client.code_cells_executed
+        if number and client.running is not None and client.running[2] == index:
+            client.recover(provisioner.channels.page, number, self.session.residue())

@@ -1,0 +1,84 @@
+"""What a trial is asked, and what it answers. May import model, events, machine and plan."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safe_exec import events
+from safe_exec.model import Ending, Evidence, Limits, Place
+from safe_exec.records import dataclass, field
+from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.trial.ledger import Ledger
+
+if TYPE_CHECKING:
+    from safe_exec.early import Early
+
+
+class Cancellation:
+    """Signals that ask us to stop; those that come before a trial listens are not lost."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._listener: Callable[[], None] | None = None
+
+    def arrive(self, number: int) -> None:
+        """A signal came."""
+        self.signals.append(number)
+        if self._listener is not None:
+            self._listener()
+
+    def attach(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` at each signal from now on, and at once for one that came before."""
+        self._listener = listener
+        if self.signals:
+            listener()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRequest:
+    """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
+
+    ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
+    kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do. ``early`` is the
+    sandbox that was opened ahead. ``heard`` is called with each message that put something into a cell (its index, and what is kept of
+    the message); it must not raise.
+    """
+
+    run_id: str
+    node: Any
+    kernel_name: str
+    cwd: Path
+    limits: Limits
+    machine: Machine
+    plan: SpawnPlan
+    cell_limits: Callable[[Any], Limits]
+    largest_output: int | None = None
+    allow_errors: bool = False
+    cells: frozenset[int] | None = None
+    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    sink: events.EventSink = lambda _event: None
+    started: float = field(default_factory=time.monotonic)
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    before_cells: Callable[[], Awaitable[None]] | None = None
+    hasty: bool = False
+    early: Early | None = None
+    heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialResult:
+    """What was observed. ``node`` is the notebook with the outputs gathered; ``fitted``: code of ours ran in the kernel."""
+
+    ending: Ending
+    evidence: Evidence
+    ledger: Ledger
+    node: Any
+    place: Place | None
+    hello: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    fitted: bool = True

@@ -1,0 +1,266 @@
+"""The run of a trial, from the start of its kernel to its end. May import the rest of the package, kernel, events, model.
+
+The ending is what was observed, by one rule (the first that applies): we were cancelled; we had decided to kill; the kernel ended, or asked
+to, before our shutdown request; a cell raised; all ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from safe_exec import events
+from safe_exec.errors import KernelStartError
+from safe_exec.kernel.session import was_polite
+from safe_exec.model import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
+from safe_exec.trial.cells import CellLoop, Stop
+from safe_exec.trial.gather import gather
+from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.sampling import Sampler
+from safe_exec.trial.state import TrialState
+
+LATE_SIGNAL_SECONDS = 0.3
+"""A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long for our own."""
+DISCARD_SECONDS = 5.0
+"""A kernel that is not wanted gets so long to be started before it is killed."""
+
+
+class Trial:
+    """The run of one request; ``run()`` once."""
+
+    def __init__(self, request: TrialRequest) -> None:
+        self.state = TrialState(request)
+        self.session = self.state.session
+        self._sampler = Sampler(self.state)
+        self._starting: asyncio.Task[Ending | None] | None = None
+
+    # --- the whole ----------------------------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Start sandbox and kernel in the background; ``run`` or ``discard`` comes later. A kernel costs more than most trials."""
+        self.state.loop = asyncio.get_running_loop()
+        self._starting = asyncio.create_task(self._start())
+
+    async def discard(self) -> None:
+        """End a kernel that was started and is not wanted.
+
+        One that starts comes to the end of it first: a shell that is killed while it reads the user's start-up files leaves behind what
+        they hold (pyenv's lock, for which every later shell waits a minute). Whoever cancels does not wait for that.
+        """
+        if self._starting is not None:
+            if not self.state.signals:
+                await asyncio.wait({self._starting}, timeout=DISCARD_SECONDS)
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._starting
+        self.session.close()
+
+    def _take_on(self, request: TrialRequest) -> None:
+        """The question for a kernel that was started before it was asked."""
+        self.state.take_on(request)
+        client = self.session.client
+        if client is not None:
+            client.nb = request.node
+            client.reset_execution_trackers()
+            self._welcome(client.info)
+
+    def _welcome(self, info: Mapping[str, Any]) -> None:
+        """The kernel is ready for the notebook."""
+        if "language_info" in info:
+            self.state.request.node.metadata["language_info"] = info["language_info"]
+        self.state.ledger.ready(self.state.now())
+
+    async def run(self, request: TrialRequest | None = None) -> TrialResult:
+        """Run; whatever happens, the tree is dead and everything removed when this returns.
+
+        After ``warm``, ``request`` is what is asked in the end: other cells, another notebook, another time, the same sandbox.
+        """
+        self.state.loop = asyncio.get_running_loop()
+        self.state.request.cancellation.attach(self._cancelled)
+        sampler: asyncio.Task[None] | None = None
+        try:
+            ending = await (self._starting or self._start())
+            if request is not None:
+                self._take_on(request)
+            if ending is None:
+                if self.state.request.before_cells is not None:
+                    await self.state.request.before_cells()
+                sampler = asyncio.create_task(self._sampler.run())
+                ending = await CellLoop(self.state).run()
+        except Stop as stop:
+            ending = stop.ending
+        except Exception as error:  # noqa: BLE001 - our own failure is an ending too: what was gathered gets written
+            ending = InternalError(message=f"{type(error).__name__}: {error}", cell=self.state.current)
+            self.state.kill(TerminationReason.INTERNAL)
+        except BaseException:  # our task was cancelled: the caller wants no verdict, and nothing may live on
+            self.session.close()
+            raise
+        finally:
+            if sampler is not None:
+                sampler.cancel()
+        try:
+            return await self._finish(ending)
+        finally:
+            self.session.close()
+
+    async def _finish(self, ending: Ending) -> TrialResult:
+        """Collect the evidence while it is there, then take everything down."""
+        if self.state.current is not None:
+            self.state.ledger.abandon(self.state.current)
+        ending = await self._settle(ending)
+        self.session.take_facts()
+        self._warn_of_messages()
+        evidence, place = gather(self.state, ending)
+        for message in self.state.warnings:
+            self.state.sink(events.Warned(time=self.state.now(), message=message))
+        self.session.close()
+        self.state.warnings += self.session.sandbox.troubles if self.session.sandbox else []
+        departure = self.session.departure
+        if departure.alive or departure.left:
+            self.state.warnings.append(
+                f"left behind: processes {list(departure.alive)}, paths {list(departure.left)}; the next run tries again"
+            )
+        self.state.ledger.close(self.state.now())
+        return TrialResult(
+            ending=ending,
+            evidence=evidence,
+            ledger=self.state.ledger,
+            node=self.state.request.node,
+            place=place,
+            hello=self.session.told.hello,
+            warnings=tuple(self.state.warnings),
+            fitted=self.session.fitted,
+        )
+
+    def _warn_of_messages(self) -> None:
+        """What came over the wire and was none, or not as it should be."""
+        count, first = self.session.malformed()
+        if count:
+            self.state.warnings.append(f"{count} malformed message(s) from the kernel were left out or mended: {first}")
+
+    async def _settle(self, ending: Ending) -> Ending:
+        """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
+        if isinstance(ending, Passed | CellFailed) and not self.state.signals:
+            ending = await self._shut_down(ending)
+        elif not self.session.died.is_set() and self.session.pid is not None:
+            self.state.kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        ended = self.session.ended
+        if ended is not None:
+            raw = ended.status.raw if ended.status else None
+            self.state.sink(events.KernelEnded(time=self.state.now(), status=raw, expected=not isinstance(ending, Died)))
+        if ended is not None and ended.reason is None and ended.status and was_polite(ended.status.signal):
+            await self._wait_for_signal()
+        if self.state.signals:
+            return Cancelled(signal=self.state.signals[0], cell=self.state.current)
+        return ending
+
+    async def _wait_for_signal(self) -> None:
+        deadline = time.monotonic() + LATE_SIGNAL_SECONDS
+        while not self.state.signals and time.monotonic() < deadline:  # noqa: ASYNC110 - a signal handler fills it
+            await asyncio.sleep(0.01)
+
+    async def _shut_down(self, ending: Ending) -> Ending:
+        """End a kernel whose cells are done. A kernel that ended before our request died; a hook that crashes only warns."""
+        if self.session.died.is_set():
+            return Died(cell=self.state.ledger.last_run, exit=self.session.ended.status if self.session.ended else None)
+        await self._read_last_counters()
+        asked = self.session.client.asked_to_exit if self.session.client else None
+        if asked is not None:  # comes before an error that a later, quick cell may have raised
+            ending = Died(cell=asked, exit=None, asked_to_exit=True)
+        if self.state.request.hasty:
+            self.state.kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        elif not await self.session.shut_down():
+            self.state.warnings.append(
+                "the kernel did not end within 3 s of the shutdown request (an exit hook, or a child it waits for), and was killed"
+            )
+            self.state.kill(TerminationReason.SHUTDOWN)
+            await self.session.wait_dead(10.0)
+        elif self.session.ended and self.session.ended.status and self.session.ended.status.signal is not None:
+            self.state.warnings.append(
+                f"the kernel crashed in an exit hook, after all cells had run: {self.session.ended.status}"
+            )
+        return ending
+
+    async def _read_last_counters(self) -> None:
+        if self.session.meter is not None:
+            self.state.ledger.counters = self.session.meter.counters()
+        with contextlib.suppress(OSError):
+            self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
+
+    # --- signals ------------------------------------------------------------------------------------------------
+
+    def _cancelled(self) -> None:
+        """Stop as soon as possible: it is recorded; kill, and let the run wind up."""
+        self.state.stopping.set()
+        self.state.kill(TerminationReason.CANCELLED)
+
+    # --- the start ----------------------------------------------------------------------------------------------
+
+    async def _start(self) -> Ending | None:
+        """Bring the kernel up; an ending when it did not come."""
+        request = self.state.request
+        self.state.sink(events.SandboxBuilt(time=self.state.now(), enforcement=request.plan.enforcement))
+        begun = time.monotonic()
+        try:
+            early = request.early
+            self.session.open_sandbox(early.sandbox_for(request.plan) if early else None)
+            launched = early.outcome() if early else None
+            await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env, launched=launched)
+            self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid or 0))
+            info = await self._connect()
+        except KernelStartError as error:
+            return self._start_failed(str(error), time.monotonic() - begun)
+        if info is None:
+            return Cancelled(signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None)
+        self.state.sink(events.KernelReady(time=self.state.now()))
+        if self.session.client is not None:
+            self.session.client.info = info
+        self._welcome(info)
+        return None
+
+    async def _connect(self) -> dict[str, Any] | None:
+        """The kernel's info; ``None`` when we were cancelled meanwhile."""
+        from safe_exec.kernel.client import TrialClient  # nbclient is imported while the kernel starts
+
+        client = TrialClient(
+            self.state.request.node,
+            self.session.manager,
+            died=self.session.died,
+            on_output=self._sampler.note_output,
+            allow_errors=self.state.request.allow_errors,
+        )
+        client.reset_execution_trackers()
+        client.total_cap = self.state.request.limits.output
+        client.heard = self.state.request.heard
+        connect = asyncio.create_task(self.session.connect(client, self.state.request.limits.start_timeout))
+        # Whoever discards us does not ask how the connection went.
+        connect.add_done_callback(lambda task: task.cancelled() or task.exception())
+        stop = asyncio.create_task(self.state.stopping.wait())
+        try:
+            await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if connect.done():
+                return connect.result()
+        finally:
+            stop.cancel()
+            connect.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await connect
+        return None
+
+    def _start_failed(self, reason: str, waited: float) -> Ending:
+        ended = self.session.ended
+        if not self.session.died.is_set():
+            self.state.kill(TerminationReason.START_TIMEOUT)
+        return StartFailed(reason=reason, exit=ended.status if ended else None, waited=waited)
+
+
+async def run_trial(request: TrialRequest) -> TrialResult:
+    """Run one trial. Raises SandboxError and EnforcementError only before anything has run."""
+    return await Trial(request).run()

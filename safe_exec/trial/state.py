@@ -1,0 +1,112 @@
+"""What the parts of a trial share while it runs: the kernel, the figures, and what was decided first. May import kernel, model, events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from safe_exec import events
+from safe_exec.kernel.session import KernelSession
+from safe_exec.model import LimitName, Looked, TerminationReason
+from safe_exec.records import replace
+from safe_exec.trial.ledger import Ledger
+from safe_exec.trial.request import TrialRequest
+
+MOST_BYTES_PER_SECOND = 20 << 30
+"""No process writes faster; what says so lies."""
+
+
+class TrialState:
+    """``current`` is the index of the cell that runs, ``limit`` the first limit that was reached, and in which cell."""
+
+    def __init__(self, request: TrialRequest) -> None:
+        self.request = request
+        self.sink = request.sink
+        self.signals = request.cancellation.signals
+        self.ledger = Ledger.for_notebook(request.node, request.started)
+        self.session = KernelSession(
+            limits=replace(request.limits, cell_output=request.largest_output),
+            plan=request.plan,
+            run_id=request.run_id,
+            on_limit=self._limit_from_watchdog,
+        )
+        self.warnings: list[str] = []
+        self.stopping = asyncio.Event()
+        self.current: int | None = None
+        self.limit: tuple[LimitName, int | None] | None = None
+        self.looked: Looked | None = None
+        self.open_files: int | None = None
+        self.cell_active: bool | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._killing = False
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.request.started
+
+    def take_on(self, request: TrialRequest) -> None:
+        """The question for a kernel that was started before it was asked; the sandbox is the same."""
+        self.request = request
+        self.ledger = Ledger.for_notebook(request.node, request.started)
+
+    # --- what is decided, once ----------------------------------------------------------------------------------
+
+    def kill(self, reason: TerminationReason) -> None:
+        """Have the tree killed; the first reason stays."""
+        if not self.session.died.is_set():
+            if not self._killing:
+                self._killing = True
+                self.sink(events.Killed(time=self.now(), reason=reason))
+            self.session.kill(reason)
+
+    def limit_reached(self, name: LimitName, used: float | None) -> None:
+        """A limit was reached; the first one counts."""
+        if self.limit is None:
+            self.limit = (name, self.current)
+            allowed = self.request.limits.of(name) or 0
+            self.sink(events.LimitReached(time=self.now(), limit=name, used=used, allowed=allowed))
+
+    def end_for(self, name: LimitName, reason: TerminationReason, used: float | None) -> None:
+        """End the run for a limit."""
+        self.limit_reached(name, used)
+        self.stopping.set()
+        self.kill(reason)
+
+    def _limit_from_watchdog(self, name: LimitName, used: float) -> None:
+        """On the watchdog's thread, after it had the tree killed."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.limit_reached, name, used)
+
+    def warn_once(self, message: str) -> None:
+        """Add a warning that is not there yet."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    # --- the cell that runs -------------------------------------------------------------------------------------
+
+    def number(self, index: int) -> int:
+        """The number inside of a cell that was sent; 0 while it has not begun there."""
+        client = self.session.client
+        if client is None or client.running is None or client.running[2] != index:
+            return 0
+        return self.session.told.number_of(client.running[0])
+
+    def number_now(self) -> int:
+        """The number inside of the current cell, 0 for none."""
+        return self.number(self.current) if self.current is not None else 0
+
+    def written(self) -> int | None:
+        """Bytes or characters the running cell has put out, whether they were sent or not."""
+        client = self.session.client
+        if client is None:
+            return None
+        inside = 0
+        provisioner = self.session.provisioner
+        if self.session.fitted and provisioner and provisioner.channels:
+            inside = sum(provisioner.channels.page.counts())
+            record = self.ledger.records.get(self.current) if self.current is not None else None
+            if record is None or record.started is None or inside > MOST_BYTES_PER_SECOND * (self.now() - record.started + 1):
+                inside = 0  # nothing writes so fast: the page was written by somebody else
+        return max(client.accounts.received, inside)
