@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from safe_exec.errors import SafeExecError, SandboxError
-from safe_exec.kernel import inside
 from safe_exec.kernel.environment import listed_environment
+from safe_exec.kernel.inside import layout, start
 from safe_exec.kernel.page import Page
 from safe_exec.model import LimitName, Limits
 from safe_exec.records import dataclass, field
@@ -64,16 +64,16 @@ class Channels:
 
 
 def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
-    """The kernel's command with ``inside.py`` in front, ``None`` for a command that is not ipykernel's.
+    """The kernel's command with ours in front, ``None`` for a command that is not ipykernel's.
 
-    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] inside.py PAGE FACTS FAULT CONFIG -m ...``.
+    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] start.py PAGE FACTS FAULT CONFIG -m ...``.
     """
     if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
         return None
     at = list(cmd).index("-m")
     if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
         return None
-    ours = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
+    ours = [os.path.abspath(start.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
     return [*cmd[:at], *ours, *cmd[at:]]
 
 
@@ -216,7 +216,7 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
 def spawn(
     sandbox: Sandbox, plan: SpawnPlan, cmd: list[str], *, env: Mapping[str, str], cwd: str, config: Mapping[str, object]
 ) -> tuple[Channels, bool]:
-    """Have the keeper spawn the kernel; our channels to it, and whether ``inside.py`` runs in it.
+    """Have the keeper spawn the kernel; our channels to it, and whether ``inside`` is in it.
 
     Raises KernelStartError and SandboxError.
     """
@@ -260,7 +260,7 @@ def begin_spawn(
             cwd=cwd,
             walls=_walls(sandbox, plan, argv, environment, cwd),
             pass_fds=channels.pass_fds if wrapped else {},
-            dump_signal=int(inside.DUMP_SIGNAL) if wrapped else None,
+            dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
         )
     except SafeExecError:
         channels.close()
@@ -284,7 +284,7 @@ def _walls(
 
 
 def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
-    """What ``inside.py`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back."""
+    """What ``inside`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back."""
     cap = limits.cell_output if headless else None
     cut = None if cap is None else cap + MESSAGE_SLACK
     return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK, "headless": headless}

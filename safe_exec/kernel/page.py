@@ -1,4 +1,4 @@
-"""The runner's view of the shared page that ``inside.py`` writes: places, samples, and output that never reached the wire.
+"""The runner's view of the shared page that ``inside`` writes: places, samples, and output that never reached the wire.
 
 Imports the standard library only. Everything read here was written by the kernel process and may be anything: lengths are checked,
 text is decoded with replacement, nothing is trusted beyond "the kernel says".
@@ -14,13 +14,13 @@ import os
 import struct
 from collections.abc import Iterator
 
-from safe_exec.kernel import inside
+from safe_exec.kernel.inside import layout
 from safe_exec.records import dataclass
 
 MOST_FRAMES = 64
 MOST_RECORDS = 20_000
 """A segment holds no more messages than that, and text is gathered; what has more was not written by us."""
-SIZE = inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES
+SIZE = layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +83,16 @@ class Page:
     @property
     def alive(self) -> bool:
         """Whether a kernel has begun to write here."""
-        return bool(struct.unpack_from("<I", self._memory, 0)[0] == inside.MAGIC)
+        return bool(struct.unpack_from("<I", self._memory, 0)[0] == layout.MAGIC)
 
     def note(self) -> Note:
         """The statement noted last."""
-        _, _, cell, line, _, when, *_ = inside.HEADER.unpack_from(self._memory, 0)
-        return Note(cell=cell, line=line & ~inside.FINISHED, time=when, finished=bool(line & inside.FINISHED))
+        _, _, cell, line, _, when, *_ = layout.HEADER.unpack_from(self._memory, 0)
+        return Note(cell=cell, line=line & ~layout.FINISHED, time=when, finished=bool(line & layout.FINISHED))
 
     def counts(self) -> tuple[int, int]:
         """Characters that the running cell has written to stdout and stderr, those never sent among them."""
-        out, err = inside.COUNTS.unpack_from(self._memory, inside.COUNTS_AT)
+        out, err = layout.COUNTS.unpack_from(self._memory, layout.COUNTS_AT)
         return out, err
 
     def unread(self, stream: str) -> int:
@@ -102,23 +102,23 @@ class Page:
 
     def sample(self) -> Sample:
         """The last sample."""
-        return self._sample(inside.SAMPLE_AT)
+        return self._sample(layout.SAMPLE_AT)
 
     def history(self) -> list[Sample]:
         """The last samples, oldest first."""
-        size = inside.SAMPLE.size
-        found = [self._sample(inside.HISTORY_AT + n * size) for n in range(inside.HISTORY)]
+        size = layout.SAMPLE.size
+        found = [self._sample(layout.HISTORY_AT + n * size) for n in range(layout.HISTORY)]
         return sorted((s for s in found if s.cell), key=lambda s: s.time)
 
     def _sample(self, at: int) -> Sample:
-        cell, line, _, when, wait, cpu, place, _ = inside.SAMPLE.unpack_from(self._memory, at)
+        cell, line, _, when, wait, cpu, place, _ = layout.SAMPLE.unpack_from(self._memory, at)
         return Sample(cell=cell, line=line, time=when, wait=wait, cpu=cpu, place=place)
 
     def stack(self) -> tuple[int, list[tuple[str, int, str, int]], bool]:
         """The sampled stack: cell number, rows of (function, line, file, cell number), whether it awaits something."""
-        (length,) = struct.unpack_from("<I", self._memory, inside.STACK_AT)
-        start = inside.STACK_AT + 4
-        raw = self._memory[start : start + min(length, inside.STACK_BYTES - 4)]
+        (length,) = struct.unpack_from("<I", self._memory, layout.STACK_AT)
+        start = layout.STACK_AT + 4
+        raw = self._memory[start : start + min(length, layout.STACK_BYTES - 4)]
         try:
             found = json.loads(raw)
             rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in found["rows"]]
@@ -136,26 +136,26 @@ class Page:
                     yield record
 
     def _segment(self, segment: int) -> Iterator[Text | Message]:
-        base = inside.PAGE_BYTES + segment * inside.SEGMENT_BYTES
+        base = layout.PAGE_BYTES + segment * layout.SEGMENT_BYTES
         (used,) = struct.unpack_from("<I", self._memory, base)
-        end = base + inside.SEGMENT_BYTES
+        end = base + layout.SEGMENT_BYTES
         at = base + 4
         # ``used`` is where the last record's header ends; a text that stands last may have grown, up to where memory is zero.
-        last = base + min(used, inside.SEGMENT_BYTES)
-        while at + inside.RECORD.size <= last:
-            length, before, kind, stream, _, cell = inside.RECORD.unpack_from(self._memory, at)
-            start = at + inside.RECORD.size
-            if start == last and kind == inside.TEXT:
+        last = base + min(used, layout.SEGMENT_BYTES)
+        while at + layout.RECORD.size <= last:
+            length, before, kind, stream, _, cell = layout.RECORD.unpack_from(self._memory, at)
+            start = at + layout.RECORD.size
+            if start == last and kind == layout.TEXT:
                 zero = self._memory.find(b"\0", start, end)
                 length = (end if zero < 0 else zero) - start
             at = start + length
             if at > end:
                 return
             data = self._memory[start:at]
-            if kind == inside.TEXT:
-                text = data.replace(inside.NUL, b"\0").decode("utf-8", "replace")
+            if kind == layout.TEXT:
+                text = data.replace(layout.NUL, b"\0").decode("utf-8", "replace")
                 yield Text(stream="stderr" if stream else "stdout", cell=cell, start=before, text=text)
-            elif kind == inside.MESSAGE:
+            elif kind == layout.MESSAGE:
                 yield Message(cell=cell, frames=_frames(data))
 
 

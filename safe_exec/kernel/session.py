@@ -19,8 +19,9 @@ from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
 from safe_exec.errors import KernelStartError
-from safe_exec.kernel import faults, inside
+from safe_exec.kernel import faults
 from safe_exec.kernel.channel import Channel
+from safe_exec.kernel.inside import layout
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
 from safe_exec.kernel.look import Subject
 from safe_exec.kernel.page import Note
@@ -180,7 +181,7 @@ class KernelSession:
 
     @property
     def fitted(self) -> bool:
-        """Whether ``inside.py`` runs in the kernel."""
+        """Whether ``inside`` is in the kernel."""
         return self.provisioner is not None and self.provisioner.fitted
 
     async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
@@ -340,7 +341,7 @@ class KernelSession:
             pid=self.pid,
             page=page,
             number=number,
-            dump=(lambda: sandbox.signal(int(inside.DUMP_SIGNAL))) if self.told.hello else None,
+            dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL))) if self.told.hello else None,
             dumped=dumped,
             frames=self.told.frames,
         )

@@ -1,4 +1,4 @@
-"""What the kernel process tells of itself, over the socket that ``inside.py`` was given. Claims, every one of them.
+"""What the kernel process tells of itself, over the socket that ``inside`` was given. Claims, every one of them.
 
 Any code in the kernel can write there: what is no fact is let go by, what is told once is not told anew, and there is a bound on each.
 May import content and model.

@@ -416,7 +416,7 @@ time.sleep(60)
     assert (found.status, found.cell) == (TIMEOUT, 1), found
 
 
-# --- the channels of inside.py ----------------------------------------------------------------------------------
+# --- the channels of inside -------------------------------------------------------------------------------------
 
 CHANNELS = {
     "facts of bytes": """

@@ -1,9 +1,9 @@
-"""What a notebook that means harm knows about its own kernel: its key, its sockets, and the channels of ``inside.py``.
+"""What a notebook that means harm knows about its own kernel: its key, its sockets, and the channels of ``inside``.
 
 ``WEAPONS`` is the source of a cell that the others of such a notebook begin with. In them:
 
     message(kind, content, parent=..., ...)   the frames of a signed message; ``content`` may be bytes that are no JSON
-    iopub(frames), shell(frames)              send frames as they are, past all that ipykernel or ``inside.py`` would check
+    iopub(frames), shell(frames)              send frames as they are, past all that ipykernel or ``inside`` would check
     say(kind, **content), answer(**content)   a signed message over iopub; a signed execute_reply to the request that runs
     page, facts, fault                        the shared page (mmap), the facts socket, the descriptor of the fault handler
     die()                                     SIGKILL to itself

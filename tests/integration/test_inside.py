@@ -1,22 +1,19 @@
-"""What ``inside.py`` mends in ipykernel, in an interpreter of its own: it is not taken back."""
+"""What ``inside`` mends in ipykernel, in an interpreter of its own: it is not taken back."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-from safe_exec.kernel import inside
 from tests.support import ROOT
 
 ENDING = """
-import importlib.util, os, socket, sys, time, types
-spec = importlib.util.spec_from_file_location("inside", sys.argv[1])
-inside = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(inside)
+import os, socket, sys, time, types
+from safe_exec.kernel.inside import ending, layout, state
 page = os.memfd_create("page")
-os.ftruncate(page, inside.PAGE_BYTES + 2 * inside.SEGMENT_BYTES)
+os.ftruncate(page, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
 facts, fault = (socket.socketpair()[0].detach() for _ in range(2))
-inside.Inside(page, facts, fault, {"headless": True}).fit_shutdown()
+ending.fit_shutdown(state.Inside(page, facts, fault, {"headless": True}))
 
 import zmq
 from ipykernel.control import ControlThread
@@ -41,6 +38,6 @@ os._exit(0)
 
 def test_the_last_request_is_done_before_the_thread_ends_that_its_flush_waits_for() -> None:
     """Else one kernel of some eighty took ten seconds to end, or was killed after three."""
-    argv = [sys.executable, "-c", ENDING, inside.__file__]
+    argv = [sys.executable, "-c", ENDING]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "[True] False False\n", done.stderr

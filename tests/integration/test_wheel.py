@@ -13,7 +13,7 @@ SCRIPT = """
 import safe_exec, sys
 from safe_exec.profiles import load_profile, shipped_profiles
 from safe_exec.reports.verdict_json import load_schema
-from safe_exec.kernel import inside
+from safe_exec.kernel.inside import start
 assert safe_exec.__file__.startswith(sys.argv[1]), safe_exec.__file__
 assert set(shipped_profiles()) >= {"default", "ci", "strict"}, shipped_profiles()
 assert load_profile("ci", machine_memory=1 << 34).limits.memory == 2 << 30

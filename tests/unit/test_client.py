@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.kernel import inside
 from safe_exec.kernel.client import MERGE_AFTER, TrialClient
+from safe_exec.kernel.inside import page as inside_page
 from safe_exec.kernel.outputs import TRACEBACK_BYTES
 from safe_exec.kernel.page import Page
 
 NB: Any = nbformat  # which has no types, as
-KERNEL_SIDE: Any = inside  # has none
+KERNEL_SIDE: Any = inside_page  # has none
 MARK = "[safe-exec: output cut here"
 KERNEL = 77
 

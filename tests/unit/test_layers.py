@@ -38,6 +38,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("safe_exec.records",),
 )
 
+INSIDE = "safe_exec.kernel.inside"
+
 # What a keeper imports, itself among it: it has to start in milliseconds.
 KEEPERS = ("become", "cgroupfs", "enclosed", "keeper", "lastwords", "mounts", "procfs", "trees")
 
@@ -48,8 +50,7 @@ NARROW: dict[str, set[str]] = {
     "safe_exec.records": set(),
     "safe_exec.platforms": {"safe_exec.errors"},
     "safe_exec.events": {"safe_exec.model"},
-    "safe_exec.kernel.inside": set(),
-    "safe_exec.kernel.page": {"safe_exec.kernel.inside"},
+    "safe_exec.kernel.page": {"safe_exec.kernel.inside.layout"},
     "safe_exec.kernel.faults": {"safe_exec.model"},
     "safe_exec.sandbox.birth": set(),
     "safe_exec.sandbox.procfs": set(),
@@ -88,14 +89,12 @@ STANDARD_ONLY = (
     "safe_exec.sandbox.procfs",
     "safe_exec.sandbox.seccomp",
     "safe_exec.sandbox.trees",
-    "safe_exec.kernel.inside",
     "safe_exec.kernel.page",
 )
 
 # Longer than a screen or two, each with its reason.
 LONG_MODULES = {
     "safe_exec.model": "one type after the other",
-    "safe_exec.kernel.inside": "handed over by path as one file",
     "safe_exec.kernel.session": "a kernel from its start to its end",
     "safe_exec.kernel.wire": "one protocol, whole",
     "safe_exec.sandbox.keeper": "one sandbox from its start to its end",
@@ -189,15 +188,21 @@ def test_the_table_of_ranks_names_nothing_twice() -> None:
 
 @pytest.mark.parametrize("name", STANDARD_ONLY)
 def test_what_runs_beside_or_in_a_kernel_needs_the_standard_library_alone(name: str) -> None:
-    deep = name != "safe_exec.kernel.inside"  # which patches the libraries of the kernel, from within its functions
-    foreign = {found.partition(".")[0] for found in imported(name, deep=deep)} - set(sys.stdlib_module_names)
+    foreign = {found.partition(".")[0] for found in imported(name)} - set(sys.stdlib_module_names)
     assert foreign <= {"safe_exec"}
     assert ours(name) <= NARROW[name] | {"safe_exec.records"}
 
 
-@pytest.mark.parametrize("name", ["safe_exec.kernel.inside"])
-def test_what_runs_in_a_kernel_needs_no_package_of_ours(name: str) -> None:
-    assert ours(name) == set()
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, INSIDE)])
+def test_what_runs_in_a_kernel_needs_the_standard_library_and_its_own_folder(name: str) -> None:
+    # It patches the libraries of the kernel, from within its functions.
+    foreign = {found.partition(".")[0] for found in imported(name, deep=False)} - set(sys.stdlib_module_names)
+    assert foreign <= {"safe_exec"}
+    assert {other for other in ours(name) if not within(other, INSIDE)} == set()
+    # In there it has another name, which is forgotten once all is imported.
+    nodes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom)]
+    assert all(node.level == 1 for node in nodes if node.level or (node.module or "").startswith("safe_exec"))
+    assert all(node in TREES[name].body for node in nodes if node.level)
 
 
 @pytest.mark.parametrize("statement", ["import safe_exec", "from safe_exec import __version__", "from safe_exec import model"])

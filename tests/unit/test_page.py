@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.kernel import inside
+from safe_exec.kernel.inside import layout
+from safe_exec.kernel.inside import page as inside_page
 from safe_exec.kernel.page import SIZE, Message, Page, Text
 
 SMALL = 600
 STREAMS = ("stdout", "stderr")
-KERNEL_SIDE: Any = inside  # which has no types
+KERNEL_SIDE: Any = inside_page  # which has no types
 
 
 @contextmanager
-def pages(segment: int = inside.SEGMENT_BYTES) -> Iterator[tuple[Any, Page]]:
+def pages(segment: int = layout.SEGMENT_BYTES) -> Iterator[tuple[Any, Page]]:
     """Both sides of one page; with small segments they are changed often."""
-    usual, inside.SEGMENT_BYTES = inside.SEGMENT_BYTES, segment
+    usual, layout.SEGMENT_BYTES = layout.SEGMENT_BYTES, segment
     outer = Page()
     try:
         inner: Any = KERNEL_SIDE.Page(outer.fd)
@@ -33,15 +34,15 @@ def pages(segment: int = inside.SEGMENT_BYTES) -> Iterator[tuple[Any, Page]]:
         inner.memory.close()
     finally:
         outer.close()
-        inside.SEGMENT_BYTES = usual
+        layout.SEGMENT_BYTES = usual
 
 
 def begin(inner: Any) -> None:
-    """What ``Inside.begin`` does with the page at the start of a cell."""
+    """What ``cells.begin`` does with the page at the start of a cell."""
     inner.counts[:] = 0, 0
     inner.cell += 1
     inner.last = None
-    inside.COUNTS.pack_into(inner.memory, inside.COUNTS_AT, 0, 0)
+    layout.COUNTS.pack_into(inner.memory, layout.COUNTS_AT, 0, 0)
     inner.note_line(0)
 
 
@@ -78,8 +79,8 @@ def test_notes_counts_samples_and_stacks() -> None:
         inner.note_counts()
         assert outer.counts() == (3, 1)
         for n in range(3):
-            at = inside.HISTORY_AT + n * inside.SAMPLE.size
-            inside.SAMPLE.pack_into(inner.memory, at, 1, 5 + n, 2, 30.0 - n, 0.005, 1.0, 99 + n, 0)
+            at = layout.HISTORY_AT + n * layout.SAMPLE.size
+            layout.SAMPLE.pack_into(inner.memory, at, 1, 5 + n, 2, 30.0 - n, 0.005, 1.0, 99 + n, 0)
         assert [(s.line, s.time, s.wait, s.place) for s in outer.history()] == [
             (7, 28.0, 0.005, 101),
             (6, 29.0, 0.005, 100),
@@ -210,7 +211,7 @@ def test_each_record_says_where_its_text_stood(steps: list[Any]) -> None:
         assert all(end in (0, len(text)) for end, text in zip(ends.values(), wrote, strict=True)), "what was written last is kept"
 
 
-offsets = st.integers(0, inside.PAGE_BYTES + 2 * SMALL - 64)
+offsets = st.integers(0, layout.PAGE_BYTES + 2 * SMALL - 64)
 
 
 @settings(deadline=None)
@@ -235,8 +236,8 @@ def test_garbage_never_raises(garbage: list[tuple[int, bytes]], cell: int) -> No
 @pytest.mark.parametrize("text", [b"", b"{", b'{"rows": 5}', b'{"rows": [[1]], "cell": 1}', b"[" * 4096, b"\xff" * 50])
 def test_a_stack_that_is_none_is_empty(length: int, text: bytes) -> None:
     with pages() as (inner, outer):
-        inner.memory[inside.STACK_AT + 4 : inside.STACK_AT + 4 + len(text)] = text
-        struct.pack_into("<I", inner.memory, inside.STACK_AT, length)
+        inner.memory[layout.STACK_AT + 4 : layout.STACK_AT + 4 + len(text)] = text
+        struct.pack_into("<I", inner.memory, layout.STACK_AT, length)
         assert outer.stack() == (0, [], False)
 
 

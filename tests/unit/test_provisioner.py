@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from safe_exec.kernel import inside
+from safe_exec.kernel.inside import start
 from safe_exec.kernel.launch import speaks_ipc, wrap_command
 
 CONFIG = {"cut": 5, "message": None}
-OURS = [os.path.abspath(inside.__file__), "{page}", "{facts}", "{fault}", json.dumps(CONFIG)]
+OURS = [os.path.abspath(start.__file__), "{page}", "{facts}", "{fault}", json.dumps(CONFIG)]
 LAUNCH = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 

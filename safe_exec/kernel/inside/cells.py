@@ -1,0 +1,93 @@
+"""Which cell runs, under which file name, and at which statement it is."""
+
+import functools
+import sys
+
+from .layout import COUNTS, COUNTS_AT
+from .output import settle
+
+
+def first_line(code):
+    """The first line of a statement's code: ``co_firstlineno`` of a cell's statement is always 1."""
+    if not hasattr(code, "co_lines"):  # before Python 3.10
+        import dis
+
+        return next((line for _, line in dis.findlinestarts(code)), 1)
+    return next((line for _, _, line in code.co_lines() if line), 1)
+
+
+def fit_shell(inside):
+    """Know which cell runs, under which file name, and at which statement it is."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from ipykernel.ipkernel import IPythonKernel
+
+    page, files = inside.page, inside.files
+    run_code = InteractiveShell.run_code
+
+    @functools.wraps(run_code)
+    async def run_code_noted(shell, code_obj, result=None, *, async_=False):
+        if inside.in_cell and code_obj.co_filename not in files:
+            name = code_obj.co_filename
+            files[name] = page.cell
+            inside.fact(file=name, cell=page.cell)
+        inside.at(first_line(code_obj))
+        coroutine = run_code(shell, code_obj, result, async_=async_)
+        inside.coroutine = coroutine
+        try:
+            failed = await coroutine
+        finally:
+            inside.coroutine = None
+        if failed and result is not None and inside.in_cell:
+            tell_failure(inside, result.error_in_exec)
+        return failed
+
+    do_execute = IPythonKernel.do_execute
+
+    @functools.wraps(do_execute)
+    async def do_execute_noted(kernel, *args, **kwargs):
+        begin(inside, kernel)
+        try:
+            return await do_execute(kernel, *args, **kwargs)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                settle(inside, stream)
+            inside.in_cell = False
+            if not inside.child:
+                page.note_counts()
+                page.finish()
+
+    InteractiveShell.run_code = run_code_noted
+    IPythonKernel.do_execute = do_execute_noted
+    inside.fitted.append("cells")
+
+
+def tell_failure(inside, error):
+    """A statement raised: tell where, innermost first; the traceback that is shown may hide frames."""
+    rows, entry = [], getattr(error, "__traceback__", None)
+    while entry is not None:
+        code = entry.tb_frame.f_code
+        rows.append((code.co_name, entry.tb_lineno, code.co_filename, inside.files.get(code.co_filename, 0)))
+        entry = entry.tb_next
+    rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
+    line = next((row[1] for row in rows if row[3] == inside.page.cell), None)
+    if line:
+        inside.fact(error=rows[:30], line=line, cell=inside.page.cell)
+
+
+def begin(inside, kernel):
+    """A cell begins: number it, and tell which request it answers."""
+    page = inside.page
+    parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
+    msg_id = parent.get("header", {}).get("msg_id")
+    page.counts[:] = 0, 0
+    page.cell += 1
+    page.last = None
+    COUNTS.pack_into(page.memory, COUNTS_AT, 0, 0)
+    page.note_line(0)
+    inside.msg_id = msg_id
+    inside.headers.clear()
+    inside.keys.clear()
+    inside.in_cell = True
+    inside.fact(cell=page.cell, msg_id=msg_id)
+    if page.cell == 1:
+        inside.before_cells()

@@ -1,0 +1,72 @@
+"""Where the process was when it died: fatal signals' stacks, and exact places before calls from which there may be no return."""
+
+import _thread
+import faulthandler
+import os
+import sys
+
+from .layout import DUMP_SIGNAL
+
+LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
+
+
+def arm(inside):
+    """Send fatal signals' stacks, and those asked for by DUMP_SIGNAL, to our own descriptor."""
+    enable = faulthandler.enable
+    enable(file=inside.fault_fd, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=inside.fault_fd, all_threads=True, chain=False)
+
+    def enable_here(*_args, **_kwargs):
+        enable(file=inside.fault_fd, all_threads=True)
+
+    # A notebook that enables faulthandler itself would send the stack into the pipe that dies with the process.
+    inside.keep_enabled = enable_here
+    faulthandler.enable = enable_here
+    os.register_at_fork(after_in_child=inside.forked)
+
+
+def watch(inside):
+    """Note exact places just before calls from which there may be no return, and talk to other hosts."""
+    real_exit, real_closerange = os._exit, os.closerange
+    noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
+    noted |= {"os.posix_spawn", "os.spawn"}
+
+    def _exit(status):
+        if not inside.child and os.getpid() == inside.page.pid:
+            rows = inside.frames(sys._getframe(1))
+            inside.here(sys._current_frames().get(inside.main))
+            inside.fact(exit_caller=rows, status=status if isinstance(status, int) else None)
+        real_exit(status)
+
+    def closerange(fd_low, fd_high, /):
+        # It takes libzmq's descriptors too: one of its threads aborts the process now, or the main thread a little later.
+        if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
+            inside.here(sys._getframe(1))
+        real_closerange(fd_low, fd_high)
+
+    for real, ours in ((real_exit, _exit), (real_closerange, closerange)):
+        # To be found by pickle under its old name, it has to stand where the name says.
+        ours.__doc__, ours.__module__, ours.__qualname__ = real.__doc__, real.__module__, real.__qualname__
+        setattr(os, real.__name__, ours)
+        setattr(sys.modules[real.__module__], real.__name__, ours)
+
+    def hook(event, args):
+        if event in noted:
+            if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
+                inside.here(sys._getframe(1))
+        elif event == "socket.connect":
+            if not inside.child:
+                connected(inside, args[1])
+        elif event == "os.exec" and not inside.child:
+            inside.here(sys._getframe(1))
+            inside.fact(exec=str(args[0])[:500])
+
+    sys.addaudithook(hook)
+
+
+def connected(inside, address):
+    """A connection is being opened; those to other hosts are told."""
+    host = address[0] if isinstance(address, tuple) else None
+    if isinstance(host, str) and not host.startswith(LOCAL) and host not in inside.hosts and len(inside.hosts) < 50:
+        inside.hosts.add(host)
+        inside.fact(remote=host[:200])

@@ -1,0 +1,175 @@
+"""What need not be done before the first cell: imports that a headless run seldom needs, and the collector's rounds through all that was there."""
+
+import _thread
+import builtins
+import functools
+import gc
+import importlib.util
+import os
+import sys
+import types
+
+FROM_DEBUGPY = (
+    ("debugpy.server", "api"),
+    ("_pydevd_bundle", "pydevd_frame_utils"),
+    ("_pydevd_bundle.pydevd_suspended_frames", "SuspendedFramesManager"),
+    ("_pydevd_bundle.pydevd_suspended_frames", "_FramesTracker"),
+)
+"""What ipykernel's debugger imports of it."""
+
+
+def import_debugger_alone():
+    """ipykernel's debugger with nothing in the places of what it has from debugpy; ``None`` where it is not the one that we know."""
+    empty = {name: types.ModuleType(name) for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))}
+    for module, name in FROM_DEBUGPY:
+        setattr(empty[module], name, None)
+    sys.modules.update(empty)
+    try:
+        from ipykernel import debugger
+    except ImportError:  # before version 6 there was none
+        return None
+    finally:
+        for name in empty:
+            del sys.modules[name]
+    if all(hasattr(debugger, name) for name in ("VariableExplorer", *(name for _, name in FROM_DEBUGPY))):
+        return debugger
+    import_debugpy(debugger)
+    return None
+
+
+def import_debugpy(debugger):
+    """Put what was left out into its place."""
+    import threading
+
+    counter = getattr(threading, "_counter", None)
+    threading._counter = lambda: 0  # the thread that the import makes has been counted
+    quiet = "PYDEVD_DISABLE_FILE_VALIDATION"
+    said = os.environ.get(quiet)
+    os.environ[quiet] = "1"  # or else a warning comes that the terminal gets when a kernel starts, and no cell
+    try:
+        for module, name in FROM_DEBUGPY:
+            importlib.import_module(module)
+            if not hasattr(sys.modules[module], name):
+                importlib.import_module(f"{module}.{name}")
+            setattr(debugger, name, getattr(sys.modules[module], name))
+    finally:
+        threading._counter = counter
+        if said is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = said
+
+
+def fit_client(inside):
+    """Import the part of jupyter_client that a kernel needs; the clients and managers when somebody asks for them."""
+    if not inside.config.get("headless") or "jupyter_client" in sys.modules:
+        return
+    spec = importlib.util.find_spec("jupyter_client")
+    package = importlib.util.module_from_spec(spec)
+    lock, loading = _thread.RLock(), []
+
+    def load(name):
+        with lock:
+            if not loading and name == "BlockingKernelClient":  # ipykernel's application names its class, and makes none
+                from jupyter_client.blocking import BlockingKernelClient
+
+                package.BlockingKernelClient = BlockingKernelClient
+            elif not loading:
+                loading.append(name)
+                spec.loader.exec_module(package)
+                del package.__getattr__, package.__dir__
+        if name in vars(package):
+            return vars(package)[name]
+        raise AttributeError(f"module 'jupyter_client' has no attribute {name!r}")
+
+    def names():
+        load("__name__")
+        return dir(package)
+
+    package.__getattr__, package.__dir__ = load, names
+    sys.modules["jupyter_client"] = package
+    connect = importlib.import_module("jupyter_client.connect")
+    vars(package).update((name, getattr(connect, name)) for name in connect.__all__)
+
+
+def fit_debugger(inside):
+    """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
+
+    ipykernel's debugger is made as ever, of classes that import what they need; what debugpy's import leaves behind stands
+    there from the start: a variable, a hook, two functions that it adds to the builtins.
+    """
+    if not inside.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
+        return
+    debugger = import_debugger_alone()
+    if debugger is None:
+        return
+    explorer = debugger.VariableExplorer
+    default = sys.breakpointhook
+
+    def load():
+        if sys.breakpointhook is debugpy_breakpointhook:
+            sys.breakpointhook = default  # so that the import puts the real one there
+        import_debugpy(debugger)
+
+    class VariableExplorer(explorer):
+        def __init__(self):
+            import threading
+
+            threading.Thread()  # as the import makes one, only to look at it: the next ones have their numbers from it
+
+        def __getattr__(self, name):
+            if name.startswith("__") or "tracker" in inside.__dict__:
+                raise AttributeError(name)
+            load()
+            explorer.__init__(self)
+            return getattr(self, name)
+
+    def debugpy_breakpointhook(*args, **kwargs):
+        load()
+        return sys.breakpointhook(*args, **kwargs)
+
+    def execfile(*args, **kwargs):
+        load()
+        return builtins.execfile(*args, **kwargs)
+
+    def runfile(*args, **kwargs):
+        load()
+        return builtins.runfile(*args, **kwargs)
+
+    for made, name in ((VariableExplorer, "VariableExplorer"), (debugpy_breakpointhook, "debugpy_breakpointhook")):
+        made.__qualname__ = name
+    VariableExplorer.__module__ = explorer.__module__
+    debugger.VariableExplorer, sys.breakpointhook = VariableExplorer, debugpy_breakpointhook
+    builtins.execfile, builtins.runfile = execfile, runfile
+    os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # for children too
+
+
+def fit_collector(inside):
+    """Have the garbage collector go through what the notebook made, and not each time through all that was there before it.
+
+    That is two hundred thousand objects, none of them garbage, and a kernel that ends goes through them four times: half of the time
+    that its end takes. Whoever asks the collector what there is, or what leads to an object, is answered as ever.
+    """
+    if not inside.config.get("headless"):
+        return
+
+    def whole(function):
+        @functools.wraps(function)
+        def asked(*args, **kwargs):
+            gc.unfreeze()
+            for name, real in real_ones.items():
+                if getattr(gc, name) is asking[name]:
+                    setattr(gc, name, real)
+            return function(*args, **kwargs)
+
+        return asked
+
+    real_ones = {name: getattr(gc, name) for name in ("get_objects", "get_referrers", "get_freeze_count")}
+    asking = {name: whole(real) for name, real in real_ones.items()}
+
+    def freeze():
+        for name, asked in asking.items():
+            setattr(gc, name, asked)
+        gc.freeze()
+
+    inside.before_cells = freeze

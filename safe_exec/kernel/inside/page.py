@@ -1,0 +1,113 @@
+"""The shared page, as the kernel writes it."""
+
+import _thread
+import mmap
+import os
+import struct
+import time
+
+from . import layout
+
+
+class Page:
+    """The shared memory: header, last stack, and two segments of a journal that are used in turn."""
+
+    def __init__(self, fd):
+        self.memory = mmap.mmap(fd, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
+        self.lock = _thread.RLock()
+        self.pid = os.getpid()
+        self.segment = 0
+        self.start = 0  # of the last record's payload
+        self.end = layout.PAGE_BYTES + layout.SEGMENT_BYTES
+        self.memory.seek(layout.PAGE_BYTES + 4)  # where the journal goes on: the file position of the mapping
+        self.last = None  # the stream whose record a further write of this cell may extend
+        self.cell = 0
+        self.counts = [0, 0]
+        self.fd_bytes = [[0, 0], [0, 0]]
+        self.head()
+
+    def head(self, line=0):
+        """Write where we are. One packed store: a reader sees the old or the new line, hardly ever a torn one."""
+        (out_w, out_c), (err_w, err_c) = self.fd_bytes
+        layout.HEADER.pack_into(
+            self.memory, 0, layout.MAGIC, self.segment, self.cell, line, self.pid, time.monotonic(), out_w, out_c, err_w, err_c
+        )
+
+    def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _now=time.monotonic):
+        """The statement that is about to run."""
+        _pack(self.memory, 8, self.cell, line, self.pid, _now())
+
+    def finish(self):
+        """The cell's code is done; its reply is not sent yet. The line stays: what it did may still end the process."""
+        (line,) = struct.unpack_from("<I", self.memory, 16)
+        self.note_line(line | layout.FINISHED)
+
+    def note_fd(self, stream, written, consumed):
+        """Bytes that came from descriptor 1 or 2: handed on, and taken from the pipe."""
+        counts = self.fd_bytes[stream]
+        counts[0] += written
+        counts[1] += consumed
+        struct.pack_into("<QQ", self.memory, 32 + 16 * stream, counts[0], counts[1])
+
+    def text(self, stream, string):
+        """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
+        data = string.encode("utf-8", "replace")  # character by character, so that counts hold
+        if b"\0" in data:
+            data = data.replace(b"\0", layout.NUL)
+        with self.lock:
+            before = self.counts[stream]
+            self.counts[stream] = before + len(string)
+            if len(data) > 4096:
+                self.note_counts()
+            if stream == self.last and self.memory.tell() + len(data) <= self.end:
+                self.memory.write(data)
+                return False
+            if len(data) > layout.SEGMENT_BYTES // 2:
+                kept = data[-layout.SEGMENT_BYTES // 2 :].decode("utf-8", "ignore")
+                before += len(string) - len(kept.replace("\xc0\x80", "\0"))
+                data = kept.encode()
+            switched = self._append(layout.TEXT, stream, data, before)
+            self.last = stream
+            return switched
+
+    def note_counts(self):
+        """Renew the counts in the header; they lag behind by a sample while a cell runs."""
+        layout.COUNTS.pack_into(self.memory, layout.COUNTS_AT, *self.counts)
+
+    def message(self, frames):
+        """Journal a message that is about to be queued."""
+        parts = [bytes(frame) for frame in frames]
+        data = struct.pack("<I", len(parts)) + b"".join(struct.pack("<I", len(p)) + p for p in parts)
+        if len(data) < layout.SEGMENT_BYTES // 2:
+            with self.lock:
+                self._append(layout.MESSAGE, 0, data, 0)
+                self.last = None
+
+    def _append(self, kind, stream, data, before):
+        memory = self.memory
+        base = self.end - layout.SEGMENT_BYTES
+        offset = memory.tell()
+        switched = offset + layout.RECORD.size + len(data) > self.end
+        if switched:
+            self.segment ^= 1
+            base = layout.PAGE_BYTES + self.segment * layout.SEGMENT_BYTES
+            self.end = base + layout.SEGMENT_BYTES
+            memory[base : self.end] = bytes(layout.SEGMENT_BYTES)
+            struct.pack_into("<I", memory, base, 4)
+            struct.pack_into("<I", memory, 4, self.segment)
+            offset = base + 4
+        elif offset > base + 4:
+            struct.pack_into("<I", memory, self.start - layout.RECORD.size, offset - self.start)
+        layout.RECORD.pack_into(memory, offset, len(data), before, kind, stream, 0, self.cell)
+        self.start = offset + layout.RECORD.size
+        memory.seek(self.start)
+        memory.write(data)
+        # Last: up to here a reader may trust. A text that is written on is the last record, and ends where memory is zero.
+        struct.pack_into("<I", memory, base, self.start - base)
+        return switched
+
+    def stack(self, text):
+        """The stack that the sampling thread saw."""
+        data = text.encode("utf-8", "replace")[: layout.STACK_BYTES - 4]
+        self.memory[layout.STACK_AT + 4 : layout.STACK_AT + 4 + len(data)] = data
+        struct.pack_into("<I", self.memory, layout.STACK_AT, len(data))

@@ -1,0 +1,58 @@
+"""A thread that sees where the main thread is."""
+
+import json
+import sys
+import time
+
+from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT, SAMPLE_SECONDS
+
+SLOW_SAMPLE_SECONDS = 0.05
+
+
+def sample_forever(inside):
+    """See where the main thread is, some fifty times a second, and how long we waited for the interpreter."""
+    page, now, slot, seen = inside.page, time.monotonic, 0, None
+    started, cell = 0.0, 0
+    while True:
+        pause = SAMPLE_SECONDS if now() - started < 10 else SLOW_SAMPLE_SECONDS
+        wanted = now() + pause
+        time.sleep(pause)
+        if inside.child:
+            return
+        if not inside.in_cell:
+            continue
+        page.note_counts()
+        if page.cell != cell:
+            cell, started = page.cell, now()
+        frame = sys._current_frames().get(inside.main)
+        rows = inside.frames(frame) if frame else []
+        line = next((row[1] for row in rows if row[3] == cell), 0)
+        awaiting = "" if line else awaited(inside, cell)
+        if awaiting:
+            rows, line = awaiting
+        place = hash((rows[0][:3], frame.f_lasti)) & 0xFFFFFFFFFFFFFFFF if rows and frame else 0
+        values = (cell, line, len(rows), now(), now() - wanted, time.process_time(), place, 0)
+        SAMPLE.pack_into(page.memory, SAMPLE_AT, *values)
+        SAMPLE.pack_into(page.memory, HISTORY_AT + slot * SAMPLE.size, *values)
+        slot = (slot + 1) % HISTORY
+        if place != seen:
+            seen = place
+            page.stack(json.dumps({"cell": cell, "rows": rows, "awaiting": bool(awaiting)}))
+        frame = None
+
+
+def awaited(inside, cell):
+    """The stack of a cell that awaits something: no frame of it is on the main thread then."""
+    rows, thing, depth = [], inside.coroutine, 0
+    while thing is not None and depth < 30:
+        frame = getattr(thing, "cr_frame", None) or getattr(thing, "gi_frame", None) or getattr(thing, "ag_frame", None)
+        if frame is not None:
+            code = frame.f_code
+            rows.append((code.co_name, frame.f_lineno, code.co_filename, inside.files.get(code.co_filename, 0)))
+        else:
+            rows.append((type(thing).__name__, 0, type(thing).__module__, 0))
+        thing = getattr(thing, "cr_await", None) or getattr(thing, "gi_yieldfrom", None)
+        depth += 1
+    rows.reverse()
+    line = next((row[1] for row in rows if row[3] == cell), 0)
+    return (rows, line) if line else ()

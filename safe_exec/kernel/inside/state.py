@@ -1,0 +1,85 @@
+"""What the parts share: the ways out, and what is known of the cell that runs."""
+
+import _thread
+import faulthandler
+import json
+import os
+import socket
+
+from . import layout
+from .page import Page
+
+
+class Inside:
+    """Everything that is put around one kernel."""
+
+    def __init__(self, page_fd, facts_fd, fault_fd, config):
+        for fd in (page_fd, facts_fd, fault_fd):
+            os.set_inheritable(fd, False)
+        self.page = Page(page_fd)
+        os.close(page_fd)
+        self.facts = socket.socket(fileno=facts_fd)
+        self.facts.setblocking(False)
+        self.fault_fd = fault_fd
+        self.config = config
+        self.main = _thread.get_ident()
+        self.files = {}  # file name of cell code -> cell number
+        self.headers = {}  # id of a header of the running cell -> it
+        self.keys = {}  # the same id -> as ipykernel's buffers are named after it
+        self.coroutine = None
+        self.in_cell = False
+        self.before_cells = lambda: None
+        self.msg_id = None
+        self.hosts = set()
+        self.put = None
+        self.fitted = []
+        self.child = False
+
+    def fact(self, **fields):
+        """Tell a fact; never waits, never raises: a full socket loses facts, not the notebook's time."""
+        if not self.child:
+            try:
+                self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
+            except (OSError, ValueError):
+                pass
+
+    def frames(self, frame, limit=30):
+        """A stack, innermost first, as rows of (function, line, file, cell number)."""
+        rows = []
+        while frame is not None and len(rows) < limit:
+            code = frame.f_code
+            cell = self.files.get(code.co_filename, 0)
+            rows.append((code.co_name, frame.f_lineno, code.co_filename, cell))
+            if cell and code.co_name == "<module>" and not self.nested(frame.f_back):
+                break
+            frame = frame.f_back
+        return rows
+
+    def nested(self, frame):
+        """Whether a cell's module frame stands on another cell's (``%run``, ``run_cell`` inside a cell)."""
+        depth = 0
+        while frame is not None and depth < 60:
+            if frame.f_code.co_filename in self.files:
+                return True
+            frame, depth = frame.f_back, depth + 1
+        return False
+
+    def here(self, frame):
+        """Note the exact line of the current cell that ``frame`` (of the main thread) is in."""
+        rows = self.frames(frame)
+        line = next((row[1] for row in rows if row[3] == self.page.cell), None)
+        if line:
+            self.at(line)
+        return rows
+
+    def at(self, line):
+        """Note a line. What runs outside of any cell, a callback say, leaves the cell finished; a child's lines are not ours."""
+        if not self.child:
+            self.page.note_line(line if self.in_cell else line | layout.FINISHED)
+
+    def forked(self):
+        """In a forked child: be as if we had never been here."""
+        self.child = True
+        self.page.lock = _thread.RLock()
+        faulthandler.disable()
+        faulthandler.unregister(layout.DUMP_SIGNAL)
