@@ -128,9 +128,10 @@ def fit_debugger(inside):
         load()
         return sys.breakpointhook(*args, **kwargs)
 
-    def execfile(*args, **kwargs):
+    def execfile(file, glob=None, loc=None):
         load()
-        return builtins.execfile(*args, **kwargs)
+        # It takes the names of whoever calls it, which here would be ours.
+        return builtins.execfile(file, sys._getframe(1).f_globals if glob is None else glob, loc)
 
     def runfile(*args, **kwargs):
         load()
