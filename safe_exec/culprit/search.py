@@ -8,14 +8,16 @@ In three steps. *Find* a small set that fails: the backward slice of the crash c
 what adds up, largest) first, by halving for one necessary cell after the other, as in QuickXplain (Junker, AAAI 2004).
 *Minimise*: leave out chunks by the odds that they are needed, as in ProbDD (Wang et al., FSE 2021), then single cells, until the set
 is 1-minimal in the sense of ddmin (Zeller and Hildebrandt, TSE 2002): without any one cell it does not fail. *Confirm* from scratch. A
-set that fails at one time and not at another sets the rate, and with it how often a PASS has to be seen before it is believed.
+set that fails at one time and not at another gives way to a larger one that always does, where there is one: without the cells between them
+it was luck. Else it sets the rate, and with it how often a PASS has to be seen before it is believed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 
+from safe_exec.culprit.odds import chunk_of, learn, odds_of
 from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
 from safe_exec.model import Stopped
 from safe_exec.records import dataclass
@@ -27,11 +29,12 @@ REPLAYS = 4
 """How often the whole is replayed, once it did not fail, to see how often it does."""
 CONFIRMATIONS = 5
 """How often a set of a failure that comes and goes is run in the end."""
-NEEDED = {"slice": 0.9, "changed": 0.25, "found": 0.95, "other": 0.4}
-"""How likely a cell of a failing set is needed, by how it came in: guesses that only order the work."""
-FEW = 4
-"""So many cells are tried one by one at once: chunks would save nothing."""
-
+SELDOM = 0.4
+"""A set that fails no more often than this gives way to one that always does."""
+ALWAYS = 5
+"""A set that failed so often and did nothing else fails always."""
+MOST_LARGER = 3
+"""Larger sets that are looked at, before all cells."""
 
 _Step = Generator[Ask, Reply, bool]
 
@@ -65,13 +68,14 @@ class _Searcher:
         self.left = len(problem.cells)
         self.learned: dict[int, set[str]] = {}
         self.first: frozenset[int] | None = None
+        self.luck: set[frozenset[int]] = set()
 
     # --- asking -------------------------------------------------------------------------------------------------
 
     def fails(self, cells: frozenset[int]) -> _Step:
         """Whether a set fails: once is enough; that it does not takes as many runs as the rate asks for."""
         tally = self.tallies.setdefault(cells, _Tally())
-        if not tally.fails and self.stops_at(cells) is not None:
+        if cells in self.luck or (not tally.fails and self.stops_at(cells) is not None):
             return False
         while not tally.fails and tally.others < self.repeats and not self.lacks_a_name(cells):
             yield from self.run(cells, fresh=tally.others > 0)
@@ -123,6 +127,8 @@ class _Searcher:
     def known_not_to(self, cells: frozenset[int]) -> bool:
         """Whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
+        if cells in self.luck:
+            return True
         settled = tally.others >= self.repeats or (tally.others > 0 and self.lacks_a_name(cells))
         return not tally.fails and (settled or self.stops_at(cells) is not None)
 
@@ -238,8 +244,16 @@ class _Searcher:
 
         Raises _Stop when it never does, or too rarely for the budget.
         """
+        yield from self.replay(cells)
+        self.expect(cells)
+
+    def replay(self, cells: frozenset[int]) -> Generator[Ask, Reply, None]:
+        """Run a set some more times, to see how often it fails."""
         for _ in range(REPLAYS):
             yield from self.run(cells, fresh=True)
+
+    def expect(self, cells: frozenset[int]) -> None:
+        """From how often a set has failed: how often a PASS must be seen. Raises _Stop as ``rate_of`` does."""
         tally = self.tallies[cells]
         if not tally.fails:
             raise _Stop(Stopped.NOT_REPRODUCED)
@@ -249,17 +263,35 @@ class _Searcher:
         if self.repeats > MOST_REPEATS or self.repeats * self.cost(cells) > self.problem.budget - self.spent:
             raise _Stop(Stopped.TOO_RARE)
 
+    def steadier(self, cells: frozenset[int]) -> Generator[Ask, Reply, frozenset[int] | None]:
+        """A larger set that always fails, where this one seldom does: then it and what lies between them are taken for luck."""
+        tally = self.tallies[cells]
+        if tally.fails > SELDOM * (tally.fails + tally.others):
+            return None
+        failed = (more for more, seen in self.tallies.items() if more > cells and seen.fails and not seen.others)
+        between = {cells}
+        for larger in (*sorted(failed, key=len)[:MOST_LARGER], self.all):
+            seen = self.tallies.setdefault(larger, _Tally())
+            while not seen.others and seen.fails < ALWAYS:
+                yield from self.run(larger, fresh=True)
+            if not seen.others:
+                self.luck |= between
+                self.best = larger
+                return larger
+            between.add(larger)
+        return None
+
     # --- step two: nothing that can be left out -----------------------------------------------------------------
 
     def minimise(self, cells: frozenset[int]) -> Generator[Ask, Reply, frozenset[int]]:
         """A 1-minimal subset that fails."""
-        odds = {cell: self.odds(cell) for cell in cells if cell != self.problem.crash}
+        odds = odds_of(self.problem, cells, frozenset(self.found))
         while True:
             loose = [cell for cell in odds if cell in cells and not self.known_not_to(cells - {cell})]
             if not loose:
                 return cells
             self.left = len(loose)
-            chunk = self.chunk(loose, odds)
+            chunk = chunk_of(loose, odds)
             smaller = self.without(cells, chunk)
             if smaller is None or self.known_not_to(smaller):
                 smaller = cells - set(chunk)
@@ -267,35 +299,7 @@ class _Searcher:
                 cells = smaller
                 self.best = smaller if self.best is None or len(smaller) < len(self.best) else self.best
             else:
-                self.learn(chunk, odds)
-
-    def odds(self, cell: int) -> float:
-        """How likely a cell is needed."""
-        if cell in self.found:
-            return NEEDED["found"]
-        if cell in self.problem.changed:
-            return NEEDED["changed"]
-        return NEEDED["slice" if cell in self.problem.slice else "other"]
-
-    def chunk(self, loose: list[int], odds: Mapping[int, float]) -> list[int]:
-        """The cells to leave out next: as many of the least needed as promise most (ProbDD's expected gain)."""
-        ordered = sorted(loose, key=lambda cell: (odds[cell], cell))
-        if len(ordered) <= FEW:
-            return ordered[:1]
-        best, gain, free = 1, 0.0, 1.0
-        for count, cell in enumerate(ordered, 1):
-            free *= 1 - odds[cell]
-            if count * free > gain:
-                best, gain = count, count * free
-        return ordered[:best]
-
-    @staticmethod
-    def learn(chunk: list[int], odds: dict[int, float]) -> None:
-        """One of the chunk is needed: Bayes' rule. A single cell stays in the list by what is known of the set without it."""
-        free = math.prod(1 - odds[cell] for cell in chunk)
-        for cell in chunk:
-            # Never certain by this alone: only a run without the very cell is.
-            odds[cell] = min(0.99, odds[cell] / max(1e-9, 1 - free)) if len(chunk) > 1 else 0.99
+                learn(chunk, odds)
 
     def without(self, cells: frozenset[int], chunk: list[int]) -> frozenset[int] | None:
         """The set without a chunk and without what would surely stop for want of it; ``None`` where that is the crash cell."""
@@ -328,8 +332,8 @@ class _Searcher:
 
     def whole(self) -> Generator[Ask, Reply, bool]:
         """All steps; whether the result in ``best`` is minimal."""
+        cells = yield from self.find()
         while True:
-            cells = yield from self.find()
             cells = yield from self.minimise(cells)
             self.best = cells
             try:
@@ -339,8 +343,13 @@ class _Searcher:
                 return True  # what was asked for is known: only one more look at it did not fit
             if steady:
                 return True
-            # It came and went: what was taken for a PASS may have been luck.
-            yield from self.rate_of(cells)
+            # It came and went: what was taken for a FAIL may have been luck, and if not that, what was taken for a PASS.
+            yield from self.replay(cells)
+            larger = yield from self.steadier(cells)
+            if larger is None:
+                self.expect(cells)
+                larger = yield from self.find()
+            cells = larger
 
 
 def search(problem: Problem) -> Search:

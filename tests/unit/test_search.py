@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from statistics import median
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.culprit.problem import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
-from safe_exec.culprit.search import CONFIRMATIONS, REPLAYS, drive, search
+from safe_exec.culprit.search import ALWAYS, CONFIRMATIONS, REPLAYS, drive, search
 from safe_exec.model import Stopped
 from tests.unit.ddmin import ddmin
 
@@ -877,7 +878,7 @@ def test_a_failure_that_came_once_and_never_again_is_too_rare() -> None:
     answers = iter([Answer.FAIL] + [Answer.PASS] * 100)
     result, oracle = solve(thirty(), lambda _asked: next(answers))
     assert (result.cells, result.stopped, result.reproduced) == ((29,), Stopped.TOO_RARE, (1, 6))
-    assert oracle.sets == [(29,)] * 6
+    assert oracle.sets == [*[(29,)] * 6, tuple(range(30))], "nor does all that ran fail always"
 
 
 @pytest.mark.parametrize(("budget", "stopped"), [(11.9, Stopped.TOO_RARE), (12.0, Stopped.BUDGET)])
@@ -924,6 +925,51 @@ def test_a_slice_that_is_all_that_ran_is_replayed(cells: tuple[int, ...]) -> Non
     result, oracle = solve(problem, lambda _asked: next(answers, Answer.FAIL))
     assert oracle.sets[: 1 + REPLAYS] == [cells] * (1 + REPLAYS)
     assert (result.cells, result.minimal, result.stopped) == (cells[-1:], True, None)
+
+
+TRIPLE = Problem(cells=(0, 1, 2), slice=cells_of(0, 1, 2))
+SELDOM = Answer.FAIL, Answer.PASS, Answer.PASS, Answer.FAIL, Answer.PASS, Answer.PASS
+"""How the triple without its middle fails: as if the middle only took the time in which something else happens."""
+
+
+def seldom_without_the_middle(whole: Iterator[Answer]) -> Oracle:
+    seldom = iter(SELDOM)
+
+    def says(asked: Cells) -> Answer:
+        if asked == {0, 1, 2}:
+            return next(whole)
+        return next(seldom) if asked == {0, 2} else Answer.PASS
+
+    return Oracle(says)
+
+
+def test_what_seldom_fails_gives_way_to_what_always_does() -> None:
+    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
+    result = drive(search(TRIPLE), oracle)
+    first = [(0, 1, 2), (1, 2), (0, 2), (2,)]
+    assert oracle.sets == [*first, *[(0, 2)] * (1 + REPLAYS), *[(0, 1, 2)] * (ALWAYS - 1)]
+    assert (result.cells, result.minimal, result.stopped) == ((0, 1, 2), True, None)
+    assert (result.reproduced, result.method) == ((ALWAYS, ALWAYS), "slice")
+
+
+def test_what_seldom_fails_stays_where_what_it_came_from_comes_and_goes_too() -> None:
+    oracle = seldom_without_the_middle(chain([Answer.FAIL] * (ALWAYS - 1), repeat(Answer.PASS)))
+    result = drive(search(TRIPLE), oracle)
+    assert (result.cells, result.reproduced[0], result.method) == ((0, 2), 2, "slice, repeated")
+
+
+def test_what_seldom_fails_and_was_found_at_once_gives_way_to_all_that_ran() -> None:
+    """The slice has no middle, and happens to fail: nothing larger was tried."""
+    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
+    result = drive(search(replace(TRIPLE, slice=cells_of(0, 2))), oracle)
+    assert oracle.sets == [(0, 2), (2,), *[(0, 2)] * (1 + REPLAYS), *[(0, 1, 2)] * ALWAYS, (1, 2)]
+    assert (result.cells, result.minimal, result.reproduced) == ((0, 1, 2), True, (ALWAYS, ALWAYS))
+
+
+def test_no_time_to_see_what_always_fails_leaves_what_was_seen() -> None:
+    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
+    result = drive(search(replace(TRIPLE, budget=6.5 + REPLAYS)), oracle)
+    assert (result.cells, result.stopped, result.reproduced) == ((0, 2), Stopped.BUDGET, (2, 2 + REPLAYS))
 
 
 def shaky() -> Oracle:
