@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import demand, execute, in_turns, notebook, waited, write_notebook
+from benchmarks.measure import demand, execute, in_turns, notebook, timed, write_notebook
 from benchmarks.peers import BIN, NBCLIENT, OURS, PROFILE, loop_of, nbclient, ours, warm_up
 from benchmarks.sections import PRINTS, RAISED, death
 
@@ -67,16 +67,9 @@ def _many(folder: Path, rounds: int) -> list[float]:
     paths = [write_notebook(folder / f"n{n:02}.ipynb", *_cells(5)) for n in range(FEW)]
     batch = [str(BIN / "safe-exec"), "batch", "-q", *PROFILE, "-j", "2", "--out", str(folder / "out"), *map(str, paths)]
     commands = {OURS: batch, NBCLIENT: loop_of([nbclient(path, folder / "theirs.ipynb") for path in paths])}
-    takers = {name: lambda name=name, command=command: [_seconds(name, command, folder)] for name, command in commands.items()}
+    takers = {name: lambda name=name, command=command: [timed(command, folder, name)] for name, command in commands.items()}
     taken = in_turns(rounds, takers)
     return [mine / theirs for (mine,), (theirs,) in zip(taken[OURS], taken[NBCLIENT], strict=True)]
-
-
-def _seconds(name: str, command: list[str], folder: Path) -> float:
-    code, seconds = waited(command, folder)
-    if code:
-        raise SystemExit(f"{name}: exit code {code}")
-    return seconds
 
 
 def _cells(count: int) -> list[str]:

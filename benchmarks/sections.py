@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import MIB, Row, Spread, demand, execute, in_turns, notebook, rows, waited, write_notebook
+from benchmarks.measure import MIB, Row, Spread, demand, execute, in_turns, notebook, rows, timed, write_notebook
 from benchmarks.peers import BIN, EXECUTE, NBCLIENT, OURS, PROFILE, loop_of, nbclient, nbmake, ours, papermill, tools
 
 WATCHED_LIMIT = 500 * MIB
@@ -103,18 +102,8 @@ def many(folder: Path, rounds: int) -> list[Row]:
     }
 
     def taker(name: str, command: list[str]) -> Callable[[], Sequence[float]]:
-        def take() -> Sequence[float]:
-            code, seconds = waited(command, folder)
-            if (
-                code and name != OURS
-            ):  # of some hundred kernels of nbmake's one does not start, after a minute: that is not its time
-                print(f"{name}: exit code {code}, once more", file=sys.stderr)
-                code, seconds = waited(command, folder)
-            if code:
-                raise SystemExit(f"{name}: exit code {code}")
-            return [seconds]
-
-        return take
+        # Of some hundred kernels of nbmake's one does not start, after a minute.
+        return lambda: [timed(command, folder, name, tries=1 if name == OURS else 2)]
 
     taken = in_turns(rounds, {name: taker(name, command) for name, command in commands.items()})
     return rows(f"{MANY} small notebooks", "s", {name: [seconds for (seconds,) in figures] for name, figures in taken.items()})
