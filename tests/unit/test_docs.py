@@ -369,14 +369,14 @@ def test_words_of_the_control_socket() -> None:
 
 
 def test_figures_of_the_architecture() -> None:
-    from safe_exec.kernel.inside import layout
+    from safe_exec.kernel.inside import layout, samples
     from safe_exec.sandbox import handle, keeper, lastwords, watchdog
 
     text = page("docs/architecture.md")
     assert f"{keeper.NEAR * 100:.0f} % of it" in text and f"further {keeper.STACK_STEP * 100:.0f} %" in text
     assert 2 * layout.SEGMENT_BYTES == 8 << 20 and layout.PAGE_BYTES == 136 << 10
     assert lastwords.TAIL_BYTES == 64 << 10
-    assert watchdog.PERIOD_SECONDS == 0.02 and layout.SAMPLE_SECONDS == 0.02
+    assert watchdog.PERIOD_SECONDS == 0.02 and samples.SAMPLE_SECONDS == 0.02
     asked = {f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}" for reason in handle.STACK_BEFORE}
     said = re.search(r"Kills of ours for (.*?)\s+ask for one", text, re.DOTALL)
     assert said and set(re.split(r",\s+|\s+or\s+", said[1])) == asked

@@ -18,4 +18,3 @@ TEXT, MESSAGE = 1, 2
 NUL = b"\xc0\x80"  # how a NUL is written in text: the last text of a segment ends where memory is zero
 FINISHED = 1 << 31  # in the line of the header
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5
-SAMPLE_SECONDS = 0.02

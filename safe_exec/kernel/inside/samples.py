@@ -4,8 +4,9 @@ import json
 import sys
 import time
 
-from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT, SAMPLE_SECONDS
+from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
 
+SAMPLE_SECONDS = 0.02
 SLOW_SAMPLE_SECONDS = 0.05
 
 
