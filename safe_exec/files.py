@@ -48,7 +48,7 @@ def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
             data = _read_up_to(file, most + 1)
     except FileNotFoundError:
         raise error(f"{name}: no such file{_nearest(path)}") from None
-    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as problem:  # ValueError: a name no file can have
         raise error(f"{name}: {_reason(problem)}") from None
     if len(data) > most:
         raise error(f"{name}: larger than {most // 2**20} MiB, which is the most that is read")
@@ -101,7 +101,12 @@ def _reason(problem: OSError | ValueError) -> str:
 
 
 def _system_text(problem: OSError | ValueError) -> str:
-    text = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
+    """What the system said. For a name that never reached it, words of our own: Python's change."""
+    if isinstance(problem, UnicodeEncodeError):
+        return f"its name is not {problem.encoding.upper()} text"
+    if isinstance(problem, ValueError):
+        return "a file name cannot contain a NUL character"
+    text = problem.strerror or str(problem)
     return text[:1].lower() + text[1:]
 
 

@@ -96,8 +96,25 @@ def load(path: Path) -> Value:
         _demand_simple(yaml.parse(text, Loader=loader), path)
         root = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as problem:
+        _explain(text, path)
         raise LimitsError(_syntax_error(problem, path)) from None
     return _value(root, path, 1)
+
+
+def _explain(text: str, path: Path) -> None:
+    """Read invalid text again with PyYAML's own parser. Raises LimitsError, if that finds an error too.
+
+    libyaml's errors depend on its version: 0.2.6 gives up at 1000 levels, before it has told of
+    the first of them, where older ones tell of each. PyYAML's own parser is slower and says the
+    same everywhere.
+    """
+    import yaml
+
+    try:
+        _demand_simple(yaml.parse(text, Loader=yaml.SafeLoader), path)
+        yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as problem:
+        raise LimitsError(_syntax_error(problem, path)) from None
 
 
 def _demand_simple(events: Iterator[Any], path: Path) -> None:

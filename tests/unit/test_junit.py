@@ -29,7 +29,7 @@ def written(batch: Batch) -> ET.Element:
 
 
 def result(suite: ET.Element) -> ET.Element | None:
-    return next(iter(suite.find("testcase") or ()), None)
+    return next(suite.iterfind("testcase/*"), None)
 
 
 def properties(suite: ET.Element) -> dict[str, str]:

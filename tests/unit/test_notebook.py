@@ -227,7 +227,8 @@ def test_what_is_no_file() -> None:
     assert error_of("anlysis.ipynb") == "anlysis.ipynb: no such file; did you mean analysis.ipynb?"
     assert error_of("analysis.ipynb/x") == "analysis.ipynb/x: cannot be read: not a directory"
     assert error_of(".") == ".: is a directory, not a file"
-    assert error_of("a\0b") == r"a\x00b: cannot be read: embedded null byte"
+    assert error_of("a\0b") == r"a\x00b: cannot be read: a file name cannot contain a NUL character"
+    assert error_of("a\ud800b") == r"a\ud800b: cannot be read: its name is not UTF-8 text"
     assert error_of("a\nb") == r"a\nb: no such file"
     assert "cannot be read: file name too long" in error_of("x" * 300)
 
@@ -522,7 +523,7 @@ def test_paths_that_cannot_be_written() -> None:
     assert refusal("/dev/null") == "/dev/null: is a device; name a file to write"
     assert refusal("to_null") == "to_null: is a device; name a file to write"
     assert refusal("x" * 256).endswith(": cannot be written: file name too long")
-    assert refusal("a\0b") == r"a\x00b: cannot be written: embedded null byte"
+    assert refusal("a\0b") == r"a\x00b: cannot be written: a file name cannot contain a NUL character"
     assert refusal("/proc/f").startswith("/proc/f: the directory /proc cannot be written: ")
 
 

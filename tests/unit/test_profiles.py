@@ -180,10 +180,10 @@ def test_nothing_is_unlimited() -> None:
         ("extends: [ci]", "my.yaml:1: extends: expected text, found a list"),
         ("firm: maybe", "my.yaml:1: firm: expected true or false, found text"),
         ("extends: my.yaml", "my.yaml: extends itself, by way of my.yaml"),
-        ("a: b: c", "my.yaml:1:5: not valid YAML: mapping values are not allowed"),
-        ("a: [1,\nb: 2", "my.yaml:3:1: not valid YAML: did not find expected ',' or ']'"),
-        ("a: 1\n---\nb: 2", "my.yaml:2:1: not valid YAML: but found another document"),
-        ("a: \x07", "my.yaml: not valid YAML: unacceptable character"),
+        ("a: b: c", "my.yaml:1:5: not valid YAML: "),
+        ("a: [1,\nb: 2", "my.yaml:2:5: not valid YAML: "),
+        ("a: 1\n---\nb: 2", "my.yaml:2:1: not valid YAML: "),
+        ("a: \x07", "my.yaml: not valid YAML: "),
         ("? [1]\n: 2", "my.yaml:1: expected a word as key, found a sequence"),
         ("a: !!python/name:os.system x", "my.yaml:1: the tag tag:yaml.org,2002:python/name:os.system is not supported"),
         ("a: &x [1]\nb: [*x, *x]", "my.yaml:2: aliases (*x) are not supported; write the value out"),
@@ -194,7 +194,11 @@ def test_nothing_is_unlimited() -> None:
     ],
     ids=lambda value: value[:30],
 )
-def test_errors_of_files(text: str, expected: str) -> None:
+@pytest.mark.parametrize("libyaml", [True, False], ids=["libyaml", "python"])
+def test_errors_of_files(text: str, expected: str, libyaml: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with each parser; what is invalid in the file is PyYAML's wording."""
+    if not libyaml:
+        monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
     write("my.yaml", text)
     assert error_of("my.yaml").startswith(expected)
 
