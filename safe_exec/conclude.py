@@ -168,6 +168,7 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
         packages=installed_packages(paths) if paths else None,
         cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),
         isolation=plan.walls,
+        isolation_facts=result.evidence.isolation,
     )
 
 

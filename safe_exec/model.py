@@ -451,6 +451,32 @@ class Looked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IsolationFacts:
+    """The places, variables and hosts that isolation took from one run. Recorded outside, as the walls are built.
+
+    Paths are absolute, without links, and as the kernel sees them. ``by`` holds the walls around files: bubblewrap hides (ENOENT) and
+    mounts read-only (EROFS), Landlock refuses (EACCES). ``home`` is the kernel's HOME. ``hidden_homes`` has the user's own home first;
+    ``hidden`` was hidden by name (``Isolation.hide``). ``readable`` stays visible inside hidden places, and so does ``writable``: files
+    written there are kept. Files written into ``discarded`` are gone after the run. ``read_only``: nothing else can be written.
+    ``repository`` is the repository around the folder where it is visible as a whole. ``removed_variables`` are names that the kernel's
+    environment would have without isolation; their values are recorded nowhere. ``network``: other hosts can be reached.
+    """
+
+    by: Mechanism = Mechanism.NONE
+    home: str | None = None
+    folder: str | None = None
+    repository: str | None = None
+    hidden_homes: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
+    read_only: bool = False
+    removed_variables: tuple[str, ...] = ()
+    network: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
@@ -497,6 +523,7 @@ class Evidence:
     executed: str | None = None
     cell_active: bool | None = None
     last_words: str = ""
+    isolation: IsolationFacts | None = None
 
 
 # --- conclusions ------------------------------------------------------------------------------------------------
@@ -667,13 +694,17 @@ class NotebookInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python."""
+    """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python.
+
+    ``isolation_facts`` is ``None`` without isolation.
+    """
 
     python: str | None
     platform: str
     packages: Mapping[str, str] | None = None
     cgroup: str | None = None
     isolation: Mapping[Wall, Enforcement] = field(default_factory=dict)
+    isolation_facts: IsolationFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

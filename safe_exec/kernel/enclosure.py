@@ -20,7 +20,8 @@ from typing import Any
 
 import safe_exec
 from safe_exec.errors import SandboxError
-from safe_exec.model import Enforcement, FolderUse, Isolation, Mechanism, SystemCalls, Wall
+from safe_exec.kernel.isolation_facts import KernelPaths, facts_of
+from safe_exec.model import Enforcement, FolderUse, Isolation, IsolationFacts, Mechanism, SystemCalls, Wall
 from safe_exec.records import dataclass, replace
 from safe_exec.sandbox import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
@@ -155,21 +156,37 @@ class Birth:
         return OTHER_UID if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0 else None
 
 
-def enclose(birth: Birth) -> dict[str, Any]:
-    """The part of the keeper's request that puts up the walls. Raises SandboxError for what can be walled off in no way."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enclosure:
+    """The part of the keeper's request that puts up the walls, and the facts of what they take away."""
+
+    request: dict[str, Any]
+    facts: IsolationFacts
+
+
+def enclose(birth: Birth) -> Enclosure:
+    """Plan the walls of one kernel. Raises SandboxError for what can be walled off in no way."""
     asked = birth.plan.isolation
     birth = replace(birth, plan=replace(birth.plan, isolation=settled(asked)))
     demand_narrow(birth.folder, asked)
+    paths = KernelPaths(
+        folder=birth.folder,
+        runtime=birth.runtime,
+        homes=homes(),
+        readable=visible(birth.argv, birth.env),
+        kernel_home=birth.env.get("HOME"),
+    )
     # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
     own_tmp = {"TMPDIR": str(birth.runtime)} if birth.plan.landlock and birth.plan.isolation.read_only_system else {}
-    return {
-        "enclosure": _bubblewrap(birth, birth.plan.enclosed) if birth.plan.enclosed else None,
-        "walls": _own_walls(birth),
+    request = {
+        "enclosure": _bubblewrap(birth, paths, birth.plan.enclosed) if birth.plan.enclosed else None,
+        "walls": _own_walls(birth, paths),
         "owner": birth.owner,
         "env": {**birth.env, **own_tmp},
         # A link on the way to it may lie in what is hidden.
         "cwd": str(birth.folder),
     }
+    return Enclosure(request=request, facts=facts_of(birth.plan, paths))
 
 
 SYSTEM = tuple(map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr")))  # noqa: S108
@@ -207,13 +224,13 @@ def settled(isolation: Isolation) -> Isolation:
 _PATHS = ("writable", "hide", "devices")
 
 
-def _bubblewrap(birth: Birth, program: str) -> dict[str, Any]:
+def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any]:
     disk = _disk(birth)
     around = bubblewrap.Surroundings(
         folder=birth.folder,
         runtime=birth.runtime,
-        homes=homes(),
-        visible=visible(birth.argv, birth.env),
+        homes=paths.homes,
+        visible=paths.readable,
         files=frozenset(path for path in map(Path, birth.plan.isolation.hide) if not path.is_dir()),
         given=tuple(path for path in birth.runtime.glob("*") if path.is_file()),
         disk=Path(disk["base"]) if disk else None,
@@ -245,12 +262,12 @@ def _disk(birth: Birth) -> dict[str, Any] | None:
     }
 
 
-def _own_walls(birth: Birth) -> dict[str, Any]:
+def _own_walls(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     """What the kernel's process gives up by itself before it executes the kernel."""
     isolation = birth.plan.isolation
     walls: dict[str, Any] = {} if birth.owner is None else {"uid": birth.owner}
     if birth.plan.landlock:
-        walls["landlock"] = _landlock(birth)
+        walls["landlock"] = _landlock(birth, paths)
     if birth.plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is Mechanism.SECCOMP:
         from safe_exec.sandbox import seccomp
 
@@ -259,17 +276,17 @@ def _own_walls(birth: Birth) -> dict[str, Any]:
     return walls
 
 
-def _landlock(birth: Birth) -> dict[str, Any]:
+def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
     isolation = birth.plan.isolation
     folder, extra = str(birth.folder), [str(birth.runtime), *isolation.writable]
-    hidden = [*(map(str, homes()) if isolation.hide_home else ()), *isolation.hide]
+    hidden = [*(map(str, paths.homes) if isolation.hide_home else ()), *isolation.hide]
     # Nobody makes a copy here.
     closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
-    readable = [*map(str, visible(birth.argv, birth.env)), folder]
+    readable = [*map(str, paths.readable), folder]
     return {
         "readable": [*_all_but(hidden), *(part for path in readable for part in parts_beside(path, hidden))],
         "writable": [part for path in writable for part in parts_beside(path, closed)],

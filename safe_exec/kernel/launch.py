@@ -21,7 +21,7 @@ from safe_exec.kernel.environment import listed_environment
 from safe_exec.kernel.inside import layout, start
 from safe_exec.kernel.page import Page
 from safe_exec.model import LimitName, Limits
-from safe_exec.records import dataclass, field
+from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
 
@@ -240,10 +240,12 @@ def begin_spawn(
     """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
     channels = Channels()
     wrapped = wrap_command(cmd, config)
-    environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
+    whole_environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
+    environment = dict(whole_environment)
     argv = wrapped or cmd
     if plan.isolation.listed_environment:
         environment = listed_environment(environment, plan.isolation.env)
+    removed = tuple(sorted(whole_environment.keys() - environment.keys()))
     if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
         # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
         environment["HOME"] = str(sandbox.directory / "home")
@@ -258,7 +260,7 @@ def begin_spawn(
             argv=argv,
             env=environment,
             cwd=cwd,
-            walls=_walls(sandbox, plan, argv, environment, cwd),
+            walls=_walls(sandbox, plan, argv, environment, cwd, removed=removed),
             pass_fds=channels.pass_fds if wrapped else {},
             dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
         )
@@ -270,9 +272,12 @@ def begin_spawn(
 
 
 def _walls(
-    sandbox: Sandbox, plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: str
+    sandbox: Sandbox, plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: str, *, removed: tuple[str, ...]
 ) -> Mapping[str, object] | None:
-    """What walls the kernel off, for the keeper; most runs have no walls."""
+    """The keeper's instructions for walls, ``None`` without walls. The facts of what they take away go into the sandbox.
+
+    ``removed`` are the names of variables that the kernel does not get.
+    """
     if not plan.walls and not plan.enclosed:
         return None
     from safe_exec.kernel.enclosure import Birth, enclose
@@ -280,7 +285,9 @@ def _walls(
     require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
     if sandbox.directory is None:
         raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
-    return enclose(Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory))
+    enclosure = enclose(Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory))
+    sandbox.isolation = replace(enclosure.facts, removed_variables=removed)
+    return enclosure.request
 
 
 def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safe_exec.errors import KernelStartError, SandboxError
-from safe_exec.model import ExitStatus, TerminationReason
+from safe_exec.model import ExitStatus, IsolationFacts, TerminationReason
 from safe_exec.platforms import refuse_elsewhere
 from safe_exec.records import dataclass, field
 from safe_exec.sandbox import leftovers, procfs
@@ -67,7 +67,10 @@ class Departure:
 
 
 class Sandbox:
-    """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it."""
+    """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it.
+
+    ``isolation`` is set by whoever has a kernel spawned behind walls.
+    """
 
     def __init__(
         self, run_id: str, *, directory: Path | None = None, hand_on: HandOn | None = None, born: Born | None = None
@@ -91,6 +94,7 @@ class Sandbox:
         self.sockets: int | None = None
         self.exit: KernelExit | None = None
         self.departure: Departure | None = None
+        self.isolation: IsolationFacts | None = None
         self.signals_to_keeper: list[int] = []
         self.troubles: list[str] = []
         self.fault_text = ""

@@ -247,7 +247,7 @@ def told(
     folder.mkdir(exist_ok=True)
     plan = build_plan(Limits(disk=disk), machine, "id", isolation)
     birth = Birth(plan=plan, argv=[sys.executable], env={"A": "b"}, cwd=folder, runtime=home.parent / "runtime")
-    found: dict[str, Any] = json.loads(json.dumps(enclose(birth)))
+    found: dict[str, Any] = json.loads(json.dumps(enclose(birth).request))
     return found
 
 
