@@ -76,8 +76,8 @@ test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds
 	$(BIN)/pytest -n $(JOBS) -q tests/unit
 
 .PHONY: test-cases
-test-cases: $(VENV)/.dev-installed ## Run the dead-kernel cases, each with the search for its culprits
-	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
+test-cases: $(VENV)/.dev-installed ## Run all cases, in every place, each with the search for its culprits
+	SAFE_EXEC_CASES_MINUTES=inf SAFE_EXEC_CASES_PLACES=all $(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
 
 .PHONY: cases-table
 cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, and write the table in docs/culprit-search.md

@@ -23,7 +23,8 @@ from jsonschema import Draft202012Validator
 
 from safe_exec.reports.summary_json import load_schema as load_summary_schema
 from safe_exec.reports.verdict_json import load_schema
-from tests.cases.test_cases import CASES, HERE, agrees
+from tests.cases.catalogue import read_all
+from tests.cases.test_cases import agrees
 from tests.support import EXECUTABLE, MARK, make_notebook, marked_processes, private_directory, wait_until
 
 NONE: frozenset[str] = frozenset()
@@ -230,15 +231,15 @@ MIXED = (
 @pytest.mark.timeout(600)
 @pytest.mark.bed("bash")
 def test_mixed_cases_get_the_same_verdicts_one_and_two_at_a_time(place: Place) -> None:
-    cases = {case["id"]: case for case in CASES if case["id"] in MIXED}
+    cases = {case.id: case for case in read_all() if case.id in MIXED}
     assert set(cases) == set(MIXED)
     lines = ["limits:"]
     for name, case in cases.items():
-        assert not case.get("files") and not case.get("env")
+        assert not case.files and not case.env
         (place.folder / name).mkdir()
-        shutil.copy(HERE / "notebooks" / f"{name}.ipynb", place.folder / name / "case.ipynb")
+        shutil.copy(case.notebook, place.folder / name / "case.ipynb")
         lines.append(f"  - path: {name}/case.ipynb")
-        for option, value in zip(case["options"][::2], case["options"][1::2], strict=True):
+        for option, value in zip(case.options[::2], case.options[1::2], strict=True):
             lines.append(f"    {option.removeprefix('--').replace('-', '_')}: {value}")
     (place.folder / "safe-exec.yaml").write_text("\n".join(lines))
     found = {}
@@ -250,7 +251,7 @@ def test_mixed_cases_get_the_same_verdicts_one_and_two_at_a_time(place: Place) -
     assert found["1"] == found["2"]
     for name, case in cases.items():
         status, kind, crash, culprits = found["2"][f"{name}/case.ipynb"]
-        expected = case["expected"]
+        expected = case.expected
         assert agrees(expected["status"], status) and agrees(expected["cause"], kind) and agrees(expected["cell"], crash), name
         assert not expected["culprits"] or culprits in expected["culprits"], name
 

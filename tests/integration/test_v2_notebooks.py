@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.cases.test_cases import CASES, check_cause
+from tests.cases.catalogue import read_all
+from tests.cases.test_cases import check_cause
 from tests.integration.kills import HOG, SPIN, THREADS, WORKER
 from tests.integration.unified import (
     DAEMON,
@@ -433,11 +434,11 @@ def test_bisect_as_a_user_with_a_delegated_group(folder: Path) -> None:
 
 def search(name: str, base: Path, prefix: list[str]) -> None:
     """A case of tests/cases: its cause, and its culprits."""
-    case = next(case for case in CASES if case["id"] == name)
-    path = Path(shutil.copy(Path(__file__).parent.parent / "cases" / "notebooks" / f"{name}.ipynb", base / "case.ipynb"))
-    options = [*case["options"], *SLOW, "--bisect-budget", str(SEARCH_SECONDS)]
+    case = next(case for case in read_all() if case.id == name)
+    path = Path(shutil.copy(case.notebook, base / "case.ipynb"))
+    options = [*case.options, *SLOW, "--bisect-budget", str(SEARCH_SECONDS)]
     outcome = run_notebook(path, *options, prefix=prefix, cwd=base, timeout=SEARCH_SECONDS)
     check_cause(case, outcome)
     culprits = outcome.verdict["culprits"]
     assert culprits is not None, (name, outcome.verdict["warnings"])
-    assert [cell["code_index"] for cell in culprits["cells"]] in case["expected"]["culprits"], (name, culprits)
+    assert [cell["code_index"] for cell in culprits["cells"]] in case.expected["culprits"], (name, culprits)
