@@ -332,7 +332,8 @@ class Died:
 class TimedOut:
     """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
 
-    ``answered`` says whether the kernel answered the interrupt; ``error`` is what the cell raised then.
+    ``answered`` says whether the cell ended at the interrupt, ``None`` where none was sent or the kernel itself ended at it; ``error``
+    is what the cell raised then.
     """
 
     cell: int | None
@@ -430,7 +431,8 @@ class Looked:
     seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
     ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
     starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
-    ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``fitted`` whether code of ours runs in the
+    ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
+    kernel process, ``fitted`` whether code of ours runs in the
     kernel: elsewhere the main thread need not be the one that runs cells.
     """
 
@@ -447,6 +449,7 @@ class Looked:
     runnable: float | None = None
     starved: bool | None = None
     reads_terminal: bool | None = None
+    ignores_interrupt: bool | None = None
     fitted: bool = True
 
 

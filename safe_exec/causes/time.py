@@ -141,8 +141,10 @@ def _facts(context: Context) -> tuple[Fact, ...]:
             facts.append(inside("innermost frame", f"{frame.function} ({frame.file}, line {frame.line})", "stack dump"))
         if looked.awaiting:
             facts.append(inside("awaiting", looked.awaiting, "sampling thread"))
+    if looked is not None and looked.ignores_interrupt:
+        facts.append(outside("ignored SIGINT", True, "/proc/PID/status"))
     if ending.answered is not None:
-        facts.append(outside("answered the interrupt", ending.answered, "execute reply within the grace time"))
+        facts.append(outside("ended at the interrupt", ending.answered, "execute reply within the grace time"))
     return tuple(facts)
 
 
@@ -213,13 +215,22 @@ def timed_out(context: Context) -> Cause | None:
     activity = activity_of(looked) if looked else None
     fitted = looked is None or looked.fitted
     doing = f"; {DOING[activity] if fitted or activity is not Activity.NATIVE_CODE else COMPUTING}" if activity else ""
-    answer = "" if ending.answered is not False else "; it did not answer an interrupt"
     whole = "the notebook" if ending.whole else context.human(ending.cell)
-    summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{answer}"
+    summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole else "--cell-timeout"
     advice = ADVICE.get(activity if fitted or activity is not Activity.NATIVE_CODE else Activity.PYTHON_LOOP, "")
     return _timed(context, kind, summary, Confidence.CERTAIN, f"{advice} If it only needs longer: {option}.".strip())
+
+
+def _resistance(context: Context, activity: Activity | None) -> str:
+    """Why an interrupt did not end the cell, where one was sent and it did not."""
+    ending, looked = context.ending, context.evidence.looked
+    if not isinstance(ending, TimedOut) or ending.answered is not False or activity is Activity.STOPPED:
+        return ""
+    if looked is not None and looked.ignores_interrupt and activity is not Activity.WAITING_CHILD:
+        return "; it ignores interrupts (SIGINT)"
+    return "; an interrupt did not end it"
 
 
 ADVICE: dict[Activity | None, str] = {

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import platform
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,7 @@ async def look(subject: Subject) -> Looked:
         window=window,
         starved=starved,
         reads_terminal=any(_reads_terminal(child) for child in children_after),
+        ignores_interrupt=procfs.ignores(pid, signal.SIGINT),
         fitted=subject.page is not None,
     )
 

@@ -156,9 +156,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return code
 
     async def send_signal(self, signum: int) -> None:
-        """Send a signal to the kernel process."""
+        """Send a signal to the kernel's process group, as jupyter_client's own provisioner does: an interrupt is for its children too."""
         if self.sandbox is not None:
-            self.sandbox.signal(signum)
+            self.sandbox.signal(signum, group=True)
 
     async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Kill the whole tree."""
@@ -169,7 +169,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Ask the kernel process to end."""
         self._asked_for()
-        await self.send_signal(signal.SIGTERM)
+        if self.sandbox is not None:
+            self.sandbox.signal(signal.SIGTERM)
 
     async def cleanup(self, restart: bool = False) -> None:
         """Take the sandbox down."""

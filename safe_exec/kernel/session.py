@@ -349,12 +349,20 @@ class KernelSession:
     # --- end ----------------------------------------------------------------------------------------------------
 
     def interrupt(self) -> None:
-        """Ask the kernel to interrupt the running cell, in the way its kernelspec says."""
+        """Ask the kernel to interrupt the running cell, in the way its kernelspec says.
+
+        A signal goes to the kernel's process group, as with Jupyter's local provisioner: system(3) has its caller ignore SIGINT until the child
+        has ended, and `%%bash` takes a child that lives on for one that cannot be stopped.
+        """
         if self.manager.kernel_spec.interrupt_mode == "message":
             assert self.client is not None and self.client.kc is not None
             self.client.kc.control_channel.send(self.manager.session.msg("interrupt_request", {}))
         elif self.sandbox is not None:
-            self.sandbox.signal(signal.SIGINT)
+            self.sandbox.signal(signal.SIGINT, group=True)
+
+    def ignores_interrupt(self) -> bool:
+        """Whether the kernel process ignores SIGINT now."""
+        return self.pid is not None and bool(procfs.ignores(self.pid, signal.SIGINT))
 
     def kill(self, reason: TerminationReason) -> None:
         """Have the tree killed for a reason."""

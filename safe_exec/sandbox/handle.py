@@ -254,9 +254,9 @@ class Sandbox:
 
     # --- ending -------------------------------------------------------------------------------------------------
 
-    def signal(self, signum: int) -> None:
-        """Send a signal to the kernel process alone."""
-        self._say({"op": "signal", "signum": signum})
+    def signal(self, signum: int, *, group: bool = False) -> None:
+        """Send a signal to the kernel process alone, or to its whole process group."""
+        self._say({"op": "signal", "signum": signum, "group": group})
 
     def kill(self, reason: TerminationReason) -> None:
         """Have the whole tree killed; the reason is recorded before the signal is sent, the first one stays."""

@@ -228,7 +228,8 @@ class Keeper:
             if op == "spawn":
                 self.start(request)
             elif op == "signal" and self.pid and not self.exited:
-                procfs.signal_all([self.pid], request["signum"])
+                send = procfs.signal_group if request["group"] else procfs.signal_one
+                send(self.pid, request["signum"])
             elif op == "kill":
                 self.kill(request["reason"])
             elif op == "note":

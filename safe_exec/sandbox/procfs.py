@@ -66,13 +66,22 @@ def soft_limit(pid: int, title: str) -> int | None:
 
 def catches(pid: int, signum: int) -> bool:
     """Whether a process has a handler for a signal (SigCgt in /proc/PID/status)."""
+    return bool(_in_mask(pid, "SigCgt", signum))
+
+
+def ignores(pid: int, signum: int) -> bool | None:
+    """Whether a process ignores a signal (SigIgn in /proc/PID/status); ``None`` when it cannot be read."""
+    return _in_mask(pid, "SigIgn", signum)
+
+
+def _in_mask(pid: int, name: str, signum: int) -> bool | None:
     try:
         for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith("SigCgt:"):
+            if line.startswith(name + ":"):
                 return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
     except (OSError, ValueError, IndexError):
-        return False
-    return False
+        return None
+    return None
 
 
 def innermost_pid(pid: int) -> int | None:
@@ -107,6 +116,11 @@ def descendants(root: int) -> list[int]:
     return order
 
 
+def signal_one(pid: int, signum: int) -> None:
+    """Send a signal to a process; one that is gone meanwhile is no error."""
+    signal_all([pid], signum)
+
+
 def signal_all(pids: Iterable[int], signum: int) -> None:
     """Send a signal to each; those that are gone meanwhile are no error."""
     for pid in pids:
@@ -114,6 +128,20 @@ def signal_all(pids: Iterable[int], signum: int) -> None:
             os.kill(pid, signum)
         except (ProcessLookupError, PermissionError):
             continue
+
+
+def signal_group(pid: int, signum: int) -> None:
+    """Send a signal to a process and all others of its group; to it alone where it does not lead the group.
+
+    Whoever leads a group of its own shares it with its descendants only: nobody else can join it from another session (setpgid(2)).
+    """
+    try:
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signum)
+            return
+    except (ProcessLookupError, PermissionError):
+        pass
+    signal_one(pid, signum)
 
 
 def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) -> list[int]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 FRESH_SECONDS = 0.005
+DEAF_SECONDS = 0.05
+"""How often a kernel that ignored an interrupt is looked at again."""
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
@@ -132,14 +134,21 @@ class CellLoop:
         if subject is not None and not self.session.died.is_set():
             self.state.looked = await look(subject)
 
-    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool:
-        """Interrupt; whether the cell came to its end within the grace time."""
+    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool | None:
+        """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
         if self.state.looked is not None and self.state.looked.state == "T":
             return False  # a stopped process takes no signal but SIGKILL and SIGCONT
         self.state.sink(events.Interrupted(time=self.state.now(), index=index))
+        deadline = time.monotonic() + grace
+        ignored = self.session.ignores_interrupt()
         self.session.interrupt()
-        await asyncio.wait({execution}, timeout=grace)
-        return execution.done() and not self.session.died.is_set()
+        while (left := deadline - time.monotonic()) > 0 and not execution.done():
+            await asyncio.wait({execution}, timeout=min(left, DEAF_SECONDS) if ignored else left)
+            if ignored and not execution.done() and not self.session.ignores_interrupt():
+                # The child of a system(3) has ended by the first one, which went past the kernel itself.
+                ignored = False
+                self.session.interrupt()
+        return None if self.session.died.is_set() else execution.done()
 
     def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
         """The error with which an interrupted cell answered; takes the task's exception so that nobody else reports it."""

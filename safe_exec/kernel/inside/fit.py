@@ -7,11 +7,22 @@ import sys
 from .cells import fit_shell
 from .ending import fit_shutdown
 from .faults import arm, watch
+from .interrupts import fit_interrupts
 from .later import fit_client, fit_collector, fit_debugger
 from .output import fit_descriptors, fit_messages, fit_streams
 from .samples import sample_forever
 
-PARTS = (fit_client, fit_debugger, fit_collector, fit_shell, fit_streams, fit_messages, fit_descriptors, fit_shutdown)
+PARTS = (
+    fit_client,
+    fit_debugger,
+    fit_collector,
+    fit_shell,
+    fit_streams,
+    fit_messages,
+    fit_descriptors,
+    fit_shutdown,
+    fit_interrupts,
+)
 
 
 def fit(inside):
