@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from safe_exec.model import FaultReport, Frame
 from safe_exec.records import dataclass
 
+if TYPE_CHECKING:
+    from safe_exec.kernel.cell_code import CellCode
+
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+_OURS = re.compile(r"/kernel/inside/\w+\.py$")
+"""Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs."""
 LONGEST = 500
 """faulthandler cuts a file name off there."""
 
@@ -28,20 +34,20 @@ class Thread:
     frames: tuple[Frame, ...]
 
 
-def parse_threads(text: str, cells: Mapping[str, int]) -> tuple[Thread, ...]:
-    """All threads of the last dump in ``text``; ``cells`` maps file names of cell code to cell indexes."""
+def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
+    """All threads of the last dump in ``text``; ``cells`` knows whose code a frame runs."""
     threads: list[tuple[int, bool, list[Frame]]] = []
-    known = {_escaped(name): index for name, index in cells.items()}
     for line in text[: text.rfind("\n") + 1].split("\n"):  # a line without its end may be cut off within a name
         if found := _THREAD.match(line):
             threads.append((int(found[2], 16), found[1] == "Current thread", []))
         elif (found := _FRAME.match(line)) and threads:
             number = None if found[2] == "???" else int(found[2])
-            threads[-1][2].append(Frame(function=found[3], line=number, file=found[1], cell=known.get(found[1])))
+            cell, line_in_cell = cells.locate(found[3], number, found[1])
+            threads[-1][2].append(Frame(function=found[3], line=line_in_cell, file=found[1], cell=cell))
     return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """A file name as faulthandler writes it: what is not printable ASCII escaped, at most 500 characters (_Py_DumpASCII)."""
     short = "".join(c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() for c in name[:LONGEST])
     return short + ("..." if len(name) > LONGEST else "")
@@ -50,16 +56,16 @@ def _escaped(name: str) -> str:
 def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
     """A stack up to its outermost frame of notebook code: IPython's own frames below say nothing. Others stay whole."""
     outermost = max((n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1)
-    return frames[: outermost + 1]
+    return tuple(frame for frame in frames[: outermost + 1] if not _OURS.search(frame.file or ""))
 
 
-def main_stack(text: str, cells: Mapping[str, int], main: int | None) -> tuple[Frame, ...]:
+def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...]:
     """The main thread's frames in a dump, empty when it is not there."""
     threads = parse_threads(text, cells)
     return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
 
 
-def dumps(text: str, cells: Mapping[str, int], main: int | None) -> tuple[tuple[Frame, ...], ...]:
+def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
     """The main thread's frames in each of several dumps, as they came."""
     return tuple(t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames)
 
@@ -89,7 +95,7 @@ def fatal_part(text: str) -> str:
 
 
 def parse_fault(
-    text: str, cells: Mapping[str, int], main: int | None, stack_bytes: int | None, stack_limit: int | None
+    text: str, cells: CellCode, main: int | None, stack_bytes: int | None, stack_limit: int | None
 ) -> FaultReport | None:
     """The report of a fatal signal, ``None`` when nothing fatal was written."""
     part = fatal_part(text)

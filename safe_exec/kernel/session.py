@@ -335,7 +335,7 @@ class KernelSession:
 
         def dumped() -> tuple[Frame, ...]:
             fresh = sandbox.fault_text[already:]
-            return faults.main_stack(fresh, self.told.file_cells, self.told.hello.get("main"))
+            return faults.main_stack(fresh, self.told.code, self.told.hello.get("main"))
 
         return Subject(
             pid=self.pid,

@@ -1,7 +1,7 @@
 """What the kernel process tells of itself, over the socket that ``inside`` was given. Claims, every one of them.
 
 Any code in the kernel can write there: what is no fact is let go by, what is told once is not told anew, and there is a bound on each.
-May import content and model.
+May import cell_code, content and model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from safe_exec.kernel.cell_code import CellCode, source_of
 from safe_exec.kernel.content import bounded_size
 from safe_exec.model import Frame
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 MOST_HOSTS = 50
-MOST_FILES = 20_000
 MOST_FACTS = 500
 """Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
 LONGEST_TEXT = 1000
@@ -45,7 +45,7 @@ class Told:
         self.errors: dict[int, tuple[int, Rows]] = {}
         self.executed: str | None = None
         self._cells: dict[int, str] = {}
-        self._files: dict[str, int] = {}
+        self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
 
     def take(self, facts: socket.socket) -> bool:
@@ -81,8 +81,8 @@ class Told:
         """What came first stays: of a thing that is told once, what is told again was not told by us."""
         if "msg_id" in fact:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
-        elif "file" in fact and len(self._files) < MOST_FILES:
-            self._files.setdefault(_text(fact["file"]), int(fact["cell"]))
+        elif "file" in fact:
+            self.code.add(_text(fact["file"]), source_of(fact))
         elif "error" in fact and int(fact["cell"]) in self._cells:
             self.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
         elif "remote" in fact:
@@ -115,12 +115,6 @@ class Told:
     def number_of(self, msg_id: str) -> int:
         """The number inside of the cell that answers a request; 0 when it has not begun."""
         return next((number for number, known in self._cells.items() if known == msg_id), 0)
-
-    @property
-    def file_cells(self) -> dict[str, int]:
-        """File name of cell code to the notebook's cell index."""
-        pairs = ((name, self.index_of(number)) for name, number in self._files.items())
-        return {name: index for name, index in pairs if index is not None}
 
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
         """Rows from inside as frames with notebook cell indexes."""

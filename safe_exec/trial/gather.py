@@ -118,10 +118,10 @@ def _fault(state: TrialState) -> FaultReport | None:
     if ended is None:
         return None
     main = session.told.hello.get("main")
-    report = parse_fault(ended.fault, session.told.file_cells, main, ended.stack_bytes, ended.stack_limit)
+    report = parse_fault(ended.fault, session.told.code, main, ended.stack_bytes, ended.stack_limit)
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
-        report = parse_fault(_recent_text(state), session.told.file_cells, main, None, None)
+        report = parse_fault(_recent_text(state), session.told.code, main, None, None)
     return report
 
 
@@ -245,7 +245,7 @@ def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place
         return None
     session = state.session
     text = fatal_part(ended.fault) or fatal_part(_recent_text(state))
-    stack = fault.stack if fault.main else main_stack(text, session.told.file_cells, session.told.hello.get("main"))
+    stack = fault.stack if fault.main else main_stack(text, session.told.code, session.told.hello.get("main"))
     line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
 
@@ -268,7 +268,7 @@ def _of_last_dump(state: TrialState, index: int) -> Place | None:
     note = provisioner.channels.page.note()
     if note.cell != state.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
         return None
-    stacks = dumps(sandbox.fault_text, session.told.file_cells, session.told.hello.get("main"))
+    stacks = dumps(sandbox.fault_text, session.told.code, session.told.hello.get("main"))
     stack = usual(stacks, index) if stacks else ()
     line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)

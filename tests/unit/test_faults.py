@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_exec.kernel.cell_code import CellCode
 from safe_exec.kernel.faults import dumps, fatal_part, main_stack, parse_fault, parse_threads, usual
 from safe_exec.model import FaultReport, Frame
 
 DUMPS = Path(__file__).parent / "dumps"
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 CELL = "/tmp/ipykernel_7/42.py"
-CELLS = {CELL: 4}
+CELLS = CellCode.of_files({CELL: 4})
+NO_CELLS = CellCode.of_files({})
 
 
 def dump(version: str, mode: str) -> tuple[int, str]:
@@ -201,7 +203,7 @@ ESCAPED = r'  File "/tmp/\xfcn\xef\u20ac\U0001f600/ipykernel_7/42.py", line 2 in
 
 def test_a_cell_in_a_folder_whose_name_is_not_ascii() -> None:
     text = f"Fatal Python error: Aborted\n\nCurrent thread 0x0000000000000009 (most recent call first):\n{ESCAPED}\n"
-    report = parse_fault(text, {"/tmp/ünï€😀/ipykernel_7/42.py": 4}, 9, None, None)
+    report = parse_fault(text, CellCode.of_files({"/tmp/ünï€😀/ipykernel_7/42.py": 4}), 9, None, None)
     assert report is not None and brief(report.stack) == [("<module>", 2, 4)]
 
 
@@ -209,9 +211,9 @@ def test_a_cell_in_a_folder_whose_name_is_not_ascii() -> None:
 def test_wherever_a_dump_is_cut_off_the_rest_is_true(version: str, mode: str) -> None:
     _, text = dump(version, mode)
     text = text[text.index("Fatal") :]
-    whole = {thread.ident: thread.frames for thread in parse_threads(text, {})}
+    whole = {thread.ident: thread.frames for thread in parse_threads(text, NO_CELLS)}
     for cut in range(len(text)):
-        for thread in parse_threads(text[:cut], {}):
+        for thread in parse_threads(text[:cut], NO_CELLS):
             assert thread.ident in whole
             assert thread.frames == whole[thread.ident][: len(thread.frames)], text[max(0, cut - 30) : cut]
 

@@ -1,10 +1,13 @@
 """Which cell runs, under which file name, and at which statement it is."""
 
 import functools
+import linecache
 import sys
 
+from .bodies import Source
 from .layout import COUNTS, COUNTS_AT
 from .output import settle
+from .sources import line_of, map_body, map_cell
 
 
 def first_line(code):
@@ -21,16 +24,18 @@ def fit_shell(inside):
     from IPython.core.interactiveshell import InteractiveShell
     from ipykernel.ipkernel import IPythonKernel
 
-    page, files = inside.page, inside.files
+    page = inside.page
     run_code = InteractiveShell.run_code
 
     @functools.wraps(run_code)
     async def run_code_noted(shell, code_obj, result=None, *, async_=False):
-        if inside.in_cell and code_obj.co_filename not in files:
-            name = code_obj.co_filename
-            files[name] = page.cell
-            inside.fact(file=name, cell=page.cell)
-        inside.at(first_line(code_obj))
+        source = source_of(inside, code_obj.co_filename) if inside.in_cell else None
+        if source is not None:
+            line = line_of(source.line_map, first_line(code_obj))
+            if line:
+                inside.at(line)
+        elif not inside.in_cell:
+            inside.at(first_line(code_obj))
         coroutine = run_code(shell, code_obj, result, async_=async_)
         inside.coroutine = coroutine
         try:
@@ -45,7 +50,7 @@ def fit_shell(inside):
 
     @functools.wraps(do_execute)
     async def do_execute_noted(kernel, *args, **kwargs):
-        begin(inside, kernel)
+        begin(inside, kernel, args[0] if args else kwargs.get("code"))
         try:
             return await do_execute(kernel, *args, **kwargs)
         finally:
@@ -61,12 +66,32 @@ def fit_shell(inside):
     inside.fitted.append("cells")
 
 
+def source_of(inside, name):
+    """The source behind a file name that IPython gave to a text; ``None`` for a text that is not of the running cell."""
+    page, cell = inside.page, inside.bodies.cell
+    known = inside.files.get(name)
+    if known is not None and known.cell == page.cell:
+        return known
+    entry = linecache.cache.get(name)
+    code = "".join(entry[2]) if entry is not None and len(entry) > 2 else cell
+    # The first text of a request is the cell itself; later ones are run by magics, or by the cell's own code.
+    line_map = map_cell(cell, code) if inside.first_text else None
+    if line_map is None:
+        line_map = map_body(cell, code)
+    if line_map is None:
+        return None
+    inside.first_text = False
+    # Two cells of the same text have the same file name: it is the one that runs.
+    source = inside.files[name] = Source(page.cell, line_map)
+    inside.fact(file=name, cell=page.cell, lines=line_map[:500])
+    return source
+
+
 def tell_failure(inside, error):
     """A statement raised: tell where, innermost first; the traceback that is shown may hide frames."""
     rows, entry = [], getattr(error, "__traceback__", None)
     while entry is not None:
-        code = entry.tb_frame.f_code
-        rows.append((code.co_name, entry.tb_lineno, code.co_filename, inside.files.get(code.co_filename, 0)))
+        rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
         entry = entry.tb_next
     rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
     line = next((row[1] for row in rows if row[3] == inside.page.cell), None)
@@ -74,7 +99,7 @@ def tell_failure(inside, error):
         inside.fact(error=rows[:30], line=line, cell=inside.page.cell)
 
 
-def begin(inside, kernel):
+def begin(inside, kernel, code):
     """A cell begins: number it, and tell which request it answers."""
     page = inside.page
     parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
@@ -87,6 +112,8 @@ def begin(inside, kernel):
     inside.msg_id = msg_id
     inside.headers.clear()
     inside.keys.clear()
+    inside.bodies.begin(code if isinstance(code, str) else "")
+    inside.first_text = True
     inside.in_cell = True
     inside.fact(cell=page.cell, msg_id=msg_id)
     if page.cell == 1:

@@ -50,8 +50,17 @@ def watch(inside):
         setattr(os, real.__name__, ours)
         setattr(sys.modules[real.__module__], real.__name__, ours)
 
+    bodies = inside.bodies
+
     def hook(event, args):
-        if event in noted:
+        if event in ("exec", "compile"):
+            if bodies.active and inside.in_cell and not inside.child and _thread.get_ident() == inside.main:
+                note = bodies.note_exec if event == "exec" else bodies.note_compile
+                try:
+                    note(*args)
+                except Exception:  # where memory or the stack run out, the notebook is to meet its own error
+                    bodies.active = False
+        elif event in noted:
             if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
                 inside.here(sys._getframe(1))
         elif event == "socket.connect":

@@ -48,8 +48,7 @@ def awaited(inside, cell):
     while thing is not None and depth < 30:
         frame = getattr(thing, "cr_frame", None) or getattr(thing, "gi_frame", None) or getattr(thing, "ag_frame", None)
         if frame is not None:
-            code = frame.f_code
-            rows.append((code.co_name, frame.f_lineno, code.co_filename, inside.files.get(code.co_filename, 0)))
+            rows.append(inside.row(frame.f_code, frame.f_lineno))
         else:
             rows.append((type(thing).__name__, 0, type(thing).__module__, 0))
         thing = getattr(thing, "cr_await", None) or getattr(thing, "gi_yieldfrom", None)

@@ -7,7 +7,9 @@ import os
 import socket
 
 from . import layout
+from .bodies import Bodies
 from .page import Page
+from .sources import line_of
 
 
 class Inside:
@@ -23,11 +25,14 @@ class Inside:
         self.fault_fd = fault_fd
         self.config = config
         self.main = _thread.get_ident()
-        self.files = {}  # file name of cell code -> cell number
+        self.files = {}  # file name of a cell's own code -> its Source
+        self.codes = {}  # id of a code object made of a cell's body -> its Source
+        self.bodies = Bodies(self)
         self.headers = {}  # id of a header of the running cell -> it
         self.keys = {}  # the same id -> as ipykernel's buffers are named after it
         self.coroutine = None
         self.in_cell = False
+        self.first_text = False  # nothing of the running cell was run yet
         self.before_cells = lambda: None
         self.msg_id = None
         self.hosts = set()
@@ -47,19 +52,26 @@ class Inside:
         """A stack, innermost first, as rows of (function, line, file, cell number)."""
         rows = []
         while frame is not None and len(rows) < limit:
-            code = frame.f_code
-            cell = self.files.get(code.co_filename, 0)
-            rows.append((code.co_name, frame.f_lineno, code.co_filename, cell))
-            if cell and code.co_name == "<module>" and not self.nested(frame.f_back):
+            row = self.row(frame.f_code, frame.f_lineno)
+            rows.append(row)
+            if row[3] and row[0] == "<module>" and not self.nested(frame.f_back):
                 break
             frame = frame.f_back
         return rows
+
+    def row(self, code, line):
+        """A line of code as a row; of a cell's code the line is that of the cell."""
+        source = self.codes.get(id(code)) or self.files.get(code.co_filename)
+        line_in_cell = line_of(source.line_map, line) if source is not None and line else 0
+        if line_in_cell:
+            return (code.co_name, line_in_cell, code.co_filename, source.cell)
+        return (code.co_name, line, code.co_filename, 0)
 
     def nested(self, frame):
         """Whether a cell's module frame stands on another cell's (``%run``, ``run_cell`` inside a cell)."""
         depth = 0
         while frame is not None and depth < 60:
-            if frame.f_code.co_filename in self.files:
+            if frame.f_code.co_filename in self.files or id(frame.f_code) in self.codes:
                 return True
             frame, depth = frame.f_back, depth + 1
         return False

@@ -1,0 +1,102 @@
+"""Which compiled code came from the body of a cell magic, seen in Python's own audit events.
+
+Whatever a magic does with its body, Python compiles a text and then executes a code object, and says
+so each time ("compile" and "exec" in the table of audit events). A text that ``sources.map_body``
+finds in the running cell is remembered under the file name it is compiled as, and the code object
+executed under that name is the cell's. A syntax tree is compiled without a file name
+(``PyAST_CodeObject``): it belongs to the text that was parsed last, and the next code object that is
+executed is made of it.
+"""
+
+import types
+
+from . import sources
+
+MOST_TEXTS = 200
+"""Different texts that are looked for in one cell; a loop that evaluates strings makes any number."""
+MOST_CODES = 300
+
+
+class Bodies:
+    """The texts and code objects of the running cell. ``names`` maps file names to line maps."""
+
+    def __init__(self, inside):
+        self.inside = inside
+        self.cell = ""
+        self.active = False
+        self.names = {}
+        self.texts = {}
+        self.parsed = None
+        self.tree = None
+
+    def begin(self, cell):
+        """A cell begins; one without a cell magic has no body to look for."""
+        self.cell = cell
+        self.active = cell.lstrip()[:2] == "%%" or "%%" in cell[:2000]
+        self.names, self.texts, self.parsed, self.tree = {}, {}, None, None
+
+    def note_compile(self, source, name):
+        """The event "compile": a text with the file name that its code will have, or a syntax tree."""
+        if isinstance(source, bytes):
+            source = source.decode("utf-8", "replace")
+        if not isinstance(source, str):
+            self.tree = self.parsed
+            return
+        self.parsed = self.map_of(source)
+        if isinstance(name, str):
+            if self.parsed is None:
+                self.names.pop(name, None)
+            else:
+                self.names[name] = self.parsed
+
+    def map_of(self, text):
+        """The line map of a text of the running cell, else ``None``."""
+        if text not in self.texts:
+            # A text that is much longer than the cell is something else.
+            if len(self.texts) >= MOST_TEXTS or len(text) > 2 * len(self.cell) + 2000:
+                return None
+            self.texts[text] = sources.map_body(self.cell, text)
+        return self.texts[text]
+
+    def note_exec(self, code):
+        """The event "exec": code that is about to run."""
+        inside, name = self.inside, code.co_filename
+        tree, self.tree = self.tree, None
+        if id(code) in inside.codes or name in inside.files:
+            return
+        line_map = self.names.get(name) or tree
+        if line_map is not None:
+            self.names[name] = line_map
+            self.register(code, line_map)
+
+    def register(self, code, line_map):
+        """Know a code object and all that are defined in it. They are held: an id is only theirs while they live."""
+        inside, waiting, rows = self.inside, [code], []
+        source = Source(inside.page.cell, line_map, code)
+        while waiting:
+            one = waiting.pop()
+            inside.codes[id(one)] = source
+            rows.append((one.co_name, one.co_firstlineno, last_line(one)))
+            waiting += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+        codes = rows if len(rows) <= MOST_CODES else None
+        inside.fact(file=code.co_filename, cell=inside.page.cell, lines=line_map[:MOST_CODES], codes=codes)
+
+
+class Source:
+    """Code of a cell: the cell's number and the line map of the code."""
+
+    __slots__ = ("cell", "code", "line_map")
+
+    def __init__(self, cell, line_map, code=None):
+        self.cell = cell
+        self.line_map = line_map
+        self.code = code
+
+
+def last_line(code):
+    """The highest line of a code object, those defined in it left out."""
+    if not hasattr(code, "co_lines"):  # before Python 3.10
+        import dis
+
+        return max((line for _, line in dis.findlinestarts(code)), default=code.co_firstlineno)
+    return max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)

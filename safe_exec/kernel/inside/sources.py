@@ -1,0 +1,128 @@
+"""Finds the line of a cell that a line of compiled code came from. Pure.
+
+IPython does not compile a cell as it is written: it drops leading blank lines, prompts and
+indentation, and turns magics and shell commands into calls, with continued lines joined to one. A
+cell magic gets the rest of the cell as text and may run it again in any way: through ``run_cell``,
+``compile``, ``exec``, or wrapped in code of its own. So code is found in its cell by its text, and
+no magic has to be known by name.
+
+A *line map* is a list of ``[code line, cell line]``: from the code line on, lines of both count up
+together; cell line 0 says that from there on nothing is known.
+"""
+
+import re
+from bisect import bisect_right
+
+_PROMPT = re.compile(r"\s*(?:>>>(?: |$)|\.\.\.(?: |$)|In \[\d+\]: |\.{3,}: ?)")
+_SPECIAL = re.compile(r"[%!?,;/]|.*\?$|.*=\s*[%!]")
+_CALL = "get_ipython()."
+WINDOW = 200
+"""So many lines ahead the next line that both texts have is looked for."""
+
+
+def line_of(line_map, line):
+    """The line of the cell for a line of the code; 0 where it is not known."""
+    at = bisect_right(line_map, [line, 1 << 62]) - 1
+    if at < 0 or not line_map[at][1]:
+        return 0
+    return line_map[at][1] + line - line_map[at][0]
+
+
+def map_cell(cell, code):
+    """The line map of the code that IPython made of a whole cell; ``None`` for code of another text."""
+    if cell.rstrip() == code.rstrip():
+        return [[1, 1], [len(cell.splitlines()) + 1, 0]]
+    lines, made = cell.splitlines(), code.splitlines()
+    targets, matches = _pair(lines, made)
+    if not matches and len(lines) != len(made) and any(made):
+        return None
+    return _compressed(targets, 0)
+
+
+def map_body(cell, code):
+    """The line map of code that a cell magic made of its body; ``None`` for code of another text.
+
+    At least half of the code's lines must be lines of the body, or they must be all of its lines.
+    """
+    lines = cell.splitlines()
+    start = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    if start >= len(lines) or not _bare(lines[start]).startswith("%%"):
+        return None
+    body, made = lines[start + 1 :], code.splitlines()
+    targets, matches = _pair(body, made)
+    written = sum(1 for line in made if line.strip())
+    whole = matches > 1 and matches == sum(1 for line in body if line.strip())
+    if not matches or (2 * matches < written and not whole):
+        return None
+    return _compressed(targets, start + 1)
+
+
+def _bare(line):
+    """A line without indentation and without the prompt of a session that it was copied from."""
+    return _PROMPT.sub("", line, count=1).strip()
+
+
+def _pair(lines, made):
+    """For each line of code the index of its line of text, ``None`` where there is none; and how many are sure.
+
+    Both are walked together. Where they differ, the walk goes on at the nearest line that both have.
+    """
+    bare, code = [_bare(line) for line in lines], [_bare(line) for line in made]
+    places = {}
+    for number, line in enumerate(code):
+        if line:
+            places.setdefault(line, []).append(number)
+    targets, matches, at = [], 0, 0
+    while len(targets) < len(code) and at < len(bare):
+        now = len(targets)
+        if bare[at] == code[now]:
+            matches += bool(bare[at])
+            targets.append(at)
+            at += 1
+        elif not bare[at]:
+            at += 1
+        elif not code[now]:
+            targets.append(None)
+        elif _CALL in code[now] and _SPECIAL.match(bare[at]):
+            matches += 1
+            targets.append(at)
+            while at < len(bare) - 1 and lines[at].endswith("\\"):
+                at += 1
+            at += 1
+        else:
+            skipped, extra = _next_common(bare, code, places, at, now)
+            targets += [at + n if n < skipped else at + skipped - 1 if skipped else None for n in range(extra)]
+            at += skipped
+    return targets + [None] * (len(code) - len(targets)), matches
+
+
+def _next_common(bare, code, places, at, now):
+    """How many lines of text and of code to leave behind until both are at the same line again."""
+    best = None
+    for skipped in range(min(WINDOW, len(bare) - at)):
+        line = bare[at + skipped]
+        if best is not None and skipped >= sum(best):
+            break
+        found = places.get(line, ()) if line else ()
+        later = bisect_right(found, now - 1)
+        if later < len(found) and (best is None or skipped + found[later] - now < sum(best)):
+            best = (skipped, found[later] - now)
+    if best is not None:
+        return best
+    # Nothing in common from here on: a transformer that keeps lines leaves as many as there were.
+    rest = len(code) - now
+    return (rest, rest) if rest == len(bare) - at else (len(bare) - at, 0)
+
+
+def _compressed(targets, offset):
+    """A line map from the index of the text's line for each line of code."""
+    line_map = []
+    for number, target in enumerate([*targets, None], 1):
+        line = 0 if target is None else target + offset + 1
+        expected = 0
+        if line_map:
+            first, mapped = line_map[-1]
+            expected = mapped and mapped + number - first
+        if not line_map or line != expected:
+            line_map.append([number, line])
+    return line_map
