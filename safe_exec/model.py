@@ -7,6 +7,7 @@ Imports nothing else of safe-exec. Sizes are bytes and times are seconds everywh
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Mapping
 from enum import StrEnum
@@ -293,6 +294,11 @@ class TerminationReason(StrEnum):
 # --- how a trial ended: observed, not interpreted ---------------------------------------------------------------
 
 
+_DEBUGGER = re.compile(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(")
+"""Frames of a debugger in a traceback, as IPython 7 to 9 print them."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellError:
     """An exception that a cell raised, as the kernel reported it."""
@@ -300,6 +306,11 @@ class CellError:
     ename: str
     evalue: str
     traceback: tuple[str, ...] = ()
+
+    @property
+    def in_debugger(self) -> bool:
+        """Whether a debugger stands in the traceback."""
+        return _DEBUGGER.search(_COLOURS.sub("", "\n".join(self.traceback))) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,7 +497,7 @@ class Evidence:
     Origins: everything is read outside the kernel but ``error``, ``place``, ``remote_hosts``, ``executed``,
     ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
-    threads than the run, and how many.
+    threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
     """
 
     exit: ExitStatus | None = None
@@ -516,6 +527,7 @@ class Evidence:
     cell_output_truncated: bool = False
     output_bytes: int | None = None
     exit_caller: tuple[Frame, ...] = ()
+    exit_request: tuple[Frame, ...] = ()
     remote_hosts: tuple[str, ...] = ()
     signals_to_runner: tuple[int, ...] = ()
     signals_to_keeper: tuple[int, ...] = ()

@@ -7,15 +7,17 @@ from safe_exec.model import Cause, CauseKind, CellFailed, Confidence
 
 
 def stdin(context: Context) -> Cause | None:
-    """``input()`` and ``getpass()`` are refused: nobody is there to type."""
+    """``input()``, ``getpass()`` and debuggers are refused: nobody is there to type."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None or error.ename != "StdinNotImplementedError":
         return None
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    summary = "the cell asked for input, and nobody is there to type it"
     advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
-    return make(
-        context, CauseKind.STDIN, "the cell asked for input, and nobody is there to type it", Confidence.CERTAIN, facts, advice
-    )
+    if error.in_debugger:
+        summary = "the cell started a debugger, which asks for input, and nobody is there to type it"
+        advice = "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook is run by itself."
+    return make(context, CauseKind.STDIN, summary, Confidence.CERTAIN, facts, advice)
 
 
 def exception(context: Context) -> Cause | None:

@@ -27,7 +27,10 @@ def asked_to_exit(context: Context) -> Cause | None:
         return None
     where = context.human(context.ending.cell)
     facts = (inside("asked to exit", True, "payload of the execute reply"),)
-    summary = f"{where} called exit() or quit(): the kernel was asked to end; the cells after it ran only because they were quick"
+    summary = f"{where} called exit() or quit(), which ends the kernel"
+    later = [c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None]
+    if later:
+        summary += f"; {context.human(later[-1].index)} still ran only because the kernel takes a moment to end"
     advice = "Guard the rest of the notebook with an if, or raise an exception; exit() ends the kernel of everyone who runs this."
     return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, facts, advice)
 
@@ -40,6 +43,11 @@ def exited(context: Context) -> Cause | None:
     code = evidence.exit.exit_code
     facts = list(exit_facts(evidence))
     by = ""
+    asked = next((frame for frame in evidence.exit_request if frame.cell is not None), None)
+    if asked is not None and not evidence.exit_caller and code == 0:
+        place = f"{context.human(asked.cell)}, line {asked.line}"
+        facts.append(inside("asked to exit", place, "noted before the call"))
+        by = f", as exit() or quit() in {place} had asked it to"
     if evidence.exit_caller:
         frame = evidence.exit_caller[0]
         where = (

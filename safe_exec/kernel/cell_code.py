@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safe_exec.kernel.faults import escaped
-from safe_exec.kernel.inside.sources import line_of
+from safe_exec.kernel.inside import sources
 from safe_exec.records import dataclass
 
 MOST_SOURCES = 20_000
 LONGEST_MAP = 500
+_line_of: Callable[[list[list[int]], int], int] = sources.line_of
 IDENTITY = [[1, 1]]
 """The line map of code whose lines are those of the cell."""
 
@@ -70,7 +71,7 @@ class CellCode:
             if line is None:
                 index = self._index_of(source.cell) if source.functions is None else None
                 return index, None
-            line_in_cell = line_of(source.line_map, line) if source.has(function, line) else 0
+            line_in_cell = _line_of(source.line_map, line) if source.has(function, line) else 0
             index = self._index_of(source.cell) if line_in_cell else None
             if index is not None:
                 return index, line_in_cell

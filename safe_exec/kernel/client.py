@@ -165,9 +165,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         await super()._check_raise_for_error(cell, cell_index, exec_reply)
 
     def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
-        """``exit()`` in IPython answers "ok" with a payload that asks the frontend to end the kernel."""
+        """``exit()`` in IPython answers "ok" with a payload that asks the frontend to end the kernel; ``exit(True)`` keeps it."""
         for payload in content.get("payload") or ():
-            if isinstance(payload, dict) and payload.get("source") == "ask_exit" and self.asked_to_exit is None:
+            asks = isinstance(payload, dict) and payload.get("source") == "ask_exit" and payload.get("keepkernel") is not True
+            if asks and self.asked_to_exit is None:
                 self.asked_to_exit = cell_index
 
     # --- output -------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class Told:
         self.hosts: list[str] = []
         self.exit_caller: Rows = []
         self.errors: dict[int, tuple[int, Rows]] = {}
+        self.shown: dict[int, tuple[int, Rows]] = {}
+        self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.executed: str | None = None
         self._cells: dict[int, str] = {}
         self.code = CellCode(self.index_of)
@@ -83,8 +85,8 @@ class Told:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
         elif "file" in fact:
             self.code.add(_text(fact["file"]), source_of(fact))
-        elif "error" in fact and int(fact["cell"]) in self._cells:
-            self.errors[int(fact["cell"])] = (int(fact["line"]), _rows(fact["error"]))
+        elif "line" in fact and int(fact["cell"]) in self._cells:
+            self._note_line(fact, int(fact["cell"]), int(fact["line"]))
         elif "remote" in fact:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
@@ -95,6 +97,15 @@ class Told:
             self.client.cut_display(bounded_size(fact["oversize"]))
         elif "hello" in fact and not self.hello:
             self.hello = fact
+
+    def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
+        """A line of a cell, with the stack at it. Of errors that are raised the last counts, of all else the first."""
+        if "error" in fact:
+            self.errors[number] = (line, _rows(fact["error"]))
+        elif "shown" in fact:
+            self.shown.setdefault(number, (line, _rows(fact["shown"])))
+        elif "asked_to_exit" in fact:
+            self.exit_requests.setdefault(number, (line, _rows(fact["asked_to_exit"])))
 
     def _note_cell(self, number: int, msg_id: str) -> None:
         """Which request a number inside answers: only one that was sent, and each but once."""

@@ -22,6 +22,7 @@ from safe_exec.model import (
     TimedOut,
 )
 from safe_exec.sandbox.meter import Reading
+from safe_exec.trial.errors import error_of
 from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ class CellLoop:
             execution.exception()
         else:
             execution.cancel()
-        return self._error_of(self.state.current)
+        client, index = self.session.client, self.state.current
+        # One that it shows tells nothing of the interrupt.
+        return self._error_of(index) if client is not None and index in client.replies else None
 
     async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
         """What became of a cell that is done, one way or another."""
@@ -168,23 +171,33 @@ class CellLoop:
                 execution.cancel()
                 await self._stop_for_death(index)
         failure = execution.exception()
-        reply = client.replies.get(index, {})
-        if failure is None:
-            self._end(index, CellStatus.PASSED if reply.get("status", "ok") != "error" else CellStatus.FAILED)
-            return
         error = self._error_of(index)
-        if error is None:
+        if failure is not None and error is None:
             raise failure
-        self._end(index, CellStatus.FAILED)
-        raise Stop(CellFailed(cell=index, error=error))
+        self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
+        if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
+            raise Stop(CellFailed(cell=index, error=error))
 
     def _error_of(self, index: int | None) -> CellError | None:
+        """The error of a cell that is done: the one that it answered with, or one that it shows."""
         client = self.session.client
-        reply = client.replies.get(index, {}) if client and index is not None else {}
-        if reply.get("status") != "error":
+        if client is None or index is None:
             return None
-        traceback = tuple(str(line) for line in reply.get("traceback") or ())
-        return CellError(ename=str(reply.get("ename", "")), evalue=str(reply.get("evalue", "")), traceback=traceback)
+        found = error_of(client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ()))
+        if found is not None and found.debugger:
+            self.state.warn_once(
+                f"code cell {self.ledger.code_index(index) + 1}: after the error a debugger waited for input"
+                " (%pdb on, or post_mortem()); there is nobody to type it"
+            )
+        return found.error if found is not None else None
+
+    def _may_raise(self, index: int, ename: str) -> bool:
+        """Whether the run goes on after an error of the cell, as nbclient decides it."""
+        client = self.session.client
+        assert client is not None
+        tags = self.request.node.cells[index].metadata.get("tags", [])
+        allowed = client.allow_errors or ename in client.allow_error_names or "raises-exception" in tags
+        return bool(allowed and not client.force_raise_errors)
 
     async def _stop_for_death(self, index: int | None) -> None:
         """The kernel is dead: keep its last words and raise the ending."""

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from safe_exec.kernel.faults import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
 from safe_exec.model import (
     CellFailed,
+    Died,
     Ending,
     Evidence,
     FaultReport,
+    Frame,
     Place,
     StartFailed,
     TimedOut,
@@ -83,6 +85,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_output_truncated=client.accounts.truncated if client else False,
         output_bytes=None if ledger.ready_at is None else sum(r.output_bytes or 0 for r in ledger.records.values()),
         exit_caller=session.told.frames(session.told.exit_caller),
+        exit_request=_exit_request(state),
         remote_hosts=tuple(session.told.hosts),
         signals_to_runner=tuple(state.signals),
         signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
@@ -95,6 +98,14 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         last_words=_recent_text(state)[-4000:],
         isolation=session.sandbox.isolation if session.sandbox else None,
     ), place
+
+
+def _exit_request(state: TrialState) -> tuple[Frame, ...]:
+    """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
+    told, client = state.session.told, state.session.client
+    asked = client.asked_to_exit if client is not None else None
+    rows = next((rows for number, (_, rows) in told.exit_requests.items() if told.index_of(number) == asked), [])
+    return told.frames(rows)
 
 
 def _recent_text(state: TrialState) -> str:
@@ -174,6 +185,8 @@ def _disk_free(request: TrialRequest) -> int | None:
 
 
 def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Place | None:
+    if isinstance(ending, Died) and ending.asked_to_exit:
+        return _of_exit_request(state, ending.cell)
     if state.current is None or isinstance(ending, StartFailed):
         return None
     index = state.current
@@ -217,8 +230,18 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     return None
 
 
+def _of_exit_request(state: TrialState, index: int | None) -> Place | None:
+    """Where ``exit()`` or ``quit()`` was called."""
+    told = state.session.told
+    for number, (line, rows) in told.exit_requests.items():
+        if line and index is not None and told.index_of(number) == index:
+            return Place(cell=index, line=line, source="exit request", stack=told.frames(rows))
+    return None if index is None else _only_line(state, index)
+
+
 def _of_error(state: TrialState, index: int) -> Place | None:
-    found = state.session.told.errors.get(state.number_now())
+    told, number = state.session.told, state.number_now()
+    found = told.errors.get(number) or told.shown.get(number)
     if found is not None:
         line, rows = found
         return Place(cell=index, line=line, source="traceback", stack=state.session.told.frames(rows))
@@ -295,8 +318,9 @@ def _of_page(state: TrialState, index: int) -> Place | None:
 
 def _of_single_line(state: TrialState, index: int) -> Place | None:
     """A cell of one line leaves no doubt, whatever the kernel."""
+    return _only_line(state, index) if state.number_now() or not state.session.fitted else None
+
+
+def _only_line(state: TrialState, index: int) -> Place | None:
     lines = [n for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1) if line.strip()]
-    number = state.number_now()
-    if len(lines) != 1 or (state.session.fitted and not number):
-        return None
-    return Place(cell=index, line=lines[0], source="only line")
+    return Place(cell=index, line=lines[0], source="only line") if len(lines) == 1 else None

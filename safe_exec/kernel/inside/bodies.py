@@ -3,11 +3,12 @@
 Whatever a magic does with its body, Python compiles a text and then executes a code object, and says
 so each time ("compile" and "exec" in the table of audit events). A text that ``sources.map_body``
 finds in the running cell is remembered under the file name it is compiled as, and the code object
-executed under that name is the cell's. A syntax tree is compiled without a file name
-(``PyAST_CodeObject``): it belongs to the text that was parsed last, and the next code object that is
-executed is made of it.
+executed under that name is the cell's. The event for a syntax tree has no file name: a tree that
+holds statements of such a text, at their places, is the cell's, and the next code object that is
+executed is made of it. (``%%timeit`` puts the statements into a loop of its own.)
 """
 
+import ast
 import types
 
 from . import sources
@@ -26,28 +27,38 @@ class Bodies:
         self.active = False
         self.names = {}
         self.texts = {}
-        self.parsed = None
+        self.statements = {}
+        self.unparsed = []
         self.tree = None
 
     def begin(self, cell):
         """A cell begins; one without a cell magic has no body to look for."""
         self.cell = cell
-        self.active = cell.lstrip()[:2] == "%%" or "%%" in cell[:2000]
-        self.names, self.texts, self.parsed, self.tree = {}, {}, None, None
+        self.active = "%%" in cell
+        self.names, self.texts, self.statements, self.unparsed, self.tree = {}, {}, {}, [], None
 
     def note_compile(self, source, name):
-        """The event "compile": a text with the file name that its code will have, or a syntax tree."""
+        """The event "compile": a text with the file name that its code will have, or a syntax tree without one."""
         if isinstance(source, bytes):
             source = source.decode("utf-8", "replace")
-        if not isinstance(source, str):
-            self.tree = self.parsed
-            return
-        self.parsed = self.map_of(source)
-        if isinstance(name, str):
-            if self.parsed is None:
+        if isinstance(source, ast.AST):
+            self.tree = self.map_of_tree(source)
+        elif isinstance(source, str):
+            line_map = self.map_of(source)
+            if line_map is None:
                 self.names.pop(name, None)
             else:
-                self.names[name] = self.parsed
+                self.names[name] = line_map
+
+    def map_of_tree(self, tree):
+        """The line map of the text whose statements a syntax tree holds, else ``None``."""
+        if not self.texts:
+            return None
+        while self.unparsed:
+            text = self.unparsed.pop()
+            for place in places(parsed(text)):
+                self.statements[place] = self.texts[text]
+        return next((self.statements[place] for place in places(tree) if place in self.statements), None)
 
     def map_of(self, text):
         """The line map of a text of the running cell, else ``None``."""
@@ -56,6 +67,8 @@ class Bodies:
             if len(self.texts) >= MOST_TEXTS or len(text) > 2 * len(self.cell) + 2000:
                 return None
             self.texts[text] = sources.map_body(self.cell, text)
+            if self.texts[text] is not None:
+                self.unparsed.append(text)
         return self.texts[text]
 
     def note_exec(self, code):
@@ -91,6 +104,26 @@ class Source:
         self.cell = cell
         self.line_map = line_map
         self.code = code
+
+
+def parsed(text):
+    """The syntax tree of a text; an empty one where it has none."""
+    try:
+        flags = ast.PyCF_ONLY_AST | getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0)
+        return compile(text, "<unknown>", "exec", flags, dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+def places(tree):
+    """Each statement that holds no others, and the expression of one, with all their positions."""
+    if isinstance(tree, ast.Expression):
+        yield ast.dump(tree.body, include_attributes=True)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            yield ast.dump(node, include_attributes=True)
+            if isinstance(node, ast.Expr):
+                yield ast.dump(node.value, include_attributes=True)
 
 
 def last_line(code):

@@ -94,9 +94,20 @@ def tell_failure(inside, error):
         rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
         entry = entry.tb_next
     rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
-    line = next((row[1] for row in rows if row[3] == inside.page.cell), None)
+    line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
     if line:
         inside.fact(error=rows[:30], line=line, cell=inside.page.cell)
+
+
+def syntax_line(inside, error):
+    """The line of the cell where text of its own is no Python; 0 for other errors and other texts."""
+    if not isinstance(error, SyntaxError) or not error.filename or not error.lineno:
+        return 0
+    known = inside.bodies.names.get(error.filename)
+    if known is not None:
+        return line_of(known, error.lineno)
+    source = source_of(inside, error.filename) if error.filename.endswith(".py") else None
+    return line_of(source.line_map, error.lineno) if source is not None else 0
 
 
 def begin(inside, kernel, code):

@@ -1,6 +1,7 @@
 """Where the process was when it died: fatal signals' stacks, and exact places before calls from which there may be no return."""
 
 import _thread
+import contextlib
 import faulthandler
 import os
 import sys
@@ -56,10 +57,10 @@ def watch(inside):
         if event in ("exec", "compile"):
             if bodies.active and inside.in_cell and not inside.child and _thread.get_ident() == inside.main:
                 note = bodies.note_exec if event == "exec" else bodies.note_compile
-                try:
+                bodies.active = False  # what is compiled to look closer is not the notebook's
+                with contextlib.suppress(Exception):  # where memory or the stack run out, the notebook meets its own error
                     note(*args)
-                except Exception:  # where memory or the stack run out, the notebook is to meet its own error
-                    bodies.active = False
+                    bodies.active = True
         elif event in noted:
             if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
                 inside.here(sys._getframe(1))

@@ -6,6 +6,7 @@ import sys
 
 from .cells import fit_shell
 from .ending import fit_shutdown
+from .errors import fit_errors
 from .faults import arm, watch
 from .interrupts import fit_interrupts
 from .later import fit_client, fit_collector, fit_debugger
@@ -22,6 +23,7 @@ PARTS = (
     fit_descriptors,
     fit_shutdown,
     fit_interrupts,
+    fit_errors,
 )
 
 

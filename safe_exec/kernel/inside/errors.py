@@ -1,0 +1,58 @@
+"""Errors that a cell shows, and a wish to exit: where each came from.
+
+A traceback may be shown by a cell whose code goes on: ``%run`` of a file that raises, a formatter
+that fails, ``showtraceback()`` in a library. The shell's own reply says nothing of its place then.
+"""
+
+import functools
+import sys
+
+from .cells import syntax_line
+
+MOST_ROWS = 30
+
+
+def fit_errors(inside):
+    """Tell where each shown error was raised, and who called ``exit()`` or ``quit()``."""
+    from ipykernel.zmqshell import ZMQInteractiveShell
+
+    show, ask_exit = ZMQInteractiveShell._showtraceback, ZMQInteractiveShell.ask_exit
+
+    @functools.wraps(show)
+    def show_noted(shell, etype, evalue, stb):
+        if inside.in_cell and not inside.child:
+            tell_shown(inside, evalue)
+        return show(shell, etype, evalue, stb)
+
+    @functools.wraps(ask_exit)
+    def ask_exit_noted(shell):
+        if inside.in_cell and not inside.child:
+            rows = inside.frames(sys._getframe(1))
+            line = next((row[1] for row in rows if row[3] == inside.page.cell), 0)
+            inside.fact(asked_to_exit=rows, line=line, cell=inside.page.cell)
+        return ask_exit(shell)
+
+    ZMQInteractiveShell._showtraceback = show_noted
+    ZMQInteractiveShell.ask_exit = ask_exit_noted
+    inside.fitted.append("errors")
+
+
+def tell_shown(inside, error):
+    """Tell the stack of an error that is about to be shown, down to the cell that it is shown in."""
+    rows = rows_of(inside, error)
+    line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
+    if line:
+        inside.fact(shown=rows[:MOST_ROWS], line=line, cell=inside.page.cell)
+
+
+def rows_of(inside, error):
+    """Where an error was raised, innermost first, with the callers of whoever caught it."""
+    entry = getattr(error, "__traceback__", None)
+    if entry is None:
+        return []
+    rows, callers = [], inside.frames(entry.tb_frame.f_back)
+    while entry is not None:
+        rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
+        entry = entry.tb_next
+    # Below the cell there is nothing but what runs it.
+    return rows[::-1] + (callers if callers and callers[-1][3] else [])

@@ -1,0 +1,45 @@
+"""The error of a cell that is done, from its reply and its outputs. Pure; imports model and records.
+
+A traceback in the outputs is an error whatever the reply says, as it is to papermill and to everyone
+who sees the notebook: ``%run`` of a file that raises answers "ok".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from safe_exec.model import CellError
+from safe_exec.records import dataclass
+
+NO_ERROR = "NoneType"
+"""What ipykernel 7 answers where showing a result failed: it names the type of an error that there is not."""
+NOBODY_TYPES = "StdinNotImplementedError"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundError:
+    """The error, and whether a debugger was started after it that asked for input."""
+
+    error: CellError
+    debugger: bool = False
+
+
+def error_of(reply: Mapping[str, Any], outputs: Iterable[Mapping[str, Any]]) -> FoundError | None:
+    """The error of a cell; ``None`` where it neither answered with one nor shows one."""
+    shown = next((_error(output) for output in outputs if output.get("output_type") == "error"), None)
+    if reply.get("status") != "error":
+        return None if shown is None else FoundError(error=shown)
+    answered = _error(reply)
+    if shown is None or answered.ename == shown.ename:
+        return FoundError(error=answered)
+    if answered.ename == NO_ERROR:
+        return FoundError(error=shown)
+    if answered.ename == NOBODY_TYPES and answered.in_debugger:
+        return FoundError(error=shown, debugger=True)
+    return FoundError(error=answered)
+
+
+def _error(content: Mapping[str, Any]) -> CellError:
+    traceback = tuple(str(line) for line in content.get("traceback") or ())
+    return CellError(ename=str(content.get("ename", "")), evalue=str(content.get("evalue", "")), traceback=traceback)
