@@ -25,7 +25,9 @@ from safe_exec.sandbox import birth, leftovers
 from safe_exec.sandbox.build import build_plan
 from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.machine import detect
+from safe_exec.sandbox.meter import has_memory_group
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.process_tree import ProcessTree
 from safe_exec.sandbox.watchdog import Watchdog
 from safe_exec.units import format_size
 
@@ -119,7 +121,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.plan.watch - {LimitName.CPU_TIME, LimitName.DISK} or (
             LimitName.CPU_TIME in self.plan.watch and self.on_limit is None
         ):
-            self.watchdog = Watchdog(self.sandbox.keeper_pid, self.limits, self.plan.watch, self._limit_passed)
+            shared = not has_memory_group(self.plan)
+            tree = ProcessTree(self.sandbox.keeper_pid, self.sandbox.kernel_pid, counts_shared=shared)
+            self.watchdog = Watchdog(tree, self.limits, self.plan.watch, self._limit_passed)
             self.watchdog.start()
 
     def _limit_passed(self, name: LimitName, used: float) -> None:
@@ -128,6 +132,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.kill(TerminationReason(name.value))
         if self.on_limit is not None:
             self.on_limit(name, used)
+
+    @property
+    def watches(self) -> bool:
+        """Whether limits are watched here."""
+        return self.watchdog is not None or self._diskwatch is not None
+
+    def look_last(self) -> None:
+        """Look at the limits that are watched once more, before the kernel is asked to end. May take some 50 ms."""
+        for watch in (self.watchdog, self._diskwatch):
+            if watch is not None:
+                watch.look(last=True)
 
     def stop_watching(self) -> None:
         """End the watches; before the tree is killed, or they would see it go."""

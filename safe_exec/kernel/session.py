@@ -154,7 +154,9 @@ class KernelSession:
         loop.add_reader(self.sandbox.fileno(), self._pump)
         if self.provisioner.fitted and self.provisioner.channels is not None:
             loop.add_reader(self.provisioner.channels.facts.fileno(), self.take_facts)
-        self.meter = Meter(self.plan, self.sandbox.keeper_pid)
+        watchdog = self.provisioner.watchdog
+        tree = watchdog.tree if watchdog is not None else None
+        self.meter = Meter(self.plan, self.sandbox.keeper_pid, self.sandbox.kernel_pid, tree)
 
     def _pump(self) -> None:
         assert self.sandbox is not None
@@ -368,6 +370,26 @@ class KernelSession:
         """Have the tree killed for a reason."""
         if self.sandbox is not None:
             self.sandbox.kill(reason)
+
+    @property
+    def condemned(self) -> TerminationReason | None:
+        """Why we have decided to kill the kernel, from the moment of the decision on; it may live a little longer."""
+        return self.sandbox.condemned if self.sandbox else None
+
+    def look_at_limits(self) -> None:
+        """Look at memory, processes and processor time now, where a watchdog holds them."""
+        if self.provisioner is not None and self.provisioner.watchdog is not None:
+            self.provisioner.watchdog.look()
+
+    async def may_be_asked_to_end(self) -> bool:
+        """Whether the kernel lives and has passed no limit; from now on its end is part of the shutdown."""
+        if self.provisioner is not None and self.provisioner.watches:
+            await asyncio.to_thread(self.provisioner.look_last)
+        # A death of which the keeper has not heard yet, or not told us, came before our request all the same.
+        main = procfs.stat(self.pid) if self.pid is not None else None
+        if self.sandbox is None or self.died.is_set() or main is None or main.state in "ZX":
+            return False
+        return self.sandbox.ask_to_end()
 
     async def shut_down(self) -> bool:
         """Ask a live kernel to end and give its exit hooks a moment; whether it ended by itself."""

@@ -56,32 +56,46 @@ class DiskWatch(threading.Thread):
         self._root, self._places, self._allowed = root, places, allowed
         self._on_passed = on_passed
         self._stop_event = threading.Event()
-        self._before = 0
+        self._looking = threading.Lock()
+        self._before: int | None = None
+        self._passed = False
         self._used = 0
         self._free = 0
+        self._begun = self._took = 0.0
 
     def run(self) -> None:
         """Walk once for what was there before, then look on."""
-        self._before = size_of(self._places)
-        self._free = free_of(self._places)
-        begun, took = time.monotonic(), 0.0
-        while not self._stop_event.wait(LOOK_SECONDS):
-            # Of all that is allowed, what is not used yet may have been written since: then look, but no more than half of the time.
-            gone = self._free - free_of(self._places)
-            rest = took if gone > self._allowed - self._used else max(WALK_SECONDS, SHARE * took)
-            if time.monotonic() - begun - took < rest:
-                continue
-            begun = time.monotonic()
+        with self._looking:
+            self._before = size_of(self._places)
             self._free = free_of(self._places)
-            self._used = self._look()
-            took = time.monotonic() - begun
-            if self._used > self._allowed:
-                self._on_passed(self._used)
+            self._begun = time.monotonic()
+        while not self._stop_event.wait(LOOK_SECONDS):
+            if self.look():
                 return
 
-    def _look(self) -> int:
+    def look(self, *, last: bool = False) -> bool:
+        """Walk if it is time to; whether more than allowed has come. The ``last`` look of a run is always one if it is a short one."""
+        with self._looking:
+            if self._passed or self._before is None or self._stop_event.is_set():
+                return self._passed
+            # Of all that is allowed, what is not used yet may have been written since: then look, but no more than half of the time.
+            gone = self._free - free_of(self._places)
+            near = gone > self._allowed - self._used
+            rest = self._took if near else max(WALK_SECONDS, SHARE * self._took)
+            due = near or self._took < WALK_SECONDS if last else time.monotonic() - self._begun - self._took >= rest
+            if due:
+                self._walk(self._before)
+            return self._passed
+
+    def _walk(self, before: int) -> None:
+        self._begun = time.monotonic()
+        self._free = free_of(self._places)
         removed = held(procfs.descendants(self._root)).removed
-        return size_of(self._places) - self._before + sum(removed.values())
+        self._used = size_of(self._places) - before + sum(removed.values())
+        self._took = time.monotonic() - self._begun
+        if self._used > self._allowed:
+            self._passed = True
+            self._on_passed(self._used)
 
     def stop(self) -> None:
         """End the watch and wait for its thread, unless called from it."""

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,6 +104,9 @@ class Sandbox:
         self._command_failed = False
         self._command = ""
         self._lost = False
+        self._deciding = threading.Lock()
+        self._asked_to_end = False
+        self.condemned: TerminationReason | None = None
         self.on_exit: Callable[[KernelExit], None] | None = None
 
     def fileno(self) -> int:
@@ -258,9 +262,24 @@ class Sandbox:
         """Send a signal to the kernel process alone, or to its whole process group."""
         self._say({"op": "signal", "signum": signum, "group": group})
 
-    def kill(self, reason: TerminationReason) -> None:
-        """Have the whole tree killed; the reason is recorded before the signal is sent, the first one stays."""
-        self._say({"op": "kill", "reason": reason.value})
+    def kill(self, reason: TerminationReason) -> bool:
+        """Have the whole tree killed; the reason is recorded before the signal is sent, the first one stays.
+
+        ``condemned`` is that reason from now on, whatever the kernel does until the signal reaches it. Whether this was before it
+        was asked to end: later it is part of the shutdown, and no reason. May be called from any thread.
+        """
+        with self._deciding:
+            in_time = not self._asked_to_end
+            if in_time and self.condemned is None:
+                self.condemned = reason
+            self._say({"op": "kill", "reason": (reason if in_time else TerminationReason.SHUTDOWN).value})
+        return in_time
+
+    def ask_to_end(self) -> bool:
+        """Say that the kernel is about to be asked to end; ``False`` where we have decided to kill it before."""
+        with self._deciding:
+            self._asked_to_end = self.condemned is None
+        return self._asked_to_end
 
     def leave(self) -> Departure:
         """Kill what lives, remove everything, end the keeper; what could not be removed. May be called again."""

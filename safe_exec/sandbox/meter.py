@@ -1,6 +1,6 @@
 """Reads what a sandbox uses, from its control groups where it has some and from its processes elsewhere.
 
-May import model, plan, watchdog. Every figure is ``None`` where it cannot be read.
+May import model, plan, process_tree. Every figure is ``None`` where it cannot be read.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ from pathlib import Path
 
 from safe_exec.records import dataclass
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.sandbox.watchdog import Tree
+from safe_exec.sandbox.process_files import ProcessFiles
+from safe_exec.sandbox.process_tree import ProcessTree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks; ``None``: not measured."""
+    """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks; ``None``: not measured.
+
+    ``children_memory`` is the part of the memory that processes other than the kernel's have; shared memory is nobody's.
+    ``upper_bound``: pages that several processes share may have been counted for each of them.
+    """
 
     memory: int | None = None
     cpu_seconds: float | None = None
     tasks: int | None = None
+    children_memory: int | None = None
+    upper_bound: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,32 +67,57 @@ def bounds_above(group: Path) -> tuple[Bound, ...]:
     return tuple(found)
 
 
+MEMORY_EVENTS = ("memory.oom_control", "memory.events")
+
+
+def has_memory_group(plan: SpawnPlan) -> bool:
+    """Whether a control group counts the memory of the sandbox."""
+    return any(Path(path).name in MEMORY_EVENTS for path in plan.cgroup.counter_files)
+
+
 class Meter:
     """Reads one sandbox; cheap enough (some 60 microseconds with control groups) for the end of every cell."""
 
-    def __init__(self, plan: SpawnPlan, keeper_pid: int) -> None:
+    def __init__(
+        self, plan: SpawnPlan, keeper_pid: int, kernel_pid: int | None = None, tree: ProcessTree | None = None
+    ) -> None:
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
-        self._memory_stat = _beside(files, ("memory.oom_control", "memory.events"), "memory.stat")
+        self._memory_stat = _beside(files, MEMORY_EVENTS, "memory.stat")
         self._tasks = _beside(files, ("pids.events",), "pids.current")
         self._cpu = files.get("cpuacct.usage") or files.get("cpu.stat")
         self._files = files
         self._above = bounds_above(files["memory.events"].parent) if "memory.events" in files else ()
-        self._tree = None if self._memory_stat and self._cpu else Tree(keeper_pid)
+        self._kernel_pid, self._process_files = kernel_pid, ProcessFiles()
+        self._tree = None
+        if not (self._memory_stat and self._cpu):
+            self._tree = tree or ProcessTree(keeper_pid, kernel_pid, counts_shared=not has_memory_group(plan))
 
     def read(self) -> Reading:
         """Read now."""
         use = self._tree.read() if self._tree else None
-        memory = self._read_memory() if self._memory_stat else (use.memory if use else None)
         cpu = self._read_cpu() if self._cpu else (use.cpu_seconds if use else None)
         tasks = _number(self._tasks) if self._tasks else (use.tasks if use else None)
-        return Reading(memory=memory, cpu_seconds=cpu, tasks=tasks)
+        if self._memory_stat is not None:
+            anonymous, shared = self._read_memory(self._memory_stat)
+            kernel = self._process_files.anonymous(self._kernel_pid) if self._kernel_pid else None
+            return Reading(
+                memory=None if anonymous is None else anonymous + shared,
+                cpu_seconds=cpu,
+                tasks=tasks,
+                children_memory=None if anonymous is None or not kernel else max(0, anonymous - kernel),
+            )
+        if use is None or not use.tasks:  # no process left: that is not a use of nothing
+            return Reading(cpu_seconds=cpu, tasks=tasks or None)
+        return Reading(
+            memory=use.memory, cpu_seconds=cpu, tasks=tasks, children_memory=use.children_memory, upper_bound=use.upper_bound
+        )
 
-    def _read_memory(self) -> int | None:
+    @staticmethod
+    def _read_memory(path: Path) -> tuple[int | None, int]:
         """Anonymous and shared memory: what cannot be reclaimed. v1 says ``total_rss``, v2 ``anon``."""
-        assert self._memory_stat is not None
-        stat = _table(self._memory_stat)
+        stat = _table(path)
         keys = ("anon", "shmem") if "anon" in stat else ("total_rss", "total_shmem")
-        return sum(stat.get(key, 0) for key in keys) if stat else None
+        return (stat.get(keys[0], 0) if stat else None), stat.get(keys[1], 0)
 
     def _read_cpu(self) -> float | None:
         assert self._cpu is not None

@@ -77,7 +77,7 @@ class CellLoop:
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
         """Run one cell under its limits; raises Stop when the run ends with it."""
-        if self.state.stopping.is_set():
+        if self.state.stopping.is_set() or self.session.condemned is not None:
             await self.session.wait_dead(10.0)
             await self._stop_for_death(None)
         self.state.current = index
@@ -110,6 +110,9 @@ class CellLoop:
     async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
         """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
         if self.state.stopping.is_set():
+            return
+        if self.session.condemned is not None:  # for another limit, before its time was up
+            await self.session.wait_dead(10.0)
             return
         whole = self.request.limits.timeout is not None and self.state.now() >= self.request.limits.timeout
         allowed = self.request.limits.timeout if whole else limits.cell_timeout
@@ -165,6 +168,7 @@ class CellLoop:
         """What became of a cell that is done, one way or another."""
         client = self.session.client
         assert client is not None
+        await self._heed_limits(execution, index)
         if self.session.died.is_set() or not execution.done():
             failure = execution.exception() if execution.done() and not execution.cancelled() else None
             if failure is not None or not execution.done():
@@ -177,6 +181,18 @@ class CellLoop:
         self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
         if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
             raise Stop(CellFailed(cell=index, error=error))
+
+    async def _heed_limits(self, execution: asyncio.Task[Any], index: int) -> None:
+        """Stop for a limit that the cell has passed, even if it came to its end before our kill, or between two looks."""
+        self.session.look_at_limits()
+        self._last_reading = self._read()
+        if self._last_reading is not None:
+            self.state.check_cpu_time(self._last_reading[1].cpu_seconds)
+        if self.session.condemned is not None:
+            if execution.done() and not execution.cancelled():
+                execution.exception()
+            execution.cancel()
+            await self._stop_for_death(index)
 
     def _error_of(self, index: int | None) -> CellError | None:
         """The error of a cell that is done: the one that it answered with, or one that it shows."""
@@ -200,7 +216,14 @@ class CellLoop:
         return bool(allowed and not client.force_raise_errors)
 
     async def _stop_for_death(self, index: int | None) -> None:
-        """The kernel is dead: keep its last words and raise the ending."""
+        """Raise the ending of a kernel that is dead, or about to be killed."""
+        raise Stop(await self.ending_by_death(index))
+
+    async def ending_by_death(self, index: int | None) -> Ending:
+        """The ending of a kernel that is dead, or about to be killed; its last words are kept.
+
+        ``index`` is the cell that ran, ``None`` if it had come to its end.
+        """
         await self.session.wait_dead(5.0)
         self.session.take_facts()
         if index is not None:
@@ -212,9 +235,9 @@ class CellLoop:
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
             self.state.current = cell
-            raise Stop(LimitHit(limit=limit, cell=cell))
+            return LimitHit(limit=limit, cell=cell)
         cell = index if index is not None else self.ledger.last_run
-        raise Stop(Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None))
+        return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
@@ -237,7 +260,12 @@ class CellLoop:
         """The figures at the start of a cell: those at the end of the one before, when that was just now."""
         if self._last_reading is not None and time.monotonic() - self._last_reading[0] < FRESH_SECONDS:
             return self._last_reading[1]
-        return self.session.meter.read() if self.session.meter else None
+        reading = self._read()
+        return reading[1] if reading else None
+
+    def _read(self) -> tuple[float, Reading] | None:
+        """The figures now, and when that was."""
+        return (time.monotonic(), self.session.meter.read()) if self.session.meter else None
 
     def _end(self, index: int, status: CellStatus) -> None:
         client = self.session.client
@@ -265,7 +293,10 @@ class CellLoop:
     def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
         """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
         client, meter, ended = self.session.client, self.session.meter, self.session.ended
-        self._last_reading = (time.monotonic(), meter.read()) if meter and ended is None else None
+        if ended is not None:
+            self._last_reading = None
+        elif self._last_reading is None or time.monotonic() - self._last_reading[0] >= FRESH_SECONDS:
+            self._last_reading = self._read()
         return {
             "reading": self._last_reading[1] if self._last_reading else None,
             "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills() if meter else None,

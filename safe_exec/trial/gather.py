@@ -25,6 +25,7 @@ from safe_exec.model import (
     TimedOut,
 )
 from safe_exec.records import replace
+from safe_exec.sandbox.watchdog import Peaks
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.meter import Counters
@@ -139,9 +140,9 @@ def _fault(state: TrialState) -> FaultReport | None:
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
     """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
     seen, limit = state.ledger.memory_peak, state.request.limits.memory
-    watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
-    if watchdog is not None and watchdog.peak is not None:
-        seen = max(seen or 0, watchdog.peak.memory)
+    watched = _watched(state).memory
+    if watched is not None:
+        seen = max(seen or 0, watched)
     if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
         if state.current is not None:
             state.ledger.raise_peak(state.current, raw)
@@ -151,9 +152,13 @@ def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int |
 
 def _tasks_peak(state: TrialState) -> int | None:
     """The most tasks that samples or the watchdog saw."""
+    return max((n for n in (_watched(state).tasks, state.ledger.tasks_peak) if n is not None), default=None)
+
+
+def _watched(state: TrialState) -> Peaks:
+    """The peaks that the watchdog saw; none where there is no watchdog."""
     watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
-    seen = watchdog.peak.tasks if watchdog is not None and watchdog.peak is not None else None
-    return max((n for n in (seen, state.ledger.tasks_peak) if n is not None), default=None)
+    return watchdog.peaks if watchdog is not None else Peaks()
 
 
 def elsewhere(counters: Counters, limit: int | None) -> bool | None:

@@ -167,9 +167,9 @@ class Trial:
 
     async def _shut_down(self, ending: Ending) -> Ending:
         """End a kernel whose cells are done. A kernel that ended before our request died; a hook that crashes only warns."""
-        if self.session.died.is_set():
-            return Died(cell=self.state.ledger.last_run, exit=self.session.ended.status if self.session.ended else None)
         await self._read_last_counters()
+        if not await self.session.may_be_asked_to_end():
+            return await CellLoop(self.state).ending_by_death(None)
         asked = self.session.client.asked_to_exit if self.session.client else None
         if asked is not None:  # comes before an error that a later, quick cell may have raised
             ending = Died(cell=asked, exit=None, asked_to_exit=True)

@@ -65,13 +65,14 @@ class Sampler:
         )
         limits = state.request.limits
         self._warn_near(LimitName.MEMORY, reading.memory, limits.memory)
-        if limits.cpu_time is not None and reading.cpu_seconds is not None and reading.cpu_seconds > limits.cpu_time:
-            state.end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, reading.cpu_seconds)
+        state.check_cpu_time(reading.cpu_seconds)
         self._look_for_flood()
 
     def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
         state = self.state
-        if used is not None and allowed and used > NEAR * allowed and name not in self._near:
+        if state.limit is not None or name in self._near:
+            return
+        if used is not None and allowed and used > NEAR * allowed:
             self._near.add(name)
             state.sink(events.LimitNear(time=state.now(), limit=name, used=used, allowed=allowed))
 

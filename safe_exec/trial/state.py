@@ -73,11 +73,23 @@ class TrialState:
         self.stopping.set()
         self.kill(reason)
 
+    def check_cpu_time(self, used: float | None) -> None:
+        """End the run where all processes together have used up their processor time."""
+        allowed = self.request.limits.cpu_time
+        if allowed is not None and used is not None and used > allowed:
+            self.end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, used)
+
     def _limit_from_watchdog(self, name: LimitName, used: float) -> None:
         """On the watchdog's thread, after it had the tree killed."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self.limit_reached, name, used)
+                self.loop.call_soon_threadsafe(self._watched_limit_passed, name, used)
+
+    def _watched_limit_passed(self, name: LimitName, used: float) -> None:
+        if self.session.condemned is not None:
+            self.limit_reached(name, used)
+        else:
+            self.warn_once(f"the kernel passed its {name.value} limit while it was shutting down, and was killed")
 
     def warn_once(self, message: str) -> None:
         """Add a warning that is not there yet."""

@@ -12,7 +12,7 @@ import pytest
 
 from safe_exec.sandbox.diskwatch import PAGE, DiskWatch, free_of, size_of
 from safe_exec.sandbox.held import held
-from safe_exec.sandbox.watchdog import Tree
+from safe_exec.sandbox.process_tree import ProcessTree
 from tests.support import wait_until
 
 MIB = 1 << 20
@@ -53,11 +53,11 @@ def test_what_is_held_open_counts_once(holder: subprocess.Popen[str]) -> None:
 
 
 def test_files_in_memory_count_as_memory_without_being_mapped(holder: subprocess.Popen[str]) -> None:
-    tree = Tree(os.getpid())
+    tree = ProcessTree(os.getpid())
     use = tree.read()
     assert use.memory > 8 * MIB
-    exact = tree.exact()
-    assert exact is not None and exact > 8 * MIB
+    exact = tree.count().memory
+    assert exact > 8 * MIB
 
 
 def test_size_of_a_place(tmp_path: Path) -> None:

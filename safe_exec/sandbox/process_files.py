@@ -1,0 +1,158 @@
+"""What /proc says of one process of a sandbox: memory, processor time, threads. May import procfs.
+
+Sources: proc(5). A process may end at any moment; then the files are gone (ENOENT), or are there and say so (ESRCH),
+and a zombie's are empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+
+from safe_exec.records import dataclass
+from safe_exec.sandbox.procfs import TICKS
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+DEAD = "ZX"
+KCMP = {"x86_64": 312, "aarch64": 272}.get(platform.machine())
+KCMP_VM = 1
+MOST_BYTES = 8192
+
+
+def _path(pid: int, task: int, name: str) -> str:
+    return f"{pid}/task/{task}/{name}" if task else f"{pid}/{name}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One process as last read.
+
+    ``started`` is in clock ticks since boot, ``cpu`` and ``cpu_waited`` (of children that it has waited for) in seconds, all memory
+    in bytes; ``shmem`` is shared memory that is no file on a disk. ``task`` is the thread by which its memory is read, if it is
+    not the first one.
+    """
+
+    pid: int
+    parent: int
+    started: int
+    state: str = "S"
+    threads: int = 1
+    cpu: float = 0.0
+    cpu_waited: float = 0.0
+    task: int = 0
+    size: int = 0
+    shared: int = 0
+    anonymous: int = 0
+    shmem: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Which process this is, even if its id is given to another one later."""
+        return self.pid, self.started
+
+
+class ProcessFiles:
+    """Reads the files of processes; a test puts others in their place."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._known_shmem: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def pids(self) -> list[int]:
+        """The ids of all processes."""
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+    def text(self, path: str) -> bytes:
+        """The content of a file below /proc, all of which are short. Raises OSError."""
+        fd = os.open(f"/proc/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, MOST_BYTES)
+        finally:
+            os.close(fd)
+
+    def read(self, member: Member, name: str) -> bytes:
+        """A file of a process, by a thread of it that is alive. Raises OSError."""
+        return self.text(_path(member.pid, member.task, name))
+
+    def parent(self, pid: int) -> int | None:
+        """The id of its parent; ``None`` when it is gone."""
+        try:
+            return int(self.text(f"{pid}/stat").rpartition(b")")[2].split()[1])
+        except (OSError, IndexError):
+            return None
+
+    def look(self, pid: int) -> Member | None:
+        """What a process uses now; ``None`` when it is gone."""
+        try:
+            text = self.text(f"{pid}/stat")
+        except OSError:
+            return None
+        # The command's name may hold spaces and parentheses: only what follows the last ")" is safe to split.
+        rest = text.rpartition(b")")[2].split()
+        started, state, threads = int(rest[19]), rest[0].decode(), int(rest[17])
+        task = self._live_task(pid) if state in DEAD and threads > 1 else 0
+        size, resident, shared = self._memory_map(pid, task)
+        return Member(
+            pid=pid,
+            parent=int(rest[1]),
+            started=started,
+            state=state,
+            threads=threads,
+            cpu=(int(rest[11]) + int(rest[12])) / TICKS,
+            cpu_waited=(int(rest[13]) + int(rest[14])) / TICKS,
+            task=task,
+            size=size,
+            shared=shared,
+            anonymous=max(0, resident - shared),
+            shmem=self._shared_memory(pid, started, task, shared) if shared else 0,
+        )
+
+    def _live_task(self, pid: int) -> int:
+        """A thread that goes on where the first one has ended: the files of the process itself are empty then."""
+        with contextlib.suppress(OSError):
+            return next((task for name in os.listdir(f"/proc/{pid}/task") if (task := int(name)) != pid), 0)
+        return 0
+
+    def _memory_map(self, pid: int, task: int) -> tuple[int, int, int]:
+        """Bytes: address space, resident, and of that file pages and shared memory. Zeros when the process is gone."""
+        try:
+            size, resident, shared = self.text(_path(pid, task, "statm")).split()[:3]
+        except (OSError, ValueError):
+            return 0, 0, 0
+        return int(size) * PAGE, int(resident) * PAGE, int(shared) * PAGE
+
+    def _shared_memory(self, pid: int, started: int, task: int, shared: int) -> int:
+        """Shared memory apart from files. ``status`` alone tells, the dearest of these files: read when the sum has changed."""
+        known = self._known_shmem.get((pid, started))
+        if known is not None and known[0] == shared:
+            return known[1]
+        shmem = 0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            _, mark, rest = self.text(_path(pid, task, "status")).partition(b"\nRssShmem:")
+            shmem = int(rest.split(None, 1)[0]) * 1024 if mark else 0
+        self._known_shmem[pid, started] = (shared, shmem)
+        return shmem
+
+    def forget(self, member: Member) -> None:
+        """A process is gone."""
+        self._known_shmem.pop(member.key, None)
+
+    def anonymous(self, pid: int, task: int = 0) -> int:
+        """Bytes of anonymous memory now; 0 when the process is gone."""
+        _, resident, shared = self._memory_map(pid, task)
+        return max(0, resident - shared)
+
+    def has_ended(self, member: Member) -> bool:
+        """Whether this very process has ended, or has given up its memory on the way there."""
+        now = self.look(member.pid)
+        if now is None or now.started != member.started:
+            return True
+        return now.state in DEAD and not now.task
+
+    def same_memory(self, one: int, other: int) -> bool:
+        """Whether two processes are one address space: between vfork(2) and exec a child borrows its parent's (kcmp(2))."""
+        if KCMP is None:
+            return False
+        return int(self._libc.syscall(KCMP, one, other, KCMP_VM, 0, 0)) == 0

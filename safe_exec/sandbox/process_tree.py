@@ -1,0 +1,203 @@
+"""The processes of a sandbox and what they use together, read from /proc: the last resort without control groups.
+
+Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap, our init): these
+are ours, do not count against the notebook's limits, and one of them cannot be looked into by an ordinary user.
+May import process_files, shared_pages, held.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from safe_exec.records import dataclass, replace
+from safe_exec.sandbox.held import held
+from safe_exec.sandbox.process_files import Member, ProcessFiles
+from safe_exec.sandbox.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
+
+FRESH_SECONDS = 0.002
+"""For so long a reading stands: the watchdog and the meter ask one after the other."""
+OTHERS_SHARE = 50
+"""Of the processes that are not ours, one in so many is looked at again each time: their ids may have been taken over."""
+OPEN_FILES_SHARE = 20
+"""To look at all descriptors takes a twentieth of the time at most."""
+COUNT_SHARE = 10
+"""To count shared pages once takes a tenth of the time at most, where no limit is near."""
+VFORK_BYTES = 256 << 10
+"""By so much the figures of one address space may differ when read one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeUse:
+    """What the processes use: bytes (unreclaimable), seconds, tasks.
+
+    ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at all.
+    ``upper_bound``: some could not be looked into, so it may be less. ``shared_memory`` is what is in files in memory,
+    ``kernel_memory`` the anonymous memory of the kernel's own process; the rest is its children's.
+    """
+
+    memory: int
+    cpu_seconds: float
+    tasks: int
+    least: int = 0
+    most: int = 0
+    upper_bound: bool = False
+    shared_memory: int = 0
+    kernel_memory: int | None = None
+
+    @property
+    def children_memory(self) -> int | None:
+        """Of the memory, what processes other than the kernel's have; shared memory is nobody's."""
+        own = self.kernel_memory
+        return None if own is None else max(0, self.memory - self.shared_memory - own)
+
+
+class ProcessTree:
+    """The processes below a keeper. May be read from several threads.
+
+    A process that ended takes its processor time with it: the time it was last seen with is kept and added.
+    ``counts_shared``: whether pages that several processes share are to be counted once, which takes time; where a control group
+    counts the memory nobody asks for it.
+    """
+
+    def __init__(
+        self,
+        keeper: int,
+        kernel: int | None = None,
+        *,
+        counts_shared: bool = True,
+        files: ProcessFiles | None = None,
+    ) -> None:
+        self._files = files or ProcessFiles()
+        self._counts_shared = counts_shared
+        self._lock = threading.RLock()
+        self._kernel = kernel
+        self._roots = self._supervisors(keeper, kernel)
+        self._members: dict[int, Member] = {}
+        self._others: dict[int, None] = {}
+        self._cpu: dict[tuple[int, int], float] = {}
+        self._open_files = 0
+        self._open_files_next = 0.0
+        self._count: SharedCount | None = None
+        self._at_count: dict[tuple[int, int], int] = {}
+        self._use: TreeUse | None = None
+        self._read_at = 0.0
+
+    def _supervisors(self, keeper: int, kernel: int | None) -> frozenset[int]:
+        """The keeper and what stands between it and the kernel. They stay for as long as the kernel is there."""
+        roots = {keeper}
+        pid = kernel
+        for _ in range(8 if kernel else 0):  # bubblewrap forks at most twice
+            member = self._files.look(pid) if pid else None
+            if member is None or member.parent in (0, 1):
+                return frozenset({keeper})  # the kernel is gone, or no descendant
+            if member.parent == keeper:
+                return frozenset(roots)
+            roots.add(member.parent)
+            pid = member.parent
+        return frozenset(roots)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def read(self) -> TreeUse:
+        """Read now. Where processes may share pages they are counted once if the time for it has come, else estimated."""
+        with self._lock:
+            now = time.monotonic()
+            if self._use is not None and now - self._read_at < FRESH_SECONDS:
+                return self._use
+            self._refresh()
+            self._look_at_open_files(now)
+            self._use = self._sum(now)
+            self._read_at = time.monotonic()
+            return self._use
+
+    def count(self) -> SharedCount:
+        """Count shared pages once, now."""
+        with self._lock:
+            members = self._with_memory()
+            self._count = count_once(self._files, members, self._open_files)
+            self._at_count = {member.key: member.anonymous for member in members}
+            self._use = None
+            return self._count
+
+    def _sum(self, now: float) -> TreeUse:
+        members = self._with_memory()
+        least, most = lower_bound(members, self._open_files), upper_bound(members, self._open_files)
+        kernel = self._members.get(self._kernel) if self._kernel else None
+        use = TreeUse(
+            memory=most,
+            cpu_seconds=self._cpu_seconds(),
+            tasks=sum(member.threads for member in self._members.values()),
+            least=least,
+            most=most,
+            shared_memory=max((self._open_files, *(member.shmem for member in members))),
+            kernel_memory=kernel.anonymous if kernel is not None else None,
+        )
+        if most - least <= SMALL or not self._counts_shared:
+            return use  # one process has nearly all of it: nothing to speak of can be counted twice
+        last = self._count
+        if last is None or now - last.at >= COUNT_SHARE * last.seconds:
+            last = self.count()
+            return replace(use, memory=min(most, max(least, last.at_least)), upper_bound=last.upper_bound)
+        memory = estimate(last, self._at_count, members, (least, most))
+        return replace(use, memory=memory, upper_bound=last.upper_bound)
+
+    def _with_memory(self) -> Sequence[Member]:
+        """The processes with memory of their own."""
+        return [member for member in self._members.values() if member.size and not self._borrows(member)]
+
+    def _borrows(self, member: Member) -> bool:
+        """Whether a process lives in its parent's address space: between vfork(2) and exec, as subprocess makes them."""
+        parent = self._members.get(member.parent)
+        if parent is None or member.size != parent.size:
+            return False
+        near = abs(member.anonymous - parent.anonymous) <= VFORK_BYTES and abs(member.shared - parent.shared) <= VFORK_BYTES
+        return near and self._files.same_memory(member.pid, parent.pid)
+
+    def _cpu_seconds(self) -> float:
+        """Of all that were ever seen as last seen; or of those alive with all that they waited for. Either misses something."""
+        alive = sum(member.cpu + member.cpu_waited for member in self._members.values())
+        return max(alive, sum(self._cpu.values()))
+
+    def _look_at_open_files(self, now: float) -> None:
+        if now >= self._open_files_next:
+            self._open_files = sum(held(self._members).memory.values())
+            after = time.monotonic()
+            self._open_files_next = after + OPEN_FILES_SHARE * (after - now)
+
+    # --- who belongs to it --------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Read the members again, and find new ones among the processes that were not there the last time."""
+        pids = set(self._files.pids())
+        self._others = {pid: None for pid in self._others if pid in pids}
+        members: dict[int, Member] = {}
+        for pid, known in self._members.items():
+            member = self._files.look(pid) if pid in pids else None
+            if member is not None and member.started == known.started:
+                members[pid] = member
+            else:
+                self._files.forget(known)
+        self._members = members
+        again = list(self._others)[: len(self._others) // OTHERS_SHARE + 1]
+        unknown = (*again, *(pids - self._others.keys() - members.keys() - self._roots))
+        self._sort({pid: parent for pid in unknown if (parent := self._files.parent(pid)) is not None})
+        for member in self._members.values():
+            self._cpu[member.key] = member.cpu
+
+    def _sort(self, parents: dict[int, int]) -> None:
+        """Each unknown process is a member if one of its ancestors is one, or a supervisor."""
+        for pid in parents:
+            self._others.pop(pid, None)
+        for pid, parent in parents.items():
+            ancestor = parent
+            for _ in parents:  # no more steps than there are: ids that are given anew meanwhile could make a circle
+                ancestor = parents.get(ancestor, ancestor)
+            if ancestor in self._members or ancestor in self._roots:
+                member = self._files.look(pid)
+                if member is not None:
+                    self._members[pid] = member
+            elif ancestor in self._others or ancestor in (0, 1):
+                self._others[pid] = None
+            # Else its parent has just ended: whose child it is now shows the next time.

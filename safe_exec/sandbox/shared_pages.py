@@ -1,0 +1,100 @@
+"""Memory of several processes with shared pages counted once. Reads /proc/PID/smaps_rollup.
+
+After a fork, parent and child share all pages until one of them writes: the sum of their resident memory
+counts those pages twice. The system divides each page by the number of processes that map it (Pss, proc(5),
+smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To work them out the system walks all page
+tables of a process, 3 to 50 ms per GB, so the caller decides how often. May import process_files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from safe_exec.records import dataclass
+from safe_exec.sandbox.process_files import Member, ProcessFiles
+
+SMALL = 16 << 20
+"""Bytes that may be counted twice without being worth a walk through page tables."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedCount:
+    """The memory of some processes in bytes, each page once; when it was counted and how long that took (seconds).
+
+    ``departed`` is what processes gave up while others were still being read: pages they shared count more in
+    those read later, by half of them at most. ``upper_bound``: some processes could not be looked into and
+    were added whole, so pages that they share are in it several times.
+    """
+
+    memory: int
+    departed: int = 0
+    upper_bound: bool = False
+    at: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def at_least(self) -> int:
+        """Bytes that were in use whatever ended meanwhile."""
+        return max(0, self.memory - self.departed // 2)
+
+
+def lower_bound(members: Sequence[Member], open_files: int) -> int:
+    """What the processes use at least, if all that can be shared is: the largest one, and the most shared memory."""
+    shared = max((open_files, *(member.shmem for member in members)))
+    return shared + max((member.anonymous for member in members), default=0)
+
+
+def upper_bound(members: Sequence[Member], open_files: int) -> int:
+    """What they use at most: as if nothing was shared. ``open_files`` are bytes of files in memory, held open."""
+    shared = max(open_files, sum(member.shmem for member in members))
+    return shared + sum(member.anonymous for member in members)
+
+
+def estimate(
+    last: SharedCount, before: Mapping[tuple[int, int], int], members: Sequence[Member], bounds: tuple[int, int]
+) -> int:
+    """Memory now, from the last count and the growth of those that were in it, within what is possible.
+
+    ``before`` has the anonymous bytes of each process at the last count. What new processes share is not known:
+    they count with the next one.
+    """
+    growth = sum(member.anonymous - before[member.key] for member in members if member.key in before)
+    least, most = bounds
+    return min(most, max(least, last.memory + growth))
+
+
+def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) -> SharedCount:
+    """Read the shares of all processes. One that has ended meanwhile has no memory any more, which is no failure."""
+    begun = time.monotonic()
+    anonymous = shmem = whole = 0
+    for member in members:
+        share = _share(files, member)
+        if share is not None:
+            anonymous += share[0]
+            shmem += share[1]
+        elif not files.has_ended(member):
+            # Not ours to look into: a setuid program, another user, prctl(PR_SET_DUMPABLE).
+            whole += member.anonymous
+            shmem += member.shmem
+    now = time.monotonic()
+    return SharedCount(
+        memory=anonymous + whole + max(shmem, open_files),
+        departed=sum(max(0, member.anonymous - files.anonymous(member.pid, member.task)) for member in members),
+        upper_bound=whole > SMALL,
+        at=now,
+        seconds=now - begun,
+    )
+
+
+def _share(files: ProcessFiles, member: Member) -> tuple[int, int] | None:
+    """A process's share of anonymous and of shared memory in bytes; ``None`` where it cannot be read."""
+    try:
+        text = files.read(member, "smaps_rollup")
+    except OSError:
+        return None
+    rows = (line.split() for line in text.splitlines()[1:])
+    figures = {row[0]: int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdigit()}
+    if b"Pss_Anon:" not in figures:  # before Linux 5.4 the shares were not told apart
+        return None
+    return figures[b"Pss_Anon:"], figures.get(b"Pss_Shmem:", 0)
