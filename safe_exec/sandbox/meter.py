@@ -78,9 +78,7 @@ def has_memory_group(plan: SpawnPlan) -> bool:
 class Meter:
     """Reads one sandbox; cheap enough (some 60 microseconds with control groups) for the end of every cell."""
 
-    def __init__(
-        self, plan: SpawnPlan, keeper_pid: int, kernel_pid: int | None = None, tree: ProcessTree | None = None
-    ) -> None:
+    def __init__(self, plan: SpawnPlan, keeper_pid: int, kernel_pid: int | None = None, tree: ProcessTree | None = None) -> None:
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
         self._memory_stat = _beside(files, MEMORY_EVENTS, "memory.stat")
         self._tasks = _beside(files, ("pids.events",), "pids.current")

@@ -51,9 +51,7 @@ def upper_bound(members: Sequence[Member], open_files: int) -> int:
     return shared + sum(member.anonymous for member in members)
 
 
-def estimate(
-    last: SharedCount, before: Mapping[tuple[int, int], int], members: Sequence[Member], bounds: tuple[int, int]
-) -> int:
+def estimate(last: SharedCount, before: Mapping[tuple[int, int], int], members: Sequence[Member], bounds: tuple[int, int]) -> int:
     """Memory now, from the last count and the growth of those that were in it, within what is possible.
 
     ``before`` has the anonymous bytes of each process at the last count. What new processes share is not known:
