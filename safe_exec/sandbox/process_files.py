@@ -145,11 +145,12 @@ class ProcessFiles:
         return max(0, resident - shared)
 
     def has_ended(self, member: Member) -> bool:
-        """Whether this very process has ended, or has given up its memory on the way there."""
+        """Whether this very process has ended, or has given up its memory on the way there.
+
+        It does that a moment before it becomes a zombie (do_exit in the system's kernel); until then its state is still R.
+        """
         now = self.look(member.pid)
-        if now is None or now.started != member.started:
-            return True
-        return now.state in DEAD and not now.task
+        return now is None or now.started != member.started or not now.size
 
     def same_memory(self, one: int, other: int) -> bool:
         """Whether two processes are one address space: between vfork(2) and exec a child borrows its parent's (kcmp(2))."""

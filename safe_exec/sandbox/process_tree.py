@@ -83,6 +83,7 @@ class ProcessTree:
         self._at_count: dict[tuple[int, int], int] = {}
         self._use: TreeUse | None = None
         self._read_at = 0.0
+        self._fresh_seconds = FRESH_SECONDS
 
     def _supervisors(self, keeper: int, kernel: int | None) -> frozenset[int]:
         """The keeper and what stands between it and the kernel. They stay for as long as the kernel is there."""
@@ -104,7 +105,7 @@ class ProcessTree:
         """Read now. Where processes may share pages they are counted once if the time for it has come, else estimated."""
         with self._lock:
             now = time.monotonic()
-            if self._use is not None and now - self._read_at < FRESH_SECONDS:
+            if self._use is not None and now - self._read_at < self._fresh_seconds:
                 return self._use
             self._refresh()
             self._look_at_open_files(now)
