@@ -27,7 +27,7 @@ def build_plan(limits: Limits, machine: Machine, run_id: str, isolation: Isolati
         else (
             cgroup_v2.offer(limits, machine, group),
             cgroup_v1.offer(limits, machine, group),
-            rlimits.offer(limits, machine),
+            rlimits.offer(limits, machine, enclosed=wall_plan.enclosed),
             walls.offer(limits, machine),
             watchdog.offer(limits, machine),
         )

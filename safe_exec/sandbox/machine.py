@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,8 @@ from safe_exec.sandbox.bubblewrap import OLDEST
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 NO_LIMIT = 1 << 60
+COUNTS_IN_NAMESPACES = (5, 14)
+"""The version of Linux from which each user namespace counts tasks for RLIMIT_NPROC itself."""
 NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = unified.CONTROLLERS
 
@@ -35,7 +39,8 @@ class Machine:
     tree whose children get ``v2_controllers``, our own where we must ``v2_step_down`` first; ``v2_plain`` one where a group may be made
     but no controllers are had (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that is the better
     way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all. ``bubblewrap`` is the program where it does what
-    is needed, ``landlock`` the version of it (0: none).
+    is needed, ``landlock`` the version of it (0: none). ``counts_in_namespaces``: for an ordinary user it makes a user namespace, in which
+    the system counts the user's processes anew.
     """
 
     platform: str = "linux"
@@ -56,6 +61,7 @@ class Machine:
     bubblewrap: str | None = None
     bubblewrap_version: str | None = None
     bubblewrap_why_not: str = NOT_LOOKED_FOR
+    counts_in_namespaces: bool = False
     landlock: int = 0
     seccomp_why_not: str = ""
     allowed: frozenset[Mechanism] = frozenset(Mechanism)
@@ -129,7 +135,18 @@ def look_for_walls(machine: Machine, rehearsal: Rehearsal | None = None, *, vers
         bubblewrap=None if why_not else tried.path,
         bubblewrap_version=told,
         bubblewrap_why_not=why_not,
+        counts_in_namespaces=not why_not and tried.path is not None and _counts_in_namespaces(tried.path),
         landlock=landlock.abi(),
+    )
+
+
+def _counts_in_namespaces(bubblewrap: str) -> bool:
+    """Whether RLIMIT_NPROC counts in each user namespace for itself, and bubblewrap makes one (set-user-id root it does not)."""
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (
+        release is not None
+        and (int(release[1]), int(release[2])) >= COUNTS_IN_NAMESPACES
+        and not os.stat(bubblewrap).st_mode & stat.S_ISUID
     )
 
 

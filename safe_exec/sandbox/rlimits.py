@@ -9,6 +9,7 @@ it, hence the watchdog beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 try:
     import resource
@@ -25,42 +26,62 @@ DATA_HEADROOM = 256 * 1024 * 1024
 CPU_HARD_SECONDS = 2
 """Between SIGXCPU and the SIGKILL for a process that ignores it."""
 
+INIT_TASKS = 1
+"""Tasks of ours in the user namespace that bubblewrap makes: the init (init.py)."""
 
-def offer(limits: Limits, machine: Machine) -> Offer | None:
-    """What rlimits can hold here."""
+
+def offer(limits: Limits, machine: Machine, *, enclosed: bool = False) -> Offer | None:
+    """What rlimits can hold here. ``enclosed``: the kernel runs inside bubblewrap."""
     if resource is None or not machine.may(Mechanism.RLIMIT):
         return None
     holds: dict[LimitName, Enforcement] = {}
     rows: dict[LimitName, tuple[tuple[int, int, int], ...]] = {}
-    for name, row, note in _wanted(limits, machine):
+    for name, row, enforcement in _wanted(limits, machine, enclosed=enclosed):
         rows[name] = (_capped(row),)
-        holds[name] = Enforcement(by=Mechanism.RLIMIT, hard=name is not LimitName.MEMORY, note=note)
+        holds[name] = enforcement
     return Offer(mechanism=Mechanism.RLIMIT, holds=holds, rlimits=rows)
 
 
-def _wanted(limits: Limits, machine: Machine) -> list[tuple[LimitName, tuple[int, int, int], str]]:
-    wanted = []
+_Row = tuple[int, int, int]
+
+
+def _wanted(limits: Limits, machine: Machine, *, enclosed: bool) -> Iterator[tuple[LimitName, _Row, Enforcement]]:
     if limits.open_files is not None:
         row = (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files)
-        wanted.append((LimitName.OPEN_FILES, row, "each process"))
+        yield LimitName.OPEN_FILES, row, _held("each process")
     if limits.file_size is not None:
-        wanted.append((LimitName.FILE_SIZE, (resource.RLIMIT_FSIZE, limits.file_size, limits.file_size), "each file"))
+        row = (resource.RLIMIT_FSIZE, limits.file_size, limits.file_size)
+        yield LimitName.FILE_SIZE, row, _held("each file")
     if limits.cpu_time is not None:
         soft = max(1, math.ceil(limits.cpu_time))
         row = (resource.RLIMIT_CPU, soft, soft + CPU_HARD_SECONDS)
-        wanted.append((LimitName.CPU_TIME, row, "each process by RLIMIT_CPU, their sum by the watchdog"))
+        yield LimitName.CPU_TIME, row, _held("each process by RLIMIT_CPU, their sum by the watchdog")
     if limits.memory is not None:
         size = limits.memory + DATA_HEADROOM
         note = "private memory of each process by RLIMIT_DATA, with 256 MiB of headroom; shared memory is not counted"
-        wanted.append((LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), note))
-    if limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None:
-        # RLIMIT_NPROC counts all tasks of the user, those outside the sandbox too; root is exempt from it.
-        count = limits.processes + machine.user_tasks
-        wanted.append((LimitName.PROCESSES, (resource.RLIMIT_NPROC, count, count), "beside what the user runs already"))
-    return wanted
+        yield LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), _held(note, hard=False)
+    if limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None:  # root is exempt from it
+        count, held = _processes(limits.processes, machine.user_tasks, alone=enclosed and machine.counts_in_namespaces)
+        yield LimitName.PROCESSES, (resource.RLIMIT_NPROC, count, count), held
 
 
-def _capped(row: tuple[int, int, int]) -> tuple[int, int, int]:
+def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforcement]:
+    """RLIMIT_NPROC and what it is worth.
+
+    In a user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so it is the notebook's own. Elsewhere all tasks
+    of the user count, and any that ends meanwhile leaves its place to the notebook: the watchdog counts besides.
+    """
+    if alone:
+        return limit + INIT_TASKS, _held("counted in a user namespace of its own")
+    note = "the user's other processes count too: the limit is beside them, and where one ends the watchdog alone holds it"
+    return limit + user_tasks, _held(note, hard=False)
+
+
+def _held(note: str, *, hard: bool = True) -> Enforcement:
+    return Enforcement(by=Mechanism.RLIMIT, hard=hard, note=note)
+
+
+def _capped(row: _Row) -> _Row:
     """A hard limit cannot be raised: where the machine's is lower already, that one stands."""
     number, soft, hard = row
     _, ceiling = resource.getrlimit(number)

@@ -63,7 +63,7 @@ def test_doctor_says_what_cannot_be_held(folder: Path) -> None:
         "memory": ("rlimit", False),
         "cpus": ("none", False),
         "cpu_time": ("rlimit", True),
-        "processes": ("rlimit", True),
+        "processes": ("rlimit", False),
         "open_files": ("rlimit", True),
         "file_size": ("rlimit", True),
         "disk": (found["limits"]["disk"]["by"], False),

@@ -61,7 +61,7 @@ class Case:
 
     machine: Machine
     around: Surroundings
-    weak: tuple[LimitName, ...] = (MEMORY, CPUS)
+    weak: tuple[LimitName, ...] = (MEMORY, CPUS, PROCESSES)
     steps: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())

@@ -151,6 +151,30 @@ def test_rows_of_an_ordinary_user() -> None:
     assert resource.RLIMIT_AS not in rows
 
 
+@pytest.mark.parametrize(
+    ("machine", "count", "hard"),
+    [
+        (USER_BARE, 50, False),
+        (replace(USER_BARE, bubblewrap="/usr/bin/bwrap"), 50, False),
+        (replace(USER_BARE, bubblewrap="/usr/bin/bwrap", counts_in_namespaces=True), 20 + rlimits.INIT_TASKS, True),
+    ],
+    ids=["no walls", "a system that counts each user once, or a set-user-id bubblewrap", "a user namespace of its own"],
+)
+def test_the_processes_of_an_ordinary_user_are_held_where_they_are_counted_alone(
+    machine: Machine, count: int, hard: bool
+) -> None:
+    plan = build_plan(LIMITS, machine, "id", Isolation(own_processes=True))
+    assert rows_of(plan)[resource.RLIMIT_NPROC] == (count, count)
+    assert (plan.enforcement[L.PROCESSES].by, plan.enforcement[L.PROCESSES].hard) == (M.RLIMIT, hard)
+    assert L.PROCESSES in plan.watch
+
+
+def test_without_walls_a_namespace_that_could_be_had_changes_nothing() -> None:
+    machine = replace(USER_BARE, bubblewrap="/usr/bin/bwrap", counts_in_namespaces=True)
+    plan = build_plan(Limits(processes=20), machine, "id")
+    assert rows_of(plan)[resource.RLIMIT_NPROC] == (50, 50) and not plan.enforcement[L.PROCESSES].hard
+
+
 def test_rows_of_root_leave_out_what_root_is_exempt_from() -> None:
     assert resource.RLIMIT_NPROC not in rows_of(plan_for(ROOT_BARE))
 
