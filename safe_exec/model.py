@@ -68,6 +68,7 @@ class CauseKind(StrEnum):
     UNRESPONSIVE = "unresponsive"
     STDIN = "stdin"
     NETWORK_BLOCKED = "network_blocked"
+    ISOLATION = "isolation"
     DISK_FULL = "disk_full"
     TOO_MANY_PROCESSES = "too_many_processes"
     TOO_MANY_OPEN_FILES = "too_many_open_files"
@@ -490,12 +491,73 @@ class IsolationFacts:
     network: bool = True
 
 
+class NeedKind(StrEnum):
+    """What a cell can ask for that isolation may take away."""
+
+    PATH = "path"
+    VARIABLE = "variable"
+    MODULE = "module"
+    PROGRAM = "program"
+    HOST = "host"
+
+
+class Access(StrEnum):
+    """The access that isolation leaves to a thing."""
+
+    OPEN = "open"
+    READ_ONLY = "read_only"
+    HIDDEN = "hidden"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """The attributes of an exception that a cell raised, or of one that it came from. The kernel's own word.
+
+    ``number`` is the error number, ``files`` the names that it is about, ``module`` the one that was not found, ``variable`` the key that
+    ``os.environ`` does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the exception was only being
+    handled when the next one was raised.
+    """
+
+    type: str
+    number: int | None = None
+    files: tuple[str, ...] = ()
+    module: str | None = None
+    variable: str | None = None
+    writes: bool | None = None
+    remote: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationConflict:
+    """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away. Checked outside.
+
+    ``name`` is the thing as the kernel named it in ``line``; ``path`` is where it is outside, ``allow`` what to open to the notebook so that it can
+    have it, empty where opening would not help. ``writes``: it is to be written. ``usable``: we ourselves, and the user that
+    the kernel runs as, may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's. ``exact``: the kernel named this
+    thing as the one that was refused. ``cell`` named it, ``in_output``: in its output.
+    """
+
+    kind: NeedKind
+    name: str
+    access: Access
+    line: str
+    path: str | None = None
+    allow: tuple[str, ...] = ()
+    writes: bool = False
+    usable: bool = True
+    moved: bool = False
+    exact: bool = False
+    cell: int | None = None
+    in_output: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
-    Origins: everything is read outside the kernel but ``error``, ``place``, ``remote_hosts``, ``executed``,
-    ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says of itself. ``oom_bound`` is
+    Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of the exceptions that it came from),
+    ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says
+    of itself; of ``conflicts`` the names. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
     """
@@ -539,6 +601,8 @@ class Evidence:
     cell_active: bool | None = None
     last_words: str = ""
     isolation: IsolationFacts | None = None
+    raised: tuple[Raised, ...] = ()
+    conflicts: tuple[IsolationConflict, ...] = ()
 
 
 # --- conclusions ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safe_exec.causes import crashes, errors, exits, limits, memory, network, start, time
+from safe_exec.causes import crashes, errors, exits, isolation, limits, memory, network, start, time
 from safe_exec.causes.context import Context, Rule
 from safe_exec.model import Cancelled, Cause, Passed
 
@@ -39,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     # Errors of cells.
     memory.refused,
     network.blocked,
+    isolation.taken_away,
     limits.raised,
     errors.stdin,
     errors.exception,

@@ -11,12 +11,14 @@ import json
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from safe_exec.kernel.cell_code import CellCode, source_of
 from safe_exec.kernel.content import bounded_size
-from safe_exec.model import Frame
+from safe_exec.model import Frame, Raised
+from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
@@ -26,12 +28,25 @@ MOST_FACTS = 500
 """Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
 LONGEST_TEXT = 1000
 MOST_ROWS = 50
+MOST_ERRORS = 6
+MOST_SHOWN = 10
+MOST_PATHS = 60
 FACT_BYTES = 1 << 16
 PIPE_BYTES = 1 << 20
 """The largest size of a pipe (pipe(7), pipe-max-size)."""
 
 Rows = list[tuple[str, int, str, int]]
 """Frames as told: function, line, file, number of the cell inside."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaisedTold:
+    """The exceptions that a cell ended with, and where it looked for names that are not absolute: ``search`` is its PATH."""
+
+    errors: tuple[Raised, ...] = ()
+    cwd: str | None = None
+    sys_path: tuple[str, ...] = ()
+    search: str = ""
 
 
 class Told:
@@ -46,6 +61,7 @@ class Told:
         self.shown: dict[int, tuple[int, Rows]] = {}
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.executed: str | None = None
+        self.raised: dict[int, deque[RaisedTold]] = {}
         self._cells: dict[int, str] = {}
         self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
@@ -87,6 +103,8 @@ class Told:
             self.code.add(_text(fact["file"]), source_of(fact))
         elif "line" in fact and int(fact["cell"]) in self._cells:
             self._note_line(fact, int(fact["cell"]), int(fact["line"]))
+        elif "raised" in fact and int(fact["cell"]) in self._cells:
+            self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(raised_told(fact))
         elif "remote" in fact:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
@@ -154,6 +172,36 @@ class Told:
 
 def _rows(value: Any) -> Rows:
     return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:MOST_ROWS]]
+
+
+def raised_told(fact: dict[str, Any]) -> RaisedTold:
+    """What a cell raised, from the kernel's own words for it. Raises TypeError, KeyError and the like for what is none."""
+    opened = fact.get("opened") or (None, None)
+    database = fact.get("database")
+    return RaisedTold(
+        errors=tuple(_raised(row, opened, database) for row in fact["raised"][:MOST_ERRORS]),
+        cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
+        sys_path=tuple(_text(part) for part in fact["sys_path"][:MOST_PATHS]),
+        search=str(fact["search"])[: 8 * LONGEST_TEXT],
+    )
+
+
+def _raised(row: dict[str, Any], opened: Any, database: Any) -> Raised:
+    files = [_text(name) for name in row.get("files") or ()][:2]
+    kind = _text(row["type"])
+    if not files and database and "OperationalError" in kind:  # SQLite's own words name no file
+        files = [_text(database)]
+    writes = bool(opened[1]) if files and opened[0] == files[0] else None
+    number = row.get("errno")
+    return Raised(
+        type=kind,
+        number=number if isinstance(number, int) else None,
+        files=tuple(files),
+        module=_text(row["module"]) if row.get("module") else None,
+        variable=_text(row["variable"]) if row.get("variable") else None,
+        writes=writes,
+        remote=bool(row.get("remote")),
+    )
 
 
 def _text(value: Any) -> str:

@@ -167,6 +167,7 @@ _WHAT = {
 
 _KIND_WORDS = {
     CauseKind.STDIN: "waits for input",
+    CauseKind.ISOLATION: "blocked by isolation",
     CauseKind.UNKNOWN: "cause unknown",
     CauseKind.WORKER_OUT_OF_MEMORY: "worker process out of memory",
 }

@@ -26,6 +26,7 @@ from safe_exec.model import (
 )
 from safe_exec.records import replace
 from safe_exec.sandbox.watchdog import Peaks
+from safe_exec.trial.refusals import isolation_conflicts, raised_by
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.meter import Counters
@@ -58,6 +59,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
     current = ledger.records.get(state.current) if state.current is not None else None
+    raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
     return Evidence(
         exit=ended.status if ended else None,
         termination=ended.reason if ended else None,
@@ -98,6 +100,8 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_active=state.cell_active,
         last_words=_recent_text(state)[-4000:],
         isolation=session.sandbox.isolation if session.sandbox else None,
+        raised=raised.errors if raised else (),
+        conflicts=isolation_conflicts(state, ending, place),
     ), place
 
 

@@ -66,7 +66,6 @@ NOT_YET: frozenset[str] = frozenset(
         "f29-trace-left-on",
         "o4-tofile-full",
         "w-reads-data",
-        "w-secret",
         "w-uses-src",
         "w-writes-home",
         "w-writes-up",

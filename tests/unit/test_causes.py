@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import signal
 import typing
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from safe_exec.causes import RULES, Context, find_cause
 from safe_exec.conclude import STATUS_OF
 from safe_exec.model import (
+    Access,
     Activity,
     Cancelled,
     Cause,
@@ -33,14 +35,18 @@ from safe_exec.model import (
     FaultReport,
     Frame,
     InternalError,
+    IsolationConflict,
+    IsolationFacts,
     LimitHit,
     LimitName,
     Limits,
     Looked,
     Mechanism,
+    NeedKind,
     Origin,
     Passed,
     Place,
+    Raised,
     StartFailed,
     Status,
     TerminationReason,
@@ -98,6 +104,42 @@ FULL = FaultReport(title="Segmentation fault", stack=(), main=True, stack_bytes=
 SHALLOW = dataclasses.replace(FULL, stack_bytes=MIB // 4)
 IN_THREAD = dataclasses.replace(FULL, main=False)
 FORKING = Place(cell=2, line=1, source="traceback", stack=(Frame(function="_execute_child", line=1, file="subprocess.py"),))
+
+
+BY_BUBBLEWRAP = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="empty")
+WALLS = {
+    Wall.HOME: BY_BUBBLEWRAP,
+    Wall.SYSTEM: BY_BUBBLEWRAP,
+    Wall.ENVIRONMENT: Enforcement(by=Mechanism.RUNNER, hard=True, note="listed"),
+}
+TAKEN = IsolationFacts(by=Mechanism.BUBBLEWRAP, folder="/home/me/work", hidden_homes=("/home/me",), read_only=True)
+VARIABLE = IsolationConflict(
+    kind=NeedKind.VARIABLE, name="A_TOKEN", access=Access.HIDDEN, line="KeyError: 'A_TOKEN'", exact=True, cell=2
+)
+MENTIONED = dataclasses.replace(VARIABLE, exact=False)
+HIDDEN_FILE = IsolationConflict(
+    kind=NeedKind.PATH,
+    name="../d.csv",
+    access=Access.HIDDEN,
+    line="[Errno 2] No such file or directory: '../d.csv'",
+    path="/home/me/d.csv",
+    allow=("/home/me/d.csv",),
+    exact=True,
+    cell=2,
+)
+PRINTED = dataclasses.replace(HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True)
+NOT_INSTALLED = IsolationConflict(
+    kind=NeedKind.PATH,
+    name="/venv/lib/python3.12/site-packages/fieldpkg.py",
+    access=Access.READ_ONLY,
+    line="OSError: [Errno 30] Read-only file system: '/venv/lib/python3.12/site-packages/fieldpkg.py'",
+    path="/venv/lib/python3.12/site-packages/fieldpkg.py",
+    allow=("/venv/lib/python3.12/site-packages",),
+    writes=True,
+    exact=True,
+    cell=1,
+    in_output=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +316,58 @@ ERRORS = [
     error("network-down", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION),
     error("network-down-unheld", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION, walls=UNHELD),
     error("loopback-refuses", raised("ConnectionRefusedError", "[Errno 111] Connection refused"), K.EXCEPTION, walls=NO_NETWORK),
+    error("variable-removed", raised("KeyError", "'A_TOKEN'"), K.ISOLATION, conflicts=(VARIABLE,), walls=WALLS, isolation=TAKEN),
+    error("variable-mentioned", raised("E", "set A_TOKEN"), K.ISOLATION, C.LIKELY, conflicts=(MENTIONED,), walls=WALLS),
+    error(
+        "file-hidden",
+        raised("FileNotFoundError", HIDDEN_FILE.line),
+        K.ISOLATION,
+        conflicts=(HIDDEN_FILE,),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "file-hidden-without-a-wall",
+        raised("FileNotFoundError", "x"),
+        K.ISOLATION,
+        C.LIKELY,
+        conflicts=(HIDDEN_FILE,),
+        isolation=TAKEN,
+    ),
+    error(
+        "file-hidden-from-a-program",
+        raised("CalledProcessError", "Command 'cat' returned non-zero exit status 1."),
+        K.ISOLATION,
+        conflicts=(PRINTED,),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "printed-and-another-error",
+        raised("ZeroDivisionError", "division by zero"),
+        K.EXCEPTION,
+        conflicts=(PRINTED,),
+        walls=WALLS,
+    ),
+    error(
+        "packages-not-installed",
+        raised("ModuleNotFoundError", "No module named 'other'"),
+        K.ISOLATION,
+        C.LIKELY,
+        conflicts=(NOT_INSTALLED,),
+        raised=(Raised(type="ModuleNotFoundError", module="other"),),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "this-package-not-installed",
+        raised("ModuleNotFoundError", "No module named 'fieldpkg'"),
+        K.ISOLATION,
+        conflicts=(NOT_INSTALLED,),
+        raised=(Raised(type="ModuleNotFoundError", module="fieldpkg"),),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
     error(
         "disk-of-a-limit",
         raised("OSError", "[Errno 28] No space left on device"),
@@ -495,6 +589,11 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return BY_TYPE[hint]
     if hint is type(None):
         return st.none()
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return st.sampled_from(hint)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return st.builds(hint, **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()})
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
@@ -502,7 +601,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 FIELDS = {name: values_of(hint) for name, hint in typing.get_type_hints(Evidence).items()}
-INSIDE = ("error", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail")
+INSIDE = ("error", "raised", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail")
 evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
 claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in INSIDE})
 cells_of = st.integers(0, 9)

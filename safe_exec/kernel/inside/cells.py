@@ -4,6 +4,7 @@ import functools
 import linecache
 import sys
 
+from .attributes import tell_attributes
 from .bodies import Source
 from .layout import COUNTS, COUNTS_AT
 from .output import settle
@@ -97,6 +98,7 @@ def tell_failure(inside, error):
     line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
     if line:
         inside.fact(error=rows[:30], line=line, cell=inside.page.cell)
+    tell_attributes(inside, error)
 
 
 def syntax_line(inside, error):

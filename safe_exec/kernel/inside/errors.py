@@ -7,6 +7,7 @@ that fails, ``showtraceback()`` in a library. The shell's own reply says nothing
 import functools
 import sys
 
+from .attributes import tell_attributes
 from .cells import syntax_line
 
 MOST_ROWS = 30
@@ -43,6 +44,7 @@ def tell_shown(inside, error):
     line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
     if line:
         inside.fact(shown=rows[:MOST_ROWS], line=line, cell=inside.page.cell)
+    tell_attributes(inside, error)
 
 
 def rows_of(inside, error):

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import sys
 
+from .attributes import note_file
 from .layout import DUMP_SIGNAL
 
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
@@ -31,6 +32,7 @@ def watch(inside):
     real_exit, real_closerange = os._exit, os.closerange
     noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
     noted |= {"os.posix_spawn", "os.spawn"}
+    files = {"open", "os.mkdir", "sqlite3.connect"}
 
     def _exit(status):
         if not inside.child and os.getpid() == inside.page.pid:
@@ -64,6 +66,8 @@ def watch(inside):
         elif event in noted:
             if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
                 inside.here(sys._getframe(1))
+        elif event in files:
+            note_file(inside, event, args)
         elif event == "socket.connect":
             if not inside.child:
                 connected(inside, args[1])

@@ -36,6 +36,8 @@ class Inside:
         self.before_cells = lambda: None
         self.msg_id = None
         self.hosts = set()
+        self.opened = None  # the file opened last: its name, and the flags of open(2)
+        self.database = None  # the same of SQLite
         self.put = None
         self.fitted = []
         self.child = False

@@ -1,0 +1,293 @@
+"""Finds what a cell asked for, what exists outside the sandbox, and what isolation took away from this run.
+
+All three must hold: a file that exists nowhere is missing with and without isolation. Outside, only names are looked up (stat(2), access(2)):
+nothing is opened or listed, and no more than MOST_LOOKUPS names are, since the notebook chooses them. May import model and needs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+
+from safe_exec.model import Access, IsolationConflict, IsolationFacts, Mechanism, NeedKind
+from safe_exec.records import dataclass, field
+from safe_exec.trial.needs import Need
+
+MOST_LOOKUPS = 300
+MOST_CONFLICTS = 8
+SECONDS = 2.0
+"""A name may lie on a file server that does not answer: then nothing is known of it."""
+PRIVATE_SYSTEM = ("/run", "/var/run", "/var/tmp", "/dev")  # noqa: S108 - named, not used
+"""What bubblewrap's walls replace besides the places of ``IsolationFacts`` (mechanisms of bubblewrap: HIDDEN_SYSTEM and a /dev of its own)."""
+SHARED_SYSTEM = (
+    "/run/systemd/resolve", "/run/resolvconf", "/run/netns", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
+    "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd",
+)  # fmt: skip
+MODULE_ENDS = ("", ".py", *EXTENSION_SUFFIXES)
+WILDCARDS = "*?["
+ROUTES = (("/proc/net/route", 1, "00000000", 7, "00000000"), ("/proc/net/ipv6_route", 0, "0" * 32, 1, "00"))
+"""The tables of routes (proc_net(5)): of each the columns of the destination and its mask, and how those of a default route read."""
+
+
+class Lookup:
+    """Questions about names outside of the sandbox. Each answer is one system call."""
+
+    def __init__(self) -> None:
+        self.left = MOST_LOOKUPS
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something of that name; links are followed, in the last part too."""
+        return self._mode(path) is not None
+
+    def is_directory(self, path: str) -> bool:
+        """Whether it is a directory."""
+        mode = self._mode(path)
+        return mode is not None and stat.S_ISDIR(mode)
+
+    def is_program(self, path: str) -> bool:
+        """Whether it is a file that we may execute."""
+        mode = self._mode(path)
+        return mode is not None and stat.S_ISREG(mode) and self.may(path, os.X_OK)
+
+    def is_for_others(self, path: str) -> bool:
+        """Whether users that own nothing may read it."""
+        mode = self._mode(path)
+        return mode is not None and bool(mode & stat.S_IROTH)
+
+    def may(self, path: str, how: int) -> bool:
+        """Whether we ourselves may read (R_OK) or write (W_OK) it; a file system that is read-only outside too cannot be written."""
+        self.left -= 1
+        return self.left >= 0 and os.access(path, how)
+
+    def real(self, path: str) -> str:
+        """The path without links."""
+        self.left -= 1
+        return os.path.realpath(path) if self.left >= 0 else path
+
+    def has_route(self) -> bool:
+        """Whether this machine itself has a way to other hosts."""
+        return any(_has_default_route(*table) for table in ROUTES)
+
+    def _mode(self, path: str) -> int | None:
+        self.left -= 1
+        if self.left < 0:
+            return None
+        try:
+            return os.stat(path).st_mode
+        except (OSError, ValueError):
+            return None
+
+
+class Reach:
+    """What of the file system a kernel behind walls can reach, from the facts of its isolation. The deepest directory decides."""
+
+    def __init__(self, facts: IsolationFacts) -> None:
+        tops = {"/": Access.READ_ONLY if facts.read_only else Access.OPEN}
+        if facts.by is Mechanism.BUBBLEWRAP:
+            private = (*facts.discarded, *(PRIVATE_SYSTEM if facts.read_only else ()))
+            tops |= dict.fromkeys((path for path in private if path != facts.folder), Access.HIDDEN)
+            tops |= dict.fromkeys(SHARED_SYSTEM if facts.read_only else (), Access.OPEN)
+        else:
+            tops |= dict.fromkeys(facts.discarded, Access.OPEN)
+        tops |= dict.fromkeys(facts.hidden_homes, Access.HIDDEN)
+        tops |= dict.fromkeys(facts.readable, Access.READ_ONLY)
+        if facts.folder is not None:
+            tops[facts.folder] = Access.OPEN if facts.folder in (*facts.writable, *facts.discarded) else Access.READ_ONLY
+        tops |= dict.fromkeys(facts.writable, Access.OPEN)
+        self._tops = tops | dict.fromkeys(facts.hidden, Access.HIDDEN)
+
+    def to(self, path: str) -> Access:
+        """The access to an absolute path without links."""
+        while path not in self._tops:
+            path = os.path.dirname(path)
+        return self._tops[path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """The names as a cell sees them: where it looked for relative ones, and its own home, which may not be the user's.
+
+    ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's own word; ``env`` is the environment outside. ``other_user``: the kernel runs
+    as a user that owns nothing.
+    """
+
+    facts: IsolationFacts
+    env: Mapping[str, str] = field(repr=False)
+    cwd: str | None = None
+    sys_path: tuple[str, ...] = ()
+    search: str = ""
+    other_user: bool = False
+
+    def places(self, name: str) -> Iterator[tuple[str, bool]]:
+        """The absolute paths outside that a name may stand for, each with whether the kernel's own home led it elsewhere."""
+        if not name or "\0" in name:
+            return
+        home, kernel_home = self.env.get("HOME", ""), self.facts.home or ""
+        moved = bool(home and kernel_home and home != kernel_home)
+        if home and (name == "~" or name.startswith("~/")):  # shells, R and DuckDB expand it and name it unexpanded
+            yield os.path.join(home, name[2:]), moved
+        path = os.path.join(self.cwd or self.facts.folder or "/", name)
+        if moved and path.startswith(kernel_home + "/"):
+            yield os.path.join(home, path[len(kernel_home) + 1 :]), True
+        yield path, False
+
+
+def conflicts(needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None) -> tuple[IsolationConflict, ...]:
+    """The needs that isolation refused. A name that takes longer than SECONDS to look up, and those after it, are not claimed."""
+    finder = _Finder(sight, lookup or Lookup())
+    found: list[IsolationConflict] = []
+
+    def look() -> None:
+        for need in needs:
+            if len(found) < MOST_CONFLICTS and (conflict := finder.find(need)) is not None:
+                found.append(conflict)
+
+    thread = threading.Thread(target=look, name="safe-exec-lookup", daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return tuple(found)
+
+
+class _Finder:
+    def __init__(self, sight: Sight, lookup: Lookup) -> None:
+        self.sight, self.lookup = sight, lookup
+        self.reach = Reach(sight.facts)
+        self._find: Mapping[NeedKind, Callable[[Need], IsolationConflict | None]] = {
+            NeedKind.VARIABLE: self._variable,
+            NeedKind.HOST: self._host,
+            NeedKind.MODULE: self._module,
+            NeedKind.PROGRAM: self._program,
+            NeedKind.PATH: self._path,
+        }
+
+    def find(self, need: Need) -> IsolationConflict | None:
+        return self._find[need.kind](need)
+
+    def _variable(self, need: Need) -> IsolationConflict | None:
+        return _conflict(need, Access.HIDDEN) if need.name in self.sight.facts.removed_variables else None
+
+    def _host(self, need: Need) -> IsolationConflict | None:
+        return None if self.sight.facts.network else _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
+
+    def _module(self, need: Need) -> IsolationConflict | None:
+        file = need.name.replace(".", "/")
+        for entry in dict.fromkeys((*self.sight.sys_path, ".")):
+            for folder, moved in self.sight.places(entry or "."):
+                for end in MODULE_ENDS:
+                    path = os.path.join(folder, file + end)
+                    if self._is_hidden(path):
+                        real = self.lookup.real(path)
+                        return _conflict(need, Access.HIDDEN, path=real, allow=self._hidden_ones(folder, path), moved=moved)
+        return None
+
+    def _program(self, need: Need) -> IsolationConflict | None:
+        if "/" in need.name:
+            return None
+        for search in (self.sight.search, self.sight.env.get("PATH", "")):
+            for folder in search.split(os.pathsep):
+                path = os.path.join(folder, need.name)
+                if os.path.isabs(folder) and self._is_hidden(path) and self.lookup.is_program(path):
+                    return _conflict(need, Access.HIDDEN, path=path, allow=self._hidden_ones(folder, path))
+        return None
+
+    def _path(self, need: Need) -> IsolationConflict | None:
+        name = need.name
+        at = next((number for number, letter in enumerate(name) if letter in WILDCARDS), None)
+        if at is not None:  # a pattern: the directory before it
+            name = os.path.dirname(name[:at])
+        for place, moved in self.sight.places(name):
+            conflict = self._refused(need, place, moved=moved)
+            if conflict is not None:
+                return conflict
+        return None
+
+    def _refused(self, need: Need, place: str, *, moved: bool) -> IsolationConflict | None:
+        real = self.lookup.real(place)
+        access, exists = self.reach.to(real), self.lookup.exists(real)
+        if exists and need.number != errno.EROFS and self.reach.to(os.path.normpath(place)) is Access.HIDDEN is not access:
+            return _conflict(need, Access.HIDDEN, path=real)  # a link that is hidden itself leads to what is not
+        if exists and need.number != errno.EROFS and access is Access.HIDDEN:
+            if not self.lookup.may(real, os.R_OK):
+                return None
+            usable = not self.sight.other_user or self.lookup.is_for_others(real)
+            return _conflict(need, access, path=real, allow=(real,), usable=usable, moved=moved)
+        if access is not Access.OPEN and self._is_write(need, access):
+            return self._unwritable(need, real, access)
+        return self._other_users(need, real, access) if exists else None
+
+    def _is_write(self, need: Need, access: Access) -> bool:
+        """Whether it was to be written. A read-only file system refuses nothing else, and Landlock lets read what can be seen."""
+        refused_by_landlock = need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
+        return need.number == errno.EROFS or bool(need.writes) or (refused_by_landlock and access is Access.READ_ONLY)
+
+    def _unwritable(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
+        """A place that we may write to ourselves, and the kernel may not."""
+        exists, folder = self.lookup.exists(real), os.path.dirname(real)
+        if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
+            return None  # outside its directory is missing, too
+        while not self.lookup.exists(folder):
+            folder = os.path.dirname(folder)
+        if not self.lookup.may(real if exists else folder, os.W_OK):
+            return None
+        allow = real if self.lookup.is_directory(real) else folder
+        return _conflict(need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True)
+
+    def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
+        """A file in sight that we may read, and a user that owns nothing may not."""
+        refused = need.number in (errno.EACCES, errno.EPERM) and self.sight.other_user
+        if not refused or self.lookup.is_for_others(real) or not self.lookup.may(real, os.R_OK):
+            return None
+        return _conflict(need, access, path=real, usable=False)
+
+    def _is_hidden(self, path: str) -> bool:
+        """Whether there is such a thing, and it or the name under which it was looked for lies in a hidden place."""
+        if not self.lookup.exists(path):
+            return False
+        return Access.HIDDEN in (self.reach.to(self.lookup.real(path)), self.reach.to(os.path.normpath(path)))
+
+    def _hidden_ones(self, folder: str, path: str) -> tuple[str, ...]:
+        """What has to be opened for a thing in a folder: the folder, and where a link in it leads to."""
+        folder, real = self.lookup.real(folder), self.lookup.real(path)
+        both = [folder] if self.reach.to(folder) is Access.HIDDEN else []
+        outside = not real.startswith(folder + "/") and self.reach.to(real) is Access.HIDDEN
+        return (*both, *([real] if outside else []))
+
+
+def _conflict(
+    need: Need,
+    access: Access,
+    *,
+    path: str | None = None,
+    allow: tuple[str, ...] = (),
+    writes: bool = False,
+    usable: bool = True,
+    moved: bool = False,
+) -> IsolationConflict:
+    return IsolationConflict(
+        kind=need.kind,
+        name=need.name,
+        access=access,
+        path=path,
+        allow=allow,
+        writes=writes,
+        usable=usable,
+        moved=moved,
+        exact=need.exact and not need.remote,
+        line=need.line,
+        cell=need.cell,
+        in_output=need.in_output,
+    )
+
+
+def _has_default_route(table: str, destination: int, nowhere: str, mask: int, wide: str) -> bool:
+    try:
+        with open(table, encoding="ascii") as rows:
+            fields = [row.split() for row in rows]
+    except OSError:
+        return False
+    routes = [row for row in fields if len(row) > max(destination, mask) and row[-1] != "lo"]
+    return any(row[destination] == nowhere and row[mask] == wide for row in routes)

@@ -1,0 +1,205 @@
+"""The paths, variables, modules, programs and hosts that an error or an output says a cell could not have. Pure; imports model.
+
+Attributes of exceptions come first: they are exact. Texts of libraries and programs come next; they name much that was not refused, so each need
+has to be checked outside (see ``conflicts``).
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from safe_exec.model import CellError, NeedKind, Raised
+from safe_exec.records import dataclass, replace
+
+MOST_NEEDS = 60
+MOST_LINES = 400
+LONGEST_LINE = 2000
+SHOWN_CHARACTERS = 300
+
+REFUSALS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+"""Error numbers of open(2), mkdir(2), execve(2) and the like for what is hidden, refused or read-only."""
+
+QUOTES = "'\"`\u2018\u2019\u201c\u201d"
+_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|\berrno ?[=:]? ?(\d+)")
+"""As Python, Rust (polars, ruff, uv) and HDF5 write it."""
+
+_WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
+    (errno.EROFS, re.compile(r"[Rr]ead-only file ?system|readonly database|EROFS")),
+    (errno.EACCES, re.compile(r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not writ[e]?able|EACCES|EPERM")),
+    (
+        errno.ENOENT,
+        re.compile(
+            r"[Nn]o such file|[Nn]ot found\b|[Dd]oes not exist|[Dd]oesn't exist|[Dd]o not exist|ENOENT"
+            r"|(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to)(?: \w+ly)? (?:open|find|access|stat|locate|read|load)"
+            r"|[Nn]o files found|not a (?:valid )?(?:file|directory|path)"
+        ),
+    ),
+)
+"""The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells."""
+_BY_NAME = {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES, "NotADirectoryError": errno.ENOTDIR}
+
+_QUOTED = re.compile(
+    r"""(?:\bb|(?<!\w))'([^'\n]{1,1000})'|"([^"\n]{1,1000})"|\u2018([^\u2019\n]{1,1000})\u2019|\u201c([^\u201d\n]{1,1000})\u201d|`([^`'\n]{1,1000})[`']"""
+)
+_BARE = re.compile(r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)")
+_BEFORE = re.compile(
+    r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file|[Oo]peration not permitted|[Nn]ot found)"
+)
+"""``cat: my file.csv: No such file or directory``: a name with blanks, or without a slash."""
+_SHELL = re.compile(r"^\s*\S*sh: (?:(?:line )?\d+: )?")
+"""How a shell begins its complaints."""
+_COMMAND = re.compile(
+    r"command not found: ([\w.+-]{1,100})|(?:^|: |\d: )([\w.+-]{1,100}): (?:command )?not found(?!:)"
+    r"|[Uu]nknown command:? [\"'`]?([\w.+-]{1,100})|\bno ([\w.+-]{1,100}) in \("
+)
+"""As bash, dash, zsh, fish and which(1) write it."""
+_MODULE = re.compile(r"No module named ['\"]?([\w.]{1,200})|there is no package called [\u2018'\"\u201c]([\w.]{1,100})")
+"""As Python and R write it."""
+_NAME = re.compile(r"\b[A-Za-z_][A-Za-z0-9_]{3,}\b")
+_ABOUT_VARIABLES = re.compile(
+    r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not found|token|credential|api[ _]?key|secret",
+    re.IGNORECASE,
+)
+UNREACHABLE = re.compile(
+    r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No address associated with hostname"
+    r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|[Cc]ould not resolve host|[Cc]ouldn't resolve host|Unknown host"
+    r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure resolving|ENETUNREACH|EAI_AGAIN|dns error"
+)
+"""As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2), gai_strerror(3)) where there is only loopback."""
+_HOST = re.compile(
+    r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
+)
+_WRITES = re.compile(
+    r"""\b(?:write|save|dump|mkdir|makedirs|touch|export)|\bto_[a-z]+\(|['"][wax]b?\+?['"]|(?<!-)>|\b(?:cp|mv|tee|install)\b|create""",
+    re.IGNORECASE,
+)
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """One thing that was asked for and refused, as it was named.
+
+    ``number`` is the error number. ``exact``: an attribute of the exception, or the one thing that the refusal is about. ``writes``: it was
+    to be written, where that is known. ``line`` is the text that names it. ``cell`` is the cell that did, and ``in_output`` whether in its
+    output; ``remote`` whether the exception was only being handled when another one ended the cell.
+    """
+
+    kind: NeedKind
+    name: str
+    line: str
+    number: int | None = None
+    exact: bool = False
+    writes: bool | None = None
+    cell: int | None = None
+    in_output: bool = False
+    remote: bool = False
+
+
+def needs_of_error(error: CellError, raised: Sequence[Raised], removed: Iterable[str]) -> list[Need]:
+    """The needs that a cell's error names, the most exact first. ``removed`` are names of variables that the kernel does not have."""
+    text = _ANSI.sub("", f"{error.ename}: {error.evalue}")
+    whole = number_in(text) or _BY_NAME.get(error.ename)
+    found = [need for row in raised for need in _of_attributes(row, _shown(text), whole)]
+    # Of any other dictionary's KeyError the attributes say that it is no variable's.
+    names = frozenset() if raised and error.ename == "KeyError" else frozenset(removed)
+    for line in text.splitlines()[:MOST_LINES]:
+        found += _of_line(line[:LONGEST_LINE], names, number_in(line) or whole, is_error=True)
+    return _distinct(found)
+
+
+def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
+    """The needs that lines of an output name; only lines that say that something was refused."""
+    names = frozenset(removed)
+    lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
+    found = [need for line in lines for need in _of_line(line[:LONGEST_LINE], names, number_in(line), is_error=False)]
+    return [replace(need, cell=cell, in_output=True) for need in _distinct(found)]
+
+
+def is_write(source: str) -> bool | None:
+    """Whether a line of a cell seems to write files; ``None`` where it does not."""
+    return True if _WRITES.search(source) else None
+
+
+def number_in(text: str) -> int | None:
+    """The error number of a refusal that a text speaks of."""
+    for match in _NUMBER.finditer(text):
+        number = int(next(group for group in match.groups() if group)[:4])
+        if number in REFUSALS:
+            return number
+    return next((number for number, words in _WORDS if words.search(text)), None)
+
+
+def _of_attributes(row: Raised, shown: str, number_of_text: int | None) -> Iterator[Need]:
+    line = row.type if row.remote else shown
+    if row.variable:
+        yield Need(kind=NeedKind.VARIABLE, name=row.variable, line=line, exact=True, remote=row.remote)
+    if row.module:
+        yield Need(kind=NeedKind.MODULE, name=row.module, line=line, exact=True, remote=row.remote)
+    number = row.number if row.number is not None else number_of_text
+    if number not in REFUSALS:
+        return
+    for name in row.files:
+        if "/" not in name and number in (errno.ENOENT, errno.EACCES):
+            yield Need(kind=NeedKind.PROGRAM, name=name, line=line, number=number, exact=True, remote=row.remote)
+        yield Need(
+            kind=NeedKind.PATH, name=name, line=line, number=number, exact=True, writes=row.writes, remote=row.remote
+        )  # fmt: skip
+
+
+def _of_line(line: str, removed: frozenset[str], number: int | None, *, is_error: bool) -> Iterator[Need]:
+    shown = _shown(line)
+    for module in _MODULE.finditer(line):
+        yield Need(kind=NeedKind.MODULE, name=_first(module), line=shown, exact=True)
+    for command in _COMMAND.finditer(line):
+        yield Need(kind=NeedKind.PROGRAM, name=_first(command), line=shown, number=errno.ENOENT, exact=True)
+    if UNREACHABLE.search(line):
+        host = _HOST.search(line)
+        yield Need(kind=NeedKind.HOST, name=host[1] if host else "", line=shown, exact=True)
+    if number is not None:
+        complaint = _SHELL.sub("", line)
+        direct = _direct(complaint)
+        names = dict.fromkeys([*([direct] if direct else []), *_names(complaint)])
+        for name in names:
+            yield Need(kind=NeedKind.PATH, name=name, line=shown, number=number, exact=len(names) == 1 or name == direct)
+    for name in removed.intersection(_NAME.findall(line)):
+        about = _ABOUT_VARIABLES.search(line.replace(name, " ")) is not None
+        if about or (is_error and "_" in name):
+            yield Need(kind=NeedKind.VARIABLE, name=name, line=shown, exact=about)
+
+
+def _direct(line: str) -> str | None:
+    """What stands right before the refusal, where that is a name alone."""
+    found = _BEFORE.search(line)
+    name = found[1].strip() if found else ""
+    if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(mark in name[1:-1] for mark in QUOTES):
+        return None
+    return name.strip(QUOTES) or None
+
+
+def _first(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group)
+
+
+def _names(line: str) -> Iterator[str]:
+    """Everything in a line that may be a path: quoted text, and words that begin like one."""
+    for match in _QUOTED.finditer(line):
+        yield _first(match).strip().removeprefix("file://")
+    for match in _BARE.finditer(_QUOTED.sub(" ", line)):
+        yield match[1].rstrip(".,").removeprefix("file://")
+
+
+def _shown(text: str) -> str:
+    return " ".join(text.split())[:SHOWN_CHARACTERS]
+
+
+def _distinct(needs: Iterable[Need]) -> list[Need]:
+    """Each need once, as it was named most exactly; what the raised exception names comes before what others do."""
+    best: dict[tuple[NeedKind, str], Need] = {}
+    for need in needs:
+        key = need.kind, need.name
+        if key not in best or (need.exact, not need.remote) > (best[key].exact, not best[key].remote):
+            best[key] = need
+    return sorted(best.values(), key=lambda need: (need.remote, not need.exact))[:MOST_NEEDS]

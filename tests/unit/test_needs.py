@@ -1,0 +1,132 @@
+"""The needs that real texts name: errors of libraries and languages, outputs of programs."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safe_exec.model import CellError, NeedKind, Raised
+from safe_exec.trial.needs import Need, needs_of_error, needs_of_output, number_in
+
+P, V, M, G, H = NeedKind.PATH, NeedKind.VARIABLE, NeedKind.MODULE, NeedKind.PROGRAM, NeedKind.HOST
+REMOVED = ("MY_TOKEN", "OPENAI_API_KEY", "EDITOR", "A")
+
+OUTPUTS = [
+    ("cat: ../data/d.csv: No such file or directory", P, "../data/d.csv"),
+    ("cat: my file.csv: No such file or directory", P, "my file.csv"),
+    ("ls: cannot access '/home/me/data': No such file or directory", P, "/home/me/data"),
+    ("cp: cannot stat '/home/me/a b.csv': No such file or directory", P, "/home/me/a b.csv"),
+    ("bash: line 1: /home/me/bin/tool: No such file or directory", P, "/home/me/bin/tool"),
+    ("/bin/sh: 1: cannot open ../x.txt: No such file", P, "../x.txt"),
+    ("mkdir: cannot create directory \u2018/srv/out\u2019: Read-only file system", P, "/srv/out"),
+    ("touch: cannot touch '/srv/x': Permission denied", P, "/srv/x"),
+    ("  cannot open file '/root/x.csv': No such file or directory", P, "/root/x.csv"),
+    ("head: can't open '/root/x.csv'", P, "/root/x.csv"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 30] Read-only file system: '/v/lib/p.py'", P, "/v/lib/p.py"),
+    ("\x1b[31mERROR: [Errno 30] Read-only file system: '/v/lib/p.py'\x1b[0m", P, "/v/lib/p.py"),
+    ("error: failed to create directory `/v/lib/q`: Read-only file system (os error 30)", P, "/v/lib/q"),
+    ("fatal: repository '/home/me/repo' does not exist", P, "/home/me/repo"),
+    ("/bin/bash: line 1: mytool: command not found", G, "mytool"),
+    ("/bin/sh: 1: my-tool: not found", G, "my-tool"),
+    ("zsh: command not found: mytool", G, "mytool"),
+    ("ModuleNotFoundError: No module named 'mymod'", M, "mymod"),
+    ("/usr/bin/python: No module named mymod", M, "mymod"),
+    ("Error in library(foo) : there is no package called \u2018foo\u2019", M, "foo"),
+    ("bash: MY_TOKEN: unbound variable", V, "MY_TOKEN"),
+    ("curl: (6) Could not resolve host: example.org", H, "example.org"),
+    ("fatal: unable to access 'https://github.com/a/b/': Could not resolve host: github.com", H, "github.com"),
+    ("wget: unable to resolve host address \u2018example.org\u2019", H, "example.org"),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "name"), OUTPUTS, ids=[line[:40] for line, _, _ in OUTPUTS])
+def test_a_program_names_what_it_could_not_have(line: str, kind: NeedKind, name: str) -> None:
+    needs = needs_of_output(f"before\n{line}\nafter", REMOVED, 4)
+    assert [need.name for need in needs if need.kind is kind and need.exact] == [name]
+    assert all(need.cell == 4 and need.in_output for need in needs)
+
+
+@pytest.mark.parametrize(
+    "line", ["saved /home/me/x.csv", "reading '/home/me/x.csv'", "MY_TOKEN", "A is not set", "wrote ~/report.html", ""]
+)
+def test_an_output_that_speaks_of_no_refusal_needs_nothing(line: str) -> None:
+    assert needs_of_output(line, REMOVED, 0) == []
+
+
+ERRORS = [
+    ("FileNotFoundError", "/root/x.txt not found.", P, "/root/x.txt"),
+    ("FileNotFoundError", "No such file or directory (os error 2): /root/x.csv", P, "/root/x.csv"),
+    (
+        "FileNotFoundError",
+        ("[Errno 2] Unable to synchronously open file (unable to open file: name = '/root/x.h5', errno = 2, error message = "
+        "'No such file or directory', flags = 0, o_flags = 0)"),
+        P,
+        "/root/x.h5",
+    ),
+    ("IOException", 'IO Error: Cannot open file "/root/x.db": No such file or directory', P, "/root/x.db"),
+    ("IOException", 'IO Error: No files found that match the pattern "~/x/*.csv"', P, "~/x/*.csv"),
+    ("DataSourceError", "/root/x.shp: No such file or directory", P, "/root/x.shp"),
+    ("FileNotFoundError", "[Errno 2] No such file or directory: PosixPath('/root/x')", P, "/root/x"),
+    ("FileNotFoundError", "[Errno 2] No such file or directory: b'/root/x.nc'", P, "/root/x.nc"),
+    ("ERROR", "Error in library(foo): there is no package called \u2018foo\u2019\n", M, "foo"),
+    ("OpenAIError", ("The api_key client option must be set either by passing api_key or by setting the OPENAI_API_KEY"
+     " environment variable"), V, "OPENAI_API_KEY"),
+    ("UndefinedValueError", "MY_TOKEN not found. Declare it as envvar or define a default value.", V, "MY_TOKEN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ename", "evalue", "kind", "name"), ERRORS, ids=[row[1][:40] for row in ERRORS])
+def test_an_error_names_what_it_could_not_have(ename: str, evalue: str, kind: NeedKind, name: str) -> None:
+    needs = needs_of_error(CellError(ename=ename, evalue=evalue), (), REMOVED)
+    assert name in [need.name for need in needs if need.kind is kind]
+
+
+def test_attributes_come_before_words() -> None:
+    error = CellError(ename="FileNotFoundError", evalue="[Errno 2] No such file or directory: '../d.csv'")
+    row = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("../d.csv",), writes=False)
+    first = needs_of_error(error, (row,), ())[0]
+    assert first == Need(
+        kind=P, name="../d.csv", line=f"FileNotFoundError: {error.evalue}", number=errno.ENOENT, exact=True, writes=False
+    )
+
+
+def test_a_name_without_a_slash_may_be_a_program() -> None:
+    row = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("mytool",))
+    needs = needs_of_error(CellError(ename="FileNotFoundError", evalue="x"), (row,), ())
+    assert [(need.kind, need.name) for need in needs] == [(G, "mytool"), (P, "mytool")]
+
+
+def test_a_key_of_another_dictionary_is_no_variable() -> None:
+    error = CellError(ename="KeyError", evalue="'MY_TOKEN'")
+    assert needs_of_error(error, (Raised(type="KeyError"),), REMOVED) == []
+    assert [need.name for need in needs_of_error(error, (Raised(type="KeyError", variable="MY_TOKEN"),), REMOVED)] == ["MY_TOKEN"]
+
+
+def test_an_error_that_was_only_being_handled_comes_last() -> None:
+    handled = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("/root/a",), remote=True)
+    cause = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("/root/b",))
+    needs = needs_of_error(CellError(ename="ValueError", evalue="bad"), (Raised(type="ValueError"), handled, cause), ())
+    assert [(need.name, need.remote) for need in needs] == [("/root/b", False), ("/root/a", True)]
+
+
+def test_an_error_of_another_kind_names_no_path() -> None:
+    error = CellError(ename="ParserError", evalue="Error tokenizing data in /tmp/data.csv")
+    assert needs_of_error(error, (Raised(type="ParserError"),), ()) == []
+
+
+def test_sqlite_names_no_file_itself() -> None:
+    row = Raised(type="OperationalError", files=("/root/x.db",))
+    needs = needs_of_error(CellError(ename="OperationalError", evalue="unable to open database file"), (row,), ())
+    assert [(need.name, need.number) for need in needs] == [("/root/x.db", errno.ENOENT)]
+    needs = needs_of_error(CellError(ename="OperationalError", evalue="no such table: x"), (row,), ())
+    assert needs == []
+
+
+@given(st.text(max_size=300), st.text(max_size=300))
+def test_whatever_is_said_is_read(ename: str, evalue: str) -> None:
+    needs_of_error(CellError(ename=ename, evalue=evalue), (), REMOVED)
+    needs_of_output(evalue, REMOVED, 0)
+    number_in(evalue)
