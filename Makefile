@@ -63,8 +63,12 @@ run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ an
 		if [ $$code = 7 ]; then exit $$code; fi; \
 	done
 
+.PHONY: beds
+beds: $(VENV)/.dev-installed ## List the test beds that this machine has, and how to get the others
+	@$(BIN)/python -m tests.beds
+
 .PHONY: test
-test: $(VENV)/.dev-installed browser ## Run all tests: unit, real kernels, cases, parity (some minutes)
+test: $(VENV)/.dev-installed browser beds ## Run all tests: unit, real kernels, cases, parity (some minutes)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -q -m 'not hostile'
 
 .PHONY: test-hostile
@@ -82,6 +86,25 @@ test-cases: $(VENV)/.dev-installed ## Run all cases, in every place, each with t
 .PHONY: cases-table
 cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, and write the table in docs/culprit-search.md
 	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -q tests/cases -k test_culprits --culprit-table docs/culprit-search.md
+
+.PHONY: test-parity
+test-parity: $(VENV)/.dev-installed ## Compare the outputs of notebooks that pass with those of nbclient (a minute or two)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/parity
+
+.PHONY: system-release
+system-release: | system ## Install what makes a root file system of another release (Debian)
+	@missing=""; \
+	command -v debootstrap >/dev/null || [ -x /usr/sbin/debootstrap ] || missing="$$missing debootstrap"; \
+	command -v git >/dev/null || missing="$$missing git"; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get update -q && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+
+RELEASE ?= trixie
+TARGETS ?= run test
+.PHONY: test-release
+test-release: system-release ## Run the README's two commands on a fresh Debian of RELEASE=trixie, bookworm or testing; TARGETS="run test-fast" selects others
+	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(PYTHON) -m tests.releases $(RELEASE) $(TARGETS)
 
 .PHONY: system-vm
 system-vm: | system ## Install what it takes to boot a Linux of its own (Debian, amd64)

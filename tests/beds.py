@@ -146,6 +146,35 @@ BEDS: Mapping[str, Callable[[], str]] = {
 """Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
 
 
+_BOOTED = "`make test-cgroup2` boots a machine that has it, and runs the tests of this bed there"
+REMEDIES: Mapping[str, str] = {
+    "root": "run the tests as root",
+    "ordinary-user": "run the tests as root, in a checkout that every user can read",
+    "cgroup2-root": _BOOTED,
+    "cgroup2-user": _BOOTED,
+    "systemd-root": _BOOTED,
+    "systemd-user": _BOOTED,
+    "bubblewrap": "`make system` installs it; in a container, allow user namespaces",
+    "bash": "`make install` installs its kernel",
+    "deno": "`make install` installs its kernel",
+    "R": "`make system` installs its kernel",
+}
+"""How to get a bed, where that takes more than another machine."""
+
+
+def table(answers: Mapping[str, str]) -> str:
+    """The beds that are here, and each absent one with its reason and its remedy."""
+    here = [name for name, why_not in answers.items() if not why_not]
+    lines = [f"test beds here: {', '.join(here) or 'none'}"]
+    for name, why_not in answers.items():
+        if why_not:
+            remedy = f"; {REMEDIES[name]}" if name in REMEDIES else ""
+            lines.append(f"test bed absent: {name}: {why_not}{remedy}")
+    if len(here) < len(answers):
+        lines.append("tests of absent beds are left out, and counted at the end")
+    return "\n".join(lines)
+
+
 class AbsentBed(pytest.Item):
     """What fails in place of tests that had to lie in a bed which is not there."""
 
@@ -228,3 +257,7 @@ def register(config: pytest.Config, beds: Mapping[str, Callable[[], str]] = BEDS
         os.environ[FOUND] = json.dumps(absent)
     pinned = [name.strip() for name in os.environ.get(PINNED, "").split(",") if name.strip()]
     config.pluginmanager.register(Beds(known=beds.keys(), absent=absent, pinned=pinned), "safe-exec-beds")
+
+
+if __name__ == "__main__":
+    print(table({name: probe() for name, probe in BEDS.items()}))

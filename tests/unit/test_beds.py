@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.beds import BEDS, FOUND, PINNED
+from tests.beds import BEDS, FOUND, PINNED, REMEDIES, table
 from tests.support import ROOT
 
 CONFTEST = """
@@ -107,6 +107,17 @@ def test_a_bed_that_is_none_is_an_error(tmp_path: Path) -> None:
     assert (code, "test_it: herr is no bed; there are here, gone, far" in said) == (4, True)
     code, said = run(tmp_path, pinned="herr")
     assert (code, f"{PINNED}: herr is no bed" in said) == (4, True)
+
+
+def test_the_table_says_what_is_absent_and_how_to_get_it() -> None:
+    assert set(REMEDIES) <= set(BEDS)
+    assert table({"root": "", "bash": "no kernel bash is installed", "landlock": "too old"}).splitlines() == [
+        "test beds here: root",
+        f"test bed absent: bash: no kernel bash is installed; {REMEDIES['bash']}",
+        "test bed absent: landlock: too old",
+        "tests of absent beds are left out, and counted at the end",
+    ]
+    assert table({"root": ""}) == "test beds here: root"
 
 
 def test_ci_pins_only_beds_that_there_are() -> None:

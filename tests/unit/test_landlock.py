@@ -355,7 +355,7 @@ import multiprocessing, numpy
 with multiprocessing.get_context("fork").Pool(2) as pool:
     print(sum(pool.map(abs, [-1, -2])))
 done = subprocess.run([sys.executable, "-c", "import json, os, sys; os.listdir(sys.argv[1])", hidden], capture_output=True, text=True)
-print(done.returncode, "PermissionError" in done.stderr)
+print(done.returncode, "PermissionError" in done.stderr, flush=True)  # execv drops what is buffered
 os.execv("/bin/sh", ["sh", "-c", f"cat {other}/file; cat {hidden}/file 2>/dev/null || echo; echo refused"])
 """
     assert inside(code, top, prefix) == ["3", "1", "True", "in", "other", "refused"]

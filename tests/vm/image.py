@@ -63,7 +63,8 @@ def image(cache: Path) -> Image:
 def _fill(cache: Path, found: Path) -> None:
     """Make the image, in the place of whatever else lies there."""
     for old in cache.iterdir():
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != "releases":  # roots of tests/releases
+            shutil.rmtree(old, ignore_errors=True)
     making = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
     try:
         _make(making)
