@@ -55,6 +55,7 @@ MORE_RUNS = 2
 _CHANGING = (
     (re.compile(r"0x[0-9a-f]{6,}"), "0xADDRESS"),
     (re.compile(r"ipykernel_\d+"), "ipykernel_PID"),
+    (re.compile(r"\(pid=\d+\)"), "(pid=PID)"),  # Python 3.12 warns of forks with threads
     (re.compile(r"(?<=ipykernel_PID/)\d+(?=\.py)"), "HASH"),
     (re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"), "HEX"),
     (re.compile(r"object at [0-9a-f]{8,}"), "object at ADDRESS"),
