@@ -370,10 +370,14 @@ def _nothing_taken(_arrive: Any) -> contextlib.AbstractContextManager[None]:
 def signals(arrive: Any) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP are told to ``arrive`` until everything is written.
 
-    Elsewhere than on the main thread nothing is taken over.
+    Elsewhere than on the main thread nothing is taken over. A signal that is ignored stays ignored:
+    under nohup the run goes on when the terminal is gone, and in the background of a script (`&`)
+    when somebody presses Ctrl-C.
     """
     loop, taken = asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
             loop.add_signal_handler(number, arrive, number)
             taken.append(number)

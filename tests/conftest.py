@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,9 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    default_signals_for_children()
     beds.register(config)
     # Workers inherit it: all of them draw the same, at midnight too.
     os.environ.setdefault(SEED, datetime.now(UTC).date().isoformat())
+
+
+def default_signals_for_children() -> None:
+    """Start programs with the same signals under nohup or in the background as on a terminal.
+
+    An ignored signal stays ignored in each program that is started, a handler does not; and with a
+    handler that does nothing pytest survives the signal as before.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

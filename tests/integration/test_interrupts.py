@@ -42,14 +42,16 @@ print("started")
 class Run:
     """A run in the background, with a runtime directory of its own so that what it leaves can be seen."""
 
-    def __init__(self, folder: Path, *options: str, cells: tuple[str, ...] = BUSY) -> None:
+    def __init__(
+        self, folder: Path, *options: str, cells: tuple[str, ...] = BUSY, prefix: tuple[str, ...] = ()
+    ) -> None:
         self.mark = secrets.token_hex(8)
         self.runtime = folder / f"rt-{self.mark[:6]}"
         self.runtime.mkdir(mode=0o700)
         self.path = make_notebook(folder / f"nb-{self.mark[:6]}.ipynb", *cells)
         self.events = folder / f"ev-{self.mark[:6]}.jsonl"
         env = {**os.environ, MARK: self.mark, "XDG_RUNTIME_DIR": str(self.runtime)}
-        argv = [str(EXECUTABLE), "run", str(self.path), "--events", str(self.events), *options]
+        argv = [*prefix, str(EXECUTABLE), "run", str(self.path), "--events", str(self.events), *options]
         self.process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def log(self) -> list[dict[str, Any]]:
@@ -142,6 +144,21 @@ def test_a_signal_to_the_runner_alone(tmp_path: Path, number: signal.Signals) ->
     run.process.communicate(timeout=30)
     assert run.process.returncode == 130
     check_cancelled(run, number)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_is_ignored(tmp_path: Path, number: signal.Signals) -> None:
+    """As under nohup, and in the background of a script."""
+    go_on = tmp_path / "go-on"
+    waits = f"import os, time\nprint('running', flush=True)\nwhile not os.path.exists({str(go_on)!r}):\n    time.sleep(0.01)"
+    name = number.name.removeprefix("SIG")
+    run = Run(tmp_path, cells=(waits,), prefix=("sh", "-c", f'trap "" {name}; exec "$@"', "sh"))
+    wait_until(lambda: run.seen("output_received", index=0), 30, "the cell is at work")
+    run.process.send_signal(number)
+    go_on.touch()
+    run.process.communicate(timeout=30)
+    assert (run.process.returncode, run.documents()[0]["status"]) == (0, "passed")
 
 
 @pytest.mark.kills
