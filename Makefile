@@ -132,9 +132,10 @@ test-cgroup2: $(VENV)/.dev-installed system-vm ## Boot a Linux with control grou
 	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.vm -- -q -n 3 --dist worksteal tests/integration/test_unified.py tests/integration/test_v2_notebooks.py
 
 .PHONY: lint
-lint: $(VENV)/.dev-installed ## Check style (ruff)
+lint: $(VENV)/.dev-installed ## Check style (ruff) and the layers of imports (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 .PHONY: types
 types: $(VENV)/.dev-installed ## Check types (mypy, strict)

@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import safe_exec
 from benchmarks.measure import notebook
-from safe_exec.culprit import investigate, oracle
-from safe_exec.culprit.problem import Answer, Ask
+from safe_exec.experiments.culprits import finder, oracle
+from safe_exec.experiments.culprits.protocol import Answer, Ask
 from tests.unit.ddmin import ddmin
 
 MINUTES = 5.0
@@ -223,14 +223,14 @@ class Recorder(oracle.Oracle):
         return found
 
 
-class Both(investigate.Investigation):
+class Both(finder.Investigation):
     """A search, and after it ddmin by the same trials, until a moment at which it is stopped."""
 
     until = 0.0
     ours: Effort
     plain: Effort
 
-    async def run(self) -> investigate.Investigated:
+    async def run(self) -> finder.Investigated:
         began = time.monotonic()
         found = await super().run()
         cells = tuple(culprit.index for culprit in found.culprits.cells)
@@ -267,7 +267,7 @@ def measure(folder: Path, cells: int, death: Death, until: float) -> Measured:
     path = notebook(folder / f"{cells}", *sources)
     Both.until = until
     # In the place of those that a run uses: the first run and all that goes before the search are a user's.
-    with patch.object(investigate, "Investigation", Both), patch.object(oracle, "Oracle", Recorder):
+    with patch.object(finder, "Investigation", Both), patch.object(oracle, "Oracle", Recorder):
         verdict = safe_exec.run(path, options=death.options, bisect="always", bisect_budget=OWN_SECONDS)
     if verdict.culprits is None:
         raise SystemExit(f"{death.name}, {cells} cells: no search was made: {verdict.status} {verdict.cause} {verdict.warnings}")

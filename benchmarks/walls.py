@@ -19,9 +19,9 @@ from pathlib import Path
 
 import nbformat
 
-from safe_exec.limits_values import format_limit
-from safe_exec.model import LimitName
-from safe_exec.profiles import load_profile
+from safe_exec.limits.profiles import load_profile
+from safe_exec.limits.values import format_limit
+from safe_exec.model.limits import LimitName
 
 EXECUTABLE = Path(sys.executable).parent / "safe-exec"
 CELLS = ("x = 1", "print(x)", "y = [n * n for n in range(1000)]", "sum(y)", "open('written', 'w').write('x')")

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing itself takes a third of the time that the first process in a sandbox has to start in
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    from safe_exec._version import __version__
     from safe_exec.api import run, run_async
     from safe_exec.errors import SafeExecError
-    from safe_exec.model import Cause, CauseKind, Limits, Status, Verdict
+    from safe_exec.model.limits import Limits
+    from safe_exec.model.verdict import Cause, CauseKind, Status, Verdict
 
 __all__ = ["Cause", "CauseKind", "Limits", "SafeExecError", "Status", "Verdict", "__version__", "run", "run_async"]
 
-_HOMES = {"run": "api", "run_async": "api", "SafeExecError": "errors"}
+_HOMES = {
+    "run": "api",
+    "run_async": "api",
+    "SafeExecError": "errors",
+    "Limits": "model.limits",
+    "Cause": "model.verdict",
+    "CauseKind": "model.verdict",
+    "Status": "model.verdict",
+    "Verdict": "model.verdict",
+    "__version__": "_version",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -29,4 +39,4 @@ def __getattr__(name: str) -> object:
         from safe_exec.platforms import refuse_elsewhere
 
         refuse_elsewhere()
-    return getattr(import_module(f"safe_exec.{_HOMES.get(name, 'model')}"), name)
+    return getattr(import_module(f"safe_exec.{_HOMES[name]}"), name)

@@ -20,10 +20,10 @@ def main() -> None:
     for name in UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails, as where it is not installed
     if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
-        from safe_exec.sandbox import birth
+        from safe_exec.sandbox import keeper_process
 
-        birth.begin()
-    from safe_exec.commands import cli
+        keeper_process.begin()
+    from safe_exec.cli import main as cli
 
     code = cli.call(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

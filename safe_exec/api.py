@@ -10,12 +10,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safe_exec import isolation
 from safe_exec.errors import UsageError
-from safe_exec.events import EventSink
-from safe_exec.job import Bisect, Job, prepare
-from safe_exec.model import Limits, Verdict
-from safe_exec.pipeline import run_job
+from safe_exec.limits import isolation
+from safe_exec.model.events import EventSink
+from safe_exec.model.limits import Limits
+from safe_exec.model.verdict import Verdict
+from safe_exec.workflows.prepare import Bisect, Job, prepare
+from safe_exec.workflows.run import run_job
 
 
 def run(

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from safe_exec.sandbox import landlock
-from safe_exec.sandbox.machine import Machine, detect, look_for_walls
+from safe_exec.keeper import landlock
+from safe_exec.sandbox.host.capabilities import Machine, detect, look_for_walls
 from tests.support import EXECUTABLE, ordinary_user, ordinary_user_with_namespaces
 
 PINNED = "SAFE_EXEC_BEDS"

@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safe_exec
-from safe_exec.culprit.cache import key_of
+from safe_exec._version import __version__
 from safe_exec.errors import NotebookError
+from safe_exec.experiments.trial_cache import key_of
 from safe_exec.files import one_line
-from safe_exec.job import Prepared
-from safe_exec.notebook import METADATA_KEY
+from safe_exec.notebook.notebook import METADATA_KEY
+from safe_exec.workflows.prepare import Prepared
 
 ASK_SECONDS = 30
 _PIECE = 1 << 20
@@ -56,7 +56,7 @@ def key_of_pass(prepared: Prepared, kernels: Kernels, inputs: Mapping[str, str |
     return key_of(
         {
             "run": key_of_run(prepared),
-            "version": safe_exec.__version__,
+            "version": __version__,
             "cwd": str(prepared.cwd),
             "environment": kernels.environment(prepared.kernel_name),
             "inputs": inputs,

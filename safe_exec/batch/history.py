@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from safe_exec.culprit.cache import cache_root
+from safe_exec.experiments.trial_cache import cache_root
 from safe_exec.files import write_atomically
 from safe_exec.records import asdict, dataclass
 

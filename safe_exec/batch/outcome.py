@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from safe_exec.model import Status
-from safe_exec.reports.entries import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.model.verdict import Status
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
 
 REFUSED_CODE = 2
 SEVERITY = (

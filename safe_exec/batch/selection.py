@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
-from safe_exec.project_file import matches
+from safe_exec.limits.project_file import matches
 from safe_exec.records import dataclass, field
 
 SUFFIX = ".ipynb"

@@ -18,19 +18,20 @@ from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_
 from safe_exec.batch.history import History, Memory
 from safe_exec.batch.journal import Finished, Journal
 from safe_exec.batch.outcome import REFUSED_CODE
-from safe_exec.batch.retries import is_transient
+from safe_exec.batch.retry import is_transient
 from safe_exec.batch.selection import Chosen
-from safe_exec.early import Early
 from safe_exec.errors import SafeExecError, UsageError
-from safe_exec.events import EventSink
 from safe_exec.files import HeldFolder, HeldTree, one_line
-from safe_exec.job import Job, Prepared, begun_now, prepare
-from safe_exec.model import Limits, Status, Verdict
-from safe_exec.pipeline import run_job
+from safe_exec.kernel.prestart import Early
+from safe_exec.model.events import EventSink
+from safe_exec.model.limits import Limits
+from safe_exec.model.verdict import Status, Verdict
 from safe_exec.records import dataclass, replace
-from safe_exec.reports.entries import REFUSED
-from safe_exec.reports.text import headline
+from safe_exec.reports.batch.results import REFUSED
+from safe_exec.reports.text.common import headline
 from safe_exec.trial.request import Cancellation
+from safe_exec.workflows.prepare import Job, Prepared, begun_now, prepare
+from safe_exec.workflows.run import run_job
 
 log = logging.getLogger("safe_exec")
 

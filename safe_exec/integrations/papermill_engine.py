@@ -17,9 +17,9 @@ from papermill.engines import Engine
 from papermill.log import logger
 
 if TYPE_CHECKING:
-    from safe_exec.events import Event
-    from safe_exec.job import Prepared
-    from safe_exec.model import Verdict
+    from safe_exec.model.events import Event
+    from safe_exec.model.verdict import Verdict
+    from safe_exec.workflows.prepare import Prepared
 
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
 """Names a profile or a limits file where no argument does: papermill's command line hands an engine no options."""
@@ -71,8 +71,8 @@ def _prepared(node: Any, input_path: str | None, kernel: str, **asked: Any) -> P
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
-    from safe_exec import notebook
-    from safe_exec.job import Bisect, Job, prepare
+    from safe_exec.notebook import notebook
+    from safe_exec.workflows.prepare import Bisect, Job, prepare
 
     path = Path(input_path) if input_path and os.path.isfile(input_path) else Path.cwd() / "notebook.ipynb"
     source = notebook.Source.of_data(path, notebook.dumps(node))
@@ -81,7 +81,7 @@ def _prepared(node: Any, input_path: str | None, kernel: str, **asked: Any) -> P
 
 
 def _run(prepared: Prepared, relay: Relay) -> Verdict:
-    from safe_exec.pipeline import run_undocumented
+    from safe_exec.workflows.run import run_undocumented
 
     found: tuple[Verdict, Any] = _finished(run_undocumented(prepared, (relay.event,), relay.message))
     return found[0]
@@ -119,8 +119,8 @@ class Relay:
 
     def event(self, event: Event) -> None:
         """A cell began or ended."""
-        from safe_exec.events import CellFinished, CellStarted
-        from safe_exec.model import CellStatus
+        from safe_exec.model.events import CellFinished, CellStarted
+        from safe_exec.model.verdict import CellStatus
 
         if isinstance(event, CellStarted):
             self._catch_up(event.index)
@@ -180,7 +180,7 @@ class Relay:
 
     def finish(self, verdict: Verdict) -> None:
         """Say what came of it. A cell that carries an error makes papermill save, and raise its own exception."""
-        from safe_exec.model import Status
+        from safe_exec.model.verdict import Status
 
         if verdict.status is Status.PASSED:
             self._catch_up(len(self.nb_man.nb.cells))
@@ -194,7 +194,7 @@ class Relay:
             raise KeyboardInterrupt
         if index is None:
             from safe_exec.errors import SafeExecError
-            from safe_exec.reports.text import headline
+            from safe_exec.reports.text.common import headline
 
             raise SafeExecError(headline(verdict))
 
@@ -206,8 +206,8 @@ class Relay:
         return next((index for index in code if index >= self.next), code[-1] if code else None)
 
     def _mark(self, index: int, verdict: Verdict) -> None:
-        from safe_exec.model import CauseKind
-        from safe_exec.reports.annotated import error_output
+        from safe_exec.model.verdict import CauseKind
+        from safe_exec.reports.annotated_notebook import error_output
 
         cell = self.nb_man.nb.cells[index]
         if verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:

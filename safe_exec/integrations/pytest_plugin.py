@@ -17,7 +17,7 @@ import pytest
 from safe_exec.records import dataclass, field
 
 if TYPE_CHECKING:
-    from safe_exec.model import Verdict
+    from safe_exec.model.verdict import Verdict
 
 LIMITS = (
     "memory", "cpus", "cpu_time", "cell_timeout", "timeout", "start_timeout", "processes", "open_files", "file_size", "cell_output",
@@ -97,7 +97,7 @@ def _settings(config: pytest.Config) -> Settings:
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
-    from safe_exec.commands.run import parse_budget
+    from safe_exec.cli.run import parse_budget
 
     given = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
     options = {name: value for name, value in given.items() if value is not None}
@@ -118,8 +118,8 @@ def _settings(config: pytest.Config) -> Settings:
 
 def _checked(limits: str | None, options: dict[str, str]) -> str | None:
     """The profile, a file by its whole path: tests beside ours may change the directory. Raises LimitsError."""
-    from safe_exec import profiles
-    from safe_exec.sandbox.machine import detect
+    from safe_exec.limits import profiles
+    from safe_exec.sandbox.host.capabilities import detect
 
     memory = detect().memory_total
     profiles.parse_overrides(options, where="--safe-exec-", machine_memory=memory)
@@ -199,8 +199,8 @@ class NotebookItem(pytest.Item):
 
     def runtest(self) -> None:
         """Run it; raises NotebookFailed, UsageError for what cannot be run, and KeyboardInterrupt where we were stopped."""
-        from safe_exec import __version__
-        from safe_exec.model import Status
+        from safe_exec._version import __version__
+        from safe_exec.model.verdict import Status
 
         self.user_properties.append((MARK, __version__))
         verdict = self._verdict()
@@ -250,7 +250,7 @@ class NotebookItem(pytest.Item):
 
     def _point_at(self, verdict: Verdict) -> None:
         """Have reports name the line that failed; pytest has asked for the place before, and kept the answer."""
-        from safe_exec.reports.places import placed, read_as_run
+        from safe_exec.reports.batch.source_map import placed, read_as_run
 
         crash = verdict.crash_cell
         text = read_as_run(self.path, verdict.notebook.sha256) if crash is not None else None

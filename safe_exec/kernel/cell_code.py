@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safe_exec.kernel.faults import escaped
-from safe_exec.kernel.inside import sources
+from safe_exec.agent import sources
+from safe_exec.kernel.fault_report import escaped
 from safe_exec.records import dataclass
 
 MOST_SOURCES = 20_000

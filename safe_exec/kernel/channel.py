@@ -1,4 +1,4 @@
-"""What nbclient takes for a channel of jupyter_client: signed messages over one bounded connection (see wire.py).
+"""What nbclient takes for a channel of jupyter_client: signed messages over one bounded connection (see connection.py).
 
 What is not a message is left out and counted, never raised: wrong signature, wrong number of parts, no JSON, other types than the
 protocol has, or so much structure that a few megabytes of JSON would take hundreds in memory. May import wire.
@@ -16,7 +16,7 @@ from json.decoder import scanstring  # type: ignore[attr-defined] # JSONDecoder.
 from queue import Empty
 from typing import Any
 
-from safe_exec.kernel.wire import Connection, Received
+from safe_exec.kernel.connection import Connection, Received
 
 DELIMITER = b"<IDS|MSG>"
 HEADER_BYTES = 64 << 10

@@ -2,7 +2,7 @@
 
 nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here: death comes as an event, not
 from a poll by seconds; outputs are counted and cut at their caps; what a dead kernel had written but not sent is put into the
-cell afterwards. Timeouts are the trial's business (``trial/cells.py``), so nbclient's own are off. May import model, page, content, outputs, nbclient.
+cell afterwards. Timeouts are the trial's business (``trial/cell_loop.py``), so nbclient's own are off.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from nbclient import NotebookClient
 from nbclient.client import CellExecutionComplete
 
-from safe_exec.kernel.content import checked, mended_reply
+from safe_exec.kernel.message_validation import checked, mended_reply
 from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
-from safe_exec.kernel.page import Message, Note, Page, Text
+from safe_exec.kernel.shared_page import Message, Note, Page, Text
 
 MERGE_AFTER = 200
 """A cell with so many outputs gets further text of the same stream joined to the last one."""

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_exec.agent import bootstrap, layout
 from safe_exec.errors import SafeExecError, SandboxError
-from safe_exec.kernel.environment import listed_environment
-from safe_exec.kernel.inside import layout, start
-from safe_exec.kernel.page import Page
-from safe_exec.model import LimitName, Limits
+from safe_exec.kernel.env_allowlist import listed_environment
+from safe_exec.kernel.shared_page import Page
+from safe_exec.model.limits import LimitName, Limits
 from safe_exec.records import dataclass, field, replace
-from safe_exec.sandbox.handle import Sandbox
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
+from safe_exec.sandbox.sandbox import Sandbox
 
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 """ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
@@ -73,7 +73,7 @@ def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] 
     at = list(cmd).index("-m")
     if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
         return None
-    ours = [os.path.abspath(start.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
+    ours = [os.path.abspath(bootstrap.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
     return [*cmd[:at], *ours, *cmd[at:]]
 
 
@@ -280,7 +280,7 @@ def _walls(
     """
     if not plan.walls and not plan.enclosed:
         return None
-    from safe_exec.kernel.enclosure import Birth, enclose
+    from safe_exec.sandbox.enclosure import Birth, enclose
 
     require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
     if sandbox.directory is None:

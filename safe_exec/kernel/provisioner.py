@@ -20,19 +20,20 @@ from traitlets.config import Application
 
 from safe_exec.files import one_line
 from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
-from safe_exec.model import LimitName, Limits, TerminationReason
-from safe_exec.sandbox import birth, leftovers
-from safe_exec.sandbox.build import build_plan
-from safe_exec.sandbox.handle import Sandbox
-from safe_exec.sandbox.machine import detect
-from safe_exec.sandbox.meter import has_memory_group
+from safe_exec.model.ending import TerminationReason
+from safe_exec.model.limits import LimitName, Limits
+from safe_exec.sandbox import keeper_process, stale_runs
+from safe_exec.sandbox.host.capabilities import detect
+from safe_exec.sandbox.mechanisms.watchdog import Watchdog
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.process_tree import ProcessTree
-from safe_exec.sandbox.watchdog import Watchdog
+from safe_exec.sandbox.sandbox import Sandbox
+from safe_exec.sandbox.usage.meter import has_memory_group
 from safe_exec.units import format_size
 
 if TYPE_CHECKING:
-    from safe_exec.sandbox.diskwatch import DiskWatch
+    from safe_exec.sandbox.mechanisms.disk_watchdog import DiskWatch
 
 log = logging.getLogger("safe_exec")
 
@@ -48,7 +49,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._config: dict[str, object] = config
         self.limits = Limits()
         self.plan: SpawnPlan | None = None
-        self.run_id = birth.new_run_id()
+        self.run_id = keeper_process.new_run_id()
         self.sandbox: Sandbox | None = None
         self.channels: Channels | None = None
         self.fitted = False
@@ -82,10 +83,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return kwargs
 
     def _build_for_others(self) -> None:
-        from safe_exec.profiles import resolve_simple  # only other tools come this way
+        from safe_exec.limits.profiles import resolve_simple  # only other tools come this way
 
-        leftovers.sweep()  # of servers that were killed together with their keepers
-        self.run_id = birth.new_run_id()  # a restarted kernel's sandbox is another one
+        stale_runs.sweep()  # of servers that were killed together with their keepers
+        self.run_id = keeper_process.new_run_id()  # a restarted kernel's sandbox is another one
         self._told = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")
@@ -112,7 +113,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def _start_watchdog(self, cwd: str) -> None:
         assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
         if LimitName.DISK in self.plan.watch and self.limits.disk is not None:
-            from safe_exec.sandbox.diskwatch import DiskWatch  # seldom needed
+            from safe_exec.sandbox.mechanisms.disk_watchdog import DiskWatch  # seldom needed
 
             places = (cwd, *([str(self.sandbox.directory)] if self.sandbox.directory else []), *self.plan.directories)
             passed = partial(self._limit_passed, LimitName.DISK)

@@ -18,22 +18,25 @@ from typing import TYPE_CHECKING, Any
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
+from safe_exec.agent import layout
 from safe_exec.errors import KernelStartError
-from safe_exec.kernel import faults
+from safe_exec.keeper import procfs
+from safe_exec.kernel import fault_report
+from safe_exec.kernel.activity import Subject
+from safe_exec.kernel.agent_facts import Told
 from safe_exec.kernel.channel import Channel
-from safe_exec.kernel.inside import layout
+from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
-from safe_exec.kernel.look import Subject
-from safe_exec.kernel.page import Note
 from safe_exec.kernel.provisioner import SandboxProvisioner
-from safe_exec.kernel.told import Told
-from safe_exec.kernel.wire import Address, ConnectFailed, Connection, connect
-from safe_exec.model import Frame, LimitName, Limits, TerminationReason, Wall
-from safe_exec.sandbox import procfs, sockets
-from safe_exec.sandbox.birth import runtime_directory
-from safe_exec.sandbox.handle import Departure, KernelExit, Sandbox
-from safe_exec.sandbox.meter import Meter
+from safe_exec.kernel.shared_page import Note
+from safe_exec.model.ending import TerminationReason
+from safe_exec.model.evidence import Frame
+from safe_exec.model.limits import LimitName, Limits, Wall
+from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.sandbox import Departure, KernelExit, Sandbox
+from safe_exec.sandbox.usage import sockets
+from safe_exec.sandbox.usage.meter import Meter
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
@@ -337,7 +340,7 @@ class KernelSession:
 
         def dumped() -> tuple[Frame, ...]:
             fresh = sandbox.fault_text[already:]
-            return faults.main_stack(fresh, self.told.code, self.told.hello.get("main"))
+            return fault_report.main_stack(fresh, self.told.code, self.told.hello.get("main"))
 
         return Subject(
             pid=self.pid,

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from safe_exec.errors import OutputPathError
-from safe_exec.events import CellFinished, Event, KernelEnded, Killed, RunFinished, SearchTrialFinished
-from safe_exec.reports.text import one_line
+from safe_exec.model.events import CellFinished, Event, KernelEnded, Killed, RunFinished, SearchTrialFinished
+from safe_exec.reports.text.common import one_line
 from safe_exec.reports.verdict_json import plain
 
 _CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)

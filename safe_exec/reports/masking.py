@@ -14,7 +14,9 @@ from enum import Enum
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from safe_exec.model import Activity, CauseKind, CellStatus, Confidence, LimitName, Mechanism, Role, Status, TerminationReason
+from safe_exec.model.ending import TerminationReason
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.verdict import Activity, CauseKind, CellStatus, Confidence, Role, Status
 
 MASK = "***"
 SHORTEST = 6

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from safe_exec import events
-from safe_exec.model import CellStatus, ExitStatus, LimitName, TerminationReason
-from safe_exec.reports import text
+from safe_exec.model import events
+from safe_exec.model.ending import ExitStatus, TerminationReason
+from safe_exec.model.limits import LimitName
+from safe_exec.model.verdict import CellStatus
 from safe_exec.reports.terminal import Style, is_terminal
+from safe_exec.reports.text import common
 from safe_exec.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -60,10 +62,10 @@ class _Search:
         """``trial 4 · 5 cells left · best: code cells 1 + 3 + 7``."""
         if not self.running:
             return self._names(self._best) if self._best else "no culprits found"
-        return text.SEPARATOR.join(part for part in (self.stage(), self.best()) if part)
+        return common.SEPARATOR.join(part for part in (self.stage(), self.best()) if part)
 
     def stage(self) -> str:
-        return f"trial {max(1, self._trial)}{text.SEPARATOR}{text.counted(self._left, 'cell')} left"
+        return f"trial {max(1, self._trial)}{common.SEPARATOR}{common.counted(self._left, 'cell')} left"
 
     def best(self) -> str:
         return f"best: {self._names(self._best)}" if self._best else ""
@@ -76,14 +78,14 @@ class _Search:
     def result(self, event: events.SearchFinished) -> str:
         minimal = "" if event.minimal or not event.cells else "not known to be minimal"
         found = f"culprits: {self._names(event.cells)}" if event.cells else "no culprits found"
-        parts = (found, minimal, text.counted(self._trial, "trial"), format_seconds(max(0.0, event.time - self._began)))
-        return text.SEPARATOR.join(part for part in parts if part)
+        parts = (found, minimal, common.counted(self._trial, "trial"), format_seconds(max(0.0, event.time - self._began)))
+        return common.SEPARATOR.join(part for part in parts if part)
 
     def _names(self, indices: Iterable[int]) -> str:
         """The cells with these indexes as people call them; those of the first run are known."""
         code = [self._code_indices.get(index) for index in indices]
         known = [index for index in code if index is not None]
-        return text.cell_sum(known) if len(known) == len(code) else text.counted(len(code), "cell")
+        return common.cell_sum(known) if len(known) == len(code) else common.counted(len(code), "cell")
 
 
 def _whole(seconds: float) -> str:
@@ -140,18 +142,18 @@ class Situation:
 
     def cell_of(self, code_index: int) -> str:
         """``code cell 3/7``."""
-        return f"{text.cell_name(code_index)}/{self.cells}" if self.cells else text.cell_name(code_index)
+        return f"{common.cell_name(code_index)}/{self.cells}" if self.cells else common.cell_name(code_index)
 
     def where(self) -> str:
         """What runs now."""
-        return text.cell_name(self.cell.code_index) if self.cell is not None else "the kernel"
+        return common.cell_name(self.cell.code_index) if self.cell is not None else "the kernel"
 
     def doing(self) -> str:
         """What runs now and its first line of source; how far the search is."""
         if self.search is not None:
             return f"search  {self.search.doing()}"
         if self.cell is None:
-            return f"kernel {text.one_line(self.kernel)} is ready" if self.ready else "starting the kernel"
+            return f"kernel {common.one_line(self.kernel)} is ready" if self.ready else "starting the kernel"
         return f"{self.cell_of(self.cell.code_index)}  {first_line(self.cell.source)}"
 
     def figures(self, since: float = 0.0) -> str:
@@ -186,7 +188,7 @@ class Situation:
 
 def first_line(source: str) -> str:
     """The first line of a cell that says something."""
-    lines = [text.code_line(line) for line in source.split("\n")]
+    lines = [common.code_line(line) for line in source.split("\n")]
     return next((line for line in lines if line and not line.startswith("#")), lines[0])
 
 
@@ -211,22 +213,22 @@ def notable(event: events.Event, now: Situation) -> str | None:
 
 def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str, str, str]:
     name = limit.value.replace("_", " ")
-    return name, "" if used is None else text.quantity(limit, used), text.quantity(limit, allowed)
+    return name, "" if used is None else common.quantity(limit, used), common.quantity(limit, allowed)
 
 
 def plain_line(event: events.Event, now: Situation) -> str | None:
     """What a log without a terminal gets besides: the start of the kernel, cells that were slow or did not pass, the search."""
     match event:
         case events.KernelReady():
-            return f"kernel {text.one_line(now.kernel)} ready after {format_seconds(event.time)}"
+            return f"kernel {common.one_line(now.kernel)} ready after {format_seconds(event.time)}"
         case events.CellFinished():
             slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS
             return _finished(event, now) if slow or event.status in (CellStatus.FAILED, CellStatus.KILLED) else None
         case events.SearchStarted():
             budget = f" (budget {_whole(event.budget)})" if math.isfinite(event.budget) else ""
-            return f"searching for the culprits among {text.counted(event.cells, 'code cell')}{budget}"
+            return f"searching for the culprits among {common.counted(event.cells, 'code cell')}{budget}"
         case events.SearchTrialFinished() if now.search is not None and now.search.news:
-            return text.SEPARATOR.join((now.doing(), now.figures()))
+            return common.SEPARATOR.join((now.doing(), now.figures()))
         case events.SearchFinished() if now.search is not None:
             return now.search.result(event)
     return None
@@ -238,7 +240,7 @@ def _finished(event: events.CellFinished, now: Situation) -> str:
         parts.append(format_seconds(event.seconds))
     if event.memory_peak is not None:
         parts.append(f"peak {format_size(event.memory_peak)}")
-    return text.SEPARATOR.join(parts)
+    return common.SEPARATOR.join(parts)
 
 
 class Progress:
@@ -316,17 +318,17 @@ class Progress:
         from rich.text import Text
 
         figures = self._style.fit(self._now.figures(self._clock() - self._heard))
-        room = max(0, width - text.display_width(figures) - 3)
+        room = max(0, width - common.display_width(figures) - 3)
         doing, below = self._style.fit(self._now.doing()), ""
         if self._now.search is not None and self._now.search.running:
             below = "Ctrl-C keeps the best so far"
-            if text.display_width(doing) > room:  # a narrow terminal: the best set goes below
+            if common.display_width(doing) > room:  # a narrow terminal: the best set goes below
                 doing = f"search  {self._now.search.stage()}"
                 best = self._now.search.best()
-                below = f"{best}{text.SEPARATOR}Ctrl-C keeps it" if best else below
+                below = f"{best}{common.SEPARATOR}Ctrl-C keeps it" if best else below
             below = f"\n{_SEARCH_INDENT}{self._style.fit(below)}"
-        doing = text.clip(self._style.fit(doing), room)
-        pad = " " * (room - text.display_width(doing) + 2)
+        doing = common.clip(self._style.fit(doing), room)
+        pad = " " * (room - common.display_width(doing) + 2)
         return Text.assemble((doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop")
 
 

@@ -11,9 +11,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
-from safe_exec.model import Status, Verdict
+from safe_exec.model.verdict import Status, Verdict
 from safe_exec.records import dataclass
-from safe_exec.reports import culprit_text, text
+from safe_exec.reports.text import common, culprits
 
 _PLAIN_WIDTH = 110
 _LABEL_WIDTH = 12
@@ -90,45 +90,45 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     """The diagnosis line by line: headline, line, culprits, why, evidence, weak limits and walls, warnings, advice, files."""
     passed = verdict.status is Status.PASSED
     sign = style.paint("good", "✓") if passed else style.paint("bad", "✗")
-    yield f"{sign} {style.paint('bold', text.headline(verdict))}"
+    yield f"{sign} {style.paint('bold', common.headline(verdict))}"
     yield from _crash_line(verdict, style)
     yield from _culprits(verdict, style)
-    if verdict.cause is not None and not text.headline_has_summary(verdict):
+    if verdict.cause is not None and not common.headline_has_summary(verdict):
         yield from _entry("why", [verdict.cause.summary], style)
-    yield from _entry("evidence", text.evidence_lines(verdict, _MOST_FACTS), style)
+    yield from _entry("evidence", common.evidence_lines(verdict, _MOST_FACTS), style)
     yield from _entry("stderr", _last_words(verdict), style)
-    yield from _entry("weak limit", text.weak_limits(verdict), style, "warn")
-    yield from _entry("weak wall", text.weak_walls(verdict), style, "warn")
+    yield from _entry("weak limit", common.weak_limits(verdict), style, "warn")
+    yield from _entry("weak wall", common.weak_walls(verdict), style, "warn")
     yield from _entry("warning", list(verdict.warnings), style, "warn")
     yield from _entry("next", [verdict.cause.advice] if verdict.cause is not None else [], style)
-    yield from _entry("wrote", [text.SEPARATOR.join(_written(verdict))], style)
+    yield from _entry("wrote", [common.SEPARATOR.join(_written(verdict))], style)
     # In one piece however long it is: it is there to be copied.
-    yield from (f"{_margin('reproduce', style)}{command}" for command in [culprit_text.reproduce_command(verdict)] if command)
+    yield from (f"{_margin('reproduce', style)}{command}" for command in [culprits.reproduce_command(verdict)] if command)
 
 
 def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
     crash = verdict.crash_cell
     if crash is not None:
-        yield from _source_row(crash.code_index, crash.source_line, text.moment(verdict), style)
+        yield from _source_row(crash.code_index, crash.source_line, common.moment(verdict), style)
 
 
 def _source_row(code_index: int, source_line: str | None, note: str, style: Style) -> Iterator[str]:
     """A line of a cell with a note beside it; on a narrow terminal the note comes below."""
     head = f"{code_index + 1:>5} │ "
-    code = text.code_line(source_line or "")
-    room = style.width - len(head) - text.display_width(note) - 2
+    code = common.code_line(source_line or "")
+    room = style.width - len(head) - common.display_width(note) - 2
     if room < LEAST_ROOM:
-        yield head + text.clip(code, style.width - len(head))
+        yield head + common.clip(code, style.width - len(head))
         for line in textwrap.wrap(note, max(style.width - len(head), LEAST_ROOM), break_on_hyphens=False):
             yield " " * len(head) + style.paint("dim", line)
         return
-    yield _noted(head, len(head), text.clip(code, room), note, style)
+    yield _noted(head, len(head), common.clip(code, room), note, style)
 
 
 def _noted(head: str, head_width: int, words: str, note: str, style: Style) -> str:
     """One line with its note in the column of the notes, or behind the words where they are longer."""
-    room = style.width - head_width - text.display_width(note) - 2
-    pad = min(room, max(_NOTE_COLUMN - head_width, text.display_width(words))) - text.display_width(words)
+    room = style.width - head_width - common.display_width(note) - 2
+    pad = min(room, max(_NOTE_COLUMN - head_width, common.display_width(words))) - common.display_width(words)
     return f"{head}{words}{' ' * pad}  {style.paint('dim', note)}"
 
 
@@ -137,30 +137,30 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
     found = verdict.culprits
     if found is None:
         return
-    figures, outcome = culprit_text.figures(found), culprit_text.outcome(found)
+    figures, outcome = culprits.figures(found), culprits.outcome(found)
     if not found.cells:
-        yield from _entry("search", [f"{outcome}{text.SEPARATOR}{figures}"], style)
+        yield from _entry("search", [f"{outcome}{common.SEPARATOR}{figures}"], style)
         return
-    names = culprit_text.names(found)
-    if _INDENT + text.display_width(names) + 2 + text.display_width(figures) <= style.width:
+    names = culprits.names(found)
+    if _INDENT + common.display_width(names) + 2 + common.display_width(figures) <= style.width:
         yield _noted(_margin("caused by", style), _INDENT, names, figures, style)
     else:
         yield from _entry("caused by", [names, figures], style)
     yield from _entry("", [outcome], style)
-    others = culprit_text.others(verdict)
-    for culprit in others[: culprit_text.MOST_SHOWN]:
-        yield from _source_row(culprit.code_index, culprit.source_line, culprit_text.note(culprit), style)
-    if len(others) > culprit_text.MOST_SHOWN:
-        yield f"{'':>5} │ and {len(others) - culprit_text.MOST_SHOWN} more"
-    first = culprit_text.look_first(verdict)
+    others = culprits.others(verdict)
+    for culprit in others[: culprits.MOST_SHOWN]:
+        yield from _source_row(culprit.code_index, culprit.source_line, culprits.note(culprit), style)
+    if len(others) > culprits.MOST_SHOWN:
+        yield f"{'':>5} │ and {len(others) - culprits.MOST_SHOWN} more"
+    first = culprits.look_first(verdict)
     if first is not None:
-        said = f"{text.cell_name(first.code_index)}{text.SEPARATOR}{first.role.value}: {culprit_text.note(first)}"
+        said = f"{common.cell_name(first.code_index)}{common.SEPARATOR}{first.role.value}: {culprits.note(first)}"
         yield from _entry("look first", [said], style)
 
 
 def _entry(label: str, items: list[str], style: Style, colour: str = "dim") -> Iterator[str]:
     """Items under one label in the left margin, wrapped; nothing at all where there are none."""
-    for number, words in enumerate(words for words in map(text.one_line, items) if words):
+    for number, words in enumerate(words for words in map(common.one_line, items) if words):
         lines = textwrap.wrap(words, max(style.width - _INDENT, 20), break_on_hyphens=False)
         for row, line in enumerate(lines):
             yield _margin(label if number == row == 0 else "", style, colour) + line
@@ -179,4 +179,4 @@ def _last_words(verdict: Verdict) -> list[str]:
 
 def _written(verdict: Verdict) -> list[str]:
     """The paths written, as seen from the directory of the run."""
-    return [text.one_line(text.path_seen(path, verdict)) for path in verdict.outputs.values()]
+    return [common.one_line(common.path_seen(path, verdict)) for path in verdict.outputs.values()]

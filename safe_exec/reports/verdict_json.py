@@ -17,7 +17,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from safe_exec.model import VERDICT_SCHEMA, Verdict
+from safe_exec.model.verdict import VERDICT_SCHEMA, Verdict
 
 _ORDER = (
     "safe_exec_version",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from safe_exec.errors import EnforcementError
-from safe_exec.model import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.records import asdict, dataclass, field
 
 RUNNER_LIMITS = (
@@ -93,7 +93,7 @@ class Offer:
 class SpawnPlan:
     """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit.
 
-    ``mounts`` are made in a mount namespace of the kernel's own (see mounts.py), with ``user_namespace`` in one of both kinds.
+    ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with ``user_namespace`` in one of both kinds.
     ``enclosed`` is the program bubblewrap where the kernel is to run inside it, ``disk`` and ``shm`` the sizes of its file systems.
     ``directories`` are removed with the sandbox, ``orphans`` only when the runner is gone and nobody else will.
     """

@@ -11,8 +11,8 @@ import ctypes
 import os
 import platform
 
+from safe_exec.keeper.procfs import TICKS
 from safe_exec.records import dataclass
-from safe_exec.sandbox.procfs import TICKS
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 DEAD = "ZX"

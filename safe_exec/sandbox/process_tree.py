@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 
 from safe_exec.records import dataclass, replace
-from safe_exec.sandbox.held import held
 from safe_exec.sandbox.process_files import Member, ProcessFiles
 from safe_exec.sandbox.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
+from safe_exec.sandbox.usage.open_files import held
 
 FRESH_SECONDS = 0.002
 """For so long a reading stands: the watchdog and the meter ask one after the other."""

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 
-from safe_exec.model import Access, IsolationConflict, IsolationFacts, Mechanism, NeedKind
+from safe_exec.model.evidence import Access, IsolationConflict, IsolationFacts, NeedKind
+from safe_exec.model.limits import Mechanism
 from safe_exec.records import dataclass, field
 from safe_exec.trial.needs import Need
 

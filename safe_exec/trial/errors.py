@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from safe_exec.model import CellError
+from safe_exec.model.ending import CellError
 from safe_exec.records import dataclass
 
 NO_ERROR = "NoneType"

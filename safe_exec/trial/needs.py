@@ -10,7 +10,8 @@ import errno
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from safe_exec.model import CellError, NeedKind, Raised
+from safe_exec.model.ending import CellError
+from safe_exec.model.evidence import NeedKind, Raised
 from safe_exec.records import dataclass, replace
 
 MOST_NEEDS = 60

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from safe_exec.model import CellError, CellFailed, Ending, IsolationConflict, Mechanism, NeedKind, Passed, Place, Raised, Wall
+from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
+from safe_exec.model.evidence import IsolationConflict, NeedKind, Place, Raised
+from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.records import replace
 from safe_exec.trial.conflicts import Sight, conflicts
 from safe_exec.trial.needs import Need, is_write, needs_of_error, needs_of_output
 
 if TYPE_CHECKING:
-    from safe_exec.kernel.told import RaisedTold
+    from safe_exec.kernel.agent_facts import RaisedTold
     from safe_exec.trial.state import TrialState
 
 MOST_CELLS = 200

@@ -8,15 +8,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_exec import events
-from safe_exec.model import Ending, Evidence, Limits, Place
+from safe_exec.model import events
+from safe_exec.model.ending import Ending
+from safe_exec.model.evidence import Evidence, Place
+from safe_exec.model.limits import Limits
 from safe_exec.records import dataclass, field
-from safe_exec.sandbox.machine import Machine
+from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.trial.ledger import Ledger
+from safe_exec.trial.metrics import Ledger
 
 if TYPE_CHECKING:
-    from safe_exec.early import Early
+    from safe_exec.kernel.prestart import Early
 
 
 class Cancellation:

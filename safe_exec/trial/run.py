@@ -14,14 +14,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from safe_exec import events
 from safe_exec.errors import KernelStartError
 from safe_exec.kernel.session import was_polite
-from safe_exec.model import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
-from safe_exec.trial.cells import CellLoop, Stop
-from safe_exec.trial.gather import gather
+from safe_exec.model import events
+from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
+from safe_exec.trial.cell_loop import CellLoop, Stop
+from safe_exec.trial.evidence import gather
 from safe_exec.trial.request import TrialRequest, TrialResult
-from safe_exec.trial.sampling import Sampler
+from safe_exec.trial.sampler import Sampler
 from safe_exec.trial.state import TrialState
 
 LATE_SIGNAL_SECONDS = 0.3

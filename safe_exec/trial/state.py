@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import time
 
-from safe_exec import events
 from safe_exec.kernel.session import KernelSession
-from safe_exec.model import LimitName, Looked, TerminationReason
+from safe_exec.model import events
+from safe_exec.model.ending import TerminationReason
+from safe_exec.model.evidence import Looked
+from safe_exec.model.limits import LimitName
 from safe_exec.records import replace
-from safe_exec.trial.ledger import Ledger
+from safe_exec.trial.metrics import Ledger
 from safe_exec.trial.request import TrialRequest
 
 MOST_BYTES_PER_SECOND = 20 << 30

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 
-from safe_exec.model import CauseKind, CellRecord, CellStatus, Role, Status, Timeline, Usage, Verdict
-from safe_exec.reports import page as html_page
-from safe_exec.reports.entries import Entry
+from safe_exec.model.verdict import CauseKind, CellRecord, CellStatus, Role, Status, Timeline, Usage, Verdict
+from safe_exec.reports.batch.html import page as html_page
+from safe_exec.reports.batch.results import Entry
 from tests.unit.batches import SOURCES, make_batch, make_entry
 from tests.unit.builders import GIB, make_cause, make_crash, make_culprit, make_culprits, make_verdict
 

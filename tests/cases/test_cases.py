@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from safe_exec.model import Mechanism
-from safe_exec.sandbox.build import CHOOSABLE
+from safe_exec.model.limits import Mechanism
+from safe_exec.sandbox.planner import CHOOSABLE
 from tests.cases.catalogue import Case, Place, read_all, runnable
 from tests.cases.table import PROPERTY, Row
 from tests.support import (

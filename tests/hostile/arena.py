@@ -54,10 +54,10 @@ import nbformat
 import pytest
 from jsonschema import Draft202012Validator
 
-from safe_exec.kernel.enclosure import OTHER_UID
-from safe_exec.model import Activity, CauseKind, Status
+from safe_exec.keeper import procfs
+from safe_exec.model.verdict import Activity, CauseKind, Status
 from safe_exec.reports.verdict_json import load_schema
-from safe_exec.sandbox import procfs
+from safe_exec.sandbox.enclosure import OTHER_UID
 from tests.support import EXECUTABLE, MARK, NOBODY, groups_of, left_behind, make_notebook, marked_processes, wait_until
 from tests.support import ordinary_user_with_namespaces as _ordinary_user
 

@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from jsonschema import Draft202012Validator
 
-from safe_exec.model import Status
+from safe_exec.model.verdict import Status
 from safe_exec.reports.verdict_json import load_schema
 from tests.hostile.arena import Arena, Launched, Who, in_turn
 from tests.support import NOBODY, make_notebook

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.model import Activity, CauseKind, Status
+from safe_exec.model.verdict import Activity, CauseKind, Status
 from tests.hostile.arena import Attack, Who, fight, rounds
 
 S, K = Status, CauseKind

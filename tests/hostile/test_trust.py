@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from safe_exec.model import Status
+from safe_exec.model.verdict import Status
 from tests.hostile.arena import PLACES, Arena, Fight, in_turn
 from tests.hostile.weapons import WEAPONS
 from tests.support import make_notebook

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from safe_exec.model import CauseKind, LimitName, Mechanism, Status
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.verdict import CauseKind, Status
 
 SMALL = ("--memory", "300M")
 QUICK = ("--cell-timeout", "20")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from safe_exec.model import CauseKind, Status
+from safe_exec.model.verdict import CauseKind, Status
 
 S, K = Status, CauseKind
 BRIEF = ("--cell-timeout", "3")

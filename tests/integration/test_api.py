@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 import safe_exec
-from safe_exec import Limits, Status, Verdict, events
+from safe_exec import Limits, Status, Verdict
 from safe_exec.errors import LimitsError, NotebookError, OutputPathError, UsageError
-from safe_exec.events import Event
-from safe_exec.model import LimitName, Mechanism
-from safe_exec.reports.culprit_text import reproduce_command
+from safe_exec.model import events
+from safe_exec.model.events import Event
+from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.reports.event_log import EventLog
+from safe_exec.reports.text.culprits import reproduce_command
 from tests.support import MARK, left_behind, make_notebook, marked_processes, wait_until
 from tests.support import safe_exec as safe_exec_command
 

@@ -21,7 +21,7 @@ import nbformat
 import pytest
 from jsonschema import Draft202012Validator
 
-from safe_exec.reports.summary_json import load_schema as load_summary_schema
+from safe_exec.reports.batch.summary_json import load_schema as load_summary_schema
 from safe_exec.reports.verdict_json import load_schema
 from tests.cases.catalogue import read_all
 from tests.cases.test_cases import agrees

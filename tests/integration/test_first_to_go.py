@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safe_exec.sandbox.keeper import OOM_SHARE
+from safe_exec.keeper.keeper import OOM_SHARE
 from tests.support import NOBODY, make_notebook, ordinary_user, private_directory, run_notebook
 
 CELL = """

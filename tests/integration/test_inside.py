@@ -9,11 +9,11 @@ from tests.support import ROOT
 
 ENDING = """
 import os, socket, sys, time, types
-from safe_exec.kernel.inside import ending, layout, state
+from safe_exec.agent import agent, layout, shutdown
 page = os.memfd_create("page")
 os.ftruncate(page, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
 facts, fault = (socket.socketpair()[0].detach() for _ in range(2))
-ending.fit_shutdown(state.Inside(page, facts, fault, {"headless": True}))
+shutdown.fit_shutdown(agent.Inside(page, facts, fault, {"headless": True}))
 
 import zmq
 from ipykernel.control import ControlThread

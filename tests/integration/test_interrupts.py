@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import safe_exec
-from safe_exec.sandbox import birth
-from safe_exec.sandbox.machine import detect
-from safe_exec.trial.cells import CellLoop
+from safe_exec.sandbox import keeper_process
+from safe_exec.sandbox.host.capabilities import detect
+from safe_exec.trial.cell_loop import CellLoop
 from tests.support import EXECUTABLE, MARK, groups_of, make_notebook, marked_processes, run_notebook, wait_until
 
 BUSY = (
@@ -42,9 +42,7 @@ print("started")
 class Run:
     """A run in the background, with a runtime directory of its own so that what it leaves can be seen."""
 
-    def __init__(
-        self, folder: Path, *options: str, cells: tuple[str, ...] = BUSY, prefix: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, folder: Path, *options: str, cells: tuple[str, ...] = BUSY, prefix: tuple[str, ...] = ()) -> None:
         self.mark = secrets.token_hex(8)
         self.runtime = folder / f"rt-{self.mark[:6]}"
         self.runtime.mkdir(mode=0o700)
@@ -219,7 +217,7 @@ def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
     foreign = detect().v1["pids"] / f"safe-exec-{run_id}"
     foreign.mkdir()
     try:
-        monkeypatch.setattr(birth, "new_run_id", lambda: run_id)
+        monkeypatch.setattr(keeper_process, "new_run_id", lambda: run_id)
         verdict = safe_exec.run(make_notebook(tmp_path / "nb.ipynb", "1"))
         assert verdict.status == "internal_error"
         assert verdict.cause is not None

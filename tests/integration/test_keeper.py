@@ -20,7 +20,7 @@ LOOKS = 50
 # A keeper to whom the end of its kernel is told together with the end of all that the kernel wrote to: as on a busy machine.
 ALL_AT_ONCE = """
 import os, signal, socket, sys
-from safe_exec.sandbox.keeper import Keeper
+from safe_exec.keeper.keeper import Keeper
 
 keeper = Keeper(socket.socket(fileno=int(sys.argv[1])), directory=None)
 keeper.plan = {"counter_files": [], "cgroup_dirs": []}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safe_exec.model import Status
+from safe_exec.model.verdict import Status
 from tests.integration.languages import ROWS, Row
 from tests.parity.compare import assert_same, notebook_of, run_both
 from tests.support import Outcome, make_notebook, run_notebook

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safe_exec.model import Activity, CauseKind, LimitName, Mechanism, Status
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.verdict import Activity, CauseKind, Status
 from tests.cases.catalogue import read_all
 from tests.integration.kills import KILLS, OPEN_CAUSES, OPEN_MECHANISMS
 

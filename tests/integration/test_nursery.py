@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from safe_exec.model import Isolation, Limits
-from safe_exec.sandbox import birth, procfs
-from safe_exec.sandbox.birth import Nursery, new_run_id, runtime_directory
-from safe_exec.sandbox.build import build_plan
-from safe_exec.sandbox.handle import Sandbox
-from safe_exec.sandbox.machine import detect
+from safe_exec.keeper import procfs
+from safe_exec.model.limits import Isolation, Limits
+from safe_exec.sandbox import keeper_process
+from safe_exec.sandbox.host.capabilities import detect
+from safe_exec.sandbox.keeper_process import Nursery, new_run_id, runtime_directory
+from safe_exec.sandbox.planner import build_plan
+from safe_exec.sandbox.sandbox import Sandbox
 from tests.support import ROOT, groups_of, wait_until
 
 SECONDS = 30
@@ -58,13 +59,13 @@ def parent_of(pid: int) -> int:
 
 
 def nursery_pid() -> int:
-    assert birth._nursery is not None
-    return birth._nursery[1].pid
+    assert keeper_process._nursery is not None
+    return keeper_process._nursery[1].pid
 
 
 def test_keepers_are_forked_within_it_and_started_without() -> None:
     with Nursery():
-        assert birth._nursery is None, "there is none before one is needed"
+        assert keeper_process._nursery is None, "there is none before one is needed"
         mother = 0
         for _ in range(2):
             with sandbox("import os; os._exit(7)") as made:
@@ -94,8 +95,8 @@ def test_a_killed_nursery_costs_nothing() -> None:
     with Nursery():
         with sandbox("import time; time.sleep(60)") as made:
             os.kill(nursery_pid(), signal.SIGKILL)
-            assert birth._nursery is not None
-            birth._nursery[1].wait()
+            assert keeper_process._nursery is not None
+            keeper_process._nursery[1].wait()
             made.signal(signal.SIGTERM)
             assert ended_with(made) == signal.SIGTERM
         with sandbox("import os; os._exit(9)") as made:
@@ -112,9 +113,9 @@ def test_a_killed_keeper_is_noticed_and_what_it_made_is_removed() -> None:
 
 
 def test_without_descriptors_of_processes_keepers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(birth, "_knows_pidfds", lambda: False)
+    monkeypatch.setattr(keeper_process, "_knows_pidfds", lambda: False)
     with Nursery(), sandbox("import os; os._exit(3)") as made:
-        assert birth._nursery is None
+        assert keeper_process._nursery is None
         assert made.keeper_pid is not None and parent_of(made.keeper_pid) == os.getpid()
         assert ended_with(made) == 3 << 8
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from safe_exec.model import LimitName, Limits, Mechanism
-from safe_exec.sandbox.build import build_plan
-from safe_exec.sandbox.handle import KernelExit, Sandbox
-from safe_exec.sandbox.machine import Machine, detect, memory_and_swap
-from safe_exec.sandbox.meter import Meter
+from safe_exec.model.limits import LimitName, Limits, Mechanism
+from safe_exec.sandbox.host.capabilities import Machine, detect, memory_and_swap
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.trial.gather import elsewhere
+from safe_exec.sandbox.planner import build_plan
+from safe_exec.sandbox.sandbox import KernelExit, Sandbox
+from safe_exec.sandbox.usage.meter import Meter
+from safe_exec.trial.evidence import elsewhere
 from tests.integration.unified import DAEMON, Delegated, bare, delegated, inside
 from tests.support import groups_of, wait_until
 

@@ -11,17 +11,17 @@ from tests.support import ROOT
 
 SCRIPT = """
 import safe_exec, sys
-from safe_exec.profiles import load_profile, shipped_profiles
+from safe_exec.limits.profiles import load_profile, shipped_profiles
 from safe_exec.reports.verdict_json import load_schema
-from safe_exec.kernel.inside import start
+from safe_exec.agent import bootstrap as start
 assert safe_exec.__file__.startswith(sys.argv[1]), safe_exec.__file__
 assert set(shipped_profiles()) >= {"default", "ci", "strict"}, shipped_profiles()
 assert load_profile("ci", machine_memory=1 << 34).limits.memory == 2 << 30
 assert load_schema()["$id"] == "safe-exec/verdict/1"
 from datetime import datetime, timezone
 from pathlib import Path
-from safe_exec.reports import page
-from safe_exec.reports.entries import Batch
+from safe_exec.reports.batch.html import page
+from safe_exec.reports.batch.results import Batch
 here = Path.cwd()
 none = Batch(entries=(), root=here, out=here, started=datetime.now(timezone.utc), seconds=0, exit_code=0, command=(), safe_exec_version="")
 page.write(none, here / "report.html")
@@ -38,7 +38,8 @@ def test_a_wheel_stands_on_its_own(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "safe_exec/_limits/default.yaml" in names
-    assert {f"safe_exec/reports/{name}" for name in ("verdict.schema.json", "page.html", "page.css", "page.js")} <= set(names)
+    assert {f"safe_exec/reports/{name}" for name in ("verdict.schema.json", "batch/summary.schema.json")} <= set(names)
+    assert {f"safe_exec/reports/batch/html/page.{ending}" for ending in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){SCRIPT}", str(tmp_path / "site")],

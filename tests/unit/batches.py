@@ -11,9 +11,9 @@ from typing import Any
 
 import nbformat
 
-from safe_exec.model import NotebookInfo, Status, Verdict
+from safe_exec.model.verdict import NotebookInfo, Status, Verdict
 from safe_exec.reports import verdict_json
-from safe_exec.reports.entries import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
 from tests.unit.builders import every_verdict, make_verdict
 
 SOURCES = ("big = load_everything()", 'small = 1\njoined = frame.merge(big, on="k")', "print(joined)", "late()")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from safe_exec.model import (
+from safe_exec.model.evidence import Frame, IsolationFacts
+from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.verdict import (
     Activity,
     Cause,
     CauseKind,
@@ -15,15 +17,8 @@ from safe_exec.model import (
     CrashCell,
     Culprit,
     Culprits,
-    Enforcement,
     Environment,
     Fact,
-    Frame,
-    Isolation,
-    IsolationFacts,
-    LimitName,
-    Limits,
-    Mechanism,
     NotebookInfo,
     Origin,
     Role,
@@ -32,7 +27,6 @@ from safe_exec.model import (
     Timeline,
     Usage,
     Verdict,
-    Wall,
 )
 
 GIB = 1 << 30

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from safe_exec.model import Access, IsolationFacts, Mechanism, NeedKind
+from safe_exec.model.evidence import Access, IsolationFacts, NeedKind
+from safe_exec.model.limits import Mechanism
 from safe_exec.trial import conflicts as module
 from safe_exec.trial.conflicts import Lookup, Reach, Sight, conflicts
 from safe_exec.trial.needs import Need

@@ -19,26 +19,15 @@ import pytest
 import yaml
 
 import safe_exec
-from safe_exec import api, events
-from safe_exec.commands.cli import COMMANDS
-from safe_exec.model import (
-    Activity,
-    CauseKind,
-    CellStatus,
-    Confidence,
-    Isolation,
-    LimitName,
-    Limits,
-    Mechanism,
-    Role,
-    Status,
-    Stopped,
-    Wall,
-)
+from safe_exec import api
+from safe_exec.cli.main import COMMANDS
+from safe_exec.model import events
+from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.verdict import Activity, CauseKind, CellStatus, Confidence, Role, Status, Stopped
 from safe_exec.reports.event_log import event_name
 from safe_exec.reports.verdict_json import load_schema
-from safe_exec.sandbox.build import CHOOSABLE
 from safe_exec.sandbox.plan import REQUIRE_ALL
+from safe_exec.sandbox.planner import CHOOSABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -148,7 +137,7 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def commands() -> dict[str, click.Command]:
-    return {name: import_module(f"safe_exec.commands.{name}").command for name in COMMANDS}
+    return {name: import_module(f"safe_exec.cli.{name}").command for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in sorted(DOCS.glob("*.md"))])
@@ -361,7 +350,7 @@ def test_modules_named_exist() -> None:
 
 
 def test_words_of_the_control_socket() -> None:
-    keeper = (ROOT / "safe_exec/sandbox/keeper.py").read_text()
+    keeper = (ROOT / "safe_exec/keeper/keeper.py").read_text()
     row = next(row for row in rows(page("docs/architecture.md")) if row[0] == "control socket")
     to_keeper, _, back = row[2].partition("Back:")
     assert set(CODE.findall(to_keeper)) == set(re.findall(r'op == "(\w+)"', keeper))
@@ -369,15 +358,17 @@ def test_words_of_the_control_socket() -> None:
 
 
 def test_figures_of_the_architecture() -> None:
-    from safe_exec.kernel.inside import layout, samples
-    from safe_exec.sandbox import handle, keeper, lastwords, watchdog
+    from safe_exec.agent import layout, sampler
+    from safe_exec.keeper import crash_output, keeper
+    from safe_exec.sandbox import sandbox
+    from safe_exec.sandbox.mechanisms import watchdog
 
     text = page("docs/architecture.md")
     assert f"{keeper.NEAR * 100:.0f} % of it" in text and f"further {keeper.STACK_STEP * 100:.0f} %" in text
     assert 2 * layout.SEGMENT_BYTES == 8 << 20 and layout.PAGE_BYTES == 136 << 10
-    assert lastwords.TAIL_BYTES == 64 << 10
-    assert watchdog.PERIOD_SECONDS == 0.02 and samples.SAMPLE_SECONDS == 0.02
-    asked = {f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}" for reason in handle.STACK_BEFORE}
+    assert crash_output.TAIL_BYTES == 64 << 10
+    assert watchdog.PERIOD_SECONDS == 0.02 and sampler.SAMPLE_SECONDS == 0.02
+    asked = {f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}" for reason in sandbox.STACK_BEFORE}
     said = re.search(r"Kills of ours for (.*?)\s+ask for one", text, re.DOTALL)
     assert said and set(re.split(r",\s+|\s+or\s+", said[1])) == asked
 
@@ -429,7 +420,7 @@ def test_each_promise_is_shown_by_tests_that_exist() -> None:
 def test_each_promise_of_what_is_outside_is_shown_by_tests_that_exist() -> None:
     tests = hostile() | {
         name
-        for path in (ROOT / "tests" / "unit").glob("test_*.py")
+        for path in (ROOT / "tests" / "unit").rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     table = [*rows(section(page("docs/security.md"), "Outside the walls"))]

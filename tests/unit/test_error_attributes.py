@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from safe_exec.kernel.inside import attributes
-from safe_exec.kernel.told import raised_told
-from safe_exec.model import Raised
+from safe_exec.agent import attributes
+from safe_exec.kernel.agent_facts import raised_told
+from safe_exec.model.evidence import Raised
 
 errors: Any = attributes
 """Code of the kernel's process carries no types."""

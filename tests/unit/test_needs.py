@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_exec.model import CellError, NeedKind, Raised
+from safe_exec.model.ending import CellError
+from safe_exec.model.evidence import NeedKind, Raised
 from safe_exec.trial.needs import Need, needs_of_error, needs_of_output, number_in
 
 P, V, M, G, H = NeedKind.PATH, NeedKind.VARIABLE, NeedKind.MODULE, NeedKind.PROGRAM, NeedKind.HOST

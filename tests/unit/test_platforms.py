@@ -31,7 +31,7 @@ if system == "win32":
 for name in [name for name in sys.modules if name.startswith("safe_exec")]:
     del sys.modules[name]
 """
-CALL = PRELUDE + "from safe_exec.commands import cli\nsys.exit(cli.call(sys.argv[1:]))"
+CALL = PRELUDE + "from safe_exec.cli import main as cli\nsys.exit(cli.call(sys.argv[1:]))"
 SYSTEMS = pytest.mark.parametrize(
     ("system", "name", "way"), [("darwin", "macOS", "virtual machine"), ("win32", "Windows", "WSL 2")]
 )

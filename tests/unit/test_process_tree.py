@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.model import LimitName, Limits
+from safe_exec.model.limits import LimitName, Limits
+from safe_exec.sandbox.mechanisms.watchdog import Watchdog
 from safe_exec.sandbox.process_files import PAGE, Member, ProcessFiles
 from safe_exec.sandbox.process_tree import ProcessTree
 from safe_exec.sandbox.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
-from safe_exec.sandbox.watchdog import Watchdog
 from tests.support import ROOT, ordinary_user, wait_until
 
 MIB = 1 << 20

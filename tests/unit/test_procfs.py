@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from safe_exec.sandbox import procfs
+from safe_exec.keeper import procfs
 from tests.support import wait_until
 
 WAITING = "import sys\nprint('ready', flush=True)\nsys.stdin.read()"

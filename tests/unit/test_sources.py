@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.inputtransformer2 import TransformerManager
 
+from safe_exec.agent import sources
 from safe_exec.kernel.cell_code import CellCode, Source, source_of
-from safe_exec.kernel.inside import sources
 
 line_of: Any = sources.line_of
 map_cell: Any = sources.map_cell

@@ -1,0 +1,57 @@
+"""Run by path, in front of the kernel's own command: ``bootstrap.py PAGE FACTS FAULT CONFIG -m MODULE ARGS...``.
+
+Fits what is in this folder around ipykernel, then runs the module as ``python -m`` would. Modules and not one file, since of a file that is run
+nothing is kept compiled: six milliseconds of each start. They are loaded under a name that no notebook has, and then forgotten by name.
+"""
+
+import gc
+import sys
+
+NAME = "_safe_exec_inside"
+
+
+def load():
+    """Import ``install`` and ``agent`` of this package, and forget their names."""
+    import importlib
+    import importlib.util
+    import os
+
+    folder = os.path.dirname(os.path.abspath(__file__))
+    spec = importlib.util.spec_from_file_location(NAME, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module(NAME + ".install"), importlib.import_module(NAME + ".agent")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == NAME]:
+            del sys.modules[name]
+        for path in (folder, __file__):
+            sys.path_importer_cache.pop(path, None)
+
+
+def main(argv):
+    """Fit, and run."""
+    gc.disable()  # while modules are imported there is nothing to collect
+    page, facts, fault, arguments = int(argv[0]), int(argv[1]), int(argv[2]), argv[6:]
+    # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes it off the path while it imports, and so do we.
+    placed = not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
+    if placed:
+        del sys.path[0]
+    install, agent = load()
+    import json
+    import os
+
+    install.fit(agent.Inside(page, facts, fault, json.loads(argv[3])))
+    gc.enable()
+    if placed:
+        sys.path.insert(0, os.getcwd())
+    import runpy
+
+    sys.argv = [sys.argv[0], *arguments]
+    if hasattr(sys, "orig_argv"):  # since Python 3.10
+        at = len(sys.orig_argv) - len(argv) - 1
+        del sys.orig_argv[at : at + 5]
+    runpy.run_module(argv[5], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

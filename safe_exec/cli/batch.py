@@ -1,0 +1,176 @@
+"""``safe-exec batch``: many notebooks, as CI runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from safe_exec.batch.admission import AUTO, parse_jobs, room_for
+from safe_exec.batch.ordering import cut, parse_shard, read_timings
+from safe_exec.batch.selection import Chosen, select
+from safe_exec.cli.run import job_of, limit_options, wall_options
+from safe_exec.errors import OutputPathError
+from safe_exec.files import one_line
+from safe_exec.records import replace
+from safe_exec.reports.batch.progress import BatchProgress, line_of
+from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
+from safe_exec.reports.terminal import Style
+from safe_exec.sandbox.host.capabilities import cpus_available, detect, look_for_walls, memory_available
+from safe_exec.sandbox.planner import CHOOSABLE, parse_mechanisms
+from safe_exec.workflows.prepare import Bisect, command_line
+
+log = logging.getLogger("safe_exec")
+
+DEFAULT_OUT = Path("safe-exec-out")
+STDIN = "-"
+
+
+@click.command("batch", short_help="Run many notebooks and report on all of them.")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=DEFAULT_OUT, help=f"Everything that is written goes here [{DEFAULT_OUT}]."
+)
+@click.option(
+    "-j", "--jobs", default=AUTO, metavar="N", help="So many at a time, as far as their memory limits fit [auto: processors]."
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these out (slow-*.ipynb, drafts/, docs/**/old.ipynb).")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the batch that was cut short in --out; what is finished is not run again."
+)
+@click.option("--only-changed", is_flag=True, help="Leave out what passed before and has not changed since.")
+@click.option("--fail-fast", is_flag=True, help="Start no more once one has failed.")
+@click.option(
+    "--retries", type=click.IntRange(0, 10), default=0, metavar="N", help="Try again, where another run may go better [0]."
+)
+@click.option("--shard", metavar="K/N", help="Run the Kth of N parts.")
+@click.option(
+    "--timings", multiple=True, type=click.Path(path_type=Path), help="A summary.json, for shards that take equally long."
+)
+@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own.")
+@limit_options
+@wall_options
+@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own.")
+@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
+@click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
+@click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
+@click.option(
+    "--bisect",
+    type=click.Choice([choice.value for choice in Bisect]),
+    default=Bisect.AUTO.value,
+    help="Search for the culprits of what failed [auto].",
+)
+@click.option("--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never).")
+@click.option("--bisect-budget", metavar="T", help="Time that each search may take [60s, or 3 times the first run].")
+@click.option(
+    "--github/--no-github", default=None, help="Annotations on stdout, and a summary of the job [where GITHUB_ACTIONS=true]."
+)
+@click.option("--gitlab/--no-gitlab", default=None, help="codequality.json in --out [where GITLAB_CI is set].")
+@click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
+def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
+    """Run the notebooks in PATH... (files, folders, patterns; - for a list on stdin), each in its own folder and inside its own limits.
+
+    The last line of output is for scripts. The exit code is that of the worst notebook, from good to bad: 0 passed, 1 a cell raised, 5 a limit,
+    4 timeout, 3 the kernel died, 6 it did not start, 2 not readable, 7 safe-exec failed, 130 stopped.
+    """
+    from safe_exec.batch import ci
+    from safe_exec.batch.report_registry import write_all
+    from safe_exec.batch.scheduler import Plan, run_batch
+
+    github = ci.on_github() if options["github"] is None else options["github"]
+    gitlab = ci.on_gitlab() if options["gitlab"] is None else options["gitlab"]
+    more = ci.reports(github=github, gitlab=gitlab)
+
+    cwd = Path.cwd()
+    shard = parse_shard(options["shard"]) if options["shard"] is not None else None
+    timings = read_timings(options["timings"])
+    jobs = parse_jobs(options["jobs"], cpus_available())
+    listed = _listed(sys.stdin) if STDIN in paths else []
+    arguments = [path for path in paths if path != STDIN]
+    found = select(arguments, listed=listed, exclude=options["exclude"], cwd=cwd, out=cwd / out)
+    plan = Plan(
+        chosen=_of_shard(found.chosen, shard, timings),
+        root=found.root,
+        out=_made(cwd / out),
+        room=room_for(jobs, memory_available()),
+        template=_template(options, jobs),
+        command=command_line(),
+        **{key: options[key] for key in ("retries", "fail_fast", "resume", "only_changed", "limits")},
+        shard=shard,
+    )
+    notes = [*found.notes, *([f"left out: {found.ours} that safe-exec wrote"] if found.ours else [])]
+    with BatchProgress(sys.stderr, quiet=quiet) as progress:
+        for note in notes:
+            progress.note(note)
+        batch = asyncio.run(run_batch(plan, progress, partial(write_all, more=more)))
+    for line in ci.github_lines(batch) if github else ():
+        click.echo(line)
+    _show(batch, sys.stdout, quiet=quiet)
+    return batch.exit_code
+
+
+def _listed(stream: TextIO) -> list[str]:
+    """Paths on stdin, one a line, or with NUL between them (``git ls-files -z``)."""
+    text = stream.read()
+    return [path for path in (text.split("\0") if "\0" in text else text.splitlines()) if path.strip()]
+
+
+def _of_shard(chosen: Sequence[Chosen], shard: tuple[int, int] | None, timings: dict[str, float]) -> tuple[Chosen, ...]:
+    if shard is None:
+        return tuple(chosen)
+    number, shards = shard
+    mine = set(cut([found.path for found in chosen], timings, shards)[number - 1])
+    return tuple(found for found in chosen if found.path in mine)
+
+
+def _made(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputPathError(f"--out {one_line(out)}: cannot be made: {error.strerror}") from None
+    return Path(out.resolve())
+
+
+def _template(options: dict[str, Any], jobs: int) -> Any:
+    """The job of every notebook. The machine is looked at once; of its memory each of ``jobs`` notebooks has its share."""
+    job = job_of(Path(), options | {"verdict": None, "cwd": None})
+    machine = look_for_walls(detect(parse_mechanisms(job.mechanisms)))
+    memory = machine.memory_total
+    return replace(job, machine=replace(machine, memory_total=memory // jobs if memory is not None else None))
+
+
+# --- what is shown at the end -----------------------------------------------------------------------------------
+
+
+def _show(batch: Batch, stream: TextIO, *, quiet: bool) -> None:
+    """What did not pass, where everything is, and the line for scripts, which comes last."""
+    from safe_exec.batch.outcome import summary_line
+
+    style = Style.of(stream)
+    if not quiet:
+        for entry in batch.entries:
+            if entry.status not in ("passed", UNCHANGED, NOT_RUN) or entry.flaky:
+                click.echo(
+                    style.paint("warn" if entry.flaky else "bad", style.fit(line_of(entry, _headline(entry)))), file=stream
+                )
+        click.echo(style.fit(f"wrote {one_line(batch.out)}"), file=stream)
+        if batch.cancelled or any(entry.status == NOT_RUN for entry in batch.entries):
+            click.echo("go on with --resume", file=stream)
+    click.echo(summary_line(batch), file=stream)
+
+
+def _headline(entry: Entry) -> str:
+    from safe_exec.reports.text.common import headline
+    from safe_exec.reports.verdict_json import from_document
+
+    document = entry.document()
+    try:
+        return headline(from_document(document)) if document is not None else ""
+    except (ValueError, KeyError):  # overwritten by somebody since
+        return ""

@@ -1,0 +1,109 @@
+"""``safe-exec bisect``: go on with a search for the culprits, or make one that ``run`` did not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from safe_exec.cli.run import parse_budget
+from safe_exec.errors import UsageError
+from safe_exec.files import read_regular
+from safe_exec.model.verdict import Status, Verdict
+from safe_exec.notebook import notebook
+from safe_exec.reports import progress, terminal, verdict_json
+from safe_exec.workflows.prepare import Bisect, Job, Prepared, command_line, prepare
+from safe_exec.workflows.run import bisect_job, run_job
+
+MOST_BYTES = 1 << 30
+NOT_FOUND = 1
+
+
+@click.command("bisect", short_help="Search for the culprits of a failure, with more time or where `run` did not.")
+@click.argument("target", metavar="NOTEBOOK|VERDICT.json", type=click.Path(path_type=Path))
+@click.option("--budget", metavar="T", default="10m", show_default=True, help="Time that the search may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
+    """Search for the cells that caused the failure in VERDICT.json, or in the verdict beside NOTEBOOK.
+
+    What earlier searches have tried is known and costs nothing. A notebook without a verdict of its present content is run first.
+    Cells are run again, whatever they talk to.
+
+    Exit codes: 0 culprits found, 1 none found (it did not happen again, or time ran out), 2 bad usage.
+    """
+    seconds = parse_budget(budget)
+    with progress.Progress(sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())) as shown:
+        path = target if target.suffix == ".json" else notebook.default_outputs(target).verdict
+        found = read_verdict(path) if target.suffix == ".json" or path.exists() else None
+        if found is None or (target.suffix != ".json" and not _is_of(found, target)):
+            verdict = asyncio.run(run_job(prepare(_job_anew(target, seconds)), (shown,)))
+        else:
+            if found.status is Status.PASSED or found.crash_cell is None or found.cause is None:
+                raise UsageError(f"{path}: nothing to search for: the run {_ended(found)}")
+            verdict = asyncio.run(bisect_job(reprepared(found, path, seconds), found, (shown,)))
+    if as_json:
+        sys.stdout.buffer.write(verdict_json.dumps(verdict))
+    elif not quiet:
+        terminal.print_diagnosis(verdict, sys.stdout)
+    return 0 if verdict.culprits is not None and verdict.culprits.cells else NOT_FOUND
+
+
+def _ended(verdict: Verdict) -> str:
+    return "passed" if verdict.status is Status.PASSED else "ended with no cell to blame"
+
+
+def _job_anew(path: Path, seconds: float | None) -> Job:
+    return Job(path=path, bisect=Bisect.ALWAYS, bisect_budget=seconds, command=command_line())
+
+
+def read_verdict(path: Path) -> Verdict:
+    """The verdict in a file. Raises UsageError, one line."""
+    data = read_regular(path, most=MOST_BYTES, error=UsageError)
+    try:
+        return verdict_json.from_document(json.loads(data))
+    except (ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise UsageError(f"{path}: not a verdict of safe-exec: {str(error)[:200]}") from None
+
+
+def _is_of(verdict: Verdict, path: Path) -> bool:
+    """Whether a verdict is about this notebook as it is now, and says that something went wrong."""
+    return verdict.notebook.sha256 == notebook.read(path).sha256 and verdict.cause is not None
+
+
+def reprepared(verdict: Verdict, path: Path, seconds: float | None) -> Prepared:
+    """The job of an earlier run, checked again. Raises UsageError where its notebook is gone or has changed."""
+    source = find_notebook(verdict, path)
+    outputs = {name: Path(found) for name, found in verdict.outputs.items()}
+    prepared = prepare(
+        Job(
+            path=source,
+            limits=verdict.limits,
+            isolation=verdict.isolation,
+            output=outputs.get("notebook"),
+            verdict=path,
+            kernel=verdict.notebook.kernel,
+            cwd=Path(verdict.cwd),
+            allow_errors=verdict.allow_errors,
+            bisect=Bisect.ALWAYS,
+            bisect_budget=seconds,
+            command=command_line(),
+        )
+    )
+    if prepared.notebook.sha256 != verdict.notebook.sha256:
+        raise UsageError(f"{source}: changed since the verdict was written; run `safe-exec run` again")
+    return prepared
+
+
+def find_notebook(verdict: Verdict, path: Path) -> Path:
+    """The notebook of a verdict: by the path it names, in the folder of its run, or beside the verdict. Raises UsageError."""
+    named = Path(verdict.notebook.path)
+    for candidate in (named, Path(verdict.cwd) / named.name, path.absolute().parent / named.name):
+        with contextlib.suppress(OSError):
+            if candidate.is_file():
+                return candidate
+    raise UsageError(f"{path}: its notebook {named} is not there; run from the folder of then, or put both side by side")

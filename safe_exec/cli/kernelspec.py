@@ -1,0 +1,162 @@
+"""``safe-exec kernelspec``: a kernel to choose in JupyterLab, and in whatever else starts kernels, that is born inside limits."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from safe_exec.cli.run import LIMIT_HELP
+from safe_exec.errors import OutputPathError, UsageError
+from safe_exec.model.limits import LimitName, Limits
+
+if TYPE_CHECKING:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+PROVISIONER = "safe-exec"
+HELD = (LimitName.MEMORY, LimitName.CPUS, LimitName.CPU_TIME, LimitName.PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE)
+"""What holds whoever runs the cells; wall times, output, disk and walls are for `safe-exec run`."""
+_NAME = re.compile(r"[a-z0-9._-]+")
+_ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
+"""What a display name says of the kernel rather than of the language."""
+
+
+@click.group("kernelspec", short_help="Make a kernel for other Jupyter tools that is born inside limits.")
+def command() -> None:
+    """Make a kernel for JupyterLab and other Jupyter tools that is born inside limits."""
+
+
+def _held_limits(function: Any) -> Any:
+    for name in reversed(HELD):
+        metavar, text = LIMIT_HELP[name]
+        function = click.option(f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text)(function)
+    return function
+
+
+@command.command("install", short_help="Install a kernelspec that carries limits.")
+@click.option("--limits", default="default", metavar="NAME|FILE", help="A profile or a YAML file of your own [default].")
+@_held_limits
+@click.option("--kernel", default="python3", metavar="NAME", help="The kernel that is to run inside limits [python3].")
+@click.option("--name", metavar="NAME", help="What tools call it [KERNEL-safe-exec-LIMITS].")
+@click.option("--display-name", metavar="TEXT", help="What people see [Python 3 (safe-exec: LIMITS)].")
+@click.option("--user", is_flag=True, help="For this user, in every environment [outside of virtual environments].")
+@click.option("--sys-prefix", is_flag=True, help="For this virtual environment [inside of one].")
+@click.option("--prefix", type=click.Path(path_type=Path), help="Below PREFIX/share/jupyter.")
+def install(limits: str, kernel: str, name: str | None, display_name: str | None, **options: Any) -> int:
+    """Install a copy of a kernelspec whose kernels are born inside limits, whatever starts them.
+
+    Whatever starts it needs safe-exec in its own environment; the environment of the kernel does not. Another of the same
+    name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
+    """
+    config, held = _configured(limits, {key.value: options[key.value] for key in HELD if options[key.value] is not None})
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    manager = KernelSpecManager()
+    folder, document = _of_kernel(manager, kernel)
+    said = ", ".join([Path(limits).stem, *(f"{key.replace('_', '-')} {config[key]}" for key in config if key != "limits")])
+    document["display_name"] = display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {said})"
+    metadata = document["metadata"] = dict(document.get("metadata") or {})
+    metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
+    chosen = _checked_name(name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}")
+    place = _place(options["user"], options["sys_prefix"], options["prefix"])
+    _refuse_to_replace(place / chosen)
+    try:
+        _install(manager, folder, document, chosen, place)
+    except OSError as error:
+        raise OutputPathError(f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix") from None
+    _tell(document["display_name"], chosen, place / chosen, held)
+    return 0
+
+
+def _configured(limits: str, own: Mapping[str, str]) -> tuple[dict[str, str], Limits]:
+    """The provisioner's configuration, checked by reading it as the provisioner will, and what it comes to. Raises LimitsError."""
+    from safe_exec.limits import profiles
+    from safe_exec.sandbox.host.capabilities import detect
+
+    memory = detect().memory_total
+    profile = profiles.load_profile(limits, machine_memory=memory)
+    shipped = profile.path.parent == profiles.profile_dir()
+    # Who knows from which directory a server will look for a file.
+    config = {"limits": limits if shipped else str(profile.path.absolute()), **own}
+    return config, profiles.resolve_simple(config, None, machine_memory=memory)
+
+
+def _of_kernel(manager: KernelSpecManager, kernel: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the document of a kernelspec that is installed. Raises UsageError."""
+    from jupyter_client.kernelspec import NoSuchKernel
+
+    try:
+        found = manager.get_kernel_spec(kernel)
+    except NoSuchKernel:
+        names = sorted(manager.find_kernel_specs())
+        raise UsageError(
+            f"no kernel named {kernel!r} is installed; installed: {', '.join(names) or 'none'} (choose with --kernel)"
+        ) from None
+    return Path(found.resource_dir), found.to_dict()
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {name!r}: a kernel's name has a-z, 0-9, dot, dash and underscore only")
+    return name
+
+
+def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
+    """The directory of kernelspecs that is meant. Raises UsageError."""
+    from jupyter_core.paths import jupyter_data_dir
+
+    if user + sys_prefix + (prefix is not None) > 1:
+        raise UsageError("--user, --sys-prefix and --prefix exclude each other: a kernelspec goes to one place")
+    in_environment = sys.prefix != sys.base_prefix
+    if user or (not sys_prefix and prefix is None and not in_environment):
+        return Path(jupyter_data_dir()) / "kernels"
+    return (prefix or Path(sys.prefix)).absolute() / "share" / "jupyter" / "kernels"
+
+
+def _refuse_to_replace(path: Path) -> None:
+    """Raises OutputPathError where somebody else's kernelspec stands."""
+    try:
+        document = json.loads((path / "kernel.json").read_bytes())
+        ours = document["metadata"]["kernel_provisioner"]["provisioner_name"] == PROVISIONER
+    except FileNotFoundError:
+        ours = not path.exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise OutputPathError(f"{path}: there is another kernelspec of this name; choose another --name, or remove it first")
+
+
+def _install(manager: KernelSpecManager, folder: Path, document: Mapping[str, Any], name: str, place: Path) -> None:
+    import shutil
+
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / name
+        if folder.is_dir():
+            shutil.copytree(folder, made)
+        else:
+            made.mkdir()
+        (made / "kernel.json").write_text(json.dumps(document, indent=1) + "\n")
+        prefix = place.parent.parent.parent
+        if place == prefix / "share" / "jupyter" / "kernels":
+            manager.install_kernel_spec(str(made), name, prefix=str(prefix))
+        else:
+            manager.install_kernel_spec(str(made), name, user=True)
+
+
+def _tell(display_name: str, name: str, path: Path, held: Limits) -> None:
+    from safe_exec.limits.profiles import format_limit
+
+    figures = [
+        f"{key.value.replace('_', ' ')} {format_limit(key.value, held.of(key))}" for key in HELD if held.of(key) is not None
+    ]
+    click.echo(f"{display_name}: installed as {name}")
+    click.echo(f"  in        {path}")
+    click.echo(f"  holds     {', '.join(figures) or 'nothing: no limit of these is set'}")
+    click.echo("  not here  wall times, output, disk and walls: they are for `safe-exec run`")
+    click.echo(f"  remove    jupyter kernelspec remove {name}")

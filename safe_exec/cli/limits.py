@@ -1,0 +1,183 @@
+"""``safe-exec limits``: what a profile or file gives, which profiles ship, and whether a file of limits is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from safe_exec.cli import tables
+from safe_exec.errors import LimitsError
+from safe_exec.limits import profiles
+from safe_exec.limits.isolation import as_metadata
+from safe_exec.limits.profiles import Resolved, format_limit
+from safe_exec.limits.values import parse_layer
+from safe_exec.limits.yaml_source import Value, load
+from safe_exec.model.limits import Isolation, LimitName
+from safe_exec.reports.terminal import Style
+from safe_exec.reports.text.common import one_line
+from safe_exec.reports.verdict_json import plain
+from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
+from safe_exec.sandbox.host.capabilities import detect, look_for_walls, memory_and_swap
+from safe_exec.sandbox.host.facts import look
+from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
+from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.planner import build_plan
+
+BAD_INPUT = 2
+_LIMITS = frozenset(name.value for name in LimitName)
+_NOT_LIMITS = ("path", "profile")
+"""Keys of an entry of safe-exec.yaml that are no limits."""
+
+
+@click.group("limits", short_help="Show the limits that a profile or file gives.")
+def command() -> None:
+    """Show the limits that a profile or file gives, list the profiles, check a file."""
+
+
+# --- show -------------------------------------------------------------------------------------------------------
+
+
+@command.command("show")
+@click.argument("profile", metavar="[NAME|FILE]", default=profiles.DEFAULT_PROFILE)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes and seconds.")
+def show(profile: str, as_json: bool) -> int:
+    """Show every limit of a profile or file [default], where its figure was written, and what would hold it here.
+
+    Then its isolation: what is asked for, and what each wall is held by here; what nothing holds, with how to mend it.
+    """
+    machine = detect()
+    resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
+    if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
+        machine = look_for_walls(machine)
+    plan = build_plan(resolved.limits, machine, "limits", resolved.isolation)
+    if as_json:
+        click.echo(json.dumps(_document(resolved, plan), indent=2))
+        return 0
+    style = Style.of(sys.stdout)
+    about = profiles.load_profile(profile, machine_memory=machine.memory_total).description
+    remedies = advise_walls(machine, look(), plan.walls, plan.enforcement)
+    tables.write([*_shown(resolved, plan, about, style), *_walls(resolved.isolation, plan, remedies, style)], style)
+    return 0
+
+
+def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Iterator[str]:
+    yield style.paint("bold", one_line(resolved.profile)) + (f": {one_line(about)}" if about else "")
+    yield from tables.table([_row(name, resolved, plan) for name in profiles.LIMIT_NAMES], style)
+
+
+def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
+    value = getattr(resolved.limits, name)
+    held = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
+    sign, by = (tables.mark(held), held.by.value) if held else ("", "")
+    return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
+
+
+def _walls(isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style) -> Iterator[str]:
+    """What is asked for in the words of a file, what it comes to here, and what would mend the rest."""
+    asked = [(key, _word(value)) for key, value in as_metadata(isolation).items()]
+    yield ""
+    yield style.paint("bold", "isolation") + ("" if asked else ": none, the notebook may reach what you may")
+    yield from tables.table(asked, style) if asked else ()
+    if plan.walls:
+        yield ""
+        yield from tables.table(tables.wall_rows(plan.walls), style)
+    for remedy in remedies:
+        yield ""
+        yield from tables.remedy(remedy.names, remedy.why, remedy.ways, style)
+
+
+def _word(value: object) -> str:
+    """A value as a file has it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return one_line(", ".join(value)) if isinstance(value, list) else one_line(str(value))
+
+
+def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
+    return {
+        "schema": "safe-exec/limits/1",
+        "profile": resolved.profile,
+        "limits": resolved.limits.as_dict(),
+        "sources": dict(resolved.sources),
+        "enforcement": tables.enforcement_document(plan.enforcement),
+        "isolation": plain(resolved.isolation),
+        "walls": tables.enforcement_document(plan.walls),
+    }
+
+
+# --- list -------------------------------------------------------------------------------------------------------
+
+
+@command.command("list")
+def list_profiles() -> int:
+    """List the profiles that ship, for --limits and for the extends of a file of your own."""
+    style = Style.of(sys.stdout)
+    memory, _ = memory_and_swap()
+    found = [profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()]
+    tables.write(tables.table([(profile.name, profile.description) for profile in found], style), style)
+    return 0
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+
+@command.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> int:
+    """Check a file of limits, or a safe-exec.yaml. One line on standard error for each error; exit code 2 if any."""
+    problems = errors_of(file)
+    for problem in problems:
+        click.echo(problem, err=True)
+    if not problems:
+        click.echo(f"{file}: right")
+    return BAD_INPUT if problems else 0
+
+
+def errors_of(file: Path) -> list[str]:
+    """Every error of a file, in its order; reading it as a run would shows the first, each figure alone the others."""
+    try:
+        _read_whole(file)
+    except LimitsError as first:
+        rest = [str(error) for error in _errors_of_figures(file)]
+        return rest if str(first) in rest else [str(first), *rest]
+    return []
+
+
+def _read_whole(file: Path) -> None:
+    memory = memory_and_swap()[0]
+    if _is_project_file(file):
+        profiles.project_overrides(file, file.absolute().parent / "any.ipynb", machine_memory=memory)
+    else:
+        # With a directory: a file that is called as a profile that ships is still the file.
+        profiles.load_profile(os.path.join(".", file), machine_memory=memory)
+
+
+def _is_project_file(file: Path) -> bool:
+    """By its name, or by the list of entries that only such a file has. Raises LimitsError."""
+    return file.name == profiles.PROJECT_FILE or isinstance(_limits_of(file), tuple)
+
+
+def _limits_of(file: Path) -> object:
+    sections = load(file).mapping("the document")
+    return sections["limits"].data if "limits" in sections else None
+
+
+def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
+    """The errors of single figures; of a file that is wrong as a whole, none."""
+    try:
+        limits = _limits_of(file)
+    except LimitsError:
+        return
+    mappings = [item.data for item in limits if isinstance(item, Value)] if isinstance(limits, tuple) else [limits]
+    memory = memory_and_swap()[0]
+    for mapping in mappings:
+        for key, value in mapping.items() if isinstance(mapping, Mapping) else ():
+            try:
+                parse_layer({key: value} if key not in _NOT_LIMITS else {}, machine_memory=memory)
+            except LimitsError as error:
+                yield error

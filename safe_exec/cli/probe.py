@@ -1,0 +1,135 @@
+"""``safe-exec probe``: how much of a limit a notebook needs, and what it dies of with less."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safe_exec.cli import tables
+from safe_exec.cli.probe_report import RunLines, as_document, report
+from safe_exec.cli.run import limit_options, parse_budget, wall_options, walls_of
+from safe_exec.errors import UsageError
+from safe_exec.experiments.threshold.scales import SCALES
+from safe_exec.experiments.threshold.search import Ended
+from safe_exec.model.limits import LimitName
+from safe_exec.reports.masking import mask_for
+from safe_exec.reports.terminal import Style
+from safe_exec.units import UnitError, parse_percent
+from safe_exec.workflows.prepare import Bisect, Job, Prepared, prepare
+from safe_exec.workflows.probe import Probed, probe
+
+NOT_FOUND, CANCELLED = 1, 130
+FINEST = 0.001
+LIMITS = [name.value.replace("_", "-") for name in SCALES]
+
+
+@click.command("probe", short_help="Find by trial how much of a limit a notebook needs, and what it dies of with less.")
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.argument("limit", metavar="LIMIT", type=click.Choice(LIMITS))
+@click.option(
+    "--precision", metavar="PERCENT", default="5%", show_default=True, help="How near to each other both sides shall be."
+)
+@click.option("--budget", metavar="T", default="10m", show_default=True, help="Time that all runs together may take.")
+@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
+@limit_options
+@wall_options
+@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
+@click.option("--cwd", type=click.Path(path_type=Path), help="Run in a copy of this directory [the notebook's].")
+@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
+@click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Find the smallest LIMIT with which NOTEBOOK passes and the largest with which it fails, and say what it dies of then.
+
+    LIMIT is one of memory, cpu-time, cell-timeout, timeout, processes, open-files, file-size. The first run is with the limits as
+    given; what it uses says where to look. Counts are found to 1, everything else to the precision. Every run is in a copy of the folder,
+    and nothing is written beside the notebook. Cells are run again and again, whatever they talk to.
+
+    Exit codes: 0 found, 1 not found (it fails for another reason, or time ran out), 2 bad usage, 130 stopped.
+    """
+    name = LimitName(limit.replace("-", "_"))
+    share, seconds = parse_precision(options.pop("precision")), parse_budget(options.pop("budget"), "--budget")
+    prepared = prepare(_job(notebook, options))
+    with RunLines(sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())) as lines:
+        found = asyncio.run(probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines))
+    mask = mask_for({**os.environ, **(prepared.job.env or {})})
+    _show(mask.everywhere(found), prepared, options, as_json=as_json, quiet=quiet)
+    return exit_code(found)
+
+
+def exit_code(found: Probed) -> int:
+    """0 for a bracket, 130 for one that was stopped, 1 for none."""
+    if found.bracket.ended is Ended.CANCELLED:
+        return CANCELLED
+    return 0 if found.bracket.found else NOT_FOUND
+
+
+def parse_precision(text: str) -> float:
+    """The share that ``5%`` names. Raises UsageError."""
+    try:
+        share = parse_percent(text)
+    except UnitError as error:
+        raise UsageError(f"--precision: {text!r} is not more than 0% and up to 100%") from error
+    if share is None or share < FINEST:
+        raise UsageError(f"--precision: {text!r:.60} is not a percentage from {FINEST:.1%} to 100%, such as 5%")
+    return share
+
+
+def _job(path: Path, options: Mapping[str, Any]) -> Job:
+    mechanisms = options["mechanisms"]
+    if options["limits"] == "":
+        raise UsageError("--limits: expected the name of a profile or a file, found nothing")
+    return Job(
+        path=path,
+        limits=options["limits"],
+        options={name.value: options[name.value] for name in LimitName if options.get(name.value) is not None},
+        walls=walls_of(options),
+        kernel=options["kernel"],
+        cwd=options["cwd"],
+        allow_errors=options["allow_errors"],
+        mechanisms=None if mechanisms is None else tuple(part.strip() for part in mechanisms.split(",")),
+        bisect=Bisect.NEVER,
+        writes=False,
+    )
+
+
+NAMES = {"env_names": "env", "devices": "device"}
+"""Parameters that are not called as their options are."""
+
+
+def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
+    """The ``run`` that does what the run with this value did, to be typed into a shell."""
+    name = f"./{path}" if str(path).startswith("-") else str(path)
+    words = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
+    for key, given in options.items():
+        option = NAMES.get(key, key).replace("_", "-")
+        if key == probed.value or given is None:
+            continue
+        if isinstance(given, tuple):
+            words += [word for item in given for word in (f"--{option}", str(item))]
+        elif isinstance(given, bool):
+            words += [f"--{option}"] if given else [f"--no-{option}"] if key == "network" else []
+        else:
+            words += [f"--{option}", str(given)]
+    return shlex.join(words)
+
+
+def _show(found: Probed, prepared: Prepared, options: Mapping[str, Any], *, as_json: bool, quiet: bool) -> None:
+    path, failing = prepared.job.path, found.failing()
+    again = None
+    if failing is not None:
+        again = reproduce_command(path, options, found.scale.name, found.scale.written(failing.value))
+    if as_json:
+        sys.stdout.write(json.dumps(as_document(found, str(path), again), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    elif not quiet:
+        style = Style.of(sys.stdout)
+        tables.write(report(found, str(path), again, style), style)

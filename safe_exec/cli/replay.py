@@ -1,0 +1,201 @@
+"""``safe-exec replay``: run what a verdict says again, and say whether this machine agrees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safe_exec.cli import tables
+from safe_exec.cli.bisect import find_notebook, read_verdict
+from safe_exec.errors import UsageError
+from safe_exec.experiments.compare import Difference, compares_peaks
+from safe_exec.model.verdict import Status, Verdict
+from safe_exec.records import replace
+from safe_exec.reports import progress
+from safe_exec.reports.masking import Mask, mask_for
+from safe_exec.reports.terminal import Style
+from safe_exec.reports.text import common
+from safe_exec.reports.verdict_json import plain
+from safe_exec.units import format_size
+from safe_exec.workflows.prepare import command_line
+from safe_exec.workflows.replay import Replayed, prepare_replay, replay
+
+SCHEMA = "safe-exec/replay/1"
+DIFFERS, CANCELLED = 1, 130
+MOST_ROWS = 12
+"""So many differences of the surroundings are printed; ``--json`` has them all."""
+_NOTHING_TO_REPLAY = {
+    Status.PASSED: "the run passed",
+    Status.CANCELLED: "the run was stopped",
+    Status.INTERNAL_ERROR: "safe-exec itself failed, and not the notebook",
+}
+
+
+@click.command("replay", short_help="Run what a verdict says again, and say whether this machine agrees.")
+@click.argument("verdict", metavar="VERDICT.json", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def command(verdict: Path, as_json: bool, quiet: bool) -> int:
+    """Run the reproduction of VERDICT.json (without one, its notebook) under the limits of then; say whether it fails the same way.
+
+    The same failure has the same cause, signal or exit code, and crash cell. What else differs is told, and where it is not the same
+    also what is different around it: versions, the system, what holds the limits. It runs in a copy of the folder, and nothing is written
+    beside the notebook.
+
+    Exit codes: 0 the same failure, 1 another one or none, 2 bad usage, 130 stopped.
+    """
+    then = read_verdict(verdict)
+    if then.cause is None or then.status in _NOTHING_TO_REPLAY:
+        raise UsageError(f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(then.status, 'it names no cause')}")
+    source, reproduction = source_of(then, verdict)
+    asked = prepare_replay(then, source, reproduction=reproduction, command=command_line())
+    with progress.Progress(sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())) as shown:
+        mask = mask_for({**os.environ, **(asked.prepared.job.env or {})})
+        done = masked(asyncio.run(replay(asked, lambda event: shown(mask.everywhere(event)))), mask)
+    if as_json:
+        document = as_document(done, str(verdict))
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    elif not quiet:
+        style = Style.of(sys.stdout)
+        tables.write(report(done, style), style)
+    return exit_code(done)
+
+
+def masked(done: Replayed, mask: Mask) -> Replayed:
+    """Without the secrets of the environment."""
+    return replace(
+        done,
+        here=mask.everywhere(done.here),
+        agreement=mask.everywhere(done.agreement),
+        warnings=mask.everywhere(done.warnings),
+    )
+
+
+def exit_code(done: Replayed) -> int:
+    """0 where both agree."""
+    if done.here.status is Status.CANCELLED:
+        return CANCELLED
+    return 0 if done.agreement.same else DIFFERS
+
+
+def source_of(then: Verdict, path: Path) -> tuple[Path, bool]:
+    """What to run, and whether that is the reproduction: by the path it was written to, or beside the verdict. Raises UsageError."""
+    written = then.culprits.repro_notebook if then.culprits is not None else None
+    if written is not None:
+        named = Path(written)
+        for candidate in (named, path.absolute().parent / named.name):
+            if candidate.is_file():
+                return candidate, True
+    return find_notebook(then, path), False
+
+
+# --- in words ---------------------------------------------------------------------------------------------------
+
+
+def report(done: Replayed, style: Style) -> Iterator[str]:
+    """The comparison line by line."""
+    found, here = done.agreement, done.here
+    if here.status is Status.CANCELLED:
+        yield f"{style.paint('bad', '✗')} {style.paint('bold', 'stopped before it could be told')}"
+        return
+    sign = style.paint("good", "✓") if found.same else style.paint("bad", "✗")
+    words = f"the same here: {same_words(done)}" if found.same else f"not the same: {here_words(done)}"
+    yield f"{sign} {style.paint('bold', common.clip(words, common.HEADLINE_WIDTH))}"
+    around = () if found.same else found.environment
+    if found.failure or around:
+        yield from _rows((*found.failure, *around[:MOST_ROWS]), style)
+    if len(around) > MOST_ROWS:
+        yield f"  and {len(around) - MOST_ROWS} more (--json)"
+    yield from tables.labelled("ran", _ran(done), style)
+    for warning in done.warnings:
+        yield from tables.labelled("warning", warning, style)
+
+
+def same_words(done: Replayed) -> str:
+    """``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
+    then, here = done.replay.then, done.here
+    parts = [_kind_and_cell(here, done.agreement.cell)]
+    if not any(difference.what == "line" for difference in done.agreement.failure) and then.crash_cell and then.crash_cell.line:
+        parts.append(f"line {then.crash_cell.line}")
+    a, b = then.usage.memory_peak, here.usage.memory_peak
+    if a and b and compares_peaks(then, whole=done.replay.cells is None):
+        parts.append(f"peak {format_size(b)} ({format_size(a)} then)")
+    return ", ".join(parts)
+
+
+def here_words(done: Replayed) -> str:
+    """What happened here instead."""
+    if done.here.cause is None:
+        return "it passed here"
+    return f"{_kind_and_cell(done.here, done.agreement.cell)} here"
+
+
+def _kind_and_cell(verdict: Verdict, code_index: int | None) -> str:
+    assert verdict.cause is not None
+    kind = common.kind_words(verdict.cause)
+    return kind if code_index is None else f"{kind} in {common.cell_name(code_index)}"
+
+
+def _rows(differences: Sequence[Difference], style: Style) -> Iterator[str]:
+    rows = [("", "then", "here")]
+    rows += [
+        (common.one_line(difference.what), shown(difference, "then"), shown(difference, "here")) for difference in differences
+    ]
+    yield from tables.table(rows, style)
+
+
+def shown(difference: Difference, side: str) -> str:
+    """One side of a difference for people."""
+    value = getattr(difference, side)
+    if value is None:
+        return "none"
+    if difference.what == "memory peak":
+        return format_size(value)
+    if difference.what == "signal":
+        return common.signal_name(value)
+    words = common.one_line(str(value))
+    return words.replace("_", " ") if difference.what in ("cause", "status") else words
+
+
+def _ran(done: Replayed) -> str:
+    name = common.one_line(done.replay.prepared.job.path.name)
+    cells = done.replay.cells
+    held = f"{name}{common.SEPARATOR}{common.cell_sum(c.code_index for c in cells)} of the notebook" if cells else name
+    return f"{held}, in a copy of its folder"
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------
+
+
+def as_document(done: Replayed, path: str) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    found = done.agreement
+    return {
+        "schema": SCHEMA,
+        "verdict": plain(path),
+        "notebook": plain(str(done.replay.prepared.job.path)),
+        "reproduction": done.replay.cells is not None,
+        "same": found.same and done.here.status is not Status.CANCELLED,
+        "then": _side(done.replay.then),
+        "here": _side(done.here),
+        "differs": [plain(difference) for difference in found.failure],
+        "environment": [{"what": d.what, "then": plain(d.then), "here": plain(d.here)} for d in found.environment],
+        "warnings": [plain(warning) for warning in done.warnings],
+    }
+
+
+def _side(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "status": verdict.status.value,
+        "cause": plain(verdict.cause),
+        "crash_cell": plain(verdict.crash_cell),
+        "memory_peak": verdict.usage.memory_peak,
+        "seconds": verdict.usage.wall_seconds,
+    }

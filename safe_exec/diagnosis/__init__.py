@@ -1,0 +1,1 @@
+"""From evidence to a verdict: pure rules, and the document that holds their answer."""

@@ -1,0 +1,118 @@
+"""What a rule may look at, and the small helpers that all families share. Pure; imports model and units."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+
+from safe_exec.model.ending import Died, Ending, StartFailed
+from safe_exec.model.evidence import Evidence
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Wall
+from safe_exec.model.verdict import Cause, CauseKind, CellRecord, Confidence, Fact, FactValue, Origin
+from safe_exec.records import dataclass, field
+from safe_exec.units import format_size
+
+KEPT_WORTH_NAMING = 8 << 20
+"""A cell that kept less than this is not named as one that fills the memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """One trial as the rules see it: how it ended, what was observed, under which limits."""
+
+    ending: Ending
+    evidence: Evidence
+    limits: Limits
+    enforcement: Mapping[LimitName, Enforcement] = field(default_factory=dict)
+    cells: tuple[CellRecord, ...] = ()
+    current: int | None = None
+    language: str | None = "python"
+    walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
+
+    @property
+    def is_python(self) -> bool:
+        """Whether advice may speak of Python's own calls; so it does where the language is not known."""
+        return self.language in (None, "python")
+
+    def human(self, index: int | None) -> str:
+        """``code cell 3``, counted from 1 as a reader of the notebook counts."""
+        found = next((c for c in self.cells if c.index == index), None)
+        return f"code cell {found.code_index + 1}" if found else "a cell"
+
+    def accumulators(self) -> str:
+        """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
+        kept = [c for c in self.cells if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current]
+        most = sorted(kept, key=lambda c: -(c.memory_kept or 0))[:3]
+        most.sort(key=lambda c: c.index)
+        return ", ".join(f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in most)
+
+
+Rule = Callable[[Context], Cause | None]
+
+
+def outside(fact: str, value: FactValue, source: str) -> Fact:
+    """A fact that the system around the kernel says."""
+    return Fact(fact=fact, value=value, source=source, origin=Origin.OUTSIDE)
+
+
+def inside(fact: str, value: FactValue, source: str) -> Fact:
+    """A fact that the kernel process says of itself."""
+    return Fact(fact=fact, value=value, source=source, origin=Origin.INSIDE)
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; ``signal 40`` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
+    """The raw end of the process, first in every list of evidence about a death.
+
+    Only for a kernel that died: after any other ending the process ends by our own shutdown, which says nothing.
+    """
+    status = evidence.exit
+    if status is None:
+        facts = [outside("wait status", None, "whoever would have read it was killed too")]
+    else:
+        facts = [outside("ended with", str(status), "wait status of the kernel process")]
+    if evidence.termination is not None:
+        facts.append(outside("killed by safe-exec for", evidence.termination.value, "recorded before the signal was sent"))
+    return tuple(facts)
+
+
+def words(evidence: Evidence) -> tuple[Fact, ...]:
+    """The kernel's last line on stderr, where it has one."""
+    lines = [line.strip() for line in (evidence.stderr_tail + "\n" + evidence.last_words).splitlines() if line.strip()]
+    telling = [line for line in lines if any(mark in line for mark in TELLING)]
+    return (inside("last words", telling[-1][:300], "stderr of the kernel process"),) if telling else ()
+
+
+TELLING = (
+    "terminate called", "what():", "free()", "malloc", "double free", "corruption", "Assertion", "Aborted", "OMP:", "Error #",
+    "munmap_chunk", "stack smashing", "buffer overflow", "Bad file descriptor", "CUDA", "Fatal", "fatal error", "LLVM ERROR",
+    "caught segfault", "Too many open files", "realloc()", "pure virtual",
+)  # fmt: skip
+
+
+def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure, why, what to do
+    context: Context,
+    kind: CauseKind,
+    summary: str,
+    confidence: Confidence,
+    evidence: tuple[Fact, ...],
+    advice: str = "",
+) -> Cause:
+    """A cause, with the exit of the kernel filled in where the kernel ended by itself or for a limit."""
+    status = context.evidence.exit if isinstance(context.ending, Died | StartFailed) else None
+    return Cause(
+        kind=kind,
+        summary=summary,
+        confidence=confidence,
+        evidence=evidence,
+        advice=advice,
+        signal=-status.signal if status and status.signal is not None else None,
+        exit_code=status.exit_code if status else None,
+    )

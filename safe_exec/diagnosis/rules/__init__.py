@@ -1,0 +1,60 @@
+"""From evidence to cause: pure rules, one file per family, asked in order. A new rule is a function and one line in the list here."""
+
+from __future__ import annotations
+
+from safe_exec.diagnosis.context import Context, Rule
+from safe_exec.diagnosis.rules import crashes, exceptions, exits, isolation, limits, memory, network, startup, timeouts
+from safe_exec.model.ending import Cancelled, Passed
+from safe_exec.model.verdict import Cause
+
+__all__ = ["RULES", "Context", "Rule", "find_cause"]
+
+RULES: tuple[Rule, ...] = (
+    startup.start_failed,
+    startup.internal,
+    # What we did ourselves, and what the system counted, before what a signal may mean.
+    memory.watchdog_kill,
+    memory.worker_kill,
+    timeouts.cpu_time,
+    memory.oom_kill,
+    memory.oomd_kill,
+    limits.output_flood,
+    limits.processes_watched,
+    limits.disk_watched,
+    limits.file_too_large_signal,
+    limits.bad_system_call,
+    limits.aborted_for_descriptors,
+    # Deaths.
+    crashes.stack_overflow,
+    crashes.fault,
+    exits.supervisor_killed,
+    exits.asked_to_exit,
+    exits.exited,
+    exits.signalled,
+    # Time.
+    timeouts.flood,
+    timeouts.replaced,
+    timeouts.waits_for_input,
+    timeouts.mute,
+    timeouts.timed_out,
+    # Errors of cells.
+    memory.refused,
+    network.blocked,
+    isolation.taken_away,
+    limits.raised,
+    exceptions.stdin,
+    exceptions.exception,
+    exceptions.unknown,
+)
+"""The first rule that knows the answer gives it."""
+
+
+def find_cause(context: Context) -> Cause | None:
+    """The cause of a trial's ending; ``None`` for one that passed or was cancelled."""
+    if isinstance(context.ending, Passed | Cancelled):
+        return None
+    for rule in RULES:
+        cause = rule(context)
+        if cause is not None:
+            return cause
+    return None

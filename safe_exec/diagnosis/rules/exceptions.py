@@ -1,0 +1,41 @@
+"""Exceptions that are nothing more, and what no other rule knows."""
+
+from __future__ import annotations
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make
+from safe_exec.model.ending import CellFailed
+from safe_exec.model.verdict import Cause, CauseKind, Confidence
+
+
+def stdin(context: Context) -> Cause | None:
+    """``input()``, ``getpass()`` and debuggers are refused: nobody is there to type."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None or error.ename != "StdinNotImplementedError":
+        return None
+    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    summary = "the cell asked for input, and nobody is there to type it"
+    advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
+    if error.in_debugger:
+        summary = "the cell started a debugger, which asks for input, and nobody is there to type it"
+        advice = "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook is run by itself."
+    return make(context, CauseKind.STDIN, summary, Confidence.CERTAIN, facts, advice)
+
+
+def exception(context: Context) -> Cause | None:
+    """A cell raised. The kernel lives: an exception does not kill it."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    first = error.evalue.strip().split("\n", 1)[0][:200]
+    summary = ": ".join(part for part in (error.ename, first) if part) or "the cell raised an error without a name"
+    if not error.ename:  # bash says its exit status and nothing else
+        summary = f"the cell failed: {first}" if first else "the cell failed"
+    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    advice = "The kernel is fine; mend the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
+
+
+def unknown(context: Context) -> Cause | None:
+    """Nothing else fits: say so."""
+    summary = "the run ended in a way that no rule explains; the evidence is all there is"
+    return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

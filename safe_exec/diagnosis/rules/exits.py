@@ -1,0 +1,102 @@
+"""Deaths that are no fault of native code: the kernel left by itself, was killed, or was asked to end."""
+
+from __future__ import annotations
+
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside, signal_name
+from safe_exec.model.ending import Died
+from safe_exec.model.verdict import Cause, CauseKind, Confidence
+
+FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP}
+
+
+def supervisor_killed(context: Context) -> Cause | None:
+    """Nobody could read the exit status: whoever watches over the kernel was killed, and the kernel ended with it."""
+    if not isinstance(context.ending, Died) or context.evidence.exit is not None or context.ending.asked_to_exit:
+        return None
+    summary = (
+        "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
+    )
+    advice = "Look for os.kill(os.getppid(), ...) or a kill of whole process groups in the cell."
+    return make(context, CauseKind.KILLED, summary, Confidence.LIKELY, exit_facts(context.evidence), advice)
+
+
+def asked_to_exit(context: Context) -> Cause | None:
+    """``exit()`` or ``quit()``: the reply asked the frontend to end the kernel, and the cells behind it ran before it did."""
+    if not isinstance(context.ending, Died) or not context.ending.asked_to_exit:
+        return None
+    where = context.human(context.ending.cell)
+    facts = (inside("asked to exit", True, "payload of the execute reply"),)
+    summary = f"{where} called exit() or quit(), which ends the kernel"
+    later = [c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None]
+    if later:
+        summary += f"; {context.human(later[-1].index)} still ran only because the kernel takes a moment to end"
+    advice = "Guard the rest of the notebook with an if, or raise an exception; exit() ends the kernel of everyone who runs this."
+    return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, facts, advice)
+
+
+def exited(context: Context) -> Cause | None:
+    """Any exit status without a reply: never a pass, not even 0."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died) or evidence.exit is None or evidence.exit.exit_code is None:
+        return None
+    code = evidence.exit.exit_code
+    facts = list(exit_facts(evidence))
+    by = ""
+    asked = next((frame for frame in evidence.exit_request if frame.cell is not None), None)
+    if asked is not None and not evidence.exit_caller and code == 0:
+        place = f"{context.human(asked.cell)}, line {asked.line}"
+        facts.append(inside("asked to exit", place, "noted before the call"))
+        by = f", as exit() or quit() in {place} had asked it to"
+    if evidence.exit_caller:
+        frame = evidence.exit_caller[0]
+        where = (
+            f"{context.human(frame.cell)}, line {frame.line}" if frame.cell is not None else f"{frame.file}, line {frame.line}"
+        )
+        facts.append(inside("exit called from", f"{frame.function} ({where})", "noted before the call"))
+        by = f" by os._exit() in {frame.function}() ({where})"
+    summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"
+    advice = (
+        "Look for exit(), quit(), os._exit(), a stopped event loop, a watchdog thread or timer, or a library that ends the process"
+        " itself; sys.exit() alone only raises SystemExit."
+        if context.is_python
+        else "Look for a call that ends the process, in the cell or in a library that it calls."
+    )
+    return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, tuple(facts), advice)
+
+
+def signalled(context: Context) -> Cause | None:
+    """A signal with no limit and no fault behind it."""
+    status = context.evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal is None or status.signal in FAULTS:
+        return None
+    if status.signal == signal.SIGKILL:
+        return _killed(context)
+    name = signal_name(status.signal)
+    alarm = status.signal in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
+    what = (
+        "a timer ran out that nobody had cancelled or handled" if alarm else "the kernel was asked to end from outside its code"
+    )
+    summary = f"terminated by {name}: {what}"
+    advice = (
+        "Look for signal.alarm() or setitimer() that is still armed when its handler is gone."
+        if alarm
+        else "A shutdown, a scheduler, a container stop or another process sent it; nothing in the limits of this run did."
+    )
+    return make(context, CauseKind.TERMINATED, summary, Confidence.CERTAIN, exit_facts(context.evidence), advice)
+
+
+def _killed(context: Context) -> Cause:
+    evidence = context.evidence
+    facts = [*exit_facts(evidence)]
+    if evidence.oom_kills is not None:
+        facts.append(outside("killed by the system in this cell", evidence.oom_kills_cell, "oom_kill of the control group"))
+    source = evidence.place.source if evidence.place else ""
+    summary = "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
+    itself = "os.kill(os.getpid(), 9) or a restart idiom" if context.is_python else "a call that sends the signal"
+    advice = f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the machine's out-of-memory killer (dmesg)."
+    confidence = Confidence.CERTAIN if evidence.oom_kills is not None else Confidence.LIKELY
+    if source:
+        facts.append(inside("place noted by", source, "shared page"))
+    return make(context, CauseKind.KILLED, summary, confidence, tuple(facts), advice)

@@ -1,0 +1,187 @@
+"""A cell that asked for something that exists, and that isolation took away: a file, a variable, a module, a program.
+
+The kernel names the thing in an error or an output. That it exists outside the sandbox, and that this run's isolation takes it away, is
+checked outside (``Evidence.conflicts``); without both the error is an exception like any other.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from safe_exec.diagnosis.context import Context, inside, make, outside
+from safe_exec.model.ending import CellFailed
+from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
+from safe_exec.model.limits import Mechanism, Wall
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+
+PACKAGES = re.compile(r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?")
+"""A path in an environment of Python's: its prefix, and the first name below its packages."""
+WRITE_HERE = "Write into the notebook's folder."
+OF_PROGRAMS = ("CalledProcessError", "UsageError", "SystemExit", "CommandError", "ShellError", "Error", "ERROR", "")
+"""Errors that say that a program failed, and leave the reason to what it printed."""
+
+
+def taken_away(context: Context) -> Cause | None:
+    """The cell's error comes from something that isolation took away."""
+    if not isinstance(context.ending, CellFailed) or context.evidence.error is None:
+        return None
+    conflict = _of_error(context) or _of_output(context)
+    if conflict is None:
+        return None
+    return make(
+        context,
+        CauseKind.ISOLATION,
+        _summary(context, conflict),
+        Confidence.CERTAIN if _is_certain(context, conflict) else Confidence.LIKELY,
+        (_named(context, conflict), *_facts(context, conflict)),
+        advice(conflict),
+    )
+
+
+def _of_error(context: Context) -> IsolationConflict | None:
+    """What the error itself names, the most exact first."""
+    return next((c for c in context.evidence.conflicts if not c.in_output and c.kind is not NeedKind.HOST), None)
+
+
+def _of_output(context: Context) -> IsolationConflict | None:
+    """What an output names that the error may come from: that of the cell itself, or an earlier one's that is about the same thing."""
+    conflicts = [c for c in context.evidence.conflicts if c.in_output and c.kind is not NeedKind.HOST]
+    own = [c for c in conflicts if c.cell == context.current] if _leaves_reason_to_output(context) else []
+    return next(iter(own), None) or next((c for c in conflicts if _is_about(context, c)), None)
+
+
+def _leaves_reason_to_output(context: Context) -> bool:
+    error = context.evidence.error
+    return error is not None and (error.ename in OF_PROGRAMS or not context.is_python)
+
+
+def _is_about(context: Context, conflict: IsolationConflict) -> bool:
+    """Whether a later error misses what an earlier output says could not be had."""
+    missing = [row.module for row in context.evidence.raised if row.module]
+    if missing and _installs(conflict):
+        return True
+    names = [name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files]
+    words = re.findall(r"[\w.-]+", conflict.line)
+    return any(name in words for name in names if name)
+
+
+def _installs(conflict: IsolationConflict) -> bool:
+    """Whether packages were to be installed."""
+    return conflict.path is not None and conflict.access is not Access.OPEN and PACKAGES.match(conflict.path) is not None
+
+
+def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
+    """Both sides are known: the kernel names exactly this thing, and a wall that cannot be got past takes it away."""
+    if not conflict.exact:
+        return False
+    wall = _wall(context, conflict)
+    held = context.walls.get(wall) if wall else None
+    if held is None or not held.hard:
+        return False
+    if not conflict.in_output or conflict.cell == context.current:
+        return True
+    found = PACKAGES.match(conflict.path or "")
+    modules = {(row.module or "").partition(".")[0] for row in context.evidence.raised if row.module}
+    return found is not None and (found[2] or "").partition(".")[0] in modules
+
+
+def _wall(context: Context, conflict: IsolationConflict) -> Wall | None:
+    """The wall that takes it away."""
+    if conflict.kind is NeedKind.VARIABLE:
+        return Wall.ENVIRONMENT
+    facts = context.evidence.isolation
+    if facts is None or conflict.path is None:
+        return None
+    if not conflict.usable and conflict.access is not Access.HIDDEN:
+        return Wall.USER
+    if conflict.access is Access.READ_ONLY:
+        return Wall.FOLDER if facts.folder and _lies_in(conflict.path, (facts.folder,)) else Wall.SYSTEM
+    if _lies_in(conflict.path, facts.hidden):
+        return Wall.HIDDEN
+    return Wall.HOME if _lies_in(conflict.path, facts.hidden_homes) or conflict.moved else Wall.SYSTEM
+
+
+def _lies_in(path: str, tops: Sequence[str]) -> bool:
+    return any(path == top or path.startswith(f"{top}/") for top in tops)
+
+
+NOUNS = {NeedKind.PATH: "file or directory", NeedKind.MODULE: "module", NeedKind.PROGRAM: "program"}
+
+
+def _summary(context: Context, conflict: IsolationConflict) -> str:
+    name, cell = conflict.name, context.human(conflict.cell)
+    if conflict.kind is NeedKind.VARIABLE:
+        return f"isolation removed the environment variable {name}: it is set outside the sandbox, and {cell} needs it"
+    if _installs(conflict):
+        return f"isolation makes the kernel's environment read-only: {cell} could not install packages into it"
+    if conflict.writes:
+        state = "hides" if conflict.access is Access.HIDDEN else "makes read-only"
+        place = conflict.allow[0] if conflict.allow else conflict.path
+        return f"isolation {state} the directory {place}: {cell} could not write {name}"
+    if not conflict.usable and conflict.access is not Access.HIDDEN:
+        return f"the kernel runs as another user, who may not read {name}: you may, and {cell} was refused"
+    where = f" ({conflict.path})" if conflict.path and conflict.path != name else ""
+    return (
+        f"isolation hides the {NOUNS[conflict.kind]} {name}{where}: it exists outside the sandbox, and {cell} could not reach it"
+    )
+
+
+def advice(conflict: IsolationConflict) -> str:
+    """The option that gives the notebook what it asked for, and what else helps."""
+    if conflict.kind is NeedKind.VARIABLE:
+        return f"Pass it on with --env {conflict.name}: the notebook can then read its value."
+    if prefix := PACKAGES.match(conflict.path or "") if _installs(conflict) else None:
+        return (
+            "Install the packages before the run, outside the sandbox, into the environment of the kernel. Or allow the notebook to change"
+            f" this environment with --writable {shlex.quote(prefix[1])}."
+        )
+    if _is_device(conflict):
+        return f"Let the notebook use the device with --device {shlex.quote(conflict.path or '')}."
+    if not conflict.usable:
+        return "Let other users read it (chmod o+r), or put a copy that they may read into the notebook's folder."
+    return _of_paths(conflict)
+
+
+def _of_paths(conflict: IsolationConflict) -> str:
+    options = " ".join(f"{'--writable' if conflict.writes else '--show'} {shlex.quote(path)}" for path in conflict.allow)
+    if conflict.writes:
+        return f"Allow it with {options}, or write into the notebook's folder." if options else WRITE_HERE
+    if not options:
+        return f"Use its path without links, which the notebook can reach: {conflict.path}."
+    if conflict.moved:
+        return f"Allow it with {options}, and use this path: the notebook's home is another directory here. Or put a copy into its folder."
+    if conflict.kind is NeedKind.PATH:
+        return f"Allow reading it with {options}, or put it into the notebook's folder."
+    return f"Allow it with {options}."
+
+
+def _is_device(conflict: IsolationConflict) -> bool:
+    shared_memory = "/dev/shm/"  # noqa: S108 - named, not used
+    path = conflict.path or ""
+    return path.startswith("/dev/") and not path.startswith(shared_memory)
+
+
+def _named(context: Context, conflict: IsolationConflict) -> Fact:
+    error = context.evidence.error
+    if conflict.in_output or error is None:
+        return inside("printed", conflict.line, f"output of {context.human(conflict.cell)}")
+    return inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
+
+
+def _facts(context: Context, conflict: IsolationConflict) -> tuple[Fact, ...]:
+    facts: list[Fact] = []
+    if conflict.kind is NeedKind.VARIABLE:
+        facts.append(outside("set outside", conflict.name, "environment of safe-exec; its value is not shown"))
+    elif conflict.writes:
+        facts.append(
+            outside("writable outside", conflict.allow[0] if conflict.allow else conflict.path, "access(2) by safe-exec")
+        )
+    else:
+        facts.append(outside("exists outside", conflict.path, "stat(2) by safe-exec"))
+    wall = _wall(context, conflict)
+    held = context.walls.get(wall) if wall else None
+    if held is not None and wall is not None and held.by is not Mechanism.NONE:
+        facts.append(outside("isolation", held.note or wall.value, f"isolation of this run, held by {held.by}"))
+    return tuple(facts)

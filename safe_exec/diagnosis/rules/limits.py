@@ -1,0 +1,236 @@
+"""Limits that end a run or raise in a cell: output, processes, open files, file size, disk, system calls."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.model.ending import CellError, CellFailed, Died, LimitHit
+from safe_exec.model.limits import LimitName
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.units import format_size
+
+OS_ERRORS = (
+    "OSError", "IOError", "BlockingIOError", "FileNotFoundError", "PermissionError", "ConnectionError", "TimeoutError", "error",
+    "gaierror", "NotADirectoryError", "InterruptedError", "ChildProcessError", "ProcessLookupError",
+)  # fmt: skip
+FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
+"""What a shell says."""
+
+LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
+"""libzmq's last words, with the place in its source."""
+
+NEARLY = 0.9
+SCARCE_DISK = 4 << 20
+
+
+def output_flood(context: Context) -> Cause | None:
+    """We ended the run because a cell put out many times its cap."""
+    if not isinstance(context.ending, LimitHit) or context.ending.limit not in (LimitName.OUTPUT, LimitName.CELL_OUTPUT):
+        return None
+    size = context.evidence.cell_output_bytes or 0
+    received, cap = context.evidence.cell_output_received, context.limits.cell_output or context.limits.output
+    # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
+    seen = received is not None and cap is not None and received > cap
+    said = (
+        outside("output of the cell", size, "bytes received")
+        if seen
+        else inside("output of the cell", size, "the kernel's count")
+    )
+    facts = (said, outside("bytes received of it", received, "messages"), outside("cap", context.limits.cell_output, "limits"))
+    summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
+    advice = "End the loop or print less. A long but finite log passes, cut at its cap (--cell-output)."
+    return make(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.CERTAIN if seen else Confidence.LIKELY, facts, advice)
+
+
+def processes_watched(context: Context) -> Cause | None:
+    """We ended the run because it had too many processes."""
+    if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.PROCESSES:
+        return None
+    facts = (
+        outside("processes and threads at most", context.evidence.processes_peak, "watchdog"),
+        outside("processes allowed", context.limits.processes, "limits of this run"),
+    )
+    summary = f"too many processes: more than {context.limits.processes} processes and threads at a time"
+    return make(
+        context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, "Use a pool of bounded size; see --processes."
+    )
+
+
+def disk_watched(context: Context) -> Cause | None:
+    """We ended the run because it had written too much."""
+    if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.DISK:
+        return None
+    allowed = context.limits.disk
+    facts = (
+        outside("killed by safe-exec for", "disk", "recorded before the signal was sent"),
+        outside("disk allowed", allowed, "limits of this run"),
+    )
+    most = "" if allowed is None else f": more than {format_size(allowed)} came to its folder and temporary files"
+    summary = f"the run wrote too much{most}, and was ended by safe-exec's watchdog"
+    advice = "Write less, or remove what is no longer needed; look at what earlier cells wrote. See --disk."
+    return make(context, CauseKind.DISK_FULL, summary, Confidence.CERTAIN, facts, advice)
+
+
+def file_too_large_signal(context: Context) -> Cause | None:
+    """SIGXFSZ ends a process that writes past RLIMIT_FSIZE and does not ignore the signal (Python does)."""
+    status = context.evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != getattr(signal, "SIGXFSZ", -1):
+        return None
+    facts = (*exit_facts(context.evidence), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
+    return make(
+        context,
+        CauseKind.FILE_TOO_LARGE,
+        _file_summary(context),
+        Confidence.CERTAIN,
+        facts,
+        "Write less to one file; see --file-size.",
+    )
+
+
+def aborted_for_descriptors(context: Context) -> Cause | None:
+    """A library (libzmq above all) aborts where it cannot have another descriptor: it says so before."""
+    evidence = context.evidence
+    status = evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
+        return None
+    lines = [*evidence.last_words.splitlines(), *evidence.stderr_tail.splitlines()]
+    said = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
+    if said is None or (evidence.fault is not None and evidence.fault.main):
+        return None  # where Python code itself aborted, the words may be anything it printed
+    facts = (
+        *exit_facts(evidence),
+        inside("last words", said[:300], "stderr of the kernel process"),
+        outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"),
+    )
+    limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"
+    summary = f"too many open files{limit}: a library could not have another one and aborted the kernel"
+    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
+
+
+def bad_system_call(context: Context) -> Cause | None:
+    """SIGSYS: a seccomp filter ended the process."""
+    status = context.evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != getattr(signal, "SIGSYS", -1):
+        return None
+    summary = "bad system call: a seccomp filter ended the kernel for a call that it does not allow"
+    advice = "The filter of this machine or container forbids what the native code asked for."
+    return make(context, CauseKind.BAD_SYSTEM_CALL, summary, Confidence.CERTAIN, exit_facts(context.evidence), advice)
+
+
+def _file_summary(context: Context) -> str:
+    limit = context.limits.file_size
+    return f"a file grew past {format_size(limit)}" if limit is not None else "a file grew past the largest size allowed"
+
+
+# --- raised in a cell -------------------------------------------------------------------------------------------
+
+
+def raised(context: Context) -> Cause | None:
+    """A cell error that the operating system raised for a limit, with what stands outside to bear it out."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    for number, phrase, judge in (
+        (24, "Too many open files", _open_files),
+        (23, "Too many open files in system", _open_files),
+        (28, "No space left on device", _disk),
+        (122, "Disk quota exceeded", _disk),
+        (27, "File too large", _file_size),
+        (11, "Resource temporarily unavailable", _processes),
+    ):
+        certain = error.ename in OS_ERRORS and error.evalue.startswith(f"[Errno {number}]")
+        if certain or phrase in error.evalue:
+            cause = judge(context, error, certain)
+            if cause is not None:
+                return cause
+    return _by_text(context, error)
+
+
+def _by_text(context: Context, error: CellError) -> Cause | None:
+    """What Python and libraries say in words of their own."""
+    if error.ename == "RuntimeError" and error.evalue.startswith("can't start new thread"):
+        return _processes(context, error, True)
+    if error.ename.endswith("OperationalError") and "database or disk is full" in error.evalue:
+        return _disk(context, error, True)
+    if context.language not in (None, "python") and FORK_REFUSED.search(error.evalue):
+        return _processes(context, error, True)
+    return None
+
+
+def _said(error: CellError) -> Fact:
+    return inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
+
+
+def _open_files(context: Context, error: CellError, certain: bool) -> Cause | None:
+    count, limit = context.evidence.open_files, context.limits.open_files
+    near = count is not None and limit is not None and count >= NEARLY * limit
+    if not certain and not near:
+        return None
+    facts = [_said(error), outside("open files allowed", limit, "RLIMIT_NOFILE of each process")]
+    if near:
+        facts.append(outside("open files", count, "/proc/PID/fd after the error"))
+    held = f": {count} are open" if near else ""
+    allowed = "" if limit is None else f" of {limit} allowed" if near else f": {limit} are allowed to each process"
+    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
+    confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
+    summary = f"too many open files{held}{allowed}"
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), advice)
+
+
+def _disk(context: Context, error: CellError, certain: bool) -> Cause | None:
+    free = context.evidence.disk_free
+    full = free is not None and free < SCARCE_DISK
+    if not certain and not full:
+        return None
+    allowed = context.limits.disk
+    facts = [_said(error), outside("free where the notebook writes", free, "statvfs at the end")]
+    facts += [] if allowed is None else [outside("disk allowed", allowed, "limits of this run")]
+    confidence = Confidence.CERTAIN if full else Confidence.LIKELY
+    advice = "Free space, or write elsewhere; look at what earlier cells wrote."
+    limit = "" if allowed is None else f" of {format_size(allowed)} (folder, /tmp and home together)"
+    advice += "" if allowed is None else " See --disk."
+    return make(context, CauseKind.DISK_FULL, f"the disk{limit} is full: a write was refused", confidence, tuple(facts), advice)
+
+
+def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:
+    if not certain:
+        return None
+    facts = (_said(error), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
+    confidence = Confidence.CERTAIN if context.limits.file_size is not None else Confidence.LIKELY
+    return make(
+        context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, "Write less to one file; see --file-size."
+    )
+
+
+def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
+    """EAGAIN comes from forks and threads, but from sockets too: the group's counter or the stack must say which."""
+    refusals = context.evidence.process_refusals
+    place = context.evidence.place
+    forks = any(
+        frame.function in ("_fork_exec", "_execute_child", "fork", "fork_exec", "_launch", "start", "start_new_thread", "spawn")
+        for frame in (place.stack if place else ())
+    )
+    says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
+    if not (refusals or forks or says) or not certain:
+        return None
+    facts = [
+        _said(error),
+        outside("forks refused", refusals, "pids.events of the control group"),
+        outside("processes and threads at most", context.evidence.processes_peak, "control group or psutil"),
+        outside("processes allowed", context.limits.processes, "limits of this run"),
+    ]
+    limit, bound = context.limits.processes, context.evidence.process_bound
+    allowed = "" if limit is None else f", {limit} are allowed"
+    if bound is not None:
+        group, fewest = bound
+        facts.append(outside("processes allowed there", f"{fewest} in {group}", "its pids.max"))
+        allowed = (
+            f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
+        )
+    summary = f"too many processes: a new process or thread was refused{allowed}"
+    confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
+    advice = "Threads count: use a pool of bounded size, join what is done, and look at earlier cells; see --processes."
+    return make(context, CauseKind.TOO_MANY_PROCESSES, summary, confidence, tuple(facts), advice)

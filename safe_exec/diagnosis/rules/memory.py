@@ -1,0 +1,143 @@
+"""Causes that have to do with memory: the kernel or a worker killed for it, an allocation refused.
+
+Sources: the kernel's documentation of cgroup v1 and v2 (``oom_kill``), systemd-oomd.service(8). The counters are raised before the
+SIGKILL is sent, so they are there when the death is.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.rules.timeouts import activity_of
+from safe_exec.model.ending import CellFailed, Died, LimitHit, TerminationReason, TimedOut
+from safe_exec.model.limits import LimitName
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.records import replace
+from safe_exec.units import format_size
+
+MEMORY_ERRORS = ("MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "ArrowMemoryError")
+REFUSED = re.compile(r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate ")
+
+
+def _amounts(context: Context) -> str:
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    if peak is None or limit is None:
+        return ""
+    return f"peak {format_size(peak)} of {format_size(limit)}"
+
+
+def _facts(context: Context) -> tuple[Fact, ...]:
+    evidence = context.evidence
+    facts = list(exit_facts(evidence)) if isinstance(context.ending, Died) else []
+    if evidence.oom_kills:
+        facts.append(outside("killed by the system", evidence.oom_kills, "oom_kill of the sandbox's control group"))
+    if evidence.memory_peak is not None:
+        facts.append(outside("memory peak", evidence.memory_peak, "control group or sum over processes"))
+    if context.limits.memory is not None:
+        facts.append(outside("memory limit", context.limits.memory, "limits of this run"))
+    return tuple(facts)
+
+
+def _advice(context: Context) -> str:
+    kept = context.accumulators()
+    parts = [f"{kept} before." if kept else "", "Raise the limit with --memory, or load and keep less at a time."]
+    return " ".join(part for part in parts if part)
+
+
+def watchdog_kill(context: Context) -> Cause | None:
+    """We killed the tree because its memory passed the limit."""
+    if not isinstance(context.ending, Died) or context.evidence.termination is not TerminationReason.MEMORY:
+        return None
+    summary = f"out of memory: the sandbox passed its limit ({_amounts(context)}) and was ended by safe-exec's watchdog"
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))
+
+
+def oom_kill(context: Context) -> Cause | None:
+    """SIGKILL, and the sandbox's own counter of kills for memory went up in this cell."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died) or not evidence.exit or evidence.exit.signal != signal.SIGKILL:
+        return None
+    if not evidence.oom_kills_cell:
+        return None
+    if evidence.oom_elsewhere:
+        return _not_our_limit(context)
+    summary = f"out of memory: {_amounts(context) or 'the memory limit was reached'}, and the system killed the kernel"
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))
+
+
+def _not_our_limit(context: Context) -> Cause:
+    advice = "Give the container or machine more memory, or set --memory below what it has, so that this run is stopped first."
+    bound = context.evidence.oom_bound
+    if bound is None:
+        where = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
+        facts: tuple[Fact, ...] = (outside("ran out in", "a group above the sandbox, or the machine", "counters of the groups"),)
+    else:
+        group, limit = bound
+        where = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
+        facts = (
+            outside("ran out in", group, "its memory.events.local counted it"),
+            outside("memory limit there", limit, "its memory.max"),
+        )
+    summary = f"out of memory, but not by this run's limit: {where}"
+    confidence = Confidence.LIKELY if bound is None else Confidence.CERTAIN
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, confidence, (*_facts(context), *facts), advice)
+
+
+def oomd_kill(context: Context) -> Cause | None:
+    """systemd-oomd kills whole groups under memory pressure and marks them."""
+    if not isinstance(context.ending, Died) or not context.evidence.oomd_killed:
+        return None
+    facts = (*_facts(context), outside("marked by", "systemd-oomd", "extended attribute oomd_kill of the group"))
+    summary = "out of memory: systemd-oomd ended the sandbox because the machine was under memory pressure"
+    return make(
+        context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, facts, "Set --memory to less than the machine has."
+    )
+
+
+def worker_kill(context: Context) -> Cause | None:
+    """A process of the sandbox was killed for memory and the kernel lived on: an error, a hang, or nothing to see."""
+    evidence = context.evidence
+    lives = isinstance(context.ending, CellFailed | TimedOut) or (
+        isinstance(context.ending, LimitHit) and context.ending.limit is LimitName.MEMORY
+    )
+    if not lives or evidence.termination is TerminationReason.MEMORY:
+        return None
+    killed = evidence.oom_kills if isinstance(context.ending, LimitHit) else evidence.oom_kills_cell
+    if not killed:
+        return None
+    facts = _facts(context)
+    if evidence.error is not None:
+        facts = (*facts, inside("then raised", f"{evidence.error.ename}: {evidence.error.evalue}"[:300], "the cell's error"))
+    hang = " and the cell waited for it for ever" if isinstance(context.ending, TimedOut) else ""
+    where = context.human(getattr(context.ending, "cell", None))
+    amounts = _amounts(context)
+    summary = f"a worker process was killed for memory in {where}{hang}" + (f" ({amounts})" if amounts else "")
+    advice = "Use fewer or smaller workers, or raise --memory: the limit covers the kernel and all its processes together."
+    confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
+    cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
+    waited = isinstance(context.ending, TimedOut) and evidence.looked is not None
+    return replace(cause, activity=activity_of(evidence.looked)) if waited and evidence.looked else cause
+
+
+def refused(context: Context) -> Cause | None:
+    """An allocation was refused and raised: the kernel lives."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    named = error.ename.rpartition(".")[2] in MEMORY_ERRORS
+    system = error.ename == "OSError" and error.evalue.startswith("[Errno 12]")
+    foreign = context.language not in (None, "python") and REFUSED.search(error.evalue) is not None
+    if not (named or system or foreign):
+        return None
+    facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")]
+    if context.evidence.memory_peak is not None:
+        facts.append(outside("memory peak", context.evidence.memory_peak, "control group or sum over processes"))
+    detail = error.evalue.split("\n", 1)[0][:200]
+    summary = f"an allocation was refused: {detail or error.ename}; the kernel lives"
+    advice = (
+        "The system turned the request down before any memory was used: ask for less (a smaller shape or dtype, chunks, a file). On"
+        " a machine that overcommits memory the same cell would be killed instead."
+    )
+    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.CERTAIN, tuple(facts), advice)

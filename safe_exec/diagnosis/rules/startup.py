@@ -1,0 +1,63 @@
+"""Kernels that never became ready, and runs that safe-exec itself could not finish."""
+
+from __future__ import annotations
+
+import re
+
+from safe_exec.diagnosis.context import Context, inside, make, outside
+from safe_exec.model.ending import InternalError, StartFailed
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+
+MEMORY = re.compile("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")
+"""How programs say that they were refused memory."""
+TOO_LITTLE = (
+    "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory here and counts what is reserved, too:"
+    " raise --memory, or leave memory to the watchdog (--mechanisms watchdog)."
+)
+
+
+def _is_held_by_rlimit(context: Context) -> bool:
+    held = context.enforcement.get(LimitName.MEMORY)
+    return held is not None and held.by is Mechanism.RLIMIT
+
+
+def start_failed(context: Context) -> Cause | None:
+    """The kernel never answered."""
+    ending = context.ending
+    if not isinstance(ending, StartFailed):
+        return None
+    facts: list[Fact] = []
+    if ending.exit is not None:
+        facts.append(outside("ended with", str(ending.exit), "wait status of the kernel process"))
+    if ending.waited is not None:
+        facts.append(outside("seconds waited", round(ending.waited, 1), "runner's clock"))
+    last = [line.strip() for line in context.evidence.stderr_tail.splitlines() if line.strip()]
+    if last:
+        facts.append(inside("last line on stderr", last[-1][:300], "stderr of the kernel process"))
+    asks_too_much = _is_held_by_rlimit(context) and MEMORY.search(context.evidence.stderr_tail) is not None
+    advice = (
+        TOO_LITTLE
+        if asks_too_much
+        else "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
+        if "no kernel named" in ending.reason
+        else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
+    )
+    return make(context, CauseKind.KERNEL_START_FAILED, ending.reason, Confidence.CERTAIN, tuple(facts), advice)
+
+
+def internal(context: Context) -> Cause | None:
+    """safe-exec failed or refused to run: nothing can be said about the notebook."""
+    ending = context.ending
+    if not isinstance(ending, InternalError):
+        return None
+    facts = tuple(
+        outside(f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement")
+        for name, held in context.enforcement.items()
+        if not held.hard and f"--require {name.value}:" in ending.message
+    )
+    if ending.refused:
+        advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."
+        return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
+    advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
+    return make(context, CauseKind.UNKNOWN, ending.message.strip() or "safe-exec failed", Confidence.GUESS, facts, advice)

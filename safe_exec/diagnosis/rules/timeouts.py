@@ -1,0 +1,279 @@
+"""Wall time and processor time: what ran out, and what the kernel was doing then.
+
+What it was doing is decided by what the system says (state, processor time, blocking call); the Python stack only refines it.
+"""
+
+from __future__ import annotations
+
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.model.ending import Died, TerminationReason, TimedOut
+from safe_exec.model.evidence import Looked
+from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
+from safe_exec.records import replace
+from safe_exec.units import format_seconds, format_size
+
+BUSY = 0.5
+"""Share of looks at which the main thread had work to do, or processor seconds per second, from which it computes."""
+
+FREE_SECONDS = 0.0015
+"""A thread that runs Python code gives the interpreter up only when asked to, after 5 ms; native code that has released it lets
+another in at once."""
+
+FREE_SHARE = 0.15
+BEGIN_SECONDS = 1.5
+HELD_SECONDS = 0.1
+MANY_THREADS = 1.5
+
+FLOOD_RATE = 100 * 1024
+FLOOD_BYTES = 1 << 20
+FLOOD_AGE_SECONDS = 2.0
+TOLERANCE_SECONDS = 1.0
+
+SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
+LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
+MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
+FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
+FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "pty_spawn.py", "script.py")
+SEARCHED_FRAMES = 8
+
+
+def activity_of(looked: Looked) -> Activity | None:
+    """What a kernel seen so was doing; ``None`` when it cannot be told."""
+    if looked.state in ("T", "t"):
+        return Activity.STOPPED
+    if computes(looked):
+        return _computing(looked)
+    if looked.awaiting:
+        return _awaiting(looked.awaiting)
+    return _waiting(looked)
+
+
+def computes(looked: Looked) -> bool:
+    """Whether the main thread is at work, or has native threads at work for it (a parallel library)."""
+    share = looked.cpu_share or 0.0
+    if looked.runnable is None or (not looked.fitted and share >= BUSY):
+        return share >= BUSY
+    if looked.runnable >= BUSY:
+        return True
+    innermost = (looked.stack[0].file or "").rpartition("/")[2] if looked.stack else ""
+    return share >= MANY_THREADS and looked.syscall in LOCKS and innermost not in FILES_OF_LOCKS and _interpreter_free(looked)
+
+
+def _interpreter_free(looked: Looked) -> bool:
+    """Whether the sampling thread often got the interpreter at once: then nobody was running Python code."""
+    free = sum(1 for wait in looked.gil_waits if wait < FREE_SECONDS)
+    return free >= FREE_SHARE * len(looked.gil_waits)
+
+
+def _computing(looked: Looked) -> Activity:
+    """Python code yields the interpreter when asked; native code keeps it (the sampler starves) or has let it go (no wait)."""
+    if looked.awaiting:
+        return Activity.PYTHON_LOOP
+    waits = sorted(looked.gil_waits)
+    if looked.starved or not waits or waits[len(waits) // 2] >= HELD_SECONDS:
+        return Activity.NATIVE_CODE
+    if (looked.lines or 0) > max(2, len(waits) // 4) or not _interpreter_free(looked):
+        return Activity.PYTHON_LOOP
+    return Activity.NATIVE_CODE
+
+
+def _awaiting(awaiting: str) -> Activity:
+    module, _, function = awaiting.rpartition(".")
+    if function == "sleep":
+        return Activity.SLEEPING
+    if "subprocess" in module or "process" in function:
+        return Activity.WAITING_CHILD
+    if module in ("locks", "queues", "tasks", "taskgroups", "threads", ""):
+        return Activity.WAITING_LOCK
+    return Activity.WAITING_IO
+
+
+def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
+    files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:SEARCHED_FRAMES]]
+    call = looked.syscall
+    if not looked.fitted and (call in MULTIPLEXERS or call in LOCKS):
+        # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
+        return Activity.WAITING_CHILD if (looked.children_cpu_share or 0.0) >= BUSY else None
+    # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
+    if call in ("wait4", "waitid") or (looked.children and any(f in FILES_OF_CHILDREN for f in files)):
+        return Activity.WAITING_CHILD
+    if call in SLEEPS:
+        return Activity.SLEEPING
+    if call in LOCKS:
+        return Activity.WAITING_LOCK
+    if call in MULTIPLEXERS and looked.stack and looked.stack[0].function == "sleep":
+        return Activity.SLEEPING
+    if call is not None and call.replace("_", "").isalnum() and not call.lstrip("-").isdigit():
+        return Activity.WAITING_IO
+    if any(f in FILES_OF_LOCKS for f in files):
+        return Activity.WAITING_LOCK
+    return None
+
+
+DOING = {
+    Activity.PYTHON_LOOP: "it was running Python code, a loop most likely",
+    Activity.NATIVE_CODE: "it was computing in native code",
+    Activity.SLEEPING: "it was sleeping",
+    Activity.WAITING_IO: "it was waiting for input or output (a socket, a pipe, a file)",
+    Activity.WAITING_LOCK: "it was waiting for a lock, a queue or a thread",
+    Activity.WAITING_CHILD: "it was waiting for a child process",
+    Activity.STOPPED: "the process was stopped (SIGSTOP)",
+}
+
+
+COMPUTING = "it was computing"
+"""What can be said of a kernel in which no code of ours runs."""
+
+
+def _facts(context: Context) -> tuple[Fact, ...]:
+    ending, looked = context.ending, context.evidence.looked
+    assert isinstance(ending, TimedOut)
+    facts = [outside("wall time allowed", ending.allowed, "limits of this run")]
+    if looked is not None:
+        facts += [
+            outside("process state", looked.state, "/proc/PID/stat"),
+            outside("processor share", None if looked.cpu_share is None else round(looked.cpu_share, 2), "/proc/PID/stat, 0.4 s"),
+        ]
+        if looked.syscall:
+            facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
+        if looked.stack:
+            frame = looked.stack[0]
+            facts.append(inside("innermost frame", f"{frame.function} ({frame.file}, line {frame.line})", "stack dump"))
+        if looked.awaiting:
+            facts.append(inside("awaiting", looked.awaiting, "sampling thread"))
+    if looked is not None and looked.ignores_interrupt:
+        facts.append(outside("ignored SIGINT", True, "/proc/PID/status"))
+    if ending.answered is not None:
+        facts.append(outside("ended at the interrupt", ending.answered, "execute reply within the grace time"))
+    return tuple(facts)
+
+
+def _timed(context: Context, kind: CauseKind, summary: str, confidence: Confidence, advice: str) -> Cause:
+    looked = context.evidence.looked
+    cause = make(context, kind, summary, confidence, _facts(context), advice)
+    # The signal is ours: what the kernel died of after its time was up says nothing about why.
+    return replace(cause, activity=activity_of(looked) if looked else None, signal=None, exit_code=None)
+
+
+def flood(context: Context) -> Cause | None:
+    """Time ran out while the cell was printing without end."""
+    evidence = context.evidence
+    if not isinstance(context.ending, TimedOut) or not evidence.cell_output_bytes or not evidence.cell_seconds:
+        return None
+    rate = evidence.cell_output_bytes / max(evidence.cell_seconds, 0.1)
+    recent = evidence.cell_output_age is not None and evidence.cell_output_age < FLOOD_AGE_SECONDS + 3.0
+    if evidence.cell_output_bytes < FLOOD_BYTES or rate < FLOOD_RATE or not (recent or evidence.cell_output_truncated):
+        return None
+    amount, span = format_size(evidence.cell_output_bytes), format_seconds(evidence.cell_seconds)
+    summary = f"endless output: {amount} in {span}, and it was still printing when its time was up"
+    cause = _timed(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.LIKELY, "Print less, or end the loop; see --cell-output.")
+    fact = outside("output of the cell", evidence.cell_output_bytes, "bytes received")
+    return replace(cause, evidence=(fact, *cause.evidence))
+
+
+def replaced(context: Context) -> Cause | None:
+    """The kernel process executed another program: same pid, all state gone, nobody answers."""
+    if not isinstance(context.ending, TimedOut) or context.evidence.executed is None:
+        return None
+    summary = f"the kernel process replaced itself by another program (os.exec): {context.evidence.executed}"
+    advice = "Start programs with subprocess; os.exec* ends the kernel without ending its process."
+    return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.CERTAIN, advice)
+
+
+def mute(context: Context) -> Cause | None:
+    """Alive and at rest, not at work on the cell, and no answer: its sockets or its loop are gone."""
+    looked = context.evidence.looked
+    if not isinstance(context.ending, TimedOut) or context.evidence.cell_active is not False or looked is None:
+        return None
+    if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
+        return None  # it had no time to begin
+    if looked.state in ("T", "t") or computes(looked):
+        return None
+    summary = "the kernel lives but does not answer: it is not at work on the cell"
+    advice = "Look for code that closes sockets or descriptors, stops the event loop, or blocks a thread of the kernel itself."
+    return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.LIKELY, advice)
+
+
+def waits_for_input(context: Context) -> Cause | None:
+    """A child of the kernel reads a terminal: it waits for a person."""
+    looked = context.evidence.looked
+    if not isinstance(context.ending, TimedOut) or looked is None or not looked.reads_terminal:
+        return None
+    if computes(looked) or (looked.children_cpu_share or 0) >= BUSY:
+        return None
+    summary = "it waits for input from a terminal that nobody will type"
+    advice = "Pass the answer on the command line or from a file (read < file, yes |, --yes)."
+    return _timed(context, CauseKind.STDIN, summary, Confidence.LIKELY, advice)
+
+
+def timed_out(context: Context) -> Cause | None:
+    """A wall time was over."""
+    ending = context.ending
+    if not isinstance(ending, TimedOut):
+        return None
+    looked = context.evidence.looked
+    activity = activity_of(looked) if looked else None
+    fitted = looked is None or looked.fitted
+    doing = f"; {DOING[activity] if fitted or activity is not Activity.NATIVE_CODE else COMPUTING}" if activity else ""
+    whole = "the notebook" if ending.whole else context.human(ending.cell)
+    summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
+    kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
+    option = "--timeout" if ending.whole else "--cell-timeout"
+    advice = ADVICE.get(activity if fitted or activity is not Activity.NATIVE_CODE else Activity.PYTHON_LOOP, "")
+    return _timed(context, kind, summary, Confidence.CERTAIN, f"{advice} If it only needs longer: {option}.".strip())
+
+
+def _resistance(context: Context, activity: Activity | None) -> str:
+    """Why an interrupt did not end the cell, where one was sent and it did not."""
+    ending, looked = context.ending, context.evidence.looked
+    if not isinstance(ending, TimedOut) or ending.answered is not False or activity is Activity.STOPPED:
+        return ""
+    if looked is not None and looked.ignores_interrupt and activity is not Activity.WAITING_CHILD:
+        return "; it ignores interrupts (SIGINT)"
+    return "; an interrupt did not end it"
+
+
+ADVICE: dict[Activity | None, str] = {
+    Activity.PYTHON_LOOP: "Check the condition that should end the loop.",
+    Activity.NATIVE_CODE: "The line shown calls into native code that does not come back; give it less to do.",
+    Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
+    Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
+    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check the threads started before.",
+    Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
+    Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
+}
+
+
+def cpu_time(context: Context) -> Cause | None:
+    """Processor time was over: SIGXCPU, the hard limit behind it, or our watch over the whole tree."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died):
+        return None
+    status = evidence.exit
+    ours = evidence.termination is TerminationReason.CPU_TIME
+    soft = status is not None and status.signal == getattr(signal, "SIGXCPU", -1)
+    if not (ours or soft or _hard_cpu(context)):
+        return None
+    facts = list(exit_facts(evidence))
+    used = evidence.cpu_seconds if ours else evidence.kernel_cpu_seconds
+    source = "sum over the sandbox" if ours else "rusage of the kernel process"
+    facts.append(outside("processor time", None if used is None else round(used, 2), source))
+    limit = context.limits.cpu_time
+    own = limit is None or (soft and used is not None and used < limit - TOLERANCE_SECONDS)
+    if own:
+        summary = "processor time was over: the notebook's own code had set a limit (RLIMIT_CPU), and it struck here"
+        advice = "Look for resource.setrlimit(RLIMIT_CPU, ...) in an earlier cell."
+    else:
+        summary = f"processor time was over: {format_seconds(used or 0)} used of {format_seconds(limit or 0)}"
+        advice = "Compute less, or raise --cpu-time."
+    return make(context, CauseKind.CPU_TIME, summary, Confidence.CERTAIN, tuple(facts), advice)
+
+
+def _hard_cpu(context: Context) -> bool:
+    """SIGKILL at the hard limit of RLIMIT_CPU, for a process that ignored SIGXCPU."""
+    evidence, limit = context.evidence, context.limits.cpu_time
+    if evidence.exit is None or evidence.exit.signal != signal.SIGKILL or limit is None or evidence.oom_kills_cell:
+        return False
+    return evidence.kernel_cpu_seconds is not None and evidence.kernel_cpu_seconds >= limit

@@ -1,0 +1,177 @@
+"""From a trial's result to the verdict: status by one table, cause by the rules, figures from the ledger. Pure but for the clock.
+
+May import causes, ledger, model.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safe_exec._version import __version__
+from safe_exec.diagnosis.rules import Context, find_cause
+from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, LimitHit, Passed, StartFailed, TimedOut
+from safe_exec.model.evidence import Place
+from safe_exec.model.limits import Limits
+from safe_exec.model.verdict import Cause, CrashCell, Environment, NotebookInfo, Status, Usage, Verdict
+from safe_exec.sandbox.plan import SpawnPlan
+
+if TYPE_CHECKING:
+    from safe_exec.trial.request import TrialResult
+    from safe_exec.workflows.prepare import Prepared
+
+STATUS_OF: Mapping[type[Any], Status] = {
+    Passed: Status.PASSED,
+    CellFailed: Status.CELL_ERROR,
+    Died: Status.KERNEL_DIED,
+    TimedOut: Status.TIMEOUT,
+    LimitHit: Status.LIMIT_EXCEEDED,
+    StartFailed: Status.START_FAILED,
+    Cancelled: Status.CANCELLED,
+    InternalError: Status.INTERNAL_ERROR,
+}
+"""The one table from ending to status; the exit code follows from the status."""
+
+STDERR_TAIL = 4000
+
+
+def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Cause | None:
+    """What the rules conclude from a trial."""
+    context = Context(
+        ending=result.ending,
+        evidence=result.evidence,
+        limits=limits,
+        enforcement=plan.enforcement,
+        cells=tuple(result.ledger.records.values()),
+        current=getattr(result.ending, "cell", None),
+        language=language,
+        walls=plan.walls,
+    )
+    return find_cause(context)
+
+
+def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool) -> Verdict:
+    """The verdict of one run."""
+    limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
+    language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
+    info = NotebookInfo(
+        path=str(prepared.job.path),
+        sha256=prepared.notebook.sha256,
+        kernel=prepared.kernel_name,
+        language=language,
+        cells=len(prepared.node.cells),
+        code_cells=len(ledger.records),
+    )
+    return Verdict(
+        safe_exec_version=__version__,
+        run_id=prepared.run_id,
+        started=_utc(prepared.started_at),
+        finished=_utc(datetime.now(UTC)),
+        command=prepared.job.command or ("safe_exec.run", str(prepared.job.path)),
+        cwd=str(prepared.cwd),
+        status=STATUS_OF[type(result.ending)],
+        notebook=info,
+        cause=cause_of(result, limits, plan, language),
+        crash_cell=crash_cell(result.ending, result.place, result.node),
+        cells=tuple(ledger.records.values()),
+        limits=limits,
+        isolation=prepared.resolved.isolation,
+        enforcement=plan.enforcement,
+        timeline=ledger.timeline(),
+        usage=Usage(
+            wall_seconds=ledger.wall_seconds,
+            cpu_seconds=evidence.cpu_seconds,
+            memory_peak=evidence.memory_peak,
+            memory_peak_raw=evidence.memory_peak_raw,
+            oom_kills=evidence.oom_kills,
+            processes_peak=evidence.processes_peak,
+            output_bytes=evidence.output_bytes,
+        ),
+        environment=_environment(result, plan),
+        stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
+        warnings=(
+            *prepared.resolved.warnings,
+            *result.warnings,
+            *_reasons(result.ending),
+            *_not_known(prepared.kernel_name, result),
+        ),
+        allow_errors=allow_errors,
+        remote_hosts=evidence.remote_hosts,
+    )
+
+
+def _reasons(ending: Ending) -> tuple[str, ...]:
+    """Why a run without a cause ended."""
+    if isinstance(ending, Cancelled):
+        from safe_exec.diagnosis.context import signal_name
+
+        return (f"stopped by {signal_name(ending.signal)}",)
+    return ()
+
+
+def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
+    """What is missing of a failure in a kernel in which no code of ours runs."""
+    ending = result.ending
+    if result.fitted or getattr(ending, "cell", None) is None or isinstance(ending, Passed | Cancelled):
+        return ()
+    missing = "no stack" if result.place is not None else "neither line nor stack"
+    return (f"kernel {kernel} is not ipykernel: {missing} is known",)
+
+
+def _utc(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _language(node: Any) -> str | None:
+    name = node.metadata.get("language_info", {}).get("name")
+    return str(name) if name else None
+
+
+def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | None:
+    """The cell that ran when it happened, with the line where it is known."""
+    index = getattr(ending, "cell", None)
+    if index is None or isinstance(ending, Passed) or node.cells[index].cell_type != "code":
+        return None
+    cell = node.cells[index]
+    line = place.line if place is not None and place.cell == index else None
+    lines = cell.source.splitlines()
+    if line is not None and not 1 <= line <= len(lines):
+        line = None
+    return CrashCell(
+        index=index,
+        code_index=sum(c.cell_type == "code" for c in node.cells[:index]),
+        id=cell.get("id"),
+        execution_count=cell.get("execution_count"),
+        line=line,
+        source_line=lines[line - 1] if line is not None else None,
+        stack=place.stack if place is not None else (),
+    )
+
+
+def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
+    paths = [str(p) for p in result.hello.get("path", ()) if isinstance(p, str)]
+    return Environment(
+        python=str(result.hello["python"]) if result.hello.get("python") else None,
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages=installed_packages(paths) if paths else None,
+        cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),
+        isolation=plan.walls,
+        isolation_facts=result.evidence.isolation,
+    )
+
+
+def installed_packages(paths: list[str]) -> dict[str, str]:
+    """Names and versions of what is installed on the kernel's path, from the names of its ``.dist-info`` folders."""
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            names = [entry.name for entry in Path(path).iterdir() if entry.name.endswith(".dist-info")]
+        except OSError:
+            continue
+        for name in names[:3000]:
+            package, _, version = name.removesuffix(".dist-info").partition("-")
+            found.setdefault(package, version)
+    return dict(sorted(found.items()))

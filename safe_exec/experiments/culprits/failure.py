@@ -1,0 +1,121 @@
+"""What makes two failures the same, and what a trial says of it. Pure; imports model and search's answers.
+
+The same failure is the same cause kind, with the same signal or exit code, in the same crash cell. Heap corruption alone is known by kind
+and signal: ``free()`` finds it wherever the layout of the heap has put it, and to leave out a cell moves that place. The choice is made by
+the cause of the first run and stands in ``Failure.moves``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from safe_exec.experiments.culprits.protocol import Answer
+from safe_exec.model.ending import CellFailed, Ending, InternalError, Passed, StartFailed
+from safe_exec.model.verdict import Cause, CauseKind, Status, Verdict
+from safe_exec.records import dataclass
+
+LIMIT_ERRORS = frozenset(
+    {
+        CauseKind.MEMORY_ERROR,
+        CauseKind.WORKER_OUT_OF_MEMORY,
+        CauseKind.DISK_FULL,
+        CauseKind.TOO_MANY_OPEN_FILES,
+        CauseKind.TOO_MANY_PROCESSES,
+        CauseKind.FILE_TOO_LARGE,
+        CauseKind.OUTPUT_FLOOD,
+    }
+)
+"""What a cell error must be caused by to be searched for without being asked."""
+HEAP_WORDS = ("free()", "malloc", "double free", "corrupt", "munmap_chunk", "realloc()", "unlink_chunk")
+"""glibc's last words on a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
+ASKED_TO_EXIT = "asked to exit"
+_MISSING = re.compile(r"name '([^']+)' is not defined")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The failure that is searched for. ``error`` is the name of the exception where it is nothing more than that.
+
+    ``missing`` are the names that a NameError missed.
+    """
+
+    kind: CauseKind
+    signal: int | None
+    exit_code: int | None
+    cell: int
+    error: str | None = None
+    moves: bool = False
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cause: Cause, cell: int) -> Failure:
+        """The failure of a run with this cause and crash cell."""
+        said = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last words")
+        return cls(
+            kind=cause.kind,
+            signal=_how(cause)[0],
+            exit_code=_how(cause)[1],
+            cell=cell,
+            error=_raised(cause),
+            missing=tuple(
+                sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})
+            ),
+            moves=cause.kind is CauseKind.ABORT and any(word in said for word in HEAP_WORDS),
+        )
+
+    def is_same(self, cause: Cause | None, cell: int | None) -> bool:
+        """Whether a trial with this cause in this cell failed the same way."""
+        if cause is None or (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
+            return False
+        if self.kind is CauseKind.EXCEPTION and _raised(cause) != self.error:
+            return False
+        return self.moves or cell == self.cell
+
+
+def _how(cause: Cause) -> tuple[int | None, int | None]:
+    """Signal and exit code. A kernel that was asked to end had the time to in the run, and is killed at the end of a hasty trial."""
+    asked = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
+    return (None, None) if asked else (cause.signal, cause.exit_code)
+
+
+def _raised(cause: Cause) -> str | None:
+    """The name of the exception, where there is one."""
+    fact = next((str(fact.value) for fact in cause.evidence if fact.fact == "raised"), None)
+    return fact.partition(":")[0] if fact is not None else None
+
+
+def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
+    """Why no search follows a run by itself, in a few words; ``None`` where one does. Silent (empty) where nobody would expect one."""
+    if verdict.cause is None or verdict.status in (Status.PASSED, Status.CANCELLED, Status.INTERNAL_ERROR, Status.START_FAILED):
+        return ""
+    if verdict.crash_cell is None:
+        return "no cell was running when it happened"
+    if verdict.status is Status.CELL_ERROR and verdict.cause.kind not in LIMIT_ERRORS and not always:
+        return ""
+    return None
+
+
+def answer(failure: Failure, ending: Ending, cause: Cause | None) -> tuple[Answer, int | None, frozenset[str]]:
+    """What a trial says: the answer, the cell at which an unresolved one stopped, and the names it missed.
+
+    A missing name teaches a dependency. Another death is recorded by whoever asked, and never followed.
+    """
+    cell = getattr(ending, "cell", None)
+    if isinstance(ending, Passed):
+        return Answer.PASS, None, frozenset()
+    missing = _missing(ending)
+    # A NameError that the first run did not have comes from what was left out, whatever it is that is searched for.
+    if failure.is_same(cause, cell) and not (failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)):
+        return Answer.FAIL, None, frozenset()
+    return Answer.UNRESOLVED, cell, missing
+
+
+def _missing(ending: Ending) -> frozenset[str]:
+    if not isinstance(ending, CellFailed) or ending.error.ename not in ("NameError", "UnboundLocalError"):
+        return frozenset()
+    return frozenset(_MISSING.findall(ending.error.evalue))
+
+
+def is_ours(ending: Ending) -> bool:
+    """Whether a trial failed by our doing rather than the notebook's: no answer at all."""
+    return isinstance(ending, InternalError | StartFailed)

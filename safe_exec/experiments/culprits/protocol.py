@@ -1,0 +1,111 @@
+"""What a culprit search is asked, asks and answers. Pure; imports model only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping
+from enum import StrEnum
+
+from safe_exec.model.verdict import Stopped
+from safe_exec.records import dataclass, field
+
+
+class Answer(StrEnum):
+    """What a trial of some cells showed, measured by the failure that is searched for."""
+
+    FAIL = "fail"
+    PASS = "pass"  # noqa: S105 - no password
+    UNRESOLVED = "unresolved"
+
+
+class SearchCancelled(Exception):  # noqa: N818 - no error: thrown into a search to end it
+    """Thrown into the generator: it returns the best so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """A question: do exactly these cells, in order, fail? At most ``allowed`` seconds may be spent on the answer.
+
+    ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``left`` is how many cells are
+    not settled yet, ``best`` the smallest set so far that failed.
+    """
+
+    cells: tuple[int, ...]
+    allowed: float
+    fresh: bool = False
+    left: int = 0
+    best: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """An answer and what it cost in seconds (0 from a cache).
+
+    ``stopped_at`` is the cell at which an unresolved trial ended and ``names`` those it missed. ``peak`` is how much of the
+    scarce thing the trial used at most, in the unit of ``Problem.amounts``. ``cut``: ended since it took longer than was allowed.
+    """
+
+    answer: Answer
+    seconds: float
+    stopped_at: int | None = None
+    names: frozenset[str] = frozenset()
+    peak: float | None = None
+    cut: bool = False
+
+
+def _nothing_is_sure(_cells: frozenset[int]) -> int | None:
+    return None
+
+
+def _nobody(_name: str, _before: int) -> tuple[int, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What is known before the first trial.
+
+    ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice, ``changed`` the cells
+    that are in it only because they may change something. ``needs`` are the direct dependencies of each cell.
+    ``surely_stops_at`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``suspicion``
+    orders the rest. ``amounts`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
+    what each cell took, ``start_seconds`` a kernel's start and end. ``erratic``: failures of this kind often come and go.
+    """
+
+    cells: tuple[int, ...]
+    slice: frozenset[int] = frozenset()
+    changed: frozenset[int] = frozenset()
+    needs: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    definers: Callable[[str, int], tuple[int, ...]] = _nobody
+    surely_stops_at: Callable[[frozenset[int]], int | None] = _nothing_is_sure
+    suspicion: Mapping[int, float] = field(default_factory=dict)
+    amounts: Mapping[int, float] | None = None
+    limit: float | None = None
+    seconds: Mapping[int, float] = field(default_factory=dict)
+    start_seconds: float = 0.0
+    erratic: bool = False
+    budget: float = math.inf
+
+    @property
+    def crash(self) -> int:
+        """The crash cell."""
+        return self.cells[-1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The set found, in order; empty where nothing failed again.
+
+    ``reproduced``: of how many runs of this very set how many failed, (k, n). ``found`` are the cells that only trials showed to be
+    needed. ``method`` names the way in a word or two.
+    """
+
+    cells: tuple[int, ...]
+    minimal: bool
+    stopped: Stopped | None
+    reproduced: tuple[int, int]
+    method: str
+    found: frozenset[int] = frozenset()
+
+
+Search = Generator[Ask, Reply, Result]

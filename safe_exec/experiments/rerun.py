@@ -1,0 +1,152 @@
+"""One more run of a notebook in a sandbox and a folder of its own, whatever it is run for. May import trial, sandbox, kernel, folder.
+
+The search for culprits asks which cells it takes, ``probe`` how much of a limit, ``replay`` whether it happens here too. All of them
+start here, so that their runs are alike: the folder as it was before, a fresh kernel, control group, /dev/shm and /tmp.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safe_exec.experiments.culprits import failure as failures
+from safe_exec.experiments.workspace import Views
+from safe_exec.model.ending import Cancelled, InternalError, TimedOut
+from safe_exec.model.events import EventSink
+from safe_exec.model.limits import LimitName, Limits
+from safe_exec.records import dataclass, field, replace
+from safe_exec.sandbox import keeper_process
+from safe_exec.sandbox.planner import build_plan
+from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.run import run_trial
+
+SETTLE_SECONDS = 1.0
+"""What a run may take beyond its time to be interrupted and taken down."""
+
+
+class NoTrial(Exception):  # noqa: N818 - told in a warning
+    """Trials cannot be run; the text says why."""
+
+
+def enclosed(
+    template: TrialRequest,
+    views: Views,
+    *,
+    node: Any | None = None,
+    limits: Limits | None = None,
+    orphans: tuple[str, ...] = (),
+) -> TrialRequest:
+    """``template`` with a name, a sandbox, a folder and a copy of the notebook of its own, silent.
+
+    ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises NoTrial.
+    """
+    run_id = keeper_process.new_run_id()
+    held = limits or template.limits
+    try:
+        view = views.make(run_id, Path(keeper_process.runtime_directory(run_id)))
+    except OSError as error:
+        raise NoTrial(f"the folder cannot be had as it was: {error}") from error
+    plan = replace(
+        build_plan(held, template.machine, run_id, template.plan.isolation),
+        mounts=view.mounts,
+        user_namespace=view.user_namespace,
+        directories=(str(view.directory),),
+        orphans=orphans,
+    )
+    return replace(
+        template,
+        run_id=run_id,
+        node=copy.deepcopy(template.node if node is None else node),
+        cwd=view.cwd,
+        limits=held,
+        plan=plan,
+        sink=lambda _event: None,
+        started=time.monotonic(),
+        hasty=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What is different in one run. ``limits`` are those of the run, ``cell_limits`` those of each cell.
+
+    ``allowed`` seconds may be spent on the run, ``deadline`` is when it is given up for being slow.
+    """
+
+    limits: Limits
+    cell_limits: Callable[[Any], Limits]
+    allowed: float = float("inf")
+    deadline: float = float("inf")
+    sink: EventSink = field(default=lambda _event: None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """What came of one run. ``request`` is what was asked with the limits as they are known to the user.
+
+    ``cut``: it was ended since no more time was allowed; ``slow``: since its deadline was over. ``seconds`` is wall time, start included.
+    """
+
+    request: TrialRequest
+    result: TrialResult
+    seconds: float
+    cut: bool = False
+    slow: bool = False
+
+
+class Runs:
+    """Whole runs of one notebook, one after the other, each with a kernel that starts cold; nothing is remembered."""
+
+    def __init__(self, template: TrialRequest, views: Views) -> None:
+        self.template, self.views = template, views
+
+    async def run(self, change: Change) -> Ran:
+        """Run it. Raises NoTrial where that cannot be done at all."""
+        began = time.monotonic()
+        # Should we be killed, nobody else will look after what we hold of the folder.
+        request = enclosed(self.template, self.views, limits=change.limits, orphans=(str(self.views.snapshot.scratch),))
+        request = replace(request, cell_limits=change.cell_limits, sink=change.sink)
+        bounds = (change.limits.timeout or float("inf"), change.deadline, max(SETTLE_SECONDS, change.allowed - SETTLE_SECONDS))
+        bound = min(bounds)
+        timed = replace(request, limits=replace(request.limits, timeout=bound if bound < float("inf") else None))
+        result = await run_trial(timed)
+        if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
+            raise NoTrial("a run was cancelled by nobody")
+        ours = isinstance(result.ending, TimedOut) and result.ending.whole and bound < bounds[0]
+        return Ran(
+            request=request,
+            result=result,
+            seconds=min(time.monotonic() - began, change.allowed),
+            cut=ours and bound == bounds[2],
+            slow=ours and bound != bounds[2],
+        )
+
+
+def why_not_run(result: TrialResult) -> str | None:
+    """Why a trial that failed by our doing rather than the notebook's could not be run; ``None`` for any other."""
+    if not failures.is_ours(result.ending):
+        return None
+    words = result.ending.message if isinstance(result.ending, InternalError) else getattr(result.ending, "reason", None)
+    return str(words or result.ending)
+
+
+def peak_of(name: LimitName, result: TrialResult) -> float | None:
+    """The most of a limit that a trial used, as far as it is measured at all."""
+    records = result.ledger.records.values()
+    match name:
+        case LimitName.MEMORY:
+            return result.evidence.memory_peak
+        case LimitName.CPU_TIME:
+            return result.evidence.cpu_seconds
+        case LimitName.PROCESSES:
+            return result.evidence.processes_peak
+        case LimitName.CELL_TIMEOUT:
+            return max((record.seconds for record in records if record.seconds is not None), default=None)
+        case LimitName.TIMEOUT:
+            # It is looked at while cells run: what comes after the last of them does not count.
+            ends = (r.started + r.seconds for r in records if r.started is not None and r.seconds is not None)
+            return max(ends, default=None)
+    return None

@@ -1,0 +1,1 @@
+"""Static analysis of code cells: the names they define, use and change."""

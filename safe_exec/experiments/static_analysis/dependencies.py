@@ -1,0 +1,408 @@
+"""From which cells a cell's names come, so that a culprit search can start there. Pure; imports only cells and reading beside it.
+
+Needed is a cell that binds a name used, and any cell that surely or very probably changes that name's object in between. What is
+bound, used and changed within functions counts where they are called. Objects under two names are not followed.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from safe_exec.experiments.static_analysis.ipython_syntax import (
+    CellFacts,
+    Read,
+    Special,
+    bound_in,
+    imports,
+    path,
+    python_of,
+    root,
+    words,
+)
+from safe_exec.experiments.static_analysis.names import USUAL, names_in
+from safe_exec.records import replace
+
+__all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
+
+# --- what is surely evaluated --------------------------------------------------------------------------------------
+
+_EFFECT = ""
+"""Stands among the names evaluated where foreign code may run."""
+
+
+_PARTS: dict[type[ast.AST], tuple[str, ...]] = {
+    **dict.fromkeys((ast.Attribute, ast.Starred, ast.Await, ast.keyword, ast.NamedExpr, ast.Expr, ast.AnnAssign), ("value",)),
+    **dict.fromkeys((ast.If, ast.IfExp, ast.While), ("test",)),
+    **dict.fromkeys((ast.For, ast.AsyncFor), ("iter",)),
+    **dict.fromkeys((ast.Tuple, ast.List), ("elts",)),
+    ast.Subscript: ("value", "slice"),
+    ast.Slice: ("lower", "upper", "step"),
+    ast.BinOp: ("left", "right"),
+    ast.UnaryOp: ("operand",),
+    ast.JoinedStr: ("values",),
+    ast.FormattedValue: ("value", "format_spec"),
+    ast.arguments: ("defaults", "kw_defaults"),
+    ast.Lambda: ("args",),
+    ast.Raise: ("exc",),
+    ast.Match: ("subject",),
+}
+"""What is evaluated whatever the values are, in order; of what is not here, nothing is sure."""
+_QUIET = ast.Constant | ast.Name | ast.Tuple | ast.List | ast.NamedExpr | ast.Slice | ast.Lambda
+
+
+def _parts(node: ast.AST) -> list[ast.AST | None]:
+    values = [getattr(node, name) for name in _PARTS.get(type(node), ())]
+    return [part for value in values for part in (value if isinstance(value, list) else [value])]
+
+
+def _operands(node: ast.AST) -> list[ast.AST | None]:
+    """What comes before the expression's own effect; an effect in between is written as a star's."""
+    parts = _parts(node)
+    match node:
+        case ast.BoolOp(values=values):
+            parts = [values[0]]
+        case ast.Compare(left=left, comparators=others):
+            parts = [left, others[0]]
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            parts = [node.generators[0].iter]
+        case ast.Call(func=func, args=args, keywords=keywords):
+            parts = [func, *args, *(keyword.value if keyword.arg else keyword for keyword in keywords)]
+        case ast.Dict(keys=keys, values=values):
+            parts = [part for key, value in zip(keys, values, strict=True) for part in (key, ast.Starred(value=value))]
+        case ast.Set(elts=elements):
+            parts = [ast.Starred(value=element) for element in elements]
+    return parts
+
+
+def _evaluated(node: ast.AST | None) -> Iterator[str]:
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
+        yield node.id
+    for part in _operands(node) if node else ():
+        yield from _evaluated(part)
+    if isinstance(node, ast.expr | ast.keyword) and not isinstance(node, _QUIET):
+        yield _EFFECT
+
+
+def _steps(node: ast.stmt) -> list[ast.AST | None]:
+    """What a statement surely evaluates. A ``try`` may swallow errors; a second context runs under the first."""
+    parts = _parts(node)
+    match node:
+        case ast.Assign(targets=targets, value=value):
+            parts = [ast.Starred(value=value), *targets]
+        case ast.AugAssign(target=target, value=value):
+            parts = [ast.Name(id=target.id, ctx=ast.Load()) if isinstance(target, ast.Name) else target, value]
+        case ast.With(items=items) | ast.AsyncWith(items=items):
+            parts = [items[0].context_expr]
+        case ast.Delete(targets=targets):
+            parts = [ast.Starred(value=target) for target in targets]
+        case ast.FunctionDef(decorator_list=before, args=args) | ast.AsyncFunctionDef(decorator_list=before, args=args):
+            parts = [*before, *_parts(args)]
+        case ast.ClassDef(decorator_list=before, bases=bases, keywords=keywords):
+            parts = [*before, *(() if getattr(node, "type_params", ()) else (*bases, *keywords))]
+    return parts
+
+
+def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> Iterator[Read]:
+    """Each name once. What begins on the line where something else ends is one with it: a crash's line tells no more."""
+    done: set[str] = set()
+    line = end = 0
+    for node in body:
+        first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
+        quiet = first > end
+        line, end = first if quiet else line, max(end, node.end_lineno or first)
+        nodes = list(ast.walk(node))
+        here = [specials[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in specials]
+        done |= {n.target.id for n in nodes if isinstance(n, ast.NamedExpr)}
+        for name in () if here else (name for step in _steps(node) for name in _evaluated(step)):
+            if name and name not in done:
+                yield Read(name=name, line=line, before_effect=quiet)
+                done.add(name)
+            quiet = quiet and name != _EFFECT
+        done |= bound_in([node, *(part for special in here for part in special.code.body)])[0]
+        done |= {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
+
+
+# --- how likely a cell sets a trap -----------------------------------------------------------------------------------
+
+_TRAPS = words(
+    "ctypes cffi signal threading _thread multiprocessing concurrent resource gc faulthandler atexit subprocess socket mmap "
+    "builtins pty fcntl numba cython"
+)
+_TRAP_PATHS = words(
+    "os.fork os.kill os.killpg os._exit os.abort os.environ os.putenv os.chdir os.close os.closerange os.dup2 os.dup os.truncate "
+    "os.ftruncate os.system os.popen os.nice os.setsid sys.exit sys.stdout sys.stderr sys.stdin warnings.filterwarnings "
+    "warnings.simplefilter numpy.seterr matplotlib.use asyncio.run asyncio.get_event_loop asyncio.get_running_loop "
+    "asyncio.new_event_loop asyncio.set_event_loop asyncio.set_event_loop_policy asyncio.create_task asyncio.ensure_future"
+)
+_WRITES = words("os.remove os.unlink os.rename os.replace os.rmdir os.removedirs pickle.dump json.dump numpy.save numpy.savez")
+_WRITERS = words(
+    "to_csv to_parquet to_pickle to_hdf to_excel to_sql to_feather to_json tofile savefig write_text write_bytes unlink"
+)
+_INERT_CALLS = {"print", "display", "len", "str", "repr", "format", "type", "id", "isinstance"}
+_LITERAL = ast.Constant | ast.Tuple | ast.List | ast.Set | ast.Dict | ast.UnaryOp | ast.unaryop | ast.expr_context
+_SHOWN = _LITERAL | ast.Name | ast.JoinedStr | ast.FormattedValue | ast.keyword
+
+
+def _is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
+    """It reaches beyond the notebook's names, into what the whole process shares."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "") in _TRAPS and any(alias.name == "*" for alias in node.names)
+    if isinstance(node, ast.Call) and path(node.func, {}) in ("setattr", "delattr") and node.args:
+        return root(node.args[0]) in modules
+    if not isinstance(node, ast.Name | ast.Attribute):
+        return False
+    if root(node) not in modules:
+        return isinstance(node, ast.Name) and node.id in ("exit", "quit", "get_ipython")
+    if not isinstance(node.ctx, ast.Load):
+        return isinstance(node, ast.Attribute)
+    name = path(node, modules)
+    return name.partition(".")[0] in _TRAPS or name in _TRAP_PATHS or name.startswith(("sys.set", "os.exec", "os.spawn"))
+
+
+def _writes(node: ast.AST, modules: Mapping[str, str]) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = path(node.func, modules)
+    if name == "open" or name.endswith(".open"):
+        modes = [*node.args[name == "open" : 2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        return any(isinstance(m, ast.Constant) and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", str(m.value)) for m in modes)
+    return name in _WRITES or name.startswith("shutil.") or (isinstance(node.func, ast.Attribute) and node.func.attr in _WRITERS)
+
+
+def _calls_inert(node: ast.AST) -> bool:
+    formats = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Constant) and node.attr == "format"
+    return formats or path(node, {}) in _INERT_CALLS
+
+
+def _is_inert(node: ast.stmt) -> bool:
+    """It can do no more than print, and bind plain values."""
+    match node:
+        case ast.Expr(value=value):
+            parts = list(ast.walk(value))
+            inert = [part for part in parts if isinstance(part, ast.Call) and _calls_inert(part.func)]
+            return all(isinstance(part, _SHOWN) or part in inert or part in [call.func for call in inert] for part in parts)
+        case ast.Assign(targets=targets, value=value):
+            plain = all(isinstance(target, ast.Name) for target in targets)
+            return plain and all(isinstance(part, _LITERAL) for part in ast.walk(value))
+    return isinstance(node, ast.Pass)
+
+
+def suspicion_of(body: Sequence[ast.stmt], specials: Iterable[Special], modules: Mapping[str, str], *, mutates: bool) -> int:
+    """0: cannot do harm; 1: ordinary; 2: changes other cells' objects, or files; 3: changes what the whole process shares."""
+    specials = list(specials)
+    statements = [*body, *(part for special in specials for part in special.code.body)]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    modules = {**USUAL, **modules, **{name: full for node in nodes for name, full in imports(node).items()}}
+    least = max((special.suspicion for special in specials), default=0)
+    if any(_is_trap(node, modules) for node in nodes):
+        return 3
+    if mutates or any(_writes(node, modules) for node in nodes):
+        return max(least, 2)
+    return max(least, 0 if all(map(_is_inert, statements)) else 1)
+
+
+# --- a cell ----------------------------------------------------------------------------------------------------------
+
+
+def read_cell(source: str, modules: Mapping[str, str] | None = None) -> CellFacts:
+    """The facts of a cell; ``modules`` maps names to what former cells imported as them."""
+    return _read(source, modules or {})[0]
+
+
+def imported_modules(source: str) -> dict[str, str]:
+    """What the cell's imports bind in the notebook's namespace: each name with its full path."""
+    return _read(source, {})[1]
+
+
+def _read(source: str, modules: Mapping[str, str]) -> tuple[CellFacts, dict[str, str]]:
+    try:
+        cell, tree = python_of(source)
+        if tree is None:
+            return CellFacts(opaque=True, suspicion=max(cell.suspicion, 1)), {}
+        facts, imported = names_in(tree.body, cell, modules)
+        mutates = not facts.mutates.isdisjoint(facts.uses)
+        suspicion = suspicion_of(tree.body, cell.specials.values(), modules, mutates=mutates)
+        reads = () if cell.guarded else tuple(surely_read(tree.body, cell.specials))
+    except RecursionError:  # nested deeper than can be followed
+        return CellFacts(opaque=True), {}
+    return replace(facts, reads=reads, suspicion=max(cell.suspicion, suspicion)), imported
+
+
+# --- a notebook ------------------------------------------------------------------------------------------------------
+
+_GIVEN = frozenset(dir(builtins)) | {"get_ipython", "display", "exit", "quit", "In", "Out", "open"}
+
+
+class Dependencies:
+    """Which cells need which. ``known`` is false for what is not Python: then nothing is said of any cell."""
+
+    def __init__(self, facts: Sequence[CellFacts], *, known: bool = True) -> None:
+        self.facts = tuple(facts)
+        self.known = known
+        self._defining: dict[str, list[int]] = defaultdict(list)
+        for index, cell in enumerate(self.facts):
+            for name in cell.defines:
+                self._defining[name].append(index)
+        self._memo: dict[tuple[int, bool], frozenset[int]] = {}
+        self._made: dict[tuple[str, int, bool], frozenset[int]] = {}
+        self._changing: dict[bool, dict[str, list[int]]] = {}
+
+    @classmethod
+    def of_sources(cls, sources: Sequence[str], *, language: str | None) -> Dependencies:
+        """Those of a notebook's code cells, in order; a notebook that does not name its language is not known."""
+        if not (language or "").lower().startswith(("python", "ipython")):
+            return cls([CellFacts(opaque=True) for _ in sources], known=False)
+        modules: dict[str, str] = {}
+        facts = []
+        for source in sources:
+            cell, imported = _read(source, modules)
+            modules = {name: full for name, full in modules.items() if name not in cell.defines} | imported
+            facts.append(cell)
+        return cls(facts)
+
+    def suspicions(self) -> tuple[int, ...]:
+        """How likely each cell is to set a trap, from 0 to 3."""
+        return tuple(cell.suspicion if self.known else 1 for cell in self.facts)
+
+    def definers(self, name: str, before: int) -> tuple[int, ...]:
+        """Cells before ``before`` that bind ``name``, latest first; then those that may do so unseen, latest first."""
+        visible = [index for index in reversed(self._defining.get(name, ())) if index < before]
+        return (*visible, *(index for index in self._unseen(before) if index not in visible)) if self.known else ()
+
+    def needs(self, cell: int) -> frozenset[int]:
+        """Cells before ``cell`` that it directly depends on."""
+        return self._direct(cell, weak=False)
+
+    def slice_of(self, cell: int, *, weak: bool = False) -> frozenset[int]:
+        """The cell and all that it depends on, directly or not; with ``weak`` also through changes that are only possible."""
+        found, todo = {cell}, [cell]
+        while todo:
+            new = self._direct(todo.pop(), weak=weak) - found
+            found |= new
+            todo.extend(new)
+        return frozenset(found)
+
+    def dependents(self, cell: int) -> frozenset[int]:
+        """Cells after ``cell`` that depend on it, directly or not."""
+        found = {cell}
+        for later in range(cell + 1, len(self.facts)):
+            if not found.isdisjoint(self.needs(later)):
+                found.add(later)
+        return frozenset(found - {cell})
+
+    def surely_missing(self, kept: Iterable[int], *, crash: int, crash_line: int | None) -> tuple[int, str] | None:
+        """Where a run of just ``kept`` surely ends in a ``NameError`` before the crash could happen again: cell and name.
+
+        Only names that a cell left out binds in sight are sure: any other came from elsewhere, for the whole notebook did
+        run. A cell that may raise without ending the run is the caller's to rule out.
+        """
+        bound: set[str] = set()
+        for index in sorted({index for index in kept if self.known and 0 <= index <= crash}):
+            cell = self.facts[index]
+            if cell.opaque or cell.stars:
+                return None
+            reads = _before_crash(cell, crash_line) if index == crash else cell.reads
+            for name in (read.name for read in reads):
+                left_out = any(definer < index for definer in self._defining.get(name, ()))
+                if left_out and name not in bound and name not in _GIVEN and not name.startswith("_"):
+                    return index, name
+            bound |= cell.defines
+        return None
+
+    def lack_any(self, kept: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
+        """Whether just ``kept`` lack a name that one of them (``names``, by cell) is sure to read when it gets there.
+
+        As sure as :meth:`surely_missing`: some cell left out binds it in sight, none that is kept can have.
+        """
+        cells = [index for index in kept if self.known]
+        if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):
+            return False
+        bound = frozenset().union(*(self.facts[index].defines for index in cells))
+        left_out = {name for name, binders in self._defining.items() if any(binder < max(cells) for binder in binders)}
+        return any(names.get(index, frozenset()) & left_out - bound - _GIVEN for index in cells)
+
+    def _unseen(self, before: int) -> list[int]:
+        return [i for i in range(min(before, len(self.facts)) - 1, -1, -1) if self.facts[i].opaque or self.facts[i].stars]
+
+    def _direct(self, cell: int, *, weak: bool) -> frozenset[int]:
+        if not self.known:
+            return frozenset()
+        if (cell, weak) not in self._memo:
+            self._memo[cell, weak] = frozenset(self._find(cell, weak=weak))
+        return self._memo[cell, weak]
+
+    def _find(self, cell: int, *, weak: bool) -> set[int]:
+        """Names that functions read are resolved where the functions may be called: here, not where they are written."""
+        facts = self.facts[cell]
+        found = set(range(cell)) if weak and facts.history else set()
+        own = (facts.carried[name].uses for name in facts.own if name in facts.carried)
+        todo = [(name, cell) for name in facts.uses.union(facts.at_once, *own)]
+        done = set(todo)
+        while todo:
+            name, at = todo.pop()
+            makers = self._makers(name, at, weak=weak)
+            found |= makers if at == cell else set()
+            for maker in (*makers, at):
+                if carried := self.facts[maker].carried.get(name):
+                    new = {(n, cell) for n in carried.uses} | {(n, maker) for n in carried.sources}
+                    todo.extend(new - done)
+                    done |= new
+        return found
+
+    def _binders(self, name: str, at: int) -> tuple[list[int], bool]:
+        """Cells before ``at`` that may have bound the name last, latest first, and whether the earliest of them surely did."""
+        found = []
+        for index in reversed(self._defining.get(name, ())):
+            if index < at:
+                found.append(index)
+                if name not in self.facts[index].maybe_defines:
+                    return found, True
+        return found, False
+
+    def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
+        """Cells that made the object which the name stands for when cell ``at`` begins."""
+        if (made := self._made.get((name, at, weak))) is None:
+            binders, certain = self._binders(name, at)
+            first = binders[-1] if certain else -1
+            made = frozenset(index for index in self._changers(weak=weak).get(name, ()) if first < index < at).union(binders)
+            if not certain and name not in _GIVEN:
+                made = made.union(self._unseen(at)[:1])
+            self._made[name, at, weak] = made
+        return made
+
+    def _changers(self, *, weak: bool) -> dict[str, list[int]]:
+        if weak not in self._changing:
+            changing: dict[str, list[int]] = defaultdict(list)
+            for index in range(len(self.facts)):
+                for name in self._changes(index, weak=weak):
+                    changing[name].append(index)
+            self._changing[weak] = changing
+        return self._changing[weak]
+
+    def _changes(self, cell: int, *, weak: bool) -> set[str]:
+        """Names whose objects the cell changes, through functions it calls, too; with ``weak``, through any it can get at."""
+        facts = self.facts[cell]
+        found = set(facts.mutates | facts.touches if weak else facts.mutates)
+        todo = [(name, cell) for name in (facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls)]
+        done = set(todo)
+        while todo:
+            name, at = todo.pop()
+            for maker in (*self._binders(name, at)[0], at):
+                if carried := self.facts[maker].carried.get(name):
+                    found |= carried.mutates | carried.touches if weak else carried.mutates
+                    new = {(n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)}
+                    new |= {(n, maker) for n in carried.sources} if weak else set()
+                    todo.extend(new - done)
+                    done |= new
+        return found
+
+
+def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
+    """Reads that come before whatever the line does. Its statement may have begun on a line before."""
+    begun = max((read.line for read in cell.reads if line is not None and read.line <= line), default=0)
+    here = cell.start if line is None else begun
+    return [read for read in cell.reads if read.line < here or (read.line == here and read.before_effect)]

@@ -1,0 +1,1 @@
+"""The search for the smallest value of a limit with which a notebook passes."""

@@ -1,0 +1,1 @@
+"""The keeper: a small process per sandbox. Standard library only."""

@@ -1,0 +1,128 @@
+"""A view of the file system of one's own for a kernel: bind mounts, overlays and fresh tmpfs in a mount namespace. Standard library only.
+
+The keeper's child calls :func:`enter` before it executes the kernel; nothing outside sees these mounts, and they are gone with the last
+process inside. Whoever may mount as he is needs a mount namespace alone; everybody else gets a user namespace with it
+(user_namespaces(7)), in which he stays the user he is, if the system lets him. Overlays in a user namespace: Linux 5.11 (overlayfs,
+Documentation/filesystems/overlayfs.rst).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE = 0x2, 0x4, 0x1000, 0x4000, 0x80000
+PROBE_SECONDS = 10
+
+Mount = Mapping[str, str]
+"""``{"kind": "bind", "source", "target"}``, ``{"kind": "tmpfs", "target", "options"}``, or ``{"kind": "overlay", "lower", "upper",
+"work", "target"}``; carried out in order. ``{"kind": "bind", ..., "optional": "yes"}`` may be gone by then."""
+
+
+def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
+    """Enter new namespaces and make the mounts. Raises OSError that names what could not be mounted."""
+    uid, gid = os.geteuid(), os.getegid()
+    _call("unshare", CLONE_NEWNS | (CLONE_NEWUSER if user_namespace else 0), what="a mount namespace of its own")
+    if user_namespace:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
+    # What is mounted outside later may still show up inside; what we mount stays with us.
+    _mount("none", "/", "", MS_REC | MS_SLAVE, "")
+    for mount in mounts:
+        make(mount)
+
+
+def enter_own() -> None:
+    """Enter a mount namespace of our own: as root where root may, else with a user namespace. Tried by doing it. Raises OSError."""
+    if os.geteuid() == 0:
+        # Root without the right to mount (in a container) gets on as everybody else does.
+        with contextlib.suppress(OSError):
+            enter([], user_namespace=False)
+            return
+    enter([], user_namespace=True)
+
+
+def make(mount: Mount) -> None:
+    """Make one mount, in whatever namespace this process is in. Raises OSError."""
+    target = mount["target"]
+    if mount["kind"] == "bind":
+        with contextlib.suppress(*([FileNotFoundError] if "optional" in mount else [])):
+            _mount(mount["source"], target, "", MS_BIND | MS_REC, "")
+    elif mount["kind"] == "tmpfs":
+        _mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, mount["options"])
+    else:
+        layers = {"lowerdir": mount["lower"], "upperdir": mount["upper"], "workdir": mount["work"]}
+        options = ",".join(f"{name}={_escaped(path)}" for name, path in layers.items())
+        # Only the first user namespace may keep overlayfs's own marks in trusted.* attributes: without these an opaque directory is none.
+        options += "" if _is_first_user_namespace() else ",userxattr"
+        _mount("overlay", target, "overlay", 0, options)
+
+
+def _is_first_user_namespace() -> bool:
+    return Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+
+
+def _escaped(path: str) -> str:
+    """A path as an option of overlayfs: the signs that part options and layers are escaped."""
+    return "".join(f"\\{char}" if char in "\\,:" else char for char in path)
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+    arguments = [os.fsencode(part) for part in (source, target, kind)]
+    _call("mount", *arguments, ctypes.c_ulong(flags), os.fsencode(options), what=f"{kind or 'bind'} mount on {target}")
+
+
+def _call(name: str, *arguments: object, what: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot make {what}: {os.strerror(number)}")
+
+
+# --- what can be had --------------------------------------------------------------------------------------------
+
+
+@cache
+def namespaces() -> str | None:
+    """How a kernel here can get a view of its own: ``"root"``, ``"user"`` (a user namespace), or ``None``. Tried, not guessed."""
+    return next((way for way in ("root", "user") if _works(way, [{"kind": "tmpfs", "target": "/tmp", "options": ""}])), None)  # noqa: S108
+
+
+def overlays(lower: Path, scratch: Path, way: str) -> bool:
+    """Whether ``lower`` can be overlaid with layers in ``scratch``: not every file system can carry them. Tried in ``scratch``."""
+    for name in ("upper", "work", "merged"):
+        (scratch / name).mkdir(exist_ok=True)
+    mount = {
+        "kind": "overlay",
+        "lower": str(lower),
+        "upper": str(scratch / "upper"),
+        "work": str(scratch / "work"),
+        "target": str(scratch / "merged"),
+    }
+    return _works(way, [mount])
+
+
+def _works(way: str, mounts: list[dict[str, str]]) -> bool:
+    """In a process of its own: a namespace cannot be left again."""
+    if sys.platform != "linux" or (way == "root" and os.geteuid() != 0):
+        return False
+    import subprocess  # the keeper, which mounts, starts faster without
+
+    root = str(Path(__file__).parent.parent.parent)
+    program = (
+        "import sys; sys.path.append(sys.argv[1]); from safe_exec.keeper.mounts import enter; "
+        "enter(eval(sys.argv[3]), user_namespace=sys.argv[2] == 'user')"
+    )
+    argv = [sys.executable, "-I", "-S", "-c", program, root, way, repr(mounts)]
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0

@@ -1,0 +1,226 @@
+"""What the kernel process tells of itself, over the socket that ``inside`` was given. Claims, every one of them.
+
+Any code in the kernel can write there: what is no fact is let go by, what is told once is not told anew, and there is a bound on each.
+May import cell_code, content and model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.kernel.cell_code import CellCode, source_of
+from safe_exec.kernel.message_validation import bounded_size
+from safe_exec.model.evidence import Frame, Raised
+from safe_exec.records import dataclass
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
+
+MOST_HOSTS = 50
+MOST_FACTS = 500
+"""Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
+LONGEST_TEXT = 1000
+MOST_ROWS = 50
+MOST_ERRORS = 6
+MOST_SHOWN = 10
+MOST_PATHS = 60
+FACT_BYTES = 1 << 16
+PIPE_BYTES = 1 << 20
+"""The largest size of a pipe (pipe(7), pipe-max-size)."""
+
+Rows = list[tuple[str, int, str, int]]
+"""Frames as told: function, line, file, number of the cell inside."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaisedTold:
+    """The exceptions that a cell ended with, and where it looked for names that are not absolute: ``search`` is its PATH."""
+
+    errors: tuple[Raised, ...] = ()
+    cwd: str | None = None
+    sys_path: tuple[str, ...] = ()
+    search: str = ""
+
+
+class Told:
+    """What was told so far. ``client`` knows which requests were sent."""
+
+    def __init__(self) -> None:
+        self.client: TrialClient | None = None
+        self.hello: dict[str, Any] = {}
+        self.hosts: list[str] = []
+        self.exit_caller: Rows = []
+        self.errors: dict[int, tuple[int, Rows]] = {}
+        self.shown: dict[int, tuple[int, Rows]] = {}
+        self.exit_requests: dict[int, tuple[int, Rows]] = {}
+        self.executed: str | None = None
+        self.raised: dict[int, deque[RaisedTold]] = {}
+        self._cells: dict[int, str] = {}
+        self.code = CellCode(self.index_of)
+        self._pipes: dict[str, int] = {}
+
+    def take(self, facts: socket.socket) -> bool:
+        """Take in what has come; ``False`` when no more can."""
+        for _ in range(MOST_FACTS):
+            try:
+                data, fds, _, _ = socket.recv_fds(facts, FACT_BYTES, 4)
+            except (BlockingIOError, OSError):
+                return True
+            if not data and not fds:
+                return False
+            self._take(data, fds)
+        return True
+
+    def _take(self, data: bytes, fds: list[int]) -> None:
+        keep = False
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            fact = json.loads(data)
+            if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
+                self._pipes[fact["pipe"]] = fds[0]
+                keep = True
+            else:
+                self._note(fact)
+        if not keep:
+            for fd in fds:
+                os.close(fd)
+
+    def _is_new_pipe(self, name: str, fd: int) -> bool:
+        """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
+        return name in ("stdout", "stderr") and name not in self._pipes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+    def _note(self, fact: dict[str, Any]) -> None:
+        """What came first stays: of a thing that is told once, what is told again was not told by us."""
+        if "msg_id" in fact:
+            self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
+        elif "file" in fact:
+            self.code.add(_text(fact["file"]), source_of(fact))
+        elif "line" in fact and int(fact["cell"]) in self._cells:
+            self._note_line(fact, int(fact["cell"]), int(fact["line"]))
+        elif "raised" in fact and int(fact["cell"]) in self._cells:
+            self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(raised_told(fact))
+        elif "remote" in fact:
+            self.add_hosts([_text(fact["remote"])])
+        elif "exit_caller" in fact:
+            self.exit_caller = _rows(fact["exit_caller"])
+        elif "exec" in fact:
+            self.executed = _text(fact["exec"])
+        elif "oversize" in fact and self.client is not None:
+            self.client.cut_display(bounded_size(fact["oversize"]))
+        elif "hello" in fact and not self.hello:
+            self.hello = fact
+
+    def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
+        """A line of a cell, with the stack at it. Of errors that are raised the last counts, of all else the first."""
+        if "error" in fact:
+            self.errors[number] = (line, _rows(fact["error"]))
+        elif "shown" in fact:
+            self.shown.setdefault(number, (line, _rows(fact["shown"])))
+        elif "asked_to_exit" in fact:
+            self.exit_requests.setdefault(number, (line, _rows(fact["asked_to_exit"])))
+
+    def _note_cell(self, number: int, msg_id: str) -> None:
+        """Which request a number inside answers: only one that was sent, and each but once."""
+        if self.client is not None and msg_id in self.client.sent and msg_id not in self._cells.values():
+            self._cells.setdefault(number, msg_id)
+
+    def add_hosts(self, names: Iterable[str]) -> None:
+        """Other hosts that were connected to, told or seen from outside."""
+        self.hosts += list(names)[: MOST_HOSTS - len(self.hosts)]
+
+    # --- cells: numbers inside, messages on the wire, indexes in the notebook ------------------------------------
+
+    def index_of(self, number: int) -> int | None:
+        """The notebook's cell index for a cell number inside."""
+        msg_id = self._cells.get(number)
+        return self.client.sent.get(msg_id) if self.client and msg_id else None
+
+    def number_of(self, msg_id: str) -> int:
+        """The number inside of the cell that answers a request; 0 when it has not begun."""
+        return next((number for number, known in self._cells.items() if known == msg_id), 0)
+
+    def frames(self, rows: Rows) -> tuple[Frame, ...]:
+        """Rows from inside as frames with notebook cell indexes."""
+        return tuple(
+            Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
+            for function, line, file, number in rows
+        )
+
+    # --- the pipes behind descriptors 1 and 2 ---------------------------------------------------------------------
+
+    def residue(self, known: Callable[[str], int]) -> dict[str, str]:
+        """What a dead kernel's C code had written to each and nobody took; ``known`` bytes of it are in the outputs already."""
+        found: dict[str, str] = {}
+        for name, fd in self._pipes.items():
+            data = _read_waiting(fd)[known(name) :]
+            if data:
+                found[name] = data.decode("utf-8", "replace")
+        return found
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in self._pipes.values():
+            os.close(fd)
+        self._pipes.clear()
+
+
+def _rows(value: Any) -> Rows:
+    return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:MOST_ROWS]]
+
+
+def raised_told(fact: dict[str, Any]) -> RaisedTold:
+    """What a cell raised, from the kernel's own words for it. Raises TypeError, KeyError and the like for what is none."""
+    opened = fact.get("opened") or (None, None)
+    database = fact.get("database")
+    return RaisedTold(
+        errors=tuple(_raised(row, opened, database) for row in fact["raised"][:MOST_ERRORS]),
+        cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
+        sys_path=tuple(_text(part) for part in fact["sys_path"][:MOST_PATHS]),
+        search=str(fact["search"])[: 8 * LONGEST_TEXT],
+    )
+
+
+def _raised(row: dict[str, Any], opened: Any, database: Any) -> Raised:
+    files = [_text(name) for name in row.get("files") or ()][:2]
+    kind = _text(row["type"])
+    if not files and database and "OperationalError" in kind:  # SQLite's own words name no file
+        files = [_text(database)]
+    writes = bool(opened[1]) if files and opened[0] == files[0] else None
+    number = row.get("errno")
+    return Raised(
+        type=kind,
+        number=number if isinstance(number, int) else None,
+        files=tuple(files),
+        module=_text(row["module"]) if row.get("module") else None,
+        variable=_text(row["variable"]) if row.get("variable") else None,
+        writes=writes,
+        remote=bool(row.get("remote")),
+    )
+
+
+def _text(value: Any) -> str:
+    return str(value)[:LONGEST_TEXT]
+
+
+def _read_waiting(fd: int) -> bytes:
+    """What stands in a pipe now; at most a pipe's largest size.
+
+    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
+    """
+    ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    found = b""
+    try:
+        while len(found) < PIPE_BYTES and (size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)):
+            found += os.read(ours_r, size)
+    except OSError:
+        pass
+    finally:
+        os.close(ours_r)
+        os.close(ours_w)
+    return found

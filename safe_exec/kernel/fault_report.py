@@ -1,0 +1,113 @@
+"""Reads what faulthandler wrote: which thread, where. Pure; imports model only.
+
+Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the thread line).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from safe_exec.model.evidence import FaultReport, Frame
+from safe_exec.records import dataclass
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.cell_code import CellCode
+
+_THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):")
+_FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
+_TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+_OURS = re.compile(r"/kernel/inside/\w+\.py$")
+"""Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs."""
+LONGEST = 500
+"""faulthandler cuts a file name off there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thread:
+    """One thread of a dump: its identifier, whether it is the one that faulted or answered, its frames innermost first."""
+
+    ident: int
+    current: bool
+    frames: tuple[Frame, ...]
+
+
+def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
+    """All threads of the last dump in ``text``; ``cells`` knows whose code a frame runs."""
+    threads: list[tuple[int, bool, list[Frame]]] = []
+    for line in text[: text.rfind("\n") + 1].split("\n"):  # a line without its end may be cut off within a name
+        if found := _THREAD.match(line):
+            threads.append((int(found[2], 16), found[1] == "Current thread", []))
+        elif (found := _FRAME.match(line)) and threads:
+            number = None if found[2] == "???" else int(found[2])
+            cell, line_in_cell = cells.locate(found[3], number, found[1])
+            threads[-1][2].append(Frame(function=found[3], line=line_in_cell, file=found[1], cell=cell))
+    return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
+
+
+def escaped(name: str) -> str:
+    """A file name as faulthandler writes it: what is not printable ASCII escaped, at most 500 characters (_Py_DumpASCII)."""
+    short = "".join(c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() for c in name[:LONGEST])
+    return short + ("..." if len(name) > LONGEST else "")
+
+
+def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """A stack up to its outermost frame of notebook code: IPython's own frames below say nothing. Others stay whole."""
+    outermost = max((n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1)
+    return tuple(frame for frame in frames[: outermost + 1] if not _OURS.search(frame.file or ""))
+
+
+def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...]:
+    """The main thread's frames in a dump, empty when it is not there."""
+    threads = parse_threads(text, cells)
+    return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
+
+
+def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
+    """The main thread's frames in each of several dumps, as they came."""
+    return tuple(t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames)
+
+
+def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:
+    """The innermost line of a cell in a stack; ``None`` where no frame is the cell's."""
+    return next((frame.line for frame in stack if frame.cell == cell and frame.line), None)
+
+
+def usual(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
+    """The last of some stacks, or one like it that says better where the time went: at the same line of ``cell``, in the code that most are in.
+
+    Between two calls of the function that fills the memory the caller is seen for a moment. Where two cells' code is seen equally often, the
+    one deeper down counts.
+    """
+    line = innermost_line(stacks[-1], cell)
+    alike = [stack for stack in stacks if innermost_line(stack, cell) == line]
+    within = [next((frame.cell for frame in stack if frame.cell is not None), None) for stack in alike]
+    often = Counter(within)
+    return max(zip(alike, within, range(len(alike)), strict=True), key=lambda row: (often[row[1]], row[1] != cell, row[2]))[0]
+
+
+def fatal_part(text: str) -> str:
+    """From the last fatal error on: stacks that were asked for earlier stand before it in the same channel."""
+    at = text.rfind("Fatal Python error: ")
+    return text[at:] if at >= 0 else ""
+
+
+def parse_fault(
+    text: str, cells: CellCode, main: int | None, stack_bytes: int | None, stack_limit: int | None
+) -> FaultReport | None:
+    """The report of a fatal signal, ``None`` when nothing fatal was written."""
+    part = fatal_part(text)
+    if not part:
+        return None
+    title = _TITLE.match(part)
+    threads = parse_threads(part, cells)
+    current = next((t for t in threads if t.current), None)
+    return FaultReport(
+        title=title[1] if title else "",
+        stack=current.frames if current else (),
+        main=None if current is None or main is None else current.ident == main,
+        stack_bytes=stack_bytes,
+        stack_limit=stack_limit,
+    )

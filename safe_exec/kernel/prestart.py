@@ -1,0 +1,69 @@
+"""The sandbox of a run that is opened before all else, and its kernel that starts while the rest of us is imported.
+
+The keeper is an interpreter of its own that takes as long to start as ours to read the command line, and a kernel takes longer than all that
+we do until its first cell: whatever can be done beside it costs nothing. May import kernel.launch and the sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from safe_exec.errors import SafeExecError
+from safe_exec.kernel.launch import Launch, Launched, await_birth, begin_launch, find_spec
+from safe_exec.model.limits import Limits
+from safe_exec.sandbox import keeper_process
+from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.sandbox import Sandbox
+
+
+class Early:
+    """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
+
+    def __init__(self) -> None:
+        """Take the keeper that was begun, or start one; not where systemd is: there it may have to be born in a scope, and the plan says so."""
+        born = keeper_process.take()
+        self.run_id = born.run_id if born is not None else keeper_process.new_run_id()
+        self._directory = Path(born.directory if born is not None else keeper_process.runtime_directory(self.run_id))
+        self._sandbox: Sandbox | None = None
+        if born is not None or not keeper_process.systemd_is_booted():
+            self._sandbox = Sandbox(self.run_id, directory=self._directory, born=born)
+        self.plan: SpawnPlan | None = None
+        self._launched: Launched | None = None
+        self._failure: SafeExecError | None = None
+
+    def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
+        """The sandbox, with its keeper started by now."""
+        if self._sandbox is None:
+            self._sandbox = Sandbox(self.run_id, directory=self._directory, hand_on=plan.cgroup.hand_on)
+        return self._sandbox
+
+    def launch(self, kernel_name: str, *, plan: SpawnPlan, limits: Limits, cwd: Path, env: Mapping[str, str]) -> None:
+        """Start the kernel, if it is one of which we know how. What goes wrong is heard of in ``outcome``: a run says it in its verdict."""
+        spec = find_spec(kernel_name)
+        if spec is None:
+            return
+        self.plan = plan
+        try:
+            what = Launch(spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env)
+            self._launched = begin_launch(self.sandbox_for(plan), what)
+        except SafeExecError as error:
+            self._failure = error
+
+    def outcome(self) -> Launched | None:
+        """The kernel that was started, ``None`` if none was asked for. Raises what went wrong."""
+        if self._failure is not None:
+            raise self._failure
+        if self._launched is not None and self._sandbox is not None:
+            await_birth(self._sandbox, self._launched.channels)
+        return self._launched
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sandbox is not None:
+            self._sandbox.leave()
+        if self._launched is not None:
+            self._launched.channels.close()

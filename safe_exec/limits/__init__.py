@@ -1,0 +1,1 @@
+"""Limits and isolation from profiles, files, notebooks and options."""

@@ -1,0 +1,139 @@
+"""``safe-exec.yaml``, a repository's own word on which limits hold for which notebooks.
+
+Imports ``errors``, ``files``, ``limits_yaml`` and ``limits_values``. The file::
+
+    limits:                        # the first entry whose path matches counts
+      - path: "docs/slow/*.ipynb"  # relative to this file; * and ? stay within a directory, ** crosses them
+        profile: ci                # optional: a profile that ships with safe-exec
+        memory: 4G                 # any limit
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from safe_exec.errors import LimitsError
+from safe_exec.files import one_line
+from safe_exec.limits.values import Layer, nearest, parse_layer
+from safe_exec.limits.yaml_source import Value, load
+from safe_exec.records import dataclass
+
+PROJECT_FILE = "safe-exec.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectLimits:
+    """What a project file says of one notebook: a shipped profile or ``None``, and figures over it."""
+
+    file: Path
+    profile: str | None
+    layer: Layer
+
+
+def find_project_file(notebook_path: Path | str) -> Path | None:
+    """The ``safe-exec.yaml`` that covers a notebook: the nearest above it, no further up than the repository's root.
+
+    Raises LimitsError for one that is a link to what the repository does not hold.
+    """
+    folder = _absolute(notebook_path).parent
+    for directory in (folder, *folder.parents):
+        if (directory / PROJECT_FILE).is_file() and _is_ours(directory / PROJECT_FILE, folder):
+            _demand_inside(directory / PROJECT_FILE)
+            return directory / PROJECT_FILE
+        if (directory / ".git").exists():  # a directory, or a file in a work tree or submodule
+            return None
+    return None
+
+
+def _is_ours(file: Path, folder: Path) -> bool:
+    """Whether a file may set limits: it belongs to us, to root, or to whoever owns the notebook's folder.
+
+    Else anybody could plant one in a directory that all may write to, such as /tmp.
+    """
+    owner = file.stat().st_uid
+    return owner in (_user(), 0, folder.stat().st_uid)
+
+
+def _demand_inside(file: Path) -> None:
+    """Errors tell what stands in the file, in a log that others may read: it must be the repository's own, and no secret by a link."""
+    real = Path(os.path.realpath(file))
+    root = next((parent for parent in file.parents if (parent / ".git").exists()), file.parent)
+    inside = Path(os.path.realpath(root))
+    if not real.is_relative_to(inside) or ".git" in real.relative_to(inside).parts:
+        raise LimitsError(f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there")
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
+
+
+def project_overrides(
+    file: Path, notebook_path: Path | str, *, profiles: Sequence[str], machine_memory: int | None
+) -> ProjectLimits | None:
+    """What ``file`` says of the notebook; ``None`` if no entry matches. Every entry is checked. Raises LimitsError.
+
+    ``profiles`` are the names that ship.
+    """
+    entries = [_entry(item, file, profiles, machine_memory) for item in _entries(file)]
+    inside = os.path.relpath(_absolute(notebook_path), _absolute(file).parent)
+    return next((limits for pattern, limits in entries if matches(pattern, inside)), None)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path relative to the project file matches a pattern of the file; ``dir/`` is all below ``dir``."""
+    wanted = PurePosixPath(pattern).parts + (("**",) if pattern.endswith("/") else ())
+    parts = PurePosixPath(path).parts
+    if ".." in parts:
+        return False
+    reached = {0}  # the numbers of leading parts that the segments so far can account for
+    for segment in wanted:
+        if not reached:
+            return False
+        if segment == "**":
+            reached = set(range(min(reached), len(parts) + 1))
+        else:
+            reached = {n + 1 for n in reached if n < len(parts) and fnmatchcase(parts[n], segment)}
+    return len(parts) in reached
+
+
+def _entries(file: Path) -> tuple[Value, ...]:
+    document = load(file)
+    sections = document.mapping("the document")
+    for key, value in sections.items():
+        if key not in ("limits", "description"):
+            raise LimitsError(f"{value.where}: unknown section {key!r}; {nearest(key, ('limits', 'description'))}")
+    return sections["limits"].items("limits") if "limits" in sections else ()
+
+
+def _entry(item: Value, file: Path, profiles: Sequence[str], machine_memory: int | None) -> tuple[str, ProjectLimits]:
+    keys = dict(item.mapping("limits"))
+    pattern = _pattern(keys.pop("path", None), item)
+    profile = _profile(keys.pop("profile", None), profiles)
+    layer = parse_layer(keys, machine_memory=machine_memory)
+    return pattern, ProjectLimits(file=file, profile=profile, layer=layer)
+
+
+def _pattern(value: Value | None, item: Value) -> str:
+    if value is None:
+        raise LimitsError(f'{item.where}: an entry needs path, such as path: "docs/**/*.ipynb"')
+    pattern = value.text("path")
+    if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
+        raise LimitsError(f"{value.where}: path: {pattern!r} leaves the directory of the file; it is relative to that")
+    return pattern
+
+
+def _profile(value: Value | None, profiles: Sequence[str]) -> str | None:
+    if value is None:
+        return None
+    name = value.text("profile")
+    if name not in profiles:
+        raise LimitsError(f"{value.where}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}")
+    return name
+
+
+def _absolute(path: Path | str) -> Path:
+    # Not resolve(): a notebook that is a symlink belongs to the directory in which it is seen.
+    return Path(os.path.abspath(path))

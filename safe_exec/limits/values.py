@@ -1,0 +1,168 @@
+"""Figures for the limits, wherever they were written: checked, named in errors, laid over each other.
+
+Imports ``model``, ``errors``, ``units``, ``files`` and ``limits_yaml``. A *layer* is what one source (a profile, a
+file, a notebook, the options) says of some of the limits; :mod:`safe_exec.limits.profiles` stacks the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from safe_exec.errors import LimitsError
+from safe_exec.files import one_line
+from safe_exec.limits.yaml_source import Value
+from safe_exec.model.limits import Limits
+from safe_exec.records import dataclass, field, fields, replace
+from safe_exec.units import (
+    UnitError,
+    format_seconds,
+    format_size,
+    parse_count,
+    parse_cpus,
+    parse_duration,
+    parse_grace,
+    parse_percent,
+    parse_size,
+    shown,
+)
+
+Figure = int | float | None
+"""A limit in bytes, seconds or as a count; ``None`` is unlimited."""
+
+LIMIT_NAMES = tuple(f.name for f in fields(Limits))
+"""Every key that may stand under ``limits:``; ``-`` is taken for ``_``."""
+
+_PARSERS: Mapping[str, Callable[[object], Figure]] = {
+    "memory": parse_size,
+    "cpus": parse_cpus,
+    "cpu_time": parse_duration,
+    "cell_timeout": parse_duration,
+    "timeout": parse_duration,
+    "start_timeout": parse_duration,
+    "processes": parse_count,
+    "open_files": parse_count,
+    "file_size": parse_size,
+    "cell_output": parse_size,
+    "output": parse_size,
+    "disk": parse_size,
+    "shm": parse_size,
+    "interrupt_grace": parse_grace,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """What one source says: figures by the names of limits, and for each where it is written."""
+
+    values: Mapping[str, Figure] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_overrides(mapping: Mapping[str, object], *, where: str, machine_memory: int | None) -> dict[str, Figure]:
+    """The figures of ``mapping`` in bytes, seconds and counts, checked.
+
+    ``where`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
+    are then named one by one. ``machine_memory`` is the bytes that a ``memory`` of ``"75%"`` refers to. Raises
+    LimitsError.
+    """
+    entries = ((key, value, where) for key, value in mapping.items())
+    return _parse(entries, machine_memory=machine_memory)
+
+
+def parse_layer(entries: Mapping[str, Value], *, source: str = "", machine_memory: int | None) -> Layer:
+    """The figures under a ``limits:`` of a file. ``source`` names it in reports; else file name and line do.
+
+    Raises LimitsError.
+    """
+    values = _parse(((key, value.scalar(key), value.where) for key, value in entries.items()), machine_memory=machine_memory)
+    lines = {_name(key): source or value.where.rpartition("/")[2] for key, value in entries.items()}
+    return Layer(values=values, sources=lines)
+
+
+def apply(limits: Limits, overrides: Mapping[str, Figure]) -> Limits:
+    """``limits`` with every figure of ``overrides`` in its place."""
+    changes: dict[str, Any] = dict(overrides)
+    return replace(limits, **changes)
+
+
+def tighten(limits: Limits, overrides: Mapping[str, Figure]) -> tuple[Limits, list[str]]:
+    """The smaller of each, unlimited being the largest; with the names of those ignored as they would have loosened."""
+    ignored = [name for name, value in overrides.items() if _looser(value, getattr(limits, name))]
+    return apply(limits, {name: value for name, value in overrides.items() if name not in ignored}), ignored
+
+
+def merge_notebook_limits(
+    base: Limits,
+    notebook_overrides: Mapping[str, Figure],
+    *,
+    loosenable: bool,
+    where: str = "notebook",
+    reason: str = "the profile does not let a notebook loosen limits",
+) -> tuple[Limits, tuple[str, ...]]:
+    """What a notebook's (or cell's) own figures make of ``base``, and a warning for each that was ignored."""
+    if loosenable:
+        return apply(base, notebook_overrides), ()
+    limits, ignored = tighten(base, notebook_overrides)
+    return limits, tuple(ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason) for name in ignored)
+
+
+def ignored_warning(where: str, name: str, wanted: Figure, kept: Figure, reason: str) -> str:
+    """One line on a figure that would have loosened a limit and was not taken."""
+    return f"{where}: {name} {format_limit(name, wanted)} ignored, {format_limit(name, kept)} holds: {reason}"
+
+
+def format_limit(name: str, value: Figure) -> str:
+    """One limit for people: ``"2.0 GiB"``, ``"5m"``, ``"128"`` or ``"unlimited"``."""
+    if value is None:
+        return "unlimited"
+    parser = _PARSERS[name]
+    if parser is parse_size:
+        return format_size(value)
+    return format_seconds(value) if parser in (parse_duration, parse_grace) else f"{value:g}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word: the nearest right one and all there are."""
+    names = sorted(known)
+    close = get_close_matches(word.replace("-", "_"), names, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}expected one of {', '.join(names)}"
+
+
+def _parse(entries: Iterable[tuple[str, object, str]], *, machine_memory: int | None) -> dict[str, Figure]:
+    values: dict[str, Figure] = {}
+    for key, value, where in entries:
+        name = _name(key)
+        if name not in _PARSERS:
+            place = "options" if where.startswith("--") else one_line(where)
+            raise LimitsError(f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}")
+        if name in values:
+            raise LimitsError(f"{one_line(where)}: {name} is given twice (- and _ are the same); keep one")
+        values[name] = _figure(name, value, _place(where, name), machine_memory)
+    return values
+
+
+def _figure(name: str, value: object, place: str, machine_memory: int | None) -> Figure:
+    try:
+        share = parse_percent(value) if name == "memory" else None
+        if share is None:
+            return _PARSERS[name](value)
+    except UnitError as problem:
+        raise LimitsError(f"{place}: {problem}") from None
+    if machine_memory is None:
+        raise LimitsError(f"{place}: {shown(value)} of an unknown memory; give a size such as 2G")
+    return max(1, int(share * machine_memory))
+
+
+def _name(key: object) -> str:
+    return str(key).replace("-", "_")
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}{name.replace('_', '-')}" if where.startswith("--") else f"{one_line(where)}: {name}"
+
+
+def _looser(new: Figure, old: Figure) -> bool:
+    return old is not None and (new is None or new > old)

@@ -1,0 +1,1 @@
+"""The types that all stages share. They import nothing else of safe-exec."""

@@ -1,0 +1,152 @@
+"""How a trial ended: observed, not interpreted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from enum import StrEnum
+
+from safe_exec.model.limits import LimitName
+from safe_exec.records import dataclass
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """The raw wait status of a process (``waitpid(2)``): an exit code or a signal, never both."""
+
+    raw: int
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ended the process, positive, or ``None``."""
+        return os.WTERMSIG(self.raw) if os.WIFSIGNALED(self.raw) else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, or ``None`` where a signal ended the process."""
+        return os.WEXITSTATUS(self.raw) if os.WIFEXITED(self.raw) else None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exit status {self.exit_code}"
+        try:
+            return signal.Signals(self.signal).name
+        except ValueError:  # a real-time signal has no name
+            return f"signal {self.signal}"
+
+
+class TerminationReason(StrEnum):
+    """What *we* did to end the kernel; recorded before the signal is sent, the first one stays."""
+
+    MEMORY = "memory"
+    CPU_TIME = "cpu_time"
+    CELL_TIMEOUT = "cell_timeout"
+    NOTEBOOK_TIMEOUT = "notebook_timeout"
+    START_TIMEOUT = "start_timeout"
+    PROCESSES = "processes"
+    DISK = "disk"
+    OUTPUT = "output"
+    CANCELLED = "cancelled"
+    INTERNAL = "internal"
+    SHUTDOWN = "shutdown"
+
+
+_DEBUGGER = re.compile(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(")
+"""Frames of a debugger in a traceback, as IPython 7 to 9 print them."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellError:
+    """An exception that a cell raised, as the kernel reported it."""
+
+    ename: str
+    evalue: str
+    traceback: tuple[str, ...] = ()
+
+    @property
+    def in_debugger(self) -> bool:
+        """Whether a debugger stands in the traceback."""
+        return _DEBUGGER.search(_COLOURS.sub("", "\n".join(self.traceback))) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """Every cell ran and the kernel was alive at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellFailed:
+    """A cell raised; the kernel was alive. ``cell`` is an index over all cells."""
+
+    cell: int
+    error: CellError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Died:
+    """The kernel ended, or asked to (``asked_to_exit``), before our shutdown request.
+
+    ``cell`` is the cell that ran when it happened; for a kernel that only asked, the cell that did. ``exit`` is
+    ``None`` where the status could not be had (the keeper itself was killed) or the kernel only asked.
+    """
+
+    cell: int | None
+    exit: ExitStatus | None
+    asked_to_exit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedOut:
+    """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
+
+    ``answered`` says whether the cell ended at the interrupt, ``None`` where none was sent or the kernel itself ended at it; ``error``
+    is what the cell raised then.
+    """
+
+    cell: int | None
+    whole: bool
+    allowed: float
+    answered: bool | None = None
+    error: CellError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitHit:
+    """We ended the run for ``limit``."""
+
+    limit: LimitName
+    cell: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFailed:
+    """The kernel never became ready."""
+
+    reason: str
+    exit: ExitStatus | None = None
+    waited: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancelled:
+    """The user or the system stopped us with ``signal``."""
+
+    signal: int
+    cell: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternalError:
+    """The sandbox could not be built as asked, or safe-exec itself failed.
+
+    ``refused``: nothing failed; the machine cannot hold a limit that was required.
+    """
+
+    message: str
+    cell: int | None = None
+    refused: bool = False
+
+
+Ending = Passed | CellFailed | Died | TimedOut | LimitHit | StartFailed | Cancelled | InternalError

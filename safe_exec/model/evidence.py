@@ -1,0 +1,216 @@
+"""Facts about one trial that may bear on its cause. ``None`` means "not measured", never 0."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
+from safe_exec.model.limits import Mechanism
+from safe_exec.records import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a stack, innermost first. ``cell`` is the index of the notebook cell whose code it runs."""
+
+    function: str
+    line: int | None
+    file: str | None = None
+    cell: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultReport:
+    """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
+
+    ``stack`` is the thread that faulted; ``main`` says whether that is the main thread. ``stack_bytes`` is the size
+    to which the faulting thread's stack had grown, ``stack_limit`` how far it may (both read outside, from /proc).
+    """
+
+    title: str
+    stack: tuple[Frame, ...]
+    main: bool | None = None
+    stack_bytes: int | None = None
+    stack_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
+
+    cell: int
+    line: int
+    source: str
+    stack: tuple[Frame, ...] = ()
+    age: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What the kernel was seen to do in a short window before a timeout was acted on.
+
+    ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``runnable`` the share of
+    looks at which it had work to do (on a busy machine that says more than the time it got), ``cpu_share`` processor
+    seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
+    ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
+    starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
+    ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
+    kernel process, ``fitted`` whether code of ours runs in the
+    kernel: elsewhere the main thread need not be the one that runs cells.
+    """
+
+    state: str | None
+    cpu_share: float | None
+    syscall: str | None
+    stack: tuple[Frame, ...]
+    gil_waits: tuple[float, ...] = ()
+    lines: int | None = None
+    awaiting: str | None = None
+    children: int | None = None
+    children_cpu_share: float | None = None
+    window: float | None = None
+    runnable: float | None = None
+    starved: bool | None = None
+    reads_terminal: bool | None = None
+    ignores_interrupt: bool | None = None
+    fitted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationFacts:
+    """The places, variables and hosts that isolation took from one run. Recorded outside, as the walls are built.
+
+    Paths are absolute, without links, and as the kernel sees them. ``by`` holds the walls around files: bubblewrap hides (ENOENT) and
+    mounts read-only (EROFS), Landlock refuses (EACCES). ``home`` is the kernel's HOME. ``hidden_homes`` has the user's own home first;
+    ``hidden`` was hidden by name (``Isolation.hide``). ``readable`` stays visible inside hidden places, and so does ``writable``: files
+    written there are kept. Files written into ``discarded`` are gone after the run. ``read_only``: nothing else can be written.
+    ``repository`` is the repository around the folder where it is visible as a whole. ``removed_variables`` are names that the kernel's
+    environment would have without isolation; their values are recorded nowhere. ``network``: other hosts can be reached.
+    """
+
+    by: Mechanism = Mechanism.NONE
+    home: str | None = None
+    folder: str | None = None
+    repository: str | None = None
+    hidden_homes: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
+    read_only: bool = False
+    removed_variables: tuple[str, ...] = ()
+    network: bool = True
+
+
+class NeedKind(StrEnum):
+    """What a cell can ask for that isolation may take away."""
+
+    PATH = "path"
+    VARIABLE = "variable"
+    MODULE = "module"
+    PROGRAM = "program"
+    HOST = "host"
+
+
+class Access(StrEnum):
+    """The access that isolation leaves to a thing."""
+
+    OPEN = "open"
+    READ_ONLY = "read_only"
+    HIDDEN = "hidden"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """The attributes of an exception that a cell raised, or of one that it came from. The kernel's own word.
+
+    ``number`` is the error number, ``files`` the names that it is about, ``module`` the one that was not found, ``variable`` the key that
+    ``os.environ`` does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the exception was only being
+    handled when the next one was raised.
+    """
+
+    type: str
+    number: int | None = None
+    files: tuple[str, ...] = ()
+    module: str | None = None
+    variable: str | None = None
+    writes: bool | None = None
+    remote: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationConflict:
+    """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away. Checked outside.
+
+    ``name`` is the thing as the kernel named it in ``line``; ``path`` is where it is outside, ``allow`` what to open to the notebook so that it can
+    have it, empty where opening would not help. ``writes``: it is to be written. ``usable``: we ourselves, and the user that
+    the kernel runs as, may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's. ``exact``: the kernel named this
+    thing as the one that was refused. ``cell`` named it, ``in_output``: in its output.
+    """
+
+    kind: NeedKind
+    name: str
+    access: Access
+    line: str
+    path: str | None = None
+    allow: tuple[str, ...] = ()
+    writes: bool = False
+    usable: bool = True
+    moved: bool = False
+    exact: bool = False
+    cell: int | None = None
+    in_output: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that was observed of one trial and may bear on its cause. No opinions.
+
+    Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of the exceptions that it came from),
+    ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says
+    of itself; of ``conflicts`` the names. ``oom_bound`` is
+    the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
+    threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
+    """
+
+    exit: ExitStatus | None = None
+    termination: TerminationReason | None = None
+    oom_kills: int | None = None
+    oom_kills_cell: int | None = None
+    oom_elsewhere: bool | None = None
+    oom_bound: tuple[str, int] | None = None
+    oomd_killed: bool | None = None
+    process_refusals: int | None = None
+    process_bound: tuple[str, int] | None = None
+    memory_peak: int | None = None
+    memory_peak_raw: int | None = None
+    memory_last: int | None = None
+    processes_peak: int | None = None
+    cpu_seconds: float | None = None
+    kernel_cpu_seconds: float | None = None
+    error: CellError | None = None
+    fault: FaultReport | None = None
+    place: Place | None = None
+    looked: Looked | None = None
+    cell_seconds: float | None = None
+    cell_output_bytes: int | None = None
+    cell_output_received: int | None = None
+    cell_messages: int | None = None
+    cell_output_age: float | None = None
+    cell_output_truncated: bool = False
+    output_bytes: int | None = None
+    exit_caller: tuple[Frame, ...] = ()
+    exit_request: tuple[Frame, ...] = ()
+    remote_hosts: tuple[str, ...] = ()
+    signals_to_runner: tuple[int, ...] = ()
+    signals_to_keeper: tuple[int, ...] = ()
+    kernel_uid: int | None = None
+    stderr_tail: str = ""
+    disk_free: int | None = None
+    open_files: int | None = None
+    executed: str | None = None
+    cell_active: bool | None = None
+    last_words: str = ""
+    isolation: IsolationFacts | None = None
+    raised: tuple[Raised, ...] = ()
+    conflicts: tuple[IsolationConflict, ...] = ()

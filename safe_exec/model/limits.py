@@ -1,0 +1,154 @@
+"""Limits and isolation as types: what a user allows one notebook, and what enforces it.
+
+Sizes are bytes and times are seconds; ``None`` is "unlimited".
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from safe_exec.records import dataclass, fields
+
+
+class Mechanism(StrEnum):
+    """What holds a limit."""
+
+    CGROUP_V2 = "cgroup-v2"
+    SYSTEMD = "systemd"
+    CGROUP_V1 = "cgroup-v1"
+    RLIMIT = "rlimit"
+    BUBBLEWRAP = "bubblewrap"
+    LANDLOCK = "landlock"
+    SECCOMP = "seccomp"
+    KERNEL = "kernel"
+    WATCHDOG = "watchdog"
+    RUNNER = "runner"
+    NONE = "none"
+
+
+class LimitName(StrEnum):
+    """The limits a user may set; each is a field of :class:`Limits`."""
+
+    MEMORY = "memory"
+    CPUS = "cpus"
+    CPU_TIME = "cpu_time"
+    CELL_TIMEOUT = "cell_timeout"
+    TIMEOUT = "timeout"
+    START_TIMEOUT = "start_timeout"
+    PROCESSES = "processes"
+    OPEN_FILES = "open_files"
+    FILE_SIZE = "file_size"
+    CELL_OUTPUT = "cell_output"
+    OUTPUT = "output"
+    DISK = "disk"
+    SHM = "shm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the user allows one notebook; ``None`` is unlimited.
+
+    ``disk`` is what may be written to the folder, /tmp and scratch together, ``shm`` to /dev/shm. ``memory`` covers the kernel and all its
+    descendants; ``open_files`` and ``file_size`` hold for each process.
+    ``cpu_time`` is the processor time of the whole tree; ``interrupt_grace`` is how long a kernel that ran past its
+    time may take to answer an interrupt before it is killed.
+    """
+
+    memory: int | None = None
+    cpus: float | None = None
+    cpu_time: float | None = None
+    cell_timeout: float | None = None
+    timeout: float | None = None
+    start_timeout: float | None = None
+    processes: int | None = None
+    open_files: int | None = None
+    file_size: int | None = None
+    cell_output: int | None = None
+    output: int | None = None
+    disk: int | None = None
+    shm: int | None = None
+    interrupt_grace: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for what is no number (units are for files and options), ValueError for one below zero."""
+        for name, value in self.as_dict().items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; pass units as options")
+            if value is not None and not value >= 0:
+                raise ValueError(f"Limits.{name} cannot be {value!r}")
+
+    def of(self, name: LimitName) -> int | float | None:
+        """The value of one limit, ``None`` where it is unlimited."""
+        value: int | float | None = getattr(self, name.value)
+        return value
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        """Every limit by its name, in bytes, seconds and counts."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class FolderUse(StrEnum):
+    """What a notebook may do with its folder. Of a copy nothing comes back unless ``Isolation.write_back``."""
+
+    WRITE = "write"
+    READ = "read"
+    COPY = "copy"
+
+
+class SystemCalls(StrEnum):
+    """Whether system calls that no notebook needs are let through, refused with EPERM, or end the kernel (SIGSYS)."""
+
+    ALL = "all"
+    REFUSE = "refuse"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """What a notebook may reach, beside its limits. The defaults wall off nothing.
+
+    ``hide_home``: home directories are empty but for what the kernel's interpreter needs. ``read_only_system``: nothing may be
+    written but the folder, ``writable``, and a /tmp, /dev/shm and home of its own. ``network``: other hosts; loopback always stays.
+    ``own_processes``: process, ipc and host names of its own. ``listed_environment``: of the environment only what is known to be
+    harmless, and ``env``. ``other_user``: as a user that owns nothing, where we are root. ``devices`` are paths below /dev.
+    ``required``: where one of these walls does not stand nothing is run.
+    """
+
+    hide_home: bool = False
+    read_only_system: bool = False
+    folder: FolderUse = FolderUse.WRITE
+    write_back: bool = True
+    network: bool = True
+    own_processes: bool = False
+    listed_environment: bool = False
+    system_calls: SystemCalls = SystemCalls.ALL
+    other_user: bool = False
+    required: bool = False
+    env: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+class Wall(StrEnum):
+    """The walls that isolation may put up; the verdict says of each that was asked for what holds it."""
+
+    HOME = "home"
+    SYSTEM = "system"
+    FOLDER = "folder"
+    HIDDEN = "hidden"
+    NETWORK = "network"
+    PROCESSES = "processes"
+    ENVIRONMENT = "environment"
+    SYSTEM_CALLS = "system_calls"
+    PRIVILEGES = "privileges"
+    USER = "user"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enforcement:
+    """What holds one limit or wall: ``hard`` means the operating system's kernel does, with no way past it."""
+
+    by: Mechanism
+    hard: bool
+    note: str = ""

@@ -1,0 +1,312 @@
+"""The annotated notebook: the input's own cells and outputs, and beside them what happened, where and why.
+
+Pure; imports ``model``, the shared texts and the names of our marks in ``notebook``. A notebook that passed gets
+figures in its metadata and nothing else. Else a banner comes first, the crash cell gets an ``error`` output, which
+every viewer shows in red, the other culprits begin their outputs with a line that says so, and the cells that did not
+run lose their stale outputs. All of it is what ``notebook`` strips before a run. Text that comes from the notebook or
+the kernel is inert here: it can neither mark up nor colour anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.model.verdict import (
+    VERDICT_SCHEMA,
+    CauseKind,
+    CellRecord,
+    CellStatus,
+    CrashCell,
+    Culprit,
+    Culprits,
+    Status,
+    Verdict,
+)
+from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
+from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text.markdown import code_span, fenced, inert
+from safe_exec.reports.verdict_json import plain
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+_RESULT_KEY = "result"
+_CULPRIT_ROLE = "culprit"
+_BANNER_ID = "safe-exec-banner"
+_CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_CONTEXT_LINES = 4
+_SOURCE_WIDTH = 160
+_RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
+
+
+def annotate(executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str) -> NotebookNode:
+    """A copy of ``executed`` (the stripped input with the outputs gathered so far) that says what ``verdict`` says.
+
+    ``hide`` takes out of lines of source what nobody should read. ``executed`` stays as it is; the copy shares the single outputs with it.
+    """
+    notebook = _copied(executed)
+    notebook.cells = [_copied(cell) for cell in executed.cells]
+    _mark(notebook, _notebook_figures(verdict))
+    for record in verdict.cells:
+        if record.index < len(notebook.cells):
+            _annotate_cell(notebook.cells[record.index], record)
+    if verdict.status is not Status.PASSED:
+        _mark_culprits(notebook, verdict)
+        _add_error(notebook, verdict, hide)
+        notebook.cells.insert(0, _banner(notebook, verdict))
+    return notebook
+
+
+def _copied(node: NotebookNode) -> NotebookNode:
+    """A copy of a notebook or cell as deep as we write: outputs may be large, or nested too deeply to recurse."""
+    copied = copy.copy(node)
+    copied.metadata = copy.copy(node.metadata)
+    if METADATA_KEY in node.metadata:
+        copied.metadata[METADATA_KEY] = copy.copy(node.metadata[METADATA_KEY])
+    if "outputs" in node:
+        copied.outputs = list(node.outputs)
+    return copied
+
+
+def _node(content: dict[str, Any]) -> NotebookNode:
+    from nbformat import notebooknode  # takes longer to import than all of this package
+
+    make: Any = notebooknode.from_dict
+    node: NotebookNode = make(content)
+    return node
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def _mark(node: NotebookNode, result: dict[str, Any]) -> None:
+    """Puts ``result`` into the metadata of a cell or a notebook, beside what the user keeps there."""
+    ours = node.metadata.setdefault(METADATA_KEY, _node({}))
+    if isinstance(ours, dict):  # whatever else a user put there is not ours to replace
+        ours[_RESULT_KEY] = _node(plain(result))
+
+
+def _notebook_figures(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "schema": VERDICT_SCHEMA,
+        "safe_exec_version": verdict.safe_exec_version,
+        "run_id": verdict.run_id,
+        "started": verdict.started,
+        "finished": verdict.finished,
+        "status": verdict.status,
+        "exit_code": verdict.exit_code,
+        "cause": verdict.cause.kind if verdict.cause is not None else None,
+        "usage": verdict.usage,
+    }
+
+
+def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
+    # The place of a cell is not marked: it shifts with the banner and with the user's own edits.
+    figures = plain(record)
+    _mark(cell, {key: figures[key] for key in figures if key not in ("index", "code_index", "id")})
+    if record.status is CellStatus.NOT_RUN and cell.cell_type == "code":
+        cell.outputs = []
+        cell.execution_count = None
+
+
+# --- culprits ---------------------------------------------------------------------------------------------------
+
+
+def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
+    """Marks each culprit in its metadata and, but for the crash cell with its error, for every viewer to see."""
+    found = verdict.culprits
+    if found is None:
+        return
+    others = culprits.others(verdict)
+    for culprit in found.cells:
+        cell = notebook.cells[culprit.index] if culprit.index < len(notebook.cells) else None
+        if cell is None or cell.cell_type != "code":
+            continue
+        ours = cell.metadata.setdefault(METADATA_KEY, _node({}))
+        if isinstance(ours, dict):
+            mark = {"role": culprit.role, "note": culprit.note, "look_first": culprit.index == found.look_first}
+            ours.setdefault(_RESULT_KEY, _node({}))[_CULPRIT_ROLE] = _node(plain(mark))
+        if culprit in others:
+            cell.outputs.insert(0, _culprit_output(culprit))
+
+
+def _culprit_output(culprit: Culprit) -> NotebookNode:
+    role, note = culprit.role.value, culprits.note(culprit)
+    shown = {
+        "text/markdown": f"**safe-exec: culprit** ({role}): {inert(note)}",
+        "text/plain": f"safe-exec: culprit ({role}): {note}",
+    }
+    metadata = {METADATA_KEY: {_RESULT_KEY: {"role": _CULPRIT_ROLE}}}
+    return _node({"output_type": "display_data", "data": shown, "metadata": metadata})
+
+
+# --- the error output -------------------------------------------------------------------------------------------
+
+
+def _add_error(notebook: NotebookNode, verdict: Verdict, hide: Callable[[str], str]) -> None:
+    cell = _crashed(notebook, verdict.crash_cell)
+    # The kernel's own traceback says all there is to say of a plain exception.
+    if cell is None or (verdict.cause is not None and verdict.cause.kind is CauseKind.EXCEPTION):
+        return
+    cell.outputs.append(error_output(hide(cell.source), verdict))
+
+
+def error_output(source: str, verdict: Verdict) -> NotebookNode:
+    """What happened, as the ``error`` output of the cell with this source; without a crash cell, only what and why."""
+    output = {
+        "output_type": "error",
+        "ename": _error_name(verdict),
+        "evalue": _error_value(verdict),
+        "traceback": list(_traceback(source, verdict)),
+    }
+    return _node(output)
+
+
+def _crashed(notebook: NotebookNode, crash: CrashCell | None) -> NotebookNode | None:
+    if crash is None or crash.index >= len(notebook.cells):
+        return None
+    cell: NotebookNode = notebook.cells[crash.index]
+    return cell if cell.cell_type == "code" else None
+
+
+def _error_name(verdict: Verdict) -> str:
+    """``SafeExec: out_of_memory``: the kind of the cause, or the status of a run without one."""
+    kind = verdict.cause.kind if verdict.cause is not None else verdict.status
+    return f"{OUR_ERROR_PREFIX}: {kind.value}"
+
+
+def _summary(verdict: Verdict) -> str:
+    return common.one_line(verdict.cause.summary) if verdict.cause is not None else common.headline(verdict)
+
+
+def _error_value(verdict: Verdict) -> str:
+    """Cause, line and evidence on one line."""
+    facts = "; ".join(common.evidence_lines(verdict, 3))
+    return " | ".join(part for part in (_summary(verdict), common.moment(verdict), facts) if part)
+
+
+def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
+    """The lines of our ``error`` output. The colours are ours: :func:`text.printable` lets none through."""
+    crash = verdict.crash_cell
+    yield _red("-" * 75)
+    yield f"{_red(_error_name(verdict))}: {_summary(verdict)}"
+    if crash is not None:
+        yield f"{common.cell_name(crash.code_index).capitalize()}, {common.moment(verdict)}"
+        yield from _source_lines(source, crash.line)
+        yield from _block("Stack, innermost first", [common.frame_line(frame) for frame in crash.stack])
+    yield from _block("Evidence", common.evidence_lines(verdict))
+    if verdict.cause is not None and verdict.cause.advice:
+        yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
+
+
+def _red(words: str) -> str:
+    return f"{_RED}{words}{_PLAIN}"
+
+
+def _block(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield f"{_BOLD}{title}:{_PLAIN}"
+        yield from (f"    {line}" for line in lines)
+
+
+def _source_lines(source: str, line: int | None) -> Iterator[str]:
+    """The source around ``line`` (from 1), an arrow at it, as IPython shows a traceback."""
+    lines = source.split("\n")
+    if line is None or not 1 <= line <= len(lines):
+        return
+    first = max(1, line - _CONTEXT_LINES)
+    for number, words in enumerate(lines[first - 1 : line + _CONTEXT_LINES], start=first):
+        code = common.clip(common.printable(words), _SOURCE_WIDTH)
+        yield _red(f"----> {number} {code}") if number == line else f"{number:>7} {code}"
+
+
+# --- the banner -------------------------------------------------------------------------------------------------
+
+
+def _banner(notebook: NotebookNode, verdict: Verdict) -> NotebookNode:
+    cell = _node(
+        {
+            "cell_type": "markdown",
+            "metadata": {"tags": [BANNER_TAG], METADATA_KEY: {_RESULT_KEY: {"role": BANNER_ROLE}}},
+            "source": "\n\n".join(_paragraphs(verdict)),
+        }
+    )
+    if (notebook.nbformat, notebook.nbformat_minor) >= (4, 5):  # cells have ids from there on, and none before
+        cell.id = _unused_id({other.get("id") for other in notebook.cells})
+    return cell
+
+
+def _unused_id(taken: set[str | None]) -> str:
+    number, name = 1, _BANNER_ID
+    while name in taken:
+        number, name = number + 1, f"{_BANNER_ID}-{number + 1}"
+    return name
+
+
+def _paragraphs(verdict: Verdict) -> Iterator[str]:
+    yield f"**\u2717 safe-exec: {inert(common.headline(verdict))}**"
+    if verdict.cause is not None and not common.headline_has_summary(verdict):
+        yield f"**Why:** {inert(verdict.cause.summary)}"
+    if verdict.crash_cell is not None:
+        yield _where(verdict.crash_cell, verdict)
+    if verdict.culprits is not None:
+        yield from _who(verdict.culprits, verdict)
+    facts = common.evidence_lines(verdict)
+    if facts:
+        yield "**Evidence:**\n\n" + "\n".join(f"- {_fact(line)}" for line in facts)
+    if verdict.cause is not None and verdict.cause.advice:
+        yield f"**Next:** {inert(verdict.cause.advice)}"
+    if verdict.cause is None and verdict.warnings:
+        yield "**Warnings:**\n\n" + "\n".join(f"- {code_span(common.one_line(words))}" for words in verdict.warnings)
+    yield from _missed(verdict)
+    yield "*Written by safe-exec, which takes this cell away when it runs the notebook again.*"
+
+
+def _where(crash: CrashCell, verdict: Verdict) -> str:
+    said = f"**Where:** {_linked(crash)}, {common.moment(verdict)}"
+    if not crash.source_line:
+        return said
+    return f"{said}:\n\n{fenced(common.clip(common.code_line(crash.source_line), _SOURCE_WIDTH))}"
+
+
+def _linked(cell: CrashCell | Culprit) -> str:
+    name = common.cell_name(cell.code_index)
+    # JupyterLab and the HTML of nbconvert both go to a cell by this anchor.
+    return f"[{name}](#cell-id={cell.id})" if cell.id and _CELL_ID.fullmatch(cell.id) else name
+
+
+def _who(found: Culprits, verdict: Verdict) -> Iterator[str]:
+    """The culprits, each with what it did, or why no search could tell; and how to see it again."""
+    outcome = culprits.outcome(found)
+    if not found.cells:
+        yield f"**Culprits:** none found; {outcome}."
+        return
+    again, runs = found.reproduced
+    checked = f"reproduced {again} of {runs}" if runs else ""
+    said = "; ".join(part for part in (culprits.names(found), checked, outcome) if part)
+    others = culprits.others(verdict)
+    shown = [*others[: culprits.MOST_SHOWN], *(culprit for culprit in found.cells if culprit not in others)]
+    lines = [f"- {_linked(c)} ({c.role.value}): {inert(culprits.note(c))}" for c in shown]
+    if len(others) > culprits.MOST_SHOWN:
+        lines.append(f"- and {len(others) - culprits.MOST_SHOWN} more")
+    yield f"**Culprits:** {said}:\n\n" + "\n".join(lines)
+    first = culprits.look_first(verdict)
+    if first is not None:
+        yield f"**Look first:** {_linked(first)}"
+    command = culprits.reproduce_command(verdict)
+    if command:
+        yield f"**Reproduce:** {code_span(command)}"
+
+
+def _fact(line: str) -> str:
+    said, _, value = line.partition(": ")
+    return f"{inert(said)}: {code_span(value)}" if value else code_span(line)
+
+
+def _missed(verdict: Verdict) -> Iterator[str]:
+    missed = common.not_run(verdict)
+    if missed:
+        yield f"{common.cell_names(missed).capitalize()} did not run; earlier outputs of theirs are cleared."

@@ -1,0 +1,1 @@
+"""Reports on many notebooks, one module per format."""

@@ -1,0 +1,151 @@
+"""The batch for GitHub Actions: annotations, which are lines on standard output, and the summary of the job in markdown.
+
+Imports the shared texts. GitHub shows about ten annotations of a step, so there is one for each notebook that
+failed, the summary has all of them, and more than a megabyte of summary is refused whole.
+"""
+
+import html
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safe_exec.model.verdict import Verdict
+from safe_exec.reports.batch import text as batch_text
+from safe_exec.reports.batch.results import Batch, Entry
+from safe_exec.reports.batch.source_map import file_line
+from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text.markdown import code_span, fenced, inert
+from safe_exec.units import format_seconds, format_size
+
+SHOWN_PER_STEP = 10
+MOST_BYTES = 1000 * 1000
+"""Of a summary; GitHub takes 1 MiB for a step, and other commands of the step may have written to it."""
+
+_SIGNS = {Outcome.PASSED: "✅", Outcome.FAILED: "❌", Outcome.ERROR: "⛔", Outcome.SKIPPED: "⏭️"}
+_ORDER = (Outcome.FAILED, Outcome.ERROR, Outcome.PASSED, Outcome.SKIPPED)
+_BAD = (Outcome.FAILED, Outcome.ERROR)
+
+
+def bad(batch: Batch) -> list[Entry]:
+    """The notebooks that somebody should look at, in order."""
+    return [entry for entry in batch.entries if batch_text.outcome(entry) in _BAD]
+
+
+# --- annotations ------------------------------------------------------------------------------------------------
+
+
+def annotations(batch: Batch, base: Path | None = None) -> Iterator[str]:
+    """A workflow command for each notebook that failed, and a warning for each flaky one; paths as seen from ``base``, the checkout."""
+    root = base or batch.root
+    failed = bad(batch)
+    for entry in failed:
+        yield _error(Told.of(entry), batch, root)
+    for entry in batch.entries:
+        if entry.flaky:
+            path = batch_text.relative(entry.source, root)
+            yield command("warning", batch_text.flaky_words(entry), file=path, title="safe-exec: flaky")
+    if len(failed) > SHOWN_PER_STEP:
+        said = f"{len(failed)} notebooks failed. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
+        yield command("notice", said, title="safe-exec")
+
+
+def _error(told: Told, batch: Batch, root: Path) -> str:
+    headline, *rest = batch_text.lines(told, batch)
+    message = "\n".join([headline, *(line for line in rest if not line.startswith("evidence: "))])
+    file, line = batch_text.relative(told.entry.source, root), file_line(told) or 1
+    what = batch_text.cause_words(told) or batch_text.status_words(told.entry.status)
+    return command("error", message, file=file, line=line, title=f"{told.entry.path}: {what}")
+
+
+def command(name: str, message: str, **properties: str | int) -> str:
+    """A workflow command, ``::error file=a.ipynb,line=3::message``: one line, whatever is in it."""
+    said = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items())
+    return f"::{name} {said}::{_data(common.printable(message))}"
+
+
+def _data(words: str) -> str:
+    return words.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(words: str) -> str:
+    return _data(common.printable(words)).replace(":", "%3A").replace(",", "%2C")
+
+
+# --- the summary of the job -------------------------------------------------------------------------------------
+
+
+def summary(batch: Batch) -> str:
+    """The batch in GitHub's markdown: a table of all notebooks, and of each that failed what there is to know. At most a megabyte."""
+    head = f"### {_sign(batch)} safe-exec: {inert(batch_text.tally(batch))}\n\n"
+    parts, room = [head], MOST_BYTES - len(head.encode()) - 200  # for the two lines that say what was left out
+    for pieces, what in ((_table(batch), "notebooks"), (_details(batch), "details")):
+        left_out = 0
+        for piece in pieces:
+            room -= len(piece.encode())
+            if room < 0:
+                left_out += 1
+            else:
+                parts.append(piece)
+        parts.append(f"\n*{left_out} more {what} did not fit here; the HTML report has them all.*\n\n" if left_out else "\n")
+    return "".join(parts)
+
+
+def _sign(batch: Batch) -> str:
+    return _SIGNS[Outcome.FAILED if bad(batch) else Outcome.PASSED]
+
+
+def _table(batch: Batch) -> Iterator[str]:
+    yield "| | notebook | what happened | time | memory peak |\n| --- | --- | --- | ---: | ---: |\n"
+    for entry in sorted(batch.entries, key=lambda entry: _ORDER.index(batch_text.outcome(entry))):
+        told = Told.of(entry)
+        peak = told.verdict.usage.memory_peak if told.verdict is not None else None
+        cells = (
+            _SIGNS[told.outcome],
+            inert(entry.path),
+            inert(
+                common.SEPARATOR.join(part for part in (batch_text.status_words(entry.status), batch_text.in_short(told)) if part)
+            ),
+            format_seconds(entry.seconds) if entry.seconds is not None else "",
+            format_size(peak) if peak is not None else "",
+        )
+        yield f"| {' | '.join(cells)} |\n"
+
+
+def _details(batch: Batch) -> Iterator[str]:
+    for entry in bad(batch):
+        told = Told.of(entry)
+        if told.verdict is not None:
+            yield "\n\n".join([*_detail(told, told.verdict, batch), "</details>\n\n"])
+
+
+def _detail(told: Told, verdict: Verdict, batch: Batch) -> Iterator[str]:
+    # The blank line behind it makes what follows markdown again (CommonMark 4.6).
+    title = f"{told.entry.path}: {batch_text.headline(told)}"
+    yield f"<details><summary>{_SIGNS[told.outcome]} {html.escape(common.one_line(title))}</summary>"
+    if verdict.crash_cell is not None:
+        yield f"**Where:** {inert(batch_text.place(verdict))}"
+        yield from _block([verdict.crash_cell.source_line or ""])
+    if verdict.culprits is not None:
+        yield f"**Culprits:** {inert(batch_text.culprits_words(verdict))}"
+        yield "\n".join(_culprits(verdict))
+    if verdict.cause is not None:
+        yield f"**Why:** {inert(verdict.cause.summary)}"
+        yield "\n".join(f"- {inert(line)}" for line in common.evidence_lines(verdict))
+        yield f"**Next:** {inert(verdict.cause.advice)}" if verdict.cause.advice else ""
+    yield f"**Reproduce:** {code_span(batch_text.reproduce_command(told, batch))}"
+
+
+def _block(lines: Sequence[str]) -> Iterator[str]:
+    code = "\n".join(common.clip(common.code_line(line), batch_text.SOURCE_WIDTH) for line in lines if line)
+    if code:
+        yield fenced(code)
+
+
+def _culprits(verdict: Verdict) -> Iterator[str]:
+    others = culprits.others(verdict)
+    for culprit in others[: culprits.MOST_SHOWN]:
+        code = common.clip(common.code_line(culprit.source_line or ""), batch_text.SOURCE_WIDTH)
+        said = f": {code_span(code)}" if code else ""
+        yield f"- {common.cell_name(culprit.code_index)} ({culprit.role.value}), {inert(culprits.note(culprit))}{said}"
+    if len(others) > culprits.MOST_SHOWN:
+        yield f"- and {len(others) - culprits.MOST_SHOWN} more"

@@ -1,0 +1,102 @@
+"""The batch as one self-contained HTML page: nothing is fetched, and nothing of a notebook is ever taken for markup.
+
+The page is ``page.html`` with ``page.css`` and ``page.js`` in it. What it shows are blocks of JSON, one for each notebook and
+one for the table, which the script reads and puts in as text. They are written one after the other, so no more than one
+verdict is in memory. Imports ``files`` and the shared texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import shlex
+from collections.abc import Iterator
+from datetime import UTC
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safe_exec.files import write_pieces_atomically
+from safe_exec.reports.batch import text as batch_text
+from safe_exec.reports.batch.html import page_data
+from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.text import common
+from safe_exec.units import format_seconds
+
+_MARK = "<!-- data -->"
+
+# Nothing that ends the block it stands in or begins another (HTML 13.1.2, "script" data), and no line end but JSON's own.
+_ESCAPED = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+def write(batch: Batch, path: Path) -> None:
+    """Writes the page to ``path``, atomically; files are linked as seen from its folder. Raises OSError."""
+    write_pieces_atomically(path, (piece.encode() for piece in _pieces(batch, path.parent)))
+
+
+def _pieces(batch: Batch, base: Path) -> Iterator[str]:
+    before, after = _frame(batch)
+    yield before
+    rows = []
+    for number, entry in enumerate(batch.entries):
+        told = Told.of(entry)
+        rows.append(page_data.row(told))
+        yield _block(f"notebook-{number}", page_data.detail(told, batch, base))
+    yield _block("batch", {**_head(batch), "rows": rows})
+    yield after
+
+
+def _head(batch: Batch) -> dict[str, Any]:
+    shard = f"shard {batch.shard[0]} of {batch.shard[1]}" if batch.shard is not None else ""
+    return {
+        "tally": batch_text.tally(batch),
+        "started": batch.started.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": format_seconds(batch.seconds),
+        "exit_code": batch.exit_code,
+        "command": common.code_line(shlex.join(batch.command)),
+        "version": batch.safe_exec_version,
+        "remarks": [words for words in (f"limits {batch.limits}" if batch.limits else "", shard, _interrupted(batch)) if words],
+    }
+
+
+def _interrupted(batch: Batch) -> str:
+    said = ("stopped before its end" if batch.cancelled else "", "resumed" if batch.resumed else "")
+    return ", ".join(word for word in said if word)
+
+
+def _block(name: str, value: object) -> str:
+    return f'<script type="application/json" id="{name}">{as_data(value)}</script>\n'
+
+
+def as_data(value: object) -> str:
+    """``value`` as JSON that may stand within a script element, whatever text is in it. All of it is ASCII."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPED)
+
+
+def _frame(batch: Batch) -> tuple[str, str]:
+    """The page before and after its data."""
+    style, script = _file("page.css"), _file("page.js")
+    bad = any(batch_text.outcome(entry) in (Outcome.FAILED, Outcome.ERROR) for entry in batch.entries)
+    policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
+    page = _file("page.html")
+    for name, value in {
+        "title": html.escape(f"{'✗' if bad else '✓'} safe-exec: {batch_text.tally(batch)}"),
+        "policy": html.escape(policy),
+        "style": style,
+        "script": script,
+    }.items():
+        page = page.replace(f"<!-- {name} -->", value)
+    before, _, after = page.partition(_MARK)
+    return before, after
+
+
+def _source(content: str) -> str:
+    """The one inline style or script that may be (Content Security Policy 3, 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    return resources.files("safe_exec.reports.batch.html").joinpath(name).read_text("utf-8")

@@ -1,0 +1,266 @@
+"""What the HTML page is told of a notebook, as plain JSON: a row of its table, and what is seen when it is opened.
+
+All text is made here, in the words of the other reports; the page lays it out. Everything is bounded, and what was cut
+off is said. Imports ``model``, ``units``, ``places`` and the shared texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Status, Timeline, Verdict
+from safe_exec.reports.batch import text as batch_text
+from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
+from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.text import common, culprits
+from safe_exec.units import format_seconds, format_size
+
+MOST_LINES = 300
+"""Lines of the crash cell's source, around the one that is marked; a culprit has a fifth of it."""
+LINE_WIDTH = 300
+USUAL_WIDTH = 60
+"""Where lines are longer than this on average, fewer of them are shown."""
+MOST_CULPRITS = 20
+MOST_CELLS = 300
+MOST_FRAMES = 50
+STDERR_WIDTH = 6000
+MOST_POINTS, LEAST_POINTS = 400, 80
+ALL_POINTS = 60_000
+"""Points of the timelines of all notebooks together: some 2 MiB."""
+
+
+def row(told: Told) -> dict[str, Any]:
+    """A row of the table. Numbers are there to sort by, bytes and seconds; null where not measured."""
+    entry, verdict = told.entry, told.verdict
+    peak = verdict.usage.memory_peak if verdict is not None else None
+    limit = verdict.limits.memory if verdict is not None else None
+    return {
+        "path": common.one_line(entry.path),
+        "outcome": told.outcome.value,
+        "status": batch_text.status_words(entry.status),
+        "what": common.clip(batch_text.in_short(told), common.HEADLINE_WIDTH),
+        "cause": batch_text.kind(told).replace("_", " ") if told.outcome in (Outcome.FAILED, Outcome.ERROR) else "",
+        "flaky": entry.flaky,
+        "attempts": entry.attempts,
+        "seconds": entry.seconds,
+        "time": _seconds(entry.seconds),
+        "memory": peak,
+        "peak": _size(peak),
+        "limit": _size(limit),
+        "share": round(min(peak / limit, 1.0), 4) if peak is not None and limit else None,
+    }
+
+
+def detail(told: Told, batch: Batch, base: Path) -> dict[str, Any]:
+    """What is seen of a notebook when it is opened; ``base`` is the folder of the page, from where files are linked."""
+    verdict = told.verdict
+    shown: dict[str, Any] = {
+        "headline": batch_text.headline(told),
+        "flaky": batch_text.flaky_words(told.entry),
+        "files": list(_files(told, base)),
+    }
+    if verdict is not None:
+        shown |= _run(verdict, len(batch.entries))
+        if verdict.status is not Status.PASSED:
+            shown |= _failure(told, verdict) | {"command": batch_text.reproduce_command(told, batch)}
+    return shown
+
+
+def _files(told: Told, base: Path) -> Iterator[dict[str, str]]:
+    """Links to what was written, where it lies below the page. They begin with ``./``, so no name can be a scheme."""
+    written = {"annotated notebook": told.entry.notebook, "verdict": told.entry.verdict, "reproduction": told.entry.repro}
+    for name, path in written.items():
+        seen = batch_text.relative(path, base) if path is not None else "/"
+        if not seen.startswith("/"):
+            yield {"name": name, "href": f"./{quote(seen, errors='surrogateescape')}"}
+
+
+# --- any run ----------------------------------------------------------------------------------------------------
+
+
+def _run(verdict: Verdict, notebooks: int) -> dict[str, Any]:
+    most = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(notebooks, 1)))
+    return {
+        "timeline": timeline(verdict.timeline, most),
+        "memory_limit": verdict.limits.memory,
+        "wall": verdict.usage.wall_seconds,
+        "cells": [_cell(record) for record in verdict.cells[:MOST_CELLS]],
+        "cells_cut": max(len(verdict.cells) - MOST_CELLS, 0),
+        "usage": list(_usage(verdict)),
+        "limits": list(_limits(verdict)),
+        "weak": [*common.weak_limits(verdict), *common.weak_walls(verdict)],
+        "environment": list(_environment(verdict)),
+        "warnings": [common.one_line(words) for words in verdict.warnings],
+    }
+
+
+def timeline(samples: Timeline, most: int) -> dict[str, Any]:
+    """At most ``most`` samples of memory, in bytes; of each run of samples the highest, so that no peak is lost."""
+    points = list(zip(samples.seconds, samples.memory, strict=True))
+    width = -(-len(points) // most) or 1
+    runs = [points[start : start + width] for start in range(0, len(points), width)]
+    kept = [max(run, key=lambda point: -1 if point[1] is None else point[1]) for run in runs]
+    return {"seconds": [round(seconds, 3) for seconds, _ in kept], "memory": [memory for _, memory in kept]}
+
+
+def _cell(record: CellRecord) -> dict[str, Any]:
+    return {
+        "n": record.code_index + 1,
+        "status": record.status.value.replace("_", " "),
+        "start": record.started,
+        "end": record.started + record.seconds if record.started is not None and record.seconds is not None else None,
+        "time": _seconds(record.seconds),
+        "cpu": _seconds(record.cpu_seconds),
+        "peak": _size(record.memory_peak),
+        "kept": ("+" if (record.memory_kept or 0) > 0 else "") + _size(record.memory_kept),
+        "output": _size(record.output_bytes) + (" (cut)" if record.output_truncated else ""),
+    }
+
+
+def _usage(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    usage = verdict.usage
+    figures = {
+        "wall time": _seconds(usage.wall_seconds),
+        "processor time": _seconds(usage.cpu_seconds),
+        "memory peak": _size(usage.memory_peak),
+        "most processes": str(usage.processes_peak) if usage.processes_peak is not None else "",
+        "killed for memory": str(usage.oom_kills) if usage.oom_kills is not None else "",
+        "output": _size(usage.output_bytes),
+    }
+    yield from ((name, said) for name, said in figures.items() if said)
+
+
+def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
+    """Each limit that was set: name, value, what holds it."""
+    for name in LimitName:
+        value, held = verdict.limits.of(name), verdict.enforcement.get(name)
+        if value is not None:
+            by = "" if held is None else "nothing holds it" if held.by is Mechanism.NONE else held.by.value
+            note = common.one_line(held.note) if held is not None else ""
+            yield name.value.replace("_", " "), common.quantity(name, value), "; ".join(part for part in (by, note) if part)
+
+
+def _environment(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    notebook, where = verdict.notebook, verdict.environment
+    figures = {
+        "kernel": notebook.kernel,
+        "language": notebook.language,
+        "Python": where.python,
+        "platform": where.platform,
+        "control groups": where.cgroup,
+        "started": verdict.started,
+        "run": verdict.run_id,
+        "safe-exec": verdict.safe_exec_version,
+    }
+    yield from ((name, common.one_line(said)) for name, said in figures.items() if said)
+
+
+def _seconds(seconds: float | None) -> str:
+    return format_seconds(seconds) if seconds is not None else ""
+
+
+def _size(size: float | None) -> str:
+    return format_size(size) if size is not None else ""
+
+
+# --- a failure --------------------------------------------------------------------------------------------------
+
+
+def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
+    cause, crash = verdict.cause, verdict.crash_cell
+    sources = _sources(told, verdict)
+    shown: dict[str, Any] = {
+        "crash": _crash(crash, verdict, sources.get(crash.index)) if crash is not None else None,
+        "culprits": _culprits(verdict, sources),
+        "stack": [common.frame_line(frame) for frame in crash.stack[:MOST_FRAMES]] if crash is not None else [],
+        "stderr": _tail(common.printable(verdict.stderr_tail)),
+    }
+    if cause is not None:
+        shown |= {
+            "why": "" if common.headline_has_summary(verdict) else common.one_line(cause.summary),
+            "confidence": cause.confidence.value,
+            "advice": common.one_line(cause.advice),
+            "evidence": [
+                {
+                    "fact": common.fact_name(fact),
+                    "value": common.clip(common.fact_value(fact.fact, fact.value), common.HEADLINE_WIDTH),
+                    "source": common.one_line(fact.source),
+                    "origin": fact.origin.value,
+                }
+                for fact in cause.evidence
+            ],
+        }
+    return shown
+
+
+def _sources(told: Told, verdict: Verdict) -> dict[int, Placed]:
+    """The sources of crash cell and culprits, from the notebook's file if it is still the one that was run."""
+    wanted = {culprit.index for culprit in verdict.culprits.cells} if verdict.culprits is not None else set()
+    wanted |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
+    read = read_as_run(told.entry.source, verdict.notebook.sha256) if wanted else None
+    return placed(read, wanted) if read is not None else {}
+
+
+def _crash(crash: CrashCell, verdict: Verdict, found: Placed | None) -> dict[str, Any]:
+    return {
+        "n": crash.code_index + 1,
+        "moment": common.moment(verdict),
+        "source": code(found.source if found is not None else None, crash.source_line, crash.line, MOST_LINES),
+    }
+
+
+def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | None:
+    found = verdict.culprits
+    if found is None:
+        return None
+    first = culprits.look_first(verdict)
+    return {
+        "names": culprits.names(found) if found.cells else "",
+        "outcome": culprits.outcome(found),
+        "figures": culprits.figures(found),
+        "all": [culprit.code_index + 1 for culprit in found.cells],
+        "cells": [_culprit(culprit, first, sources.get(culprit.index)) for culprit in found.cells[-MOST_CULPRITS:]],
+        "cut": max(len(found.cells) - MOST_CULPRITS, 0),
+    }
+
+
+def _culprit(culprit: Culprit, first: Culprit | None, found: Placed | None) -> dict[str, Any]:
+    return {
+        "n": culprit.code_index + 1,
+        "role": culprit.role.value,
+        "note": culprits.note(culprit),
+        "first": culprit is first,
+        "source": code(found.source if found is not None else None, culprit.source_line, None, MOST_LINES // 5),
+    }
+
+
+def code(source: str | None, source_line: str | None, line: int | None, most: int) -> dict[str, Any] | None:
+    """Lines of source to be shown: ``first`` is the number of the first, ``marked`` that of the one it is about.
+
+    At most ``most`` lines around that one, fewer where they are long; ``cut`` says how many were left out. Where the source is not
+    known, the one line that the verdict holds; nothing where that is not known either.
+    """
+    if source is None:
+        if not source_line:
+            return None
+        return {"first": line, "marked": line, "lines": _shown([source_line]), "cut": 0, "alone": True}
+    lines = source.split("\n")
+    start = max(0, min((line or 1) - 1 - most // 2, len(lines) - most))
+    kept = _shown(lines[start : start + most])
+    if most > 1 and sum(map(len, kept)) > most * USUAL_WIDTH:
+        return code(source, source_line, line, most // 2)
+    return {"first": start + 1, "marked": line, "lines": kept, "cut": len(lines) - len(kept), "alone": False}
+
+
+def _shown(lines: Sequence[str]) -> list[str]:
+    return [common.clip(common.printable(line).replace("\n", " "), LINE_WIDTH) for line in lines]
+
+
+def _tail(words: str) -> dict[str, Any]:
+    cut = max(len(words) - STDERR_WIDTH, 0)
+    return {"text": words[cut:], "cut": cut}

@@ -1,0 +1,144 @@
+"""The batch as JUnit XML: what CI systems read, each a little differently.
+
+There are two schemas that readers go by, that of Apache Ant (as written down by Windy Road) and that of Jenkins'
+xunit plugin. Neither lets a test case have properties, the first no output either: both belong to the test suite. So
+each notebook is a suite of its own with one test case, and the file obeys both. It is written suite by suite.
+Imports ``model``, ``files`` and the shared texts; junitparser when something is written.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from safe_exec.files import write_pieces_atomically
+from safe_exec.model.verdict import Verdict
+from safe_exec.reports.batch import text as batch_text
+from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.text import common, culprits
+
+if TYPE_CHECKING:
+    from junitparser import TestCase, TestSuite
+
+TOP_FOLDER = "(root)"
+"""The class name of notebooks in no folder: what Jenkins calls the package of classes in none."""
+
+STDERR_WIDTH = 8192
+"""Characters of the end of the kernel's stderr that are shown; the verdict has more."""
+
+# Anything else is no character of XML 1.0 (section 2.2), not even as a reference; and parsers turn a bare CR into LF.
+_FORBIDDEN = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def write(batch: Batch, path: Path) -> None:
+    """Writes the whole of a batch as JUnit XML to ``path``, atomically. Raises OSError."""
+    write_pieces_atomically(path, _document(batch))
+
+
+def _document(batch: Batch) -> Iterator[bytes]:
+    yield b"<?xml version='1.0' encoding='utf-8'?>\n<testsuites>"
+    host = socket.gethostname() or "localhost"
+    for number, entry in enumerate(batch.entries):
+        suite = _suite(Told.of(entry), batch)
+        suite.hostname = host
+        # What Ant's schema asks of an aggregate: a running number, and the package.
+        _set(suite, {"id": str(number), "package": clean(_folder(entry.path))})
+        yield b"\n"
+        yield suite.tostring()
+    yield b"\n</testsuites>\n"
+
+
+def _set(suite: TestSuite, attributes: dict[str, str]) -> None:
+    for name, value in attributes.items():
+        suite._elem.set(name, value)  # noqa: SLF001 - the attributes of an aggregate, which junitparser has no names for
+
+
+def _suite(told: Told, batch: Batch) -> TestSuite:
+    from junitparser import SystemErr, SystemOut, TestSuite
+
+    suite = TestSuite(clean(told.entry.path))
+    suite.timestamp = _moment(told.verdict, batch)
+    properties = dict(_properties(told, batch))
+    for name, value in properties.items():
+        suite.add_property(name, clean(value))
+    suite.add_testcase(_case(told, batch))
+    suite.append(SystemOut(clean(batch_text.headline(told))))
+    suite.append(SystemErr(clean(_stderr(told.verdict))))
+    return suite
+
+
+def _moment(verdict: Verdict | None, batch: Batch) -> str:
+    """When it started: the schema takes neither parts of a second nor a time zone."""
+    return verdict.started[:19] if verdict is not None else batch.started.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _folder(path: str) -> str:
+    folder = str(PurePosixPath(path).parent)
+    return TOP_FOLDER if folder == "." else folder
+
+
+def _case(told: Told, batch: Batch) -> TestCase:
+    from junitparser import Error, Failure, Skipped, TestCase
+
+    entry = told.entry
+    case = TestCase(clean(PurePosixPath(entry.path).name), clean(_folder(entry.path)))
+    case.time = round(entry.seconds or 0.0, 3)
+    if told.outcome is Outcome.SKIPPED:
+        case.result = [Skipped(clean(_message(told)))]  # Ant's schema knows no type of these
+    elif told.outcome is not Outcome.PASSED:
+        result = (Failure if told.outcome is Outcome.FAILED else Error)(clean(_message(told)), batch_text.kind(told))
+        result.text = clean("\n".join(batch_text.lines(told, batch)))
+        case.result = [result]
+    return case
+
+
+def _message(told: Told) -> str:
+    """One line: what happened, and which cells it takes."""
+    found = told.verdict.culprits if told.verdict is not None else None
+    who = f"caused by {culprits.names(found)}" if found is not None and found.cells else ""
+    return common.SEPARATOR.join(part for part in (batch_text.headline(told), who) if part)
+
+
+def _stderr(verdict: Verdict | None) -> str:
+    tail = verdict.stderr_tail if verdict is not None else ""
+    cut = len(tail) - STDERR_WIDTH
+    return f"(the first {cut} characters are left out)\n{tail[cut:]}" if cut > 0 else tail
+
+
+def _properties(told: Told, batch: Batch) -> Iterator[tuple[str, str]]:
+    """Figures by name, for scripts: plain numbers in bytes and seconds. What was not measured is left out."""
+    entry, verdict = told.entry, told.verdict
+    yield "status", entry.status
+    yield "attempts", str(entry.attempts)
+    yield "flaky", "true" if entry.flaky else "false"
+    for name, path in {"verdict": entry.verdict, "notebook": entry.notebook, "reproduction": entry.repro}.items():
+        if path is not None:
+            yield name, batch_text.relative(path, batch.out)
+    if verdict is None:
+        return
+    figures = {
+        "exit_code": verdict.exit_code,
+        "cells": verdict.notebook.cells,
+        "code_cells": verdict.notebook.code_cells,
+        "wall_seconds": verdict.usage.wall_seconds,
+        "cpu_seconds": verdict.usage.cpu_seconds,
+        "memory_peak": verdict.usage.memory_peak,
+        "memory_limit": verdict.limits.memory,
+        "crash_cell": verdict.crash_cell.code_index if verdict.crash_cell is not None else None,
+        "crash_line": verdict.crash_cell.line if verdict.crash_cell is not None else None,
+    }
+    yield from ((name, str(value)) for name, value in figures.items() if value is not None)
+    if verdict.cause is not None:
+        yield "cause", verdict.cause.kind.value
+        yield "confidence", verdict.cause.confidence.value
+    if verdict.culprits is not None:
+        yield "culprits", " ".join(str(culprit.code_index) for culprit in verdict.culprits.cells)
+
+
+def clean(words: str) -> str:
+    r"""``words`` with the characters that XML cannot hold written out: ESC as ``\x1b``."""
+    return _FORBIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), words.replace("\r\n", "\n"))

@@ -1,0 +1,135 @@
+"""What a person sees while a batch runs: a table of what runs now, on a terminal; a line for each finished notebook everywhere.
+
+Imports ``entries``, ``progress`` and the shared texts; rich only once there is a terminal to draw on. Goes to standard error. Events come
+on the threads of the notebooks and are only noted there; everything is drawn on the main thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from safe_exec.model import events
+from safe_exec.records import dataclass
+from safe_exec.reports.batch.results import UNCHANGED, Entry
+from safe_exec.reports.progress import Situation, quietly, start_live
+from safe_exec.reports.terminal import Style, is_terminal
+from safe_exec.reports.text import common
+from safe_exec.units import format_seconds
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+_GOOD = ("passed", UNCHANGED)
+_MOST_PATH = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Running:
+    """A notebook that runs."""
+
+    now: Situation
+    since: float
+    attempt: int
+
+
+class BatchProgress:
+    """Shows a batch on ``stream``; a context manager, which leaves the terminal as it was. A stream that fails is not written to again."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._style = Style.of(stream)
+        self._clock = clock
+        self._silent = quiet
+        self._live: Live | None = None
+        self._turn = threading.Lock()
+        self._running: dict[str, _Running] = {}
+        self._total = self._done = self._bad = 0
+        self._began = clock()
+
+    def __enter__(self) -> Self:
+        if not self._silent and is_terminal(self._stream):
+            self._live = start_live(self._stream)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        live, self._live, self._silent = self._live, None, True
+        if live is not None:
+            quietly(live.stop)
+
+    def begin(self, total: int, jobs: int) -> None:
+        """So many notebooks, so many at a time."""
+        self._total, self._began = total, self._clock()
+        self._say(f"{common.counted(total, 'notebook')}, {jobs} at a time", "dim")
+
+    def note(self, words: str) -> None:
+        """Something that the user should know."""
+        self._say(f"note: {common.one_line(words)}", "")
+
+    def sink(self, path: str, attempt: int) -> events.EventSink:
+        """Takes the events of a notebook, on whatever thread it runs."""
+        found = _Running(now=Situation(), since=self._clock(), attempt=attempt)
+        with self._turn:
+            self._running[path] = found
+        return found.now.take
+
+    def finished(self, entry: Entry, headline: str) -> None:
+        """A notebook came to its end."""
+        with self._turn:
+            self._running.pop(entry.path, None)
+        self._done += 1
+        good = entry.status in _GOOD
+        self._bad += not good
+        count = f"[{self._done:>{len(str(self._total))}}/{self._total}]"
+        self._say(f"{count} {line_of(entry, headline)}", "" if good else "bad")
+
+    def draw(self) -> None:
+        """Draw the table anew."""
+        live = self._live
+        if live is not None and not self._silent:
+            self._silent = not quietly(lambda: live.update(self._table(), refresh=True))
+
+    def _say(self, line: str, colour: str) -> None:
+        if not self._silent:
+            self._silent = not quietly(lambda: self._put(self._style.fit(common.clip(line, 2 * common.HEADLINE_WIDTH)), colour))
+
+    def _put(self, line: str, colour: str) -> None:
+        if self._live is not None:
+            style = {"bad": "bold red", "dim": "dim"}.get(colour)
+            self._live.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
+
+    def _table(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        with self._turn:
+            running = dict(self._running)
+        for path, found in running.items():
+            again = f" (attempt {found.attempt})" if found.attempt > 1 else ""
+            name = common.clip(common.one_line(path), _MOST_PATH) + again
+            seconds = format_seconds(self._clock() - found.since)
+            cells = (name, found.now.doing(), seconds, found.now.usage())
+            table.add_row(*(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells))
+        bad = f", {self._bad} not passed" if self._bad else ""
+        spent = format_seconds(self._clock() - self._began)
+        table.add_row(Text(self._style.fit(f"{self._done} of {self._total} done{bad}"), style="bold"), Text(""), Text(spent))
+        return table
+
+
+def line_of(entry: Entry, headline: str) -> str:
+    """A finished notebook in one line: ``✗ docs/a.ipynb: kernel died in code cell 3 · out of memory``."""
+    sign = "✓" if entry.status in _GOOD else "✗"
+    said = [headline or common.one_line(entry.error or entry.status.replace("_", " "))]
+    if entry.flaky:
+        said.append(f"flaky: attempt {entry.attempts}")
+    elif entry.attempts > 1:
+        said.append(f"the same in {entry.attempts} attempts" if entry.status not in _GOOD else "")
+    return f"{sign} {common.one_line(entry.path)}: {common.SEPARATOR.join(part for part in said if part)}"

@@ -1,0 +1,225 @@
+"""The texts that the reports on a batch share: what came of a notebook in a word, in a line, and in a few.
+
+Pure but for the verdict, which is read from its file when it is asked for. Imports ``model``, ``units`` and the other shared texts.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+from safe_exec.model.verdict import Status, Verdict
+from safe_exec.records import dataclass
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.text import common, culprits
+from safe_exec.reports.verdict_json import from_document
+from safe_exec.units import format_seconds
+
+SOURCE_WIDTH = 160
+SAME = "passed before, and nothing it depends on has changed"
+UNREADABLE = "its verdict cannot be read any more"
+
+
+class Outcome(StrEnum):
+    """What a status comes to, as test reports see it: ``error`` is where the notebook's own code had no say."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    ERROR = "error"
+    SKIPPED = "skipped"
+
+
+_OUTCOMES: dict[str, Outcome] = {
+    Status.PASSED: Outcome.PASSED,
+    Status.CELL_ERROR: Outcome.FAILED,
+    Status.KERNEL_DIED: Outcome.FAILED,
+    Status.TIMEOUT: Outcome.FAILED,
+    Status.LIMIT_EXCEEDED: Outcome.FAILED,
+    Status.START_FAILED: Outcome.ERROR,
+    Status.INTERNAL_ERROR: Outcome.ERROR,
+    Status.CANCELLED: Outcome.ERROR,
+    REFUSED: Outcome.ERROR,
+    UNCHANGED: Outcome.SKIPPED,
+    NOT_RUN: Outcome.SKIPPED,
+}
+_WORDS = {REFUSED: "refused", UNCHANGED: "unchanged", NOT_RUN: "not run"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Told:
+    """A notebook of a batch and its verdict, where there is one that can be read."""
+
+    entry: Entry
+    verdict: Verdict | None
+
+    @classmethod
+    def of(cls, entry: Entry) -> Told:
+        """Reads the verdict, now."""
+        document = entry.document()
+        try:
+            verdict = None if document is None else from_document(document)
+        except ValueError:  # of another version of safe-exec, which wrote it before a batch was resumed
+            verdict = None
+        return cls(entry=entry, verdict=verdict)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the status comes to."""
+        return outcome(self.entry)
+
+
+def outcome(entry: Entry) -> Outcome:
+    """What the status of a notebook comes to."""
+    return _OUTCOMES[entry.status]
+
+
+def status_words(status: str) -> str:
+    """A status in words: ``kernel died``, ``not run``."""
+    return _WORDS.get(status) or common.status_words(Status(status))
+
+
+def kind(told: Told) -> str:
+    """The kind of the cause, or the status of a notebook without one: a name for a script."""
+    cause = told.verdict.cause if told.verdict is not None else None
+    return cause.kind.value if cause is not None else told.entry.status
+
+
+def cause_words(told: Told) -> str:
+    """The cause in a few words (``out of memory``), or nothing."""
+    cause = told.verdict.cause if told.verdict is not None else None
+    return common.kind_words(cause) if cause is not None else ""
+
+
+def headline(told: Told) -> str:
+    """What came of a notebook, in one line."""
+    entry = told.entry
+    if told.verdict is not None:
+        return common.headline(told.verdict)
+    why = _why_no_verdict(entry)
+    return common.clip(
+        common.SEPARATOR.join(part for part in (status_words(entry.status), common.one_line(why)) if part), common.HEADLINE_WIDTH
+    )
+
+
+def _why_no_verdict(entry: Entry) -> str:
+    return entry.error or (SAME if entry.status == UNCHANGED else UNREADABLE if entry.verdict is not None else "")
+
+
+def flaky_words(entry: Entry) -> str:
+    """What is to be said of a notebook that passed after it had not; else nothing."""
+    return f"flaky: passed at attempt {entry.attempts} after it had failed" if entry.flaky else ""
+
+
+def lines(told: Told, batch: Batch) -> Iterator[str]:
+    """All that a person needs to begin with, as lines of plain text: headline, place, culprits, why, evidence, next step."""
+    yield headline(told)
+    verdict = told.verdict
+    if told.entry.flaky:
+        yield flaky_words(told.entry)
+    if verdict is None or told.outcome is Outcome.PASSED:
+        return
+    yield from _place(verdict)
+    yield from _culprits(verdict)
+    if verdict.cause is not None:
+        if not common.headline_has_summary(verdict):
+            yield f"why: {common.one_line(verdict.cause.summary)}"
+        yield from (f"evidence: {line}" for line in common.evidence_lines(verdict))
+        if verdict.cause.advice:
+            yield f"next: {common.one_line(verdict.cause.advice)}"
+    yield from (f"warning: {common.one_line(words)}" for words in verdict.warnings)
+    yield f"reproduce: {reproduce_command(told, batch)}"
+
+
+def place(verdict: Verdict) -> str:
+    """Where it happened: ``code cell 7, line 3, running when the kernel was killed``; nothing where no cell ran."""
+    crash = verdict.crash_cell
+    return f"{common.cell_name(crash.code_index)}, {common.moment(verdict)}" if crash is not None else ""
+
+
+def _place(verdict: Verdict) -> Iterator[str]:
+    if verdict.crash_cell is None:
+        return
+    yield f"{place(verdict)}{':' if verdict.crash_cell.source_line else ''}"
+    yield from _code(verdict.crash_cell.source_line)
+
+
+def _code(source_line: str | None) -> Iterator[str]:
+    if source_line:
+        yield f"    {common.clip(common.code_line(source_line), SOURCE_WIDTH)}"
+
+
+def culprits_words(verdict: Verdict) -> str:
+    """Which cells it takes, or why that is not known; nothing where nobody searched."""
+    found = verdict.culprits
+    if found is None:
+        return ""
+    said = (
+        f"caused by {culprits.names(found)}" if found.cells else "",
+        culprits.outcome(found),
+        culprits.figures(found),
+    )
+    return common.SEPARATOR.join(part for part in said if part)
+
+
+def _culprits(verdict: Verdict) -> Iterator[str]:
+    if verdict.culprits is not None:
+        yield culprits_words(verdict)
+    others = culprits.others(verdict)
+    for culprit in others[: culprits.MOST_SHOWN]:
+        yield f"  {common.cell_name(culprit.code_index)} ({culprit.role.value}): {culprits.note(culprit)}"
+        yield from _code(culprit.source_line)
+    if len(others) > culprits.MOST_SHOWN:
+        yield f"  and {len(others) - culprits.MOST_SHOWN} more"
+
+
+def reproduce_command(told: Told, batch: Batch) -> str:
+    """The command, to be typed into a shell where the batch ran, that makes it happen again; nothing where there is no verdict."""
+    entry = told.entry
+    if entry.repro is None:
+        return f"safe-exec replay {_seen(entry.verdict, batch)}" if entry.verdict is not None else ""
+    ran_in = Path(told.verdict.cwd) if told.verdict is not None else entry.source.parent
+    # What its cells open stands where the notebook ran.
+    where = "" if entry.repro.parent == ran_in else f" --cwd {_seen(ran_in, batch)}"
+    return f"safe-exec run {_seen(entry.repro, batch)}{where}"
+
+
+def _seen(path: Path, batch: Batch) -> str:
+    seen = relative(path, batch.root)
+    return common.code_line(shlex.quote(f"./{seen}" if seen.startswith("-") else seen))
+
+
+def relative(path: Path, base: Path) -> str:
+    """``path`` as seen from ``base``, where it lies below; else in full."""
+    found = os.path.relpath(path, base)
+    return str(path.absolute()) if found == os.pardir or found.startswith(f"{os.pardir}{os.sep}") else found
+
+
+def tally(batch: Batch) -> str:
+    """``3 failed · 1 error · 36 passed · 2 skipped · 1m 20s``."""
+    counts = Counter(map(outcome, batch.entries))
+    flaky = sum(entry.flaky for entry in batch.entries)
+    words = [
+        f"{counts[Outcome.FAILED]} failed" if counts[Outcome.FAILED] else "",
+        common.counted(counts[Outcome.ERROR], "error") if counts[Outcome.ERROR] else "",
+        f"{counts[Outcome.PASSED]} passed" if counts[Outcome.PASSED] else "",
+        f"{counts[Outcome.SKIPPED]} skipped" if counts[Outcome.SKIPPED] else "",
+        f"{flaky} flaky" if flaky else "",
+        "" if batch.entries else "no notebooks",
+        format_seconds(batch.seconds),
+    ]
+    return common.SEPARATOR.join(word for word in words if word)
+
+
+def in_short(told: Told) -> str:
+    """Where and why, for a column beside that of the status; figures have columns of their own."""
+    if told.outcome is Outcome.PASSED:
+        return flaky_words(told.entry)
+    if told.verdict is None:
+        return common.one_line(_why_no_verdict(told.entry))
+    crash = told.verdict.crash_cell
+    where = common.cell_name(crash.code_index) if crash is not None else ""
+    return common.SEPARATOR.join(part for part in (where, cause_words(told)) if part)

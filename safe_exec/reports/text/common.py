@@ -1,0 +1,349 @@
+"""The texts that the reports for people share: headline, names of cells, facts, and foreign text made harmless.
+
+Pure. Imports ``model`` and ``units`` only. People count from 1: "code cell 7" is the seventh code cell, the one whose
+``code_index`` in the JSON is 6. Whatever comes from a notebook, a kernel or a path passes through :func:`printable`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from safe_exec.model.evidence import Frame
+from safe_exec.model.limits import LimitName, Mechanism, Wall
+from safe_exec.model.verdict import Cause, CauseKind, CellStatus, Confidence, Fact, FactValue, Origin, Status, Verdict
+from safe_exec.units import format_seconds, format_size
+
+SEPARATOR = " · "
+HEADLINE_WIDTH = 200
+FACT_WIDTH = 160
+
+# --- harmless text ----------------------------------------------------------------------------------------------
+
+# Control characters but the newline, what reorders or hides text (a bidi override makes code read as what it is
+# not: CVE-2021-42574), and surrogates, which no encoding takes. Joiners (200c, 200d) stay: scripts need them.
+_HARMFUL = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""``text`` with every control, reordering or invisible character written out (ESC as ``\x1b``); lines are kept."""
+    lines = text.replace("\r\n", "\n").expandtabs(4)
+    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), lines)
+
+
+def one_line(text: str) -> str:
+    """``text`` printable, on one line, with runs of blanks made one."""
+    return " ".join(printable(text).split())
+
+
+def code_line(text: str) -> str:
+    """A line of source, printable and without its indentation; the blanks within it stay."""
+    return printable(text).replace("\n", " ").strip()
+
+
+def display_width(text: str) -> int:
+    """Columns that ``text`` takes on a terminal: wide characters two, combining ones none."""
+    return sum(_columns(char) for char in text)
+
+
+def _columns(char: str) -> int:
+    if unicodedata.combining(char) or char in "\u200c\u200d\ufe0f":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def clip(text: str, width: int) -> str:
+    """``text`` cut to ``width`` columns, with an ellipsis where something was cut off."""
+    if display_width(text) <= width:
+        return text
+    room = width - 1
+    kept = []
+    for char in text:
+        room -= _columns(char)
+        if room < 0:
+            break
+        kept.append(char)
+    return "".join(kept).rstrip() + "…" if width > 0 else ""
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+def cell_name(code_index: int) -> str:
+    """How people call the code cell with this ``code_index``: counted from 1."""
+    return f"code cell {code_index + 1}"
+
+
+def cell_names(code_indices: Iterable[int]) -> str:
+    """Several code cells, runs of them shortened: ``code cells 3, 5-9``."""
+    runs = _runs(code_indices)
+    return f"{_cell_word(runs)} {', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)}"
+
+
+def cell_sum(code_indices: Iterable[int]) -> str:
+    """Code cells that it takes together, long runs of them shortened: ``code cells 1 + 3 + 5-9``."""
+    runs = _runs(code_indices)
+    named = ([str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs)
+    return f"{_cell_word(runs)} {' + '.join(name for names in named for name in names)}"
+
+
+def _runs(code_indices: Iterable[int]) -> list[list[int]]:
+    """First and last number, as people count, of each run of cells."""
+    runs: list[list[int]] = []
+    for number in sorted({index + 1 for index in code_indices}):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return runs
+
+
+def _cell_word(runs: list[list[int]]) -> str:
+    return "code cell" if len(runs) == 1 and runs[0][0] == runs[0][1] else "code cells"
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 trial``, ``6 trials``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def path_seen(path: str, verdict: Verdict) -> str:
+    """A path that was written, as seen from the directory of the run; as it is, not yet printable."""
+    return path.removeprefix(verdict.cwd.rstrip("/") + "/")
+
+
+def not_run(verdict: Verdict) -> tuple[int, ...]:
+    """The ``code_index`` of every cell that did not run, in order."""
+    return tuple(cell.code_index for cell in verdict.cells if cell.status is CellStatus.NOT_RUN)
+
+
+def frame_line(frame: Frame) -> str:
+    """One frame of a stack: ``load (cache.py:12)``; a frame of a cell gives the line in it."""
+    if frame.cell is not None:
+        place = f"notebook cell, line {frame.line}" if frame.line is not None else "notebook cell"
+    else:
+        place = ":".join(str(part) for part in (frame.file, frame.line) if part is not None) or "?"
+    return f"{one_line(frame.function)} ({one_line(place)})"
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9 and for -9."""
+    try:
+        return signal.Signals(abs(number)).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {abs(number)}"
+
+
+# --- what happened ----------------------------------------------------------------------------------------------
+
+_WHAT = {
+    Status.PASSED: "passed",
+    Status.CELL_ERROR: "error",
+    Status.KERNEL_DIED: "kernel died",
+    Status.TIMEOUT: "timed out",
+    Status.LIMIT_EXCEEDED: "limit exceeded",
+    Status.START_FAILED: "kernel did not start",
+    Status.INTERNAL_ERROR: "safe-exec failed",
+    Status.CANCELLED: "cancelled",
+}
+
+_KIND_WORDS = {
+    CauseKind.STDIN: "waits for input",
+    CauseKind.ISOLATION: "blocked by isolation",
+    CauseKind.UNKNOWN: "cause unknown",
+    CauseKind.WORKER_OUT_OF_MEMORY: "worker process out of memory",
+}
+
+# For these the summary says all there is to say, and the kind nothing more than the status.
+_SUMMARY_IS_HEADLINE = frozenset({CauseKind.EXCEPTION, CauseKind.KERNEL_START_FAILED})
+
+_MEASURES: dict[CauseKind, tuple[LimitName, str | None]] = {
+    CauseKind.OUT_OF_MEMORY: (LimitName.MEMORY, "memory_peak"),
+    CauseKind.MEMORY_ERROR: (LimitName.MEMORY, "memory_peak"),
+    CauseKind.WORKER_OUT_OF_MEMORY: (LimitName.MEMORY, "memory_peak"),
+    CauseKind.CPU_TIME: (LimitName.CPU_TIME, "cpu_seconds"),
+    CauseKind.CELL_TIMEOUT: (LimitName.CELL_TIMEOUT, None),
+    CauseKind.NOTEBOOK_TIMEOUT: (LimitName.TIMEOUT, None),
+    CauseKind.TOO_MANY_PROCESSES: (LimitName.PROCESSES, "processes_peak"),
+    CauseKind.TOO_MANY_OPEN_FILES: (LimitName.OPEN_FILES, None),
+    CauseKind.FILE_TOO_LARGE: (LimitName.FILE_SIZE, None),
+    CauseKind.OUTPUT_FLOOD: (LimitName.OUTPUT, "output_bytes"),
+}
+_USED_WORD = {"memory_peak": "peak", "processes_peak": "peak", "cpu_seconds": "used", "output_bytes": "received"}
+
+
+def status_words(status: Status) -> str:
+    """A status in words: ``kernel died``."""
+    return _WHAT[status]
+
+
+def kind_words(cause: Cause) -> str:
+    """The kind of a cause in words, with our confidence where it is not certain."""
+    words = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
+    return words if cause.confidence is Confidence.CERTAIN else f"{words} ({cause.confidence.value})"
+
+
+def headline(verdict: Verdict) -> str:
+    """The verdict in one line: ``kernel died in code cell 7 · out of memory · limit 1.0 GiB, peak 1.0 GiB``."""
+    parts = [_what_and_where(verdict), *_why(verdict), *_figures(verdict)]
+    return clip(SEPARATOR.join(part for part in parts if part), HEADLINE_WIDTH)
+
+
+def _what_and_where(verdict: Verdict) -> str:
+    what = _WHAT[verdict.status]
+    return what if verdict.crash_cell is None else f"{what} in {cell_name(verdict.crash_cell.code_index)}"
+
+
+def _why(verdict: Verdict) -> list[str]:
+    cause = verdict.cause
+    if cause is None:
+        return []
+    if headline_has_summary(verdict):
+        return [one_line(cause.summary)]
+    ending = signal_name(cause.signal) if cause.signal is not None else ""
+    if cause.exit_code is not None and not ending:
+        ending = f"exit status {cause.exit_code}"
+    activity = cause.activity.value.replace("_", " ") if cause.activity is not None else ""
+    return [kind_words(cause), "" if cause.kind in _MEASURES else ending, activity]
+
+
+def headline_has_summary(verdict: Verdict) -> bool:
+    """Whether the headline already carries the summary of the cause."""
+    cause = verdict.cause
+    internal = verdict.status is Status.INTERNAL_ERROR
+    return cause is not None and (internal or cause.kind in _SUMMARY_IS_HEADLINE)
+
+
+def _figures(verdict: Verdict) -> list[str]:
+    if verdict.status is Status.PASSED:
+        return _passed_figures(verdict)
+    measure = _MEASURES.get(verdict.cause.kind) if verdict.cause is not None else None
+    if measure is None:
+        return []
+    limit, used = measure
+    allowed = verdict.limits.of(limit)
+    said = [] if allowed is None else [f"limit {quantity(limit, allowed)}"]
+    value = getattr(verdict.usage, used) if used is not None else None
+    if used is not None and value is not None:
+        said.append(f"{_USED_WORD[used]} {quantity(limit, value)}")
+    return [", ".join(said)]
+
+
+def _passed_figures(verdict: Verdict) -> list[str]:
+    count = verdict.notebook.code_cells
+    usage = verdict.usage
+    return [
+        f"{count} code cell{'' if count == 1 else 's'}",
+        format_seconds(usage.wall_seconds) if usage.wall_seconds is not None else "",
+        f"peak {format_size(usage.memory_peak)}" if usage.memory_peak is not None else "",
+    ]
+
+
+_SIZES = frozenset(
+    {LimitName.MEMORY, LimitName.FILE_SIZE, LimitName.CELL_OUTPUT, LimitName.OUTPUT, LimitName.DISK, LimitName.SHM},
+)
+_TIMES = frozenset({LimitName.CPU_TIME, LimitName.CELL_TIMEOUT, LimitName.TIMEOUT, LimitName.START_TIMEOUT})
+
+
+def quantity(limit: LimitName, value: float) -> str:
+    """A value of ``limit`` (bytes, seconds or a count) with its unit."""
+    if limit in _SIZES:
+        return format_size(value)
+    return format_seconds(value) if limit in _TIMES else f"{value:g}"
+
+
+_MOMENT = {
+    Status.CELL_ERROR: "raised the error",
+    Status.KERNEL_DIED: "running when the kernel died",
+    Status.TIMEOUT: "running when its time was up",
+    Status.LIMIT_EXCEEDED: "running when the limit struck",
+    Status.INTERNAL_ERROR: "running when safe-exec failed",
+    Status.CANCELLED: "running when the run was stopped",
+}
+
+
+def moment(verdict: Verdict) -> str:
+    """What the line of the crash cell has to do with it: ``line 3, running when the kernel was killed``."""
+    cell = verdict.crash_cell
+    what = _MOMENT.get(verdict.status, "")
+    if verdict.status is Status.KERNEL_DIED and verdict.cause is not None and _was_killed(verdict.cause):
+        what = "running when the kernel was killed"
+    line = f"line {cell.line}" if cell is not None and cell.line is not None else "line not known"
+    return f"{line}, {what}" if what else line
+
+
+def _was_killed(cause: Cause) -> bool:
+    return cause.signal == -int(signal.SIGKILL) or cause.kind in (CauseKind.OUT_OF_MEMORY, CauseKind.CPU_TIME)
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------
+
+_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|stack[_ ]limit)(?:$|_|\b)")
+_TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
+
+
+def fact_line(fact: Fact) -> str:
+    """One fact for a person: ``oom kills: 1 · memory.events``; what only the kernel itself says is marked so."""
+    said = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
+    source = one_line(fact.source)
+    if fact.origin is Origin.INSIDE:
+        source = f"{source}, said by the kernel" if source else "said by the kernel"
+    return clip(f"{said}{SEPARATOR}{source}" if source else said, FACT_WIDTH)
+
+
+def fact_name(fact: Fact) -> str:
+    """What a fact is of, in words."""
+    return one_line(fact.fact).replace("_", " ")
+
+
+def fact_value(name: str, value: FactValue) -> str:
+    """The value of the fact called ``name``, with its unit where the name tells."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return one_line(value)
+    if _SIZE_FACT.search(name):
+        return format_size(value)
+    if _TIME_FACT.search(name):
+        return format_seconds(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
+    """The facts that the cause rests on, at most ``most`` of them."""
+    facts: Sequence[Fact] = verdict.cause.evidence if verdict.cause is not None else ()
+    return [fact_line(fact) for fact in facts[:most]]
+
+
+def weak_limits(verdict: Verdict) -> list[str]:
+    """The limits that were set and that the operating system's kernel does not hold, each with what does instead."""
+    lines = []
+    for name, held in verdict.enforcement.items():
+        # Time and output are the runner's own to hold: that is no weakness.
+        if verdict.limits.of(name) is None or held.hard or held.by is Mechanism.RUNNER:
+            continue
+        by = "nothing holds it" if held.by is Mechanism.NONE else f"only the {held.by.value} holds it"
+        note = f"; {one_line(held.note)}" if held.note else ""
+        lines.append(f"{name.value.replace('_', ' ')}: {by}{note}")
+    return lines
+
+
+def weak_walls(verdict: Verdict) -> list[str]:
+    """The walls that were asked for and that the operating system's kernel does not hold, in one line; ``doctor`` says more."""
+    # To be another user is asked of root alone.
+    weak = {w: held for w, held in verdict.environment.isolation.items() if not held.hard and w is not Wall.USER}
+    names = [
+        wall.value.replace("_", " ") if held.by is Mechanism.NONE else f"{wall.value} ({held.by.value} holds a part)"
+        for wall, held in weak.items()
+    ]
+    # What is held in part comes first in a note, then why it is no more.
+    reasons = dict.fromkeys(one_line(held.note.rpartition("; ")[2]) for held in weak.values())
+    return ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)] if weak else []

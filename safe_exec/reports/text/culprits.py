@@ -1,0 +1,92 @@
+"""The texts on culprits that the reports for people share: their names, what each did, how the search for them went.
+
+Pure. Imports ``model``, ``units`` and ``text``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from safe_exec.model.verdict import Culprit, Culprits, Role, Stopped, Verdict
+from safe_exec.reports.text import common
+from safe_exec.units import format_seconds
+
+MOST_SHOWN = 8
+"""How many culprits beside the crash cell a report for people lists."""
+
+_ROLE_WORDS = {
+    Role.CRASH: "ran when it happened",
+    Role.ACCUMULATOR: "kept much of what ran out",
+    Role.DEFINITION: "defines what another culprit uses",
+    Role.TRIGGER: "set off what struck later",
+    Role.SETUP: "must run before",
+}
+_NOT_MINIMAL = {
+    Stopped.BUDGET: "not known to be minimal: the budget ran out",
+    Stopped.CANCELLED: "stopped by the user; the smallest set so far",
+    Stopped.NOT_REPRODUCED: "not known to be minimal: it did not happen again",
+    Stopped.TOO_RARE: "not known to be minimal: too rare for the budget",
+}
+_NONE_FOUND = {
+    Stopped.BUDGET: "the budget ran out before any culprits were found",
+    Stopped.CANCELLED: "stopped by the user before any culprits were found",
+}
+
+
+def names(found: Culprits) -> str:
+    """``code cells 3 + 7``, or ``code cell 7 alone``."""
+    said = common.cell_sum(culprit.code_index for culprit in found.cells)
+    return f"{said} alone" if len(found.cells) == 1 else said
+
+
+def note(culprit: Culprit) -> str:
+    """What a culprit did: its note, or what its role says where there is none."""
+    return common.one_line(culprit.note) or _ROLE_WORDS[culprit.role]
+
+
+def others(verdict: Verdict) -> list[Culprit]:
+    """The culprits but the crash cell, which every report shows by itself."""
+    crash = verdict.crash_cell.index if verdict.crash_cell is not None else None
+    return [culprit for culprit in verdict.culprits.cells if culprit.index != crash] if verdict.culprits is not None else []
+
+
+def look_first(verdict: Verdict) -> Culprit | None:
+    """The culprit to read first, unless that is the crash cell."""
+    found = verdict.culprits
+    return next((culprit for culprit in others(verdict) if found and culprit.index == found.look_first), None)
+
+
+def figures(found: Culprits) -> str:
+    """``reproduced 2/2 · 6 trials · 14.2 s``."""
+    again, runs = found.reproduced
+    checked = f"reproduced {again}/{runs}" if runs and found.cells else ""
+    earlier = f" + {found.cached} cached" if found.cached else ""
+    parts = (checked, f"{common.counted(found.trials, 'trial')}{earlier}", format_seconds(found.seconds))
+    return common.SEPARATOR.join(part for part in parts if part)
+
+
+def outcome(found: Culprits) -> str:
+    """Why there are no culprits, or why there may be fewer; nothing where the set is minimal."""
+    if found.minimal:
+        return ""
+    if found.cells:
+        return _NOT_MINIMAL[found.stopped] if found.stopped else "not known to be minimal"
+    again, runs = found.reproduced
+    if found.stopped is Stopped.NOT_REPRODUCED:
+        return "it did not happen again" + (f" in {runs - again} of {common.counted(runs, 'run')}" if runs else "")
+    if found.stopped is Stopped.TOO_RARE:
+        return f"it happened in {again} of {common.counted(runs, 'run')}: too rare for the budget"
+    return _NONE_FOUND[found.stopped] if found.stopped else "no culprits were found"
+
+
+def reproduce_command(verdict: Verdict) -> str:
+    """The command that makes it happen again, to be typed into a shell; nothing where no reproduction was written."""
+    path = verdict.culprits.repro_notebook if verdict.culprits is not None else None
+    if not path:
+        return ""
+    seen = common.path_seen(path, verdict)
+    command = f"safe-exec run {shlex.quote(f'./{seen}' if seen.startswith('-') else seen)}"
+    if os.path.dirname(path) != verdict.cwd:  # what the cells open stands where the notebook ran
+        command += f" --cwd {shlex.quote(verdict.cwd)}"
+    return common.code_line(command)

@@ -1,0 +1,1 @@
+"""Advice on weak limits and isolation, as commands that can be pasted."""

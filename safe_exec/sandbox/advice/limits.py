@@ -1,0 +1,300 @@
+"""For each limit that is weakly held here, why, and the exact commands or settings that mend it.
+
+Pure: from a machine, its surroundings and a plan to advice. May import model, machine, plan, surroundings. Each way
+to mend names its source; nothing here is run. Commands are for a shell of the user who reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.records import dataclass
+from safe_exec.sandbox.advice.containers import container_ways
+from safe_exec.sandbox.advice.fix import Way, hand_on
+from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, Machine
+from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
+from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
+
+NOTEBOOK = "safe-exec run NOTEBOOK"
+BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCESSES: "pids"}
+"""The limits that control groups hold for all processes together, and the controller for each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """Why some limits are weak here, and the ways to mend it, the best first."""
+
+    limits: tuple[LimitName, ...]
+    why: str
+    ways: tuple[Way, ...]
+
+
+def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
+    """The limits of the plan that the system's kernel could hold and here does not."""
+    return tuple(name for name in REQUIRE_ALL if name in plan.enforcement and not plan.enforcement[name].hard)
+
+
+def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Remedy, ...]:
+    """All that can be mended here, the weightiest first; empty where every limit is held as well as it can be."""
+    weak = weak_limits(plan)
+    if not machine.platform.startswith("linux"):
+        return (Remedy(limits=weak, why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}", ways=_ELSEWHERE),)
+    grouped = tuple(name for name in weak if name in BY_GROUPS)
+    others = tuple(name for name in weak if name not in BY_GROUPS)
+    found: list[Remedy] = []
+    if grouped:
+        found.append(Remedy(limits=grouped, why=_why(machine, around, grouped), ways=_ways(machine, around, grouped)))
+    if others:
+        found.append(Remedy(limits=others, why="rlimit is not among the mechanisms allowed", ways=(_ALLOW,)))
+    if _cpu_not_delegated(machine, around) and LimitName.CPUS in grouped and not _has_groups(machine):
+        why = f"the systemd of user {around.user} was given no cpu controller to hand on"
+        found.append(Remedy(limits=(LimitName.CPUS,), why=why, ways=(_delegate_cpu(machine),)))
+    if _swap_extends(machine, plan):
+        why = "this kernel does not account for swap, which extends the memory limit"
+        found.append(Remedy(limits=(LimitName.MEMORY,), why=why, ways=_SWAP))
+    return tuple(found)
+
+
+def swap_state(machine: Machine, plan: SpawnPlan) -> str:
+    """Whether there is swap and what keeps it from extending the memory limit, in words."""
+    if not machine.swap_total:
+        return "none on this machine"
+    held = plan.enforcement.get(LimitName.MEMORY)
+    if held is None:
+        return "no memory limit is set"
+    if held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD):
+        return "may extend the memory limit" if _swap_extends(machine, plan) else "kept from extending the memory limit"
+    return "not counted: what was swapped out goes past the memory limit"
+
+
+def _swap_extends(machine: Machine, plan: SpawnPlan) -> bool:
+    held = plan.enforcement.get(LimitName.MEMORY)
+    if not machine.swap_total or held is None or held.by is not Mechanism.CGROUP_V1:
+        return False
+    return not any(path.endswith("/memory.memsw.limit_in_bytes") for path, _ in plan.cgroup.writes)
+
+
+# --- control groups ---------------------------------------------------------------------------------------------
+
+
+def _has_groups(machine: Machine) -> bool:
+    """Whether groups of the unified tree can be had, if not for every controller."""
+    return machine.v2 is not None or machine.scope is not None
+
+
+def _may_use_groups(machine: Machine) -> bool:
+    return any(machine.may(mechanism) for mechanism in (Mechanism.SYSTEMD, Mechanism.CGROUP_V1, Mechanism.CGROUP_V2))
+
+
+def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> str:
+    missing = " and ".join(BY_GROUPS[name] for name in weak)
+    if not _may_use_groups(machine):
+        return "control groups are not among the mechanisms allowed"
+    if _switched_off(around, weak):
+        return f"the {missing} controller is switched off on the kernel's command line"
+    if machine.scope is not None:
+        whose = "the system's systemd" if machine.scope.runtime is None else f"the systemd of user {around.user}"
+        return f"{whose} was given no {missing} controller to hand on"
+    if machine.v2 is not None:
+        return f"{machine.v2} does not hand on {missing}"
+    if machine.v1:
+        return f"no group of ours can be made for {missing}"
+    seen = machine.v2_why_not if around.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
+    if around.tree is CgroupTree.V2 and around.systemd and machine.scope_why_not:
+        seen += f"; systemd gives no scope: {machine.scope_why_not}"
+    return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
+
+
+def _switched_off(around: Surroundings, weak: tuple[LimitName, ...]) -> bool:
+    return all(BY_GROUPS[name] in around.disabled for name in weak)
+
+
+def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> tuple[Way, ...]:
+    if not _may_use_groups(machine):
+        return (_ALLOW,)
+    if _switched_off(around, weak):
+        return (_switch_on(BY_GROUPS[name] for name in weak),) if around.container is Container.NONE else (_ON_THE_HOST,)
+    if _has_groups(machine):
+        return (_hand_on_the_rest(machine, around),)
+    if _engine_in_charge(around):
+        return container_ways(machine, around)
+    if around.wsl is not None and (around.tree is not CgroupTree.V2 or not around.systemd):
+        return _wsl_ways(machine, around)
+    return _root_ways(around) if machine.uid == 0 else _user_ways(machine, around)
+
+
+def _engine_in_charge(around: Surroundings) -> bool:
+    """Whether it is for the engine of the container to give groups: not where its own systemd or root can."""
+    if around.container is Container.NONE or around.systemd:
+        return False
+    return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
+
+
+def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Way:
+    if machine.uid != 0:
+        return _delegate_cpu(machine) if _cpu_not_delegated(machine, around) else _scope(machine, around)
+    return Way(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
+
+
+def _root_ways(around: Surroundings) -> tuple[Way, ...]:
+    """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
+    if around.tree is CgroupTree.NONE:
+        mount = f"mount -t cgroup2 none {around.mount}"
+        return (Way(what="mount the tree", steps=(f"mkdir -p {around.mount}", mount, hand_on(around.mount, V2_CONTROLLERS))),)
+    if around.read_only:
+        return (Way(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
+    if around.tree is CgroupTree.V2:
+        wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
+        return (Way(what="hand the controllers on", steps=(hand_on(around.mount, wanted),)),)
+    steps = tuple(
+        f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}" for name in V1_CONTROLLERS
+    )
+    return (Way(what="mount the controllers that are missing (a line that fails is there already)", steps=steps), _UNIFIED)
+
+
+def _user_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+    """An ordinary user: in a scope of the user's own systemd, in a group that root gives away, or as root."""
+    if around.tree is CgroupTree.V2 and around.systemd and around.systemd_run:
+        own: tuple[Way, ...] = (_scope(machine, around),)
+    elif around.tree is CgroupTree.V2:
+        own = (_given_v2(around),)
+    elif around.tree in (CgroupTree.V1, CgroupTree.HYBRID):
+        own = (_given_v1(around), _UNIFIED) if around.systemd else (_given_v1(around),)
+    else:
+        own = ()
+    # Hosted runners let every step use sudo without a password: there it is the shortest way.
+    return (_sudo(around), *own) if around.github else (*own, _sudo(around))
+
+
+def _scope(machine: Machine, around: Surroundings) -> Way:
+    """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
+    where = "" if around.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
+    run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
+    linger = f"sudo loginctl enable-linger {around.user}"
+    if not around.user_manager:
+        what = "have your own systemd run without a login too; safe-exec then gets its scopes from it"
+        return Way(what=what, steps=(linger,))
+    note = "" if around.linger else f"where you are not logged in (cron, a service), once: {linger}"
+    return Way(what="in a scope of your own systemd", steps=(run,), note=note)
+
+
+def _cpu_not_delegated(machine: Machine, around: Surroundings) -> bool:
+    usable = around.tree is CgroupTree.V2 and around.systemd and machine.uid != 0
+    return usable and around.user_controllers is not None and "cpu" not in around.user_controllers
+
+
+def _delegate_cpu(machine: Machine) -> Way:
+    """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
+    folder = "/etc/systemd/system/user@.service.d"
+    return Way(
+        what="have systemd delegate cpu to users",
+        steps=(
+            f"sudo mkdir -p {folder}",
+            rf"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee {folder}/delegate.conf",
+            "sudo systemctl daemon-reload",
+        ),
+        note=f"holds from your next login on, or after sudo systemctl restart user@{machine.uid}.service, which ends "
+        "what runs under it",
+    )
+
+
+def _given_v2(around: Surroundings) -> Way:
+    """Delegation by hand (the kernel's admin-guide/cgroup-v2, Delegation): the shell in one group, room beside it."""
+    group = around.mount / f"safe-exec-{around.user}"
+    wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
+    as_root = (
+        f"mkdir -p {group}/shell",
+        hand_on(around.mount, wanted),
+        hand_on(group, wanted),
+        f"chown {around.user} {group} {group}/cgroup.procs {group}/shell {group}/shell/cgroup.procs",
+    )
+    return Way(
+        what="have root give you a group, and move this shell into it",
+        steps=(*(f"sudo sh -c '{step}'" for step in as_root), f"echo $$ | sudo tee {group}/shell/cgroup.procs > /dev/null"),
+        note="until the next boot",
+    )
+
+
+def _given_v1(around: Surroundings) -> Way:
+    """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
+    give = f"sudo mkdir -p $g && sudo chown -R {around.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
+    return Way(
+        what="have root give you a group of each controller, and move this shell into them",
+        steps=(
+            f"for c in {' '.join(V1_CONTROLLERS)}; do",
+            f"  g=/sys/fs/cgroup/$c/safe-exec-{around.user}",
+            f"  {give}",
+            "done",
+        ),
+        note="until the next boot",
+    )
+
+
+def _sudo(around: Surroundings) -> Way:
+    on_github = "; hosted runners ask for no password" if around.github else ""
+    return Way(
+        what="as root",
+        steps=(f'sudo -E env "PATH=$PATH" {NOTEBOOK}',),
+        note=f"the notebook then runs as root, and what it writes belongs to root{on_github}",
+    )
+
+
+# --- WSL --------------------------------------------------------------------------------------------------------
+
+
+def _wsl_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+    if around.wsl == 1:
+        steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
+        return (Way(what="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2", steps=steps),)
+    systemd = _wsl_systemd() if not around.systemd else None
+    unified = _WSL_UNIFIED if around.tree is not CgroupTree.V2 else None
+    ways = [way for way in (unified, systemd) if way is not None]
+    return (*ways, _sudo(around)) if machine.uid != 0 else tuple(ways)
+
+
+def _wsl_systemd() -> Way:
+    """Microsoft's "Advanced settings configuration in WSL": ``[boot] systemd`` of wsl.conf."""
+    return Way(
+        what="have WSL start systemd, which gives each user groups; then ask doctor again",
+        steps=(r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf", "wsl.exe --shutdown"),
+        note="ends all that runs in WSL; where /etc/wsl.conf has a [boot] section, put the line there instead",
+    )
+
+
+_WSL_UNIFIED = Way(
+    what="have WSL mount control groups version 2 alone; then ask doctor again",
+    steps=(
+        "wsl.exe --update",
+        r"# if that is not enough, in %UserProfile%\.wslconfig of Windows:",
+        "[wsl2]",
+        "kernelCommandLine=cgroup_no_v1=all",
+        "# and then",
+        "wsl.exe --shutdown",
+    ),
+    note="ends all that runs in WSL",
+)
+
+# --- what is the same everywhere --------------------------------------------------------------------------------
+
+_GRUB = "in /etc/default/grub add to GRUB_CMDLINE_LINUX"
+_ALLOW = Way(what="leave --mechanisms away", steps=())
+_ON_THE_HOST = Way(what="only the host of this container can switch it on", steps=())
+_UNIFIED = Way(
+    what="boot with control groups version 2 alone; then ask doctor again",
+    steps=(f"# {_GRUB}: systemd.unified_cgroup_hierarchy=1", "sudo update-grub && sudo reboot"),
+)
+_SWAP = (
+    Way(what="account for swap", steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot")),
+    Way(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
+)
+_ELSEWHERE = (Way(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
+
+
+def _switch_on(controllers: Iterable[str]) -> Way:
+    names = " ".join(f"cgroup_enable={name}" for name in controllers)
+    return Way(
+        what="switch it on",
+        steps=(f"# {_GRUB} (on a Raspberry Pi: to /boot/firmware/cmdline.txt): {names}", "sudo update-grub && sudo reboot"),
+        note="and take any cgroup_disable= for it away",
+    )

@@ -1,0 +1,1 @@
+"""Facts about this machine: capabilities, control groups, containers."""

@@ -1,0 +1,260 @@
+"""Where groups of the unified hierarchy may be made: in a group that was handed to us, in our own, or in a scope that systemd makes.
+
+May import procfs. Three rules decide (the kernel's admin-guide/cgroup-v2; systemd's "Control Group APIs and Delegation"):
+
+- a group with processes in it cannot hand controllers on to its children ("no internal processes"); the root group can;
+- a process may be moved by who may write to ``cgroup.procs`` of the nearest common ancestor of both groups ("delegation
+  containment"). A login session and the tree of the same user's systemd meet in a group of root's: nothing can be moved from one to
+  the other, what is to live there must be born there;
+- a group has one writer. Those of systemd's units are systemd's, which takes controllers away again as it sees fit, unless the unit
+  has ``Delegate=yes``: then systemd marks it so (extended attribute, since version 251 for all to read) and keeps away.
+
+And one of our own: where it would leave a group that bounds memory or processors, it is not done. A container, a service or a batch
+job is given less than the machine so that what runs in it stays below that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safe_exec.keeper import procfs
+from safe_exec.records import dataclass
+
+CONTROLLERS = ("memory", "pids", "cpu")
+NEEDED = frozenset({"memory", "pids"})
+UNITS = (".slice", ".scope", ".service", ".socket", ".mount", ".swap")
+LEAF = "safe-exec"
+"""Where our own processes go in a group that is to hand controllers on."""
+SCOPE_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tree:
+    """The unified tree as this process sees it: where it is mounted, and the directory of the group that we are in."""
+
+    top: Path
+    own: Path
+
+    def upwards(self) -> Iterator[Path]:
+        """Our own group and those above it."""
+        directory = self.own
+        while directory == self.top or self.top in directory.parents:
+            yield directory
+            directory = directory.parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scope:
+    """A scope that systemd makes for each sandbox: below the slice at ``directory``, by the user's own systemd or the system's.
+
+    ``runtime`` is where the user's is reached (XDG_RUNTIME_DIR).
+    """
+
+    slice: str
+    directory: Path
+    controllers: frozenset[str]
+    runtime: Path | None = None
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """For systemd-run; what the user set may lead elsewhere (``su``, ``dbus-run-session``)."""
+        return (
+            {}
+            if self.runtime is None
+            else {"XDG_RUNTIME_DIR": str(self.runtime), "DBUS_SESSION_BUS_ADDRESS": f"unix:path={self.runtime}/bus"}
+        )
+
+    def command(self, name: str) -> tuple[str, ...]:
+        """What is put in front of a command so that it is born in a scope of that name, which goes when its last process has gone.
+
+        The default limit on tasks of a scope (a share of the machine's) is none that anybody asked for.
+        """
+        whose = () if self.runtime is None else ("--user",)
+        more = ("-p", "Delegate=yes", "-p", "TasksMax=infinity", "--description=a notebook in safe-exec's limits", "--")
+        return ("systemd-run", *whose, "--scope", "--quiet", "--collect", f"--unit={name}.scope", f"--slice={self.slice}", *more)
+
+    def group(self, name: str) -> Path:
+        """The directory of that scope."""
+        return self.directory / f"{name}.scope"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ground:
+    """A group below which ours may be made; ``None`` and why, where there is none.
+
+    ``step_down``: it is our own, and its processes, ours alone, must first go into a group below. ``borrowed``: it is a unit of
+    systemd's that was not delegated, which is good only where nothing else is.
+    """
+
+    parent: Path | None = None
+    controllers: frozenset[str] = frozenset()
+    step_down: bool = False
+    borrowed: bool = False
+    why_not: str = ""
+
+
+def find(tree: Tree, *, systemd: bool) -> Ground:
+    """The nearest group from ours upwards below which we may make one that gets controllers."""
+    above = _above(tree, systemd=systemd)
+    if above.parent is not None and not above.borrowed:
+        return above
+    if _is_ours_alone(tree, systemd=systemd):
+        controllers = frozenset(words(tree.own / "cgroup.controllers")) & frozenset(CONTROLLERS)
+        return Ground(parent=tree.own, controllers=controllers, step_down=True)
+    return above
+
+
+def _above(tree: Tree, *, systemd: bool) -> Ground:
+    why = "no group above this process hands memory and pids on to new groups"
+    for directory in tree.upwards():
+        given = frozenset(words(directory / "cgroup.subtree_control"))
+        if not given >= NEEDED:
+            continue
+        if bound := bounds_left(tree, directory):
+            return Ground(why_not=bound)
+        trouble = can_join_below(directory)
+        if not trouble:
+            return Ground(
+                parent=directory, controllers=given & frozenset(CONTROLLERS), borrowed=systemd and _is_unit(tree, directory)
+            )
+        why = trouble
+    return Ground(why_not=why)
+
+
+def _is_unit(tree: Tree, directory: Path) -> bool:
+    """Whether a group is systemd's to write to. The service of a user's systemd is delegated, and that systemd's own."""
+    if directory.name.startswith("user@") and directory.name.endswith(".service"):
+        return True
+    return (directory == tree.top or directory.name.endswith(UNITS)) and not _is_delegated(directory)
+
+
+def _is_delegated(directory: Path) -> bool:
+    for name in ("user.delegate", "trusted.delegate"):
+        with contextlib.suppress(OSError):
+            return os.getxattr(directory, name) == b"1"
+    return False
+
+
+def _says_delegated(own: Path) -> bool:
+    """What systemd itself says of the unit that we are in: a user's systemd 252 leaves no mark on its scopes [measured]."""
+    user = any(part.startswith("user@") and part.endswith(".service") for part in own.parts)
+    argv = ["systemctl", *(["--user"] if user else []), "show", "--property=Delegate", "--value", own.name]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SCOPE_SECONDS, check=False)
+        return done.stdout.strip() == "yes"
+    return False
+
+
+def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
+    """Whether our own group may be divided: we may write to it, and there is no process in it but this one and what it started.
+
+    So it is below ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a container that runs nothing else.
+    """
+    own = tree.own
+    files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
+    if not all(os.access(path, os.W_OK) for path in files) or not frozenset(words(own / "cgroup.controllers")) >= NEEDED:
+        return False
+    there = {int(pid) for pid in words(own / "cgroup.procs")}
+    me = os.getpid()
+    if not (there == {me} or there <= {me, *procfs.descendants(me)}) or can_make_group(own):
+        return False
+    return not (systemd and _is_unit(tree, own)) or _says_delegated(own)
+
+
+def bounds_left(tree: Tree, target: Path) -> str:
+    """Which bound on memory or processors a sandbox below ``target`` would escape that we are under; empty where none."""
+    for directory in tree.upwards():
+        if directory == target or directory in target.parents:
+            break
+        for file in ("memory.max", "cpu.max"):
+            value = words(directory / file)
+            if value and value[0] != "max":
+                return f"a group below {target} would leave {directory}, which has a {file} of {' '.join(value)}"
+    return ""
+
+
+def can_join_below(directory: Path) -> str:
+    """Why a process of ours may not be moved into a new group here; empty where it may."""
+    trouble = can_make_group(directory)
+    if trouble:
+        return trouble
+    if not os.access(directory / "cgroup.procs", os.W_OK):
+        return f"{directory}/cgroup.procs is not ours to write"
+    return ""
+
+
+def can_make_group(directory: Path) -> str:
+    """Try to make and remove a group; why not, or the empty string. The only proof that counts: modes and mounts lie."""
+    probe = directory / f"safe-exec-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+    except OSError as error:
+        return f"{directory}: {error.strerror}"
+    probe.rmdir()
+    return ""
+
+
+# --- scopes -----------------------------------------------------------------------------------------------------
+
+
+def find_scope(tree: Tree, uid: int) -> tuple[Scope | None, str]:
+    """A scope that systemd makes for us, tried; or why there is none. Costs one start of systemd-run, where there is a systemd at all."""
+    if shutil.which("systemd-run") is None:
+        return None, "there is no systemd-run"
+    scope = _system_scope(tree) if uid == 0 else _user_scope(tree, uid)
+    if isinstance(scope, str):
+        return None, scope
+    bound = bounds_left(tree, scope.directory)
+    why = bound or _refused(scope)
+    return (None, why) if why else (scope, "")
+
+
+def _system_scope(tree: Tree) -> Scope | str:
+    """Root's: in the slice that we are in, so that its limits go on to hold."""
+    above = next((path for path in tree.upwards() if path.name.endswith(".slice")), tree.top / "system.slice")
+    return _scope(above, tree.top, None)
+
+
+def _user_scope(tree: Tree, uid: int) -> Scope | str:
+    manager = tree.top / f"user.slice/user-{uid}.slice/user@{uid}.service"
+    runtime = Path(f"/run/user/{uid}")
+    if not os.access(runtime / "bus", os.W_OK) or not manager.is_dir():
+        return f"no systemd of user {uid} is running"
+    inside = (path for path in tree.upwards() if manager in path.parents and path.name.endswith(".slice"))
+    return _scope(next(inside, manager / "app.slice"), manager, runtime)
+
+
+def _scope(directory: Path, manager: Path, runtime: Path | None) -> Scope | str:
+    controllers = frozenset(words(manager / "cgroup.controllers")) & frozenset(CONTROLLERS)
+    if not controllers >= NEEDED:
+        return f"{manager} has no {' and '.join(sorted(NEEDED - controllers))} to hand on"
+    return Scope(slice=directory.name, directory=directory, controllers=controllers, runtime=runtime)
+
+
+def _refused(scope: Scope) -> str:
+    """Why systemd makes no such scope, or another than we think; empty where it does."""
+    name = f"safe-exec-probe-{os.getpid()}"
+    argv = [*scope.command(name), "sh", "-c", 'grep -qx $$ "$1/cgroup.procs"', "sh", str(scope.group(name))]
+    try:
+        done = subprocess.run(
+            argv, env={**os.environ, **scope.environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=SCOPE_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"systemd-run: {error}"
+    if not done.returncode:
+        return ""
+    return f"systemd-run: {(done.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
+
+
+def words(path: Path) -> list[str]:
+    """The words of a small file; none where it cannot be read."""
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

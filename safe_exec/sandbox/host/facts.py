@@ -1,0 +1,223 @@
+"""Where this process runs: container, WSL, CI, systemd, and the state of the control group tree around it.
+
+Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is tried out by ``machine``. May
+import leftovers and procfs. Reads files only, below a root that tests replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+
+from safe_exec.records import dataclass
+from safe_exec.sandbox import stale_runs
+
+
+class Container(StrEnum):
+    """What kind of container, as far as it can be told from inside."""
+
+    NONE = "none"
+    DOCKER = "docker"
+    PODMAN = "podman"
+    KUBERNETES = "kubernetes"
+    OTHER = "other"
+
+
+class CgroupTree(StrEnum):
+    """Which control group hierarchies are mounted; ``hybrid`` has controllers in v1 and a unified tree beside them."""
+
+    V2 = "v2"
+    HYBRID = "hybrid"
+    V1 = "v1"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What the advice depends on.
+
+    ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
+    are controllers switched off at boot; ``read_only`` says that the groups are mounted so. ``wsl`` is the version of
+    WSL. ``user_manager``: a systemd of this user runs; ``user_controllers`` is what it may hand on (``None``: not seen);
+    ``runtime_dir``: the environment says where to reach it; ``linger``: it runs without a login too. ``distribution`` is its names
+    (``ubuntu debian``); ``apparmor_userns``, ``no_userns_clone`` and ``no_user_namespaces`` are settings that keep users from namespaces.
+    """
+
+    release: str = ""
+    user: str = ""
+    tree: CgroupTree = CgroupTree.NONE
+    mount: Path = Path("/sys/fs/cgroup")
+    controllers: frozenset[str] = frozenset()
+    disabled: frozenset[str] = frozenset()
+    read_only: bool = False
+    container: Container = Container.NONE
+    wsl: int | None = None
+    github: bool = False
+    systemd: bool = False
+    systemd_run: bool = False
+    user_manager: bool = False
+    user_controllers: frozenset[str] | None = None
+    runtime_dir: bool = False
+    linger: bool = False
+    distribution: str = ""
+    apparmor_userns: bool = False
+    no_userns_clone: bool = False
+    no_user_namespaces: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mounts:
+    tree: CgroupTree
+    unified: Path | None
+    read_only: bool
+
+
+def look(
+    *, root: Path = Path("/"), environ: Mapping[str, str] = os.environ, uid: int | None = None, release: str | None = None
+) -> Surroundings:
+    """Look around; with ``root`` another file system than the machine's own, for tests."""
+    number = uid if uid is not None else _own_uid()
+    kernel = release if release is not None else platform.release()
+    user = _user_name(number, root)
+    mounts = _mounts(_text(root / "proc/self/mountinfo"))
+    unified = mounts.unified or Path("/sys/fs/cgroup")
+    manager = f"user.slice/user-{number}.slice/user@{number}.service/cgroup.controllers"
+    handed_on = _inside(root, unified) / manager
+    return Surroundings(
+        release=kernel,
+        user=user,
+        tree=mounts.tree,
+        mount=unified,
+        controllers=frozenset(_text(_inside(root, unified) / "cgroup.controllers").split()),
+        disabled=_disabled(_text(root / "proc/cgroups")),
+        read_only=mounts.read_only,
+        container=_container(root, environ),
+        wsl=_wsl(kernel),
+        github=environ.get("GITHUB_ACTIONS") == "true",
+        systemd=_there(root / "run/systemd/system"),  # sd_booted(3)
+        systemd_run=_has_program("systemd-run", root, environ),
+        user_manager=_there(root / f"run/user/{number}/systemd/private"),
+        user_controllers=frozenset(_text(handed_on).split()) if _there(handed_on) else None,
+        runtime_dir=bool(environ.get("XDG_RUNTIME_DIR")),
+        linger=_there(root / "var/lib/systemd/linger" / user),
+        distribution=_distribution(_text(root / "etc/os-release")),
+        apparmor_userns=_text(root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns").strip() == "1",
+        no_userns_clone=_text(root / "proc/sys/kernel/unprivileged_userns_clone").strip() == "0",
+        no_user_namespaces=_text(root / "proc/sys/user/max_user_namespaces").strip() == "0",
+    )
+
+
+def dead_runs() -> int:
+    """How many earlier runs left their notes behind because runner and keeper were both killed.
+
+    The next run cleans up after them. Raises PermissionError where the directory of the notes is not this user's.
+    """
+    return sum(_is_dead(path) for path in stale_runs.notes_directory().glob("*.json"))
+
+
+def _is_dead(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return stale_runs.is_dead(json.loads(path.read_text()))
+    return False  # gone meanwhile, or being written
+
+
+def _own_uid() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
+
+
+def _user_name(uid: int, root: Path) -> str:
+    """The name of a user from the passwd file, else from the system's directory of users, else the number."""
+    for line in _text(root / "etc/passwd").splitlines():
+        fields = line.split(":")
+        if fields[2:3] == [str(uid)]:
+            return fields[0]
+    with contextlib.suppress(ImportError, KeyError):  # Windows; a uid without a name
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
+
+
+def _mounts(mountinfo: str) -> _Mounts:
+    """What proc_pid_mountinfo(5) says of control groups."""
+    unified: Path | None = None
+    v1 = read_only = False
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.partition(" ")
+        if kind == "cgroup2":
+            unified = unified or Path(left.split()[4])
+        elif kind == "cgroup" and "name=" not in options:
+            v1 = True
+        else:
+            continue
+        read_only = read_only or "ro" in left.split()[5].split(",")
+    return _Mounts(tree=_TREES[unified is not None, v1], unified=unified, read_only=read_only)
+
+
+_TREES = {
+    (True, True): CgroupTree.HYBRID,
+    (True, False): CgroupTree.V2,
+    (False, True): CgroupTree.V1,
+    (False, False): CgroupTree.NONE,
+}
+
+
+def _disabled(cgroups: str) -> frozenset[str]:
+    """The controllers that /proc/cgroups has as not enabled (``cgroup_disable=memory`` on the kernel's command line)."""
+    rows = [line.split() for line in cgroups.splitlines() if not line.startswith("#")]
+    return frozenset(row[0] for row in rows if row[-1:] == ["0"])
+
+
+def _distribution(release: str) -> str:
+    """What os-release(5) calls the system and those that it is like."""
+    rows = dict(line.split("=", 1) for line in release.splitlines() if "=" in line)
+    return " ".join(rows.get(name, "").strip("\"' ") for name in ("ID", "ID_LIKE")).strip()
+
+
+def _container(root: Path, environ: Mapping[str, str]) -> Container:
+    """Files first, which the engines themselves make; then the variable that container managers set; then group names."""
+    groups = _text(root / "proc/self/cgroup")
+    named = environ.get("container", "")
+    if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
+        return Container.KUBERNETES
+    if _there(root / "run/.containerenv") or named in ("podman", "libpod") or "libpod" in groups:
+        return Container.PODMAN
+    if _there(root / ".dockerenv") or named == "docker" or "/docker" in groups:
+        return Container.DOCKER
+    # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a machine.
+    found = named or _text(root / "run/systemd/container").strip()
+    return Container.OTHER if found and found != "wsl" else Container.NONE
+
+
+def _wsl(release: str) -> int | None:
+    """WSL 1 calls its kernel ``...-Microsoft``, WSL 2 ``...-microsoft-standard-WSL2``."""
+    if "microsoft" not in release.lower():
+        return None
+    return 1 if release.endswith("-Microsoft") else 2
+
+
+def _has_program(name: str, root: Path, environ: Mapping[str, str]) -> bool:
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    return any(folder and _there(_inside(root, Path(folder)) / name) for folder in folders)
+
+
+def _inside(root: Path, path: Path) -> Path:
+    return root / str(path).lstrip("/")
+
+
+def _there(path: Path) -> bool:
+    """As Path.exists(), but a folder that is closed to us (an entry of PATH, after su) is no error."""
+    return os.path.exists(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""One file per mechanism that enforces limits or isolation."""

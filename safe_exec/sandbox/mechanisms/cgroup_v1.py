@@ -1,0 +1,102 @@
+"""Control groups version 1: one group per controller under our own, limits for all processes of the sandbox together.
+
+Sources: the kernel's admin-guide/cgroup-v1 (memory.rst, pids.rst), sched-bwc.rst. Facts measured on Linux 6.18:
+``memory.failcnt`` stays 0 through real kills, so kills are read from ``oom_kill`` of ``memory.oom_control``, which is
+counted in the victim's own group.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.plan import CgroupWork, Offer
+
+PERIOD_US = 100_000
+
+
+def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
+    """What the controllers that are writable here can hold; ``name`` is the directory of this sandbox."""
+    if not machine.may(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
+        return None
+    work = CgroupWork()
+    holds: dict[LimitName, Enforcement] = {}
+    for part_work, part_holds in (_memory(limits, machine, name), _pids(limits, machine, name), _cpu(limits, machine, name)):
+        work = work.plus(part_work)
+        holds.update(part_holds)
+    return Offer(mechanism=Mechanism.CGROUP_V1, holds=holds, cgroup=work.plus(_kill(machine, name)))
+
+
+def _kill(machine: Machine, name: str) -> CgroupWork:
+    """On a hybrid host a group of the unified tree without controllers still gives ``cgroup.kill`` (since 5.14)."""
+    if machine.v2_plain is None:
+        return CgroupWork()
+    group = machine.v2_plain / name
+    return CgroupWork(dirs=(str(group),), joins=(str(group / "cgroup.procs"),), kill_files=(str(group / "cgroup.kill"),))
+
+
+def _memory(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+    if "memory" not in machine.v1:
+        return CgroupWork(), {}
+    group = machine.v1["memory"] / name
+    writes: list[tuple[str, str]] = []
+    held: dict[LimitName, Enforcement] = {}
+    if limits.memory is not None:
+        writes.append((str(group / "memory.limit_in_bytes"), str(limits.memory)))
+        swap, note = _swap(machine, group, limits.memory)
+        writes.extend(swap)
+        held[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note=note)
+    return CgroupWork(
+        dirs=(str(group),),
+        writes=tuple(writes),
+        joins=(str(group / "cgroup.procs"),),
+        counter_files=(str(group / "memory.oom_control"), str(group / "memory.max_usage_in_bytes")),
+        memory_file=str(group / "memory.usage_in_bytes"),
+    ), held
+
+
+def _swap(machine: Machine, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
+    """Keep swap from extending the limit: memory and swap together get the same limit where that is accounted."""
+    if (machine.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
+        return [(str(group / "memory.memsw.limit_in_bytes"), str(memory))], "swap counts against the same limit"
+    if machine.swap_total:
+        return [(str(group / "memory.swappiness"), "0")], "swap is not accounted here; swappiness is 0"
+    return [], "this machine has no swap"
+
+
+def _pids(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+    if "pids" not in machine.v1:
+        return CgroupWork(), {}
+    group = machine.v1["pids"] / name
+    held: dict[LimitName, Enforcement] = {}
+    writes: tuple[tuple[str, str], ...] = ()
+    if limits.processes is not None:
+        writes = ((str(group / "pids.max"), str(limits.processes)),)
+        held[LimitName.PROCESSES] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note="threads count")
+    return CgroupWork(
+        dirs=(str(group),),
+        writes=writes,
+        joins=(str(group / "cgroup.procs"),),
+        counter_files=(str(group / "pids.events"), str(group / "pids.peak")),
+    ), held
+
+
+def _cpu(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+    groups = sorted({machine.v1[c] / name for c in ("cpu", "cpuacct") if c in machine.v1})
+    held: dict[LimitName, Enforcement] = {}
+    writes: tuple[tuple[str, str], ...] = ()
+    if limits.cpus is not None and "cpu" in machine.v1:
+        group = machine.v1["cpu"] / name
+        quota = max(1000, round(limits.cpus * PERIOD_US))
+        writes = (
+            (str(group / "cpu.cfs_period_us"), str(PERIOD_US)),
+            (str(group / "cpu.cfs_quota_us"), str(quota)),
+        )
+        held[LimitName.CPUS] = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
+    return CgroupWork(
+        dirs=tuple(str(g) for g in groups),
+        writes=writes,
+        joins=tuple(str(g / "cgroup.procs") for g in groups),
+        counter_files=(str(machine.v1["cpuacct"] / name / "cpuacct.usage"),) if "cpuacct" in machine.v1 else (),
+    ), held

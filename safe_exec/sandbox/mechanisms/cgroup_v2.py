@@ -1,0 +1,91 @@
+"""Control groups version 2: one group below the nearest one that hands its controllers on.
+
+Sources: the kernel's admin-guide/cgroup-v2. ``memory.peak`` exists since 5.19, ``cgroup.kill`` since 5.14,
+``memory.events.local`` since 5.2; what an older kernel lacks is simply not read. ``memory.oom.group`` stays 0: a killed
+worker must not take the kernel with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.records import dataclass
+from safe_exec.sandbox.host import cgroup_delegation
+from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer
+
+PERIOD_US = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """A group for ours to stand in, and who gives it."""
+
+    by: Mechanism
+    parent: Path
+    controllers: frozenset[str]
+    note: str = ""
+    leaf: str | None = None
+    born: tuple[str, ...] = ()
+
+
+def _place(machine: Machine, name: str) -> _Place | None:
+    """A scope of its own where systemd makes one, which is asked only where that is the better way."""
+    scope = machine.scope
+    if scope is not None and machine.may(Mechanism.SYSTEMD):
+        whose = "the system's" if scope.runtime is None else "the user's"
+        note = f"a scope of {whose} systemd"
+        born = scope.command(name)
+        return _Place(
+            by=Mechanism.SYSTEMD, parent=scope.group(name), controllers=scope.controllers, note=note, leaf="keeper", born=born
+        )
+    if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
+        leaf = cgroup_delegation.LEAF if machine.v2_step_down else None
+        return _Place(by=Mechanism.CGROUP_V2, parent=machine.v2, controllers=machine.v2_controllers, leaf=leaf)
+    return None
+
+
+def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
+    """What a group of the unified hierarchy can hold here; ``name`` is its directory."""
+    place = _place(machine, name)
+    if place is None:
+        return None
+    group = place.parent / name
+    writes: list[tuple[str, str]] = []
+    holds: dict[LimitName, Enforcement] = {}
+
+    def hold(limit: LimitName, file: str, value: str, note: str = "") -> None:
+        writes.append((str(group / file), value))
+        holds[limit] = Enforcement(by=place.by, hard=True, note="; ".join(part for part in (note, place.note) if part))
+
+    if limits.memory is not None and "memory" in place.controllers:
+        hold(LimitName.MEMORY, "memory.max", str(limits.memory), "no swap")
+    if limits.processes is not None and "pids" in place.controllers:
+        hold(LimitName.PROCESSES, "pids.max", str(limits.processes), "threads count")
+    if limits.cpus is not None and "cpu" in place.controllers:
+        hold(LimitName.CPUS, "cpu.max", f"{max(1000, round(limits.cpus * PERIOD_US))} {PERIOD_US}")
+    hand_on = None
+    if place.leaf is not None:
+        hand_on = HandOn(
+            group=str(place.parent),
+            leaf=str(place.parent / place.leaf),
+            controllers=tuple(controller for controller in cgroup_delegation.CONTROLLERS if controller in place.controllers),
+            born=place.born,
+            environment=machine.scope.environment if place.born and machine.scope else {},
+        )
+    work = CgroupWork(
+        hand_on=hand_on,
+        dirs=(str(group),),
+        writes=tuple(writes),
+        # Absent where swap accounting is off.
+        writes_where_present=((str(group / "memory.swap.max"), "0"),) if limits.memory is not None else (),
+        joins=(str(group / "cgroup.procs"),),
+        kill_files=(str(group / "cgroup.kill"),),
+        memory_file=str(group / "memory.current"),
+        counter_files=tuple(
+            str(group / name)
+            for name in ("memory.events", "memory.events.local", "memory.peak", "pids.events", "pids.peak", "cpu.stat")
+        ),
+    )
+    return Offer(mechanism=place.by, holds=holds, cgroup=work)

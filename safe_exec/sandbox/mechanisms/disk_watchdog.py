@@ -1,0 +1,104 @@
+"""The last resort for what is written to disk: the folder and the temporary files of a run are walked now and then. May import held, procfs.
+
+Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a run since it began: blocks on the disk, at least
+a page for each entry, and what is held open there after it was removed. The walk takes a twentieth of the time at most, and comes
+early when so much space has gone from the file system that the limit may be passed: a fast writer is seen within a tenth of a second and a walk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from safe_exec.keeper import procfs
+from safe_exec.sandbox.usage.open_files import BLOCK, held
+
+LOOK_SECONDS = 0.1
+WALK_SECONDS = 0.5
+SHARE = 20
+"""A walk of a second is followed by so many without one, unless space goes."""
+PAGE = 4096
+
+
+def size_of(places: Iterable[str]) -> int:
+    """Bytes of all below some directories, each inode once; what goes while we walk, or cannot be read, does not count."""
+    sizes: dict[tuple[int, int], int] = {}
+    left = list(places)
+    while left:
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    sizes[status.st_dev, status.st_ino] = max(PAGE, status.st_blocks * BLOCK)
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+    return sum(sizes.values())
+
+
+def free_of(places: Iterable[str]) -> int:
+    """Bytes that are free where they lie, each file system once."""
+    found: dict[int, int] = {}
+    for place in places:
+        with contextlib.suppress(OSError):
+            status = os.statvfs(place)
+            found[os.stat(place).st_dev] = status.f_bfree * status.f_frsize
+    return sum(found.values())
+
+
+class DiskWatch(threading.Thread):
+    """Looks at the places of one sandbox until stopped, and calls ``on_passed(bytes)`` once, when more than allowed has come to them."""
+
+    def __init__(self, root: int, places: tuple[str, ...], allowed: int, on_passed: Callable[[int], None]) -> None:
+        super().__init__(name="safe-exec-diskwatch", daemon=True)
+        self._root, self._places, self._allowed = root, places, allowed
+        self._on_passed = on_passed
+        self._stop_event = threading.Event()
+        self._looking = threading.Lock()
+        self._before: int | None = None
+        self._passed = False
+        self._used = 0
+        self._free = 0
+        self._begun = self._took = 0.0
+
+    def run(self) -> None:
+        """Walk once for what was there before, then look on."""
+        with self._looking:
+            self._before = size_of(self._places)
+            self._free = free_of(self._places)
+            self._begun = time.monotonic()
+        while not self._stop_event.wait(LOOK_SECONDS):
+            if self.look():
+                return
+
+    def look(self, *, last: bool = False) -> bool:
+        """Walk if it is time to; whether more than allowed has come. The ``last`` look of a run is always one if it is a short one."""
+        with self._looking:
+            if self._passed or self._before is None or self._stop_event.is_set():
+                return self._passed
+            # Of all that is allowed, what is not used yet may have been written since: then look, but no more than half of the time.
+            gone = self._free - free_of(self._places)
+            near = gone > self._allowed - self._used
+            rest = self._took if near else max(WALK_SECONDS, SHARE * self._took)
+            due = near or self._took < WALK_SECONDS if last else time.monotonic() - self._begun - self._took >= rest
+            if due:
+                self._walk(self._before)
+            return self._passed
+
+    def _walk(self, before: int) -> None:
+        self._begun = time.monotonic()
+        self._free = free_of(self._places)
+        removed = held(procfs.descendants(self._root)).removed
+        self._used = size_of(self._places) - before + sum(removed.values())
+        self._took = time.monotonic() - self._begun
+        if self._used > self._allowed:
+            self._passed = True
+            self._on_passed(self._used)
+
+    def stop(self) -> None:
+        """End the watch and wait for its thread, unless called from it."""
+        self._stop_event.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join()

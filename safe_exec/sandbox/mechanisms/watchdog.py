@@ -1,0 +1,124 @@
+"""The last resort: looks at the processes of a sandbox and reports a limit that is passed.
+
+It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its memory limit meanwhile
+is measured by ``make bench`` and stated in docs/limits.md. May import model, machine, plan, process_tree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.records import dataclass, replace
+from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.plan import Offer
+from safe_exec.sandbox.process_tree import ProcessTree, TreeUse
+
+PERIOD_SECONDS = 0.02
+REST_SHARE = 2
+"""After a look it rests so many times as long as the look took: hundreds of processes take milliseconds."""
+COUNT_REST_SHARE = 4
+"""The same after shared pages were counted, which takes up to 50 ms per GB."""
+FASTEST_BYTES_PER_SECOND = 5 << 30
+"""No allocation fills memory faster: until then what was counted cannot have grown to the limit."""
+WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
+
+
+def offer(limits: Limits, machine: Machine) -> Offer | None:
+    """What a watch can hold: memory, processes and processor time of the whole tree, and what it writes (disk_watchdog.py)."""
+    if not machine.may(Mechanism.WATCHDOG):
+        return None
+    note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
+    holds = {name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note) for name in WATCHED if limits.of(name) is not None}
+    if limits.disk is not None:
+        what = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
+        holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=what)
+    return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peaks:
+    """The highest figures seen: bytes where memory is watched, tasks. ``upper_bound``: the memory may be less.
+
+    ``children`` are the bytes that processes other than the kernel's had at the peak; shared memory is nobody's.
+    """
+
+    memory: int | None = None
+    upper_bound: bool = False
+    children: int | None = None
+    tasks: int | None = None
+
+
+class Watchdog(threading.Thread):
+    """Looks at a tree until stopped, and calls ``on_passed(limit, used)`` once, for the first limit passed."""
+
+    def __init__(
+        self, tree: ProcessTree, limits: Limits, names: frozenset[LimitName], on_passed: Callable[[LimitName, float], None]
+    ) -> None:
+        super().__init__(name="safe-exec-watchdog", daemon=True)
+        self.tree = tree
+        self.peaks = Peaks()
+        self._limits = limits
+        self._names = names
+        self._on_passed = on_passed
+        self._stop_event = threading.Event()
+        self._looking = threading.Lock()
+        self._passed = False
+        self._count_next = 0.0
+
+    def run(self) -> None:
+        """Look every 20 ms."""
+        rest = PERIOD_SECONDS
+        while not self._stop_event.wait(rest):
+            begun = time.monotonic()
+            if self.look():
+                return
+            rest = max(PERIOD_SECONDS, REST_SHARE * (time.monotonic() - begun))
+
+    def look(self, *, last: bool = False) -> bool:
+        """Look now; whether a limit was passed. The ``last`` look of a run spares no time to be sure."""
+        with self._looking:
+            if self._passed or self._stop_event.is_set():
+                return self._passed
+            use = self.tree.read()
+            self.peaks = replace(self.peaks, tasks=max(use.tasks, self.peaks.tasks or 0))
+            for name, used in self._figures(use, last=last):
+                allowed = self._limits.of(name)
+                if name in self._names and allowed is not None and used > allowed:
+                    self._passed = True
+                    self._on_passed(name, used)
+                    break
+            return self._passed
+
+    def stop(self) -> None:
+        """End the watch and wait for its thread, unless called from it."""
+        self._stop_event.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join()
+
+    def _figures(self, use: TreeUse, *, last: bool) -> tuple[tuple[LimitName, float], ...]:
+        return (
+            (LimitName.MEMORY, self._memory(use, last=last)),
+            (LimitName.PROCESSES, use.tasks),
+            (LimitName.CPU_TIME, use.cpu_seconds),
+        )
+
+    def _memory(self, use: TreeUse, *, last: bool) -> int:
+        """Memory to be held against the limit: nobody is to be killed for pages that were counted twice."""
+        allowed = self._limits.memory
+        if allowed is None or LimitName.MEMORY not in self._names:
+            return use.memory
+        memory, bound = use.memory, use.upper_bound
+        if use.least <= allowed < use.most:
+            memory = use.least
+            if last or time.monotonic() >= self._count_next:
+                count = self.tree.count()
+                memory, bound = count.at_least, count.upper_bound
+                rest = max(COUNT_REST_SHARE * count.seconds, (allowed - memory) / FASTEST_BYTES_PER_SECOND)
+                self._count_next = count.at + rest
+        if self.peaks.memory is None or memory > self.peaks.memory:
+            children = replace(use, memory=memory).children_memory
+            self.peaks = replace(self.peaks, memory=memory, upper_bound=bound, children=children)
+        return memory

@@ -1,0 +1,102 @@
+"""From limits and a machine to a plan: asks every mechanism, strongest first. The list here is where a new one is added.
+
+May import the mechanisms, plan, machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from safe_exec.errors import UsageError
+from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.records import dataclass, replace
+from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.mechanisms import cgroup_v1, cgroup_v2, rlimits, watchdog
+from safe_exec.sandbox.mechanisms import isolation as walls
+from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
+
+
+def build_plan(limits: Limits, machine: Machine, run_id: str, isolation: Isolation | None = None) -> SpawnPlan:
+    """The plan for one sandbox."""
+    asked = isolation or Isolation()
+    wall_plan = walls.put_up(asked, limits, machine)
+    group = f"safe-exec-{run_id}"
+    # Elsewhere no notebook is run (platforms.py), so nothing holds anything.
+    offers = (
+        ()
+        if not machine.platform.startswith("linux")
+        else (
+            cgroup_v2.offer(limits, machine, group),
+            cgroup_v1.offer(limits, machine, group),
+            rlimits.offer(limits, machine, enclosed=wall_plan.enclosed),
+            walls.offer(limits, machine),
+            watchdog.offer(limits, machine),
+        )
+    )
+    plan = fold(limits, [offer for offer in offers if offer is not None])
+    return replace(
+        plan,
+        isolation=asked,
+        walls=wall_plan.walls,
+        enclosed=machine.bubblewrap if wall_plan.enclosed else None,
+        landlock=wall_plan.landlock,
+        disk=limits.disk if wall_plan.enclosed else None,
+        shm=limits.shm if wall_plan.enclosed else None,
+    )
+
+
+CHOOSABLE = (
+    Mechanism.SYSTEMD,
+    Mechanism.CGROUP_V2,
+    Mechanism.CGROUP_V1,
+    Mechanism.RLIMIT,
+    Mechanism.WATCHDOG,
+    Mechanism.BUBBLEWRAP,
+    Mechanism.LANDLOCK,
+    Mechanism.SECCOMP,
+)
+"""What ``--mechanisms`` may name."""
+
+
+def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
+    """The mechanisms that may be used; ``None`` is all. Raises UsageError with those that there are."""
+    if names is None:
+        return frozenset(Mechanism)
+    known = {mechanism.value: mechanism for mechanism in CHOOSABLE}
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise UsageError(f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(known)}")
+    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Required:
+    """What ``--require`` names. ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has it."""
+
+    names: tuple[LimitName | Wall, ...] = ()
+    isolation: bool | None = None
+
+
+EVERY_LIMIT, EVERY_WALL, NOTHING = "all", "walls", "none"
+REQUIRABLE: Mapping[str, LimitName | Wall] = {
+    **{wall.value: wall for wall in Wall if wall is not Wall.PROCESSES},
+    "own_processes": Wall.PROCESSES,  # there is a limit of that name
+    **{name.value: name for name in LimitName},
+}
+
+
+def parse_required(text: str, limits: Limits) -> Required:
+    """``--require memory,network``: names of limits and walls; ``all`` (those of REQUIRE_ALL for which a limit is set), ``walls``, or ``none``.
+
+    Raises ValueError with the names that there are.
+    """
+    words = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
+    if words == [NOTHING]:
+        return Required(isolation=False)
+    wrong = [word for word in words if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
+    if wrong or not words:
+        known = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
+        raise ValueError(f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {known}")
+    every = [name for name in REQUIRE_ALL if limits.of(name) is not None] if EVERY_LIMIT in words else []
+    names = (*every, *(REQUIRABLE[word] for word in words if word in REQUIRABLE))
+    return Required(names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in words else None)

@@ -1,0 +1,116 @@
+"""Notes of what a run is about to make, so that the next run can clean up after a runner and keeper that were both killed.
+
+May import procfs. A note is one JSON file per sandbox in a directory of the user's own; the keeper removes it last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat as stat_module
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from safe_exec.errors import SandboxError
+from safe_exec.keeper import file_tree, procfs
+
+
+def notes_directory() -> Path:
+    """The user's own directory for notes: below XDG_RUNTIME_DIR, else a 0700 directory in /tmp that must be ours."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    own = Path(tempfile.gettempdir()) / f"safe-exec-{os.geteuid()}"
+    directory = Path(base) / "safe-exec" if base and os.access(base, os.W_OK) else own
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    if not stat_module.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise SandboxError(f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is")
+    return directory
+
+
+def note_path(run_id: str) -> Path:
+    """Where the note of a run stands."""
+    return notes_directory() / f"{run_id}.json"
+
+
+def write_note(path: Path, note: Mapping[str, object]) -> None:
+    """Write down what is about to be made, before it is."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        json.dump(note, handle)
+
+
+def renew_note(path: Path, note: Mapping[str, object]) -> None:
+    """Replace a note by one that says more; at no moment is there none."""
+    fresh = path.with_name(f".{path.stem}.new")
+    write_note(fresh, note)
+    fresh.replace(path)
+
+
+def sweep() -> list[str]:
+    """Clean up what dead keepers left; the paths removed. Runs whose keeper lives are left alone."""
+    removed: list[str] = []
+    try:
+        notes = list(notes_directory().glob("*.json"))
+    except OSError:
+        return removed
+    for path in notes:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            note = json.loads(path.read_text())
+            if is_dead(note):
+                removed.extend([*note["cgroup_dirs"], *note["directories"]])
+                if not clean(note):
+                    path.unlink()
+    return removed
+
+
+def is_dead(note: Mapping[str, int]) -> bool:
+    """Whether both runner and keeper of a note are gone. Raises KeyError for what is no note."""
+    return not any(_alive(note[who], note[f"{who}_started"]) for who in ("owner", "keeper"))
+
+
+def _alive(pid: int, started: int) -> bool:
+    """Whether that very process still runs: ids are used again, start times with them are not."""
+    found = procfs.stat(pid)
+    return found is not None and found.started == started and found.state not in "ZX"
+
+
+def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
+    """Kill what stands in the noted groups, remove groups and directories; the paths that would not go.
+
+    With ``orphaned`` the runner is gone too, and with it what only it had a use for.
+    """
+    groups, directories = _paths(note["cgroup_dirs"]), _paths(note["directories"])
+    directories += _paths(note.get("orphans", [])) if orphaned else []
+    for path in groups:
+        _empty_group(path)
+    for path in reversed(groups):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    for path in directories:
+        if not path.is_symlink():
+            file_tree.remove_tree(path)
+    return [str(path) for path in (*groups, *directories) if os.path.lexists(path)]
+
+
+def _paths(value: object) -> list[Path]:
+    if not isinstance(value, list):
+        raise TypeError("a note holds lists of paths")
+    return [Path(str(path)) for path in value]
+
+
+def _empty_group(group: Path) -> None:
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        try:
+            pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        except (OSError, ValueError):
+            return
+        if not pids:
+            return
+        procfs.signal_all(pids, signal.SIGKILL)
+        time.sleep(0.005)

@@ -1,0 +1,91 @@
+"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside; ports for a kernel. May import procfs.
+
+For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at now and then: a connection that is over between
+two looks is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import random
+import socket
+import struct
+from pathlib import Path
+
+from safe_exec.keeper import procfs
+
+RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 10_000
+"""Below are the services that have names."""
+TRIED_PORTS = 100
+TABLES = ("tcp", "tcp6", "udp", "udp6")
+LISTENING = "0A"
+_PREFIX, _SUFFIX = "socket:[", "]"
+
+
+def peers(root: int, first: int) -> set[str]:
+    """Addresses of other hosts that sockets of the descendants of ``root`` are connected to, or are connecting to.
+
+    ``first`` is one of them: where its namespace has no such socket at all, which is the rule, nothing more is looked at.
+    """
+    remote = _remote(first)
+    if not remote:
+        return set()
+    return {remote[inode] for pid in procfs.descendants(root) for inode in _inodes(pid) if inode in remote}
+
+
+def _remote(pid: int) -> dict[str, str]:
+    """By inode, the far ends of all sockets in the process's network namespace that are other hosts (proc_net_tcp.rst)."""
+    found: dict[str, str] = {}
+    for table in TABLES:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
+            next(lines, None)
+            for line in lines:
+                fields = line.split()
+                address = address_of(fields[2].partition(":")[0])
+                if fields[3] != LISTENING and address is not None:
+                    found[fields[9]] = address
+    return found
+
+
+def quiet_ports(count: int) -> list[int]:
+    """Free ports of loopback for a kernel to listen on, where no outgoing connection will take them meanwhile; none where there are none.
+
+    What the system hands out for port 0 lies in the range of outgoing connections (``ip_local_port_range``, ip(7)): between our choice
+    and the kernel's bind any program that connects somewhere may get it, and the kernel ends before it is ready.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        first = int(RANGE.read_text().split()[0])
+        found: list[int] = []
+        with contextlib.ExitStack() as held:
+            room = range(LOWEST_PORT, max(LOWEST_PORT, first))
+            for port in random.sample(room, min(TRIED_PORTS, len(room))):
+                sock = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                with contextlib.suppress(OSError):
+                    sock.bind(("127.0.0.1", port))
+                    found.append(port)
+                if len(found) == count:
+                    return found
+    return []
+
+
+def address_of(text: str) -> str | None:
+    """The address that the hexadecimal words of /proc/net/tcp stand for; ``None`` for this very host or nobody."""
+    words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
+    address = ipaddress.ip_address(b"".join(struct.pack("=I", word) for word in words))
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    return None if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _inodes(pid: int) -> set[str]:
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(entry.path)
+                if target.startswith(_PREFIX):
+                    found.add(target[len(_PREFIX) : -len(_SUFFIX)])
+    return found

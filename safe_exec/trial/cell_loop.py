@@ -1,0 +1,307 @@
+"""The run of the cells, one after the other, each under its limits. May import state, kernel, model, events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.kernel.activity import look
+from safe_exec.model import events
+from safe_exec.model.ending import CellError, CellFailed, Died, Ending, LimitHit, Passed, TerminationReason, TimedOut
+from safe_exec.model.limits import LimitName, Limits
+from safe_exec.model.verdict import CellStatus
+from safe_exec.sandbox.usage.meter import Reading
+from safe_exec.trial.errors import error_of
+from safe_exec.trial.state import TrialState
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
+
+FRESH_SECONDS = 0.005
+DEAF_SECONDS = 0.05
+"""How often a kernel that ignored an interrupt is looked at again."""
+
+
+class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
+    """Leave the run of cells with an ending."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(repr(ending))
+        self.ending = ending
+
+
+class CellLoop:
+    """Runs the cells of one trial, in the kernel that its state holds."""
+
+    def __init__(self, state: TrialState) -> None:
+        self.state = state
+        self.request, self.session, self.ledger = state.request, state.session, state.ledger
+        self._last_reading: tuple[float, Reading] | None = None
+
+    async def run(self) -> Ending:
+        """Run them all. Raises Stop when the run ends with one of them."""
+        client = self.session.client
+        assert client is not None
+        for index, cell in enumerate(self.request.node.cells):
+            if cell.cell_type != "code" or (self.request.cells is not None and index not in self.request.cells):
+                continue
+            if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
+                self.ledger.skip(index)
+                continue
+            await self._run_cell(client, index, cell)
+        client.set_widgets_metadata()
+        self.state.current = None
+        if self.session.died.is_set():
+            await self._stop_for_death(None)
+        worker = self._worker_killed()
+        return worker or Passed()
+
+    def _worker_killed(self) -> Ending | None:
+        """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
+        if self.session.meter is not None:
+            self.ledger.counters = self.session.meter.counters()
+        if self.ledger.counters.oom_kills and not self.session.died.is_set():
+            return LimitHit(limit=LimitName.MEMORY, cell=self.ledger.cell_of_first_oom)
+        return None
+
+    async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
+        """Run one cell under its limits; raises Stop when the run ends with it."""
+        if self.state.stopping.is_set() or self.session.condemned is not None:
+            await self.session.wait_dead(10.0)
+            await self._stop_for_death(None)
+        self.state.current = index
+        limits = self.request.cell_limits(cell)
+        client.begin_cell(limits.cell_output)
+        self._begin(index, cell)
+        if self.session.died.is_set():
+            await self._stop_for_death(index)
+        execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
+        await self._until_done(execution, limits)
+        if not execution.done():
+            await self._over_time(execution, index, limits)
+        await self._judge(execution, index)
+
+    async def _until_done(self, execution: asyncio.Task[Any], limits: Limits) -> None:
+        stop = asyncio.create_task(self.state.stopping.wait())
+        await asyncio.wait({execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if self.state.stopping.is_set() and not execution.done():
+            await self.session.wait_dead(10.0)
+            await asyncio.wait({execution}, timeout=5.0)
+
+    def _time_left(self, limits: Limits) -> float | None:
+        """Seconds until the first of both wall times is over."""
+        left = [] if limits.cell_timeout is None else [limits.cell_timeout]
+        if self.request.limits.timeout is not None:
+            left.append(max(0.0, self.request.limits.timeout - self.state.now()))
+        return min(left) if left else None
+
+    async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
+        """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
+        if self.state.stopping.is_set():
+            return
+        if self.session.condemned is not None:  # for another limit, before its time was up
+            await self.session.wait_dead(10.0)
+            return
+        whole = self.request.limits.timeout is not None and self.state.now() >= self.request.limits.timeout
+        allowed = self.request.limits.timeout if whole else limits.cell_timeout
+        name = LimitName.TIMEOUT if whole else LimitName.CELL_TIMEOUT
+        self.state.limit_reached(name, self.state.now() if whole else allowed)
+        await self._look(index)
+        answered = await self._interrupt(execution, index, limits.interrupt_grace)
+        if self.state.signals:
+            return
+        self.state.kill(TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT)
+        await self.session.wait_dead(10.0)
+        await asyncio.wait({execution}, timeout=5.0)
+        error = self._retrieve(execution)
+        self._recover(index)
+        self._end(index, CellStatus.KILLED)
+        raise Stop(TimedOut(cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error))
+
+    async def _look(self, index: int) -> None:
+        """What is it doing? Asked before the interrupt changes it."""
+        self.session.take_facts()
+        self.state.cell_active = self.session.at_work(self.state.number(index))
+        subject = self.session.subject(self.state.number(index))
+        if subject is not None and not self.session.died.is_set():
+            self.state.looked = await look(subject)
+
+    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool | None:
+        """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
+        if self.state.looked is not None and self.state.looked.state == "T":
+            return False  # a stopped process takes no signal but SIGKILL and SIGCONT
+        self.state.sink(events.Interrupted(time=self.state.now(), index=index))
+        deadline = time.monotonic() + grace
+        ignored = self.session.ignores_interrupt()
+        self.session.interrupt()
+        while (left := deadline - time.monotonic()) > 0 and not execution.done():
+            await asyncio.wait({execution}, timeout=min(left, DEAF_SECONDS) if ignored else left)
+            if ignored and not execution.done() and not self.session.ignores_interrupt():
+                # The child of a system(3) has ended by the first one, which went past the kernel itself.
+                ignored = False
+                self.session.interrupt()
+        return None if self.session.died.is_set() else execution.done()
+
+    def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
+        """The error with which an interrupted cell answered; takes the task's exception so that nobody else reports it."""
+        if execution.done() and not execution.cancelled():
+            execution.exception()
+        else:
+            execution.cancel()
+        client, index = self.session.client, self.state.current
+        # One that it shows tells nothing of the interrupt.
+        return self._error_of(index) if client is not None and index in client.replies else None
+
+    async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
+        """What became of a cell that is done, one way or another."""
+        client = self.session.client
+        assert client is not None
+        await self._heed_limits(execution, index)
+        if self.session.died.is_set() or not execution.done():
+            failure = execution.exception() if execution.done() and not execution.cancelled() else None
+            if failure is not None or not execution.done():
+                execution.cancel()
+                await self._stop_for_death(index)
+        failure = execution.exception()
+        error = self._error_of(index)
+        if failure is not None and error is None:
+            raise failure
+        self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
+        if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
+            raise Stop(CellFailed(cell=index, error=error))
+
+    async def _heed_limits(self, execution: asyncio.Task[Any], index: int) -> None:
+        """Stop for a limit that the cell has passed, even if it came to its end before our kill, or between two looks."""
+        self.session.look_at_limits()
+        self._last_reading = self._read()
+        if self._last_reading is not None:
+            self.state.check_cpu_time(self._last_reading[1].cpu_seconds)
+        if self.session.condemned is not None:
+            if execution.done() and not execution.cancelled():
+                execution.exception()
+            execution.cancel()
+            await self._stop_for_death(index)
+
+    def _error_of(self, index: int | None) -> CellError | None:
+        """The error of a cell that is done: the one that it answered with, or one that it shows."""
+        client = self.session.client
+        if client is None or index is None:
+            return None
+        found = error_of(client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ()))
+        if found is not None and found.debugger:
+            self.state.warn_once(
+                f"code cell {self.ledger.code_index(index) + 1}: after the error a debugger waited for input"
+                " (%pdb on, or post_mortem()); there is nobody to type it"
+            )
+        return found.error if found is not None else None
+
+    def _may_raise(self, index: int, ename: str) -> bool:
+        """Whether the run goes on after an error of the cell, as nbclient decides it."""
+        client = self.session.client
+        assert client is not None
+        tags = self.request.node.cells[index].metadata.get("tags", [])
+        allowed = client.allow_errors or ename in client.allow_error_names or "raises-exception" in tags
+        return bool(allowed and not client.force_raise_errors)
+
+    async def _stop_for_death(self, index: int | None) -> None:
+        """Raise the ending of a kernel that is dead, or about to be killed."""
+        raise Stop(await self.ending_by_death(index))
+
+    async def ending_by_death(self, index: int | None) -> Ending:
+        """The ending of a kernel that is dead, or about to be killed; its last words are kept.
+
+        ``index`` is the cell that ran, ``None`` if it had come to its end.
+        """
+        await self.session.wait_dead(5.0)
+        self.session.take_facts()
+        if index is not None:
+            self._recover(index)
+            self._end(index, CellStatus.KILLED)
+        ended = self.session.ended
+        reason = ended.reason if ended else None
+        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES, TerminationReason.DISK):
+            # The cell that struck it may have ended while the kill was under way.
+            limit, cell = self.state.limit or (LimitName(reason.value), index)
+            self.state.current = cell
+            return LimitHit(limit=limit, cell=cell)
+        cell = index if index is not None else self.ledger.last_run
+        return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
+
+    def _cell_by_page(self, cell: int | None) -> int | None:
+        """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
+        found = self.session.running_by_page()
+        if found is None or cell is None or found >= cell:
+            return cell
+        code_index = self.ledger.code_index(found) + 1
+        self.state.warnings.append(f"code cell {code_index} was said to be done while the kernel was still at work on it")
+        self.state.current = found
+        return found
+
+    # --- one cell's bookkeeping -----------------------------------------------------------------------------------
+
+    def _begin(self, index: int, cell: Any) -> None:
+        self.ledger.begin(index, self.state.now(), self._reading_at_start())
+        code_index = self.ledger.code_index(index)
+        self.state.sink(events.CellStarted(time=self.state.now(), index=index, code_index=code_index, source=cell.source))
+
+    def _reading_at_start(self) -> Reading | None:
+        """The figures at the start of a cell: those at the end of the one before, when that was just now."""
+        if self._last_reading is not None and time.monotonic() - self._last_reading[0] < FRESH_SECONDS:
+            return self._last_reading[1]
+        reading = self._read()
+        return reading[1] if reading else None
+
+    def _read(self) -> tuple[float, Reading] | None:
+        """The figures now, and when that was."""
+        return (time.monotonic(), self.session.meter.read()) if self.session.meter else None
+
+    def _end(self, index: int, status: CellStatus) -> None:
+        client = self.session.client
+        record = self.ledger.end(index, self.state.now(), status, **self._reading_at_end(index))
+        if client and client.accounts.truncated:
+            self.state.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
+        if client and client.disbelieved:
+            what = " and ".join(sorted(client.disbelieved))
+            self.state.warnings.append(
+                f"code cell {record.code_index + 1} was said to be done ({what}) while the kernel was still at work on it: not believed"
+            )
+        self.state.sink(
+            events.CellFinished(
+                time=self.state.now(),
+                index=index,
+                code_index=record.code_index,
+                status=status,
+                seconds=record.seconds,
+                cpu_seconds=record.cpu_seconds,
+                memory_peak=record.memory_peak,
+                memory_kept=record.memory_kept,
+            )
+        )
+
+    def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
+        """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
+        client, meter, ended = self.session.client, self.session.meter, self.session.ended
+        if ended is not None:
+            self._last_reading = None
+        elif self._last_reading is None or time.monotonic() - self._last_reading[0] >= FRESH_SECONDS:
+            self._last_reading = self._read()
+        return {
+            "reading": self._last_reading[1] if self._last_reading else None,
+            "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills() if meter else None,
+            "output_bytes": max(client.accounts.received, self.state.written() or 0) if client else None,
+            "truncated": client.accounts.truncated if client else False,
+        }
+
+    def _recover(self, index: int) -> None:
+        """Put what the dead kernel left in shared memory into its cell."""
+        client, provisioner = self.session.client, self.session.provisioner
+        if client is None or provisioner is None or provisioner.channels is None or not self.session.fitted:
+            return
+        number = self.state.number(index)
+        if number and self.request.node.cells[index].execution_count is None:
+            # It had begun; the message that says its number did not make it.
+            self.request.node.cells[index].execution_count = client.code_cells_executed
+        if number and client.running is not None and client.running[2] == index:
+            client.recover(provisioner.channels.page, number, self.session.residue())

@@ -1,0 +1,326 @@
+"""Puts together what was observed of a trial into one :class:`Evidence`, and says where in the cell it happened.
+
+May import kernel, state, model. Still no opinions: a figure is taken from the source that is nearest to the fact.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from safe_exec.kernel.fault_report import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
+from safe_exec.model.ending import CellFailed, Died, Ending, StartFailed, TimedOut
+from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
+from safe_exec.records import replace
+from safe_exec.sandbox.mechanisms.watchdog import Peaks
+from safe_exec.trial.refusals import isolation_conflicts, raised_by
+
+if TYPE_CHECKING:
+    from safe_exec.sandbox.usage.meter import Counters
+    from safe_exec.trial.request import TrialRequest
+    from safe_exec.trial.state import TrialState
+
+NEAR_LIMIT = 0.95
+RECENT_CHARACTERS = 65536
+DUMP_AGE = 1.0
+"""Seconds before the end from which a stack still says where it was."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
+_ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
+_SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE)
+
+
+def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
+    """The evidence of a trial that is over, and the place in the current cell where it was."""
+    session, ledger, request = state.session, state.ledger, state.request
+    ended = session.ended
+    fault = _fault(state)
+    place = _place(state, ending, fault)
+    counters = ended.counters if ended else ledger.counters
+    ledger.counters = counters if ended else ledger.counters
+    kills = counters.oom_kills
+    peak = _memory_peak(state, kills, counters.memory_peak_raw)
+    not_ours = elsewhere(counters, request.limits.memory)
+    bound = session.meter.bound_hit() if not_ours and session.meter else None
+    fewer = session.meter.tasks_bound(request.limits.processes) if session.meter else None
+    client = session.client
+    error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
+    current = ledger.records.get(state.current) if state.current is not None else None
+    raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
+    return Evidence(
+        exit=ended.status if ended else None,
+        termination=ended.reason if ended else None,
+        oom_kills=kills,
+        oom_kills_cell=ledger.oom_cell,
+        oom_elsewhere=not_ours,
+        oom_bound=(str(bound.group), bound.limit) if bound else None,
+        oomd_killed=ended.oomd if ended else None,
+        process_refusals=counters.fork_refusals,
+        process_bound=(str(fewer[0]), fewer[1]) if fewer else None,
+        memory_peak=peak,
+        memory_peak_raw=counters.memory_peak_raw,
+        memory_last=ledger.memory_last,
+        processes_peak=counters.tasks_peak or _tasks_peak(state),
+        cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
+        kernel_cpu_seconds=ended.cpu_seconds if ended else None,
+        error=error,
+        fault=fault,
+        place=place,
+        looked=state.looked,
+        cell_seconds=current.seconds if current else None,
+        cell_output_bytes=current.output_bytes if current else None,
+        cell_output_received=client.accounts.received if client else None,
+        cell_messages=client.accounts.messages if client else None,
+        cell_output_age=_age(client.accounts.last) if client else None,
+        cell_output_truncated=client.accounts.truncated if client else False,
+        output_bytes=None if ledger.ready_at is None else sum(r.output_bytes or 0 for r in ledger.records.values()),
+        exit_caller=session.told.frames(session.told.exit_caller),
+        exit_request=_exit_request(state),
+        remote_hosts=tuple(session.told.hosts),
+        signals_to_runner=tuple(state.signals),
+        signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
+        kernel_uid=session.told.hello.get("uid"),
+        stderr_tail=ended.stderr if ended else "",
+        disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
+        open_files=state.open_files,
+        executed=session.told.executed,
+        cell_active=state.cell_active,
+        last_words=_recent_text(state)[-4000:],
+        isolation=session.sandbox.isolation if session.sandbox else None,
+        raised=raised.errors if raised else (),
+        conflicts=isolation_conflicts(state, ending, place),
+    ), place
+
+
+def _exit_request(state: TrialState) -> tuple[Frame, ...]:
+    """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
+    told, client = state.session.told, state.session.client
+    asked = client.asked_to_exit if client is not None else None
+    rows = next((rows for number, (_, rows) in told.exit_requests.items() if told.index_of(number) == asked), [])
+    return told.frames(rows)
+
+
+def _recent_text(state: TrialState) -> str:
+    """The end of the text that the current cell put out, and of the process's own stderr."""
+    if state.current is None:
+        return ""
+    outputs = state.request.node.cells[state.current].get("outputs", [])
+    texts = [o.get("text", "") for o in outputs[-20:] if o.get("output_type") == "stream"]
+    parts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
+    found: list[str] = []
+    size = 0
+    while parts and size < RECENT_CHARACTERS:
+        found.append(parts.pop()[-RECENT_CHARACTERS:])
+        size += len(found[-1])
+    return "".join(reversed(found))[-RECENT_CHARACTERS:]
+
+
+def _fault(state: TrialState) -> FaultReport | None:
+    session = state.session
+    ended = session.ended
+    if ended is None:
+        return None
+    main = session.told.hello.get("main")
+    report = parse_fault(ended.fault, session.told.code, main, ended.stack_bytes, ended.stack_limit)
+    if report is None and ended.status and ended.status.signal == signal.SIGABRT:
+        # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
+        report = parse_fault(_recent_text(state), session.told.code, main, None, None)
+    return report
+
+
+def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
+    """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
+    seen, limit = state.ledger.memory_peak, state.request.limits.memory
+    watched = _watched(state).memory
+    if watched is not None:
+        seen = max(seen or 0, watched)
+    if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
+        if state.current is not None:
+            state.ledger.raise_peak(state.current, raw)
+        return max(raw, seen or 0)
+    return seen
+
+
+def _tasks_peak(state: TrialState) -> int | None:
+    """The most tasks that samples or the watchdog saw."""
+    return max((n for n in (_watched(state).tasks, state.ledger.tasks_peak) if n is not None), default=None)
+
+
+def _watched(state: TrialState) -> Peaks:
+    """The peaks that the watchdog saw; none where there is no watchdog."""
+    watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
+    return watchdog.peaks if watchdog is not None else Peaks()
+
+
+def elsewhere(counters: Counters, limit: int | None) -> bool | None:
+    """Whether the limit that was hit is not ours: our own was not, or where nobody counts that, the sandbox never came near it."""
+    if not counters.oom_kills:
+        return None
+    if counters.limit_hits is not None:
+        return counters.limit_hits == 0
+    raw = counters.memory_peak_raw
+    return None if raw is None else limit is None or raw < NEAR_LIMIT * limit
+
+
+def _age(last: float | None) -> float | None:
+    return None if last is None else time.monotonic() - last
+
+
+def _disk_free(request: TrialRequest) -> int | None:
+    """Free room in the folder; of a folder of limited size only the keeper can tell."""
+    if request.plan.disk is not None:
+        return None
+    try:
+        found = os.statvfs(request.cwd)
+        return found.f_bavail * found.f_frsize
+    except OSError:
+        return None
+
+
+# --- the place --------------------------------------------------------------------------------------------------
+
+
+def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Place | None:
+    if isinstance(ending, Died) and ending.asked_to_exit:
+        return _of_exit_request(state, ending.cell)
+    if state.current is None or isinstance(ending, StartFailed):
+        return None
+    index = state.current
+    for place in (
+        _of_error(state, index) if isinstance(ending, CellFailed) else None,
+        _of_fault(state, index, fault),
+        _of_look(state, index) if isinstance(ending, TimedOut) else None,
+        _of_error(state, index) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
+        _of_last_dump(state, index),
+        _of_page(state, index),
+    ):
+        if place is not None:
+            return _past_loop_header(place, state.request.node.cells[index].source)
+    return _of_single_line(state, index)
+
+
+def _past_loop_header(place: Place, source: str) -> Place:
+    """The same place, but never on the first line of an endless loop with a body of one line.
+
+    Python gives way to other threads and takes signals where a loop jumps back, and from 3.11 on that jump bears the line of
+    ``while``: a look from outside finds it there, though ``while True`` does nothing itself.
+    """
+    body = body_of_endless_loop(source, place.line) if place.source in ("dump", "sample") else None
+    if body is None:
+        return place
+    innermost = next((number for number, frame in enumerate(place.stack) if frame.cell == place.cell and frame.line), None)
+    stack = tuple(replace(frame, line=body) if number == innermost else frame for number, frame in enumerate(place.stack))
+    return replace(place, line=body, stack=stack)
+
+
+def body_of_endless_loop(source: str, line: int) -> int | None:
+    """The one line of the body of a ``while`` with a constant condition whose first line is ``line``."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # magics, another language
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.While) and node.lineno == line and isinstance(node.test, ast.Constant):
+            first, last = node.body[0].lineno, node.body[-1].end_lineno
+            return first if first == last != line else None
+    return None
+
+
+def _of_exit_request(state: TrialState, index: int | None) -> Place | None:
+    """Where ``exit()`` or ``quit()`` was called."""
+    told = state.session.told
+    for number, (line, rows) in told.exit_requests.items():
+        if line and index is not None and told.index_of(number) == index:
+            return Place(cell=index, line=line, source="exit request", stack=told.frames(rows))
+    return None if index is None else _only_line(state, index)
+
+
+def _of_error(state: TrialState, index: int) -> Place | None:
+    told, number = state.session.told, state.number_now()
+    found = told.errors.get(number) or told.shown.get(number)
+    if found is not None:
+        line, rows = found
+        return Place(cell=index, line=line, source="traceback", stack=state.session.told.frames(rows))
+    client = state.session.client
+    reply = client.replies.get(index, {}) if client else {}
+    count = state.request.node.cells[index].get("execution_count")
+    in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
+    return None if in_text is None else Place(cell=index, line=in_text, source="traceback")
+
+
+def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
+    """The last line of the cell ``In [count]`` that a rendered traceback names; the arrow where it names none."""
+    text = _ANSI.sub("", "\n".join(traceback))
+    lines = [int(line) for number, line in _CELL_LINE.findall(text) if count is None or int(number) == count]
+    if lines:
+        return lines[-1]
+    found = _SYNTAX_LINE.search(text) or _ARROW.search(text)
+    return int(found[found.lastindex or 0]) if found else None
+
+
+def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place | None:
+    ended = state.session.ended
+    if fault is None or ended is None:
+        return None
+    session = state.session
+    text = fatal_part(ended.fault) or fatal_part(_recent_text(state))
+    stack = fault.stack if fault.main else main_stack(text, session.told.code, session.told.hello.get("main"))
+    line = innermost_line(stack, index)
+    return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
+
+
+def _of_look(state: TrialState, index: int) -> Place | None:
+    stack = state.looked.stack if state.looked else ()
+    line = innermost_line(stack, index)
+    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
+
+
+def _of_last_dump(state: TrialState, index: int) -> Place | None:
+    """From a stack that was asked for shortly before the end (see the keeper): exact where the sampling thread is not.
+
+    It must be of this cell and newer than the statement noted last.
+    """
+    session, sandbox = state.session, state.session.sandbox
+    provisioner = session.provisioner
+    if sandbox is None or not sandbox.fault_text or provisioner is None or provisioner.channels is None:
+        return None
+    note = provisioner.channels.page.note()
+    if note.cell != state.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
+        return None
+    stacks = dumps(sandbox.fault_text, session.told.code, session.told.hello.get("main"))
+    stack = usual(stacks, index) if stacks else ()
+    line = innermost_line(stack, index)
+    age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
+    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
+
+
+def _of_page(state: TrialState, index: int) -> Place | None:
+    """From the shared page: the statement noted last, made finer by a sample taken within it."""
+    number = state.number_now()
+    provisioner = state.session.provisioner
+    if not number or provisioner is None or provisioner.channels is None:
+        return None
+    page = provisioner.channels.page
+    note, sample = page.note(), page.sample()
+    ended = state.session.died_at or time.monotonic()
+    cell, rows, _ = page.stack()
+    stack = state.session.told.frames(rows) if cell == number else ()
+    if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
+        return Place(cell=index, line=sample.line, source="sample", stack=stack, age=max(0.0, ended - sample.time))
+    if note.cell == number and note.line:
+        return Place(cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time))
+    return None
+
+
+def _of_single_line(state: TrialState, index: int) -> Place | None:
+    """A cell of one line leaves no doubt, whatever the kernel."""
+    return _only_line(state, index) if state.number_now() or not state.session.fitted else None
+
+
+def _only_line(state: TrialState, index: int) -> Place | None:
+    lines = [n for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1) if line.strip()]
+    return Place(cell=index, line=lines[0], source="only line") if len(lines) == 1 else None

@@ -1,0 +1,169 @@
+"""The figures of a run: cells, samples, counters. Pure; imports model and meter's types only.
+
+Memory is what cannot be reclaimed where the system tells; a figure nobody measured stays ``None``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safe_exec.model.verdict import CellRecord, CellStatus, Timeline
+from safe_exec.records import dataclass, replace
+from safe_exec.sandbox.usage.meter import Counters, Reading
+
+TIMELINE_POINTS = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sample:
+    seconds: float
+    memory: int | None
+    cpu: float | None
+    cell: int
+
+
+class Ledger:
+    """Takes figures while a trial runs; afterwards read only."""
+
+    def __init__(self, records: dict[int, CellRecord], started: float) -> None:
+        self.records = records
+        self.started = started
+        self.samples: list[_Sample] = []
+        self.counters = Counters()
+        self.last_run: int | None = None
+        self.cell_of_first_oom: int | None = None
+        self.ready_at: float | None = None
+        self.tasks_peak: int | None = None
+        self.memory_last: int | None = None
+        self.cpu_last: float | None = None
+        self.oom_before = 0
+        self.oom_cell = 0
+        self._at_start: Reading | None = None
+        self.wall_seconds: float | None = None
+
+    @classmethod
+    def for_notebook(cls, node: Any, started: float) -> Ledger:
+        """A ledger with one record, not run, for each code cell."""
+        records: dict[int, CellRecord] = {}
+        for index, cell in enumerate(node.cells):
+            if cell.cell_type == "code":
+                records[index] = CellRecord(index=index, code_index=len(records), id=cell.get("id"), status=CellStatus.NOT_RUN)
+        return cls(records, started)
+
+    def code_index(self, index: int) -> int:
+        """The place of a cell among the code cells."""
+        return self.records[index].code_index
+
+    def ready(self, now: float) -> None:
+        """The kernel answered."""
+        self.ready_at = now
+
+    def skip(self, index: int) -> None:
+        """A cell that is not to be run."""
+        self.records[index] = replace(self.records[index], status=CellStatus.SKIPPED)
+
+    def begin(self, index: int, now: float, reading: Reading | None) -> None:
+        """A cell begins."""
+        self._at_start = reading
+        self.last_run = index
+        peak = reading.memory if reading else None
+        self.records[index] = replace(self.records[index], started=now, memory_peak=peak)
+        if reading:
+            self._keep(reading)
+
+    def sample(self, now: float, reading: Reading, index: int | None) -> None:
+        """A look during the run."""
+        cell = -1 if index is None else index
+        self.samples.append(_Sample(seconds=now, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell))
+        if len(self.samples) > 8 * TIMELINE_POINTS:
+            self.samples = thin(self.samples, 4 * TIMELINE_POINTS)
+        self._keep(reading)
+        if index is not None and index in self.records:
+            record = self.records[index]
+            self.records[index] = replace(record, memory_peak=_most(record.memory_peak, reading.memory))
+
+    def _keep(self, reading: Reading) -> None:
+        self.tasks_peak = _most(self.tasks_peak, reading.tasks)
+        self.memory_last = reading.memory if reading.memory is not None else self.memory_last
+        self.cpu_last = reading.cpu_seconds if reading.cpu_seconds is not None else self.cpu_last
+
+    def end(
+        self,
+        index: int,
+        now: float,
+        status: CellStatus,
+        *,
+        reading: Reading | None,
+        oom_kills: int | None,
+        output_bytes: int | None,
+        truncated: bool,
+    ) -> CellRecord:
+        """A cell ended; its record."""
+        record, start = self.records[index], self._at_start
+        self.oom_cell = max(0, (oom_kills or 0) - self.oom_before)
+        if self.oom_cell > 0 and self.cell_of_first_oom is None:
+            self.cell_of_first_oom = index
+        self.oom_before = max(self.oom_before, oom_kills or 0)
+        if reading:
+            self._keep(reading)
+        after = reading or Reading()
+        self.records[index] = replace(
+            record,
+            status=status,
+            seconds=None if record.started is None else now - record.started,
+            cpu_seconds=_difference(after.cpu_seconds, start.cpu_seconds if start else None),
+            memory_peak=_most(record.memory_peak, after.memory),
+            memory_kept=_difference(after.memory, start.memory if start else None),
+            output_bytes=output_bytes,
+            output_truncated=truncated,
+        )
+        self.samples.append(_Sample(seconds=now, memory=after.memory, cpu=after.cpu_seconds, cell=index))
+        return self.records[index]
+
+    def abandon(self, index: int) -> None:
+        """A cell that was begun and of which no end is recorded was cut off: what it put out stands."""
+        record = self.records[index]
+        if record.started is not None and record.status is CellStatus.NOT_RUN:
+            self.records[index] = replace(record, status=CellStatus.KILLED)
+
+    def raise_peak(self, index: int, memory: int) -> None:
+        """A cell's peak that is known from a counter rather than from samples."""
+        self.records[index] = replace(self.records[index], memory_peak=_most(self.records[index].memory_peak, memory))
+
+    def close(self, now: float) -> None:
+        """The run is over."""
+        self.wall_seconds = now
+
+    @property
+    def memory_peak(self) -> int | None:
+        """The highest unreclaimable memory seen."""
+        seen = [s.memory for s in self.samples if s.memory is not None]
+        seen += [r.memory_peak for r in self.records.values() if r.memory_peak is not None]
+        return max(seen, default=None)
+
+    def timeline(self) -> Timeline:
+        """At most 500 points in order, the peaks kept."""
+        points = thin(sorted(self.samples, key=lambda s: s.seconds), TIMELINE_POINTS)
+        return Timeline(
+            seconds=tuple(round(s.seconds, 4) for s in points),
+            memory=tuple(s.memory for s in points),
+            cpu=tuple(s.cpu for s in points),
+            cell=tuple(s.cell for s in points),
+        )
+
+
+def thin(samples: list[_Sample], most: int) -> list[_Sample]:
+    """At most ``most`` samples: of each run of neighbours the one with the most memory."""
+    if len(samples) <= most:
+        return samples
+    size = -(-len(samples) // most)
+    groups = [samples[at : at + size] for at in range(0, len(samples), size)]
+    return [max(group, key=lambda s: s.memory or 0) for group in groups]
+
+
+def _most(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else max(a, b)
+
+
+def _difference(after: Any, before: Any) -> Any:
+    return None if after is None or before is None else after - before

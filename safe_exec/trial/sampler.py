@@ -1,0 +1,89 @@
+"""Looks at a running trial ten times a second: usage for timeline and progress, and the limits that only a look can hold.
+
+May import state, events, model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from safe_exec.model import events
+from safe_exec.model.ending import TerminationReason
+from safe_exec.model.limits import LimitName
+from safe_exec.trial.state import TrialState
+
+SAMPLE_SECONDS = 0.1
+PEERS_EVERY = 3
+"""Samples between two looks at the sockets."""
+NEAR = 0.9
+"""From this share of a limit on it is said to be near."""
+FLOOD_FACTOR = 16
+"""A cell that writes so many times its cap is an endless flood: the run is ended."""
+
+
+class Sampler:
+    """``run`` until it is cancelled or the kernel is dead."""
+
+    def __init__(self, state: TrialState) -> None:
+        self.state = state
+        self._near: set[LimitName] = set()
+        self._output: dict[int, int] = {}
+
+    def note_output(self, index: int, size: int) -> None:
+        """Output came; it is told with the next sample."""
+        self._output[index] = self._output.get(index, 0) + size
+
+    async def run(self) -> None:
+        """Look, and look again."""
+        session = self.state.session
+        looks = 0
+        while not session.died.is_set():
+            try:
+                self._sample()
+            except Exception as error:  # noqa: BLE001 - one look that fails must not end all looks: limits hang on them
+                self.state.warn_once(f"usage could not be read: {type(error).__name__}: {error}")
+            looks += 1
+            if looks % PEERS_EVERY == 0:
+                session.look_for_peers()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _sample(self) -> None:
+        state = self.state
+        assert state.session.meter is not None
+        reading = state.session.meter.read()
+        state.ledger.sample(state.now(), reading, state.current)
+        for index, size in self._output.items():
+            state.sink(events.OutputReceived(time=state.now(), index=index, size=size))
+        self._output.clear()
+        state.sink(
+            events.UsageSampled(
+                time=state.now(),
+                index=state.current,
+                memory=reading.memory,
+                cpu_seconds=reading.cpu_seconds,
+                processes=reading.tasks,
+            )
+        )
+        limits = state.request.limits
+        self._warn_near(LimitName.MEMORY, reading.memory, limits.memory)
+        state.check_cpu_time(reading.cpu_seconds)
+        self._look_for_flood()
+
+    def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
+        state = self.state
+        if state.limit is not None or name in self._near:
+            return
+        if used is not None and allowed and used > NEAR * allowed:
+            self._near.add(name)
+            state.sink(events.LimitNear(time=state.now(), limit=name, used=used, allowed=allowed))
+
+    def _look_for_flood(self) -> None:
+        state = self.state
+        client = state.session.client
+        written = state.written()
+        if client is None or written is None or state.current is None:
+            return
+        caps = [(LimitName.CELL_OUTPUT, client.cell_cap), (LimitName.OUTPUT, client.total_cap)]
+        name, cap = min(((n, c) for n, c in caps if c is not None), key=lambda pair: pair[1], default=(None, None))
+        if name is not None and cap is not None and written > FLOOD_FACTOR * cap:
+            state.end_for(name, TerminationReason.OUTPUT, written)

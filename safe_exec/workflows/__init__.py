@@ -1,0 +1,1 @@
+"""One file per job of a command: run, bisect, probe, replay."""

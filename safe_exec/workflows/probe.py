@@ -1,0 +1,236 @@
+"""A limit probed: runs of a notebook with one value after the other, until its threshold is known.
+
+May import aside, conclude, culprit and what is below. The search knows numbers, the runs know no limit in particular; here they meet.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safe_exec.errors import SandboxError
+from safe_exec.experiments.threshold.scales import SCALES, Scale
+from safe_exec.experiments.threshold.search import Bracket, Cancel, Fate, Search, Tried, Try, search
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
+from safe_exec.model.verdict import Cause, CrashCell
+from safe_exec.records import dataclass, field, replace
+from safe_exec.sandbox.planner import build_plan
+from safe_exec.workflows.prepare import Prepared
+from safe_exec.workflows.scratch import set_aside
+
+if TYPE_CHECKING:
+    from safe_exec.experiments.rerun import Ran, Runs
+
+SLOW_FACTOR, SLOW_SECONDS = 10.0, 10.0
+"""A run that takes so many times the one that passed, and so much more, fails: near its limit a program may only crawl."""
+TIMES = (LimitName.CELL_TIMEOUT, LimitName.TIMEOUT)
+MOST_PROCESSES = 1 << 15
+UNKNOWN_MEMORY = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """One run with one value (infinity: without a limit): what became of it, and of what it died."""
+
+    value: float
+    fate: Fate
+    seconds: float
+    peak: float | None = None
+    cause: Cause | None = None
+    crash_cell: CrashCell | None = None
+    slow: bool = False
+    cut: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether every cell ran."""
+        return self.fate is Fate.PASSED and not self.cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """The whole answer. ``held`` is what holds the limit here; ``warnings`` are lines."""
+
+    scale: Scale
+    precision: float
+    bracket: Bracket
+    shots: tuple[Shot, ...]
+    held: Enforcement | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    def passing(self) -> Shot | None:
+        """The run with the smallest value with which it always passed."""
+        return next((shot for shot in self.shots if shot.passed and shot.value == self.bracket.passes), None)
+
+    def failing(self) -> Shot | None:
+        """The run just below; where it never passed, the last one."""
+        failed = [shot for shot in self.shots if not shot.passed and not shot.cut]
+        if self.bracket.passes is None:
+            return failed[-1] if failed else None
+        return next((shot for shot in failed if shot.value == self.bracket.fails), None)
+
+
+class Watch(Protocol):
+    """Is told of runs as they begin and end."""
+
+    def begins(self, number: int, value: float) -> None:
+        """Run ``number`` (from 1) begins."""
+
+    def ended(self, number: int, shot: Shot) -> None:
+        """It is over."""
+
+
+class Gun(Protocol):
+    """Runs the notebook with a value."""
+
+    async def shoot(self, attempt: Try) -> Shot:
+        """One run."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the user has stopped us."""
+
+
+async def probe(prepared: Prepared, name: LimitName, *, precision: float, budget: float, watch: Watch) -> Probed:
+    """Find the threshold of one limit. Raises SandboxError where nothing can be run or nothing here holds that limit."""
+    from safe_exec.experiments.rerun import NoTrial
+
+    scale = SCALES[name]
+    given = prepared.resolved.limits.of(name)
+    question = scale.question(given=given, most=most_of(name, prepared, budget), precision=precision, budget=budget)
+    held = held_by(prepared, name, question.guess)
+    async with set_aside(prepared) as aside:
+        gun = Trials(prepared, aside.runs, scale)
+        try:
+            bracket, shots = await drive(search(question), gun, watch)
+        except NoTrial as trouble:
+            raise SandboxError(str(trouble)) from trouble
+        gaps = aside.gaps
+    return Probed(
+        scale=scale,
+        precision=precision,
+        bracket=bracket,
+        shots=shots,
+        held=held,
+        warnings=(*prepared.resolved.warnings, *_gap(gaps)),
+    )
+
+
+def _gap(gaps: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"runs may have seen {' and '.join(gaps)}",) if gaps else ()
+
+
+def most_of(name: LimitName, prepared: Prepared, budget: float) -> float:
+    """The most of a limit that there is to give."""
+    match name:
+        case LimitName.MEMORY:
+            return float(prepared.machine.memory_total or UNKNOWN_MEMORY)
+        case LimitName.OPEN_FILES:
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # it is not raised
+            return float(hard if hard != resource.RLIM_INFINITY else 1 << 20)
+        case LimitName.PROCESSES:
+            return float(MOST_PROCESSES)
+        case LimitName.FILE_SIZE:
+            return float(shutil.disk_usage(prepared.cwd).free)
+    return budget  # of time: what does not fit is not known
+
+
+def held_by(prepared: Prepared, name: LimitName, value: float) -> Enforcement | None:
+    """What holds the limit here, were it set. Raises SandboxError where nothing does."""
+    limits = with_value(prepared.resolved.limits, name, SCALES[name].limit(value))
+    held = build_plan(limits, prepared.machine, prepared.run_id).enforcement.get(name)
+    if held is not None and held.by is Mechanism.NONE:
+        raise SandboxError(f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to mend it")
+    return held
+
+
+def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
+    """The limits with one of them changed."""
+    changed: dict[str, Any] = {name.value: value}
+    return replace(limits, **changed)
+
+
+async def drive(searching: Search, gun: Gun, watch: Watch) -> tuple[Bracket, tuple[Shot, ...]]:
+    """Answer the search's questions until it is done; a signal ends it with what is known."""
+    shots: list[Shot] = []
+    try:
+        attempt = next(searching)
+        while True:
+            watch.begins(len(shots) + 1, attempt.value)
+            shot = await gun.shoot(attempt)
+            if gun.cancelled:
+                attempt = searching.throw(Cancel())
+                continue
+            shots.append(shot)
+            watch.ended(len(shots), shot)
+            attempt = searching.send(Tried(fate=shot.fate, seconds=shot.seconds, peak=shot.peak, cut=shot.cut))
+    except StopIteration as done:
+        bracket: Bracket = done.value
+        return bracket, tuple(shots)
+
+
+class Trials:
+    """Runs of the notebook itself."""
+
+    def __init__(self, prepared: Prepared, runs: Runs, scale: Scale) -> None:
+        self.prepared, self.runs, self.scale = prepared, runs, scale
+        self._deadline = math.inf
+        self._first = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.runs.template.cancellation.signals)
+
+    async def shoot(self, attempt: Try) -> Shot:
+        """One run, cold. Raises NoTrial where not even the first can be run."""
+        from safe_exec.experiments.rerun import Change, NoTrial, why_not_run
+        from safe_exec.experiments.threshold.descriptors import Descriptors
+        from safe_exec.model.ending import InternalError
+
+        name, value = self.scale.name, self.scale.limit(attempt.value)
+        limits = with_value(self.prepared.resolved.limits, name, value)
+        seen = Descriptors(limits.open_files)
+        change = Change(
+            limits=limits,
+            # The first run is with the limits as given, of the cells too.
+            cell_limits=self.runs.template.cell_limits if self._first else self._of_cells(value),
+            allowed=attempt.allowed,
+            deadline=self._deadline,
+            sink=seen,
+        )
+        ran = await self.runs.run(change)
+        trouble = why_not_run(ran.result) if isinstance(ran.result.ending, InternalError) else None
+        if trouble is not None and self._first:
+            raise NoTrial(trouble)
+        self._first = False
+        shot = self._judged(attempt, ran, seen)
+        if shot.passed and name not in TIMES:
+            self._deadline = min(self._deadline, SLOW_FACTOR * ran.seconds + SLOW_SECONDS)
+        return shot
+
+    def _of_cells(self, value: float | None) -> Callable[[Any], Limits]:
+        """What a cell says of itself does not count for the limit that is probed: an option has set it."""
+        own = self.runs.template.cell_limits
+        return lambda cell: with_value(own(cell), self.scale.name, value)
+
+    def _judged(self, attempt: Try, ran: Ran, seen: Any) -> Shot:
+        from safe_exec.diagnosis.verdict import cause_of, crash_cell
+        from safe_exec.experiments.rerun import peak_of
+
+        result, request, name = ran.result, ran.request, self.scale.name
+        cause = cause_of(result, request.limits, request.plan, self.prepared.notebook.language)
+        measured = {LimitName.OPEN_FILES: seen.most, LimitName.FILE_SIZE: seen.largest}
+        return Shot(
+            value=attempt.value,
+            fate=self.scale.fate(cause),
+            seconds=ran.seconds,
+            peak=measured[name] if name in measured else peak_of(name, result),
+            cause=cause,
+            crash_cell=crash_cell(result.ending, result.place, result.node),
+            slow=ran.slow,
+            cut=ran.cut,
+        )

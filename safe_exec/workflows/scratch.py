@@ -1,0 +1,70 @@
+"""Runs of a notebook that leave nothing beside it: each in a copy of its folder, no document written.
+
+May import pipeline, culprit and what is below. ``probe`` and ``replay`` run notebooks this way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+from safe_exec.errors import SandboxError
+from safe_exec.records import dataclass
+from safe_exec.sandbox.planner import build_plan
+from safe_exec.sandbox.stale_runs import sweep
+from safe_exec.workflows.prepare import Prepared
+from safe_exec.workflows.run import request_for, signals
+
+if TYPE_CHECKING:
+    from safe_exec.experiments.rerun import Runs
+    from safe_exec.model.limits import Limits
+    from safe_exec.trial.request import Cancellation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aside:
+    """A notebook that is ready to be run as often as one likes. ``gaps`` say what a run may still see of an earlier one."""
+
+    prepared: Prepared
+    runs: Runs
+    cancellation: Cancellation
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """What could not be kept apart."""
+        return self.runs.views.gaps
+
+    @property
+    def cell_limits(self) -> Callable[[Any], Limits]:
+        """The limits of each cell as the user set them."""
+        return self.runs.template.cell_limits
+
+
+@contextlib.asynccontextmanager
+async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
+    """Keep the folder as it is now, and run in copies of it. Signals end the run under way and are told to whoever asks.
+
+    Raises SandboxError where the folder cannot be kept.
+    """
+    from safe_exec.experiments.rerun import Runs
+    from safe_exec.experiments.trial_cache import cache_root, claim_folder, release_folder, tidy
+    from safe_exec.experiments.workspace import take, views_of
+    from safe_exec.trial.request import Cancellation
+
+    cancellation = Cancellation()
+    ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
+    with signals(cancellation.arrive), contextlib.ExitStack() as stack:
+        sweep()
+        try:
+            tidy(cache_root())
+            scratch = claim_folder(cache_root(), prepared.run_id)
+            stack.callback(release_folder, scratch)
+            snapshot = await asyncio.to_thread(take, prepared.cwd, scratch, ours=ours)
+            views = views_of(snapshot, ours=ours, insist=True)
+        except OSError as error:
+            raise SandboxError(f"{prepared.cwd}: the folder cannot be kept as it is: {error}") from error
+        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+        template = request_for(prepared, plan, prepared.node, cancellation, lambda _event: None)
+        yield Aside(prepared=prepared, runs=Runs(template, views), cancellation=cancellation)

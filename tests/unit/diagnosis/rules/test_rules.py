@@ -1,0 +1,654 @@
+"""Every rule by a table, the order among them, and what must hold for whatever evidence comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import signal
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safe_exec.diagnosis.rules import RULES, Context, find_cause
+from safe_exec.diagnosis.verdict import STATUS_OF
+from safe_exec.model.ending import (
+    Cancelled,
+    CellError,
+    CellFailed,
+    Died,
+    Ending,
+    ExitStatus,
+    InternalError,
+    LimitHit,
+    Passed,
+    StartFailed,
+    TerminationReason,
+    TimedOut,
+)
+from safe_exec.model.evidence import (
+    Access,
+    Evidence,
+    FaultReport,
+    Frame,
+    IsolationConflict,
+    IsolationFacts,
+    Looked,
+    NeedKind,
+    Place,
+    Raised,
+)
+from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.verdict import Activity, Cause, CauseKind, CellRecord, CellStatus, Confidence, Origin, Status
+
+K, C = CauseKind, Confidence
+MIB = 1 << 20
+LIMITS = Limits(
+    memory=100 * MIB,
+    cpu_time=10.0,
+    cell_timeout=3.0,
+    timeout=9.0,
+    processes=20,
+    open_files=50,
+    file_size=MIB,
+    cell_output=MIB,
+    output=4 * MIB,
+)
+BARE = Limits()
+NO_NETWORK = {Wall.NETWORK: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True)}
+NO_TCP = {Wall.NETWORK: Enforcement(by=Mechanism.LANDLOCK, hard=False)}
+UNHELD = {Wall.NETWORK: Enforcement(by=Mechanism.NONE, hard=False)}
+
+
+def exit_code(number: int) -> ExitStatus:
+    """The wait status of a process that left with an exit code."""
+    return ExitStatus(number << 8)
+
+
+def by(number: int, *, core: bool = False) -> ExitStatus:
+    """The wait status of a process that a signal ended."""
+    return ExitStatus(number | (0x80 if core else 0))
+
+
+def raised(ename: str, evalue: str = "") -> CellError:
+    return CellError(ename=ename, evalue=evalue, traceback=())
+
+
+def failed(error: CellError) -> CellFailed:
+    return CellFailed(cell=2, error=error)
+
+
+def seen(**facts: Any) -> Looked:
+    """A main thread asleep in no call that is known, unless changed."""
+    return Looked(**{"state": "S", "cpu_share": 0.0, "syscall": None, "stack": (), **facts})
+
+
+DIED = Died(cell=2, exit=by(9))
+LATE = TimedOut(cell=2, whole=False, allowed=3.0, answered=True)
+LATE_WHOLE = TimedOut(cell=2, whole=True, allowed=9.0, answered=False)
+SLEEPS = seen(syscall="clock_nanosleep")
+FULL = FaultReport(title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB)
+SHALLOW = dataclasses.replace(FULL, stack_bytes=MIB // 4)
+IN_THREAD = dataclasses.replace(FULL, main=False)
+FORKING = Place(cell=2, line=1, source="traceback", stack=(Frame(function="_execute_child", line=1, file="subprocess.py"),))
+
+
+BY_BUBBLEWRAP = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="empty")
+WALLS = {
+    Wall.HOME: BY_BUBBLEWRAP,
+    Wall.SYSTEM: BY_BUBBLEWRAP,
+    Wall.ENVIRONMENT: Enforcement(by=Mechanism.RUNNER, hard=True, note="listed"),
+}
+TAKEN = IsolationFacts(by=Mechanism.BUBBLEWRAP, folder="/home/me/work", hidden_homes=("/home/me",), read_only=True)
+VARIABLE = IsolationConflict(
+    kind=NeedKind.VARIABLE, name="A_TOKEN", access=Access.HIDDEN, line="KeyError: 'A_TOKEN'", exact=True, cell=2
+)
+MENTIONED = dataclasses.replace(VARIABLE, exact=False)
+HIDDEN_FILE = IsolationConflict(
+    kind=NeedKind.PATH,
+    name="../d.csv",
+    access=Access.HIDDEN,
+    line="[Errno 2] No such file or directory: '../d.csv'",
+    path="/home/me/d.csv",
+    allow=("/home/me/d.csv",),
+    exact=True,
+    cell=2,
+)
+PRINTED = dataclasses.replace(HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True)
+NOT_INSTALLED = IsolationConflict(
+    kind=NeedKind.PATH,
+    name="/venv/lib/python3.12/site-packages/fieldpkg.py",
+    access=Access.READ_ONLY,
+    line="OSError: [Errno 30] Read-only file system: '/venv/lib/python3.12/site-packages/fieldpkg.py'",
+    path="/venv/lib/python3.12/site-packages/fieldpkg.py",
+    allow=("/venv/lib/python3.12/site-packages",),
+    writes=True,
+    exact=True,
+    cell=1,
+    in_output=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was observed, and what is to be concluded from it."""
+
+    id: str
+    ending: Ending
+    kind: CauseKind
+    confidence: Confidence = Confidence.CERTAIN
+    activity: Activity | None = None
+    limits: Limits = LIMITS
+    language: str | None = "python"
+    seen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    walls: Mapping[Wall, Enforcement] = dataclasses.field(default_factory=dict)
+
+    @property
+    def context(self) -> Context:
+        """As the rules get it; an error of the ending is in the evidence too, as a trial puts it there."""
+        error = self.ending.error if isinstance(self.ending, CellFailed | TimedOut) else None
+        status = self.ending.exit if isinstance(self.ending, Died | StartFailed) else None
+        evidence = Evidence(**{"error": error, "exit": status, **self.seen})
+        return Context(
+            ending=self.ending, evidence=evidence, limits=self.limits, language=self.language, current=2, walls=self.walls
+        )
+
+
+def dead(name: str, status: ExitStatus | None, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+    limits = facts.pop("limits", LIMITS)
+    return Row(id=name, ending=Died(cell=2, exit=status), kind=kind, confidence=confidence, limits=limits, seen=facts)
+
+
+def error(name: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+    more = {key: facts.pop(key) for key in ("limits", "language", "walls") if key in facts}
+    return Row(id=name, ending=failed(raises), kind=kind, confidence=confidence, seen=facts, **more)
+
+
+def late(name: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any) -> Row:
+    ending = facts.pop("ending", LATE)
+    return Row(id=name, ending=ending, kind=kind, confidence=confidence, activity=activity, seen=facts)
+
+
+def hit(name: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+    return Row(id=name, ending=LimitHit(limit=limit, cell=2), kind=kind, confidence=confidence, seen=facts)
+
+
+DEATHS = [
+    # Memory: what we did, what the system counted.
+    dead(
+        "abort-for-descriptors",
+        by(signal.SIGABRT),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+        stderr_tail="Too many open files (src/signaler.cpp:345)\n",
+    ),
+    dead("watchdog", by(9), K.OUT_OF_MEMORY, termination=TerminationReason.MEMORY),
+    dead("oom-counted", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
+    dead(
+        "oom-of-named-container",
+        by(9),
+        K.OUT_OF_MEMORY,
+        C.CERTAIN,
+        oom_kills=1,
+        oom_kills_cell=1,
+        oom_elsewhere=True,
+        oom_bound=("/sys/fs/cgroup/box", 4 * MIB),
+    ),
+    dead("oom-of-container", by(9), K.OUT_OF_MEMORY, C.LIKELY, oom_kills=1, oom_kills_cell=1, oom_elsewhere=True),
+    dead("oomd", by(9), K.OUT_OF_MEMORY, oomd_killed=True, oom_kills=0, oom_kills_cell=0),
+    # SIGKILL without a counter that went up in this cell.
+    dead("sigkill-uncounted", by(9), K.KILLED, C.LIKELY),
+    dead("sigkill-counted-none", by(9), K.KILLED, oom_kills=0, oom_kills_cell=0),
+    dead("sigkill-after-a-worker-of-an-earlier-cell", by(9), K.KILLED, oom_kills=1, oom_kills_cell=0),
+    dead("keeper-killed", None, K.KILLED, C.LIKELY),
+    # A worker's death in the same cell does not explain another signal or a status.
+    dead("segfault-beside-a-killed-worker", by(11), K.SEGFAULT, C.LIKELY, oom_kills=1, oom_kills_cell=1),
+    dead("exit-beside-a-killed-worker", exit_code(1), K.EXIT, oom_kills=1, oom_kills_cell=1),
+    # Processor time.
+    dead("cpu-watched", by(9), K.CPU_TIME, termination=TerminationReason.CPU_TIME, cpu_seconds=10.2),
+    dead("cpu-soft", by(signal.SIGXCPU), K.CPU_TIME, kernel_cpu_seconds=10.0),
+    dead("cpu-soft-with-core", by(signal.SIGXCPU, core=True), K.CPU_TIME, kernel_cpu_seconds=10.0),
+    dead("cpu-hard", by(9), K.CPU_TIME, kernel_cpu_seconds=12.0),
+    dead("cpu-of-its-own", by(signal.SIGXCPU), K.CPU_TIME, kernel_cpu_seconds=1.0, limits=BARE),
+    dead("sigkill-long-before-its-cpu-time", by(9), K.KILLED, C.LIKELY, kernel_cpu_seconds=3.0),
+    dead("oom-after-much-cpu", by(9), K.OUT_OF_MEMORY, kernel_cpu_seconds=12.0, oom_kills=1, oom_kills_cell=1),
+    # Other limits that come as signals.
+    dead("file-size-signal", by(signal.SIGXFSZ), K.FILE_TOO_LARGE),
+    dead("seccomp", by(signal.SIGSYS, core=True), K.BAD_SYSTEM_CALL),
+    # Faults.
+    dead("segfault", by(11, core=True), K.SEGFAULT, fault=SHALLOW),
+    dead("segfault-unseen", by(11), K.SEGFAULT, C.LIKELY),
+    dead("stack-overflow", by(11), K.STACK_OVERFLOW, fault=FULL),
+    dead("stack-overflow-by-bus-error", by(7), K.STACK_OVERFLOW, fault=FULL),
+    dead("fault-in-a-thread-with-a-full-main-stack", by(11), K.SEGFAULT, fault=IN_THREAD),
+    dead("abort-with-a-full-stack", by(6), K.ABORT, fault=FULL),
+    dead("abort", by(6), K.ABORT),
+    dead("illegal-instruction", by(4), K.ILLEGAL_INSTRUCTION),
+    dead("bus-error", by(7), K.BUS_ERROR),
+    dead("floating-point", by(8), K.FLOATING_POINT_EXCEPTION),
+    # Ends of the process's own doing.
+    dead("os._exit(0)", exit_code(0), K.EXIT),
+    dead("os._exit(1)", exit_code(1), K.EXIT),
+    dead("os._exit(137)-is-no-sigkill", exit_code(137), K.EXIT, oom_kills=1, oom_kills_cell=1),
+    dead("os._exit(139)-is-no-segfault", exit_code(139), K.EXIT, fault=SHALLOW),
+    Row(id="asked", ending=Died(cell=2, exit=None, asked_to_exit=True), kind=K.EXIT),
+    Row(id="asked-then-left", ending=Died(cell=2, exit=exit_code(0), asked_to_exit=True), kind=K.EXIT),
+    # Signals that ask.
+    dead("sigterm", by(15), K.TERMINATED),
+    dead("sighup", by(1), K.TERMINATED),
+    dead("sigalrm", by(14), K.TERMINATED),
+    dead("sigpipe", by(13), K.TERMINATED),
+    dead("sigprof", by(27), K.TERMINATED),
+    dead("real-time-signal", by(40), K.TERMINATED),
+]
+
+TIMES = [
+    late("nothing-seen", K.CELL_TIMEOUT, C.CERTAIN, None),
+    late("sleeping", K.CELL_TIMEOUT, C.CERTAIN, Activity.SLEEPING, looked=SLEEPS),
+    late("sleeping-whole", K.NOTEBOOK_TIMEOUT, C.CERTAIN, Activity.SLEEPING, looked=SLEEPS, ending=LATE_WHOLE),
+    late("killed-by-us-then", K.CELL_TIMEOUT, C.CERTAIN, None, exit=by(9), termination=TerminationReason.CELL_TIMEOUT),
+    late("worker-killed-and-hang", K.WORKER_OUT_OF_MEMORY, C.LIKELY, None, oom_kills=1, oom_kills_cell=1),
+    late("worker-of-an-earlier-cell", K.CELL_TIMEOUT, C.CERTAIN, None, oom_kills=1, oom_kills_cell=0),
+    late(
+        "still-printing", K.OUTPUT_FLOOD, C.LIKELY, None,
+        cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=3.0, cell_output_age=0.1,
+    ),
+    late(
+        "printed-long-ago", K.CELL_TIMEOUT, C.CERTAIN, None,
+        cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=60.0, cell_output_age=50.0,
+    ),
+    late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_output_received=5000, cell_seconds=3.0, cell_output_age=0.1),
+    late("exec", K.UNRESPONSIVE, C.CERTAIN, Activity.SLEEPING, executed="/bin/sleep", looked=SLEEPS),
+    late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
+    late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, looked=seen(state="T"), cell_active=False),
+    late(
+        "not-begun-but-busy", K.CELL_TIMEOUT, C.CERTAIN, Activity.NATIVE_CODE,
+        looked=seen(state="R", cpu_share=1.0, starved=True), cell_active=False,
+    ),
+    late(
+        "reads-a-terminal", K.STDIN, C.LIKELY, Activity.WAITING_CHILD,
+        looked=seen(syscall="wait4", children=1, reads_terminal=True),
+    ),
+    late(
+        "child-at-work-beside-a-terminal", K.CELL_TIMEOUT, C.CERTAIN, Activity.WAITING_CHILD,
+        looked=seen(syscall="wait4", children=1, reads_terminal=True, children_cpu_share=1.0),
+    ),
+]  # fmt: skip
+
+ERRORS = [
+    error("zero-division", raised("ZeroDivisionError", "division by zero"), K.EXCEPTION),
+    error("system-exit", raised("SystemExit", "1"), K.EXCEPTION),
+    error("keyboard-interrupt", raised("KeyboardInterrupt"), K.EXCEPTION),
+    error("stdin", raised("StdinNotImplementedError", "raw_input was called"), K.STDIN),
+    error("worker", raised("BrokenProcessPool", "terminated abruptly"), K.WORKER_OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
+    error("worker-of-an-earlier-cell", raised("BrokenProcessPool", "x"), K.EXCEPTION, oom_kills=1, oom_kills_cell=0),
+    error("memory-error", raised("MemoryError"), K.MEMORY_ERROR),
+    error("numpy-memory-error", raised("_ArrayMemoryError", "Unable to allocate 74.5 GiB"), K.MEMORY_ERROR),
+    error("qualified-memory-error", raised("numpy.core._exceptions._ArrayMemoryError", "x"), K.MEMORY_ERROR),
+    error("errno-12", raised("OSError", "[Errno 12] Cannot allocate memory"), K.MEMORY_ERROR),
+    error("r-memory", raised("ERROR", "Error: cannot allocate vector of size 74.5 Gb"), K.MEMORY_ERROR, language="R"),
+    error("r-text-in-python", raised("ValueError", "cannot allocate vector of size 7 Gb"), K.EXCEPTION),
+    error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
+    error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
+    error("open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50),
+    error(
+        "no-network",
+        raised("URLError", "<urlopen error [Errno 101] Network is unreachable>"),
+        K.NETWORK_BLOCKED,
+        walls=NO_NETWORK,
+    ),
+    error("no-names", raised("gaierror", "[Errno -3] Temporary failure in name resolution"), K.NETWORK_BLOCKED, walls=NO_NETWORK),
+    error("no-tcp", raised("OSError", "[Errno 101] Network is unreachable"), K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP),
+    error("r-no-network", raised("ERROR", "cannot open URL 'https://x'"), K.NETWORK_BLOCKED, language="R", walls=NO_NETWORK),
+    error("network-down", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION),
+    error("network-down-unheld", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION, walls=UNHELD),
+    error("loopback-refuses", raised("ConnectionRefusedError", "[Errno 111] Connection refused"), K.EXCEPTION, walls=NO_NETWORK),
+    error("variable-removed", raised("KeyError", "'A_TOKEN'"), K.ISOLATION, conflicts=(VARIABLE,), walls=WALLS, isolation=TAKEN),
+    error("variable-mentioned", raised("E", "set A_TOKEN"), K.ISOLATION, C.LIKELY, conflicts=(MENTIONED,), walls=WALLS),
+    error(
+        "file-hidden",
+        raised("FileNotFoundError", HIDDEN_FILE.line),
+        K.ISOLATION,
+        conflicts=(HIDDEN_FILE,),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "file-hidden-without-a-wall",
+        raised("FileNotFoundError", "x"),
+        K.ISOLATION,
+        C.LIKELY,
+        conflicts=(HIDDEN_FILE,),
+        isolation=TAKEN,
+    ),
+    error(
+        "file-hidden-from-a-program",
+        raised("CalledProcessError", "Command 'cat' returned non-zero exit status 1."),
+        K.ISOLATION,
+        conflicts=(PRINTED,),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "printed-and-another-error",
+        raised("ZeroDivisionError", "division by zero"),
+        K.EXCEPTION,
+        conflicts=(PRINTED,),
+        walls=WALLS,
+    ),
+    error(
+        "packages-not-installed",
+        raised("ModuleNotFoundError", "No module named 'other'"),
+        K.ISOLATION,
+        C.LIKELY,
+        conflicts=(NOT_INSTALLED,),
+        raised=(Raised(type="ModuleNotFoundError", module="other"),),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "this-package-not-installed",
+        raised("ModuleNotFoundError", "No module named 'fieldpkg'"),
+        K.ISOLATION,
+        conflicts=(NOT_INSTALLED,),
+        raised=(Raised(type="ModuleNotFoundError", module="fieldpkg"),),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "disk-of-a-limit",
+        raised("OSError", "[Errno 28] No space left on device"),
+        K.DISK_FULL,
+        disk_free=0,
+        limits=Limits(disk=MIB),
+    ),
+    error("disk-full", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, disk_free=0),
+    error("disk-full-elsewhere", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
+    error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
+    error("sqlite", raised("OperationalError", "database or disk is full"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
+    error("sqlite-qualified", raised("sqlite3.OperationalError", "database or disk is full"), K.DISK_FULL, disk_free=100),
+    error("file-size", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE),
+    error("file-size-not-ours", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE, C.LIKELY, limits=BARE),
+    error(
+        "fork-refused",
+        raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"),
+        K.TOO_MANY_PROCESSES,
+        process_refusals=3,
+    ),
+    error(
+        "fork-by-its-stack",
+        raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+        place=FORKING,
+    ),
+    error("thread-refused", raised("RuntimeError", "can't start new thread"), K.TOO_MANY_PROCESSES, C.LIKELY),
+    error(
+        "thread-refused-above",
+        raised("RuntimeError", "can't start new thread"),
+        K.TOO_MANY_PROCESSES,
+        process_refusals=1,
+        process_bound=("/sys/fs/cgroup/box", 20),
+    ),
+    error("bash-fork", raised("ERROR", "bash: fork: retry: no"), K.TOO_MANY_PROCESSES, C.LIKELY, language="bash"),
+    error("eagain-of-a-socket", raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"), K.EXCEPTION),
+    # Text alone, in an exception of the user's own, proves nothing.
+    error("says-disk", raised("MyError", "[Errno 28] No space left on device"), K.EXCEPTION, disk_free=10**9),
+    error("says-files", raised("MyError", "[Errno 24] Too many open files"), K.EXCEPTION, open_files=5),
+    error("says-size", raised("ValueError", "[Errno 27] File too large"), K.EXCEPTION),
+    error("says-processes", raised("MyError", "[Errno 11] Resource temporarily unavailable"), K.EXCEPTION, process_refusals=3),
+    error("says-memory", raised("MyError", "MemoryError: [Errno 12] Cannot allocate memory"), K.EXCEPTION),
+    error("says-thread", raised("MyError", "can't start new thread"), K.EXCEPTION),
+    error("says-killed", raised("MyError", "Killed, exit status 137, oom_kill 1, SIGSEGV"), K.EXCEPTION),
+    error("says-input", raised("MyError", "StdinNotImplementedError: raw_input"), K.EXCEPTION),
+]
+
+OTHERS = [
+    Row(id="start", ending=StartFailed(reason="the kernel did not answer", waited=60.0), kind=K.KERNEL_START_FAILED),
+    Row(
+        id="start-killed-for-memory",
+        ending=StartFailed(reason="the kernel ended", exit=by(9)),
+        kind=K.KERNEL_START_FAILED,
+        seen={"oom_kills": 1, "termination": TerminationReason.MEMORY},
+    ),
+    Row(id="internal", ending=InternalError(message="no"), kind=K.UNKNOWN, confidence=C.GUESS),
+    hit("output", LimitName.CELL_OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
+    hit("output-in-all", LimitName.OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
+    hit("processes", LimitName.PROCESSES, K.TOO_MANY_PROCESSES, termination=TerminationReason.PROCESSES, exit=by(9)),
+    hit("disk", LimitName.DISK, K.DISK_FULL, termination=TerminationReason.DISK, exit=by(9)),
+    hit("worker-unnoticed", LimitName.MEMORY, K.WORKER_OUT_OF_MEMORY, oom_kills=1),
+    hit("nothing-fits", LimitName.OPEN_FILES, K.UNKNOWN, C.GUESS),
+]
+
+ROWS = [*DEATHS, *TIMES, *ERRORS, *OTHERS]
+
+
+def of(row: Row) -> Cause:
+    cause = find_cause(row.context)
+    assert cause is not None
+    return cause
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
+def test_what_is_concluded(row: Row) -> None:
+    cause = of(row)
+    assert (cause.kind, cause.confidence, cause.activity) == (row.kind, row.confidence, row.activity)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
+def test_a_reader_is_told_why_and_from_what(row: Row) -> None:
+    cause = of(row)
+    assert cause.summary and cause.summary == cause.summary.strip()
+    assert "None" not in cause.summary and "  " not in cause.summary
+    assert all(fact.source and isinstance(fact.origin, Origin) for fact in cause.evidence)
+    if cause.kind is not K.UNKNOWN:
+        assert cause.advice and cause.evidence
+
+
+@pytest.mark.parametrize("row", DEATHS, ids=[row.id for row in DEATHS])
+def test_a_death_carries_its_raw_end(row: Row) -> None:
+    cause = of(row)
+    assert isinstance(row.ending, Died)
+    status = row.ending.exit
+    number = status.signal if status else None
+    assert cause.signal == (None if number is None else -number)
+    assert cause.exit_code == (status.exit_code if status else None)
+
+
+@pytest.mark.parametrize("row", TIMES, ids=[row.id for row in TIMES])
+def test_our_own_signal_says_nothing_about_a_timeout(row: Row) -> None:
+    killed = dataclasses.replace(row, seen={**row.seen, "exit": by(9), "termination": TerminationReason.CELL_TIMEOUT})
+    cause = of(killed)
+    if cause.kind is not K.WORKER_OUT_OF_MEMORY:
+        assert (cause.kind, cause.signal, cause.exit_code) == (row.kind, None, None)
+
+
+def test_every_kind_can_be_concluded() -> None:
+    assert {row.kind for row in ROWS} == set(CauseKind)
+
+
+def test_every_rule_gives_some_row_its_cause() -> None:
+    first = [next(rule for rule in RULES if rule(row.context) is not None) for row in ROWS]
+    assert [rule.__name__ for rule in RULES if rule not in first] == []
+
+
+def test_every_ending_but_two_has_a_cause() -> None:
+    endings = {type(row.ending) for row in ROWS}
+    assert endings == set(typing.get_args(Ending)) - {Passed, Cancelled}
+
+
+@pytest.mark.parametrize("reason", [None, *TerminationReason])
+@pytest.mark.parametrize("ending", [Passed(), Cancelled(signal=2, cell=2)], ids=["passed", "cancelled"])
+def test_what_passed_or_was_cancelled_has_no_cause(ending: Ending, reason: TerminationReason | None) -> None:
+    evidence = Evidence(termination=reason, exit=by(9), oom_kills=1, oom_kills_cell=1, oomd_killed=True, looked=SLEEPS)
+    assert find_cause(Context(ending=ending, evidence=evidence, limits=LIMITS)) is None
+
+
+SAYINGS = (  # the last words of a cell that ran into nothing of the kind
+    "Killed\n", "MemoryError\n", "Out of memory: Killed process 1 (python)\n", "Segmentation fault (core dumped)\n", "Aborted",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
+def test_what_was_printed_changes_nothing(row: Row) -> None:
+    before = of(row)
+    for text in SAYINGS:
+        after = of(dataclasses.replace(row, seen={**row.seen, "last_words": text}))
+        assert dataclasses.replace(after, summary="", evidence=()) == dataclasses.replace(before, summary="", evidence=())
+
+
+def test_last_words_of_a_library_are_shown() -> None:
+    row = dead("abort", by(6), K.ABORT, last_words="progress 10%\nfree(): invalid pointer\n")
+    assert "free(): invalid pointer" in of(row).summary
+
+
+def test_cells_that_fill_the_memory_are_named() -> None:
+    cells = tuple(
+        CellRecord(index=n, code_index=n - 1, id=None, status=CellStatus.PASSED, memory_kept=kept)
+        for n, kept in enumerate((612 * MIB, None, 1000, 20 * MIB), 1)
+    )
+    killed = dead("oom", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1)
+    context = dataclasses.replace(killed.context, cells=cells, current=4)
+    cause = find_cause(context)
+    assert cause is not None and "code cell 1 kept 612" in cause.advice and "code cell 4" not in cause.advice
+
+
+def test_who_called_os_exit_is_told() -> None:
+    caller = (Frame(function="leave", line=4, file="/lib/x.py"),)
+    assert "leave() (/lib/x.py, line 4)" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=caller)).summary
+
+
+# --- whatever comes in ------------------------------------------------------------------------------------------
+
+counts = st.none() | st.integers(0, 1 << 62)
+seconds = st.none() | st.floats(0, 1e12)
+claimed = st.floats()  # read from memory that the kernel process writes: not a number, infinite, anything
+words = st.text(max_size=40)
+statuses = st.one_of(
+    st.integers(0, 255).map(exit_code),
+    st.integers(1, 64).map(by),
+    st.integers(1, 64).map(lambda number: by(number, core=True)),
+)
+frames = st.builds(Frame, function=words, line=counts, file=st.none() | words, cell=st.none() | st.integers(0, 9))
+stacks = st.lists(frames, max_size=3).map(tuple)
+texts = st.one_of(
+    words,
+    st.sampled_from([row.ending.error.evalue for row in ERRORS if isinstance(row.ending, CellFailed)]),
+)
+names = st.one_of(words, st.sampled_from([row.ending.error.ename for row in ERRORS if isinstance(row.ending, CellFailed)]))
+cell_errors = st.builds(CellError, ename=names, evalue=texts)
+places = st.builds(Place, cell=st.integers(0, 9), line=st.integers(0, 99), source=words, stack=stacks, age=st.none() | claimed)
+looks = st.builds(
+    Looked,
+    state=st.none() | st.sampled_from(list("RSDTtZX")) | words,
+    cpu_share=seconds,
+    syscall=st.none() | st.sampled_from(["read", "futex", "wait4", "epoll_wait", "select", "999"]),
+    stack=stacks,
+    gil_waits=st.lists(claimed, max_size=5).map(tuple),
+    lines=counts,
+    awaiting=st.none() | words,
+    children=counts,
+    children_cpu_share=seconds,
+    window=seconds,
+    starved=st.none() | st.booleans(),
+    reads_terminal=st.none() | st.booleans(),
+)
+faults = st.builds(FaultReport, title=words, stack=stacks, main=st.none() | st.booleans(), stack_bytes=counts, stack_limit=counts)
+
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
+    int: st.integers(0, 1 << 62),
+    float: st.floats(0, 1e12),
+    bool: st.booleans(),
+    str: texts,
+    ExitStatus: statuses,
+    TerminationReason: st.sampled_from(TerminationReason),
+    CellError: cell_errors,
+    FaultReport: faults,
+    Place: places,
+    Looked: looks,
+    Frame: frames,
+}
+
+
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Any value of a field's type."""
+    if hint in BY_TYPE:
+        return BY_TYPE[hint]
+    if hint is type(None):
+        return st.none()
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return st.sampled_from(hint)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return st.builds(hint, **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()})
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+    return st.one_of(*map(values_of, arguments))
+
+
+FIELDS = {name: values_of(hint) for name, hint in typing.get_type_hints(Evidence).items()}
+INSIDE = ("error", "raised", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail")
+evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
+claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in INSIDE})
+cells_of = st.integers(0, 9)
+bools = st.none() | st.booleans()
+endings: st.SearchStrategy[Ending] = st.one_of(
+    st.just(Passed()),
+    st.builds(CellFailed, cell=cells_of, error=cell_errors),
+    st.builds(Died, cell=st.none() | cells_of, exit=st.none() | statuses, asked_to_exit=st.booleans()),
+    st.builds(TimedOut, cell=st.none() | cells_of, whole=st.booleans(), allowed=st.floats(0, 1e9), answered=bools),
+    st.builds(LimitHit, limit=st.sampled_from(LimitName), cell=st.none() | cells_of),
+    st.builds(StartFailed, reason=words.filter(str.strip), exit=st.none() | statuses, waited=seconds),
+    st.builds(Cancelled, signal=st.integers(1, 64), cell=st.none() | cells_of),
+    st.builds(InternalError, message=words, cell=st.none() | cells_of),
+)
+limit_sets = st.sampled_from([LIMITS, BARE])
+languages = st.sampled_from([None, "python", "R", "bash"])
+
+
+@settings(deadline=None)
+@given(ending=endings, evidence=evidences, limits=limit_sets, language=languages)
+def test_whatever_was_observed_has_an_answer(ending: Ending, evidence: Evidence, limits: Limits, language: str | None) -> None:
+    cause = find_cause(Context(ending=ending, evidence=evidence, limits=limits, language=language))
+    if isinstance(ending, Passed | Cancelled):
+        assert cause is None
+        return
+    assert cause is not None
+    assert cause.summary.strip()
+    assert cause.signal is None or cause.exit_code is None
+    assert cause.signal is None or cause.signal < 0
+    assert cause.activity is None or isinstance(ending, TimedOut)
+    assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in cause.evidence)
+
+
+@settings(deadline=None)
+@given(status=statuses, evidence=evidences, claim=claims, limits=limit_sets)
+def test_claims_from_inside_never_change_what_a_death_is(
+    status: ExitStatus, evidence: Evidence, claim: dict[str, Any], limits: Limits
+) -> None:
+    ending = Died(cell=2, exit=status)
+    honest = dataclasses.replace(evidence, exit=status, **{name: getattr(Evidence(), name) for name in INSIDE})
+    before = find_cause(Context(ending=ending, evidence=honest, limits=limits))
+    after = find_cause(Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits))
+    assert before is not None and after is not None
+    assert dataclasses.replace(before, summary="", evidence=()) == dataclasses.replace(after, summary="", evidence=())
+    assert STATUS_OF[type(ending)] is Status.KERNEL_DIED and after.kind is not K.EXCEPTION
+
+
+@settings(deadline=None)
+@given(evidence=evidences, code=st.integers(0, 255))
+def test_an_exit_status_is_never_taken_for_a_signal(evidence: Evidence, code: int) -> None:
+    ours = (TerminationReason.MEMORY, TerminationReason.CPU_TIME)
+    fair = dataclasses.replace(
+        evidence,
+        exit=exit_code(code),
+        termination=None if evidence.termination in ours else evidence.termination,
+        oomd_killed=None,
+    )
+    cause = find_cause(Context(ending=Died(cell=2, exit=exit_code(code)), evidence=fair, limits=LIMITS))
+    assert cause is not None and (cause.kind, cause.exit_code) == (K.EXIT, code)

@@ -1,0 +1,402 @@
+"""The verdict document: its schema, its keys, its round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from safe_exec.model.evidence import Frame, IsolationFacts
+from safe_exec.model.limits import Enforcement, FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls, Wall
+from safe_exec.model.verdict import (
+    VERDICT_SCHEMA,
+    Activity,
+    Cause,
+    CauseKind,
+    CellRecord,
+    CellStatus,
+    Confidence,
+    CrashCell,
+    Culprit,
+    Culprits,
+    Environment,
+    Fact,
+    NotebookInfo,
+    Origin,
+    Role,
+    Status,
+    Stopped,
+    Timeline,
+    Usage,
+    Verdict,
+)
+from safe_exec.reports.verdict_json import dumps, from_document, load_schema, plain, to_document
+from tests.unit.builders import (
+    every_verdict,
+    make_cause,
+    make_crash,
+    make_culprits,
+    make_fact,
+    make_verdict,
+    name_of,
+    nothing_found,
+)
+
+SCHEMA = load_schema()
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+CONTRACT_KEYS = [
+    "schema",
+    "safe_exec_version",
+    "run_id",
+    "started",
+    "finished",
+    "command",
+    "cwd",
+    "status",
+    "exit_code",
+    "notebook",
+    "cause",
+    "crash_cell",
+    "culprits",
+    "cells",
+    "limits",
+    "enforcement",
+    "isolation",
+    "allow_errors",
+    "remote_hosts",
+    "timeline",
+    "usage",
+    "stderr_tail",
+    "environment",
+    "warnings",
+    "outputs",
+]
+
+
+def errors_of(document: dict[str, Any]) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(document)]
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def test_the_schema_is_a_schema() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$id"] == VERDICT_SCHEMA
+    assert SCHEMA["properties"]["schema"]["const"] == VERDICT_SCHEMA
+
+
+@pytest.mark.parametrize("verdict", every_verdict(), ids=name_of)
+def test_every_verdict_obeys_the_schema_and_comes_back(verdict: Verdict) -> None:
+    document = json.loads(dumps(verdict))
+    assert errors_of(document) == []
+    assert document == to_document(verdict)
+    assert from_document(document) == verdict
+
+
+def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
+    assert list(to_document(make_verdict())) == CONTRACT_KEYS
+    assert SCHEMA["required"] == CONTRACT_KEYS == list(SCHEMA["properties"])
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (SCHEMA["properties"]["status"], Status),
+        (SCHEMA["properties"]["enforcement"]["propertyNames"], LimitName),
+        (SCHEMA["$defs"]["enforcement"]["properties"]["by"], Mechanism),
+        (SCHEMA["properties"]["environment"]["properties"]["isolation"]["propertyNames"], Wall),
+        (SCHEMA["properties"]["isolation"]["properties"]["folder"], FolderUse),
+        (SCHEMA["properties"]["isolation"]["properties"]["system_calls"], SystemCalls),
+        (SCHEMA["$defs"]["cause"]["properties"]["kind"], CauseKind),
+        (SCHEMA["$defs"]["cause"]["properties"]["confidence"], Confidence),
+        (SCHEMA["$defs"]["fact"]["properties"]["origin"], Origin),
+        (SCHEMA["$defs"]["cell"]["properties"]["status"], CellStatus),
+        (SCHEMA["$defs"]["culprit"]["properties"]["role"], Role),
+    ],
+)
+def test_the_words_of_the_schema_are_those_of_the_model(where: dict[str, Any], words: type[Status]) -> None:
+    assert where["enum"] == [word.value for word in words]
+
+
+def test_words_that_may_be_missing_are_those_of_the_model() -> None:
+    assert SCHEMA["$defs"]["cause"]["properties"]["activity"]["enum"] == [*(a.value for a in Activity), None]
+    assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [*(s.value for s in Stopped), None]
+
+
+OPTIONAL: dict[type, set[str]] = {Environment: {"isolation_facts"}}
+"""Keys that verdicts of earlier versions do not have."""
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        (SCHEMA["properties"]["notebook"], NotebookInfo),
+        (SCHEMA["properties"]["limits"], Limits),
+        (SCHEMA["$defs"]["enforcement"], Enforcement),
+        (SCHEMA["properties"]["isolation"], Isolation),
+        (SCHEMA["properties"]["timeline"], Timeline),
+        (SCHEMA["properties"]["usage"], Usage),
+        (SCHEMA["properties"]["environment"], Environment),
+        (SCHEMA["$defs"]["isolation_facts"], IsolationFacts),
+        (SCHEMA["$defs"]["cause"], Cause),
+        (SCHEMA["$defs"]["fact"], Fact),
+        (SCHEMA["$defs"]["crash_cell"], CrashCell),
+        (SCHEMA["$defs"]["frame"], Frame),
+        (SCHEMA["$defs"]["cell"], CellRecord),
+        (SCHEMA["$defs"]["culprits"], Culprits),
+        (SCHEMA["$defs"]["culprit"], Culprit),
+    ],
+)
+def test_the_fields_of_the_schema_are_those_of_the_model(where: dict[str, Any], kind: type) -> None:
+    assert set(where["properties"]) == names(kind)
+    assert set(where["required"]) == names(kind) - OPTIONAL.get(kind, set())
+    assert where["additionalProperties"] is False
+
+
+def test_every_status_has_its_exit_code_in_the_schema() -> None:
+    ties = next(rule["oneOf"] for rule in SCHEMA["allOf"] if "oneOf" in rule)
+    said = {tie["properties"]["status"]["const"]: tie["properties"]["exit_code"]["const"] for tie in ties}
+    assert said == {status.value: status.exit_code for status in Status}
+
+
+ENVIRONMENT = to_document(make_verdict())["environment"]
+BROKEN = [
+    ("a wrong exit code", {"exit_code": 0}),
+    ("no such status", {"status": "crashed"}),
+    ("a further key", {"mood": "bad"}),
+    ("a local time", {"started": "2026-01-01T12:00:00+02:00"}),
+    ("a limit with a unit", {"limits": {**to_document(make_verdict())["limits"], "memory": "1 GiB"}}),
+    ("a kernel that died of nothing", {"cause": None}),
+    ("a positive signal", {"cause": {**plain(make_cause()), "signal": 9}}),
+    ("a signal and an exit code", {"cause": {**plain(make_cause()), "exit_code": 137}}),
+    ("no such kind", {"cause": {**plain(make_cause()), "kind": "bad_luck"}}),
+    ("line 0", {"crash_cell": {**plain(make_crash()), "line": 0}}),
+    ("no such limit", {"enforcement": {"patience": {"by": "none", "hard": False, "note": ""}}}),
+    ("nothing, and hard", {"enforcement": {"memory": {"by": "none", "hard": True, "note": ""}}}),
+    ("no such wall", {"environment": {**ENVIRONMENT, "isolation": {"moat": {"by": "none", "hard": False, "note": ""}}}}),
+    ("no wall, and hard", {"environment": {**ENVIRONMENT, "isolation": {"home": {"by": "none", "hard": True, "note": ""}}}}),
+    ("no such use of the folder", {"isolation": {**plain(Isolation()), "folder": "burn"}}),
+    ("a wall less", {"isolation": {k: v for k, v in plain(Isolation()).items() if k != "network"}}),
+    ("no host", {"remote_hosts": [None]}),
+    ("a flag that is a number", {"allow_errors": 1}),
+    ("too long a timeline", {"timeline": {"seconds": [0.0] * 501, "memory": [], "cpu": [], "cell": []}}),
+]
+
+
+@pytest.mark.parametrize("change", [change for _, change in BROKEN], ids=[name for name, _ in BROKEN])
+def test_the_schema_refuses(change: dict[str, Any]) -> None:
+    assert errors_of({**to_document(make_verdict()), **change})
+
+
+def test_the_schema_refuses_a_cause_of_a_passed_run() -> None:
+    assert errors_of({**to_document(make_verdict(Status.PASSED)), "cause": plain(make_cause())})
+
+
+@pytest.mark.parametrize("key", CONTRACT_KEYS)
+def test_the_schema_asks_for_every_key(key: str) -> None:
+    document = to_document(make_verdict())
+    del document[key]
+    assert errors_of(document)
+
+
+WRONG_CULPRITS = [
+    ("a count too few", {"reproduced": [2]}),
+    ("a count too many", {"reproduced": [2, 2, 2]}),
+    ("less than none", {"reproduced": [-1, 2]}),
+    ("no such end", {"stopped": "tired"}),
+    ("no such role", {"cells": [{**plain(make_culprits().cells[0]), "role": "victim"}]}),
+    ("a cell without a line", {"cells": [{k: v for k, v in plain(make_culprits().cells[0]).items() if k != "source_line"}]}),
+    ("nothing, and yet done", {"cells": []}),
+    ("nothing, and no less", {"cells": [], "stopped": "budget"}),
+    ("no time", {"seconds": None}),
+    ("a cell before the first", {"look_first": -1}),
+    ("no place", {"look_first": "second"}),
+    ("a further key", {"mood": "bad"}),
+]
+
+
+@pytest.mark.parametrize("change", [change for _, change in WRONG_CULPRITS], ids=[name for name, _ in WRONG_CULPRITS])
+def test_the_schema_refuses_culprits_with(change: dict[str, Any]) -> None:
+    document = to_document(make_verdict(culprits=make_culprits()))
+    assert errors_of(document) == []
+    assert errors_of({**document, "culprits": {**document["culprits"], **change}})
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Culprits)])
+def test_the_schema_asks_for_every_key_of_culprits(key: str) -> None:
+    document = to_document(make_verdict(culprits=make_culprits()))
+    del document["culprits"][key]
+    assert errors_of(document)
+
+
+@pytest.mark.parametrize("stopped", Stopped)
+def test_a_search_may_find_nothing(stopped: Stopped) -> None:
+    document = to_document(make_verdict(culprits=nothing_found(stopped)))
+    assert errors_of(document) == []
+    assert document["culprits"]["cells"] == [] and document["culprits"]["stopped"] == stopped.value
+
+
+def test_a_passed_run_has_no_culprits() -> None:
+    assert errors_of(to_document(make_verdict(Status.PASSED, culprits=make_culprits())))
+
+
+def test_what_json_cannot_hold_becomes_null_or_an_escape() -> None:
+    usage = Usage(wall_seconds=math.nan, cpu_seconds=math.inf)
+    facts = (make_fact(value=-math.inf), make_fact(value="a\ud800b"))
+    verdict = make_verdict(cause=make_cause(evidence=facts), usage=usage, cwd="/tmp/caf\udce9")
+    text = dumps(verdict)
+    document = json.loads(text)
+    assert b"NaN" not in text and b"Infinity" not in text
+    assert document["usage"]["wall_seconds"] is None and document["usage"]["cpu_seconds"] is None
+    assert [fact["value"] for fact in document["cause"]["evidence"]] == [None, "a\\ud800b"]
+    assert document["cwd"] == "/tmp/caf\\udce9"
+    assert errors_of(document) == []
+
+
+def test_the_text_is_utf8_indented_and_ends_with_a_newline() -> None:
+    text = dumps(make_verdict(cwd="/home/zoë"))
+    assert "/home/zoë".encode() in text
+    assert text.startswith(b'{\n  "schema": "safe-exec/verdict/1",\n') and text.endswith(b"}\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "safe-exec/verdict/2"}, "schema is 'safe-exec/verdict/2'"),
+        ({"mood": "bad"}, "verdict: unknown key 'mood'"),
+        ({"status": "crashed"}, "'crashed' is not a valid Status"),
+        ({"cwd": 3}, "verdict.cwd: expected str, found int"),
+        ({"usage": {"oom_kills": "one"}}, "verdict.usage.oom_kills: expected int, found str"),
+        ({"notebook": {"path": "x"}}, "verdict.notebook: .*missing"),
+        ({"cells": {}}, "verdict.cells: expected list, found dict"),
+        ({"culprits": {**plain(make_culprits()), "reproduced": [2]}}, "reproduced: expected 2 counts, found 1"),
+        ({"culprits": {**plain(make_culprits()), "trials": None}}, "verdict.culprits.trials: expected int, found NoneType"),
+        ({"culprits": {**plain(make_culprits()), "stopped": "tired"}}, "'tired' is not a valid Stopped"),
+        ({"cause": {**plain(make_cause()), "evidence": [{**plain(make_fact()), "value": []}]}}, "evidence.0..value: "),
+    ],
+)
+def test_reading_back_names_what_does_not_fit(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_document({**to_document(make_verdict()), **change})
+
+
+def test_a_whole_number_is_a_fine_number_of_seconds() -> None:
+    document = to_document(make_verdict())
+    document["limits"]["cell_timeout"] = 30
+    assert from_document(document).limits.cell_timeout == 30.0
+
+
+# --- any verdict at all -----------------------------------------------------------------------------------------
+
+counts = st.none() | st.integers(0, 1 << 60)
+amounts = st.none() | st.floats(0, allow_infinity=False, allow_nan=False)
+finite = st.floats(allow_infinity=False, allow_nan=False)
+texts = st.text(max_size=12)
+frames = st.builds(Frame, function=texts, line=counts, file=st.none() | texts, cell=counts)
+facts = st.builds(
+    Fact,
+    fact=st.text(min_size=1, max_size=8),
+    value=texts | st.booleans() | st.none() | st.integers() | finite,
+    source=texts,
+)
+causes = st.builds(
+    Cause,
+    summary=st.text(min_size=1, max_size=8),
+    evidence=st.lists(facts, max_size=2).map(tuple),
+    advice=texts,
+    signal=st.none() | st.integers(-64, -1),
+    exit_code=st.none(),
+)
+crashes = st.builds(
+    CrashCell,
+    index=st.integers(0, 99),
+    code_index=st.integers(0, 99),
+    execution_count=counts,
+    line=st.none() | st.integers(1, 99),
+    stack=st.lists(frames, max_size=2).map(tuple),
+)
+records = st.builds(
+    CellRecord,
+    index=st.integers(0, 99),
+    code_index=st.integers(0, 99),
+    started=amounts,
+    seconds=amounts,
+    cpu_seconds=amounts,
+    memory_peak=counts,
+    memory_kept=st.none() | st.integers(),
+    output_bytes=counts,
+)
+culprits = st.builds(
+    Culprits,
+    cells=st.lists(
+        st.builds(Culprit, index=st.integers(0, 99), code_index=st.integers(0, 99), source_line=st.none() | texts),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+    look_first=counts,
+    trials=st.integers(0, 99),
+    cached=st.integers(0, 99),
+    reproduced=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    seconds=st.floats(0, allow_infinity=False, allow_nan=False),
+    repro_notebook=st.none() | texts,
+    stopped=st.none() | st.sampled_from(Stopped),
+)
+enforcements = st.dictionaries(
+    st.sampled_from(LimitName),
+    st.builds(Enforcement, by=st.sampled_from(Mechanism).filter(lambda by: by is not Mechanism.NONE)),
+)
+walls = st.dictionaries(
+    st.sampled_from(Wall), st.builds(Enforcement, by=st.sampled_from(Mechanism), hard=st.just(value=False), note=texts)
+)
+isolations = st.builds(
+    Isolation,
+    folder=st.sampled_from(FolderUse),
+    system_calls=st.sampled_from(SystemCalls),
+    env=st.lists(texts, max_size=2).map(tuple),
+    hide=st.lists(texts, max_size=2).map(tuple),
+)
+verdicts = st.builds(
+    make_verdict,
+    status=st.sampled_from([status for status in Status if status is not Status.PASSED]),
+    kind=st.none(),
+    command=st.lists(texts, max_size=3).map(tuple),
+    cwd=texts,
+    cause=causes,
+    crash_cell=st.none() | crashes,
+    culprits=st.none() | culprits,
+    cells=st.lists(records, max_size=3).map(tuple),
+    limits=st.builds(Limits, memory=counts, cpus=amounts, cell_timeout=amounts, output=counts),
+    enforcement=enforcements,
+    usage=st.builds(Usage, wall_seconds=amounts, memory_peak=counts),
+    environment=st.builds(Environment, packages=st.none() | st.dictionaries(texts, texts, max_size=2), isolation=walls),
+    isolation=isolations,
+    allow_errors=st.booleans(),
+    remote_hosts=st.lists(texts, max_size=2).map(tuple),
+    stderr_tail=st.text(),
+    warnings=st.lists(texts, max_size=2).map(tuple),
+    outputs=st.dictionaries(texts, texts, max_size=2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(verdicts)
+def test_any_verdict_comes_back_as_it_was(verdict: Verdict) -> None:
+    document = json.loads(dumps(verdict))
+    assert errors_of(document) == []
+    assert from_document(document) == verdict
+
+
+@settings(max_examples=100)
+@given(st.text(st.characters(), max_size=30))
+def test_any_text_can_be_written(words: str) -> None:
+    document = json.loads(dumps(make_verdict(stderr_tail=words)))
+    assert document["stderr_tail"].encode() == words.encode("utf-8", "backslashreplace")
