@@ -1,6 +1,7 @@
 """What the parts share: the ways out, and what is known of the cell that runs."""
 
 import _thread
+import collections
 import faulthandler
 import json
 import os
@@ -36,8 +37,10 @@ class Inside:
         self.before_cells = lambda: None
         self.msg_id = None
         self.hosts = set()
-        self.opened = None  # the file opened last: its name, and the flags of open(2)
-        self.database = None  # the same of SQLite
+        self.opened = collections.deque(maxlen=100)  # audit events of the files opened last
+        self.database = None  # the name of the SQLite database opened last
+        self.dialled = None  # the host, or the path of a socket, that was connected to last
+        self.told_error = None  # the id of the error whose attributes were told
         self.put = None
         self.fitted = []
         self.child = False

@@ -19,12 +19,13 @@ ENVIRON = ("__getitem__", "__delitem__")
 
 
 def tell_attributes(inside, error):
-    """Tell the attributes of an error that the cell raised or showed."""
-    if issubclass(type(error), BaseException):
-        inside.fact(raised=attributes_of(error), cell=inside.page.cell, **surroundings(inside))
+    """Tell the attributes of an error that the cell raised or showed; once, since files are opened to show it."""
+    if issubclass(type(error), BaseException) and id(error) != inside.told_error:
+        inside.told_error = id(error)  # not the error itself: that would lengthen the lives of all in its frames
+        inside.fact(raised=attributes_of(inside, error), cell=inside.page.cell, **surroundings(inside))
 
 
-def attributes_of(error):
+def attributes_of(inside, error):
     """The exception and those that it came from (``__cause__``, ``__context__``, the parts of a group), the raised one first."""
     rows, seen, waiting = [], set(), [(error, False)]
     while waiting and len(rows) < MOST_ERRORS:
@@ -32,7 +33,7 @@ def attributes_of(error):
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        rows.append(_row(current, remote))
+        rows.append(_row(inside, current, remote))
         waiting.append((BaseException.__cause__.__get__(current), remote))
         waiting.append((BaseException.__context__.__get__(current), True))
         if GROUP is not None and issubclass(type(current), GROUP):
@@ -40,7 +41,7 @@ def attributes_of(error):
     return rows
 
 
-def _row(error, remote):
+def _row(inside, error, remote):
     """``remote``: it was only being handled when the next one was raised, and need not be what that one came from."""
     kind = type(error)
     row = {"type": kind.__name__, "remote": remote}
@@ -48,6 +49,7 @@ def _row(error, remote):
         row["errno"] = _number(OSError.errno.__get__(error))
         names = [path_text(name) for name in (OSError.filename.__get__(error), OSError.filename2.__get__(error))]
         row["files"] = [name for name in names if name]
+        row["writes"] = is_written(inside, row["files"][0]) if row["files"] else None
     elif issubclass(kind, ImportError):
         row["module"] = _text(ImportError.name.__get__(error))
     elif issubclass(kind, KeyError) and _is_of_environ(error):
@@ -89,14 +91,20 @@ def note_file(inside, event, args):
     """
     if event == "sqlite3.connect":
         inside.database = path_text(args[0])
+    elif event == "socket.getaddrinfo":
+        inside.dialled = path_text(args[0])
+    elif event == "socket.connect":
+        address = args[1]
+        host = address[0] if type(address) is tuple and address else address
+        inside.dialled = path_text(host)
     elif type(args[0]) is str:
-        inside.opened = event, args
+        inside.opened.append((event, args))
 
 
 def surroundings(inside):
     """Where names that are not absolute were looked for: the working directory, ``sys.path`` and ``PATH`` as the cell has left them.
 
-    And the file and the database that were opened last.
+    And the database that was opened last, and the address that was connected to.
     """
     try:
         folder = os.getcwd()
@@ -106,15 +114,15 @@ def surroundings(inside):
         "cwd": folder,
         "sys_path": [part[:MOST_PATH] for part in list(sys.path)[:MOST_PATHS] if type(part) is str],
         "search": os.environ.get("PATH", "")[: 4 * MOST_TEXT],
-        "opened": _opened(inside.opened),
         "database": inside.database,
+        "dialled": inside.dialled,
     }
 
 
-def _opened(note):
-    """The name, and whether it was to be written."""
-    if note is None:
-        return None
-    event, args = note
-    flags = os.O_CREAT if event == "os.mkdir" else args[2]
-    return args[0][:MOST_TEXT], type(flags) is int and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+def is_written(inside, name):
+    """Whether a file was last opened to be written, ``None`` where that is not known."""
+    for event, args in reversed(inside.opened):
+        if args[0] == name:
+            flags = os.O_CREAT if event == "os.mkdir" else args[2]
+            return type(flags) is int and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return None

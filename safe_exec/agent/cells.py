@@ -124,6 +124,7 @@ def begin(inside, kernel, code):
     page.note_line(0)
     inside.msg_id = msg_id
     inside.headers.clear()
+    inside.told_error = None
     inside.keys.clear()
     inside.bodies.begin(code if isinstance(code, str) else "")
     inside.first_text = True

@@ -32,7 +32,7 @@ def watch(inside):
     real_exit, real_closerange = os._exit, os.closerange
     noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
     noted |= {"os.posix_spawn", "os.spawn"}
-    files = {"open", "os.mkdir", "sqlite3.connect"}
+    files = {"open", "os.mkdir", "sqlite3.connect", "socket.getaddrinfo"}
 
     def _exit(status):
         if not inside.child and os.getpid() == inside.page.pid:
@@ -69,6 +69,7 @@ def watch(inside):
         elif event in files:
             note_file(inside, event, args)
         elif event == "socket.connect":
+            note_file(inside, event, args)
             if not inside.child:
                 connected(inside, args[1])
         elif event == "os.exec" and not inside.child:

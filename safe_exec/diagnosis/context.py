@@ -68,6 +68,16 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+OF_PROGRAMS = ("CalledProcessError", "UsageError", "SystemExit", "CommandError", "ShellError", "Error", "ERROR", "")
+"""Errors that say that a program failed, and leave the reason to what it printed."""
+
+
+def leaves_reason_to_output(context: Context) -> bool:
+    """Whether the cell's error says no more than that a program failed: it printed why."""
+    error = context.evidence.error
+    return error is not None and (error.ename in OF_PROGRAMS or not context.is_python)
+
+
 def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     """The raw end of the process, first in every list of evidence about a death.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec._version import __version__
 from safe_exec.diagnosis.rules import Context, find_cause
+from safe_exec.diagnosis.rules.isolation import unexplained
 from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, LimitHit, Passed, StartFailed, TimedOut
 from safe_exec.model.evidence import Place
 from safe_exec.model.limits import Limits
@@ -40,7 +41,12 @@ STDERR_TAIL = 4000
 
 def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Cause | None:
     """What the rules conclude from a trial."""
-    context = Context(
+    return find_cause(context_of(result, limits, plan, language))
+
+
+def context_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Context:
+    """A trial as the rules see it."""
+    return Context(
         ending=result.ending,
         evidence=result.evidence,
         limits=limits,
@@ -50,13 +56,14 @@ def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str
         language=language,
         walls=plan.walls,
     )
-    return find_cause(context)
 
 
 def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool) -> Verdict:
     """The verdict of one run."""
     limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
     language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
+    context = context_of(result, limits, plan, language)
+    cause = find_cause(context)
     info = NotebookInfo(
         path=str(prepared.job.path),
         sha256=prepared.notebook.sha256,
@@ -74,7 +81,7 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_
         cwd=str(prepared.cwd),
         status=STATUS_OF[type(result.ending)],
         notebook=info,
-        cause=cause_of(result, limits, plan, language),
+        cause=cause,
         crash_cell=crash_cell(result.ending, result.place, result.node),
         cells=tuple(ledger.records.values()),
         limits=limits,
@@ -95,6 +102,7 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_
         warnings=(
             *prepared.resolved.warnings,
             *result.warnings,
+            *unexplained(context, cause),
             *_reasons(result.ending),
             *_not_known(prepared.kernel_name, result),
         ),

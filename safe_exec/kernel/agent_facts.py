@@ -176,30 +176,31 @@ def _rows(value: Any) -> Rows:
 
 def raised_told(fact: dict[str, Any]) -> RaisedTold:
     """What a cell raised, from the kernel's own words for it. Raises TypeError, KeyError and the like for what is none."""
-    opened = fact.get("opened") or (None, None)
-    database = fact.get("database")
     return RaisedTold(
-        errors=tuple(_raised(row, opened, database) for row in fact["raised"][:MOST_ERRORS]),
+        errors=tuple(_raised(row, fact) for row in fact["raised"][:MOST_ERRORS]),
         cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
         sys_path=tuple(_text(part) for part in fact["sys_path"][:MOST_PATHS]),
         search=str(fact["search"])[: 8 * LONGEST_TEXT],
     )
 
 
-def _raised(row: dict[str, Any], opened: Any, database: Any) -> Raised:
-    files = [_text(name) for name in row.get("files") or ()][:2]
-    kind = _text(row["type"])
-    if not files and database and "OperationalError" in kind:  # SQLite's own words name no file
-        files = [_text(database)]
-    writes = bool(opened[1]) if files and opened[0] == files[0] else None
+def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
+    """One exception. What its own attributes leave out is taken from what was opened or connected to last."""
+    kind, files, host = _text(row["type"]), [_text(name) for name in row.get("files") or ()][:2], None
+    dialled = _text(fact.get("dialled") or "")
+    if not files and fact.get("database") and "OperationalError" in kind:
+        files = [_text(fact["database"])]  # SQLite's own words name no file
+    elif not files and "errno" in row and dialled:
+        files, host = ([dialled], None) if dialled.startswith("/") else ([], dialled)
     number = row.get("errno")
     return Raised(
         type=kind,
         number=number if isinstance(number, int) else None,
         files=tuple(files),
+        host=host,
         module=_text(row["module"]) if row.get("module") else None,
         variable=_text(row["variable"]) if row.get("variable") else None,
-        writes=writes,
+        writes=bool(row["writes"]) if row.get("writes") is not None else None,
         remote=bool(row.get("remote")),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -37,6 +38,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.usage import sockets
 from safe_exec.sandbox.usage.meter import Meter
+from safe_exec.sandbox.volumes import Volumes
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
@@ -52,6 +54,7 @@ CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 END_SECONDS = 1.0
 """A kernel that closes its sockets while we connect is most likely ending."""
 FAULT_CHARACTERS = 1 << 20
+TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - measured, not used
 
 
 class Manager(AsyncKernelManager):  # type: ignore[misc]
@@ -85,6 +88,7 @@ class KernelSession:
         self.manager: Any = None
         self.provisioner: SandboxProvisioner | None = None
         self.meter: Meter | None = None
+        self.volumes: Volumes | None = None
         self.departure = Departure()
         self._channels: dict[str, Channel] = {}
         self._closed = False
@@ -116,6 +120,13 @@ class KernelSession:
         else:
             await self._start_by_jupyter(km, cwd, env)
         self._watch()
+        if self.pid is not None:
+            self.volumes = Volumes(self.pid, self._places_to_write(cwd, env))
+
+    def _places_to_write(self, cwd: str, env: Mapping[str, str]) -> tuple[str, ...]:
+        facts = self.sandbox.isolation if self.sandbox is not None else None
+        home = facts.home if facts is not None else env.get("HOME")
+        return (os.path.realpath(cwd), TMP, SHM, *((home,) if home and home != "/" else ()))
 
     def _provision(self, km: Any, kernel_name: str) -> SandboxProvisioner:
         assert self.sandbox is not None
@@ -131,6 +142,11 @@ class KernelSession:
         self.sandbox.wait_ready()
         if speaks_ipc(km.kernel_spec.argv):
             km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
+        elif self.plan.enclosed and not self.plan.isolation.network:
+            # The loopback of a network namespace is its own: nobody outside reaches a port in there.
+            raise KernelStartError(
+                f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach inside a network of its own (--no-network)"
+            )
         else:
             for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
                 setattr(km, f"{name}_port", port)
@@ -427,6 +443,8 @@ class KernelSession:
         loop = asyncio.get_running_loop()
         if self.provisioner is not None:
             self.provisioner.stop_watching()
+        if self.volumes is not None:
+            self.volumes.close()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:

@@ -122,16 +122,18 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Raised:
-    """The attributes of an exception that a cell raised, or of one that it came from. The kernel's own word.
+    """The attributes of an exception that a cell raised, or of one that it came from. The kernel's word.
 
-    ``number`` is the error number, ``files`` the names that it is about, ``module`` the one that was not found, ``variable`` the key that
-    ``os.environ`` does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the exception was only being
-    handled when the next one was raised.
+    ``number`` is the error number, ``files`` the names that it is about, ``host`` the one that was
+    connected to last, ``module`` the one that was not found, ``variable`` the key that ``os.environ``
+    does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the
+    exception was only being handled when the next one was raised.
     """
 
     type: str
     number: int | None = None
     files: tuple[str, ...] = ()
+    host: str | None = None
     module: str | None = None
     variable: str | None = None
     writes: bool | None = None
@@ -140,12 +142,14 @@ class Raised:
 
 @dataclass(frozen=True, kw_only=True)
 class IsolationConflict:
-    """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away. Checked outside.
+    """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away.
 
-    ``name`` is the thing as the kernel named it in ``line``; ``path`` is where it is outside, ``allow`` what to open to the notebook so that it can
-    have it, empty where opening would not help. ``writes``: it is to be written. ``usable``: we ourselves, and the user that
-    the kernel runs as, may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's. ``exact``: the kernel named this
-    thing as the one that was refused. ``cell`` named it, ``in_output``: in its output.
+    ``name`` is the thing as the kernel named it in ``line``; all else was checked outside. ``path`` is
+    where it is outside, ``allow`` what to open to the notebook so that it can have it, empty where
+    opening would not help. ``writes``: it is to be written. ``usable``: the user that the kernel runs as
+    may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's.
+    ``exact``: the kernel named this thing as the one that was refused. ``cell`` named it, ``in_output``:
+    in its output.
     """
 
     kind: NeedKind
@@ -163,12 +167,28 @@ class IsolationConflict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Volume:
+    """A file system that the kernel can write to: its bytes, and the lowest free ones that were seen.
+
+    ``places`` are its directories as the kernel sees them. ``before`` are the bytes that were free as
+    the cell began. ``own``: it is the sandbox's own, and not the machine's.
+    """
+
+    places: tuple[str, ...]
+    size: int
+    free: int
+    before: int | None = None
+    own: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
-    Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of the exceptions that it came from),
-    ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end of what the cell put out) and the Python stacks, which the kernel process says
-    of itself; of ``conflicts`` the names. ``oom_bound`` is
+    Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
+    the exceptions that it came from), ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end
+    of what the cell put out) and the Python stacks, which the kernel process says of itself; of
+    ``conflicts`` the names. ``volumes`` are as the last cell left them, or lower. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
     """
@@ -214,3 +234,4 @@ class Evidence:
     isolation: IsolationFacts | None = None
     raised: tuple[Raised, ...] = ()
     conflicts: tuple[IsolationConflict, ...] = ()
+    volumes: tuple[Volume, ...] = ()

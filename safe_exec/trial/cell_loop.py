@@ -168,6 +168,8 @@ class CellLoop:
         error = self._error_of(index)
         if failure is not None and error is None:
             raise failure
+        if error is not None:
+            self._look_at_volumes()
         self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
         if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
             raise Stop(CellFailed(cell=index, error=error))
@@ -215,6 +217,7 @@ class CellLoop:
         ``index`` is the cell that ran, ``None`` if it had come to its end.
         """
         await self.session.wait_dead(5.0)
+        self._look_at_volumes()
         self.session.take_facts()
         if index is not None:
             self._recover(index)
@@ -239,9 +242,16 @@ class CellLoop:
         self.state.current = found
         return found
 
+    def _look_at_volumes(self) -> None:
+        """Measure the free space before anything is cleaned up."""
+        if self.session.volumes is not None:
+            self.session.volumes.look()
+
     # --- one cell's bookkeeping -----------------------------------------------------------------------------------
 
     def _begin(self, index: int, cell: Any) -> None:
+        if self.session.volumes is not None:
+            self.session.volumes.begin()
         self.ledger.begin(index, self.state.now(), self._reading_at_start())
         code_index = self.ledger.code_index(index)
         self.state.sink(events.CellStarted(time=self.state.now(), index=index, code_index=code_index, source=cell.source))

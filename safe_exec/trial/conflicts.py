@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 from safe_exec.model.evidence import Access, IsolationConflict, IsolationFacts, NeedKind
 from safe_exec.model.limits import Mechanism
-from safe_exec.records import dataclass, field
+from safe_exec.records import dataclass, field, replace
 from safe_exec.trial.needs import Need
 
 MOST_LOOKUPS = 300
@@ -113,7 +114,7 @@ class Sight:
     """The names as a cell sees them: where it looked for relative ones, and its own home, which may not be the user's.
 
     ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's own word; ``env`` is the environment outside. ``other_user``: the kernel runs
-    as a user that owns nothing.
+    as a user that owns nothing. ``r_version`` is that of R, for a kernel of it.
     """
 
     facts: IsolationFacts
@@ -122,6 +123,14 @@ class Sight:
     sys_path: tuple[str, ...] = ()
     search: str = ""
     other_user: bool = False
+    r_version: str | None = None
+
+    def r_libraries(self) -> tuple[str, ...]:
+        """The user's own library of R packages, where R looks for it (``?.libPaths``)."""
+        if not self.r_version:
+            return ()
+        system, version = f"{platform.machine()}-pc-linux-gnu-library", ".".join(self.r_version.split(".")[:2])
+        return (self.env.get("R_LIBS_USER") or f"~/R/{system}/{version}",)
 
     def places(self, name: str) -> Iterator[tuple[str, bool]]:
         """The absolute paths outside that a name may stand for, each with whether the kernel's own home led it elsewhere."""
@@ -176,7 +185,7 @@ class _Finder:
 
     def _module(self, need: Need) -> IsolationConflict | None:
         file = need.name.replace(".", "/")
-        for entry in dict.fromkeys((*self.sight.sys_path, ".")):
+        for entry in dict.fromkeys((*self.sight.sys_path, *self.sight.r_libraries(), ".")):
             for folder, moved in self.sight.places(entry or "."):
                 for end in MODULE_ENDS:
                     path = os.path.join(folder, file + end)
@@ -209,32 +218,41 @@ class _Finder:
     def _refused(self, need: Need, place: str, *, moved: bool) -> IsolationConflict | None:
         real = self.lookup.real(place)
         access, exists = self.reach.to(real), self.lookup.exists(real)
-        if exists and need.number != errno.EROFS and self.reach.to(os.path.normpath(place)) is Access.HIDDEN is not access:
+        readable = exists and need.number != errno.EROFS and not need.writes
+        if readable and self.reach.to(os.path.normpath(place)) is Access.HIDDEN is not access:
             return _conflict(need, Access.HIDDEN, path=real)  # a link that is hidden itself leads to what is not
-        if exists and need.number != errno.EROFS and access is Access.HIDDEN:
-            if not self.lookup.may(real, os.R_OK):
-                return None
-            usable = not self.sight.other_user or self.lookup.is_for_others(real)
-            return _conflict(need, access, path=real, allow=(real,), usable=usable, moved=moved)
-        if access is not Access.OPEN and self._is_write(need, access):
+        if access is Access.OPEN:
+            return self._other_users(need, real, access) if exists else None
+        if readable and access is Access.HIDDEN and not (need.may_write and self.lookup.is_directory(real)):
+            return self._hidden(need, real, moved=moved)
+        if self._is_write(need, access):
             return self._unwritable(need, real, access)
         return self._other_users(need, real, access) if exists else None
+
+    def _hidden(self, need: Need, real: str, *, moved: bool) -> IsolationConflict | None:
+        if not self.lookup.may(real, os.R_OK):
+            return None
+        usable = not self.sight.other_user or self.lookup.is_for_others(real)
+        return _conflict(need, Access.HIDDEN, path=real, allow=(real,), usable=usable, moved=moved)
 
     def _is_write(self, need: Need, access: Access) -> bool:
         """Whether it was to be written. A read-only file system refuses nothing else, and Landlock lets read what can be seen."""
         refused_by_landlock = need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
-        return need.number == errno.EROFS or bool(need.writes) or (refused_by_landlock and access is Access.READ_ONLY)
+        by_number = need.number == errno.EROFS or (refused_by_landlock and access is Access.READ_ONLY)
+        return by_number or (need.may_write if need.writes is None else need.writes)
 
     def _unwritable(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
         """A place that we may write to ourselves, and the kernel may not."""
         exists, folder = self.lookup.exists(real), os.path.dirname(real)
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
             return None  # outside its directory is missing, too
-        while not self.lookup.exists(folder):
+        while folder != "/" and not self.lookup.exists(folder):
             folder = os.path.dirname(folder)
         if not self.lookup.may(real if exists else folder, os.W_OK):
             return None
         allow = real if self.lookup.is_directory(real) else folder
+        is_known = need.writes is not None or need.number in (errno.EROFS, errno.EACCES)
+        need = need if is_known else replace(need, exact=False)  # the source looks like it, no more
         return _conflict(need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True)
 
     def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:

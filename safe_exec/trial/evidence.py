@@ -93,6 +93,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         isolation=session.sandbox.isolation if session.sandbox else None,
         raised=raised.errors if raised else (),
         conflicts=isolation_conflicts(state, ending, place),
+        volumes=session.volumes.lowest() if session.volumes else (),
     ), place
 
 

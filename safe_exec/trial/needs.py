@@ -34,16 +34,25 @@ _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
         re.compile(
             r"[Nn]o such file|[Nn]ot found\b|[Dd]oes not exist|[Dd]oesn't exist|[Dd]o not exist|ENOENT"
             r"|(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to)(?: \w+ly)? (?:open|find|access|stat|locate|read|load)"
-            r"|[Nn]o files found|not a (?:valid )?(?:file|directory|path)"
+            r"|[Nn]o files found|not a (?:valid )?(?:file|directory|path)|non-?existent|expanded paths were empty|[Nn]o match(?:es|ing files)"
         ),
     ),
 )
 """The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells."""
 _BY_NAME = {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES, "NotADirectoryError": errno.ENOTDIR}
 
-_QUOTED = re.compile(
-    r"""(?:\bb|(?<!\w))'([^'\n]{1,1000})'|"([^"\n]{1,1000})"|\u2018([^\u2019\n]{1,1000})\u2019|\u201c([^\u201d\n]{1,1000})\u201d|`([^`'\n]{1,1000})[`']"""
+_QUOTED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?:\bb|(?<!\w))'([^'\n]{1,1000})'",
+        r'"([^"\n]{1,1000})"',
+        "\u2018([^\u2019\n]{1,1000})\u2019",
+        "\u201c([^\u201d\n]{1,1000})\u201d",
+        r"`([^`'\n]{1,1000})[`']",
+    )
 )
+"""Quotes of each kind by themselves: R puts one kind into another."""
+_PATH_LIKE = re.compile(r"[/\\]|\.\w{1,8}$")
 _BARE = re.compile(r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)")
 _BEFORE = re.compile(
     r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file|[Oo]peration not permitted|[Nn]ot found)"
@@ -63,12 +72,18 @@ _ABOUT_VARIABLES = re.compile(
     r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not found|token|credential|api[ _]?key|secret",
     re.IGNORECASE,
 )
+_NONE = re.compile(r"\bNone(?:Type)?\b")
+_GETENV = re.compile(
+    r"(?:(?P<target>[A-Za-z_]\w*)\s*=[^=\n]*?)?(?:getenv|environ\.get)\(\s*['\"](?P<name>[A-Za-z_]\w*)['\"]\s*(?:,\s*None\s*)?\)"
+)
 UNREACHABLE = re.compile(
     r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No address associated with hostname"
     r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|[Cc]ould not resolve host|[Cc]ouldn't resolve host|Unknown host"
     r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure resolving|ENETUNREACH|EAI_AGAIN|dns error"
 )
 """As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2), gai_strerror(3)) where there is only loopback."""
+_NO_PACKAGE = re.compile(r"\(from versions: none\)|No matching distribution found|not found in the package registry")
+"""As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such package."""
 _HOST = re.compile(
     r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
 )
@@ -83,9 +98,11 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Need:
     """One thing that was asked for and refused, as it was named.
 
-    ``number`` is the error number. ``exact``: an attribute of the exception, or the one thing that the refusal is about. ``writes``: it was
-    to be written, where that is known. ``line`` is the text that names it. ``cell`` is the cell that did, and ``in_output`` whether in its
-    output; ``remote`` whether the exception was only being handled when another one ended the cell.
+    ``number`` is the error number. ``exact``: an attribute of the exception, or the one thing that the
+    refusal is about. ``writes``: it was to be written, where that is known; ``may_write``: the source
+    looks like it. ``line`` is the text that names it. ``cell`` is the cell that did, and ``in_output``
+    whether in its output; ``remote`` whether the exception was only being handled when another one ended
+    the cell.
     """
 
     kind: NeedKind
@@ -94,6 +111,7 @@ class Need:
     number: int | None = None
     exact: bool = False
     writes: bool | None = None
+    may_write: bool = False
     cell: int | None = None
     in_output: bool = False
     remote: bool = False
@@ -108,7 +126,12 @@ def needs_of_error(error: CellError, raised: Sequence[Raised], removed: Iterable
     names = frozenset() if raised and error.ename == "KeyError" else frozenset(removed)
     for line in text.splitlines()[:MOST_LINES]:
         found += _of_line(line[:LONGEST_LINE], names, number_in(line) or whole, is_error=True)
-    return _distinct(found)
+    # The exceptions that it came from stand in the traceback alone.
+    found += [need for line in _lines_of(error.traceback) if (need := _host(line)) is not None]
+    host = next((row.host for row in raised if row.host), None)
+    return _distinct(
+        replace(need, name=host) if host and need.kind is NeedKind.HOST and not need.name else need for need in found
+    )
 
 
 def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
@@ -119,9 +142,28 @@ def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
     return [replace(need, cell=cell, in_output=True) for need in _distinct(found)]
 
 
-def is_write(source: str) -> bool | None:
-    """Whether a line of a cell seems to write files; ``None`` where it does not."""
-    return True if _WRITES.search(source) else None
+def needs_of_none(error: CellError, sources: Iterable[str], lines: Iterable[str], removed: Iterable[str]) -> list[Need]:
+    """Variables that ``os.getenv`` gave as None, where an error is about a None.
+
+    ``sources`` are the cells up to the one that failed, ``lines`` those that the traceback names: one of
+    these must ask for the variable, or name what an assignment called it.
+    """
+    if not _NONE.search(error.evalue):
+        return []
+    names, text = frozenset(removed), "\n".join(lines)
+    needs = []
+    for source in sources:
+        for match in _GETENV.finditer(source):
+            target, name = match["target"], match["name"]
+            is_used = name in text or (target is not None and re.search(rf"\b{target}\b", text) is not None)
+            if name in names and is_used:
+                needs.append(Need(kind=NeedKind.VARIABLE, name=name, line=_shown(match[0])))
+    return _distinct(needs)
+
+
+def may_write(source: str) -> bool:
+    """Whether a line of a cell looks as if it wrote files."""
+    return _WRITES.search(source) is not None
 
 
 def number_in(text: str) -> int | None:
@@ -142,6 +184,8 @@ def _of_attributes(row: Raised, shown: str, number_of_text: int | None) -> Itera
     number = row.number if row.number is not None else number_of_text
     if number not in REFUSALS:
         return
+    if row.host and number == errno.EACCES:  # connect(2) is refused so by Landlock
+        yield Need(kind=NeedKind.HOST, name=row.host, line=line, number=number, exact=True, remote=row.remote)
     for name in row.files:
         if "/" not in name and number in (errno.ENOENT, errno.EACCES):
             yield Need(kind=NeedKind.PROGRAM, name=name, line=line, number=number, exact=True, remote=row.remote)
@@ -156,19 +200,33 @@ def _of_line(line: str, removed: frozenset[str], number: int | None, *, is_error
         yield Need(kind=NeedKind.MODULE, name=_first(module), line=shown, exact=True)
     for command in _COMMAND.finditer(line):
         yield Need(kind=NeedKind.PROGRAM, name=_first(command), line=shown, number=errno.ENOENT, exact=True)
-    if UNREACHABLE.search(line):
-        host = _HOST.search(line)
-        yield Need(kind=NeedKind.HOST, name=host[1] if host else "", line=shown, exact=True)
+    if (host := _host(line)) is not None:
+        yield host
     if number is not None:
         complaint = _SHELL.sub("", line)
         direct = _direct(complaint)
         names = dict.fromkeys([*([direct] if direct else []), *_names(complaint)])
+        paths = [name for name in names if _PATH_LIKE.search(name)]
         for name in names:
-            yield Need(kind=NeedKind.PATH, name=name, line=shown, number=number, exact=len(names) == 1 or name == direct)
+            exact = name == direct or paths == [name]
+            yield Need(kind=NeedKind.PATH, name=name, line=shown, number=number, exact=exact)
     for name in removed.intersection(_NAME.findall(line)):
         about = _ABOUT_VARIABLES.search(line.replace(name, " ")) is not None
         if about or (is_error and "_" in name):
             yield Need(kind=NeedKind.VARIABLE, name=name, line=shown, exact=about)
+
+
+def _host(line: str) -> Need | None:
+    if _NO_PACKAGE.search(line) is not None:
+        return Need(kind=NeedKind.HOST, name="", line=_shown(line))
+    if UNREACHABLE.search(line) is None:
+        return None
+    host = _HOST.search(line)
+    return Need(kind=NeedKind.HOST, name=host[1] if host else "", line=_shown(line), exact=True)
+
+
+def _lines_of(texts: Iterable[str]) -> list[str]:
+    return [line[:LONGEST_LINE] for line in _ANSI.sub("", "\n".join(texts)).splitlines()[-MOST_LINES:]]
 
 
 def _direct(line: str) -> str | None:
@@ -184,12 +242,13 @@ def _first(match: re.Match[str]) -> str:
     return next(group for group in match.groups() if group)
 
 
-def _names(line: str) -> Iterator[str]:
+def _names(line: str) -> list[str]:
     """Everything in a line that may be a path: quoted text, and words that begin like one."""
-    for match in _QUOTED.finditer(line):
-        yield _first(match).strip().removeprefix("file://")
-    for match in _BARE.finditer(_QUOTED.sub(" ", line)):
-        yield match[1].rstrip(".,").removeprefix("file://")
+    quoted = [match[1].strip().removeprefix("file://") for pattern in _QUOTED for match in pattern.finditer(line)]
+    bare = [match[1].rstrip(".,").removeprefix("file://") for match in _BARE.finditer(line)]
+    names = dict.fromkeys(name for name in (*quoted, *bare) if name)
+    # Of a quotation of another message only what is quoted in there.
+    return [name for name in names if not any(name != other and f"{other}'" in name for other in names)]
 
 
 def _shown(text: str) -> str:

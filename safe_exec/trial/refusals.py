@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
-from safe_exec.model.evidence import IsolationConflict, NeedKind, Place, Raised
+from safe_exec.model.evidence import IsolationConflict, Place, Raised
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.records import replace
 from safe_exec.trial.conflicts import Sight, conflicts
-from safe_exec.trial.needs import Need, is_write, needs_of_error, needs_of_output
+from safe_exec.trial.needs import Need, may_write, needs_of_error, needs_of_none, needs_of_output
 
 if TYPE_CHECKING:
     from safe_exec.kernel.agent_facts import RaisedTold
@@ -33,6 +33,7 @@ def isolation_conflicts(state: TrialState, ending: Ending, place: Place | None) 
         return ()
     told = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
     user = state.request.plan.walls.get(Wall.USER)
+    language = state.request.node.metadata.get("language_info", {})
     sight = Sight(
         facts=facts,
         env=state.request.env,
@@ -40,10 +41,13 @@ def isolation_conflicts(state: TrialState, ending: Ending, place: Place | None) 
         sys_path=told.sys_path if told else (),
         search=told.search if told else "",
         other_user=user is not None and user.by is not Mechanism.NONE,
+        r_version=str(language.get("version", "")) if language.get("name") == "R" else None,
     )
     removed = facts.removed_variables
     needs = _of_error(state, ending.error, told.errors if told else (), place) if isinstance(ending, CellFailed) else []
-    needs += [need for index, text in outputs(state) for need in needs_of_output(text, removed, index)]
+    for index, text in outputs(state):
+        writes = may_write(state.request.node.cells[index].source)
+        needs += [replace(need, may_write=writes) for need in needs_of_output(text, removed, index)]
     return conflicts(needs, sight)
 
 
@@ -52,14 +56,23 @@ def _of_error(state: TrialState, error: CellError, raised: tuple[Raised, ...], p
     assert state.current is not None
     source = state.request.node.cells[state.current].source.splitlines()
     line = source[place.line - 1] if place is not None and 0 < place.line <= len(source) else "\n".join(source)
-    writes = is_write(line)
-    needs = needs_of_error(error, raised, facts.removed_variables if facts else ())
-    return [_guessed(replace(need, cell=state.current), writes) for need in needs]
+    removed = facts.removed_variables if facts else ()
+    needs = needs_of_error(error, raised, removed)
+    needs += needs_of_none(error, _sources(state), [line, *_lines(state, place)], removed)
+    return [replace(need, cell=state.current, may_write=may_write(line)) for need in needs]
 
 
-def _guessed(need: Need, writes: bool | None) -> Need:
-    """With a guess from the source where the kernel does not say whether a file was to be written; that makes no need exact."""
-    return replace(need, writes=True, exact=False) if writes and need.writes is None and need.kind is NeedKind.PATH else need
+def _sources(state: TrialState) -> list[str]:
+    """The code of the cells up to the current one."""
+    cells = state.request.node.cells[: 1 + (state.current or 0)]
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+def _lines(state: TrialState, place: Place | None) -> Iterator[str]:
+    """The lines of the notebook that a traceback goes through."""
+    for frame in place.stack if place is not None else ():
+        if frame.cell is not None and frame.line is not None and 0 <= frame.cell < len(state.request.node.cells):
+            yield from state.request.node.cells[frame.cell].source.splitlines()[frame.line - 1 : frame.line]
 
 
 def outputs(state: TrialState) -> Iterator[tuple[int, str]]:

@@ -52,6 +52,8 @@ class Sampler:
         assert state.session.meter is not None
         reading = state.session.meter.read()
         state.ledger.sample(state.now(), reading, state.current)
+        if state.session.volumes is not None:
+            state.session.volumes.look(own=True)
         for index, size in self._output.items():
             state.sink(events.OutputReceived(time=state.now(), index=index, size=size))
         self._output.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,15 @@ errors: Any = attributes
 """Code of the kernel's process carries no types."""
 
 
+def new_inside() -> SimpleNamespace:
+    return SimpleNamespace(opened=deque(), database=None, dialled=None)
+
+
 def rows_of(action: Any) -> list[dict[str, Any]]:
     """What is told of the exception that an action raises, after its way through JSON."""
     with pytest.raises(BaseException) as caught:
         action()
-    rows: list[dict[str, Any]] = json.loads(json.dumps(errors.attributes_of(caught.value)))
+    rows: list[dict[str, Any]] = json.loads(json.dumps(errors.attributes_of(new_inside(), caught.value)))
     return rows
 
 
@@ -37,7 +42,7 @@ def rename_missing() -> None:
 
 def test_an_operating_system_error_tells_number_and_files() -> None:
     assert rows_of(stat_missing) == [
-        {"type": "FileNotFoundError", "remote": False, "errno": errno.ENOENT, "files": ["/nowhere/x.csv"]}
+        {"type": "FileNotFoundError", "remote": False, "errno": errno.ENOENT, "files": ["/nowhere/x.csv"], "writes": None}
     ]
     assert rows_of(rename_missing)[0]["files"] == ["/nowhere/a", "/nowhere/b"]
 
@@ -95,7 +100,7 @@ def test_a_group_tells_its_parts() -> None:
 def test_a_chain_in_a_circle_ends() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
-    assert len(errors.attributes_of(first)) == 2
+    assert len(errors.attributes_of(new_inside(), first)) == 2
 
 
 class HostileError(FileNotFoundError):
@@ -109,7 +114,7 @@ class HostileError(FileNotFoundError):
 
 
 def test_no_code_of_the_exception_is_run() -> None:
-    assert errors.attributes_of(HostileError(2, "no", "/x"))[0]["files"] == ["/x"]
+    assert errors.attributes_of(new_inside(), HostileError(2, "no", "/x"))[0]["files"] == ["/x"]
 
 
 class Text(str):
@@ -119,14 +124,14 @@ class Text(str):
 
 
 def test_objects_of_the_notebook_are_neither_asked_nor_kept() -> None:
-    inside = SimpleNamespace(opened=None, database=None)
+    inside = new_inside()
     errors.note_file(inside, "open", (Text("/x"), "w", os.O_WRONLY))
-    assert inside.opened is None
-    assert errors.attributes_of(OSError(2, "no", Text("/x")))[0]["files"] == []
+    assert not inside.opened
+    assert errors.attributes_of(new_inside(), OSError(2, "no", Text("/x")))[0]["files"] == []
 
 
 def told(action: Any, **more: Any) -> Raised:
-    inside = SimpleNamespace(opened=None, database=None)
+    inside = new_inside()
     fact = {"raised": rows_of(action), **json.loads(json.dumps(errors.surroundings(inside))), **more}
     return raised_told(fact).errors[0]
 
@@ -141,10 +146,12 @@ def told(action: Any, **more: Any) -> Raised:
     ],
 )
 def test_whether_a_file_was_to_be_written(event: str, args: tuple[Any, ...], writes: bool | None) -> None:
-    inside = SimpleNamespace(opened=None, database=None)
+    inside = new_inside()
     errors.note_file(inside, event, args)
-    opened = json.loads(json.dumps(errors.surroundings(inside)))["opened"]
-    assert told(stat_missing, opened=opened).writes is writes
+    errors.note_file(inside, "open", ("/usr/lib/shown.py", "r", os.O_RDONLY))
+    with pytest.raises(FileNotFoundError) as caught:
+        stat_missing()
+    assert errors.attributes_of(inside, caught.value)[0]["writes"] is writes
 
 
 def test_sqlite_does_not_say_which_file() -> None:
@@ -158,13 +165,32 @@ def test_sqlite_does_not_say_which_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "files", "host"),
+    [
+        ("/run/docker.sock", ("/run/docker.sock",), None),
+        (b"/run/docker.sock", ("/run/docker.sock",), None),
+        (("example.org", 80), (), "example.org"),
+        (("::1", 80, 0, 0), (), "::1"),
+        (7, (), None),
+    ],
+)
+def test_a_refused_connection_does_not_say_to_whom(address: Any, files: tuple[str, ...], host: str | None) -> None:
+    def action() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    inside = new_inside()
+    errors.note_file(inside, "socket.connect", (object(), address))
+    found = told(action, dialled=inside.dialled)
+    assert (found.files, found.host) == (files, host)
+
+
+@pytest.mark.parametrize(
     "fact",
     [
         {"raised": 1},
         {"raised": [{}], "sys_path": [], "search": ""},
         {"raised": [{"type": "x", "files": 3}], "sys_path": [], "search": ""},
         {"raised": [], "search": ""},
-        {"raised": [{"type": "x", "files": ["a"]}], "opened": 7, "sys_path": [], "search": ""},
     ],
 )
 def test_what_is_no_fact_is_refused(fact: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
-from safe_exec.trial.needs import Need, needs_of_error, needs_of_output, number_in
+from safe_exec.trial.needs import Need, needs_of_error, needs_of_none, needs_of_output, number_in
 
 P, V, M, G, H = NeedKind.PATH, NeedKind.VARIABLE, NeedKind.MODULE, NeedKind.PROGRAM, NeedKind.HOST
 REMOVED = ("MY_TOKEN", "OPENAI_API_KEY", "EDITOR", "A")
@@ -24,6 +24,7 @@ OUTPUTS = [
     ("/bin/sh: 1: cannot open ../x.txt: No such file", P, "../x.txt"),
     ("mkdir: cannot create directory \u2018/srv/out\u2019: Read-only file system", P, "/srv/out"),
     ("touch: cannot touch '/srv/x': Permission denied", P, "/srv/x"),
+    ("\u201ccannot open file '../data/d.csv': No such file or directory\u201d", P, "../data/d.csv"),
     ("  cannot open file '/root/x.csv': No such file or directory", P, "/root/x.csv"),
     ("head: can't open '/root/x.csv'", P, "/root/x.csv"),
     ("ERROR: Could not install packages due to an OSError: [Errno 30] Read-only file system: '/v/lib/p.py'", P, "/v/lib/p.py"),
@@ -69,6 +70,14 @@ ERRORS = [
     ),
     ("IOException", 'IO Error: Cannot open file "/root/x.db": No such file or directory', P, "/root/x.db"),
     ("IOException", 'IO Error: No files found that match the pattern "~/x/*.csv"', P, "~/x/*.csv"),
+    ("OSError", "Cannot save file into a non-existent directory: '../results'", P, "../results"),
+    (
+        "ComputeError",
+        ('failed to retrieve first file schema (parquet): expanded paths were empty (path expansion input: \'paths: [PlRefPath { inner: '
+        '"../data/*.parquet" }]\', glob: true).'),
+        P,
+        "../data/*.parquet",
+    ),
     ("DataSourceError", "/root/x.shp: No such file or directory", P, "/root/x.shp"),
     ("FileNotFoundError", "[Errno 2] No such file or directory: PosixPath('/root/x')", P, "/root/x"),
     ("FileNotFoundError", "[Errno 2] No such file or directory: b'/root/x.nc'", P, "/root/x.nc"),
@@ -124,6 +133,26 @@ def test_sqlite_names_no_file_itself() -> None:
     assert [(need.name, need.number) for need in needs] == [("/root/x.db", errno.ENOENT)]
     needs = needs_of_error(CellError(ename="OperationalError", evalue="no such table: x"), (row,), ())
     assert needs == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "line", "names"),
+    [
+        (["token = os.getenv('MY_TOKEN')"], "len(token)", ["MY_TOKEN"]),
+        (["token = os.environ.get('MY_TOKEN', None)"], "'Bearer ' + token", ["MY_TOKEN"]),
+        (["import os"], "len(os.getenv('MY_TOKEN'))", []),
+        (["len(os.getenv('MY_TOKEN'))"], "len(os.getenv('MY_TOKEN'))", ["MY_TOKEN"]),
+        (["token = os.getenv('MY_TOKEN')"], "len(other)", []),
+        (["token = os.getenv('NOT_REMOVED')"], "len(token)", []),
+        (["token = os.getenv('MY_TOKEN', 'x')"], "len(token)", []),
+    ],
+)
+def test_a_variable_that_is_none(sources: list[str], line: str, names: list[str]) -> None:
+    error = CellError(ename="TypeError", evalue="object of type 'NoneType' has no len()")
+    needs = needs_of_none(error, sources, [line], REMOVED)
+    assert [need.name for need in needs] == names
+    assert not any(need.exact for need in needs)
+    assert needs_of_none(CellError(ename="TypeError", evalue="other"), sources, [line], REMOVED) == []
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

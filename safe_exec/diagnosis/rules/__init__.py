@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, Rule
-from safe_exec.diagnosis.rules import crashes, exceptions, exits, isolation, limits, memory, network, startup, timeouts
+from safe_exec.diagnosis.rules import (
+    crashes,
+    disk,
+    engines,
+    exceptions,
+    exits,
+    isolation,
+    limits,
+    memory,
+    network,
+    startup,
+    timeouts,
+)
 from safe_exec.model.ending import Cancelled, Passed
 from safe_exec.model.verdict import Cause
 
@@ -26,6 +38,8 @@ RULES: tuple[Rule, ...] = (
     limits.aborted_for_descriptors,
     # Deaths.
     crashes.stack_overflow,
+    disk.bus_error,
+    engines.aborted,
     crashes.fault,
     exits.supervisor_killed,
     exits.asked_to_exit,
@@ -38,9 +52,11 @@ RULES: tuple[Rule, ...] = (
     timeouts.mute,
     timeouts.timed_out,
     # Errors of cells.
+    engines.own_limit,
     memory.refused,
     network.blocked,
     isolation.taken_away,
+    disk.full,
     limits.raised,
     exceptions.stdin,
     exceptions.exception,

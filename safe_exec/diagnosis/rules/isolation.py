@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from safe_exec.diagnosis.context import Context, inside, make, outside
+from safe_exec.diagnosis.context import Context, inside, leaves_reason_to_output, make, outside
 from safe_exec.model.ending import CellFailed
 from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
 from safe_exec.model.limits import Mechanism, Wall
@@ -18,16 +18,20 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
 PACKAGES = re.compile(r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?")
 """A path in an environment of Python's: its prefix, and the first name below its packages."""
+INSTALLER = re.compile(r"\bpip\b|/simple/|pypi|conda|urllib3|retrying|distribution|requirement|index|package", re.IGNORECASE)
+"""What pip, uv and conda write where their index cannot be reached."""
+NETWORK_ADVICE = "Let it reach other hosts with --network, or give it the data beside the notebook; loopback works in any case."
+NO_ROUTE_ADVICE = (
+    "Give it the data beside the notebook. This machine itself has no route to other networks, so --network alone would not help."
+)
 WRITE_HERE = "Write into the notebook's folder."
-OF_PROGRAMS = ("CalledProcessError", "UsageError", "SystemExit", "CommandError", "ShellError", "Error", "ERROR", "")
-"""Errors that say that a program failed, and leave the reason to what it printed."""
 
 
 def taken_away(context: Context) -> Cause | None:
     """The cell's error comes from something that isolation took away."""
     if not isinstance(context.ending, CellFailed) or context.evidence.error is None:
         return None
-    conflict = _of_error(context) or _of_output(context)
+    conflict = next((c for c in context.evidence.conflicts if c.kind is not NeedKind.HOST and is_reason(context, c)), None)
     if conflict is None:
         return None
     return make(
@@ -35,36 +39,56 @@ def taken_away(context: Context) -> Cause | None:
         CauseKind.ISOLATION,
         _summary(context, conflict),
         Confidence.CERTAIN if _is_certain(context, conflict) else Confidence.LIKELY,
-        (_named(context, conflict), *_facts(context, conflict)),
+        (named(context, conflict), *_facts(context, conflict)),
         advice(conflict),
     )
 
 
-def _of_error(context: Context) -> IsolationConflict | None:
-    """What the error itself names, the most exact first."""
-    return next((c for c in context.evidence.conflicts if not c.in_output and c.kind is not NeedKind.HOST), None)
+MOST_WARNINGS = 3
 
 
-def _of_output(context: Context) -> IsolationConflict | None:
-    """What an output names that the error may come from: that of the cell itself, or an earlier one's that is about the same thing."""
-    conflicts = [c for c in context.evidence.conflicts if c.in_output and c.kind is not NeedKind.HOST]
-    own = [c for c in conflicts if c.cell == context.current] if _leaves_reason_to_output(context) else []
-    return next(iter(own), None) or next((c for c in conflicts if _is_about(context, c)), None)
+def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
+    """Warnings of things that outputs say could not be had, where the cause does not speak of them."""
+    if cause is not None and cause.kind in (CauseKind.ISOLATION, CauseKind.NETWORK_BLOCKED):
+        return ()
+    conflicts = [c for c in context.evidence.conflicts if c.in_output and c.exact][:MOST_WARNINGS]
+    return tuple(f"{context.human(c.cell)} printed {c.line!r}: {_taken(c)}. {advice(c)}" for c in conflicts)
 
 
-def _leaves_reason_to_output(context: Context) -> bool:
-    error = context.evidence.error
-    return error is not None and (error.ename in OF_PROGRAMS or not context.is_python)
+def _taken(conflict: IsolationConflict) -> str:
+    if conflict.kind is NeedKind.HOST:
+        return "isolation keeps the notebook from other hosts"
+    if conflict.kind is NeedKind.VARIABLE:
+        return f"isolation removed the environment variable {conflict.name}"
+    if conflict.writes:
+        return (
+            f"isolation makes {conflict.path} read-only"
+            if conflict.access is Access.READ_ONLY
+            else f"isolation hides {conflict.path}"
+        )
+    return f"isolation hides {conflict.path}"
 
 
-def _is_about(context: Context, conflict: IsolationConflict) -> bool:
-    """Whether a later error misses what an earlier output says could not be had."""
-    missing = [row.module for row in context.evidence.raised if row.module]
-    if missing and _installs(conflict):
+def is_reason(context: Context, conflict: IsolationConflict) -> bool:
+    """Whether the cell's error comes from a conflict: it names it, or leaves the reason to an output that does.
+
+    An earlier cell's output counts where the error misses what it says could not be had.
+    """
+    if not conflict.in_output:
+        return True
+    if conflict.cell == context.current and leaves_reason_to_output(context):
+        return True
+    missing = any(row.module for row in context.evidence.raised)
+    if missing and (_installs(conflict) or _is_of_installer(conflict)):
         return True
     names = [name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files]
     words = re.findall(r"[\w.-]+", conflict.line)
     return any(name in words for name in names if name)
+
+
+def _is_of_installer(conflict: IsolationConflict) -> bool:
+    """Whether a program that installs packages could not reach a host."""
+    return conflict.kind is NeedKind.HOST and INSTALLER.search(conflict.line) is not None
 
 
 def _installs(conflict: IsolationConflict) -> bool:
@@ -107,29 +131,30 @@ def _lies_in(path: str, tops: Sequence[str]) -> bool:
     return any(path == top or path.startswith(f"{top}/") for top in tops)
 
 
-NOUNS = {NeedKind.PATH: "file or directory", NeedKind.MODULE: "module", NeedKind.PROGRAM: "program"}
+NOUNS = {NeedKind.MODULE: "module", NeedKind.PROGRAM: "program"}
 
 
 def _summary(context: Context, conflict: IsolationConflict) -> str:
     name, cell = conflict.name, context.human(conflict.cell)
     if conflict.kind is NeedKind.VARIABLE:
-        return f"isolation removed the environment variable {name}: it is set outside the sandbox, and {cell} needs it"
+        return f"isolation removed the environment variable {name}: it is set outside the sandbox, but {cell} could not read it"
     if _installs(conflict):
-        return f"isolation makes the kernel's environment read-only: {cell} could not install packages into it"
+        return f"isolation makes the kernel's environment read-only, so {cell} could not install packages into it"
     if conflict.writes:
-        state = "hides" if conflict.access is Access.HIDDEN else "makes read-only"
         place = conflict.allow[0] if conflict.allow else conflict.path
-        return f"isolation {state} the directory {place}: {cell} could not write {name}"
+        how = f"hides the directory {place}" if conflict.access is Access.HIDDEN else f"makes the directory {place} read-only"
+        return f"isolation {how}, so {cell} could not write {name}"
     if not conflict.usable and conflict.access is not Access.HIDDEN:
-        return f"the kernel runs as another user, who may not read {name}: you may, and {cell} was refused"
+        return f"the kernel runs as another user, who may not read {name}; you may, but {cell} could not"
+    noun = f"the {NOUNS[conflict.kind]} " if conflict.kind in NOUNS else ""
     where = f" ({conflict.path})" if conflict.path and conflict.path != name else ""
-    return (
-        f"isolation hides the {NOUNS[conflict.kind]} {name}{where}: it exists outside the sandbox, and {cell} could not reach it"
-    )
+    return f"isolation hides {noun}{name}{where}: it exists outside the sandbox, but {cell} could not reach it"
 
 
 def advice(conflict: IsolationConflict) -> str:
     """The option that gives the notebook what it asked for, and what else helps."""
+    if conflict.kind is NeedKind.HOST:
+        return NETWORK_ADVICE if conflict.usable else NO_ROUTE_ADVICE
     if conflict.kind is NeedKind.VARIABLE:
         return f"Pass it on with --env {conflict.name}: the notebook can then read its value."
     if prefix := PACKAGES.match(conflict.path or "") if _installs(conflict) else None:
@@ -163,7 +188,8 @@ def _is_device(conflict: IsolationConflict) -> bool:
     return path.startswith("/dev/") and not path.startswith(shared_memory)
 
 
-def _named(context: Context, conflict: IsolationConflict) -> Fact:
+def named(context: Context, conflict: IsolationConflict) -> Fact:
+    """Where the kernel names it."""
     error = context.evidence.error
     if conflict.in_output or error is None:
         return inside("printed", conflict.line, f"output of {context.human(conflict.cell)}")

@@ -22,7 +22,6 @@ LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
 """libzmq's last words, with the place in its source."""
 
 NEARLY = 0.9
-SCARCE_DISK = 4 << 20
 
 
 def output_flood(context: Context) -> Cause | None:
@@ -136,8 +135,6 @@ def raised(context: Context) -> Cause | None:
     for number, phrase, judge in (
         (24, "Too many open files", _open_files),
         (23, "Too many open files in system", _open_files),
-        (28, "No space left on device", _disk),
-        (122, "Disk quota exceeded", _disk),
         (27, "File too large", _file_size),
         (11, "Resource temporarily unavailable", _processes),
     ):
@@ -153,8 +150,6 @@ def _by_text(context: Context, error: CellError) -> Cause | None:
     """What Python and libraries say in words of their own."""
     if error.ename == "RuntimeError" and error.evalue.startswith("can't start new thread"):
         return _processes(context, error, True)
-    if error.ename.endswith("OperationalError") and "database or disk is full" in error.evalue:
-        return _disk(context, error, True)
     if context.language not in (None, "python") and FORK_REFUSED.search(error.evalue):
         return _processes(context, error, True)
     return None
@@ -178,21 +173,6 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
     confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
     summary = f"too many open files{held}{allowed}"
     return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), advice)
-
-
-def _disk(context: Context, error: CellError, certain: bool) -> Cause | None:
-    free = context.evidence.disk_free
-    full = free is not None and free < SCARCE_DISK
-    if not certain and not full:
-        return None
-    allowed = context.limits.disk
-    facts = [_said(error), outside("free where the notebook writes", free, "statvfs at the end")]
-    facts += [] if allowed is None else [outside("disk allowed", allowed, "limits of this run")]
-    confidence = Confidence.CERTAIN if full else Confidence.LIKELY
-    advice = "Free space, or write elsewhere; look at what earlier cells wrote."
-    limit = "" if allowed is None else f" of {format_size(allowed)} (folder, /tmp and home together)"
-    advice += "" if allowed is None else " See --disk."
-    return make(context, CauseKind.DISK_FULL, f"the disk{limit} is full: a write was refused", confidence, tuple(facts), advice)
 
 
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:

@@ -17,7 +17,13 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.records import replace
 from safe_exec.units import format_size
 
-MEMORY_ERRORS = ("MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "ArrowMemoryError")
+MEMORY_ERRORS = (
+    "MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "OutOfMemoryException", "ArrowMemoryError",
+)  # fmt: skip
+REFUSED_TO_LIBRARY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when allocating.*\bcpu\b", re.DOTALL
+)
+"""As PyTorch, polars, C++ and TensorFlow report it in errors of other names."""
 REFUSED = re.compile(r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate ")
 
 
@@ -129,7 +135,8 @@ def refused(context: Context) -> Cause | None:
     named = error.ename.rpartition(".")[2] in MEMORY_ERRORS
     system = error.ename == "OSError" and error.evalue.startswith("[Errno 12]")
     foreign = context.language not in (None, "python") and REFUSED.search(error.evalue) is not None
-    if not (named or system or foreign):
+    by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
+    if not (named or system or foreign or by_library):
         return None
     facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")]
     if context.evidence.memory_peak is not None:

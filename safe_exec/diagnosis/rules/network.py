@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import re
-
-from safe_exec.diagnosis.context import Context, inside, make, outside
+from safe_exec.diagnosis.context import Context, make, outside
+from safe_exec.diagnosis.rules.isolation import advice, is_reason, named
 from safe_exec.model.ending import CellFailed
+from safe_exec.model.evidence import NeedKind
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
-UNREACHABLE = re.compile(
-    r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No address associated with hostname"
-    r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|Could not resolve host|Unknown host|cannot open URL"
-    r"|No route to host"
-)
-"""What the system and libraries say (connect(2) ENETUNREACH, gai_strerror(3), urllib3, curl, R) when there is nothing but loopback."""
-
 
 def blocked(context: Context) -> Cause | None:
-    """A network error of a cell, with the network walled off by us."""
-    error, wall = context.evidence.error, context.walls.get(Wall.NETWORK)
-    if not isinstance(context.ending, CellFailed) or error is None or wall is None or wall.by is Mechanism.NONE:
+    """A network error of a cell, or of a program that it ran, with the network walled off by us."""
+    wall = context.walls.get(Wall.NETWORK)
+    if not isinstance(context.ending, CellFailed) or wall is None or wall.by is Mechanism.NONE:
         return None
-    said = "\n".join((error.evalue, *error.traceback))
-    found = UNREACHABLE.search(said)
-    if found is None:
+    hosts = [conflict for conflict in context.evidence.conflicts if conflict.kind is NeedKind.HOST]
+    conflict = next((host for host in hosts if is_reason(context, host)), None)
+    if conflict is None:
         return None
-    facts = (
-        inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
-        outside("network", "off", f"isolation of this run, held by {wall.by}"),
-    )
-    summary = f"the network is walled off, and the cell wanted another host ({found[0]})"
-    advice = "Let it reach other hosts with --network, or give it the data beside the notebook; loopback works in any case."
-    return make(
-        context, CauseKind.NETWORK_BLOCKED, summary, Confidence.CERTAIN if wall.hard else Confidence.LIKELY, facts, advice
-    )
+    facts = [named(context, conflict), outside("network", "off", f"isolation of this run, held by {wall.by}")]
+    if not conflict.usable:
+        facts.append(outside("route to other networks", "none", "/proc/net/route and ipv6_route of this machine"))
+    host = f" {conflict.name}" if conflict.name else ""
+    cell = context.human(conflict.cell)
+    summary = f"isolation keeps the notebook from other hosts, and {cell} wanted one{':' if host else ''}{host}"
+    known = wall.hard and conflict.usable and (not conflict.in_output or conflict.cell == context.current)
+    confidence = Confidence.CERTAIN if known else Confidence.LIKELY
+    return make(context, CauseKind.NETWORK_BLOCKED, summary, confidence, tuple(facts), advice(conflict))

@@ -39,6 +39,8 @@ def start_failed(context: Context) -> Cause | None:
     advice = (
         TOO_LITTLE
         if asks_too_much
+        else "Run it with --network, or under a profile that leaves the network on (ci); see `safe-exec limits`."
+        if "listens on TCP" in ending.reason
         else "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
         if "no kernel named" in ending.reason
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."

@@ -284,7 +284,7 @@ def _was_killed(cause: Cause) -> bool:
 
 # --- evidence ---------------------------------------------------------------------------------------------------
 
-_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|stack[_ ]limit)(?:$|_|\b)")
+_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|disk|free|stack[_ ]limit)(?:$|_|\b)")
 _TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 
 

@@ -41,6 +41,7 @@ from safe_exec.model.evidence import (
     NeedKind,
     Place,
     Raised,
+    Volume,
 )
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
 from safe_exec.model.verdict import Activity, Cause, CauseKind, CellRecord, CellStatus, Confidence, Origin, Status
@@ -118,6 +119,23 @@ HIDDEN_FILE = IsolationConflict(
     exact=True,
     cell=2,
 )
+NO_SPACE = raised("OSError", "[Errno 28] No space left on device")
+NOT_ENOUGH = "Not enough free space to write 32000000 bytes after offset 0"
+WRITING = "1%\ncp: error writing 'big': No space left on device\n"
+FULL_DISK = Volume(places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, before=16 * MIB, own=True)
+FULL_BEFORE = dataclasses.replace(FULL_DISK, before=0)
+EMPTY_DISK = dataclasses.replace(FULL_DISK, free=16 * MIB)
+ROOMY = dataclasses.replace(FULL_DISK, size=100 << 30, free=50 << 30, before=None, own=False)
+SHM_FULL = Volume(places=("/dev/shm",), size=64 * MIB, free=0, before=64 * MIB, own=True)
+DUCKDB = "Out of Memory Error: failed to allocate data of size 16.0 MiB (56.4 MiB/57.2 MiB used)\n\nPossible solutions:"
+DUCKDB_DISK = "Out of Memory Error: failed to offload data block of size 256.0 KiB (9.4 MiB/9.5 MiB used).\nThis limit was set by"
+JVM = 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space\n'
+UNREACHED = raised("URLError", "<urlopen error [Errno 101] Network is unreachable>")
+HOST = IsolationConflict(
+    kind=NeedKind.HOST, name="example.org", access=Access.HIDDEN, line="Could not resolve host: example.org", exact=True, cell=2
+)
+CURL = dataclasses.replace(HOST, in_output=True)
+PIP = dataclasses.replace(CURL, cell=1, line="WARNING: Retrying after NameResolutionError: /simple/x/")
 PRINTED = dataclasses.replace(HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True)
 NOT_INSTALLED = IsolationConflict(
     kind=NeedKind.PATH,
@@ -295,17 +313,38 @@ ERRORS = [
     error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
     error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
     error("open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50),
+    error("no-network", UNREACHED, K.NETWORK_BLOCKED, walls=NO_NETWORK, conflicts=(HOST,)),
+    error("no-tcp", UNREACHED, K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP, conflicts=(HOST,)),
     error(
-        "no-network",
-        raised("URLError", "<urlopen error [Errno 101] Network is unreachable>"),
-        K.NETWORK_BLOCKED,
-        walls=NO_NETWORK,
+        "no-route", UNREACHED, K.NETWORK_BLOCKED, C.LIKELY, walls=NO_NETWORK, conflicts=(dataclasses.replace(HOST, usable=False),)
     ),
-    error("no-names", raised("gaierror", "[Errno -3] Temporary failure in name resolution"), K.NETWORK_BLOCKED, walls=NO_NETWORK),
-    error("no-tcp", raised("OSError", "[Errno 101] Network is unreachable"), K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP),
-    error("r-no-network", raised("ERROR", "cannot open URL 'https://x'"), K.NETWORK_BLOCKED, language="R", walls=NO_NETWORK),
+    error("curl", raised("CalledProcessError", "Command 'curl'"), K.NETWORK_BLOCKED, walls=NO_NETWORK, conflicts=(CURL,)),
+    error(
+        "r-no-network",
+        raised("ERROR", "cannot open URL 'https://x'"),
+        K.NETWORK_BLOCKED,
+        language="R",
+        walls=NO_NETWORK,
+        conflicts=(HOST,),
+    ),
+    error("curl-and-another-error", raised("ZeroDivisionError", "x"), K.EXCEPTION, walls=NO_NETWORK, conflicts=(CURL,)),
+    error(
+        "pip-without-a-network",
+        raised("ModuleNotFoundError", "No module named 'x'"),
+        K.NETWORK_BLOCKED,
+        C.LIKELY,
+        walls=NO_NETWORK,
+        conflicts=(PIP,),
+        raised=(Raised(type="ModuleNotFoundError", module="x"),),
+    ),
     error("network-down", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION),
-    error("network-down-unheld", raised("OSError", "[Errno 101] Network is unreachable"), K.EXCEPTION, walls=UNHELD),
+    error(
+        "network-down-unheld",
+        raised("OSError", "[Errno 101] Network is unreachable"),
+        K.EXCEPTION,
+        walls=UNHELD,
+        conflicts=(HOST,),
+    ),
     error("loopback-refuses", raised("ConnectionRefusedError", "[Errno 111] Connection refused"), K.EXCEPTION, walls=NO_NETWORK),
     error("variable-removed", raised("KeyError", "'A_TOKEN'"), K.ISOLATION, conflicts=(VARIABLE,), walls=WALLS, isolation=TAKEN),
     error("variable-mentioned", raised("E", "set A_TOKEN"), K.ISOLATION, C.LIKELY, conflicts=(MENTIONED,), walls=WALLS),
@@ -359,18 +398,78 @@ ERRORS = [
         walls=WALLS,
         isolation=TAKEN,
     ),
+    error("disk-of-a-limit", NO_SPACE, K.DISK_FULL, disk_free=0, limits=Limits(disk=MIB)),
+    error("disk-full", NO_SPACE, K.DISK_FULL, volumes=(FULL_DISK,)),
+    error("disk-full-at-the-end", NO_SPACE, K.DISK_FULL, disk_free=0),
+    error("disk-full-elsewhere", NO_SPACE, K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
+    error("shm-full", NO_SPACE, K.DISK_FULL, volumes=(ROOMY, SHM_FULL)),
+    error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
+    error("sqlite", raised("OperationalError", "database or disk is full"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
+    error("sqlite-qualified", raised("sqlite3.OperationalError", "database or disk is full"), K.DISK_FULL, volumes=(FULL_DISK,)),
+    error("tofile", raised("OSError", "4000000 requested and 2093056 written"), K.DISK_FULL, volumes=(FULL_DISK,)),
+    error("tofile-asks-first", raised("OSError", NOT_ENOUGH), K.DISK_FULL, volumes=(EMPTY_DISK,)),
+    error("tofile-asks-first-elsewhere", raised("OSError", NOT_ENOUGH), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
     error(
-        "disk-of-a-limit",
-        raised("OSError", "[Errno 28] No space left on device"),
-        K.DISK_FULL,
-        disk_free=0,
-        limits=Limits(disk=MIB),
+        "polars-disk", raised("ComputeError", "underlying IO error: No space left on device (os error 28)"), K.DISK_FULL, C.LIKELY
     ),
-    error("disk-full", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, disk_free=0),
-    error("disk-full-elsewhere", raised("OSError", "[Errno 28] No space left on device"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
-    error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
-    error("sqlite", raised("OperationalError", "database or disk is full"), K.DISK_FULL, C.LIKELY, disk_free=10**9),
-    error("sqlite-qualified", raised("sqlite3.OperationalError", "database or disk is full"), K.DISK_FULL, disk_free=100),
+    error(
+        "duckdb-disk",
+        raised("_duckdb.IOException", "Could not write file: No space left on device"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
+    ),
+    error(
+        "wrapped-disk",
+        raised("ExportError", "export failed"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
+        raised=(Raised(type="ExportError"), Raised(type="OSError", number=28)),
+    ),
+    error("program-disk", raised("CalledProcessError", "Command 'cp'"), K.DISK_FULL, volumes=(FULL_DISK,), last_words=WRITING),
+    error(
+        "program-disk-elsewhere", raised("CalledProcessError", "x"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,), last_words=WRITING
+    ),
+    error(
+        "r-disk",
+        raised("ERROR", "Error in close.connection(file)"),
+        K.DISK_FULL,
+        language="R",
+        volumes=(FULL_DISK,),
+        last_words=WRITING,
+    ),
+    error("hdf5-close", raised("RuntimeError", "Unable to synchronously close file"), K.DISK_FULL, volumes=(FULL_DISK,)),
+    error("hdf5-close-full-before", raised("RuntimeError", "Can't close file"), K.DISK_FULL, C.LIKELY, volumes=(FULL_BEFORE,)),
+    error("hdf5-close-with-room", raised("RuntimeError", "Unable to synchronously close file"), K.EXCEPTION, volumes=(ROOMY,)),
+    error(
+        "pickle-cut-off", raised("UnpicklingError", "pickle data was truncated"), K.DISK_FULL, C.LIKELY, volumes=(FULL_BEFORE,)
+    ),
+    error("pickle-cut-off-with-room", raised("UnpicklingError", "pickle data was truncated"), K.EXCEPTION, volumes=(ROOMY,)),
+    error("no-words-but-full", raised("ExportError", "x"), K.DISK_FULL, C.LIKELY, volumes=(FULL_DISK,)),
+    error("no-words-and-full-before", raised("ExportError", "x"), K.EXCEPTION, volumes=(FULL_BEFORE,)),
+    error("logic-and-full", raised("ZeroDivisionError", "division by zero"), K.EXCEPTION, volumes=(FULL_DISK,)),
+    error(
+        "another-number-and-full",
+        raised("ConnectionResetError", "[Errno 104] Connection reset by peer"),
+        K.EXCEPTION,
+        volumes=(FULL_DISK,),
+        raised=(Raised(type="ConnectionResetError", number=104),),
+    ),
+    dead("bus-error-of-a-full-shm", by(7), K.BUS_ERROR, volumes=(ROOMY, SHM_FULL)),
+    error("duckdb-memory", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, memory_peak=50 * MIB),
+    error("duckdb-memory-near-ours", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, C.LIKELY, memory_peak=99 * MIB),
+    error("duckdb-memory-unmeasured", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, C.LIKELY),
+    error("duckdb-temporary-files", raised("OutOfMemoryException", DUCKDB_DISK), K.DISK_FULL, memory_peak=MIB),
+    error(
+        "r-vectors",
+        raised("ERROR", "vector memory limit of 16.0 Gb reached, see mem.maxVSize()"),
+        K.MEMORY_ERROR,
+        language="R",
+        memory_peak=0,
+    ),
+    error("jvm-of-a-program", raised("CalledProcessError", "java"), K.MEMORY_ERROR, memory_peak=MIB, last_words=JVM),
+    dead(
+        "polars-threshold", by(6), K.ABORT, stderr_tail="polars: memory usage exceeded POLARS_OOMKILL_THRESHOLD_MB or x, aborting"
+    ),
     error("file-size", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE),
     error("file-size-not-ours", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE, C.LIKELY, limits=BARE),
     error(
@@ -497,7 +596,7 @@ SAYINGS = (  # the last words of a cell that ran into nothing of the kind
 def test_what_was_printed_changes_nothing(row: Row) -> None:
     before = of(row)
     for text in SAYINGS:
-        after = of(dataclasses.replace(row, seen={**row.seen, "last_words": text}))
+        after = of(dataclasses.replace(row, seen={**row.seen, "last_words": row.seen.get("last_words", "") + text}))
         assert dataclasses.replace(after, summary="", evidence=()) == dataclasses.replace(before, summary="", evidence=())
 
 

@@ -1,0 +1,204 @@
+"""A full disk: what the system measured comes first, then the words, which each library chooses for itself.
+
+``Evidence.volumes`` are the file systems that the kernel writes to, measured outside while the cell ran and as it failed.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, leaves_reason_to_output, make, outside
+from safe_exec.model.ending import CellError, CellFailed, Died
+from safe_exec.model.evidence import Volume
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.records import dataclass
+from safe_exec.units import format_size
+
+SCARCE_BYTES = 4 << 20
+FULL_BYTES = 64 << 10
+FULL_SHARE = 0.01
+"""A volume with less than this, and no more than SCARCE_BYTES, is full: writes are refused before the last byte is used."""
+FILLED_BYTES = 64 << 10
+"""A cell that used less than this of a volume did not fill it."""
+MOST_WORDS = 200
+
+FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|\bENOSPC\b|\[Errno (?:28|122)\]|os error 28\b|errno ?= ?28\b"  # strerror(3); Rust; HDF5
+    r"|database or disk is full"  # SQLite, SQLITE_FULL (result codes)
+    r"|(?P<asked>\d+) requested and (?P<written>\d+) written"  # numpy, ndarray.tofile (convert.c)
+    r"|Not enough free space to write (?P<needed>\d+) bytes"  # numpy, the same where it can ask beforehand (npy_fallocate)
+    r"|[Nn]ot enough (?:free )?(?:disk )?space|[Ii]nsufficient (?:disk )?space|[Dd]isk (?:is )?full"  # conda, pip, Arrow, GDAL, R
+)
+FAILED_WRITE = re.compile(
+    r"(?:write|flush|close|extend|save|dump)\w* (?:failed|error)|failed to (?:write|flush|close|save|extend|finalize)"
+    r"|[Cc](?:an't|annot) (?:\w+ly )?(?:write|extend|flush|close|save)|error writing|[Ss]hort write|[Ii]ncomplete write|write incomplete"
+    r"|[Uu]nable to (?:\w+ly )?(?:write|flush|close|extend|create)|[Ii]nput/output error"
+)
+"""HDF5, netCDF, GDAL, R and programs, of a write that did not end well for whatever reason."""
+UNFINISHED = re.compile(
+    r"truncated|Ran out of input|not a zip file|[Bb]ad magic number|unexpected end of|[Uu]nexpected EOF"  # pickle, zipfile, tarfile
+    r"|ended before the end-of-stream marker|[Mm]agic bytes not found|[Ff]ile size is 0 bytes|malformed"  # gzip, Parquet, SQLite
+    r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is greater|end of file|Expecting value"
+)
+"""pandas, numpy, json and others, of a file of which only the beginning was written."""
+
+OS_ERRORS = ("OSError", "IOError", "error")
+LIBRARY_ERRORS = ("ComputeError", "IOException", "OperationalError", "ArrowInvalid", "HDF5ExtError", "PanicException")
+"""Errors of polars, DuckDB, SQLite, Arrow and PyTables that quote the system."""
+LOGIC_ERRORS = frozenset(
+    {
+        "NameError", "TypeError", "AttributeError", "ZeroDivisionError", "AssertionError", "SyntaxError", "IndentationError", "ImportError",
+        "ModuleNotFoundError", "IndexError", "KeyError", "StopIteration", "RecursionError", "NotImplementedError", "UnboundLocalError",
+        "ValueError", "KeyboardInterrupt", "StdinNotImplementedError", "FileNotFoundError", "FileExistsError", "PermissionError",
+        "IsADirectoryError", "NotADirectoryError", "UnicodeDecodeError", "UnicodeEncodeError", "OverflowError", "SystemExit",
+    }
+)  # fmt: skip
+"""Errors of Python's own that no full disk raises."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Claim:
+    """What the words say: ``text`` and where it was read, and the bytes that were to be written where it says how many."""
+
+    text: str
+    source: str
+    needed: int | None = None
+
+
+def full(context: Context) -> Cause | None:
+    """A cell error that a full disk caused, in whatever words."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    claim = _claim(context, error)
+    if claim is not None:
+        return _of_words(context, error, claim)
+    volume = _full_volume(context)
+    if volume is None:
+        return None
+    text = f"{error.ename}: {error.evalue}"
+    filled = _was_filled(volume)
+    if FAILED_WRITE.search(text):
+        return _cause(context, volume, Confidence.CERTAIN if filled else Confidence.LIKELY, _said(error))
+    if UNFINISHED.search(text) or (
+        filled and error.ename.rpartition(".")[2] not in LOGIC_ERRORS and not _has_other_number(context)
+    ):
+        return _cause(context, volume, Confidence.LIKELY, _said(error))
+    return None
+
+
+def bus_error(context: Context) -> Cause | None:
+    """SIGBUS with a file system in memory full: a mapped file there has no room for the page that was touched."""
+    status = context.evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGBUS:
+        return None
+    volume = _full_volume(context)
+    if volume is None or not volume.own:
+        return None
+    facts = (*exit_facts(context.evidence), *_facts(context, volume))
+    summary = f"bus error: {_name(context, volume)} is full, and native code touched a mapped file there that has no more room"
+    return make(context, CauseKind.BUS_ERROR, summary, Confidence.CERTAIN, facts, _advice(context, volume))
+
+
+def _claim(context: Context, error: CellError) -> _Claim | None:
+    """The words that say that a disk is full, and who says them."""
+    found = FULL.search(error.evalue) or (FULL.search(error.ename) if context.language not in (None, "python") else None)
+    if found is not None:
+        return _Claim(text=f"{error.ename}: {error.evalue}"[:300], source="the cell's error", needed=_needed(found))
+    if any(row.number in (28, 122) for row in context.evidence.raised):
+        return _Claim(text=f"{error.ename}: {error.evalue}"[:300], source="the cell's error, and the one that it came from")
+    lines = context.evidence.last_words.splitlines() if leaves_reason_to_output(context) else []
+    line = next((line for line in reversed(lines) if FULL.search(line)), None)
+    return _Claim(text=line.strip()[:300], source="output of the cell") if line is not None else None
+
+
+def _needed(found: re.Match[str]) -> int | None:
+    text = found["needed"]
+    return int(text[:18]) if text else None
+
+
+def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None:
+    volume = _full_volume(context, claim.needed, scarce=True)
+    kind = error.ename.rpartition(".")[2]
+    by_system = kind in OS_ERRORS or kind in LIBRARY_ERRORS or any(row.number in (28, 122) for row in context.evidence.raised)
+    if volume is None and context.is_python and not (by_system or claim.source == "output of the cell"):
+        return None  # no more than a text that some code has raised, and nothing bears it out
+    fact = inside("raised" if claim.source.startswith("the cell") else "printed", claim.text, claim.source)
+    return _cause(context, volume, Confidence.CERTAIN if volume is not None else Confidence.LIKELY, fact)
+
+
+def _full_volume(context: Context, needed: int | None = None, *, scarce: bool = False) -> Volume | None:
+    """The volume that has no room: the one with the least. ``scarce``: a little is left, as after a write that was undone."""
+    evidence = context.evidence
+    volumes = list(evidence.volumes)
+    if evidence.disk_free is not None and scarce and not volumes:
+        volumes.append(Volume(places=("the folder",), size=context.limits.disk or 0, free=evidence.disk_free))
+    candidates = [volume for volume in volumes if volume.free < _least(volume, needed, scarce=scarce)]
+    return min(candidates, key=lambda volume: volume.free, default=None)
+
+
+def _least(volume: Volume, needed: int | None, *, scarce: bool) -> int:
+    """The free bytes below which a volume counts as full."""
+    if needed is not None:
+        return needed
+    return SCARCE_BYTES if scarce else min(SCARCE_BYTES, max(FULL_BYTES, int(volume.size * FULL_SHARE)))
+
+
+def _was_filled(volume: Volume) -> bool:
+    """Whether the cell itself took the space."""
+    return volume.before is not None and volume.before - volume.free >= FILLED_BYTES
+
+
+def _has_other_number(context: Context) -> bool:
+    """Whether the system gave another reason."""
+    return any(row.number is not None for row in context.evidence.raised if not row.remote)
+
+
+def _cause(context: Context, volume: Volume | None, confidence: Confidence, said: Fact) -> Cause:
+    name = _name(context, volume)
+    summary = f"the disk is full: {name} could not take what was written"
+    return make(context, CauseKind.DISK_FULL, summary, confidence, (said, *_facts(context, volume)), _advice(context, volume))
+
+
+def _said(error: CellError) -> Fact:
+    return inside("raised", f"{error.ename}: {error.evalue}"[:MOST_WORDS], "the cell's error")
+
+
+def _facts(context: Context, volume: Volume | None) -> tuple[Fact, ...]:
+    allowed = context.limits.disk
+    facts = [] if allowed is None else [outside("disk allowed", allowed, "limits of this run")]
+    if volume is None:
+        return (outside("free where the notebook writes", context.evidence.disk_free, "statvfs at the end"), *facts)
+    place = ", ".join(volume.places)
+    return (
+        outside("free at the least", volume.free, f"statvfs of {place}, while the cell ran and as it failed"),
+        outside("size", volume.size, f"statvfs of {place}"),
+        *facts,
+    )
+
+
+def _name(context: Context, volume: Volume | None) -> str:
+    """The disk in words: which limit it has, or whose it is."""
+    allowed, shm = context.limits.disk, context.limits.shm
+    if volume is not None and volume.own and _is_shared_memory(volume):
+        return f"{volume.places[0]} ({format_size(shm if shm is not None else volume.size)})"
+    if allowed is not None and (volume is None or volume.own):
+        return f"the space for folder, /tmp and home together ({format_size(allowed)})"
+    if volume is not None and volume.own:
+        return f"the sandbox's own {' and '.join(volume.places)} ({format_size(volume.size)})"
+    return "a disk of this machine" if volume is None else f"the machine's disk with {' and '.join(volume.places)}"
+
+
+def _advice(context: Context, volume: Volume | None) -> str:
+    if volume is not None and volume.own and _is_shared_memory(volume):
+        return "Put less into /dev/shm (shared memory of worker processes is there), or raise --shm."
+    if context.limits.disk is not None and (volume is None or volume.own):
+        return "Write less, or remove what is no longer needed; look at what earlier cells wrote. Or raise --disk."
+    if volume is not None and volume.own:
+        return "Write to the notebook's folder instead, or set a limit of your own for all that it writes with --disk."
+    return "Free space on the machine, or write elsewhere; look at what earlier cells wrote."
+
+
+def _is_shared_memory(volume: Volume) -> bool:
+    return volume.places == ("/dev/shm",)  # noqa: S108 - named, not used

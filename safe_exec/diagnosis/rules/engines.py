@@ -1,0 +1,219 @@
+"""Limits that an engine sets itself and reports in its own words: databases, graphics cards, the JVM, R.
+
+What was measured outside says whose limit it was: this run's memory limit was not reached, or the engine's message does not count.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, leaves_reason_to_output, make, outside
+from safe_exec.model.ending import CellFailed, Died
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.records import dataclass
+from safe_exec.units import format_size
+
+REACHED = 0.95
+"""From this share of the run's own memory limit on it cannot be told whose limit it was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """An engine, the words in which it reports its own limit, and what to do.
+
+    A group ``limit`` of the pattern is the limit. ``noun`` is what ran out.
+    """
+
+    pattern: re.Pattern[str]
+    noun: str
+    advice: str
+    kind: CauseKind = CauseKind.MEMORY_ERROR
+
+
+CARD = (
+    "Give it less at a time (a smaller batch), and free what earlier cells hold on the card; other programs may use it, too (nvidia-smi)."
+    " --memory is no limit of the card's."
+)
+
+ENGINES: tuple[Engine, ...] = (
+    # DuckDB: src/storage/standard_buffer_manager.cpp and temporary_memory_manager.
+    Engine(
+        pattern=re.compile(r"failed to offload data block.*\([^()]*/(?P<limit>[^()/]+) used\)"),
+        noun="DuckDB's own limit for temporary files (max_temp_directory_size)",
+        advice="Raise it with SET max_temp_directory_size = '...', or write less: fewer threads (SET threads), a smaller join or sort.",
+        kind=CauseKind.DISK_FULL,
+    ),
+    Engine(
+        pattern=re.compile(
+            r"Out of Memory Error: (?:could not|[Ff]ailed to) allocate[^()]*\([^()]*/(?P<limit>[^()/]+) used\)"
+            r"|Out of Memory Error: (?:could not|[Ff]ailed to) allocate block of \S+ bytes(?! \(bad allocation\))"
+            r"|could not free up enough memory for the new limit"
+        ),
+        noun="DuckDB's own memory_limit",
+        advice=(
+            "Raise it with SET memory_limit = '...' (below --memory), give it a directory to spill to (SET temp_directory = '...'), or have it"
+            " use less (SET threads = 1)."
+        ),
+    ),
+    # polars: crates/polars-ooc.
+    Engine(
+        pattern=re.compile(r"exceeded the out-of-core disk budget"),
+        noun="the disk budget of polars (POLARS_OOC_DISK_BUDGET_MB)",
+        advice="Raise POLARS_OOC_DISK_BUDGET_MB before polars is imported, or give the query less to do.",
+        kind=CauseKind.DISK_FULL,
+    ),
+    # PyTorch: c10/cuda/CUDACachingAllocator.cpp, and the same for ROCm and MPS.
+    Engine(
+        pattern=re.compile(
+            r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of (?P<limit>[\d.]+ [KMGT]iB))?", re.DOTALL
+        ),
+        noun="the memory of the graphics card",
+        advice=CARD,
+    ),
+    # CuPy: cupy/cuda/memory.pyx.
+    Engine(
+        pattern=re.compile(
+            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far: [\d,]+ bytes, limit set to: (?P<limit>[\d,]+ bytes)\)"
+        ),
+        noun="CuPy's own memory limit",
+        advice="Raise it with set_limit() of the memory pool or CUPY_GPU_MEMORY_LIMIT, or free blocks of the pool (free_all_blocks()).",
+    ),
+    Engine(
+        pattern=re.compile(r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to allocate \d+ bytes"),
+        noun="the memory of the graphics card",
+        advice=CARD,
+    ),
+    # CUDA's own names: cudaError_t and CUresult, as numba, CuPy, RAPIDS and others show them.
+    Engine(
+        pattern=re.compile(
+            r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc: out_of_memory: CUDA"
+        ),
+        noun="the memory of the graphics card",
+        advice=CARD,
+    ),
+    # TensorFlow and JAX: the allocator of a device (BFC); that of the processor is the system's.
+    Engine(
+        pattern=re.compile(
+            r"(?:RESOURCE_EXHAUSTED|ResourceExhaustedError)(?!.*(?:device:CPU|allocator cpu)).*(?:[Oo]ut of memory|OOM|allocat)",
+            re.DOTALL,
+        ),
+        noun="the memory of the device that TensorFlow or JAX computes on",
+        advice=CARD,
+    ),
+    # The JVM: java.lang.OutOfMemoryError (Java SE, Troubleshooting Guide), through py4j, JPype or a program's output.
+    Engine(
+        pattern=re.compile(
+            r"java\.lang\.OutOfMemoryError: (?:Java heap space|GC overhead limit exceeded|Metaspace|PermGen space|Direct buffer memory"
+            r"|Requested array size exceeds VM limit)"
+        ),
+        noun="the heap of the Java virtual machine",
+        advice=(
+            "Raise its own limit before it starts (java -Xmx; spark.driver.memory or spark.executor.memory for Spark), below --memory; or collect"
+            " less at once."
+        ),
+    ),
+    Engine(
+        pattern=re.compile(
+            r"is bigger than (?:local maxResultSize|spark\.driver\.maxResultSize)(?: \(?(?P<limit>[\d.]+ [KMGT]iB)\)?)?"
+        ),
+        noun="Spark's own limit of a result (spark.driver.maxResultSize)",
+        advice="Collect less at once, or raise spark.driver.maxResultSize before the session starts.",
+    ),
+    # R: src/main/memory.c, R_MaxVSize.
+    Engine(
+        pattern=re.compile(r"vector memory (?:exhausted|limit of (?P<limit>[\d.]+ [KMGT]b) reached)"),
+        noun="R's own limit for vectors",
+        advice="Raise it with mem.maxVSize(), or R_MAX_VSIZE in the environment of the kernel; or hold less at once.",
+    ),
+    # DataFusion, and Lance and others on it: datafusion/execution/src/memory_pool.
+    Engine(
+        pattern=re.compile(r"Resources exhausted: .*[Ff]ailed to allocate additional", re.DOTALL),
+        noun="the memory pool of DataFusion",
+        advice="Raise the limit of its memory pool (with_fair_spill_pool, with_greedy_memory_pool), or let it spill to disk.",
+    ),
+    # ClickHouse and chDB: src/Common/MemoryTracker.cpp.
+    Engine(
+        pattern=re.compile(
+            r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: (?P<limit>[\d.]+ [KMGT]?i?B)", re.DOTALL
+        ),
+        noun="ClickHouse's own memory limit",
+        advice="Raise max_memory_usage (or max_server_memory_usage), below --memory.",
+    ),
+    # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker later.
+    Engine(
+        pattern=re.compile(r"exceeded \d+% memory budget"),
+        noun="the memory limit of a Dask worker",
+        advice="Raise memory_limit of the workers, or have fewer of them; all together must stay below --memory.",
+    ),
+    # Ray: src/ray/common/memory_monitor.
+    Engine(
+        pattern=re.compile(r"due to the node running low on memory|memory usage threshold"),
+        noun="the memory threshold of Ray",
+        advice="Raise RAY_memory_usage_threshold, or run fewer tasks at a time (num_cpus of a task).",
+    ),
+)
+
+POLARS_ABORTS = re.compile(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
+"""What polars writes to stderr before it aborts the process (crates/polars-ooc, global_alloc)."""
+
+
+def own_limit(context: Context) -> Cause | None:
+    """A cell error in which an engine says that its own limit was reached."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    texts = [(f"{error.ename}: {error.evalue}", "the cell's error")]
+    if leaves_reason_to_output(context) or error.ename.endswith("KilledWorker"):
+        texts.append((context.evidence.last_words, "output of the cell"))
+    for text, source in texts:
+        for engine in ENGINES:
+            words = engine.pattern.search(text)
+            if words is not None:
+                return _cause(context, engine, words, source)
+    return None
+
+
+def _cause(context: Context, engine: Engine, words: re.Match[str], source: str) -> Cause:
+    limit = words.groupdict().get("limit")
+    summary = f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a limit of its own, not one of this run"
+    quoted = " ".join(words[0].split())
+    facts = (inside("raised" if source == "the cell's error" else "printed", quoted[:300], source), *_own_figures(context))
+    return make(context, engine.kind, summary, _confidence(context), facts, engine.advice)
+
+
+def _own_figures(context: Context) -> tuple[Fact, ...]:
+    """The run's own limit, to compare with."""
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    facts = []
+    if peak is not None:
+        facts.append(outside("memory peak", peak, "control group or sum over processes"))
+    if limit is not None:
+        facts.append(outside("memory limit of this run", limit, "limits of this run"))
+    return tuple(facts)
+
+
+def _confidence(context: Context) -> Confidence:
+    """Certain if the run's own limit was measured, and not reached."""
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    if peak is None or (limit is not None and peak >= REACHED * limit):
+        return Confidence.LIKELY
+    return Confidence.CERTAIN
+
+
+def aborted(context: Context) -> Cause | None:
+    """Polars ends the process itself where its own threshold of memory is passed; it says so, and then aborts."""
+    evidence = context.evidence
+    status = evidence.exit
+    if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
+        return None
+    words = POLARS_ABORTS.search(f"{evidence.stderr_tail}\n{evidence.last_words}")
+    if words is None:
+        return None
+    peak = "" if evidence.memory_peak is None else f" (peak {format_size(evidence.memory_peak)})"
+    summary = f"abort: polars ended the kernel as its own memory threshold was passed{peak}; it is a limit of its own, not one of this run"
+    advice = (
+        "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
+    )
+    facts = (*exit_facts(evidence), inside("last words", words[0], "stderr of the kernel process"), *_own_figures(context))
+    return make(context, CauseKind.ABORT, summary, Confidence.CERTAIN, facts, advice)

@@ -1,0 +1,80 @@
+"""The free space of the file systems that a kernel can write to, measured outside of it.
+
+Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead elsewhere. An open directory outlives the mount
+namespace, so that the space can still be read after the kernel's death. May import model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+
+from safe_exec.model.evidence import Volume
+from safe_exec.records import replace
+
+
+class Volumes:
+    """The volumes of one kernel. ``look`` keeps the lowest free space since the last ``begin``: what filled a disk may be deleted again."""
+
+    def __init__(self, pid: int, places: Iterable[str]) -> None:
+        """Open the places that the process ``pid`` has; those that cannot be opened are left out."""
+        self._directories: dict[int, int] = {}
+        self._own: set[int] = set()
+        self._places: dict[int, list[str]] = {}
+        self._lowest: dict[int, Volume] = {}
+        self._before: dict[int, int] = {}
+        for place in dict.fromkeys(places):
+            with contextlib.suppress(OSError):
+                self._open(f"/proc/{pid}/root{place}", place)
+
+    def _open(self, path: str, place: str) -> None:
+        directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        device = os.fstat(directory).st_dev
+        if device in self._directories:
+            os.close(directory)
+        else:
+            self._directories[device] = directory
+        self._places.setdefault(device, []).append(place)
+        with contextlib.suppress(OSError):
+            if os.stat(place).st_dev != device:
+                self._own.add(device)
+
+    def begin(self) -> None:
+        """A cell begins: what was lowest before is forgotten."""
+        self._lowest.clear()
+        self.look(own=True)
+        self._before = {device: volume.free for device, volume in self._lowest.items()}
+
+    def look(self, *, own: bool = False) -> None:
+        """Measure. ``own``: only the sandbox's own: a file server of the machine's may take its time to answer."""
+        for device, directory in self._directories.items():
+            if own and device not in self._own:
+                continue
+            with contextlib.suppress(OSError):
+                self._note(device, _measure(directory))
+
+    def _note(self, device: int, volume: Volume) -> None:
+        lowest = self._lowest.get(device)
+        if lowest is None or volume.free < lowest.free:
+            self._lowest[device] = volume
+
+    def lowest(self) -> tuple[Volume, ...]:
+        """Of each volume that was looked at the lowest free space since the last ``begin``."""
+        return tuple(
+            replace(volume, places=tuple(self._places[device]), before=self._before.get(device), own=device in self._own)
+            for device, volume in self._lowest.items()
+        )
+
+    def close(self) -> None:
+        """Close the directories: they keep their file systems alive."""
+        for directory in self._directories.values():
+            os.close(directory)
+        self._directories.clear()
+
+
+def _measure(directory: int) -> Volume:
+    figures = os.fstatvfs(directory)
+    # Without an inode no file can be made, whatever room there is. File systems that count none have 0 of 0.
+    free = 0 if figures.f_files and not figures.f_favail else figures.f_bavail * figures.f_frsize
+    return Volume(places=(), size=figures.f_blocks * figures.f_frsize, free=free)
