@@ -38,7 +38,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import Departure, KernelExit, Sandbox
 from safe_exec.sandbox.usage import sockets
 from safe_exec.sandbox.usage.meter import Meter
-from safe_exec.sandbox.volumes import Volumes
+from safe_exec.sandbox.usage.volumes import Volumes
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from safe_exec.sandbox.volumes import Volumes
+from safe_exec.sandbox.usage.volumes import Volumes
 
 
 class Figures:
@@ -22,7 +22,7 @@ class Figures:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figures]:
     """What is measured next; the last stays."""
     queue = [Figures(free=16)]
-    monkeypatch.setattr("safe_exec.sandbox.volumes.os.fstatvfs", lambda _fd: queue.pop(0) if len(queue) > 1 else queue[0])
+    monkeypatch.setattr("safe_exec.sandbox.usage.volumes.os.fstatvfs", lambda _fd: queue.pop(0) if len(queue) > 1 else queue[0])
     return queue
 
 
