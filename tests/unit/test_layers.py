@@ -31,6 +31,7 @@ STANDARD_LIBRARY_ONLY = (
 LONG_MODULES = {
     "safe_exec.kernel.session": "a kernel from its start to its end",
     "safe_exec.kernel.connection": "one protocol, whole",
+    "safe_exec.sandbox.host.capabilities": "one look at the machine after the other",
     "safe_exec.keeper.keeper": "one sandbox from its start to its end",
     "safe_exec.experiments.static_analysis.dependencies": "one analysis, to be split into dependencies and side effects",
 }
