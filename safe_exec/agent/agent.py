@@ -35,6 +35,7 @@ class Inside:
         self.in_cell = False
         self.first_text = False  # nothing of the running cell was run yet
         self.before_cells = lambda: None
+        self.check_handler = lambda: None
         self.msg_id = None
         self.hosts = set()
         self.opened = collections.deque(maxlen=100)  # audit events of the files opened last

@@ -130,5 +130,6 @@ def begin(inside, kernel, code):
     inside.first_text = True
     inside.in_cell = True
     inside.fact(cell=page.cell, msg_id=msg_id)
+    inside.check_handler()
     if page.cell == 1:
         inside.before_cells()

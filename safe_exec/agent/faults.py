@@ -2,8 +2,10 @@
 
 import _thread
 import contextlib
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
 
 from .attributes import note_file
@@ -25,6 +27,25 @@ def arm(inside):
     inside.keep_enabled = enable_here
     faulthandler.enable = enable_here
     os.register_at_fork(after_in_child=inside.forked)
+
+
+def watch_handler(inside):
+    """Tell when the handler of SIGSEGV is no longer the fault handler's: no report is to be expected then.
+
+    A notebook may turn it off, and libraries install handlers of their own (JVM, R).
+    """
+    sigaction, current = ctypes.PyDLL(None).sigaction, (ctypes.c_void_p * 32)()  # the handler comes first; sigaction(2)
+    sigaction(int(signal.SIGSEGV), None, current)
+    armed, seen = current[0], True
+
+    def check():
+        nonlocal seen
+        sigaction(int(signal.SIGSEGV), None, current)
+        if (current[0] == armed) is not seen:
+            seen = not seen
+            inside.fact(armed=seen)
+
+    inside.check_handler = check
 
 
 def watch(inside):

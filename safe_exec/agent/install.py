@@ -7,11 +7,12 @@ import sys
 from .cells import fit_shell
 from .shutdown import fit_shutdown
 from .errors import fit_errors
-from .faults import arm, watch
+from .faults import arm, watch, watch_handler
 from .interrupts import fit_interrupts
 from .lazy_imports import fit_client, fit_collector, fit_debugger
 from .output import fit_descriptors, fit_messages, fit_streams
 from .sampler import sample_forever
+from .threads import fit_threads
 
 PARTS = (
     fit_client,
@@ -24,6 +25,7 @@ PARTS = (
     fit_shutdown,
     fit_interrupts,
     fit_errors,
+    fit_threads,
 )
 
 
@@ -31,6 +33,7 @@ def fit(inside):
     """Put everything around ipykernel that fits the one at hand; what does not is told and left out."""
     arm(inside)
     watch(inside)
+    watch_handler(inside)
     missing = {}
     for part in PARTS:
         try:

@@ -23,6 +23,7 @@ def sample_forever(inside):
         if not inside.in_cell:
             continue
         page.note_counts()
+        inside.check_handler()
         if page.cell != cell:
             cell, started = page.cell, now()
         frame = sys._current_frames().get(inside.main)

@@ -93,20 +93,6 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def words(evidence: Evidence) -> tuple[Fact, ...]:
-    """The kernel's last line on stderr, where it has one."""
-    lines = [line.strip() for line in (evidence.stderr_tail + "\n" + evidence.last_words).splitlines() if line.strip()]
-    telling = [line for line in lines if any(mark in line for mark in TELLING)]
-    return (inside("last words", telling[-1][:300], "stderr of the kernel process"),) if telling else ()
-
-
-TELLING = (
-    "terminate called", "what():", "free()", "malloc", "double free", "corruption", "Assertion", "Aborted", "OMP:", "Error #",
-    "munmap_chunk", "stack smashing", "buffer overflow", "Bad file descriptor", "CUDA", "Fatal", "fatal error", "LLVM ERROR",
-    "caught segfault", "Too many open files", "realloc()", "pure virtual",
-)  # fmt: skip
-
-
 def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure, why, what to do
     context: Context,
     kind: CauseKind,

@@ -54,6 +54,10 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
         _become(plan, status, go_fd, error_w, parent)
     os.close(go_fd)
     os.close(error_w)
+    if plan["walls"].get("capabilities_dropped"):
+        from safe_exec.sandbox import capabilities
+
+        capabilities.give_up(for_uid=None)  # they were for the child alone
     with os.fdopen(error_r, "rb") as pipe:
         trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
     status.send(_failed(trouble) if trouble else b'{"executed":true}')
@@ -81,13 +85,26 @@ def _wait(pid: int, status: socket.socket) -> None:
     """Reap until the kernel has ended, then say how. Whatever else runs in here ends with us."""
     while True:
         try:
-            ended, raw, usage = os.wait4(-1, 0)
+            # Looked at first and reaped afterwards: only a zombie still tells which signals it caught.
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            caught = _caught_signals(pid) if dead is not None and dead.si_pid == pid else b"null"
+            ended, raw, usage = os.wait4(-1 if dead is None else dead.si_pid, 0)
         except ChildProcessError:
             return
         if ended == pid:
             cpu = usage.ru_utime + usage.ru_stime
-            status.send(b'{"status":%d,"cpu":%.6f,"maxrss":%d}' % (raw, cpu, usage.ru_maxrss))
+            status.send(b'{"status":%d,"cpu":%.6f,"maxrss":%d,"caught":%b}' % (raw, cpu, usage.ru_maxrss, caught))
             return
+
+
+def _caught_signals(pid: int) -> bytes:
+    """The set of signals that have a handler, as a number in JSON (SigCgt in /proc/PID/status)."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            line = next(line for line in file if line.startswith(b"SigCgt:"))
+            return b"%d" % int(line.split()[1], 16)
+    except (OSError, ValueError, IndexError, StopIteration):
+        return b"null"
 
 
 def _failed(trouble: bytes) -> bytes:

@@ -70,16 +70,16 @@ def _harden(walls: dict[str, Any]) -> None:
     if not walls:
         return
     # Imported before anything is given up: another user may not be able to read where they lie.
+    if walls.get("capabilities_dropped"):
+        from safe_exec.sandbox import capabilities
     if walls.get("landlock") is not None:
         from safe_exec.keeper import landlock
     if walls.get("seccomp") is not None:
         from safe_exec.keeper import seccomp
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if walls.get("uid") is not None:
-        os.setgroups([])
-        os.setresgid(walls["uid"], walls["uid"], walls["uid"])
-        os.setresuid(walls["uid"], walls["uid"], walls["uid"])
+    if walls.get("capabilities_dropped"):
+        capabilities.give_up(for_uid=walls.get("uid"))
     if walls.get("landlock") is not None:
         landlock.restrict(**walls["landlock"])
     if walls.get("seccomp") is not None:

@@ -63,6 +63,7 @@ class Keeper:
         self.plan: dict[str, Any] = {}
         self.pid = 0
         self.exited = False
+        self.caught: int | None = None
         self.reason: str | None = None
         self.words = LastWords(lambda text: self.say("fault", text=text))
         self.signals: list[int] = []
@@ -114,7 +115,7 @@ class Keeper:
 
     def spawn(self) -> None:
         """Fork the kernel into the sandbox."""
-        stderr, fault = self.words.open()
+        stderr, fault = self.words.open(self.plan["dump_signal"])
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
         self.plan["keeper"] = os.getpid()
         self.give_away()
@@ -216,6 +217,7 @@ class Keeper:
         assert self.inner is not None
         ending = self.inner.ending()
         if ending is not None and not self.exited:
+            self.caught = ending["caught"]
             self.report_exit(ending["status"], ending["cpu"], ending["maxrss"])
 
     def serve(self) -> bool:
@@ -310,6 +312,7 @@ class Keeper:
 
     def reap(self) -> bool:
         """Collect dead children, adopted ones too; whether any child is left, dead or alive."""
+        self.look_at_handlers()
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -324,6 +327,14 @@ class Keeper:
                 if not self.exited:  # the init was killed: nobody read the kernel's status
                     self.report_exit(None, None, None)
 
+    def look_at_handlers(self) -> None:
+        """Note which signals a kernel that has just ended still caught: once it is reaped nobody can tell."""
+        if self.inner is not None or not self.pid or self.exited:
+            return
+        with contextlib.suppress(ChildProcessError):
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self.caught = procfs.caught_signals(self.pid)
+
     def report_exit(self, status: int | None, cpu: float | None, maxrss: int | None) -> None:
         """Tell the runner of the kernel's death with all that will not be there later."""
         self.exited = True
@@ -337,7 +348,9 @@ class Keeper:
             counters={path: cgroupfs.read(path) for path in self.plan["counter_files"]},
             fault=self.words.fault_text.decode("utf-8", "replace"),
             fault_seen=self.words.seen,
+            caught=self.caught,
             stderr=self.words.tail.decode("utf-8", "replace"),
+            bursts=[(at, data.decode("utf-8", "replace")) for at, data in self.words.bursts],
             oomd=cgroupfs.oomd_killed(self.plan["cgroup_dirs"]),
             disk_free=self.disk_free(),
         )

@@ -66,19 +66,34 @@ def soft_limit(pid: int, title: str) -> int | None:
 
 def catches(pid: int, signum: int) -> bool:
     """Whether a process has a handler for a signal (SigCgt in /proc/PID/status)."""
-    return bool(_in_mask(pid, "SigCgt", signum))
+    return bool(_in_mask(f"/proc/{pid}/status", "SigCgt", signum))
 
 
 def ignores(pid: int, signum: int) -> bool | None:
     """Whether a process ignores a signal (SigIgn in /proc/PID/status); ``None`` when it cannot be read."""
-    return _in_mask(pid, "SigIgn", signum)
+    return _in_mask(f"/proc/{pid}/status", "SigIgn", signum)
 
 
-def _in_mask(pid: int, name: str, signum: int) -> bool | None:
+def blocks(pid: int, task: int, signum: int) -> bool:
+    """Whether a thread has a signal blocked, as it has while it handles that signal (SigBlk)."""
+    return bool(_in_mask(f"/proc/{pid}/task/{task}/status", "SigBlk", signum))
+
+
+def caught_signals(pid: int) -> int | None:
+    """The signals that a process has handlers for (SigCgt, bit N-1 for signal N); a zombie tells it too."""
+    return _mask(f"/proc/{pid}/status", "SigCgt")
+
+
+def _in_mask(path: str, name: str, signum: int) -> bool | None:
+    mask = _mask(path, name)
+    return None if mask is None else bool(mask >> (signum - 1) & 1)
+
+
+def _mask(path: str, name: str) -> int | None:
     try:
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+        for line in Path(path).read_text(errors="replace").splitlines():
             if line.startswith(name + ":"):
-                return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+                return int(line.split()[1], 16)
     except (OSError, ValueError, IndexError):
         return None
     return None

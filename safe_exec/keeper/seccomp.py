@@ -5,13 +5,14 @@ The child calls :func:`install` as the last thing before it executes the kernel.
 fork and exec, and nothing takes it off again. ``no_new_privs`` comes with it: without, a filter could mislead a set-user-id program; with
 it, sudo and their like stay the user who called them.
 
-Everything is allowed but what is listed here, in four kinds:
+Everything is allowed but what is listed here, in five kinds:
 
 * ``NEVER``: looking into or steering other processes, mounts and namespaces, the clock, modules, keys of the machine. They give EPERM, or
   end the process with SIGSYS where the refusal is ``kill``.
 * ``PROBED``: what ordinary libraries try and do without. Always EPERM; each row says who tries.
 * ``JUDGED``: refused for some arguments only. A filter sees registers, not memory, and compares 32 bits: the kernel itself takes just the
   lower half of all the arguments that we look at, so the upper half must not count, or setting it would get past us.
+* Calls newer than the filter (NEWEST): always ENOSYS, as on a system that does not have them, so that libraries take an older one.
 * clone3(2): its flags lie in memory, where no filter can see them. Always ENOSYS, upon which glibc, musl, Go and Rust take clone(2).
 
 A call of another architecture (32-bit programs on a 64-bit machine), where the same numbers mean other calls, ends the process. So does,
@@ -111,6 +112,9 @@ PROBED: Numbers = {
     "keyctl": (250, 219),
     # Mesa asks whether two descriptors are one device.
     "kcmp": (312, 272),
+    # MPI and hwloc ask by it on which processor's memory their pages lie.
+    "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
     # Libraries that count events (PAPI and the like); sysctl kernel.perf_event_paranoid forbids it on most machines.
     "perf_event_open": (298, 241),
     # They read the clock's state, too, which anybody may; the wish lies in memory.
@@ -119,6 +123,8 @@ PROBED: Numbers = {
 }
 JUDGED: dict[str, tuple[int, int]] = {"clone": (56, 220), "ioctl": (16, 29), "socket": (41, 198), "personality": (135, 92)}
 CLONE3 = 435
+NEWEST = 469
+"""file_setattr(2), the last one of Linux 6.18. A later one may do what is refused here, by another name."""
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. CLONE_NEWTIME is for clone3 and unshare: here it is part of the signal.
@@ -178,7 +184,8 @@ def _known(arch: str) -> str:
 # --- the program ------------------------------------------------------------------------------------------------
 
 
-LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
+LOAD, EQUAL, ANY_BIT, GREATER, RETURN = 0x20, 0x15, 0x45, 0x25, 0x06
+# BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_JMP|JGT|K, BPF_RET|K
 NUMBER_AT, ARCH_AT, ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data; both machines have the lower half of an argument first
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
@@ -200,7 +207,9 @@ def program(arch: str, refusal: Refusal) -> bytes:
             _Line(LOAD, ARCH_AT),
             _Line(EQUAL, ARCHITECTURES[arch], no="kill"),
             _Line(LOAD, NUMBER_AT),
-            *([_Line(EQUAL, NO_CALL, "allow"), _Line(ANY_BIT, X32_BIT, "refuse")] if arch == "x86_64" else []),
+            _Line(EQUAL, NO_CALL, "allow"),
+            *([_Line(ANY_BIT, X32_BIT, "refuse")] if arch == "x86_64" else []),
+            _Line(GREATER, NEWEST, "absent"),
             # Those with arguments first: the system cannot remember an answer for them.
             *(_Line(EQUAL, numbers[column], name) for name, numbers in JUDGED.items()),
             _Line(EQUAL, CLONE3, "absent"),

@@ -62,6 +62,7 @@ class Told:
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.executed: str | None = None
         self.raised: dict[int, deque[RaisedTold]] = {}
+        self.armed = True
         self._cells: dict[int, str] = {}
         self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
@@ -105,16 +106,23 @@ class Told:
             self._note_line(fact, int(fact["cell"]), int(fact["line"]))
         elif "raised" in fact and int(fact["cell"]) in self._cells:
             self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(raised_told(fact))
-        elif "remote" in fact:
+        elif "oversize" in fact and self.client is not None:
+            self.client.cut_display(bounded_size(fact["oversize"]))
+        elif "hello" in fact and not self.hello:
+            self.hello = fact
+        else:
+            self._note_process(fact)
+
+    def _note_process(self, fact: dict[str, Any]) -> None:
+        """What concerns the whole process; ``armed``: whether its fault handler is in place."""
+        if "remote" in fact:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
             self.exit_caller = _rows(fact["exit_caller"])
         elif "exec" in fact:
             self.executed = _text(fact["exec"])
-        elif "oversize" in fact and self.client is not None:
-            self.client.cut_display(bounded_size(fact["oversize"]))
-        elif "hello" in fact and not self.hello:
-            self.hello = fact
+        elif "armed" in fact:
+            self.armed = bool(fact["armed"])
 
     def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
         """A line of a cell, with the stack at it. Of errors that are raised the last counts, of all else the first."""

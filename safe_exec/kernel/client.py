@@ -23,6 +23,9 @@ from safe_exec.kernel.message_validation import checked, mended_reply
 from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
 from safe_exec.kernel.shared_page import Message, Note, Page, Text
 
+LAST_TEXTS = 32
+LAST_TEXT_CHARACTERS = 4096
+"""Of the text that came last its end is kept, with the time: after a death it may say why."""
 MERGE_AFTER = 200
 """A cell with so many outputs gets further text of the same stream joined to the last one."""
 
@@ -52,6 +55,7 @@ class Accounts:
         self.last: float | None = None
         self.characters = {"stdout": 0, "stderr": 0}
         self.seen: deque[str] = deque(maxlen=5000)
+        self.texts: deque[tuple[float, str, str]] = deque(maxlen=LAST_TEXTS)
 
 
 class TrialClient(NotebookClient):  # type: ignore[misc]
@@ -76,6 +80,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.note: Callable[[], Note | None] = lambda: None
         self.before: int | None = None
         self.disbelieved: set[str] = set()
+        self.residue: dict[str, str] = {}
         self.heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
     # --- death --------------------------------------------------------------------------------------------------
@@ -221,6 +226,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """For the kernel's death: which text and which displays did arrive. A forked child's text is not the kernel's."""
         if kind == "stream":
             name = content.get("name")
+            self.accounts.texts.append((time.monotonic(), str(name), str(content.get("text", ""))[-LAST_TEXT_CHARACTERS:]))
             if name in self.accounts.characters and not self._of_a_child(msg):
                 self.accounts.characters[name] += len(content.get("text", ""))
         else:
@@ -329,6 +335,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
                 found += self._recover_text(record.stream, record.text[self._already(record) :])
             else:
                 found += self._recover_message(record)
+        self.residue = residue
         for name, text in residue.items():
             found += self._recover_text(name, text)
         return found

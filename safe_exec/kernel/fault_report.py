@@ -1,4 +1,4 @@
-"""Reads what faulthandler wrote: which thread, where. Pure; imports model only.
+"""Reads what faulthandler wrote: which thread, where. Pure; imports model and fault_site.
 
 Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the thread line).
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from safe_exec.kernel.fault_site import read_site
 from safe_exec.model.evidence import FaultReport, Frame
 from safe_exec.records import dataclass
 
@@ -94,10 +95,18 @@ def fatal_part(text: str) -> str:
     return text[at:] if at >= 0 else ""
 
 
-def parse_fault(
-    text: str, cells: CellCode, main: int | None, stack_bytes: int | None, stack_limit: int | None
+def parse_fault(  # noqa: PLR0917 - the text, its key, and the figures that belong to it
+    text: str,
+    cells: CellCode,
+    main: int | None,
+    stack_bytes: int | None,
+    stack_limit: int | None,
+    site: Mapping[str, Any] | None = None,
 ) -> FaultReport | None:
-    """The report of a fatal signal, ``None`` when nothing fatal was written."""
+    """The report of a fatal signal, ``None`` when nothing fatal was written.
+
+    ``site`` is what the keeper saw of the thread that wrote it.
+    """
     part = fatal_part(text)
     if not part:
         return None
@@ -110,4 +119,5 @@ def parse_fault(
         main=None if current is None or main is None else current.ident == main,
         stack_bytes=stack_bytes,
         stack_limit=stack_limit,
+        site=read_site(site or {}, current.ident if current is not None else None),
     )

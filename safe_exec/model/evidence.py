@@ -20,11 +20,32 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultSite:
+    """The processor's state at a fatal signal, read from outside while the fault handler was held up.
+
+    ``faulted`` is false for a signal that was sent: no instruction failed. ``address`` is the one whose
+    access failed, ``None`` where the processor does not tell. ``overflow`` says whether that access was
+    one to the thread's stack, past its end; ``stack_bytes`` is the size of that stack. ``library`` is the
+    file whose code was running (empty for code that was generated), ``library_offset`` the place in it.
+    """
+
+    faulted: bool
+    main: bool
+    address: int | None
+    stack_pointer: int
+    stack_bytes: int | None
+    overflow: bool
+    library: str | None = None
+    library_offset: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FaultReport:
     """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
 
     ``stack`` is the thread that faulted; ``main`` says whether that is the main thread. ``stack_bytes`` is the size
-    to which the faulting thread's stack had grown, ``stack_limit`` how far it may (both read outside, from /proc).
+    to which the main thread's stack had grown, ``stack_limit`` how far it may, and ``site`` the place of the fault
+    (all read outside, from /proc).
     """
 
     title: str
@@ -32,6 +53,7 @@ class FaultReport:
     main: bool | None = None
     stack_bytes: int | None = None
     stack_limit: int | None = None
+    site: FaultSite | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +96,23 @@ class Looked:
     reads_terminal: bool | None = None
     ignores_interrupt: bool | None = None
     fitted: bool = True
+
+
+class Channel(StrEnum):
+    """The way that output took: the process's own descriptors 1 and 2, or Python's streams in the cell that ran."""
+
+    DESCRIPTOR = "descriptor"
+    STDERR = "stderr"
+    STDOUT = "stdout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputBurst:
+    """Text that came in one go. ``age`` is seconds from its last piece to the end of the kernel."""
+
+    channel: Channel
+    text: str
+    age: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +226,13 @@ class Evidence:
 
     Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
     the exceptions that it came from), ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end
-    of what the cell put out) and the Python stacks, which the kernel process says of itself; of
+    of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order)
+    and the Python stacks, which the kernel process says of itself; of
     ``conflicts`` the names. ``volumes`` are as the last cell left them, or lower. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
+    ``caught_signals`` are those that the process still had handlers for when it had ended; ``handler_replaced`` whether the kernel told
+    that its fault handler was no longer in place.
     """
 
     exit: ExitStatus | None = None
@@ -210,6 +252,8 @@ class Evidence:
     kernel_cpu_seconds: float | None = None
     error: CellError | None = None
     fault: FaultReport | None = None
+    caught_signals: frozenset[int] | None = None
+    handler_replaced: bool = False
     place: Place | None = None
     looked: Looked | None = None
     cell_seconds: float | None = None
@@ -235,3 +279,4 @@ class Evidence:
     raised: tuple[Raised, ...] = ()
     conflicts: tuple[IsolationConflict, ...] = ()
     volumes: tuple[Volume, ...] = ()
+    final_output: tuple[OutputBurst, ...] = ()

@@ -267,6 +267,8 @@ def _own_walls(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     """What the kernel's process gives up by itself before it executes the kernel."""
     isolation = birth.plan.isolation
     walls: dict[str, Any] = {} if birth.owner is None else {"uid": birth.owner}
+    if bubblewrap.drops_capabilities(isolation, root=os.geteuid() == 0):
+        walls["capabilities_dropped"] = True
     if birth.plan.landlock:
         walls["landlock"] = _landlock(birth, paths)
     if birth.plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is Mechanism.SECCOMP:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.keeper import procfs
@@ -45,7 +46,9 @@ NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None}
 class KernelExit:
     """The end of the kernel process as the keeper saw it. ``cpu_seconds`` is the kernel process and children it waited for.
 
-    ``status`` is ``None`` where the keeper was killed and nobody could read it.
+    ``status`` is ``None`` where the keeper was killed and nobody could read it. ``fault_at`` is when
+    its fault handler began to report. ``bursts`` are the ends of what it wrote to its stderr, each with
+    the time of its last piece.
     """
 
     status: ExitStatus | None
@@ -56,7 +59,11 @@ class KernelExit:
     fault: str = ""
     stack_bytes: int | None = None
     stack_limit: int | None = None
+    fault_at: float | None = None
+    fault_site: Mapping[str, object] = field(default_factory=dict)
+    caught_signals: frozenset[int] | None = None
     stderr: str = ""
+    bursts: tuple[tuple[float, str], ...] = ()
     oomd: bool | None = None
     disk_free: int | None = None
 
@@ -309,7 +316,7 @@ class Sandbox:
 
 
 def _kernel_exit(said: dict[str, object]) -> KernelExit:
-    seen: dict[str, int | None] = said["fault_seen"]  # type: ignore[assignment]
+    seen: dict[str, Any] = said["fault_seen"]  # type: ignore[assignment]
     return KernelExit(
         status=ExitStatus(int(str(said["status"]))) if said["status"] is not None else None,
         reason=TerminationReason(str(said["reason"])) if said["reason"] else None,
@@ -319,10 +326,19 @@ def _kernel_exit(said: dict[str, object]) -> KernelExit:
         fault=str(said["fault"]),
         stack_bytes=seen.get("stack"),
         stack_limit=seen.get("stack_limit"),
+        fault_at=seen.get("at"),
+        fault_site=seen.get("site") or {},
+        caught_signals=_signals(said["caught"]),
         stderr=str(said["stderr"]),
+        bursts=tuple((float(at), str(text)) for at, text in said["bursts"]),  # type: ignore[attr-defined]
         oomd=said["oomd"],  # type: ignore[arg-type]
         disk_free=said["disk_free"],  # type: ignore[arg-type]
     )
+
+
+def _signals(mask: object) -> frozenset[int] | None:
+    """The numbers in a set of signals as /proc tells it: bit N-1 for signal N."""
+    return frozenset(n for n in range(1, 65) if mask >> (n - 1) & 1) if isinstance(mask, int) else None
 
 
 def _received(control: socket.socket) -> tuple[bytes, list[int]]:

@@ -17,6 +17,7 @@ from safe_exec.model.ending import CellFailed, Died, Ending, StartFailed, TimedO
 from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
 from safe_exec.records import replace
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
+from safe_exec.trial.final_output import final_output
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
         error=error,
         fault=fault,
+        handler_replaced=not session.told.armed,
+        caught_signals=ended.caught_signals if ended else None,
         place=place,
         looked=state.looked,
         cell_seconds=current.seconds if current else None,
@@ -94,6 +97,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         raised=raised.errors if raised else (),
         conflicts=isolation_conflicts(state, ending, place),
         volumes=session.volumes.lowest() if session.volumes else (),
+        final_output=final_output(session),
     ), place
 
 
@@ -126,10 +130,11 @@ def _fault(state: TrialState) -> FaultReport | None:
     if ended is None:
         return None
     main = session.told.hello.get("main")
-    report = parse_fault(ended.fault, session.told.code, main, ended.stack_bytes, ended.stack_limit)
+    cells = session.told.code
+    report = parse_fault(ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.fault_site)
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
-        report = parse_fault(_recent_text(state), session.told.code, main, None, None)
+        report = parse_fault(_recent_text(state), cells, main, None, None)
     return report
 
 

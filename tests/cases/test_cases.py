@@ -48,14 +48,12 @@ NOT_YET: frozenset[str] = frozenset(
         "e-quit-last",
         "e-quit-line",
         "f01-killpg",
-        "f03-numba-workqueue",
         "f04-exception-no-pickle",
         "f05-queue-join",
         "f06-rlimit-as",
         "f07-groupby-category",
         "f12-flock",
         "f13-pipe-wait",
-        "f15-thread-overflow",
         "f20-duckdb-oom",
         "f21-time-magic",
         "f21b-time-exit",
@@ -287,7 +285,7 @@ def check_reproduction(case: Case, place: Place, verdict: dict[str, Any], folder
 def on_the_heap(verdict: dict[str, Any]) -> bool:
     """Whether glibc found its heap spoilt: in which cell depends on where memory lies."""
     facts = verdict["cause"]["evidence"]
-    messages = [str(fact["value"]) for fact in facts if fact["fact"] == "last words"]
+    messages = [str(fact["value"]) for fact in facts if fact["fact"] == "last message"]
     marks = r"free\(\)|malloc|corrupt|munmap_chunk|unlink_chunk|realloc\(\)"
     return any(re.search(marks, message) for message in messages)
 

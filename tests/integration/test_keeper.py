@@ -24,7 +24,7 @@ from safe_exec.keeper.keeper import Keeper
 
 keeper = Keeper(socket.socket(fileno=int(sys.argv[1])), directory=None)
 keeper.plan = {"counter_files": [], "cgroup_dirs": []}
-stderr, fault = keeper.words.open()
+stderr, fault = keeper.words.open(None)
 keeper.pid = os.fork()
 if keeper.pid == 0:
     os.write(stderr, b"last words")

@@ -38,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     limits.aborted_for_descriptors,
     # Deaths.
     crashes.stack_overflow,
+    crashes.unreported_overflow,
     disk.bus_error,
     engines.aborted,
     crashes.fault,

@@ -1,20 +1,30 @@
 """Deaths by a fault of native code: the signal says which, the fault handler where.
 
-``stack_overflow`` needs evidence of its own: how far the main thread's stack had grown when the fault handler ran, read from
-/proc while the dying process was held up (see keeper/crash_output.py).
+``stack_overflow`` needs evidence of its own, read from /proc while the dying process was held up in its
+fault handler (see keeper/crash_output.py): the failing address beside the stack pointer, past the end of
+the thread's stack; or, where the registers cannot be read, a main stack that had grown to its limit. A
+thread without room for the handler leaves no report at all, which makes an overflow likely.
 """
 
 from __future__ import annotations
 
 import signal
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside, words
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import Died
-from safe_exec.model.evidence import FaultReport
+from safe_exec.model.evidence import Channel, FaultReport, FaultSite
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.units import format_size
 
 STACK_MARGIN = 64 * 1024
 """The stack grows by pages and a frame may jump over some: this near its limit it was full."""
+
+NO_LIBRARY = ("/dev/zero", "/dev/shm", "/memfd:")  # noqa: S108 - names in /proc/PID/maps, not files
+"""Memory that programs share or generate code in."""
+
+OTHER_FAULTS = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+"""What the fault handler catches beside SIGSEGV."""
 
 KINDS = {
     signal.SIGSEGV: (CauseKind.SEGFAULT, "segmentation fault: native code touched memory that is not there"),
@@ -31,19 +41,69 @@ KINDS = {
 
 ADVICE = {
     CauseKind.SEGFAULT: "Look at the native library in the innermost frames: its version, its arguments, array bounds and lifetimes.",
-    CauseKind.ABORT: "The library's last words, if any, are in the evidence; heap corruption shows later than where it was done.",
+    CauseKind.ABORT: "A last message, if there is one, tells why: look it up together with the library's name. A heap that was found"
+    " corrupted or a pointer that was invalid was damaged earlier than it was noticed.",
     CauseKind.ILLEGAL_INSTRUCTION: "Install a build of the library for this processor (AVX and the like), or reinstall it.",
     CauseKind.BUS_ERROR: "Check whether a memory-mapped file was shortened or its disk or /dev/shm is full; reinstall a truncated library.",
     CauseKind.FLOATING_POINT_EXCEPTION: "Check integer divisors that reach native code; numpy and Python check theirs, C does not.",
     CauseKind.STACK_OVERFLOW: "Recurse less deeply (a loop, a smaller sys.setrecursionlimit), or flatten what was nested or chained.",
 }
+IN_THREAD = (
+    " Or give the thread a larger stack: threading.stack_size(256 << 20) before it is started; a thread that a library"
+    " starts has a setting of its own for that."
+)
 
 
 def stack_overflow(context: Context) -> Cause | None:
-    """A segmentation fault with the main thread's stack full to its limit."""
+    """A segmentation fault past the end of the thread's stack."""
     evidence = context.evidence
     fault = evidence.fault
-    if not _died_of(context, (signal.SIGSEGV, signal.SIGBUS)) or fault is None or fault.main is False:
+    if not _died_of(context, (signal.SIGSEGV, signal.SIGBUS)) or fault is None:
+        return None
+    if fault.site is None:
+        return _full_main_stack(context, fault)
+    site = fault.site
+    if not site.overflow:
+        return None
+    facts = (*exit_facts(evidence), *_site_facts(site), *_stack_facts(fault))
+    limit = f"{format_size(fault.stack_limit)} " if site.main and fault.stack_limit is not None else ""
+    used = "" if site.stack_bytes is None else f" ({format_size(site.stack_bytes)} in use)"
+    stack = f"the {limit}stack" if site.main else "the stack of a thread"
+    summary = f"stack overflow: {_where(fault)}{stack} had no room for another call{used}"
+    advice = ADVICE[CauseKind.STACK_OVERFLOW] + ("" if site.main or not context.is_python else IN_THREAD)
+    return make(context, CauseKind.STACK_OVERFLOW, summary, Confidence.CERTAIN, facts, advice)
+
+
+def unreported_overflow(context: Context) -> Cause | None:
+    """A segmentation fault of which the fault handler, armed until the end, wrote nothing.
+
+    The handler has a stack of its own in the main thread and in those of Python (agent/threads.py).
+    In another thread it runs on the thread's stack; if that is full, the system cannot call it, and ends the
+    process. The same happens in a thread that has the signal blocked, so this is never certain.
+    """
+    evidence = context.evidence
+    caught = evidence.caught_signals
+    if not _died_of(context, (signal.SIGSEGV,)) or evidence.fault is not None or caught is None:
+        return None
+    if not caught >= OTHER_FAULTS or signal.SIGSEGV in caught or evidence.handler_replaced:
+        return None  # it was turned off, or something else handles these signals
+    facts = (
+        *exit_facts(evidence),
+        outside("fault report", "none, though the handler was armed", "SigCgt in /proc/PID/status, fault descriptor"),
+    )
+    summary = (
+        "stack overflow, most likely, in a thread that was not started through Python's threading module: the kernel"
+        " crashed, and its fault handler found no room on the thread's stack to report it"
+    )
+    return make(
+        context, CauseKind.STACK_OVERFLOW, summary, Confidence.LIKELY, facts, ADVICE[CauseKind.STACK_OVERFLOW] + IN_THREAD
+    )
+
+
+def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
+    """The main thread's stack had grown to its limit."""
+    evidence = context.evidence
+    if fault.main is False:
         return None
     if fault.stack_bytes is None or fault.stack_limit is None or fault.stack_bytes < fault.stack_limit - STACK_MARGIN:
         return None
@@ -65,15 +125,27 @@ def fault(context: Context) -> Cause | None:
     assert evidence.exit is not None and evidence.exit.signal is not None
     number = signal.Signals(evidence.exit.signal)
     kind, text = KINDS[number]
-    facts = (*exit_facts(evidence), *(_stack_facts(evidence.fault) if evidence.fault else ()), *words(evidence))
-    said = next((f.value for f in facts if f.fact == "last words"), None)
+    site = evidence.fault.site if evidence.fault else None
+    # Who gives up writes why first. Of another fault native code's own handler may write, if ours is not in place.
+    gave_up = kind in (CauseKind.ABORT, CauseKind.ILLEGAL_INSTRUCTION)
+    message = last_message(evidence, tuple(Channel) if gave_up else (Channel.DESCRIPTOR,))
+    facts = (
+        *exit_facts(evidence),
+        *(_site_facts(site) if site and kind is not CauseKind.ABORT else ()),
+        *(_stack_facts(evidence.fault) if evidence.fault else ()),
+        *((message.fact,) if message else ()),
+    )
     where = _where(evidence.fault) if evidence.fault else ""
+    if site is not None and not site.faulted and kind is not CauseKind.ABORT:
+        text = f"{number.name} was sent to the kernel, and no instruction had failed: look for os.kill() or raise_signal()"
     summary = f"{text}{f' ({where.rstrip(chr(32))})' if where else ''}"
-    if said:
-        summary += f"; last words: {said}"
+    if message and (gave_up or evidence.fault is None):
+        summary += f"; {message.text}"
     confidence = Confidence.CERTAIN
-    if kind is CauseKind.SEGFAULT and (evidence.fault is None or evidence.fault.stack_bytes is None):
-        confidence = Confidence.LIKELY  # without a look at the stack an overflow cannot be told from another fault
+    if kind is CauseKind.SEGFAULT and (evidence.fault is None or evidence.fault.site is None):
+        # Without the failing address an overflow cannot be told from another fault: large frames jump over the last
+        # part of the stack, so that it looks far from full.
+        confidence = Confidence.LIKELY
     return make(context, kind, summary, confidence, facts, ADVICE[kind])
 
 
@@ -87,6 +159,24 @@ def _where(fault: FaultReport) -> str:
         return "in a thread without Python frames " if fault.main is False else ""
     frame = fault.stack[0]
     return f"in {frame.function}() "
+
+
+def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
+    """The registers at the fault, as far as they say something to a person."""
+    source = "registers saved at the signal"
+    facts = []
+    if not site.faulted:
+        facts.append(outside("sent signal", "no instruction failed: a process sent it (kill, raise)", source))
+    if site.address is not None:
+        facts.append(outside("failing address", f"{site.address:#x}", source))
+    if site.overflow:
+        facts.append(outside("stack pointer", f"{site.stack_pointer:#x}", source))
+        facts.append(outside("stack in use", site.stack_bytes, "/proc/PID/maps"))
+    if site.library is not None and site.faulted:
+        is_file = site.library.startswith("/") and not site.library.startswith(NO_LIBRARY)
+        code = f"{site.library} at offset {site.library_offset or 0:#x}" if is_file else "code generated at run time"
+        facts.append(outside("code that failed", code, source))
+    return tuple(facts)
 
 
 def _stack_facts(fault: FaultReport) -> tuple[Fact, ...]:

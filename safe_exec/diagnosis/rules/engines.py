@@ -215,5 +215,5 @@ def aborted(context: Context) -> Cause | None:
     advice = (
         "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
     )
-    facts = (*exit_facts(evidence), inside("last words", words[0], "stderr of the kernel process"), *_own_figures(context))
+    facts = (*exit_facts(evidence), inside("last message", words[0], "stderr of the kernel process"), *_own_figures(context))
     return make(context, CauseKind.ABORT, summary, Confidence.CERTAIN, facts, advice)

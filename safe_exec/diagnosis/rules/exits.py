@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside, signal_name
+from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import Died
+from safe_exec.model.evidence import Channel
 from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
 FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP}
@@ -56,7 +58,10 @@ def exited(context: Context) -> Cause | None:
         )
         facts.append(inside("exit called from", f"{frame.function} ({where})", "noted before the call"))
         by = f" by os._exit() in {frame.function}() ({where})"
+    message = None if by else last_message(evidence, (Channel.DESCRIPTOR, Channel.STDERR))
+    facts += [message.fact] if message else []
     summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"
+    summary += f"; {message.text}" if message else ""
     advice = (
         "Look for exit(), quit(), os._exit(), a stopped event loop, a watchdog thread or timer, or a library that ends the process"
         " itself; sys.exit() alone only raises SystemExit."

@@ -19,7 +19,7 @@ FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
 """What a shell says."""
 
 LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
-"""libzmq's last words, with the place in its source."""
+"""The last message of libzmq, with the place in its source."""
 
 NEARLY = 0.9
 
@@ -100,7 +100,7 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
         return None  # where Python code itself aborted, the words may be anything it printed
     facts = (
         *exit_facts(evidence),
-        inside("last words", said[:300], "stderr of the kernel process"),
+        inside("last message", said[:300], "stderr of the kernel process"),
         outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"),
     )
     limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"

@@ -27,7 +27,7 @@ LIMIT_ERRORS = frozenset(
 )
 """What a cell error must be caused by to be searched for without being asked."""
 HEAP_WORDS = ("free()", "malloc", "double free", "corrupt", "munmap_chunk", "realloc()", "unlink_chunk")
-"""glibc's last words on a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
+"""glibc's last message about a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
 ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
@@ -50,7 +50,7 @@ class Failure:
     @classmethod
     def of(cls, cause: Cause, cell: int) -> Failure:
         """The failure of a run with this cause and crash cell."""
-        said = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last words")
+        said = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
         return cls(
             kind=cause.kind,
             signal=_how(cause)[0],

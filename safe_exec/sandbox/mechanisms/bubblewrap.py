@@ -95,13 +95,18 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
         yield "--unshare-net"
 
 
-def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
-    """An ordinary user has none to drop; root keeps what it takes to become somebody else, if that is asked for.
+def drops_capabilities(isolation: Isolation, *, root: bool) -> bool:
+    """Whether the kernel is to have no capabilities; an ordinary user has none to begin with.
 
     Where no more is asked for than a file system of limited size, or no network, root stays what it is.
     """
-    if root and (isolation.read_only_system or isolation.own_processes or isolation.other_user):
-        yield from ("--cap-drop", "ALL")
+    return root and (isolation.read_only_system or isolation.own_processes or isolation.other_user)
+
+
+def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
+    """Root keeps what it takes to empty the bounding set and to become somebody else, until it has (capabilities.py)."""
+    if drops_capabilities(isolation, root=root):
+        yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETPCAP")
         if isolation.other_user:
             yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
 

@@ -68,7 +68,7 @@ def test_another_exception() -> None:
 def test_another_cell_unless_the_heap_is_corrupt() -> None:
     elsewhere = make_crash(index=3, code_index=2)
     assert decisive(compare(THEN, make_verdict(crash_cell=elsewhere))) == ["code cell"]
-    words = Fact(fact="last words", value="free(): invalid pointer", source="stderr", origin=Origin.INSIDE)
+    words = Fact(fact="last message", value="free(): invalid pointer", source="stderr", origin=Origin.INSIDE)
     heap = make_cause(CauseKind.ABORT, evidence=(words,))
     found = compare(make_verdict(cause=heap), make_verdict(cause=heap, crash_cell=elsewhere))
     assert found.same and told(found) == ["code cell"]

@@ -122,6 +122,24 @@ def test_a_filter_takes_the_way_to_new_privileges(tmp_path: Path) -> None:
     assert became(plan(tmp_path, walls={"seccomp": allow}))["nnp"] == ["1"]
 
 
+@pytest.mark.bed("root")
+@pytest.mark.parametrize("uid", [None, 65534])
+def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None:
+    raised = (
+        "import ctypes\nfrom safe_exec.sandbox.capabilities import _Header, _Sets\nfull = 1 << 21 | 1 << 8 | 1 << 7 | 1 << 6\n"
+        "sets = (_Sets * 2)(_Sets(full, full, full), _Sets(0, 0, 0))\n"
+        "assert ctypes.CDLL(None).capset(ctypes.byref(_Header(0x20080522, 0)), sets) == 0\n"
+        "assert ctypes.CDLL(None).prctl(47, 2, 21, 0, 0) == 0\n"  # PR_CAP_AMBIENT_RAISE, CAP_SYS_ADMIN
+    )
+    walls = {"capabilities_dropped": True, "uid": uid}
+    done = python(raised + BECOME, json.dumps(plan(tmp_path, cwd="/", argv=["/bin/cat", "/proc/self/status"], walls=walls)))
+    assert done.returncode == 0, done.stderr
+    status = dict(line.split(":\t") for line in done.stdout.splitlines() if ":\t" in line)
+    sets = {name: int(value, 16) for name, value in status.items() if name.startswith("Cap")}
+    assert sets == dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0)
+    assert status["Uid"].split() == [str(uid or 0)] * 4
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

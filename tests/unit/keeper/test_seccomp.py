@@ -52,6 +52,8 @@ def decide(program: bytes, number: int, *arguments: int, arch: int) -> int:
             (accumulator,) = struct.unpack_from("<I", data, operand)
         elif operation == 0x15:
             at += yes if accumulator == operand else no
+        elif operation == 0x25:
+            at += yes if accumulator > operand else no
         elif operation == 0x45:
             at += yes if accumulator & operand else no
         else:
@@ -83,6 +85,7 @@ def test_every_number(arch: str, refusal: seccomp.Refusal) -> None:
     """With arguments that nobody minds."""
     expected = dict.fromkeys(column(arch, seccomp.NEVER).values(), refused(refusal))
     expected |= dict.fromkeys(column(arch, seccomp.PROBED).values(), EPERM) | {435: ENOSYS}
+    expected |= dict.fromkeys(range(seccomp.NEWEST + 1, 1024), ENOSYS)
     found = {number: answer(arch, refusal, number) for number in range(1024)}
     assert {number: verdict for number, verdict in found.items() if verdict != ALLOW} == expected
 
@@ -251,6 +254,8 @@ SOFT_PROBES = {
     "keyctl": "call('keyctl', 0, -3, 0)",  # KEYCTL_GET_KEYRING_ID of the session
     "io_uring_setup": "call('io_uring_setup', 1, None)",
     "process_vm_writev": "call('process_vm_writev', os.getpid(), None, 0, None, 0, 0)",
+    "move_pages": "call('move_pages', 0, -1, 0, 0, 0, 0)",
+    "migrate_pages": "call('migrate_pages', -1, 0, 0, 0)",
     "kcmp": "call('kcmp', os.getpid(), os.getpid(), 0, 0, 1)",
     "adjtimex": "call('adjtimex', None)",
     "AF_PACKET": "call('socket', 17, 99, 0)",

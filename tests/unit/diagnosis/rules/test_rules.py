@@ -32,13 +32,16 @@ from safe_exec.model.ending import (
 )
 from safe_exec.model.evidence import (
     Access,
+    Channel,
     Evidence,
     FaultReport,
+    FaultSite,
     Frame,
     IsolationConflict,
     IsolationFacts,
     Looked,
     NeedKind,
+    OutputBurst,
     Place,
     Raised,
     Volume,
@@ -95,6 +98,11 @@ SLEEPS = seen(syscall="clock_nanosleep")
 FULL = FaultReport(title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB)
 SHALLOW = dataclasses.replace(FULL, stack_bytes=MIB // 4)
 IN_THREAD = dataclasses.replace(FULL, main=False)
+NULL = FaultSite(faulted=True, main=True, address=0, stack_pointer=0x7FFC0000, stack_bytes=MIB, overflow=False)
+PAST_THE_STACK = dataclasses.replace(NULL, address=0x7FFBFFF8, overflow=True)
+SENT = dataclasses.replace(NULL, faulted=False, address=None)
+HANDLERS = frozenset({2, 4, 6, 7, 8})
+"""What a Python process still catches after it has died of SIGSEGV: SIGINT, and the fault handler's other four."""
 FORKING = Place(cell=2, line=1, source="traceback", stack=(Frame(function="_execute_child", line=1, file="subprocess.py"),))
 
 
@@ -238,11 +246,32 @@ DEATHS = [
     dead("file-size-signal", by(signal.SIGXFSZ), K.FILE_TOO_LARGE),
     dead("seccomp", by(signal.SIGSYS, core=True), K.BAD_SYSTEM_CALL),
     # Faults.
-    dead("segfault", by(11, core=True), K.SEGFAULT, fault=SHALLOW),
+    dead("segfault", by(11, core=True), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=NULL)),
+    dead("segfault-by-the-size-of-the-stack-alone", by(11), K.SEGFAULT, C.LIKELY, fault=SHALLOW),
+    dead("segfault-with-a-full-stack", by(11), K.SEGFAULT, fault=dataclasses.replace(FULL, site=NULL)),
+    dead("segfault-that-was-sent", by(11), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=SENT)),
+    dead("large-frames", by(11), K.STACK_OVERFLOW, fault=dataclasses.replace(SHALLOW, site=PAST_THE_STACK)),
+    dead(
+        "stack-overflow-in-a-thread",
+        by(11),
+        K.STACK_OVERFLOW,
+        fault=dataclasses.replace(IN_THREAD, site=dataclasses.replace(PAST_THE_STACK, main=False)),
+    ),
+    dead(
+        "null-in-a-thread",
+        by(11),
+        K.SEGFAULT,
+        fault=dataclasses.replace(IN_THREAD, site=dataclasses.replace(NULL, main=False)),
+    ),
+    dead("no-report-though-armed", by(11), K.STACK_OVERFLOW, C.LIKELY, caught_signals=HANDLERS),
+    dead("no-report-and-disarmed", by(11), K.SEGFAULT, C.LIKELY, caught_signals=frozenset({2})),
+    dead("no-report-and-its-own-handler", by(11), K.SEGFAULT, C.LIKELY, caught_signals=HANDLERS, handler_replaced=True),
+    dead("no-report-and-still-caught", by(11), K.SEGFAULT, C.LIKELY, caught_signals=HANDLERS | {11}),
+    dead("killed-and-armed", by(9), K.KILLED, C.LIKELY, caught_signals=HANDLERS | {11}),
     dead("segfault-unseen", by(11), K.SEGFAULT, C.LIKELY),
     dead("stack-overflow", by(11), K.STACK_OVERFLOW, fault=FULL),
     dead("stack-overflow-by-bus-error", by(7), K.STACK_OVERFLOW, fault=FULL),
-    dead("fault-in-a-thread-with-a-full-main-stack", by(11), K.SEGFAULT, fault=IN_THREAD),
+    dead("fault-in-a-thread-with-a-full-main-stack", by(11), K.SEGFAULT, C.LIKELY, fault=IN_THREAD),
     dead("abort-with-a-full-stack", by(6), K.ABORT, fault=FULL),
     dead("abort", by(6), K.ABORT),
     dead("illegal-instruction", by(4), K.ILLEGAL_INSTRUCTION),
@@ -601,8 +630,11 @@ def test_what_was_printed_changes_nothing(row: Row) -> None:
 
 
 def test_last_words_of_a_library_are_shown() -> None:
-    row = dead("abort", by(6), K.ABORT, last_words="progress 10%\nfree(): invalid pointer\n")
+    burst = OutputBurst(channel=Channel.DESCRIPTOR, text="free(): invalid pointer\n", age=0.0)
+    row = dead("abort", by(6), K.ABORT, final_output=(burst,))
     assert "free(): invalid pointer" in of(row).summary
+    left = dead("exit", exit_code(3), K.EXIT, final_output=(burst,))
+    assert "free(): invalid pointer" in of(left).summary
 
 
 def test_cells_that_fill_the_memory_are_named() -> None:
@@ -656,7 +688,27 @@ looks = st.builds(
     starved=st.none() | st.booleans(),
     reads_terminal=st.none() | st.booleans(),
 )
-faults = st.builds(FaultReport, title=words, stack=stacks, main=st.none() | st.booleans(), stack_bytes=counts, stack_limit=counts)
+sites = st.builds(
+    FaultSite,
+    faulted=st.booleans(),
+    main=st.booleans(),
+    address=counts,
+    stack_pointer=st.integers(0, 1 << 62),
+    stack_bytes=counts,
+    overflow=st.booleans(),
+    library=st.none() | words,
+    library_offset=counts,
+)
+faults = st.builds(
+    FaultReport,
+    title=words,
+    stack=stacks,
+    main=st.none() | st.booleans(),
+    stack_bytes=counts,
+    stack_limit=counts,
+    site=st.none() | sites,
+)
+bursts = st.builds(OutputBurst, channel=st.sampled_from(Channel), text=words, age=st.floats(0, 100))
 
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(0, 1 << 62),
@@ -670,6 +722,8 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     Place: places,
     Looked: looks,
     Frame: frames,
+    OutputBurst: bursts,
+    frozenset[int]: st.frozensets(st.sampled_from([2, 4, 6, 7, 8, 11])),
 }
 
 
@@ -691,7 +745,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 FIELDS = {name: values_of(hint) for name, hint in typing.get_type_hints(Evidence).items()}
-INSIDE = ("error", "raised", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail")
+INSIDE = ("error", "raised", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail", "final_output")
 evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
 claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in INSIDE})
 cells_of = st.integers(0, 9)

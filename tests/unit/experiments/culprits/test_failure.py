@@ -35,7 +35,7 @@ def raised(text: str, kind: CauseKind = K.EXCEPTION) -> Cause:
 
 
 def aborted(words: str) -> Cause:
-    return make_cause(K.ABORT, evidence=(make_fact(fact="last words", value=words),))
+    return make_cause(K.ABORT, evidence=(make_fact(fact="last message", value=words),))
 
 
 def cell_failed(name: str, text: str = "", cell: int = CELL) -> CellFailed:
@@ -90,7 +90,7 @@ def test_what_is_the_same(first: Cause, then: Cause, same: bool) -> None:
         (aborted("terminate called after throwing an instance of 'std::bad_alloc'"), False),
         (make_cause(K.ABORT), False),
         (make_cause(K.ABORT, evidence=(make_fact(fact="stderr", value="free(): invalid pointer"),)), False),
-        (make_cause(K.SEGFAULT, evidence=(make_fact(fact="last words", value="malloc"),)), False),
+        (make_cause(K.SEGFAULT, evidence=(make_fact(fact="last message", value="malloc"),)), False),
     ],
 )
 def test_only_a_damaged_heap_moves(cause: Cause, moves: bool) -> None:

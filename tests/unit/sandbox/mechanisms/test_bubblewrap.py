@@ -291,9 +291,9 @@ def test_devices_are_asked_for_one_by_one() -> None:
     [
         (WALLED, False, []),
         (replace(WALLED, other_user=True), False, []),
-        (WALLED, True, ["ALL"]),
-        (Isolation(own_processes=True), True, ["ALL"]),
-        (replace(WALLED, other_user=True), True, ["ALL", "CAP_SETUID", "CAP_SETGID"]),
+        (WALLED, True, ["ALL", "CAP_SETPCAP"]),
+        (Isolation(own_processes=True), True, ["ALL", "CAP_SETPCAP"]),
+        (replace(WALLED, other_user=True), True, ["ALL", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID"]),
         (Isolation(network=False), True, []),
     ],
 )

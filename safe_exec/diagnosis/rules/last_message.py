@@ -1,0 +1,145 @@
+"""A library's own last message: what it wrote right before it ended the process. Pure; imports model and context.
+
+No phrases are looked for, since every library has its own. The order in time decides: what reached the
+process's own descriptors last comes from native code, and an abort follows its message at once. What
+surrounds a message is left out by its form: stack traces, tracebacks, warnings, progress bars, rulers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from safe_exec.diagnosis.context import inside
+from safe_exec.model.evidence import Channel, Evidence, OutputBurst
+from safe_exec.model.verdict import Fact
+from safe_exec.records import dataclass
+
+NATIVE_SECONDS = 10.0
+"""Native code seldom writes: its last message may be so old, as some write a stack trace or wait before they abort."""
+PYTHON_SECONDS = 2.0
+"""Python code prints all the time: only what came this shortly before the end is a message about it."""
+SHOWN_LINES = 5
+SHOWN_CHARACTERS = 400
+KEPT_LINES = 20
+KEPT_CHARACTERS = 2000
+STDOUT_LINES = 3
+RIGHT_BEFORE_SECONDS = 0.5
+SOURCES = {
+    Channel.DESCRIPTOR: "written by native code or a child",
+    Channel.STDERR: "the cell's stderr",
+    Channel.STDOUT: "the cell's stdout",
+}
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_BAR = re.compile(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
+"""A progress bar as tqdm draws it; it has no line end, so a message may follow on its line."""
+_WARNING = re.compile(r"^(?:\S.*:\d+: )?\w*Warning: ")
+_FRAME = re.compile(
+    r"^\s*(?:#\d+\s|@\s+0x|\[bt\]|\d+:\s+0x|frame #\d+)"  # gdb and sanitizers, glog, mxnet, rust, torch
+    r"|\[0x[0-9a-fA-F]+\]\s*$"  # backtrace(3)
+    r"|^\s+(?:\d+: \S|at \S+:\d+)"  # rust
+    r"|^\s+\S+\.go:\d+ \+0x|^goroutine \d+ \["
+    r'|^\s+File ".*", line (?:\d+|\?\?\?)(?: in |, in )'
+    r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: |^Python runtime state: "
+)
+_PLAIN_FAULT = re.compile(
+    r"^Fatal Python error: (?:Aborted|Segmentation fault|Bus error|Illegal instruction|Floating.point exception)$"
+)
+_HEX = re.compile(r"\b(?:0x)?[0-9a-fA-F]{8,16}\b")
+_MOST_HEX = 3
+"""A line with so many addresses is a dump of registers or of memory."""
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """Lines, the channel they came by, and the seconds from the last of them to the end."""
+
+    lines: tuple[str, ...]
+    channel: Channel
+    age: float
+
+    @property
+    def text(self) -> str:
+        """The message for a summary: at most SHOWN_LINES lines and SHOWN_CHARACTERS of it, on one line, after what it is."""
+        lines = self.lines
+        if len(lines) > SHOWN_LINES:
+            lines = (*lines[: SHOWN_LINES - 2], "...", *lines[-1:])
+        label = "last output" if self.channel is Channel.STDOUT else "last message"
+        text = f"{label}: {' / '.join(line.strip() for line in lines)}"
+        return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+    @property
+    def fact(self) -> Fact:
+        """The message for the evidence, with its line ends."""
+        text = "\n".join(self.lines[:KEPT_LINES])[:KEPT_CHARACTERS]
+        moment = "right before the end" if self.age < RIGHT_BEFORE_SECONDS else f"{self.age:.0f} s before the end"
+        return inside("last message", text, f"{SOURCES[self.channel]}, {moment}")
+
+
+def last_message(evidence: Evidence, channels: Sequence[Channel] = tuple(Channel)) -> Message | None:
+    """The message that came last before the end: from native code, or from Python code after it; stdout if there is nothing else."""
+    bursts = [burst for burst in evidence.final_output if burst.channel in channels]
+    native, printed = _native(bursts), _printed(bursts, Channel.STDERR)
+    if native is not None:
+        later = _after(printed, native)
+        return native if later is None else later
+    return printed or _printed(bursts, Channel.STDOUT)
+
+
+def _native(bursts: Sequence[OutputBurst]) -> Message | None:
+    """The last burst of native code that holds more than a stack trace."""
+    for burst in reversed(bursts):
+        if burst.channel is Channel.DESCRIPTOR and burst.age <= NATIVE_SECONDS and (lines := clean(burst.text)):
+            return Message(lines=lines, channel=burst.channel, age=burst.age)
+    return None
+
+
+def _printed(bursts: Sequence[OutputBurst], channel: Channel) -> Message | None:
+    """The last paragraph of what Python code wrote just before the end."""
+    recent = [burst for burst in bursts if burst.channel is channel and burst.age <= PYTHON_SECONDS]
+    paragraphs = re.split(r"\n[ \t]*\n", "".join(burst.text for burst in recent).replace("\r\n", "\n"))
+    lines = next((lines for part in reversed(paragraphs) if (lines := clean(part))), ())
+    most = SHOWN_LINES if channel is Channel.STDERR else STDOUT_LINES
+    return Message(lines=lines[-most:], channel=channel, age=recent[-1].age) if lines else None
+
+
+def _after(printed: Message | None, native: Message) -> Message | None:
+    """What Python code wrote after the native message; the cell's stderr holds what native code writes as well."""
+    if printed is None:
+        return None
+    at = next((n for n in reversed(range(len(printed.lines))) if printed.lines[n].endswith(native.lines[-1])), None)
+    lines = () if at is None else printed.lines[at + 1 :]
+    return Message(lines=lines, channel=printed.channel, age=printed.age) if lines else None
+
+
+# --- lines ------------------------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> tuple[str, ...]:
+    """The lines of a text that may be a message, without escapes and what else is for a terminal."""
+    return tuple(_messages(_plain_lines(text)))
+
+
+def _plain_lines(text: str) -> Iterator[str]:
+    for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
+        shown = line.rstrip("\r").rpartition("\r")[2]  # a terminal shows what was written over it
+        yield _CONTROLS.sub("", _BAR.sub("", shown)).rstrip()
+
+
+def _messages(lines: Iterator[str]) -> Iterator[str]:
+    indented = False  # below a traceback's or warning's first line, whatever is indented belongs to it
+    for line in lines:
+        if indented and line[:1].isspace():
+            continue
+        indented = line.strip() == _TRACEBACK or _WARNING.match(line) is not None
+        if not indented and not _is_noise(line):
+            yield line
+
+
+def _is_noise(line: str) -> bool:
+    if not any(char.isalnum() for char in line):
+        return True
+    return bool(_FRAME.search(line) or _PLAIN_FAULT.match(line)) or len(_HEX.findall(line)) >= _MOST_HEX

@@ -1,0 +1,36 @@
+"""What a kernel that died wrote shortly before, in order and with its age. May import kernel, state, model.
+
+Two sources. The keeper has what reached the process's own descriptors (native code, children), with the
+time of each burst; what ipykernel's reading thread had not taken yet was found in its pipe, and was
+written last. The client has the text of the cell that ran: what Python code wrote, and the same native
+text once more. What never arrived over the wire was recovered from shared memory after the death.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safe_exec.model.evidence import Channel, OutputBurst
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.session import KernelSession
+
+STREAMS = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
+SAME_BURST_SECONDS = 0.2
+"""What was still in the pipes belongs to a burst that came so shortly before: the reading thread had taken its beginning."""
+
+
+def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
+    """The last bursts of output before the end; none of a kernel that has not ended."""
+    ended, client = session.ended, session.client
+    if ended is None:
+        return ()
+    # A large process takes a while to end, and the fault handler to report: what counts is when it began to die.
+    end = ended.at if ended.fault_at is None else ended.fault_at
+    native = [OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=max(0.0, end - at)) for at, text in ended.bursts]
+    waiting = "".join(client.residue.get(name, "") for name in STREAMS) if client is not None else ""
+    if waiting:
+        beginning = native.pop().text if native and native[-1].age <= SAME_BURST_SECONDS else ""
+        native.append(OutputBurst(channel=Channel.DESCRIPTOR, text=beginning + waiting, age=0.0))
+    texts = [(at, STREAMS[name], text) for at, name, text in client.accounts.texts if name in STREAMS] if client else []
+    return (*native, *(OutputBurst(channel=channel, text=text, age=max(0.0, end - at)) for at, channel, text in texts))
