@@ -55,7 +55,7 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
     os.close(go_fd)
     os.close(error_w)
     if plan["walls"].get("capabilities_dropped"):
-        from safe_exec.sandbox import capabilities
+        from safe_exec.keeper import capabilities
 
         capabilities.give_up(for_uid=None)  # they were for the child alone
     with os.fdopen(error_r, "rb") as pipe:

@@ -71,7 +71,7 @@ def _harden(walls: dict[str, Any]) -> None:
         return
     # Imported before anything is given up: another user may not be able to read where they lie.
     if walls.get("capabilities_dropped"):
-        from safe_exec.sandbox import capabilities
+        from safe_exec.keeper import capabilities
     if walls.get("landlock") is not None:
         from safe_exec.keeper import landlock
     if walls.get("seccomp") is not None:

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from safe_exec.keeper import procfs
-from safe_exec.sandbox import signal_frame
+from safe_exec.keeper import procfs, signal_frame
 
 TAIL_BYTES = 64 * 1024
 FAULT_BYTES = 256 * 1024

@@ -14,7 +14,7 @@ NEAR_BYTES = 64 * 1024
 
 
 def read_site(seen: Mapping[str, Any], ident: int | None) -> FaultSite | None:
-    """The place of the fault as the keeper saw it (sandbox/signal_frame.py); ``None`` where it could not look.
+    """The place of the fault as the keeper saw it (keeper/signal_frame.py); ``None`` where it could not look.
 
     ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made it is
     the address of its descriptor, which lies at the upper end of its own stack.

@@ -16,7 +16,7 @@ import safe_exec
 PACKAGE = Path(safe_exec.__file__).parent
 ROOT = PACKAGE.parent
 
-KEEPER = {"bwrap", "cgroupfs", "child", "crash_output", "file_tree", "keeper", "mounts", "procfs"}
+KEEPER = {"bwrap", "cgroupfs", "child", "crash_output", "file_tree", "keeper", "mounts", "procfs", "signal_frame"}
 """Modules of ``safe_exec.keeper`` that a keeper loads at its start; it has to start in milliseconds."""
 
 STANDARD_LIBRARY_ONLY = (

@@ -126,7 +126,7 @@ def test_a_filter_takes_the_way_to_new_privileges(tmp_path: Path) -> None:
 @pytest.mark.parametrize("uid", [None, 65534])
 def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None:
     raised = (
-        "import ctypes\nfrom safe_exec.sandbox.capabilities import _Header, _Sets\nfull = 1 << 21 | 1 << 8 | 1 << 7 | 1 << 6\n"
+        "import ctypes\nfrom safe_exec.keeper.capabilities import _Header, _Sets\nfull = 1 << 21 | 1 << 8 | 1 << 7 | 1 << 6\n"
         "sets = (_Sets * 2)(_Sets(full, full, full), _Sets(0, 0, 0))\n"
         "assert ctypes.CDLL(None).capset(ctypes.byref(_Header(0x20080522, 0)), sets) == 0\n"
         "assert ctypes.CDLL(None).prctl(47, 2, 21, 0, 0) == 0\n"  # PR_CAP_AMBIENT_RAISE, CAP_SYS_ADMIN

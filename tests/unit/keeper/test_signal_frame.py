@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_exec.keeper.signal_frame import Mapping, Registers, describe, find, parse_maps
 from safe_exec.kernel.fault_site import read_site
-from safe_exec.sandbox.signal_frame import Mapping, Registers, describe, find, parse_maps
 
 BASE = 0x7F00_0000_1000
 PAGE = 4096
