@@ -47,6 +47,7 @@ def key_of_run(prepared: Prepared) -> str:
             "allow_errors": job.allow_errors,
             "required": [str(name) for name in prepared.required],
             "mechanisms": job.mechanisms,
+            "cwd": None if job.cwd is None else str(job.cwd),
         }
     )
 

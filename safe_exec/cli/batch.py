@@ -57,6 +57,7 @@ STDIN = "-"
 @limit_options
 @wall_options
 @click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own.")
+@click.option("--cwd", type=click.Path(path_type=Path), help="Run all of them in this directory [each in its own notebook's].")
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
 @click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
@@ -75,6 +76,8 @@ STDIN = "-"
 @click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
 def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
     """Run the notebooks in PATH... (files, folders, patterns; - for a list on stdin), each in its own folder and inside its own limits.
+
+    With --limits ci a notebook sees and writes its folder and the git repository around it; with strict and untrusted its folder alone.
 
     The last line of output is for scripts. The exit code is that of the worst notebook, from good to bad: 0 passed, 1 a cell raised, 5 a limit,
     4 timeout, 3 the kernel died, 6 it did not start, 2 not readable, 7 safe-exec failed, 130 stopped.
@@ -139,7 +142,8 @@ def _made(out: Path) -> Path:
 
 def _template(options: dict[str, Any], jobs: int) -> Any:
     """The job of every notebook. The machine is looked at once; of its memory each of ``jobs`` notebooks has its share."""
-    job = job_of(Path(), options | {"verdict": None, "cwd": None})
+    cwd = options["cwd"].absolute() if options["cwd"] is not None else None
+    job = job_of(Path(), options | {"verdict": None, "cwd": cwd})
     machine = look_for_walls(detect(parse_mechanisms(job.mechanisms)))
     memory = machine.memory_total
     return replace(job, machine=replace(machine, memory_total=memory // jobs if memory is not None else None))

@@ -79,7 +79,10 @@ def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
 
 def _walls(isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style) -> Iterator[str]:
     """What is asked for in the words of a file, what it comes to here, and what would mend the rest."""
-    asked = [(key, _word(value)) for key, value in as_metadata(isolation).items()]
+    walls = as_metadata(isolation)
+    if isolation.hide_home or isolation.read_only_system:
+        walls.setdefault("repository", isolation.repository.value)  # the walls close around it, so its use is worth a line
+    asked = [(key, _word(value)) for key, value in walls.items()]
     yield ""
     yield style.paint("bold", "isolation") + ("" if asked else ": none, the notebook may reach what you may")
     yield from tables.table(asked, style) if asked else ()

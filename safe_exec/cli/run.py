@@ -57,7 +57,8 @@ def wall_options(function: Any) -> Any:
 WALL_OPTIONS = (
     click.option("--network/--no-network", default=None, help="Let it reach other hosts, or not; loopback always works."),
     click.option("--read-only", is_flag=True, help="Let it write nothing in its folder."),
-    click.option("--writable", multiple=True, metavar="PATH", help="Let it write here too."),
+    click.option("--show", multiple=True, metavar="PATH", help="Let it read this directory or file, though isolation hides it."),
+    click.option("--writable", multiple=True, metavar="PATH", help="Let it write here too; what it writes is kept."),
     click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory or file from it."),
     click.option("--env", "env_names", multiple=True, metavar="NAME", help="Let it see this variable of the environment."),
     click.option("--device", "devices", multiple=True, metavar="PATH", help="Let it use this device (/dev/nvidia0)."),
@@ -93,6 +94,9 @@ WALL_OPTIONS = (
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events: Path | None, **options: Any) -> int:
     """Run NOTEBOOK inside limits; write the annotated notebook and the verdict; say why its kernel died, if it did.
+
+    With --limits ci the notebook sees and writes its folder and the git repository around it; with strict and untrusted its folder
+    alone. --show, --writable and --env open more.
 
     Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another limit, 6 the kernel did
     not start, 7 safe-exec failed, 130 stopped.
@@ -135,26 +139,38 @@ def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
     )
 
 
-def walls_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options say of isolation. Raises UsageError for a path that is not there."""
+def walls_of(options: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """The changes of isolation that the options ask for; ``prefix`` begins their names in errors.
+
+    Raises UsageError for a path that does not exist or is /, and for a variable's name with a value.
+    """
     walls: dict[str, Any] = {}
     if options["network"] is not None:
         walls["network"] = options["network"]
     if options["read_only"]:
         walls["folder"] = FolderUse.READ
     if options["env_names"]:
-        walls["env"] = tuple(options["env_names"])
-    for name, key in (("writable", "writable"), ("hide", "hide"), ("devices", "devices")):
+        walls["env"] = tuple(_variable(f"{prefix}env", name) for name in options["env_names"])
+    for name in ("show", "writable", "hide", "devices"):
         if options[name]:
-            walls[key] = tuple(_existing(f"--{name.removesuffix('s')}", path) for path in options[name])
+            walls[name] = tuple(existing_path(f"{prefix}{name.removesuffix('s')}", path) for path in options[name])
     return walls
 
 
-def _existing(option: str, path: str) -> str:
-    real = os.path.realpath(path)
-    if not os.path.exists(real):
+def _variable(option: str, name: str) -> str:
+    if not name or "=" in name:
+        raise UsageError(f"{option} {name}: expected the name of a variable that is set for safe-exec itself")
+    return name
+
+
+def existing_path(option: str, path: str) -> str:
+    """The absolute path that an option names; a link stays one. Raises UsageError."""
+    full = os.path.abspath(path)
+    if not os.path.exists(full):
         raise UsageError(f"{option} {path}: no such file or directory")
-    return real
+    if os.path.realpath(full) == "/":
+        raise UsageError(f"{option} {path}: / itself cannot be named; name a directory or file in it")
+    return full
 
 
 def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | None:

@@ -13,9 +13,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safe_exec.experiments.repository_layer import RepositoryLayer, RepositoryNotes, layer_of, load, note
 from safe_exec.keeper import mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
-from safe_exec.records import dataclass, field
+from safe_exec.records import dataclass, field, replace
 
 COPY_BYTES = 32 << 20
 COPY_ENTRIES = 2000
@@ -44,7 +45,7 @@ class Snapshot:
     """A folder before the first run. ``copy`` is ``None`` for a large one, ``entries`` for one too large to be noted.
 
     ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many. ``taken_ns`` is when it was
-    begun, on the clock of files.
+    begun, on the clock of files. ``repository`` is the one around the folder, if it may be written.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Snapshot:
     entries: Mapping[str, Entry] | None
     tmp: frozenset[str] | None
     taken_ns: int = 0
+    repository: RepositoryNotes | None = None
 
     def fingerprint(self) -> str:
         """A hash of what the folder held: of the contents where there is a copy, else of names, sizes and times."""
@@ -68,14 +70,27 @@ class Snapshot:
                     digest.update(os.fsencode(os.readlink(path)))
         for name, entry in sorted((self.entries or {}).items() if self.copy is None else ()):
             digest.update(f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape"))
+        if self.repository is not None:
+            # What it holds may be unknown: then no answer of another run is believed.
+            digest.update((self.repository.fingerprint() or self.scratch.name).encode())
         return digest.hexdigest()
 
 
-def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset()) -> Snapshot:
+def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset(), repository: Path | None = None) -> Snapshot:
     """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out.
 
-    ``ours`` are files that we write into it ourselves: no part of what the notebook starts from.
+    ``ours`` are files that we write into it ourselves: no part of what the notebook starts from. ``repository`` is the root of the
+    repository around the folder, if the notebook may write to it.
     """
+    snapshot = _take(folder, scratch, ours)
+    if repository is None or repository == snapshot.folder:
+        return snapshot
+    notes = note(repository, snapshot.folder, ours=ours | {scratch.resolve()})
+    notes.save(scratch)
+    return replace(snapshot, repository=notes)
+
+
+def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     folder, but, taken = folder.resolve(), ours | {scratch.resolve()}, now()
     entries: dict[str, Entry] = {}
     total = 0
@@ -115,7 +130,9 @@ def _twins(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, 
 def reopen(folder: Path, scratch: Path) -> Snapshot | None:
     """The snapshot of an earlier run that has left its copy in ``scratch``."""
     copy = scratch / "before"
-    return Snapshot(folder=folder.resolve(), scratch=scratch, copy=copy, entries=None, tmp=None) if copy.is_dir() else None
+    if not copy.is_dir():
+        return None
+    return Snapshot(folder=folder.resolve(), scratch=scratch, copy=copy, entries=None, tmp=None, repository=load(scratch))
 
 
 def _entry(found: os.stat_result) -> Entry:
@@ -155,6 +172,7 @@ class Views:
     overlay: bool
     new: tuple[str, ...] = ()
     gaps: tuple[str, ...] = field(default=())
+    repository: RepositoryLayer | None = None
 
     def make(self, name: str, runtime: Path) -> View:
         """A view for the trial ``name`` whose runtime directory (sockets) is ``runtime``. Raises OSError."""
@@ -173,6 +191,8 @@ class Views:
         # The folder comes after /tmp: where our cache lies within it, that hides what the others are mounted from.
         folder = self.snapshot.folder
         made = [] if folder == TMP and mount else self._tmp(directory, runtime)
+        if self.repository is not None:  # the folder lies in it, and is mounted over it
+            made.append(self.repository.mount(directory))
         made += self._beside_runtime(mount, directory, runtime) if mount else []
         if not folder.is_relative_to(SHM):
             made.append({"kind": "tmpfs", "target": str(SHM), "options": "mode=1777"})
@@ -247,14 +267,19 @@ def views_of(snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False)
     gaps: tuple[str, ...] = () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
     gaps += () if way else ("what it left in /dev/shm, and files of the folder that are named by their full path",)
     gaps += ("what it left in /dev/shm",) if way and snapshot.folder.is_relative_to(SHM) else ()
+    layer = None
+    if snapshot.repository is not None:
+        layer, more = layer_of(snapshot.repository, snapshot.scratch, way, ours=ours | {snapshot.scratch.resolve()})
+        gaps += more
     if snapshot.copy is not None:
-        return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps)
+        return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps, repository=layer)
     reason = _unfit(snapshot, ours, way)
     if reason is None:
-        return Views(snapshot=snapshot, way=way, overlay=True, new=added(snapshot), gaps=gaps)
+        return Views(snapshot=snapshot, way=way, overlay=True, new=added(snapshot), gaps=gaps, repository=layer)
     if not insist:
         raise NoView(reason)
-    return Views(snapshot=snapshot, way=way, overlay=False, gaps=(*gaps, f"files of the folder itself: {reason}"))
+    gaps = (*gaps, f"files of the folder itself: {reason}")
+    return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps, repository=layer)
 
 
 def _unfit(snapshot: Snapshot, ours: frozenset[Path], way: str | None) -> str | None:

@@ -43,11 +43,12 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         limits: str | None = None,
         options: Mapping[str, object] | None = None,
         require: str | None = None,
+        walls: Mapping[str, object] | None = None,
         **rest: Any,
     ) -> None:
         """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
 
-        ``limits``, ``options`` and ``require`` are as for :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own
+        ``limits``, ``options``, ``require`` and ``walls`` are as for :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own
         engine. Raises UsageError for limits that are wrong, PlatformError on anything but Linux, KeyboardInterrupt where we were
         stopped, and SafeExecError where the notebook has no cell that could carry the error.
         """
@@ -58,7 +59,7 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         if start_timeout:
             given["start_timeout"] = start_timeout
         chosen = limits or os.environ.get(PROFILE_VARIABLE) or None
-        prepared = _prepared(nb_man.nb, input_path, kernel_name, limits=chosen, options=given, require=require)
+        prepared = _prepared(nb_man.nb, input_path, kernel_name, limits=chosen, options=given, require=require, walls=walls)
         nb_man.nb = prepared.node  # filled in place: what is saved on the way has the outputs so far
         relay = Relay(nb_man, log_output=log_output, stdout=stdout_file, stderr=stderr_file)
         logger.info(f"Executing notebook with kernel: {kernel_name}")
@@ -66,17 +67,19 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         relay.finish(verdict)
 
 
-def _prepared(node: Any, input_path: str | None, kernel: str, **asked: Any) -> Prepared:
+def _prepared(node: Any, input_path: str | None, kernel: str, *, walls: Mapping[str, object] | None, **asked: Any) -> Prepared:
     """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
+    from safe_exec.limits import isolation
     from safe_exec.notebook import notebook
     from safe_exec.workflows.prepare import Bisect, Job, prepare
 
     path = Path(input_path) if input_path and os.path.isfile(input_path) else Path.cwd() / "notebook.ipynb"
     source = notebook.Source.of_data(path, notebook.dumps(node))
-    job = Job(path=path, kernel=kernel, cwd=Path.cwd(), bisect=Bisect.NEVER, writes=False, **asked)
+    checked = isolation.of_mapping(walls or {}, "walls")
+    job = Job(path=path, kernel=kernel, cwd=Path.cwd(), bisect=Bisect.NEVER, writes=False, walls=checked, **asked)
     return prepare(job, source=source)
 
 
@@ -182,11 +185,11 @@ class Relay:
         """Say what came of it. A cell that carries an error makes papermill save, and raise its own exception."""
         from safe_exec.model.verdict import Status
 
+        for words in verdict.warnings:
+            logger.warning(words)
         if verdict.status is Status.PASSED:
             self._catch_up(len(self.nb_man.nb.cells))
             return
-        for words in verdict.warnings:
-            logger.warning(words)
         index = self._place(verdict)
         if index is not None:
             self._mark(index, verdict)

@@ -25,6 +25,11 @@ LIMITS = (
 )  # fmt: skip
 """The names of ``safe_exec.model.LimitName``, which is not imported for its names alone."""
 
+ISOLATION = (
+    ("env", "NAME"), ("show", "PATH"), ("writable", "PATH"), ("hide", "PATH"), ("device", "PATH"),
+)  # fmt: skip
+"""Options of isolation that may be given more than once; each is that of `safe-exec run`."""
+
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
 NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
@@ -32,6 +37,9 @@ NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
 
 MARK = "safe_exec_version"
 """The property by which a report of ours is known; it travels from xdist's workers as text does."""
+
+NOT_KEPT = "files that were not kept"
+"""So a verdict's warning begins that names such files (``safe_exec.trial.discarded``)."""
 
 UNDER_TEST = "PYTEST_CURRENT_TEST"
 """ipykernel takes a kernel with this for one that is under test itself, and does not watch its descriptors 1 and 2."""
@@ -49,6 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(
             f"--safe-exec-{option}", dest=f"safe_exec_limit_{name}", metavar="VALUE", help=f"As `safe-exec run --{option}`."
         )
+    for name, metavar in ISOLATION:
+        group.addoption(
+            f"--safe-exec-{name}",
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"As `safe-exec run --{name}`; may be repeated.",
+        )
+    group.addoption("--safe-exec-network", action="store_true", default=None, help="As `safe-exec run --network`.")
+    group.addoption(
+        "--safe-exec-no-network", dest="safe_exec_network", action="store_false", help="As `safe-exec run --no-network`."
+    )
+    group.addoption("--safe-exec-read-only", action="store_true", help="As `safe-exec run --read-only`.")
+    group.addoption("--safe-exec-cwd", metavar="DIR", help="Run in this directory [each notebook's own].")
     group.addoption("--safe-exec-kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
     group.addoption("--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`.")
     group.addoption("--safe-exec-no-bisect", action="store_true", help="Do not search for the culprits of a failure.")
@@ -68,6 +90,8 @@ class Settings:
     keeps: bool
     limits: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+    walls: dict[str, Any] = field(default_factory=dict)
+    cwd: Path | None = None
     kernel: str | None = None
     require: str | None = None
     bisect: str = "auto"
@@ -97,7 +121,7 @@ def _settings(config: pytest.Config) -> Settings:
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
-    from safe_exec.cli.run import parse_budget
+    from safe_exec.cli.run import parse_budget, walls_of
 
     given = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
     options = {name: value for name, value in given.items() if value is not None}
@@ -109,11 +133,32 @@ def _settings(config: pytest.Config) -> Settings:
         keeps=out is not None,
         limits=_checked(config.getoption("safe_exec_limits"), options),
         options=options,
+        walls=walls_of(_isolation_options(config), prefix="--safe-exec-"),
+        cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
         require=config.getoption("safe_exec_require"),
         bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
         bisect_budget=parse_budget(config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"),
     )
+
+
+def _isolation_options(config: pytest.Config) -> dict[str, Any]:
+    """The options of isolation, by the names that those of the command have."""
+    given = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
+    flags = {name: config.getoption(f"safe_exec_{name}") for name in ("network", "read_only")}
+    return {**given, **flags, "env_names": given["env"], "devices": given["device"]}
+
+
+def _working_directory(text: str | None, base: Path) -> Path | None:
+    """The directory that all notebooks run in. Raises UsageError."""
+    from safe_exec.errors import UsageError
+
+    if text is None:
+        return None
+    directory = base / text
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory to run in (--safe-exec-cwd)")
+    return directory
 
 
 def _checked(limits: str | None, options: dict[str, str]) -> str | None:
@@ -181,6 +226,10 @@ class NotebookFile(pytest.File):
         yield item
 
 
+class FilesNotKept(pytest.PytestWarning):
+    """A notebook that passed wrote files that are gone with its sandbox."""
+
+
 class NotebookFailed(Exception):  # noqa: N818 - what pytest is told; the verdict says what it was
     """The notebook did not pass."""
 
@@ -210,6 +259,9 @@ class NotebookItem(pytest.Item):
         if verdict.status is not Status.PASSED:
             self._point_at(verdict)
             raise NotebookFailed(verdict)
+        lost = [words for words in verdict.warnings if words.startswith(NOT_KEPT)]
+        for words in lost:
+            self.warn(FilesNotKept(f"{self.nodeid}: {words}"))
         if not self._settings.keeps:
             for path in verdict.outputs.values():
                 Path(path).unlink(missing_ok=True)
@@ -230,6 +282,8 @@ class NotebookItem(pytest.Item):
                 self.path,
                 limits=settings.limits,
                 options=settings.options,
+                walls=settings.walls,
+                cwd=settings.cwd,
                 output=f"{stem}.out.ipynb",
                 verdict=f"{stem}.verdict.json",
                 repro=f"{stem}.repro.ipynb",

@@ -29,6 +29,8 @@ MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 _UCRED, _INT = struct.Struct("3i"), struct.Struct("i")
 MEET_SECONDS = 20.0
 MESSAGE_BYTES = 4096
+MOST_DESCRIPTORS = 8
+"""In one message."""
 PAGE = 4096
 COPY_BYTES = 256 << 20
 BOOT = "import sys; sys.path.append(sys.argv[1]); from safe_exec.keeper.bwrap_init import main; main(*map(int, sys.argv[2:]))"
@@ -45,6 +47,7 @@ class Enclosed:
         self.init = 0
         self.kernel = 0
         self.sockets = -1
+        self.discarded: list[int] = []
         self.over = False
 
     # --- in the keeper's child ----------------------------------------------------------------------------------
@@ -58,7 +61,8 @@ class Enclosed:
                 stderr_fd,
                 {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec")},
             )
-            _write_config(placed["config"], {**plan, "sockets": enclosure["sockets"]})
+            discarded = [place["path"] for place in enclosure["discarded"]]
+            _write_config(placed["config"], {**plan, "sockets": enclosure["sockets"], "discarded": discarded})
             _close_devices(enclosure["devices"])
             inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
             inner += [str(placed[name]) for name in ("status", "go", "config")]
@@ -111,24 +115,25 @@ class Enclosed:
 
     def receive(self) -> tuple[dict[str, Any], int]:
         """A message and who sent it, by process id out here; an empty one at the end, and for what is no message of ours."""
-        room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_INT.size)
+        room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT.size)
         data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         pid = next((_UCRED.unpack(found[: _UCRED.size])[0] for _, kind, found in ancillary if kind == SCM_CREDENTIALS), 0)
         self.over = not data and not pid
-        for number in (found for _, kind, found in ancillary if kind == socket.SCM_RIGHTS):
-            self._take_descriptor(_INT.unpack(number[: _INT.size])[0])
+        rights = b"".join(packed for _, kind, packed in ancillary if kind == socket.SCM_RIGHTS)
+        self._take_descriptors([fd for (fd,) in _INT.iter_unpack(rights[: len(rights) - len(rights) % _INT.size])])
         with contextlib.suppress(ValueError):
             message = json.loads(data)
             if isinstance(message, dict):
                 return message, pid
         return {}, pid
 
-    def _take_descriptor(self, fd: int) -> None:
-        """The first one is the init's: it speaks before anything else lives in there."""
-        if self.sockets < 0 and not self.init:
-            self.sockets = fd
+    def _take_descriptors(self, fds: list[int]) -> None:
+        """The first ones are the init's, the directory of the sockets before the others: it speaks before anything else lives in there."""
+        if fds and self.sockets < 0 and not self.init:
+            self.sockets, *self.discarded = fds
         else:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
     def ending(self) -> dict[str, Any] | None:
         """How the kernel ended, once the init has said so. What others say there is not heard; ``over`` when nobody can say any more."""
@@ -159,7 +164,7 @@ def _close_devices(paths: list[str]) -> None:
 
 
 def _write_config(fd: int, plan: dict[str, Any]) -> None:
-    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls", "sockets")
+    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls", "sockets", "discarded")
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(marshal.dumps({name: plan[name] for name in wanted}))
 
@@ -207,6 +212,12 @@ def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
         unmount(str(base))
         return False
     return True
+
+
+def changed_files(base: str) -> str:
+    """Where the files are that a run has changed in its folder of limited size, beside others in a copy."""
+    upper = os.path.join(base, "upper")
+    return upper if os.path.isdir(upper) else os.path.join(base, "folder")
 
 
 def _measure(folder: Path) -> tuple[int, int]:

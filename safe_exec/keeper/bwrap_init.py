@@ -43,10 +43,13 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
         file.seek(0)
         plan = marshal.load(file)  # noqa: S302 - the keeper wrote it, and nobody else has it
     status = socket.socket(fileno=status_fd)
-    # The directory in which the kernel will bind its sockets: it is in no other view of the file system than ours.
-    sockets = os.open(plan["sockets"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    status.sendmsg([b'{"who":"init"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sockets.to_bytes(4, sys.byteorder))])
-    os.close(sockets)
+    # Directories that are in no other view of the file system than ours: the one in which the kernel will bind its sockets, and those whose
+    # files go with us. The keeper lists them when all in here is dead; until it closes them these file systems stay.
+    directories = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (plan["sockets"], *plan["discarded"])]
+    rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in directories)
+    status.sendmsg([b'{"who":"init"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    for fd in directories:
+        os.close(fd)
     parent = os.getpid()
     error_r, error_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()

@@ -201,6 +201,10 @@ class Meanwhile:
         """Whether the program has left this entry of the copy as it was."""
         return self._marks is not None and self._marks.get(name) == mark(path, status)
 
+    def is_as_copied(self, name: str, status: os.stat_result) -> bool:
+        """Whether the program has left this file of the copy as it was; in a layer there is nothing that it has left."""
+        return self._marks is not None and self._marks.get(name) == mark(Path(name), status)
+
     def is_new(self, name: str) -> bool:
         """Whether an entry of the folder was made since, and so is in no copy."""
         return self._marks is not None and name not in self._marks

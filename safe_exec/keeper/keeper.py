@@ -366,6 +366,32 @@ class Keeper:
             return 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
         return None
 
+    def list_discarded(self) -> None:
+        """Tell the runner which files go with the sandbox. All in it is dead, and nothing of it has been removed.
+
+        Nobody asks that of a trial of a search, or when the runner is gone.
+        """
+        inner = self.inner.discarded if self.inner is not None else []
+        if not self.pid or self.orphaned or self.plan["mounts"]:
+            return
+        from safe_exec.keeper import discarded_files  # the keeper starts faster without
+
+        listing = discarded_files.Listing(mode_tells=discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE)
+        for place, fd in zip((self.plan.get("enclosure") or {}).get("discarded", ()), inner, strict=False):
+            with contextlib.suppress(OSError):  # a root that even we may not read
+                listing.add(place["name"], place["kind"], fd, skip=place["skip"])
+        for place in self.plan.get("discarded", ()):
+            disk = self.disk if place["kind"] == discarded_files.FOLDER else None
+            path = place["path"] if disk is None else bwrap.changed_files(disk["base"])
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    is_old = None if disk is None else self.meanwhile.is_as_copied
+                    listing.add(place["name"], place["kind"], fd, skip=place["skip"], is_old=is_old)
+                finally:
+                    os.close(fd)
+        self.say("discarded", **listing.as_message())
+
     def take_disk_back(self) -> None:
         """What the run wrote into its copy of the folder, if it is to come back; then the file system goes."""
         if self.disk is None:
@@ -387,6 +413,9 @@ class Keeper:
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
         alive = self.kill_tree()
+        self.list_discarded()
+        for fd in self.inner.discarded if self.inner is not None else ():
+            os.close(fd)
         self.take_disk_back()
         left = [path for path in reversed(self.made) if not cgroupfs.remove(path)]
         directories = [self.directory] if self.directory is not None else []

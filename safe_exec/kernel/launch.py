@@ -250,10 +250,12 @@ def begin_spawn(
         # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
         environment["HOME"] = str(sandbox.directory / "home")
         os.mkdir(environment["HOME"], 0o700)
+    discarded: list[dict[str, object]] = []
     if LimitName.DISK in plan.watch and sandbox.directory is not None:
         # Temporary files go where they are counted, and with the run.
         environment["TMPDIR"] = str(sandbox.directory / "tmp")
         os.mkdir(environment["TMPDIR"], 0o700)
+        discarded.append({"name": "$TMPDIR", "kind": "tmp", "path": environment["TMPDIR"], "skip": []})
     try:
         sandbox.spawn(
             plan,
@@ -263,6 +265,7 @@ def begin_spawn(
             walls=_walls(sandbox, plan, argv, environment, cwd, removed=removed),
             pass_fds=channels.pass_fds if wrapped else {},
             dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
+            discarded=discarded,
         )
     except SafeExecError:
         channels.close()
@@ -287,6 +290,7 @@ def _walls(
         raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
     enclosure = enclose(Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory))
     sandbox.isolation = replace(enclosure.facts, removed_variables=removed)
+    sandbox.troubles += enclosure.warnings
     return enclosure.request
 
 

@@ -13,16 +13,22 @@ from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits.values import nearest
 from safe_exec.limits.yaml_source import Value
-from safe_exec.model.limits import FolderUse, Isolation, SystemCalls
+from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse, SystemCalls
 from safe_exec.records import fields, replace
 
 KEYS = tuple(f.name for f in fields(Isolation))
-_LISTS = ("env", "writable", "hide", "devices")
-_CHOICES: Mapping[str, type[FolderUse | SystemCalls]] = {"folder": FolderUse, "system_calls": SystemCalls}
+_LISTS = ("env", "writable", "show", "hide", "devices")
+_PATHS = ("writable", "show", "hide")
+_CHOICES: Mapping[str, type[FolderUse | RepositoryUse | SystemCalls]] = {
+    "folder": FolderUse,
+    "repository": RepositoryUse,
+    "system_calls": SystemCalls,
+}
 _STRICTER_IF = {"network": False, "write_back": False}
 """The value that walls off more; ``True`` for the other keys."""
 _ORDER: Mapping[str, list[Any]] = {
     "folder": [FolderUse.WRITE, FolderUse.COPY, FolderUse.READ],
+    "repository": list(RepositoryUse),
     "system_calls": list(SystemCalls),
 }
 
@@ -52,7 +58,7 @@ def _word(name: str, word: str, where: str) -> str:
         raise LimitsError(f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}")
     if name == "devices" and not word.startswith("/dev/"):
         raise LimitsError(f"{where}: {name}: expected a path below /dev, found {one_line(word)!r:.60}")
-    if name in ("writable", "hide") and not word.startswith(("/", "~")):
+    if name in _PATHS and not word.startswith(("/", "~")):
         raise LimitsError(f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}")
     return word
 
@@ -67,9 +73,11 @@ def _choice(name: str, word: str, where: str) -> Any:
 
 def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
     """``isolation`` with other values; lists are added to. Raises LimitsError for the root of all as an entry of one."""
-    for name in ("writable", "hide"):
+    for name in _PATHS:
         if any(os.path.normpath(path) in ("/", "//") for path in changes.get(name, ())):
-            raise LimitsError(f"isolation: {name}: / itself can be neither writable nor hidden; name what is to be")
+            raise LimitsError(
+                f"isolation: {name}: / itself can be neither writable, nor shown, nor hidden; name a directory or file in it"
+            )
     merged: Any = {name: (*getattr(isolation, name), *value) if name in _LISTS else value for name, value in changes.items()}
     return replace(isolation, **merged)
 

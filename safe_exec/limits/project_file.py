@@ -1,6 +1,6 @@
 """``safe-exec.yaml``, a repository's own word on which limits hold for which notebooks.
 
-Imports ``errors``, ``files``, ``limits_yaml`` and ``limits_values``. The file::
+Imports ``errors``, ``files``, ``limits_yaml``, ``limits_values`` and ``repository``. The file::
 
     limits:                        # the first entry whose path matches counts
       - path: "docs/slow/*.ipynb"  # relative to this file; * and ? stay within a directory, ** crosses them
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
+from safe_exec.limits.repository import find_root, is_root
 from safe_exec.limits.values import Layer, nearest, parse_layer
 from safe_exec.limits.yaml_source import Value, load
 from safe_exec.records import dataclass
@@ -43,7 +44,7 @@ def find_project_file(notebook_path: Path | str) -> Path | None:
         if (directory / PROJECT_FILE).is_file() and _is_ours(directory / PROJECT_FILE, folder):
             _demand_inside(directory / PROJECT_FILE)
             return directory / PROJECT_FILE
-        if (directory / ".git").exists():  # a directory, or a file in a work tree or submodule
+        if is_root(directory):
             return None
     return None
 
@@ -60,7 +61,7 @@ def _is_ours(file: Path, folder: Path) -> bool:
 def _demand_inside(file: Path) -> None:
     """Errors tell what stands in the file, in a log that others may read: it must be the repository's own, and no secret by a link."""
     real = Path(os.path.realpath(file))
-    root = next((parent for parent in file.parents if (parent / ".git").exists()), file.parent)
+    root = find_root(file.parent) or file.parent
     inside = Path(os.path.realpath(root))
     if not real.is_relative_to(inside) or ".git" in real.relative_to(inside).parts:
         raise LimitsError(f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there")

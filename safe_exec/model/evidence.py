@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
-from safe_exec.model.limits import Mechanism
+from safe_exec.model.limits import Mechanism, RepositoryUse
 from safe_exec.records import dataclass
 
 
@@ -123,7 +123,8 @@ class IsolationFacts:
     mounts read-only (EROFS), Landlock refuses (EACCES). ``home`` is the kernel's HOME. ``hidden_homes`` has the user's own home first;
     ``hidden`` was hidden by name (``Isolation.hide``). ``readable`` stays visible inside hidden places, and so does ``writable``: files
     written there are kept. Files written into ``discarded`` are gone after the run. ``read_only``: nothing else can be written.
-    ``repository`` is the repository around the folder where it is visible as a whole. ``removed_variables`` are names that the kernel's
+    ``repository`` is the root of the repository around the folder, ``repository_use`` how much of it the walls leave open (if it is
+    ``closed``, they hold for it as for any other place). ``removed_variables`` are names that the kernel's
     environment would have without isolation; their values are recorded nowhere. ``network``: other hosts can be reached.
     """
 
@@ -131,6 +132,7 @@ class IsolationFacts:
     home: str | None = None
     folder: str | None = None
     repository: str | None = None
+    repository_use: RepositoryUse = RepositoryUse.CLOSED
     hidden_homes: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()

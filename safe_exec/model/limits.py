@@ -95,6 +95,14 @@ class FolderUse(StrEnum):
     COPY = "copy"
 
 
+class RepositoryUse(StrEnum):
+    """How much of the repository around the folder stays open behind the walls; ``closed``: no more than of any other place."""
+
+    WRITE = "write"
+    READ = "read"
+    CLOSED = "closed"
+
+
 class SystemCalls(StrEnum):
     """Whether system calls that no notebook needs are let through, refused with EPERM, or end the kernel (SIGSYS)."""
 
@@ -111,12 +119,14 @@ class Isolation:
     written but the folder, ``writable``, and a /tmp, /dev/shm and home of its own. ``network``: other hosts; loopback always stays.
     ``own_processes``: process, ipc and host names of its own. ``listed_environment``: of the environment only what is known to be
     harmless, and ``env``. ``other_user``: as a user that owns nothing, where we are root. ``devices`` are paths below /dev.
-    ``required``: where one of these walls does not stand nothing is run.
+    ``required``: where one of these walls does not stand nothing is run. ``repository``, ``writable`` and ``show`` (to be read) are places
+    that stay open behind the walls.
     """
 
     hide_home: bool = False
     read_only_system: bool = False
     folder: FolderUse = FolderUse.WRITE
+    repository: RepositoryUse = RepositoryUse.WRITE
     write_back: bool = True
     network: bool = True
     own_processes: bool = False
@@ -126,6 +136,7 @@ class Isolation:
     required: bool = False
     env: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
+    show: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
 

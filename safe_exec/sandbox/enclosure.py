@@ -21,9 +21,10 @@ from typing import Any
 import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model.evidence import IsolationFacts
-from safe_exec.model.limits import Enforcement, FolderUse, Isolation, Mechanism, SystemCalls, Wall
+from safe_exec.model.limits import Enforcement, FolderUse, Isolation, LimitName, Mechanism, RepositoryUse, SystemCalls, Wall
 from safe_exec.records import dataclass, replace
-from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of
+from safe_exec.sandbox.host.repository import SYSTEM, repository_access
+from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of, inside_places, outside_places
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
 
@@ -47,16 +48,28 @@ def homes() -> tuple[Path, ...]:
 # --- what must stay readable ------------------------------------------------------------------------------------
 
 
-def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """Directories that a kernel needs to run at all: interpreters, packages, ours. Never a whole home."""
+def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
+    """The environments that the kernel and we run from, and our own package. Never a whole home."""
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
-    theirs = _prefixes(shutil.which(argv[0], path=env.get("PATH", os.defpath)) or "")
-    linked = [found for prefix in (Path(sys.prefix), *theirs) for found in _linked(prefix)]
+    wide = _wide()
+    prefixes = [part for prefix in (*ours, *_kernel_prefixes(argv, env)) for part in _narrowed(prefix, wide)]
+    return _existing_forms([*prefixes, Path(safe_exec.__file__).parent], wide)
+
+
+def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
+    """Directories that a kernel needs to run at all: interpreters, and where they find packages."""
+    linked = [found for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env)) for found in _linked(prefix)]
     search = [Path(part) for name in ("PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH") for part in _parts(env, name)]
     users = [Path(site.getusersitepackages()), Path("~/.local/share/jupyter").expanduser(), Path("~/.local/lib").expanduser()]
-    wide = _wide()
-    prefixes = [found for prefix in (*ours, *theirs) for found in _narrowed(prefix, wide)]
-    paths = [*prefixes, Path(safe_exec.__file__).parent, *linked, *search, *users]
+    return tuple(dict.fromkeys((*interpreters(argv, env), *_existing_forms([*linked, *search, *users], _wide()))))
+
+
+def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
+    return _prefixes(shutil.which(argv[0], path=env.get("PATH", os.defpath)) or "")
+
+
+def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path, ...]:
+    """The paths as they are and without links, as far as there is something and it is not too wide."""
     both = [form for path in paths for form in (path, path.resolve())]
     return tuple(dict.fromkeys(path for path in both if path.is_absolute() and path not in wide and path.exists()))
 
@@ -159,10 +172,11 @@ class Birth:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Enclosure:
-    """The part of the keeper's request that puts up the walls, and the facts of what they take away."""
+    """The part of the keeper's request that puts up the walls, the facts of what they take away, and warnings for the user."""
 
     request: dict[str, Any]
     facts: IsolationFacts
+    warnings: tuple[str, ...] = ()
 
 
 def enclose(birth: Birth) -> Enclosure:
@@ -170,12 +184,17 @@ def enclose(birth: Birth) -> Enclosure:
     asked = birth.plan.isolation
     birth = replace(birth, plan=replace(birth.plan, isolation=settled(asked)))
     demand_narrow(birth.folder, asked)
+    hideable = homes()
     paths = KernelPaths(
         folder=birth.folder,
         runtime=birth.runtime,
-        homes=homes(),
+        homes=hideable,
         readable=visible(birth.argv, birth.env),
+        interpreters=interpreters(birth.argv, birth.env),
         kernel_home=birth.env.get("HOME"),
+        repository=repository_access(
+            birth.plan.isolation, birth.folder, homes=hideable, has_disk_limit=LimitName.DISK in birth.plan.enforcement
+        ),
     )
     # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
     own_tmp = {"TMPDIR": str(birth.runtime)} if birth.plan.landlock and birth.plan.isolation.read_only_system else {}
@@ -183,14 +202,13 @@ def enclose(birth: Birth) -> Enclosure:
         "enclosure": _bubblewrap(birth, paths, birth.plan.enclosed) if birth.plan.enclosed else None,
         "walls": _own_walls(birth, paths),
         "owner": birth.owner,
+        "discarded": outside_places(birth.plan, paths),
         "env": {**birth.env, **own_tmp},
         # A link on the way to it may lie in what is hidden.
         "cwd": str(birth.folder),
     }
-    return Enclosure(request=request, facts=facts_of(birth.plan, paths))
-
-
-SYSTEM = tuple(map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr")))  # noqa: S108
+    warnings = (paths.repository.warning,) if paths.repository.warning else ()
+    return Enclosure(request=request, facts=facts_of(birth.plan, paths), warnings=warnings)
 
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
@@ -206,44 +224,69 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 def settled(isolation: Isolation) -> Isolation:
     """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
-    found: dict[str, Any] = {
-        name: tuple(os.path.realpath(os.path.expanduser(path)) for path in getattr(isolation, name)) for name in _PATHS
-    }
-    for name in ("writable", "devices"):
+    found: dict[str, Any] = {name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS}
+    for name in _OPENED:  # a link in a hidden place is not there to be followed: what it leads to is opened by that name too
+        found[name] = tuple(dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path)))
+    for name in (*_OPENED, "devices"):
         for path in found[name]:
             if not os.path.exists(path):
                 raise SandboxError(f"isolation: {name}: {path}: no such file or directory")
     for path in found["devices"]:
         if not path.startswith("/dev/"):
             raise SandboxError(f"isolation: devices: {path} is not below /dev")
-    if "/" in (*found["writable"], *found["hide"]):
-        raise SandboxError("isolation: / itself can be neither writable nor hidden")
+    if "/" in (*found["writable"], *found["show"], *found["hide"]):
+        raise SandboxError("isolation: / itself can be neither writable, nor shown, nor hidden")
     found["hide"] = tuple(path for path in found["hide"] if os.path.exists(path))
     return replace(isolation, **found)
 
 
-_PATHS = ("writable", "hide", "devices")
+_PATHS = ("hide", "devices")
+_OPENED = ("writable", "show")
+
+
+def _without_links(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def _both_forms(path: str) -> tuple[str, str]:
+    """A path with a link as its last part, and where that leads."""
+    plain = os.path.abspath(os.path.expanduser(path))
+    return os.path.join(os.path.realpath(os.path.dirname(plain)), os.path.basename(plain)), os.path.realpath(plain)
+
+
+def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bool) -> Path | None:
+    """The repository around a folder if a notebook there may write to it behind its walls."""
+    try:
+        access = repository_access(settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit)
+    except SandboxError:  # said by the run itself
+        return None
+    return access.root if access.use is RepositoryUse.WRITE else None
 
 
 def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any]:
-    disk = _disk(birth)
+    disk, isolation = _disk(birth), birth.plan.isolation
     around = bubblewrap.Surroundings(
         folder=birth.folder,
         runtime=birth.runtime,
         homes=paths.homes,
         visible=paths.readable,
-        files=frozenset(path for path in map(Path, birth.plan.isolation.hide) if not path.is_dir()),
+        files=frozenset(path for path in map(Path, isolation.hide) if not path.is_dir()),
         given=tuple(path for path in birth.runtime.glob("*") if path.is_file()),
         disk=Path(disk["base"]) if disk else None,
+        repository=paths.repository.root if paths.repository.is_visible else None,
+        repository_is_writable=paths.repository.use is RepositoryUse.WRITE,
+        interpreters=paths.interpreters,
+        links=frozenset(path for path in map(Path, (*isolation.writable, *isolation.show)) if path.is_symlink()),
     )
     is_root = os.geteuid() == 0
     return {
-        "argv": bubblewrap.arguments(program, birth.plan.isolation, around, shm_bytes=birth.plan.shm, root=is_root),
+        "argv": bubblewrap.arguments(program, isolation, around, shm_bytes=birth.plan.shm, root=is_root),
         "python": sys.executable,
         "root": str(Path(safe_exec.__file__).parent.parent),
         "sockets": str(birth.runtime),
         "disk": disk,
-        "devices": [path for path in bubblewrap.shared_devices(birth.plan.isolation, root=is_root) if os.path.exists(path)],
+        "discarded": inside_places(birth.plan, paths),
+        "devices": [path for path in bubblewrap.shared_devices(isolation, root=is_root) if os.path.exists(path)],
     }
 
 
@@ -282,14 +325,16 @@ def _own_walls(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
 def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
     isolation = birth.plan.isolation
-    folder, extra = str(birth.folder), [str(birth.runtime), *isolation.writable]
+    folder, repository = str(birth.folder), paths.repository
+    roots = [str(repository.root)] if repository.is_visible else []
+    extra = [str(birth.runtime), *isolation.writable, *(roots if repository.use is RepositoryUse.WRITE else [])]
     hidden = [*(map(str, paths.homes) if isolation.hide_home else ()), *isolation.hide]
     # Nobody makes a copy here.
     closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
     # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
-    readable = [*map(str, paths.readable), folder]
+    readable = [*map(str, paths.readable), *isolation.show, *roots, folder]
     return {
         "readable": [*_all_but(hidden), *(part for path in readable for part in parts_beside(path, hidden))],
         "writable": [part for path in writable for part in parts_beside(path, closed)],

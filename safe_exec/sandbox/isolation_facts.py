@@ -1,15 +1,21 @@
 """Records what isolation takes from one run and where its files stay: facts for causes, warnings and the verdict.
 
-Pure; imports model, bubblewrap and the plan.
+Names the places whose files are gone after the run too, for the keeper to list them before they go. Pure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from safe_exec.keeper.discarded_files import FOLDER as OF_FOLDER
+from safe_exec.keeper.discarded_files import HOME as OF_HOME
+from safe_exec.keeper.discarded_files import SHM as OF_SHM
+from safe_exec.keeper.discarded_files import TMP as OF_TMP
 from safe_exec.model.evidence import IsolationFacts
-from safe_exec.model.limits import FolderUse, Mechanism, Wall
+from safe_exec.model.limits import FolderUse, Mechanism, RepositoryUse, Wall
 from safe_exec.records import dataclass
+from safe_exec.sandbox.host.repository import RepositoryAccess
 from safe_exec.sandbox.plan import SpawnPlan
 
 TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - named, not used
@@ -20,7 +26,7 @@ LANDLOCK_WRITABLE = (TMP, "/dev")
 class KernelPaths:
     """The paths around one kernel, without links. ``homes`` are those to hide, ``readable`` those that stay visible in hidden places.
 
-    ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets.
+    ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets; ``interpreters`` are among the ``readable``.
     """
 
     folder: Path
@@ -28,6 +34,8 @@ class KernelPaths:
     homes: tuple[Path, ...]
     readable: tuple[Path, ...]
     kernel_home: str | None
+    interpreters: tuple[Path, ...] = ()
+    repository: RepositoryAccess = RepositoryAccess()
 
 
 def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
@@ -37,13 +45,18 @@ def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
     hidden = isolation.hide if _is_held(plan, Wall.HIDDEN) else ()
     kept, discarded = _bubblewrap(plan, paths) if plan.enclosed else _landlock(plan, paths)
     covered = (*hidden_homes, *hidden, *discarded)
+    shown = [*paths.readable, *map(Path, isolation.show)]
+    if paths.repository.root is not None and paths.repository.use is RepositoryUse.READ:
+        shown.append(paths.repository.root)
     return IsolationFacts(
         by=Mechanism.BUBBLEWRAP if plan.enclosed else Mechanism.LANDLOCK if plan.landlock else Mechanism.NONE,
         home=paths.kernel_home,
         folder=str(paths.folder),
+        repository=str(paths.repository.root) if paths.repository.root is not None else None,
+        repository_use=paths.repository.use,
         hidden_homes=hidden_homes,
         hidden=hidden,
-        readable=tuple(str(path) for path in paths.readable if any(path.is_relative_to(top) for top in covered)),
+        readable=tuple(str(path) for path in shown if any(path.is_relative_to(top) for top in covered)),
         writable=kept,
         discarded=discarded,
         read_only=_is_held(plan, Wall.SYSTEM),
@@ -55,19 +68,29 @@ def _is_held(plan: SpawnPlan, wall: Wall) -> bool:
     return wall in plan.walls and plan.walls[wall].by is not Mechanism.NONE
 
 
+def is_folder_kept(plan: SpawnPlan) -> bool:
+    """Whether files that a run inside bubblewrap writes into its folder are there after it."""
+    return plan.isolation.folder is FolderUse.WRITE and (plan.disk is None or plan.isolation.write_back)
+
+
+def _written_repository(paths: KernelPaths) -> list[str]:
+    """The repository if files written there are kept."""
+    access = paths.repository
+    return [str(access.root)] if access.root is not None and access.use is RepositoryUse.WRITE else []
+
+
 def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The places whose files are kept, and those whose files are gone after the run."""
     isolation, folder = plan.isolation, str(paths.folder)
-    comes_back = isolation.folder is FolderUse.WRITE and (plan.disk is None or isolation.write_back)
-    kept = [*([folder] if comes_back else []), *isolation.writable]
-    discarded = [folder] if isolation.folder is not FolderUse.READ and not comes_back else []
+    kept = [*([folder] if is_folder_kept(plan) else []), *_written_repository(paths), *isolation.writable]
+    discarded = [folder] if isolation.folder is not FolderUse.READ and not is_folder_kept(plan) else []
     if isolation.read_only_system or plan.disk is not None or isolation.folder is FolderUse.COPY:
         discarded.append(TMP)
     if isolation.read_only_system or plan.shm is not None:
         discarded.append(SHM)
     if isolation.hide_home:
         discarded += map(str, paths.homes[:1])
-    return tuple(kept), tuple(discarded)
+    return tuple(kept), tuple(path for path in discarded if path not in isolation.writable)
 
 
 def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -75,4 +98,72 @@ def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tup
     isolation = plan.isolation
     kept = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
     system = LANDLOCK_WRITABLE if plan.landlock and isolation.read_only_system else ()
-    return (*kept, *isolation.writable, *system), (str(paths.runtime),) if plan.landlock else ()
+    return (*kept, *_written_repository(paths), *isolation.writable, *system), (str(paths.runtime),) if plan.landlock else ()
+
+
+# --- places whose files are gone after the run, for the keeper to list -------------------------------------------
+
+Place = dict[str, object]
+"""Its ``path``, the ``name`` that a person knows it by, its ``kind`` (keeper/discarded_files.py), and paths in it to ``skip``."""
+HOME_NAME, TMP_NAME = "~", "$TMPDIR"
+OURS = ("home", "tmp", "disk", "c.json")
+"""What we make beside the sockets ourselves, where these lie in a directory of the machine's."""
+
+
+def inside_places(plan: SpawnPlan, paths: KernelPaths) -> list[Place]:
+    """The places that are only there inside bubblewrap: file systems in memory, of its own."""
+    return [
+        place
+        for path, kind in _own(plan, paths)
+        if kind == OF_SHM or not _has_disk(plan)
+        for place in _place(plan, paths, path, kind)
+    ]
+
+
+def outside_places(plan: SpawnPlan, paths: KernelPaths) -> list[Place]:
+    """The places that are directories out here as well: on the file system of limited size, and beside the sockets."""
+    if not plan.enclosed:
+        return list(_beside_sockets(plan, paths))
+    if not _has_disk(plan):
+        return []
+    disk = paths.runtime / "disk"
+    on_disk = {OF_TMP: disk / "tmp", OF_HOME: disk / "home"}
+    found = [place for path, kind in _own(plan, paths) if kind in on_disk for place in _place(plan, paths, path, kind)]
+    found = [{**place, "path": str(on_disk[str(place["kind"])])} for place in found]
+    if plan.isolation.folder is not FolderUse.READ and not is_folder_kept(plan):
+        found.append({"name": ".", "kind": OF_FOLDER, "path": str(disk / "folder"), "skip": []})
+    return found
+
+
+def _has_disk(plan: SpawnPlan) -> bool:
+    return plan.disk is not None or plan.isolation.folder is FolderUse.COPY
+
+
+def _own(plan: SpawnPlan, paths: KernelPaths) -> Iterator[tuple[Path, str]]:
+    """The home, /tmp and /dev/shm that a run has for itself and can write."""
+    isolation = plan.isolation
+    if isolation.hide_home and paths.homes:
+        yield paths.homes[0], OF_HOME
+    if isolation.read_only_system or _has_disk(plan):
+        yield Path(TMP), OF_TMP
+    if isolation.read_only_system or plan.shm is not None:
+        yield Path(SHM), OF_SHM
+
+
+def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterator[Place]:
+    """One place, unless all of it was opened by name."""
+    opened = [*map(Path, plan.isolation.writable), *map(Path, plan.isolation.show)]
+    if any(path.is_relative_to(other) for other in opened):
+        return
+    mounted = [*paths.readable, *opened, *map(Path, plan.isolation.hide)]
+    skip = [str(other.relative_to(path)) for other in mounted if other.is_relative_to(path)]
+    is_home = kind == OF_HOME and paths.kernel_home is not None and Path(paths.kernel_home).resolve() == path
+    yield {"name": HOME_NAME if is_home else str(path), "kind": kind, "path": str(path), "skip": skip}
+
+
+def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[Place]:
+    """Landlock hides a home by giving another one, and /tmp is the machine's: only TMPDIR goes with the run."""
+    if plan.landlock and plan.isolation.hide_home:
+        yield {"name": HOME_NAME, "kind": OF_HOME, "path": str(paths.runtime / "home"), "skip": []}
+    if plan.landlock and plan.isolation.read_only_system:
+        yield {"name": TMP_NAME, "kind": OF_TMP, "path": str(paths.runtime), "skip": list(OURS)}

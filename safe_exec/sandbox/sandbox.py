@@ -39,7 +39,7 @@ STACK_BEFORE = (
 )
 """Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
 LEAVE_SECONDS = 15.0
-NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None}
+NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None, "discarded": []}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +66,25 @@ class KernelExit:
     bursts: tuple[tuple[float, str], ...] = ()
     oomd: bool | None = None
     disk_free: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiscardedFiles:
+    """Files that went with the sandbox: one by its path in a place (``/tmp``), or all that lay in one directory there."""
+
+    place: str
+    name: str
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Discarded:
+    """The largest of the files that went with the sandbox. ``files`` is the number of all; ``is_complete``: none was left uncounted."""
+
+    groups: tuple[DiscardedFiles, ...] = ()
+    files: int = 0
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +124,7 @@ class Sandbox:
         self.exit: KernelExit | None = None
         self.departure: Departure | None = None
         self.isolation: IsolationFacts | None = None
+        self.discarded: Discarded = Discarded()
         self.signals_to_keeper: list[int] = []
         self.troubles: list[str] = []
         self.fault_text = ""
@@ -134,9 +154,11 @@ class Sandbox:
         pass_fds: Mapping[str, int],
         dump_signal: int | None = None,
         walls: Mapping[str, object] | None = None,
+        discarded: Sequence[Mapping[str, object]] = (),
     ) -> None:
         """Have the kernel born inside; ``await_kernel`` says what came of it. ``pass_fds`` stand as ``{name}`` in ``argv``.
 
+        ``discarded`` are places whose files are to be listed before they go, besides those of the ``walls``.
         Raises SandboxError where there is no keeper.
         """
         self.wait_ready()
@@ -152,6 +174,7 @@ class Sandbox:
             "stack_before": [reason.value for reason in STACK_BEFORE],
             **(walls or NO_WALLS),
         }
+        request["discarded"] = [*(walls or NO_WALLS)["discarded"], *discarded]  # type: ignore[misc]
         self._send_descriptors(list(pass_fds.values()))
         self._command = argv[0]
         self._say(request)
@@ -241,6 +264,8 @@ class Sandbox:
             self._set_exit(_kernel_exit(said))
         elif event == "trouble":
             self.troubles.append(str(said["message"]))
+        elif event == "discarded":
+            self.discarded = _discarded(said)
         elif event == "left":
             self.departure = Departure(alive=tuple(said["alive"]), left=tuple(said["left"]))  # type: ignore[arg-type]
 
@@ -313,6 +338,20 @@ class Sandbox:
         if not left:
             self._note.unlink(missing_ok=True)
         return Departure(left=tuple(left))
+
+
+def _discarded(said: dict[str, object]) -> Discarded:
+    groups: list[dict[str, object]] = said["groups"]  # type: ignore[assignment]
+    return Discarded(
+        groups=tuple(
+            DiscardedFiles(
+                place=str(group["place"]), name=str(group["name"]), files=int(str(group["files"])), bytes=int(str(group["bytes"]))
+            )
+            for group in groups
+        ),
+        files=int(str(said["files"])),
+        is_complete=bool(said["complete"]),
+    )
 
 
 def _kernel_exit(said: dict[str, object]) -> KernelExit:

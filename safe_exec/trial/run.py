@@ -19,6 +19,7 @@ from safe_exec.kernel.session import was_polite
 from safe_exec.model import events
 from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
 from safe_exec.trial.cell_loop import CellLoop, Stop
+from safe_exec.trial.discarded import discarded_warning
 from safe_exec.trial.evidence import gather
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
@@ -119,7 +120,7 @@ class Trial:
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
         self.session.close()
-        self.state.warnings += self.session.sandbox.troubles if self.session.sandbox else []
+        self._warn_of_sandbox()
         departure = self.session.departure
         if departure.alive or departure.left:
             self.state.warnings.append(
@@ -136,6 +137,17 @@ class Trial:
             warnings=tuple(self.state.warnings),
             fitted=self.session.fitted,
         )
+
+    def _warn_of_sandbox(self) -> None:
+        """What the keeper had to tell when the sandbox was taken down."""
+        sandbox, plan = self.session.sandbox, self.state.request.plan
+        if sandbox is None:
+            return
+        self.state.warnings += sandbox.troubles
+        # Another user than the owner may write to no directory that is opened for it.
+        writable_helps = not (plan.isolation.other_user and plan.enclosed and os.geteuid() == 0)
+        warning = discarded_warning(sandbox.discarded, sandbox.isolation, writable_helps=writable_helps)
+        self.state.warnings += [warning] if warning is not None else []
 
     def _warn_of_messages(self) -> None:
         """What came over the wire and was none, or not as it should be."""

@@ -72,7 +72,9 @@ class Keeping:
         from safe_exec.experiments.workspace import reopen, take
 
         try:
-            self.snapshot = reopen(self.prepared.cwd, scratch) or take(self.prepared.cwd, scratch, ours=_ours(self.prepared))
+            self.snapshot = reopen(self.prepared.cwd, scratch) or take(
+                self.prepared.cwd, scratch, ours=_ours(self.prepared), repository=repository_of(self.prepared)
+            )
         except OSError as error:  # no room, say: the run goes on without
             self.trouble = str(error)
 
@@ -173,6 +175,14 @@ async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, k
     except (NoView, SearchFailed, OSError) as trouble:
         return _warned(verdict, f"no search for the culprits: {trouble}")
     return _with(keeping, verdict, found)
+
+
+def repository_of(prepared: Prepared) -> Path | None:
+    """The root of the repository that the notebook may write to behind its walls."""
+    from safe_exec.sandbox.enclosure import written_repository
+
+    resolved = prepared.resolved
+    return written_repository(resolved.isolation, prepared.cwd, has_disk_limit=resolved.limits.disk is not None)
 
 
 def _ours(prepared: Prepared) -> frozenset[Path]:

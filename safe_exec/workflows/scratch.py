@@ -52,6 +52,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
     from safe_exec.experiments.trial_cache import cache_root, claim_folder, release_folder, tidy
     from safe_exec.experiments.workspace import take, views_of
     from safe_exec.trial.request import Cancellation
+    from safe_exec.workflows.bisect import repository_of
 
     cancellation = Cancellation()
     ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
@@ -61,7 +62,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
             tidy(cache_root())
             scratch = claim_folder(cache_root(), prepared.run_id)
             stack.callback(release_folder, scratch)
-            snapshot = await asyncio.to_thread(take, prepared.cwd, scratch, ours=ours)
+            snapshot = await asyncio.to_thread(take, prepared.cwd, scratch, ours=ours, repository=repository_of(prepared))
             views = views_of(snapshot, ours=ours, insist=True)
         except OSError as error:
             raise SandboxError(f"{prepared.cwd}: the folder cannot be kept as it is: {error}") from error

@@ -153,12 +153,53 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
         (("--safe-exec-limits", "nowhere"), "unknown profile 'nowhere'"),
         (("--safe-exec-memory", "lots"), "--safe-exec-memory"),
         (("--safe-exec-bisect-budget", "soon"), "--safe-exec-bisect-budget"),
+        (("--safe-exec-show", "nowhere"), "--safe-exec-show nowhere: no such file or directory"),
+        (("--safe-exec-writable", "/"), "--safe-exec-writable /: / itself cannot be named"),
+        (("--safe-exec-env", "A=b"), "--safe-exec-env A=b: expected the name of a variable"),
+        (("--safe-exec-cwd", "nowhere"), "no such directory to run in (--safe-exec-cwd)"),
     ],
 )
 def test_a_wrong_option_is_one_error(project: Path, mark: str, options: tuple[str, ...], said: str) -> None:
     done = run_pytest(project, mark, "--safe-exec", *options)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+OPENED = """\
+import os
+from pathlib import Path
+
+assert os.environ["MY_SETTING"] == "seven"
+rows = (Path.home() / "data" / "rows.csv").read_text()
+(Path.home() / "out" / "table.csv").write_text(rows)
+assert Path.cwd().name == "elsewhere"
+"""
+
+
+def test_isolation_is_opened_by_the_options_of_run(project: Path, mark: str) -> None:
+    home = project / "home"
+    for name in ("data", "out", "elsewhere"):
+        (home / name).mkdir(parents=True)
+    (home / "data" / "rows.csv").write_text("a,b")
+    make_notebook(project / "opened.ipynb", OPENED)
+    options = [
+        *("--safe-exec-env", "MY_SETTING", "--safe-exec-show", "home/data", "--safe-exec-writable", "home/out"),
+        *("--safe-exec-cwd", "home/elsewhere"),
+    ]
+    env = {"HOME": str(home), "MY_SETTING": "seven"}
+    asked = ("--safe-exec", "--safe-exec-limits", "ci", "--safe-exec-no-bisect", "opened.ipynb")
+    done = run_pytest(project, mark, *asked, *options, env=env)
+    assert done.returncode == 0, done.stdout
+    assert (home / "out" / "table.csv").read_text() == "a,b"
+    assert run_pytest(project, mark, *asked, env=env).returncode == 1, "without them it is closed"
+
+
+def test_files_that_are_not_kept_are_a_warning(project: Path, mark: str) -> None:
+    make_notebook(project / "lossy.ipynb", "from pathlib import Path\n(Path.home() / 'summary.csv').write_text('a,b')")
+    asked = ("--safe-exec", "--safe-exec-limits", "ci", "lossy.ipynb", "-W", "default")
+    done = run_pytest(project, mark, *asked)
+    assert done.returncode == 0, done.stdout
+    assert "FilesNotKept: lossy.ipynb::lossy.ipynb: files that were not kept: ~/summary.csv (3 B)" in done.stdout
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])

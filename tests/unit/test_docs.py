@@ -21,6 +21,7 @@ import yaml
 import safe_exec
 from safe_exec import api
 from safe_exec.cli.main import COMMANDS
+from safe_exec.integrations.pytest_plugin import ISOLATION
 from safe_exec.model import events
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.model.verdict import Activity, CauseKind, CellStatus, Confidence, Role, Status, Stopped
@@ -48,6 +49,8 @@ OF_OTHER_TOOLS = {
         *(
             "--safe-exec",
             *(f"--safe-exec-{name}" for name in ("limits", "kernel", "require", "no-bisect", "bisect-budget", "out")),
+            *(f"--safe-exec-{name}" for name, _ in ISOLATION),
+            *(f"--safe-exec-{name}" for name in ("network", "no-network", "read-only", "cwd")),
         ),
         *(
             "--junitxml",

@@ -25,7 +25,7 @@ from safe_exec.experiments.workspace import Views
 from safe_exec.model.ending import Cancelled, TimedOut
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import Cause, CauseKind
-from safe_exec.records import dataclass, replace
+from safe_exec.records import asdict, dataclass, replace
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 
@@ -222,6 +222,7 @@ class Oracle:
                 "safe_exec": __version__,
                 "cells": cells,
                 "limits": request.limits.as_dict(),
+                "isolation": asdict(request.plan.isolation),
                 "allow_errors": request.allow_errors,
                 "folder": self._folder,
                 "cwd": str(request.cwd),

@@ -6,7 +6,7 @@ kernel. The order of mounts is the order of the arguments: first the system, the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safe_exec.model.limits import FolderUse, Isolation
@@ -17,6 +17,8 @@ OLDEST = (0, 5, 0)
 TMP_BYTES = 1 << 30
 SHM_BYTES = 1 << 30
 """What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case."""
+PARENT_BYTES = 1 << 20
+"""For a directory that leads to what stays open; nothing is ever written to it."""
 SOCKETS_BYTES = 1 << 20
 """For what else a kernel may put beside its sockets, which take none."""
 STICKY = "1777"
@@ -34,7 +36,9 @@ class Surroundings:
 
     ``folder`` is its working directory, ``runtime`` that of its sockets, with ``given`` in it to read (the connection file); ``homes`` are to be
     hidden, ``visible`` must be readable in them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
-    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in it, where there is one.
+    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in it, where there is one. ``repository`` is
+    left open around the folder, to be written if ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only.
+    ``links`` are those of ``Isolation.writable`` and ``show``, which are in there by the path that they lead to as well.
     """
 
     folder: Path
@@ -44,6 +48,10 @@ class Surroundings:
     files: frozenset[Path] = frozenset()
     given: tuple[Path, ...] = ()
     disk: Path | None = None
+    repository: Path | None = None
+    repository_is_writable: bool = False
+    interpreters: tuple[Path, ...] = ()
+    links: frozenset[Path] = frozenset()
 
 
 def arguments(
@@ -55,16 +63,18 @@ def arguments(
     root: bool,
 ) -> list[str]:
     """Bubblewrap's command line up to and with the ``--`` before the program that is to run inside."""
+    covers = _covers(isolation, around, has_shm=shm_bytes is not None)
+    openings = _openings(isolation, around, covers)
+    ways = _ways(openings, covers)
     return [
         program,
         *_namespaces(isolation),
         *_capabilities(isolation, root=root),
         *_system(isolation),
         *_own_mounts(isolation, around, shm_bytes),
-        *_homes(isolation, around),
-        *_inner(isolation, around),
+        *_places(isolation, around, openings, ways),
         *_sockets(around),
-        *_close(isolation, around),
+        *_close(isolation, around, [path for path, is_closed in ways.items() if is_closed]),
         "--chdir", str(around.folder),
         "--",
     ]  # fmt: skip
@@ -140,14 +150,16 @@ def _own_mounts(isolation: Isolation, around: Surroundings, shm_bytes: int | Non
                 yield from ("--ro-bind-try", path, path)
 
 
-def _close(isolation: Isolation, around: Surroundings) -> Iterator[str]:
-    """What only hides what was there is not to be written either: it would count for no limit. Last, when all is mounted in there."""
+def _close(isolation: Isolation, around: Surroundings, ways: Sequence[Path]) -> Iterator[str]:
+    """What only hides what was there is not to be written either: it would count for no limit. Nor are ``ways``. Last, when all is mounted."""
     own, others = (around.homes[:1], around.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
     mounted_over = {*own, around.folder, *map(Path, isolation.writable), *around.files}
     for path in dict.fromkeys((*system, *others, *map(Path, isolation.hide))):
         if path not in mounted_over:
             yield from ("--remount-ro", str(path))
+    for path in ways:
+        yield from ("--remount-ro", str(path))
 
 
 def shared_devices(isolation: Isolation, *, root: bool) -> tuple[str, ...]:
@@ -165,22 +177,87 @@ def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:
         yield from ("--perms", STICKY, "--size", str(size), "--tmpfs", target)
 
 
-def _homes(isolation: Isolation, around: Surroundings) -> Iterator[str]:
-    """Empty homes, in which what the interpreter needs stays readable; the first is the user's own, and can be written."""
+# --- places that are covered, and places that stay open in them -------------------------------------------------
+
+Openings = Mapping[Path, tuple[str, ...]]
+"""The mount that opens a path: option, source, target."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cover:
+    """A place that is empty for the kernel. ``stays_writable``: a home, /tmp or /dev/shm of its own rather than a mere lid."""
+
+    path: Path
+    stays_writable: bool = False
+    is_home: bool = False
+
+
+def _covers(isolation: Isolation, around: Surroundings, *, has_shm: bool) -> tuple[Cover, ...]:
+    """Everything that is mounted over, outer places first, but for what is hidden within an opening."""
     homes = around.homes if isolation.hide_home else ()
-    hidden = _outer_first(
-        [*homes, *(path for path in map(Path, isolation.hide) if not _lies_in(path, _inside(isolation, around)))]
-    )
-    for path in hidden:
-        if around.disk is not None and path in homes[:1]:
-            yield from ("--bind", str(around.disk / "home"), str(path))
-        else:
-            yield from _hide(path, isolation, around)
-    covered = [*hidden, *((Path("/tmp"),) if isolation.read_only_system or around.disk else ())]  # noqa: S108
-    shown = [path for path in _outermost(around.visible) if _lies_in(path, covered)]
-    yield from _ways([*shown, around.folder, *map(Path, isolation.writable)], covered)
-    for path in shown:
-        yield from ("--ro-bind-try", str(path), str(path))
+    covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
+    covers += [Cover(path=path) for path in map(Path, isolation.hide) if not _lies_in(path, _left_open(isolation, around))]
+    if isolation.read_only_system or around.disk is not None:
+        covers.append(Cover(path=Path("/tmp"), stays_writable=True))  # noqa: S108
+    if isolation.read_only_system or has_shm:
+        covers.append(Cover(path=Path("/dev/shm"), stays_writable=True))  # noqa: S108
+    if isolation.read_only_system:
+        covers += [Cover(path=Path(path)) for path in HIDDEN_SYSTEM]
+    return tuple(sorted(covers, key=lambda cover: len(cover.path.parts)))
+
+
+def _left_open(isolation: Isolation, around: Surroundings) -> list[Path]:
+    """Every path that stays open, whatever lies around it: hiding a part of it has to come later."""
+    repository = [] if around.repository is None else [around.repository]
+    return [around.folder, *repository, *map(Path, isolation.writable), *map(Path, isolation.show), *around.visible]
+
+
+def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover]) -> Openings:
+    """The mounts of what stays open. Where two name the same path the later one counts."""
+    covered = [cover.path for cover in covers]
+    around_folder = [around.folder, *([] if around.repository is None else [around.repository])]
+    openings: dict[Path, tuple[str, ...]] = {}
+    for path in _outermost(around.visible):
+        if _lies_in(path, covered) and not _lies_in(path, [*around_folder, *map(Path, isolation.writable)]):
+            openings[path] = ("--ro-bind-try", str(path), str(path))
+    for path in map(Path, isolation.show):
+        if _lies_in(path, covered) and not _lies_in(path, around_folder):
+            openings[path] = ("--ro-bind", str(path), str(path))
+    if around.repository is not None:
+        bind = "--bind" if around.repository_is_writable else "--ro-bind"
+        openings[around.repository] = (bind, str(around.repository), str(around.repository))
+    openings[around.folder] = _folder(isolation, around)
+    for path in _protected(isolation, around):
+        openings[path] = ("--ro-bind-try", str(path), str(path))
+    for path in map(Path, isolation.writable):
+        openings[path] = ("--bind", str(path), str(path))
+    # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing can be mounted on it.
+    there = [link for link in around.links if not _lies_in(link, covered) or _lies_in(link.parent, openings)]
+    return {path: mount for path, mount in openings.items() if path not in there}
+
+
+def _folder(isolation: Isolation, around: Surroundings) -> tuple[str, ...]:
+    folder = str(around.folder)
+    if isolation.folder is FolderUse.READ:
+        return ("--ro-bind", folder, folder)
+    return ("--bind", str(around.disk / "folder") if around.disk is not None else folder, folder)
+
+
+def _protected(isolation: Isolation, around: Surroundings) -> list[Path]:
+    """Interpreters in the folder or repository, which stay read-only with the rest of the system.
+
+    safe-exec may run from one of them itself, outside of all walls, and imports modules until its end: a notebook must not change them.
+    A copy of the folder may be changed, since nobody runs from it.
+    """
+    tops = [around.repository] if around.repository is not None and around.repository_is_writable else []
+    tops += [around.folder] if around.disk is None and isolation.folder is FolderUse.WRITE else []
+    return [
+        path
+        for path in _outermost(around.interpreters if isolation.read_only_system else ())
+        if any(path != top and path.is_relative_to(top) for top in tops)
+        and not around.folder.is_relative_to(path)
+        and not (around.disk is not None and path.is_relative_to(around.folder))
+    ]
 
 
 def _hide(path: Path, isolation: Isolation, around: Surroundings) -> Iterator[str]:
@@ -190,23 +267,50 @@ def _hide(path: Path, isolation: Isolation, around: Surroundings) -> Iterator[st
         yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(path))
 
 
-def _inside(isolation: Isolation, around: Surroundings) -> list[Path]:
-    """What is shown as it is, whatever lies around it: hiding a part of it has to come later."""
-    return [around.folder, *map(Path, isolation.writable), *around.visible]
-
-
 def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
     return any(path.is_relative_to(top) for top in tops)
 
 
-def _ways(paths: Sequence[Path], covered: Sequence[Path]) -> Iterator[str]:
-    """The directories on the way to what stays visible below what is covered: bubblewrap would make them for their owner alone."""
-    made: list[Path] = []
-    for path in paths:
-        for parent in reversed(path.parents):
-            if parent not in made and any(parent != top and parent.is_relative_to(top) for top in covered):
-                made.append(parent)
-                yield from ("--perms", "0755", "--dir", str(parent))
+def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
+    """The directories that are made to lead to what is mounted in a cover, and whether one is to be closed.
+
+    What is written into such a directory would be gone after the run, though in its place outside there is one that keeps it. So where the
+    cover can be written the first directory below it is mounted, to be made read-only with all in it. Not in a home if its name begins with
+    a dot: programs keep settings and caches there (``~/.local``), which nobody misses, and fail if they cannot.
+    """
+    ways: dict[Path, bool] = {}
+    for path in (*openings, *(cover.path for cover in covers)):
+        cover = next((cover for cover in reversed(covers) if path != cover.path and path.is_relative_to(cover.path)), None)
+        if cover is None or any(
+            path != other and _lies_in(path, [other]) and _lies_in(other, [cover.path]) for other in openings
+        ):
+            continue
+        parents = [parent for parent in reversed(path.parents) if parent != cover.path and parent.is_relative_to(cover.path)]
+        for parent in parents:
+            is_dotted = cover.is_home and parent.name.startswith(".")
+            is_first = parent == parents[0] and cover.stays_writable and not is_dotted
+            ways[parent] = ways.get(parent, False) or is_first
+    return ways
+
+
+def _places(isolation: Isolation, around: Surroundings, openings: Openings, ways: Mapping[Path, bool]) -> Iterator[str]:
+    """Hidden places, the ways in them, and the openings. Outer ones first, so that no mount covers one that is wanted.
+
+    What says more of a path has the last word: part of an opening can be hidden, and part of a hidden place opened.
+    """
+    homes = around.homes if isolation.hide_home else ()
+    hidden = {*homes, *map(Path, isolation.hide)}
+    for path in _outer_first([*ways, *openings, *hidden]):
+        if around.disk is not None and path in homes[:1]:
+            yield from ("--bind", str(around.disk / "home"), str(path))
+        elif path in hidden and (path not in openings or str(path) in isolation.hide):
+            yield from _hide(path, isolation, around)
+        elif path not in openings:
+            # bubblewrap itself would make directories for their owner alone.
+            made = ("--size", str(PARENT_BYTES), "--tmpfs") if ways[path] else ("--dir",)
+            yield from ("--perms", "0755", *made, str(path))
+        if path in openings and str(path) not in isolation.hide:
+            yield from openings[path]
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
@@ -221,29 +325,6 @@ def _outermost(paths: Sequence[Path]) -> list[Path]:
 def _outer_first(paths: Iterable[Path]) -> list[Path]:
     """The order in which no mount covers one that came before."""
     return sorted(dict.fromkeys(paths), key=lambda path: len(path.parts))
-
-
-def _inner(isolation: Isolation, around: Surroundings) -> Iterator[str]:
-    """The folder, what else may be written, and what is hidden in there: what says more of a path has the last word."""
-    writable = list(map(Path, isolation.writable))
-    hidden = [path for path in map(Path, isolation.hide) if _lies_in(path, _inside(isolation, around))]
-    for path in _outer_first([around.folder, *writable, *hidden]):
-        if path in hidden:
-            yield from _hide(path, isolation, around)
-        elif path in writable:
-            yield from ("--bind", str(path), str(path))
-        else:
-            yield from _folder(isolation, around)
-
-
-def _folder(isolation: Isolation, around: Surroundings) -> Iterator[str]:
-    folder = str(around.folder)
-    if isolation.folder is FolderUse.READ:
-        yield from ("--ro-bind", folder, folder)
-    elif around.disk is not None:
-        yield from ("--bind", str(around.disk / "folder"), folder)
-    else:
-        yield from ("--bind", folder, folder)
 
 
 def _sockets(around: Surroundings) -> Iterator[str]:

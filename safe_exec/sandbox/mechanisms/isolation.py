@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from safe_exec.model.limits import Enforcement, FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls, Wall
+from safe_exec.model.limits import (
+    Enforcement,
+    FolderUse,
+    Isolation,
+    LimitName,
+    Limits,
+    Mechanism,
+    RepositoryUse,
+    SystemCalls,
+    Wall,
+)
 from safe_exec.records import dataclass, field
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.mechanisms import bubblewrap
@@ -66,7 +76,8 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
     if isolation.hide_home:
         yield Wall.HOME, "home directories are empty but for what the interpreter needs"
     if isolation.read_only_system:
-        yield Wall.SYSTEM, "nothing can be written but the folder, and a /tmp, /dev/shm and home of its own"
+        more = " and its repository" if isolation.repository is RepositoryUse.WRITE else ""
+        yield Wall.SYSTEM, f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of its own"
     if isolation.folder is not FolderUse.WRITE:
         what = "cannot be written" if isolation.folder is FolderUse.READ else "a copy; nothing comes back"
         yield Wall.FOLDER, what

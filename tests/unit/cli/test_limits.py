@@ -74,6 +74,7 @@ def test_show_has_the_walls_and_what_holds_them_here() -> None:
         "own_processes": "true",
         "listed_environment": "true",
         "system_calls": "refuse",
+        "repository": "write",
         "env": "TOKEN",
         "hide": "/srv/data, ~/x",
     }

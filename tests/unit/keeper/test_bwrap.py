@@ -136,7 +136,7 @@ def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Enclosed) -> None:
 def test_the_init_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
     wanted: dict[str, Any] = {
         "argv": ["x"], "env": {"A": "\udce9"}, "cwd": "/", "rlimits": [[1, 2, 3]], "open_files_soft": 5, "walls": {"uid": 7},
-        "sockets": "/run/x",
+        "sockets": "/run/x", "discarded": ["/home/me"],
     }  # fmt: skip
     fd = os.open(tmp_path / "config", os.O_RDWR | os.O_CREAT)
     bwrap._write_config(fd, {**wanted, "cgroup_joins": ["/x"], "enclosure": {}, "keeper": 1})

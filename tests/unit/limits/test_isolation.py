@@ -15,11 +15,12 @@ from safe_exec.errors import LimitsError, UsageError
 from safe_exec.limits import isolation
 from safe_exec.limits.isolation import KEYS, apply, as_metadata, of_mapping, of_metadata, tighten
 from safe_exec.limits.profiles import load_profile, resolve, shipped_profiles
-from safe_exec.model.limits import FolderUse, Isolation, SystemCalls
+from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse, SystemCalls
 
 FLAGS = tuple(f.name for f in fields(Isolation) if isinstance(f.default, bool))
 MEMORY = 8 << 30
-LISTS = ("env", "writable", "hide", "devices")
+LISTS = ("env", "writable", "show", "hide", "devices")
+CHOICES = ("folder", "repository", "system_calls")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ isolation:
   hide-home: true
   read_only_system: yes
   folder: read
+  repository: closed
   write_back: false
   network: no
   own_processes: true
@@ -56,6 +58,7 @@ isolation:
   required: true
   env: [TOKEN, HOME]
   writable: [/srv/out, ~/out]
+  show: [~/models]
   hide: [/srv/data]
   devices: [/dev/nvidia0]
 """
@@ -67,6 +70,7 @@ def test_every_key_can_be_written() -> None:
         hide_home=True,
         read_only_system=True,
         folder=FolderUse.READ,
+        repository=RepositoryUse.CLOSED,
         write_back=False,
         network=False,
         own_processes=True,
@@ -76,6 +80,7 @@ def test_every_key_can_be_written() -> None:
         required=True,
         env=("TOKEN", "HOME"),
         writable=("/srv/out", "~/out"),
+        show=("~/models",),
         hide=("/srv/data",),
         devices=("/dev/nvidia0",),
     )
@@ -97,7 +102,9 @@ def test_files_are_laid_over_each_other_and_lists_are_added_to() -> None:
     ("line", "said"),
     [
         ("hide_hom: true", "unknown key 'hide_hom' under isolation; did you mean hide_home?"),
-        ("memory: 1G", "unknown key 'memory' under isolation; expected one of"),
+        ("memory: 1G", "expected one of devices, env, folder, hide"),
+        ("repository: hidden", "repository: expected one of write, read, closed, found 'hidden'"),
+        ("show: [models]", "show: expected a path that begins with / or ~, found 'models'"),
         ("netwrok: false", "did you mean network?"),
         ("network: off-ish", "network: expected true or false, found text"),
         ("hide_home:", "hide_home: expected true or false, found nothing"),
@@ -167,9 +174,11 @@ changes = st.fixed_dictionaries(
     optional={
         **dict.fromkeys(FLAGS, st.booleans()),
         "folder": st.sampled_from(FolderUse),
+        "repository": st.sampled_from(RepositoryUse),
         "system_calls": st.sampled_from(SystemCalls),
         "env": st.lists(st.sampled_from(["A", "B"]), max_size=2).map(tuple),
         "writable": words,
+        "show": words,
         "hide": words,
         "devices": st.lists(st.sampled_from(["/dev/x", "/dev/y"]), max_size=2).map(tuple),
     },
@@ -180,6 +189,7 @@ ORDER: dict[str, list[Any]] = {
     "network": [True, False],
     "write_back": [True, False],
     "folder": [FolderUse.WRITE, FolderUse.COPY, FolderUse.READ],
+    "repository": [RepositoryUse.WRITE, RepositoryUse.READ, RepositoryUse.CLOSED],
     "system_calls": [SystemCalls.ALL, SystemCalls.REFUSE, SystemCalls.KILL],
 }
 
@@ -191,7 +201,7 @@ def test_a_notebook_only_adds_walls(before: Isolation, wished: dict[str, Any]) -
         was, now = order.index(getattr(before, name)), order.index(getattr(after, name))
         assert now == max(was, order.index(wished.get(name, getattr(before, name))))
     assert set(before.hide) | set(wished.get("hide", ())) == set(after.hide)
-    for name in ("env", "writable", "devices"):
+    for name in ("env", "writable", "show", "devices"):
         assert getattr(after, name) == getattr(before, name), "what it wants opened is not heard"
 
 
@@ -225,17 +235,17 @@ def test_every_source_beats_the_one_before() -> None:
 
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_no_profile_lets_a_notebook_take_walls_down(name: str) -> None:
-    bare = {"safe_exec": {"isolation": {name: getattr(Isolation(), name) for name in (*FLAGS, "folder", "system_calls")}}}
+    bare = {"safe_exec": {"isolation": {name: getattr(Isolation(), name) for name in (*FLAGS, *CHOICES)}}}
     found = resolve(chosen=name, metadata=json.loads(json.dumps(bare)), machine_memory=MEMORY)
     assert found.isolation == load_profile(name, machine_memory=MEMORY).isolation
 
 
 def test_the_keys_are_those_of_the_model() -> None:
-    assert set(KEYS) == {f.name for f in fields(Isolation)} == {*FLAGS, *LISTS, "folder", "system_calls"}
+    assert set(KEYS) == {f.name for f in fields(Isolation)} == {*FLAGS, *LISTS, *CHOICES}
     assert set(isolation._ORDER) | {*FLAGS, *LISTS} == set(KEYS)
 
 
-@pytest.mark.parametrize("name", ["hide", "writable"])
+@pytest.mark.parametrize("name", ["hide", "show", "writable"])
 @pytest.mark.parametrize("path", ["/", "//", "/usr/.."])
 def test_the_root_of_all_is_neither_hidden_nor_opened(name: str, path: str) -> None:
     with pytest.raises(LimitsError, match=f"isolation: {name}: / itself"):

@@ -34,7 +34,7 @@ from safe_exec.limits.profiles import (
     tighten,
 )
 from safe_exec.limits.project_file import ProjectLimits, matches
-from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, SystemCalls
+from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, RepositoryUse, SystemCalls
 
 ROOT = Path(__file__).parents[3]
 G = 2**30
@@ -108,7 +108,7 @@ def test_what_the_profiles_wall_off() -> None:
         hide_home=True, read_only_system=True, own_processes=True, listed_environment=True, system_calls=SystemCalls.REFUSE
     )
     assert found["ci"].isolation == ci
-    strict = replace(ci, folder=FolderUse.COPY, write_back=False, network=False)
+    strict = replace(ci, folder=FolderUse.COPY, repository=RepositoryUse.CLOSED, write_back=False, network=False)
     assert found["strict"].isolation == strict
     assert found["untrusted"].isolation == replace(strict, other_user=True, required=True)
     assert found["untrusted"].limits == found["strict"].limits

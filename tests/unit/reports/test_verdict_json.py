@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from safe_exec.model.evidence import Frame, IsolationFacts
-from safe_exec.model.limits import Enforcement, FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls, Wall
+from safe_exec.model.limits import (
+    Enforcement,
+    FolderUse,
+    Isolation,
+    LimitName,
+    Limits,
+    Mechanism,
+    RepositoryUse,
+    SystemCalls,
+    Wall,
+)
 from safe_exec.model.verdict import (
     VERDICT_SCHEMA,
     Activity,
@@ -115,6 +125,7 @@ def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
         (SCHEMA["$defs"]["enforcement"]["properties"]["by"], Mechanism),
         (SCHEMA["properties"]["environment"]["properties"]["isolation"]["propertyNames"], Wall),
         (SCHEMA["properties"]["isolation"]["properties"]["folder"], FolderUse),
+        (SCHEMA["properties"]["isolation"]["properties"]["repository"], RepositoryUse),
         (SCHEMA["properties"]["isolation"]["properties"]["system_calls"], SystemCalls),
         (SCHEMA["$defs"]["cause"]["properties"]["kind"], CauseKind),
         (SCHEMA["$defs"]["cause"]["properties"]["confidence"], Confidence),
@@ -132,7 +143,7 @@ def test_words_that_may_be_missing_are_those_of_the_model() -> None:
     assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [*(s.value for s in Stopped), None]
 
 
-OPTIONAL: dict[type, set[str]] = {Environment: {"isolation_facts"}}
+OPTIONAL: dict[type, set[str]] = {Environment: {"isolation_facts"}, Isolation: {"repository", "show"}}
 """Keys that verdicts of earlier versions do not have."""
 
 
@@ -360,6 +371,7 @@ walls = st.dictionaries(
 isolations = st.builds(
     Isolation,
     folder=st.sampled_from(FolderUse),
+    repository=st.sampled_from(RepositoryUse),
     system_calls=st.sampled_from(SystemCalls),
     env=st.lists(texts, max_size=2).map(tuple),
     hide=st.lists(texts, max_size=2).map(tuple),

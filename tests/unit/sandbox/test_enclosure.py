@@ -197,7 +197,8 @@ def test_paths_are_settled(home: Path, tmp_path: Path) -> None:
     (home / "out").mkdir()
     link(tmp_path / "way", home / "out")
     found = settled(Isolation(writable=("~/out", str(tmp_path / "way")), hide=("~/out", "/nonesuch", "~/none")))
-    assert found.writable == (str(home / "out"), str(home / "out")) and found.hide == (str(home / "out"),)
+    assert found.writable == (str(home / "out"), str(tmp_path / "way")), "a link is opened by its own name too"
+    assert found.hide == (str(home / "out"),)
     assert settled(Isolation()) == Isolation()
 
 
@@ -205,6 +206,8 @@ def test_paths_are_settled(home: Path, tmp_path: Path) -> None:
     ("isolation", "said"),
     [
         (Isolation(writable=("/nonesuch",)), "writable: /nonesuch: no such file or directory"),
+        (Isolation(show=("/nonesuch",)), "show: /nonesuch: no such file or directory"),
+        (Isolation(show=("/usr/..",)), "/ itself can be neither"),
         (Isolation(devices=("/dev/nonesuch",)), "devices: /dev/nonesuch: no such file"),
         (Isolation(devices=("/dev/../etc/passwd",)), "devices: /etc/passwd is not below /dev"),
         (Isolation(writable=("/",)), "/ itself can be neither"),
@@ -260,7 +263,7 @@ def test_the_folder_is_told_without_links(home: Path, tmp_path: Path) -> None:
 def test_without_bubblewrap_there_is_no_enclosure(home: Path) -> None:
     assert told(home, LANDLOCK, WALLED)["enclosure"] is None
     assert told(home, Machine(), Isolation(listed_environment=True)) == {
-        "enclosure": None, "walls": {}, "owner": None, "env": {"A": "b"}, "cwd": str(home / "project"),
+        "enclosure": None, "walls": {}, "owner": None, "env": {"A": "b"}, "cwd": str(home / "project"), "discarded": [],
     }  # fmt: skip
 
 

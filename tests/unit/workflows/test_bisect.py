@@ -21,6 +21,7 @@ from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
 from safe_exec.experiments import trial_cache
 from safe_exec.experiments import workspace as folders
+from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import CauseKind, NotebookInfo, Status, Usage, Verdict
 from safe_exec.reports import verdict_json
 from safe_exec.workflows import bisect as searching
@@ -136,6 +137,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         job=SimpleNamespace(bisect=Bisect.AUTO, beside=(), tree=None),
         run_id="abc",
         cwd=tmp_path / "work",
+        resolved=SimpleNamespace(isolation=Isolation(), limits=Limits()),
         **{key: tmp_path / "work" / name for key, name in names.items()},
     )
 

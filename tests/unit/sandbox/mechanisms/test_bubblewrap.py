@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from safe_exec.model.limits import FolderUse, Isolation
-from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST, TMP_BYTES, Surroundings, arguments, is_needed
+from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST, PARENT_BYTES, TMP_BYTES, Surroundings, arguments, is_needed
 
 FOLDER, RUNTIME, HOME = Path("/srv/project/nb"), Path("/tmp/safe-exec-1"), Path("/home/ann")
 VENV, BASE = Path("/home/ann/venv"), Path("/usr")
@@ -209,13 +209,108 @@ def test_what_is_needed_stays_readable_in_an_empty_home() -> None:
     assert position(found, "--tmpfs", HOME) < position(found, "--ro-bind-try", VENV)
 
 
+REPOSITORY = HOME / "code" / "repo"
+IN_REPOSITORY = replace(AROUND, folder=REPOSITORY / "nb", repository=REPOSITORY, repository_is_writable=True)
+
+
+def last_mount(found: list[Step], path: Path) -> Step:
+    """The mount that a path lies on in the end."""
+    mounted = [step for step in found if step.option in (*FROM_OUTSIDE, "--tmpfs") and path.is_relative_to(step.place)]
+    return max(mounted, key=lambda step: (len(Path(step.place).parts), mounted.index(step)))
+
+
+@pytest.mark.parametrize("top", [HOME / "code", Path("/tmp/x"), Path("/var/tmp/x"), Path("/srv"), Path("/dev/shm/x")])
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_repository_is_open_wherever_it_is(top: Path, *, is_writable: bool) -> None:
+    root = top / "repo"
+    found = made(WALLED, replace(IN_REPOSITORY, folder=root / "nb", repository=root, repository_is_writable=is_writable))
+    mount = last_mount(found, root / "src")
+    assert (mount.option, mount.place) == ("--bind" if is_writable else "--ro-bind", str(root))
+    assert last_mount(found, root / "nb" / "x") == Step("--bind", (str(root / "nb"),) * 2)
+    assert last_mount(found, top / "beside").place != str(root)
+
+
+@pytest.mark.parametrize(("cover", "deep"), [(HOME, "code/repo/nb"), (Path("/tmp"), "a/b/nb"), (Path("/dev/shm"), "a/nb")])
+def test_what_only_leads_to_the_folder_cannot_be_written(cover: Path, deep: str) -> None:
+    folder = cover / deep
+    found = made(WALLED, replace(AROUND, folder=folder))
+    first = cover / Path(deep).parts[0]
+    assert last_mount(found, first / "table.csv") == Step("--tmpfs", (str(first),), "0755", str(PARENT_BYTES))
+    assert position(found, "--remount-ro", first) > max(n for n, step in enumerate(found) if step.option in FROM_OUTSIDE)
+    assert ("--remount-ro", (str(cover),)) not in [(step.option, step.words) for step in found]
+
+
+def test_a_folder_right_in_a_cover_needs_no_way() -> None:
+    found = made(WALLED, replace(AROUND, folder=HOME / "nb"))
+    assert at(found, HOME / "nb") == [Step("--bind", (f"{HOME}/nb",) * 2)]
+
+
+def test_where_programs_keep_settings_a_way_can_be_written() -> None:
+    found = made(WALLED, replace(AROUND, visible=(HOME / ".local/share/jupyter",)))
+    assert at(found, HOME / ".local") == [Step("--dir", (f"{HOME}/.local",), "0755")]
+    assert ("--remount-ro", (f"{HOME}/.local",)) not in [(step.option, step.words) for step in found]
+
+
+def test_a_home_within_tmp_is_there_though_the_way_to_the_folder_is_beside_it() -> None:
+    home, folder = Path("/tmp/x/home"), Path("/tmp/x/nb")
+    found = made(WALLED, replace(AROUND, homes=(home, Path("/root")), folder=folder))
+    assert last_mount(found, home / ".ipython").place == str(home)
+    assert last_mount(found, folder / "a").place == str(folder)
+    assert position(found, "--remount-ro", "/tmp/x")
+
+
+def test_interpreters_in_a_repository_stay_read_only() -> None:
+    venv = REPOSITORY / ".venv"
+    found = made(WALLED, replace(IN_REPOSITORY, visible=(venv,), interpreters=(venv,)))
+    assert last_mount(found, venv / "lib").option == "--ro-bind-try"
+    opened = made(replace(WALLED, writable=(str(venv),)), replace(IN_REPOSITORY, visible=(venv,), interpreters=(venv,)))
+    assert last_mount(opened, venv / "lib").option == "--bind"
+    of_folder = made(WALLED, replace(AROUND, visible=(FOLDER / "env",), interpreters=(FOLDER / "env",)))
+    assert last_mount(of_folder, FOLDER / "env/lib").option == "--ro-bind-try"
+
+
+@pytest.mark.parametrize(
+    ("isolation", "around"),
+    [
+        (Isolation(network=False), IN_REPOSITORY),
+        (replace(WALLED, folder=FolderUse.COPY), replace(AROUND, folder=REPOSITORY, disk=DISK)),
+    ],
+)
+def test_interpreters_can_be_written_where_the_system_can_and_in_a_copy(isolation: Isolation, around: Surroundings) -> None:
+    venv = REPOSITORY / ".venv"
+    found = made(isolation, replace(around, visible=(venv,), interpreters=(venv,)))
+    assert last_mount(found, venv / "lib").option in WRITABLE
+
+
+def test_a_folder_that_is_an_environment_can_be_written() -> None:
+    found = made(WALLED, replace(AROUND, interpreters=(FOLDER, FOLDER.parent)))
+    assert last_mount(found, FOLDER / "x").option == "--bind"
+
+
+def test_what_is_shown_can_be_read_where_all_around_is_hidden() -> None:
+    isolation = replace(WALLED, show=(f"{HOME}/data/models", "/opt/x", f"{FOLDER}/inner"), hide=(f"{HOME}/data/models/secret",))
+    found = made(isolation)
+    assert last_mount(found, HOME / "data/models/a") == Step("--ro-bind", (f"{HOME}/data/models",) * 2)
+    assert last_mount(found, HOME / "data/models/secret/a").option == "--tmpfs"
+    assert at(found, "/opt/x") == [], "it is seen anyway"
+    assert at(found, FOLDER / "inner") == [], "nor does it close a part of the folder"
+
+
+def test_a_link_is_mounted_only_where_it_would_not_be_there() -> None:
+    link, inner, plain = HOME / "way", REPOSITORY / "way", Path("/srv/way")
+    names = (str(link), str(inner), str(plain), "/mnt/disk")
+    around = replace(IN_REPOSITORY, links=frozenset({link, inner, plain}))
+    found = made(replace(WALLED, writable=names), around)
+    assert [bool(at(found, name)) for name in names] == [True, False, False, True]
+
+
 def test_the_way_to_what_is_shown_can_be_gone_by_others() -> None:
     deep = HOME / "a" / "b" / "venv"
     found = made(WALLED, replace(AROUND, visible=(deep,), folder=HOME / "a" / "c" / "nb"))
-    ways = {step.place: step.perms for step in found if step.option == "--dir"}
-    assert {str(HOME / "a"), str(HOME / "a" / "b"), str(HOME / "a" / "c")} <= set(ways)
-    assert set(ways.values()) == {"0755"}
-    assert len([step for step in found if step.option == "--dir" and step.place == str(HOME / "a")]) == 1
+    ways = {step.place: (step.option, step.perms) for step in found if step.words and step.place.startswith(f"{HOME}/a")}
+    assert ways[str(HOME / "a")] == ("--remount-ro", None), "what is written to it would be gone"
+    assert ways[str(HOME / "a" / "b")] == ways[str(HOME / "a" / "c")] == ("--dir", "0755")
+    assert [(step.option, step.perms) for step in at(found, HOME / "a")] == [("--tmpfs", "0755")]
 
 
 @pytest.mark.parametrize(

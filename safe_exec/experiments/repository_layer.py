@@ -1,0 +1,153 @@
+"""The repository around a notebook's folder, for trials that may write to it. Imports mounts only.
+
+What the first run added to it is hidden from a trial, and what a trial writes is in a layer of the
+trial's own: it is seen by no other trial, and never reaches the repository. Files that the first run
+changed are not restored, since the repository may be too large to be copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safe_exec.files import write_atomically
+from safe_exec.keeper import mounts
+from safe_exec.records import dataclass
+
+MOST_ENTRIES = 5000
+PASSED_OVER = frozenset({".git", "node_modules", "__pycache__", ".ipynb_checkpoints"})
+ENVIRONMENT = "pyvenv.cfg"
+NOTES = "repository.json"
+CHANGED = "files of the repository that the first run changed"
+NO_LAYER = "files that it wrote into the repository outside the folder"
+
+Mark = tuple[int, int, int]
+"""Kind and mode, size, and time of the last change (st_ctime), which nobody sets back."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryNotes:
+    """A repository before the first run, without the folder. ``entries`` is ``None`` for one with too many."""
+
+    root: Path
+    folder: Path
+    entries: Mapping[str, Mark] | None
+
+    def fingerprint(self) -> str | None:
+        """A hash of names, sizes and times; ``None`` if there are too many to know."""
+        if self.entries is None:
+            return None
+        digest = hashlib.sha256(os.fsencode(self.root))
+        for name, mark in sorted(self.entries.items()):
+            if not stat.S_ISDIR(mark[0]):
+                digest.update(f"{name}\0{mark}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def save(self, scratch: Path) -> None:
+        """Keep the notes for a search that goes on later. Raises OSError."""
+        document = {"root": str(self.root), "folder": str(self.folder), "entries": self.entries}
+        write_atomically(scratch / NOTES, json.dumps(document).encode())
+
+
+def note(root: Path, folder: Path, *, ours: frozenset[Path]) -> RepositoryNotes:
+    """Note what a repository holds outside the folder. ``ours`` are files that we write ourselves."""
+    entries: dict[str, Mark] = {}
+    for name, mark in _walk(root, but=ours | {folder}):
+        if len(entries) >= MOST_ENTRIES:
+            return RepositoryNotes(root=root, folder=folder, entries=None)
+        entries[name] = mark
+    return RepositoryNotes(root=root, folder=folder, entries=entries)
+
+
+def load(scratch: Path) -> RepositoryNotes | None:
+    """The notes of an earlier run; ``None`` if there are none that can be read."""
+    try:
+        document = json.loads((scratch / NOTES).read_text())
+        entries = document["entries"]
+        marks = None if entries is None else {name: (*map(int, mark),) for name, mark in entries.items()}
+        return RepositoryNotes(root=Path(document["root"]), folder=Path(document["folder"]), entries=marks)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
+    """Every entry by its path below the root, parents first; not what tools keep beside a project's own files."""
+    todo = [root]
+    while todo:
+        directory = todo.pop()
+        try:
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        if directory != root and any(entry.name == ENVIRONMENT for entry in entries):
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name in PASSED_OVER or path in but:
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            yield str(path.relative_to(root)), (status.st_mode, status.st_size, status.st_ctime_ns)
+            if stat.S_ISDIR(status.st_mode):
+                todo.append(path)
+
+
+# --- the layer of a trial ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryLayer:
+    """How trials see the repository: without the entries in ``new``, and writing to a layer of their own."""
+
+    root: Path
+    new: tuple[str, ...] = ()
+
+    def mount(self, directory: Path) -> dict[str, str]:
+        """The overlay of one trial, whose layers lie in ``directory``. Raises OSError."""
+        upper, work = directory / "repository-upper", directory / "repository-work"
+        upper.mkdir()
+        work.mkdir()
+        for name in self.new:
+            white = upper / name
+            white.parent.mkdir(parents=True, exist_ok=True)
+            os.mknod(white, stat.S_IFCHR, os.makedev(0, 0))  # a whiteout (overlayfs.rst)
+        layers = {"lower": str(self.root), "upper": str(upper), "work": str(work)}
+        return {"kind": "overlay", "target": str(self.root), **layers}
+
+
+def layer_of(
+    notes: RepositoryNotes, scratch: Path, way: str | None, *, ours: frozenset[Path]
+) -> tuple[RepositoryLayer | None, tuple[str, ...]]:
+    """The layer for trials, ``None`` where none can be made, and what they may still see of other runs."""
+    probe = scratch / "repository-probe"
+    probe.mkdir(exist_ok=True)
+    if way is None or not mounts.overlays(notes.root, probe, way):
+        return None, (NO_LAYER,)
+    new, has_changed = _differences(notes, ours)
+    return RepositoryLayer(root=notes.root, new=new), (CHANGED,) if has_changed else ()
+
+
+def _differences(notes: RepositoryNotes, ours: frozenset[Path]) -> tuple[tuple[str, ...], bool]:
+    """The outermost entries that were added since, and whether a file that was there has changed or is gone."""
+    if notes.entries is None:
+        return (), False
+    missing = {name for name, mark in notes.entries.items() if not stat.S_ISDIR(mark[0])}
+    new: list[str] = []
+    has_changed = False
+    for number, (name, mark) in enumerate(_walk(notes.root, but=ours | {notes.folder})):
+        if number >= 2 * MOST_ENTRIES:
+            return tuple(new), True
+        before = notes.entries.get(name)
+        if before is None:
+            new += [] if any(name.startswith(f"{other}/") for other in new) else [name]
+        else:
+            missing.discard(name)
+            has_changed = has_changed or (not stat.S_ISDIR(mark[0]) and before != mark)
+    return tuple(new), has_changed or bool(missing)

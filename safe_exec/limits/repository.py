@@ -1,0 +1,19 @@
+"""Finds the git repository around a folder. Reads names of files only; imports nothing else of safe-exec."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+GIT = ".git"
+"""A directory; in a work tree or a submodule a file that names one."""
+
+
+def find_root(folder: Path) -> Path | None:
+    """The nearest directory with a ``.git``, from ``folder`` (an absolute path) upwards."""
+    return next((directory for directory in (folder, *folder.parents) if is_root(directory)), None)
+
+
+def is_root(directory: Path) -> bool:
+    """Whether a directory is the root of a repository. A ``.git`` that we may not look at is none."""
+    return os.path.exists(directory / GIT)
