@@ -92,6 +92,10 @@ test-fast: $(VENV)/.dev-installed ## Run the tests that start no kernel (seconds
 test-cases: $(VENV)/.dev-installed ## Run all cases, in every place, each with the search for its culprits
 	SAFE_EXEC_CASES_MINUTES=inf SAFE_EXEC_CASES_PLACES=all $(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases
 
+.PHONY: test-answers
+test-answers: $(VENV)/.dev-installed ## Run the cases without the search for culprits, and parity: what differs between versions of Python
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/cases tests/parity -k 'not test_culprits'
+
 .PHONY: cases-table
 cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, and write the table in docs/culprit-search.md
 	SAFE_EXEC_CASES_MINUTES=inf $(BIN)/pytest -q tests/cases -k test_culprits --culprit-table docs/culprit-search.md
@@ -99,6 +103,10 @@ cases-table: $(VENV)/.dev-installed ## Measure that search one case at a time, a
 .PHONY: test-parity
 test-parity: $(VENV)/.dev-installed ## Compare the outputs of notebooks that pass with those of nbclient (a minute or two)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -q tests/parity
+
+.PHONY: versions-table
+versions-table: $(VENV)/.dev-installed ## Run kernels of the other Pythons that are here, and write the table in docs/platforms.md
+	$(BIN)/pytest -q tests/integration/test_python_versions.py --versions-table docs/platforms.md
 
 .PHONY: system-release
 system-release: | system ## Install what makes a root file system of another release (Debian)

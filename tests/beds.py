@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -126,6 +127,26 @@ def _kernel(name: str, program: str = "true") -> Callable[[], str]:
     return probe
 
 
+PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
+
+
+@cache
+def interpreter(version: str) -> Path | None:
+    """An interpreter of a version of Python: the tests' own, the system's, or one of pyenv's."""
+    name = f"python{version}"
+    own = [Path(sys.executable)] if sys.version_info[:2] == tuple(map(int, version.split("."))) else []
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    installed = sorted(pyenv.glob(f"{version}.*/bin/{name}"), reverse=True)
+    for path in (*own, Path("/usr/bin") / name, Path("/usr/local/bin") / name, *installed):
+        if path.exists() and not _tried([str(path), "-c", "import ctypes, sqlite3"]):
+            return path
+    return None
+
+
+def _python(version: str) -> Callable[[], str]:
+    return lambda: "" if interpreter(version) else "neither the system nor pyenv has it"
+
+
 BEDS: Mapping[str, Callable[[], str]] = {
     "root": _root,
     "ordinary-user": _ordinary_user,
@@ -142,6 +163,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "bash": _kernel("bash", "bash"),
     "R": _kernel("ir", "R"),
     "deno": _kernel("deno"),
+    **{f"python{version}": _python(version) for version in PYTHONS},
 }
 """Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import beds
+from tests import beds, versions
 from tests.cases.table import PROPERTY, Row, render, write
 
 SEED = "SAFE_EXEC_CASES_SEED"
@@ -25,6 +25,7 @@ settings.load_profile("safe-exec")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--culprit-table", type=Path, metavar="FILE", help="write the table of culprits into this document")
+    parser.addoption("--versions-table", type=Path, metavar="FILE", help="write versions that passed into this document")
     parser.addoption("--bed", action="append", default=[], metavar="NAME", help="only tests that need this bed (tests/beds.py)")
 
 
@@ -66,6 +67,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = config.getoption("--versions-table")
+    if path is not None:
+        passed = terminalreporter.stats.get("passed", [])
+        rows = [dict(report.user_properties).get(versions.PROPERTY) for report in passed if report.when == "call"]
+        versions.write(path, [row for row in rows if row])
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     found = [dict(report.user_properties).get(PROPERTY) for report in reports if report.when == "call"]
     rows = [Row(**row | {"culprits": tuple(row["culprits"])}) for row in found if row is not None]

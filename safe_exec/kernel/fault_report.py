@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
-_OURS = re.compile(r"/kernel/inside/\w+\.py$")
+_OURS = re.compile(r"/safe_exec/agent/\w+\.py$")
 """Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs."""
 LONGEST = 500
 """faulthandler cuts a file name off there."""

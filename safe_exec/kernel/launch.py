@@ -245,6 +245,8 @@ def begin_spawn(
     argv = wrapped or cmd
     if plan.isolation.listed_environment:
         environment = listed_environment(environment, plan.isolation.env)
+        # Python 3.14 runs code that another process of the user injects (sys.remote_exec).
+        environment.setdefault("PYTHON_DISABLE_REMOTE_DEBUG", "1")
     removed = tuple(sorted(whole_environment.keys() - environment.keys()))
     if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
         # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.

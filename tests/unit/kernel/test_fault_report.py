@@ -1,4 +1,4 @@
-"""Reading what faulthandler wrote: real dumps of Python 3.9 to 3.13 (in dumps/), 3.14's form by its source, and damaged ones.
+"""Reading what faulthandler wrote: real dumps of Python 3.9 to 3.14 (in dumps/), and damaged ones.
 
 Each file begins with the main thread's identifier. ``ask``: a dump that was asked for, then a fault; ``thread``: a fault in
 a thread that the cell started; ``deep``: a fault below 150 calls, of which faulthandler prints 100.
@@ -17,7 +17,7 @@ from safe_exec.kernel.fault_report import dumps, fatal_part, main_stack, parse_f
 from safe_exec.model.evidence import FaultReport, Frame
 
 DUMPS = Path(__file__).parent / "dumps"
-VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 CELL = "/tmp/ipykernel_7/42.py"
 CELLS = CellCode.of_files({CELL: 4})
 NO_CELLS = CellCode.of_files({})
