@@ -31,7 +31,8 @@ class Inside:
         self.bodies = Bodies(self)
         self.headers = {}  # id of a header of the running cell -> it
         self.keys = {}  # the same id -> as ipykernel's buffers are named after it
-        self.coroutine = None
+        self.running = []  # references to the coroutines of statements, the innermost last
+        self.request = None
         self.in_cell = False
         self.first_text = False  # nothing of the running cell was run yet
         self.before_cells = lambda: None

@@ -29,7 +29,7 @@ def load():
 
 
 def main(argv):
-    """Fit, and run."""
+    """Fit everything; returns the name of the module to run."""
     gc.disable()  # while modules are imported there is nothing to collect
     page, facts, fault, arguments = int(argv[0]), int(argv[1]), int(argv[2]), argv[6:]
     # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes it off the path while it imports, and so do we.
@@ -44,14 +44,21 @@ def main(argv):
     gc.enable()
     if placed:
         sys.path.insert(0, os.getcwd())
-    import runpy
-
     sys.argv = [sys.argv[0], *arguments]
     if hasattr(sys, "orig_argv"):  # since Python 3.10
         at = len(sys.orig_argv) - len(argv) - 1
         del sys.orig_argv[at : at + 5]
-    runpy.run_module(argv[5], run_name="__main__", alter_sys=True)
+    return argv[5]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    import runpy
+
+    # As `python -m` does it (runpy._run_module_as_main), in this frame: a cell's stack has as many
+    # frames as without us, of which a cell can see this outermost one in Python 3.12 and 3.13.
+    try:
+        _, spec, code = runpy._get_module_details(main(sys.argv[1:]), runpy._Error)
+    except runpy._Error as error:
+        sys.exit("{}: {}".format(sys.executable, error))
+    sys.argv[0] = spec.origin
+    runpy._run_code(code, globals(), None, "__main__", spec)

@@ -1,8 +1,10 @@
 """Which cell runs, under which file name, and at which statement it is."""
 
 import functools
+import inspect
 import linecache
 import sys
+import weakref
 
 from .attributes import tell_attributes
 from .bodies import Source
@@ -25,11 +27,13 @@ def fit_shell(inside):
     from IPython.core.interactiveshell import InteractiveShell
     from ipykernel.ipkernel import IPythonKernel
 
-    page = inside.page
     run_code = InteractiveShell.run_code
 
+    # Neither function is a coroutine: while a cell runs no frame of ours lies on the stack. Python
+    # 3.12 and 3.13 show it whole to the cell (`stack_info`, `stacklevel`), and each frame counts for
+    # the recursion limit.
     @functools.wraps(run_code)
-    async def run_code_noted(shell, code_obj, result=None, *, async_=False):
+    def run_code_noted(shell, code_obj, result=None, *, async_=False):
         source = source_of(inside, code_obj.co_filename) if inside.in_cell else None
         if source is not None:
             line = line_of(source.line_map, first_line(code_obj))
@@ -38,33 +42,50 @@ def fit_shell(inside):
         elif not inside.in_cell:
             inside.at(first_line(code_obj))
         coroutine = run_code(shell, code_obj, result, async_=async_)
-        inside.coroutine = coroutine
-        try:
-            failed = await coroutine
-        finally:
-            inside.coroutine = None
-        if failed and result is not None and inside.in_cell:
-            tell_failure(inside, result.error_in_exec)
-        return failed
+        inside.running.append(when_done(coroutine, lambda reference: ran(inside, reference, result)))
+        return coroutine
 
     do_execute = IPythonKernel.do_execute
 
     @functools.wraps(do_execute)
-    async def do_execute_noted(kernel, *args, **kwargs):
+    def do_execute_noted(kernel, *args, **kwargs):
         begin(inside, kernel, args[0] if args else kwargs.get("code"))
-        try:
-            return await do_execute(kernel, *args, **kwargs)
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                settle(inside, stream)
-            inside.in_cell = False
-            if not inside.child:
-                page.note_counts()
-                page.finish()
+        coroutine = do_execute(kernel, *args, **kwargs)
+        inside.request = when_done(coroutine, lambda _: finish(inside))
+        return coroutine
 
-    InteractiveShell.run_code = run_code_noted
-    IPythonKernel.do_execute = do_execute_noted
+    mark = getattr(inspect, "markcoroutinefunction", lambda function: function)  # since Python 3.12
+    InteractiveShell.run_code = mark(run_code_noted)
+    IPythonKernel.do_execute = mark(do_execute_noted)
     inside.fitted.append("cells")
+
+
+def when_done(coroutine, call):
+    """A reference to a coroutine; while it is kept, ``call`` is called when the coroutine is done.
+
+    Whoever awaits a coroutine lets go of it as soon as it has returned or raised.
+    """
+    return weakref.ref(coroutine, call)
+
+
+def ran(inside, reference, result):
+    """A statement has run, or raised."""
+    inside.running.remove(reference)
+    error = getattr(result, "error_in_exec", None)
+    if error is not None and inside.in_cell:
+        tell_failure(inside, error)
+
+
+def finish(inside):
+    """A cell has run; its reply has not been sent yet."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            settle(inside, stream)
+    finally:
+        inside.in_cell = False
+        if not inside.child:
+            inside.page.note_counts()
+            inside.page.finish()
 
 
 def source_of(inside, name):

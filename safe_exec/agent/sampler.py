@@ -45,7 +45,8 @@ def sample_forever(inside):
 
 def awaited(inside, cell):
     """The stack of a cell that awaits something: no frame of it is on the main thread then."""
-    rows, thing, depth = [], inside.coroutine, 0
+    rows, depth = [], 0
+    thing = inside.running[-1]() if inside.running else None
     while thing is not None and depth < 30:
         frame = getattr(thing, "cr_frame", None) or getattr(thing, "gi_frame", None) or getattr(thing, "ag_frame", None)
         if frame is not None:
