@@ -37,13 +37,13 @@ def kernel(version: str, package: str) -> Path:
     folder = CACHE / f"{version}-{package.rstrip('.*') or 'latest'}"
     if not folder.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
-        # A virtual environment knows its own place, so it is made there and marked last.
         making = Path(tempfile.mkdtemp(prefix="making-", dir=CACHE))
         python = interpreter(version)
         assert python is not None
         wanted = f"ipykernel=={package}" if package else "ipykernel"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:"]
-        target = ["--target", str(making / "site"), "--python-version", version]
+        # Run by that interpreter: pip asks its own about the versions that dependencies are for.
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+        target = ["--only-binary=:all:", "--target", str(making / "site")]
         try:
             subprocess.run([*pip, *target, wanted], check=True, capture_output=True, text=True)
             making.rename(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import versions
 from tests.releases import __main__ as command
 from tests.releases.rootfs import enter
 from tests.releases.settings import os_release, pip_settings
@@ -75,3 +76,17 @@ def test_a_root_is_entered_in_namespaces_that_end_with_it(tmp_path: Path) -> Non
     assert argv[0] == "unshare" and {"--mount", "--pid", "--kill-child=SIGKILL"} <= set(argv)
     assert argv[-4:] == [str(tmp_path / "root"), str(tmp_path / "cache"), "true", "/wheels"]
     assert (tmp_path / "cache" / "pip").is_dir()
+
+
+def test_the_table_of_versions_keeps_rows_of_other_machines(tmp_path: Path) -> None:
+    document = tmp_path / "platforms.md"
+    document.write_text(f"before\n\n{versions.BEGIN}{versions.END}after\n")
+    old = versions.row("3.9", "6.20.2", "").replace(f"| {versions.RUNNER} ", "| 3.99 ", 1)
+    new = [versions.row("3.10", "7.0.0", ""), versions.row("3.9", "6.31.0", "6.*")]
+    versions.write(document, [old, *new, versions.row("3.10", "7.1.0", "")])
+    versions.write(document, [new[0]])
+    text = document.read_text()
+    assert [line for line in text.splitlines() if versions.TEST in line] == [new[1], new[0], old]
+    assert text.startswith("before\n") and text.endswith("after\n")
+    versions.write(document, [])
+    assert document.read_text() == text

@@ -239,3 +239,11 @@ def test_anything_may_be_written_there(text: str) -> None:
     assert (report is None) == ("Fatal Python error: " not in text)
     main_stack(text, CELLS, 9)
     dumps(text, CELLS, None)
+
+
+def test_frames_of_the_agent_are_left_out_and_those_of_a_users_own_agent_are_not() -> None:
+    rows = (("f", CELL), ("run_code_noted", "/x/safe_exec/agent/cells.py"), ("g", "/x/agent/cells.py"), ("<module>", CELL))
+    text = "Current thread 0x01 (most recent call first):\n"
+    text += "".join(f'  File "{file}", line 3 in {name}\n' for name, file in rows)
+    (thread,) = parse_threads(text, CELLS)
+    assert [frame.function for frame in thread.frames] == ["f", "g", "<module>"]
