@@ -70,8 +70,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     path = config.getoption("--versions-table")
     if path is not None:
         passed = terminalreporter.stats.get("passed", [])
-        rows = [dict(report.user_properties).get(versions.PROPERTY) for report in passed if report.when == "call"]
-        versions.write(path, [row for row in rows if row])
+        lines = [dict(report.user_properties).get(versions.PROPERTY) for report in passed if report.when == "call"]
+        versions.write(path, [line for line in lines if line])
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     found = [dict(report.user_properties).get(PROPERTY) for report in reports if report.when == "call"]
     rows = [Row(**row | {"culprits": tuple(row["culprits"])}) for row in found if row is not None]
