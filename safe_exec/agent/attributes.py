@@ -112,7 +112,7 @@ def surroundings(inside):
         folder = None
     return {
         "cwd": folder,
-        "sys_path": [part[:MOST_PATH] for part in list(sys.path)[:MOST_PATHS] if type(part) is str],
+        "sys_path": [part[:MOST_PATH] for part in [*sys.path[:MOST_PATHS], *_user_site()] if type(part) is str],
         "search": os.environ.get("PATH", "")[: 4 * MOST_TEXT],
         "database": inside.database,
         "dialled": inside.dialled,
@@ -126,3 +126,9 @@ def is_written(inside, name):
             flags = os.O_CREAT if event == "os.mkdir" else args[2]
             return type(flags) is int and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     return None
+
+
+def _user_site():
+    """The user's own packages, where they count: the directory is missing from ``sys.path`` if it is not there."""
+    site = sys.modules.get("site")
+    return [site.USER_SITE] if getattr(site, "ENABLE_USER_SITE", False) else []

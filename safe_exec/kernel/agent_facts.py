@@ -187,7 +187,7 @@ def raised_told(fact: dict[str, Any]) -> RaisedTold:
     return RaisedTold(
         errors=tuple(_raised(row, fact) for row in fact["raised"][:MOST_ERRORS]),
         cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
-        sys_path=tuple(_text(part) for part in fact["sys_path"][:MOST_PATHS]),
+        sys_path=tuple(_text(part) for part in fact["sys_path"][: MOST_PATHS + 1]),
         search=str(fact["search"])[: 8 * LONGEST_TEXT],
     )
 

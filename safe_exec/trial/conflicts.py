@@ -132,6 +132,12 @@ class Sight:
         system, version = f"{platform.machine()}-pc-linux-gnu-library", ".".join(self.r_version.split(".")[:2])
         return (self.env.get("R_LIBS_USER") or f"~/R/{system}/{version}",)
 
+    def shown(self, name: str) -> str:
+        """A name in the kernel's own home as people write it: that directory is another one in each run."""
+        home = self.facts.home
+        is_moved = home is not None and home != self.env.get("HOME")
+        return f"~{name[len(home) :]}" if is_moved and home and name.startswith(f"{home}/") else name
+
     def places(self, name: str) -> Iterator[tuple[str, bool]]:
         """The absolute paths outside that a name may stand for, each with whether the kernel's own home led it elsewhere."""
         if not name or "\0" in name:
@@ -189,7 +195,7 @@ class _Finder:
             for folder, moved in self.sight.places(entry or "."):
                 for end in MODULE_ENDS:
                     path = os.path.join(folder, file + end)
-                    if self._is_hidden(path):
+                    if self._is_hidden(path) or (moved and self.lookup.exists(path)):
                         real = self.lookup.real(path)
                         return _conflict(need, Access.HIDDEN, path=real, allow=self._hidden_ones(folder, path), moved=moved)
         return None
@@ -212,15 +218,17 @@ class _Finder:
         for place, moved in self.sight.places(name):
             conflict = self._refused(need, place, moved=moved)
             if conflict is not None:
-                return conflict
+                return replace(conflict, name=self.sight.shown(conflict.name))
         return None
 
     def _refused(self, need: Need, place: str, *, moved: bool) -> IsolationConflict | None:
         real = self.lookup.real(place)
         access, exists = self.reach.to(real), self.lookup.exists(real)
         readable = exists and need.number != errno.EROFS and not need.writes
-        if readable and self.reach.to(os.path.normpath(place)) is Access.HIDDEN is not access:
-            return _conflict(need, Access.HIDDEN, path=real)  # a link that is hidden itself leads to what is not
+        # A link that is hidden itself leads to what is not; or the kernel looked for it in a home of its own.
+        is_elsewhere = moved or self.reach.to(os.path.normpath(place)) is Access.HIDDEN
+        if readable and access is not Access.HIDDEN and is_elsewhere:
+            return _conflict(need, Access.HIDDEN, path=real, moved=moved)
         if access is Access.OPEN:
             return self._other_users(need, real, access) if exists else None
         if readable and access is Access.HIDDEN and not (need.may_write and self.lookup.is_directory(real)):

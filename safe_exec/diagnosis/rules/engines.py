@@ -22,12 +22,13 @@ REACHED = 0.95
 class Engine:
     """An engine, the words in which it reports its own limit, and what to do.
 
-    A group ``limit`` of the pattern is the limit. ``noun`` is what ran out.
+    A group ``limit`` of the pattern is the limit. ``noun`` is what ran out; ``setting`` the word by which a notebook sets it.
     """
 
     pattern: re.Pattern[str]
     noun: str
     advice: str
+    setting: str = ""
     kind: CauseKind = CauseKind.MEMORY_ERROR
 
 
@@ -41,6 +42,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         pattern=re.compile(r"failed to offload data block.*\([^()]*/(?P<limit>[^()/]+) used\)"),
         noun="DuckDB's own limit for temporary files (max_temp_directory_size)",
+        setting="max_temp_directory_size",
         advice="Raise it with SET max_temp_directory_size = '...', or write less: fewer threads (SET threads), a smaller join or sort.",
         kind=CauseKind.DISK_FULL,
     ),
@@ -51,6 +53,7 @@ ENGINES: tuple[Engine, ...] = (
             r"|could not free up enough memory for the new limit"
         ),
         noun="DuckDB's own memory_limit",
+        setting="memory_limit",
         advice=(
             "Raise it with SET memory_limit = '...' (below --memory), give it a directory to spill to (SET temp_directory = '...'), or have it"
             " use less (SET threads = 1)."
@@ -60,6 +63,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         pattern=re.compile(r"exceeded the out-of-core disk budget"),
         noun="the disk budget of polars (POLARS_OOC_DISK_BUDGET_MB)",
+        setting="POLARS_OOC_DISK_BUDGET_MB",
         advice="Raise POLARS_OOC_DISK_BUDGET_MB before polars is imported, or give the query less to do.",
         kind=CauseKind.DISK_FULL,
     ),
@@ -77,6 +81,7 @@ ENGINES: tuple[Engine, ...] = (
             r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far: [\d,]+ bytes, limit set to: (?P<limit>[\d,]+ bytes)\)"
         ),
         noun="CuPy's own memory limit",
+        setting="set_limit",
         advice="Raise it with set_limit() of the memory pool or CUPY_GPU_MEMORY_LIMIT, or free blocks of the pool (free_all_blocks()).",
     ),
     Engine(
@@ -118,12 +123,14 @@ ENGINES: tuple[Engine, ...] = (
             r"is bigger than (?:local maxResultSize|spark\.driver\.maxResultSize)(?: \(?(?P<limit>[\d.]+ [KMGT]iB)\)?)?"
         ),
         noun="Spark's own limit of a result (spark.driver.maxResultSize)",
+        setting="maxResultSize",
         advice="Collect less at once, or raise spark.driver.maxResultSize before the session starts.",
     ),
     # R: src/main/memory.c, R_MaxVSize.
     Engine(
         pattern=re.compile(r"vector memory (?:exhausted|limit of (?P<limit>[\d.]+ [KMGT]b) reached)"),
         noun="R's own limit for vectors",
+        setting="mem.maxVSize",
         advice="Raise it with mem.maxVSize(), or R_MAX_VSIZE in the environment of the kernel; or hold less at once.",
     ),
     # DataFusion, and Lance and others on it: datafusion/execution/src/memory_pool.
@@ -138,22 +145,27 @@ ENGINES: tuple[Engine, ...] = (
             r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: (?P<limit>[\d.]+ [KMGT]?i?B)", re.DOTALL
         ),
         noun="ClickHouse's own memory limit",
+        setting="max_memory_usage",
         advice="Raise max_memory_usage (or max_server_memory_usage), below --memory.",
     ),
     # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker later.
     Engine(
         pattern=re.compile(r"exceeded \d+% memory budget"),
         noun="the memory limit of a Dask worker",
+        setting="memory_limit",
         advice="Raise memory_limit of the workers, or have fewer of them; all together must stay below --memory.",
     ),
     # Ray: src/ray/common/memory_monitor.
     Engine(
         pattern=re.compile(r"due to the node running low on memory|memory usage threshold"),
         noun="the memory threshold of Ray",
+        setting="RAY_memory_usage_threshold",
         advice="Raise RAY_memory_usage_threshold, or run fewer tasks at a time (num_cpus of a task).",
     ),
 )
 
+SETTING = "set by"
+"""The fact that names the setting: the cell in which it stands is the one to read first."""
 POLARS_ABORTS = re.compile(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
 """What polars writes to stderr before it aborts the process (crates/polars-ooc, global_alloc)."""
 
@@ -178,7 +190,9 @@ def _cause(context: Context, engine: Engine, words: re.Match[str], source: str) 
     limit = words.groupdict().get("limit")
     summary = f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a limit of its own, not one of this run"
     quoted = " ".join(words[0].split())
-    facts = (inside("raised" if source == "the cell's error" else "printed", quoted[:300], source), *_own_figures(context))
+    said = inside("raised" if source == "the cell's error" else "printed", quoted[:300], source)
+    setting = (inside(SETTING, engine.setting, "the word by which a notebook sets this limit"),) if engine.setting else ()
+    facts = (said, *_own_figures(context), *setting)
     return make(context, engine.kind, summary, _confidence(context), facts, engine.advice)
 
 
@@ -216,4 +230,5 @@ def aborted(context: Context) -> Cause | None:
         "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
     )
     facts = (*exit_facts(evidence), inside("last message", words[0], "stderr of the kernel process"), *_own_figures(context))
+    facts = (*facts, inside(SETTING, "POLARS_OOMKILL_THRESHOLD", "the word by which a notebook sets this limit"))
     return make(context, CauseKind.ABORT, summary, Confidence.CERTAIN, facts, advice)

@@ -173,6 +173,8 @@ def _of_paths(conflict: IsolationConflict) -> str:
     options = " ".join(f"{'--writable' if conflict.writes else '--show'} {shlex.quote(path)}" for path in conflict.allow)
     if conflict.writes:
         return f"Allow it with {options}, or write into the notebook's folder." if options else WRITE_HERE
+    if not options and conflict.moved:
+        return f"The notebook's home is another directory here: give it the full path, {conflict.path}, which it can reach."
     if not options:
         return f"Use its path without links, which the notebook can reach: {conflict.path}."
     if conflict.moved:

@@ -67,7 +67,7 @@ class Failure:
         """Whether a trial with this cause in this cell failed the same way."""
         if cause is None or (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
             return False
-        if self.kind is CauseKind.EXCEPTION and _raised(cause) != self.error:
+        if self.kind in (CauseKind.EXCEPTION, CauseKind.ISOLATION) and _raised(cause) != self.error:
             return False
         return self.moves or cell == self.cell
 

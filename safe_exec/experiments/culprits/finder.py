@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from safe_exec.diagnosis.rules.engines import SETTING
 from safe_exec.experiments.culprits import reproduction
 from safe_exec.experiments.culprits.minimizer import search
 from safe_exec.experiments.culprits.oracle import Oracle
@@ -254,6 +255,7 @@ class Investigation:
             records=self.records,
             memory_limit=memory,
             crash=self.crash,
+            setting=next((str(f.value) for f in self.given.verdict.cause.evidence if f.fact == SETTING), ""),
         )
         cells = culprits_of(found)
         return Culprits(

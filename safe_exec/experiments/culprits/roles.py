@@ -24,7 +24,8 @@ LINE_LENGTH = 200
 class Found:
     """The result of a search in the cells' own indexes: the set, and those of it that only trials showed to be needed.
 
-    ``order`` are the indexes of all cells that ``dependencies`` counts from 0, in its order.
+    ``order`` are the indexes of all cells that ``dependencies`` counts from 0, in its order. ``setting`` is the word by which a notebook
+    sets the limit that was reached, where that is an engine's own.
     """
 
     cells: tuple[int, ...]
@@ -35,6 +36,7 @@ class Found:
     records: Mapping[int, CellRecord]
     memory_limit: int | None
     crash: CrashCell
+    setting: str = ""
 
 
 def culprits_of(found: Found) -> tuple[Culprit, ...]:
@@ -58,6 +60,10 @@ def _culprit(found: Found, index: int) -> Culprit:
 def _role(found: Found, index: int) -> tuple[Role, str]:
     if index == found.crash.index:
         return Role.CRASH, "running when it happened"
+    return (Role.TRIGGER, f"sets {found.setting}") if _sets(found, index) else _role_of_others(found, index)
+
+
+def _role_of_others(found: Found, index: int) -> tuple[Role, str]:
     kept = kept_by(found, index)
     if kept is not None:
         return Role.ACCUMULATOR, f"+{format_size(kept)} kept"
@@ -69,6 +75,11 @@ def _role(found: Found, index: int) -> tuple[Role, str]:
     if _suspicion(found, index) >= RISKY:
         return Role.TRIGGER, _unseen(found, index)
     return Role.SETUP, "must run before; why is not visible"
+
+
+def _sets(found: Found, index: int) -> bool:
+    """Whether a cell sets the limit that was reached."""
+    return bool(found.setting) and found.setting in found.sources[index]
 
 
 def kept_by(found: Found, index: int) -> int | None:
@@ -118,8 +129,12 @@ def _taken(dependencies: Dependencies, position: int, at: int, culprits: frozens
 def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) -> int:
     """The index of the cell to read first. ``growth`` is by how much the crash cell itself grew, in bytes, where that is known.
 
-    What set it off, else what kept more than the crash cell asked for, else the cell whose code ran innermost, else the crash cell.
+    The cell that set an engine's own limit, else what set it off, else what kept more than the crash
+    cell asked for, else the cell whose code ran innermost, else the crash cell.
     """
+    setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(found, c.index)]
+    if setters:
+        return setters[-1]
     triggers = [c.index for c in culprits if c.role is Role.TRIGGER]
     if triggers:
         return triggers[-1]

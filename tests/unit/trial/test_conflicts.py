@@ -193,6 +193,15 @@ def test_the_kernels_home_is_not_the_users() -> None:
     assert find(P, "/run/se/home/data/d.csv", LANDLOCK).moved
     assert find(P, "~/data/d.csv", LANDLOCK).moved
     assert not find(P, "/home/me/data/d.csv", LANDLOCK).moved
+    assert find(P, "/run/se/home/data/d.csv", LANDLOCK).name == "~/data/d.csv"
+
+
+def test_what_is_shown_is_not_in_the_kernels_own_home() -> None:
+    shown = dataclasses.replace(LANDLOCK, readable=("/home/me/data",))
+    conflict = find(P, "/run/se/home/data/d.csv", shown)
+    assert (conflict.path, conflict.allow, conflict.moved) == ("/home/me/data/d.csv", (), True)
+    assert find(P, "/home/me/data/d.csv", shown) is None
+    assert find(NeedKind.MODULE, "mymod", shown, sys_path=("/run/se/home/repo/src",)).moved
 
 
 def test_a_user_that_owns_nothing() -> None:

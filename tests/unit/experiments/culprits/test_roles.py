@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -34,6 +34,7 @@ class Notebook:
     markdown: int = 0
     stack: tuple[int | None, ...] = ()
     """Of each frame the code cell, innermost first."""
+    setting: str = ""
 
     @property
     def of(self) -> Found:
@@ -52,6 +53,7 @@ class Notebook:
             },
             memory_limit=self.limit,
             crash=make_crash(index=order[-1], stack=frames),
+            setting=self.setting,
         )
 
 
@@ -246,3 +248,13 @@ def test_which_to_read_first(name: str) -> None:
 )
 def test_the_first_line_that_says_something(source: str, line: str | None) -> None:
     assert first_line(source) == line
+
+
+def test_the_cell_that_sets_an_engines_own_limit_is_read_first() -> None:
+    sources = ("con = connect()", "con.run('SET memory_limit = 1')", "con.run('CREATE TABLE t')", "con.run('SELECT 1')")
+    notebook = Notebook(sources=sources, culprits=(0, 1, 2, 3), setting="memory_limit")
+    culprits = culprits_of(notebook.of)
+    assert (culprits[1].role, culprits[1].note) == (Role.TRIGGER, "sets memory_limit")
+    assert look_first(notebook.of, culprits, None) == 1
+    without = replace(notebook, setting="")
+    assert look_first(without.of, culprits_of(without.of), None) != 1
