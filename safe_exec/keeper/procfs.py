@@ -41,6 +41,41 @@ def stat(pid: int, task: int | None = None) -> Stat | None:
     return Stat(int(head.split(" ", 1)[0]), rest[0], int(rest[1]), cpu, int(rest[17]), int(rest[19]))
 
 
+def age(process: Stat) -> float:
+    """Seconds since a process was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / TICKS
+
+
+def exit_status(pid: int) -> int | None:
+    """The raw wait status of a zombie; ``None`` when it is gone. The last field of its stat line reads 0 without the right to trace it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as handle:
+            return int(handle.read().rpartition(b")")[2].split()[49])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def children(pid: int) -> list[int]:
+    """The children of all threads of a process (Linux 4.2 with CONFIG_PROC_CHILDREN); empty where the system does not say."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", "rb") as handle:
+                found += map(int, handle.read().split())
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def voluntary_switches(pid: int) -> int | None:
+    """How often the main thread of a process has gone to rest by itself."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/status", "rb") as handle:
+            return next(int(line.split()[1]) for line in handle if line.startswith(b"voluntary_ctxt_switches:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
 def status_bytes(pid: int, key: str) -> int | None:
     """A ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes; ``None`` when it cannot be read."""
     try:

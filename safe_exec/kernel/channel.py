@@ -36,13 +36,17 @@ class Refused(ValueError):  # noqa: N818 - says what happened
 
 
 class Channel:
-    """One channel of a kernel. ``on_oversize`` is called with the size of what was too large to be taken in."""
+    """One channel of a kernel.
+
+    ``on_oversize`` is called with the size of what was too large to be taken in, ``overheard`` with each message, whoever it is for.
+    """
 
     def __init__(self, session: Any, connection: Connection) -> None:
         self.session = session
         self.refused = 0
         self.first_refused = ""
         self.on_oversize: Callable[[int], None] = lambda _size: None
+        self.overheard: Callable[[dict[str, Any]], None] = lambda _message: None
         self._connection = connection
         self._arrived = asyncio.Event()
         self._back: list[dict[str, Any]] = []
@@ -64,6 +68,7 @@ class Channel:
                 continue
             message = self._message(received)
             if message is not None:
+                self.overheard(message)
                 return message
 
     async def _arrival(self, deadline: float | None) -> None:

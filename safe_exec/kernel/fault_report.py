@@ -66,6 +66,12 @@ def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...
     return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
 
 
+def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
+    """The frames of all threads in a dump but the main one, each once where there are several dumps."""
+    stacks = {t.ident: t.frames for t in parse_threads(text, cells) if t.ident != main and t.frames}
+    return tuple(stacks.values())
+
+
 def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
     """The main thread's frames in each of several dumps, as they came."""
     return tuple(t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames)

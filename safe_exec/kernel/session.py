@@ -26,10 +26,11 @@ from safe_exec.kernel import fault_report
 from safe_exec.kernel.activity import Subject
 from safe_exec.kernel.agent_facts import Told
 from safe_exec.kernel.channel import Channel
+from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
 from safe_exec.kernel.provisioner import SandboxProvisioner
-from safe_exec.kernel.shared_page import Note
+from safe_exec.kernel.shared_page import Note, Text
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Limits, Wall
@@ -80,6 +81,7 @@ class KernelSession:
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
         self.told = Told()
+        self.history = ChildHistory()
         self.died = asyncio.Event()
         self.died_at: float | None = None
         self.directory: Path | None = None
@@ -220,6 +222,7 @@ class KernelSession:
         kc.allow_stdin = False
         await self._open_channels(kc, deadline)
         kc.iopub_channel.on_oversize = client.cut_display
+        kc.iopub_channel.overheard = client.overhear
         client.kc = kc
         while deadline is None or time.monotonic() < deadline:
             info = await self._ask(kc)
@@ -320,6 +323,12 @@ class KernelSession:
         page = self.provisioner.channels.page if self.provisioner and self.provisioner.channels else None
         return self.told.residue(page.unread if page is not None else lambda _name: 0)
 
+    def unsent_text(self, number: int) -> str:
+        """What the kernel's own record has of a cell's stderr, sent or not: text of a thread may wait there for the next flush."""
+        page = self.provisioner.channels.page if self.fitted and self.provisioner and self.provisioner.channels else None
+        records = page.journal(number) if page is not None and number else ()
+        return "".join(record.text for record in records if isinstance(record, Text) and record.stream == "stderr")
+
     def malformed(self) -> tuple[int, str]:
         """How many messages were none or had to be mended, and what was wrong with the first."""
         client = self.client
@@ -354,16 +363,20 @@ class KernelSession:
         page = self.provisioner.channels.page if self.fitted and self.provisioner and self.provisioner.channels else None
         already = len(sandbox.fault_text)
 
-        def dumped() -> tuple[Frame, ...]:
+        def dumped() -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
             fresh = sandbox.fault_text[already:]
-            return fault_report.main_stack(fresh, self.told.code, self.told.hello.get("main"))
+            cells, main = self.told.code, self.told.hello.get("main")
+            return fault_report.main_stack(fresh, cells, main), fault_report.other_stacks(fresh, cells, main)
 
         return Subject(
             pid=self.pid,
+            keeper=sandbox.keeper_pid or 0,
             page=page,
             number=number,
             dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL))) if self.told.hello else None,
             dumped=dumped,
+            ended=self.history.ended,
+            known=self.history.known,
             frames=self.told.frames,
         )
 
@@ -420,6 +433,11 @@ class KernelSession:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
         return self.died.is_set()
+
+    def note_children(self) -> None:
+        """Note which children the kernel has, for the case that one of them is gone when its time is up."""
+        if self.pid is not None:
+            self.history.note(self.pid)
 
     def look_for_peers(self) -> None:
         """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""

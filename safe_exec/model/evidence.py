@@ -68,6 +68,69 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObservedProcess:
+    """A process of the sandbox beside the kernel, as /proc showed it when the kernel's time was up.
+
+    ``pid`` and ``parent`` are ids outside, ``local_pid`` is the one that the notebook knows. ``command`` is shortened and has no secrets in it.
+    ``state`` is the scheduler's (``S``, ``T``, ``Z``, ...), ``cpu_share`` processor seconds per second, ``age`` seconds since its start.
+    ``syscall`` is the call in which its main thread was blocked the whole time, ``targets`` what the descriptors lead to that it waits for there
+    (empty: it waits for time to pass; ``None``: for none, or that is not known), ``private_wait`` whether it waits without an end for a thread
+    of its own process, ``awaited`` the child that it waits for, by local id. ``reads`` and ``writes`` are the pipes of which it holds that end;
+    ``full_pipe`` is the one into which a thread of it could not write, with ``pipe_bytes`` in it. ``forked``: it runs the kernel's own program,
+    without an execution of another one. ``adopted``: its parent ended before it. ``exit`` is the status of a zombie, which its parent has not
+    read yet.
+    """
+
+    pid: int
+    local_pid: int
+    parent: int
+    command: str
+    state: str
+    cpu_share: float | None = None
+    age: float = 0.0
+    threads: int = 1
+    syscall: str | None = None
+    targets: tuple[str, ...] | None = None
+    private_wait: bool = False
+    awaited: int | None = None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    full_pipe: str | None = None
+    pipe_bytes: int | None = None
+    forked: bool = False
+    adopted: bool = False
+    exit: ExitStatus | None = None
+    reads_terminal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedChild:
+    """A child of the kernel, or one of theirs, that was seen alive while the cell ran and has ended since; ``forked`` as above.
+
+    ``exit`` is ``None`` where its parent has read the status: only a process that the keeper had adopted tells it.
+    """
+
+    local_pid: int
+    command: str
+    forked: bool = False
+    exit: ExitStatus | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedLock:
+    """A lock on a file, and who holds it. ``kind``: flock, fcntl, sqlite, or lock file for one that is only tried for again and again.
+
+    ``holder`` is a process by its local id, ``None`` where it cannot be told; ``own`` whether that is the kernel itself.
+    """
+
+    path: str
+    kind: str
+    holder: int | None = None
+    command: str | None = None
+    own: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Looked:
     """What the kernel was seen to do in a short window before a timeout was acted on.
 
@@ -77,7 +140,9 @@ class Looked:
     ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
     starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
     ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
-    kernel process, ``fitted`` whether code of ours runs in the
+    kernel process, ``targets``, ``awaited``, ``reads`` and ``writes`` are those of the kernel, as in ``ObservedProcess``; ``switches`` is how often
+    per second its main thread went to rest, ``threads`` are the stacks of its other threads, ``processes`` the other processes of the sandbox,
+    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``fitted`` whether code of ours runs in the
     kernel: elsewhere the main thread need not be the one that runs cells.
     """
 
@@ -95,6 +160,15 @@ class Looked:
     starved: bool | None = None
     reads_terminal: bool | None = None
     ignores_interrupt: bool | None = None
+    targets: tuple[str, ...] | None = None
+    awaited: int | None = None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    switches: float | None = None
+    threads: tuple[tuple[Frame, ...], ...] = ()
+    processes: tuple[ObservedProcess, ...] = ()
+    ended: tuple[EndedChild, ...] = ()
+    lock: ObservedLock | None = None
     fitted: bool = True
 
 
@@ -228,8 +302,9 @@ class Evidence:
 
     Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
     the exceptions that it came from), ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end
-    of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order)
-    and the Python stacks, which the kernel process says of itself; of
+    of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order),
+    ``printed`` (text in the output of a cell, with the cell's index, that begins with the last traceback
+    of a thread or a worker) and the Python stacks, which the kernel process says of itself; of
     ``conflicts`` the names. ``volumes`` are as the last cell left them, or lower. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
@@ -277,6 +352,7 @@ class Evidence:
     executed: str | None = None
     cell_active: bool | None = None
     last_words: str = ""
+    printed: tuple[int, str] | None = None
     isolation: IsolationFacts | None = None
     raised: tuple[Raised, ...] = ()
     conflicts: tuple[IsolationConflict, ...] = ()

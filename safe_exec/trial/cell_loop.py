@@ -13,6 +13,7 @@ from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CellStatus
 from safe_exec.sandbox.usage.meter import Reading
 from safe_exec.trial.errors import error_of
+from safe_exec.trial.printed import printed_traceback
 from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class CellLoop:
         limits = self.request.cell_limits(cell)
         client.begin_cell(limits.cell_output)
         self._begin(index, cell)
+        self.session.history.begin_cell()
         if self.session.died.is_set():
             await self._stop_for_death(index)
         execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
@@ -127,6 +129,11 @@ class CellLoop:
         subject = self.session.subject(self.state.number(index))
         if subject is not None and not self.session.died.is_set():
             self.state.looked = await look(subject)
+            # An interrupt has workers and threads print tracebacks that say nothing about the hang.
+            cells = enumerate(self.request.node.cells[: index + 1])
+            late = dict(self.session.client.late) if self.session.client else {}
+            late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
+            self.state.printed = printed_traceback(cells, late)
 
     async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool | None:
         """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""

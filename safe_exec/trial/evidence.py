@@ -93,6 +93,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         executed=session.told.executed,
         cell_active=state.cell_active,
         last_words=_recent_text(state)[-4000:],
+        printed=state.printed,
         isolation=session.sandbox.isolation if session.sandbox else None,
         raised=raised.errors if raised else (),
         conflicts=isolation_conflicts(state, ending, place),

@@ -45,6 +45,7 @@ class Sampler:
             looks += 1
             if looks % PEERS_EVERY == 0:
                 session.look_for_peers()
+                session.note_children()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:

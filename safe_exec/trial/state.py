@@ -38,6 +38,7 @@ class TrialState:
         self.current: int | None = None
         self.limit: tuple[LimitName, int | None] | None = None
         self.looked: Looked | None = None
+        self.printed: tuple[int, str] | None = None
         self.open_files: int | None = None
         self.cell_active: bool | None = None
         self.loop: asyncio.AbstractEventLoop | None = None

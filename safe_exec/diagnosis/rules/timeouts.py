@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.rules import hangs, waiting
 from safe_exec.model.ending import Died, TerminationReason, TimedOut
 from safe_exec.model.evidence import Looked
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
@@ -35,7 +36,6 @@ SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimed
 LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
 MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
-FILES_OF_CHILDREN = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "pty_spawn.py", "script.py")
 SEARCHED_FRAMES = 8
 
 
@@ -93,14 +93,16 @@ def _awaiting(awaiting: str) -> Activity:
 def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
     files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:SEARCHED_FRAMES]]
     call = looked.syscall
-    if not looked.fitted and (call in MULTIPLEXERS or call in LOCKS):
+    # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
+    if waiting.waits_for_processes(looked):
+        return Activity.WAITING_CHILD
+    if waiting.awaited_lock(looked) is not None or waiting.polls_for_file_lock(looked):
+        return Activity.WAITING_LOCK
+    if not looked.fitted and ((call in MULTIPLEXERS and looked.targets != ()) or call in ("futex", "futex_waitv")):
         # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
         return Activity.WAITING_CHILD if (looked.children_cpu_share or 0.0) >= BUSY else None
-    # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
-    if call in ("wait4", "waitid") or (looked.children and any(f in FILES_OF_CHILDREN for f in files)):
-        return Activity.WAITING_CHILD
-    if call in SLEEPS:
-        return Activity.SLEEPING
+    if call in SLEEPS or (call in MULTIPLEXERS and looked.targets == ()):
+        return Activity.WAITING_LOCK if any("joblib/" in (frame.file or "") for frame in looked.stack[:2]) else Activity.SLEEPING
     if call in LOCKS:
         return Activity.WAITING_LOCK
     if call in MULTIPLEXERS and looked.stack and looked.stack[0].function == "sleep":
@@ -112,25 +114,13 @@ def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return f
     return None
 
 
-DOING = {
-    Activity.PYTHON_LOOP: "it was running Python code, a loop most likely",
-    Activity.NATIVE_CODE: "it was computing in native code",
-    Activity.SLEEPING: "it was sleeping",
-    Activity.WAITING_IO: "it was waiting for input or output (a socket, a pipe, a file)",
-    Activity.WAITING_LOCK: "it was waiting for a lock, a queue or a thread",
-    Activity.WAITING_CHILD: "it was waiting for a child process",
-    Activity.STOPPED: "the process was stopped (SIGSTOP)",
-}
-
-
-COMPUTING = "it was computing"
-"""What can be said of a kernel in which no code of ours runs."""
-
-
 def _facts(context: Context) -> tuple[Fact, ...]:
     ending, looked = context.ending, context.evidence.looked
     assert isinstance(ending, TimedOut)
-    facts = [outside("wall time allowed", ending.allowed, "limits of this run")]
+    facts = [
+        outside("wall time allowed", ending.allowed, "limits of this run"),
+        *hangs.waiting_facts(context, activity_of(looked) if looked else None),
+    ]
     if looked is not None:
         facts += [
             outside("process state", looked.state, "/proc/PID/stat"),
@@ -215,13 +205,12 @@ def timed_out(context: Context) -> Cause | None:
         return None
     looked = context.evidence.looked
     activity = activity_of(looked) if looked else None
-    fitted = looked is None or looked.fitted
-    doing = f"; {DOING[activity] if fitted or activity is not Activity.NATIVE_CODE else COMPUTING}" if activity else ""
+    doing = f"; {hangs.doing_text(context, activity)}" if activity else ""
     whole = "the notebook" if ending.whole else context.human(ending.cell)
     summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole else "--cell-timeout"
-    advice = ADVICE.get(activity if fitted or activity is not Activity.NATIVE_CODE else Activity.PYTHON_LOOP, "")
+    advice = hangs.advice_text(context, activity)
     return _timed(context, kind, summary, Confidence.CERTAIN, f"{advice} If it only needs longer: {option}.".strip())
 
 
@@ -233,17 +222,6 @@ def _resistance(context: Context, activity: Activity | None) -> str:
     if looked is not None and looked.ignores_interrupt and activity is not Activity.WAITING_CHILD:
         return "; it ignores interrupts (SIGINT)"
     return "; an interrupt did not end it"
-
-
-ADVICE: dict[Activity | None, str] = {
-    Activity.PYTHON_LOOP: "Check the condition that should end the loop.",
-    Activity.NATIVE_CODE: "The line shown calls into native code that does not come back; give it less to do.",
-    Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
-    Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
-    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check the threads started before.",
-    Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
-    Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
-}
 
 
 def cpu_time(context: Context) -> Cause | None:

@@ -95,7 +95,7 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
     ("Queue.get", seen(THREADING, "get@/usr/lib/python3.11/queue.py", syscall="futex"), A.WAITING_LOCK),
     ("Thread.join", seen("_wait_for_tstate_lock@/usr/lib/python3.11/threading.py", syscall="futex"), A.WAITING_LOCK),
     ("Future.result", seen(THREADING, "result@/usr/lib/python3.11/concurrent/futures/_base.py", syscall="futex"), A.WAITING_LOCK),
-    ("Pool.map", seen(THREADING, f"get@{MULTI}/pool.py", syscall="futex", children=2), A.WAITING_LOCK),
+    ("Pool.map", seen(THREADING, f"get@{MULTI}/pool.py", syscall="futex", children=2), A.WAITING_CHILD),
     ("a lock where calls cannot be read", seen(THREADING), A.WAITING_LOCK),
     ("asyncio.Event", awaits("locks.wait"), A.WAITING_LOCK),
     ("asyncio.Lock", awaits("locks.acquire"), A.WAITING_LOCK),

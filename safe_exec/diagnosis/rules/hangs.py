@@ -1,0 +1,134 @@
+"""What a kernel did when its time was up, in words: who or what it waited for, what helps. Pure; imports waiting, context, model."""
+
+from __future__ import annotations
+
+from safe_exec.diagnosis.context import Context, inside, outside
+from safe_exec.diagnosis.rules import waiting, waiting_text
+from safe_exec.model.evidence import Looked
+from safe_exec.model.verdict import Activity, Fact
+
+DOING = {
+    Activity.PYTHON_LOOP: "it was running Python code, a loop most likely",
+    Activity.NATIVE_CODE: "it was computing in native code",
+    Activity.SLEEPING: "it was sleeping",
+    Activity.WAITING_IO: "it was waiting for input or output (a socket, a pipe, a file)",
+    Activity.WAITING_LOCK: "it was waiting for a lock, a queue or a thread",
+    Activity.WAITING_CHILD: "it was waiting for a child process",
+    Activity.STOPPED: "the process was stopped (SIGSTOP)",
+}
+
+
+BUSY_ACTIVITIES = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE, Activity.STOPPED)
+"""Those in which nothing is waited for."""
+
+COMPUTING = "it was computing"
+"""What can be said of a kernel in which no code of ours runs."""
+
+ADVICE: dict[Activity | None, str] = {
+    Activity.PYTHON_LOOP: "Check the condition that should end the loop.",
+    Activity.NATIVE_CODE: "The line shown calls into native code that does not come back; give it less to do.",
+    Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
+    Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
+    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check the threads started before.",
+    Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
+    Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
+}
+
+
+def doing_text(context: Context, activity: Activity) -> str:
+    """``it was waiting for the child process ...``: the activity with what is known of it."""
+    looked = context.evidence.looked
+    if activity is Activity.NATIVE_CODE and looked is not None and not looked.fitted:
+        return COMPUTING
+    if looked is None or activity in BUSY_ACTIVITIES:
+        return DOING[activity]
+    return _lock_text(looked, activity) or _child_text(context, looked, activity)
+
+
+def _lock_text(looked: Looked, activity: Activity) -> str:
+    """What is waited for where it is no process; empty where it is one, or something else."""
+    if (lock := waiting.awaited_lock(looked)) is not None:
+        return f"it was waiting for {waiting_text.lock_text(lock)}"
+    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(looked):
+        return "it was trying for the lock on a file again and again"
+    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(looked):
+        return "it was reading a pipe whose other end nobody but the notebook itself holds"
+    return ""
+
+
+def _child_text(context: Context, looked: Looked, activity: Activity) -> str:
+    if activity is Activity.WAITING_CHILD:
+        whom = waiting_text.waited_for(looked)
+        return (f"it was waiting for {whom}" if whom else DOING[activity]) + _failure_text(context)
+    stuck = waiting.stuck_child(looked)
+    beside = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
+    return DOING[activity] + beside + (_failure_text(context) if activity is Activity.WAITING_LOCK else "")
+
+
+def _failure_text(context: Context) -> str:
+    failure = _printed_failure(context)
+    if failure is None:
+        return ""
+    where, traceback = failure
+    name = f"the thread {traceback.owner}" if traceback.thread else f"the worker {traceback.owner}"
+    return f"; {name} had failed before ({traceback.error}, in the output of {context.human(where)})"
+
+
+def advice_text(context: Context, activity: Activity | None) -> str:
+    """What helps against that activity; empty where nothing is known."""
+    looked = context.evidence.looked
+    if activity is Activity.NATIVE_CODE and looked is not None and not looked.fitted:
+        return ADVICE[Activity.PYTHON_LOOP]
+    if looked is None or activity in (None, *BUSY_ACTIVITIES):
+        return ADVICE.get(activity, "")
+    return _lock_advice(looked, activity) or _child_advice(context, looked, activity)
+
+
+def _lock_advice(looked: Looked, activity: Activity | None) -> str:
+    if (lock := waiting.awaited_lock(looked)) is not None:
+        return waiting_text.lock_advice(lock)
+    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(looked):
+        return "Find out who holds the lock; a file that is a lock by being there may be left over: remove it. Take the lock with a timeout."
+    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(looked):
+        return "Close the end that is written to (os.close) when all is written, in the notebook too: only then a reader sees the end."
+    return ""
+
+
+def _child_advice(context: Context, looked: Looked, activity: Activity | None) -> str:
+    stuck = waiting.stuck_child(looked)
+    failure = _printed_failure(context)
+    if failure is not None and stuck is None and activity in (Activity.WAITING_CHILD, Activity.WAITING_LOCK):
+        return waiting_text.traceback_advice(failure[1])
+    if activity is Activity.WAITING_CHILD or stuck is not None:
+        return waiting_text.advice(looked, python=context.is_python)
+    return ADVICE.get(activity, "")
+
+
+def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
+    """Who is waited for: what a reader has to know first."""
+    looked = context.evidence.looked
+    if looked is None or activity in BUSY_ACTIVITIES:
+        return []
+    facts = []
+    lock = waiting.awaited_lock(looked)
+    blocker = waiting.find_blocker(looked) if activity is Activity.WAITING_CHILD else waiting.stuck_child(looked)
+    if blocker is not None:
+        name = "background process" if blocker.process.adopted else "child process"
+        facts.append(outside(name, waiting_text.fact_text(blocker), "/proc of that process"))
+    if lock is not None:
+        facts.append(outside("file lock", lock.path, "/proc/locks"))
+        facts.append(outside("lock held by", waiting_text.holder_text(lock), "/proc/locks"))
+    if looked.ended and activity is Activity.WAITING_CHILD:
+        facts.append(outside("child processes that ended", len(looked.ended), "/proc, while the cell ran"))
+    if (failure := _printed_failure(context)) is not None:
+        where, traceback = failure
+        name = "thread with an error" if traceback.thread else "process with an error"
+        facts.append(inside(name, f"{traceback.owner}: {traceback.error}", f"output of {context.human(where)}"))
+    return facts
+
+
+def _printed_failure(context: Context) -> tuple[int, waiting_text.Traceback] | None:
+    """The last traceback that a thread or a worker had printed, and into which cell."""
+    index, text = context.evidence.printed or (0, "")
+    traceback = waiting_text.printed_traceback(text)
+    return None if traceback is None else (index, traceback)

@@ -1,0 +1,287 @@
+"""What a kernel waits for when it waits for other processes or for the lock on a file: which one, why that does not end, and what helps.
+
+Pure; imports context and model. Everything is judged by what /proc said of the processes. Python stacks, which are the kernel's word, only tell
+that a pool or an executor of processes is waited for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+
+from safe_exec.model.evidence import Frame, Looked, ObservedLock, ObservedProcess
+from safe_exec.records import dataclass
+
+AT_WORK = 0.5
+"""Processor seconds per second, from which a process computes."""
+SEARCHED_FRAMES = 16
+NEW_WORKER_SECONDS = 0.5
+"""A pool starts its workers at once: one that is younger than the others by this replaced one that is gone."""
+
+SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
+READS = ("read", "readv", "recvfrom", "recvmsg")
+WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
+WAITS = ("wait4", "waitid")
+MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
+
+FILES_OF_CHILDREN = (
+    "subprocess.py",
+    "popen_fork.py",
+    "popen_spawn_posix.py",
+    "popen_forkserver.py",
+    "popen_loky_posix.py",
+    "pty_spawn.py",
+    "core/magics/script.py",
+)
+FILES_OF_POOLS = (
+    "multiprocessing/pool.py",
+    "multiprocessing/queues.py",
+    "multiprocessing/connection.py",
+    "multiprocessing/managers.py",
+    "multiprocessing/process.py",
+    "futures/process.py",
+    "joblib/parallel.py",
+    "loky/process_executor.py",
+    "loky/_base.py",
+)
+"""Python's and joblib's code for pools and executors of processes, and their queues."""
+FILES_OF_EXECUTORS = ("futures/process.py", "loky/process_executor.py")
+FILES_OF_FILE_LOCKS = ("filelock/", "portalocker/", "fasteners/", "lockfile/", "zc/lockfile/", "oslo_concurrency/")
+"""Packages that try for the lock on a file again and again, sleeping in between."""
+
+_HELPER = re.compile(r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)|loky\.backend\.resource_tracker")
+"""Processes that Python starts beside the workers: they are always at rest."""
+_WORKER = re.compile(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_posix")
+
+
+class Blockage(StrEnum):
+    """Why a process does not end."""
+
+    STOPPED = "stopped"
+    FULL_PIPE = "full_pipe"
+    LOST_LOCK = "lost_lock"
+    FILE_LOCK = "file_lock"
+    INPUT = "input"
+    TERMINAL = "terminal"
+    HOLDS_OUTPUT = "holds_output"
+    ENDED = "ended"
+    COMPUTES = "computes"
+    SLEEPS = "sleeps"
+    IDLE = "idle"
+    CHILD = "child"
+    OTHER = "other"
+
+
+STUCK = (Blockage.STOPPED, Blockage.FULL_PIPE, Blockage.LOST_LOCK, Blockage.FILE_LOCK, Blockage.INPUT, Blockage.TERMINAL)
+"""What does not end by itself, whoever is waited for."""
+ORDER = (
+    *STUCK, Blockage.HOLDS_OUTPUT, Blockage.COMPUTES, Blockage.SLEEPS, Blockage.OTHER, Blockage.ENDED, Blockage.CHILD, Blockage.IDLE,
+)  # fmt: skip
+"""The most telling first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocker:
+    """The process that a kernel waits for, as far as it can be told, and why it does not end."""
+
+    process: ObservedProcess
+    blockage: Blockage
+
+
+# --- whether it waits for processes ---------------------------------------------------------------------------------
+
+
+def other_processes(looked: Looked) -> list[ObservedProcess]:
+    """The processes beside the kernel but Python's own helpers."""
+    return [process for process in looked.processes if not _HELPER.search(process.command)]
+
+
+def waits_for_processes(looked: Looked) -> bool:
+    """Whether a kernel at rest waits for another process: a child, a worker of a pool, or one that holds a pipe."""
+    if looked.syscall in WAITS or _waits_for_shell(looked):
+        return True
+    some = bool(looked.children or other_processes(looked) or looked.ended)
+    if some and _stands_in(looked.stack, FILES_OF_CHILDREN):
+        return True
+    if some and _stands_in(looked.stack, FILES_OF_POOLS) and not _is_thread_pool(looked):
+        return True
+    return (some and _waits_for_executor(looked)) or bool(_partners(looked))
+
+
+def _stands_in(stack: Sequence[Frame], files: Sequence[str]) -> bool:
+    return any((frame.file or "").endswith(tuple(files)) for frame in stack[:SEARCHED_FRAMES])
+
+
+def _is_thread_pool(looked: Looked) -> bool:
+    """Multiprocessing's pool of threads runs its workers, of the same code, in the kernel itself."""
+    return any(
+        frame.function == "worker" and (frame.file or "").endswith("pool.py") for stack in looked.threads for frame in stack
+    )
+
+
+def _waits_for_executor(looked: Looked) -> bool:
+    """The result of a future is waited for, and it can only come from an executor of processes."""
+    if not _stands_in(looked.stack, ("futures/_base.py",)):
+        return False
+    at_work = any(
+        frame.function == "run" and (frame.file or "").endswith("futures/thread.py")
+        for stack in looked.threads
+        for frame in stack
+    )
+    return not at_work and any(_stands_in(stack, FILES_OF_EXECUTORS) for stack in looked.threads)
+
+
+def _waits_for_shell(looked: Looked) -> bool:
+    """A kernel that drives a shell waits at a terminal whatever runs there: the shell itself says what it waits for."""
+    return not looked.fitted and any(process.syscall in WAITS and not process.adopted for process in looked.processes)
+
+
+def _partners(looked: Looked) -> list[ObservedProcess]:
+    """Those that hold the other end of a pipe that the kernel is blocked at."""
+    pipes = {target for target in looked.targets or () if target.startswith("pipe:")}
+    read = pipes & _own_reads(looked) if looked.syscall in (*READS, *MULTIPLEXERS) else frozenset()
+    written = pipes & _own_writes(looked) if looked.syscall in (*WRITES, *MULTIPLEXERS) else frozenset()
+    return [process for process in other_processes(looked) if read & set(process.writes) or written & set(process.reads)]
+
+
+def reads_own_pipe(looked: Looked) -> bool:
+    """Whether the kernel reads a pipe whose other end nobody holds but itself: it waits for its own writing."""
+    if looked.syscall not in READS or not looked.targets:
+        return False
+    pipe = looked.targets[0]
+    held = any(pipe in process.writes for process in looked.processes)
+    return pipe.startswith("pipe:") and pipe in looked.writes and not held
+
+
+# --- which one, and why it does not end -----------------------------------------------------------------------------
+
+
+def blockage_of(process: ObservedProcess, looked: Looked) -> Blockage:  # noqa: C901, PLR0911 - one return for each state
+    """Why a process does not end."""
+    if process.state in "ZX":
+        return Blockage.ENDED
+    if process.state in "Tt":
+        return Blockage.STOPPED
+    if process.full_pipe is not None:
+        return Blockage.FULL_PIPE
+    if process.state == "R" or (process.cpu_share or 0.0) >= AT_WORK:
+        return Blockage.COMPUTES
+    if process.syscall == "futex" and process.private_wait and process.threads == 1:
+        return Blockage.LOST_LOCK
+    if process.syscall in ("flock", "fcntl"):
+        return Blockage.FILE_LOCK
+    if process.reads_terminal:
+        return Blockage.TERMINAL
+    if process.syscall in READS and set(process.targets or ()) & _own_writes(looked):
+        return Blockage.INPUT
+    if process.syscall in WAITS:
+        return Blockage.CHILD
+    if process.syscall in SLEEPS or (process.syscall in MULTIPLEXERS and process.targets == ()):
+        return Blockage.SLEEPS
+    return Blockage.IDLE if is_worker(process) and process.syscall in ("futex", *READS, *MULTIPLEXERS) else Blockage.OTHER
+
+
+def _own_writes(looked: Looked) -> frozenset[str]:
+    """Pipes that the kernel only writes to. Of the queues of multiprocessing a process that forks holds both ends."""
+    return frozenset(looked.writes) - frozenset(looked.reads)
+
+
+def _own_reads(looked: Looked) -> frozenset[str]:
+    """Pipes that the kernel only reads: it sees their end when nobody else holds the other one any more."""
+    return frozenset(looked.reads) - frozenset(looked.writes)
+
+
+def is_worker_command(command: str) -> bool:
+    """Whether a command is that of a worker which multiprocessing or loky starts."""
+    return _WORKER.search(command) is not None
+
+
+def is_worker(process: ObservedProcess) -> bool:
+    """Whether a process was forked by the notebook, or is a worker of a pool."""
+    return process.forked or is_worker_command(process.command)
+
+
+def find_blocker(looked: Looked) -> Blocker | None:
+    """The process that is most likely waited for.
+
+    The child that wait4 names; else whoever holds the pipe that the kernel reads or writes; else an orphan that holds a pipe which only the
+    kernel reads; else the most telling of all children. Where what was named is at rest and another one is stuck for ever, that one.
+    """
+    processes = other_processes(looked)
+    if not processes:
+        return None
+    named = [process for process in processes if looked.awaited is not None and process.local_pid == looked.awaited]
+    partners = _partners(looked)
+    holders = [] if named or partners else _holders(looked)
+    if holders:
+        return Blocker(process=holders[0], blockage=Blockage.HOLDS_OUTPUT)
+    if partners and all(process.adopted for process in partners) and looked.syscall not in WRITES:
+        return Blocker(process=partners[0], blockage=Blockage.HOLDS_OUTPUT)
+    chosen = _most_telling(_family(named or partners, processes), looked) if named or partners else None
+    anybody = _most_telling([process for process in processes if not process.adopted] or processes, looked)
+    if chosen is None or (anybody is not None and anybody.blockage in STUCK and chosen.blockage not in STUCK):
+        return anybody
+    return chosen
+
+
+def stuck_child(looked: Looked) -> Blocker | None:
+    """A child that will not end by itself, whatever else the kernel is doing."""
+    blocker = _most_telling([process for process in other_processes(looked) if not process.adopted], looked)
+    return blocker if blocker is not None and blocker.blockage in STUCK else None
+
+
+def _holders(looked: Looked) -> list[ObservedProcess]:
+    """Orphans that hold a pipe which only the kernel reads, where no child of its holds it any more."""
+    reads = _own_reads(looked)
+    used = {
+        pipe
+        for process in other_processes(looked)
+        if not process.adopted and process.state not in "ZX"
+        for pipe in process.writes
+    }
+    free = reads - used
+    return [process for process in other_processes(looked) if process.adopted and free & set(process.writes)]
+
+
+def _family(tops: Sequence[ObservedProcess], processes: Sequence[ObservedProcess]) -> list[ObservedProcess]:
+    """Some processes and all that they started."""
+    family = list(tops)
+    for process in family:
+        family += [child for child in processes if child.parent == process.pid and child not in family]
+    return family
+
+
+def _most_telling(processes: Sequence[ObservedProcess], looked: Looked) -> Blocker | None:
+    blockers = [Blocker(process=process, blockage=blockage_of(process, looked)) for process in processes]
+    return min(blockers, key=lambda blocker: (ORDER.index(blocker.blockage), blocker.process.age), default=None)
+
+
+def replaced_workers(looked: Looked) -> tuple[int, int]:
+    """How many workers of a pool have ended while the cell ran, and how many took the place of others."""
+    gone = sum(child.forked or is_worker_command(child.command) for child in looked.ended)
+    workers = [process for process in other_processes(looked) if is_worker(process) and process.state not in "ZX"]
+    oldest = max((process.age for process in workers), default=0.0)
+    return gone, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
+
+
+# --- the lock on a file ---------------------------------------------------------------------------------------------
+
+
+def awaited_lock(looked: Looked) -> ObservedLock | None:
+    """The lock on a file that the kernel waits for: blocked in a call for it, or trying again and again."""
+    lock = looked.lock
+    if lock is None or lock.kind in ("flock", "fcntl"):
+        return lock
+    if lock.kind == "sqlite":
+        return lock if (looked.switches or 0.0) >= RETRIES_PER_SECOND else None
+    return lock if polls_for_file_lock(looked) else None
+
+
+RETRIES_PER_SECOND = 4.0
+"""SQLite tries again after 100 ms at most; a longer sleep is another one's."""
+
+
+def polls_for_file_lock(looked: Looked) -> bool:
+    """Whether a package for lock files is at it."""
+    return any(package in (frame.file or "") for frame in looked.stack[:SEARCHED_FRAMES] for package in FILES_OF_FILE_LOCKS)

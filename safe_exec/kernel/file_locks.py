@@ -1,0 +1,140 @@
+"""Who holds the lock on a file that a kernel waits for: /proc/locks, and the ``lock:`` lines of /proc/PID/fdinfo (proc(5), Linux 4.1).
+
+May import model, blocked, processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from safe_exec.keeper import procfs
+from safe_exec.kernel.blocked import Call
+from safe_exec.kernel.processes import command_text, descriptor_target, descriptors, read_bytes
+from safe_exec.model.evidence import ObservedLock
+
+SLEEPS = ("nanosleep", "clock_nanosleep")
+SQLITE_LOCKS = range(0x40000000, 0x40000000 + 512)
+"""The bytes that SQLite locks in a database (os.h: PENDING_BYTE), far behind any content."""
+WAL_LOCKS = range(120, 128)
+"""Those that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c: WALINDEX_LOCK_OFFSET)."""
+
+
+class Entry(NamedTuple):
+    """A line of /proc/locks. ``waits``: not granted yet. ``pid`` is -1 for locks of open files and 0 for a process that is not seen here."""
+
+    number: str
+    waits: bool
+    kind: str
+    exclusive: bool
+    pid: int
+    inode: int
+    start: int
+
+
+def parse(text: str) -> list[Entry]:
+    """The entries of /proc/locks, or of the ``lock:`` lines of a fdinfo file."""
+    entries = []
+    for line in text.splitlines():
+        number, _, tail = line.strip().removeprefix("lock:").strip().partition(":")
+        words = tail.split()
+        waits = "->" in words
+        words = [word for word in words if word != "->"]
+        try:
+            kind, _, mode, pid, place, start = words[:6]
+            entries.append(Entry(number, waits, kind, mode == "WRITE", int(pid), int(place.rpartition(":")[2]), int(start)))
+        except ValueError:
+            continue
+    return entries
+
+
+def lock_of(kernel: int, call: Call | None, others: Sequence[int]) -> ObservedLock | None:
+    """The lock on a file that a kernel waits for: one that it is blocked for, else one that it may be trying for again and again."""
+    if call is not None and call.name in ("flock", "fcntl"):
+        return awaited_lock(kernel, call, others)
+    if call is not None and call.name in SLEEPS:
+        return database_lock(kernel) or polled_lock(kernel, others)
+    return None
+
+
+def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> ObservedLock | None:
+    """The lock that a kernel is blocked for in flock(2) or fcntl(2), with its holder; ``others`` are the sandbox's other processes."""
+    if call is None or call.name not in ("flock", "fcntl") or call.descriptor is None:
+        return None
+    path = descriptor_target(kernel, call.descriptor)
+    if path is None:
+        return None
+    entries = parse(_text("/proc/locks"))
+    waiting = next((entry for entry in entries if entry.waits and entry.pid == kernel), None)
+    granted = next((e for e in entries if waiting and not e.waits and e.number == waiting.number), None)
+    kind = "flock" if call.name == "flock" else "fcntl"
+    # The lock of an open file may have outlived the process that took it: whoever has the file open by inheritance holds it.
+    for pid in (kernel, *others):
+        if any(target == path for target in held_files(pid)):
+            return _lock(path, kind, pid, kernel)
+    return _lock(path, kind, granted.pid if granted and granted.pid > 0 else None, kernel)
+
+
+def held_files(pid: int) -> list[str]:
+    """The paths of the files on which a process holds a lock."""
+    files = []
+    for number in descriptors(pid):
+        if parse("\n".join(line for line in _text(f"/proc/{pid}/fdinfo/{number}").splitlines() if line.startswith("lock:"))):
+            target = descriptor_target(pid, number)
+            if target is not None and target.startswith("/"):
+                files.append(target)
+    return files
+
+
+def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
+    """A lock on a file that somebody in the sandbox holds, for a kernel that is known to try for one again and again."""
+    for pid in (kernel, *others):
+        for path in held_files(pid):
+            return _lock(path, "lock file", pid, kernel)
+    return None
+
+
+def database_lock(kernel: int) -> ObservedLock | None:
+    """An exclusive lock of SQLite on a database that the kernel has open: in a second connection, or held by another process."""
+    entries = [entry for entry in parse(_text("/proc/locks")) if entry.kind == "POSIX" and entry.exclusive and not entry.waits]
+    if not entries:
+        return None
+    opened: dict[str, list[int]] = {}
+    for number in descriptors(kernel):
+        target = descriptor_target(kernel, number)
+        if target is not None and target.startswith("/"):
+            opened.setdefault(target, []).append(number)
+    for path, numbers in opened.items():
+        inode = _inode(kernel, numbers[0])
+        for entry in entries:
+            locks = WAL_LOCKS if path.endswith("-shm") else SQLITE_LOCKS
+            if (
+                entry.inode == inode
+                and entry.start in locks
+                and (entry.pid != kernel or len(numbers) > 1 or path.endswith("-shm"))
+            ):
+                return _lock(path.removesuffix("-shm"), "sqlite", entry.pid if entry.pid > 0 else None, kernel)
+    return None
+
+
+def _lock(path: str, kind: str, holder: int | None, kernel: int) -> ObservedLock:
+    command = command_text(read_bytes(f"/proc/{holder}/cmdline")) if holder not in (None, kernel) else None
+    return ObservedLock(
+        path=path,
+        kind=kind,
+        holder=procfs.innermost_pid(holder) if holder is not None else None,
+        command=command or None,
+        own=holder == kernel,
+    )
+
+
+def _inode(pid: int, number: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}/fd/{number}").st_ino
+    except OSError:
+        return None
+
+
+def _text(path: str) -> str:
+    return read_bytes(path).decode("utf-8", "replace")
