@@ -37,7 +37,6 @@ OVERHEAD = 200
 QUIET_SECONDS = 0.01
 LOOK_AGAIN_SECONDS = 0.001
 DRAIN_SECONDS = 2.0
-LATE_CHARACTERS = 16384
 LONGEST_ID = 200
 BEGIN_SECONDS = 0.25
 """So soon a kernel that has nothing else to do has begun a cell."""
@@ -73,7 +72,6 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.asked_to_exit: int | None = None
         self.running: tuple[str, Any, int] | None = None
         self.replies: dict[int, dict[str, Any]] = {}
-        self.late: dict[int, str] = {}
         self.sent: dict[str, int] = {}
         self.kernel_pid: int | None = None
         self.info: dict[str, Any] = {}
@@ -177,14 +175,6 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             asks = isinstance(payload, dict) and payload.get("source") == "ask_exit" and payload.get("keepkernel") is not True
             if asks and self.asked_to_exit is None:
                 self.asked_to_exit = cell_index
-
-    def overhear(self, message: dict[str, Any]) -> None:
-        """Keep the end of the stderr that came for a cell after it was done: nbclient, and the notebook with it, leave it out."""
-        parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
-        is_late = self.running is None or parent != self.running[0]
-        if is_late and parent in self.sent and message["content"].get("name") == "stderr" and isinstance(text, str):
-            index = self.sent[parent]
-            self.late[index] = (self.late.get(index, "") + text)[-LATE_CHARACTERS:]
 
     # --- output -------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from safe_exec.kernel.agent_facts import Told
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
+from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.shared_page import Note, Text
@@ -82,6 +83,7 @@ class KernelSession:
         self._on_limit = on_limit
         self.told = Told()
         self.history = ChildHistory()
+        self.late_text: LateText | None = None
         self.died = asyncio.Event()
         self.died_at: float | None = None
         self.directory: Path | None = None
@@ -222,7 +224,8 @@ class KernelSession:
         kc.allow_stdin = False
         await self._open_channels(kc, deadline)
         kc.iopub_channel.on_oversize = client.cut_display
-        kc.iopub_channel.overheard = client.overhear
+        self.late_text = LateText(client)
+        kc.iopub_channel.overheard = self.late_text.take
         client.kc = kc
         while deadline is None or time.monotonic() < deadline:
             info = await self._ask(kc)

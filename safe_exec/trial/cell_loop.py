@@ -131,7 +131,7 @@ class CellLoop:
             self.state.looked = await look(subject)
             # An interrupt has workers and threads print tracebacks that say nothing about the hang.
             cells = enumerate(self.request.node.cells[: index + 1])
-            late = dict(self.session.client.late) if self.session.client else {}
+            late = dict(self.session.late_text.by_cell) if self.session.late_text else {}
             late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
             self.state.printed = printed_traceback(cells, late)
 

@@ -1,0 +1,27 @@
+"""Text that comes for a cell after it was done: nbclient leaves it out, and the notebook has it nowhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
+
+MOST_CHARACTERS = 16384
+
+
+class LateText:
+    """The end of the stderr that came late, by the cell's index; that of the threads which a cell had started. Evidence, no output."""
+
+    def __init__(self, client: TrialClient) -> None:
+        self._client = client
+        self.by_cell: dict[int, str] = {}
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Look at one message, whoever it is for."""
+        sent, running = self._client.sent, self._client.running
+        parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
+        is_late = running is None or parent != running[0]
+        if is_late and parent in sent and message["content"].get("name") == "stderr" and isinstance(text, str):
+            index = sent[parent]
+            self.by_cell[index] = (self.by_cell.get(index, "") + text)[-MOST_CHARACTERS:]
