@@ -38,8 +38,10 @@ ROUTES = (("/proc/net/route", 1, "00000000", 7, "00000000"), ("/proc/net/ipv6_ro
 class Lookup:
     """Questions about names outside of the sandbox. Each answer is one system call."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bare_root: bool = False) -> None:
+        """``bare_root``: the kernel is root without capabilities, to whom the modes of files apply."""
         self.left = MOST_LOOKUPS
+        self.bare_root = bare_root
 
     def exists(self, path: str) -> bool:
         """Whether there is something of that name; links are followed, in the last part too."""
@@ -63,7 +65,9 @@ class Lookup:
     def may(self, path: str, how: int) -> bool:
         """Whether we ourselves may read (R_OK) or write (W_OK) it; a file system that is read-only outside too cannot be written."""
         self.left -= 1
-        return self.left >= 0 and os.access(path, how)
+        if self.left < 0 or not os.access(path, how):
+            return False
+        return not self.bare_root or _may_bare_root(path, how)
 
     def real(self, path: str) -> str:
         """The path without links."""
@@ -154,7 +158,9 @@ class Sight:
 
 def conflicts(needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None) -> tuple[IsolationConflict, ...]:
     """The needs that isolation refused. A name that takes longer than SECONDS to look up, and those after it, are not claimed."""
-    finder = _Finder(sight, lookup or Lookup())
+    # bubblewrap drops the capabilities of a root that gets a read-only system (mechanisms/bubblewrap.py).
+    bare_root = os.geteuid() == 0 and sight.facts.by is Mechanism.BUBBLEWRAP and sight.facts.read_only
+    finder = _Finder(sight, lookup or Lookup(bare_root=bare_root))
     found: list[IsolationConflict] = []
 
     def look() -> None:
@@ -318,3 +324,13 @@ def _has_default_route(table: str, destination: int, nowhere: str, mask: int, wi
         return False
     routes = [row for row in fields if len(row) > max(destination, mask) and row[-1] != "lo"]
     return any(row[destination] == nowhere and row[mask] == wide for row in routes)
+
+
+def _may_bare_root(path: str, how: int) -> bool:
+    """Whether the mode of a file gives root what it asks for (R_OK, W_OK and X_OK are the bits of a mode)."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    shift = 6 if status.st_uid == 0 else 3 if status.st_gid == 0 else 0
+    return (status.st_mode >> shift) & how == how

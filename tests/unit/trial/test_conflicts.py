@@ -263,6 +263,20 @@ def test_without_walls_around_files_all_is_in_reach() -> None:
     assert find(NeedKind.VARIABLE, "MY_TOKEN", bare) is not None
 
 
+@pytest.mark.parametrize(
+    ("uid", "gid", "mode", "may"),
+    [(0, 0, 0o100200, True), (7, 0, 0o100720, True), (7, 7, 0o100772, True), (7, 7, 0o100770, False), (0, 7, 0o100577, False)],
+)
+def test_root_without_capabilities_goes_by_the_mode(
+    monkeypatch: pytest.MonkeyPatch, uid: int, gid: int, mode: int, *, may: bool
+) -> None:
+    status = os.stat_result((mode, 1, 1, 1, uid, gid, 0, 0, 0, 0))
+    monkeypatch.setattr("safe_exec.trial.conflicts.os.access", lambda _path, _how: True)
+    monkeypatch.setattr("safe_exec.trial.conflicts.os.stat", lambda _path: status)
+    assert Lookup(bare_root=True).may("/x", os.W_OK) is may
+    assert Lookup().may("/x", os.W_OK)
+
+
 def test_lookups_are_counted() -> None:
     lookup = Lookup()
     needs = [Need(kind=P, name=f"/nowhere/{n}", line="x", number=errno.ENOENT) for n in range(1000)]
