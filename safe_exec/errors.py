@@ -5,6 +5,8 @@ Imports nothing of safe-exec. Only ``__main__`` exits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class SafeExecError(Exception):
     """Base of all errors that safe-exec raises on purpose. ``str(error)`` is one line for the user."""
@@ -52,3 +54,12 @@ class KernelStartError(SafeExecError):
     """The kernel never became ready."""
 
     exit_code = 6
+
+
+class KernelMissingError(KernelStartError):
+    """No kernel of that name is installed; ``installed`` are those that are, each with its language."""
+
+    def __init__(self, name: str, installed: Mapping[str, str]) -> None:
+        known = ", ".join(sorted(installed)) or "none"
+        super().__init__(f"no kernel named {name!r} is installed; installed: {known}")
+        self.installed = installed

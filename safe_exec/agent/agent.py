@@ -61,7 +61,8 @@ class Inside:
         while frame is not None and len(rows) < limit:
             row = self.row(frame.f_code, frame.f_lineno)
             rows.append(row)
-            if row[3] and row[0] == "<module>" and not self.nested(frame.f_back):
+            # IPython 7.31 to 8.4 call a cell's own code "<cell line: 3>".
+            if row[3] and row[0].startswith(("<module>", "<cell line")) and not self.nested(frame.f_back):
                 break
             frame = frame.f_back
         return rows

@@ -1,10 +1,33 @@
 """The end of a kernel that is done: at once."""
 
 import _thread
+import asyncio
 import functools
 import os
+import signal
 
 CONTROL_SECONDS = 1.0
+CHILDREN_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def is_alive(child):
+    """Whether a child still runs. One that has ended and that nobody has waited for cannot be ended any further."""
+    try:
+        return child.status() != "zombie"
+    except Exception:  # psutil's own: it is gone
+        return False
+
+
+async def terminate_children(kernel):
+    """Ask the children of a kernel that ends to end, too.
+
+    ipykernel goes on for 14 seconds and kills them then. Whoever started the kernel kills all that it leaves behind.
+    """
+    for seconds in CHILDREN_SECONDS:
+        if not kernel._process_children():
+            return
+        kernel._signal_children(signal.SIGTERM)
+        await asyncio.sleep(seconds)
 
 
 def fit_shutdown(inside):
@@ -22,9 +45,11 @@ def fit_shutdown(inside):
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return []
-        return process_children(kernel)
+        return [child for child in process_children(kernel) if is_alive(child)]
 
     Kernel._process_children = process_children_if_any
+    if hasattr(Kernel, "_progressively_terminate_all_children") and hasattr(Kernel, "_signal_children"):
+        Kernel._progressively_terminate_all_children = terminate_children
     stop = IOPubThread.stop
 
     @functools.wraps(stop)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Mapping
 
 from safe_exec.model.ending import Died, Ending, StartFailed
-from safe_exec.model.evidence import Evidence
+from safe_exec.model.evidence import Evidence, Frame
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Wall
 from safe_exec.model.verdict import Cause, CauseKind, CellRecord, Confidence, Fact, FactValue, Origin
 from safe_exec.records import dataclass, field
@@ -38,6 +38,14 @@ class Context:
         """``code cell 3``, counted from 1 as a reader of the notebook counts."""
         found = next((c for c in self.cells if c.index == index), None)
         return f"code cell {found.code_index + 1}" if found else "a cell"
+
+    def frame(self, frame: Frame) -> str:
+        """``copy_block, code cell 3, line 2``; of a library's code the file and its line."""
+        if frame.cell is None:
+            return f"{frame.function} ({frame.file}, line {frame.line})"
+        own = frame.function.startswith(("<module>", "<cell line"))
+        place = f"{self.human(frame.cell)}, line {frame.line}"
+        return place if own else f"{frame.function}, {place}"
 
     def accumulators(self) -> str:
         """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""

@@ -6,6 +6,7 @@ May import causes, ledger, model.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +16,10 @@ from safe_exec._version import __version__
 from safe_exec.diagnosis.rules import Context, find_cause
 from safe_exec.diagnosis.rules.isolation import unexplained
 from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, LimitHit, Passed, StartFailed, TimedOut
-from safe_exec.model.evidence import Place
+from safe_exec.model.evidence import Frame, Place
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Cause, CrashCell, Environment, NotebookInfo, Status, Usage, Verdict
+from safe_exec.records import replace
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ STATUS_OF: Mapping[type[Any], Status] = {
 """The one table from ending to status; the exit code follows from the status."""
 
 STDERR_TAIL = 4000
+_PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 
 
 def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Cause | None:
@@ -155,8 +158,29 @@ def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | No
         execution_count=cell.get("execution_count"),
         line=line,
         source_line=lines[line - 1] if line is not None else None,
-        stack=place.stack if place is not None else (),
+        stack=tuple(_with_source(frame, node) for frame in without_plumbing(place.stack)) if place is not None else (),
     )
+
+
+def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """A stack without IPython's frames between code of cells: how a magic runs its body explains nothing.
+
+    Where it happened in IPython itself, its frames stay.
+    """
+    first = next((number for number, frame in enumerate(stack) if frame.cell is not None), len(stack))
+    return tuple(
+        frame
+        for number, frame in enumerate(stack)
+        if number < first or frame.cell is not None or not _PLUMBING.search(frame.file or "")
+    )
+
+
+def _with_source(frame: Frame, node: Any) -> Frame:
+    """A frame with the text of its line, for the code of a cell."""
+    if frame.cell is None or frame.line is None or frame.cell >= len(node.cells):
+        return frame
+    lines = node.cells[frame.cell].source.splitlines()
+    return replace(frame, source_line=lines[frame.line - 1] if 1 <= frame.line <= len(lines) else None)
 
 
 def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:

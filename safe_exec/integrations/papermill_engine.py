@@ -213,7 +213,9 @@ class Relay:
         from safe_exec.reports.annotated_notebook import error_output
 
         cell = self.nb_man.nb.cells[index]
-        if verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:
+        # papermill takes the error of sys.exit(0) for none, and would report success with the rest of the cells not run.
+        left_early = any(output.get("ename") == "SystemExit" and output.get("evalue") in ("", "0") for output in cell.outputs)
+        if left_early or verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:
             # Before an error of the cell's own (a KeyboardInterrupt of ours, say): papermill raises the first.
             errors = (at for at, output in enumerate(cell.outputs) if output.output_type == "error")
             cell.outputs.insert(next(errors, len(cell.outputs)), error_output(cell.source, verdict))

@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 
 from safe_exec.agent import layout
-from safe_exec.errors import KernelStartError
+from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
 from safe_exec.kernel import fault_report
 from safe_exec.kernel.activity import Subject
@@ -162,9 +162,8 @@ class KernelSession:
         except NoSuchKernel:
             spec = None
         if spec is None:
-            names = sorted(km.kernel_spec_manager.find_kernel_specs())
-            known = ", ".join(names) if names else "none"
-            raise KernelStartError(f"no kernel named {kernel_name!r} is installed; installed: {known} (choose with --kernel)")
+            specs = km.kernel_spec_manager.get_all_specs()
+            raise KernelMissingError(kernel_name, {name: str(item["spec"].get("language", "")) for name, item in specs.items()})
         return spec
 
     def _watch(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Mapping
 from enum import StrEnum
 
 from safe_exec.model.limits import LimitName
@@ -122,11 +123,15 @@ class LimitHit:
 
 @dataclass(frozen=True, kw_only=True)
 class StartFailed:
-    """The kernel never became ready."""
+    """The kernel never became ready.
+
+    ``installed`` is there if no kernel of that name is: the kernels that are, by name, each with its language.
+    """
 
     reason: str
     exit: ExitStatus | None = None
     waited: float | None = None
+    installed: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,17 @@ from safe_exec.records import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One frame of a stack, innermost first. ``cell`` is the index of the notebook cell whose code it runs."""
+    """One frame of a stack, innermost first.
+
+    ``cell`` is the index of the notebook cell whose code it runs; ``line`` counts within that cell then, and
+    ``source_line`` is its text there, where the notebook is at hand.
+    """
 
     function: str
     line: int | None
     file: str | None = None
     cell: int | None = None
+    source_line: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

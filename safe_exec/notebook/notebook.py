@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
+from safe_exec.nbguess import guess, guess_json
 from safe_exec.notebook.encode import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
 from safe_exec.notebook.validate import problems
 from safe_exec.records import dataclass
@@ -130,6 +132,10 @@ class Source:
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read it, once. Raises NotebookError."""
+        if os.path.isdir(path):  # unlike Path.is_dir, False for names that no file can have
+            raise NotebookError(
+                f"{one_line(path)}: is a directory, not a notebook; run all notebooks in it: safe-exec batch {one_line(path)}"
+            )
         return cls.of_data(path, read_regular(path, most=_MOST_BYTES, error=NotebookError))
 
     @classmethod
@@ -184,8 +190,12 @@ def _parse(data: bytes, path: Path) -> Any:
     try:
         document = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise NotebookError(f"{one_line(path)}: not a notebook: not UTF-8 text (byte {problem.start})") from None
+        kind = guess(path, data) or f"not a notebook: not UTF-8 text (byte {problem.start})"
+        raise NotebookError(f"{one_line(path)}: {kind}") from None
     except json.JSONDecodeError as problem:
+        other = guess(path, data)
+        if other is not None:
+            raise NotebookError(f"{one_line(path)}: {one_line(other)}") from None
         place = f"{one_line(path)}:{problem.lineno}:{problem.colno}"
         raise NotebookError(f"{place}: not JSON: {problem.msg}; a notebook is a JSON file") from None
     except ValueError:  # int() refuses more than 4300 digits
@@ -199,7 +209,7 @@ def _parse(data: bytes, path: Path) -> Any:
 
 def _version(document: Any, path: Path) -> tuple[int, int]:
     if not isinstance(document, dict) or "nbformat" not in document:
-        raise NotebookError(f"{one_line(path)}: JSON, but not a notebook: no nbformat in it")
+        raise NotebookError(f"{one_line(path)}: JSON, but not a notebook: no nbformat in it; {guess_json(document)}")
     major, minor = document["nbformat"], document.get("nbformat_minor", 0)
     if type(major) is not int or type(minor) is not int or major < 1 or minor < 0:
         raise NotebookError(f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers")

@@ -1,15 +1,47 @@
 """The structure of a notebook of version 4, as far as executing and writing it rely on it.
 
-Imports nothing. Instead of nbformat's JSON schema, which takes longer to load than a small notebook to run, and which
+Imports nothing of ours. Instead of nbformat's JSON schema, which takes longer to load than a small notebook to run, and which
 refuses notebooks for a harmless key too many.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CELL_TYPES = ("code", "markdown", "raw")
+_USUAL: Mapping[str, Mapping[str, Any]] = {
+    "stream": {"name": "stdout"},
+    "display_data": {"metadata": {}},
+    "execute_result": {"metadata": {}, "execution_count": None},
+    "error": {"evalue": "", "traceback": []},
+}
+"""What outputs must have, and what stands there where a tool has left it out."""
+
+
+def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | None) -> None:
+    """Give a notebook's metadata what the format demands and some tools leave out, so that what we write is valid.
+
+    ``kernel`` is the kernel that ran, ``language`` its language. Nothing that is valid is changed.
+    """
+    if "kernelspec" in metadata:
+        found = metadata["kernelspec"]
+        spec = dict(found) if isinstance(found, Mapping) else {}
+        if not isinstance(spec.get("name"), str):
+            spec["name"] = kernel
+        if not isinstance(spec.get("display_name"), str):
+            spec["display_name"] = spec["name"]
+        metadata["kernelspec"] = spec
+    if "language_info" in metadata:
+        found = metadata["language_info"]
+        info = dict(found) if isinstance(found, Mapping) else {}
+        if not isinstance(info.get("name"), str):
+            info["name"] = language or kernel
+        metadata["language_info"] = info
+    original = metadata.get("orig_nbformat", 1)
+    if type(original) is not int or original < 1:  # no format has a place for it in a file
+        del metadata["orig_nbformat"]
 
 
 def problems(document: Mapping[str, Any]) -> Iterator[str]:
@@ -44,6 +76,10 @@ def _cell_problems(cell: Any) -> Iterator[str]:
     if cell.get("cell_type") == "code":
         yield from _outputs_problems(cell.setdefault("outputs", []))
         cell.setdefault("execution_count", None)
+        return
+    for key in ("outputs", "execution_count"):  # converters leave them in cells of text, where no format has them
+        if not cell.get(key):
+            cell.pop(key, None)
 
 
 def _outputs_problems(outputs: Any) -> Iterator[str]:
@@ -66,6 +102,8 @@ def _output_problems(output: Any) -> Iterator[str]:
         yield "data must be an object"
     if kind == "error" and not isinstance(output.get("ename"), str):
         yield "ename must be text"
+    for key, usual in _USUAL.get(kind, {}).items():
+        output.setdefault(key, copy.copy(usual))
 
 
 def _is_text(value: object) -> bool:

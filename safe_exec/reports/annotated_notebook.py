@@ -26,6 +26,7 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
+from safe_exec.notebook.validate import complete_metadata
 from safe_exec.reports.text import common, culprits
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 from safe_exec.reports.verdict_json import plain
@@ -39,6 +40,7 @@ _BANNER_ID = "safe-exec-banner"
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _CONTEXT_LINES = 4
 _SOURCE_WIDTH = 160
+_MOST_FRAMES = 3
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
@@ -49,6 +51,8 @@ def annotate(executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str
     """
     notebook = _copied(executed)
     notebook.cells = [_copied(cell) for cell in executed.cells]
+    if verdict.notebook.kernel is not None:
+        complete_metadata(notebook.metadata, verdict.notebook.kernel, verdict.notebook.language)
     _mark(notebook, _notebook_figures(verdict))
     for record in verdict.cells:
         if record.index < len(notebook.cells):
@@ -196,7 +200,7 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
     if crash is not None:
         yield f"{common.cell_name(crash.code_index).capitalize()}, {common.moment(verdict)}"
         yield from _source_lines(source, crash.line)
-        yield from _block("Stack, innermost first", [common.frame_line(frame) for frame in crash.stack])
+        yield from _block("Stack, innermost first", [common.frame_line(frame, verdict) for frame in crash.stack])
     yield from _block("Evidence", common.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
         yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
@@ -251,7 +255,7 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
     if verdict.cause is not None and not common.headline_has_summary(verdict):
         yield f"**Why:** {inert(verdict.cause.summary)}"
     if verdict.crash_cell is not None:
-        yield _where(verdict.crash_cell, verdict)
+        yield from _where(verdict.crash_cell, verdict)
     if verdict.culprits is not None:
         yield from _who(verdict.culprits, verdict)
     facts = common.evidence_lines(verdict)
@@ -265,14 +269,22 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
     yield "*Written by safe-exec, which takes this cell away when it runs the notebook again.*"
 
 
-def _where(crash: CrashCell, verdict: Verdict) -> str:
-    said = f"**Where:** {_linked(crash)}, {common.moment(verdict)}"
-    if not crash.source_line:
-        return said
-    return f"{said}:\n\n{fenced(common.clip(common.code_line(crash.source_line), _SOURCE_WIDTH))}"
+def _where(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
+    """The line of the crash cell, and those of other functions of the notebook that it had called."""
+    yield _quoted(f"**Where:** {_linked(crash)}, {common.moment(verdict)}", crash.source_line)
+    records = {record.index: record for record in verdict.cells}
+    for frame in common.inner_frames(verdict, _MOST_FRAMES):
+        record = records.get(frame.cell if frame.cell is not None else -1)
+        if record is not None:
+            function = "" if common.is_own_code(frame) else f"{code_span(common.one_line(frame.function))}, "
+            yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
 
 
-def _linked(cell: CrashCell | Culprit) -> str:
+def _quoted(words: str, source_line: str | None) -> str:
+    return f"{words}:\n\n{fenced(common.clip(common.code_line(source_line), _SOURCE_WIDTH))}" if source_line else words
+
+
+def _linked(cell: CrashCell | CellRecord | Culprit) -> str:
     name = common.cell_name(cell.code_index)
     # JupyterLab and the HTML of nbconvert both go to a cell by this anchor.
     return f"[{name}](#cell-id={cell.id})" if cell.id and _CELL_ID.fullmatch(cell.id) else name

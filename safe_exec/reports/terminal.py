@@ -20,6 +20,7 @@ _LABEL_WIDTH = 12
 _INDENT = 2 + _LABEL_WIDTH
 _NOTE_COLUMN = 50
 _MOST_FACTS = 4
+_MOST_FRAMES = 3
 _STDERR_LINES = 5
 _GLYPHS = "✗✓│·…█░"
 _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "...", "█": "#", "░": "."})
@@ -110,6 +111,10 @@ def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
     crash = verdict.crash_cell
     if crash is not None:
         yield from _source_row(crash.code_index, crash.source_line, common.moment(verdict), style)
+    numbers = {record.index: record.code_index for record in verdict.cells}
+    for frame in common.inner_frames(verdict, _MOST_FRAMES):
+        if frame.cell in numbers:
+            yield from _source_row(numbers[frame.cell], frame.source_line, common.frame_place(frame, verdict), style)
 
 
 def _source_row(code_index: int, source_line: str | None, note: str, style: Style) -> Iterator[str]:

@@ -13,12 +13,13 @@ import time
 from typing import TYPE_CHECKING
 
 from safe_exec.kernel.fault_report import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
-from safe_exec.model.ending import CellFailed, Died, Ending, StartFailed, TimedOut
+from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
 from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
 from safe_exec.records import replace
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
 from safe_exec.trial.final_output import final_output
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
+from safe_exec.trial.scripts import header_line, script_line
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.usage.meter import Counters
@@ -32,6 +33,8 @@ DUMP_AGE = 1.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
 _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
+_MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
+_DEBUGGER_CALL = re.compile(r"\b(?:set_trace|breakpoint)\(")
 _SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE)
 
 
@@ -198,10 +201,10 @@ def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Plac
         return None
     index = state.current
     for place in (
-        _of_error(state, index) if isinstance(ending, CellFailed) else None,
+        _of_error(state, index, ending.error) if isinstance(ending, CellFailed) else None,
         _of_fault(state, index, fault),
         _of_look(state, index) if isinstance(ending, TimedOut) else None,
-        _of_error(state, index) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
+        _of_error(state, index, None) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
         _of_last_dump(state, index),
         _of_page(state, index),
     ):
@@ -227,8 +230,8 @@ def _past_loop_header(place: Place, source: str) -> Place:
 def body_of_endless_loop(source: str, line: int) -> int | None:
     """The one line of the body of a ``while`` with a constant condition whose first line is ``line``."""
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # magics, another language
+        tree = ast.parse(_MAGIC.sub(r"\1pass", source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.While) and node.lineno == line and isinstance(node.test, ast.Constant):
@@ -246,17 +249,38 @@ def _of_exit_request(state: TrialState, index: int | None) -> Place | None:
     return None if index is None else _only_line(state, index)
 
 
-def _of_error(state: TrialState, index: int) -> Place | None:
+def _of_error(state: TrialState, index: int, error: CellError | None) -> Place | None:
     told, number = state.session.told, state.number_now()
     found = told.errors.get(number) or told.shown.get(number)
     if found is not None:
         line, rows = found
-        return Place(cell=index, line=line, source="traceback", stack=state.session.told.frames(rows))
+        place = Place(cell=index, line=line, source="traceback", stack=told.frames(rows))
+        return _further_in(state, place, error)
     client = state.session.client
     reply = client.replies.get(index, {}) if client else {}
     count = state.request.node.cells[index].get("execution_count")
     in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
     return None if in_text is None else Place(cell=index, line=in_text, source="traceback")
+
+
+def _further_in(state: TrialState, place: Place, error: CellError | None) -> Place:
+    """The same place, but the line of the script that a child ran, or of the call that started a debugger, where it is known."""
+    source = state.request.node.cells[place.cell].source
+    if error is not None and error.ename == "CalledProcessError" and place.line == header_line(source.splitlines()):
+        line = script_line(source, _recent_text(state))
+        if line is not None:
+            frame = Frame(function="<module>", line=line, file="<stdin>", cell=place.cell)
+            return replace(place, line=line, stack=(frame, *place.stack))
+    if error is not None and error.in_debugger:
+        return replace(place, line=line_of_debugger_call(source, place.line))
+    return place
+
+
+def line_of_debugger_call(source: str, line: int) -> int:
+    """The line of the call that started a debugger. It stops at the line that comes next, and fails there."""
+    lines = source.splitlines()[:line]
+    calls = [number for number, text in enumerate(lines, 1) if _DEBUGGER_CALL.search(text.partition("#")[0])]
+    return calls[-1] if calls else line
 
 
 def line_in_traceback(traceback: list[str], count: int | None) -> int | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from safe_exec.errors import KernelStartError
+from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.kernel.session import was_polite
 from safe_exec.model import events
 from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
@@ -228,7 +228,7 @@ class Trial:
             self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid or 0))
             info = await self._connect()
         except KernelStartError as error:
-            return self._start_failed(str(error), time.monotonic() - begun)
+            return self._start_failed(error, time.monotonic() - begun)
         if info is None:
             return Cancelled(signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None)
         self.state.sink(events.KernelReady(time=self.state.now()))
@@ -266,11 +266,13 @@ class Trial:
             await connect
         return None
 
-    def _start_failed(self, reason: str, waited: float) -> Ending:
+    def _start_failed(self, error: KernelStartError, waited: float) -> Ending:
         ended = self.session.ended
+        if isinstance(error, KernelMissingError):
+            return StartFailed(reason=str(error), installed=error.installed)
         if not self.session.died.is_set():
             self.state.kill(TerminationReason.START_TIMEOUT)
-        return StartFailed(reason=reason, exit=ended.status if ended else None, waited=waited)
+        return StartFailed(reason=str(error), exit=ended.status if ended else None, waited=waited)
 
 
 async def run_trial(request: TrialRequest) -> TrialResult:

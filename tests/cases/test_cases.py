@@ -41,20 +41,10 @@ RUNNABLE = runnable(read_all())
 SEARCHED = [case for case in RUNNABLE if case.expected.get("culprits")]
 NOT_YET: frozenset[str] = frozenset(
     {
-        "e-background-child",
-        "e-display-error",
-        "e-kernelspec-no-display-name",
-        "e-pdb-on",
-        "e-quit-last",
-        "e-quit-line",
         "f01-killpg",
         "f06-rlimit-as",
         "f07-groupby-category",
         "f20-duckdb-oom",
-        "f21-time-magic",
-        "f21b-time-exit",
-        "f21c-time-error",
-        "f21d-capture-comment",
         "f29-trace-left-on",
         "x-fork-bomb",
         "x-last-cell-watchdog",

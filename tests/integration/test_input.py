@@ -62,10 +62,10 @@ def test_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"", "not JSON"),
-        (b"print('a script')", "not JSON"),
-        (b'{"cells": [', "not JSON"),
-        (b"\xff\xfe\x00binary", "UTF-8"),
+        (b"", "an empty file"),
+        (b"print('a script')", "Python source"),
+        (b'{"cells": [', "cut off"),
+        (b"\xff\xfe\x00binary", "UTF-16"),
         (b"[]", "not a notebook"),
         (b"{}", "nbformat"),
         (b"null", "not a notebook"),

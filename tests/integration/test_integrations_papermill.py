@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.support import MARK, make_notebook, marked_processes, wait_until
+from tests.support import MARK, make_notebook, marked_processes, run_notebook, wait_until
 
 PAPERMILL = Path(sys.executable).parent / "papermill"
 EATER = "rows = []\nfor _ in range(1000):\n    rows.append(bytearray(b'x') * (10 << 20))"
@@ -123,6 +123,20 @@ def test_an_exception_is_the_cells_own(tmp_path: Path, mark: str) -> None:
     done = papermill(tmp_path, mark, "nb.ipynb", "out.ipynb")
     assert done.returncode == 1 and "ZeroDivisionError: division by zero" in done.stderr and "SafeExec" not in done.stderr
     assert statuses(saved(tmp_path / "out.ipynb")) == ["completed", "failed", "pending"]
+
+
+def test_what_fails_in_run_fails_here_too(tmp_path: Path, mark: str) -> None:
+    """``sys.exit(0)``, which papermill itself takes for success, and an error that is shown while the cell goes on."""
+    for name, source, words in (
+        ("exit", "import sys\nsys.exit(0)", "SafeExec: exception: SystemExit: 0"),
+        ("shown", "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()", "ZeroDivisionError: division by zero"),
+    ):
+        make_notebook(tmp_path / f"{name}.ipynb", "1", source, "2")
+        done = papermill(tmp_path, mark, f"{name}.ipynb", f"{name}.out.ipynb")
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+        assert statuses(saved(tmp_path / f"{name}.out.ipynb")) == ["completed", "failed", "pending"]
+        run = run_notebook(tmp_path / f"{name}.ipynb", "--no-bisect")
+        assert (run.verdict["status"], run.verdict["cause"]["kind"]) == ("cell_error", "exception")
 
 
 def test_papermills_timeouts_and_a_kernel_that_does_not_start(tmp_path: Path, mark: str) -> None:

@@ -65,7 +65,7 @@ def stack_overflow(context: Context) -> Cause | None:
     site = fault.site
     if not site.overflow:
         return None
-    facts = (*exit_facts(evidence), *_site_facts(site), *_stack_facts(fault))
+    facts = (*exit_facts(evidence), *_site_facts(site), *_stack_facts(context, fault))
     limit = f"{format_size(fault.stack_limit)} " if site.main and fault.stack_limit is not None else ""
     used = "" if site.stack_bytes is None else f" ({format_size(site.stack_bytes)} in use)"
     stack = f"the {limit}stack" if site.main else "the stack of a thread"
@@ -111,7 +111,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
         *exit_facts(evidence),
         outside("stack size", fault.stack_bytes, "VmStk in /proc/PID/status while the fault handler ran"),
         outside("stack limit", fault.stack_limit, "/proc/PID/limits"),
-        *_stack_facts(fault),
+        *_stack_facts(context, fault),
     )
     summary = f"stack overflow: {_where(fault)}the {fault.stack_limit >> 20} MiB stack was full when the kernel crashed"
     return make(context, CauseKind.STACK_OVERFLOW, summary, Confidence.CERTAIN, facts, ADVICE[CauseKind.STACK_OVERFLOW])
@@ -132,7 +132,7 @@ def fault(context: Context) -> Cause | None:
     facts = (
         *exit_facts(evidence),
         *(_site_facts(site) if site and kind is not CauseKind.ABORT else ()),
-        *(_stack_facts(evidence.fault) if evidence.fault else ()),
+        *(_stack_facts(context, evidence.fault) if evidence.fault else ()),
         *((message.fact,) if message else ()),
     )
     where = _where(evidence.fault) if evidence.fault else ""
@@ -179,11 +179,10 @@ def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def _stack_facts(fault: FaultReport) -> tuple[Fact, ...]:
+def _stack_facts(context: Context, fault: FaultReport) -> tuple[Fact, ...]:
     facts = [inside("fault handler", fault.title, "faulthandler on its own descriptor")]
     if fault.stack:
-        frame = fault.stack[0]
-        facts.append(inside("innermost frame", f"{frame.function} ({frame.file}, line {frame.line})", "fault stack"))
+        facts.append(inside("innermost frame", context.frame(fault.stack[0]), "fault stack"))
     if fault.main is False:
         facts.append(inside("thread", "not the main thread", "fault stack"))
     return tuple(facts)

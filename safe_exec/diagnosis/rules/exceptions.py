@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make
 from safe_exec.model.ending import CellFailed
-from safe_exec.model.verdict import Cause, CauseKind, Confidence
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
 
 def stdin(context: Context) -> Cause | None:
@@ -30,9 +30,18 @@ def exception(context: Context) -> Cause | None:
     summary = ": ".join(part for part in (error.ename, first) if part) or "the cell raised an error without a name"
     if not error.ename:  # bash says its exit status and nothing else
         summary = f"the cell failed: {first}" if first else "the cell failed"
-    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
+    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"), *_printed(context))
     advice = "The kernel is fine; mend the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
+
+
+def _printed(context: Context) -> tuple[Fact, ...]:
+    """The last line that a program printed before it failed: its exit status alone says nothing."""
+    error = context.evidence.error
+    if error is None or error.ename != "CalledProcessError":
+        return ()
+    lines = [line.strip() for line in context.evidence.last_words.splitlines() if line.strip()]
+    return (inside("printed last", lines[-1][:300], "the cell's output"),) if lines else ()
 
 
 def unknown(context: Context) -> Cause | None:

@@ -52,12 +52,9 @@ def exited(context: Context) -> Cause | None:
         facts.append(inside("asked to exit", place, "noted before the call"))
         by = f", as exit() or quit() in {place} had asked it to"
     if evidence.exit_caller:
-        frame = evidence.exit_caller[0]
-        where = (
-            f"{context.human(frame.cell)}, line {frame.line}" if frame.cell is not None else f"{frame.file}, line {frame.line}"
-        )
-        facts.append(inside("exit called from", f"{frame.function} ({where})", "noted before the call"))
-        by = f" by os._exit() in {frame.function}() ({where})"
+        caller = context.frame(evidence.exit_caller[0])
+        facts.append(inside("exit called from", caller, "noted before the call"))
+        by = f" by os._exit() in {caller}"
     message = None if by else last_message(evidence, (Channel.DESCRIPTOR, Channel.STDERR))
     facts += [message.fact] if message else []
     summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from safe_exec.diagnosis.context import Context, inside, make, outside
 from safe_exec.model.ending import InternalError, StartFailed
@@ -15,6 +16,10 @@ TOO_LITTLE = (
     "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory here and counts what is reserved, too:"
     " raise --memory, or leave memory to the watchdog (--mechanisms watchdog)."
 )
+
+
+USUAL = ("python3", "ir", "bash")
+"""Names that are chosen first among kernels of the same language."""
 
 
 def _is_held_by_rlimit(context: Context) -> bool:
@@ -41,11 +46,28 @@ def start_failed(context: Context) -> Cause | None:
         if asks_too_much
         else "Run it with --network, or under a profile that leaves the network on (ci); see `safe-exec limits`."
         if "listens on TCP" in ending.reason
-        else "Install or choose another kernel (--kernel), see `jupyter kernelspec list`."
-        if "no kernel named" in ending.reason
+        else _instead(ending.installed, context.language)
+        if ending.installed is not None
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )
     return make(context, CauseKind.KERNEL_START_FAILED, ending.reason, Confidence.CERTAIN, tuple(facts), advice)
+
+
+def _instead(installed: Mapping[str, str], language: str | None) -> str:
+    """What to do about a kernel that is not installed: another one of the same language, if there is one."""
+    alike = sorted(name for name, spoken in installed.items() if language and spoken.lower() == language.lower())
+    usual = next((name for name in alike if name in USUAL), alike[0] if alike else None)
+    if usual is not None:
+        others = f" ({', '.join(name for name in alike if name != usual)} too)" if len(alike) > 1 else ""
+        return (
+            f"Run it with an installed kernel of the same language: --kernel {usual}{others}."
+            " Or install the kernel that the notebook names, in the environment that safe-exec runs in."
+        )
+    if language is not None and language.lower() == "python":
+        return "No Python kernel is installed: pip install ipykernel, then run it with --kernel python3."
+    if language is not None:
+        return f"None of the installed kernels is for {language}: install one that is; see `jupyter kernelspec list`."
+    return "Choose an installed kernel with --kernel NAME, or install the one that the notebook names."
 
 
 def internal(context: Context) -> Cause | None:

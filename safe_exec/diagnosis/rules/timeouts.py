@@ -129,8 +129,7 @@ def _facts(context: Context) -> tuple[Fact, ...]:
         if looked.syscall:
             facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
         if looked.stack:
-            frame = looked.stack[0]
-            facts.append(inside("innermost frame", f"{frame.function} ({frame.file}, line {frame.line})", "stack dump"))
+            facts.append(inside("innermost frame", context.frame(looked.stack[0]), "stack dump"))
         if looked.awaiting:
             facts.append(inside("awaiting", looked.awaiting, "sampling thread"))
     if looked is not None and looked.ignores_interrupt:

@@ -9,6 +9,7 @@ from typing import Any
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Cause
 from safe_exec.notebook.notebook import METADATA_KEY
+from safe_exec.notebook.validate import complete_metadata
 
 REPRODUCES = "reproduces"
 """The key in ``metadata.safe_exec`` by which a reproduction is known."""
@@ -39,8 +40,9 @@ def build(
         made.cells[-1]["source"] = crash_source
     metadata = made.metadata
     metadata.pop("widgets", None)
-    spec = metadata.setdefault("kernelspec", {"name": kernel, "display_name": kernel})
-    spec["name"] = kernel
+    spec = metadata.get("kernelspec")
+    metadata["kernelspec"] = {"display_name": kernel, **(spec if isinstance(spec, Mapping) else {}), "name": kernel}
+    complete_metadata(metadata, kernel, None)
     ours = metadata.setdefault(METADATA_KEY, {})
     ours["limits"] = {name: value for name, value in limits.as_dict().items() if name not in _NOT_CARRIED}
     if isolation:

@@ -20,6 +20,7 @@ from safe_exec.units import format_seconds, format_size
 SEPARATOR = " · "
 HEADLINE_WIDTH = 200
 FACT_WIDTH = 160
+FRAME_WIDTH = 160
 
 # --- harmless text ----------------------------------------------------------------------------------------------
 
@@ -123,13 +124,36 @@ def not_run(verdict: Verdict) -> tuple[int, ...]:
     return tuple(cell.code_index for cell in verdict.cells if cell.status is CellStatus.NOT_RUN)
 
 
-def frame_line(frame: Frame) -> str:
-    """One frame of a stack: ``load (cache.py:12)``; a frame of a cell gives the line in it."""
-    if frame.cell is not None:
-        place = f"notebook cell, line {frame.line}" if frame.line is not None else "notebook cell"
-    else:
+def frame_line(frame: Frame, verdict: Verdict) -> str:
+    """One frame of a stack: ``load (cache.py:12)``; code of a cell: ``in `load`, code cell 1, line 5: return read(path)``."""
+    if frame.cell is None:
         place = ":".join(str(part) for part in (frame.file, frame.line) if part is not None) or "?"
-    return f"{one_line(frame.function)} ({one_line(place)})"
+        return f"{one_line(frame.function)} ({one_line(place)})"
+    source = code_line(frame.source_line or "")
+    return clip(f"{frame_place(frame, verdict)}: {source}" if source else frame_place(frame, verdict), FRAME_WIDTH)
+
+
+def frame_place(frame: Frame, verdict: Verdict) -> str:
+    """Where a frame of a cell's code is: ``in `load`, code cell 1, line 5``."""
+    code_index = next((record.code_index for record in verdict.cells if record.index == frame.cell), None)
+    name = "a cell" if code_index is None else cell_name(code_index)
+    line = f", line {frame.line}" if frame.line is not None else ""
+    return f"in {name}{line}" if is_own_code(frame) else f"in `{one_line(frame.function)}`, {name}{line}"
+
+
+def is_own_code(frame: Frame) -> bool:
+    """Whether a frame is of the code of a cell itself, not of a function in it."""
+    return frame.function.startswith(("<module>", "<cell line"))
+
+
+def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
+    """Frames of cells' code deeper down than the line shown of the crash cell, that one called first; at most the innermost few."""
+    crash = verdict.crash_cell
+    if crash is None:
+        return []
+    frames = [frame for frame in crash.stack if frame.cell is not None and frame.line is not None]
+    shown = next((n for n, frame in enumerate(frames) if (frame.cell, frame.line) == (crash.index, crash.line)), 0)
+    return frames[:shown][:most][::-1]
 
 
 def signal_name(number: int) -> str:

@@ -172,10 +172,12 @@ def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "nb.ipynb:1:1: not JSON: Expecting value"),
+        (b"", "nb.ipynb: an empty file, not a notebook; restore it"),
+        (b"[1,", "nb.ipynb:1:4: not JSON: Expecting value"),
         (b'{"a": 1,\n  oops}', "nb.ipynb:2:3: not JSON: Expecting property name"),
-        (b"\xff\xfe{}", "nb.ipynb: not a notebook: not UTF-8 text (byte 0)"),
-        (b"PK\x03\x04", "nb.ipynb:1:1: not JSON"),
+        (b"\xff\xfe{}", "nb.ipynb: UTF-16 text, not a notebook; save it as UTF-8"),
+        (b"{\xff}", "nb.ipynb: not a notebook: not UTF-8 text (byte 1)"),
+        (b"PK\x03\x04", "nb.ipynb: a zip archive, not a notebook"),
         (b"[" * 100_000, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
         (b'{"a":' * 300 + b"1" + b"}" * 300, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
         (b"9" * 5000, "nb.ipynb: not a notebook: it holds a number of thousands of digits"),
@@ -226,7 +228,7 @@ def test_what_is_no_file() -> None:
     save(document(), "analysis.ipynb")
     assert error_of("anlysis.ipynb") == "anlysis.ipynb: no such file; did you mean analysis.ipynb?"
     assert error_of("analysis.ipynb/x") == "analysis.ipynb/x: cannot be read: not a directory"
-    assert error_of(".") == ".: is a directory, not a file"
+    assert error_of(".") == ".: is a directory, not a notebook; run all notebooks in it: safe-exec batch ."
     assert error_of("a\0b") == r"a\x00b: cannot be read: a file name cannot contain a NUL character"
     assert error_of("a\ud800b") == r"a\ud800b: cannot be read: its name is not UTF-8 text"
     assert error_of("a\nb") == r"a\nb: no such file"

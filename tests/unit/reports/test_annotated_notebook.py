@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from nbformat import NotebookNode
 
+from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import CauseKind, CellStatus, Role, Status, Stopped, Verdict
 from safe_exec.notebook.notebook import strip_annotations
@@ -114,7 +115,7 @@ def test_the_crash_cell_gets_a_red_error() -> None:
         "      3 joined.head()",
         "Stack, innermost first:",
         "    merge (pandas/core/frame.py:812)",
-        "    <module> (notebook cell, line 2)",
+        "    in code cell 2, line 2",
         "Evidence:",
         "    oom kills: 1 · memory.oom_control",
         "    memory peak: 1.0 GiB · memory.max_usage_in_bytes",
@@ -409,3 +410,10 @@ def test_nothing_from_the_kernel_gets_out_of_its_place(words: str) -> None:
 @pytest.mark.parametrize("words", NASTY)
 def test_nasty_texts_one_by_one(words: str) -> None:
     test_nothing_from_the_kernel_gets_out_of_its_place.hypothesis.inner_test(words)  # type: ignore[attr-defined]
+
+
+def test_the_banner_names_the_function_and_the_cell_of_each_line_further_in() -> None:
+    load = Frame(function="load", line=5, cell=1, source_line="    return read(path)")
+    crash = make_crash(stack=(load, Frame(function="<module>", line=2, cell=2)))
+    banner = annotate(make_notebook(), make_verdict(crash_cell=crash)).cells[0].source
+    assert "in `load`, [code cell 1](#cell-id=second), line 5:\n\n```text\nreturn read(path)\n```" in banner

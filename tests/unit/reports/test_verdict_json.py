@@ -143,7 +143,11 @@ def test_words_that_may_be_missing_are_those_of_the_model() -> None:
     assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [*(s.value for s in Stopped), None]
 
 
-OPTIONAL: dict[type, set[str]] = {Environment: {"isolation_facts"}, Isolation: {"repository", "show"}}
+OPTIONAL: dict[type, set[str]] = {
+    Environment: {"isolation_facts"},
+    Frame: {"source_line"},
+    Isolation: {"repository", "show"},
+}
 """Keys that verdicts of earlier versions do not have."""
 
 

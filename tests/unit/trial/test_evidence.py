@@ -171,7 +171,9 @@ def test_no_traceback_no_line() -> None:
         ("while True:\n    a()\n    b()", 1, None),  # which of both is not known
         ("while True:\n    a(1,\n      2)", 1, None),
         ("for x in y:\n    pass", 1, None),  # the iterator may be what runs
-        ("%magic\nwhile True:\n    x += 1", 2, None),
+        ("%%time\nwhile True:\n    x += 1", 2, 3),
+        ("if x:\n    !ls\n    while True:\n        x += 1", 3, 4),
+        ("y = !ls\nwhile True:\n    x += 1", 2, None),
     ],
 )
 def test_an_endless_loop_is_in_its_body(source: str, line: int, body: int | None) -> None:

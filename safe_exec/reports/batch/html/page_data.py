@@ -177,7 +177,7 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "crash": _crash(crash, verdict, sources.get(crash.index)) if crash is not None else None,
         "culprits": _culprits(verdict, sources),
-        "stack": [common.frame_line(frame) for frame in crash.stack[:MOST_FRAMES]] if crash is not None else [],
+        "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]] if crash is not None else [],
         "stderr": _tail(common.printable(verdict.stderr_tail)),
     }
     if cause is not None:

@@ -535,6 +535,34 @@ ERRORS = [
     error("says-input", raised("MyError", "StdinNotImplementedError: raw_input"), K.EXCEPTION),
 ]
 
+INSTALLED = {"bash": "bash", "conda-py": "python", "ir": "R", "python3": "python"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "language", "advice"),
+    [
+        (INSTALLED, "python", "--kernel python3 (conda-py too). Or install"),
+        (INSTALLED, "Python", "--kernel python3"),
+        (INSTALLED, "R", "--kernel ir. Or install"),
+        (INSTALLED, "julia", "None of the installed kernels is for julia"),
+        (INSTALLED, None, "Choose an installed kernel with --kernel NAME"),
+        ({"venv": "python"}, "python", "--kernel venv. Or install"),
+        ({}, "python", "pip install ipykernel"),
+        ({}, "R", "None of the installed kernels is for R"),
+    ],
+)
+def test_a_kernel_that_is_not_installed(installed: dict[str, str], language: str | None, advice: str) -> None:
+    context = Context(
+        ending=StartFailed(reason="no kernel named 'x' is installed", installed=installed),
+        evidence=Evidence(),
+        limits=Limits(),
+        language=language,
+    )
+    cause = find_cause(context)
+    assert cause is not None and advice in cause.advice
+    assert (cause.kind, cause.evidence) == (K.KERNEL_START_FAILED, ()), "nobody waited for it"
+
+
 OTHERS = [
     Row(id="start", ending=StartFailed(reason="the kernel did not answer", waited=60.0), kind=K.KERNEL_START_FAILED),
     Row(
@@ -648,9 +676,31 @@ def test_cells_that_fill_the_memory_are_named() -> None:
     assert cause is not None and "code cell 1 kept 612" in cause.advice and "code cell 4" not in cause.advice
 
 
+def test_a_program_that_failed_is_told_with_its_last_line() -> None:
+    failed = CellError(ename="CalledProcessError", evalue="Command 'x' returned non-zero exit status 1.")
+    row = error("program", failed, K.EXCEPTION, last_words="Traceback\nIndexError: no\n\n")
+    assert ("printed last", "IndexError: no") in [(fact.fact, fact.value) for fact in of(row).evidence]
+    plain = error("other", CellError(ename="ValueError", evalue="x"), K.EXCEPTION, last_words="printed")
+    assert [fact.fact for fact in of(plain).evidence] == ["raised"]
+
+
 def test_who_called_os_exit_is_told() -> None:
     caller = (Frame(function="leave", line=4, file="/lib/x.py"),)
-    assert "leave() (/lib/x.py, line 4)" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=caller)).summary
+    assert "os._exit() in leave (/lib/x.py, line 4)" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=caller)).summary
+    for function, words in (
+        ("leave", "leave, a cell, line 4"),
+        ("<module>", "a cell, line 4"),
+        ("<cell line: 4>", "a cell, line 4"),
+    ):
+        own = (Frame(function=function, line=4, file="<timed exec>", cell=7),)
+        assert f"os._exit() in {words}" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=own)).summary
+
+
+def test_an_exit_that_was_asked_for_in_an_earlier_cell() -> None:
+    asked = (Frame(function="leave", line=9, file="/lib/x.py"), Frame(function="<module>", line=2, file="1.py", cell=7))
+    summary = of(dead("exit", exit_code(0), K.EXIT, exit_request=asked)).summary
+    assert summary == "the kernel process left with exit status 0, as exit() or quit() in a cell, line 2 had asked it to"
+    assert "had asked" not in of(dead("exit", exit_code(1), K.EXIT, exit_request=asked)).summary
 
 
 # --- whatever comes in ------------------------------------------------------------------------------------------

@@ -98,13 +98,37 @@ def test_a_path_as_seen_from_the_run() -> None:
     ("frame", "line"),
     [
         (Frame(function="load", line=12, file="experiments/trial_cache.py"), "load (experiments/trial_cache.py:12)"),
-        (Frame(function="<module>", line=3, file="/tmp/1.py", cell=4), "<module> (notebook cell, line 3)"),
+        (Frame(function="<module>", line=3, file="/tmp/1.py", cell=1), "in code cell 1, line 3"),
+        (Frame(function="<cell line: 2>", line=3, file="/tmp/1.py", cell=2), "in code cell 2, line 3"),
+        (
+            Frame(function="load", line=3, file="<string>", cell=1, source_line="    x = 1"),
+            "in `load`, code cell 1, line 3: x = 1",
+        ),
+        (Frame(function="load", line=None, cell=1), "in `load`, code cell 1"),
+        (Frame(function="load", line=1, cell=99), "in `load`, a cell, line 1"),
         (Frame(function="f", line=None, file="lib.so"), "f (lib.so)"),
         (Frame(function="f\x1b[0m", line=None), r"f\x1b[0m (?)"),
     ],
 )
 def test_a_frame(frame: Frame, line: str) -> None:
-    assert common.frame_line(frame) == line
+    assert common.frame_line(frame, make_verdict()) == line
+
+
+def test_the_frames_below_the_line_that_is_shown() -> None:
+    own = Frame(function="<module>", line=2, cell=2)
+    magic = Frame(function="<module>", line=1, cell=2)
+    load, read = Frame(function="load", line=5, cell=1), Frame(function="read", line=9, cell=1)
+    library = Frame(function="merge", line=812, file="pandas/core/frame.py")
+    cases = [
+        ((library, own), []),
+        ((library, read, library, load, own, library, magic), [load, read]),
+        ((read, load), []),  # the line of the crash cell is not in it
+        ((), []),
+    ]
+    for stack, frames in cases:
+        assert common.inner_frames(make_verdict(crash_cell=make_crash(stack=stack)), 3) == frames
+    assert common.inner_frames(make_verdict(crash_cell=make_crash(stack=(read, load, own))), 1) == [read]
+    assert common.inner_frames(make_verdict(crash_cell=None), 3) == []
 
 
 HEADLINES = [

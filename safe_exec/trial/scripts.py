@@ -1,0 +1,58 @@
+"""The line of a cell at which the script of a cell magic failed (``%%bash``, ``%%python``, ``%%script perl``). Pure.
+
+Such a magic hands its body to a program's standard input, and says no more of a failure than its exit
+status. Most programs print their own message with the line before; a shell prints one for each command
+that fails and goes on, so only a message after which it must have ended tells the line.
+"""
+
+from __future__ import annotations
+
+import re
+
+_HEADER = re.compile(r"\s*%%(\S+)(.*)")
+_MESSAGES = (
+    # CPython's traceback: of the frames of the script the innermost is printed last.
+    re.compile(r'^ *File "<stdin>", line (\d+)', re.MULTILINE),
+    re.compile(r" at - line (\d+)[.,]"),  # Perl
+    re.compile(r"^-:(\d+):in ", re.MULTILINE),  # Ruby
+    re.compile(r"^\[stdin\]:(\d+)$", re.MULTILINE),  # Node
+)
+_SHELL_MESSAGE = re.compile(r"^(?:/\S*/)?(?:ba|da|z|k)?sh: (?:line )?(\d+): (.*)$", re.MULTILINE)
+_ENDS_A_SHELL = re.compile(r"syntax error|[Uu]nterminated|unbound variable|parameter not set|bad substitution")
+_STOPS_AT_ERRORS = re.compile(r"^\s*set +(?:-\w*e|-o +errexit)", re.MULTILINE)
+_E_OPTION = re.compile(r"\s-\w*e")
+
+
+def script_line(source: str, text: str) -> int | None:
+    """The line of the cell ``source``, from what its script printed; ``None`` where that does not tell."""
+    lines = source.splitlines()
+    start = header_line(lines)
+    if start is None:
+        return None
+    line = _line_of_script("\n".join(lines[start:]), lines[start - 1], text)
+    return start + line if line is not None and 1 <= line <= len(lines) - start else None
+
+
+def header_line(lines: list[str]) -> int | None:
+    """The line, from 1, of the innermost cell magic at the top of a cell."""
+    found = None
+    for number, line in enumerate(lines, 1):
+        if _HEADER.match(line):
+            found = number
+        elif line.strip():
+            break
+    return found
+
+
+def _line_of_script(body: str, header: str, text: str) -> int | None:
+    for message in _MESSAGES:
+        numbers = message.findall(text)
+        if numbers:
+            return int(numbers[-1])
+    shown = list(_SHELL_MESSAGE.finditer(text))
+    if not shown:
+        return None
+    line, words = int(shown[-1][1]), shown[-1][2]
+    commands = [number for number, row in enumerate(body.splitlines(), 1) if row.strip() and not row.lstrip().startswith("#")]
+    stops = _STOPS_AT_ERRORS.search(body) or _E_OPTION.search(header) or _ENDS_A_SHELL.search(words)
+    return line if stops or (commands and line == commands[-1]) else None
