@@ -2,7 +2,7 @@
 
 A cell's own code has a file name of its own. Code that a magic made of a cell's body may share one
 with anything (``<string>``, ``<timed exec>``): there the function and its lines decide, and of
-several that fit the one that was compiled last. May import faults, inside.sources and records.
+several that fit the one that was compiled last. May import fault_report, agent.sources and records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IDENTITY = [[1, 1]]
 class Source:
     """Code of a cell, by the cell's number inside.
 
-    ``line_map`` is as in ``inside.sources``. ``functions`` are name, first and last line of each code
+    ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each code
     object; ``None`` where the file name alone decides.
     """
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
-from safe_exec.nbguess import guess, guess_json
 from safe_exec.notebook.encode import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
+from safe_exec.notebook.guess import guess, guess_json
 from safe_exec.notebook.validate import problems
 from safe_exec.records import dataclass
 

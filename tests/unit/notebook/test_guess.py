@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_exec.nbguess import guess, guess_json
+from safe_exec.notebook.guess import guess, guess_json
 from safe_exec.notebook.validate import complete_metadata
 
 NOTEBOOK = json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}, indent=1)
@@ -27,7 +27,7 @@ CONFLICT = f"<<<<<<< HEAD\n{NOTEBOOK}\n=======\n{NOTEBOOK}\n>>>>>>> topic\n"
         ("nb.ipynb", f"{{\n{CONFLICT}}}".encode(), ["git merge conflict markers (line 2)"]),
         ("my nb.ipynb", CONFLICT.replace("\n", "\r\n").encode(), ["git checkout --ours 'my nb.ipynb'"]),
         ("nb.ipynb", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ["a Git LFS pointer", "git lfs pull"]),
-        ("nb.ipynb", gzip.compress(NOTEBOOK.encode()), ["gzip", "gunzip -c nb.ipynb > nb.plain.ipynb"]),
+        ("nb.ipynb", gzip.compress(NOTEBOOK.encode(), mtime=0), ["gzip", "gunzip -c nb.ipynb > nb.plain.ipynb"]),
         ("nb.ipynb", b"PK\x03\x04", ["a zip archive", "unzip nb.ipynb"]),
         ("nb.ipynb", NOTEBOOK.encode("utf-16"), ["UTF-16", "iconv"]),
         ("nb.ipynb", b"\n<!DOCTYPE html>\n<html lang=en>", ["an HTML page", "Raw"]),
