@@ -157,10 +157,10 @@ def advice(conflict: IsolationConflict) -> str:
         return NETWORK_ADVICE if conflict.usable else NO_ROUTE_ADVICE
     if conflict.kind is NeedKind.VARIABLE:
         return f"Pass it on with --env {conflict.name}: the notebook can then read its value."
-    if prefix := PACKAGES.match(conflict.path or "") if _installs(conflict) else None:
+    if _installs(conflict) and conflict.allow:
         return (
             "Install the packages before the run, outside the sandbox, into the environment of the kernel. Or allow the notebook to change"
-            f" this environment with --writable {shlex.quote(prefix[1])}."
+            f" this environment with --writable {shlex.quote(conflict.allow[0])}."
         )
     if _is_device(conflict):
         return f"Let the notebook use the device with --device {shlex.quote(conflict.path or '')}."
