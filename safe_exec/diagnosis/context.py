@@ -47,6 +47,10 @@ class Context:
         place = f"{self.human(frame.cell)}, line {frame.line}"
         return place if own else f"{frame.function}, {place}"
 
+    def if_limited(self, name: LimitName, advice: str) -> str:
+        """A piece of advice that names a limit's option: empty if the run has no such limit, since its option would not help."""
+        return "" if self.limits.of(name) is None else advice
+
     def accumulators(self) -> str:
         """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
         kept = [c for c in self.cells if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current]
@@ -99,6 +103,11 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     if evidence.termination is not None:
         facts.append(outside("killed by safe-exec for", evidence.termination.value, "recorded before the signal was sent"))
     return tuple(facts)
+
+
+def alive(moment: str) -> Fact:
+    """The kernel process had not ended: an error, or a request to end the kernel, is a reply of a live kernel."""
+    return outside("kernel process", f"alive {moment}", "the keeper had no wait status")
 
 
 def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure, why, what to do

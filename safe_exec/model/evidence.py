@@ -363,3 +363,18 @@ class Evidence:
     conflicts: tuple[IsolationConflict, ...] = ()
     volumes: tuple[Volume, ...] = ()
     final_output: tuple[OutputBurst, ...] = ()
+
+
+CLAIMS = (
+    "error",
+    "raised",
+    "place",
+    "remote_hosts",
+    "executed",
+    "last_words",
+    "exit_caller",
+    "exit_request",
+    "stderr_tail",
+    "final_output",
+)
+"""The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``looked`` hold both."""

@@ -193,7 +193,15 @@ def _cause(context: Context, engine: Engine, words: re.Match[str], source: str) 
     said = inside("raised" if source == "the cell's error" else "printed", quoted[:300], source)
     setting = (inside(SETTING, engine.setting, "the word by which a notebook sets this limit"),) if engine.setting else ()
     facts = (said, *_own_figures(context), *setting)
-    return make(context, engine.kind, summary, _confidence(context), facts, engine.advice)
+    return make(context, engine.kind, summary, _confidence(context), facts, _advice(context, engine))
+
+
+BELOW = re.compile(r" \(below --memory\)|[,;][^,;]* below --memory(?=[.;])")
+
+
+def _advice(context: Context, engine: Engine) -> str:
+    """Without a limit on memory in the run there is none to stay below."""
+    return engine.advice if context.limits.memory is not None else BELOW.sub("", engine.advice)
 
 
 def _own_figures(context: Context) -> tuple[Fact, ...]:

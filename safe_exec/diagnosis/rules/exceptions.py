@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, make
+from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make
 from safe_exec.model.ending import CellFailed
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
@@ -18,7 +18,8 @@ def stdin(context: Context) -> Cause | None:
     if error.in_debugger:
         summary = "the cell started a debugger, which asks for input, and nobody is there to type it"
         advice = "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook is run by itself."
-    return make(context, CauseKind.STDIN, summary, Confidence.CERTAIN, facts, advice)
+    # Only the name of the error says so, and code of the notebook can raise one of that name.
+    return make(context, CauseKind.STDIN, summary, Confidence.LIKELY, facts, advice)
 
 
 def exception(context: Context) -> Cause | None:
@@ -30,7 +31,9 @@ def exception(context: Context) -> Cause | None:
     summary = ": ".join(part for part in (error.ename, first) if part) or "the cell raised an error without a name"
     if not error.ename:  # bash says its exit status and nothing else
         summary = f"the cell failed: {first}" if first else "the cell failed"
-    facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"), *_printed(context))
+    # Certain is that a reply was an error and that the kernel lived; what the error says is the kernel's word.
+    said = inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
+    facts = (said, alive("after the error"), *_printed(context))
     advice = "The kernel is fine; mend the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
 

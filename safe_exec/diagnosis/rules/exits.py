@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside, signal_name
+from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make, outside, signal_name
 from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import Died
 from safe_exec.model.evidence import Channel
@@ -29,7 +29,7 @@ def asked_to_exit(context: Context) -> Cause | None:
     if not isinstance(context.ending, Died) or not context.ending.asked_to_exit:
         return None
     where = context.human(context.ending.cell)
-    facts = (inside("asked to exit", True, "payload of the execute reply"),)
+    facts = (inside("asked to exit", True, "payload of the execute reply"), alive("when it asked"))
     summary = f"{where} called exit() or quit(), which ends the kernel"
     later = [c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None]
     if later:

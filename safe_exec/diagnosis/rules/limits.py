@@ -39,7 +39,8 @@ def output_flood(context: Context) -> Cause | None:
     )
     facts = (said, outside("bytes received of it", received, "messages"), outside("cap", context.limits.cell_output, "limits"))
     summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
-    advice = "End the loop or print less. A long but finite log passes, cut at its cap (--cell-output)."
+    capped = context.if_limited(LimitName.CELL_OUTPUT, " A long but finite log passes, cut at its cap (--cell-output).")
+    advice = f"End the loop or print less.{capped}"
     return make(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.CERTAIN if seen else Confidence.LIKELY, facts, advice)
 
 
@@ -52,9 +53,8 @@ def processes_watched(context: Context) -> Cause | None:
         outside("processes allowed", context.limits.processes, "limits of this run"),
     )
     summary = f"too many processes: more than {context.limits.processes} processes and threads at a time"
-    return make(
-        context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, "Use a pool of bounded size; see --processes."
-    )
+    advice = f"Use a pool of bounded size{_more_processes(context)}."
+    return make(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, advice)
 
 
 def disk_watched(context: Context) -> Cause | None:
@@ -68,7 +68,8 @@ def disk_watched(context: Context) -> Cause | None:
     )
     most = "" if allowed is None else f": more than {format_size(allowed)} came to its folder and temporary files"
     summary = f"the run wrote too much{most}, and was ended by safe-exec's watchdog"
-    advice = "Write less, or remove what is no longer needed; look at what earlier cells wrote. See --disk."
+    more = context.if_limited(LimitName.DISK, " See --disk.")
+    advice = f"Write less, or remove what is no longer needed; look at what earlier cells wrote.{more}"
     return make(context, CauseKind.DISK_FULL, summary, Confidence.CERTAIN, facts, advice)
 
 
@@ -84,7 +85,7 @@ def file_too_large_signal(context: Context) -> Cause | None:
         _file_summary(context),
         Confidence.CERTAIN,
         facts,
-        "Write less to one file; see --file-size.",
+        _write_less(context),
     )
 
 
@@ -105,8 +106,7 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
     )
     limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"
     summary = f"too many open files{limit}: a library could not have another one and aborted the kernel"
-    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
-    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, _close_files(context))
 
 
 def bad_system_call(context: Context) -> Cause | None:
@@ -117,6 +117,21 @@ def bad_system_call(context: Context) -> Cause | None:
     summary = "bad system call: a seccomp filter ended the kernel for a call that it does not allow"
     advice = "The filter of this machine or container forbids what the native code asked for."
     return make(context, CauseKind.BAD_SYSTEM_CALL, summary, Confidence.CERTAIN, exit_facts(context.evidence), advice)
+
+
+def _write_less(context: Context) -> str:
+    return f"Write less to one file{context.if_limited(LimitName.FILE_SIZE, '; see --file-size')}."
+
+
+def _close_files(context: Context) -> str:
+    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open"
+    return f"{advice}{context.if_limited(LimitName.OPEN_FILES, '; see --open-files')}."
+
+
+def _more_processes(context: Context) -> str:
+    """Not if a group above the sandbox allows fewer than the run: raising the run's own limit would not help."""
+    bounded = context.evidence.process_bound is not None
+    return "" if bounded else context.if_limited(LimitName.PROCESSES, "; see --processes")
 
 
 def _file_summary(context: Context) -> str:
@@ -169,10 +184,9 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
         facts.append(outside("open files", count, "/proc/PID/fd after the error"))
     held = f": {count} are open" if near else ""
     allowed = "" if limit is None else f" of {limit} allowed" if near else f": {limit} are allowed to each process"
-    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
     confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
     summary = f"too many open files{held}{allowed}"
-    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), advice)
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), _close_files(context))
 
 
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:
@@ -180,9 +194,7 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
         return None
     facts = (_said(error), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
     confidence = Confidence.CERTAIN if context.limits.file_size is not None else Confidence.LIKELY
-    return make(
-        context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, "Write less to one file; see --file-size."
-    )
+    return make(context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, _write_less(context))
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
@@ -212,5 +224,5 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         )
     summary = f"too many processes: a new process or thread was refused{allowed}"
     confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
-    advice = "Threads count: use a pool of bounded size, join what is done, and look at earlier cells; see --processes."
+    advice = f"Threads count: use a pool of bounded size, join what is done, and look at earlier cells{_more_processes(context)}."
     return make(context, CauseKind.TOO_MANY_PROCESSES, summary, confidence, tuple(facts), advice)

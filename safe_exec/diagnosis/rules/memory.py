@@ -26,6 +26,11 @@ REFUSED_TO_LIBRARY = re.compile(
 """As PyTorch, polars, C++ and TensorFlow report it in errors of other names."""
 REFUSED = re.compile(r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate ")
 
+ASKED_FOR = re.compile(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
+"""How numpy says what it asked for."""
+UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)}
+NEAR = 0.9
+
 
 def _amounts(context: Context) -> str:
     peak, limit = context.evidence.memory_peak, context.limits.memory
@@ -48,7 +53,11 @@ def _facts(context: Context) -> tuple[Fact, ...]:
 
 def _advice(context: Context) -> str:
     kept = context.accumulators()
-    parts = [f"{kept} before." if kept else "", "Raise the limit with --memory, or load and keep less at a time."]
+    more = "Load and keep less at a time, or give the machine more memory."
+    parts = [
+        f"{kept} before." if kept else "",
+        context.if_limited(LimitName.MEMORY, "Raise the limit with --memory, or load and keep less at a time.") or more,
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -56,7 +65,9 @@ def watchdog_kill(context: Context) -> Cause | None:
     """We killed the tree because its memory passed the limit."""
     if not isinstance(context.ending, Died) or context.evidence.termination is not TerminationReason.MEMORY:
         return None
-    summary = f"out of memory: the sandbox passed its limit ({_amounts(context)}) and was ended by safe-exec's watchdog"
+    amounts = _amounts(context)
+    passed = "the sandbox passed its limit" + (f" ({amounts})" if amounts else "")
+    summary = f"out of memory: {passed} and was ended by safe-exec's watchdog"
     return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))
 
 
@@ -120,7 +131,9 @@ def worker_kill(context: Context) -> Cause | None:
     where = context.human(getattr(context.ending, "cell", None))
     amounts = _amounts(context)
     summary = f"a worker process was killed for memory in {where}{hang}" + (f" ({amounts})" if amounts else "")
-    advice = "Use fewer or smaller workers, or raise --memory: the limit covers the kernel and all its processes together."
+    covers = ", or raise --memory: the limit covers the kernel and all its processes together"
+    ours = "" if evidence.oom_elsewhere else context.if_limited(LimitName.MEMORY, covers)
+    advice = f"Use fewer or smaller workers{ours}."
     confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
     cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
     waited = isinstance(context.ending, TimedOut) and evidence.looked is not None
@@ -138,13 +151,22 @@ def refused(context: Context) -> Cause | None:
     by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
     if not (named or system or foreign or by_library):
         return None
-    facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")]
-    if context.evidence.memory_peak is not None:
-        facts.append(outside("memory peak", context.evidence.memory_peak, "control group or sum over processes"))
+    facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"), *_facts(context)]
     detail = error.evalue.split("\n", 1)[0][:200]
     summary = f"an allocation was refused: {detail or error.ename}; the kernel lives"
     advice = (
         "The system turned the request down before any memory was used: ask for less (a smaller shape or dtype, chunks, a file). On"
         " a machine that overcommits memory the same cell would be killed instead."
     )
-    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.CERTAIN, tuple(facts), advice)
+    confidence = Confidence.CERTAIN if _was_short(context, error.evalue) else Confidence.LIKELY
+    return make(context, CauseKind.MEMORY_ERROR, summary, confidence, tuple(facts), advice)
+
+
+def _was_short(context: Context, message: str) -> bool:
+    """Whether what is known outside bears a refusal out: memory in use near the limit, or a request that does not fit into it."""
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    if limit is None:
+        return False
+    wanted = ASKED_FOR.search(message)
+    request = float(wanted[1]) * UNITS[wanted[2]] if wanted else 0.0
+    return request > limit or (peak is not None and peak >= NEAR * limit)

@@ -32,7 +32,7 @@ def start_failed(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, StartFailed):
         return None
-    facts: list[Fact] = []
+    facts: list[Fact] = [outside("answered", False, "no reply to a request for the kernel's info")]
     if ending.exit is not None:
         facts.append(outside("ended with", str(ending.exit), "wait status of the kernel process"))
     if ending.waited is not None:
@@ -75,10 +75,14 @@ def internal(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, InternalError):
         return None
-    facts = tuple(
-        outside(f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement")
-        for name, held in context.enforcement.items()
-        if not held.hard and f"--require {name.value}:" in ending.message
+    checked = [outside("started", False, "checked before anything was run")] if ending.refused else []
+    facts = (
+        *checked,
+        *(
+            outside(f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement")
+            for name, held in context.enforcement.items()
+            if not held.hard and f"--require {name.value}:" in ending.message
+        ),
     )
     if ending.refused:
         advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."

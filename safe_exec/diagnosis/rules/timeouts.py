@@ -11,6 +11,7 @@ from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outsi
 from safe_exec.diagnosis.rules import hangs, waiting
 from safe_exec.model.ending import Died, TerminationReason, TimedOut
 from safe_exec.model.evidence import Looked
+from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
 from safe_exec.records import replace
 from safe_exec.units import format_seconds, format_size
@@ -157,9 +158,13 @@ def flood(context: Context) -> Cause | None:
         return None
     amount, span = format_size(evidence.cell_output_bytes), format_seconds(evidence.cell_seconds)
     summary = f"endless output: {amount} in {span}, and it was still printing when its time was up"
-    cause = _timed(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.LIKELY, "Print less, or end the loop; see --cell-output.")
+    cause = _timed(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.LIKELY, _print_less(context))
     fact = outside("output of the cell", evidence.cell_output_bytes, "bytes received")
     return replace(cause, evidence=(fact, *cause.evidence))
+
+
+def _print_less(context: Context) -> str:
+    return "Print less, or end the loop" + context.if_limited(LimitName.CELL_OUTPUT, "; see --cell-output") + "."
 
 
 def replaced(context: Context) -> Cause | None:
@@ -168,7 +173,7 @@ def replaced(context: Context) -> Cause | None:
         return None
     summary = f"the kernel process replaced itself by another program (os.exec): {context.evidence.executed}"
     advice = "Start programs with subprocess; os.exec* ends the kernel without ending its process."
-    return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.CERTAIN, advice)
+    return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.LIKELY, advice)
 
 
 def mute(context: Context) -> Cause | None:

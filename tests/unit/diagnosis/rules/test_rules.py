@@ -31,6 +31,7 @@ from safe_exec.model.ending import (
     TimedOut,
 )
 from safe_exec.model.evidence import (
+    CLAIMS,
     Access,
     Channel,
     Evidence,
@@ -309,7 +310,7 @@ TIMES = [
         cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=60.0, cell_output_age=50.0,
     ),
     late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_output_received=5000, cell_seconds=3.0, cell_output_age=0.1),
-    late("exec", K.UNRESPONSIVE, C.CERTAIN, Activity.SLEEPING, executed="/bin/sleep", looked=SLEEPS),
+    late("exec", K.UNRESPONSIVE, C.LIKELY, Activity.SLEEPING, executed="/bin/sleep", looked=SLEEPS),
     late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
     late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, looked=seen(state="T"), cell_active=False),
     late(
@@ -330,14 +331,17 @@ ERRORS = [
     error("zero-division", raised("ZeroDivisionError", "division by zero"), K.EXCEPTION),
     error("system-exit", raised("SystemExit", "1"), K.EXCEPTION),
     error("keyboard-interrupt", raised("KeyboardInterrupt"), K.EXCEPTION),
-    error("stdin", raised("StdinNotImplementedError", "raw_input was called"), K.STDIN),
+    error("stdin", raised("StdinNotImplementedError", "raw_input was called"), K.STDIN, C.LIKELY),
     error("worker", raised("BrokenProcessPool", "terminated abruptly"), K.WORKER_OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
     error("worker-of-an-earlier-cell", raised("BrokenProcessPool", "x"), K.EXCEPTION, oom_kills=1, oom_kills_cell=0),
-    error("memory-error", raised("MemoryError"), K.MEMORY_ERROR),
+    error("memory-error", raised("MemoryError"), K.MEMORY_ERROR, C.LIKELY),
+    error("memory-error-near-the-limit", raised("MemoryError"), K.MEMORY_ERROR, memory_peak=95 * MIB),
+    error("memory-error-without-a-limit", raised("MemoryError"), K.MEMORY_ERROR, C.LIKELY, memory_peak=95 * MIB, limits=BARE),
+    error("numpy-asks-for-little", raised("_ArrayMemoryError", "Unable to allocate 9.54 MiB"), K.MEMORY_ERROR, C.LIKELY),
     error("numpy-memory-error", raised("_ArrayMemoryError", "Unable to allocate 74.5 GiB"), K.MEMORY_ERROR),
-    error("qualified-memory-error", raised("numpy.core._exceptions._ArrayMemoryError", "x"), K.MEMORY_ERROR),
-    error("errno-12", raised("OSError", "[Errno 12] Cannot allocate memory"), K.MEMORY_ERROR),
-    error("r-memory", raised("ERROR", "Error: cannot allocate vector of size 74.5 Gb"), K.MEMORY_ERROR, language="R"),
+    error("qualified-memory-error", raised("numpy.core._exceptions._ArrayMemoryError", "x"), K.MEMORY_ERROR, C.LIKELY),
+    error("errno-12", raised("OSError", "[Errno 12] Cannot allocate memory"), K.MEMORY_ERROR, C.LIKELY),
+    error("r-memory", raised("ERROR", "Error: cannot allocate vector of size 74.5 Gb"), K.MEMORY_ERROR, C.LIKELY, language="R"),
     error("r-text-in-python", raised("ValueError", "cannot allocate vector of size 7 Gb"), K.EXCEPTION),
     error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
     error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
@@ -790,14 +794,14 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.builds(hint, **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()})
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+        several = arguments[-1] is Ellipsis
+        return st.lists(values_of(arguments[0]), max_size=3).map(tuple) if several else st.tuples(*map(values_of, arguments))
     return st.one_of(*map(values_of, arguments))
 
 
 FIELDS = {name: values_of(hint) for name, hint in typing.get_type_hints(Evidence).items()}
-INSIDE = ("error", "raised", "place", "remote_hosts", "executed", "last_words", "exit_caller", "stderr_tail", "final_output")
 evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
-claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in INSIDE})
+claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in CLAIMS})
 cells_of = st.integers(0, 9)
 bools = st.none() | st.booleans()
 endings: st.SearchStrategy[Ending] = st.one_of(
@@ -835,7 +839,7 @@ def test_claims_from_inside_never_change_what_a_death_is(
     status: ExitStatus, evidence: Evidence, claim: dict[str, Any], limits: Limits
 ) -> None:
     ending = Died(cell=2, exit=status)
-    honest = dataclasses.replace(evidence, exit=status, **{name: getattr(Evidence(), name) for name in INSIDE})
+    honest = dataclasses.replace(evidence, exit=status, **{name: getattr(Evidence(), name) for name in CLAIMS})
     before = find_cause(Context(ending=ending, evidence=honest, limits=limits))
     after = find_cause(Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits))
     assert before is not None and after is not None
