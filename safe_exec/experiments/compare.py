@@ -64,19 +64,21 @@ def _failures(then: Verdict, here: Verdict, cells: Sequence[Culprit] | None, cel
         yield Difference(what="status", then=then.status.value, here=here.status.value, decides=True)
         return
     was, found = Failure.of(then.cause, 0), Failure.of(here.cause, 0)
+    another_form = was.has_form(here.cause)
     for what, before, now in (
         ("cause", was.kind.value, found.kind.value),
         ("signal", was.signal, found.signal),
         ("exit code", was.exit_code, found.exit_code),
     ):
         if before != now:
-            yield Difference(what=what, then=before, here=now, decides=True)
+            yield Difference(what=what, then=before, here=now, decides=not another_form)
     if was.kind is found.kind is CauseKind.EXCEPTION and was.error != found.error:
         yield Difference(what="error", then=was.error, here=found.error, decides=True)
     place = None if then.crash_cell is None else then.crash_cell.code_index
     if place != cell:
         # Heap corruption strikes where the heap happens to lie.
-        yield Difference(what="code cell", then=_counted(place), here=_counted(cell), decides=not was.moves)
+        moved = was.moves and was.is_like(here.cause)
+        yield Difference(what="code cell", then=_counted(place), here=_counted(cell), decides=not moved)
     elif not _same_line(then, here, whole=cells is None):
         yield Difference(what="line", then=_line(then), here=_line(here))
     yield from _peaks(then, here, whole=cells is None)

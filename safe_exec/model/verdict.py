@@ -215,7 +215,8 @@ class Culprits:
     ``cells`` in order, the crash cell last; empty where nothing reproduced. ``minimal``: without any one of them it no
     longer happens. ``look_first`` is the index of the cell a person should read first. ``trials`` counts kernels that were
     started for the search (the first run is none of them), ``cached`` those that an earlier search had run.
-    ``reproduced`` is (k, n): of n runs of this very set, from scratch, k ended the same way. ``seconds`` is the wall time of the
+    ``reproduced`` is (k, n): of n runs of this very set, from scratch, k ended the same way; ``endings`` counts how they ended (``passed``, or
+    the kind of the cause). ``seconds`` is the wall time of the
     search. ``repro_notebook`` is the path of the reproduction, where one was written.
     """
 
@@ -227,6 +228,7 @@ class Culprits:
     cached: int
     reproduced: tuple[int, ...]
     seconds: float
+    endings: Mapping[str, int] = field(default_factory=dict)
     repro_notebook: str | None = None
     stopped: Stopped | None = None
 

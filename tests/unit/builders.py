@@ -123,6 +123,7 @@ def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
         trials=6,
         cached=0,
         reproduced=(2, 2),
+        endings={"out_of_memory": 2},
         seconds=14.2,
         repro_notebook="/home/me/project/analysis.repro.ipynb",
     )
@@ -131,7 +132,7 @@ def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
 
 def nothing_found(stopped: Stopped, reproduced: tuple[int, int] = (0, 3)) -> Culprits:
     """The result of a search that found nothing."""
-    found = make_culprits(minimal=False, look_first=None, reproduced=reproduced, repro_notebook=None, stopped=stopped)
+    found = make_culprits(minimal=False, look_first=None, reproduced=reproduced, endings={}, repro_notebook=None, stopped=stopped)
     return dataclasses.replace(found, cells=())
 
 

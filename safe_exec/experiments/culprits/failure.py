@@ -1,8 +1,11 @@
 """What makes two failures the same, and what a trial says of it. Pure; imports model and search's answers.
 
-The same failure is the same cause kind, with the same signal or exit code, in the same crash cell. Heap corruption alone is known by kind
-and signal: ``free()`` finds it wherever the layout of the heap has put it, and to leave out a cell moves that place. The choice is made by
-the cause of the first run and stands in ``Failure.moves``.
+The same failure is the same cause kind, with the same signal or exit code, in the same crash cell. Memory that was overwritten has
+several forms: where it lies decides whether glibc finds it and aborts, or whether it is used first and ends in a segmentation fault. In
+the crash cell both count. An abort of glibc's counts in any cell: ``free()`` finds the damage wherever the layout of the heap has put it,
+and to leave out a cell moves that place (``Failure.moves``).
+
+Another death in the crash cell is another *form*: the search decides by what it sees whether that is the same failure.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import re
 
 from safe_exec.experiments.culprits.protocol import Answer
-from safe_exec.model.ending import CellFailed, Ending, InternalError, Passed, StartFailed
-from safe_exec.model.verdict import Cause, CauseKind, Status, Verdict
+from safe_exec.model.ending import CellFailed, Died, Ending, InternalError, Passed, StartFailed, TimedOut
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
 from safe_exec.records import dataclass
 
 LIMIT_ERRORS = frozenset(
@@ -28,6 +31,30 @@ LIMIT_ERRORS = frozenset(
 """What a cell error must be caused by to be searched for without being asked."""
 HEAP_WORDS = ("free()", "malloc", "double free", "corrupt", "munmap_chunk", "realloc()", "unlink_chunk")
 """glibc's last message about a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
+MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
+"""Ways in which memory runs out: what allocates decides whether it is refused or killed."""
+TIMES = frozenset(
+    {CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.OUTPUT_FLOOD}
+)
+"""Ways in which a cell goes on for too long."""
+DEATHS = frozenset(
+    {
+        CauseKind.OUT_OF_MEMORY,
+        CauseKind.SEGFAULT,
+        CauseKind.STACK_OVERFLOW,
+        CauseKind.ABORT,
+        CauseKind.ILLEGAL_INSTRUCTION,
+        CauseKind.BUS_ERROR,
+        CauseKind.FLOATING_POINT_EXCEPTION,
+        CauseKind.EXIT,
+        CauseKind.KILLED,
+        CauseKind.TERMINATED,
+        CauseKind.CPU_TIME,
+        CauseKind.BAD_SYSTEM_CALL,
+        CauseKind.UNKNOWN,
+    }
+)
+"""Ways in which a kernel ends."""
 ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
@@ -50,7 +77,6 @@ class Failure:
     @classmethod
     def of(cls, cause: Cause, cell: int) -> Failure:
         """The failure of a run with this cause and crash cell."""
-        said = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
         return cls(
             kind=cause.kind,
             signal=_how(cause)[0],
@@ -60,16 +86,40 @@ class Failure:
             missing=tuple(
                 sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})
             ),
-            moves=cause.kind is CauseKind.ABORT and any(word in said for word in HEAP_WORDS),
+            moves=_found_by_glibc(cause),
         )
 
     def is_same(self, cause: Cause | None, cell: int | None) -> bool:
         """Whether a trial with this cause in this cell failed the same way."""
-        if cause is None or (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
+        if cause is None:
             return False
-        if self.kind in (CauseKind.EXCEPTION, CauseKind.ISOLATION) and _raised(cause) != self.error:
+        if self.moves and self.is_like(cause):
+            return True
+        return cell == self.cell and self.has_form(cause)
+
+    def is_like(self, cause: Cause) -> bool:
+        """Whether a cause is the failure's own: kind, signal or exit code, and the name of an exception."""
+        if (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
             return False
-        return self.moves or cell == self.cell
+        return self.kind not in (CauseKind.EXCEPTION, CauseKind.ISOLATION) or _raised(cause) == self.error
+
+    def has_form(self, cause: Cause) -> bool:
+        """Whether a cause is the failure's own, or one that is known to be another form of it."""
+        if self.is_like(cause):
+            return True
+        if self.kind is CauseKind.SEGFAULT and _found_by_glibc(cause):
+            return True
+        if self.moves and cause.kind is CauseKind.SEGFAULT:
+            return True
+        # Nobody could look at the stack of one of them: it may have been full, or not.
+        unseen = cause.kind is CauseKind.SEGFAULT and cause.confidence is not Confidence.CERTAIN
+        return self.kind is CauseKind.STACK_OVERFLOW and unseen and _how(cause)[0] == self.signal
+
+
+def _found_by_glibc(cause: Cause) -> bool:
+    """Whether glibc found its heap damaged, and aborted."""
+    words = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
+    return cause.kind is CauseKind.ABORT and any(word in words for word in HEAP_WORDS)
 
 
 def _how(cause: Cause) -> tuple[int | None, int | None]:
@@ -108,6 +158,17 @@ def answer(failure: Failure, ending: Ending, cause: Cause | None) -> tuple[Answe
     if failure.is_same(cause, cell) and not (failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)):
         return Answer.FAIL, None, frozenset()
     return Answer.UNRESOLVED, cell, missing
+
+
+def is_another_form(failure: Failure, ending: Ending, cause: Cause | None) -> bool:
+    """Whether a trial ended in the crash cell in a way akin to the failure: the kernel died, memory or time ran out there."""
+    if cause is None or getattr(ending, "cell", None) != failure.cell or failure.has_form(cause):
+        return False
+    if failure.kind in MEMORY and cause.kind in MEMORY:
+        return True
+    if failure.kind in TIMES and isinstance(ending, TimedOut):
+        return cause.kind in TIMES
+    return failure.kind in DEATHS and isinstance(ending, Died) and not ending.asked_to_exit
 
 
 def _missing(ending: Ending) -> frozenset[str]:

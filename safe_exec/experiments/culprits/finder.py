@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from safe_exec.diagnosis.rules.engines import SETTING
 from safe_exec.experiments.culprits import reproduction
+from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
 from safe_exec.experiments.culprits.oracle import Oracle
 from safe_exec.experiments.culprits.protocol import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
@@ -25,9 +27,8 @@ from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
 from safe_exec.records import dataclass, field, replace
 
-MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
-ERRATIC = frozenset({CauseKind.SEGFAULT, CauseKind.ABORT, CauseKind.KILLED, CauseKind.TERMINATED, CauseKind.UNKNOWN})
-"""What depends on where memory lies, or comes from outside."""
+ERRATIC = MEMORY | {CauseKind.SEGFAULT, CauseKind.ABORT, CauseKind.KILLED, CauseKind.TERMINATED, CauseKind.UNKNOWN}
+"""What depends on where memory lies or how much threads take of it at a time, or comes from outside."""
 WEAK = 0.5
 """How much more suspicious a cell is that hands a name of the slice to somebody else."""
 SHRINK_FROM = 5
@@ -85,7 +86,7 @@ class Investigation:
             source = await self.shrink(result)
         made = self.reproduction(result, source) if result.cells else None
         self.given.sink(events.SearchFinished(time=self.now(), cells=result.cells, minimal=result.minimal))
-        return Investigated(culprits=self.culprits(result), reproduction=made, warnings=self.warnings())
+        return Investigated(culprits=self.culprits(result), reproduction=made, warnings=self.warnings(result))
 
     def problem(self) -> Problem:
         """What is known for free."""
@@ -266,6 +267,7 @@ class Investigation:
             trials=self.oracle.trials,
             cached=self.oracle.cached,
             reproduced=result.reproduced,
+            endings=result.endings,
             seconds=time.monotonic() - self.began,
             stopped=result.stopped,
         )
@@ -277,14 +279,23 @@ class Investigation:
         before = sum(max(0, self.records[index].memory_kept or 0) for index in self.order[:-1])
         return max(0, memory - before)
 
-    def warnings(self) -> tuple[str, ...]:
+    def warnings(self, result: Result) -> tuple[str, ...]:
         """What the user should know of the search."""
         gaps = self.oracle.views.gaps
-        said = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
-        others = ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in sorted(self.oracle.others.items()))
+        warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
+        others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:
-            said.append(f"trials of the culprit search that failed otherwise, and were not followed: {others}")
-        return tuple(said)
+            warnings.append(f"trials of the culprit search that failed otherwise, and were not followed: {_counted(others)}")
+        if result.several_forms:
+            warnings.append(
+                f"the same cells ended in several ways, and each counts as the failure: {_counted(self.oracle.forms)} too"
+            )
+        return tuple(warnings)
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """``abort (2), bus error (1)``."""
+    return ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in sorted(kinds.items()))
 
 
 def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:

@@ -10,17 +10,22 @@ what adds up, largest) first, by halving for one necessary cell after the other,
 is 1-minimal in the sense of ddmin (Zeller and Hildebrandt, TSE 2002): without any one cell it does not fail. *Confirm* from scratch. A
 set that fails at one time and not at another gives way to a larger one that always does, where there is one: without the cells between them
 it was luck. Else it sets the rate, and with it how often a PASS has to be seen before it is believed.
+
+One odd run is not believed at once: a set that reached the crash cell and ended there in another way is run again before anything is added
+to it. If the same cells end now in one way and now in another that is akin to it (another death of the kernel, say), both count as the
+failure from then on.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 
 from safe_exec.experiments.culprits.probdd import chunk_of, learn, odds_of
 from safe_exec.experiments.culprits.protocol import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
 from safe_exec.model.verdict import Stopped
-from safe_exec.records import dataclass
+from safe_exec.records import dataclass, field
 
 DOUBT = 0.05
 """A PASS of a failure that comes and goes is believed when the odds of being wrong are below this."""
@@ -33,6 +38,8 @@ SELDOM = 0.4
 """A set that fails no more often than this gives way to one that always does."""
 ALWAYS = 5
 """A set that failed so often and did nothing else fails always."""
+ODD_LOOKS = 2
+"""How often a set is run that ended in the crash cell in another way, before it is believed not to fail."""
 MOST_LARGER = 3
 """Larger sets that are looked at, before all cells."""
 
@@ -47,8 +54,12 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 
 @dataclass(slots=True)
 class _Tally:
+    """The runs of one set; ``forms`` are those among the others that ended in a way akin to the failure."""
+
     fails: int = 0
     others: int = 0
+    forms: int = 0
+    endings: Counter[str] = field(default_factory=Counter)
 
 
 class _Searcher:
@@ -69,6 +80,7 @@ class _Searcher:
         self.learned: dict[int, set[str]] = {}
         self.first: frozenset[int] | None = None
         self.luck: set[frozenset[int]] = set()
+        self.several_forms = False
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -77,9 +89,16 @@ class _Searcher:
         tally = self.tallies.setdefault(cells, _Tally())
         if cells in self.luck or (not tally.fails and self.stops_at(cells) is not None):
             return False
-        while not tally.fails and tally.others < self.repeats and not self.lacks_a_name(cells):
+        while not tally.fails and tally.others < self.looks(cells) and not self.lacks_a_name(cells):
             yield from self.run(cells, fresh=tally.others > 0)
         return tally.fails > 0
+
+    def looks(self, cells: frozenset[int]) -> int:
+        """How often a set must be seen not to fail before it is believed."""
+        tally, reply = self.tallies.get(cells, _Tally()), self.replies.get(cells)
+        reached = reply is not None and reply.answer is Answer.UNRESOLVED and reply.stopped_at == self.problem.crash
+        odd = tally.forms or (reached and cells == self.first)
+        return max(self.repeats, ODD_LOOKS) if odd else self.repeats
 
     def stops_at(self, cells: frozenset[int]) -> int | None:
         """The cell at which a run of a set surely ends for a missing name: by its source, or as trials have taught."""
@@ -110,15 +129,29 @@ class _Searcher:
             self.learned.setdefault(reply.stopped_at, set()).update(
                 name for name in reply.names if set(self.problem.definers(name, reply.stopped_at)) & self.all
             )
+        return self.count(cells, reply)
+
+    def count(self, cells: frozenset[int], reply: Reply) -> bool:
+        """Count a run; whether it failed."""
         tally = self.tallies.setdefault(cells, _Tally())
-        failed = reply.answer is Answer.FAIL
-        if failed:
-            tally.fails += 1
-            if self.best is None or len(cells) < len(self.best):
+        tally.endings[reply.ended] += 1
+        failed = reply.answer is Answer.FAIL or (self.several_forms and reply.another_form)
+        tally.fails += failed
+        tally.others += not failed
+        tally.forms += reply.another_form and not failed
+        if tally.forms and (tally.fails or cells == self.all):
+            self.count_all_forms()
+        if tally.fails and (self.best is None or len(cells) < len(self.best)):
+            self.best = cells
+        return failed or (self.several_forms and reply.another_form)
+
+    def count_all_forms(self) -> None:
+        """The same cells ended in two ways that are akin: both are the failure, in what was seen so far as well."""
+        self.several_forms = True
+        for cells, tally in self.tallies.items():
+            tally.fails, tally.others, tally.forms = tally.fails + tally.forms, tally.others - tally.forms, 0
+            if tally.fails and (self.best is None or len(cells) < len(self.best)):
                 self.best = cells
-        else:
-            tally.others += 1
-        return failed
 
     def cost(self, cells: Iterable[int]) -> float:
         """What a run of these cells should take, in seconds."""
@@ -129,7 +162,7 @@ class _Searcher:
         tally = self.tallies.get(cells, _Tally())
         if cells in self.luck:
             return True
-        settled = tally.others >= self.repeats or (tally.others > 0 and self.lacks_a_name(cells))
+        settled = tally.others >= self.looks(cells) or (tally.others > 0 and self.lacks_a_name(cells))
         return not tally.fails and (settled or self.stops_at(cells) is not None)
 
     # --- step one: a small set that fails -----------------------------------------------------------------------
@@ -146,6 +179,8 @@ class _Searcher:
                 continue
             self.grew = True
             count = yield from self.shortest(base, rest)
+            if self.counts_by_now(base):
+                continue
             added = self.close({rest[count - 1]}) | base
             self.found.add(rest[count - 1])
             base = added
@@ -193,7 +228,7 @@ class _Searcher:
         Raises _Stop when not even the whole fails.
         """
         known = next((n for n in range(1, len(rest)) if self.has_failed(self.with_first(base, rest, n))), len(rest))
-        low, high = 0, known
+        low, high, one_form = 0, known, not self.several_forms
         for count in self.steps(base, rest, known):
             if (yield from self.fails(self.with_first(base, rest, count))):
                 high = count
@@ -203,6 +238,8 @@ class _Searcher:
             yield from self.rate_of(self.all)
             low = 0
         while high - low > 1:
+            if one_form and self.several_forms:  # what was taken for another failure above may have been this one
+                return 1 if self.counts_by_now(base) else (yield from self.shortest(base, rest))
             middle = (low + high) // 2
             if (yield from self.fails(self.with_first(base, rest, middle))):
                 high = middle
@@ -231,6 +268,10 @@ class _Searcher:
             if total >= limit:
                 return count
         return 0
+
+    def counts_by_now(self, cells: frozenset[int]) -> bool:
+        """Whether a set has failed after all, in a form that was not known to be one when it was run."""
+        return cells not in self.luck and self.has_failed(cells)
 
     def has_failed(self, cells: frozenset[int]) -> bool:
         """Whether a run of a set has failed before."""
@@ -335,12 +376,14 @@ class _Searcher:
         cells = yield from self.find()
         while True:
             cells = yield from self.minimise(cells)
-            self.best = cells
+            self.best, one_form = cells, not self.several_forms
             try:
                 steady = yield from self.confirm(cells)
                 steady = steady and (yield from self.slice_passes_again())
             except _Stop:
                 return True  # what was asked for is known: only one more look at it did not fit
+            if one_form and self.several_forms:
+                continue  # a smaller set may have failed in a form that counts only now
             if steady:
                 return True
             # It came and went: what was taken for a FAIL may have been luck, and if not that, what was taken for a PASS.
@@ -378,6 +421,8 @@ def search(problem: Problem) -> Search:
         reproduced=(tally.fails, tally.fails + tally.others),
         method=_method(searcher),
         found=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
+        endings=dict(tally.endings),
+        several_forms=searcher.several_forms,
     )
 
 

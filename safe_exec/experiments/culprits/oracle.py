@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ import psutil
 
 from safe_exec._version import __version__
 from safe_exec.experiments.culprits import failure as failures
-from safe_exec.experiments.culprits.failure import Failure
-from safe_exec.experiments.culprits.protocol import Answer, Ask, Reply
+from safe_exec.experiments.culprits.failure import TIMES, Failure
+from safe_exec.experiments.culprits.protocol import PASSED, Answer, Ask, Reply
 from safe_exec.experiments.rerun import SETTLE_SECONDS, NoTrial, enclosed, peak_of, why_not_run
 from safe_exec.experiments.trial_cache import TrialCache, key_of
 from safe_exec.experiments.workspace import Views
@@ -29,8 +30,6 @@ from safe_exec.records import asdict, dataclass, replace
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 
-TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.NOTEBOOK_TIMEOUT})
-"""Failures that consist in taking too long: the crash cell gets all the time that it had."""
 SLACK_FACTOR, SLACK_SECONDS = 10.0, 5.0
 """A cell that took t seconds may take so many times t and so much more before a trial is given up."""
 CRASH_SECONDS = 10.0
@@ -86,7 +85,8 @@ class Oracle:
         self.subject, self.views, self.cache = subject, views, cache
         self.trials = 0
         self.cached = 0
-        self.others: dict[str, int] = {}
+        self.others: Counter[str] = Counter()
+        self.forms: Counter[str] = Counter()
         self._folder = views.snapshot.fingerprint()
         self._next: _Started | None = None
 
@@ -178,10 +178,11 @@ class Oracle:
         cause = self.subject.cause_of(result, request)
         failure = self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
         answer, stopped_at, names = failures.answer(failure, result.ending, cause)
+        another_form = answer is Answer.UNRESOLVED and failures.is_another_form(failure, result.ending, cause)
         cut = self._was_cut(result, request, ask)
         happened = cause.summary if cause is not None else "passed"
         if answer is Answer.UNRESOLVED and not cut and cause is not None and cause.kind is not CauseKind.EXCEPTION:
-            self.others[cause.kind.value] = self.others.get(cause.kind.value, 0) + 1
+            (self.forms if another_form else self.others)[cause.kind.value] += 1
         reply = Reply(
             answer=answer,
             seconds=min(seconds, ask.allowed),
@@ -189,6 +190,8 @@ class Oracle:
             names=names,
             peak=self._peak(result),
             cut=cut,
+            another_form=another_form,
+            ended=PASSED if cause is None else cause.kind.value,
         )
         return Trialled(reply=reply, happened=happened), not cut and not isinstance(result.ending, Cancelled)
 
@@ -240,6 +243,8 @@ def _kept(trialled: Trialled) -> dict[str, Any]:
         "stopped_at": reply.stopped_at,
         "names": sorted(reply.names),
         "peak": reply.peak,
+        "another_form": reply.another_form,
+        "ended": reply.ended,
         "happened": trialled.happened,
     }
 
@@ -253,6 +258,8 @@ def _remembered(known: Mapping[str, Any]) -> Trialled | None:
             stopped_at=known["stopped_at"],
             names=frozenset(known["names"]),
             peak=known["peak"],
+            another_form=bool(known["another_form"]),
+            ended=str(known["ended"]),
         )
         return Trialled(reply=reply, happened=str(known["happened"]), cached=True)
     except (KeyError, ValueError, TypeError):

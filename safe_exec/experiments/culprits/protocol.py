@@ -9,6 +9,9 @@ from enum import StrEnum
 from safe_exec.model.verdict import Stopped
 from safe_exec.records import dataclass, field
 
+PASSED = "passed"
+"""How a run ended that had no cause to end."""
+
 
 class Answer(StrEnum):
     """What a trial of some cells showed, measured by the failure that is searched for."""
@@ -43,6 +46,7 @@ class Reply:
 
     ``stopped_at`` is the cell at which an unresolved trial ended and ``names`` those it missed. ``peak`` is how much of the
     scarce thing the trial used at most, in the unit of ``Problem.amounts``. ``cut``: ended since it took longer than was allowed.
+    ``another_form``: an unresolved trial ended in the crash cell in a way akin to the failure. ``ended`` says how the trial ended, in a word.
     """
 
     answer: Answer
@@ -51,6 +55,8 @@ class Reply:
     names: frozenset[str] = frozenset()
     peak: float | None = None
     cut: bool = False
+    another_form: bool = False
+    ended: str = ""
 
 
 def _nothing_is_sure(_cells: frozenset[int]) -> int | None:
@@ -97,7 +103,8 @@ class Result:
     """The set found, in order; empty where nothing failed again.
 
     ``reproduced``: of how many runs of this very set how many failed, (k, n). ``found`` are the cells that only trials showed to be
-    needed. ``method`` names the way in a word or two.
+    needed. ``method`` names the way in a word or two. ``endings`` counts how the runs of this set ended (of all cells, if nothing failed).
+    ``several_forms``: what was akin to the failure counted as the failure, since the same cells ended in both ways.
     """
 
     cells: tuple[int, ...]
@@ -106,6 +113,8 @@ class Result:
     reproduced: tuple[int, int]
     method: str
     found: frozenset[int] = frozenset()
+    endings: Mapping[str, int] = field(default_factory=dict)
+    several_forms: bool = False
 
 
 Search = Generator[Ask, Reply, Result]

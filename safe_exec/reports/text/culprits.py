@@ -12,6 +12,7 @@ from safe_exec.model.verdict import Culprit, Culprits, Role, Stopped, Verdict
 from safe_exec.reports.text import common
 from safe_exec.units import format_seconds
 
+PASSED = "passed"
 MOST_SHOWN = 8
 """How many culprits beside the crash cell a report for people lists."""
 
@@ -25,7 +26,7 @@ _ROLE_WORDS = {
 _NOT_MINIMAL = {
     Stopped.BUDGET: "not known to be minimal: the budget ran out",
     Stopped.CANCELLED: "stopped by the user; the smallest set so far",
-    Stopped.NOT_REPRODUCED: "not known to be minimal: it did not happen again",
+    Stopped.NOT_REPRODUCED: "not known to be minimal: it did not happen again each time",
     Stopped.TOO_RARE: "not known to be minimal: too rare for the budget",
 }
 _NONE_FOUND = {
@@ -61,9 +62,16 @@ def figures(found: Culprits) -> str:
     """``reproduced 2/2 · 6 trials · 14.2 s``."""
     again, runs = found.reproduced
     checked = f"reproduced {again}/{runs}" if runs and found.cells else ""
+    if checked and len(found.endings.keys() - {PASSED}) > 1:
+        checked += f" ({endings(found)})"
     earlier = f" + {found.cached} cached" if found.cached else ""
     parts = (checked, f"{common.counted(found.trials, 'trial')}{earlier}", format_seconds(found.seconds))
     return common.SEPARATOR.join(part for part in parts if part)
+
+
+def endings(found: Culprits) -> str:
+    """``abort 3, passed 2``: how the runs ended."""
+    return ", ".join(f"{common.one_line(kind).replace('_', ' ')} {count}" for kind, count in sorted(found.endings.items()))
 
 
 def outcome(found: Culprits) -> str:
@@ -74,7 +82,10 @@ def outcome(found: Culprits) -> str:
         return _NOT_MINIMAL[found.stopped] if found.stopped else "not known to be minimal"
     again, runs = found.reproduced
     if found.stopped is Stopped.NOT_REPRODUCED:
-        return "it did not happen again" + (f" in {runs - again} of {common.counted(runs, 'run')}" if runs else "")
+        others = {kind: count for kind, count in found.endings.items() if kind != PASSED}
+        if not others:
+            return "it did not happen again" + (f" in {runs - again} of {common.counted(runs, 'run')}" if runs else "")
+        return f"it ended another way in {sum(others.values())} of {common.counted(runs, 'run')}: {endings(found)}"
     if found.stopped is Stopped.TOO_RARE:
         return f"it happened in {again} of {common.counted(runs, 'run')}: too rare for the budget"
     return _NONE_FOUND[found.stopped] if found.stopped else "no culprits were found"

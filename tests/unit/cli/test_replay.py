@@ -74,6 +74,17 @@ def test_another_cell_unless_the_heap_is_corrupt() -> None:
     assert found.same and told(found) == ["code cell"]
 
 
+def test_another_form_of_the_same_failure_is_told_and_does_not_decide() -> None:
+    words = Fact(fact="last message", value="corrupted size vs. prev_size", source="stderr", origin=Origin.INSIDE)
+    abort = make_verdict(cause=make_cause(CauseKind.ABORT, evidence=(words,)))
+    segfault = make_verdict(kind=CauseKind.SEGFAULT)
+    for then, here in ((abort, segfault), (segfault, abort)):
+        agreement = compare(then, here)
+        assert agreement.same and told(agreement) == ["cause", "signal"]
+    elsewhere = replace(segfault, crash_cell=make_crash(index=3, code_index=2))
+    assert decisive(compare(abort, elsewhere)) == ["code cell"]
+
+
 def test_line_and_peak_are_told_and_do_not_decide() -> None:
     found = compare(THEN, peak(make_verdict(crash_cell=make_crash(line=1)), int(0.8 * GIB)))
     assert found.same and told(found) == ["line", "memory peak"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import math
 import os
@@ -234,6 +235,24 @@ def test_a_search_that_found_nothing(stopped: Stopped, reproduced: tuple[int, in
     lines = printed(make_verdict(culprits=nothing_found(stopped, reproduced))).splitlines()
     assert lines[2] == f"  search      {said} · 6 trials · 14.2 s"
     assert not any("reproduce  " in line or "caused by" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("endings", "text"),
+    [
+        ({"passed": 3}, "it did not happen again in 3 of 3 runs"),
+        ({"memory_error": 3}, "it ended another way in 3 of 3 runs: memory error 3"),
+        ({"memory_error": 2, "passed": 1}, "it ended another way in 2 of 3 runs: memory error 2, passed 1"),
+    ],
+)
+def test_a_search_without_a_result_says_how_its_runs_ended(endings: dict[str, int], text: str) -> None:
+    found = dataclasses.replace(nothing_found(Stopped.NOT_REPRODUCED), endings=endings)
+    assert f"search      {text} · 6 trials" in printed(make_verdict(culprits=found))
+
+
+def test_a_failure_with_several_forms_says_how_often_each_was_seen() -> None:
+    report = printed(searched(reproduced=(5, 5), endings={"segfault": 3, "abort": 2}))
+    assert "reproduced 5/5 (abort 2, segfault 3)" in report
 
 
 @pytest.mark.parametrize(

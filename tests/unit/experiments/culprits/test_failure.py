@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.experiments.culprits.failure import HEAP_WORDS, LIMIT_ERRORS, Failure, answer, is_ours, why_not_searched
+from safe_exec.experiments.culprits.failure import (
+    HEAP_WORDS,
+    LIMIT_ERRORS,
+    Failure,
+    answer,
+    is_another_form,
+    is_ours,
+    why_not_searched,
+)
 from safe_exec.experiments.culprits.protocol import Answer
 from safe_exec.model.ending import (
     Cancelled,
@@ -19,7 +27,7 @@ from safe_exec.model.ending import (
     TimedOut,
 )
 from safe_exec.model.limits import LimitName
-from safe_exec.model.verdict import Cause, CauseKind, Status, Verdict
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
 from tests.unit.builders import every_verdict, make_cause, make_fact, make_verdict, name_of
 
 CELL = 4
@@ -69,6 +77,16 @@ def test_a_failure_is_the_same_as_itself_and_no_other(kind: CauseKind) -> None:
         (make_cause(K.EXIT, exit_code=0, evidence=ASKED), make_cause(K.EXIT, exit_code=0), False),
         (make_cause(K.KILLED, signal=-9), make_cause(K.KILLED, signal=-15), False),
         (make_cause(K.BUS_ERROR), make_cause(K.BUS_ERROR, signal=None), False),
+        # Overwritten memory: glibc finds it, or it is used first.
+        (make_cause(K.SEGFAULT), aborted("free(): invalid pointer"), True),
+        (aborted("corrupted size vs. prev_size"), make_cause(K.SEGFAULT), True),
+        (make_cause(K.SEGFAULT), aborted("terminate called after throwing an instance of 'x'"), False),
+        (aborted("terminate called after throwing an instance of 'x'"), make_cause(K.SEGFAULT), False),
+        (make_cause(K.BUS_ERROR), aborted("free(): invalid pointer"), False),
+        # A stack that nobody could look at may have been full.
+        (make_cause(K.STACK_OVERFLOW, signal=-11), make_cause(K.SEGFAULT, signal=-11, confidence=Confidence.LIKELY), True),
+        (make_cause(K.STACK_OVERFLOW, signal=-11), make_cause(K.SEGFAULT, signal=-11), False),
+        (make_cause(K.SEGFAULT, signal=-11), make_cause(K.STACK_OVERFLOW, signal=-11), False),
         # Of an exception the name, and not what it says.
         (raised("ValueError: 3"), raised("ValueError: 4"), True),
         (raised("ValueError: 3"), raised("ValueError"), True),
@@ -99,7 +117,45 @@ def test_only_a_damaged_heap_moves(cause: Cause, moves: bool) -> None:
     assert failure.moves is moves
     assert failure.is_same(cause, CELL + 1) is moves
     assert failure.is_same(cause, None) is moves
-    assert not failure.is_same(make_cause(K.SEGFAULT if cause.kind is K.ABORT else K.ABORT), CELL)
+    other = make_cause(K.SEGFAULT if cause.kind is K.ABORT else K.ABORT)
+    assert failure.is_same(other, CELL) is moves
+    assert not failure.is_same(other, CELL + 1)
+
+
+# --- other forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "ending", "then", "akin"),
+    [
+        (K.SEGFAULT, Died(cell=CELL, exit=None), K.ABORT, True),
+        (K.ABORT, Died(cell=CELL, exit=None), K.BUS_ERROR, True),
+        (K.OUT_OF_MEMORY, Died(cell=CELL, exit=None), K.SEGFAULT, True),
+        (K.EXIT, Died(cell=CELL, exit=None), K.TERMINATED, True),
+        # In another cell, or not the kernel's death at all.
+        (K.SEGFAULT, Died(cell=CELL - 1, exit=None), K.ABORT, False),
+        (K.SEGFAULT, Died(cell=CELL, exit=None, asked_to_exit=True), K.EXIT, False),
+        (K.SEGFAULT, cell_failed("ValueError"), K.EXCEPTION, False),
+        (K.EXCEPTION, Died(cell=CELL, exit=None), K.SEGFAULT, False),
+        (K.SEGFAULT, Passed(), None, False),
+        # The same is no other form.
+        (K.SEGFAULT, Died(cell=CELL, exit=None), K.SEGFAULT, False),
+        # Memory that runs out is refused, or somebody is killed for it.
+        (K.OUT_OF_MEMORY, cell_failed("MemoryError"), K.MEMORY_ERROR, True),
+        (K.MEMORY_ERROR, Died(cell=CELL, exit=None), K.OUT_OF_MEMORY, True),
+        (K.MEMORY_ERROR, Died(cell=CELL, exit=None), K.SEGFAULT, False),
+        (K.DISK_FULL, cell_failed("MemoryError"), K.MEMORY_ERROR, False),
+        # Time is over, whatever the kernel did.
+        (K.CELL_TIMEOUT, TimedOut(cell=CELL, whole=False, allowed=1.0), K.UNRESPONSIVE, True),
+        (K.CELL_TIMEOUT, TimedOut(cell=CELL - 1, whole=False, allowed=1.0), K.UNRESPONSIVE, False),
+        (K.CELL_TIMEOUT, Died(cell=CELL, exit=None), K.SEGFAULT, False),
+        (K.SEGFAULT, TimedOut(cell=CELL, whole=False, allowed=1.0), K.CELL_TIMEOUT, False),
+    ],
+)
+def test_what_is_another_form(first: CauseKind, ending: Ending, then: CauseKind | None, akin: bool) -> None:
+    failure = Failure.of(make_cause(first), CELL)
+    cause = None if then is None else make_cause(then)
+    assert is_another_form(failure, ending, cause) is akin
 
 
 # --- what a trial answers -----------------------------------------------------------------------------------------------

@@ -578,6 +578,74 @@ def test_only_a_second_look_is_fresh() -> None:
     assert [ask.fresh for ask in oracle.asks] == [False] * 8 + [True]
 
 
+# --- one failure with several forms, and one odd run --------------------------------------------------------------------
+
+
+def akin(crash: int = 29) -> Reply:
+    """A run that ended in the crash cell in a way akin to the failure."""
+    return Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=crash, another_form=True, ended="abort")
+
+
+def in_turn(*forms: Reply | Answer, of: Says) -> Says:
+    """What fails shows these forms, one after the other, again and again."""
+    shown = chain.from_iterable(repeat(forms))
+    return lambda asked: next(shown) if of(asked) is Answer.FAIL else of(asked)
+
+
+def test_what_always_ends_in_another_form_is_the_failure() -> None:
+    """The first run ended in one form, all that followed in the other: the same cells did both."""
+    result, oracle = solve(thirty(suspicion={3: 2.0}), in_turn(akin(), of=culprits(3, 29)))
+    assert (result.cells, result.minimal, result.stopped, result.reproduced) == ((3, 29), True, None, (2, 2))
+    assert result.several_forms
+    assert result.endings == {"abort": 2}
+    # The set with the suspect is not believed to be the failure before all cells were seen to end so.
+    assert oracle.sets == [(29,), *[(3, 29)] * 2, tuple(range(30))]
+
+
+def test_a_set_that_ends_in_both_forms_shows_that_they_are_one_failure() -> None:
+    result, oracle = solve(thirty(suspicion={3: 2.0}), in_turn(akin(), Answer.FAIL, of=culprits(29)))
+    assert oracle.sets == [(29,), (29,)]
+    assert (result.cells, result.reproduced, result.several_forms) == ((29,), (2, 2), True)
+
+
+def test_an_odd_run_of_the_slice_adds_no_innocent_cell() -> None:
+    """The slice ended in the crash cell in another way: it is run again before anything is added to it."""
+    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
+    answers = iter((odd, Answer.FAIL, Answer.FAIL))
+    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda _asked: next(answers, Answer.FAIL))
+    assert result.cells == (29,)
+    assert oracle.sets[:2] == [(29,), (29,)]
+
+
+def test_a_slice_that_always_ends_in_another_way_is_run_twice() -> None:
+    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
+    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else odd)
+    assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
+    assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
+
+
+def test_a_smaller_set_that_only_ends_in_another_form_is_not_the_failure() -> None:
+    """Without cell 3 it always ends so, with it never: they are two failures."""
+    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else akin())
+    assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
+    assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
+
+
+def test_a_form_that_counts_only_in_the_end_makes_the_set_smaller_after_all() -> None:
+    """The result ends in the other form when it is confirmed: so did the slice, which is the failure then."""
+    answers = iter((akin(), akin(), Answer.FAIL, akin()))
+    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda _asked: next(answers, Answer.FAIL))
+    assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
+    assert (result.cells, result.reproduced, result.several_forms) == ((29,), (2, 2), True)
+
+
+def test_what_never_fails_says_how_it_ended() -> None:
+    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=9, ended="memory_error")
+    result, _ = solve(TEN, lambda _asked: odd)
+    assert (result.cells, result.stopped, result.reproduced) == ((), Stopped.NOT_REPRODUCED, (0, 1 + REPLAYS))
+    assert result.endings == {"memory_error": 1 + REPLAYS}
+
+
 # --- what holds whatever is answered ------------------------------------------------------------------------------------
 
 
