@@ -29,7 +29,6 @@ STANDARD_LIBRARY_ONLY = (
 
 # Longer than a screen or two, each with its reason.
 LONG_MODULES = {
-    "safe_exec.sandbox.host.capabilities": "one probe of the machine after the other",
     "safe_exec.experiments.culprits.minimizer": "one search, from the slice to its confirmation",
     "safe_exec.kernel.session": "a kernel from its start to its end",
     "safe_exec.kernel.connection": "one protocol, whole",
