@@ -5,9 +5,10 @@ from __future__ import annotations
 import builtins
 from collections.abc import Mapping
 
-from safe_exec.experiments.static_analysis.dependencies import Dependencies
+from safe_exec.experiments.static_analysis.dependencies import Dependencies, imported_modules
+from safe_exec.experiments.static_analysis.effects import Effect, EffectKind, effects_of, functions_of, is_imports_only
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Role
-from safe_exec.records import dataclass
+from safe_exec.records import dataclass, replace
 from safe_exec.units import format_size
 
 WORTH_NAMING = 8 << 20
@@ -18,6 +19,7 @@ RISKY = 2
 MOST_NAMES = 3
 _BUILTINS = frozenset(dir(builtins))
 LINE_LENGTH = 200
+UNSEEN = "must run before; why is not visible"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,35 +48,89 @@ def culprits_of(found: Found) -> tuple[Culprit, ...]:
 
 def _culprit(found: Found, index: int) -> Culprit:
     record = found.records[index]
-    role, note = _role(found, index)
+    role, note, line = _role(found, index)
+    source = found.sources[index]
     return Culprit(
         index=index,
         code_index=record.code_index,
         id=record.id,
         role=role,
         note=note,
-        source_line=first_line(found.sources[index]),
+        source_line=line_of(source, line) or first_line(source),
     )
 
 
-def _role(found: Found, index: int) -> tuple[Role, str]:
+def _role(found: Found, index: int) -> tuple[Role, str, int | None]:
+    """The role, the note, and the line that the note is about, if it is about one."""
     if index == found.crash.index:
-        return Role.CRASH, "running when it happened"
-    return (Role.TRIGGER, f"sets {found.setting}") if _sets(found, index) else _role_of_others(found, index)
+        return Role.CRASH, "running when it happened", None
+    if _sets(found, index):
+        return Role.TRIGGER, f"sets {found.setting}", _line_with(found.sources[index], found.setting)
+    return _role_of_others(found, index)
 
 
-def _role_of_others(found: Found, index: int) -> tuple[Role, str]:
+def _role_of_others(found: Found, index: int) -> tuple[Role, str, int | None]:
     kept = kept_by(found, index)
     if kept is not None:
-        return Role.ACCUMULATOR, f"+{format_size(kept)} kept"
-    used = _uses(found, index)
-    if index in found.found and (not used or _suspicion(found, index) >= RISKY):
-        return Role.TRIGGER if _suspicion(found, index) >= RISKY else Role.SETUP, _unseen(found, index)
+        return Role.ACCUMULATOR, f"+{format_size(kept)} kept", None
+    used, effect = _uses(found, index), _effect(found, index)
+    by_trials = index in found.found
+    if _sets_off(effect, by_trials=by_trials, used=used) or (effect is None and not used and _suspicion(found, index) >= RISKY):
+        # A shell line or a magic has no effect that could be read.
+        note, line = (effect.text, effect.line) if effect else ("runs a command or a magic", None)
+        return Role.TRIGGER, note, line
     if used:
-        return Role.DEFINITION, used
-    if _suspicion(found, index) >= RISKY:
-        return Role.TRIGGER, _unseen(found, index)
-    return Role.SETUP, "must run before; why is not visible"
+        return Role.DEFINITION, used, None
+    return Role.SETUP, effect.text if effect else UNSEEN, effect.line if effect else None
+
+
+def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
+    """Whether an effect may have set off what struck later.
+
+    Only trials show that a change of an object or a file did, and only of a cell that nothing else is needed for.
+    """
+    if effect is None:
+        return False
+    if effect.kind is EffectKind.PROCESS:
+        return by_trials or not used
+    return by_trials and (effect.kind is not EffectKind.CALL or not used)
+
+
+def _effect(found: Found, index: int) -> Effect | None:
+    """What a cell does beyond binding names: the most telling that can be read, through functions that it calls."""
+    modules: dict[str, str] = {}
+    functions: dict[str, Effect] = {}
+    for earlier in (cell for cell in found.order if cell <= index):
+        functions |= functions_of(found.sources[earlier], modules)
+        modules |= imported_modules(found.sources[earlier])
+    effects = [_through(effect, functions) for effect in effects_of(found.sources[index], modules)]
+    telling = [_for_users(found, index, effect) for effect in effects if not _is_builtin_call(effect)]
+    return min(telling, key=lambda effect: effect.kind, default=None)
+
+
+def _is_builtin_call(effect: Effect) -> bool:
+    return effect.kind is EffectKind.CALL and effect.name in _BUILTINS
+
+
+def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
+    """A call of a notebook's function has the effect that the function has."""
+    inner = functions.get(effect.name or "") if effect.kind is EffectKind.CALL else None
+    if inner is None:
+        return effect
+    return replace(effect, kind=inner.kind, text=f"{effect.text}, which {inner.text}", is_input=inner.is_input)
+
+
+def _for_users(found: Found, index: int, effect: Effect) -> Effect:
+    """With the culprits that use the object which it changed."""
+    if effect.kind < EffectKind.OBJECT or effect.name is None:
+        return effect
+    positions = {cell: found.order.index(cell) for cell in found.cells if cell > index}
+    facts = found.dependencies.facts
+    users = [c for c, at in positions.items() if effect.name in facts[at].uses | facts[at].late_uses]
+    if not users:
+        return effect
+    cells = ", ".join(str(found.records[cell].code_index + 1) for cell in users)
+    return replace(effect, text=f"{effect.text}; `{effect.name}` is used by code cell{'s' if len(users) > 1 else ''} {cells}")
 
 
 def _sets(found: Found, index: int) -> bool:
@@ -87,16 +143,13 @@ def kept_by(found: Found, index: int) -> int | None:
     limit, kept = found.memory_limit, found.records[index].memory_kept
     if limit is None or kept is None or kept < max(WORTH_NAMING, SHARE * limit):
         return None
+    if is_imports_only(found.sources[index]):
+        return None  # modules, and no data
     return kept
 
 
 def _suspicion(found: Found, index: int) -> int:
     return found.dependencies.suspicions()[found.order.index(index)]
-
-
-def _unseen(found: Found, index: int) -> str:
-    risky = _suspicion(found, index) >= RISKY
-    return "no later cell names it: it changes the state of the process" if risky else "must run before; why is not visible"
 
 
 def _uses(found: Found, index: int) -> str:
@@ -130,12 +183,15 @@ def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) 
     """The index of the cell to read first. ``growth`` is by how much the crash cell itself grew, in bytes, where that is known.
 
     The cell that set an engine's own limit, else what set it off, else what kept more than the crash
-    cell asked for, else the cell whose code ran innermost, else the crash cell.
+    cell asked for, else the cell whose code ran innermost, else the crash cell. Memory that ran out is
+    not set off by a changed object or a file.
     """
     setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(found, c.index)]
     if setters:
         return setters[-1]
-    triggers = [c.index for c in culprits if c.role is Role.TRIGGER]
+    triggers = [
+        c.index for c in culprits if c.role is Role.TRIGGER and (found.memory_limit is None or _acts_on_process(found, c.index))
+    ]
     if triggers:
         return triggers[-1]
     kept = {c.index: kept_by(found, c.index) or 0 for c in culprits if c.role is Role.ACCUMULATOR}
@@ -144,6 +200,22 @@ def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) 
         return largest
     inner = next((frame.cell for frame in found.crash.stack if frame.cell is not None), None)
     return inner if inner in found.cells and inner is not None else found.crash.index
+
+
+def _line_with(source: str, text: str) -> int | None:
+    return next((number for number, line in enumerate(source.splitlines(), 1) if text in line), None)
+
+
+def _acts_on_process(found: Found, index: int) -> bool:
+    effect = _effect(found, index)
+    return effect is not None and effect.kind is EffectKind.PROCESS and not effect.is_input
+
+
+def line_of(source: str, line: int | None) -> str | None:
+    """A line of a cell, counted from 1; ``None`` if it is empty or does not exist."""
+    lines = source.splitlines()
+    text = lines[line - 1].strip() if line is not None and 0 < line <= len(lines) else ""
+    return text[:LINE_LENGTH] or None
 
 
 def first_line(source: str) -> str | None:

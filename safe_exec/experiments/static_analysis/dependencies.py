@@ -147,7 +147,7 @@ _LITERAL = ast.Constant | ast.Tuple | ast.List | ast.Set | ast.Dict | ast.UnaryO
 _SHOWN = _LITERAL | ast.Name | ast.JoinedStr | ast.FormattedValue | ast.keyword
 
 
-def _is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
+def is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
     """It reaches beyond the notebook's names, into what the whole process shares."""
     if isinstance(node, ast.ImportFrom):
         return (node.module or "") in _TRAPS and any(alias.name == "*" for alias in node.names)
@@ -163,7 +163,7 @@ def _is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
     return name.partition(".")[0] in _TRAPS or name in _TRAP_PATHS or name.startswith(("sys.set", "os.exec", "os.spawn"))
 
 
-def _writes(node: ast.AST, modules: Mapping[str, str]) -> bool:
+def writes_file(node: ast.AST, modules: Mapping[str, str]) -> bool:
     if not isinstance(node, ast.Call):
         return False
     name = path(node.func, modules)
@@ -198,9 +198,9 @@ def suspicion_of(body: Sequence[ast.stmt], specials: Iterable[Special], modules:
     nodes = [node for statement in statements for node in ast.walk(statement)]
     modules = {**USUAL, **modules, **{name: full for node in nodes for name, full in imports(node).items()}}
     least = max((special.suspicion for special in specials), default=0)
-    if any(_is_trap(node, modules) for node in nodes):
+    if any(is_trap(node, modules) for node in nodes):
         return 3
-    if mutates or any(_writes(node, modules) for node in nodes):
+    if mutates or any(writes_file(node, modules) for node in nodes):
         return max(least, 2)
     return max(least, 0 if all(map(_is_inert, statements)) else 1)
 

@@ -37,7 +37,7 @@ _LEAVES_ARGUMENTS = words(
     "print len str repr format display type id isinstance issubclass callable hash bool int float complex abs round sum min max "
     "sorted any all range ascii bin hex oct ord chr dir hasattr"
 )
-_LEAVES_RECEIVER = words(
+LEAVES_RECEIVER = words(
     "head tail describe info show display copy sum mean std var count items keys values get join split strip format startswith "
     "endswith upper lower replace astype nunique unique value_counts isna isnull groupby sample"
 )
@@ -217,7 +217,7 @@ class _NameReader(ast.NodeVisitor):
     def visit_Expr(self, node: ast.Expr) -> None:
         self.visit(node.value)
         call = node.value.value if isinstance(node.value, ast.Await) else node.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr not in _LEAVES_RECEIVER:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr not in LEAVES_RECEIVER:
             receiver = root(call.func)
             self._note("mutates", None if receiver in self.modules else receiver)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,7 +16,6 @@ from tests.unit.builders import make_crash
 MIB = 1 << 20
 GIB = 1 << 30
 UNSEEN = "must run before; why is not visible"
-TRAP = "no later cell names it: it changes the state of the process"
 CRASH = (Role.CRASH, "running when it happened")
 
 
@@ -67,6 +67,10 @@ def defines(names: str, *users: int) -> tuple[Role, str]:
     return Role.DEFINITION, f"defines {names}, used by {cells} {', '.join(str(user + 1) for user in users)}"
 
 
+def acts(called: str) -> str:
+    return f"calls `{called}`, which acts on the whole process"
+
+
 ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
     "the crash cell alone": (Notebook(sources=("x = 1", "crash()"), culprits=(1,)), [CRASH]),
     "a definition": (Notebook(sources=("x = 1", "print(x)"), culprits=(0, 1)), [defines("`x`", 0 + 1), CRASH]),
@@ -105,10 +109,13 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         [defines("`print`", 1), CRASH],
     ),
     # What changes the process.
-    "a trap": (Notebook(sources=("import signal\nsignal.alarm(1)", "f()"), culprits=(0, 1)), [(Role.TRIGGER, TRAP), CRASH]),
+    "a trap": (
+        Notebook(sources=("import signal\nsignal.alarm(1)", "f()"), culprits=(0, 1)),
+        [(Role.TRIGGER, acts("signal.alarm")), CRASH],
+    ),
     "a trap found by trials": (
         Notebook(sources=("import os\nos.environ['A'] = '1'", "f()"), culprits=(0, 1), found=frozenset({0})),
-        [(Role.TRIGGER, TRAP), CRASH],
+        [(Role.TRIGGER, "changes `os.environ`"), CRASH],
     ),
     "a trap whose module is used": (
         Notebook(sources=("import os\nos.chdir('/')", "os.listdir()"), culprits=(0, 1)),
@@ -116,7 +123,7 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
     ),
     "the same, found by trials": (
         Notebook(sources=("import os\nos.chdir('/')", "os.listdir()"), culprits=(0, 1), found=frozenset({0})),
-        [(Role.TRIGGER, TRAP), CRASH],
+        [(Role.TRIGGER, acts("os.chdir")), CRASH],
     ),
     "harmless, and found by trials": (
         Notebook(sources=("x = 1", "f()"), culprits=(0, 1), found=frozenset({0})),
@@ -125,6 +132,45 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
     "found by trials, and used": (
         Notebook(sources=("x = g()", "f(x)"), culprits=(0, 1), found=frozenset({0})),
         [defines("`x`", 1), CRASH],
+    ),
+    # Each kind of effect has words of its own.
+    "an object that is changed": (
+        Notebook(sources=("d = load()", "d['x'] = 1", "f(d)"), culprits=(0, 1, 2)),
+        [defines("`d`", 1, 2), (Role.SETUP, "changes `d`; `d` is used by code cell 3"), CRASH],
+    ),
+    "a method that may change its object": (
+        Notebook(sources=("con = connect()", "con.execute('create')", "con.df()"), culprits=(0, 1, 2)),
+        [defines("`con`", 1, 2), (Role.SETUP, "calls `con.execute()`; `con` is used by code cell 3"), CRASH],
+    ),
+    "a method that was found by trials": (
+        Notebook(sources=("b = open()", "b.release()", "g()"), culprits=(0, 1, 2), found=frozenset({1})),
+        [defines("`b`", 1), (Role.TRIGGER, "calls `b.release()`"), CRASH],
+    ),
+    "a file": (
+        Notebook(sources=("a = 1", "a.tofile('x')", "g()"), culprits=(0, 1, 2), found=frozenset({1})),
+        [defines("`a`", 1), (Role.TRIGGER, "writes a file (`a.tofile`)"), CRASH],
+    ),
+    "a function that sets a limit, and its call": (
+        Notebook(
+            sources=(
+                "import resource",
+                "def modest():\n    old = resource.getrlimit(9)\n    resource.setrlimit(9, old)",
+                "modest()\nprint(resource.getrlimit(9))",
+                "f()",
+            ),
+            culprits=(0, 1, 2, 3),
+            found=frozenset({0, 1, 2}),
+        ),
+        [
+            defines("`resource`", 1, 2),
+            defines("`modest`", 2),
+            (Role.TRIGGER, f"calls `modest()`, which {acts('resource.setrlimit')}"),
+            CRASH,
+        ],
+    ),
+    "imports keep memory and accumulate nothing": (
+        Notebook(sources=("import pandas as pd", "f(pd)"), culprits=(0, 1), kept={0: 612 * MIB}, limit=GIB),
+        [defines("`pd`", 1), CRASH],
     ),
     # What was kept.
     "kept much": (
@@ -258,3 +304,14 @@ def test_the_cell_that_sets_an_engines_own_limit_is_read_first() -> None:
     assert look_first(notebook.of, culprits, None) == 1
     without = replace(notebook, setting="")
     assert look_first(without.of, culprits_of(without.of), None) != 1
+
+
+def test_a_trigger_shows_the_line_that_sets_off() -> None:
+    notebook = Notebook(sources=("import signal\nx = 1\nsignal.alarm(1)\ny = 2", "f()"), culprits=(0, 1), found=frozenset({0}))
+    assert culprits_of(notebook.of)[0].source_line == "signal.alarm(1)"
+
+
+def test_memory_that_ran_out_is_not_set_off_by_a_changed_object() -> None:
+    notebook = Notebook(sources=("d = 1", "d['x'] = 1", "f(d)"), culprits=(0, 1, 2), found=frozenset({1}), limit=GIB)
+    assert look_first(notebook.of, culprits_of(notebook.of), GIB) == 2
+    assert look_first(dataclasses.replace(notebook, limit=None).of, culprits_of(notebook.of), None) == 1

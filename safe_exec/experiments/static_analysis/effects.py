@@ -1,0 +1,131 @@
+"""What a cell does beyond binding names, and at which line. Pure; read from the source, nothing is run.
+
+It acts on the whole process, writes a file, changes an object, or calls something.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+
+from safe_exec.experiments.static_analysis.dependencies import is_trap, writes_file
+from safe_exec.experiments.static_analysis.ipython_syntax import imports, path, python_of, root, words
+from safe_exec.experiments.static_analysis.names import LEAVES_RECEIVER, USUAL
+from safe_exec.records import dataclass
+
+_IN_PLACE = words("add append clear discard extend fill insert pop popitem put remove resize reverse setdefault sort update")
+_READERS = words("active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event Condition Semaphore Queue")
+"""What only looks at the process, or makes an object that no other cell sees."""
+_INPUTS = ("os.environ", "os.putenv", "os.chdir", "subprocess.run", "subprocess.check", "subprocess.call", "os.system")
+"""What later cells read rather than what sets them off."""
+_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+class EffectKind(IntEnum):
+    """The kinds, the most telling first."""
+
+    PROCESS = 0
+    FILE = 1
+    OBJECT = 2
+    CALL = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effect:
+    """One effect. ``text`` says it in a few words, ``name`` is the notebook's name that it concerns.
+
+    ``is_input``: it prepares what later cells read, such as an environment variable.
+    """
+
+    kind: EffectKind
+    line: int
+    text: str
+    name: str | None = None
+    is_input: bool = False
+
+
+def is_imports_only(source: str) -> bool:
+    """Whether a cell does nothing but import."""
+    _, tree = python_of(source)
+    body = tree.body if tree is not None else []
+    return bool(body) and all(isinstance(s, ast.Import | ast.ImportFrom) or _is_text(s) for s in body)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
+    """The effects of a cell's top level, in the order of their kinds; ``modules`` is what names were imported as."""
+    _, tree = python_of(source)
+    if tree is None:
+        return ()
+    modules = {**USUAL, **modules, **{k: v for n in ast.walk(tree) for k, v in imports(n).items()}}
+    effects = [effect for statement in tree.body for node in _now(statement) for effect in _effects(node, modules)]
+    return tuple(sorted(effects, key=lambda effect: effect.kind))
+
+
+def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
+    """The most telling effect of each function that a cell defines, which it has when it is called."""
+    _, tree = python_of(source)
+    if tree is None:
+        return {}
+    modules = {**USUAL, **modules, **{k: v for n in ast.walk(tree) for k, v in imports(n).items()}}
+    found: dict[str, Effect] = {}
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            effects = [e for node in ast.walk(function) for e in _effects(node, modules) if e.kind <= EffectKind.FILE]
+            if effects:
+                found[function.name] = min(effects, key=lambda effect: effect.kind)
+    return found
+
+
+def _now(node: ast.AST) -> Iterator[ast.AST]:
+    """A statement's nodes but for the bodies of functions, which run when they are called."""
+    yield node
+    if not isinstance(node, _SCOPES):
+        for child in ast.iter_child_nodes(node):
+            yield from _now(child)
+
+
+def _effects(node: ast.AST, modules: Mapping[str, str]) -> Iterator[Effect]:
+    line = getattr(node, "lineno", 0)
+    if isinstance(node, ast.Call):
+        yield from _of_call(node, modules, line)
+    elif isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        name = root(node)
+        if name is not None and name in modules:
+            whole: ast.expr = node
+            while isinstance(whole, ast.Subscript):
+                whole = whole.value
+            changed = path(whole, modules) or modules[name]
+            yield Effect(kind=EffectKind.PROCESS, line=line, text=f"changes `{changed}`", is_input=changed.startswith(_INPUTS))
+        elif name is not None:
+            yield Effect(kind=EffectKind.OBJECT, line=line, text=f"changes `{name}`", name=name)
+
+
+def _only_reads(called: str) -> bool:
+    last = called.rpartition(".")[2]
+    return last in _READERS or last.startswith("get")
+
+
+def _of_call(node: ast.Call, modules: Mapping[str, str], line: int) -> Iterator[Effect]:
+    called, receiver = path(node.func, modules), root(node.func)
+    if writes_file(node, modules) or called in ("os.truncate", "os.ftruncate"):
+        yield Effect(kind=EffectKind.FILE, line=line, text=f"writes a file (`{ast.unparse(node.func)}`)")
+    elif is_trap(node.func, modules) and not _only_reads(called):
+        yield Effect(
+            kind=EffectKind.PROCESS,
+            line=line,
+            text=f"calls `{called or ast.unparse(node.func)}`, which acts on the whole process",
+            is_input=called.startswith(_INPUTS),
+        )
+    elif isinstance(node.func, ast.Attribute) and receiver is not None and receiver not in modules:
+        attribute = node.func.attr
+        if attribute in _IN_PLACE:
+            yield Effect(kind=EffectKind.OBJECT, line=line, text=f"changes `{receiver}` (`{attribute}`)", name=receiver)
+        elif attribute not in LEAVES_RECEIVER:
+            yield Effect(kind=EffectKind.CALL, line=line, text=f"calls `{path(node.func, {}) or attribute}()`", name=receiver)
+    elif isinstance(node.func, ast.Name):
+        yield Effect(kind=EffectKind.CALL, line=line, text=f"calls `{node.func.id}()`", name=node.func.id)
