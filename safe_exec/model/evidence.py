@@ -376,5 +376,6 @@ CLAIMS = (
     "exit_request",
     "stderr_tail",
     "final_output",
+    "handler_replaced",
 )
 """The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``looked`` hold both."""

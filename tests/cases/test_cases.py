@@ -43,8 +43,6 @@ NOT_YET: frozenset[str] = frozenset(
     {
         "f01-killpg",
         "f06-rlimit-as",
-        "f07-groupby-category",
-        "f20-duckdb-oom",
         "f29-trace-left-on",
         "x-fork-bomb",
         "x-last-cell-watchdog",
@@ -191,7 +189,6 @@ def test_case(case: Case, place: Place, folder: Path) -> None:
 NOT_BLAMED_FIRST = {
     "b2-two-tables": "two tables of one size and a sort that needs as much: it names the sort, which asked for the most",
     "d5-numba-oob-read": "compiled code leaves no frame: it names the call, not the wrong lag or the function without a check",
-    "e2-strided-write": "the heap was spoilt by an earlier cell: it names the one in which glibc noticed",
     "f4-chain-growth": "the chain that grew is no memory worth naming: it names the cell that walked it",
     "i2-int-divide": "it names the cell of the function in which it died, not the one with the zero or the call",
 }

@@ -42,6 +42,7 @@ OBSERVATIONS = frozenset(
         "cell_output_age", "cell_output_truncated", "output_bytes", "signals_to_runner",
         "signals_to_keeper", "kernel_uid", "disk_free", "open_files", "cell_active", "isolation",
         "conflicts", "volumes",
+        "caught_signals",
     }
 )  # fmt: skip
 """Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``looked``
