@@ -92,7 +92,7 @@ def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
     if effect is None:
         return False
     if effect.kind is EffectKind.PROCESS:
-        return by_trials or not used
+        return by_trials or not used or effect.on_all_code
     return by_trials and (effect.kind is not EffectKind.CALL or not used)
 
 
@@ -117,7 +117,7 @@ def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
     inner = functions.get(effect.name or "") if effect.kind is EffectKind.CALL else None
     if inner is None:
         return effect
-    return replace(effect, kind=inner.kind, text=f"{effect.text}, which {inner.text}", is_input=inner.is_input)
+    return replace(inner, text=f"{effect.text}, which {inner.text}", line=effect.line)
 
 
 def _for_users(found: Found, index: int, effect: Effect) -> Effect:

@@ -22,6 +22,10 @@ _INPUTS = ("os.environ", "os.putenv", "os.chdir", "subprocess.run", "subprocess.
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
+_ON_ALL_CODE = words("sys.settrace sys.setprofile threading.settrace threading.setprofile resource.setrlimit")
+"""What slows or limits all code that runs later, whatever names it uses."""
+
+
 class EffectKind(IntEnum):
     """The kinds, the most telling first."""
 
@@ -35,7 +39,7 @@ class EffectKind(IntEnum):
 class Effect:
     """One effect. ``text`` says it in a few words, ``name`` is the notebook's name that it concerns.
 
-    ``is_input``: it prepares what later cells read, such as an environment variable.
+    ``is_input``: it prepares what later cells read, such as an environment variable. ``on_all_code``: it slows or limits whatever runs later.
     """
 
     kind: EffectKind
@@ -43,6 +47,7 @@ class Effect:
     text: str
     name: str | None = None
     is_input: bool = False
+    on_all_code: bool = False
 
 
 def is_imports_only(source: str) -> bool:
@@ -120,6 +125,7 @@ def _of_call(node: ast.Call, modules: Mapping[str, str], line: int) -> Iterator[
             line=line,
             text=f"calls `{called or ast.unparse(node.func)}`, which acts on the whole process",
             is_input=called.startswith(_INPUTS),
+            on_all_code=called in _ON_ALL_CODE,
         )
     elif isinstance(node.func, ast.Attribute) and receiver is not None and receiver not in modules:
         attribute = node.func.attr

@@ -168,6 +168,10 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
             CRASH,
         ],
     ),
+    "a trace function that is left on, in a cell whose names are used": (
+        Notebook(sources=("import sys\ndef tidy(x): return x\nsys.settrace(print)", "tidy(1)"), culprits=(0, 1)),
+        [(Role.TRIGGER, acts("sys.settrace")), CRASH],
+    ),
     "imports keep memory and accumulate nothing": (
         Notebook(sources=("import pandas as pd", "f(pd)"), culprits=(0, 1), kept={0: 612 * MIB}, limit=GIB),
         [defines("`pd`", 1), CRASH],
