@@ -377,5 +377,6 @@ CLAIMS = (
     "stderr_tail",
     "final_output",
     "handler_replaced",
+    "printed",
 )
 """The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``looked`` hold both."""
