@@ -32,7 +32,12 @@ def start_failed(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, StartFailed):
         return None
-    facts: list[Fact] = [outside("answered", False, "no reply to a request for the kernel's info")]
+    was_started = ending.waited is not None or ending.exit is not None
+    facts: list[Fact] = [
+        outside("answered", False, "no reply to a request for the kernel's info")
+        if was_started
+        else outside("started", False, "the reason was known before")
+    ]
     if ending.exit is not None:
         facts.append(outside("ended with", str(ending.exit), "wait status of the kernel process"))
     if ending.waited is not None:
