@@ -57,7 +57,7 @@ ROWS = (
     Row(id="R-timeout-loop", kernel="ir", cells=("x <- 1", "while (TRUE) x <- x + 1"), status=S.TIMEOUT, cause=K.CELL_TIMEOUT,
         options=BRIEF, cell=1, line=1, activity="native_code", words="it was computing"),
     Row(id="R-timeout-sleep", kernel="ir", cells=("x <- 1", "Sys.sleep(60)"), status=S.TIMEOUT, cause=K.CELL_TIMEOUT, options=BRIEF,
-        cell=1, line=1),
+        cell=1, line=1, activity="sleeping"),
     Row(id="deno-passes", kernel="deno", cells=("const x = 41;", "if (x !== 41) throw x;"), status=S.PASSED, cause=None),
     Row(id="deno-error", kernel="deno", cells=("const x = 1;", "throw new Error('boom')"), status=S.CELL_ERROR, cause=K.EXCEPTION,
         cell=1, line=1, words="boom"),

@@ -56,7 +56,7 @@ def test_a_batch_on_github_and_gitlab(place: Place) -> None:
     assert {problem["location"]["path"]: problem["location"]["lines"]["begin"] for problem in problems} == {
         path: line for path, (line, _) in errors.items()
     }
-    xmlschema.XMLSchema(ROOT / "tests" / "unit" / "junit.xsd").validate(place.out / "junit.xml")
+    xmlschema.XMLSchema(ROOT / "tests" / "unit" / "reports" / "batch" / "junit.xsd").validate(place.out / "junit.xml")
     cases = {
         suite.attrib["name"]: [child.tag for child in suite.iterfind("testcase/*")]
         for suite in ET.parse(place.out / "junit.xml").getroot()

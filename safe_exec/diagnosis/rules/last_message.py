@@ -21,6 +21,8 @@ PYTHON_SECONDS = 2.0
 """Python code prints all the time: only what came this shortly before the end is a message about it."""
 SHOWN_LINES = 5
 SHOWN_CHARACTERS = 400
+SHOWN_LINE_CHARACTERS = 120
+"""A long line (V8 prints its collections on one) leaves room for the line below it that names the reason."""
 KEPT_LINES = 20
 KEPT_CHARACTERS = 2000
 STDOUT_LINES = 3
@@ -68,8 +70,8 @@ class Message:
         if len(lines) > SHOWN_LINES:
             lines = (*lines[: SHOWN_LINES - 2], "...", *lines[-1:])
         label = "last output" if self.channel is Channel.STDOUT else "last message"
-        text = f"{label}: {' / '.join(line.strip() for line in lines)}"
-        return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+        shown = [_clipped(line.strip(), SHOWN_LINE_CHARACTERS if len(lines) > 1 else SHOWN_CHARACTERS) for line in lines]
+        return _clipped(f"{label}: {' / '.join(shown)}", SHOWN_CHARACTERS)
 
     @property
     def fact(self) -> Fact:
@@ -77,6 +79,10 @@ class Message:
         text = "\n".join(self.lines[:KEPT_LINES])[:KEPT_CHARACTERS]
         moment = "right before the end" if self.age < RIGHT_BEFORE_SECONDS else f"{self.age:.0f} s before the end"
         return inside("last message", text, f"{SOURCES[self.channel]}, {moment}")
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def last_message(evidence: Evidence, channels: Sequence[Channel] = tuple(Channel)) -> Message | None:

@@ -102,3 +102,12 @@ def test_any_output_gives_printable_lines_of_bounded_size(text: str, channel: Ch
         assert len(message.text) <= SHOWN_CHARACTERS
         assert len(str(message.fact.value)) <= KEPT_CHARACTERS
         assert not any(ord(char) < 32 and char != "\t" for line in message.lines for char in line)
+
+
+def test_a_long_line_leaves_room_for_the_reason_below_it() -> None:
+    collections = "Mark-Compact (reduce) 149.3 (150.0) MB " * 40
+    text = f"<--- Last few GCs --->\n{collections}\n\n#\n# Fatal JavaScript out of memory: CALL_AND_RETRY_LAST\n#\n"
+    message = last_message(evidence((D, text, 0.0)))
+    assert message is not None
+    assert message.text.endswith("# Fatal JavaScript out of memory: CALL_AND_RETRY_LAST")
+    assert len(message.text) <= SHOWN_CHARACTERS
