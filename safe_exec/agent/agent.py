@@ -31,6 +31,7 @@ class Inside:
         self.bodies = Bodies(self)
         self.headers = {}  # id of a header of the running cell -> it
         self.keys = {}  # the same id -> as ipykernel's buffers are named after it
+        self.live = [None, None]  # the last of them, and its name
         self.running = []  # references to the coroutines of statements, the innermost last
         self.request = None
         self.in_cell = False

@@ -147,6 +147,7 @@ def begin(inside, kernel, code):
     inside.headers.clear()
     inside.told_error = None
     inside.keys.clear()
+    inside.live[:] = None, None
     inside.bodies.begin(code if isinstance(code, str) else "")
     inside.first_text = True
     inside.in_cell = True

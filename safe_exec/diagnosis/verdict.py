@@ -99,6 +99,7 @@ def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_
             oom_kills=evidence.oom_kills,
             processes_peak=evidence.processes_peak,
             output_bytes=evidence.output_bytes,
+            memory_upper_bound=evidence.memory_upper_bound,
         ),
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],

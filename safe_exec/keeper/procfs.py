@@ -171,6 +171,28 @@ def signal_one(pid: int, signum: int) -> None:
     signal_all([pid], signum)
 
 
+def run_delay(task: int) -> float | None:
+    """Seconds that a thread has waited for a processor (/proc/PID/schedstat); ``None`` where the system does not count them."""
+    try:
+        with open(f"/proc/{task}/schedstat", "rb") as handle:
+            return int(handle.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def tasks_of(uid: int) -> int:
+    """How many tasks (threads) a user runs now, which RLIMIT_NPROC would count."""
+    count = 0
+    for pid in all_pids():
+        try:
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                process = stat(pid)
+                count += process.threads if process else 0
+        except OSError:
+            continue
+    return count
+
+
 def signal_all(pids: Iterable[int], signum: int) -> None:
     """Send a signal to each; those that are gone meanwhile are no error."""
     for pid in pids:

@@ -19,6 +19,10 @@ from safe_exec.model.evidence import EndedChild, Frame, Looked
 from safe_exec.records import dataclass
 
 WINDOW_SECONDS = 0.4
+LONGEST_SECONDS = 1.2
+"""So long is looked at a kernel that has work to do and gets no processor: little can be seen of it in less."""
+STARVING_SECONDS = 0.1
+"""Processor time from which something can be seen of it."""
 LOOKS = 20
 STARVED_SECONDS = 0.25
 
@@ -47,10 +51,11 @@ async def look(subject: Subject) -> Looked:
     pid = subject.pid
     before, members_before, rests = _cpu(pid), processes.snapshot(pid, subject.keeper), procfs.voluntary_switches(pid)
     calls: list[Call] = []
-    states = []
+    states: list[str | None] = []
     clock = asyncio.get_running_loop().time
     start = clock()
-    for _ in range(LOOKS):
+    delayed = procfs.run_delay(pid)
+    while len(states) < LOOKS or (_is_starved(pid, before, states) and clock() - start < LONGEST_SECONDS):
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         if (call := blocked_call(pid)) is not None:
             calls.append(call)
@@ -61,6 +66,7 @@ async def look(subject: Subject) -> Looked:
     call = _most_common(calls)
     targets = processes.targets_of(pid, call) if call else None
     lock = file_locks.lock_of(pid, call, [process.pid for process in members])
+    delay = procfs.run_delay(pid)
     main = procfs.stat(pid, pid)
     stack, threads, awaiting = await _stacks(subject, main.state if main else None)
     waits, places, starved = _samples(subject, start_age=window)
@@ -83,6 +89,7 @@ async def look(subject: Subject) -> Looked:
         children=sum(not process.adopted for process in members),
         children_cpu_share=sum(process.cpu_share or 0.0 for process in members if not process.adopted),
         window=window,
+        cpu_wait_share=None if delay is None or delayed is None else max(0.0, delay - delayed) / window,
         starved=starved,
         reads_terminal=any(process.reads_terminal and not process.adopted for process in members),
         ignores_interrupt=procfs.ignores(pid, signal.SIGINT),
@@ -139,6 +146,12 @@ def _samples(subject: Subject, start_age: float) -> tuple[tuple[float, ...], int
     recent = [s for s in subject.page.history() if s.cell == subject.number and now - s.time < start_age + 1.0]
     last = subject.page.sample().time
     return tuple(s.wait for s in recent), len({s.place for s in recent}), now - last > STARVED_SECONDS
+
+
+def _is_starved(pid: int, before: float | None, states: list[str | None]) -> bool:
+    """Whether it wants to run in most looks and has had hardly any processor time since ``before``."""
+    now = _cpu(pid)
+    return before is not None and now is not None and now - before < STARVING_SECONDS and states.count("R") > len(states) / 2
 
 
 def _state(pid: int) -> str | None:

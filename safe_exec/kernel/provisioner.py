@@ -27,9 +27,10 @@ from safe_exec.sandbox.host.capabilities import detect
 from safe_exec.sandbox.mechanisms.watchdog import Watchdog
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan
-from safe_exec.sandbox.process_tree import ProcessTree
+from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.sandbox import Sandbox
 from safe_exec.sandbox.usage.meter import has_memory_group
+from safe_exec.sandbox.usage.process_tree import ProcessTree
 from safe_exec.units import format_size
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         ):
             shared = not has_memory_group(self.plan)
             tree = ProcessTree(self.sandbox.keeper_pid, self.sandbox.kernel_pid, counts_shared=shared)
-            self.watchdog = Watchdog(tree, self.limits, self.plan.watch, self._limit_passed)
+            guard = PriorityGuard(self.sandbox.keeper_pid)
+            self.watchdog = Watchdog(tree, self.limits, self.plan.watch, self._limit_passed, guard)
             self.watchdog.start()
 
     def _limit_passed(self, name: LimitName, used: float) -> None:

@@ -33,7 +33,7 @@ from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.shared_page import Note, Text
 from safe_exec.model.ending import TerminationReason
-from safe_exec.model.evidence import Frame
+from safe_exec.model.evidence import Frame, ProcessCount
 from safe_exec.model.limits import LimitName, Limits, Wall
 from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.sandbox.plan import SpawnPlan
@@ -409,6 +409,10 @@ class KernelSession:
     def condemned(self) -> TerminationReason | None:
         """Why we have decided to kill the kernel, from the moment of the decision on; it may live a little longer."""
         return self.sandbox.condemned if self.sandbox else None
+
+    def process_count(self) -> ProcessCount | None:
+        """Processes and threads now, and how many are allowed, where the system's kernel refuses more."""
+        return None if self.meter is None else self.meter.process_count(self.limits.processes)
 
     def look_at_limits(self) -> None:
         """Look at memory, processes and processor time now, where a watchdog holds them."""

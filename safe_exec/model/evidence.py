@@ -143,7 +143,8 @@ class Looked:
     looks at which it had work to do (on a busy machine that says more than the time it got), ``cpu_share`` processor
     seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
     ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
-    starved), ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
+    starved), ``cpu_wait_share`` the share of the time for which the main thread waited for a processor,
+    ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
     ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
     kernel process, ``targets``, ``awaited``, ``reads`` and ``writes`` are those of the kernel, as in ``ObservedProcess``; ``switches`` is how often
     per second its main thread went to rest, ``threads`` are the stacks of its other threads, ``processes`` the other processes of the sandbox,
@@ -161,6 +162,7 @@ class Looked:
     children: int | None = None
     children_cpu_share: float | None = None
     window: float | None = None
+    cpu_wait_share: float | None = None
     runnable: float | None = None
     starved: bool | None = None
     reads_terminal: bool | None = None
@@ -302,6 +304,26 @@ class Volume:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessCount:
+    """Processes and threads of the sandbox at one moment, and how many may be.
+
+    ``of_user`` is all that its user runs and how many the system lets that be, where it counts those. ``refused`` is how many more
+    it has refused in this run; ``None``: nobody counts that.
+    """
+
+    tasks: int
+    allowed: int
+    of_user: tuple[int, int] | None = None
+    refused: int | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether no further one would be allowed; and where that is counted, whether one was refused."""
+        tasks, allowed = self.of_user or (self.tasks, self.allowed)
+        return tasks >= allowed and self.refused != 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
@@ -315,12 +337,16 @@ class Evidence:
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
     ``caught_signals`` are those that the process still had handlers for when it had ended; ``handler_replaced`` whether the kernel told
     that its fault handler was no longer in place.
+    ``oom_kills_earlier`` are cells before the current one (by index) in which processes were killed for memory, and how many.
+    ``memory_children`` is the part of the peak that processes other than the kernel's had; ``memory_upper_bound``: pages that
+    several processes share may be in it more than once.
     """
 
     exit: ExitStatus | None = None
     termination: TerminationReason | None = None
     oom_kills: int | None = None
     oom_kills_cell: int | None = None
+    oom_kills_earlier: tuple[tuple[int, int], ...] = ()
     oom_elsewhere: bool | None = None
     oom_bound: tuple[str, int] | None = None
     oomd_killed: bool | None = None
@@ -329,6 +355,9 @@ class Evidence:
     memory_peak: int | None = None
     memory_peak_raw: int | None = None
     memory_last: int | None = None
+    memory_children: int | None = None
+    memory_upper_bound: bool = False
+    processes_at_timeout: ProcessCount | None = None
     processes_peak: int | None = None
     cpu_seconds: float | None = None
     kernel_cpu_seconds: float | None = None

@@ -245,7 +245,10 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the whole run used."""
+    """What the whole run used. ``memory_upper_bound``: its memory, that of its cells and of the timeline may have been less.
+
+    So it is where processes could not be looked into: pages that they share with others count for each of them.
+    """
 
     wall_seconds: float | None = None
     cpu_seconds: float | None = None
@@ -254,6 +257,7 @@ class Usage:
     oom_kills: int | None = None
     processes_peak: int | None = None
     output_bytes: int | None = None
+    memory_upper_bound: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

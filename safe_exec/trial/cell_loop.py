@@ -124,6 +124,7 @@ class CellLoop:
 
     async def _look(self, index: int) -> None:
         """What is it doing? Asked before the interrupt changes it."""
+        self.state.tasks_at_timeout = self.session.process_count()
         self.session.take_facts()
         self.state.cell_active = self.session.at_work(self.state.number(index))
         subject = self.session.subject(self.state.number(index))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from safe_exec.trial.state import TrialState
 
 NEAR_LIMIT = 0.95
+NEAR_PEAK = 0.5
+"""From this share of the limit on a sample says who had the memory; one of a smaller use says nothing of the rest."""
 RECENT_CHARACTERS = 65536
 DUMP_AGE = 1.0
 """Seconds before the end from which a stack still says where it was."""
@@ -60,6 +62,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         termination=ended.reason if ended else None,
         oom_kills=kills,
         oom_kills_cell=ledger.oom_cell,
+        oom_kills_earlier=tuple((cell, n) for cell, n in ledger.oom_by_cell.items() if cell != state.current),
         oom_elsewhere=not_ours,
         oom_bound=(str(bound.group), bound.limit) if bound else None,
         oomd_killed=ended.oomd if ended else None,
@@ -68,6 +71,9 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         memory_peak=peak,
         memory_peak_raw=counters.memory_peak_raw,
         memory_last=ledger.memory_last,
+        memory_children=_children_memory(state),
+        memory_upper_bound=ledger.upper_bound or _watched(state).upper_bound,
+        processes_at_timeout=state.tasks_at_timeout,
         processes_peak=counters.tasks_peak or _tasks_peak(state),
         cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
@@ -153,6 +159,14 @@ def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int |
             state.ledger.raise_peak(state.current, raw)
         return max(raw, seen or 0)
     return seen
+
+
+def _children_memory(state: TrialState) -> int | None:
+    """What processes other than the kernel's had when the sandbox had most; ``None`` where it was not seen near that."""
+    watched, sampled = _watched(state), state.ledger.highest
+    seen = max(((watched.memory, watched.children), (sampled.memory, sampled.children_memory)), key=lambda pair: pair[0] or 0)
+    limit = state.request.limits.memory
+    return seen[1] if limit is None or (seen[0] or 0) >= NEAR_PEAK * limit else None
 
 
 def _tasks_peak(state: TrialState) -> int | None:

@@ -38,6 +38,9 @@ class Ledger:
         self.cpu_last: float | None = None
         self.oom_before = 0
         self.oom_cell = 0
+        self.oom_by_cell: dict[int, int] = {}
+        self.highest: Reading = Reading()
+        self.upper_bound = False
         self._at_start: Reading | None = None
         self.wall_seconds: float | None = None
 
@@ -84,6 +87,9 @@ class Ledger:
 
     def _keep(self, reading: Reading) -> None:
         self.tasks_peak = _most(self.tasks_peak, reading.tasks)
+        self.upper_bound = self.upper_bound or reading.upper_bound
+        if (reading.memory or 0) > (self.highest.memory or 0):
+            self.highest = reading
         self.memory_last = reading.memory if reading.memory is not None else self.memory_last
         self.cpu_last = reading.cpu_seconds if reading.cpu_seconds is not None else self.cpu_last
 
@@ -101,8 +107,10 @@ class Ledger:
         """A cell ended; its record."""
         record, start = self.records[index], self._at_start
         self.oom_cell = max(0, (oom_kills or 0) - self.oom_before)
-        if self.oom_cell > 0 and self.cell_of_first_oom is None:
-            self.cell_of_first_oom = index
+        if self.oom_cell > 0:
+            self.oom_by_cell[index] = self.oom_cell
+            if self.cell_of_first_oom is None:
+                self.cell_of_first_oom = index
         self.oom_before = max(self.oom_before, oom_kills or 0)
         if reading:
             self._keep(reading)

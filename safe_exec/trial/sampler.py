@@ -6,10 +6,12 @@ May import state, events, model.
 from __future__ import annotations
 
 import asyncio
+import time
 
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName
+from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.trial.state import TrialState
 
 SAMPLE_SECONDS = 0.1
@@ -36,6 +38,8 @@ class Sampler:
     async def run(self) -> None:
         """Look, and look again."""
         session = self.state.session
+        keeper = session.sandbox.keeper_pid if session.sandbox is not None else None
+        guard = PriorityGuard(keeper) if keeper is not None else None
         looks = 0
         while not session.died.is_set():
             try:
@@ -46,7 +50,10 @@ class Sampler:
             if looks % PEERS_EVERY == 0:
                 session.look_for_peers()
                 session.note_children()
+            ended = time.monotonic()
             await asyncio.sleep(SAMPLE_SECONDS)
+            if guard is not None:
+                guard.looked(time.monotonic() - ended - SAMPLE_SECONDS)
 
     def _sample(self) -> None:
         state = self.state

@@ -9,7 +9,7 @@ import time
 from safe_exec.kernel.session import KernelSession
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
-from safe_exec.model.evidence import Looked
+from safe_exec.model.evidence import Looked, ProcessCount
 from safe_exec.model.limits import LimitName
 from safe_exec.records import replace
 from safe_exec.trial.metrics import Ledger
@@ -40,6 +40,7 @@ class TrialState:
         self.looked: Looked | None = None
         self.printed: tuple[int, str] | None = None
         self.open_files: int | None = None
+        self.tasks_at_timeout: ProcessCount | None = None
         self.cell_active: bool | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._killing = False

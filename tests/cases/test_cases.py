@@ -44,10 +44,6 @@ NOT_YET: frozenset[str] = frozenset(
         "f01-killpg",
         "f06-rlimit-as",
         "f29-trace-left-on",
-        "x-fork-bomb",
-        "x-last-cell-watchdog",
-        "x-pool-watchdog",
-        "x-worker-earlier",
     }
 )
 """Cases whose answer is still wrong. They run, and pytest lists each that has become right (XPASS)."""

@@ -6,6 +6,7 @@ from safe_exec.diagnosis.context import Context, Rule
 from safe_exec.diagnosis.rules import (
     crashes,
     disk,
+    earlier,
     engines,
     exceptions,
     exits,
@@ -49,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     # Time.
     timeouts.flood,
     timeouts.replaced,
+    timeouts.processes_exhausted,
     timeouts.waits_for_input,
     timeouts.mute,
     timeouts.timed_out,
@@ -73,5 +75,5 @@ def find_cause(context: Context) -> Cause | None:
     for rule in RULES:
         cause = rule(context)
         if cause is not None:
-            return cause
+            return earlier.with_killed_workers(context, cause)
     return None

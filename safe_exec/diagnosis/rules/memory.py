@@ -24,6 +24,8 @@ REFUSED_TO_LIBRARY = re.compile(
     r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when allocating.*\bcpu\b", re.DOTALL
 )
 """As PyTorch, polars, C++ and TensorFlow report it in errors of other names."""
+MOSTLY = 0.5
+"""The share of the memory from which it is said whose it was."""
 REFUSED = re.compile(r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate ")
 
 ASKED_FOR = re.compile(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
@@ -45,13 +47,38 @@ def _facts(context: Context) -> tuple[Fact, ...]:
     if evidence.oom_kills:
         facts.append(outside("killed by the system", evidence.oom_kills, "oom_kill of the sandbox's control group"))
     if evidence.memory_peak is not None:
-        facts.append(outside("memory peak", evidence.memory_peak, "control group or sum over processes"))
+        facts.append(_peak(context, evidence.memory_peak))
     if context.limits.memory is not None:
         facts.append(outside("memory limit", context.limits.memory, "limits of this run"))
+    children = _children(context)
+    if children is not None:
+        facts.append(outside("memory of child processes", children, "of the peak, at the highest look"))
     return tuple(facts)
 
 
+def _peak(context: Context, peak: int) -> Fact:
+    if context.evidence.memory_upper_bound:
+        return outside(
+            "memory peak, at most", peak, "sum over processes; some could not be looked into, so shared pages count for each"
+        )
+    return outside("memory peak", peak, "control group, or all processes with shared pages counted once")
+
+
+def _children(context: Context) -> int | None:
+    """Bytes that child processes had, where that was most of the memory."""
+    children, peak = context.evidence.memory_children, context.evidence.memory_peak
+    return children if children is not None and peak and children >= MOSTLY * peak else None
+
+
 def _advice(context: Context) -> str:
+    children = _children(context)
+    if children is not None:
+        return (
+            f"Most of it, {format_size(children)}, was in processes that the notebook had started, not in the kernel: start fewer of"
+            " them, give each less to do, or end those that are done (close and join a pool)."
+        ) + context.if_limited(
+            LimitName.MEMORY, " Or raise the limit with --memory, which covers the kernel and all its processes together."
+        )
     kept = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
     parts = [
@@ -67,8 +94,13 @@ def watchdog_kill(context: Context) -> Cause | None:
         return None
     amounts = _amounts(context)
     passed = "the sandbox passed its limit" + (f" ({amounts})" if amounts else "")
-    summary = f"out of memory: {passed} and was ended by safe-exec's watchdog"
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))
+    bound = context.evidence.memory_upper_bound
+    doubt = (
+        "; some of its processes could not be looked into, so pages that they share may have been counted twice" if bound else ""
+    )
+    summary = f"out of memory: {passed} and was ended by safe-exec's watchdog{doubt}"
+    confidence = Confidence.LIKELY if bound else Confidence.CERTAIN
+    return make(context, CauseKind.OUT_OF_MEMORY, summary, confidence, _facts(context), _advice(context))
 
 
 def oom_kill(context: Context) -> Cause | None:

@@ -6,12 +6,19 @@ import re
 from collections.abc import Mapping
 
 from safe_exec.diagnosis.context import Context, inside, make, outside
-from safe_exec.model.ending import InternalError, StartFailed
+from safe_exec.model.ending import InternalError, StartFailed, TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
 MEMORY = re.compile("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")
 """How programs say that they were refused memory."""
+WATCHED = {
+    TerminationReason.MEMORY: LimitName.MEMORY,
+    TerminationReason.PROCESSES: LimitName.PROCESSES,
+    TerminationReason.CPU_TIME: LimitName.CPU_TIME,
+    TerminationReason.DISK: LimitName.DISK,
+}
+"""Limits for which we end a kernel that is still starting."""
 TOO_LITTLE = (
     "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory here and counts what is reserved, too:"
     " raise --memory, or leave memory to the watchdog (--mechanisms watchdog)."
@@ -55,7 +62,14 @@ def start_failed(context: Context) -> Cause | None:
         if ending.installed is not None
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )
-    return make(context, CauseKind.KERNEL_START_FAILED, ending.reason, Confidence.CERTAIN, tuple(facts), advice)
+    reason = ending.reason
+    limit = WATCHED.get(context.evidence.termination) if context.evidence.termination is not None else None
+    if limit is not None:
+        facts.append(outside("killed by safe-exec for", limit.value, "recorded before the signal was sent"))
+        name = limit.value.replace("_", " ")
+        reason = f"the kernel passed its limit of {name} before it was ready, and was ended by safe-exec"
+        advice = f"Raise --{limit.value.replace('_', '-')}, or look at IPython start-up files and what they import."
+    return make(context, CauseKind.KERNEL_START_FAILED, reason, Confidence.CERTAIN, tuple(facts), advice)
 
 
 def _instead(installed: Mapping[str, str], language: str | None) -> str:

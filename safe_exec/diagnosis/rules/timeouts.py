@@ -16,6 +16,8 @@ from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
 from safe_exec.records import replace
 from safe_exec.units import format_seconds, format_size
 
+STARVED_SECONDS = 0.1
+SEEN_PLACES = 2
 BUSY = 0.5
 """Share of looks at which the main thread had work to do, or processor seconds per second, from which it computes."""
 
@@ -45,7 +47,7 @@ def activity_of(looked: Looked) -> Activity | None:
     if looked.state in ("T", "t"):
         return Activity.STOPPED
     if computes(looked):
-        return _computing(looked)
+        return _computing(looked) if not is_starved(looked) or _is_seen_at_work(looked) else None
     if looked.awaiting:
         return _awaiting(looked.awaiting)
     return _waiting(looked)
@@ -60,6 +62,18 @@ def computes(looked: Looked) -> bool:
         return True
     innermost = (looked.stack[0].file or "").rpartition("/")[2] if looked.stack else ""
     return share >= MANY_THREADS and looked.syscall in LOCKS and innermost not in FILES_OF_LOCKS and _interpreter_free(looked)
+
+
+def is_starved(looked: Looked) -> bool:
+    """Whether it had work to do and hardly got a processor: then a sampling thread without a turn says nothing of it."""
+    if looked.runnable is None or looked.runnable < BUSY or looked.cpu_share is None or looked.window is None:
+        return False
+    return looked.cpu_share * looked.window < STARVED_SECONDS
+
+
+def _is_seen_at_work(looked: Looked) -> bool:
+    """Whether Python code was seen in several places."""
+    return (looked.lines or 0) > SEEN_PLACES
 
 
 def _interpreter_free(looked: Looked) -> bool:
@@ -127,6 +141,8 @@ def _facts(context: Context) -> tuple[Fact, ...]:
             outside("process state", looked.state, "/proc/PID/stat"),
             outside("processor share", None if looked.cpu_share is None else round(looked.cpu_share, 2), "/proc/PID/stat, 0.4 s"),
         ]
+        if is_starved(looked) and looked.cpu_wait_share is not None:
+            facts.append(outside("waited for a processor", round(looked.cpu_wait_share, 2), "/proc/PID/schedstat, share"))
         if looked.syscall:
             facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
         if looked.stack:
@@ -202,6 +218,32 @@ def waits_for_input(context: Context) -> Cause | None:
     return _timed(context, CauseKind.STDIN, summary, Confidence.LIKELY, advice)
 
 
+def processes_exhausted(context: Context) -> Cause | None:
+    """A wall time was over, and no further process or thread could be started: a fork bomb, or a pool that waits for one."""
+    ending, count = context.ending, context.evidence.processes_at_timeout
+    if not isinstance(ending, TimedOut) or count is None or not count.full:
+        return None
+    facts = [outside("processes and threads", f"{count.tasks} of {count.allowed} when its time was up", "control group or /proc")]
+    if count.of_user is not None:
+        user, allowed = count.of_user
+        facts.append(outside("the user's processes and threads", f"{user} of {allowed}", "RLIMIT_NPROC counts all of a user"))
+    if count.refused:
+        facts.append(outside("forks refused", count.refused, "pids.events of the control group"))
+    where = "the notebook" if ending.whole else context.human(ending.cell)
+    refused = f"; the system refused {count.refused} more" if count.refused else "; the system refuses more"
+    others = " (what else the user runs counts too)" if count.of_user is not None else ""
+    summary = (
+        f"{where} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
+        f" in use{refused}{others}"
+    )
+    advice = (
+        "Look for a loop that starts processes or threads, or for a pool that is larger than --processes allows; end and join those"
+        " that are done."
+    )
+    cause = _timed(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.LIKELY, advice)
+    return replace(cause, evidence=(*facts, *cause.evidence))
+
+
 def timed_out(context: Context) -> Cause | None:
     """A wall time was over."""
     ending = context.ending
@@ -210,6 +252,8 @@ def timed_out(context: Context) -> Cause | None:
     looked = context.evidence.looked
     activity = activity_of(looked) if looked else None
     doing = f"; {hangs.doing_text(context, activity)}" if activity else ""
+    if activity is None and looked is not None and is_starved(looked):
+        doing = "; it waited for a processor, so nothing can be said of what it was doing"
     whole = "the notebook" if ending.whole else context.human(ending.cell)
     summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Mechanism, Wall
-from safe_exec.model.verdict import Cause, CauseKind, CellStatus, Confidence, Fact, FactValue, Origin, Status, Verdict
+from safe_exec.model.verdict import Cause, CauseKind, CellStatus, Confidence, Fact, FactValue, Origin, Status, Usage, Verdict
 from safe_exec.units import format_seconds, format_size
 
 SEPARATOR = " · "
@@ -255,8 +255,14 @@ def _figures(verdict: Verdict) -> list[str]:
     said = [] if allowed is None else [f"limit {quantity(limit, allowed)}"]
     value = getattr(verdict.usage, used) if used is not None else None
     if used is not None and value is not None:
-        said.append(f"{_USED_WORD[used]} {quantity(limit, value)}")
+        bound = at_most(verdict.usage) if used == "memory_peak" else ""
+        said.append(f"{_USED_WORD[used]} {bound}{quantity(limit, value)}")
     return [", ".join(said)]
+
+
+def at_most(usage: Usage) -> str:
+    """Before the memory of a run in which shared pages may have been counted more than once."""
+    return "at most " if usage.memory_upper_bound else ""
 
 
 def _passed_figures(verdict: Verdict) -> list[str]:
@@ -265,7 +271,7 @@ def _passed_figures(verdict: Verdict) -> list[str]:
     return [
         f"{count} code cell{'' if count == 1 else 's'}",
         format_seconds(usage.wall_seconds) if usage.wall_seconds is not None else "",
-        f"peak {format_size(usage.memory_peak)}" if usage.memory_peak is not None else "",
+        f"peak {at_most(usage)}{format_size(usage.memory_peak)}" if usage.memory_peak is not None else "",
     ]
 
 

@@ -104,7 +104,7 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         scope=scope,
         scope_why_not=scope_why,
         v1_why_not=v1_why,
-        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or ground.parent or scope else _user_tasks(os.getuid()),
+        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or ground.parent or scope else procfs.tasks_of(os.getuid()),
         seccomp_why_not=_no_filter(),
         allowed=allowed,
     )
@@ -228,17 +228,6 @@ def _no_filter() -> str:
     """Why system calls cannot be filtered here; empty where they can."""
     machine = os.uname().machine
     return "" if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32 else f"there is none for {machine}"
-
-
-def _user_tasks(uid: int) -> int:
-    """How many tasks (threads) this user runs now, which RLIMIT_NPROC would count."""
-    count = 0
-    for pid in procfs.all_pids():
-        with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid == uid:
-                found = procfs.stat(pid)
-                count += found.threads if found else 0
-    return count
 
 
 def _v2_ground(

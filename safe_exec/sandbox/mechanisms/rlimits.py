@@ -9,6 +9,7 @@ it, hence the watchdog beside it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 
 try:
@@ -16,9 +17,11 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+from safe_exec.keeper import procfs
+from safe_exec.model.evidence import ProcessCount
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import Machine
-from safe_exec.sandbox.plan import Offer
+from safe_exec.sandbox.plan import Offer, SpawnPlan
 
 DATA_HEADROOM = 256 * 1024 * 1024
 """Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread stacks above all)."""
@@ -75,6 +78,15 @@ def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforc
         return limit + INIT_TASKS, _held("counted in a user namespace of its own")
     note = "the user's other processes count too: the limit is beside them, and where one ends the watchdog alone holds it"
     return limit + user_tasks, _held(note, hard=False)
+
+
+def process_count(plan: SpawnPlan, tasks: int, limit: int | None) -> ProcessCount | None:
+    """The ``tasks`` of the notebook against RLIMIT_NPROC; ``None`` where it is not set."""
+    allowed = next((soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None)
+    if allowed is None or limit is None:
+        return None
+    alone = plan.enforcement[LimitName.PROCESSES].hard
+    return ProcessCount(tasks=tasks, allowed=limit, of_user=None if alone else (procfs.tasks_of(os.getuid()), allowed))
 
 
 def _held(note: str, *, hard: bool = True) -> Enforcement:

@@ -1,7 +1,7 @@
 """The last resort: looks at the processes of a sandbox and reports a limit that is passed.
 
 It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its memory limit meanwhile
-is measured by ``make bench`` and stated in docs/limits.md. May import model, machine, plan, process_tree.
+is measured by ``make bench`` and stated in docs/limits.md. May import model, machine, plan, priority, process_tree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import Offer
-from safe_exec.sandbox.process_tree import ProcessTree, TreeUse
+from safe_exec.sandbox.priority import PriorityGuard
+from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 
 PERIOD_SECONDS = 0.02
 REST_SHARE = 2
@@ -55,9 +56,15 @@ class Watchdog(threading.Thread):
     """Looks at a tree until stopped, and calls ``on_passed(limit, used)`` once, for the first limit passed."""
 
     def __init__(
-        self, tree: ProcessTree, limits: Limits, names: frozenset[LimitName], on_passed: Callable[[LimitName, float], None]
+        self,
+        tree: ProcessTree,
+        limits: Limits,
+        names: frozenset[LimitName],
+        on_passed: Callable[[LimitName, float], None],
+        guard: PriorityGuard | None = None,
     ) -> None:
         super().__init__(name="safe-exec-watchdog", daemon=True)
+        self._guard = guard
         self.tree = tree
         self.peaks = Peaks()
         self._limits = limits
@@ -70,12 +77,15 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look every 20 ms."""
-        rest = PERIOD_SECONDS
+        rest, ended = PERIOD_SECONDS, time.monotonic()
         while not self._stop_event.wait(rest):
             begun = time.monotonic()
+            if self._guard is not None:
+                self._guard.looked(begun - ended - rest)
             if self.look():
                 return
-            rest = max(PERIOD_SECONDS, REST_SHARE * (time.monotonic() - begun))
+            ended = time.monotonic()
+            rest = max(PERIOD_SECONDS, REST_SHARE * (ended - begun))
 
     def look(self, *, last: bool = False) -> bool:
         """Look now; whether a limit was passed. The ``last`` look of a run spares no time to be sure."""

@@ -1,6 +1,6 @@
 """Reads what a sandbox uses, from its control groups where it has some and from its processes elsewhere.
 
-May import model, plan, process_tree. Every figure is ``None`` where it cannot be read.
+May import model, plan, process_tree, rlimits. Every figure is ``None`` where it cannot be read.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from safe_exec.model.evidence import ProcessCount
 from safe_exec.records import dataclass
+from safe_exec.sandbox.mechanisms import rlimits
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.sandbox.process_files import ProcessFiles
-from safe_exec.sandbox.process_tree import ProcessTree
+from safe_exec.sandbox.usage.process_files import ProcessFiles
+from safe_exec.sandbox.usage.process_tree import ProcessTree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,7 @@ class Meter:
     """Reads one sandbox; cheap enough (some 60 microseconds with control groups) for the end of every cell."""
 
     def __init__(self, plan: SpawnPlan, keeper_pid: int, kernel_pid: int | None = None, tree: ProcessTree | None = None) -> None:
+        self._plan = plan
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
         self._memory_stat = _beside(files, MEMORY_EVENTS, "memory.stat")
         self._tasks = _beside(files, ("pids.events",), "pids.current")
@@ -143,6 +146,21 @@ class Meter:
         found = [(_number(above / "pids.max"), above) for above in self._files["pids.events"].parent.parents]
         fewest, group = min(((most, above) for most, above in found if most is not None), default=(None, None))
         return (group, fewest) if group is not None and fewest is not None and (limit is None or fewest < limit) else None
+
+    def process_count(self, limit: int | None) -> ProcessCount | None:
+        """Processes and threads now against what the system allows: by the control group, else by RLIMIT_NPROC.
+
+        ``None`` where neither holds it, or it cannot be read.
+        """
+        if self._tasks is not None:
+            tasks, bound = _number(self._tasks), self.tasks_bound(limit)
+            allowed = bound[1] if bound is not None else limit
+            if tasks is None or allowed is None:
+                return None
+            if bound is not None:  # what else is in that group takes part of its room
+                tasks = _number(bound[0] / "pids.current") or tasks
+            return ProcessCount(tasks=tasks, allowed=allowed, refused=self.counters().fork_refusals)
+        return None if self._tree is None else rlimits.process_count(self._plan, self._tree.read().tasks, limit)
 
     def counters(self) -> Counters:
         """The counters of the control groups, read now."""

@@ -148,6 +148,7 @@ OPTIONAL: dict[type, set[str]] = {
     Frame: {"source_line"},
     Isolation: {"repository", "show"},
     Culprits: {"endings"},
+    Usage: {"memory_upper_bound"},
 }
 """Keys that verdicts of earlier versions do not have."""
 

@@ -44,6 +44,7 @@ from safe_exec.model.evidence import (
     NeedKind,
     OutputBurst,
     Place,
+    ProcessCount,
     Raised,
     Volume,
 )
@@ -214,6 +215,14 @@ DEATHS = [
         stderr_tail="Too many open files (src/signaler.cpp:345)\n",
     ),
     dead("watchdog", by(9), K.OUT_OF_MEMORY, termination=TerminationReason.MEMORY),
+    dead(
+        "watchdog-by-an-upper-bound",
+        by(9),
+        K.OUT_OF_MEMORY,
+        C.LIKELY,
+        termination=TerminationReason.MEMORY,
+        memory_upper_bound=True,
+    ),
     dead("oom-counted", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
     dead(
         "oom-of-named-container",
@@ -242,6 +251,9 @@ DEATHS = [
     dead("cpu-hard", by(9), K.CPU_TIME, kernel_cpu_seconds=12.0),
     dead("cpu-of-its-own", by(signal.SIGXCPU), K.CPU_TIME, kernel_cpu_seconds=1.0, limits=BARE),
     dead("sigkill-long-before-its-cpu-time", by(9), K.KILLED, C.LIKELY, kernel_cpu_seconds=3.0),
+    dead(
+        "segfault-after-a-killed-worker", by(11), K.SEGFAULT, C.LIKELY, oom_kills=1, oom_kills_cell=0, oom_kills_earlier=((0, 1),)
+    ),
     dead("oom-after-much-cpu", by(9), K.OUT_OF_MEMORY, kernel_cpu_seconds=12.0, oom_kills=1, oom_kills_cell=1),
     # Other limits that come as signals.
     dead("file-size-signal", by(signal.SIGXFSZ), K.FILE_TOO_LARGE),
@@ -301,6 +313,20 @@ TIMES = [
     late("killed-by-us-then", K.CELL_TIMEOUT, C.CERTAIN, None, exit=by(9), termination=TerminationReason.CELL_TIMEOUT),
     late("worker-killed-and-hang", K.WORKER_OUT_OF_MEMORY, C.LIKELY, None, oom_kills=1, oom_kills_cell=1),
     late("worker-of-an-earlier-cell", K.CELL_TIMEOUT, C.CERTAIN, None, oom_kills=1, oom_kills_cell=0),
+    late("full-of-processes", K.TOO_MANY_PROCESSES, C.LIKELY, None, processes_at_timeout=ProcessCount(tasks=64, allowed=64, refused=9)),
+    late("full-by-rlimit", K.TOO_MANY_PROCESSES, C.LIKELY, None, processes_at_timeout=ProcessCount(tasks=64, allowed=64)),
+    late(
+        "full-with-what-else-the-user-runs", K.TOO_MANY_PROCESSES, C.LIKELY, Activity.SLEEPING, looked=SLEEPS,
+        processes_at_timeout=ProcessCount(tasks=60, allowed=64, of_user=(94, 94)),
+    ),
+    late(
+        "full-and-nothing-refused", K.CELL_TIMEOUT, C.CERTAIN, None,
+        processes_at_timeout=ProcessCount(tasks=64, allowed=64, refused=0),
+    ),
+    late(
+        "refused-once-and-room-again", K.CELL_TIMEOUT, C.CERTAIN, None,
+        processes_at_timeout=ProcessCount(tasks=12, allowed=64, refused=9),
+    ),
     late(
         "still-printing", K.OUTPUT_FLOOD, C.LIKELY, None,
         cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=3.0, cell_output_age=0.1,
@@ -569,6 +595,12 @@ def test_a_kernel_that_is_not_installed(installed: dict[str, str], language: str
 
 
 OTHERS = [
+    Row(
+        id="start-past-its-memory",
+        ending=StartFailed(reason="the kernel ended", exit=by(9)),
+        kind=K.KERNEL_START_FAILED,
+        seen={"termination": TerminationReason.MEMORY},
+    ),
     Row(id="start", ending=StartFailed(reason="the kernel did not answer", waited=60.0), kind=K.KERNEL_START_FAILED),
     Row(
         id="start-killed-for-memory",

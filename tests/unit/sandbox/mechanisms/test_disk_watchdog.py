@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from safe_exec.sandbox.mechanisms.disk_watchdog import PAGE, DiskWatch, free_of, size_of
-from safe_exec.sandbox.process_tree import ProcessTree
 from safe_exec.sandbox.usage.open_files import held
+from safe_exec.sandbox.usage.process_tree import ProcessTree
 from tests.support import wait_until
 
 MIB = 1 << 20

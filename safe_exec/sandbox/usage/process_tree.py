@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from safe_exec.keeper.procfs import TICKS
 from safe_exec.records import dataclass, replace
-from safe_exec.sandbox.process_files import Member, ProcessFiles
-from safe_exec.sandbox.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
 from safe_exec.sandbox.usage.open_files import held
+from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
+from safe_exec.sandbox.usage.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
 
 FRESH_SECONDS = 0.002
 """For so long a reading stands: the watchdog and the meter ask one after the other."""
@@ -24,6 +25,8 @@ OPEN_FILES_SHARE = 20
 """To look at all descriptors takes a twentieth of the time at most."""
 COUNT_SHARE = 10
 """To count shared pages once takes a tenth of the time at most, where no limit is near."""
+SETTLED_SECONDS = 2.0
+"""The memory of a younger process may seem to grow while fork(2) still copies the page tables of what it shares."""
 VFORK_BYTES = 256 << 10
 """By so much the figures of one address space may differ when read one after the other."""
 
@@ -118,7 +121,9 @@ class ProcessTree:
         with self._lock:
             members = self._with_memory()
             self._count = count_once(self._files, members, self._open_files)
-            self._at_count = {member.key: member.anonymous for member in members}
+            settled = self._files.now() - SETTLED_SECONDS * TICKS
+            old = (member for member in members if member.pid == self._kernel or member.started < settled)
+            self._at_count = {member.key: member.anonymous for member in old}
             self._use = None
             return self._count
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from safe_exec.records import dataclass
-from safe_exec.sandbox.process_files import Member, ProcessFiles
+from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 
 SMALL = 16 << 20
 """Bytes that may be counted twice without being worth a walk through page tables."""
@@ -54,8 +54,8 @@ def upper_bound(members: Sequence[Member], open_files: int) -> int:
 def estimate(last: SharedCount, before: Mapping[tuple[int, int], int], members: Sequence[Member], bounds: tuple[int, int]) -> int:
     """Memory now, from the last count and the growth of those that were in it, within what is possible.
 
-    ``before`` has the anonymous bytes of each process at the last count. What new processes share is not known:
-    they count with the next one.
+    ``before`` has the anonymous bytes of processes at the last count. How much new processes share is not known: they
+    count with the next one.
     """
     growth = sum(member.anonymous - before[member.key] for member in members if member.key in before)
     least, most = bounds

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.sandbox.mechanisms.watchdog import Watchdog
-from safe_exec.sandbox.process_files import PAGE, Member, ProcessFiles
-from safe_exec.sandbox.process_tree import ProcessTree
-from safe_exec.sandbox.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
+from safe_exec.sandbox.usage.process_files import PAGE, Member, ProcessFiles
+from safe_exec.sandbox.usage.process_tree import ProcessTree
+from safe_exec.sandbox.usage.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
 from tests.support import ROOT, ordinary_user, wait_until
 
 MIB = 1 << 20
@@ -409,7 +409,7 @@ def test_a_process_whose_first_thread_has_ended_still_has_its_memory(run: Callab
 
 AS_USER = """
 import json, os, subprocess, sys
-from safe_exec.sandbox.process_tree import ProcessTree
+from safe_exec.sandbox.usage.process_tree import ProcessTree
 processes, figures = [], []
 for program in sys.argv[1:]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import time
 
 from safe_exec.keeper.procfs import TICKS
 from safe_exec.records import dataclass
@@ -59,6 +60,10 @@ class ProcessFiles:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._known_shmem: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def now(self) -> float:
+        """Clock ticks since boot, in which the start of a process is given."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS
 
     def pids(self) -> list[int]:
         """The ids of all processes."""

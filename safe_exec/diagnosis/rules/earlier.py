@@ -1,0 +1,33 @@
+"""What happened in an earlier cell and may be behind a failure in a later one."""
+
+from __future__ import annotations
+
+from safe_exec.diagnosis.context import Context, outside
+from safe_exec.model.ending import CellFailed, Died, TimedOut
+from safe_exec.model.limits import LimitName
+from safe_exec.model.verdict import Cause, Fact
+from safe_exec.records import replace
+
+
+def with_killed_workers(context: Context, cause: Cause) -> Cause:
+    """The cause, with the processes that were killed for memory in earlier cells: a missing result, a pool that waits for ever.
+
+    Whether one led to the other is not known, so neither the kind nor the confidence changes.
+    """
+    kills = context.evidence.oom_kills_earlier
+    if not kills or not isinstance(context.ending, CellFailed | TimedOut | Died):
+        return cause
+    where = " and ".join(context.human(cell) for cell, _ in kills)
+    number = sum(count for _, count in kills)
+    who, was, it = ("a process", "was", "its") if number == 1 else (f"{number} processes", "were", "their")
+    facts: tuple[Fact, ...] = tuple(
+        outside(f"killed by the system in {context.human(cell)}", count, "oom_kill of the sandbox's control group")
+        for cell, count in kills
+    )
+    more = context.if_limited(LimitName.MEMORY, ", or raise --memory")
+    return replace(
+        cause,
+        summary=f"{cause.summary}; earlier, {who} that the notebook had started {was} killed for memory in {where}",
+        evidence=(*cause.evidence, *facts),
+        advice=f"Look at {where} first: {it} result is missing. Use fewer or smaller workers there{more}. {cause.advice}",
+    )
