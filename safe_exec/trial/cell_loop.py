@@ -235,6 +235,8 @@ class CellLoop:
         if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES, TerminationReason.DISK):
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
+            if cell is None:  # it was found in the last look, after the last cell
+                cell = self.ledger.last_run
             self.state.current = cell
             return LimitHit(limit=limit, cell=cell)
         cell = index if index is not None else self.ledger.last_run
