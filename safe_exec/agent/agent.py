@@ -9,6 +9,7 @@ import socket
 
 from . import layout
 from .bodies import Bodies
+from .own_actions import OwnActions
 from .page import Page
 from .sources import line_of
 
@@ -44,6 +45,7 @@ class Inside:
         self.database = None  # the name of the SQLite database opened last
         self.dialled = None  # the host, or the path of a socket, that was connected to last
         self.told_error = None  # the id of the error whose attributes were told
+        self.actions = OwnActions(self)
         self.put = None
         self.fitted = []
         self.child = False
@@ -51,10 +53,14 @@ class Inside:
     def fact(self, **fields):
         """Tell a fact; never waits, never raises: a full socket loses facts, not the notebook's time."""
         if not self.child:
-            try:
-                self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
-            except (OSError, ValueError):
-                pass
+            self.fact_of_any(**fields)
+
+    def fact_of_any(self, **fields):
+        """Tell a fact, in a forked child too."""
+        try:
+            self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
+        except (OSError, ValueError):
+            pass
 
     def frames(self, frame, limit=30):
         """A stack, innermost first, as rows of (function, line, file, cell number)."""

@@ -153,5 +153,6 @@ def begin(inside, kernel, code):
     inside.in_cell = True
     inside.fact(cell=page.cell, msg_id=msg_id)
     inside.check_handler()
+    inside.actions.begin_cell()
     if page.cell == 1:
         inside.before_cells()

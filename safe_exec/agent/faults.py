@@ -10,6 +10,7 @@ import sys
 
 from .attributes import note_file
 from .layout import DUMP_SIGNAL
+from .own_actions import EVENTS
 
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
@@ -50,9 +51,9 @@ def watch_handler(inside):
 
 def watch(inside):
     """Note exact places just before calls from which there may be no return, and talk to other hosts."""
-    real_exit, real_closerange = os._exit, os.closerange
+    real_exit, real_closerange, real_raise = os._exit, os.closerange, signal.raise_signal
     noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
-    noted |= {"os.posix_spawn", "os.spawn"}
+    noted |= {"os.posix_spawn", "os.spawn", "os.exec"}
     files = {"open", "os.mkdir", "sqlite3.connect", "socket.getaddrinfo"}
 
     def _exit(status):
@@ -68,13 +69,20 @@ def watch(inside):
             inside.here(sys._getframe(1))
         real_closerange(fd_low, fd_high)
 
-    for real, ours in ((real_exit, _exit), (real_closerange, closerange)):
+    def raise_signal(signalnum, /):
+        if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
+            inside.here(sys._getframe(1))
+        inside.actions.note_raise(signalnum, sys._getframe(1))
+        real_raise(signalnum)
+
+    pairs = ((os, real_exit, _exit), (os, real_closerange, closerange), (signal, real_raise, raise_signal))
+    for module, real, ours in pairs:
         # To be found by pickle under its old name, it has to stand where the name says.
         ours.__doc__, ours.__module__, ours.__qualname__ = real.__doc__, real.__module__, real.__qualname__
-        setattr(os, real.__name__, ours)
+        setattr(module, real.__name__, ours)
         setattr(sys.modules[real.__module__], real.__name__, ours)
 
-    bodies = inside.bodies
+    bodies, actions = inside.bodies, inside.actions
 
     def hook(event, args):
         if event in ("exec", "compile"):
@@ -84,18 +92,19 @@ def watch(inside):
                 with contextlib.suppress(Exception):  # where memory or the stack run out, the notebook meets its own error
                     note(*args)
                     bodies.active = True
-        elif event in noted:
-            if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
-                inside.here(sys._getframe(1))
+        elif event in noted or event in EVENTS:
+            frame = sys._getframe(1)
+            if event in noted and not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
+                inside.here(frame)
+            if event in EVENTS:
+                with contextlib.suppress(Exception):  # strange arguments are the notebook's to fail with
+                    actions.note(event, args, frame)
         elif event in files:
             note_file(inside, event, args)
         elif event == "socket.connect":
             note_file(inside, event, args)
             if not inside.child:
                 connected(inside, args[1])
-        elif event == "os.exec" and not inside.child:
-            inside.here(sys._getframe(1))
-            inside.fact(exec=str(args[0])[:500])
 
     sys.addaudithook(hook)
 

@@ -15,7 +15,8 @@ from safe_exec.keeper import procfs
 from safe_exec.kernel import file_locks, processes
 from safe_exec.kernel.blocked import Call, blocked_call
 from safe_exec.kernel.shared_page import Page
-from safe_exec.model.evidence import EndedChild, Frame, Looked
+from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.observed import EndedChild
 from safe_exec.records import dataclass
 
 WINDOW_SECONDS = 0.4

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec.kernel.cell_code import CellCode, source_of
 from safe_exec.kernel.message_validation import bounded_size
+from safe_exec.kernel.own_actions import OwnActions
 from safe_exec.model.evidence import Frame, Raised
 from safe_exec.records import dataclass
 
@@ -60,7 +61,7 @@ class Told:
         self.errors: dict[int, tuple[int, Rows]] = {}
         self.shown: dict[int, tuple[int, Rows]] = {}
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
-        self.executed: str | None = None
+        self.own_actions = OwnActions()
         self.raised: dict[int, deque[RaisedTold]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
@@ -119,8 +120,10 @@ class Told:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
             self.exit_caller = _rows(fact["exit_caller"])
-        elif "exec" in fact:
-            self.executed = _text(fact["exec"])
+        elif "action" in fact:
+            self.own_actions.take(fact, _rows(fact["rows"]))
+        elif "tracing" in fact:
+            self.own_actions.take_tracing(fact)
         elif "armed" in fact:
             self.armed = bool(fact["armed"])
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from safe_exec.keeper import procfs
 from safe_exec.kernel.processes import command_text, read_bytes
-from safe_exec.model.evidence import EndedChild
+from safe_exec.model.observed import EndedChild
 
 MOST_KNOWN = 256
 MOST_AT_ONCE = 32

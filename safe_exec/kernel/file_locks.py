@@ -12,7 +12,7 @@ from typing import NamedTuple
 from safe_exec.keeper import procfs
 from safe_exec.kernel.blocked import Call
 from safe_exec.kernel.processes import command_text, descriptor_target, descriptors, read_bytes
-from safe_exec.model.evidence import ObservedLock
+from safe_exec.model.observed import ObservedLock
 
 SLEEPS = ("nanosleep", "clock_nanosleep")
 SQLITE_LOCKS = range(0x40000000, 0x40000000 + 512)

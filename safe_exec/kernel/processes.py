@@ -19,7 +19,7 @@ from typing import NamedTuple
 from safe_exec.keeper import procfs
 from safe_exec.kernel.blocked import Call, awaited_child, blocked_call, is_private_wait, thread_ids, waited_descriptors
 from safe_exec.model.ending import ExitStatus
-from safe_exec.model.evidence import EndedChild, ObservedProcess
+from safe_exec.model.observed import EndedChild, ObservedProcess
 
 MOST_PROCESSES = 64
 MOST_THREADS = 32

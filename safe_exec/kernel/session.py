@@ -30,6 +30,7 @@ from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
+from safe_exec.kernel.process_changes import ProcessChanges
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.shared_page import Note, Text
 from safe_exec.model.ending import TerminationReason
@@ -83,6 +84,7 @@ class KernelSession:
         self._on_limit = on_limit
         self.told = Told()
         self.history = ChildHistory()
+        self.changes: ProcessChanges | None = None
         self.late_text: LateText | None = None
         self.died = asyncio.Event()
         self.died_at: float | None = None
@@ -230,6 +232,7 @@ class KernelSession:
             info = await self._ask(kc)
             if info is not None:
                 await self._control_stands(kc)
+                self.changes = ProcessChanges(self.pid) if self.pid is not None else None
                 return info
             if self.died.is_set():
                 raise KernelStartError(self._why_it_ended())
@@ -440,10 +443,12 @@ class KernelSession:
             await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
         return self.died.is_set()
 
-    def note_children(self) -> None:
-        """Note which children the kernel has, for the case that one of them is gone when its time is up."""
-        if self.pid is not None:
+    def note_process(self) -> None:
+        """Note the kernel's children, its resource limits and its program, for the case that they are gone when it ends."""
+        if self.pid is not None and not self.died.is_set():
             self.history.note(self.pid)
+            if self.changes is not None:
+                self.changes.note()
 
     def look_for_peers(self) -> None:
         """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
 from safe_exec.model.limits import Mechanism, RepositoryUse
+from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, ObservedProcess
 from safe_exec.records import dataclass
 
 
@@ -70,69 +71,6 @@ class Place:
     source: str
     stack: tuple[Frame, ...] = ()
     age: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObservedProcess:
-    """A process of the sandbox beside the kernel, as /proc showed it when the kernel's time was up.
-
-    ``pid`` and ``parent`` are ids outside, ``local_pid`` is the one that the notebook knows. ``command`` is shortened and has no secrets in it.
-    ``state`` is the scheduler's (``S``, ``T``, ``Z``, ...), ``cpu_share`` processor seconds per second, ``age`` seconds since its start.
-    ``syscall`` is the call in which its main thread was blocked the whole time, ``targets`` what the descriptors lead to that it waits for there
-    (empty: it waits for time to pass; ``None``: for none, or that is not known), ``private_wait`` whether it waits without an end for a thread
-    of its own process, ``awaited`` the child that it waits for, by local id. ``reads`` and ``writes`` are the pipes of which it holds that end;
-    ``full_pipe`` is the one into which a thread of it could not write, with ``pipe_bytes`` in it. ``forked``: it runs the kernel's own program,
-    without an execution of another one. ``adopted``: its parent ended before it. ``exit`` is the status of a zombie, which its parent has not
-    read yet.
-    """
-
-    pid: int
-    local_pid: int
-    parent: int
-    command: str
-    state: str
-    cpu_share: float | None = None
-    age: float = 0.0
-    threads: int = 1
-    syscall: str | None = None
-    targets: tuple[str, ...] | None = None
-    private_wait: bool = False
-    awaited: int | None = None
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    full_pipe: str | None = None
-    pipe_bytes: int | None = None
-    forked: bool = False
-    adopted: bool = False
-    exit: ExitStatus | None = None
-    reads_terminal: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndedChild:
-    """A child of the kernel, or one of theirs, that was seen alive while the cell ran and has ended since; ``forked`` as above.
-
-    ``exit`` is ``None`` where its parent has read the status: only a process that the keeper had adopted tells it.
-    """
-
-    local_pid: int
-    command: str
-    forked: bool = False
-    exit: ExitStatus | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObservedLock:
-    """A lock on a file, and who holds it. ``kind``: flock, fcntl, sqlite, or lock file for one that is only tried for again and again.
-
-    ``holder`` is a process by its local id, ``None`` where it cannot be told; ``own`` whether that is the kernel itself.
-    """
-
-    path: str
-    kind: str
-    holder: int | None = None
-    command: str | None = None
-    own: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,17 +262,48 @@ class ProcessCount:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnAction:
+    """What the notebook did to its own process, as the kernel told it before it happened: its word.
+
+    ``kind``: ``signal`` (with ``target`` process, group, everybody or parent), ``limit`` (its name, and the
+    new soft ``value``), ``trace`` (a trace function was set or taken away), ``exec``, ``program`` (a command
+    in ``text`` that may send signals), ``symbol`` (a C function that sends signals was looked up) or
+    ``lock`` (the lock on the file ``text`` was asked for). ``call`` is the call, ``time`` when it was made
+    (``time.monotonic``), ``cell`` the cell that ran, ``stack`` where the call stands, innermost first.
+    ``child``: a process that the kernel had forked did it.
+    """
+
+    kind: str
+    call: str
+    time: float
+    cell: int | None = None
+    stack: tuple[Frame, ...] = ()
+    target: str | None = None
+    signal: int | None = None
+    limit: str | None = None
+    value: int | None = None
+    text: str = ""
+    child: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that was observed of one trial and may bear on its cause. No opinions.
 
     Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
-    the exceptions that it came from), ``place``, ``remote_hosts``, ``executed``, ``last_words`` (the end
+    the exceptions that it came from), ``place``, ``remote_hosts``, ``last_words`` (the end
     of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order),
     ``printed`` (text in the output of a cell, with the cell's index, that begins with the last traceback
     of a thread or a worker) and the Python stacks, which the kernel process says of itself; of
     ``conflicts`` the names. ``volumes`` are as the last cell left them, or lower. ``oom_bound`` is
     the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
     threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
+    ``agent``: code of ours runs in the kernel, and tells of such things. ``own_actions`` and ``tracing`` (the
+    trace functions that were on when the last cell began) are the kernel's word; ``changed_limits`` and
+    ``replaced_by``, the command line of a program that took the kernel's place, were read outside.
+    ``died_at`` is the time of the kernel's death (``time.monotonic``), ``overcommit`` is
+    vm.overcommit_memory. ``kill_command`` is the line of the cell, from 1, in which a script of another
+    language sends a signal, with its text.
     ``caught_signals`` are those that the process still had handlers for when it had ended; ``handler_replaced`` whether the kernel told
     that its fault handler was no longer in place.
     ``oom_kills_earlier`` are cells before the current one (by index) in which processes were killed for memory, and how many.
@@ -383,10 +352,17 @@ class Evidence:
     stderr_tail: str = ""
     disk_free: int | None = None
     open_files: int | None = None
-    executed: str | None = None
     cell_active: bool | None = None
     last_words: str = ""
     printed: tuple[int, str] | None = None
+    agent: bool = True
+    own_actions: tuple[OwnAction, ...] = ()
+    tracing: tuple[str, ...] = ()
+    changed_limits: tuple[ChangedLimit, ...] = ()
+    replaced_by: str | None = None
+    kill_command: tuple[int, str] | None = None
+    died_at: float | None = None
+    overcommit: int | None = None
     isolation: IsolationFacts | None = None
     raised: tuple[Raised, ...] = ()
     conflicts: tuple[IsolationConflict, ...] = ()
@@ -399,7 +375,8 @@ CLAIMS = (
     "raised",
     "place",
     "remote_hosts",
-    "executed",
+    "own_actions",
+    "tracing",
     "last_words",
     "exit_caller",
     "exit_request",

@@ -76,6 +76,8 @@ class CellLoop:
         client.begin_cell(limits.cell_output)
         self._begin(index, cell)
         self.session.history.begin_cell()
+        if self.session.changes is not None:
+            self.session.changes.note_now_and_then()
         if self.session.died.is_set():
             await self._stop_for_death(index)
         execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
@@ -129,6 +131,8 @@ class CellLoop:
         self.state.cell_active = self.session.at_work(self.state.number(index))
         subject = self.session.subject(self.state.number(index))
         if subject is not None and not self.session.died.is_set():
+            self.session.note_process()
+            self.state.looked_at = time.monotonic()
             self.state.looked = await look(subject)
             # An interrupt has workers and threads print tracebacks that say nothing about the hang.
             cells = enumerate(self.request.node.cells[: index + 1])

@@ -116,6 +116,8 @@ class Trial:
         ending = await self._settle(ending)
         self.session.take_facts()
         self._warn_of_messages()
+        if isinstance(ending, Passed | CellFailed):
+            self._warn_of_tracing()
         evidence, place = gather(self.state, ending)
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
@@ -148,6 +150,17 @@ class Trial:
         writable_helps = not (plan.isolation.other_user and plan.enclosed and os.geteuid() == 0)
         warning = discarded_warning(sandbox.discarded, sandbox.isolation, writable_helps=writable_helps)
         self.state.warnings += [warning] if warning is not None else []
+
+    def _warn_of_tracing(self) -> None:
+        """A trace function that a cell left on slows all that runs after it, and nothing shows that."""
+        told = self.session.told
+        for name in told.own_actions.tracing:
+            setters = [a for a in told.own_actions.all(told.index_of, told.frames) if a.kind == "trace" and a.call == name]
+            if setters and setters[-1].cell is not None:
+                number = self.state.ledger.code_index(setters[-1].cell) + 1
+                self.state.warnings.append(
+                    f"code cell {number} left a function of {name}() on, which slows all Python code after it"
+                )
 
     def _warn_of_messages(self) -> None:
         """What came over the wire and was none, or not as it should be."""
@@ -201,6 +214,7 @@ class Trial:
         return ending
 
     async def _read_last_counters(self) -> None:
+        self.session.note_process()
         if self.session.meter is not None:
             self.state.ledger.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):

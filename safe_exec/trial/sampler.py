@@ -49,7 +49,7 @@ class Sampler:
             looks += 1
             if looks % PEERS_EVERY == 0:
                 session.look_for_peers()
-                session.note_children()
+                session.note_process()
             ended = time.monotonic()
             await asyncio.sleep(SAMPLE_SECONDS)
             if guard is not None:

@@ -38,6 +38,7 @@ class TrialState:
         self.current: int | None = None
         self.limit: tuple[LimitName, int | None] | None = None
         self.looked: Looked | None = None
+        self.looked_at: float | None = None
         self.printed: tuple[int, str] | None = None
         self.open_files: int | None = None
         self.tasks_at_timeout: ProcessCount | None = None

@@ -41,9 +41,6 @@ RUNNABLE = runnable(read_all())
 SEARCHED = [case for case in RUNNABLE if case.expected.get("culprits")]
 NOT_YET: frozenset[str] = frozenset(
     {
-        "f01-killpg",
-        "f06-rlimit-as",
-        "f29-trace-left-on",
     }
 )
 """Cases whose answer is still wrong. They run, and pytest lists each that has become right (XPASS)."""

@@ -14,6 +14,7 @@ from safe_exec.diagnosis.rules import (
     limits,
     memory,
     network,
+    own_actions,
     startup,
     timeouts,
 )
@@ -75,5 +76,5 @@ def find_cause(context: Context) -> Cause | None:
     for rule in RULES:
         cause = rule(context)
         if cause is not None:
-            return earlier.with_killed_workers(context, cause)
+            return earlier.with_killed_workers(context, own_actions.amended(context, cause))
     return None

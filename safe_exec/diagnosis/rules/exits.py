@@ -78,7 +78,11 @@ def signalled(context: Context) -> Cause | None:
     name = signal_name(status.signal)
     alarm = status.signal in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
     what = (
-        "a timer ran out that nobody had cancelled or handled" if alarm else "the kernel was asked to end from outside its code"
+        "a timer ran out that nobody had cancelled or handled"
+        if alarm
+        else "another process sent it, or native code of the notebook; none of its Python code was seen to"
+        if context.evidence.agent
+        else "somebody sent it, perhaps the notebook itself"
     )
     summary = f"terminated by {name}: {what}"
     advice = (

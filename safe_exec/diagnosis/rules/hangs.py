@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, inside, outside
 from safe_exec.diagnosis.rules import waiting, waiting_text
+from safe_exec.diagnosis.rules.own_actions import place_of
 from safe_exec.model.evidence import Looked
+from safe_exec.model.observed import ObservedLock
 from safe_exec.model.verdict import Activity, Fact
 
 DOING = {
@@ -42,18 +44,27 @@ def doing_text(context: Context, activity: Activity) -> str:
         return COMPUTING
     if looked is None or activity in BUSY_ACTIVITIES:
         return DOING[activity]
-    return _lock_text(looked, activity) or _child_text(context, looked, activity)
+    return _lock_text(context, looked, activity) or _child_text(context, looked, activity)
 
 
-def _lock_text(looked: Looked, activity: Activity) -> str:
+def _lock_text(context: Context, looked: Looked, activity: Activity) -> str:
     """What is waited for where it is no process; empty where it is one, or something else."""
     if (lock := waiting.awaited_lock(looked)) is not None:
-        return f"it was waiting for {waiting_text.lock_text(lock)}"
+        taken = _taken(context, lock)
+        return f"it was waiting for {waiting_text.lock_text(lock)}{f', taken {taken}' if taken else ''}"
     if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(looked):
         return "it was trying for the lock on a file again and again"
     if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(looked):
         return "it was reading a pipe whose other end nobody but the notebook itself holds"
     return ""
+
+
+def _taken(context: Context, lock: ObservedLock) -> str:
+    """Where the notebook itself had asked for the same lock before; empty where that is not known."""
+    if not lock.own:
+        return ""
+    calls = [action for action in context.evidence.own_actions if action.kind == "lock" and action.text == lock.path]
+    return place_of(context, calls[-2]) if len(calls) > 1 else ""
 
 
 def _child_text(context: Context, looked: Looked, activity: Activity) -> str:

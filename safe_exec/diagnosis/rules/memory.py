@@ -12,10 +12,13 @@ import signal
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.model.ending import CellFailed, Died, LimitHit, TerminationReason, TimedOut
-from safe_exec.model.limits import LimitName
+from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.records import replace
 from safe_exec.units import format_size
+
+NO_OVERCOMMIT = 2
+"""The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5))."""
 
 MEMORY_ERRORS = (
     "MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "OutOfMemoryException", "ArrowMemoryError",
@@ -186,12 +189,19 @@ def refused(context: Context) -> Cause | None:
     facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"), *_facts(context)]
     detail = error.evalue.split("\n", 1)[0][:200]
     summary = f"an allocation was refused: {detail or error.ename}; the kernel lives"
-    advice = (
-        "The system turned the request down before any memory was used: ask for less (a smaller shape or dtype, chunks, a file). On"
-        " a machine that overcommits memory the same cell would be killed instead."
-    )
     confidence = Confidence.CERTAIN if _was_short(context, error.evalue) else Confidence.LIKELY
-    return make(context, CauseKind.MEMORY_ERROR, summary, confidence, tuple(facts), advice)
+    return make(context, CauseKind.MEMORY_ERROR, summary, confidence, tuple(facts), _advice_for_refusal(context))
+
+
+def _advice_for_refusal(context: Context) -> str:
+    less = "ask for less (a smaller shape or dtype, chunks, a file)"
+    enforcement = context.enforcement.get(LimitName.MEMORY)
+    if context.limits.memory is not None and enforcement is not None and enforcement.by is Mechanism.RLIMIT:
+        return f"This run limits what a process may allocate, whether it uses it or not (RLIMIT_DATA): {less}, or raise --memory."
+    advice = f"The system turned the request down before any memory was used: {less}."
+    if context.evidence.overcommit == NO_OVERCOMMIT:
+        advice += " This machine grants no more memory than it has (vm.overcommit_memory is 2); on others the cell may be killed instead."
+    return advice
 
 
 def _was_short(context: Context, message: str) -> bool:

@@ -143,7 +143,7 @@ def _facts(context: Context) -> tuple[Fact, ...]:
         ]
         if is_starved(looked) and looked.cpu_wait_share is not None:
             facts.append(outside("waited for a processor", round(looked.cpu_wait_share, 2), "/proc/PID/schedstat, share"))
-        if looked.syscall:
+        if looked.syscall and not looked.syscall.isdigit():
             facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
         if looked.stack:
             facts.append(inside("innermost frame", context.frame(looked.stack[0]), "stack dump"))
@@ -184,12 +184,17 @@ def _print_less(context: Context) -> str:
 
 
 def replaced(context: Context) -> Cause | None:
-    """The kernel process executed another program: same pid, all state gone, nobody answers."""
-    if not isinstance(context.ending, TimedOut) or context.evidence.executed is None:
+    """The kernel process executed another program: same pid, all state gone, nobody answers. What that program does is no activity of the kernel."""
+    program = context.evidence.replaced_by
+    if not isinstance(context.ending, TimedOut) or program is None:
         return None
-    summary = f"the kernel process replaced itself by another program (os.exec): {context.evidence.executed}"
-    advice = "Start programs with subprocess; os.exec* ends the kernel without ending its process."
-    return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.LIKELY, advice)
+    summary = f"another program took the place of the kernel (exec): `{program}`"
+    advice = "Start programs as children: exec ends the kernel without ending its process."
+    facts = (
+        outside("wall time allowed", context.ending.allowed, "limits of this run"),
+        outside("command line", program, "/proc/PID/cmdline, which was another one when the kernel was ready"),
+    )
+    return make(context, CauseKind.UNRESPONSIVE, summary, Confidence.CERTAIN, facts, advice)
 
 
 def mute(context: Context) -> Cause | None:

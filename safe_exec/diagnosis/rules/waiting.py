@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
-from safe_exec.model.evidence import Frame, Looked, ObservedLock, ObservedProcess
+from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.observed import ObservedLock, ObservedProcess
 from safe_exec.records import dataclass
 
 AT_WORK = 0.5

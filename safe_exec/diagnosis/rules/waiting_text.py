@@ -15,7 +15,8 @@ from safe_exec.diagnosis.rules.waiting import (
     other_processes,
     replaced_workers,
 )
-from safe_exec.model.evidence import Looked, ObservedLock, ObservedProcess
+from safe_exec.model.evidence import Looked
+from safe_exec.model.observed import ObservedLock, ObservedProcess
 from safe_exec.records import dataclass
 from safe_exec.units import format_size
 

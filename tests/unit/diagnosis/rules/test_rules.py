@@ -336,7 +336,7 @@ TIMES = [
         cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=60.0, cell_output_age=50.0,
     ),
     late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_output_received=5000, cell_seconds=3.0, cell_output_age=0.1),
-    late("exec", K.UNRESPONSIVE, C.LIKELY, Activity.SLEEPING, executed="/bin/sleep", looked=SLEEPS),
+    late("exec", K.UNRESPONSIVE, C.CERTAIN, None, replaced_by="/bin/sleep 9", looked=SLEEPS),
     late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
     late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, looked=seen(state="T"), cell_active=False),
     late(
@@ -876,7 +876,8 @@ def test_claims_from_inside_never_change_what_a_death_is(
     before = find_cause(Context(ending=ending, evidence=honest, limits=limits))
     after = find_cause(Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits))
     assert before is not None and after is not None
-    assert dataclasses.replace(before, summary="", evidence=()) == dataclasses.replace(after, summary="", evidence=())
+    said: dict[str, Any] = {"summary": "", "evidence": (), "advice": ""}
+    assert dataclasses.replace(before, **said) == dataclasses.replace(after, **said)
     assert STATUS_OF[type(ending)] is Status.KERNEL_DIED and after.kind is not K.EXCEPTION
 
 

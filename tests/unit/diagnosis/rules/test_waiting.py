@@ -12,7 +12,8 @@ from safe_exec.diagnosis.rules import waiting, waiting_text
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.diagnosis.rules.waiting import Blockage, find_blocker
 from safe_exec.model.ending import ExitStatus
-from safe_exec.model.evidence import EndedChild, Frame, Looked, ObservedLock, ObservedProcess
+from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.observed import EndedChild, ObservedLock, ObservedProcess
 from safe_exec.model.verdict import Activity
 from safe_exec.trial.printed import printed_traceback
 

@@ -1,0 +1,129 @@
+"""What the notebook does to its own process: signals, resource limits, trace functions, other programs in its place.
+
+Told before it happens, with the place of the call: of a signal that ends the process nobody inside can tell anything
+afterwards. The audit events of Python's documentation; ``signal.raise_signal`` has none.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+
+KILLS = ("os.kill", "os.killpg", "signal.pthread_kill")
+LIMITS = ("resource.setrlimit", "resource.prlimit")
+TRACES = ("sys.settrace", "sys.setprofile")
+PROGRAMS = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.exec")
+LOCKS = ("fcntl.flock", "fcntl.lockf")
+EVENTS = frozenset((*KILLS, *LIMITS, *TRACES, *PROGRAMS, *LOCKS, "ctypes.dlsym"))
+LOCK_SH_EX, LOCK_UN = 3, 8
+KILLING = re.compile(r"\b(?:p?kill|killall|skill|fuser|shutdown|reboot)\b")
+SYMBOLS = ("kill", "killpg", "raise", "tgkill", "abort")
+"""C functions that send signals."""
+MOST_ROWS = 12
+LONGEST_COMMAND = 300
+MOST_TRACES = 50
+"""Calls in one cell that are told: a debugger makes one for each step."""
+
+
+class OwnActions:
+    """What is told of one kernel. ``traces`` counts the calls that set a trace function in the running cell."""
+
+    def __init__(self, inside):
+        self.inside = inside
+        self.group = os.getpgrp()
+        self.traces = 0
+        self.tracing = ()
+
+    def note(self, event, args, frame):
+        """An audit event; ``frame`` is that of the caller."""
+        if event in KILLS:
+            self.note_kill(event, args, frame)
+        elif event in PROGRAMS:
+            self.note_program(event, args, frame)
+        elif event in LOCKS:
+            self.note_lock(event, args, frame)
+        elif self.inside.child:
+            return
+        elif event in LIMITS:
+            self.note_limit(args, frame)
+        elif event in TRACES:
+            self.traces += 1
+            if self.traces <= MOST_TRACES:
+                self.tell(frame, action="trace", call=event)
+        elif len(args) > 1 and args[1] in SYMBOLS:
+            self.tell(frame, action="symbol", call=f"the C function {args[1]}()")
+
+    def note_kill(self, event, args, frame):
+        """A signal; only those that reach the kernel's own process or its parent."""
+        number = args[1]
+        target = self.target(event, args[0])
+        if target and isinstance(number, int) and number:
+            self.tell(frame, action="signal", call=event, target=target, number=int(number))
+
+    def target(self, event, process):
+        """Whom a call means, in one word; empty for any other process."""
+        if event == "signal.pthread_kill":
+            return "" if self.inside.child else "process"
+        kernel = self.inside.page.pid
+        if event == "os.killpg":
+            return "group" if process in (0, self.group) else ""
+        if process in (0, -self.group):
+            return "group"
+        if process == -1:
+            return "everybody"
+        if process == kernel:
+            return "process"
+        return "parent" if process == os.getppid() and not self.inside.child else ""
+
+    def note_program(self, event, args, frame):
+        """A program that is started and may send signals, or one that is executed in place of the kernel."""
+        command = args[0] if event == "os.system" else args[1]
+        if isinstance(command, (list, tuple)):
+            command = b" ".join(map(os.fsencode, command))
+        text = os.fsdecode(command) if isinstance(command, (str, bytes)) else str(command)
+        if event == "os.exec" and not self.inside.child:
+            self.tell(frame, action="exec", call="os.exec", value=text[:LONGEST_COMMAND])
+        elif KILLING.search(text):
+            self.tell(frame, action="program", call=event, value=text[:LONGEST_COMMAND])
+
+    def note_lock(self, event, args, frame):
+        """The lock on a file that is asked for, by the file's path."""
+        if args[1] & LOCK_SH_EX and not args[1] & LOCK_UN:
+            path = os.readlink(f"/proc/self/fd/{int(args[0])}")
+            self.tell(frame, action="lock", call=event, value=path[:LONGEST_COMMAND])
+
+    def note_limit(self, args, frame):
+        """A resource limit of this process."""
+        *who, number, limits = args
+        if limits is not None and (not who or who[0] in (0, os.getpid())):
+            soft = limits[0] if isinstance(limits, (list, tuple)) and limits else None
+            self.tell(frame, action="limit", call="resource.setrlimit", number=int(number), value=soft)
+
+    def note_raise(self, number, frame):
+        """``signal.raise_signal``, which has no audit event."""
+        if not self.inside.child:
+            self.tell(frame, action="signal", call="signal.raise_signal", target="process", number=int(number))
+
+    def begin_cell(self):
+        """Tell which trace functions are on when a cell begins, where that has changed."""
+        self.traces = 0
+        on = tuple(
+            name
+            for name, is_on in (
+                ("sys.settrace", sys.gettrace() is not None),
+                ("sys.setprofile", sys.getprofile() is not None),
+                ("threading.settrace", getattr(threading, "_trace_hook", None) is not None),
+                ("threading.setprofile", getattr(threading, "_profile_hook", None) is not None),
+            )
+            if is_on
+        )
+        if on != self.tracing:
+            self.tracing = on
+            self.inside.fact(tracing=on, cell=self.inside.page.cell)
+
+    def tell(self, frame, **fields):
+        """Tell an action with its place. A forked child tells of the signals that it sends."""
+        inside = self.inside
+        rows = inside.frames(frame, MOST_ROWS)
+        inside.fact_of_any(rows=rows, cell=inside.page.cell, at=time.monotonic(), child=inside.child, **fields)

@@ -1,0 +1,333 @@
+"""What the notebook did to itself, added to a cause that stands already: who sent a signal, set a limit, left a trace function on. Pure.
+
+The rules decide by what was seen outside: the wait status, the limits in /proc, the time that was over. Who did it and where is the kernel's
+word, so nothing here changes the kind of a cause or makes it surer.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+
+from safe_exec.diagnosis.context import Context, inside, outside, signal_name
+from safe_exec.model.ending import CellFailed, Died, TimedOut
+from safe_exec.model.evidence import OwnAction
+from safe_exec.model.observed import ChangedLimit
+from safe_exec.model.verdict import Activity, Cause, CauseKind, Fact
+from safe_exec.records import replace
+from safe_exec.units import format_size
+
+SIGNAL_SECONDS = 2.0
+"""A signal to oneself arrives at once; on a busy machine the process may take a moment to end."""
+STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
+LIMITS_OF: Mapping[CauseKind, tuple[str, ...]] = {
+    CauseKind.MEMORY_ERROR: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK"),
+    CauseKind.TOO_MANY_OPEN_FILES: ("RLIMIT_NOFILE",),
+    CauseKind.FILE_TOO_LARGE: ("RLIMIT_FSIZE",),
+    # A thread needs address space for its stack, too.
+    CauseKind.TOO_MANY_PROCESSES: ("RLIMIT_NPROC", "RLIMIT_AS", "RLIMIT_DATA"),
+    CauseKind.CPU_TIME: ("RLIMIT_CPU",),
+    CauseKind.STACK_OVERFLOW: ("RLIMIT_STACK",),
+    CauseKind.SEGFAULT: ("RLIMIT_STACK", "RLIMIT_AS", "RLIMIT_DATA"),
+    CauseKind.BUS_ERROR: ("RLIMIT_STACK",),
+    CauseKind.ABORT: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NOFILE"),
+    CauseKind.EXIT: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NPROC"),
+    CauseKind.EXCEPTION: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK"),
+}
+"""The resource limits that each kind of cause may come from."""
+MEANINGS = {
+    "RLIMIT_AS": "address space", "RLIMIT_DATA": "data size", "RLIMIT_STACK": "stack size", "RLIMIT_NOFILE": "open files",
+    "RLIMIT_FSIZE": "file size", "RLIMIT_NPROC": "processes", "RLIMIT_CPU": "processor seconds", "RLIMIT_MEMLOCK": "locked memory",
+}  # fmt: skip
+SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
+REFUSALS: Mapping[str, tuple[str, ...]] = {
+    "RLIMIT_AS": (
+        "allocat",
+        "emory",
+        "failed to map segment",
+        "bad_alloc",
+        "Errno 12",
+        "Errno 11",
+        "new thread",
+        "pthread_create",
+    ),
+    "RLIMIT_DATA": ("allocat", "emory", "bad_alloc", "Errno 12", "Errno 11", "new thread", "pthread_create"),
+    "RLIMIT_NPROC": ("Errno 11", "Resource temporarily unavailable", "cannot fork", "new thread", "pthread_create"),
+    "RLIMIT_NOFILE": ("Errno 24", "Too many open files"),
+    "RLIMIT_FSIZE": ("Errno 27", "File too large"),
+    "RLIMIT_MEMLOCK": ("Errno 12", "lock"),
+}
+"""Words by which an error of another kind is known to come from a limit."""
+
+
+def amended(context: Context, cause: Cause) -> Cause:
+    """The cause with what the notebook itself had to do with it."""
+    for amend in (_with_signal, _with_interrupt, _with_stop, _with_program_in_its_place, _with_limit, _with_trace):
+        cause = amend(context, cause)
+    return cause
+
+
+def place_of(context: Context, action: OwnAction) -> str:
+    """``in stop() (code cell 6, line 3)``; with the cell that called it, or that ran meanwhile, if that is another one."""
+    frame = next((frame for frame in action.stack if frame.cell is not None), None)
+    inner = frame or next(iter(action.stack), None)
+    if inner is None:
+        return f"in {context.human(action.cell)}"
+    where = f"{context.human(inner.cell)}, line {inner.line}" if inner.cell is not None else f"{inner.file}, line {inner.line}"
+    if action.cell is not None and action.cell != inner.cell:
+        called = any(frame.cell == action.cell for frame in action.stack)
+        where += f", {'called from' if called else 'while'} {context.human(action.cell)}{'' if called else ' ran'}"
+    return f"in {where}" if inner.function == "<module>" else f"in {inner.function}() ({where})"
+
+
+def _fact(context: Context, name: str, action: OwnAction) -> Fact:
+    return inside(name, f"{action.call} {place_of(context, action)}", "audit event of the call, told before it")
+
+
+def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> OwnAction | None:
+    return next((action for action in reversed(actions) if fits(action)), None)
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def _with_signal(context: Context, cause: Cause) -> Cause:
+    """Who sent the signal of which the kernel, or its parent, died."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died) or evidence.termination is not None or context.ending.asked_to_exit:
+        return cause
+    number = evidence.exit.signal if evidence.exit is not None else None
+    if (evidence.exit is not None and number is None) or cause.kind in (CauseKind.OUT_OF_MEMORY, CauseKind.CPU_TIME):
+        return cause
+    sent = _last(evidence.own_actions, lambda action: _sent(context, action, number))
+    if sent is not None:
+        name = signal_name(sent.signal or 0)
+        summary = f"{_ended(cause, name)}: {_by(sent)} {place_of(context, sent)} sent it to {_whom(sent)}"
+        facts = (*cause.evidence, _fact(context, "signal sent by", sent))
+        return replace(cause, summary=summary, evidence=facts, advice=_advice_for_signal(sent))
+    if cause.kind not in (CauseKind.KILLED, CauseKind.TERMINATED):
+        return cause
+    return _with_program(context, cause, number)
+
+
+def _sent(context: Context, action: OwnAction, number: int | None) -> bool:
+    """Whether a call just before the end sent that signal; without a status, any that ends the kernel's parent."""
+    died = context.evidence.died_at
+    if action.kind != "signal" or (died is not None and not -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS):
+        return False
+    if number is None:
+        return action.target in ("parent", "everybody")
+    return action.signal == number and action.target in ("process", "group", "everybody", "parent")
+
+
+def _ended(cause: Cause, name: str) -> str:
+    verbs = {CauseKind.KILLED: "killed by", CauseKind.TERMINATED: "terminated by"}
+    return f"{verbs.get(cause.kind, 'ended by')} {name}"
+
+
+def _by(action: OwnAction) -> str:
+    return f"{action.call}()" + (", in a process that the notebook had forked," if action.child else "")
+
+
+def _whom(action: OwnAction) -> str:
+    whom = {
+        "process": "the kernel's own process",
+        "group": "its process group, to which the kernel itself belongs",
+        "everybody": "every process that it may signal",
+        "parent": "its parent process, which is safe-exec's",
+    }
+    return whom.get(action.target or "", "itself")
+
+
+def _advice_for_signal(action: OwnAction) -> str:
+    if action.target == "group":
+        return (
+            "A child is in the kernel's process group unless it was started with start_new_session=True: start it so, or send the signal to that"
+            " process alone (process.terminate())."
+        )
+    if action.target == "parent":
+        return "The parent of a kernel is the program that runs it: leave it alone. To end the notebook here, raise an exception."
+    if action.target == "everybody":
+        return "Send signals to the processes that you started, by their ids."
+    if action.signal == signal.SIGKILL:
+        return "A kernel cannot restart itself from within: remove that call, and start the notebook anew instead."
+    return "Remove that call; to end the notebook here, raise an exception."
+
+
+def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
+    """A command of the cell that sends signals; or a C function that does."""
+    cell = getattr(context.ending, "cell", None)
+    program = _last(context.evidence.own_actions, lambda a: a.kind == "program" and a.cell == cell and cell is not None)
+    symbol = _last(context.evidence.own_actions, lambda a: a.kind == "symbol" and _just_before(context, a))
+    name = signal_name(number) if number is not None else "a signal"
+    if program is not None:
+        source = f"`{program.text}` {place_of(context, program)}"
+        facts = (*cause.evidence, inside("command", program.text, "audit event of its start"))
+    elif symbol is not None:
+        source = f"{symbol.call}, which the notebook looked up {place_of(context, symbol)}"
+        facts = (*cause.evidence, _fact(context, "looked up", symbol))
+    elif context.evidence.kill_command is not None:
+        line, text = context.evidence.kill_command
+        source = f"`{text}` in {context.human(cell)}, line {line}"
+        facts = (*cause.evidence, inside("command", text, "source of the cell"))
+    else:
+        return cause
+    summary = f"{_ended(cause, name)}, most likely sent by {source}"
+    return replace(
+        cause, summary=summary, evidence=facts, advice="Kill processes by the ids of those that you started; $PPID is the kernel."
+    )
+
+
+def _just_before(context: Context, action: OwnAction) -> bool:
+    died = context.evidence.died_at
+    return died is not None and -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS
+
+
+def _with_interrupt(context: Context, cause: Cause) -> Cause:
+    """A KeyboardInterrupt that the notebook sent to itself."""
+    ending = context.ending
+    if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
+        return cause
+    sent = _last(
+        context.evidence.own_actions, lambda a: a.kind == "signal" and a.signal == signal.SIGINT and a.cell == ending.cell
+    )
+    if sent is None:
+        return cause
+    summary = f"KeyboardInterrupt: {_by(sent)} {place_of(context, sent)} sent SIGINT to {_whom(sent)}"
+    return replace(
+        cause,
+        summary=summary,
+        evidence=(*cause.evidence, _fact(context, "signal sent by", sent)),
+        advice=_advice_for_signal(sent),
+    )
+
+
+def _with_stop(context: Context, cause: Cause) -> Cause:
+    """A kernel that stopped itself."""
+    ending = context.ending
+    if not isinstance(ending, TimedOut) or cause.activity is not Activity.STOPPED:
+        return cause
+    sent = _last(context.evidence.own_actions, lambda a: a.kind == "signal" and a.signal in STOPS and a.cell == ending.cell)
+    if sent is None:
+        return cause
+    summary = f"{cause.summary}; {_by(sent)} {place_of(context, sent)} sent {signal_name(sent.signal or 0)} to {_whom(sent)}"
+    advice = "Remove that call: a stopped process does nothing until somebody else sends it SIGCONT."
+    return replace(cause, summary=summary, evidence=(*cause.evidence, _fact(context, "signal sent by", sent)), advice=advice)
+
+
+# --- another program ------------------------------------------------------------------------------------------------
+
+
+def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
+    """Where the kernel put another program in its place; how that one ended is how the kernel ended."""
+    actions = context.evidence.own_actions
+    executed = _last(actions, lambda action: action.kind == "exec")
+    if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
+        return cause  # it failed, and the notebook went on
+    if cause.kind is not CauseKind.UNRESPONSIVE and not (cause.kind is CauseKind.EXIT and isinstance(context.ending, Died)):
+        return cause
+    if cause.kind is CauseKind.EXIT and context.evidence.exit_caller:
+        return cause
+    program = context.evidence.replaced_by or executed.text
+    said = f"os.exec*() {place_of(context, executed)} put `{program}` in the place of the kernel"
+    summary = said if cause.kind is CauseKind.UNRESPONSIVE else f"{said}, and that program {_ending(cause)}"
+    facts = (*cause.evidence, _fact(context, "executed by", executed))
+    advice = (
+        "Start programs with subprocess.run(): os.exec*() ends the kernel without ending its process, and all variables are lost."
+    )
+    return replace(cause, summary=summary, evidence=facts, advice=advice)
+
+
+def _ending(cause: Cause) -> str:
+    return f"left with exit status {cause.exit_code}" if cause.exit_code is not None else "ended"
+
+
+# --- resource limits ------------------------------------------------------------------------------------------------
+
+
+def _with_limit(context: Context, cause: Cause) -> Cause:
+    """A resource limit that the notebook itself had lowered, and that the cause may come from."""
+    limit = next((limit for limit in _lowered(context) if _may_come_from(cause, limit)), None)
+    if limit is None:
+        return cause
+    setter = _last(context.evidence.own_actions, lambda a: a.kind == "limit" and a.limit == limit.name)
+    meaning = MEANINGS[limit.name]
+    where = f" {place_of(context, setter)}" if setter is not None else ""
+    struck = cause.summary.partition(": the notebook's own code")[0]
+    summary = (
+        f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.after)} ({limit.name}{where})"
+    )
+    facts = [*cause.evidence]
+    if any(changed.name == limit.name for changed in context.evidence.changed_limits):
+        before = _amount(limit.name, limit.before)
+        facts.append(outside(limit.name, f"{_amount(limit.name, limit.after)}, at the start {before}", "/proc/PID/limits"))
+    if setter is not None:
+        facts.append(_fact(context, "limit set by", setter))
+    place = f", {place_of(context, setter)}" if setter is not None else ""
+    advice = f"Raise or remove the limit that the notebook sets itself (resource.setrlimit{place}); options of safe-exec do not change it."
+    return replace(cause, summary=summary, evidence=tuple(facts), advice=advice)
+
+
+def _lowered(context: Context) -> list[ChangedLimit]:
+    """The limits that are lower than at the start: seen outside, or told just before the end."""
+    seen = [limit for limit in context.evidence.changed_limits if _is_lower(limit.after, limit.before)]
+    names = {limit.name for limit in context.evidence.changed_limits}
+    last: dict[str, OwnAction] = {a.limit: a for a in context.evidence.own_actions if a.kind == "limit" and a.limit in MEANINGS}
+    if not isinstance(context.ending, Died):
+        return seen  # the kernel was alive at the end: what was seen then counts
+    told = [
+        ChangedLimit(name=name, before=None, after=action.value)
+        for name, action in last.items()
+        if name not in names and action.value is not None and action.value >= 0
+    ]
+    return [*seen, *told]
+
+
+def _is_lower(after: int | None, before: int | None) -> bool:
+    return after is not None and (before is None or after < before)
+
+
+def _may_come_from(cause: Cause, limit: ChangedLimit) -> bool:
+    if limit.name not in LIMITS_OF.get(cause.kind, ()):
+        return False
+    if cause.kind not in (CauseKind.EXCEPTION, CauseKind.ABORT, CauseKind.SEGFAULT, CauseKind.EXIT):
+        return True
+    if cause.kind is CauseKind.SEGFAULT and limit.name == "RLIMIT_STACK":
+        return True
+    said = " ".join([cause.summary, *(str(fact.value) for fact in cause.evidence)])
+    return any(words in said for words in REFUSALS.get(limit.name, ()))
+
+
+def _amount(name: str, value: int | None) -> str:
+    if value is None:
+        return "unlimited"
+    return format_size(value) if name in SIZES else str(value)
+
+
+# --- trace functions ------------------------------------------------------------------------------------------------
+
+COMPUTING = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE)
+
+
+def _with_trace(context: Context, cause: Cause) -> Cause:
+    """A trace function that is on while the cell computes: it is called at each line or call of Python code."""
+    ending = context.ending
+    if not isinstance(ending, TimedOut) or cause.activity not in COMPUTING:
+        return cause
+    name = next((name for name in ("sys.settrace", "sys.setprofile") if _is_traced(context, name, ending.cell)), None)
+    if name is None:
+        return cause
+    setter = _last(context.evidence.own_actions, lambda a: a.kind == "trace" and a.call == name)
+    where = f" {place_of(context, setter)}" if setter is not None else ""
+    often = "each line" if name == "sys.settrace" else "each call"
+    summary = f"{cause.summary}; a function that {name}(){where} had left on runs at {often} of Python code and slows it down"
+    facts = (*cause.evidence, inside("left on", f"{name}{where}", "audit event, and the state at the start of the cell"))
+    advice = f"Turn it off when it is no longer needed: {name}(None). {cause.advice}"
+    return replace(cause, summary=summary, evidence=facts, advice=advice)
+
+
+def _is_traced(context: Context, name: str, cell: int | None) -> bool:
+    """Whether a trace function is on: it was when the cell began, and an odd number of calls in a cell changes that."""
+    calls = sum(a.kind == "trace" and a.call == name and a.cell == cell for a in context.evidence.own_actions)
+    return (name in context.evidence.tracing) is not bool(calls % 2)

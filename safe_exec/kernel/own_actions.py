@@ -1,0 +1,66 @@
+"""What the kernel process tells of what it does to itself (agent/own_actions.py). Claims; the values are bounded here.
+
+May import model.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from safe_exec.model.evidence import Frame, OwnAction
+from safe_exec.records import replace
+
+MOST_ACTIONS = 60
+LONGEST_TEXT = 300
+MOST_NAMES = 8
+ACTIONS = frozenset({"signal", "limit", "trace", "exec", "program", "symbol", "lock"})
+TARGETS = frozenset({"process", "group", "everybody", "parent"})
+LIMIT_NAMES = {getattr(resource, name): name for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
+"""By number; RLIMIT_OFILE is an old name of RLIMIT_NOFILE."""
+
+Rows = list[tuple[str, int, str, int]]
+
+
+class OwnActions:
+    """The last actions that were told, and the trace functions that were on when a cell began."""
+
+    def __init__(self) -> None:
+        self._told: deque[tuple[OwnAction, int, Rows]] = deque(maxlen=MOST_ACTIONS)
+        self.tracing: tuple[str, ...] = ()
+
+    def take(self, fact: dict[str, Any], rows: Rows) -> None:
+        """Take in one. Raises KeyError, TypeError, ValueError or OverflowError for what is none."""
+        if fact["action"] in ACTIONS:
+            self._told.append((_action(fact), int(fact["cell"]), rows))
+
+    def take_tracing(self, fact: dict[str, Any]) -> None:
+        """Which trace functions were on."""
+        self.tracing = tuple(str(name)[:LONGEST_TEXT] for name in fact["tracing"][:MOST_NAMES])
+
+    def all(self, index_of: Callable[[int], int | None], frames: Callable[[Rows], tuple[Frame, ...]]) -> tuple[OwnAction, ...]:
+        """Everything that was told, oldest first, with the notebook's cell indexes."""
+        return tuple(replace(action, cell=index_of(number), stack=frames(rows)) for action, number, rows in self._told)
+
+
+def _action(fact: dict[str, Any]) -> OwnAction:
+    """An action without its place."""
+    kind, number, value = str(fact["action"]), _integer(fact.get("number")), fact.get("value")
+    target = str(fact.get("target"))
+    return OwnAction(
+        kind=kind,
+        call=str(fact.get("call", ""))[:LONGEST_TEXT],
+        time=float(fact["at"]),
+        target=target if target in TARGETS else None,
+        signal=number if kind == "signal" else None,
+        limit=LIMIT_NAMES.get(number) if kind == "limit" and number is not None else None,
+        value=_integer(value) if kind == "limit" else None,
+        text=value[:LONGEST_TEXT] if isinstance(value, str) else "",
+        child=bool(fact.get("child")),
+    )
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64 else None

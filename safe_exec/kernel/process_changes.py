@@ -1,0 +1,84 @@
+"""How the kernel's process differs from what it was when it was ready: its resource limits, and the program that it runs. From /proc.
+
+May import model, procfs, processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from safe_exec.keeper import procfs
+from safe_exec.kernel.processes import command_text, read_bytes
+from safe_exec.model.observed import ChangedLimit
+
+NAMES: Mapping[str, str] = {
+    "Max cpu time": "RLIMIT_CPU",
+    "Max file size": "RLIMIT_FSIZE",
+    "Max data size": "RLIMIT_DATA",
+    "Max stack size": "RLIMIT_STACK",
+    "Max core file size": "RLIMIT_CORE",
+    "Max processes": "RLIMIT_NPROC",
+    "Max open files": "RLIMIT_NOFILE",
+    "Max locked memory": "RLIMIT_MEMLOCK",
+    "Max address space": "RLIMIT_AS",
+}
+"""Rows of /proc/PID/limits (proc(5)) and their names in getrlimit(2)."""
+
+PAUSE_SECONDS = 0.05
+
+Limits = Mapping[str, int | None]
+"""Soft limits by name, ``None`` for unlimited."""
+
+
+def parse(text: str) -> Limits:
+    """The soft limits in the text of /proc/PID/limits."""
+    limits: dict[str, int | None] = {}
+    for line in text.splitlines():
+        title = line[:26].strip()
+        words = line[26:].split()
+        if title in NAMES and words:
+            limits[NAMES[title]] = None if words[0] == "unlimited" else int(words[0])
+    return limits
+
+
+class ProcessChanges:
+    """Looks at one kernel process now and then; what was seen last stays when it is gone."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._program = read_bytes(f"/proc/{pid}/cmdline")
+        self._limits = self._now = self._read()
+        self._noted = time.monotonic()
+        self.executed: str | None = None
+
+    def _read(self) -> Limits:
+        text = read_bytes(f"/proc/{self._pid}/limits").decode("utf-8", "replace")
+        try:
+            return parse(text)
+        except ValueError:
+            return {}
+
+    def note_now_and_then(self) -> None:
+        """Look, unless that was done a moment ago: at the start of each cell, of which there may be hundreds in a second."""
+        if time.monotonic() - self._noted >= PAUSE_SECONDS:
+            self.note()
+
+    def note(self) -> None:
+        """Look now. A zombie has limits, but no command any more."""
+        self._noted = time.monotonic()
+        found = procfs.stat(self._pid)
+        if found is None:
+            return
+        self._now = self._read() or self._now
+        program = read_bytes(f"/proc/{self._pid}/cmdline")
+        if program and program != self._program:
+            self.executed = command_text(program)
+
+    def limits(self) -> tuple[ChangedLimit, ...]:
+        """The soft limits that are not what they were."""
+        return tuple(
+            ChangedLimit(name=name, before=before, after=self._now[name])
+            for name, before in self._limits.items()
+            if name in self._now and self._now[name] != before
+        )

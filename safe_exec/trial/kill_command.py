@@ -1,0 +1,22 @@
+"""A command in a cell's text that sends a signal, for text that is no Python: there the agent hears of no call. Pure."""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_TEXT = 200
+KILLING = re.compile(r"(?:^|[\s;&|('\"])(?:p?kill|killall|pskill|tools::pskill|Deno\.kill|process\.kill)\b")
+"""Commands of a shell, and calls of R and JavaScript."""
+SCRIPT = re.compile(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
+
+
+def kill_command(source: str, *, python: bool) -> tuple[int, str] | None:
+    """The first line that sends a signal, from 1, with its text; in a Python cell only in the body of a script magic."""
+    lines = source.splitlines()
+    if python and not (lines and SCRIPT.match(lines[0].strip())):
+        return None
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text.startswith("#") and KILLING.search(text):
+            return number, text[:LONGEST_TEXT]
+    return None
