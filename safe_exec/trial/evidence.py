@@ -10,16 +10,15 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_exec.kernel.fault_report import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
-from safe_exec.model.evidence import Evidence, FaultReport, Frame, OwnAction, Place
+from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
 from safe_exec.records import replace
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
+from safe_exec.trial import own_process
 from safe_exec.trial.final_output import final_output
-from safe_exec.trial.kill_command import kill_command
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
 from safe_exec.trial.scripts import header_line, script_line
 
@@ -102,13 +101,13 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=state.open_files,
         agent=session.fitted,
-        own_actions=_own_actions(state),
+        own_actions=own_process.actions(state),
         tracing=session.told.own_actions.tracing,
         changed_limits=session.changes.limits() if session.changes else (),
         replaced_by=session.changes.executed if session.changes else None,
-        kill_command=_kill_command(state),
+        kill_command=own_process.command(state),
         died_at=session.died_at,
-        overcommit=_overcommit(),
+        overcommit=own_process.overcommit(),
         cell_active=state.cell_active,
         last_words=_recent_text(state)[-4000:],
         printed=state.printed,
@@ -118,27 +117,6 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         volumes=session.volumes.lowest() if session.volumes else (),
         final_output=final_output(session),
     ), place
-
-
-def _own_actions(state: TrialState) -> tuple[OwnAction, ...]:
-    """What the notebook did to its process; after a timeout only what came before our interrupt."""
-    told = state.session.told
-    actions = told.own_actions.all(told.index_of, told.frames)
-    return tuple(action for action in actions if state.looked_at is None or action.time <= state.looked_at)
-
-
-def _kill_command(state: TrialState) -> tuple[int, str] | None:
-    if state.current is None or not state.session.died.is_set():
-        return None
-    return kill_command(state.request.node.cells[state.current].source, python=state.session.fitted)
-
-
-def _overcommit() -> int | None:
-    """How the system grants memory (vm.overcommit_memory): 0 by a rule of thumb, 1 always, 2 as much as there is."""
-    try:
-        return int(Path("/proc/sys/vm/overcommit_memory").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _exit_request(state: TrialState) -> tuple[Frame, ...]:

@@ -39,10 +39,7 @@ from tests.support import (
 
 RUNNABLE = runnable(read_all())
 SEARCHED = [case for case in RUNNABLE if case.expected.get("culprits")]
-NOT_YET: frozenset[str] = frozenset(
-    {
-    }
-)
+NOT_YET: frozenset[str] = frozenset({})
 """Cases whose answer is still wrong. They run, and pytest lists each that has become right (XPASS)."""
 
 EVERYWHERE = os.environ.get("SAFE_EXEC_CASES_PLACES") == "all"

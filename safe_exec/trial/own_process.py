@@ -1,0 +1,34 @@
+"""What the notebook did to the kernel's own process, as far as it bears on the end of a trial. May import kernel, state, model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safe_exec.model.evidence import OwnAction
+from safe_exec.trial.kill_command import kill_command
+
+if TYPE_CHECKING:
+    from safe_exec.trial.state import TrialState
+
+
+def actions(state: TrialState) -> tuple[OwnAction, ...]:
+    """What the notebook did to its process; after a timeout only what came before our interrupt."""
+    told = state.session.told
+    actions = told.own_actions.all(told.index_of, told.frames)
+    return tuple(action for action in actions if state.looked_at is None or action.time <= state.looked_at)
+
+
+def command(state: TrialState) -> tuple[int, str] | None:
+    """The line of the cell that a dead kernel ran, if it sends a signal and is no Python."""
+    if state.current is None or not state.session.died.is_set():
+        return None
+    return kill_command(state.request.node.cells[state.current].source, python=state.session.fitted)
+
+
+def overcommit() -> int | None:
+    """How the system grants memory (vm.overcommit_memory): 0 by a rule of thumb, 1 always, 2 as much as there is."""
+    try:
+        return int(Path("/proc/sys/vm/overcommit_memory").read_text())
+    except (OSError, ValueError):
+        return None
