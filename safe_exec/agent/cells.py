@@ -54,9 +54,25 @@ def fit_shell(inside):
         inside.request = when_done(coroutine, lambda _: finish(inside))
         return coroutine
 
+    finish_metadata = IPythonKernel.finish_metadata
+
+    # Called right before the reply is sent. Code that looks at `f_locals` of all its callers, as IPython's
+    # debugger does, keeps the finished coroutine alive in the frame of ipykernel's `execute_request`
+    # (Python 3.12 and older): its reference tells nothing then.
+    @functools.wraps(finish_metadata)
+    def finish_metadata_noted(kernel, *args, **kwargs):
+        if inside.request is not None and inside.in_cell:
+            inside.request = None
+            finish(inside)
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        return finish_metadata(kernel, *args, **kwargs)
+
     mark = getattr(inspect, "markcoroutinefunction", lambda function: function)  # since Python 3.12
     InteractiveShell.run_code = mark(run_code_noted)
     IPythonKernel.do_execute = mark(do_execute_noted)
+    IPythonKernel.finish_metadata = finish_metadata_noted
     inside.fitted.append("cells")
 
 

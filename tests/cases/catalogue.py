@@ -44,6 +44,7 @@ class Case:
     python: str = ""
     alternatives: tuple[Mapping[str, Any], ...] = ()
     says: tuple[str, ...] = ()
+    search_says: tuple[str, ...] = ()
     never_says: tuple[str, ...] = ()
     git: bool = False
     home: bool = False

@@ -137,7 +137,8 @@ def check_cause(case: Case, outcome: Outcome) -> None:
     report = f"{outcome.stdout}\n{outcome.stderr}\n{json.dumps(cause, indent=1, ensure_ascii=False)}"
     assert not wrong, f"expected, actual: {wrong}\n{report}"
     text = "\n".join([outcome.stdout, outcome.stderr, *strings_in(outcome.verdict)])
-    missing = [words for words in case.says if words not in text]
+    wanted = (*case.says, *(case.search_says if outcome.verdict["culprits"] else ()))
+    missing = [words for words in wanted if words not in text]
     assert not missing, f"does not say {missing}\n{report}\n{outcome.verdict['warnings']}"
     forbidden = [words for words in case.never_says if words in text]
     assert not forbidden, f"says {forbidden}\n{report}\n{outcome.verdict['warnings']}"

@@ -206,7 +206,10 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         for frame in (place.stack if place else ())
     )
     says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
-    if not (refusals or forks or says) or not certain:
+    # `os.fork()` in the cell itself leaves no frame: the count seen outside says that it was refused for the limit.
+    peak, limit = context.evidence.processes_peak, context.limits.processes
+    at_limit = peak is not None and limit is not None and peak >= NEARLY * limit
+    if not (refusals or forks or says or at_limit) or not certain:
         return None
     facts = [
         _said(error),
@@ -214,7 +217,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         outside("processes and threads at most", context.evidence.processes_peak, "control group or psutil"),
         outside("processes allowed", context.limits.processes, "limits of this run"),
     ]
-    limit, bound = context.limits.processes, context.evidence.process_bound
+    bound = context.evidence.process_bound
     allowed = "" if limit is None else f", {limit} are allowed"
     if bound is not None:
         group, fewest = bound
