@@ -42,7 +42,8 @@ OBSERVATIONS = frozenset(
         "cell_output_age", "cell_output_truncated", "output_bytes", "signals_to_runner",
         "signals_to_keeper", "kernel_uid", "disk_free", "open_files", "cell_active", "isolation",
         "conflicts", "volumes",
-        "caught_signals",
+        "caught_signals", "agent", "overcommit", "died_at", "processes_at_timeout", "changed_limits",
+        "memory_children", "memory_upper_bound", "oom_kills_earlier", "replaced_by", "kill_command",
     }
 )  # fmt: skip
 """Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``looked``

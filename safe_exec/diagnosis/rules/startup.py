@@ -68,7 +68,8 @@ def start_failed(context: Context) -> Cause | None:
         facts.append(outside("killed by safe-exec for", limit.value, "recorded before the signal was sent"))
         name = limit.value.replace("_", " ")
         reason = f"the kernel passed its limit of {name} before it was ready, and was ended by safe-exec"
-        advice = f"Raise --{limit.value.replace('_', '-')}, or look at IPython start-up files and what they import."
+        raise_it = context.if_limited(limit, f"Raise --{limit.value.replace('_', '-')}, or look")
+        advice = f"{raise_it or 'Look'} at IPython start-up files and what they import."
     return make(context, CauseKind.KERNEL_START_FAILED, reason, Confidence.CERTAIN, tuple(facts), advice)
 
 

@@ -241,9 +241,10 @@ def processes_exhausted(context: Context) -> Cause | None:
         f"{where} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
         f" in use{refused}{others}"
     )
+    allows = context.if_limited(LimitName.PROCESSES, " than --processes allows") or " than that"
     advice = (
-        "Look for a loop that starts processes or threads, or for a pool that is larger than --processes allows; end and join those"
-        " that are done."
+        f"Look for a loop that starts processes or threads, or for a pool that is larger{allows}; end"
+        " and join those that are done."
     )
     cause = _timed(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.LIKELY, advice)
     return replace(cause, evidence=(*facts, *cause.evidence))
