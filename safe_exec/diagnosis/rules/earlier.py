@@ -24,7 +24,9 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
         outside(f"killed by the system in {context.human(cell)}", count, "oom_kill of the sandbox's control group")
         for cell, count in kills
     )
-    more = context.if_limited(LimitName.MEMORY, ", or raise --memory")
+    # A limit of a container or of the machine struck, and raising our own does not move it.
+    elsewhere = context.evidence.oom_elsewhere or context.evidence.oomd_killed
+    more = "" if elsewhere else context.if_limited(LimitName.MEMORY, ", or raise --memory")
     return replace(
         cause,
         summary=f"{cause.summary}; earlier, {who} that the notebook had started {was} killed for memory in {where}",
