@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
 from safe_exec.model.evidence import IsolationConflict, Place, Raised
@@ -80,7 +80,22 @@ def outputs(state: TrialState) -> Iterator[tuple[int, str]]:
     cells = state.request.node.cells
     last = len(cells) - 1 if state.current is None else state.current
     for index in range(last, max(-1, last - MOST_CELLS), -1):
-        texts = [output.get("text", "") for output in cells[index].get("outputs", ()) if output.get("output_type") == "stream"]
-        text = "".join(part for text in texts for part in ([text] if isinstance(text, str) else text))
+        text = _tail(cells[index].get("outputs", ()))
         if text:
-            yield index, text[-OUTPUT_CHARACTERS:]
+            yield index, text
+
+
+def _tail(outputs: Sequence[Any]) -> str:
+    """The end of the text of a cell's streams. Joining all of it would double the runner's memory after a flood."""
+    parts: list[str] = []
+    room = OUTPUT_CHARACTERS
+    for output in reversed(outputs):
+        if output.get("output_type") != "stream":
+            continue
+        text = output.get("text", "")
+        for part in [text] if isinstance(text, str) else reversed(text):
+            parts.append(part[-room:])
+            room -= len(parts[-1])
+            if room <= 0:
+                return "".join(reversed(parts))
+    return "".join(reversed(parts))
