@@ -23,7 +23,7 @@ import os, signal, socket, sys
 from safe_exec.keeper.keeper import Keeper
 
 keeper = Keeper(socket.socket(fileno=int(sys.argv[1])), directory=None)
-keeper.plan = {"counter_files": [], "cgroup_dirs": []}
+keeper.plan = {"counter_files": [], "cgroup_dirs": [], "mounts": []}
 stderr, fault = keeper.words.open(None)
 keeper.pid = os.fork()
 if keeper.pid == 0:
