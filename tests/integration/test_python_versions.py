@@ -41,8 +41,11 @@ def kernel(version: str, package: str) -> Path:
         python = interpreter(version)
         assert python is not None
         wanted = f"ipykernel=={package}" if package else "ipykernel"
-        # Run by that interpreter: pip asks its own about the versions that dependencies are for.
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+        # Its own pip, where it has one: pip 23.0, which Debian 12 puts into virtual environments, does not
+        # run on Python 3.12 and newer (`--python` has that interpreter run it).
+        own = [str(python), "-m", "pip"]
+        has_pip = subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0
+        pip = [*(own if has_pip else [sys.executable, "-m", "pip", "--python", str(python)]), "install", "-q"]
         target = ["--only-binary=:all:", "--target", str(making / "site")]
         try:
             subprocess.run([*pip, *target, wanted], check=True, capture_output=True, text=True)
