@@ -9,6 +9,7 @@ import signal
 
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
 from safe_exec.diagnosis.rules import hangs, waiting
+from safe_exec.diagnosis.rules.waiting import MULTIPLEXERS, SLEEPS
 from safe_exec.model.ending import Died, TerminationReason, TimedOut
 from safe_exec.model.evidence import Looked
 from safe_exec.model.limits import LimitName
@@ -35,9 +36,7 @@ FLOOD_BYTES = 1 << 20
 FLOOD_AGE_SECONDS = 2.0
 TOLERANCE_SECONDS = 1.0
 
-SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
 LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
-MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
 SEARCHED_FRAMES = 8
 
