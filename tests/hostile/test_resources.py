@@ -171,7 +171,10 @@ ATTACKS = (
            options=("--cell-timeout", "8", "--processes", "40", "--memory", "4G")),
     Attack(name="forks-of-shell", cells=SHELL_BOMB, ends=(*PASSED, *MANY, (S.CELL_ERROR, K.EXCEPTION), *TIME_OUT),
            options=("--cell-timeout", "8")),
-    Attack(name="threads", cells=("x = 1", THREADS), ends=MANY, cell=1),
+    # The stacks of threads count towards RLIMIT_DATA. Where only that bounds the memory, as for users without control groups,
+    # Python may have none left to report the refused thread, and aborts ("Cannot recover from MemoryErrors").
+    Attack(name="threads", cells=("x = 1", THREADS), ends=MANY, cell=1, who="root"),
+    Attack(name="threads", cells=("x = 1", THREADS), ends=(*MANY, (S.KERNEL_DIED, K.ABORT)), cell=1, who="user"),
     Attack(name="descriptors", cells=("x = 1", FILES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1),
     Attack(name="pipes", cells=("x = 1", PIPES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1, who="user"),
     # Disk.

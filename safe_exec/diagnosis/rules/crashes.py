@@ -23,6 +23,9 @@ STACK_MARGIN = 64 * 1024
 NO_LIBRARY = ("/dev/zero", "/dev/shm", "/memfd:")  # noqa: S108 - names in /proc/PID/maps, not files
 """Memory that programs share or generate code in."""
 
+SIGNAL_TITLES = frozenset({"Aborted", "Segmentation fault", "Bus error", "Illegal instruction", "Floating-point exception", ""})
+"""Titles of fault reports that repeat the signal. Any other is the reason that Python itself gave up (Py_FatalError)."""
+
 OTHER_FAULTS = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 """What the fault handler catches beside SIGSEGV."""
 
@@ -139,7 +142,10 @@ def fault(context: Context) -> Cause | None:
     if site is not None and not site.faulted and kind is not CauseKind.ABORT:
         text = f"{number.name} was sent to the kernel, and no instruction had failed: look for os.kill() or raise_signal()"
     summary = f"{text}{f' ({where.rstrip(chr(32))})' if where else ''}"
-    if message and (gave_up or evidence.fault is None):
+    if kind is CauseKind.ABORT and evidence.fault and evidence.fault.title not in SIGNAL_TITLES:
+        # Py_FatalError names its reason, and aborts: nothing that was written before is nearer to it.
+        summary += f"; fatal error in Python: {evidence.fault.title}"
+    elif message and (gave_up or evidence.fault is None):
         summary += f"; {message.text}"
     confidence = Confidence.CERTAIN
     if kind is CauseKind.SEGFAULT and (evidence.fault is None or evidence.fault.site is None):

@@ -43,7 +43,7 @@ _FRAME = re.compile(
     r"|\[0x[0-9a-fA-F]+\]\s*$"  # backtrace(3)
     r"|^\s+(?:\d+: \S|at \S+:\d+)"  # rust
     r"|^\s+\S+\.go:\d+ \+0x|^goroutine \d+ \["
-    r'|^\s+File ".*", line (?:\d+|\?\?\?)(?: in |, in )'
+    r'|(?:^\s+File ".*|\.py)", line (?:\d+|\?\?\?)(?: in |, in )'  # Python; the first line of a tail may be cut off
     r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: |^Python runtime state: "
 )
 _PLAIN_FAULT = re.compile(

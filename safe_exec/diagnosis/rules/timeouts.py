@@ -240,7 +240,10 @@ def processes_exhausted(context: Context) -> Cause | None:
         f"{where} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
         f" in use{refused}{others}"
     )
-    allows = context.if_limited(LimitName.PROCESSES, " than --processes allows") or " than that"
+    # A group above the sandbox may allow fewer processes than this run: raising our limit would not help then.
+    bound = context.evidence.process_bound
+    option = context.if_limited(LimitName.PROCESSES, " than --processes allows") if bound is None else ""
+    allows = option or " than that"
     advice = (
         f"Look for a loop that starts processes or threads, or for a pool that is larger{allows}; end"
         " and join those that are done."

@@ -702,6 +702,13 @@ def test_last_words_of_a_library_are_shown() -> None:
     assert "free(): invalid pointer" in of(left).summary
 
 
+def test_the_reason_of_a_fatal_error_in_python_is_shown_rather_than_what_was_printed_before() -> None:
+    fatal = FaultReport(title="_PyErr_NormalizeException: Cannot recover from MemoryErrors", stack=(), main=True)
+    burst = OutputBurst(channel=Channel.DESCRIPTOR, text='ading.py", line 975 in run\nsome words\n', age=0.0)
+    summary = of(dead("abort", by(6), K.ABORT, fault=fatal, final_output=(burst,))).summary
+    assert summary.endswith("fatal error in Python: _PyErr_NormalizeException: Cannot recover from MemoryErrors")
+
+
 def test_cells_that_fill_the_memory_are_named() -> None:
     cells = tuple(
         CellRecord(index=n, code_index=n - 1, id=None, status=CellStatus.PASSED, memory_kept=kept)
@@ -814,6 +821,27 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
+def conflicts_of_fields() -> st.SearchStrategy[IsolationConflict]:
+    """Any conflict there can be: only a variable and a host have no path, and an option always has a value."""
+    fields = {name: values_of(hint) for name, hint in typing.get_type_hints(IsolationConflict).items()}
+    paths = st.text("abc/. ", min_size=1, max_size=8).map("/".__add__)
+    pathless = {NeedKind.VARIABLE, NeedKind.HOST}
+
+    def build(kind: NeedKind) -> st.SearchStrategy[IsolationConflict]:
+        without = kind in pathless
+        return st.builds(
+            IsolationConflict,
+            **fields
+            | {
+                "kind": st.just(kind),
+                "path": st.none() if without else paths,
+                "allow": st.just(()) if without else st.lists(paths, max_size=2).map(tuple),
+            },
+        )
+
+    return st.sampled_from(NeedKind).flatmap(build)
+
+
 def values_of(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of a field's type."""
     if hint in BY_TYPE:
@@ -832,6 +860,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     return st.one_of(*map(values_of, arguments))
 
 
+BY_TYPE[IsolationConflict] = conflicts_of_fields()
 FIELDS = {name: values_of(hint) for name, hint in typing.get_type_hints(Evidence).items()}
 evidences = st.fixed_dictionaries({}, optional=FIELDS).map(lambda given: Evidence(**given))
 claims = st.fixed_dictionaries({}, optional={name: FIELDS[name] for name in CLAIMS})
