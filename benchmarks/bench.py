@@ -31,7 +31,9 @@ def measure(folder: Path, names: Sequence[str], *, quick: bool) -> list[Row]:
     for section in SECTIONS:
         if section.name in names:
             print(f"measuring: {section.name}", file=sys.stderr, flush=True)
-            found += section.measure(folder / section.name, section.quick if quick else section.rounds)
+            found += section.measure(
+                folder / section.name, section.quick if quick else section.rounds
+            )
     return found
 
 
@@ -40,21 +42,36 @@ def searches(folder: Path, *, quick: bool) -> tuple[list[Row], str]:
     print(f"measuring: {SEARCH}", file=sys.stderr, flush=True)
     # A cache of its own: nothing that an earlier run has tried is known.
     with patch.dict("os.environ", XDG_CACHE_HOME=str(folder / "cache")):
-        found = search.measure_all(folder / SEARCH, search.TABLE[: 1 if quick else None], 30 if quick else 60 * SEARCH_MINUTES)
+        found = search.measure_all(
+            folder / SEARCH,
+            search.TABLE[: 1 if quick else None],
+            30 if quick else 60 * SEARCH_MINUTES,
+        )
     ended = [m for m in found if m.plain.done]
-    trials = {OURS: [float(m.ours.trials) for m in ended], "ddmin": [float(m.plain.trials) for m in ended]}
+    trials = {
+        OURS: [float(m.ours.trials) for m in ended],
+        "ddmin": [float(m.plain.trials) for m in ended],
+    }
     result = rows("culprit search, trials", "trials", trials) if ended else []
-    return result + rows("culprit search, time", "s", {OURS: [m.ours.seconds for m in found]}), search.table_of(found)
+    return result + rows(
+        "culprit search, time", "s", {OURS: [m.ours.seconds for m in found]}
+    ), search.table_of(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write what is asked for."""
     known = [section.name for section in SECTIONS] + [SEARCH]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a round or two of each: does it run at all?")
+    parser.add_argument(
+        "--quick", action="store_true", help="a round or two of each: does it run at all?"
+    )
     parser.add_argument("--only", metavar="NAME,...", help=f"only these: {', '.join(known)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--readme", action="store_true", help="write the table in the README and the picture in docs")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="write the table in the README and the picture in docs",
+    )
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else known
     if unknown := [name for name in names if name not in known]:

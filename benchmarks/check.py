@@ -38,12 +38,18 @@ class Ratio:
 
 
 def _paired(
-    folder: Path, rounds: int, sources: Sequence[str], take: Callable[[Path, list[str]], float], *options: str
+    folder: Path,
+    rounds: int,
+    sources: Sequence[str],
+    take: Callable[[Path, list[str]], float],
+    *options: str,
 ) -> list[float]:
     path = notebook(folder, *sources)
     out = path.with_name("out.ipynb")
     commands = {OURS: ours(path, out, *options), NBCLIENT: nbclient(path, out)}
-    takers = {name: lambda command=command: [take(path, command)] for name, command in commands.items()}
+    takers = {
+        name: lambda command=command: [take(path, command)] for name, command in commands.items()
+    }
     taken = in_turns(rounds, takers)
     return [mine / theirs for (mine,), (theirs,) in zip(taken[OURS], taken[NBCLIENT], strict=True)]
 
@@ -65,9 +71,25 @@ def _many(folder: Path, rounds: int) -> list[float]:
     """Wall time, of a few notebooks at a time and one after the other: a processor that has nothing to do is seen in nothing else."""
     folder.mkdir()
     paths = [write_notebook(folder / f"n{n:02}.ipynb", *_cells(5)) for n in range(FEW)]
-    batch = [str(BIN / "safe-exec"), "batch", "-q", *PROFILE, "-j", "2", "--out", str(folder / "out"), *map(str, paths)]
-    commands = {OURS: batch, NBCLIENT: loop_of([nbclient(path, folder / "theirs.ipynb") for path in paths])}
-    takers = {name: lambda name=name, command=command: [timed(command, folder, name)] for name, command in commands.items()}
+    batch = [
+        str(BIN / "safe-exec"),
+        "batch",
+        "-q",
+        *PROFILE,
+        "-j",
+        "2",
+        "--out",
+        str(folder / "out"),
+        *map(str, paths),
+    ]
+    commands = {
+        OURS: batch,
+        NBCLIENT: loop_of([nbclient(path, folder / "theirs.ipynb") for path in paths]),
+    }
+    takers = {
+        name: lambda name=name, command=command: [timed(command, folder, name)]
+        for name, command in commands.items()
+    }
     taken = in_turns(rounds, takers)
     return [mine / theirs for (mine,), (theirs,) in zip(taken[OURS], taken[NBCLIENT], strict=True)]
 
@@ -86,11 +108,31 @@ def _deaths(folder: Path, rounds: int) -> list[float]:
 _PRINTS = PRINTS.replace("perf_counter", "thread_time")
 
 RATIOS = (
-    Ratio(name="processor time, 5 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(5), _processor)),
-    Ratio(name="processor time, 200 cells", rounds=5, noise=0.25, measure=lambda f, n: _paired(f, n, _cells(200), _processor)),
+    Ratio(
+        name="processor time, 5 cells",
+        rounds=5,
+        noise=0.25,
+        measure=lambda f, n: _paired(f, n, _cells(5), _processor),
+    ),
+    Ratio(
+        name="processor time, 200 cells",
+        rounds=5,
+        noise=0.25,
+        measure=lambda f, n: _paired(f, n, _cells(200), _processor),
+    ),
     Ratio(name=f"{FEW} notebooks at -j 2, wall time", rounds=3, noise=0.4, measure=_many),
-    Ratio(name="a print, in the cell", rounds=5, noise=0.3, measure=lambda f, n: _paired(f, n, [_PRINTS], _told)),
-    Ratio(name="50 MB of output, memory", rounds=3, noise=0.25, measure=lambda f, n: _paired(f, n, [FLOOD], _memory, *RAISED)),
+    Ratio(
+        name="a print, in the cell",
+        rounds=5,
+        noise=0.3,
+        measure=lambda f, n: _paired(f, n, [_PRINTS], _told),
+    ),
+    Ratio(
+        name="50 MB of output, memory",
+        rounds=3,
+        noise=0.25,
+        measure=lambda f, n: _paired(f, n, [FLOOD], _memory, *RAISED),
+    ),
     Ratio(
         name="50 MB of output, processor time",
         rounds=3,
@@ -126,7 +168,9 @@ def compare(folder: Path, recorded: Mapping[str, float]) -> tuple[list[str], dic
 
 
 def _line(ratio: Ratio, found: Sequence[float], was: float | None, *, bad: bool) -> str:
-    limit = "" if was is None else f"   recorded {was:.3f}, worse from {was * (1 + ratio.noise):.3f}"
+    limit = (
+        "" if was is None else f"   recorded {was:.3f}, worse from {was * (1 + ratio.noise):.3f}"
+    )
     spread = f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
     return f"{ratio.name:<34}{spread:<26}{limit}{'   worse' if bad else ''}"
 
@@ -134,11 +178,16 @@ def _line(ratio: Ratio, found: Sequence[float], was: float | None, *, bad: bool)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and compare; 1 where something has become worse."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--record", action="store_true", help="write what is measured to recorded.json")
+    parser.add_argument(
+        "--record", action="store_true", help="write what is measured to recorded.json"
+    )
     options = parser.parse_args(arguments)
     recorded: dict[str, float] = {} if options.record else json.loads(RECORDED.read_text())
     if not options.record and (unknown := {ratio.name for ratio in RATIOS} ^ recorded.keys()):
-        print(f"{RECORDED.name} does not know, or knows too much: {sorted(unknown)}; write it with --record", file=sys.stderr)
+        print(
+            f"{RECORDED.name} does not know, or knows too much: {sorted(unknown)}; write it with --record",
+            file=sys.stderr,
+        )
         return 2
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:

@@ -51,8 +51,20 @@ def past(folder: Path, rate: float) -> float:
     """One run: how far the file got past the limit, in MiB."""
     (folder / "big").unlink(missing_ok=True)
     path = folder / "nb.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(WRITE.format(rate=rate))]), path)
-    argv = [str(EXECUTABLE), "run", "-q", "--no-bisect", "--mechanisms", NO_BUBBLEWRAP, "--disk", str(LIMIT), str(path)]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(WRITE.format(rate=rate))]), path
+    )
+    argv = [
+        str(EXECUTABLE),
+        "run",
+        "-q",
+        "--no-bisect",
+        "--mechanisms",
+        NO_BUBBLEWRAP,
+        "--disk",
+        str(LIMIT),
+        str(path),
+    ]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, env=os.environ)
     verdict = json.loads((folder / "nb.verdict.json").read_text())
     if done.returncode != DISK_FULL or verdict["cause"]["kind"] != "disk_full":
@@ -67,7 +79,10 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     folder = Path(tempfile.mkdtemp(prefix="bench-disk-"))
     try:
-        found = [Past(rate=name, mib=tuple(past(folder, rate) for _ in range(rounds))) for name, rate in RATES.items()]
+        found = [
+            Past(rate=name, mib=tuple(past(folder, rate) for _ in range(rounds)))
+            for name, rate in RATES.items()
+        ]
     finally:
         shutil.rmtree(folder)
     told = f"with {LIMIT // MIB} MiB allowed, the file ended {'; '.join(map(str, found))}; the median of {rounds} runs each"

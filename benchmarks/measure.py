@@ -51,7 +51,9 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median=statistics.median(values), least=min(values), most=max(values), runs=len(values))
+        return cls(
+            median=statistics.median(values), least=min(values), most=max(values), runs=len(values)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,12 @@ def execute(argv: Sequence[str], cwd: Path, awaited: Path | None = None) -> Ende
     """Run a command to its end; look twice a millisecond for that, for its memory and for a file, which appears whole."""
     begun = time.monotonic()
     process = subprocess.Popen(
-        argv, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        argv,
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     appeared: float | None = None
     peak = 0
@@ -151,11 +158,15 @@ def write_notebook(path: Path, *sources: str) -> Path:
     """A notebook of code cells."""
     cells = [nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)]
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec})))
+    path.write_text(
+        nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec}))
+    )
     return path
 
 
-def in_turns(rounds: int, takers: Mapping[str, Callable[[], Sequence[float]]]) -> dict[str, list[tuple[float, ...]]]:
+def in_turns(
+    rounds: int, takers: Mapping[str, Callable[[], Sequence[float]]]
+) -> dict[str, list[tuple[float, ...]]]:
     """Let each take its turn in every round; every second round goes backwards, so that none always follows the same one."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in takers}
     for number in range(rounds):
@@ -170,6 +181,10 @@ def rows(what: str, unit: str, values: Mapping[str, Sequence[float]]) -> list[Ro
     ours = next(iter(values.values()))
     made = []
     for number, (tool, taken) in enumerate(values.items()):
-        ratio = Spread.of([mine / theirs for mine, theirs in zip(ours, taken, strict=True)]) if number else None
+        ratio = (
+            Spread.of([mine / theirs for mine, theirs in zip(ours, taken, strict=True)])
+            if number
+            else None
+        )
         made.append(Row(what=what, tool=tool, unit=unit, spread=Spread.of(taken), ratio=ratio))
     return made

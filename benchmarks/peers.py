@@ -15,9 +15,23 @@ from benchmarks.measure import execute, notebook
 
 BIN = Path(sys.executable).parent
 OURS = "safe-exec"
-NBCLIENT, EXECUTE, PAPERMILL, NBMAKE, NBCONVERT = "nbclient", "jupyter execute", "papermill", "nbmake", "nbconvert"
+NBCLIENT, EXECUTE, PAPERMILL, NBMAKE, NBCONVERT = (
+    "nbclient",
+    "jupyter execute",
+    "papermill",
+    "nbmake",
+    "nbconvert",
+)
 PROFILE = ("--limits", "ci")
-PACKAGES = ("safe-exec", "nbclient", "jupyter_client", "ipykernel", "papermill", "nbmake", "nbconvert")
+PACKAGES = (
+    "safe-exec",
+    "nbclient",
+    "jupyter_client",
+    "ipykernel",
+    "papermill",
+    "nbmake",
+    "nbconvert",
+)
 MISSING = "papermill, nbmake and nbconvert are not all installed: pip install -e '.[bench]' (make bench does)"
 
 _NBCLIENT = """
@@ -49,7 +63,14 @@ def nbclient(notebook: Path, out: Path) -> list[str]:
 
 def papermill(notebook: Path, out: Path) -> list[str]:
     """papermill without its progress bar."""
-    return [str(BIN / "papermill"), "--no-progress-bar", "--log-level", "ERROR", str(notebook), str(out)]
+    return [
+        str(BIN / "papermill"),
+        "--no-progress-bar",
+        "--log-level",
+        "ERROR",
+        str(notebook),
+        str(out),
+    ]
 
 
 def nbmake(*arguments: str) -> list[str]:
@@ -61,13 +82,22 @@ def tools() -> list[Tool]:
     """All of them, ours first."""
     return [
         Tool(name=OURS, command=ours),
-        Tool(name=EXECUTE, command=lambda nb, out: [str(BIN / "jupyter-execute"), str(nb), f"--output={out}"]),
+        Tool(
+            name=EXECUTE,
+            command=lambda nb, out: [str(BIN / "jupyter-execute"), str(nb), f"--output={out}"],
+        ),
         Tool(name=NBCLIENT, command=nbclient),
         Tool(name=PAPERMILL, command=papermill),
         Tool(name=NBMAKE, command=lambda nb, _out: nbmake(str(nb))),
         Tool(
             name=NBCONVERT,
-            command=lambda nb, out: [str(BIN / "jupyter-nbconvert"), "--to=notebook", "--execute", f"--output={out}", str(nb)],
+            command=lambda nb, out: [
+                str(BIN / "jupyter-nbconvert"),
+                "--to=notebook",
+                "--execute",
+                f"--output={out}",
+                str(nb),
+            ],
         ),
     ]
 

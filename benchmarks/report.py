@@ -23,14 +23,23 @@ DIGITS = {"s": 3, "ms": 1, "MiB": 1, "trials": 1}
 
 def table(found: Sequence[Row]) -> str:
     """The rows as text, those of one measurement together."""
-    lines = [f"{'':<32}{'median':>10}{'least':>10}{'most':>10}  {'runs':>4}   {'ours / this, paired':<24}"]
+    lines = [
+        f"{'':<32}{'median':>10}{'least':>10}{'most':>10}  {'runs':>4}   {'ours / this, paired':<24}"
+    ]
     what = ""
     for row in found:
         if row.what != what:
             what = row.what
             lines.append(f"{what} [{row.unit}]")
-        figures = "".join(f"{value:>10.{DIGITS[row.unit]}f}" for value in (row.spread.median, row.spread.least, row.spread.most))
-        ratio = "" if row.ratio is None else f"{row.ratio.median:.2f}  ({row.ratio.least:.2f} to {row.ratio.most:.2f})"
+        figures = "".join(
+            f"{value:>10.{DIGITS[row.unit]}f}"
+            for value in (row.spread.median, row.spread.least, row.spread.most)
+        )
+        ratio = (
+            ""
+            if row.ratio is None
+            else f"{row.ratio.median:.2f}  ({row.ratio.least:.2f} to {row.ratio.most:.2f})"
+        )
         lines.append(f"  {row.tool:<30}{figures}  {row.spread.runs:>4}   {ratio}".rstrip())
     return "\n".join(lines)
 
@@ -44,7 +53,11 @@ def document(found: Sequence[Row], *, quick: bool, seconds: float) -> dict[str, 
         "schema": "safe-exec/benchmark/2",
         "quick": quick,
         "seconds": round(seconds, 1),
-        "machine": {"processors": os.cpu_count(), "system": platform.release(), "load": os.getloadavg()},
+        "machine": {
+            "processors": os.cpu_count(),
+            "system": platform.release(),
+            "load": os.getloadavg(),
+        },
         "python": platform.python_version(),
         "packages": {name: found_version for name in PACKAGES if (found_version := _version(name))},
         "rows": [asdict(row) for row in found],
@@ -65,7 +78,11 @@ def shown(found: Sequence[Row]) -> list[tuple[Row, Row, float]]:
     """What the README shows: our row, the peer's, and the ratio that is aimed at."""
     by_name = {(row.what, row.tool): row for row in found}
     ours = {row.what: row for row in reversed(found)}  # the first of each
-    return [(ours[what], by_name[what, peer], aim) for what, peer, aim in SHOWN if (what, peer) in by_name]
+    return [
+        (ours[what], by_name[what, peer], aim)
+        for what, peer, aim in SHOWN
+        if (what, peer) in by_name
+    ]
 
 
 def markdown(found: Sequence[Row]) -> str:
@@ -80,14 +97,25 @@ def markdown(found: Sequence[Row]) -> str:
     for mine, theirs, aim in shown(found):
         assert theirs.ratio is not None
         ratio = f"**{_short(theirs.ratio.median)}** ({_short(theirs.ratio.least)} to {_short(theirs.ratio.most)})"
-        lines.append(f"| {mine.what} | {_figure(mine)} | {theirs.tool} | {_figure(theirs)} | {ratio} | {_short(aim)} |")
+        lines.append(
+            f"| {mine.what} | {_figure(mine)} | {theirs.tool} | {_figure(theirs)} | {ratio} | {_short(aim)} |"
+        )
     peaks = [row.spread.most for row in found if "cut at the cap" in row.what]
     if peaks:
-        lines += ["", f"200 MB of output cut at the cap of `ci` (4 MiB a cell) take at most {max(peaks):.0f} MiB of memory."]
+        lines += [
+            "",
+            f"200 MB of output cut at the cap of `ci` (4 MiB a cell) take at most {max(peaks):.0f} MiB of memory.",
+        ]
     trials = [row for row in found if row.what.startswith("culprit search")]
     if trials:
-        said = "; ".join(f"{row.what.removeprefix('culprit search, ')}, {row.tool}: {_figure(row)}" for row in trials)
-        lines += ["", f"The culprit search, medians of the notebooks of [benchmarks](benchmarks/README.md): {said}."]
+        said = "; ".join(
+            f"{row.what.removeprefix('culprit search, ')}, {row.tool}: {_figure(row)}"
+            for row in trials
+        )
+        lines += [
+            "",
+            f"The culprit search, medians of the notebooks of [benchmarks](benchmarks/README.md): {said}.",
+        ]
     lines += ["", "![The same as bars](docs/performance.svg)"]
     return "\n".join(lines)
 

@@ -84,7 +84,10 @@ SEGFAULT = Death(
     name="segfault in a helper",
     outside=False,
     planted=(
-        (0.2, "import ctypes\n\ndef read_header(address):\n    return ctypes.string_at(address, 8)"),
+        (
+            0.2,
+            "import ctypes\n\ndef read_header(address):\n    return ctypes.string_at(address, 8)",
+        ),
         (0.6, "settings = {'offset': 64}"),
     ),
     crash="header = read_header(settings['offset'])\nprint(header)",
@@ -92,7 +95,10 @@ SEGFAULT = Death(
 MEMORY_KEPT = Death(
     name="memory kept before",
     outside=True,
-    planted=((0.3, "archive_a = np.ones(24_000_000)\narchive_a[:5]"), (0.7, "archive_b = np.ones(24_000_000)\narchive_b.mean()")),
+    planted=(
+        (0.3, "archive_a = np.ones(24_000_000)\narchive_a[:5]"),
+        (0.7, "archive_b = np.ones(24_000_000)\narchive_b.mean()"),
+    ),
     crash="work = np.ones(28_000_000)\nwork.sort()\nprint(work[-10:])",
     options={"memory": "600M"},
     needs=(0,),
@@ -119,7 +125,10 @@ CUT_FILE = Death(
 DEADLOCK = Death(
     name="deadlock",
     outside=False,
-    planted=((0.2, "import threading\nlock = threading.Lock()"), (0.5, "lock.acquire()\nprint('locked')")),
+    planted=(
+        (0.2, "import threading\nlock = threading.Lock()"),
+        (0.5, "lock.acquire()\nprint('locked')"),
+    ),
     crash="with lock:\n    print('inside')",
     options={"cell_timeout": "3s"},
 )
@@ -219,7 +228,10 @@ class Recorder(oracle.Oracle):
         found = await super().answer(ask, **more)
         self.seconds += found.reply.seconds
         if more.get("node") is None:
-            self.known[frozenset(ask.cells)] = (found.reply.answer is Answer.FAIL, found.reply.seconds)
+            self.known[frozenset(ask.cells)] = (
+                found.reply.answer is Answer.FAIL,
+                found.reply.seconds,
+            )
         return found
 
 
@@ -235,7 +247,10 @@ class Both(finder.Investigation):
         found = await super().run()
         cells = tuple(culprit.index for culprit in found.culprits.cells)
         type(self).ours = Effort(
-            cells=cells, trials=self.oracle.trials, seconds=time.monotonic() - began, done=found.culprits.minimal
+            cells=cells,
+            trials=self.oracle.trials,
+            seconds=time.monotonic() - began,
+            done=found.culprits.minimal,
         )
         type(self).plain = await asyncio.to_thread(self.by_ddmin, asyncio.get_running_loop())
         return found
@@ -258,7 +273,9 @@ class Both(finder.Investigation):
             left, _ = ddmin(self.order[:-1], fails, always=frozenset(self.order[-1:]))
         except OutOfTime:
             return Effort(cells=(), trials=len(tried), seconds=sum(tried.values()), done=False)
-        return Effort(cells=tuple(sorted(left)), trials=len(tried), seconds=sum(tried.values()), done=True)
+        return Effort(
+            cells=tuple(sorted(left)), trials=len(tried), seconds=sum(tried.values()), done=True
+        )
 
 
 def measure(folder: Path, cells: int, death: Death, until: float) -> Measured:
@@ -268,9 +285,13 @@ def measure(folder: Path, cells: int, death: Death, until: float) -> Measured:
     Both.until = until
     # In the place of those that a run uses: the first run and all that goes before the search are a user's.
     with patch.object(finder, "Investigation", Both), patch.object(oracle, "Oracle", Recorder):
-        verdict = safe_exec.run(path, options=death.options, bisect="always", bisect_budget=OWN_SECONDS)
+        verdict = safe_exec.run(
+            path, options=death.options, bisect="always", bisect_budget=OWN_SECONDS
+        )
     if verdict.culprits is None:
-        raise SystemExit(f"{death.name}, {cells} cells: no search was made: {verdict.status} {verdict.cause} {verdict.warnings}")
+        raise SystemExit(
+            f"{death.name}, {cells} cells: no search was made: {verdict.status} {verdict.cause} {verdict.warnings}"
+        )
     ours = Both.ours
     return Measured(
         cells=cells,
@@ -310,12 +331,19 @@ FIGURES: tuple[tuple[str, bool, Callable[[Measured], float]], ...] = (
 def table_of(found: Sequence[Measured]) -> str:
     """A line for each notebook, then medians and the most."""
     head = f"{'cells':>5}  {'death':<26}{'slice':<8}{'run':>7}  {'search':>22}  {'ddmin':>18}"
-    lines = [head, f"{'':>5}  {'':<26}{'':<8}{'[s]':>7}  {'trials':>6}{'[s]':>8}{'[runs]':>8}  {'trials':>8}{'[runs]':>10}"]
+    lines = [
+        head,
+        f"{'':>5}  {'':<26}{'':<8}{'[s]':>7}  {'trials':>6}{'[s]':>8}{'[runs]':>8}  {'trials':>8}{'[runs]':>10}",
+    ]
     for m in found:
         where = "outside" if m.outside else "inside"
         ours = f"{m.ours.trials:>6}{m.ours.seconds:>8.1f}{m.ours.seconds / m.run_seconds:>8.1f}"
         more = "" if m.plain.done else ">"
-        figures = (f"{more}{m.plain.trials}", f"{more}{m.plain.seconds / m.run_seconds:.1f}") if m.plain.trials else ("-", "-")
+        figures = (
+            (f"{more}{m.plain.trials}", f"{more}{m.plain.seconds / m.run_seconds:.1f}")
+            if m.plain.trials
+            else ("-", "-")
+        )
         plain = f"{figures[0]:>8}{figures[1]:>10}"
         same = "" if not m.plain.done or m.plain.cells == m.ours.cells else "  ddmin: another set"
         lines.append(
@@ -324,23 +352,38 @@ def table_of(found: Sequence[Measured]) -> str:
     for name, ended, figure in FIGURES:
         values = [figure(m) for m in found if m.plain.done or not ended]
         if values:
-            lines.append(f"{name:<24}median {statistics.median(values):>7.1f}   most {max(values):>7.1f}   of {len(values)}")
+            lines.append(
+                f"{name:<24}median {statistics.median(values):>7.1f}   most {max(values):>7.1f}   of {len(values)}"
+            )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the two smallest notebooks: does it run at all?")
-    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help="how long all may take; ddmin is stopped [5]")
+    parser.add_argument(
+        "--quick", action="store_true", help="the two smallest notebooks: does it run at all?"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        metavar="M",
+        help="how long all may take; ddmin is stopped [5]",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
     # A cache of its own: nothing that an earlier run has tried is known.
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, patch.dict("os.environ", XDG_CACHE_HOME=f"{name}/cache"):
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        patch.dict("os.environ", XDG_CACHE_HOME=f"{name}/cache"),
+    ):
         found = measure_all(Path(name), TABLE[:2] if options.quick else TABLE, 60 * options.minutes)
     print(table_of(found))
     if options.json:
-        options.json.write_text(json.dumps([asdict(measured) for measured in found], indent=1) + "\n")
+        options.json.write_text(
+            json.dumps([asdict(measured) for measured in found], indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -7,15 +7,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import MIB, Row, Spread, demand, execute, in_turns, notebook, rows, timed, write_notebook
-from benchmarks.peers import BIN, EXECUTE, NBCLIENT, OURS, PROFILE, loop_of, nbclient, nbmake, ours, papermill, tools
+from benchmarks.measure import (
+    MIB,
+    Row,
+    Spread,
+    demand,
+    execute,
+    in_turns,
+    notebook,
+    rows,
+    timed,
+    write_notebook,
+)
+from benchmarks.peers import (
+    BIN,
+    EXECUTE,
+    NBCLIENT,
+    OURS,
+    PROFILE,
+    loop_of,
+    nbclient,
+    nbmake,
+    ours,
+    papermill,
+    tools,
+)
 
 WATCHED_LIMIT = 500 * MIB
 MANY = 40
 RAISED = ("--output", "500M")
 """The cap on output, high enough for all that a notebook here puts out."""
 
-LAST_WORD = "import os, time\nwith open('moment', 'w') as file:\n    file.write(str(time.monotonic_ns()))\n"
+LAST_WORD = (
+    "import os, time\nwith open('moment', 'w') as file:\n    file.write(str(time.monotonic_ns()))\n"
+)
 DEATHS = {
     "SIGKILL": LAST_WORD + "os.kill(os.getpid(), 9)",
     "segfault": "import ctypes\n" + LAST_WORD + "ctypes.string_at(0)",
@@ -85,18 +110,42 @@ def _whole(folder: Path, rounds: int, *, cells: int, what: str) -> list[Row]:
     def taker(name: str, command: list[str]) -> Callable[[], Sequence[float]]:
         return lambda: [demand(execute(command, folder), 0, name).seconds]
 
-    takers = {tool.name: taker(tool.name, tool.command(path, folder / "out.ipynb")) for tool in tools()}
-    return rows(what, "s", {name: [seconds for (seconds,) in taken] for name, taken in in_turns(rounds, takers).items()})
+    takers = {
+        tool.name: taker(tool.name, tool.command(path, folder / "out.ipynb")) for tool in tools()
+    }
+    return rows(
+        what,
+        "s",
+        {
+            name: [seconds for (seconds,) in taken]
+            for name, taken in in_turns(rounds, takers).items()
+        },
+    )
 
 
 def many(folder: Path, rounds: int) -> list[Row]:
     """40 small notebooks, two at a time where the tool can."""
     folder.mkdir()
-    paths = [write_notebook(folder / f"n{n:02}.ipynb", *(f"x{m} = {m * n}\nprint(x{m})" for m in range(5))) for n in range(MANY)]
+    paths = [
+        write_notebook(
+            folder / f"n{n:02}.ipynb", *(f"x{m} = {m * n}\nprint(x{m})" for m in range(5))
+        )
+        for n in range(MANY)
+    ]
     outs = folder.parent / "many-out"
     outs.mkdir()
     commands = {
-        OURS: [str(BIN / "safe-exec"), "batch", "-q", *PROFILE, "-j", "2", "--out", str(outs / "ours"), str(folder)],
+        OURS: [
+            str(BIN / "safe-exec"),
+            "batch",
+            "-q",
+            *PROFILE,
+            "-j",
+            "2",
+            "--out",
+            str(outs / "ours"),
+            str(folder),
+        ],
         "nbmake -n 2": nbmake("-n", "2", str(folder)),
         "papermill, a loop": loop_of([papermill(path, outs / path.name) for path in paths]),
     }
@@ -106,7 +155,11 @@ def many(folder: Path, rounds: int) -> list[Row]:
         return lambda: [timed(command, folder, name, tries=1 if name == OURS else 2)]
 
     taken = in_turns(rounds, {name: taker(name, command) for name, command in commands.items()})
-    return rows(f"{MANY} small notebooks", "s", {name: [seconds for (seconds,) in figures] for name, figures in taken.items()})
+    return rows(
+        f"{MANY} small notebooks",
+        "s",
+        {name: [seconds for (seconds,) in figures] for name, figures in taken.items()},
+    )
 
 
 def volume(folder: Path, rounds: int) -> list[Row]:
@@ -128,14 +181,23 @@ def volume(folder: Path, rounds: int) -> list[Row]:
             return take
 
         taken = in_turns(rounds, {tool: taker(tool, command) for tool, command in commands.items()})
-        result += rows(f"200 MB of output, {name}", "s", {tool: [f[0] for f in figures] for tool, figures in taken.items()})
         result += rows(
-            f"200 MB of output, {name}, memory", "MiB", {tool: [f[1] for f in figures] for tool, figures in taken.items()}
+            f"200 MB of output, {name}",
+            "s",
+            {tool: [f[0] for f in figures] for tool, figures in taken.items()},
         )
-        capped[name] = [execute(ours(path, out, "--no-bisect"), path.parent).peak / MIB for _ in range(rounds)]
+        result += rows(
+            f"200 MB of output, {name}, memory",
+            "MiB",
+            {tool: [f[1] for f in figures] for tool, figures in taken.items()},
+        )
+        capped[name] = [
+            execute(ours(path, out, "--no-bisect"), path.parent).peak / MIB for _ in range(rounds)
+        ]
     what = "200 MB of output cut at the cap of ci, memory"
     return result + [
-        Row(what=what, tool=f"{OURS}, {name}", unit="MiB", spread=Spread.of(peaks)) for name, peaks in capped.items()
+        Row(what=what, tool=f"{OURS}, {name}", unit="MiB", spread=Spread.of(peaks))
+        for name, peaks in capped.items()
     ]
 
 
@@ -146,17 +208,25 @@ def death(folder: Path, rounds: int) -> list[Row]:
         path = notebook(folder / name, "print('before')", source, "print('after')")
         out = path.with_name("out.ipynb")
         takers = {
-            OURS: _dying(path, ours(path, out, "--no-bisect"), verdict=path.with_name("notebook.verdict.json")),
+            OURS: _dying(
+                path,
+                ours(path, out, "--no-bisect"),
+                verdict=path.with_name("notebook.verdict.json"),
+            ),
             NBCLIENT: _dying(path, nbclient(path, out), verdict=None),
         }
         taken = in_turns(rounds, takers)
         result += rows(
-            f"from death ({name}) to the verdict", "ms", {tool: [f for (f,) in figures] for tool, figures in taken.items()}
+            f"from death ({name}) to the verdict",
+            "ms",
+            {tool: [f for (f,) in figures] for tool, figures in taken.items()},
         )
     return result
 
 
-def _dying(path: Path, command: list[str], *, verdict: Path | None) -> Callable[[], Sequence[float]]:
+def _dying(
+    path: Path, command: list[str], *, verdict: Path | None
+) -> Callable[[], Sequence[float]]:
     """Milliseconds from the moment that the notebook notes to the verdict, or to the command's end where there is none."""
     moment = path.with_name("moment")
 
@@ -179,15 +249,24 @@ def recording(folder: Path, rounds: int) -> list[Row]:
         path = notebook(folder / name.replace(" ", "-"), source)
         out = path.with_name("out.ipynb")
 
-        def taker(tool: str, command: list[str], path: Path = path) -> Callable[[], Sequence[float]]:
+        def taker(
+            tool: str, command: list[str], path: Path = path
+        ) -> Callable[[], Sequence[float]]:
             def take() -> Sequence[float]:
                 demand(execute(command, path.parent), 0, tool)
                 return [float(path.with_name("took").read_text())]
 
             return take
 
-        taken = in_turns(rounds, {OURS: taker(OURS, ours(path, out)), NBCLIENT: taker(NBCLIENT, nbclient(path, out))})
-        result += rows(f"in the cell: {name}", "s", {tool: [f for (f,) in figures] for tool, figures in taken.items()})
+        taken = in_turns(
+            rounds,
+            {OURS: taker(OURS, ours(path, out)), NBCLIENT: taker(NBCLIENT, nbclient(path, out))},
+        )
+        result += rows(
+            f"in the cell: {name}",
+            "s",
+            {tool: [f for (f,) in figures] for tool, figures in taken.items()},
+        )
     return result
 
 
@@ -206,7 +285,8 @@ def overshoot(folder: Path, rounds: int) -> list[Row]:
             seen.append(((document["usage"].get("memory_peak") or 0) - WATCHED_LIMIT) / MIB)
         what = f"watchdog, past the limit, {name}"
         result += [
-            Row(what=what, tool=tool, unit="MiB", spread=Spread.of(f)) for tool, f in (("ru_maxrss", largest), ("verdict", seen))
+            Row(what=what, tool=tool, unit="MiB", spread=Spread.of(f))
+            for tool, f in (("ru_maxrss", largest), ("verdict", seen))
         ]
     return result
 

@@ -24,7 +24,13 @@ from safe_exec.limits.values import format_limit
 from safe_exec.model.limits import LimitName
 
 EXECUTABLE = Path(sys.executable).parent / "safe-exec"
-CELLS = ("x = 1", "print(x)", "y = [n * n for n in range(1000)]", "sum(y)", "open('written', 'w').write('x')")
+CELLS = (
+    "x = 1",
+    "print(x)",
+    "y = [n * n for n in range(1000)]",
+    "sum(y)",
+    "open('written', 'w').write('x')",
+)
 PROFILES = ("ci", "untrusted")
 WALLS_ONLY = (LimitName.DISK, LimitName.SHM)
 MOST = 1.15
@@ -55,7 +61,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     folder = Path(tempfile.mkdtemp(prefix="bench-walls-"))
     try:
-        node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
+        node = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(source) for source in CELLS]
+        )
         (folder / "nb").mkdir()
         notebook = folder / "nb" / "nb.ipynb"
         nbformat.write(node, notebook)
@@ -65,7 +73,9 @@ def main() -> None:
             pairs = [(seconds(notebook, profile), seconds(notebook, alone)) for _ in range(rounds)]
             walled, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
             ratio = statistics.median(with_walls / without for with_walls, without in pairs)
-            print(f"{profile:10} {walled:.2f} s with walls, {bare:.2f} s with limits alone: {ratio:.2f} (at most {MOST})")
+            print(
+                f"{profile:10} {walled:.2f} s with walls, {bare:.2f} s with limits alone: {ratio:.2f} (at most {MOST})"
+            )
     finally:
         shutil.rmtree(folder)
 

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from safe_exec.model.limits import Limits
     from safe_exec.model.verdict import Cause, CauseKind, Status, Verdict
 
-__all__ = ["Cause", "CauseKind", "Limits", "SafeExecError", "Status", "Verdict", "__version__", "run", "run_async"]
+__all__ = [
+    "Cause",
+    "CauseKind",
+    "Limits",
+    "SafeExecError",
+    "Status",
+    "Verdict",
+    "__version__",
+    "run",
+    "run_async",
+]
 
 _HOMES = {
     "run": "api",

@@ -19,7 +19,11 @@ def main() -> None:
         gc.set_threshold(OBJECTS_UNTIL_COLLECTION)
     for name in UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails, as where it is not installed
-    if sys.argv[1:2] == ["run"] and sys.platform.startswith("linux") and not {"-h", "--help"} & set(sys.argv):
+    if (
+        sys.argv[1:2] == ["run"]
+        and sys.platform.startswith("linux")
+        and not {"-h", "--help"} & set(sys.argv)
+    ):
         from safe_exec.sandbox import keeper_process
 
         keeper_process.begin()
@@ -27,9 +31,13 @@ def main() -> None:
 
     code = cli.call(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a reader that is gone; a stream that was closed
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # a reader that is gone; a stream that was closed
             stream.flush()
-    os._exit(code)  # everything was closed by who opened it; taking Python apart takes longer than writing a verdict
+    os._exit(
+        code
+    )  # everything was closed by who opened it; taking Python apart takes longer than writing a verdict
 
 
 if __name__ == "__main__":

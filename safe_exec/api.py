@@ -124,7 +124,9 @@ def _refuse_a_running_loop() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    raise RuntimeError("safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead")
+    raise RuntimeError(
+        "safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead"
+    )
 
 
 def _bisect(word: str) -> Bisect:

@@ -113,7 +113,9 @@ def _system_text(problem: OSError | ValueError) -> str:
 def _nearest(path: Path) -> str:
     """A hint at the file that was meant."""
     try:
-        names = [entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix)]
+        names = [
+            entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix)
+        ]
     except OSError:
         return f" (nor a directory {one_line(path.parent)})" if not path.parent.is_dir() else ""
     close = get_close_matches(path.name, names, n=1)
@@ -134,20 +136,26 @@ def check_writable(path: Path | str) -> None:
         _check_parent(path)
         _check_target(path)
     except (OSError, ValueError) as problem:
-        raise OutputPathError(f"{one_line(path)}: cannot be written: {_system_text(problem)}") from None
+        raise OutputPathError(
+            f"{one_line(path)}: cannot be written: {_system_text(problem)}"
+        ) from None
 
 
 def _check_parent(path: Path) -> None:
     parent, name = path.parent, one_line(path)
     if not parent.exists():
-        raise OutputPathError(f"{name}: the directory {one_line(parent)} does not exist; create it first")
+        raise OutputPathError(
+            f"{name}: the directory {one_line(parent)} does not exist; create it first"
+        )
     if not parent.is_dir():
         raise OutputPathError(f"{name}: {one_line(parent)} is not a directory")
     try:
         _create_and_forget(parent)
     except OSError as problem:
         where, reason = one_line(parent), _system_text(problem)
-        raise OutputPathError(f"{name}: the directory {where} cannot be written: {reason}; choose another") from None
+        raise OutputPathError(
+            f"{name}: the directory {where} cannot be written: {reason}; choose another"
+        ) from None
 
 
 def _create_and_forget(directory: Path) -> None:
@@ -156,10 +164,16 @@ def _create_and_forget(directory: Path) -> None:
         # A file that never has a name: nobody sees it, and it is gone even if we are killed here.
         os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except OSError as problem:
-        if problem.errno not in _NO_TMPFILE:  # not every file system can: NFS, overlayfs before Linux 6.3
+        if (
+            problem.errno not in _NO_TMPFILE
+        ):  # not every file system can: NFS, overlayfs before Linux 6.3
             raise
         probe = directory / _temporary_name()
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.close(
+            os.open(
+                probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+        )
         probe.unlink()
 
 
@@ -176,8 +190,12 @@ def _check_target(path: Path) -> None:
         raise OutputPathError(f"{one_line(path)}: is {_kind(mode)}; name a file to write")
     parent = path.parent.stat()
     mine = os.geteuid() in (0, entry.st_uid, parent.st_uid)
-    if parent.st_mode & stat.S_ISVTX and not mine:  # sticky: only an owner may rename over it (rename(2), EPERM)
-        raise OutputPathError(f"{one_line(path)}: belongs to another user; choose another output path")
+    if (
+        parent.st_mode & stat.S_ISVTX and not mine
+    ):  # sticky: only an owner may rename over it (rename(2), EPERM)
+        raise OutputPathError(
+            f"{one_line(path)}: belongs to another user; choose another output path"
+        )
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:

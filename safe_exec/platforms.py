@@ -19,4 +19,6 @@ def refuse_elsewhere() -> None:
     """Raise PlatformError on anything but Linux."""
     if not sys.platform.startswith("linux"):
         name = NAMES.get(sys.platform, sys.platform)
-        raise PlatformError(f"notebooks are run on Linux only, and this is {name}: {WAYS.get(sys.platform, ELSEWHERE)}")
+        raise PlatformError(
+            f"notebooks are run on Linux only, and this is {name}: {WAYS.get(sys.platform, ELSEWHERE)}"
+        )

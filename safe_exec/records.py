@@ -40,7 +40,10 @@ else:
 
     def asdict(record: Any) -> Any:
         """A record as a dict, and the records in it too."""
-        return {attribute.name: _plain(getattr(record, attribute.name)) for attribute in record.__record_fields__}
+        return {
+            attribute.name: _plain(getattr(record, attribute.name))
+            for attribute in record.__record_fields__
+        }
 
 
 __all__ = ["asdict", "dataclass", "field", "fields", "replace"]
@@ -95,7 +98,11 @@ class _Lazy:
 
 def _record(made: Any, *, frozen: bool, kw_only: bool, slots: bool) -> Any:
     cls: Any = made
-    known = {a.name: a for base in reversed(cls.__mro__[1:]) for a in base.__dict__.get("__record_fields__", ())}
+    known = {
+        a.name: a
+        for base in reversed(cls.__mro__[1:])
+        for a in base.__dict__.get("__record_fields__", ())
+    }
     own = _own_attributes(cls)
     attributes = tuple({**known, **own}.values())
     if slots:
@@ -113,7 +120,11 @@ def _record(made: Any, *, frozen: bool, kw_only: bool, slots: bool) -> Any:
     }
     for name, value in body.items():
         setattr(cls, name, value)
-    for name, value in {"__repr__": _repr, "__eq__": _eq, "__hash__": _hash if frozen else None}.items():
+    for name, value in {
+        "__repr__": _repr,
+        "__eq__": _eq,
+        "__hash__": _hash if frozen else None,
+    }.items():
         if cls.__dict__.get(name) is None:
             setattr(cls, name, value)
     return cls
@@ -134,8 +145,16 @@ def _own_attributes(cls: Any) -> dict[str, _Attribute]:
 
 def _with_slots(cls: Any, own: dict[str, _Attribute], fresh: list[str]) -> Any:
     """The class once more, with slots: they are made with a class or not at all."""
-    body = {name: value for name, value in cls.__dict__.items() if name not in own and name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, cls.__bases__, {**body, "__slots__": tuple(fresh), "__qualname__": cls.__qualname__})
+    body = {
+        name: value
+        for name, value in cls.__dict__.items()
+        if name not in own and name not in ("__dict__", "__weakref__")
+    }
+    return type(cls)(
+        cls.__name__,
+        cls.__bases__,
+        {**body, "__slots__": tuple(fresh), "__qualname__": cls.__qualname__},
+    )
 
 
 def _put_default(cls: Any, name: str, default: Any) -> None:
@@ -178,7 +197,9 @@ def _init(cls: Any, attributes: tuple[_Attribute, ...], *, kw_only: bool) -> Any
 def _name(cls: Any, values: tuple[Any, ...], names: list[str], given: dict[str, Any]) -> None:
     """Put values that came without their names to those that came with them."""
     if len(values) > len(names):
-        raise TypeError(f"{cls.__qualname__}() takes {len(names)} values without a name, {len(values)} were given")
+        raise TypeError(
+            f"{cls.__qualname__}() takes {len(names)} values without a name, {len(values)} were given"
+        )
     for name, value in zip(names, values, strict=False):
         if name in given:
             raise TypeError(f"{cls.__qualname__}() got more than one value for {name!r}")
@@ -196,7 +217,9 @@ def _values(record: Any) -> tuple[Any, ...]:
 
 
 def _repr(self: Any) -> str:
-    shown = ", ".join(f"{a.name}={getattr(self, a.name)!r}" for a in self.__record_fields__ if a.shown)
+    shown = ", ".join(
+        f"{a.name}={getattr(self, a.name)!r}" for a in self.__record_fields__ if a.shown
+    )
     return f"{type(self).__qualname__}({shown})"
 
 
@@ -211,7 +234,9 @@ def _hash(self: Any) -> int:
 def _refuse(self: Any, name: str, *_: object) -> None:
     from dataclasses import FrozenInstanceError
 
-    raise FrozenInstanceError(f"{type(self).__qualname__}.{name} cannot be changed: replace() makes another record")
+    raise FrozenInstanceError(
+        f"{type(self).__qualname__}.{name} cannot be changed: replace() makes another record"
+    )
 
 
 def _state(self: Any) -> list[Any]:
@@ -223,7 +248,12 @@ def _restore(self: Any, state: list[Any]) -> None:
         object.__setattr__(self, attribute.name, value)
 
 
-_FROZEN = {"__setattr__": _refuse, "__delattr__": _refuse, "__getstate__": _state, "__setstate__": _restore}
+_FROZEN = {
+    "__setattr__": _refuse,
+    "__delattr__": _refuse,
+    "__getstate__": _state,
+    "__setstate__": _restore,
+}
 
 
 def _dataclass_fields(cls: Any) -> dict[str, Any]:
@@ -253,6 +283,12 @@ def _signature(cls: Any, *, kw_only: bool) -> Any:
     empty = inspect.Parameter.empty
     parameters = []
     for a in cls.__record_fields__:
-        default = empty if a.default is _Missing else a.default.make if isinstance(a.default, _Factory) else a.default
+        default = (
+            empty
+            if a.default is _Missing
+            else a.default.make
+            if isinstance(a.default, _Factory)
+            else a.default
+        )
         parameters.append(inspect.Parameter(a.name, kind, default=default, annotation=a.annotation))
     return inspect.Signature(parameters)

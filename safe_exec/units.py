@@ -16,12 +16,16 @@ from decimal import Decimal
 UNLIMITED = frozenset({"none", "null", "unlimited"})
 """The words, beside a real null, that lift a limit."""
 
-_LONGEST = 40  # characters; no honest figure is longer, and it keeps every regular expression below cheap
+_LONGEST = (
+    40  # characters; no honest figure is longer, and it keeps every regular expression below cheap
+)
 _MOST_BYTES = 2**63 - 1  # what the kernel's interfaces hold (off_t, rlim_t, the cgroup files)
 _MOST_SECONDS = 1e9  # some 30 years; event loops and timers overflow not far above
 _MOST_COUNT = 2**31 - 1  # pid_t and RLIMIT_NOFILE end there or sooner
 _MOST_CPUS = 65536.0
-_LEAST_CPUS = 0.01  # a quota below 1 ms in a period of 100 ms is refused by the kernel (sched-bwc.rst)
+_LEAST_CPUS = (
+    0.01  # a quota below 1 ms in a period of 100 ms is refused by the kernel (sched-bwc.rst)
+)
 
 _SIZE = "a size: bytes, or a number with K, M, G or T, such as 512M or 1.5GiB"
 _DURATION = "a duration: seconds, or a number with ms, s, m, h or d, such as 90s or 1h30m"
@@ -73,12 +77,18 @@ def parse_size(value: object) -> int | None:
 
 def parse_percent(value: object) -> float | None:
     """The share (0 to 1) that ``"75%"`` names, or ``None`` where ``value`` is no percentage. Raises UnitError."""
-    match = _PERCENT_RE.fullmatch(value.strip()) if isinstance(value, str) and len(value) <= _LONGEST else None
+    match = (
+        _PERCENT_RE.fullmatch(value.strip())
+        if isinstance(value, str) and len(value) <= _LONGEST
+        else None
+    )
     if match is None:
         return None
     percent = Decimal(match[1])
     if not 0 < percent <= 100:
-        raise UnitError(f"{shown(value)} is not a share of the machine's memory; expected more than 0% and up to 100%")
+        raise UnitError(
+            f"{shown(value)} is not a share of the machine's memory; expected more than 0% and up to 100%"
+        )
     return float(percent / 100)
 
 
@@ -90,7 +100,9 @@ def parse_duration(value: object) -> float | None:
     text = _text(value, _DURATION)
     if text is None:
         return None
-    return float(_within(value, _seconds(value, text), least=Decimal("1e-6"), most=Decimal(_MOST_SECONDS)))
+    return float(
+        _within(value, _seconds(value, text), least=Decimal("1e-6"), most=Decimal(_MOST_SECONDS))
+    )
 
 
 def parse_grace(value: object) -> float:
@@ -98,7 +110,9 @@ def parse_grace(value: object) -> float:
     text = _text(value, _DURATION)
     if text is None:
         raise UnitError(f"{shown(value)} is not allowed here; expected {_DURATION}")
-    return float(_within(value, _seconds(value, text), least=Decimal(0), most=Decimal(_MOST_SECONDS)))
+    return float(
+        _within(value, _seconds(value, text), least=Decimal(0), most=Decimal(_MOST_SECONDS))
+    )
 
 
 def parse_count(value: object) -> int | None:
@@ -128,7 +142,9 @@ def format_size(size: float) -> str:
         return f"{sign}{amount:.0f} B"
     units = iter(("KiB", "MiB", "GiB", "TiB"))
     unit = "B"
-    while amount >= 1023.5 and (larger := next(units, None)):  # 1023.9 MiB would be printed as 1024 MiB
+    while amount >= 1023.5 and (
+        larger := next(units, None)
+    ):  # 1023.9 MiB would be printed as 1024 MiB
         amount, unit = amount / 1024, larger
     return f"{sign}{amount:.1f} {unit}" if amount < 99.95 else f"{sign}{amount:.0f} {unit}"
 
@@ -162,8 +178,12 @@ def _text(value: object, expected: str) -> str | None:
         raise _wrong(value, expected)
     if isinstance(value, float) and not math.isfinite(value):
         raise _wrong(value, expected)
-    if isinstance(value, int) and abs(value) >= 10**_LONGEST:  # str() of a giant integer is slow, then refused
-        raise UnitError(f"a number of {value.bit_length()} bits is out of range; expected {expected}")
+    if (
+        isinstance(value, int) and abs(value) >= 10**_LONGEST
+    ):  # str() of a giant integer is slow, then refused
+        raise UnitError(
+            f"a number of {value.bit_length()} bits is out of range; expected {expected}"
+        )
     text = str(value).strip()
     if len(text) > _LONGEST:
         raise _wrong(value, expected)
@@ -184,14 +204,25 @@ def _seconds(value: object, text: str) -> Decimal:
     match = _DURATION_RE.fullmatch(text)
     if match is None or not text:
         raise _wrong(value, _DURATION)
-    return sum((Decimal(part) * unit for part, unit in zip(match.groups(), _DURATION_UNITS, strict=True) if part), Decimal(0))
+    return sum(
+        (
+            Decimal(part) * unit
+            for part, unit in zip(match.groups(), _DURATION_UNITS, strict=True)
+            if part
+        ),
+        Decimal(0),
+    )
 
 
 def _within(value: object, number: Decimal, *, least: Decimal, most: Decimal) -> Decimal:
     if number > most:
-        raise UnitError(f"{shown(value)} is too large; expected at most {most:.0f}; none means unlimited")
+        raise UnitError(
+            f"{shown(value)} is too large; expected at most {most:.0f}; none means unlimited"
+        )
     if number < least:
-        raise UnitError(f"{shown(value)} is too small; expected at least {_plain(least)}; none means unlimited")
+        raise UnitError(
+            f"{shown(value)} is too small; expected at least {_plain(least)}; none means unlimited"
+        )
     return number
 
 

@@ -46,7 +46,9 @@ def _machine() -> Machine:
 def _tried(argv: Sequence[str]) -> str:
     """Why a command does not end well; empty where it does."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
@@ -67,13 +69,17 @@ def _user_namespaces() -> str:
 
 
 def _mount() -> str:
-    return _root() or _tried(["unshare", "--mount", "sh", "-c", "mount -t tmpfs safe-exec-test /mnt"])
+    return _root() or _tried(
+        ["unshare", "--mount", "sh", "-c", "mount -t tmpfs safe-exec-test /mnt"]
+    )
 
 
 def _cgroup_v1_root() -> str:
     machine = _machine()
     missing = [name for name in ("memory", "pids", "cpu") if name not in machine.v1]
-    return _root() or (f"no group of {', '.join(missing)} can be made: {machine.v1_why_not}" if missing else "")
+    return _root() or (
+        f"no group of {', '.join(missing)} can be made: {machine.v1_why_not}" if missing else ""
+    )
 
 
 def _cgroup2_root() -> str:
@@ -84,7 +90,11 @@ def _cgroup2_root() -> str:
     except OSError as error:
         return f"the unified hierarchy is not mounted there: {error}"
     missing = [name for name in ("memory", "pids", "cpu") if name not in has]
-    unwritable = "" if os.access(top / "cgroup.subtree_control", os.W_OK) else f"{top} is not ours to write to"
+    unwritable = (
+        ""
+        if os.access(top / "cgroup.subtree_control", os.W_OK)
+        else f"{top} is not ours to write to"
+    )
     return _root() or (f"{top} has no controllers {', '.join(missing)}" if missing else unwritable)
 
 
@@ -98,7 +108,9 @@ def _systemd_root() -> str:
 
 def _systemd_user() -> str:
     """A user whose systemd runs without a login, and sessions (``su`` makes one where PAM asks logind)."""
-    return _root() or _tried(["su", "--login", "-c", "systemd-run --user --scope --quiet true", LINGERING])
+    return _root() or _tried(
+        ["su", "--login", "-c", "systemd-run --user --scope --quiet true", LINGERING]
+    )
 
 
 def _bubblewrap() -> str:
@@ -107,11 +119,24 @@ def _bubblewrap() -> str:
 
 def _runexec() -> str:
     """BenchExec's runexec can make and read control groups here. It writes the program's output to a file."""
-    return _tried([str(EXECUTABLE.with_name("runexec")), "--no-container", "--output", os.devnull, "--", "true"])
+    return _tried(
+        [
+            str(EXECUTABLE.with_name("runexec")),
+            "--no-container",
+            "--output",
+            os.devnull,
+            "--",
+            "true",
+        ]
+    )
 
 
 def _landlock() -> str:
-    return "" if landlock.abi() >= LANDLOCK else f"the version here is {landlock.abi()}, tests need {LANDLOCK}"
+    return (
+        ""
+        if landlock.abi() >= LANDLOCK
+        else f"the version here is {landlock.abi()}, tests need {LANDLOCK}"
+    )
 
 
 def _kernel(name: str, program: str = "true") -> Callable[[], str]:
@@ -134,7 +159,11 @@ PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
 def interpreter(version: str) -> Path | None:
     """An interpreter of a version of Python: the tests' own, the system's, or one of pyenv's."""
     name = f"python{version}"
-    own = [Path(sys.executable)] if sys.version_info[:2] == tuple(map(int, version.split("."))) else []
+    own = (
+        [Path(sys.executable)]
+        if sys.version_info[:2] == tuple(map(int, version.split(".")))
+        else []
+    )
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     installed = sorted(pyenv.glob(f"{version}.*/bin/{name}"), reverse=True)
     for path in (*own, Path("/usr/bin") / name, Path("/usr/local/bin") / name, *installed):
@@ -206,7 +235,9 @@ class AbsentBed(pytest.Item):
 
     def runtest(self) -> None:
         """Fail."""
-        pytest.fail(f"{PINNED} pins this bed, and it is not to be had here: {self.why_not}", pytrace=False)
+        pytest.fail(
+            f"{PINNED} pins this bed, and it is not to be had here: {self.why_not}", pytrace=False
+        )
 
     def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
         """Where this is written down."""
@@ -216,7 +247,9 @@ class AbsentBed(pytest.Item):
 class Beds:
     """The plugin: finds out what is absent, leaves out the tests that need it, and says so."""
 
-    def __init__(self, *, known: Collection[str], absent: Mapping[str, str], pinned: Sequence[str]) -> None:
+    def __init__(
+        self, *, known: Collection[str], absent: Mapping[str, str], pinned: Sequence[str]
+    ) -> None:
         self.known = known
         self.absent = absent
         self.pinned = pinned
@@ -226,10 +259,14 @@ class Beds:
     def _check(self, names: Sequence[str], where: str) -> None:
         wrong = sorted(set(names) - set(self.known))
         if wrong:
-            raise pytest.UsageError(f"{where}: {', '.join(wrong)} is no bed; there are {', '.join(self.known)}")
+            raise pytest.UsageError(
+                f"{where}: {', '.join(wrong)} is no bed; there are {', '.join(self.known)}"
+            )
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         """Last, so that what other options leave out is not counted, and what must fail is not left out."""
         wanted = config.getoption("--bed")
         self._check(wanted, "--bed")
@@ -259,14 +296,18 @@ class Beds:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """All workers have left out the same."""
-        self.left_out = Counter(getattr(node, "workeroutput", {}).get(REPORTED, {})) or self.left_out
+        self.left_out = (
+            Counter(getattr(node, "workeroutput", {}).get(REPORTED, {})) or self.left_out
+        )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List the absent beds that tests wanted."""
         if self.left_out:
             terminalreporter.section("beds absent here")
             for name, count in sorted(self.left_out.items()):
-                terminalreporter.write_line(f"{name} ({count} test{'' if count == 1 else 's'}): {self.absent[name]}")
+                terminalreporter.write_line(
+                    f"{name} ({count} test{'' if count == 1 else 's'}): {self.absent[name]}"
+                )
 
 
 def register(config: pytest.Config, beds: Mapping[str, Callable[[], str]] = BEDS) -> None:
@@ -278,7 +319,9 @@ def register(config: pytest.Config, beds: Mapping[str, Callable[[], str]] = BEDS
         absent = {name: why_not for name, why_not in answers.items() if why_not}
         os.environ[FOUND] = json.dumps(absent)
     pinned = [name.strip() for name in os.environ.get(PINNED, "").split(",") if name.strip()]
-    config.pluginmanager.register(Beds(known=beds.keys(), absent=absent, pinned=pinned), "safe-exec-beds")
+    config.pluginmanager.register(
+        Beds(known=beds.keys(), absent=absent, pinned=pinned), "safe-exec-beds"
+    )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,25 @@ settings.load_profile("safe-exec")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--culprit-table", type=Path, metavar="FILE", help="write the table of culprits into this document")
-    parser.addoption("--versions-table", type=Path, metavar="FILE", help="write versions that passed into this document")
-    parser.addoption("--bed", action="append", default=[], metavar="NAME", help="only tests that need this bed (tests/beds.py)")
+    parser.addoption(
+        "--culprit-table",
+        type=Path,
+        metavar="FILE",
+        help="write the table of culprits into this document",
+    )
+    parser.addoption(
+        "--versions-table",
+        type=Path,
+        metavar="FILE",
+        help="write versions that passed into this document",
+    )
+    parser.addoption(
+        "--bed",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only tests that need this bed (tests/beds.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_start_up_files_of_bash(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """A shell reads what stands in the user's home: what is tested shall not depend on it, nor on who else uses it."""
     if any("bash" in mark.args for mark in request.node.iter_markers("bed")):
@@ -67,14 +85,24 @@ def pytest_report_header() -> str:
     return f"cases for the culprit search drawn by {SEED}={os.environ[SEED]}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     path = config.getoption("--versions-table")
     if path is not None:
         passed = terminalreporter.stats.get("passed", [])
-        lines = [dict(report.user_properties).get(versions.PROPERTY) for report in passed if report.when == "call"]
+        lines = [
+            dict(report.user_properties).get(versions.PROPERTY)
+            for report in passed
+            if report.when == "call"
+        ]
         versions.write(path, [line for line in lines if line])
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    found = [dict(report.user_properties).get(PROPERTY) for report in reports if report.when == "call"]
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])
+    ]
+    found = [
+        dict(report.user_properties).get(PROPERTY) for report in reports if report.when == "call"
+    ]
     rows = [Row(**row | {"culprits": tuple(row["culprits"])}) for row in found if row is not None]
     if rows:
         if config.get_verbosity() < 0:  # there was no header

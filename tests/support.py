@@ -51,7 +51,9 @@ def safe_exec(
     argv = [*prefix, str(EXECUTABLE), *map(str, arguments)]
     # ipykernel does not watch descriptors 1 and 2 where it believes to be under test itself.
     full = {k: v for k, v in {**os.environ, **(env or {})}.items() if k != "PYTEST_CURRENT_TEST"}
-    return subprocess.run(argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def run_notebook(
@@ -73,7 +75,9 @@ def run_notebook(
         kept = kept_folders(Path(given["XDG_CACHE_HOME"]))
     stem = path.with_suffix("")
     verdict_path, notebook_path = Path(f"{stem}.verdict.json"), Path(f"{stem}.out.ipynb")
-    assert verdict_path.exists(), f"no verdict; exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert verdict_path.exists(), (
+        f"no verdict; exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     verdict = json.loads(verdict_path.read_text())
     Draft202012Validator(load_schema()).validate(verdict)
     node = nbformat.read(notebook_path, as_version=4)
@@ -125,14 +129,21 @@ def left_behind(run_id: str) -> list[str]:
 def orphaned_groups() -> list[Path]:
     """Control groups of any run whose keeper is gone: trials of a search have names that nobody else knows."""
     groups = [
-        Path(top) / name for top, names, _ in os.walk(CGROUP_ROOT) for name in names if re.match("safe-exec-[0-9a-f]{12}", name)
+        Path(top) / name
+        for top, names, _ in os.walk(CGROUP_ROOT)
+        for name in names
+        if re.match("safe-exec-[0-9a-f]{12}", name)
     ]
     names = []
     for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
             names.append(path.read_text().strip())
     kept = {name.removeprefix("se-") for name in names}
-    return [path for path in groups if path.name.removeprefix("safe-exec-") not in kept and path.exists()]
+    return [
+        path
+        for path in groups
+        if path.name.removeprefix("safe-exec-") not in kept and path.exists()
+    ]
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
@@ -143,10 +154,14 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
         time.sleep(0.005)
 
 
-def make_notebook(path: Path, *sources: str, kernel: str = "python3", language: str = "python", **metadata: Any) -> Path:
+def make_notebook(
+    path: Path, *sources: str, kernel: str = "python3", language: str = "python", **metadata: Any
+) -> Path:
     """Write a notebook of code cells."""
     node = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)],
+        cells=[
+            nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)
+        ],
         metadata={
             "kernelspec": {"name": kernel, "display_name": kernel, "language": language},
             "language_info": {"name": language},
@@ -181,7 +196,12 @@ def ordinary_user() -> list[str]:
     base = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     # setpriv itself still holds root's rights when it executes what follows: env gives them up first.
     none = [*base, "--inh-caps=-all", "--bounding-set=-all", "env"]
-    if subprocess.run([*none, str(EXECUTABLE), "--version"], capture_output=True, check=False).returncode == 0:
+    if (
+        subprocess.run(
+            [*none, str(EXECUTABLE), "--version"], capture_output=True, check=False
+        ).returncode
+        == 0
+    ):
         return none
     only = "-all,+dac_read_search"
     return [*base, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "env"]
@@ -193,7 +213,13 @@ def ordinary_user_with_namespaces() -> list[str]:
     A directory that only root may enter is replaced, in a mount namespace, by one that everybody may, with our interpreter in it.
     """
     prefix = ordinary_user()
-    closed = sorted({path for need in (sys.base_prefix, sys.prefix, ROOT) for path in _closed(Path(need).resolve())})
+    closed = sorted(
+        {
+            path
+            for need in (sys.base_prefix, sys.prefix, ROOT)
+            for path in _closed(Path(need).resolve())
+        }
+    )
     if not closed:
         return prefix
     script = ["set -e", "hold=$(mktemp -d)", 'mount -t tmpfs safe-exec-test "$hold"']
@@ -204,13 +230,30 @@ def ordinary_user_with_namespaces() -> list[str]:
     ]
     for number, path in enumerate(needed):
         script += [f'mkdir "$hold/{number}"', f"mount --bind '{path}' \"$hold/{number}\""]
-    script += [f"mount -t tmpfs -o mode=755 safe-exec-test '{path}'" for path in closed if not set(closed) & set(path.parents)]
+    script += [
+        f"mount -t tmpfs -o mode=755 safe-exec-test '{path}'"
+        for path in closed
+        if not set(closed) & set(path.parents)
+    ]
     for number, path in enumerate(needed):
         script += [f"mkdir -p '{path}'", f"mount --bind \"$hold/{number}\" '{path}'"]
     script += ['umount -R -l "$hold"', 'rmdir "$hold"', 'exec "$@"']
-    base = [part for part in prefix if "caps" not in part and "bounding" not in part and part != "env"]
+    base = [
+        part for part in prefix if "caps" not in part and "bounding" not in part and part != "env"
+    ]
     none = ["--inh-caps=-all", "--bounding-set=-all", "env"]
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(script), "sh", *base, *none]
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        "\n".join(script),
+        "sh",
+        *base,
+        *none,
+    ]
 
 
 def _closed(path: Path) -> list[Path]:
@@ -223,7 +266,22 @@ def without_namespaces() -> list[str]:
 
     Counts of namespaces are limited in each user namespace for itself (namespaces(7)): in one of our own, to none.
     """
-    limits = "echo 0 > /proc/sys/user/max_mnt_namespaces && echo 0 > /proc/sys/user/max_user_namespaces"
-    prefix = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", f'{limits} && exec "$@"', "sh"]
+    limits = (
+        "echo 0 > /proc/sys/user/max_mnt_namespaces && echo 0 > /proc/sys/user/max_user_namespaces"
+    )
+    prefix = [
+        "unshare",
+        "--user",
+        "--map-current-user",
+        "--keep-caps",
+        "sh",
+        "-c",
+        f'{limits} && exec "$@"',
+        "sh",
+    ]
     # Where not even this one can be made, there are none in the first place.
-    return prefix if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0 else []
+    return (
+        prefix
+        if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0
+        else []
+    )

@@ -39,7 +39,11 @@ def program(words: str) -> list[tuple[int, int, int, int]]:
             for call in ("unshare", "setns", "mount"):
                 rows += refused(CALLS[call][COLUMN], code)
             rows += refused(CALLS["clone3"][COLUMN], "ENOSYS")
-            rows += [(EQUAL, 0, 4, CLONE[COLUMN]), (LOAD, 0, 0, FIRST_ARGUMENT_AT), (ANY, 0, 1, NAMESPACES)]
+            rows += [
+                (EQUAL, 0, 4, CLONE[COLUMN]),
+                (LOAD, 0, 0, FIRST_ARGUMENT_AT),
+                (ANY, 0, 1, NAMESPACES),
+            ]
             rows += [(RETURN, 0, 0, REFUSE | getattr(errno, code)), (RETURN, 0, 0, ALLOW)]
         else:
             rows += refused(CALLS[name][COLUMN], code)

@@ -69,7 +69,11 @@ class Inside:
             row = self.row(frame.f_code, frame.f_lineno)
             rows.append(row)
             # IPython 7.31 to 8.4 call a cell's own code "<cell line: 3>".
-            if row[3] and row[0].startswith(("<module>", "<cell line")) and not self.nested(frame.f_back):
+            if (
+                row[3]
+                and row[0].startswith(("<module>", "<cell line"))
+                and not self.nested(frame.f_back)
+            ):
                 break
             frame = frame.f_back
         return rows

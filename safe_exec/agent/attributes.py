@@ -21,8 +21,12 @@ ENVIRON = ("__getitem__", "__delitem__")
 def tell_attributes(inside, error):
     """Tell the attributes of an error that the cell raised or showed; once, since files are opened to show it."""
     if issubclass(type(error), BaseException) and id(error) != inside.told_error:
-        inside.told_error = id(error)  # not the error itself: that would lengthen the lives of all in its frames
-        inside.fact(raised=attributes_of(inside, error), cell=inside.page.cell, **surroundings(inside))
+        inside.told_error = id(
+            error
+        )  # not the error itself: that would lengthen the lives of all in its frames
+        inside.fact(
+            raised=attributes_of(inside, error), cell=inside.page.cell, **surroundings(inside)
+        )
 
 
 def attributes_of(inside, error):
@@ -37,7 +41,9 @@ def attributes_of(inside, error):
         waiting.append((BaseException.__cause__.__get__(current), remote))
         waiting.append((BaseException.__context__.__get__(current), True))
         if GROUP is not None and issubclass(type(current), GROUP):
-            waiting.extend((part, remote) for part in GROUP.exceptions.__get__(current)[:MOST_PARTS])
+            waiting.extend(
+                (part, remote) for part in GROUP.exceptions.__get__(current)[:MOST_PARTS]
+            )
     return rows
 
 
@@ -47,7 +53,10 @@ def _row(inside, error, remote):
     row = {"type": kind.__name__, "remote": remote}
     if issubclass(kind, OSError):
         row["errno"] = _number(OSError.errno.__get__(error))
-        names = [path_text(name) for name in (OSError.filename.__get__(error), OSError.filename2.__get__(error))]
+        names = [
+            path_text(name)
+            for name in (OSError.filename.__get__(error), OSError.filename2.__get__(error))
+        ]
         row["files"] = [name for name in names if name]
         row["writes"] = is_written(inside, row["files"][0]) if row["files"] else None
     elif issubclass(kind, ImportError):
@@ -63,7 +72,11 @@ def _is_of_environ(error):
     entry, code = BaseException.__traceback__.__get__(error), None
     while entry is not None:
         code, entry = entry.tb_frame.f_code, entry.tb_next
-    return code is not None and code.co_filename == os._Environ.__getitem__.__code__.co_filename and code.co_name in ENVIRON
+    return (
+        code is not None
+        and code.co_filename == os._Environ.__getitem__.__code__.co_filename
+        and code.co_name in ENVIRON
+    )
 
 
 def _number(value):
@@ -112,7 +125,11 @@ def surroundings(inside):
         folder = None
     return {
         "cwd": folder,
-        "sys_path": [part[:MOST_PATH] for part in [*sys.path[:MOST_PATHS], *_user_site()] if type(part) is str],
+        "sys_path": [
+            part[:MOST_PATH]
+            for part in [*sys.path[:MOST_PATHS], *_user_site()]
+            if type(part) is str
+        ],
         "search": os.environ.get("PATH", "")[: 4 * MOST_TEXT],
         "database": inside.database,
         "dialled": inside.dialled,

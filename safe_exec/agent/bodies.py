@@ -58,7 +58,9 @@ class Bodies:
             text = self.unparsed.pop()
             for place in places(parsed(text)):
                 self.statements[place] = self.texts[text]
-        return next((self.statements[place] for place in places(tree) if place in self.statements), None)
+        return next(
+            (self.statements[place] for place in places(tree) if place in self.statements), None
+        )
 
     def map_of(self, text):
         """The line map of a text of the running cell, else ``None``."""
@@ -90,9 +92,13 @@ class Bodies:
             one = waiting.pop()
             inside.codes[id(one)] = source
             rows.append((one.co_name, one.co_firstlineno, last_line(one)))
-            waiting += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+            waiting += [
+                constant for constant in one.co_consts if isinstance(constant, types.CodeType)
+            ]
         codes = rows if len(rows) <= MOST_CODES else None
-        inside.fact(file=code.co_filename, cell=inside.page.cell, lines=line_map[:MOST_CODES], codes=codes)
+        inside.fact(
+            file=code.co_filename, cell=inside.page.cell, lines=line_map[:MOST_CODES], codes=codes
+        )
 
 
 class Source:

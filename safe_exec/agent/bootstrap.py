@@ -17,7 +17,9 @@ def load():
     import os
 
     folder = os.path.dirname(os.path.abspath(__file__))
-    spec = importlib.util.spec_from_file_location(NAME, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
+    spec = importlib.util.spec_from_file_location(
+        NAME, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
     sys.modules[NAME] = importlib.util.module_from_spec(spec)
     try:
         return importlib.import_module(NAME + ".install"), importlib.import_module(NAME + ".agent")

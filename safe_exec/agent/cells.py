@@ -42,7 +42,9 @@ def fit_shell(inside):
         elif not inside.in_cell:
             inside.at(first_line(code_obj))
         coroutine = run_code(shell, code_obj, result, async_=async_)
-        inside.running.append(when_done(coroutine, lambda reference: ran(inside, reference, result)))
+        inside.running.append(
+            when_done(coroutine, lambda reference: ran(inside, reference, result))
+        )
         return coroutine
 
     do_execute = IPythonKernel.do_execute
@@ -132,7 +134,9 @@ def tell_failure(inside, error):
         rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
         entry = entry.tb_next
     rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
-    line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
+    line = syntax_line(inside, error) or next(
+        (row[1] for row in rows if row[3] == inside.page.cell), 0
+    )
     if line:
         inside.fact(error=rows[:30], line=line, cell=inside.page.cell)
     tell_attributes(inside, error)

@@ -41,7 +41,9 @@ def fit_errors(inside):
 def tell_shown(inside, error):
     """Tell the stack of an error that is about to be shown, down to the cell that it is shown in."""
     rows = rows_of(inside, error)
-    line = syntax_line(inside, error) or next((row[1] for row in rows if row[3] == inside.page.cell), 0)
+    line = syntax_line(inside, error) or next(
+        (row[1] for row in rows if row[3] == inside.page.cell), 0
+    )
     if line:
         inside.fact(shown=rows[:MOST_ROWS], line=line, cell=inside.page.cell)
     tell_attributes(inside, error)

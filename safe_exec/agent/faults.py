@@ -35,7 +35,10 @@ def watch_handler(inside):
 
     A notebook may turn it off, and libraries install handlers of their own (JVM, R).
     """
-    sigaction, current = ctypes.PyDLL(None).sigaction, (ctypes.c_void_p * 32)()  # the handler comes first; sigaction(2)
+    sigaction, current = (
+        ctypes.PyDLL(None).sigaction,
+        (ctypes.c_void_p * 32)(),
+    )  # the handler comes first; sigaction(2)
     sigaction(int(signal.SIGSEGV), None, current)
     armed, seen = current[0], True
 
@@ -52,7 +55,15 @@ def watch_handler(inside):
 def watch(inside):
     """Note exact places just before calls from which there may be no return, and talk to other hosts."""
     real_exit, real_closerange, real_raise = os._exit, os.closerange, signal.raise_signal
-    noted = {"os.kill", "os.killpg", "signal.pthread_kill", "os.system", "subprocess.Popen", "os.fork", "os.forkpty"}
+    noted = {
+        "os.kill",
+        "os.killpg",
+        "signal.pthread_kill",
+        "os.system",
+        "subprocess.Popen",
+        "os.fork",
+        "os.forkpty",
+    }
     noted |= {"os.posix_spawn", "os.spawn", "os.exec"}
     files = {"open", "os.mkdir", "sqlite3.connect", "socket.getaddrinfo"}
 
@@ -75,10 +86,18 @@ def watch(inside):
         inside.actions.note_raise(signalnum, sys._getframe(1))
         real_raise(signalnum)
 
-    pairs = ((os, real_exit, _exit), (os, real_closerange, closerange), (signal, real_raise, raise_signal))
+    pairs = (
+        (os, real_exit, _exit),
+        (os, real_closerange, closerange),
+        (signal, real_raise, raise_signal),
+    )
     for module, real, ours in pairs:
         # To be found by pickle under its old name, it has to stand where the name says.
-        ours.__doc__, ours.__module__, ours.__qualname__ = real.__doc__, real.__module__, real.__qualname__
+        ours.__doc__, ours.__module__, ours.__qualname__ = (
+            real.__doc__,
+            real.__module__,
+            real.__qualname__,
+        )
         setattr(module, real.__name__, ours)
         setattr(sys.modules[real.__module__], real.__name__, ours)
 
@@ -86,18 +105,32 @@ def watch(inside):
 
     def hook(event, args):
         if event in ("exec", "compile"):
-            if bodies.active and inside.in_cell and not inside.child and _thread.get_ident() == inside.main:
+            if (
+                bodies.active
+                and inside.in_cell
+                and not inside.child
+                and _thread.get_ident() == inside.main
+            ):
                 note = bodies.note_exec if event == "exec" else bodies.note_compile
                 bodies.active = False  # what is compiled to look closer is not the notebook's
-                with contextlib.suppress(Exception):  # where memory or the stack run out, the notebook meets its own error
+                with contextlib.suppress(
+                    Exception
+                ):  # where memory or the stack run out, the notebook meets its own error
                     note(*args)
                     bodies.active = True
         elif event in noted or event in EVENTS:
             frame = sys._getframe(1)
-            if event in noted and not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
+            if (
+                event in noted
+                and not inside.child
+                and inside.in_cell
+                and _thread.get_ident() == inside.main
+            ):
                 inside.here(frame)
             if event in EVENTS:
-                with contextlib.suppress(Exception):  # strange arguments are the notebook's to fail with
+                with contextlib.suppress(
+                    Exception
+                ):  # strange arguments are the notebook's to fail with
                     actions.note(event, args, frame)
         elif event in files:
             note_file(inside, event, args)
@@ -112,6 +145,11 @@ def watch(inside):
 def connected(inside, address):
     """A connection is being opened; those to other hosts are told."""
     host = address[0] if isinstance(address, tuple) else None
-    if isinstance(host, str) and not host.startswith(LOCAL) and host not in inside.hosts and len(inside.hosts) < 50:
+    if (
+        isinstance(host, str)
+        and not host.startswith(LOCAL)
+        and host not in inside.hosts
+        and len(inside.hosts) < 50
+    ):
         inside.hosts.add(host)
         inside.fact(remote=host[:200])

@@ -8,12 +8,22 @@ SEGMENT_BYTES = 4 * 1024 * 1024
 MAGIC = 0x53455831
 
 # The header.
-HEADER = struct.Struct("<IIQIIdQQQQ")  # magic, segment, cell, line, pid, time, fd bytes written/consumed x (out, err)
-SAMPLE_AT, SAMPLE = 128, struct.Struct("<QIIdddQQ")  # cell, line, depth, time, wait, cpu, place hash, in a call
+HEADER = struct.Struct(
+    "<IIQIIdQQQQ"
+)  # magic, segment, cell, line, pid, time, fd bytes written/consumed x (out, err)
+SAMPLE_AT, SAMPLE = (
+    128,
+    struct.Struct("<QIIdddQQ"),
+)  # cell, line, depth, time, wait, cpu, place hash, in a call
 HISTORY_AT, HISTORY = 512, 64
-COUNTS_AT, COUNTS = 256, struct.Struct("<QQ")  # characters written to stdout and stderr in this cell
+COUNTS_AT, COUNTS = (
+    256,
+    struct.Struct("<QQ"),
+)  # characters written to stdout and stderr in this cell
 STACK_AT, STACK_BYTES = 8192, 128 * 1024  # 30 rows with the longest paths
-RECORD = struct.Struct("<IQBBHQ")  # payload length, characters of its stream before it, kind, stream, pad, cell
+RECORD = struct.Struct(
+    "<IQBBHQ"
+)  # payload length, characters of its stream before it, kind, stream, pad, cell
 TEXT, MESSAGE = 1, 2
 NUL = b"\xc0\x80"  # how a NUL is written in text: the last text of a segment ends where memory is zero
 FINISHED = 1 << 31  # in the line of the header

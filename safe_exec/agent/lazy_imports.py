@@ -20,7 +20,10 @@ FROM_DEBUGPY = (
 
 def import_debugger_alone():
     """ipykernel's debugger with nothing in the places of what it has from debugpy; ``None`` where it is not the one that we know."""
-    empty = {name: types.ModuleType(name) for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))}
+    empty = {
+        name: types.ModuleType(name)
+        for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))
+    }
     for module, name in FROM_DEBUGPY:
         setattr(empty[module], name, None)
     sys.modules.update(empty)
@@ -31,7 +34,10 @@ def import_debugger_alone():
     finally:
         for name in empty:
             del sys.modules[name]
-    if all(hasattr(debugger, name) for name in ("VariableExplorer", *(name for _, name in FROM_DEBUGPY))):
+    if all(
+        hasattr(debugger, name)
+        for name in ("VariableExplorer", *(name for _, name in FROM_DEBUGPY))
+    ):
         return debugger
     import_debugpy(debugger)
     return None
@@ -45,7 +51,9 @@ def import_debugpy(debugger):
     threading._counter = lambda: 0  # the thread that the import makes has been counted
     quiet = "PYDEVD_DISABLE_FILE_VALIDATION"
     said = os.environ.get(quiet)
-    os.environ[quiet] = "1"  # or else a warning comes that the terminal gets when a kernel starts, and no cell
+    os.environ[quiet] = (
+        "1"  # or else a warning comes that the terminal gets when a kernel starts, and no cell
+    )
     try:
         for module, name in FROM_DEBUGPY:
             importlib.import_module(module)
@@ -70,7 +78,9 @@ def fit_client(inside):
 
     def load(name):
         with lock:
-            if not loading and name == "BlockingKernelClient":  # ipykernel's application names its class, and makes none
+            if (
+                not loading and name == "BlockingKernelClient"
+            ):  # ipykernel's application names its class, and makes none
                 from jupyter_client.blocking import BlockingKernelClient
 
                 package.BlockingKernelClient = BlockingKernelClient
@@ -98,7 +108,11 @@ def fit_debugger(inside):
     ipykernel's debugger is made as ever, of classes that import what they need; what debugpy's import leaves behind stands
     there from the start: a variable, a hook, two functions that it adds to the builtins.
     """
-    if not inside.config.get("headless") or "debugpy" in sys.modules or importlib.util.find_spec("debugpy") is None:
+    if (
+        not inside.config.get("headless")
+        or "debugpy" in sys.modules
+        or importlib.util.find_spec("debugpy") is None
+    ):
         return
     debugger = import_debugger_alone()
     if debugger is None:
@@ -137,7 +151,10 @@ def fit_debugger(inside):
         load()
         return builtins.runfile(*args, **kwargs)
 
-    for made, name in ((VariableExplorer, "VariableExplorer"), (debugpy_breakpointhook, "debugpy_breakpointhook")):
+    for made, name in (
+        (VariableExplorer, "VariableExplorer"),
+        (debugpy_breakpointhook, "debugpy_breakpointhook"),
+    ):
         made.__qualname__ = name
     VariableExplorer.__module__ = explorer.__module__
     debugger.VariableExplorer, sys.breakpointhook = VariableExplorer, debugpy_breakpointhook
@@ -165,7 +182,9 @@ def fit_collector(inside):
 
         return asked
 
-    real_ones = {name: getattr(gc, name) for name in ("get_objects", "get_referrers", "get_freeze_count")}
+    real_ones = {
+        name: getattr(gc, name) for name in ("get_objects", "get_referrers", "get_freeze_count")
+    }
     asking = {name: whole(real) for name, real in real_ones.items()}
 
     def freeze():

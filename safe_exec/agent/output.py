@@ -17,12 +17,22 @@ import time
 from .layout import COUNTS, COUNTS_AT
 
 # What ipykernel's OutStream.write is made of, in the versions whose work is known here.
-WRITE_ALWAYS = set("parent_header _buffer_lock _buffers frozenset items _schedule_flush _is_master_process echo".split())
+WRITE_ALWAYS = set(
+    "parent_header _buffer_lock _buffers frozenset items _schedule_flush _is_master_process echo".split()
+)
 WRITE_SOMETIMES = set(
     "isinstance str type TypeError write OSError sys __stderr__ print pub_thread len ValueError _subprocess_flush_pending "
     "schedule _flush format".split()
 )
-KEPT_TOPICS = ("display_data", "execute_result", "error", "clear_output", "comm_open", "comm_msg", "comm_close")
+KEPT_TOPICS = (
+    "display_data",
+    "execute_result",
+    "error",
+    "clear_output",
+    "comm_open",
+    "comm_msg",
+    "comm_close",
+)
 MADV_WIPEONFORK = 18
 
 # How a write knows that nobody else can have written since the last one; see quick_write.
@@ -91,7 +101,10 @@ def fit_streams(inside):
     if WRITE_ALWAYS <= set(write.__code__.co_names) <= WRITE_ALWAYS | WRITE_SOMETIMES:
         try:
             ours = wiped_in_children()
-        except (OSError, AttributeError):  # an older system or Python: without the memory that it needs
+        except (
+            OSError,
+            AttributeError,
+        ):  # an older system or Python: without the memory that it needs
             return
         OutStream._buffer_lock = property(lambda _stream: page.lock, lambda _stream, _own: None)
         fit_quick_writes(OutStream, lambda stream: quick_write(inside, stream, write_noted, ours))
@@ -163,9 +176,17 @@ def quick_write(inside, stream, slow_write, ours):
             data = string.encode()
         except (LookupError, AttributeError, ValueError, OSError):
             return slow_write(stream, string)
-        if ours[0] and "\0" not in string and type(string) is str and stream.echo is None and stream.pub_thread is not None:
+        if (
+            ours[0]
+            and "\0" not in string
+            and type(string) is str
+            and stream.echo is None
+            and stream.pub_thread is not None
+        ):
             with lock:
-                plain = index == page.last and counts[index] <= cut and where() + len(data) <= page.end
+                plain = (
+                    index == page.last and counts[index] <= cut and where() + len(data) <= page.end
+                )
                 if plain:
                     record(data)
                     counts[index] += len(string)
@@ -204,7 +225,11 @@ def fit_messages(inside):
         if page.pid == os.getpid():
             topic = bytes(msg[0])
             if sum(map(len, msg)) > largest:
-                inside.fact(oversize=sum(map(len, msg)), topic=topic.decode("utf-8", "replace"), cell=page.cell)
+                inside.fact(
+                    oversize=sum(map(len, msg)),
+                    topic=topic.decode("utf-8", "replace"),
+                    cell=page.cell,
+                )
                 return None
             if topic.endswith(kept) and inside.in_cell:
                 page.message(msg)
@@ -236,7 +261,9 @@ def fit_descriptors(inside):
     page = inside.page
     libc = ctypes.CDLL(None, use_errno=True)
     libc.tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
-    if libc.tee(-1, -1, 1, 0) < 0 and ctypes.get_errno() != 9:  # EBADF, where there is a tee: some sandboxes have none
+    if (
+        libc.tee(-1, -1, 1, 0) < 0 and ctypes.get_errno() != 9
+    ):  # EBADF, where there is a tee: some sandboxes have none
         return  # then ipykernel reads as it always did
     flush = OutStream.flush
     chunk = 1000

@@ -98,12 +98,20 @@ class OwnActions:
         *who, number, limits = args
         if limits is not None and (not who or who[0] in (0, os.getpid())):
             soft = limits[0] if isinstance(limits, (list, tuple)) and limits else None
-            self.tell(frame, action="limit", call="resource.setrlimit", number=int(number), value=soft)
+            self.tell(
+                frame, action="limit", call="resource.setrlimit", number=int(number), value=soft
+            )
 
     def note_raise(self, number, frame):
         """``signal.raise_signal``, which has no audit event."""
         if not self.inside.child:
-            self.tell(frame, action="signal", call="signal.raise_signal", target="process", number=int(number))
+            self.tell(
+                frame,
+                action="signal",
+                call="signal.raise_signal",
+                target="process",
+                number=int(number),
+            )
 
     def begin_cell(self):
         """Tell which trace functions are on when a cell begins, where that has changed."""
@@ -126,4 +134,6 @@ class OwnActions:
         """Tell an action with its place. A forked child tells of the signals that it sends."""
         inside = self.inside
         rows = inside.frames(frame, MOST_ROWS)
-        inside.fact_of_any(rows=rows, cell=inside.page.cell, at=time.monotonic(), child=inside.child, **fields)
+        inside.fact_of_any(
+            rows=rows, cell=inside.page.cell, at=time.monotonic(), child=inside.child, **fields
+        )

@@ -19,7 +19,9 @@ class Page:
         self.segment = 0
         self.start = 0  # of the last record's payload
         self.end = layout.PAGE_BYTES + layout.SEGMENT_BYTES
-        self.memory.seek(layout.PAGE_BYTES + 4)  # where the journal goes on: the file position of the mapping
+        self.memory.seek(
+            layout.PAGE_BYTES + 4
+        )  # where the journal goes on: the file position of the mapping
         self.last = None  # the stream whose record a further write of this cell may extend
         self.cell = 0
         self.counts = [0, 0]
@@ -30,7 +32,18 @@ class Page:
         """Write where we are. One packed store: a reader sees the old or the new line, hardly ever a torn one."""
         (out_w, out_c), (err_w, err_c) = self.fd_bytes
         layout.HEADER.pack_into(
-            self.memory, 0, layout.MAGIC, self.segment, self.cell, line, self.pid, time.monotonic(), out_w, out_c, err_w, err_c
+            self.memory,
+            0,
+            layout.MAGIC,
+            self.segment,
+            self.cell,
+            line,
+            self.pid,
+            time.monotonic(),
+            out_w,
+            out_c,
+            err_w,
+            err_c,
         )
 
     def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _now=time.monotonic):
@@ -77,7 +90,9 @@ class Page:
     def message(self, frames):
         """Journal a message that is about to be queued."""
         parts = [bytes(frame) for frame in frames]
-        data = struct.pack("<I", len(parts)) + b"".join(struct.pack("<I", len(p)) + p for p in parts)
+        data = struct.pack("<I", len(parts)) + b"".join(
+            struct.pack("<I", len(p)) + p for p in parts
+        )
         if len(data) < layout.SEGMENT_BYTES // 2:
             with self.lock:
                 self._append(layout.MESSAGE, 0, data, 0)

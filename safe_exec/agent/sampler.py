@@ -48,7 +48,11 @@ def awaited(inside, cell):
     rows, depth = [], 0
     thing = inside.running[-1]() if inside.running else None
     while thing is not None and depth < 30:
-        frame = getattr(thing, "cr_frame", None) or getattr(thing, "gi_frame", None) or getattr(thing, "ag_frame", None)
+        frame = (
+            getattr(thing, "cr_frame", None)
+            or getattr(thing, "gi_frame", None)
+            or getattr(thing, "ag_frame", None)
+        )
         if frame is not None:
             rows.append(inside.row(frame.f_code, frame.f_lineno))
         else:

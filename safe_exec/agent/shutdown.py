@@ -48,7 +48,9 @@ def fit_shutdown(inside):
         return [child for child in process_children(kernel) if is_alive(child)]
 
     Kernel._process_children = process_children_if_any
-    if hasattr(Kernel, "_progressively_terminate_all_children") and hasattr(Kernel, "_signal_children"):
+    if hasattr(Kernel, "_progressively_terminate_all_children") and hasattr(
+        Kernel, "_signal_children"
+    ):
         Kernel._progressively_terminate_all_children = terminate_children
     stop = IOPubThread.stop
 

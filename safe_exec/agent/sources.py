@@ -91,7 +91,10 @@ def _pair(lines, made):
             at += 1
         else:
             skipped, extra = _next_common(bare, code, places, at, now)
-            targets += [at + n if n < skipped else at + skipped - 1 if skipped else None for n in range(extra)]
+            targets += [
+                at + n if n < skipped else at + skipped - 1 if skipped else None
+                for n in range(extra)
+            ]
             at += skipped
     return targets + [None] * (len(code) - len(targets)), matches
 

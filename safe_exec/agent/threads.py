@@ -35,7 +35,14 @@ class SignalStacks:
         libc = ctypes.PyDLL(None)
         self.map, self.change = libc.mmap, libc.sigaltstack
         self.map.restype = ctypes.c_void_p
-        self.map.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        self.map.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_long,
+        )
         self.change.argtypes = (ctypes.POINTER(StackT), ctypes.POINTER(StackT))
         self.nothing = StackT(None, SS_DISABLE, 0)
         self.spare = []
@@ -63,7 +70,14 @@ class SignalStacks:
 
     def make(self):
         """Memory for one more; ``None`` where there is none, which is no reason for a thread not to start."""
-        address = self.map(None, STACK_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        address = self.map(
+            None,
+            STACK_BYTES,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+            -1,
+            0,
+        )
         if address == MAP_FAILED:
             return None
         self.addresses.add(address)

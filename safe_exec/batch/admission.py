@@ -31,7 +31,9 @@ def parse_jobs(text: str, cpus: int) -> int:
     if text == AUTO:
         return max(1, cpus)
     if not text.isascii() or not text.isdigit() or not int(text):
-        raise UsageError(f"-j: expected a number of notebooks from 1 on, or {AUTO}, found {text[:40]!r}")
+        raise UsageError(
+            f"-j: expected a number of notebooks from 1 on, or {AUTO}, found {text[:40]!r}"
+        )
     return int(text)
 
 
@@ -62,9 +64,16 @@ def admits_ahead(room: Room, running: Sequence[int | None], ahead: int) -> bool:
     if ahead >= most_ahead(room):
         return False
     known = [limit for limit in running if limit is not None]
-    return room.memory is None or (len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory)
+    return room.memory is None or (
+        len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory
+    )
 
 
-def first_fitting(room: Room, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0) -> int | None:
+def first_fitting(
+    room: Room, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0
+) -> int | None:
     """The number of the first in line that may start now."""
-    return next((number for number, wanted in enumerate(waiting) if admits(room, running, wanted, ahead)), None)
+    return next(
+        (number for number, wanted in enumerate(waiting) if admits(room, running, wanted, ahead)),
+        None,
+    )

@@ -30,8 +30,16 @@ def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
     """What is written for them beside the reports that every batch has."""
     summary = os.environ.get(SUMMARY_VARIABLE, "") if github else ""
     return (
-        *([BatchReport(file=summary, writer="safe_exec.batch.ci:append_summary")] if summary else []),
-        *([BatchReport(file=CODE_QUALITY, writer="safe_exec.batch.ci:write_code_quality")] if gitlab else []),
+        *(
+            [BatchReport(file=summary, writer="safe_exec.batch.ci:append_summary")]
+            if summary
+            else []
+        ),
+        *(
+            [BatchReport(file=CODE_QUALITY, writer="safe_exec.batch.ci:write_code_quality")]
+            if gitlab
+            else []
+        ),
     )
 
 

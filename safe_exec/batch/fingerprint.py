@@ -74,8 +74,12 @@ def declared_inputs(metadata: Mapping[str, Any], where: object) -> tuple[str, ..
     found = ours.get("inputs") if isinstance(ours, Mapping) else None
     if found is None:
         return ()
-    if not isinstance(found, list) or not all(isinstance(pattern, str) and pattern for pattern in found):
-        raise NotebookError(f'{one_line(where)}: metadata.safe_exec.inputs: expected a list of patterns such as ["data/*.csv"]')
+    if not isinstance(found, list) or not all(
+        isinstance(pattern, str) and pattern for pattern in found
+    ):
+        raise NotebookError(
+            f'{one_line(where)}: metadata.safe_exec.inputs: expected a list of patterns such as ["data/*.csv"]'
+        )
     return tuple(found)
 
 
@@ -88,14 +92,20 @@ def inputs_of(prepared: Prepared) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for pattern in declared_inputs(prepared.node.metadata, prepared.job.path):
         hits = glob.glob(pattern, root_dir=folder, recursive=True, include_hidden=True)
-        found |= {path: _hash_of(folder / path) for hit in hits for path in _files(folder, hit)} or {pattern: None}
+        found |= {
+            path: _hash_of(folder / path) for hit in hits for path in _files(folder, hit)
+        } or {pattern: None}
     return found
 
 
 def _files(folder: Path, hit: str) -> list[str]:
     if not (folder / hit).is_dir():
         return [hit]
-    return [os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder / hit) for name in names]
+    return [
+        os.path.relpath(os.path.join(top, name), folder)
+        for top, _, names in os.walk(folder / hit)
+        for name in names
+    ]
 
 
 def _hash_of(path: Path) -> str | None:
@@ -140,15 +150,28 @@ def _environment_of(name: str) -> str:
     except NoSuchKernel:
         return "none"
     # As jupyter_client does: a bare name of Python is the one that we run in.
-    program = sys.executable if re.fullmatch(r"python(3(\.[0-9]+)?)?", spec.argv[0]) else spec.argv[0]
+    program = (
+        sys.executable if re.fullmatch(r"python(3(\.[0-9]+)?)?", spec.argv[0]) else spec.argv[0]
+    )
     said = _packages_of(program) if speaks_ipc(spec.argv) else None
-    return json.dumps([spec.argv, spec.env, said if said is not None else _file_of(program)], sort_keys=True, default=str)
+    return json.dumps(
+        [spec.argv, spec.env, said if said is not None else _file_of(program)],
+        sort_keys=True,
+        default=str,
+    )
 
 
 def _packages_of(python: str) -> str | None:
     try:
         # Not from the directory that we are in: it may be the notebooks' own, and Python imports from there first.
-        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=ASK_SECONDS, check=True, cwd="/")
+        done = subprocess.run(
+            [python, "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=ASK_SECONDS,
+            check=True,
+            cwd="/",
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

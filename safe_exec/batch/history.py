@@ -55,7 +55,10 @@ class History:
     def put(self, notebook: Path, memory: Memory) -> None:
         """Remember."""
         with contextlib.suppress(OSError):
-            write_atomically(self._file(notebook), json.dumps({"path": ascii(str(notebook)), **asdict(memory)}).encode())
+            write_atomically(
+                self._file(notebook),
+                json.dumps({"path": ascii(str(notebook)), **asdict(memory)}).encode(),
+            )
 
     def tidy(self) -> None:
         """Forget what nobody has run for long."""

@@ -25,7 +25,12 @@ from safe_exec.records import dataclass
 from safe_exec.reports.verdict_json import plain
 
 NAME = "journal.jsonl"
-STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = "started", "finished", "batch_started", "batch_finished"
+STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = (
+    "started",
+    "finished",
+    "batch_started",
+    "batch_finished",
+)
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -73,10 +78,14 @@ def read(path: Path) -> Past:
         empty = empty and kind is None
         if kind == FINISHED:
             with contextlib.suppress(TypeError):  # of a version that knew other fields: run again
-                found = Finished(**{key: value for key, value in event.items() if key not in ("event", "time")})
+                found = Finished(
+                    **{key: value for key, value in event.items() if key not in ("event", "time")}
+                )
                 finished[found.path] = found
         elif kind == STARTED:
-            finished.pop(str(event.get("path")), None)  # begun once more, for a change: it is finished when that is
+            finished.pop(
+                str(event.get("path")), None
+            )  # begun once more, for a change: it is finished when that is
         complete = kind == BATCH_FINISHED if kind is not None else complete
     return Past(finished=finished, complete=complete, empty=empty)
 
@@ -108,13 +117,17 @@ class Journal:
         try:
             self._fd = os.open(self.path, _FLAGS, 0o666)
         except OSError as error:
-            raise UsageError(f"{one_line(self.path)}: cannot be written: {error.strerror}; choose another --out") from None
+            raise UsageError(
+                f"{one_line(self.path)}: cannot be written: {error.strerror}; choose another --out"
+            ) from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
             where = one_line(self.path.parent)
-            raise UsageError(f"{where}: another batch writes there now; wait for it or choose another --out") from None
+            raise UsageError(
+                f"{where}: another batch writes there now; wait for it or choose another --out"
+            ) from None
         self.past = read(self.path)
         if self.resume:
             self._begin_a_line()

@@ -20,16 +20,23 @@ from safe_exec.reports.batch.summary_json import SUMMARY_SCHEMA
 _MOST_BYTES = 256 << 20
 
 
-def longest_first(paths: Sequence[str], seconds: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
+def longest_first(
+    paths: Sequence[str], seconds: Mapping[str, float], sizes: Mapping[str, int]
+) -> list[str]:
     """The order of starts. One whose time is not known may be the longest and comes before all others, a large file before a small."""
-    return sorted(paths, key=lambda path: (path in seconds, -seconds.get(path, 0.0), -sizes.get(path, 0), path))
+    return sorted(
+        paths,
+        key=lambda path: (path in seconds, -seconds.get(path, 0.0), -sizes.get(path, 0), path),
+    )
 
 
 def parse_shard(text: str) -> tuple[int, int]:
     """``--shard K/N``, K from 1. Raises UsageError."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard: expected K/N such as 1/4, with K from 1 to N, found {text[:40]!r}")
+        raise UsageError(
+            f"--shard: expected K/N such as 1/4, with K from 1 to N, found {text[:40]!r}"
+        )
     return int(found[1]), int(found[2])
 
 

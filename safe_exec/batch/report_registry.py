@@ -47,6 +47,8 @@ def write_all(batch: Batch, more: Iterable[BatchReport] = ()) -> int:
         try:
             report.function()(batch, batch.out / report.file)
         except OSError as error:
-            log.error("%s: could not be written: %s", one_line(batch.out / report.file), one_line(error))  # noqa: TRY400
+            log.error(  # noqa: TRY400
+                "%s: could not be written: %s", one_line(batch.out / report.file), one_line(error)
+            )
             code = worst((code, Status.INTERNAL_ERROR.exit_code))
     return code

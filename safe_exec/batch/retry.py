@@ -15,7 +15,9 @@ NEARLY = 0.95
 """The runner's clock and the kernel's wait begin a moment apart."""
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE})
-WAITING = frozenset({Activity.SLEEPING, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.WAITING_CHILD})
+WAITING = frozenset(
+    {Activity.SLEEPING, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.WAITING_CHILD}
+)
 """Out of time while it waited for something: what it waited for may come the next time. What computes does not get faster."""
 
 ELSEWHERE = frozenset({"ran out in", "marked by"})
@@ -25,7 +27,12 @@ ELSEWHERE = frozenset({"ran out in", "marked by"})
 def is_transient(verdict: Verdict) -> bool:
     """Whether a failure can be one that another run does not have."""
     cause = verdict.cause
-    if cause is None or verdict.status in (Status.PASSED, Status.CANCELLED, Status.INTERNAL_ERROR, Status.CELL_ERROR):
+    if cause is None or verdict.status in (
+        Status.PASSED,
+        Status.CANCELLED,
+        Status.INTERNAL_ERROR,
+        Status.CELL_ERROR,
+    ):
         return False
     if cause.kind is CauseKind.KERNEL_START_FAILED:
         return _ran_out_of_time_to_start(verdict)
@@ -38,7 +45,11 @@ def is_transient(verdict: Verdict) -> bool:
 
 def _ran_out_of_time_to_start(verdict: Verdict) -> bool:
     """A kernel that is not installed, or that ended by itself while it started, does so again."""
-    facts = {fact.fact: fact.value for fact in verdict.cause.evidence} if verdict.cause is not None else {}
+    facts = (
+        {fact.fact: fact.value for fact in verdict.cause.evidence}
+        if verdict.cause is not None
+        else {}
+    )
     waited, allowed = facts.get("seconds waited"), verdict.limits.start_timeout
     in_time = not isinstance(waited, int | float) or allowed is None or waited < NEARLY * allowed
     return not in_time and "ended with" not in facts

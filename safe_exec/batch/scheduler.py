@@ -135,7 +135,9 @@ class _Run:
 
     async def run(self) -> None:
         """Run all; when this returns every notebook has an entry and nothing is under way."""
-        with ThreadPoolExecutor(self.plan.room.jobs + most_ahead(self.plan.room), "notebook") as pool:
+        with ThreadPoolExecutor(
+            self.plan.room.jobs + most_ahead(self.plan.room), "notebook"
+        ) as pool:
             try:
                 while True:
                     while not self.stopped and (found := await self._next()) is not None:
@@ -146,7 +148,9 @@ class _Run:
                         self._refuse()
                     if not self.running and not self.ready:
                         break
-                    done, _ = await asyncio.wait([*self.running, *self.ready], return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(
+                        [*self.running, *self.ready], return_when=asyncio.FIRST_COMPLETED
+                    )
                     for future in done:
                         self._take(future)
             except BaseException:
@@ -158,7 +162,9 @@ class _Run:
             self.entries[chosen.path] = _not_run(chosen, NOT_RUN)
 
     def _submit(self, found: _Waiting, pool: ThreadPoolExecutor) -> asyncio.Future[Finished | None]:
-        return asyncio.get_running_loop().run_in_executor(pool, run_task, found.task, self.shared, found.turn)
+        return asyncio.get_running_loop().run_in_executor(
+            pool, run_task, found.task, self.shared, found.turn
+        )
 
     def _start(self, found: _Waiting, pool: ThreadPoolExecutor) -> None:
         """Let it run; one that was got ready is on a thread already."""
@@ -189,7 +195,9 @@ class _Run:
         while True:
             limits = [found.memory for found in self.running.values()]
             line = [*self.ready.values(), *self.waiting]
-            at = first_fitting(self.plan.room, limits, [found.memory for found in line], len(self.ready))
+            at = first_fitting(
+                self.plan.room, limits, [found.memory for found in line], len(self.ready)
+            )
             if at is not None:
                 found = line[at]
                 if at >= len(self.ready):
@@ -202,7 +210,9 @@ class _Run:
 
     async def _next_ahead(self) -> _Waiting | None:
         """The first in line, whose kernel may start by now though its turn has not come."""
-        if not admits_ahead(self.plan.room, [found.memory for found in self.running.values()], len(self.ready)):
+        if not admits_ahead(
+            self.plan.room, [found.memory for found in self.running.values()], len(self.ready)
+        ):
             return None
         while not self.waiting and self.todo and not self.stopped:
             await self._look_at(self.todo.pop(0))
@@ -268,7 +278,9 @@ def job_of(plan: Plan, chosen: Chosen, tree: HeldTree) -> Job:
 def _stands(record: Finished, out: Path) -> bool:
     """Whether the documents of a finished notebook are still there."""
     return record.verdict is not None and all(
-        (out / name).is_file() for name in (record.verdict, record.notebook, record.repro) if name is not None
+        (out / name).is_file()
+        for name in (record.verdict, record.notebook, record.repro)
+        if name is not None
     )
 
 
@@ -291,7 +303,11 @@ def _entry_of(record: Finished, chosen: Chosen, out: Path) -> Entry:
 def _moved(entry: Entry, before: Path, now: Path) -> Entry:
     """The entry, whose documents moved with the output directory."""
     documents = {name: getattr(entry, name) for name in ("verdict", "notebook", "repro")}
-    moved = {name: now / path.relative_to(before) for name, path in documents.items() if path and path.is_relative_to(before)}
+    moved = {
+        name: now / path.relative_to(before)
+        for name, path in documents.items()
+        if path and path.is_relative_to(before)
+    }
     return replace(entry, **moved) if now != before else entry
 
 
@@ -321,7 +337,12 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
     with HeldTree(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
         run = _Run(plan, tree, journal, watcher)
         with signals(run.stops.arrive):
-            journal.batch_started(version=__version__, command=plan.command, root=str(plan.root), notebooks=len(plan.chosen))
+            journal.batch_started(
+                version=__version__,
+                command=plan.command,
+                root=str(plan.root),
+                notebooks=len(plan.chosen),
+            )
             if not plan.resume and not journal.past.empty and not journal.past.complete:
                 watcher.note(
                     f"the batch before in {one_line(plan.out)} was not finished; this one begins anew (--resume goes on with it)"
@@ -332,7 +353,9 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
                 await run.run()
             finally:
                 drawing.cancel()
-            entries = tuple(_moved(run.entries[chosen.path], plan.out, tree.place) for chosen in plan.chosen)
+            entries = tuple(
+                _moved(run.entries[chosen.path], plan.out, tree.place) for chosen in plan.chosen
+            )
             cancelled = bool(run.stops.signals)
             batch = Batch(
                 entries=entries,
@@ -350,13 +373,19 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
                 resumed=plan.resume and not journal.past.empty,
             )
             if batch.out != plan.out:
-                log.warning("%s was moved away while notebooks ran; all is in %s", one_line(plan.out), one_line(batch.out))
+                log.warning(
+                    "%s was moved away while notebooks ran; all is in %s",
+                    one_line(plan.out),
+                    one_line(batch.out),
+                )
             batch = replace(batch, exit_code=report(batch))
             if not cancelled and not any(entry.status == NOT_RUN for entry in entries):
                 journal.batch_finished(exit_code=batch.exit_code)
             if journal.trouble is not None:
                 log.error(
-                    "%s: could not be written: %s; --resume will run more again", one_line(journal.path), journal.trouble.strerror
+                    "%s: could not be written: %s; --resume will run more again",
+                    one_line(journal.path),
+                    journal.trouble.strerror,
                 )
             run.history.tidy()
     return batch

@@ -64,7 +64,12 @@ class _Found:
 
 
 def select(
-    arguments: Sequence[str], *, listed: Iterable[str] = (), exclude: Sequence[str] = (), cwd: Path, out: Path
+    arguments: Sequence[str],
+    *,
+    listed: Iterable[str] = (),
+    exclude: Sequence[str] = (),
+    cwd: Path,
+    out: Path,
 ) -> Selection:
     """The notebooks that ``arguments`` name, and those of a list (``listed``, from stdin). ``out`` itself is never walked.
 
@@ -74,19 +79,32 @@ def select(
     for argument in arguments:
         _take(argument, found, out)
     for line in listed:
-        if line.endswith(SUFFIX) or (cwd / line).is_dir():  # `git diff --name-only` names other files, too
+        if (
+            line.endswith(SUFFIX) or (cwd / line).is_dir()
+        ):  # `git diff --name-only` names other files, too
             _take(line, found, out)
     if arguments and not found.files:
-        left = f" but {len(found.ours)} that safe-exec wrote (`safe-exec run` runs one of them)" if found.ours else ""
+        left = (
+            f" but {len(found.ours)} that safe-exec wrote (`safe-exec run` runs one of them)"
+            if found.ours
+            else ""
+        )
         raise UsageError(f"{' '.join(map(one_line, arguments))}: no notebook there{left}")
     paths = {real: _plain(path, cwd) for real, path in found.files.items()}
     root = _root(paths.values(), cwd)
     shown = {real: PurePosixPath(path.relative_to(root)).as_posix() for real, path in paths.items()}
-    kept = sorted((path, real) for real, path in shown.items() if not any(excluded(pattern, path) for pattern in exclude))
+    kept = sorted(
+        (path, real)
+        for real, path in shown.items()
+        if not any(excluded(pattern, path) for pattern in exclude)
+    )
     documents = document_stems([path for path, _ in kept])
     return Selection(
         root=root,
-        chosen=tuple(Chosen(source=found.files[real], path=path, documents=documents[path]) for path, real in kept),
+        chosen=tuple(
+            Chosen(source=found.files[real], path=path, documents=documents[path])
+            for path, real in kept
+        ),
         ours=len(found.ours),
         notes=tuple(found.notes),
     )
@@ -103,7 +121,9 @@ def excluded(pattern: str, path: str) -> bool:
     if "/" in pattern.rstrip("/"):
         return matches(pattern, path) or matches(f"{pattern.rstrip('/')}/", path)
     name = pattern.rstrip("/")
-    return matches(f"**/{name}/**/*", path) or (not pattern.endswith("/") and matches(f"**/{name}", path))
+    return matches(f"**/{name}/**/*", path) or (
+        not pattern.endswith("/") and matches(f"**/{name}", path)
+    )
 
 
 def document_stems(paths: Sequence[str]) -> dict[str, str]:
@@ -111,7 +131,11 @@ def document_stems(paths: Sequence[str]) -> dict[str, str]:
     stems: dict[str, str] = {}
     taken: set[str] = set()
     for path in sorted(paths, key=lambda path: (not path.endswith(SUFFIX), path)):
-        stem = path[: -len(SUFFIX)] if path.lower().endswith(SUFFIX) and PurePosixPath(path).name.lower() != SUFFIX else path
+        stem = (
+            path[: -len(SUFFIX)]
+            if path.lower().endswith(SUFFIX) and PurePosixPath(path).name.lower() != SUFFIX
+            else path
+        )
         names = (stem, path, *(f"{path}-{number}" for number in range(2, len(paths) + 2)))
         stems[path] = next(name for name in names if name not in taken)
         taken.add(stems[path])
@@ -125,7 +149,11 @@ def _plain(path: Path, cwd: Path) -> Path:
     """An absolute path without ``..``; through a symbolic link, ``..`` leads elsewhere than it looks."""
     absolute = cwd / path
     plain = Path(os.path.normpath(absolute))
-    return plain if ".." not in absolute.parts or _same(plain, absolute) else Path(os.path.realpath(absolute))
+    return (
+        plain
+        if ".." not in absolute.parts or _same(plain, absolute)
+        else Path(os.path.realpath(absolute))
+    )
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -188,14 +216,20 @@ def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
     """The notebooks below a folder. Links to directories are not followed: they may lead round in circles."""
     inside = os.path.realpath(out)
     for top, names, files in os.walk(cwd / folder):
-        names[:] = sorted(name for name in names if _is_walked(os.path.join(top, name), name, inside))
+        names[:] = sorted(
+            name for name in names if _is_walked(os.path.join(top, name), name, inside)
+        )
         below = folder / os.path.relpath(top, cwd / folder)
         yield from (below / name for name in sorted(files) if name.endswith(SUFFIX))
 
 
 def _is_walked(path: str, name: str, out: str) -> bool:
     hidden = name.startswith(".") or name in SKIPPED_DIRECTORIES
-    return not hidden and not os.path.exists(os.path.join(path, "pyvenv.cfg")) and os.path.realpath(path) != out
+    return (
+        not hidden
+        and not os.path.exists(os.path.join(path, "pyvenv.cfg"))
+        and os.path.realpath(path) != out
+    )
 
 
 # --- git --------------------------------------------------------------------------------------------------------
@@ -238,9 +272,13 @@ def _ask_git(git: str, repository: Path, files: Sequence[Path], notes: list[str]
     asked = b"".join(os.fsencode(path) + b"\0" for path in real)
     try:
         env = {**os.environ, **WITHOUT_HOSTS}
-        done = subprocess.run(argv, input=asked, capture_output=True, timeout=GIT_SECONDS, check=False, env=env)
+        done = subprocess.run(
+            argv, input=asked, capture_output=True, timeout=GIT_SECONDS, check=False, env=env
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        notes.append(f"{one_line(repository)}: git could not say what it ignores: {one_line(error)}")
+        notes.append(
+            f"{one_line(repository)}: git could not say what it ignores: {one_line(error)}"
+        )
         return set()
     if done.returncode not in (0, 1):  # 1: it ignores none of them
         said = one_line(os.fsdecode(done.stderr).strip().partition("\n")[0])

@@ -124,8 +124,12 @@ def run_task(task: Task, shared: Shared, turn: Turn) -> Finished | None:
         return refused(task, error)
     except Exception as error:
         log.exception("%s: safe-exec failed", one_line(task.chosen.path))
-        words = str(error) if isinstance(error, SafeExecError) else f"{type(error).__name__}: {error}"
-        return _without_verdict(task, str(Status.INTERNAL_ERROR), Status.INTERNAL_ERROR.exit_code, words)
+        words = (
+            str(error) if isinstance(error, SafeExecError) else f"{type(error).__name__}: {error}"
+        )
+        return _without_verdict(
+            task, str(Status.INTERNAL_ERROR), Status.INTERNAL_ERROR.exit_code, words
+        )
 
 
 def refused(task: Task, error: UsageError) -> Finished:
@@ -157,7 +161,9 @@ def _run(task: Task, shared: Shared, turn: Turn) -> Finished | None:
                 return None
             prepared = begun_now(prepared)
             shared.journal.started(task.chosen.path, attempt=attempt, run_id=prepared.run_id)
-            verdict = asyncio.run(_attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again))
+            verdict = asyncio.run(
+                _attempt(prepared, shared.sink(task.chosen.path, attempt), shared.stops, again)
+            )
         if shared.stops.signals or not again(verdict):
             break
     record = _record(task, verdict, attempt, key, shared.out.place)
@@ -167,14 +173,23 @@ def _run(task: Task, shared: Shared, turn: Turn) -> Finished | None:
     return record
 
 
-def _remember(task: Task, record: Finished, prepared: Prepared, inputs: Mapping[str, str | None], shared: Shared) -> None:
+def _remember(
+    task: Task,
+    record: Finished,
+    prepared: Prepared,
+    inputs: Mapping[str, str | None],
+    shared: Shared,
+) -> None:
     """For the order of later batches, and for those that run only what has changed."""
     passed: str | None = None
     if record.status == Status.PASSED and not record.flaky:
         try:
             passed = key_of_pass(prepared, shared.kernels, inputs)
         except Exception:  # the notebook is finished and on record: that must not change any more
-            log.exception("%s: it cannot be told what it depends on; it will be run again", one_line(task.chosen.path))
+            log.exception(
+                "%s: it cannot be told what it depends on; it will be run again",
+                one_line(task.chosen.path),
+            )
     shared.history.put(task.chosen.source, Memory(seconds=record.seconds, passed=passed))
 
 
@@ -182,18 +197,28 @@ def _never(_verdict: Verdict) -> bool:
     return False
 
 
-async def _attempt(prepared: Prepared, sink: EventSink, stops: Stops, again: Callable[[Verdict], bool]) -> Verdict:
+async def _attempt(
+    prepared: Prepared, sink: EventSink, stops: Stops, again: Callable[[Verdict], bool]
+) -> Verdict:
     """One run. What is going to be tried again anyhow is not searched before."""
     cancellation = Cancellation()
     with stops.told(cancellation):
-        return await run_job(prepared, (sink,), cancellation=cancellation, worth_a_search=lambda found: not again(found))
+        return await run_job(
+            prepared,
+            (sink,),
+            cancellation=cancellation,
+            worth_a_search=lambda found: not again(found),
+        )
 
 
 def _remove_documents(job: Job) -> None:
     """Those of an earlier run: they must not be taken for this one's."""
     for path in (job.output, job.verdict, job.repro):
         if path is not None:
-            with contextlib.suppress(OSError), contextlib.closing(HeldFolder(path, job.tree)) as folder:
+            with (
+                contextlib.suppress(OSError),
+                contextlib.closing(HeldFolder(path, job.tree)) as folder,
+            ):
                 folder.forget()  # what stands there and is no file is found by prepare
 
 
@@ -208,7 +233,11 @@ def beside_others(job: Job, limits: Limits, jobs: int) -> Job:
 
 def _record(task: Task, verdict: Verdict, attempt: int, key: str, out: Path) -> Finished:
     documents = {name: Path(path) for name, path in verdict.outputs.items()}
-    below = {name: str(path.relative_to(out)) for name, path in documents.items() if path.is_relative_to(out) and path.exists()}
+    below = {
+        name: str(path.relative_to(out))
+        for name, path in documents.items()
+        if path.is_relative_to(out) and path.exists()
+    }
     return Finished(
         path=task.chosen.path,
         status=str(verdict.status),

@@ -22,7 +22,12 @@ from safe_exec.records import replace
 from safe_exec.reports.batch.progress import BatchProgress, line_of
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox.host.capabilities import cpus_available, detect, look_for_walls, memory_available
+from safe_exec.sandbox.host.capabilities import (
+    cpus_available,
+    detect,
+    look_for_walls,
+    memory_available,
+)
 from safe_exec.sandbox.planner import CHOOSABLE, parse_mechanisms
 from safe_exec.workflows.prepare import Bisect, command_line
 
@@ -35,31 +40,68 @@ STDIN = "-"
 @click.command("batch", short_help="Run many notebooks and report on all of them.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=DEFAULT_OUT, help=f"Everything that is written goes here [{DEFAULT_OUT}]."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_OUT,
+    help=f"Everything that is written goes here [{DEFAULT_OUT}].",
 )
 @click.option(
-    "-j", "--jobs", default=AUTO, metavar="N", help="So many at a time, as far as their memory limits fit [auto: processors]."
+    "-j",
+    "--jobs",
+    default=AUTO,
+    metavar="N",
+    help="So many at a time, as far as their memory limits fit [auto: processors].",
 )
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these out (slow-*.ipynb, drafts/, docs/**/old.ipynb).")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the batch that was cut short in --out; what is finished is not run again."
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave these out (slow-*.ipynb, drafts/, docs/**/old.ipynb).",
 )
-@click.option("--only-changed", is_flag=True, help="Leave out what passed before and has not changed since.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the batch that was cut short in --out; what is finished is not run again.",
+)
+@click.option(
+    "--only-changed", is_flag=True, help="Leave out what passed before and has not changed since."
+)
 @click.option("--fail-fast", is_flag=True, help="Start no more once one has failed.")
 @click.option(
-    "--retries", type=click.IntRange(0, 10), default=0, metavar="N", help="Try again, where another run may go better [0]."
+    "--retries",
+    type=click.IntRange(0, 10),
+    default=0,
+    metavar="N",
+    help="Try again, where another run may go better [0].",
 )
 @click.option("--shard", metavar="K/N", help="Run the Kth of N parts.")
 @click.option(
-    "--timings", multiple=True, type=click.Path(path_type=Path), help="A summary.json, for shards that take equally long."
+    "--timings",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A summary.json, for shards that take equally long.",
 )
-@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own.")
+@click.option(
+    "--limits",
+    metavar="NAME|FILE",
+    help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
+)
 @limit_options
 @wall_options
-@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own.")
-@click.option("--cwd", type=click.Path(path_type=Path), help="Run all of them in this directory [each in its own notebook's].")
+@click.option(
+    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own."
+)
+@click.option(
+    "--cwd",
+    type=click.Path(path_type=Path),
+    help="Run all of them in this directory [each in its own notebook's].",
+)
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
-@click.option("--require", metavar="LIMIT,...", help="Refuse to run unless the system's kernel holds these limits (or: all).")
+@click.option(
+    "--require",
+    metavar="LIMIT,...",
+    help="Refuse to run unless the system's kernel holds these limits (or: all).",
+)
 @click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
 @click.option(
     "--bisect",
@@ -68,11 +110,19 @@ STDIN = "-"
     help="Search for the culprits of what failed [auto].",
 )
 @click.option("--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never).")
-@click.option("--bisect-budget", metavar="T", help="Time that each search may take [60s, or 3 times the first run].")
 @click.option(
-    "--github/--no-github", default=None, help="Annotations on stdout, and a summary of the job [where GITHUB_ACTIONS=true]."
+    "--bisect-budget",
+    metavar="T",
+    help="Time that each search may take [60s, or 3 times the first run].",
 )
-@click.option("--gitlab/--no-gitlab", default=None, help="codequality.json in --out [where GITLAB_CI is set].")
+@click.option(
+    "--github/--no-github",
+    default=None,
+    help="Annotations on stdout, and a summary of the job [where GITHUB_ACTIONS=true].",
+)
+@click.option(
+    "--gitlab/--no-gitlab", default=None, help="codequality.json in --out [where GITLAB_CI is set]."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
 def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
     """Run the notebooks in PATH... (files, folders, patterns; - for a list on stdin), each in its own folder and inside its own limits.
@@ -104,10 +154,16 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         room=room_for(jobs, memory_available()),
         template=_template(options, jobs),
         command=command_line(),
-        **{key: options[key] for key in ("retries", "fail_fast", "resume", "only_changed", "limits")},
+        **{
+            key: options[key]
+            for key in ("retries", "fail_fast", "resume", "only_changed", "limits")
+        },
         shard=shard,
     )
-    notes = [*found.notes, *([f"left out: {found.ours} that safe-exec wrote"] if found.ours else [])]
+    notes = [
+        *found.notes,
+        *([f"left out: {found.ours} that safe-exec wrote"] if found.ours else []),
+    ]
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
         for note in notes:
             progress.note(note)
@@ -121,10 +177,14 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
 def _listed(stream: TextIO) -> list[str]:
     """Paths on stdin, one a line, or with NUL between them (``git ls-files -z``)."""
     text = stream.read()
-    return [path for path in (text.split("\0") if "\0" in text else text.splitlines()) if path.strip()]
+    return [
+        path for path in (text.split("\0") if "\0" in text else text.splitlines()) if path.strip()
+    ]
 
 
-def _of_shard(chosen: Sequence[Chosen], shard: tuple[int, int] | None, timings: dict[str, float]) -> tuple[Chosen, ...]:
+def _of_shard(
+    chosen: Sequence[Chosen], shard: tuple[int, int] | None, timings: dict[str, float]
+) -> tuple[Chosen, ...]:
     if shard is None:
         return tuple(chosen)
     number, shards = shard
@@ -146,7 +206,9 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
     job = job_of(Path(), options | {"verdict": None, "cwd": cwd})
     machine = look_for_walls(detect(parse_mechanisms(job.mechanisms)))
     memory = machine.memory_total
-    return replace(job, machine=replace(machine, memory_total=memory // jobs if memory is not None else None))
+    return replace(
+        job, machine=replace(machine, memory_total=memory // jobs if memory is not None else None)
+    )
 
 
 # --- what is shown at the end -----------------------------------------------------------------------------------
@@ -161,7 +223,11 @@ def _show(batch: Batch, stream: TextIO, *, quiet: bool) -> None:
         for entry in batch.entries:
             if entry.status not in ("passed", UNCHANGED, NOT_RUN) or entry.flaky:
                 click.echo(
-                    style.paint("warn" if entry.flaky else "bad", style.fit(line_of(entry, _headline(entry)))), file=stream
+                    style.paint(
+                        "warn" if entry.flaky else "bad",
+                        style.fit(line_of(entry, _headline(entry))),
+                    ),
+                    file=stream,
                 )
         click.echo(style.fit(f"wrote {one_line(batch.out)}"), file=stream)
         if batch.cancelled or any(entry.status == NOT_RUN for entry in batch.entries):

@@ -23,10 +23,17 @@ MOST_BYTES = 1 << 30
 NOT_FOUND = 1
 
 
-@click.command("bisect", short_help="Search for the culprits of a failure, with more time or where `run` did not.")
+@click.command(
+    "bisect",
+    short_help="Search for the culprits of a failure, with more time or where `run` did not.",
+)
 @click.argument("target", metavar="NOTEBOOK|VERDICT.json", type=click.Path(path_type=Path))
-@click.option("--budget", metavar="T", default="10m", show_default=True, help="Time that the search may take.")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis.")
+@click.option(
+    "--budget", metavar="T", default="10m", show_default=True, help="Time that the search may take."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
     """Search for the cells that caused the failure in VERDICT.json, or in the verdict beside NOTEBOOK.
@@ -37,7 +44,9 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
     Exit codes: 0 culprits found, 1 none found (it did not happen again, or time ran out), 2 bad usage.
     """
     seconds = parse_budget(budget)
-    with progress.Progress(sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())) as shown:
+    with progress.Progress(
+        sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
+    ) as shown:
         path = target if target.suffix == ".json" else notebook.default_outputs(target).verdict
         found = read_verdict(path) if target.suffix == ".json" or path.exists() else None
         if found is None or (target.suffix != ".json" and not _is_of(found, target)):
@@ -95,7 +104,9 @@ def reprepared(verdict: Verdict, path: Path, seconds: float | None) -> Prepared:
         )
     )
     if prepared.notebook.sha256 != verdict.notebook.sha256:
-        raise UsageError(f"{source}: changed since the verdict was written; run `safe-exec run` again")
+        raise UsageError(
+            f"{source}: changed since the verdict was written; run `safe-exec run` again"
+        )
     return prepared
 
 
@@ -106,4 +117,6 @@ def find_notebook(verdict: Verdict, path: Path) -> Path:
         with contextlib.suppress(OSError):
             if candidate.is_file():
                 return candidate
-    raise UsageError(f"{path}: its notebook {named} is not there; run from the folder of then, or put both side by side")
+    raise UsageError(
+        f"{path}: its notebook {named} is not there; run from the folder of then, or put both side by side"
+    )

@@ -78,9 +78,19 @@ class Diagnosis:
         return 1 if self.weak else 0
 
 
-@click.command("doctor", short_help="Say, limit by limit, what this machine can enforce, and how to mend what it cannot.")
-@click.option("--limits", "profile", metavar="NAME|FILE", help="Look at the limits and walls of this profile or file only [all].")
-@click.option("--mechanisms", metavar="NAME,...", help=f"Look at these only: {', '.join(CHOOSABLE)}.")
+@click.command(
+    "doctor",
+    short_help="Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
+)
+@click.option(
+    "--limits",
+    "profile",
+    metavar="NAME|FILE",
+    help="Look at the limits and walls of this profile or file only [all].",
+)
+@click.option(
+    "--mechanisms", metavar="NAME,...", help=f"Look at these only: {', '.join(CHOOSABLE)}."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
     """Say, limit by limit and wall by wall, what this machine can enforce and by what, and for each weakness what mends it.
@@ -160,7 +170,9 @@ def report(found: Diagnosis, style: Style) -> Iterator[str]:
         yield from tables.labelled(label, words, style)
     for remedy in found.remedies:
         yield ""
-        yield from tables.remedy([name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.ways, style)
+        yield from tables.remedy(
+            [name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.ways, style
+        )
     for wall_remedy in found.wall_remedies:
         yield ""
         yield from tables.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.ways, style)
@@ -169,11 +181,22 @@ def report(found: Diagnosis, style: Style) -> Iterator[str]:
 def place(machine: Machine, around: Surroundings) -> str:
     """Where we are: system, user, control groups, and what surrounds us."""
     system = platform.system() if machine.platform == sys.platform else machine.platform
-    parts = [f"{system} {around.release}".strip(), "root" if machine.uid == 0 else f"user {around.user}"]
-    trees = {CgroupTree.V2: "cgroup v2", CgroupTree.V1: "cgroup v1", CgroupTree.HYBRID: "cgroup v1 beside v2"}
+    parts = [
+        f"{system} {around.release}".strip(),
+        "root" if machine.uid == 0 else f"user {around.user}",
+    ]
+    trees = {
+        CgroupTree.V2: "cgroup v2",
+        CgroupTree.V1: "cgroup v1",
+        CgroupTree.HYBRID: "cgroup v1 beside v2",
+    }
     parts.append(trees.get(around.tree, "no control groups"))
     if around.container is not Container.NONE:
-        parts.append("a container" if around.container is Container.OTHER else f"{around.container.value} container")
+        parts.append(
+            "a container"
+            if around.container is Container.OTHER
+            else f"{around.container.value} container"
+        )
     if around.wsl is not None:
         parts.append(f"WSL {around.wsl}")
     if around.github:
@@ -200,17 +223,28 @@ def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
         yield "groups", groups
     yield "swap", swap_state(found.machine, found.plan)
     if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
-        yield "root", "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted"
+        yield (
+            "root",
+            "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted",
+        )
     yield "kernels", ", ".join(found.kernels) or "none is installed: pip install ipykernel"
     yield "bubblewrap", _bubblewrap(found.machine)
     abi = found.machine.landlock
-    yield "landlock", f"version {abi}; it stands in where bubblewrap cannot work" if abi else "not offered by this system"
+    yield (
+        "landlock",
+        f"version {abi}; it stands in where bubblewrap cannot work"
+        if abi
+        else "not offered by this system",
+    )
     lost = found.machine.seccomp_why_not
     yield "seccomp", f"no filter: {lost}" if lost else "a filter for this machine is shipped"
     if isinstance(found.dead_runs, str):
         yield "left over", found.dead_runs
     elif found.dead_runs:
-        yield "left over", f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them"
+        yield (
+            "left over",
+            f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them",
+        )
 
 
 def _groups(machine: Machine) -> str:
@@ -220,10 +254,18 @@ def _groups(machine: Machine) -> str:
         whose = "the system's" if scope.runtime is None else "the user's"
         return f"each kernel in a scope that {whose} systemd makes in {scope.slice}"
     if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
-        stepped = ", which is safe-exec's alone: it moves one group down first" if machine.v2_step_down else ""
+        stepped = (
+            ", which is safe-exec's alone: it moves one group down first"
+            if machine.v2_step_down
+            else ""
+        )
         return f"below {machine.v2}{stepped}"
     above = machine.v1.get("memory")
-    return f"below {above} and those of other controllers" if above and machine.may(Mechanism.CGROUP_V1) else ""
+    return (
+        f"below {above} and those of other controllers"
+        if above and machine.may(Mechanism.CGROUP_V1)
+        else ""
+    )
 
 
 def _bubblewrap(machine: Machine) -> str:

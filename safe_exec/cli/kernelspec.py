@@ -20,14 +20,23 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpecManager
 
 PROVISIONER = "safe-exec"
-HELD = (LimitName.MEMORY, LimitName.CPUS, LimitName.CPU_TIME, LimitName.PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE)
+HELD = (
+    LimitName.MEMORY,
+    LimitName.CPUS,
+    LimitName.CPU_TIME,
+    LimitName.PROCESSES,
+    LimitName.OPEN_FILES,
+    LimitName.FILE_SIZE,
+)
 """What holds whoever runs the cells; wall times, output, disk and walls are for `safe-exec run`."""
 _NAME = re.compile(r"[a-z0-9._-]+")
 _ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
 """What a display name says of the kernel rather than of the language."""
 
 
-@click.group("kernelspec", short_help="Make a kernel for other Jupyter tools that is born inside limits.")
+@click.group(
+    "kernelspec", short_help="Make a kernel for other Jupyter tools that is born inside limits."
+)
 def command() -> None:
     """Make a kernel for JupyterLab and other Jupyter tools that is born inside limits."""
 
@@ -35,41 +44,74 @@ def command() -> None:
 def _held_limits(function: Any) -> Any:
     for name in reversed(HELD):
         metavar, text = LIMIT_HELP[name]
-        function = click.option(f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text)(function)
+        function = click.option(
+            f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text
+        )(function)
     return function
 
 
 @command.command("install", short_help="Install a kernelspec that carries limits.")
-@click.option("--limits", default="default", metavar="NAME|FILE", help="A profile or a YAML file of your own [default].")
+@click.option(
+    "--limits",
+    default="default",
+    metavar="NAME|FILE",
+    help="A profile or a YAML file of your own [default].",
+)
 @_held_limits
-@click.option("--kernel", default="python3", metavar="NAME", help="The kernel that is to run inside limits [python3].")
+@click.option(
+    "--kernel",
+    default="python3",
+    metavar="NAME",
+    help="The kernel that is to run inside limits [python3].",
+)
 @click.option("--name", metavar="NAME", help="What tools call it [KERNEL-safe-exec-LIMITS].")
-@click.option("--display-name", metavar="TEXT", help="What people see [Python 3 (safe-exec: LIMITS)].")
-@click.option("--user", is_flag=True, help="For this user, in every environment [outside of virtual environments].")
+@click.option(
+    "--display-name", metavar="TEXT", help="What people see [Python 3 (safe-exec: LIMITS)]."
+)
+@click.option(
+    "--user",
+    is_flag=True,
+    help="For this user, in every environment [outside of virtual environments].",
+)
 @click.option("--sys-prefix", is_flag=True, help="For this virtual environment [inside of one].")
 @click.option("--prefix", type=click.Path(path_type=Path), help="Below PREFIX/share/jupyter.")
-def install(limits: str, kernel: str, name: str | None, display_name: str | None, **options: Any) -> int:
+def install(
+    limits: str, kernel: str, name: str | None, display_name: str | None, **options: Any
+) -> int:
     """Install a copy of a kernelspec whose kernels are born inside limits, whatever starts them.
 
     Whatever starts it needs safe-exec in its own environment; the environment of the kernel does not. Another of the same
     name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
     """
-    config, held = _configured(limits, {key.value: options[key.value] for key in HELD if options[key.value] is not None})
+    config, held = _configured(
+        limits, {key.value: options[key.value] for key in HELD if options[key.value] is not None}
+    )
     from jupyter_client.kernelspec import KernelSpecManager
 
     manager = KernelSpecManager()
     folder, document = _of_kernel(manager, kernel)
-    said = ", ".join([Path(limits).stem, *(f"{key.replace('_', '-')} {config[key]}" for key in config if key != "limits")])
-    document["display_name"] = display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {said})"
+    said = ", ".join(
+        [
+            Path(limits).stem,
+            *(f"{key.replace('_', '-')} {config[key]}" for key in config if key != "limits"),
+        ]
+    )
+    document["display_name"] = (
+        display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {said})"
+    )
     metadata = document["metadata"] = dict(document.get("metadata") or {})
     metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
-    chosen = _checked_name(name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}")
+    chosen = _checked_name(
+        name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}"
+    )
     place = _place(options["user"], options["sys_prefix"], options["prefix"])
     _refuse_to_replace(place / chosen)
     try:
         _install(manager, folder, document, chosen, place)
     except OSError as error:
-        raise OutputPathError(f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix") from None
+        raise OutputPathError(
+            f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix"
+        ) from None
     _tell(document["display_name"], chosen, place / chosen, held)
     return 0
 
@@ -103,7 +145,9 @@ def _of_kernel(manager: KernelSpecManager, kernel: str) -> tuple[Path, dict[str,
 
 def _checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name!r}: a kernel's name has a-z, 0-9, dot, dash and underscore only")
+        raise UsageError(
+            f"--name {name!r}: a kernel's name has a-z, 0-9, dot, dash and underscore only"
+        )
     return name
 
 
@@ -112,7 +156,9 @@ def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
     from jupyter_core.paths import jupyter_data_dir
 
     if user + sys_prefix + (prefix is not None) > 1:
-        raise UsageError("--user, --sys-prefix and --prefix exclude each other: a kernelspec goes to one place")
+        raise UsageError(
+            "--user, --sys-prefix and --prefix exclude each other: a kernelspec goes to one place"
+        )
     in_environment = sys.prefix != sys.base_prefix
     if user or (not sys_prefix and prefix is None and not in_environment):
         return Path(jupyter_data_dir()) / "kernels"
@@ -129,10 +175,14 @@ def _refuse_to_replace(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise OutputPathError(f"{path}: there is another kernelspec of this name; choose another --name, or remove it first")
+        raise OutputPathError(
+            f"{path}: there is another kernelspec of this name; choose another --name, or remove it first"
+        )
 
 
-def _install(manager: KernelSpecManager, folder: Path, document: Mapping[str, Any], name: str, place: Path) -> None:
+def _install(
+    manager: KernelSpecManager, folder: Path, document: Mapping[str, Any], name: str, place: Path
+) -> None:
     import shutil
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +203,9 @@ def _tell(display_name: str, name: str, path: Path, held: Limits) -> None:
     from safe_exec.limits.profiles import format_limit
 
     figures = [
-        f"{key.value.replace('_', ' ')} {format_limit(key.value, held.of(key))}" for key in HELD if held.of(key) is not None
+        f"{key.value.replace('_', ' ')} {format_limit(key.value, held.of(key))}"
+        for key in HELD
+        if held.of(key) is not None
     ]
     click.echo(f"{display_name}: installed as {name}")
     click.echo(f"  in        {path}")

@@ -52,7 +52,11 @@ def show(profile: str, as_json: bool) -> int:
     """
     machine = detect()
     resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
-    if is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None):
+    if is_needed(
+        resolved.isolation,
+        disk=resolved.limits.disk is not None,
+        shm=resolved.limits.shm is not None,
+    ):
         machine = look_for_walls(machine)
     plan = build_plan(resolved.limits, machine, "limits", resolved.isolation)
     if as_json:
@@ -61,12 +65,17 @@ def show(profile: str, as_json: bool) -> int:
     style = Style.of(sys.stdout)
     about = profiles.load_profile(profile, machine_memory=machine.memory_total).description
     remedies = advise_walls(machine, look(), plan.walls, plan.enforcement)
-    tables.write([*_shown(resolved, plan, about, style), *_walls(resolved.isolation, plan, remedies, style)], style)
+    tables.write(
+        [*_shown(resolved, plan, about, style), *_walls(resolved.isolation, plan, remedies, style)],
+        style,
+    )
     return 0
 
 
 def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Iterator[str]:
-    yield style.paint("bold", one_line(resolved.profile)) + (f": {one_line(about)}" if about else "")
+    yield style.paint("bold", one_line(resolved.profile)) + (
+        f": {one_line(about)}" if about else ""
+    )
     yield from tables.table([_row(name, resolved, plan) for name in profiles.LIMIT_NAMES], style)
 
 
@@ -77,14 +86,20 @@ def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
 
 
-def _walls(isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style) -> Iterator[str]:
+def _walls(
+    isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style
+) -> Iterator[str]:
     """What is asked for in the words of a file, what it comes to here, and what would mend the rest."""
     walls = as_metadata(isolation)
     if isolation.hide_home or isolation.read_only_system:
-        walls.setdefault("repository", isolation.repository.value)  # the walls close around it, so its use is worth a line
+        walls.setdefault(
+            "repository", isolation.repository.value
+        )  # the walls close around it, so its use is worth a line
     asked = [(key, _word(value)) for key, value in walls.items()]
     yield ""
-    yield style.paint("bold", "isolation") + ("" if asked else ": none, the notebook may reach what you may")
+    yield style.paint("bold", "isolation") + (
+        "" if asked else ": none, the notebook may reach what you may"
+    )
     yield from tables.table(asked, style) if asked else ()
     if plan.walls:
         yield ""
@@ -121,8 +136,12 @@ def list_profiles() -> int:
     """List the profiles that ship, for --limits and for the extends of a file of your own."""
     style = Style.of(sys.stdout)
     memory, _ = memory_and_swap()
-    found = [profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()]
-    tables.write(tables.table([(profile.name, profile.description) for profile in found], style), style)
+    found = [
+        profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()
+    ]
+    tables.write(
+        tables.table([(profile.name, profile.description) for profile in found], style), style
+    )
     return 0
 
 
@@ -154,7 +173,9 @@ def errors_of(file: Path) -> list[str]:
 def _read_whole(file: Path) -> None:
     memory = memory_and_swap()[0]
     if _is_project_file(file):
-        profiles.project_overrides(file, file.absolute().parent / "any.ipynb", machine_memory=memory)
+        profiles.project_overrides(
+            file, file.absolute().parent / "any.ipynb", machine_memory=memory
+        )
     else:
         # With a directory: a file that is called as a profile that ships is still the file.
         profiles.load_profile(os.path.join(".", file), machine_memory=memory)
@@ -176,7 +197,11 @@ def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
         limits = _limits_of(file)
     except LimitsError:
         return
-    mappings = [item.data for item in limits if isinstance(item, Value)] if isinstance(limits, tuple) else [limits]
+    mappings = (
+        [item.data for item in limits if isinstance(item, Value)]
+        if isinstance(limits, tuple)
+        else [limits]
+    )
     memory = memory_and_swap()[0]
     for mapping in mappings:
         for key, value in mapping.items() if isinstance(mapping, Mapping) else ():

@@ -31,20 +31,47 @@ FINEST = 0.001
 LIMITS = [name.value.replace("_", "-") for name in SCALES]
 
 
-@click.command("probe", short_help="Find by trial how much of a limit a notebook needs, and what it dies of with less.")
+@click.command(
+    "probe",
+    short_help="Find by trial how much of a limit a notebook needs, and what it dies of with less.",
+)
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.argument("limit", metavar="LIMIT", type=click.Choice(LIMITS))
 @click.option(
-    "--precision", metavar="PERCENT", default="5%", show_default=True, help="How near to each other both sides shall be."
+    "--precision",
+    metavar="PERCENT",
+    default="5%",
+    show_default=True,
+    help="How near to each other both sides shall be.",
 )
-@click.option("--budget", metavar="T", default="10m", show_default=True, help="Time that all runs together may take.")
-@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict) or a YAML file of your own.")
+@click.option(
+    "--budget",
+    metavar="T",
+    default="10m",
+    show_default=True,
+    help="Time that all runs together may take.",
+)
+@click.option(
+    "--limits",
+    metavar="NAME|FILE",
+    help="A profile (default, ci, strict) or a YAML file of your own.",
+)
 @limit_options
 @wall_options
-@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
-@click.option("--cwd", type=click.Path(path_type=Path), help="Run in a copy of this directory [the notebook's].")
+@click.option(
+    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own."
+)
+@click.option(
+    "--cwd",
+    type=click.Path(path_type=Path),
+    help="Run in a copy of this directory [the notebook's].",
+)
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
-@click.option("--mechanisms", metavar="NAME,...", help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.")
+@click.option(
+    "--mechanisms",
+    metavar="NAME,...",
+    help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: Any) -> int:
@@ -57,10 +84,17 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
     Exit codes: 0 found, 1 not found (it fails for another reason, or time ran out), 2 bad usage, 130 stopped.
     """
     name = LimitName(limit.replace("-", "_"))
-    share, seconds = parse_precision(options.pop("precision")), parse_budget(options.pop("budget"), "--budget")
+    share, seconds = (
+        parse_precision(options.pop("precision")),
+        parse_budget(options.pop("budget"), "--budget"),
+    )
     prepared = prepare(_job(notebook, options))
-    with RunLines(sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())) as lines:
-        found = asyncio.run(probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines))
+    with RunLines(
+        sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())
+    ) as lines:
+        found = asyncio.run(
+            probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines)
+        )
     mask = mask_for({**os.environ, **(prepared.job.env or {})})
     _show(mask.everywhere(found), prepared, options, as_json=as_json, quiet=quiet)
     return exit_code(found)
@@ -80,7 +114,9 @@ def parse_precision(text: str) -> float:
     except UnitError as error:
         raise UsageError(f"--precision: {text!r} is not more than 0% and up to 100%") from error
     if share is None or share < FINEST:
-        raise UsageError(f"--precision: {text!r:.60} is not a percentage from {FINEST:.1%} to 100%, such as 5%")
+        raise UsageError(
+            f"--precision: {text!r:.60} is not a percentage from {FINEST:.1%} to 100%, such as 5%"
+        )
     return share
 
 
@@ -91,12 +127,18 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
     return Job(
         path=path,
         limits=options["limits"],
-        options={name.value: options[name.value] for name in LimitName if options.get(name.value) is not None},
+        options={
+            name.value: options[name.value]
+            for name in LimitName
+            if options.get(name.value) is not None
+        },
         walls=walls_of(options),
         kernel=options["kernel"],
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
-        mechanisms=None if mechanisms is None else tuple(part.strip() for part in mechanisms.split(",")),
+        mechanisms=None
+        if mechanisms is None
+        else tuple(part.strip() for part in mechanisms.split(",")),
         bisect=Bisect.NEVER,
         writes=False,
     )
@@ -123,13 +165,22 @@ def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName,
     return shlex.join(words)
 
 
-def _show(found: Probed, prepared: Prepared, options: Mapping[str, Any], *, as_json: bool, quiet: bool) -> None:
+def _show(
+    found: Probed, prepared: Prepared, options: Mapping[str, Any], *, as_json: bool, quiet: bool
+) -> None:
     path, failing = prepared.job.path, found.failing()
     again = None
     if failing is not None:
-        again = reproduce_command(path, options, found.scale.name, found.scale.written(failing.value))
+        again = reproduce_command(
+            path, options, found.scale.name, found.scale.written(failing.value)
+        )
     if as_json:
-        sys.stdout.write(json.dumps(as_document(found, str(path), again), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(
+            json.dumps(
+                as_document(found, str(path), again), indent=2, ensure_ascii=False, allow_nan=False
+            )
+            + "\n"
+        )
     elif not quiet:
         style = Style.of(sys.stdout)
         tables.write(report(found, str(path), again, style), style)

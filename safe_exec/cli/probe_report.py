@@ -47,7 +47,12 @@ class RunLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._live:
             self._write(_CLEAR)
 
@@ -59,7 +64,12 @@ class RunLines:
 
     def ended(self, number: int, shot: Shot) -> None:
         """Run ``number`` is over."""
-        parts = (f"run {number}", self._with(shot.value), what_became(shot), format_seconds(shot.seconds))
+        parts = (
+            f"run {number}",
+            self._with(shot.value),
+            what_became(shot),
+            format_seconds(shot.seconds),
+        )
         line = self._style.fit(common.SEPARATOR.join(part for part in parts if part))
         self._write(f"{_CLEAR if self._live else ''}{line}\n")
 
@@ -88,7 +98,9 @@ def what_became(shot: Shot) -> str:
     crash = shot.crash_cell
     if crash is None:
         return kind
-    return f"{kind} in {common.cell_name(crash.code_index)}" + (f", line {crash.line}" if crash.line is not None else "")
+    return f"{kind} in {common.cell_name(crash.code_index)}" + (
+        f", line {crash.line}" if crash.line is not None else ""
+    )
 
 
 # --- afterwards -------------------------------------------------------------------------------------------------
@@ -106,7 +118,9 @@ def report(found: Probed, path: str, again: str | None, style: Style) -> Iterato
     yield from _notes(found, style)
     advice = advised(found)
     if advice is not None:
-        yield from tables.labelled("use", f"{found.scale.option} {advice}   {_over(found.scale)}", style)
+        yield from tables.labelled(
+            "use", f"{found.scale.option} {advice}   {_over(found.scale)}", style
+        )
     if again is not None:
         # In one piece however long it is: it is there to be copied.
         yield f"  {style.paint('dim', 'reproduce')}{' ' * (_LABEL - len('reproduce'))}{common.code_line(again)}"
@@ -117,10 +131,18 @@ def _sides(found: Probed, style: Style) -> Iterator[str]:
     shown = [quantity(scale, shot.value) for shot in (passing, failing) if shot is not None]
     width = max(map(common.display_width, shown), default=0)
     if passing is not None:
-        peak = f"   {'used' if scale.unit == 'seconds' else 'peak'} {quantity(scale, passing.peak)}" if passing.peak else ""
+        peak = (
+            f"   {'used' if scale.unit == 'seconds' else 'peak'} {quantity(scale, passing.peak)}"
+            if passing.peak
+            else ""
+        )
         yield from _side("passes with", quantity(scale, passing.value).ljust(width) + peak, style)
     if failing is not None:
-        yield from _side("fails with", f"{quantity(scale, failing.value).ljust(width)}   {what_became(failing)}", style)
+        yield from _side(
+            "fails with",
+            f"{quantity(scale, failing.value).ljust(width)}   {what_became(failing)}",
+            style,
+        )
         if failing.cause is not None and not _of_its_own(found, failing):
             yield from tables.labelled("", failing.cause.summary, style)
 
@@ -155,11 +177,20 @@ def _figures(found: Probed) -> Iterator[str]:
 
 def _notes(found: Probed, style: Style) -> Iterator[str]:
     if found.bracket.wavers:
-        yield from tables.labelled("wavers", "between these two it passed at one time and failed at another", style)
-    failing = found.failing()
-    if found.bracket.passes is not None and failing is not None and failing.cause and not _of_its_own(found, failing):
         yield from tables.labelled(
-            "note", f"it does not die of this limit itself just below, but of {failing.cause.kind.value}", style
+            "wavers", "between these two it passed at one time and failed at another", style
+        )
+    failing = found.failing()
+    if (
+        found.bracket.passes is not None
+        and failing is not None
+        and failing.cause
+        and not _of_its_own(found, failing)
+    ):
+        yield from tables.labelled(
+            "note",
+            f"it does not die of this limit itself just below, but of {failing.cause.kind.value}",
+            style,
         )
     weak = weak_hold(found.held)
     if weak:
@@ -172,7 +203,9 @@ def weak_hold(held: Enforcement | None) -> str:
     """What to know of a limit that the system's kernel does not hold."""
     if held is None or held.hard or held.by is Mechanism.RUNNER:
         return ""
-    return f"only the {held.by.value} holds it" + (f"; {common.one_line(held.note)}" if held.note else "")
+    return f"only the {held.by.value} holds it" + (
+        f"; {common.one_line(held.note)}" if held.note else ""
+    )
 
 
 def _over(scale: Scale) -> str:
@@ -195,7 +228,11 @@ def _why_not(found: Probed) -> str:
         case Ended.UNRELATED:
             return f"it fails for another reason, which another limit on {name} does not change"
         case Ended.MOST:
-            return "it fails with all that there is" if found.bracket.passes is None else "it passes only without a limit"
+            return (
+                "it fails with all that there is"
+                if found.bracket.passes is None
+                else "it passes only without a limit"
+            )
         case Ended.LEAST:
             return "it passes with the least that can be set"
         case Ended.BUDGET:

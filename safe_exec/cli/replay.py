@@ -38,7 +38,9 @@ _NOTHING_TO_REPLAY = {
 }
 
 
-@click.command("replay", short_help="Run what a verdict says again, and say whether this machine agrees.")
+@click.command(
+    "replay", short_help="Run what a verdict says again, and say whether this machine agrees."
+)
 @click.argument("verdict", metavar="VERDICT.json", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -53,10 +55,14 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
     """
     then = read_verdict(verdict)
     if then.cause is None or then.status in _NOTHING_TO_REPLAY:
-        raise UsageError(f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(then.status, 'it names no cause')}")
+        raise UsageError(
+            f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(then.status, 'it names no cause')}"
+        )
     source, reproduction = source_of(then, verdict)
     asked = prepare_replay(then, source, reproduction=reproduction, command=command_line())
-    with progress.Progress(sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())) as shown:
+    with progress.Progress(
+        sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
+    ) as shown:
         mask = mask_for({**os.environ, **(asked.prepared.job.env or {})})
         done = masked(asyncio.run(replay(asked, lambda event: shown(mask.everywhere(event)))), mask)
     if as_json:
@@ -106,7 +112,9 @@ def report(done: Replayed, style: Style) -> Iterator[str]:
         yield f"{style.paint('bad', '✗')} {style.paint('bold', 'stopped before it could be told')}"
         return
     sign = style.paint("good", "✓") if found.same else style.paint("bad", "✗")
-    words = f"the same here: {same_words(done)}" if found.same else f"not the same: {here_words(done)}"
+    words = (
+        f"the same here: {same_words(done)}" if found.same else f"not the same: {here_words(done)}"
+    )
     yield f"{sign} {style.paint('bold', common.clip(words, common.HEADLINE_WIDTH))}"
     around = () if found.same else found.environment
     if found.failure or around:
@@ -122,7 +130,11 @@ def same_words(done: Replayed) -> str:
     """``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
     then, here = done.replay.then, done.here
     parts = [_kind_and_cell(here, done.agreement.cell)]
-    if not any(difference.what == "line" for difference in done.agreement.failure) and then.crash_cell and then.crash_cell.line:
+    if (
+        not any(difference.what == "line" for difference in done.agreement.failure)
+        and then.crash_cell
+        and then.crash_cell.line
+    ):
         parts.append(f"line {then.crash_cell.line}")
     a, b = then.usage.memory_peak, here.usage.memory_peak
     if a and b and compares_peaks(then, whole=done.replay.cells is None):
@@ -146,7 +158,8 @@ def _kind_and_cell(verdict: Verdict, code_index: int | None) -> str:
 def _rows(differences: Sequence[Difference], style: Style) -> Iterator[str]:
     rows = [("", "then", "here")]
     rows += [
-        (common.one_line(difference.what), shown(difference, "then"), shown(difference, "here")) for difference in differences
+        (common.one_line(difference.what), shown(difference, "then"), shown(difference, "here"))
+        for difference in differences
     ]
     yield from tables.table(rows, style)
 
@@ -167,7 +180,11 @@ def shown(difference: Difference, side: str) -> str:
 def _ran(done: Replayed) -> str:
     name = common.one_line(done.replay.prepared.job.path.name)
     cells = done.replay.cells
-    held = f"{name}{common.SEPARATOR}{common.cell_sum(c.code_index for c in cells)} of the notebook" if cells else name
+    held = (
+        f"{name}{common.SEPARATOR}{common.cell_sum(c.code_index for c in cells)} of the notebook"
+        if cells
+        else name
+    )
     return f"{held}, in a copy of its folder"
 
 
@@ -186,7 +203,10 @@ def as_document(done: Replayed, path: str) -> dict[str, Any]:
         "then": _side(done.replay.then),
         "here": _side(done.here),
         "differs": [plain(difference) for difference in found.failure],
-        "environment": [{"what": d.what, "then": plain(d.then), "here": plain(d.here)} for d in found.environment],
+        "environment": [
+            {"what": d.what, "then": plain(d.then), "here": plain(d.here)}
+            for d in found.environment
+        ],
         "warnings": [plain(warning) for warning in done.warnings],
     }
 

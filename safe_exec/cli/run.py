@@ -34,16 +34,24 @@ LIMIT_HELP = {
     LimitName.OPEN_FILES: ("N", "Open files of each process."),
     LimitName.FILE_SIZE: ("SIZE", "Size of any one file that it writes."),
     LimitName.CELL_OUTPUT: ("SIZE", "Output that is kept of each cell."),
-    LimitName.DISK: ("SIZE", "What it may write to its folder, /tmp and home together; it works in a copy of the folder."),
+    LimitName.DISK: (
+        "SIZE",
+        "What it may write to its folder, /tmp and home together; it works in a copy of the folder.",
+    ),
     LimitName.SHM: ("SIZE", "Size of /dev/shm."),
-    LimitName.OUTPUT: ("SIZE", "Output that is kept in all; given alone it is the cap of each cell too."),
+    LimitName.OUTPUT: (
+        "SIZE",
+        "Output that is kept in all; given alone it is the cap of each cell too.",
+    ),
 }
 
 
 def limit_options(function: Any) -> Any:
     """An option for each limit."""
     for name, (metavar, text) in reversed(LIMIT_HELP.items()):
-        function = click.option(f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text)(function)
+        function = click.option(
+            f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text
+        )(function)
     return function
 
 
@@ -55,25 +63,67 @@ def wall_options(function: Any) -> Any:
 
 
 WALL_OPTIONS = (
-    click.option("--network/--no-network", default=None, help="Let it reach other hosts, or not; loopback always works."),
+    click.option(
+        "--network/--no-network",
+        default=None,
+        help="Let it reach other hosts, or not; loopback always works.",
+    ),
     click.option("--read-only", is_flag=True, help="Let it write nothing in its folder."),
-    click.option("--show", multiple=True, metavar="PATH", help="Let it read this directory or file, though isolation hides it."),
-    click.option("--writable", multiple=True, metavar="PATH", help="Let it write here too; what it writes is kept."),
+    click.option(
+        "--show",
+        multiple=True,
+        metavar="PATH",
+        help="Let it read this directory or file, though isolation hides it.",
+    ),
+    click.option(
+        "--writable",
+        multiple=True,
+        metavar="PATH",
+        help="Let it write here too; what it writes is kept.",
+    ),
     click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory or file from it."),
-    click.option("--env", "env_names", multiple=True, metavar="NAME", help="Let it see this variable of the environment."),
-    click.option("--device", "devices", multiple=True, metavar="PATH", help="Let it use this device (/dev/nvidia0)."),
+    click.option(
+        "--env",
+        "env_names",
+        multiple=True,
+        metavar="NAME",
+        help="Let it see this variable of the environment.",
+    ),
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        metavar="PATH",
+        help="Let it use this device (/dev/nvidia0).",
+    ),
 )
 
 
 @click.command("run", short_help="Run a notebook inside limits and say why its kernel died.")
 @click.argument("notebook", type=click.Path(path_type=Path))
-@click.option("-o", "--output-notebook", "out", type=click.Path(path_type=Path), help="The annotated notebook [NB.out.ipynb].")
-@click.option("--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json].")
-@click.option("--limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own.")
+@click.option(
+    "-o",
+    "--output-notebook",
+    "out",
+    type=click.Path(path_type=Path),
+    help="The annotated notebook [NB.out.ipynb].",
+)
+@click.option(
+    "--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json]."
+)
+@click.option(
+    "--limits",
+    metavar="NAME|FILE",
+    help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
+)
 @limit_options
 @wall_options
-@click.option("--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
-@click.option("--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's].")
+@click.option(
+    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own."
+)
+@click.option(
+    "--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's]."
+)
 @click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option(
     "--require",
@@ -88,11 +138,28 @@ WALL_OPTIONS = (
     help="Search for the culprits [auto].",
 )
 @click.option("--no-bisect", is_flag=True, help="Do not search for the culprits (--bisect never).")
-@click.option("--bisect-budget", metavar="T", help="Time that the search may take [60s, or 3 times the first run].")
-@click.option("--events", type=click.Path(path_type=Path), help="Write the run as JSON lines while it happens.")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis.")
+@click.option(
+    "--bisect-budget",
+    metavar="T",
+    help="Time that the search may take [60s, or 3 times the first run].",
+)
+@click.option(
+    "--events",
+    type=click.Path(path_type=Path),
+    help="Write the run as JSON lines while it happens.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events: Path | None, **options: Any) -> int:
+def command(
+    notebook: Path,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    events: Path | None,
+    **options: Any,
+) -> int:
     """Run NOTEBOOK inside limits; write the annotated notebook and the verdict; say why its kernel died, if it did.
 
     With --limits ci the notebook sees and writes its folder and the git repository around it; with strict and untrusted its folder
@@ -108,7 +175,14 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
         # One look and all input is checked: from here on whatever happens ends in a verdict.
         prepared = prepare(replace(job_of(notebook, options), output=out), ahead)
         if events is not None:
-            refuse_same({"the notebook": notebook, "-o": prepared.output, "--verdict": prepared.verdict, "--events": events})
+            refuse_same(
+                {
+                    "the notebook": notebook,
+                    "-o": prepared.output,
+                    "--verdict": prepared.verdict,
+                    "--events": events,
+                }
+            )
         verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
@@ -116,7 +190,9 @@ def command(notebook: Path, out: Path | None, as_json: bool, quiet: bool, events
 
 def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
     """The job that the options of a command describe. Raises UsageError."""
-    limits = {name.value: options[name.value] for name in LimitName if options[name.value] is not None}
+    limits = {
+        name.value: options[name.value] for name in LimitName if options[name.value] is not None
+    }
     if "output" in limits and "cell_output" not in limits:
         limits["cell_output"] = limits["output"]
     mechanisms = options["mechanisms"]
@@ -132,7 +208,9 @@ def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
         require=options["require"],
-        mechanisms=None if mechanisms is None else tuple(part.strip() for part in mechanisms.split(",")),
+        mechanisms=None
+        if mechanisms is None
+        else tuple(part.strip() for part in mechanisms.split(",")),
         command=command_line(),
         bisect=Bisect.NEVER if options["no_bisect"] else Bisect(options["bisect"]),
         bisect_budget=parse_budget(options["bisect_budget"]),
@@ -153,13 +231,17 @@ def walls_of(options: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
         walls["env"] = tuple(_variable(f"{prefix}env", name) for name in options["env_names"])
     for name in ("show", "writable", "hide", "devices"):
         if options[name]:
-            walls[name] = tuple(existing_path(f"{prefix}{name.removesuffix('s')}", path) for path in options[name])
+            walls[name] = tuple(
+                existing_path(f"{prefix}{name.removesuffix('s')}", path) for path in options[name]
+            )
     return walls
 
 
 def _variable(option: str, name: str) -> str:
     if not name or "=" in name:
-        raise UsageError(f"{option} {name}: expected the name of a variable that is set for safe-exec itself")
+        raise UsageError(
+            f"{option} {name}: expected the name of a variable that is set for safe-exec itself"
+        )
     return name
 
 
@@ -169,7 +251,9 @@ def existing_path(option: str, path: str) -> str:
     if not os.path.exists(full):
         raise UsageError(f"{option} {path}: no such file or directory")
     if os.path.realpath(full) == "/":
-        raise UsageError(f"{option} {path}: / itself cannot be named; name a directory or file in it")
+        raise UsageError(
+            f"{option} {path}: / itself cannot be named; name a directory or file in it"
+        )
     return full
 
 
@@ -182,7 +266,9 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
     except UnitError as error:
         raise UsageError(f"{option}: {error}") from None
     if seconds is None:
-        raise UsageError(f"{option}: expected a time such as 90s or 5m; a search without an end is not offered")
+        raise UsageError(
+            f"{option}: expected a time such as 90s or 5m; a search without an end is not offered"
+        )
     return seconds
 
 

@@ -35,12 +35,20 @@ def held_columns(held: Enforcement) -> tuple[str, str, str]:
 def wall_rows(walls: Mapping[Wall, Enforcement]) -> list[tuple[str, ...]]:
     """A row for each wall: what would hold it, and what that means."""
     # What the runner holds of walls (the environment) it holds before the kernel starts: there is no way past it.
-    return [(HARD if held.hard else mark(held), wall.value, *held_columns(held)) for wall, held in walls.items()]
+    return [
+        (HARD if held.hard else mark(held), wall.value, *held_columns(held))
+        for wall, held in walls.items()
+    ]
 
 
-def enforcement_document(held: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement]) -> dict[str, dict[str, object]]:
+def enforcement_document(
+    held: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement],
+) -> dict[str, dict[str, object]]:
     """What holds each limit or wall, as JSON values."""
-    return {name.value: {"by": found.by.value, "hard": found.hard, "note": found.note} for name, found in held.items()}
+    return {
+        name.value: {"by": found.by.value, "hard": found.hard, "note": found.note}
+        for name, found in held.items()
+    }
 
 
 def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> Iterator[str]:
@@ -48,11 +56,19 @@ def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> It
     # Signs and text grow where the encoding has no signs: fitted before they are measured.
     cells = [[style.fit(cell) for cell in row] for row in rows]
     signs = {style.fit(sign): colour for sign, colour in _COLOURS.items()}
-    widths = [max(map(display_width, column)) for column in zip(*(row[:-1] for row in cells), strict=True)]
+    widths = [
+        max(map(display_width, column)) for column in zip(*(row[:-1] for row in cells), strict=True)
+    ]
     for row in cells:
-        fixed = [cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=False)]
+        fixed = [
+            cell + " " * (width - display_width(cell))
+            for cell, width in zip(row, widths, strict=False)
+        ]
         left = len(indent) + sum(widths) + len(_GAP) * len(widths)
-        painted = [style.paint(signs[cell.strip()], cell) if cell.strip() in signs else cell for cell in fixed]
+        painted = [
+            style.paint(signs[cell.strip()], cell) if cell.strip() in signs else cell
+            for cell in fixed
+        ]
         last = textwrap.wrap(row[-1], max(style.width - left, 24), break_on_hyphens=False) or [""]
         yield (indent + _GAP.join((*painted, last[0]))).rstrip()
         yield from (" " * left + line for line in last[1:])

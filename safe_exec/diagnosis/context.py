@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 from safe_exec.model.ending import Died, Ending, StartFailed
 from safe_exec.model.evidence import Evidence, Frame
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Wall
-from safe_exec.model.verdict import Cause, CauseKind, CellRecord, Confidence, Fact, FactValue, Origin
+from safe_exec.model.verdict import (
+    Cause,
+    CauseKind,
+    CellRecord,
+    Confidence,
+    Fact,
+    FactValue,
+    Origin,
+)
 from safe_exec.records import dataclass, field
 from safe_exec.units import format_size
 
@@ -53,10 +61,16 @@ class Context:
 
     def accumulators(self) -> str:
         """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
-        kept = [c for c in self.cells if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current]
+        kept = [
+            c
+            for c in self.cells
+            if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current
+        ]
         most = sorted(kept, key=lambda c: -(c.memory_kept or 0))[:3]
         most.sort(key=lambda c: c.index)
-        return ", ".join(f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in most)
+        return ", ".join(
+            f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in most
+        )
 
 
 Rule = Callable[[Context], Cause | None]
@@ -80,7 +94,16 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-OF_PROGRAMS = ("CalledProcessError", "UsageError", "SystemExit", "CommandError", "ShellError", "Error", "ERROR", "")
+OF_PROGRAMS = (
+    "CalledProcessError",
+    "UsageError",
+    "SystemExit",
+    "CommandError",
+    "ShellError",
+    "Error",
+    "ERROR",
+    "",
+)
 """Errors that say that a program failed, and leave the reason to what it printed."""
 
 
@@ -101,7 +124,13 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     else:
         facts = [outside("ended with", str(status), "wait status of the kernel process")]
     if evidence.termination is not None:
-        facts.append(outside("killed by safe-exec for", evidence.termination.value, "recorded before the signal was sent"))
+        facts.append(
+            outside(
+                "killed by safe-exec for",
+                evidence.termination.value,
+                "recorded before the signal was sent",
+            )
+        )
     return tuple(facts)
 
 

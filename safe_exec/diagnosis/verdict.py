@@ -15,10 +15,28 @@ from typing import TYPE_CHECKING, Any
 from safe_exec._version import __version__
 from safe_exec.diagnosis.rules import Context, find_cause
 from safe_exec.diagnosis.rules.isolation import unexplained
-from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, LimitHit, Passed, StartFailed, TimedOut
+from safe_exec.model.ending import (
+    Cancelled,
+    CellFailed,
+    Died,
+    Ending,
+    InternalError,
+    LimitHit,
+    Passed,
+    StartFailed,
+    TimedOut,
+)
 from safe_exec.model.evidence import Frame, Place
 from safe_exec.model.limits import Limits
-from safe_exec.model.verdict import Cause, CrashCell, Environment, NotebookInfo, Status, Usage, Verdict
+from safe_exec.model.verdict import (
+    Cause,
+    CrashCell,
+    Environment,
+    NotebookInfo,
+    Status,
+    Usage,
+    Verdict,
+)
 from safe_exec.records import replace
 from safe_exec.sandbox.plan import SpawnPlan
 
@@ -42,12 +60,16 @@ STDERR_TAIL = 4000
 _PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 
 
-def cause_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Cause | None:
+def cause_of(
+    result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None
+) -> Cause | None:
     """What the rules conclude from a trial."""
     return find_cause(context_of(result, limits, plan, language))
 
 
-def context_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None) -> Context:
+def context_of(
+    result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None
+) -> Context:
     """A trial as the rules see it."""
     return Context(
         ending=result.ending,
@@ -61,7 +83,9 @@ def context_of(result: TrialResult, limits: Limits, plan: SpawnPlan, language: s
     )
 
 
-def conclude(prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool) -> Verdict:
+def conclude(
+    prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool
+) -> Verdict:
     """The verdict of one run."""
     limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
     language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
@@ -127,7 +151,11 @@ def _reasons(ending: Ending) -> tuple[str, ...]:
 def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
     """What is missing of a failure in a kernel in which no code of ours runs."""
     ending = result.ending
-    if result.fitted or getattr(ending, "cell", None) is None or isinstance(ending, Passed | Cancelled):
+    if (
+        result.fitted
+        or getattr(ending, "cell", None) is None
+        or isinstance(ending, Passed | Cancelled)
+    ):
         return ()
     missing = "no stack" if result.place is not None else "neither line nor stack"
     return (f"kernel {kernel} is not ipykernel: {missing} is known",)
@@ -159,7 +187,9 @@ def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | No
         execution_count=cell.get("execution_count"),
         line=line,
         source_line=lines[line - 1] if line is not None else None,
-        stack=tuple(_with_source(frame, node) for frame in without_plumbing(place.stack)) if place is not None else (),
+        stack=tuple(_with_source(frame, node) for frame in without_plumbing(place.stack))
+        if place is not None
+        else (),
     )
 
 
@@ -168,7 +198,9 @@ def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
     Where it happened in IPython itself, its frames stay.
     """
-    first = next((number for number, frame in enumerate(stack) if frame.cell is not None), len(stack))
+    first = next(
+        (number for number, frame in enumerate(stack) if frame.cell is not None), len(stack)
+    )
     return tuple(
         frame
         for number, frame in enumerate(stack)
@@ -181,7 +213,9 @@ def _with_source(frame: Frame, node: Any) -> Frame:
     if frame.cell is None or frame.line is None or frame.cell >= len(node.cells):
         return frame
     lines = node.cells[frame.cell].source.splitlines()
-    return replace(frame, source_line=lines[frame.line - 1] if 1 <= frame.line <= len(lines) else None)
+    return replace(
+        frame, source_line=lines[frame.line - 1] if 1 <= frame.line <= len(lines) else None
+    )
 
 
 def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
@@ -190,7 +224,10 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
         python=str(result.hello["python"]) if result.hello.get("python") else None,
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages=installed_packages(paths) if paths else None,
-        cgroup=next((path for path in plan.cgroup.dirs if "memory" in path), plan.cgroup.dirs[0] if plan.cgroup.dirs else None),
+        cgroup=next(
+            (path for path in plan.cgroup.dirs if "memory" in path),
+            plan.cgroup.dirs[0] if plan.cgroup.dirs else None,
+        ),
         isolation=plan.walls,
         isolation_facts=result.evidence.isolation,
     )
@@ -201,7 +238,9 @@ def installed_packages(paths: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in paths:
         try:
-            names = [entry.name for entry in Path(path).iterdir() if entry.name.endswith(".dist-info")]
+            names = [
+                entry.name for entry in Path(path).iterdir() if entry.name.endswith(".dist-info")
+            ]
         except OSError:
             continue
         for name in names[:3000]:

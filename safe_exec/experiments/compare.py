@@ -15,7 +15,9 @@ from safe_exec.records import dataclass
 
 PEAK_SHARE = 0.1
 """Peaks that are no further apart are the same."""
-MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
+MEMORY = frozenset(
+    {CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY}
+)
 Value = str | int | float | None
 
 
@@ -47,7 +49,9 @@ def compare(then: Verdict, here: Verdict, cells: Sequence[Culprit] | None = None
     """Compare a run with one of before that failed. ``cells`` are those that ``here`` ran alone, where it ran a reproduction."""
     cell = _code_index(here, cells)
     return Agreement(
-        failure=tuple(_failures(then, here, cells, cell)), environment=tuple(environment_differences(then, here)), cell=cell
+        failure=tuple(_failures(then, here, cells, cell)),
+        environment=tuple(environment_differences(then, here)),
+        cell=cell,
     )
 
 
@@ -58,10 +62,14 @@ def _code_index(here: Verdict, cells: Sequence[Culprit] | None) -> int | None:
     return cells[crash.code_index].code_index if crash.code_index < len(cells) else None
 
 
-def _failures(then: Verdict, here: Verdict, cells: Sequence[Culprit] | None, cell: int | None) -> Iterator[Difference]:
+def _failures(
+    then: Verdict, here: Verdict, cells: Sequence[Culprit] | None, cell: int | None
+) -> Iterator[Difference]:
     assert then.cause is not None
     if here.cause is None:
-        yield Difference(what="status", then=then.status.value, here=here.status.value, decides=True)
+        yield Difference(
+            what="status", then=then.status.value, here=here.status.value, decides=True
+        )
         return
     was, found = Failure.of(then.cause, 0), Failure.of(here.cause, 0)
     another_form = was.has_form(here.cause)
@@ -78,7 +86,9 @@ def _failures(then: Verdict, here: Verdict, cells: Sequence[Culprit] | None, cel
     if place != cell:
         # Heap corruption strikes where the heap happens to lie.
         moved = was.moves and was.is_like(here.cause)
-        yield Difference(what="code cell", then=_counted(place), here=_counted(cell), decides=not moved)
+        yield Difference(
+            what="code cell", then=_counted(place), here=_counted(cell), decides=not moved
+        )
     elif not _same_line(then, here, whole=cells is None):
         yield Difference(what="line", then=_line(then), here=_line(here))
     yield from _peaks(then, here, whole=cells is None)

@@ -68,8 +68,16 @@ def load(scratch: Path) -> RepositoryNotes | None:
     try:
         document = json.loads((scratch / NOTES).read_text())
         entries = document["entries"]
-        marks = None if entries is None else {name: (*map(int, mark),) for name, mark in entries.items()}
-        return RepositoryNotes(root=Path(document["root"]), folder=Path(document["folder"]), entries=marks)  # type: ignore[arg-type]
+        marks = (
+            None
+            if entries is None
+            else {name: (*map(int, mark),) for name, mark in entries.items()}
+        )
+        return RepositoryNotes(
+            root=Path(document["root"]),
+            folder=Path(document["folder"]),
+            entries=marks,  # type: ignore[arg-type]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -107,11 +107,22 @@ class Runs:
         """Run it. Raises NoTrial where that cannot be done at all."""
         began = time.monotonic()
         # Should we be killed, nobody else will look after what we hold of the folder.
-        request = enclosed(self.template, self.views, limits=change.limits, orphans=(str(self.views.snapshot.scratch),))
+        request = enclosed(
+            self.template,
+            self.views,
+            limits=change.limits,
+            orphans=(str(self.views.snapshot.scratch),),
+        )
         request = replace(request, cell_limits=change.cell_limits, sink=change.sink)
-        bounds = (change.limits.timeout or float("inf"), change.deadline, max(SETTLE_SECONDS, change.allowed - SETTLE_SECONDS))
+        bounds = (
+            change.limits.timeout or float("inf"),
+            change.deadline,
+            max(SETTLE_SECONDS, change.allowed - SETTLE_SECONDS),
+        )
         bound = min(bounds)
-        timed = replace(request, limits=replace(request.limits, timeout=bound if bound < float("inf") else None))
+        timed = replace(
+            request, limits=replace(request.limits, timeout=bound if bound < float("inf") else None)
+        )
         result = await run_trial(timed)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
             raise NoTrial("a run was cancelled by nobody")
@@ -129,7 +140,11 @@ def why_not_run(result: TrialResult) -> str | None:
     """Why a trial that failed by our doing rather than the notebook's could not be run; ``None`` for any other."""
     if not failures.is_ours(result.ending):
         return None
-    words = result.ending.message if isinstance(result.ending, InternalError) else getattr(result.ending, "reason", None)
+    words = (
+        result.ending.message
+        if isinstance(result.ending, InternalError)
+        else getattr(result.ending, "reason", None)
+    )
     return str(words or result.ending)
 
 
@@ -144,9 +159,15 @@ def peak_of(name: LimitName, result: TrialResult) -> float | None:
         case LimitName.PROCESSES:
             return result.evidence.processes_peak
         case LimitName.CELL_TIMEOUT:
-            return max((record.seconds for record in records if record.seconds is not None), default=None)
+            return max(
+                (record.seconds for record in records if record.seconds is not None), default=None
+            )
         case LimitName.TIMEOUT:
             # It is looked at while cells run: what comes after the last of them does not count.
-            ends = (r.started + r.seconds for r in records if r.started is not None and r.seconds is not None)
+            ends = (
+                r.started + r.seconds
+                for r in records
+                if r.started is not None and r.seconds is not None
+            )
             return max(ends, default=None)
     return None

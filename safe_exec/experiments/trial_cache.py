@@ -35,13 +35,24 @@ def cache_root() -> Path:
     Raises OSError where not even that can be had.
     """
     own = Path(tempfile.gettempdir()) / f"safe-exec-cache-{os.geteuid()}"
-    base = next((b for b in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")) if os.path.isabs(b)), None)
+    base = next(
+        (
+            b
+            for b in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"))
+            if os.path.isabs(b)
+        ),
+        None,
+    )
     for path in (*([Path(base) / "safe-exec"] if base else []), own):
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
             found = path.lstat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(path, os.W_OK):
+            if (
+                stat.S_ISDIR(found.st_mode)
+                and found.st_uid == os.geteuid()
+                and os.access(path, os.W_OK)
+            ):
                 return path
     raise OSError(f"no place for a cache: neither {base or '~/.cache'} nor {own} can be written")
 
@@ -89,7 +100,9 @@ def claim_folder(root: Path, run_id: str) -> Path:
     directory = root / "folders" / run_id
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     me = procfs.stat(os.getpid())
-    (directory / _OWNER).write_text(json.dumps({"pid": os.getpid(), "started": me.started if me else 0}))
+    (directory / _OWNER).write_text(
+        json.dumps({"pid": os.getpid(), "started": me.started if me else 0})
+    )
     return directory
 
 

@@ -13,7 +13,13 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safe_exec.experiments.repository_layer import RepositoryLayer, RepositoryNotes, layer_of, load, note
+from safe_exec.experiments.repository_layer import (
+    RepositoryLayer,
+    RepositoryNotes,
+    layer_of,
+    load,
+    note,
+)
 from safe_exec.keeper import mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
 from safe_exec.records import dataclass, field, replace
@@ -62,21 +68,31 @@ class Snapshot:
         if self.copy is not None:
             for path, found in walk(self.copy):
                 digest.update(
-                    f"{path.relative_to(self.copy)}\0{found.st_mode}\0{found.st_size}\0".encode(errors="surrogateescape")
+                    f"{path.relative_to(self.copy)}\0{found.st_mode}\0{found.st_size}\0".encode(
+                        errors="surrogateescape"
+                    )
                 )
                 if stat.S_ISREG(found.st_mode):
                     digest.update(path.read_bytes())
                 elif stat.S_ISLNK(found.st_mode):
                     digest.update(os.fsencode(os.readlink(path)))
         for name, entry in sorted((self.entries or {}).items() if self.copy is None else ()):
-            digest.update(f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape"))
+            digest.update(
+                f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape")
+            )
         if self.repository is not None:
             # What it holds may be unknown: then no answer of another run is believed.
             digest.update((self.repository.fingerprint() or self.scratch.name).encode())
         return digest.hexdigest()
 
 
-def take(folder: Path, scratch: Path, *, ours: frozenset[Path] = frozenset(), repository: Path | None = None) -> Snapshot:
+def take(
+    folder: Path,
+    scratch: Path,
+    *,
+    ours: frozenset[Path] = frozenset(),
+    repository: Path | None = None,
+) -> Snapshot:
     """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out.
 
     ``ours`` are files that we write into it ourselves: no part of what the notebook starts from. ``repository`` is the root of the
@@ -96,14 +112,23 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     total = 0
     for path, found in walk(folder, but=but):
         if len(entries) >= NOTE_ENTRIES:
-            return Snapshot(folder=folder, scratch=scratch, copy=None, entries=None, tmp=_names_in_tmp())
+            return Snapshot(
+                folder=folder, scratch=scratch, copy=None, entries=None, tmp=_names_in_tmp()
+            )
         entries[str(path.relative_to(folder))] = _entry(found)
         total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
         copy_tree(folder, copy, but=but, twins=_twins(_latest.get(folder), entries))
-    made = Snapshot(folder=folder, scratch=scratch, copy=copy, entries=entries, tmp=_names_in_tmp(), taken_ns=taken)
+    made = Snapshot(
+        folder=folder,
+        scratch=scratch,
+        copy=copy,
+        entries=entries,
+        tmp=_names_in_tmp(),
+        taken_ns=taken,
+    )
     if copy is not None:
         _latest[folder] = made
         for oldest in list(_latest)[:-MOST_FOLDERS]:
@@ -123,7 +148,11 @@ def _twins(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, 
     if earlier is None or earlier.copy is None or not earlier.entries:
         return {}
     settled = earlier.taken_ns - TICK_NS
-    same = (name for name, entry in entries.items() if entry.ctime_ns < settled and earlier.entries.get(name) == entry)
+    same = (
+        name
+        for name, entry in entries.items()
+        if entry.ctime_ns < settled and earlier.entries.get(name) == entry
+    )
     return {name: earlier.copy / name for name in same if stat.S_ISREG(entries[name].mode)}
 
 
@@ -132,11 +161,23 @@ def reopen(folder: Path, scratch: Path) -> Snapshot | None:
     copy = scratch / "before"
     if not copy.is_dir():
         return None
-    return Snapshot(folder=folder.resolve(), scratch=scratch, copy=copy, entries=None, tmp=None, repository=load(scratch))
+    return Snapshot(
+        folder=folder.resolve(),
+        scratch=scratch,
+        copy=copy,
+        entries=None,
+        tmp=None,
+        repository=load(scratch),
+    )
 
 
 def _entry(found: os.stat_result) -> Entry:
-    return Entry(mode=found.st_mode, size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns)
+    return Entry(
+        mode=found.st_mode,
+        size=found.st_size,
+        mtime_ns=found.st_mtime_ns,
+        ctime_ns=found.st_ctime_ns,
+    )
 
 
 def _names_in_tmp() -> frozenset[str] | None:
@@ -182,7 +223,11 @@ class Views:
             mount = self._layers(directory)
         elif self.snapshot.copy is not None:
             copy_tree(self.snapshot.copy, directory / "folder")
-            mount = {"kind": "bind", "source": str(directory / "folder"), "target": str(self.snapshot.folder)}
+            mount = {
+                "kind": "bind",
+                "source": str(directory / "folder"),
+                "target": str(self.snapshot.folder),
+            }
         else:
             mount = None
         if self.way is None:
@@ -196,16 +241,28 @@ class Views:
         made += self._beside_runtime(mount, directory, runtime) if mount else []
         if not folder.is_relative_to(SHM):
             made.append({"kind": "tmpfs", "target": str(SHM), "options": "mode=1777"})
-        return View(cwd=folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user")
+        return View(
+            cwd=folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user"
+        )
 
-    def _beside_runtime(self, mount: dict[str, str], directory: Path, runtime: Path) -> list[dict[str, str]]:
+    def _beside_runtime(
+        self, mount: dict[str, str], directory: Path, runtime: Path
+    ) -> list[dict[str, str]]:
         """The folder's mount; where the folder is /tmp itself it would hide the runtime directory, and brings it along."""
         if not runtime.is_relative_to(self.snapshot.folder):
             return [mount]
-        place = directory / "runtime" if self.overlay else directory / "folder" / runtime.relative_to(self.snapshot.folder)
+        place = (
+            directory / "runtime"
+            if self.overlay
+            else directory / "folder" / runtime.relative_to(self.snapshot.folder)
+        )
         place.mkdir(parents=True, exist_ok=True)
         found = [{"kind": "bind", "source": str(runtime), "target": str(place)}, mount]
-        return [*found, {"kind": "bind", "source": str(place), "target": str(runtime)}] if self.overlay else found
+        return (
+            [*found, {"kind": "bind", "source": str(place), "target": str(runtime)}]
+            if self.overlay
+            else found
+        )
 
     def _layers(self, directory: Path) -> dict[str, str]:
         """An overlay; what the first run added is hidden by whiteouts (character devices 0:0, overlayfs.rst)."""
@@ -233,8 +290,13 @@ class Views:
         found = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
         if runtime.parent == TMP:  # the keeper makes it before it mounts anything
             (fresh / runtime.name).mkdir()
-            found.append({"kind": "bind", "source": str(runtime), "target": str(fresh / runtime.name)})
-        return [*(mount for mount in found if mount), {"kind": "bind", "source": str(fresh), "target": str(TMP)}]
+            found.append(
+                {"kind": "bind", "source": str(runtime), "target": str(fresh / runtime.name)}
+            )
+        return [
+            *(mount for mount in found if mount),
+            {"kind": "bind", "source": str(fresh), "target": str(TMP)},
+        ]
 
 
 def _bound(source: Path, target: Path) -> dict[str, str] | None:
@@ -264,18 +326,35 @@ def views_of(snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False)
     With ``insist`` there is always a way, and its gaps say what could not be ruled out.
     """
     way = mounts.namespaces()
-    gaps: tuple[str, ...] = () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
-    gaps += () if way else ("what it left in /dev/shm, and files of the folder that are named by their full path",)
+    gaps: tuple[str, ...] = (
+        () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
+    )
+    gaps += (
+        ()
+        if way
+        else (
+            "what it left in /dev/shm, and files of the folder that are named by their full path",
+        )
+    )
     gaps += ("what it left in /dev/shm",) if way and snapshot.folder.is_relative_to(SHM) else ()
     layer = None
     if snapshot.repository is not None:
-        layer, more = layer_of(snapshot.repository, snapshot.scratch, way, ours=ours | {snapshot.scratch.resolve()})
+        layer, more = layer_of(
+            snapshot.repository, snapshot.scratch, way, ours=ours | {snapshot.scratch.resolve()}
+        )
         gaps += more
     if snapshot.copy is not None:
         return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps, repository=layer)
     reason = _unfit(snapshot, ours, way)
     if reason is None:
-        return Views(snapshot=snapshot, way=way, overlay=True, new=added(snapshot), gaps=gaps, repository=layer)
+        return Views(
+            snapshot=snapshot,
+            way=way,
+            overlay=True,
+            new=added(snapshot),
+            gaps=gaps,
+            repository=layer,
+        )
     if not insist:
         raise NoView(reason)
     gaps = (*gaps, f"files of the folder itself: {reason}")
@@ -286,11 +365,11 @@ def _unfit(snapshot: Snapshot, ours: frozenset[Path], way: str | None) -> str | 
     """Why a large folder cannot be overlaid."""
     if snapshot.entries is None:
         return f"it holds more than {NOTE_ENTRIES} files"
-    changed = next((name for name in _changed(snapshot) if snapshot.folder / name not in ours), None)
+    changed = next(
+        (name for name in _changed(snapshot) if snapshot.folder / name not in ours), None
+    )
     if changed is not None:
-        return (
-            f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and the first run changed {changed} in it"
-        )
+        return f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and the first run changed {changed} in it"
     if way is None:
         return "it is too large to copy, and this system lets us make no mount namespace for an overlay"
     probe = snapshot.scratch / "probe"

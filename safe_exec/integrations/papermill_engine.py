@@ -59,15 +59,32 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         if start_timeout:
             given["start_timeout"] = start_timeout
         chosen = limits or os.environ.get(PROFILE_VARIABLE) or None
-        prepared = _prepared(nb_man.nb, input_path, kernel_name, limits=chosen, options=given, require=require, walls=walls)
-        nb_man.nb = prepared.node  # filled in place: what is saved on the way has the outputs so far
+        prepared = _prepared(
+            nb_man.nb,
+            input_path,
+            kernel_name,
+            limits=chosen,
+            options=given,
+            require=require,
+            walls=walls,
+        )
+        nb_man.nb = (
+            prepared.node
+        )  # filled in place: what is saved on the way has the outputs so far
         relay = Relay(nb_man, log_output=log_output, stdout=stdout_file, stderr=stderr_file)
         logger.info(f"Executing notebook with kernel: {kernel_name}")
         verdict = _run(prepared, relay)
         relay.finish(verdict)
 
 
-def _prepared(node: Any, input_path: str | None, kernel: str, *, walls: Mapping[str, object] | None, **asked: Any) -> Prepared:
+def _prepared(
+    node: Any,
+    input_path: str | None,
+    kernel: str,
+    *,
+    walls: Mapping[str, object] | None,
+    **asked: Any,
+) -> Prepared:
     """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
     from safe_exec.platforms import refuse_elsewhere
 
@@ -76,17 +93,31 @@ def _prepared(node: Any, input_path: str | None, kernel: str, *, walls: Mapping[
     from safe_exec.notebook import notebook
     from safe_exec.workflows.prepare import Bisect, Job, prepare
 
-    path = Path(input_path) if input_path and os.path.isfile(input_path) else Path.cwd() / "notebook.ipynb"
+    path = (
+        Path(input_path)
+        if input_path and os.path.isfile(input_path)
+        else Path.cwd() / "notebook.ipynb"
+    )
     source = notebook.Source.of_data(path, notebook.dumps(node))
     checked = isolation.of_mapping(walls or {}, "walls")
-    job = Job(path=path, kernel=kernel, cwd=Path.cwd(), bisect=Bisect.NEVER, writes=False, walls=checked, **asked)
+    job = Job(
+        path=path,
+        kernel=kernel,
+        cwd=Path.cwd(),
+        bisect=Bisect.NEVER,
+        writes=False,
+        walls=checked,
+        **asked,
+    )
     return prepare(job, source=source)
 
 
 def _run(prepared: Prepared, relay: Relay) -> Verdict:
     from safe_exec.workflows.run import run_undocumented
 
-    found: tuple[Verdict, Any] = _finished(run_undocumented(prepared, (relay.event,), relay.message))
+    found: tuple[Verdict, Any] = _finished(
+        run_undocumented(prepared, (relay.event,), relay.message)
+    )
     return found[0]
 
 
@@ -111,7 +142,9 @@ class Relay:
     papermill counts every cell, those of text and those that are skipped too; a trial speaks of those that it runs.
     """
 
-    def __init__(self, nb_man: Any, *, log_output: bool, stdout: TextIO | None, stderr: TextIO | None) -> None:
+    def __init__(
+        self, nb_man: Any, *, log_output: bool, stdout: TextIO | None, stderr: TextIO | None
+    ) -> None:
         self.nb_man = nb_man
         self.log_output = log_output
         self.files = {"stdout": stdout, "stderr": stderr}
@@ -168,7 +201,11 @@ class Relay:
         kind, content = message["msg_type"], message["content"]
         if kind == "stream":
             self._log_stream(str(content["name"]), content["text"])
-        elif kind in ("display_data", "execute_result") and self.log_output and "text/plain" in content["data"]:
+        elif (
+            kind in ("display_data", "execute_result")
+            and self.log_output
+            and "text/plain" in content["data"]
+        ):
             logger.info("".join(content["data"]["text/plain"]))
 
     def _log_stream(self, name: str, words: str) -> None:
@@ -205,7 +242,9 @@ class Relay:
         """The cell that carries the error: where it happened, else the first that did not run, else the last one."""
         if verdict.crash_cell is not None:
             return verdict.crash_cell.index
-        code = [index for index, cell in enumerate(self.nb_man.nb.cells) if cell.cell_type == "code"]
+        code = [
+            index for index, cell in enumerate(self.nb_man.nb.cells) if cell.cell_type == "code"
+        ]
         return next((index for index in code if index >= self.next), code[-1] if code else None)
 
     def _mark(self, index: int, verdict: Verdict) -> None:
@@ -214,7 +253,10 @@ class Relay:
 
         cell = self.nb_man.nb.cells[index]
         # papermill takes the error of sys.exit(0) for none, and would report success with the rest of the cells not run.
-        left_early = any(output.get("ename") == "SystemExit" and output.get("evalue") in ("", "0") for output in cell.outputs)
+        left_early = any(
+            output.get("ename") == "SystemExit" and output.get("evalue") in ("", "0")
+            for output in cell.outputs
+        )
         if left_early or verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:
             # Before an error of the cell's own (a KeyboardInterrupt of ours, say): papermill raises the first.
             errors = (at for at, output in enumerate(cell.outputs) if output.output_type == "error")

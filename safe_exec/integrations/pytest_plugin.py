@@ -48,14 +48,21 @@ UNDER_TEST = "PYTEST_CURRENT_TEST"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the options; none of them costs anything without ``--safe-exec``."""
     group = parser.getgroup("safe-exec", "notebooks inside limits (safe-exec)")
-    group.addoption("--safe-exec", action="store_true", help="Run each notebook as a test, inside limits.")
     group.addoption(
-        "--safe-exec-limits", metavar="NAME|FILE", help="A profile (default, ci, strict, untrusted) or a YAML file of your own."
+        "--safe-exec", action="store_true", help="Run each notebook as a test, inside limits."
+    )
+    group.addoption(
+        "--safe-exec-limits",
+        metavar="NAME|FILE",
+        help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
     )
     for name in LIMITS:
         option = name.replace("_", "-")
         group.addoption(
-            f"--safe-exec-{option}", dest=f"safe_exec_limit_{name}", metavar="VALUE", help=f"As `safe-exec run --{option}`."
+            f"--safe-exec-{option}",
+            dest=f"safe_exec_limit_{name}",
+            metavar="VALUE",
+            help=f"As `safe-exec run --{option}`.",
         )
     for name, metavar in ISOLATION:
         group.addoption(
@@ -65,16 +72,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             metavar=metavar,
             help=f"As `safe-exec run --{name}`; may be repeated.",
         )
-    group.addoption("--safe-exec-network", action="store_true", default=None, help="As `safe-exec run --network`.")
     group.addoption(
-        "--safe-exec-no-network", dest="safe_exec_network", action="store_false", help="As `safe-exec run --no-network`."
+        "--safe-exec-network",
+        action="store_true",
+        default=None,
+        help="As `safe-exec run --network`.",
     )
-    group.addoption("--safe-exec-read-only", action="store_true", help="As `safe-exec run --read-only`.")
-    group.addoption("--safe-exec-cwd", metavar="DIR", help="Run in this directory [each notebook's own].")
-    group.addoption("--safe-exec-kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own.")
-    group.addoption("--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`.")
-    group.addoption("--safe-exec-no-bisect", action="store_true", help="Do not search for the culprits of a failure.")
-    group.addoption("--safe-exec-bisect-budget", metavar="T", help="Time that the search may take (60s).")
+    group.addoption(
+        "--safe-exec-no-network",
+        dest="safe_exec_network",
+        action="store_false",
+        help="As `safe-exec run --no-network`.",
+    )
+    group.addoption(
+        "--safe-exec-read-only", action="store_true", help="As `safe-exec run --read-only`."
+    )
+    group.addoption(
+        "--safe-exec-cwd", metavar="DIR", help="Run in this directory [each notebook's own]."
+    )
+    group.addoption(
+        "--safe-exec-kernel",
+        metavar="NAME",
+        help="Run with this kernel instead of the notebook's own.",
+    )
+    group.addoption(
+        "--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`."
+    )
+    group.addoption(
+        "--safe-exec-no-bisect",
+        action="store_true",
+        help="Do not search for the culprits of a failure.",
+    )
+    group.addoption(
+        "--safe-exec-bisect-budget", metavar="T", help="Time that the search may take (60s)."
+    )
     group.addoption(
         "--safe-exec-out",
         metavar="DIR",
@@ -138,7 +169,9 @@ def _settings(config: pytest.Config) -> Settings:
         kernel=config.getoption("safe_exec_kernel"),
         require=config.getoption("safe_exec_require"),
         bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
-        bisect_budget=parse_budget(config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"),
+        bisect_budget=parse_budget(
+            config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"
+        ),
     )
 
 
@@ -297,7 +330,9 @@ class NotebookItem(pytest.Item):
     def _stem(self) -> Path:
         """The documents' path without their endings: as the notebook's below the root directory, or its whole path elsewhere."""
         root, path = self.config.rootpath, self.path
-        relative = path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
+        relative = (
+            path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
+        )
         return self._settings.out / relative.with_name(relative.name[: -len(SUFFIX)])
 
     # --- reporting --------------------------------------------------------------------------------------------------
@@ -308,7 +343,11 @@ class NotebookItem(pytest.Item):
 
         crash = verdict.crash_cell
         text = read_as_run(self.path, verdict.notebook.sha256) if crash is not None else None
-        if crash is not None and text is not None and (cell := placed(text, {crash.index}).get(crash.index)) is not None:
+        if (
+            crash is not None
+            and text is not None
+            and (cell := placed(text, {crash.index}).get(crash.index)) is not None
+        ):
             line = (crash.line or 1) - 1
             self._line = cell.lines[line if line < len(cell.lines) else 0] - 1
         self.__dict__.pop("location", None)
@@ -340,7 +379,9 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
         "confidence": cause.confidence.value if cause else None,
         "crash_cell": crash.code_index if crash else None,
         "crash_line": crash.line if crash else None,
-        "culprits": " ".join(str(culprit.code_index) for culprit in culprits.cells) if culprits else None,
+        "culprits": " ".join(str(culprit.code_index) for culprit in culprits.cells)
+        if culprits
+        else None,
         "cells": verdict.notebook.cells,
         "code_cells": verdict.notebook.code_cells,
         "wall_seconds": verdict.usage.wall_seconds,
@@ -372,7 +413,9 @@ class Headlines:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Make the plain text one that pytest's summary and JUnit's message take a line from."""
-        if not isinstance(report.longrepr, str) or not any(name == MARK for name, _ in report.user_properties):
+        if not isinstance(report.longrepr, str) or not any(
+            name == MARK for name, _ in report.user_properties
+        ):
             return
         path, line, _ = report.location
         said = Diagnosis(report.longrepr)

@@ -52,17 +52,26 @@ class Enclosed:
 
     # --- in the keeper's child ----------------------------------------------------------------------------------
 
-    def become_bubblewrap(self, plan: dict[str, Any], stderr_fd: int, given: dict[str, int], error_fd: int) -> None:
+    def become_bubblewrap(
+        self, plan: dict[str, Any], stderr_fd: int, given: dict[str, int], error_fd: int
+    ) -> None:
         """Execute bubblewrap, with the init in it. Never returns."""
         try:
             enclosure = plan["enclosure"]
             placed = child.place_descriptors(
                 plan,
                 stderr_fd,
-                {**given, "status": self._theirs.fileno(), "go": self._go_r, "config": os.memfd_create("safe-exec")},
+                {
+                    **given,
+                    "status": self._theirs.fileno(),
+                    "go": self._go_r,
+                    "config": os.memfd_create("safe-exec"),
+                },
             )
             discarded = [place["path"] for place in enclosure["discarded"]]
-            _write_config(placed["config"], {**plan, "sockets": enclosure["sockets"], "discarded": discarded})
+            _write_config(
+                placed["config"], {**plan, "sockets": enclosure["sockets"], "discarded": discarded}
+            )
             _close_devices(enclosure["devices"])
             inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
             inner += [str(placed[name]) for name in ("status", "go", "config")]
@@ -117,10 +126,19 @@ class Enclosed:
         """A message and who sent it, by process id out here; an empty one at the end, and for what is no message of ours."""
         room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT.size)
         data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
-        pid = next((_UCRED.unpack(found[: _UCRED.size])[0] for _, kind, found in ancillary if kind == SCM_CREDENTIALS), 0)
+        pid = next(
+            (
+                _UCRED.unpack(found[: _UCRED.size])[0]
+                for _, kind, found in ancillary
+                if kind == SCM_CREDENTIALS
+            ),
+            0,
+        )
         self.over = not data and not pid
         rights = b"".join(packed for _, kind, packed in ancillary if kind == socket.SCM_RIGHTS)
-        self._take_descriptors([fd for (fd,) in _INT.iter_unpack(rights[: len(rights) - len(rights) % _INT.size])])
+        self._take_descriptors(
+            [fd for (fd,) in _INT.iter_unpack(rights[: len(rights) - len(rights) % _INT.size])]
+        )
         with contextlib.suppress(ValueError):
             message = json.loads(data)
             if isinstance(message, dict):
@@ -154,11 +172,24 @@ def _close_devices(paths: list[str]) -> None:
     """Devices that bubblewrap is to show, mounted read-only on themselves: its own mounts of them inherit that."""
     if not paths:
         return
-    mounts.enter([{"kind": "bind", "source": path, "target": path} for path in paths], user_namespace=False)
+    mounts.enter(
+        [{"kind": "bind", "source": path, "target": path} for path in paths], user_namespace=False
+    )
     libc = ctypes.CDLL(None, use_errno=True)
     for path in paths:
-        kept = os.statvfs(path).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC)  # the same numbers in mount(2)
-        if libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | kept), None) != 0:
+        kept = os.statvfs(path).f_flag & (
+            os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+        )  # the same numbers in mount(2)
+        if (
+            libc.mount(
+                b"none",
+                os.fsencode(path),
+                None,
+                ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | kept),
+                None,
+            )
+            != 0
+        ):
             number = ctypes.get_errno()
             raise OSError(number, f"cannot mount {path} read-only: {os.strerror(number)}")
 
@@ -186,7 +217,9 @@ def make_disk(disk: dict[str, Any]) -> file_tree.Meanwhile:
     if copied is not None:
         size, entries = copied
         _mount_disk(base, disk["size"] + size, disk["inodes"] + entries)
-        meanwhile = file_tree.Meanwhile(marks=file_tree.copy_tree(folder, base / "folder", owner=owner))
+        meanwhile = file_tree.Meanwhile(
+            marks=file_tree.copy_tree(folder, base / "folder", owner=owner)
+        )
     for name, mode in (("tmp", 0o1777), ("home", 0o755), ("sockets", 0o755)):
         made = base / name
         made.mkdir()
@@ -197,7 +230,13 @@ def make_disk(disk: dict[str, Any]) -> file_tree.Meanwhile:
 
 
 def _mount_disk(base: Path, size: int, inodes: int) -> None:
-    mounts.make({"kind": "tmpfs", "target": str(base), "options": f"size={size},nr_inodes={inodes},mode=0755"})
+    mounts.make(
+        {
+            "kind": "tmpfs",
+            "target": str(base),
+            "options": f"size={size},nr_inodes={inodes},mode=0755",
+        }
+    )
 
 
 def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
@@ -205,7 +244,12 @@ def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
     _mount_disk(base, disk["size"], disk["inodes"])
     for name in ("upper", "work", "folder"):
         (base / name).mkdir()
-    layers = {"lower": str(folder), "upper": str(base / "upper"), "work": str(base / "work"), "target": str(base / "folder")}
+    layers = {
+        "lower": str(folder),
+        "upper": str(base / "upper"),
+        "work": str(base / "work"),
+        "target": str(base / "folder"),
+    }
     try:
         mounts.make({"kind": "overlay", **layers})
     except OSError:

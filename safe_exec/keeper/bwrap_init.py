@@ -45,7 +45,10 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
     status = socket.socket(fileno=status_fd)
     # Directories that are in no other view of the file system than ours: the one in which the kernel will bind its sockets, and those whose
     # files go with us. The keeper lists them when all in here is dead; until it closes them these file systems stay.
-    directories = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (plan["sockets"], *plan["discarded"])]
+    directories = [
+        os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        for path in (plan["sockets"], *plan["discarded"])
+    ]
     rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in directories)
     status.sendmsg([b'{"who":"init"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for fd in directories:
@@ -69,7 +72,9 @@ def main(status_fd: int, go_fd: int, config_fd: int) -> None:
     _wait(pid, status)
 
 
-def _become(plan: dict[str, Any], status: socket.socket, go_fd: int, error_fd: int, parent: int) -> None:
+def _become(
+    plan: dict[str, Any], status: socket.socket, go_fd: int, error_fd: int, parent: int
+) -> None:
     from safe_exec.keeper import child
 
     try:
@@ -96,7 +101,10 @@ def _wait(pid: int, status: socket.socket) -> None:
             return
         if ended == pid:
             cpu = usage.ru_utime + usage.ru_stime
-            status.send(b'{"status":%d,"cpu":%.6f,"maxrss":%d,"caught":%b}' % (raw, cpu, usage.ru_maxrss, caught))
+            status.send(
+                b'{"status":%d,"cpu":%.6f,"maxrss":%d,"caught":%b}'
+                % (raw, cpu, usage.ru_maxrss, caught)
+            )
             return
 
 

@@ -23,7 +23,11 @@ class _Header(ctypes.Structure):
 
 
 class _Sets(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
 def give_up(*, for_uid: int | None) -> None:
@@ -34,13 +38,21 @@ def give_up(*, for_uid: int | None) -> None:
     keeps an execution from giving any of it back.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    _check(_prctl(libc, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL), "clear the ambient capabilities", but=(errno.EINVAL,))
+    _check(
+        _prctl(libc, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL),
+        "clear the ambient capabilities",
+        but=(errno.EINVAL,),
+    )
     for number in range(HIGHEST):
         bounding = _prctl(libc, PR_CAPBSET_READ, number)
         if bounding < 0:
             break  # beyond the last one that this system knows
         if bounding:
-            _check(_prctl(libc, PR_CAPBSET_DROP, number), f"drop capability {number}", but=(errno.EPERM,))
+            _check(
+                _prctl(libc, PR_CAPBSET_DROP, number),
+                f"drop capability {number}",
+                but=(errno.EPERM,),
+            )
     if for_uid is not None:
         _set(libc, 1 << CAP_SETUID | 1 << CAP_SETGID)
         os.setgroups([])

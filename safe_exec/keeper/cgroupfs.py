@@ -47,7 +47,9 @@ def hand_on(group: str, leaf: str, controllers: list[str]) -> None:
             except ProcessLookupError:
                 continue
         if time.monotonic() > deadline:
-            raise OSError(f"{group} does not get empty, {', '.join(pids)} stay: it cannot hand controllers on")
+            raise OSError(
+                f"{group} does not get empty, {', '.join(pids)} stay: it cannot hand controllers on"
+            )
     write(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
 
 

@@ -20,7 +20,9 @@ HIGHEST = 65536
 ROOM = 64
 
 
-def place_descriptors(plan: dict[str, Any], stderr_fd: int, given: dict[str, int]) -> dict[str, int]:
+def place_descriptors(
+    plan: dict[str, Any], stderr_fd: int, given: dict[str, int]
+) -> dict[str, int]:
     """Standard streams, and the descriptors in ``given`` as high up as they go; where each is now.
 
     High up, since programs that close "all" descriptors stop at 256, 512 or 1024, and the fault handler's must
@@ -51,7 +53,9 @@ def execute(plan: dict[str, Any], parent: int) -> None:
         resource.setrlimit(number, (soft, hard))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft_files = plan["open_files_soft"]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft_files, most) if soft_files else most, most))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (min(soft_files, most) if soft_files else most, most)
+    )
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             try:

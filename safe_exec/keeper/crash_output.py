@@ -56,7 +56,9 @@ class LastWords:
         self._dump_signal = dump_signal
         self._stderr, stderr = os.pipe2(os.O_CLOEXEC)
         self._fault, fault = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        fault.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the system rounds up to its smallest
+        fault.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 1
+        )  # the system rounds up to its smallest
         self._channel = fault.dup()
         os.set_blocking(self._stderr, False)
         self._fault.setblocking(False)
@@ -64,7 +66,9 @@ class LastWords:
 
     def sources(self) -> tuple[int, ...]:
         """The descriptors to wait on."""
-        return tuple(fd for fd in (self._stderr, self._fault.fileno() if self._fault else -1) if fd >= 0)
+        return tuple(
+            fd for fd in (self._stderr, self._fault.fileno() if self._fault else -1) if fd >= 0
+        )
 
     def read(self, fd: int, alive: int | None) -> None:
         """Take what stands at one of them; at its end it is closed, and no source any more."""
@@ -135,7 +139,11 @@ class LastWords:
         if self._channel is None:
             return
         inode = os.fstat(self._channel.fileno()).st_ino
-        self.seen = {"at": time.monotonic(), **_see_stack(pid), "site": signal_frame.read(pid, inode, self._dump_signal)}
+        self.seen = {
+            "at": time.monotonic(),
+            **_see_stack(pid),
+            "site": signal_frame.read(pid, inode, self._dump_signal),
+        }
         self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FAULT_BYTES)
         self._close_channel()
 
@@ -154,7 +162,11 @@ class LastWords:
         assert self._fault is not None
         found, deadline = b"", time.monotonic() + STACK_WAIT_SECONDS
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while len(found) < FAULT_BYTES and time.monotonic() < deadline and _comes(self._fault, NEXT_SECONDS):
+            while (
+                len(found) < FAULT_BYTES
+                and time.monotonic() < deadline
+                and _comes(self._fault, NEXT_SECONDS)
+            ):
                 if FATAL in self._fault.recv(PIECE, socket.MSG_PEEK):
                     break
                 piece = self._fault.recv(PIECE)
@@ -166,7 +178,11 @@ class LastWords:
     def wait_for_stack(self, alive: int) -> None:
         """Take a stack that was asked for, until nothing more comes for a moment."""
         deadline = time.monotonic() + STACK_WAIT_SECONDS
-        while self._fault is not None and time.monotonic() < deadline and _comes(self._fault, QUIET_SECONDS):
+        while (
+            self._fault is not None
+            and time.monotonic() < deadline
+            and _comes(self._fault, QUIET_SECONDS)
+        ):
             if not self.read_fault(alive):
                 return
 
@@ -177,4 +193,7 @@ def _comes(source: socket.socket, seconds: float) -> bool:
 
 def _see_stack(pid: int) -> dict[str, int | None]:
     """How far the main thread's stack has grown, and how far it may."""
-    return {"stack": procfs.status_bytes(pid, "VmStk"), "stack_limit": procfs.soft_limit(pid, "Max stack size")}
+    return {
+        "stack": procfs.status_bytes(pid, "VmStk"),
+        "stack_limit": procfs.soft_limit(pid, "Max stack size"),
+    }

@@ -36,7 +36,9 @@ PRIVATE = 0o077
 TEMPORARY_ENDS = (".tmp", ".temp", ".lock", ".lck", ".pid", ".sock", ".swp", ".part", "~")
 _RANDOM = re.compile(r"[a-z0-9_]{8}|(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{6}")
 """Python's tempfile has eight of these characters, mkstemp(3) six of those; of plain lower case are too many words."""
-_SURELY_RANDOM = re.compile(r"^tmp[a-z0-9_]{8}|^tmp\.[A-Za-z0-9]{6}|\d{17}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-", re.ASCII)
+_SURELY_RANDOM = re.compile(
+    r"^tmp[a-z0-9_]{8}|^tmp\.[A-Za-z0-9]{6}|\d{17}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-", re.ASCII
+)
 """Python's and mktemp(1)'s own prefix, a random long of Java's (a time of day is shorter), a UUID."""
 _OF_PROGRAMS = re.compile(
     r"ipykernel_|matplotlib-|Rtmp|jl_|pymp-|joblib_memmapping|loky-|pip-|npm-|torchinductor_|torchelastic_|dask-(?:scratch|worker)-space"
@@ -62,7 +64,9 @@ HOME_DOWNLOADS = (
 
 def is_passing_name(name: str, *, is_directory: bool) -> bool:
     """Whether an entry of this name is a cache, a lock or the like wherever it lies."""
-    return name.endswith(TEMPORARY_ENDS) or (is_directory and ("cache" in name.lower() or name == ".ipynb_checkpoints"))
+    return name.endswith(TEMPORARY_ENDS) or (
+        is_directory and ("cache" in name.lower() or name == ".ipynb_checkpoints")
+    )
 
 
 def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> bool:
@@ -75,8 +79,15 @@ def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> b
     if kind == TMP:
         of_a_program = stat.S_ISDIR(mode) and _OF_PROGRAMS.match(name)
         is_private = mode_tells and not mode & PRIVATE
-        return bool(name.startswith(".") or of_a_program or _SURELY_RANDOM.search(name) or (is_private and _RANDOM.search(name)))
-    if kind == SHM:  # a piece of shared memory is a file here that others may not read, whatever its name
+        return bool(
+            name.startswith(".")
+            or of_a_program
+            or _SURELY_RANDOM.search(name)
+            or (is_private and _RANDOM.search(name))
+        )
+    if (
+        kind == SHM
+    ):  # a piece of shared memory is a file here that others may not read, whatever its name
         return bool(not mode & PRIVATE or _SHARED_MEMORY.match(name))
     return False
 
@@ -84,7 +95,9 @@ def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> b
 class Listing:
     """The files found, by the entry right below a place that they lie in; within one budget of time and entries."""
 
-    def __init__(self, *, mode_tells: bool, seconds: float = SECONDS, entries: int = MOST_ENTRIES) -> None:
+    def __init__(
+        self, *, mode_tells: bool, seconds: float = SECONDS, entries: int = MOST_ENTRIES
+    ) -> None:
         self.is_complete = True
         self._groups: dict[tuple[str, str], list[Any]] = {}
         self._mode_tells = mode_tells
@@ -115,13 +128,22 @@ class Listing:
 
     def as_message(self) -> dict[str, Any]:
         """What to tell the runner: the largest groups, and how many files there are in all."""
-        largest = sorted(self._groups.items(), key=lambda item: item[1][1], reverse=True)[:MOST_GROUPS]
-        groups = [
-            {"place": place, "name": only or top, "files": files, "bytes": size} for (place, top), (files, size, only) in largest
+        largest = sorted(self._groups.items(), key=lambda item: item[1][1], reverse=True)[
+            :MOST_GROUPS
         ]
-        return {"groups": groups, "files": sum(group[0] for group in self._groups.values()), "complete": self.is_complete}
+        groups = [
+            {"place": place, "name": only or top, "files": files, "bytes": size}
+            for (place, top), (files, size, only) in largest
+        ]
+        return {
+            "groups": groups,
+            "files": sum(group[0] for group in self._groups.values()),
+            "complete": self.is_complete,
+        }
 
-    def _files(self, root: int, kind: str, skip: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
+    def _files(
+        self, root: int, kind: str, skip: frozenset[str]
+    ) -> Iterator[tuple[str, os.stat_result]]:
         """The regular files by their path below ``root``, outer ones first in each directory; its own file system only."""
         device = os.fstat(root).st_dev
         todo = [("", os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))]
@@ -135,9 +157,15 @@ class Listing:
                             return
                         path = f"{folder}{name}"
                         is_directory = stat.S_ISDIR(status.st_mode)
-                        if status.st_dev != device or path in skip or is_passing_name(name, is_directory=is_directory):
+                        if (
+                            status.st_dev != device
+                            or path in skip
+                            or is_passing_name(name, is_directory=is_directory)
+                        ):
                             continue
-                        if not folder and is_passing_at_top(kind, name, status.st_mode, mode_tells=self._mode_tells):
+                        if not folder and is_passing_at_top(
+                            kind, name, status.st_mode, mode_tells=self._mode_tells
+                        ):
                             continue
                         if is_directory:
                             inner.append(name)
@@ -173,7 +201,9 @@ class _Directory:
                     yield entry.name, entry.stat(follow_symlinks=False)
 
     def open(self, name: str) -> int:
-        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+        return os.open(
+            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd
+        )
 
     def close(self) -> None:
         os.close(self._fd)

@@ -34,10 +34,16 @@ def mark(path: Path, status: os.stat_result) -> Mark:
         return kind, os.readlink(path)
     # A copy that was given to another user has lost the special bits by that alone.
     mode = stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS
-    return (kind, mode, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (kind, mode)
+    return (
+        (kind, mode, status.st_size, status.st_mtime_ns)
+        if stat.S_ISREG(status.st_mode)
+        else (kind, mode)
+    )
 
 
-def walk(folder: Path, *, but: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, os.stat_result]]:
+def walk(
+    folder: Path, *, but: frozenset[Path] = frozenset()
+) -> Iterator[tuple[Path, os.stat_result]]:
     """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
     levels = [_entries(folder)]
     while levels:
@@ -90,7 +96,9 @@ def copy_tree(
             if stat.S_ISDIR(status.st_mode):
                 directories.append((path, made))
             _give(made, status, owner)
-    for path, made in reversed(directories):  # last, and inner ones first: to fill a directory changes its times
+    for path, made in reversed(
+        directories
+    ):  # last, and inner ones first: to fill a directory changes its times
         with contextlib.suppress(OSError):
             shutil.copystat(path, made)
     _give(target, os.stat(source), owner)
@@ -175,7 +183,9 @@ def _removed(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
 
 
 def _free(top: str, numbers: Iterator[int]) -> str:
-    return next(place for n in numbers if not os.path.lexists(place := os.path.join(top, f"up-{n}")))
+    return next(
+        place for n in numbers if not os.path.lexists(place := os.path.join(top, f"up-{n}"))
+    )
 
 
 def _open(folder: str) -> None:
@@ -238,7 +248,11 @@ def take_back(source: Path, target: Path, meanwhile: Meanwhile | None = None) ->
     kept = _take_away(target, wanted, meanwhile)
     troubles: list[OSError] = []
     folders = {"."}  # that were seen to be folders: a link among the parents would lead elsewhere
-    touched = [name for name, status in wanted.items() if not meanwhile.is_untouched(name, source / name, status)]
+    touched = [
+        name
+        for name, status in wanted.items()
+        if not meanwhile.is_untouched(name, source / name, status)
+    ]
     needed = {parent for name in touched for parent in _with_parents(name)}
     for name, status in wanted.items():
         if name not in needed or (os.path.dirname(name) or ".") not in folders:
@@ -254,11 +268,15 @@ def take_back(source: Path, target: Path, meanwhile: Meanwhile | None = None) ->
                 _take(source / name, target / name, status, owner)
         except OSError as trouble:
             troubles.append(trouble)
-    for name in reversed([name for name in touched if name in folders]):  # last: one may not be written to any more
+    for name in reversed(
+        [name for name in touched if name in folders]
+    ):  # last: one may not be written to any more
         _settle(target / name, wanted[name])
     if troubles:
         more = f", and {len(troubles) - 1} more" if len(troubles) > 1 else ""
-        raise OSError(troubles[0].errno, f"{troubles[0].filename or target}: {troubles[0].strerror}{more}")
+        raise OSError(
+            troubles[0].errno, f"{troubles[0].filename or target}: {troubles[0].strerror}{more}"
+        )
     return sorted(kept)
 
 
@@ -282,13 +300,17 @@ def _with_parents(name: str) -> Iterator[str]:
         name = os.path.dirname(name)
 
 
-def _is_disputed(name: str, source: Path, target: Path, status: os.stat_result, meanwhile: Meanwhile) -> bool:
+def _is_disputed(
+    name: str, source: Path, target: Path, status: os.stat_result, meanwhile: Meanwhile
+) -> bool:
     """Whether both the program and others have made something else of an entry."""
     place = target / name
     before = _seen(place)
     if before is None or (stat.S_ISDIR(status.st_mode) and stat.S_ISDIR(before.st_mode)):
         return False
-    return not _same(source / name, place, status, before) and meanwhile.changed(name, place, before)
+    return not _same(source / name, place, status, before) and meanwhile.changed(
+        name, place, before
+    )
 
 
 def _is_copied(path: Path, status: os.stat_result) -> bool:
@@ -357,7 +379,9 @@ def _copy_file(path: Path, made: Path) -> None:
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ESTALE, "no file any more", str(path))
-        target = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        target = os.open(
+            made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
         try:
             _copy_data(source, target, status.st_size)
             os.fchmod(target, stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
@@ -393,4 +417,7 @@ def _same(path: Path, place: Path, status: os.stat_result, before: os.stat_resul
         return os.readlink(path) == os.readlink(place)
     # A copy that was given to another user has lost these bits by that alone, and the original may keep its own.
     modes = {found.st_mode & ~SPECIAL_BITS for found in (status, before)}
-    return len(modes) == 1 and (status.st_size, status.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    return len(modes) == 1 and (status.st_size, status.st_mtime_ns) == (
+        before.st_size,
+        before.st_mtime_ns,
+    )

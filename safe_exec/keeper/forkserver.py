@@ -21,7 +21,9 @@ def main(control_fd: int) -> None:
     """Fork a keeper for each request: its descriptor, with the name of its run and its directory. Ends with the socket."""
     os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them; who waits for one does so by a descriptor of it
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # the system buries them; who waits for one does so by a descriptor of it
     gc.freeze()
     while True:
         try:

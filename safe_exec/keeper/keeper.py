@@ -123,7 +123,10 @@ class Keeper:
         self.inner = bwrap.Enclosed() if self.plan.get("enclosure") else None
         pid = os.fork()
         if pid == 0:
-            given = {**dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)), "fault": fault.fileno()}
+            given = {
+                **dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)),
+                "fault": fault.fileno(),
+            }
             _become_child(self.plan, self.inner, stderr, given, error_w)
         os.close(stderr)
         os.close(error_w)
@@ -138,7 +141,9 @@ class Keeper:
             stage, _, message = trouble.decode("utf-8", "replace").partition(" ")
             raise Refused(stage, message)
         self.pid = pid if self.inner is None else self.let_in(self.inner)
-        self.say("spawned", pid=self.pid, descriptors=() if self.inner is None else (self.inner.sockets,))
+        self.say(
+            "spawned", pid=self.pid, descriptors=() if self.inner is None else (self.inner.sockets,)
+        )
         if self.inner is not None:
             os.close(self.inner.sockets)
 
@@ -299,7 +304,9 @@ class Keeper:
         for path in self.plan.get("kill_files", ()):
             with contextlib.suppress(OSError):
                 cgroupfs.write(path, "1")
-        return procfs.kill_descendants(os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap)
+        return procfs.kill_descendants(
+            os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap
+        )
 
     def wake(self) -> None:
         """Signals came: children to reap, or one meant for the runner, to be noted."""
@@ -376,8 +383,12 @@ class Keeper:
             return
         from safe_exec.keeper import discarded_files  # the keeper starts faster without
 
-        listing = discarded_files.Listing(mode_tells=discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE)
-        for place, fd in zip((self.plan.get("enclosure") or {}).get("discarded", ()), inner, strict=False):
+        listing = discarded_files.Listing(
+            mode_tells=discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE
+        )
+        for place, fd in zip(
+            (self.plan.get("enclosure") or {}).get("discarded", ()), inner, strict=False
+        ):
             with contextlib.suppress(OSError):  # a root that even we may not read
                 listing.add(place["name"], place["kind"], fd, skip=place["skip"])
         for place in self.plan.get("discarded", ()):
@@ -398,7 +409,9 @@ class Keeper:
             return
         if self.disk["write_back"] and self.pid and not self.orphaned:
             try:
-                kept = file_tree.take_back(Path(self.disk["base"]) / "folder", Path(self.disk["folder"]), self.meanwhile)
+                kept = file_tree.take_back(
+                    Path(self.disk["base"]) / "folder", Path(self.disk["folder"]), self.meanwhile
+                )
                 if kept:
                     more = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""
                     what = "changed outside while the notebook ran, and left as it is there"
@@ -419,7 +432,10 @@ class Keeper:
         self.take_disk_back()
         left = [path for path in reversed(self.made) if not cgroupfs.remove(path)]
         directories = [self.directory] if self.directory is not None else []
-        directories += [*self.plan.get("directories", ()), *(self.plan.get("orphans", ()) if self.orphaned else ())]
+        directories += [
+            *self.plan.get("directories", ()),
+            *(self.plan.get("orphans", ()) if self.orphaned else ()),
+        ]
         left += [path for path in directories if not file_tree.remove_tree(path)]
         if not left and not alive and self.note is not None:
             with contextlib.suppress(OSError):
@@ -428,7 +444,11 @@ class Keeper:
 
 
 def _become_child(
-    plan: dict[str, Any], inner: bwrap.Enclosed | None, stderr_fd: int, given: dict[str, int], error_fd: int
+    plan: dict[str, Any],
+    inner: bwrap.Enclosed | None,
+    stderr_fd: int,
+    given: dict[str, int],
+    error_fd: int,
 ) -> None:
     """In the child: enter the sandbox and execute the kernel, or bubblewrap with the kernel to be. Never returns.
 
@@ -486,7 +506,9 @@ def main(control_fd: int, directory: str, run_id: str) -> None:
     ``directory`` (empty: none) is made here and not by the runner: whenever the runner is killed, either there is nothing yet or there is
     a keeper that removes it. By the name of the run it is known to those who look at the list of processes.
     """
-    os.set_inheritable(control_fd, False)  # else the kernel would hold it too, and could speak in our name
+    os.set_inheritable(
+        control_fd, False
+    )  # else the kernel would hold it too, and could speak in our name
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_NAME, f"se-{run_id}".encode())

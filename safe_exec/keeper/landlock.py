@@ -37,8 +37,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 # linux/landlock.h: LANDLOCK_ACCESS_FS_*, in the order of their bits
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR = (1 << bit for bit in range(8))
-MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV = (1 << bit for bit in range(8, 16))
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR = (
+    1 << bit for bit in range(8)
+)
+MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV = (
+    1 << bit for bit in range(8, 16)
+)
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 
@@ -72,13 +76,25 @@ class Handled(NamedTuple):
 
 def describe(abi: int) -> dict[str, bool]:
     """Which walls an ABI gives."""
-    since = {"files": 1, "truncation": 3, "tcp": 4, "devices": 5, "abstract_sockets": 6, "signals": 6}
+    since = {
+        "files": 1,
+        "truncation": 3,
+        "tcp": 4,
+        "devices": 5,
+        "abstract_sockets": 6,
+        "signals": 6,
+    }
     return {wall: abi >= first for wall, first in since.items()}
 
 
 def handled(abi: int, *, tcp: bool | None) -> Handled:
     """What to forbid, as far as this ABI knows it."""
-    files = FIRST | (REFER if abi >= 2 else 0) | (TRUNCATE if abi >= 3 else 0) | (IOCTL_DEV if abi >= 5 else 0)  # noqa: PLR2004
+    files = (
+        FIRST
+        | (REFER if abi >= 2 else 0)  # noqa: PLR2004
+        | (TRUNCATE if abi >= 3 else 0)  # noqa: PLR2004
+        | (IOCTL_DEV if abi >= 5 else 0)  # noqa: PLR2004
+    )
     walls = describe(abi)
     net = BIND_TCP | CONNECT_TCP if walls["tcp"] and tcp is False else 0
     return Handled(files, net, SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if walls["signals"] else 0)
@@ -153,7 +169,9 @@ def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | No
     if version == 0:
         raise OSError(errno.EOPNOTSUPP, "cannot wall off files: the system has no Landlock")
     attr = _RulesetAttr(*handled(version, tcp=tcp))
-    ruleset = _call(CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0, what="make a Landlock ruleset")
+    ruleset = _call(
+        CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0, what="make a Landlock ruleset"
+    )
     try:
         for path, access in rules(version, readable=readable, writable=writable).items():
             _allow(ruleset, path, access)
@@ -167,12 +185,23 @@ def _allow(ruleset: int, path: str, access: int) -> None:
     try:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the path's fault: a rule would be missing
+        if error.errno in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.ENOMEM,
+        ):  # not the path's fault: a rule would be missing
             raise OSError(error.errno, f"cannot open {path}: {error.strerror}") from error
         return
     try:
         attr = _PathBeneathAttr(access if os.path.isdir(parent) else access & OF_A_FILE, parent)
-        _call(ADD_RULE, ruleset, RULE_PATH_BENEATH, ctypes.byref(attr), 0, what=f"allow what is beneath {path}")
+        _call(
+            ADD_RULE,
+            ruleset,
+            RULE_PATH_BENEATH,
+            ctypes.byref(attr),
+            0,
+            what=f"allow what is beneath {path}",
+        )
     finally:
         os.close(parent)
 
@@ -188,7 +217,9 @@ def _no_new_privileges() -> None:
 def _call(number: int, *arguments: object, what: str) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     # Arguments of a variadic function: an int would leave the upper half of its register to chance.
-    wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    wide = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
+    ]
     done: int = libc.syscall(ctypes.c_long(number), *wide)
     if done < 0:
         code = ctypes.get_errno()

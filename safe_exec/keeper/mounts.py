@@ -29,9 +29,17 @@ Mount = Mapping[str, str]
 def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
     """Enter new namespaces and make the mounts. Raises OSError that names what could not be mounted."""
     uid, gid = os.geteuid(), os.getegid()
-    _call("unshare", CLONE_NEWNS | (CLONE_NEWUSER if user_namespace else 0), what="a mount namespace of its own")
+    _call(
+        "unshare",
+        CLONE_NEWNS | (CLONE_NEWUSER if user_namespace else 0),
+        what="a mount namespace of its own",
+    )
     if user_namespace:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(text)
     # What is mounted outside later may still show up inside; what we mount stays with us.
     _mount("none", "/", "", MS_REC | MS_SLAVE, "")
@@ -76,7 +84,13 @@ def _escaped(path: str) -> str:
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
     arguments = [os.fsencode(part) for part in (source, target, kind)]
-    _call("mount", *arguments, ctypes.c_ulong(flags), os.fsencode(options), what=f"{kind or 'bind'} mount on {target}")
+    _call(
+        "mount",
+        *arguments,
+        ctypes.c_ulong(flags),
+        os.fsencode(options),
+        what=f"{kind or 'bind'} mount on {target}",
+    )
 
 
 def _call(name: str, *arguments: object, what: str) -> None:
@@ -92,7 +106,14 @@ def _call(name: str, *arguments: object, what: str) -> None:
 @cache
 def namespaces() -> str | None:
     """How a kernel here can get a view of its own: ``"root"``, ``"user"`` (a user namespace), or ``None``. Tried, not guessed."""
-    return next((way for way in ("root", "user") if _works(way, [{"kind": "tmpfs", "target": "/tmp", "options": ""}])), None)  # noqa: S108
+    return next(
+        (
+            way
+            for way in ("root", "user")
+            if _works(way, [{"kind": "tmpfs", "target": "/tmp", "options": ""}])  # noqa: S108
+        ),
+        None,
+    )
 
 
 def overlays(lower: Path, scratch: Path, way: str) -> bool:

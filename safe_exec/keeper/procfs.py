@@ -38,7 +38,9 @@ def stat(pid: int, task: int | None = None) -> Stat | None:
     head, _, tail = text.rpartition(")")
     rest = tail.split()
     cpu = (int(rest[11]) + int(rest[12])) / TICKS
-    return Stat(int(head.split(" ", 1)[0]), rest[0], int(rest[1]), cpu, int(rest[17]), int(rest[19]))
+    return Stat(
+        int(head.split(" ", 1)[0]), rest[0], int(rest[1]), cpu, int(rest[17]), int(rest[19])
+    )
 
 
 def age(process: Stat) -> float:
@@ -71,7 +73,11 @@ def voluntary_switches(pid: int) -> int | None:
     """How often the main thread of a process has gone to rest by itself."""
     try:
         with open(f"/proc/{pid}/task/{pid}/status", "rb") as handle:
-            return next(int(line.split()[1]) for line in handle if line.startswith(b"voluntary_ctxt_switches:"))
+            return next(
+                int(line.split()[1])
+                for line in handle
+                if line.startswith(b"voluntary_ctxt_switches:")
+            )
     except (OSError, ValueError, StopIteration):
         return None
 
@@ -224,7 +230,9 @@ def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) ->
     (``time.monotonic`` seconds): a process in uninterruptible sleep cannot be killed at once.
     """
     while True:
-        alive = [pid for pid in descendants(root) if (s := stat(pid)) is not None and s.state not in "ZX"]
+        alive = [
+            pid for pid in descendants(root) if (s := stat(pid)) is not None and s.state not in "ZX"
+        ]
         if not alive and not reap():
             return []
         signal_all(alive, signal.SIGSTOP)

@@ -35,7 +35,9 @@ import os
 import struct
 import sys
 
-TYPE_CHECKING = False  # the process that becomes the kernel imports this: typing takes as long as all else here
+TYPE_CHECKING = (
+    False  # the process that becomes the kernel imports this: typing takes as long as all else here
+)
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Literal
@@ -57,7 +59,10 @@ NEVER: Numbers = {
     "pidfd_getfd": (438, 438),
     "setns": (308, 268),
     "unshare": (272, 97),
-    "userfaultfd": (323, 282),  # holds up the system's own copies at will: what exploits of its races are made of
+    "userfaultfd": (
+        323,
+        282,
+    ),  # holds up the system's own copies at will: what exploits of its races are made of
     # the file system from outside: mounts, roots, swap, quotas, files by handle, all events of a mount
     "mount": (165, 40),
     "umount2": (166, 39),
@@ -121,14 +126,21 @@ PROBED: Numbers = {
     "adjtimex": (159, 171),
     "clock_adjtime": (305, 266),
 }
-JUDGED: dict[str, tuple[int, int]] = {"clone": (56, 220), "ioctl": (16, 29), "socket": (41, 198), "personality": (135, 92)}
+JUDGED: dict[str, tuple[int, int]] = {
+    "clone": (56, 220),
+    "ioctl": (16, 29),
+    "socket": (41, 198),
+    "personality": (135, 92),
+}
 CLONE3 = 435
 NEWEST = 469
 """file_setattr(2), the last one of Linux 6.18. A later one may do what is refused here, by another name."""
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. CLONE_NEWTIME is for clone3 and unshare: here it is part of the signal.
-NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+NAMESPACES = (
+    0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+)
 # TIOCSTI types into the terminal as if the user did; TIOCLINUX pastes into a console.
 TERMINAL_INPUT = (0x5412, 0x541C)
 # AF_KEY, AF_PACKET, AF_ALG, AF_VSOCK (the host of a virtual machine), AF_XDP. EPERM is what most of them give to ordinary users anyway.
@@ -145,7 +157,9 @@ SECCOMP_SET_MODE_FILTER = 1
 
 def load(refusal: Refusal) -> bytes:
     """The shipped filter for the running machine. Raises OSError where there is none."""
-    machine = os.uname().machine if sys.maxsize > 1 << 32 else f"32-bit programs on {os.uname().machine}"
+    machine = (
+        os.uname().machine if sys.maxsize > 1 << 32 else f"32-bit programs on {os.uname().machine}"
+    )
     _known(machine)
     with open(os.path.join(FILTERS, f"{machine}-{refusal}.bpf"), "rb") as file:
         return file.read()
@@ -161,7 +175,9 @@ def install(program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     header = _SockFprog(len(program) // _INSTRUCTION.size, ctypes.addressof(buffer))
     number = ctypes.c_long(SECCOMP[_known(os.uname().machine)])
-    done = libc.syscall(number, ctypes.c_long(SECCOMP_SET_MODE_FILTER), ctypes.c_long(0), ctypes.byref(header))
+    done = libc.syscall(
+        number, ctypes.c_long(SECCOMP_SET_MODE_FILTER), ctypes.c_long(0), ctypes.byref(header)
+    )
     _check(done, "install the filter of system calls")
 
 
@@ -186,7 +202,11 @@ def _known(arch: str) -> str:
 
 LOAD, EQUAL, ANY_BIT, GREATER, RETURN = 0x20, 0x15, 0x45, 0x25, 0x06
 # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_JMP|JGT|K, BPF_RET|K
-NUMBER_AT, ARCH_AT, ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data; both machines have the lower half of an argument first
+NUMBER_AT, ARCH_AT, ARGUMENTS_AT = (
+    0,
+    4,
+    16,
+)  # struct seccomp_data; both machines have the lower half of an argument first
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 
@@ -231,7 +251,11 @@ def program(arch: str, refusal: Refusal) -> bytes:
 
 
 def _each(numbers: Numbers, column: int, place: str) -> Iterator[_Line]:
-    return (_Line(EQUAL, number, place) for row in numbers.values() if (number := row[column]) is not None)
+    return (
+        _Line(EQUAL, number, place)
+        for row in numbers.values()
+        if (number := row[column]) is not None
+    )
 
 
 def _judgements() -> list[_Line | str]:
@@ -277,7 +301,9 @@ def _assemble(lines: list[_Line | str]) -> bytes:
         return places[place] - here - 1 if place else 0
 
     return b"".join(
-        _INSTRUCTION.pack(line.code, distance(line.yes, here), distance(line.no, here), line.operand)
+        _INSTRUCTION.pack(
+            line.code, distance(line.yes, here), distance(line.no, here), line.operand
+        )
         for here, line in enumerate(code)
     )
 

@@ -31,7 +31,15 @@ MAPS_BYTES = 8 << 20
 _X86_SEGMENTS = struct.pack("<4H", 0x33, 0, 0, 0x2B)
 _X86_BEFORE_SEGMENTS = 18 * 8
 _X86_REGISTERS = struct.Struct("<24Q")
-_X86_SP, _X86_IP, _X86_FLAGS, _X86_ERROR, _X86_TRAP, _X86_ADDRESS, _X86_FPSTATE = 15, 16, 17, 19, 20, 22, 23
+_X86_SP, _X86_IP, _X86_FLAGS, _X86_ERROR, _X86_TRAP, _X86_ADDRESS, _X86_FPSTATE = (
+    15,
+    16,
+    17,
+    19,
+    20,
+    22,
+    23,
+)
 _X86_FLAG_ALWAYS_SET = 0x2
 _X86_TRAPS = 32
 X86_PAGE_FAULT = 14
@@ -136,7 +144,11 @@ def _find_x86(memory: bytes, base: int) -> Registers | None:
             values = _X86_REGISTERS.unpack_from(memory, start)
             # The floating point registers lie above, aligned to 64 bytes; a stale copy would point elsewhere.
             beyond = values[_X86_FPSTATE] - base
-            if values[_X86_FLAGS] & _X86_FLAG_ALWAYS_SET and at < beyond <= len(memory) and values[_X86_TRAP] < _X86_TRAPS:
+            if (
+                values[_X86_FLAGS] & _X86_FLAG_ALWAYS_SET
+                and at < beyond <= len(memory)
+                and values[_X86_TRAP] < _X86_TRAPS
+            ):
                 page_fault = values[_X86_TRAP] == X86_PAGE_FAULT
                 return Registers(
                     faulted=values[_X86_TRAP] != 0 or values[_X86_ERROR] != 0,

@@ -50,13 +50,19 @@ class Subject:
 async def look(subject: Subject) -> Looked:
     """Watch for 0.4 s, then ask for the stacks."""
     pid = subject.pid
-    before, members_before, rests = _cpu(pid), processes.snapshot(pid, subject.keeper), procfs.voluntary_switches(pid)
+    before, members_before, rests = (
+        _cpu(pid),
+        processes.snapshot(pid, subject.keeper),
+        procfs.voluntary_switches(pid),
+    )
     calls: list[Call] = []
     states: list[str | None] = []
     clock = asyncio.get_running_loop().time
     start = clock()
     delayed = procfs.run_delay(pid)
-    while len(states) < LOOKS or (_is_starved(pid, before, states) and clock() - start < LONGEST_SECONDS):
+    while len(states) < LOOKS or (
+        _is_starved(pid, before, states) and clock() - start < LONGEST_SECONDS
+    ):
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         if (call := blocked_call(pid)) is not None:
             calls.append(call)
@@ -88,9 +94,13 @@ async def look(subject: Subject) -> Looked:
         lines=places,
         awaiting=awaiting,
         children=sum(not process.adopted for process in members),
-        children_cpu_share=sum(process.cpu_share or 0.0 for process in members if not process.adopted),
+        children_cpu_share=sum(
+            process.cpu_share or 0.0 for process in members if not process.adopted
+        ),
         window=window,
-        cpu_wait_share=None if delay is None or delayed is None else max(0.0, delay - delayed) / window,
+        cpu_wait_share=None
+        if delay is None or delayed is None
+        else max(0.0, delay - delayed) / window,
         starved=starved,
         reads_terminal=any(process.reads_terminal and not process.adopted for process in members),
         ignores_interrupt=procfs.ignores(pid, signal.SIGINT),
@@ -101,7 +111,9 @@ async def look(subject: Subject) -> Looked:
     )
 
 
-async def _stacks(subject: Subject, state: str | None) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
+async def _stacks(
+    subject: Subject, state: str | None
+) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
     """The main thread's stack and those of others: asked for by a signal that C code answers, else what was sampled last."""
     rows, awaits = _sampled(subject)
     if awaits:
@@ -112,7 +124,9 @@ async def _stacks(subject: Subject, state: str | None) -> tuple[tuple[Frame, ...
         for _ in range(20):
             await asyncio.sleep(0.01)
             stacks = subject.dumped()
-            if stacks[0] and stacks == before:  # it comes in small pieces: whole when it grows no more
+            if (
+                stacks[0] and stacks == before
+            ):  # it comes in small pieces: whole when it grows no more
                 break
             before = stacks
         if before[0]:
@@ -137,22 +151,37 @@ def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
     return "a future"
 
 
-def _samples(subject: Subject, start_age: float) -> tuple[tuple[float, ...], int | None, bool | None]:
+def _samples(
+    subject: Subject, start_age: float
+) -> tuple[tuple[float, ...], int | None, bool | None]:
     """Waits of the sampling thread in the window, distinct places, and whether it got no turn at all."""
     if subject.page is None or not subject.page.alive:
         return (), None, None
     import time
 
     now = time.monotonic()
-    recent = [s for s in subject.page.history() if s.cell == subject.number and now - s.time < start_age + 1.0]
+    recent = [
+        s
+        for s in subject.page.history()
+        if s.cell == subject.number and now - s.time < start_age + 1.0
+    ]
     last = subject.page.sample().time
-    return tuple(s.wait for s in recent), len({s.place for s in recent}), now - last > STARVED_SECONDS
+    return (
+        tuple(s.wait for s in recent),
+        len({s.place for s in recent}),
+        now - last > STARVED_SECONDS,
+    )
 
 
 def _is_starved(pid: int, before: float | None, states: list[str | None]) -> bool:
     """Whether it wants to run in most looks and has had hardly any processor time since ``before``."""
     now = _cpu(pid)
-    return before is not None and now is not None and now - before < STARVING_SECONDS and states.count("R") > len(states) / 2
+    return (
+        before is not None
+        and now is not None
+        and now - before < STARVING_SECONDS
+        and states.count("R") > len(states) / 2
+    )
 
 
 def _state(pid: int) -> str | None:
@@ -166,13 +195,22 @@ def _busiest(pid: int) -> str | None:
         tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:
         return None
-    return next(("R" for task in tasks if (found := procfs.stat(pid, task)) is not None and found.state == "R"), "S")
+    return next(
+        (
+            "R"
+            for task in tasks
+            if (found := procfs.stat(pid, task)) is not None and found.state == "R"
+        ),
+        "S",
+    )
 
 
 def _most_common(calls: list[Call]) -> Call | None:
     """The last call of those whose name was seen most often."""
     names = [call.name for call in calls]
-    return max(calls, key=lambda call: (names.count(call.name), calls.index(call))) if calls else None
+    return (
+        max(calls, key=lambda call: (names.count(call.name), calls.index(call))) if calls else None
+    )
 
 
 def _cpu(pid: int) -> float | None:

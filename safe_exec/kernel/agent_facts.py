@@ -82,7 +82,9 @@ class Told:
 
     def _take(self, data: bytes, fds: list[int]) -> None:
         keep = False
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+        with contextlib.suppress(
+            ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError
+        ):
             fact = json.loads(data)
             if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
                 self._pipes[fact["pipe"]] = fds[0]
@@ -95,7 +97,11 @@ class Told:
 
     def _is_new_pipe(self, name: str, fd: int) -> bool:
         """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
-        return name in ("stdout", "stderr") and name not in self._pipes and stat.S_ISFIFO(os.fstat(fd).st_mode)
+        return (
+            name in ("stdout", "stderr")
+            and name not in self._pipes
+            and stat.S_ISFIFO(os.fstat(fd).st_mode)
+        )
 
     def _note(self, fact: dict[str, Any]) -> None:
         """What came first stays: of a thing that is told once, what is told again was not told by us."""
@@ -106,7 +112,9 @@ class Told:
         elif "line" in fact and int(fact["cell"]) in self._cells:
             self._note_line(fact, int(fact["cell"]), int(fact["line"]))
         elif "raised" in fact and int(fact["cell"]) in self._cells:
-            self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(raised_told(fact))
+            self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(
+                raised_told(fact)
+            )
         elif "oversize" in fact and self.client is not None:
             self.client.cut_display(bounded_size(fact["oversize"]))
         elif "hello" in fact and not self.hello:
@@ -138,7 +146,11 @@ class Told:
 
     def _note_cell(self, number: int, msg_id: str) -> None:
         """Which request a number inside answers: only one that was sent, and each but once."""
-        if self.client is not None and msg_id in self.client.sent and msg_id not in self._cells.values():
+        if (
+            self.client is not None
+            and msg_id in self.client.sent
+            and msg_id not in self._cells.values()
+        ):
             self._cells.setdefault(number, msg_id)
 
     def add_hosts(self, names: Iterable[str]) -> None:
@@ -159,7 +171,12 @@ class Told:
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
         """Rows from inside as frames with notebook cell indexes."""
         return tuple(
-            Frame(function=function, line=line or None, file=file, cell=self.index_of(number) if number else None)
+            Frame(
+                function=function,
+                line=line or None,
+                file=file,
+                cell=self.index_of(number) if number else None,
+            )
             for function, line, file, number in rows
         )
 
@@ -197,7 +214,11 @@ def raised_told(fact: dict[str, Any]) -> RaisedTold:
 
 def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
     """One exception. What its own attributes leave out is taken from what was opened or connected to last."""
-    kind, files, host = _text(row["type"]), [_text(name) for name in row.get("files") or ()][:2], None
+    kind, files, host = (
+        _text(row["type"]),
+        [_text(name) for name in row.get("files") or ()][:2],
+        None,
+    )
     dialled = _text(fact.get("dialled") or "")
     if not files and fact.get("database") and "OperationalError" in kind:
         files = [_text(fact["database"])]  # SQLite's own words name no file
@@ -228,7 +249,9 @@ def _read_waiting(fd: int) -> bytes:
     ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     found = b""
     try:
-        while len(found) < PIPE_BYTES and (size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)):
+        while len(found) < PIPE_BYTES and (
+            size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)
+        ):
             found += os.read(ours_r, size)
     except OSError:
         pass

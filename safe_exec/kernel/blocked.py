@@ -47,7 +47,9 @@ class Call(NamedTuple):
     @property
     def descriptor(self) -> int | None:
         """The first argument, if it is a descriptor in calls of this name."""
-        return _signed(self.arguments[0]) if self.arguments and self.name in _ON_DESCRIPTORS else None
+        return (
+            _signed(self.arguments[0]) if self.arguments and self.name in _ON_DESCRIPTORS else None
+        )
 
 
 _ON_DESCRIPTORS = frozenset(
@@ -73,8 +75,16 @@ def waited_descriptors(pid: int, call: Call) -> tuple[int, ...] | None:
         if call.name in ("select", "pselect6"):
             count, *sets = call.arguments[:3]
             size = (min(count, MOST_WAITED) + 63) // 64 * 8
-            bits = [int.from_bytes(_memory(pid, address, size), sys.byteorder) for address in sets if address]
-            return tuple(number for number in range(min(count, MOST_WAITED)) if any(word >> number & 1 for word in bits))
+            bits = [
+                int.from_bytes(_memory(pid, address, size), sys.byteorder)
+                for address in sets
+                if address
+            ]
+            return tuple(
+                number
+                for number in range(min(count, MOST_WAITED))
+                if any(word >> number & 1 for word in bits)
+            )
         if call.name in ("epoll_wait", "epoll_pwait", "epoll_pwait2"):
             with open(f"/proc/{pid}/fdinfo/{_signed(call.arguments[0])}", "rb") as file:
                 return tuple(int(line.split()[1]) for line in file if line.startswith(b"tfd:"))

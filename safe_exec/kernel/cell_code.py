@@ -37,7 +37,9 @@ class Source:
         """Whether a line of a function can be of this code."""
         if self.functions is None:
             return True
-        return any(name == function and first <= line <= last for name, first, last in self.functions)
+        return any(
+            name == function and first <= line <= last for name, first, last in self.functions
+        )
 
 
 class CellCode:
@@ -83,7 +85,9 @@ def source_of(fact: Mapping[str, Any]) -> Source:
     functions = fact.get("codes")
     return Source(
         cell=int(fact["cell"]),
-        line_map=[[int(first), int(line)] for first, line in fact.get("lines", IDENTITY)][:LONGEST_MAP],
+        line_map=[[int(first), int(line)] for first, line in fact.get("lines", IDENTITY)][
+            :LONGEST_MAP
+        ],
         functions=None
         if functions is None
         else tuple((str(name)[:200], int(first), int(last)) for name, first, last in functions),

@@ -106,10 +106,25 @@ class Channel:
         if not header or not parent:
             return None
         head, asked = self.session.unpack(header), self.session.unpack(parent)
-        if not isinstance(head, dict) or not isinstance(asked, dict) or head.get("msg_type") != "execute_reply":
+        if (
+            not isinstance(head, dict)
+            or not isinstance(asked, dict)
+            or head.get("msg_type") != "execute_reply"
+        ):
             return None
-        content = {"status": "error", "ename": "ReplyTooLarge", "evalue": "the kernel's reply was too large", "traceback": []}
-        rest = {"msg_type": "execute_reply", "parent_header": asked, "metadata": {}, "content": content, "buffers": []}
+        content = {
+            "status": "error",
+            "ename": "ReplyTooLarge",
+            "evalue": "the kernel's reply was too large",
+            "traceback": [],
+        }
+        rest = {
+            "msg_type": "execute_reply",
+            "parent_header": asked,
+            "metadata": {},
+            "content": content,
+            "buffers": [],
+        }
         return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **rest}
 
     def send(self, msg: dict[str, Any]) -> None:
@@ -149,7 +164,11 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
         raise Refused("a header of more than 64 KiB")
     _demand_signed(session, signed)
     header, parent, metadata = (_unpacked(session, part) for part in signed[1:4])
-    if not isinstance(header, dict) or not isinstance(header.get("msg_type"), str) or not isinstance(header.get("msg_id"), str):
+    if (
+        not isinstance(header, dict)
+        or not isinstance(header.get("msg_type"), str)
+        or not isinstance(header.get("msg_id"), str)
+    ):
         raise Refused("its type or id is no text")
     content = _stream(signed[4]) if header["msg_type"] == "stream" else None
     message = {
@@ -179,7 +198,11 @@ def _demand_signed(session: Any, signed: list[bytes]) -> None:
 
 
 def _unpacked(session: Any, part: bytes) -> Any:
-    if len(part) > HARMLESS_BYTES and _cost(part) > MOST_PARSED and _cost_of_structure(part) > MOST_PARSED:
+    if (
+        len(part) > HARMLESS_BYTES
+        and _cost(part) > MOST_PARSED
+        and _cost_of_structure(part) > MOST_PARSED
+    ):
         raise Refused("a message that would take hundreds of megabytes")
     return session.unpack(part)
 
@@ -218,7 +241,13 @@ def _cost(part: bytes) -> int:
     """
     marks = part.translate(None, _NO_STRUCTURE)  # one pass instead of five
     containers = marks.count(b"[") + marks.count(b"{")
-    return len(part) + 72 * containers + 40 * marks.count(b",") + 28 * marks.count(b'"') + 50 * marks.count(b":")
+    return (
+        len(part)
+        + 72 * containers
+        + 40 * marks.count(b",")
+        + 28 * marks.count(b'"')
+        + 50 * marks.count(b":")
+    )
 
 
 def _cost_of_structure(part: bytes) -> int:

@@ -41,7 +41,12 @@ class ChildHistory:
             count += 1
             queue += procfs.children(pid)
             found = procfs.stat(pid)
-            if found is None or found.state in "ZX" or self._is_known(pid, found.started) or len(self._known) >= MOST_KNOWN:
+            if (
+                found is None
+                or found.state in "ZX"
+                or self._is_known(pid, found.started)
+                or len(self._known) >= MOST_KNOWN
+            ):
                 continue
             cmdline = read_bytes(f"/proc/{pid}/cmdline")
             self._known[pid] = Known(
@@ -61,7 +66,9 @@ class ChildHistory:
 
     def ended(self) -> tuple[EndedChild, ...]:
         """Those that were seen alive and are gone, zombies left out: their parent has not read their status yet."""
-        return tuple(_as_ended(known) for known in self._known.values() if not _lives(known, zombies=True))
+        return tuple(
+            _as_ended(known) for known in self._known.values() if not _lives(known, zombies=True)
+        )
 
 
 def _as_ended(known: Known) -> EndedChild:
@@ -70,4 +77,8 @@ def _as_ended(known: Known) -> EndedChild:
 
 def _lives(known: Known, *, zombies: bool = False) -> bool:
     found = procfs.stat(known.pid)
-    return found is not None and found.started == known.started and (zombies or found.state not in "ZX")
+    return (
+        found is not None
+        and found.started == known.started
+        and (zombies or found.state not in "ZX")
+    )

@@ -61,7 +61,15 @@ class Accounts:
 class TrialClient(NotebookClient):  # type: ignore[misc]
     """One notebook against one sandboxed kernel."""
 
-    def __init__(self, nb: Any, km: Any, *, died: asyncio.Event, on_output: Callable[[int, int], None], **kw: Any) -> None:
+    def __init__(
+        self,
+        nb: Any,
+        km: Any,
+        *,
+        died: asyncio.Event,
+        on_output: Callable[[int, int], None],
+        **kw: Any,
+    ) -> None:
         super().__init__(nb, km, timeout=None, **kw)
         self.died = died
         self.on_output = on_output
@@ -99,7 +107,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """Wait until no more messages come in: the end of the socket, or a while of silence where a child holds it open."""
         deadline = time.monotonic() + DRAIN_SECONDS
         count, since = self.accounts.messages, time.monotonic()
-        while not self.kc.iopub_channel.is_exhausted() and time.monotonic() < min(deadline, since + QUIET_SECONDS):
+        while not self.kc.iopub_channel.is_exhausted() and time.monotonic() < min(
+            deadline, since + QUIET_SECONDS
+        ):
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
             if count != self.accounts.messages:
                 count, since = self.accounts.messages, time.monotonic()
@@ -163,7 +173,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.disbelieved.add(claim)
         return True
 
-    async def _check_raise_for_error(self, cell: Any, cell_index: int, exec_reply: dict[str, Any] | None) -> None:
+    async def _check_raise_for_error(
+        self, cell: Any, cell_index: int, exec_reply: dict[str, Any] | None
+    ) -> None:
         if exec_reply is not None:
             self.replies[cell_index] = exec_reply["content"]
             self._look_for_exit(exec_reply["content"], cell_index)
@@ -172,7 +184,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
         """``exit()`` in IPython answers "ok" with a payload that asks the frontend to end the kernel; ``exit(True)`` keeps it."""
         for payload in content.get("payload") or ():
-            asks = isinstance(payload, dict) and payload.get("source") == "ask_exit" and payload.get("keepkernel") is not True
+            asks = (
+                isinstance(payload, dict)
+                and payload.get("source") == "ask_exit"
+                and payload.get("keepkernel") is not True
+            )
             if asks and self.asked_to_exit is None:
                 self.asked_to_exit = cell_index
 
@@ -203,7 +219,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             self._complain(f"{kind}: {problems[0]}")
         if kind in ("status", "execute_input"):
             done = kind == "status" and content.get("execution_state") == "idle"
-            return None if done and self._at_work("idle") else super().process_message(msg, cell, cell_index)
+            return (
+                None
+                if done and self._at_work("idle")
+                else super().process_message(msg, cell, cell_index)
+            )
         size = size_of(kind, content)
         accounts.received += size
         accounts.last = time.monotonic()
@@ -226,7 +246,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """For the kernel's death: which text and which displays did arrive. A forked child's text is not the kernel's."""
         if kind == "stream":
             name = content.get("name")
-            self.accounts.texts.append((time.monotonic(), str(name), str(content.get("text", ""))[-LAST_TEXT_CHARACTERS:]))
+            self.accounts.texts.append(
+                (time.monotonic(), str(name), str(content.get("text", ""))[-LAST_TEXT_CHARACTERS:])
+            )
             if name in self.accounts.characters and not self._of_a_child(msg):
                 self.accounts.characters[name] += len(content.get("text", ""))
         else:
@@ -267,7 +289,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             return False
         self.accounts.marked = True
         if kind == "stream":
-            content["text"] = content["text"].encode("utf-8", "replace")[: max(0, left)].decode("utf-8", "ignore") + self._mark()
+            content["text"] = (
+                content["text"].encode("utf-8", "replace")[: max(0, left)].decode("utf-8", "ignore")
+                + self._mark()
+            )
         else:
             cell.outputs.append(remark(self._mark().lstrip()))
             return False
@@ -289,7 +314,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def _mark(self) -> str:
         from safe_exec.units import format_size
 
-        cell = self.cell_cap is not None and self.cell_cap - self.accounts.stored <= (self._left() or 0)
+        cell = self.cell_cap is not None and self.cell_cap - self.accounts.stored <= (
+            self._left() or 0
+        )
         cap = self.cell_cap if cell else self.total_cap
         which = "this cell" if cell else "the notebook"
         return f"\n[safe-exec: output cut here; limit for {which} {format_size(cap or 0)}]\n"
@@ -302,7 +329,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         # One message too large is cut, not a flood: it counts as a cell's worth of output.
         self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
 
-    def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
+    def output(
+        self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int
+    ) -> Any:
         """As nbclient, but a stream that comes in very many pieces is joined, and what ``checked`` has checked is not checked again.
 
         nbformat's own check takes as long as all else that is done with an output, and describes each text to itself.
@@ -316,7 +345,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             join(outs[-1], made.text)
             return outs[-1]
         if display_id:
-            self._display_id_map.setdefault(display_id, {}).setdefault(cell_index, []).append(len(outs))
+            self._display_id_map.setdefault(display_id, {}).setdefault(cell_index, []).append(
+                len(outs)
+            )
         outs.append(made)
         return made
 
@@ -380,7 +411,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
 
 def _is_reply(message: dict[str, Any], msg_id: str) -> bool:
-    return bool(message["msg_type"] == "execute_reply" and message["parent_header"].get("msg_id") == msg_id)
+    return bool(
+        message["msg_type"] == "execute_reply" and message["parent_header"].get("msg_id") == msg_id
+    )
 
 
 def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:
@@ -390,7 +423,12 @@ def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:
         header, _, metadata, content = (json.loads(part) for part in frames[at + 2 : at + 6])
         metadata["safe_exec_late"] = True
         str(header["msg_id"]), dict(content)
-        parsed = {"msg_type": header["msg_type"], "header": header, "metadata": metadata, "content": content}
+        parsed = {
+            "msg_type": header["msg_type"],
+            "header": header,
+            "metadata": metadata,
+            "content": content,
+        }
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return parsed

@@ -113,7 +113,9 @@ class Connection:
     def _has_room(self, size: int) -> bool:
         """Whether a part of ``size`` bytes fits in with what waits; alone any does."""
         waiting = len(self._waiting)
-        return waiting == 0 or (waiting < MOST_MESSAGES and self._waiting_bytes + size <= MOST_WAITING)
+        return waiting == 0 or (
+            waiting < MOST_MESSAGES and self._waiting_bytes + size <= MOST_WAITING
+        )
 
     def _readable(self) -> None:
         for _ in range(TURN_BYTES // READ_BYTES):
@@ -168,7 +170,11 @@ class Connection:
         if not self._has_room(self._size + length):
             self._pause()
             return False
-        return self._small(flags, start, length) if length <= SMALL else self._large(flags, start, length)
+        return (
+            self._small(flags, start, length)
+            if length <= SMALL
+            else self._large(flags, start, length)
+        )
 
     def _head(self) -> tuple[int, int, int] | None:
         """Flags of the next frame, where its body starts, and the body's length; ``None`` before that has come."""
@@ -275,7 +281,11 @@ class Connection:
         """Send a message, now or when there is room; whether it was taken on."""
         if self.ended or len(self._out) > MOST_UNSENT:
             return False
-        self._write(b"".join(_frame(part, MORE if n < len(parts) - 1 else 0) for n, part in enumerate(parts)))
+        self._write(
+            b"".join(
+                _frame(part, MORE if n < len(parts) - 1 else 0) for n, part in enumerate(parts)
+            )
+        )
         return True
 
     def _write(self, data: bytes) -> None:
@@ -315,7 +325,11 @@ class Connection:
 
 def _frame(body: bytes, flags: int) -> bytes:
     length = len(body)
-    head = struct.pack(">BB", flags, length) if length < 256 else struct.pack(">BQ", flags | LONG, length)  # noqa: PLR2004
+    head = (
+        struct.pack(">BB", flags, length)
+        if length < 256  # noqa: PLR2004
+        else struct.pack(">BQ", flags | LONG, length)
+    )
     return head + body
 
 
@@ -335,7 +349,9 @@ class Address:
         return "tcp" if self.port else "ipc"
 
 
-async def connect(address: Address, *, kind: str, identity: bytes, largest: int | None) -> Connection:
+async def connect(
+    address: Address, *, kind: str, identity: bytes, largest: int | None
+) -> Connection:
     """Connect as a socket of a kind (``DEALER``, ``SUB``). Raises ConnectFailed.
 
     What does not listen yet is waited for, without an end: whoever waits for us cancels. Once somebody listens there is no second try.
@@ -361,7 +377,9 @@ async def _connected(address: Address) -> socket.socket:
             if address.port:
                 await asyncio.get_running_loop().sock_connect(sock, (address.host, address.port))
             else:
-                sock.connect(address.host)  # at once, or not at all: EAGAIN is a queue that is full (unix(7))
+                sock.connect(
+                    address.host
+                )  # at once, or not at all: EAGAIN is a queue that is full (unix(7))
         except OSError:
             sock.close()
         except BaseException:
@@ -373,7 +391,13 @@ async def _connected(address: Address) -> socket.socket:
 
 
 def _open(address: Address) -> socket.socket:
-    family = socket.AF_UNIX if not address.port else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    family = (
+        socket.AF_UNIX
+        if not address.port
+        else socket.AF_INET6
+        if ":" in address.host
+        else socket.AF_INET
+    )
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setblocking(False)
     if address.port:
@@ -410,7 +434,12 @@ def _end_of_handshake(data: bytearray) -> int | None:
     """Where the READY of the other end ends, ``None`` before it has all come. Raises ConnectionError for anything else."""
     if len(data) < GREETING_BYTES:
         return None
-    if data[0] != GREETING[0] or data[9] != GREETING[9] or data[10] < 3 or data[12:32] != GREETING[12:32]:  # noqa: PLR2004
+    if (
+        data[0] != GREETING[0]
+        or data[9] != GREETING[9]
+        or data[10] < 3  # noqa: PLR2004
+        or data[12:32] != GREETING[12:32]
+    ):
         raise ConnectionError("another protocol, or one with encryption")
     at = GREETING_BYTES
     if len(data) < at + 2:

@@ -24,7 +24,11 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 def listed_environment(env: Mapping[str, str], more: Iterable[str]) -> dict[str, str]:
     """What of an environment may be seen where only listed variables are: the list, and ``more`` by name."""
     names = set(more)
-    return {key: value for key, value in env.items() if key in names or (_is_listed(key) and not _CREDENTIALS.search(value))}
+    return {
+        key: value
+        for key, value in env.items()
+        if key in names or (_is_listed(key) and not _CREDENTIALS.search(value))
+    }
 
 
 def _is_listed(key: str) -> bool:

@@ -17,7 +17,9 @@ from safe_exec.records import dataclass
 if TYPE_CHECKING:
     from safe_exec.kernel.cell_code import CellCode
 
-_THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):")
+_THREAD = re.compile(
+    r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):"
+)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 _OURS = re.compile(r"/safe_exec/agent/\w+\.py$")
@@ -38,32 +40,44 @@ class Thread:
 def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
     """All threads of the last dump in ``text``; ``cells`` knows whose code a frame runs."""
     threads: list[tuple[int, bool, list[Frame]]] = []
-    for line in text[: text.rfind("\n") + 1].split("\n"):  # a line without its end may be cut off within a name
+    for line in text[: text.rfind("\n") + 1].split(
+        "\n"
+    ):  # a line without its end may be cut off within a name
         if found := _THREAD.match(line):
             threads.append((int(found[2], 16), found[1] == "Current thread", []))
         elif (found := _FRAME.match(line)) and threads:
             number = None if found[2] == "???" else int(found[2])
             cell, line_in_cell = cells.locate(found[3], number, found[1])
-            threads[-1][2].append(Frame(function=found[3], line=line_in_cell, file=found[1], cell=cell))
+            threads[-1][2].append(
+                Frame(function=found[3], line=line_in_cell, file=found[1], cell=cell)
+            )
     return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
 
 
 def escaped(name: str) -> str:
     """A file name as faulthandler writes it: what is not printable ASCII escaped, at most 500 characters (_Py_DumpASCII)."""
-    short = "".join(c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode() for c in name[:LONGEST])
+    short = "".join(
+        c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode()
+        for c in name[:LONGEST]
+    )
     return short + ("..." if len(name) > LONGEST else "")
 
 
 def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
     """A stack up to its outermost frame of notebook code: IPython's own frames below say nothing. Others stay whole."""
-    outermost = max((n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1)
+    outermost = max(
+        (n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1
+    )
     return tuple(frame for frame in frames[: outermost + 1] if not _OURS.search(frame.file or ""))
 
 
 def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...]:
     """The main thread's frames in a dump, empty when it is not there."""
     threads = parse_threads(text, cells)
-    return next((t.frames for t in threads if t.ident == main), threads[-1].frames if threads and main is None else ())
+    return next(
+        (t.frames for t in threads if t.ident == main),
+        threads[-1].frames if threads and main is None else (),
+    )
 
 
 def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
@@ -90,9 +104,14 @@ def usual(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
     """
     line = innermost_line(stacks[-1], cell)
     alike = [stack for stack in stacks if innermost_line(stack, cell) == line]
-    within = [next((frame.cell for frame in stack if frame.cell is not None), None) for stack in alike]
+    within = [
+        next((frame.cell for frame in stack if frame.cell is not None), None) for stack in alike
+    ]
     often = Counter(within)
-    return max(zip(alike, within, range(len(alike)), strict=True), key=lambda row: (often[row[1]], row[1] != cell, row[2]))[0]
+    return max(
+        zip(alike, within, range(len(alike)), strict=True),
+        key=lambda row: (often[row[1]], row[1] != cell, row[2]),
+    )[0]
 
 
 def fatal_part(text: str) -> str:

@@ -43,7 +43,17 @@ def parse(text: str) -> list[Entry]:
         words = [word for word in words if word != "->"]
         try:
             kind, _, mode, pid, place, start = words[:6]
-            entries.append(Entry(number, waits, kind, mode == "WRITE", int(pid), int(place.rpartition(":")[2]), int(start)))
+            entries.append(
+                Entry(
+                    number,
+                    waits,
+                    kind,
+                    mode == "WRITE",
+                    int(pid),
+                    int(place.rpartition(":")[2]),
+                    int(start),
+                )
+            )
         except ValueError:
             continue
     return entries
@@ -67,7 +77,9 @@ def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> Obser
         return None
     entries = parse(_text("/proc/locks"))
     waiting = next((entry for entry in entries if entry.waits and entry.pid == kernel), None)
-    granted = next((e for e in entries if waiting and not e.waits and e.number == waiting.number), None)
+    granted = next(
+        (e for e in entries if waiting and not e.waits and e.number == waiting.number), None
+    )
     kind = "flock" if call.name == "flock" else "fcntl"
     # The lock of an open file may have outlived the process that took it: whoever has the file open by inheritance holds it.
     for pid in (kernel, *others):
@@ -80,7 +92,13 @@ def held_files(pid: int) -> list[str]:
     """The paths of the files on which a process holds a lock."""
     files = []
     for number in descriptors(pid):
-        if parse("\n".join(line for line in _text(f"/proc/{pid}/fdinfo/{number}").splitlines() if line.startswith("lock:"))):
+        if parse(
+            "\n".join(
+                line
+                for line in _text(f"/proc/{pid}/fdinfo/{number}").splitlines()
+                if line.startswith("lock:")
+            )
+        ):
             target = descriptor_target(pid, number)
             if target is not None and target.startswith("/"):
                 files.append(target)
@@ -97,7 +115,11 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 
 def database_lock(kernel: int) -> ObservedLock | None:
     """An exclusive lock of SQLite on a database that the kernel has open: in a second connection, or held by another process."""
-    entries = [entry for entry in parse(_text("/proc/locks")) if entry.kind == "POSIX" and entry.exclusive and not entry.waits]
+    entries = [
+        entry
+        for entry in parse(_text("/proc/locks"))
+        if entry.kind == "POSIX" and entry.exclusive and not entry.waits
+    ]
     if not entries:
         return None
     opened: dict[str, list[int]] = {}
@@ -114,12 +136,21 @@ def database_lock(kernel: int) -> ObservedLock | None:
                 and entry.start in locks
                 and (entry.pid != kernel or len(numbers) > 1 or path.endswith("-shm"))
             ):
-                return _lock(path.removesuffix("-shm"), "sqlite", entry.pid if entry.pid > 0 else None, kernel)
+                return _lock(
+                    path.removesuffix("-shm"),
+                    "sqlite",
+                    entry.pid if entry.pid > 0 else None,
+                    kernel,
+                )
     return None
 
 
 def _lock(path: str, kind: str, holder: int | None, kernel: int) -> ObservedLock:
-    command = command_text(read_bytes(f"/proc/{holder}/cmdline")) if holder not in (None, kernel) else None
+    command = (
+        command_text(read_bytes(f"/proc/{holder}/cmdline"))
+        if holder not in (None, kernel)
+        else None
+    )
     return ObservedLock(
         path=path,
         kind=kind,

@@ -22,6 +22,11 @@ class LateText:
         sent, running = self._client.sent, self._client.running
         parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
         is_late = running is None or parent != running[0]
-        if is_late and parent in sent and message["content"].get("name") == "stderr" and isinstance(text, str):
+        if (
+            is_late
+            and parent in sent
+            and message["content"].get("name") == "stderr"
+            and isinstance(text, str)
+        ):
             index = sent[parent]
             self.by_cell[index] = (self.by_cell.get(index, "") + text)[-MOST_CHARACTERS:]

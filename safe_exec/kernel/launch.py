@@ -71,9 +71,19 @@ def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] 
     if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
         return None
     at = list(cmd).index("-m")
-    if at + 1 >= len(cmd) or cmd[at + 1] not in MODULES or any(not part.startswith("-") for part in cmd[1:at]):
+    if (
+        at + 1 >= len(cmd)
+        or cmd[at + 1] not in MODULES
+        or any(not part.startswith("-") for part in cmd[1:at])
+    ):
         return None
-    ours = [os.path.abspath(bootstrap.__file__), "{page}", "{facts}", "{fault}", json.dumps(dict(config))]
+    ours = [
+        os.path.abspath(bootstrap.__file__),
+        "{page}",
+        "{facts}",
+        "{fault}",
+        json.dumps(dict(config)),
+    ]
     return [*cmd[:at], *ours, *cmd[at:]]
 
 
@@ -143,11 +153,19 @@ def _read_spec(directory: str) -> Spec | None:
     except (OSError, ValueError):
         return None  # jupyter_client has the words for it
     argv = document.get("argv") if isinstance(document, dict) else None
-    if not isinstance(argv, list) or not all(isinstance(part, str) for part in argv) or not speaks_ipc(argv):
+    if (
+        not isinstance(argv, list)
+        or not all(isinstance(part, str) for part in argv)
+        or not speaks_ipc(argv)
+    ):
         return None
     environment = document.get("env", {})
     metadata = document.get("metadata", {})
-    if not isinstance(environment, dict) or not isinstance(metadata, dict) or "kernel_provisioner" in metadata:
+    if (
+        not isinstance(environment, dict)
+        or not isinstance(metadata, dict)
+        or "kernel_provisioner" in metadata
+    ):
         return None
     return Spec(directory=directory, document=document)
 
@@ -158,13 +176,23 @@ def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]
     major, minor = sys.version_info[:2]
     if argv[0] in ("python", f"python{major}", f"python{major}.{minor}"):
         argv[0] = sys.executable
-    known = {"connection_file": os.path.realpath(connection_file), "prefix": sys.prefix, "resource_dir": spec.directory}
-    return [re.sub(r"\{([A-Za-z0-9_]+)\}", lambda found: known.get(found[1], found[0]), part) for part in argv]
+    known = {
+        "connection_file": os.path.realpath(connection_file),
+        "prefix": sys.prefix,
+        "resource_dir": spec.directory,
+    }
+    return [
+        re.sub(r"\{([A-Za-z0-9_]+)\}", lambda found: known.get(found[1], found[0]), part)
+        for part in argv
+    ]
 
 
 def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
     """The environment with what the spec adds to it."""
-    added = {name: string.Template(value).safe_substitute(env) for name, value in spec.document.get("env", {}).items()}
+    added = {
+        name: string.Template(value).safe_substitute(env)
+        for name, value in spec.document.get("env", {}).items()
+    }
     result = {**env, **added}
     if str(spec.document.get("language", "")).lower().startswith("python"):
         result.pop("PYTHONEXECUTABLE", None)
@@ -173,7 +201,11 @@ def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
 
 def extra_arguments(kernel_name: str) -> list[str]:
     """As nbclient does: a headless run neither reads nor writes the user's IPython history."""
-    return ["--HistoryManager.hist_file=:memory:"] if kernel_name in ("python", "python2", "python3") else []
+    return (
+        ["--HistoryManager.hist_file=:memory:"]
+        if kernel_name in ("python", "python2", "python3")
+        else []
+    )
 
 
 # --- the start --------------------------------------------------------------------------------------------------
@@ -191,7 +223,10 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
     assert sandbox.directory is not None
     sandbox.wait_ready()
     connection = {
-        **{f"{name}_port": number for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)},
+        **{
+            f"{name}_port": number
+            for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)
+        },
         "ip": str(sandbox.directory / "k"),
         "key": os.urandom(20).hex(),
         "transport": "ipc",
@@ -210,11 +245,19 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
         cwd=what.cwd,
         config=inside_config(what.limits, headless=True),
     )
-    return Launched(spec=what.spec, connection=connection, channels=channels, fitted=fitted, cwd=what.cwd)
+    return Launched(
+        spec=what.spec, connection=connection, channels=channels, fitted=fitted, cwd=what.cwd
+    )
 
 
 def spawn(
-    sandbox: Sandbox, plan: SpawnPlan, cmd: list[str], *, env: Mapping[str, str], cwd: str, config: Mapping[str, object]
+    sandbox: Sandbox,
+    plan: SpawnPlan,
+    cmd: list[str],
+    *,
+    env: Mapping[str, str],
+    cwd: str,
+    config: Mapping[str, object],
 ) -> tuple[Channels, bool]:
     """Have the keeper spawn the kernel; our channels to it, and whether ``inside`` is in it.
 
@@ -235,7 +278,13 @@ def await_birth(sandbox: Sandbox, channels: Channels) -> None:
 
 
 def begin_spawn(
-    sandbox: Sandbox, plan: SpawnPlan, cmd: list[str], *, env: Mapping[str, str], cwd: str, config: Mapping[str, object]
+    sandbox: Sandbox,
+    plan: SpawnPlan,
+    cmd: list[str],
+    *,
+    env: Mapping[str, str],
+    cwd: str,
+    config: Mapping[str, object],
 ) -> tuple[Channels, bool]:
     """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
     channels = Channels()
@@ -257,7 +306,9 @@ def begin_spawn(
         # Temporary files go where they are counted, and with the run.
         environment["TMPDIR"] = str(sandbox.directory / "tmp")
         os.mkdir(environment["TMPDIR"], 0o700)
-        discarded.append({"name": "$TMPDIR", "kind": "tmp", "path": environment["TMPDIR"], "skip": []})
+        discarded.append(
+            {"name": "$TMPDIR", "kind": "tmp", "path": environment["TMPDIR"], "skip": []}
+        )
     try:
         sandbox.spawn(
             plan,
@@ -277,7 +328,13 @@ def begin_spawn(
 
 
 def _walls(
-    sandbox: Sandbox, plan: SpawnPlan, argv: Sequence[str], env: Mapping[str, str], cwd: str, *, removed: tuple[str, ...]
+    sandbox: Sandbox,
+    plan: SpawnPlan,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str,
+    *,
+    removed: tuple[str, ...],
 ) -> Mapping[str, object] | None:
     """The keeper's instructions for walls, ``None`` without walls. The facts of what they take away go into the sandbox.
 
@@ -289,8 +346,12 @@ def _walls(
 
     require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
     if sandbox.directory is None:
-        raise SandboxError("walls need a directory for the kernel's sockets; only `safe-exec run` makes one")
-    enclosure = enclose(Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory))
+        raise SandboxError(
+            "walls need a directory for the kernel's sockets; only `safe-exec run` makes one"
+        )
+    enclosure = enclose(
+        Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory)
+    )
     sandbox.isolation = replace(enclosure.facts, removed_variables=removed)
     sandbox.troubles += enclosure.warnings
     return enclosure.request
@@ -300,4 +361,8 @@ def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
     """What ``inside`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back."""
     cap = limits.cell_output if headless else None
     cut = None if cap is None else cap + MESSAGE_SLACK
-    return {"cut": cut, "message": None if cut is None else cut + MESSAGE_SLACK, "headless": headless}
+    return {
+        "cut": cut,
+        "message": None if cut is None else cut + MESSAGE_SLACK,
+        "headless": headless,
+    }

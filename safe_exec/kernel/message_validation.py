@@ -41,11 +41,19 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
 def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
     """What a reply to a cell says, in the types that it should have; one that says neither yes nor no is a no."""
     status, payload = content.get("status"), content.get("payload")
-    mended = {**content, "payload": [item for item in payload if isinstance(item, dict)] if isinstance(payload, list) else []}
+    mended = {
+        **content,
+        "payload": [item for item in payload if isinstance(item, dict)]
+        if isinstance(payload, list)
+        else [],
+    }
     if status in ("ok", "aborted"):
         return mended
     if status != "error":
-        content = {"ename": "MalformedReply", "evalue": "the kernel's reply says neither that the cell ran nor that it failed"}
+        content = {
+            "ename": "MalformedReply",
+            "evalue": "the kernel's reply says neither that the cell ran nor that it failed",
+        }
     traceback = content.get("traceback")
     return mended | {
         "status": "error",
@@ -99,7 +107,9 @@ def _why_not(key: str, value: Any) -> str:
 
 def _is_base64(text: str) -> bool:
     # To take out what may be there is four times as fast as the pattern; a picture may have megabytes.
-    return (text.isascii() and not text.encode().translate(None, _ALPHABET)) or _BASE64.fullmatch(text) is not None
+    return (text.isascii() and not text.encode().translate(None, _ALPHABET)) or _BASE64.fullmatch(
+        text
+    ) is not None
 
 
 def bounded_size(value: object) -> int:

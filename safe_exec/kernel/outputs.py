@@ -31,7 +31,11 @@ _FIELDS = {
 def output_node(kind: str, content: Mapping[str, Any]) -> Any:
     """The output that a message is; ``None`` for one that is none. Raises KeyError where a field is missing."""
     fields = _FIELDS.get(kind)
-    return None if fields is None else from_dict({"output_type": kind} | {name: content[name] for name in fields})
+    return (
+        None
+        if fields is None
+        else from_dict({"output_type": kind} | {name: content[name] for name in fields})
+    )
 
 
 def remark(text: str) -> Any:
@@ -41,7 +45,9 @@ def remark(text: str) -> Any:
 
 def joins(last: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
     """Whether two outputs are pieces of one stream."""
-    return last.get("output_type") == more.get("output_type") == "stream" and last.get("name") == more.get("name")
+    return last.get("output_type") == more.get("output_type") == "stream" and last.get(
+        "name"
+    ) == more.get("name")
 
 
 def join(last: Any, text: str) -> None:
@@ -60,7 +66,10 @@ def size_of(kind: str, content: Mapping[str, Any]) -> int:
         text = content.get("text", "")
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
     if kind in ("display_data", "execute_result", "update_display_data"):
-        return sum(len(v) if isinstance(v, str) else len(json.dumps(v)) for v in content.get("data", {}).values())
+        return sum(
+            len(v) if isinstance(v, str) else len(json.dumps(v))
+            for v in content.get("data", {}).values()
+        )
     if kind == "error":
         return sum(map(len, content.get("traceback") or ()))
     return len(json.dumps(content))
@@ -71,5 +80,8 @@ def bounded(traceback: list[str]) -> list[str]:
     if sum(map(len, traceback)) <= TRACEBACK_BYTES:
         return traceback
     half = TRACEBACK_BYTES // 16
-    short = [line if len(line) < 2 * half else line[:half] + " [...] " + line[-half:] for line in traceback]
+    short = [
+        line if len(line) < 2 * half else line[:half] + " [...] " + line[-half:]
+        for line in traceback
+    ]
     return short if len(short) <= 2 * ENDS else [*short[:ENDS], "[...]", *short[-ENDS:]]

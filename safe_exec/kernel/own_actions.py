@@ -18,7 +18,11 @@ LONGEST_TEXT = 300
 MOST_NAMES = 8
 ACTIONS = frozenset({"signal", "limit", "trace", "exec", "program", "symbol", "lock"})
 TARGETS = frozenset({"process", "group", "everybody", "parent"})
-LIMIT_NAMES = {getattr(resource, name): name for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
+LIMIT_NAMES = {
+    getattr(resource, name): name
+    for name in dir(resource)
+    if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"
+}
 """By number; RLIMIT_OFILE is an old name of RLIMIT_NOFILE."""
 
 Rows = list[tuple[str, int, str, int]]
@@ -40,9 +44,14 @@ class OwnActions:
         """Which trace functions were on."""
         self.tracing = tuple(str(name)[:LONGEST_TEXT] for name in fact["tracing"][:MOST_NAMES])
 
-    def all(self, index_of: Callable[[int], int | None], frames: Callable[[Rows], tuple[Frame, ...]]) -> tuple[OwnAction, ...]:
+    def all(
+        self, index_of: Callable[[int], int | None], frames: Callable[[Rows], tuple[Frame, ...]]
+    ) -> tuple[OwnAction, ...]:
         """Everything that was told, oldest first, with the notebook's cell indexes."""
-        return tuple(replace(action, cell=index_of(number), stack=frames(rows)) for action, number, rows in self._told)
+        return tuple(
+            replace(action, cell=index_of(number), stack=frames(rows))
+            for action, number, rows in self._told
+        )
 
 
 def _action(fact: dict[str, Any]) -> OwnAction:
@@ -63,4 +72,8 @@ def _action(fact: dict[str, Any]) -> OwnAction:
 
 
 def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64 else None
+    return (
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
+        else None
+    )

@@ -25,7 +25,9 @@ class Early:
         """Take the keeper that was begun, or start one; not where systemd is: there it may have to be born in a scope, and the plan says so."""
         born = keeper_process.take()
         self.run_id = born.run_id if born is not None else keeper_process.new_run_id()
-        self._directory = Path(born.directory if born is not None else keeper_process.runtime_directory(self.run_id))
+        self._directory = Path(
+            born.directory if born is not None else keeper_process.runtime_directory(self.run_id)
+        )
         self._sandbox: Sandbox | None = None
         if born is not None or not keeper_process.systemd_is_booted():
             self._sandbox = Sandbox(self.run_id, directory=self._directory, born=born)
@@ -36,17 +38,29 @@ class Early:
     def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
         """The sandbox, with its keeper started by now."""
         if self._sandbox is None:
-            self._sandbox = Sandbox(self.run_id, directory=self._directory, hand_on=plan.cgroup.hand_on)
+            self._sandbox = Sandbox(
+                self.run_id, directory=self._directory, hand_on=plan.cgroup.hand_on
+            )
         return self._sandbox
 
-    def launch(self, kernel_name: str, *, plan: SpawnPlan, limits: Limits, cwd: Path, env: Mapping[str, str]) -> None:
+    def launch(
+        self,
+        kernel_name: str,
+        *,
+        plan: SpawnPlan,
+        limits: Limits,
+        cwd: Path,
+        env: Mapping[str, str],
+    ) -> None:
         """Start the kernel, if it is one of which we know how. What goes wrong is heard of in ``outcome``: a run says it in its verdict."""
         spec = find_spec(kernel_name)
         if spec is None:
             return
         self.plan = plan
         try:
-            what = Launch(spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env)
+            what = Launch(
+                spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env
+            )
             self._launched = begin_launch(self.sandbox_for(plan), what)
         except SafeExecError as error:
             self._failure = error

@@ -17,7 +17,14 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from safe_exec.keeper import procfs
-from safe_exec.kernel.blocked import Call, awaited_child, blocked_call, is_private_wait, thread_ids, waited_descriptors
+from safe_exec.kernel.blocked import (
+    Call,
+    awaited_child,
+    blocked_call,
+    is_private_wait,
+    thread_ids,
+    waited_descriptors,
+)
 from safe_exec.model.ending import ExitStatus
 from safe_exec.model.observed import EndedChild, ObservedProcess
 
@@ -30,7 +37,9 @@ SYS_PIDFD_GETFD = 438
 F_GETPIPE_SZ = 1032
 WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
 
-_SECRET_OPTION = re.compile(r"(?i)(?:pass(?:word|wd|phrase)?|token|secret|credentials?|api[-_]?key|private[-_]?key|auth)$")
+_SECRET_OPTION = re.compile(
+    r"(?i)(?:pass(?:word|wd|phrase)?|token|secret|credentials?|api[-_]?key|private[-_]?key|auth)$"
+)
 _USER_INFO = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 MASK = "***"
 
@@ -70,13 +79,29 @@ def inspect(
     below = set(procfs.descendants(kernel))
     own_command = read_bytes(f"/proc/{kernel}/cmdline")
     found = (
-        _observe(pid, before, now, window, below=pid in below, own_command=own_command, seen=known.get(pid)) for pid in now.cpu
+        _observe(
+            pid,
+            before,
+            now,
+            window,
+            below=pid in below,
+            own_command=own_command,
+            seen=known.get(pid),
+        )
+        for pid in now.cpu
     )
     return tuple(process for process in found if process is not None)
 
 
 def _observe(
-    pid: int, before: Snapshot, now: Snapshot, window: float, *, below: bool, own_command: bytes, seen: EndedChild | None
+    pid: int,
+    before: Snapshot,
+    now: Snapshot,
+    window: float,
+    *,
+    below: bool,
+    own_command: bytes,
+    seen: EndedChild | None,
 ) -> ObservedProcess | None:
     """One process; ``None`` if it is gone. A call counts if its thread was in it before, too: a process at work changes its calls."""
     stat = procfs.stat(pid)
@@ -111,7 +136,9 @@ def _observe(
         pipe_bytes=full[1] if full else None,
         forked=cmdline == own_command if cmdline else seen is not None and seen.forked,
         adopted=not below,
-        exit=ExitStatus(raw) if stat.state == "Z" and (raw := procfs.exit_status(pid)) is not None else None,
+        exit=ExitStatus(raw)
+        if stat.state == "Z" and (raw := procfs.exit_status(pid)) is not None
+        else None,
         reads_terminal=_reads_terminal(pid, call),
     )
 
@@ -187,7 +214,11 @@ def descriptors(pid: int) -> list[int]:
 def targets_of(pid: int, call: Call) -> tuple[str, ...] | None:
     """What the descriptors that a call waits for lead to."""
     numbers = waited_descriptors(pid, call)
-    return None if numbers is None else tuple(descriptor_target(pid, number) or "?" for number in numbers)
+    return (
+        None
+        if numbers is None
+        else tuple(descriptor_target(pid, number) or "?" for number in numbers)
+    )
 
 
 def descriptor_target(pid: int, number: int) -> str | None:
@@ -201,7 +232,11 @@ def descriptor_target(pid: int, number: int) -> str | None:
 def _access_mode(pid: int, number: int) -> int | None:
     try:
         with open(f"/proc/{pid}/fdinfo/{number}", "rb") as file:
-            return next(int(line.split()[1], 8) & os.O_ACCMODE for line in file if line.startswith(b"flags:"))
+            return next(
+                int(line.split()[1], 8) & os.O_ACCMODE
+                for line in file
+                if line.startswith(b"flags:")
+            )
     except (OSError, ValueError, StopIteration):
         return None
 
@@ -220,7 +255,11 @@ def _reads_terminal(pid: int, call: Call | None) -> bool:
 
 def command_text(cmdline: bytes) -> str:
     """A command line as a person would type it: on one line, shortened, without secrets."""
-    words = [word.decode("utf-8", "replace") for word in cmdline.rstrip(b"\0").split(b"\0")] if cmdline else []
+    words = (
+        [word.decode("utf-8", "replace") for word in cmdline.rstrip(b"\0").split(b"\0")]
+        if cmdline
+        else []
+    )
     text = " ".join(_quoted(word) for word in _without_secrets(words))
     return text if len(text) <= LONGEST_COMMAND else text[: LONGEST_COMMAND - 3] + "..."
 

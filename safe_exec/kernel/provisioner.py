@@ -45,7 +45,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     """Starts kernels through a keeper, holds their raw exit status, and kills whole trees."""
 
     def __init__(self, **kwargs: Any) -> None:
-        config = {key: kwargs.pop(key) for key in list(kwargs) if key == "limits" or key in LimitName._value2member_map_}
+        config = {
+            key: kwargs.pop(key)
+            for key in list(kwargs)
+            if key == "limits" or key in LimitName._value2member_map_
+        }
         super().__init__(**kwargs)
         self._config: dict[str, object] = config
         self.limits = Limits()
@@ -101,7 +105,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
         headless = self.on_limit is not None
         config = inside_config(self.limits, headless=headless)
-        self.channels, self.fitted = spawn(self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config)
+        self.channels, self.fitted = spawn(
+            self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config
+        )
         self._start_watchdog(cwd)
         return self.connection_info
 
@@ -112,11 +118,19 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._start_watchdog(launched.cwd)
 
     def _start_watchdog(self, cwd: str) -> None:
-        assert self.plan is not None and self.sandbox is not None and self.sandbox.keeper_pid is not None
+        assert (
+            self.plan is not None
+            and self.sandbox is not None
+            and self.sandbox.keeper_pid is not None
+        )
         if LimitName.DISK in self.plan.watch and self.limits.disk is not None:
             from safe_exec.sandbox.mechanisms.disk_watchdog import DiskWatch  # seldom needed
 
-            places = (cwd, *([str(self.sandbox.directory)] if self.sandbox.directory else []), *self.plan.directories)
+            places = (
+                cwd,
+                *([str(self.sandbox.directory)] if self.sandbox.directory else []),
+                *self.plan.directories,
+            )
             passed = partial(self._limit_passed, LimitName.DISK)
             self._diskwatch = DiskWatch(self.sandbox.keeper_pid, places, self.limits.disk, passed)
             self._diskwatch.start()
@@ -124,7 +138,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             LimitName.CPU_TIME in self.plan.watch and self.on_limit is None
         ):
             shared = not has_memory_group(self.plan)
-            tree = ProcessTree(self.sandbox.keeper_pid, self.sandbox.kernel_pid, counts_shared=shared)
+            tree = ProcessTree(
+                self.sandbox.keeper_pid, self.sandbox.kernel_pid, counts_shared=shared
+            )
             guard = PriorityGuard(self.sandbox.keeper_pid)
             self.watchdog = Watchdog(tree, self.limits, self.plan.watch, self._limit_passed, guard)
             self.watchdog.start()
@@ -227,11 +243,21 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         why = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
         killed = ended.counters.oom_kills or 0
         if killed:
-            limit = f" at its limit of {format_size(self.limits.memory)}" if self.limits.memory is not None else ""
+            limit = (
+                f" at its limit of {format_size(self.limits.memory)}"
+                if self.limits.memory is not None
+                else ""
+            )
             why += f", {killed} process(es) killed for memory in its control group{limit}"
         # An interpreter that cannot run the kernel at all exits with 1, and nobody else shows what it said.
         words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
         status = ended.status if ended.status is not None else "its keeper"
-        said = f"; last on its stderr: {one_line(words[-1])[:LONGEST_WORDS]}" if words and str(status) == "exit status 1" else ""
+        said = (
+            f"; last on its stderr: {one_line(words[-1])[:LONGEST_WORDS]}"
+            if words and str(status) == "exit status 1"
+            else ""
+        )
         # An application's own log where there is one: traitlets' other logger says nothing to anybody.
-        (self.log if Application.initialized() else log).error("kernel ended with %s%s%s", status, why, said)
+        (self.log if Application.initialized() else log).error(
+            "kernel ended with %s%s%s", status, why, said
+        )

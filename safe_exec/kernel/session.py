@@ -72,14 +72,23 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
 
     def take_on(self, launched: Launched) -> None:
         """Know a kernel that was started without us."""
-        self._kernel_spec = KernelSpec(resource_dir=launched.spec.directory, **launched.spec.document)
+        self._kernel_spec = KernelSpec(
+            resource_dir=launched.spec.directory, **launched.spec.document
+        )
         self.load_connection_info(dict(launched.connection))
 
 
 class KernelSession:
     """A kernel inside its sandbox. Everything it makes is removed by ``close()``, whatever happened before."""
 
-    def __init__(self, *, limits: Limits, plan: SpawnPlan, run_id: str, on_limit: Callable[[LimitName, float], None]) -> None:
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        plan: SpawnPlan,
+        run_id: str,
+        on_limit: Callable[[LimitName, float], None],
+    ) -> None:
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
         self.told = Told()
@@ -104,9 +113,18 @@ class KernelSession:
     def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
         """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
         self.directory = Path(runtime_directory(self.run_id))
-        self.sandbox = sandbox or Sandbox(self.run_id, directory=self.directory, hand_on=self.plan.cgroup.hand_on)
+        self.sandbox = sandbox or Sandbox(
+            self.run_id, directory=self.directory, hand_on=self.plan.cgroup.hand_on
+        )
 
-    async def start(self, *, kernel_name: str, cwd: str, env: Mapping[str, str], launched: Launched | None = None) -> None:
+    async def start(
+        self,
+        *,
+        kernel_name: str,
+        cwd: str,
+        env: Mapping[str, str],
+        launched: Launched | None = None,
+    ) -> None:
         """Start the kernel process, or take over the one that was ``launched`` in this sandbox already.
 
         Raises KernelStartError for a kernel that is not installed or whose command cannot be executed, SandboxError
@@ -114,7 +132,14 @@ class KernelSession:
         """
         assert self.sandbox is not None and self.directory is not None
         if launched is None and (spec := find_spec(kernel_name)) is not None:
-            what = Launch(spec=spec, kernel_name=kernel_name, plan=self.plan, limits=self.limits, cwd=cwd, env=env)
+            what = Launch(
+                spec=spec,
+                kernel_name=kernel_name,
+                plan=self.plan,
+                limits=self.limits,
+                cwd=cwd,
+                env=env,
+            )
             launched = await _aside(partial(launch, self.sandbox, what))
         km = Manager(kernel_name=kernel_name)
         km.connection_file = str(self.directory / "c.json")
@@ -136,7 +161,9 @@ class KernelSession:
 
     def _provision(self, km: Any, kernel_name: str) -> SandboxProvisioner:
         assert self.sandbox is not None
-        provisioner = SandboxProvisioner(kernel_id=self.run_id, kernel_spec=self._spec(km, kernel_name), parent=km)
+        provisioner = SandboxProvisioner(
+            kernel_id=self.run_id, kernel_spec=self._spec(km, kernel_name), parent=km
+        )
         provisioner.on_limit = self._on_limit
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         km.provisioner = provisioner
@@ -156,7 +183,9 @@ class KernelSession:
         else:
             for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
                 setattr(km, f"{name}_port", port)
-        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra_arguments(km.kernel_name))
+        await km.start_kernel(
+            cwd=cwd, env=dict(env), extra_arguments=extra_arguments(km.kernel_name)
+        )
 
     def _spec(self, km: Any, kernel_name: str) -> Any:
         try:
@@ -165,12 +194,19 @@ class KernelSession:
             spec = None
         if spec is None:
             specs = km.kernel_spec_manager.get_all_specs()
-            raise KernelMissingError(kernel_name, {name: str(item["spec"].get("language", "")) for name, item in specs.items()})
+            raise KernelMissingError(
+                kernel_name,
+                {name: str(item["spec"].get("language", "")) for name, item in specs.items()},
+            )
         return spec
 
     def _watch(self) -> None:
         """Hear of the death and of facts the moment they come."""
-        assert self.sandbox is not None and self.provisioner is not None and self.sandbox.keeper_pid is not None
+        assert (
+            self.sandbox is not None
+            and self.provisioner is not None
+            and self.sandbox.keeper_pid is not None
+        )
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
         if self.sandbox.exit is not None:
@@ -188,7 +224,9 @@ class KernelSession:
         if len(self.sandbox.fault_text) > FAULT_CHARACTERS:  # no fault handler writes so much
             self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
-            with contextlib.suppress(ValueError, OSError):  # the keeper is gone: its socket would wake us for ever
+            with contextlib.suppress(
+                ValueError, OSError
+            ):  # the keeper is gone: its socket would wake us for ever
                 asyncio.get_running_loop().remove_reader(self.sandbox.fileno())
 
     def _on_exit(self, ended: KernelExit) -> None:
@@ -243,10 +281,17 @@ class KernelSession:
         for name, kind in CHANNELS.items():
             port = getattr(self.manager, f"{name}_port")
             ip = self.manager.transport == "ipc"
-            address = Address(host=f"{self._sockets()}-{port}") if ip else Address(host=self.manager.ip, port=port)
+            address = (
+                Address(host=f"{self._sockets()}-{port}")
+                if ip
+                else Address(host=self.manager.ip, port=port)
+            )
             identity = kc.session.bsession if kind == "DEALER" else b""
             try:
-                connection = await self._alive(connect(address, kind=kind, identity=identity, largest=self._largest()), deadline)
+                connection = await self._alive(
+                    connect(address, kind=kind, identity=identity, largest=self._largest()),
+                    deadline,
+                )
             except ConnectFailed as error:
                 dead = await self.wait_dead(END_SECONDS)
                 raise KernelStartError(self._why_it_ended() if dead else str(error)) from error
@@ -256,9 +301,15 @@ class KernelSession:
     def _sockets(self) -> str:
         """What the paths of the kernel's sockets begin with, as we reach them."""
         inside = self.sandbox.sockets if self.sandbox is not None else None
-        return self.manager.ip if inside is None else f"/proc/self/fd/{inside}/{Path(self.manager.ip).name}"
+        return (
+            self.manager.ip
+            if inside is None
+            else f"/proc/self/fd/{inside}/{Path(self.manager.ip).name}"
+        )
 
-    async def _alive(self, connecting: Coroutine[Any, Any, Connection], deadline: float | None) -> Connection:
+    async def _alive(
+        self, connecting: Coroutine[Any, Any, Connection], deadline: float | None
+    ) -> Connection:
         """What comes of an attempt, unless the kernel ends first or the time is up: then KernelStartError."""
         attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -278,7 +329,9 @@ class KernelSession:
     async def _ask(self, kc: Any) -> dict[str, Any] | None:
         """One kernel_info request; the content of its reply once its "idle" came over iopub too."""
         msg_id = kc.kernel_info()
-        reply = await self._until(kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id)
+        reply = await self._until(
+            kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id
+        )
         if reply is None:
             return None
         idle = await self._until(
@@ -294,7 +347,9 @@ class KernelSession:
             kc.control_channel.send(self.manager.session.msg("kernel_info_request", {}))
             await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
 
-    async def _until(self, channel: Any, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    async def _until(
+        self, channel: Any, wanted: Callable[[dict[str, Any]], bool]
+    ) -> dict[str, Any] | None:
         """The first message that is wanted, ``None`` after a quarter of a second or when the kernel is dead."""
         deadline = time.monotonic() + READY_RETRY_SECONDS
         while (left := deadline - time.monotonic()) > 0 and not self.died.is_set():
@@ -317,7 +372,9 @@ class KernelSession:
     def take_facts(self) -> None:
         """Take in all that the kernel process has told so far."""
         facts = (
-            self.provisioner.channels.facts if self.provisioner is not None and self.provisioner.channels is not None else None
+            self.provisioner.channels.facts
+            if self.provisioner is not None and self.provisioner.channels is not None
+            else None
         )
         if facts is not None and not self.told.take(facts):
             with contextlib.suppress(ValueError, OSError):
@@ -325,21 +382,35 @@ class KernelSession:
 
     def residue(self) -> dict[str, str]:
         """What a dead kernel's C code had written to descriptors 1 and 2 and its reading thread had not taken yet."""
-        page = self.provisioner.channels.page if self.provisioner and self.provisioner.channels else None
+        page = (
+            self.provisioner.channels.page
+            if self.provisioner and self.provisioner.channels
+            else None
+        )
         return self.told.residue(page.unread if page is not None else lambda _name: 0)
 
     def unsent_text(self, number: int) -> str:
         """What the kernel's own record has of a cell's stderr, sent or not: text of a thread may wait there for the next flush."""
-        page = self.provisioner.channels.page if self.fitted and self.provisioner and self.provisioner.channels else None
+        page = (
+            self.provisioner.channels.page
+            if self.fitted and self.provisioner and self.provisioner.channels
+            else None
+        )
         records = page.journal(number) if page is not None and number else ()
-        return "".join(record.text for record in records if isinstance(record, Text) and record.stream == "stderr")
+        return "".join(
+            record.text
+            for record in records
+            if isinstance(record, Text) and record.stream == "stderr"
+        )
 
     def malformed(self) -> tuple[int, str]:
         """How many messages were none or had to be mended, and what was wrong with the first."""
         client = self.client
         sources = [(c.refused, c.first_refused) for c in self._channels.values()]
         sources += [(client.malformed, client.first_malformed)] if client else []
-        return sum(count for count, _ in sources), next((first for count, first in sources if count), "")
+        return sum(count for count, _ in sources), next(
+            (first for count, first in sources if count), ""
+        )
 
     def note(self) -> Note | None:
         """What the kernel's own page says runs or ran last; ``None`` for other kernels, and before the first cell."""
@@ -365,13 +436,19 @@ class KernelSession:
         if self.pid is None or self.sandbox is None:
             return None
         sandbox = self.sandbox
-        page = self.provisioner.channels.page if self.fitted and self.provisioner and self.provisioner.channels else None
+        page = (
+            self.provisioner.channels.page
+            if self.fitted and self.provisioner and self.provisioner.channels
+            else None
+        )
         already = len(sandbox.fault_text)
 
         def dumped() -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
             fresh = sandbox.fault_text[already:]
             cells, main = self.told.code, self.told.hello.get("main")
-            return fault_report.main_stack(fresh, cells, main), fault_report.other_stacks(fresh, cells, main)
+            return fault_report.main_stack(fresh, cells, main), fault_report.other_stacks(
+                fresh, cells, main
+            )
 
         return Subject(
             pid=self.pid,

@@ -70,7 +70,9 @@ class Page:
         self.fd = os.memfd_create("safe-exec-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, SIZE)
         # A kernel that shortens the file would have us killed by SIGBUS: seal its size, and the seals.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(
+            self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
         self._memory = mmap.mmap(self.fd, SIZE)
 
     def close(self) -> None:
@@ -88,7 +90,12 @@ class Page:
     def note(self) -> Note:
         """The statement noted last."""
         _, _, cell, line, _, when, *_ = layout.HEADER.unpack_from(self._memory, 0)
-        return Note(cell=cell, line=line & ~layout.FINISHED, time=when, finished=bool(line & layout.FINISHED))
+        return Note(
+            cell=cell,
+            line=line & ~layout.FINISHED,
+            time=when,
+            finished=bool(line & layout.FINISHED),
+        )
 
     def counts(self) -> tuple[int, int]:
         """Characters that the running cell has written to stdout and stderr, those never sent among them."""
@@ -97,7 +104,9 @@ class Page:
 
     def unread(self, stream: str) -> int:
         """How many bytes of a descriptor's pipe had been handed on but not yet taken from it."""
-        written, consumed = struct.unpack_from("<QQ", self._memory, 32 + (16 if stream == "stderr" else 0))
+        written, consumed = struct.unpack_from(
+            "<QQ", self._memory, 32 + (16 if stream == "stderr" else 0)
+        )
         return max(0, min(int(written) - int(consumed), 65536))
 
     def sample(self) -> Sample:
@@ -123,7 +132,13 @@ class Page:
             found = json.loads(raw)
             rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in found["rows"]]
             return int(found["cell"]), rows, bool(found["awaiting"])
-        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):  # int(Infinity) is an OverflowError
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+        ):  # int(Infinity) is an OverflowError
             return 0, [], False
 
     def journal(self, cell: int) -> Iterator[Text | Message]:
@@ -154,7 +169,9 @@ class Page:
             data = self._memory[start:at]
             if kind == layout.TEXT:
                 text = data.replace(layout.NUL, b"\0").decode("utf-8", "replace")
-                yield Text(stream="stderr" if stream else "stdout", cell=cell, start=before, text=text)
+                yield Text(
+                    stream="stderr" if stream else "stdout", cell=cell, start=before, text=text
+                )
             elif kind == layout.MESSAGE:
                 yield Message(cell=cell, frames=_frames(data))
 

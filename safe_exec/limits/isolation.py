@@ -39,7 +39,9 @@ def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
     for key, value in entries.items():
         name = str(key).replace("-", "_")
         if name not in KEYS:
-            raise LimitsError(f"{value.where}: unknown key {one_line(key)!r} under isolation; {nearest(str(key), KEYS)}")
+            raise LimitsError(
+                f"{value.where}: unknown key {one_line(key)!r} under isolation; {nearest(str(key), KEYS)}"
+            )
         found[name] = _read(name, value)
     return found
 
@@ -55,11 +57,17 @@ def _read(name: str, value: Value) -> Any:
 def _word(name: str, word: str, where: str) -> str:
     """One entry of a list: a variable, or a path that says by itself where it leads, as no folder is its own here."""
     if "\0" in word or (name == "env" and "=" in word):
-        raise LimitsError(f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}")
+        raise LimitsError(
+            f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}"
+        )
     if name == "devices" and not word.startswith("/dev/"):
-        raise LimitsError(f"{where}: {name}: expected a path below /dev, found {one_line(word)!r:.60}")
+        raise LimitsError(
+            f"{where}: {name}: expected a path below /dev, found {one_line(word)!r:.60}"
+        )
     if name in _PATHS and not word.startswith(("/", "~")):
-        raise LimitsError(f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}")
+        raise LimitsError(
+            f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}"
+        )
     return word
 
 
@@ -68,7 +76,9 @@ def _choice(name: str, word: str, where: str) -> Any:
     try:
         return kind(word)
     except ValueError:
-        raise LimitsError(f"{where}: {name}: expected one of {', '.join(kind)}, found {word!r:.60}") from None
+        raise LimitsError(
+            f"{where}: {name}: expected one of {', '.join(kind)}, found {word!r:.60}"
+        ) from None
 
 
 def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
@@ -78,7 +88,10 @@ def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
             raise LimitsError(
                 f"isolation: {name}: / itself can be neither writable, nor shown, nor hidden; name a directory or file in it"
             )
-    merged: Any = {name: (*getattr(isolation, name), *value) if name in _LISTS else value for name, value in changes.items()}
+    merged: Any = {
+        name: (*getattr(isolation, name), *value) if name in _LISTS else value
+        for name, value in changes.items()
+    }
     return replace(isolation, **merged)
 
 
@@ -96,7 +109,9 @@ def of_metadata(metadata: Mapping[str, object], where: str) -> dict[str, Any]:
 
 def of_mapping(walls: Mapping[Any, object], where: str) -> dict[str, Any]:
     """Keys and values as they stand in JSON or Python, checked. Raises LimitsError that begins with ``where``."""
-    return {_known(key, where): _plain(_known(key, where), value, where) for key, value in walls.items()}
+    return {
+        _known(key, where): _plain(_known(key, where), value, where) for key, value in walls.items()
+    }
 
 
 def _known(key: object, place: str) -> str:
@@ -136,5 +151,11 @@ def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:
 def as_metadata(isolation: Isolation) -> dict[str, Any]:
     """The walls that are up, for the metadata of a reproduction."""
     bare = Isolation()
-    found = {f.name: getattr(isolation, f.name) for f in fields(Isolation) if getattr(isolation, f.name) != getattr(bare, f.name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    found = {
+        f.name: getattr(isolation, f.name)
+        for f in fields(Isolation)
+        if getattr(isolation, f.name) != getattr(bare, f.name)
+    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in found.items()
+    }

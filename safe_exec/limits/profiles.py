@@ -127,7 +127,9 @@ def profile_dir() -> Path:
     for directory in (package / "_limits", package.parent / "limits"):
         if (directory / f"{DEFAULT_PROFILE}.yaml").is_file():
             return directory
-    raise LimitsError(f"{one_line(package / '_limits')}: the profiles that ship are missing; install safe-exec again")
+    raise LimitsError(
+        f"{one_line(package / '_limits')}: the profiles that ship are missing; install safe-exec again"
+    )
 
 
 def shipped_profiles() -> tuple[str, ...]:
@@ -158,9 +160,13 @@ def load_profile(name_or_path: str, *, machine_memory: int | None) -> Profile:
     )
 
 
-def project_overrides(file: Path, notebook_path: Path | str, *, machine_memory: int | None) -> ProjectLimits | None:
+def project_overrides(
+    file: Path, notebook_path: Path | str, *, machine_memory: int | None
+) -> ProjectLimits | None:
     """What the ``safe-exec.yaml`` in ``file`` says of a notebook; ``None`` if no entry matches. Raises LimitsError."""
-    return _project_overrides(file, notebook_path, profiles=shipped_profiles(), machine_memory=machine_memory)
+    return _project_overrides(
+        file, notebook_path, profiles=shipped_profiles(), machine_memory=machine_memory
+    )
 
 
 # --- the limits of one run --------------------------------------------------------------------------------------
@@ -205,7 +211,10 @@ def resolve(
     for document in own:
         stack.lay(document.layer)
     only_default = f"profile {top.name} does not let a notebook loosen limits"
-    stack.lay(_notebook_layer(metadata or {}, notebook, machine_memory), refuse="" if _is_default(top) else only_default)
+    stack.lay(
+        _notebook_layer(metadata or {}, notebook, machine_memory),
+        refuse="" if _is_default(top) else only_default,
+    )
     given = parse_overrides(options or {}, where="--", machine_memory=machine_memory)
     stack.lay(Layer(values=given, sources={name: f"--{name.replace('_', '-')}" for name in given}))
     return Resolved(
@@ -220,7 +229,10 @@ def resolve(
 
 
 def _walls(
-    documents: Sequence[_Document], metadata: Mapping[str, object], notebook: str, options: Mapping[str, Any]
+    documents: Sequence[_Document],
+    metadata: Mapping[str, object],
+    notebook: str,
+    options: Mapping[str, Any],
 ) -> Isolation:
     """The isolation of one run: the files one over the other, tightened by the notebook, and the options at last."""
     found = Isolation()
@@ -230,7 +242,9 @@ def _walls(
     return isolation.apply(found, options)
 
 
-def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine_memory: int | None) -> Limits:
+def resolve_simple(
+    config: Mapping[str, object], profile: str | None, *, machine_memory: int | None
+) -> Limits:
     """The limits of a kernel that another Jupyter tool starts, which knows no notebook and no options.
 
     ``config`` is the kernel provisioner's: ``limits`` names a profile or a file, any other key is a limit with a figure
@@ -239,7 +253,9 @@ def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine
     """
     chosen = config.get("limits") or profile or None
     if chosen is not None and not isinstance(chosen, str):
-        raise LimitsError(f"{_PROVISIONER}: limits: expected the name of a profile or a file, found {chosen!r:.60}")
+        raise LimitsError(
+            f"{_PROVISIONER}: limits: expected the name of a profile or a file, found {chosen!r:.60}"
+        )
     own = {key: value for key, value in config.items() if key != "limits"}
     figures = parse_overrides(own, where=_PROVISIONER, machine_memory=machine_memory)
     return apply(resolve(chosen=chosen, machine_memory=machine_memory).limits, figures)
@@ -248,7 +264,9 @@ def resolve_simple(config: Mapping[str, object], profile: str | None, *, machine
 _PROVISIONER = "kernel provisioner"
 
 
-def cell_limits(resolved: Resolved, cell_metadata: Mapping[str, object], *, where: str) -> tuple[Limits, tuple[str, ...]]:
+def cell_limits(
+    resolved: Resolved, cell_metadata: Mapping[str, object], *, where: str
+) -> tuple[Limits, tuple[str, ...]]:
     """The limits of one cell, which may carry :data:`CELL_LIMITS`, and a warning for each figure that was ignored.
 
     A figure tightens always; it loosens under the profile ``default`` only, and never what an option has set.
@@ -260,11 +278,19 @@ def cell_limits(resolved: Resolved, cell_metadata: Mapping[str, object], *, wher
     own = parse_overrides(found, where=f"{where}: metadata.safe_exec.limits", machine_memory=None)
     for name in sorted(own.keys() - CELL_LIMITS):
         allowed = " and ".join(sorted(CELL_LIMITS))
-        raise LimitsError(f"{one_line(where)}: {name}: a cell may carry {allowed} only; set it for the notebook")
-    free = {name: value for name, value in own.items() if resolved.loosenable and name not in resolved.fixed}
+        raise LimitsError(
+            f"{one_line(where)}: {name}: a cell may carry {allowed} only; set it for the notebook"
+        )
+    free = {
+        name: value
+        for name, value in own.items()
+        if resolved.loosenable and name not in resolved.fixed
+    }
     rest = {name: value for name, value in own.items() if name not in free}
     reason = f"profile {resolved.profile} or an option allows no more"
-    return merge_notebook_limits(apply(resolved.limits, free), rest, loosenable=False, where=where, reason=reason)
+    return merge_notebook_limits(
+        apply(resolved.limits, free), rest, loosenable=False, where=where, reason=reason
+    )
 
 
 class _Stack:
@@ -286,12 +312,16 @@ class _Stack:
         for name in layer.values:
             source = layer.sources[name]
             if name in ignored:
-                self.warnings.append(ignored_warning(source, name, layer.values[name], getattr(before, name), refuse))
+                self.warnings.append(
+                    ignored_warning(source, name, layer.values[name], getattr(before, name), refuse)
+                )
             else:
                 self.sources[name] = source
 
 
-def _notebook_layer(metadata: Mapping[str, object], notebook: str, machine_memory: int | None) -> Layer:
+def _notebook_layer(
+    metadata: Mapping[str, object], notebook: str, machine_memory: int | None
+) -> Layer:
     values: dict[str, Figure] = {}
     sources: dict[str, str] = {}
     execution = metadata.get("execution")
@@ -301,9 +331,13 @@ def _notebook_layer(metadata: Mapping[str, object], notebook: str, machine_memor
         values |= parse_overrides({"cell_timeout": timeout}, where=where, machine_memory=None)
         sources["cell_timeout"] = "metadata.execution.timeout"
     own = parse_overrides(
-        _own_limits(metadata, notebook), where=f"{notebook}: metadata.safe_exec.limits", machine_memory=machine_memory
+        _own_limits(metadata, notebook),
+        where=f"{notebook}: metadata.safe_exec.limits",
+        machine_memory=machine_memory,
     )
-    return Layer(values=values | own, sources=sources | dict.fromkeys(own, "metadata.safe_exec.limits"))
+    return Layer(
+        values=values | own, sources=sources | dict.fromkeys(own, "metadata.safe_exec.limits")
+    )
 
 
 def _nbclient_timeout(timeout: object) -> object:
@@ -320,7 +354,9 @@ def _own_limits(metadata: Mapping[str, object], where: str) -> Mapping[str, obje
         if inner is None:
             return {}
         if not isinstance(inner, Mapping):
-            raise LimitsError(f"{one_line(where)}: metadata.{path}: expected an object of keys and values")
+            raise LimitsError(
+                f"{one_line(where)}: metadata.{path}: expected an object of keys and values"
+            )
         found = inner
     return found
 
@@ -337,7 +373,9 @@ def _documents(text: str, machine_memory: int | None) -> list[_Document]:
         path, shipped = _locate(wanted, folder, where)
         document = _read(wanted, path, shipped=shipped, machine_memory=machine_memory)
         if any(path.samefile(earlier.path) for earlier in documents):
-            raise LimitsError(f"{one_line(path)}: extends itself, by way of {one_line(documents[-1].path)}")
+            raise LimitsError(
+                f"{one_line(path)}: extends itself, by way of {one_line(documents[-1].path)}"
+            )
         documents.append(document)
         wanted, folder, where = document.extends, path.parent, f"{one_line(path)}: extends: "
     return documents[::-1]
@@ -352,7 +390,9 @@ def _locate(text: str, folder: Path, where: str) -> tuple[Path, bool]:
     if (folder / text).is_file():
         return folder / text, False
     advice = nearest(text, shipped_profiles())
-    raise LimitsError(f"{where}unknown profile {one_line(text)!r}; {advice}, or a file (its name with / or .yaml)")
+    raise LimitsError(
+        f"{where}unknown profile {one_line(text)!r}; {advice}, or a file (its name with / or .yaml)"
+    )
 
 
 def _read(name: str, path: Path, *, shipped: bool, machine_memory: int | None) -> _Document:
@@ -365,11 +405,17 @@ def _read(name: str, path: Path, *, shipped: bool, machine_memory: int | None) -
         name=name,
         path=path,
         shipped=shipped,
-        description=sections["description"].text("description") if "description" in sections else "",
+        description=sections["description"].text("description")
+        if "description" in sections
+        else "",
         extends=extends,
         firm="firm" in sections and sections["firm"].flag("firm"),
-        layer=parse_layer(entries, source=f"profile {name}" if shipped else "", machine_memory=machine_memory),
-        isolation=isolation.parse(sections["isolation"].mapping("isolation")) if "isolation" in sections else {},
+        layer=parse_layer(
+            entries, source=f"profile {name}" if shipped else "", machine_memory=machine_memory
+        ),
+        isolation=isolation.parse(sections["isolation"].mapping("isolation"))
+        if "isolation" in sections
+        else {},
     )
 
 
@@ -378,7 +424,9 @@ def _demand_section(key: str, value: Value) -> None:
         return
     if key.replace("-", "_") in LIMIT_NAMES:
         raise LimitsError(f"{value.where}: {key} stands at the top level; put it under limits:")
-    raise LimitsError(f"{value.where}: unknown section {one_line(key)!r}; {nearest(key, _SECTIONS)}")
+    raise LimitsError(
+        f"{value.where}: unknown section {one_line(key)!r}; {nearest(key, _SECTIONS)}"
+    )
 
 
 def _is_default(document: _Document) -> bool:

@@ -64,7 +64,9 @@ def _demand_inside(file: Path) -> None:
     root = find_root(file.parent) or file.parent
     inside = Path(os.path.realpath(root))
     if not real.is_relative_to(inside) or ".git" in real.relative_to(inside).parts:
-        raise LimitsError(f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there")
+        raise LimitsError(
+            f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there"
+        )
 
 
 def _user() -> int:
@@ -105,11 +107,15 @@ def _entries(file: Path) -> tuple[Value, ...]:
     sections = document.mapping("the document")
     for key, value in sections.items():
         if key not in ("limits", "description"):
-            raise LimitsError(f"{value.where}: unknown section {key!r}; {nearest(key, ('limits', 'description'))}")
+            raise LimitsError(
+                f"{value.where}: unknown section {key!r}; {nearest(key, ('limits', 'description'))}"
+            )
     return sections["limits"].items("limits") if "limits" in sections else ()
 
 
-def _entry(item: Value, file: Path, profiles: Sequence[str], machine_memory: int | None) -> tuple[str, ProjectLimits]:
+def _entry(
+    item: Value, file: Path, profiles: Sequence[str], machine_memory: int | None
+) -> tuple[str, ProjectLimits]:
     keys = dict(item.mapping("limits"))
     pattern = _pattern(keys.pop("path", None), item)
     profile = _profile(keys.pop("profile", None), profiles)
@@ -122,7 +128,9 @@ def _pattern(value: Value | None, item: Value) -> str:
         raise LimitsError(f'{item.where}: an entry needs path, such as path: "docs/**/*.ipynb"')
     pattern = value.text("path")
     if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
-        raise LimitsError(f"{value.where}: path: {pattern!r} leaves the directory of the file; it is relative to that")
+        raise LimitsError(
+            f"{value.where}: path: {pattern!r} leaves the directory of the file; it is relative to that"
+        )
     return pattern
 
 
@@ -131,7 +139,9 @@ def _profile(value: Value | None, profiles: Sequence[str]) -> str | None:
         return None
     name = value.text("profile")
     if name not in profiles:
-        raise LimitsError(f"{value.where}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}")
+        raise LimitsError(
+            f"{value.where}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}"
+        )
     return name
 
 

@@ -60,7 +60,9 @@ class Layer:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse_overrides(mapping: Mapping[str, object], *, where: str, machine_memory: int | None) -> dict[str, Figure]:
+def parse_overrides(
+    mapping: Mapping[str, object], *, where: str, machine_memory: int | None
+) -> dict[str, Figure]:
     """The figures of ``mapping`` in bytes, seconds and counts, checked.
 
     ``where`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
@@ -71,12 +73,17 @@ def parse_overrides(mapping: Mapping[str, object], *, where: str, machine_memory
     return _parse(entries, machine_memory=machine_memory)
 
 
-def parse_layer(entries: Mapping[str, Value], *, source: str = "", machine_memory: int | None) -> Layer:
+def parse_layer(
+    entries: Mapping[str, Value], *, source: str = "", machine_memory: int | None
+) -> Layer:
     """The figures under a ``limits:`` of a file. ``source`` names it in reports; else file name and line do.
 
     Raises LimitsError.
     """
-    values = _parse(((key, value.scalar(key), value.where) for key, value in entries.items()), machine_memory=machine_memory)
+    values = _parse(
+        ((key, value.scalar(key), value.where) for key, value in entries.items()),
+        machine_memory=machine_memory,
+    )
     lines = {_name(key): source or value.where.rpartition("/")[2] for key, value in entries.items()}
     return Layer(values=values, sources=lines)
 
@@ -90,7 +97,9 @@ def apply(limits: Limits, overrides: Mapping[str, Figure]) -> Limits:
 def tighten(limits: Limits, overrides: Mapping[str, Figure]) -> tuple[Limits, list[str]]:
     """The smaller of each, unlimited being the largest; with the names of those ignored as they would have loosened."""
     ignored = [name for name, value in overrides.items() if _looser(value, getattr(limits, name))]
-    return apply(limits, {name: value for name, value in overrides.items() if name not in ignored}), ignored
+    return apply(
+        limits, {name: value for name, value in overrides.items() if name not in ignored}
+    ), ignored
 
 
 def merge_notebook_limits(
@@ -105,7 +114,10 @@ def merge_notebook_limits(
     if loosenable:
         return apply(base, notebook_overrides), ()
     limits, ignored = tighten(base, notebook_overrides)
-    return limits, tuple(ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason) for name in ignored)
+    return limits, tuple(
+        ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason)
+        for name in ignored
+    )
 
 
 def ignored_warning(where: str, name: str, wanted: Figure, kept: Figure, reason: str) -> str:
@@ -131,15 +143,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{guess}expected one of {', '.join(names)}"
 
 
-def _parse(entries: Iterable[tuple[str, object, str]], *, machine_memory: int | None) -> dict[str, Figure]:
+def _parse(
+    entries: Iterable[tuple[str, object, str]], *, machine_memory: int | None
+) -> dict[str, Figure]:
     values: dict[str, Figure] = {}
     for key, value, where in entries:
         name = _name(key)
         if name not in _PARSERS:
             place = "options" if where.startswith("--") else one_line(where)
-            raise LimitsError(f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}")
+            raise LimitsError(
+                f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}"
+            )
         if name in values:
-            raise LimitsError(f"{one_line(where)}: {name} is given twice (- and _ are the same); keep one")
+            raise LimitsError(
+                f"{one_line(where)}: {name} is given twice (- and _ are the same); keep one"
+            )
         values[name] = _figure(name, value, _place(where, name), machine_memory)
     return values
 
@@ -161,7 +179,11 @@ def _name(key: object) -> str:
 
 
 def _place(where: str, name: str) -> str:
-    return f"{where}{name.replace('_', '-')}" if where.startswith("--") else f"{one_line(where)}: {name}"
+    return (
+        f"{where}{name.replace('_', '-')}"
+        if where.startswith("--")
+        else f"{one_line(where)}: {name}"
+    )
 
 
 def _looser(new: Figure, old: Figure) -> bool:

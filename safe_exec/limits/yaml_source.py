@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _MOST_BYTES = 2**20
 _DEEPEST = 20  # no honest file nests deeper; the C composer recurses, and at 100000 levels it crashes the process
 _STANDARD = "tag:yaml.org,2002:"
-_TAGS = frozenset({"str", "int", "float", "null", "bool", "timestamp", "merge", "value", "map", "seq"})
+_TAGS = frozenset(
+    {"str", "int", "float", "null", "bool", "timestamp", "merge", "value", "map", "seq"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,9 @@ class Value:
             return {}
         if isinstance(self.data, Mapping):
             return self.data
-        raise LimitsError(f"{self.where}: {what}: expected a mapping of keys to values, found {self.kind}")
+        raise LimitsError(
+            f"{self.where}: {what}: expected a mapping of keys to values, found {self.kind}"
+        )
 
     def items(self, what: str) -> tuple[Value, ...]:
         """The list that this must be; empty where nothing is written. Raises LimitsError."""
@@ -125,7 +129,9 @@ def _demand_simple(events: Iterator[Any], path: Path) -> None:
         depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
         where = f"{one_line(path)}:{event.start_mark.line + 1}"
         if kind == "AliasEvent":
-            raise LimitsError(f"{where}: aliases (*{one_line(event.anchor)}) are not supported; write the value out")
+            raise LimitsError(
+                f"{where}: aliases (*{one_line(event.anchor)}) are not supported; write the value out"
+            )
         if depth > _DEEPEST:
             raise LimitsError(f"{where}: nested deeper than {_DEEPEST} levels")
 
@@ -143,11 +149,15 @@ def _value(node: Any, path: Path, line: int) -> Value:
     where = f"{one_line(path)}:{line}"
     kind = node.tag.removeprefix(_STANDARD)
     if kind not in _TAGS:
-        raise LimitsError(f"{where}: the tag {one_line(node.tag)} is not supported; write the plain value")
+        raise LimitsError(
+            f"{where}: the tag {one_line(node.tag)} is not supported; write the plain value"
+        )
     if node.id == "mapping":
         return Value(data=_mapping(node, path), where=where)
     if node.id == "sequence":
-        return Value(data=tuple(_value(item, path, _line(item)) for item in node.value), where=where)
+        return Value(
+            data=tuple(_value(item, path, _line(item)) for item in node.value), where=where
+        )
     return Value(data=_scalar(kind, node.value), where=where)
 
 

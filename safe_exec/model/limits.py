@@ -72,8 +72,12 @@ class Limits:
     def __post_init__(self) -> None:
         """Raises TypeError for what is no number (units are for files and options), ValueError for one below zero."""
         for name, value in self.as_dict().items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; pass units as options")
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise TypeError(
+                    f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; pass units as options"
+                )
             if value is not None and not value >= 0:
                 raise ValueError(f"Limits.{name} cannot be {value!r}")
 

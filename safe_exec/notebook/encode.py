@@ -43,7 +43,9 @@ def is_shallow(document: object) -> bool:
     """Whether nothing in ``document`` lies deeper than is safe to recurse over; level by level, so never recursing."""
     level = [document]
     for _ in range(DEEPEST):
-        level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
+        level = [
+            child for item in level for child in _children(item) if isinstance(child, dict | list)
+        ]
         if not level:
             return True
     return False
@@ -132,7 +134,11 @@ def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
     budget = _Budget(node)
     ids = node["nbformat_minor"] >= IDS_SINCE
     metadata = {key: value for key, value in node["metadata"].items() if key not in _TRANSIENT}
-    return {**node, "metadata": metadata, "cells": [_cell(cell, budget, ids=ids) for cell in node["cells"]]}
+    return {
+        **node,
+        "metadata": metadata,
+        "cells": [_cell(cell, budget, ids=ids) for cell in node["cells"]],
+    }
 
 
 def _cell(cell: Mapping[str, Any], budget: _Budget, *, ids: bool) -> dict[str, Any]:
@@ -141,7 +147,9 @@ def _cell(cell: Mapping[str, Any], budget: _Budget, *, ids: bool) -> dict[str, A
     if isinstance(made.get("source"), str):
         made["source"] = _Lines(made["source"])
     if "attachments" in made:
-        made["attachments"] = {key: _bundle(value, _Lines) for key, value in made["attachments"].items()}
+        made["attachments"] = {
+            key: _bundle(value, _Lines) for key, value in made["attachments"].items()
+        }
     if made["cell_type"] == "code":
         made["outputs"] = [_output(output, budget) for output in made["outputs"]]
     return made
@@ -156,7 +164,11 @@ def _output(output: Mapping[str, Any], budget: _Budget) -> Mapping[str, Any]:
 
 
 def _bundle(data: Mapping[str, Any], mark: Callable[[str], Any]) -> dict[str, Any]:
-    split = [key for key, value in data.items() if isinstance(value, str) and (key.startswith("text/") or key in _SPLIT_TOO)]
+    split = [
+        key
+        for key, value in data.items()
+        if isinstance(value, str) and (key.startswith("text/") or key in _SPLIT_TOO)
+    ]
     return {**data, **{key: mark(data[key]) for key in split}}
 
 
@@ -185,8 +197,16 @@ class _Budget:
 def _characters(node: Mapping[str, Any]) -> int:
     """Characters in the texts of all outputs."""
     outputs = [output for cell in node["cells"] for output in cell.get("outputs") or ()]
-    texts = [text for output in outputs for text in (output.get("text"), *(output.get("data") or {}).values())]
-    return sum(sum(map(len, text)) if isinstance(text, list) else len(text) for text in texts if isinstance(text, str | list))
+    texts = [
+        text
+        for output in outputs
+        for text in (output.get("text"), *(output.get("data") or {}).values())
+    ]
+    return sum(
+        sum(map(len, text)) if isinstance(text, list) else len(text)
+        for text in texts
+        if isinstance(text, str | list)
+    )
 
 
 def _line_ends(text: str) -> int:
@@ -299,7 +319,12 @@ def _lines(text: str | list[str], indent: str) -> Iterator[str]:
         if isinstance(lines, _Whole):
             yield from _whole(lines)
         else:
-            yield between.join([_block(line, between) if type(line) is _Block else encode_basestring(line) for line in lines])
+            yield between.join(
+                [
+                    _block(line, between) if type(line) is _Block else encode_basestring(line)
+                    for line in lines
+                ]
+            )
         before = between
     yield f"{indent}]" if before is between else "[]"
 

@@ -17,15 +17,39 @@ from typing import Any
 _CONFLICT = re.compile(rb"^(?:<{7}|>{7}) |^={7}\r?$", re.MULTILINE)
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "compressed with gzip", "decompress it first: gunzip -c {file} > {stem}.plain.ipynb"),
-    (b"BZh", "compressed with bzip2", "decompress it first: bunzip2 -c {file} > {stem}.plain.ipynb"),
-    (b"\xfd7zXZ\x00", "compressed with xz", "decompress it first: xz -dc {file} > {stem}.plain.ipynb"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it first: zstd -dc {file} > {stem}.plain.ipynb"),
+    (
+        b"\x1f\x8b",
+        "compressed with gzip",
+        "decompress it first: gunzip -c {file} > {stem}.plain.ipynb",
+    ),
+    (
+        b"BZh",
+        "compressed with bzip2",
+        "decompress it first: bunzip2 -c {file} > {stem}.plain.ipynb",
+    ),
+    (
+        b"\xfd7zXZ\x00",
+        "compressed with xz",
+        "decompress it first: xz -dc {file} > {stem}.plain.ipynb",
+    ),
+    (
+        b"\x28\xb5\x2f\xfd",
+        "compressed with zstd",
+        "decompress it first: zstd -dc {file} > {stem}.plain.ipynb",
+    ),
     (b"PK\x03\x04", "a zip archive", "unpack it first: unzip {file}"),
     (b"%PDF", "a PDF document", "pass the notebook that it was made from"),
     (b"\x89PNG", "a picture", "pass the notebook itself"),
-    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {stem}.utf8.ipynb"),
-    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {stem}.utf8.ipynb"),
+    (
+        b"\xff\xfe",
+        "UTF-16 text",
+        "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {stem}.utf8.ipynb",
+    ),
+    (
+        b"\xfe\xff",
+        "UTF-16 text",
+        "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {stem}.utf8.ipynb",
+    ),
 )
 _JUPYTEXT = "make a notebook of it: jupytext --to ipynb {file}"
 _SUFFIXES: Mapping[str, tuple[str, str]] = {
@@ -59,7 +83,12 @@ def guess(path: Path, data: bytes) -> str | None:
 
 def guess_json(document: Any) -> str:
     """What to do about JSON that is no notebook."""
-    if isinstance(document, Mapping) and "nbformat" not in document and "content" in document and "encoding" in document:
+    if (
+        isinstance(document, Mapping)
+        and "nbformat" not in document
+        and "content" in document
+        and "encoding" in document
+    ):
         return "an answer of GitHub's API; download the raw file (the button Raw) instead"
     if isinstance(document, Mapping) and ("message" in document or "error" in document):
         return "it looks like the error message of a server; download the notebook again"
@@ -78,7 +107,10 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
         if data.startswith(magic):
             return (what, remedy)
     if _HTML.match(data):
-        return ("an HTML page", "download the notebook itself (on GitHub the button Raw), or check the address and the login")
+        return (
+            "an HTML page",
+            "download the notebook itself (on GitHub the button Raw), or check the address and the login",
+        )
     conflict = _CONFLICT.search(data)
     if conflict is not None:
         line = data.count(b"\n", 0, conflict.start()) + 1
@@ -98,9 +130,14 @@ def _by_source(data: bytes) -> tuple[str, str] | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     # JSON that is almost right may be an expression of Python's, too.
-    if tree is None or not any(not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call) for node in tree.body):
+    if tree is None or not any(
+        not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call) for node in tree.body
+    ):
         return None
-    return ("Python source", "run it with python {file}, or " + "make a notebook of it: jupytext --to ipynb --from py {file}")
+    return (
+        "Python source",
+        "run it with python {file}, or make a notebook of it: jupytext --to ipynb --from py {file}",
+    )
 
 
 def _cut_off(data: bytes) -> tuple[str, str] | None:
@@ -109,9 +146,14 @@ def _cut_off(data: bytes) -> tuple[str, str] | None:
     try:
         json.loads(text)
     except (json.JSONDecodeError, RecursionError) as problem:
-        ends = isinstance(problem, json.JSONDecodeError) and (problem.pos >= len(text) or problem.msg.startswith("Unterminated"))
+        ends = isinstance(problem, json.JSONDecodeError) and (
+            problem.pos >= len(text) or problem.msg.startswith("Unterminated")
+        )
     else:
         ends = False
     if ends and text.startswith("{") and '"cells"' in text:
-        return ("cut off in the middle", "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints)")
+        return (
+            "cut off in the middle",
+            "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints)",
+        )
     return None

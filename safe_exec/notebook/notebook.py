@@ -150,7 +150,11 @@ class Source:
     def scan(self) -> Scan | None:
         """Its metadata, where it is of the current format and everything is as it should be on the way there."""
         metadata, cells = self.document.get("metadata"), self.document.get("cells")
-        if self.version[0] != _FORMAT or not isinstance(metadata, dict) or not isinstance(cells, list):
+        if (
+            self.version[0] != _FORMAT
+            or not isinstance(metadata, dict)
+            or not isinstance(cells, list)
+        ):
             return None
         if not all(_has_metadata(cell) for cell in cells):
             return None
@@ -162,17 +166,30 @@ class Source:
     def notebook(self) -> Notebook:
         """The notebook, checked; uses the document up. Raises NotebookError."""
         current = self.version[0] == _FORMAT
-        node = _current(self.document, self.path) if current else _upgraded(self.document, self.version, self.path)
+        node = (
+            _current(self.document, self.path)
+            if current
+            else _upgraded(self.document, self.version, self.path)
+        )
         sha256 = hashlib.sha256(self.data).hexdigest()
         _give_ids(node, sha256)
         kernel, language = _kernel_of(node.metadata)
         return Notebook(
-            path=self.path, node=node, sha256=sha256, kernel_name=kernel, language=language, original_format=self.version
+            path=self.path,
+            node=node,
+            sha256=sha256,
+            kernel_name=kernel,
+            language=language,
+            original_format=self.version,
         )
 
 
 def _has_metadata(cell: Any) -> bool:
-    return isinstance(cell, dict) and isinstance(cell.get("metadata"), dict) and isinstance(cell.get("cell_type"), str)
+    return (
+        isinstance(cell, dict)
+        and isinstance(cell.get("metadata"), dict)
+        and isinstance(cell.get("cell_type"), str)
+    )
 
 
 def _demand_few(data: bytes, path: Path) -> None:
@@ -181,7 +198,9 @@ def _demand_few(data: bytes, path: Path) -> None:
         return
     bare = _TEXT.sub(b"", data)
     if bare.count(b"{") + bare.count(b"[") > MOST_CONTAINERS:
-        raise NotebookError(f"{one_line(path)}: not read: it holds more than {MOST_CONTAINERS:,} lists and objects")
+        raise NotebookError(
+            f"{one_line(path)}: not read: it holds more than {MOST_CONTAINERS:,} lists and objects"
+        )
 
 
 def _parse(data: bytes, path: Path) -> Any:
@@ -197,9 +216,13 @@ def _parse(data: bytes, path: Path) -> Any:
         if other is not None:
             raise NotebookError(f"{one_line(path)}: {one_line(other)}") from None
         place = f"{one_line(path)}:{problem.lineno}:{problem.colno}"
-        raise NotebookError(f"{place}: not JSON: {problem.msg}; a notebook is a JSON file") from None
+        raise NotebookError(
+            f"{place}: not JSON: {problem.msg}; a notebook is a JSON file"
+        ) from None
     except ValueError:  # int() refuses more than 4300 digits
-        raise NotebookError(f"{one_line(path)}: not a notebook: it holds a number of thousands of digits") from None
+        raise NotebookError(
+            f"{one_line(path)}: not a notebook: it holds a number of thousands of digits"
+        ) from None
     except RecursionError:
         raise NotebookError(deep) from None
     if not is_shallow(document):
@@ -209,12 +232,18 @@ def _parse(data: bytes, path: Path) -> Any:
 
 def _version(document: Any, path: Path) -> tuple[int, int]:
     if not isinstance(document, dict) or "nbformat" not in document:
-        raise NotebookError(f"{one_line(path)}: JSON, but not a notebook: no nbformat in it; {guess_json(document)}")
+        raise NotebookError(
+            f"{one_line(path)}: JSON, but not a notebook: no nbformat in it; {guess_json(document)}"
+        )
     major, minor = document["nbformat"], document.get("nbformat_minor", 0)
     if type(major) is not int or type(minor) is not int or major < 1 or minor < 0:
-        raise NotebookError(f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers")
+        raise NotebookError(
+            f"{one_line(path)}: not a notebook: nbformat and nbformat_minor must be whole numbers"
+        )
     if major > _FORMAT:
-        raise NotebookError(f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4")
+        raise NotebookError(
+            f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4"
+        )
     return major, minor
 
 
@@ -351,4 +380,6 @@ def default_outputs(path: Path | str) -> OutputPaths:
     path = Path(path)
     name = path.name[: -len(".ipynb")] if path.name.lower().endswith(".ipynb") else path.name
     stem = name.removesuffix(".out") or name or path.name
-    return OutputPaths(*(path.with_name(stem + end) for end in (".out.ipynb", ".verdict.json", ".repro.ipynb")))
+    return OutputPaths(
+        *(path.with_name(stem + end) for end in (".out.ipynb", ".verdict.json", ".repro.ipynb"))
+    )

@@ -68,16 +68,23 @@ def _cell_problems(cell: Any) -> Iterator[str]:
     metadata = cell.get("metadata")
     if not isinstance(metadata, dict):
         yield "metadata must be an object"
-    elif not isinstance(metadata.get("tags", []), list | str | dict):  # nbclient looks for words in it; others do no harm
+    elif not isinstance(
+        metadata.get("tags", []), list | str | dict
+    ):  # nbclient looks for words in it; others do no harm
         yield "metadata.tags must be a list of words"
     attachments = cell.get("attachments", {})
-    if not isinstance(attachments, dict) or not all(isinstance(item, dict) for item in attachments.values()):
+    if not isinstance(attachments, dict) or not all(
+        isinstance(item, dict) for item in attachments.values()
+    ):
         yield "attachments must be objects"
     if cell.get("cell_type") == "code":
         yield from _outputs_problems(cell.setdefault("outputs", []))
         cell.setdefault("execution_count", None)
         return
-    for key in ("outputs", "execution_count"):  # converters leave them in cells of text, where no format has them
+    for key in (
+        "outputs",
+        "execution_count",
+    ):  # converters leave them in cells of text, where no format has them
         if not cell.get(key):
             cell.pop(key, None)
 
@@ -107,4 +114,6 @@ def _output_problems(output: Any) -> Iterator[str]:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value))
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(line, str) for line in value)
+    )

@@ -44,7 +44,9 @@ _MOST_FRAMES = 3
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
-def annotate(executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str) -> NotebookNode:
+def annotate(
+    executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str
+) -> NotebookNode:
     """A copy of ``executed`` (the stripped input with the outputs gathered so far) that says what ``verdict`` says.
 
     ``hide`` takes out of lines of source what nobody should read. ``executed`` stays as it is; the copy shares the single outputs with it.
@@ -131,7 +133,11 @@ def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
             continue
         ours = cell.metadata.setdefault(METADATA_KEY, _node({}))
         if isinstance(ours, dict):
-            mark = {"role": culprit.role, "note": culprit.note, "look_first": culprit.index == found.look_first}
+            mark = {
+                "role": culprit.role,
+                "note": culprit.note,
+                "look_first": culprit.index == found.look_first,
+            }
             ours.setdefault(_RESULT_KEY, _node({}))[_CULPRIT_ROLE] = _node(plain(mark))
         if culprit in others:
             cell.outputs.insert(0, _culprit_output(culprit))
@@ -183,7 +189,11 @@ def _error_name(verdict: Verdict) -> str:
 
 
 def _summary(verdict: Verdict) -> str:
-    return common.one_line(verdict.cause.summary) if verdict.cause is not None else common.headline(verdict)
+    return (
+        common.one_line(verdict.cause.summary)
+        if verdict.cause is not None
+        else common.headline(verdict)
+    )
 
 
 def _error_value(verdict: Verdict) -> str:
@@ -200,7 +210,9 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
     if crash is not None:
         yield f"{common.cell_name(crash.code_index).capitalize()}, {common.moment(verdict)}"
         yield from _source_lines(source, crash.line)
-        yield from _block("Stack, innermost first", [common.frame_line(frame, verdict) for frame in crash.stack])
+        yield from _block(
+            "Stack, innermost first", [common.frame_line(frame, verdict) for frame in crash.stack]
+        )
     yield from _block("Evidence", common.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
         yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
@@ -238,7 +250,10 @@ def _banner(notebook: NotebookNode, verdict: Verdict) -> NotebookNode:
             "source": "\n\n".join(_paragraphs(verdict)),
         }
     )
-    if (notebook.nbformat, notebook.nbformat_minor) >= (4, 5):  # cells have ids from there on, and none before
+    if (notebook.nbformat, notebook.nbformat_minor) >= (
+        4,
+        5,
+    ):  # cells have ids from there on, and none before
         cell.id = _unused_id({other.get("id") for other in notebook.cells})
     return cell
 
@@ -264,7 +279,9 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
     if verdict.cause is not None and verdict.cause.advice:
         yield f"**Next:** {inert(verdict.cause.advice)}"
     if verdict.cause is None and verdict.warnings:
-        yield "**Warnings:**\n\n" + "\n".join(f"- {code_span(common.one_line(words))}" for words in verdict.warnings)
+        yield "**Warnings:**\n\n" + "\n".join(
+            f"- {code_span(common.one_line(words))}" for words in verdict.warnings
+        )
     yield from _missed(verdict)
     yield "*Written by safe-exec, which takes this cell away when it runs the notebook again.*"
 
@@ -276,12 +293,20 @@ def _where(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
     for frame in common.inner_frames(verdict, _MOST_FRAMES):
         record = records.get(frame.cell if frame.cell is not None else -1)
         if record is not None:
-            function = "" if common.is_own_code(frame) else f"{code_span(common.one_line(frame.function))}, "
+            function = (
+                ""
+                if common.is_own_code(frame)
+                else f"{code_span(common.one_line(frame.function))}, "
+            )
             yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
 
 
 def _quoted(words: str, source_line: str | None) -> str:
-    return f"{words}:\n\n{fenced(common.clip(common.code_line(source_line), _SOURCE_WIDTH))}" if source_line else words
+    return (
+        f"{words}:\n\n{fenced(common.clip(common.code_line(source_line), _SOURCE_WIDTH))}"
+        if source_line
+        else words
+    )
 
 
 def _linked(cell: CrashCell | CellRecord | Culprit) -> str:
@@ -300,7 +325,10 @@ def _who(found: Culprits, verdict: Verdict) -> Iterator[str]:
     checked = f"reproduced {again} of {runs}" if runs else ""
     said = "; ".join(part for part in (culprits.names(found), checked, outcome) if part)
     others = culprits.others(verdict)
-    shown = [*others[: culprits.MOST_SHOWN], *(culprit for culprit in found.cells if culprit not in others)]
+    shown = [
+        *others[: culprits.MOST_SHOWN],
+        *(culprit for culprit in found.cells if culprit not in others),
+    ]
     lines = [f"- {_linked(c)} ({c.role.value}): {inert(culprits.note(c))}" for c in shown]
     if len(others) > culprits.MOST_SHOWN:
         lines.append(f"- and {len(others) - culprits.MOST_SHOWN} more")

@@ -18,13 +18,28 @@ from types import TracebackType
 from typing import Any, Self
 
 from safe_exec.errors import OutputPathError
-from safe_exec.model.events import CellFinished, Event, KernelEnded, Killed, RunFinished, SearchTrialFinished
+from safe_exec.model.events import (
+    CellFinished,
+    Event,
+    KernelEnded,
+    Killed,
+    RunFinished,
+    SearchTrialFinished,
+)
 from safe_exec.reports.text.common import one_line
 from safe_exec.reports.verdict_json import plain
 
 _CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)
 # Not blocking: a pipe that nobody reads must hold up neither the start nor, once it is full, the run.
-_FLAGS = os.O_NONBLOCK | os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLAGS = (
+    os.O_NONBLOCK
+    | os.O_WRONLY
+    | os.O_CREAT
+    | os.O_TRUNC
+    | os.O_APPEND
+    | os.O_NOFOLLOW
+    | os.O_CLOEXEC
+)
 
 
 class EventLog:
@@ -46,7 +61,12 @@ class EventLog:
             raise OutputPathError(_refusal(self.path, error)) from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -66,7 +86,9 @@ class EventLog:
 def line_of(event: Event) -> bytes:
     """The line of one event: ``{"event": "cell_started", "time": 0.42, ...}`` and a newline."""
     document: dict[str, Any] = {"event": event_name(type(event))}
-    document.update((field.name, plain(getattr(event, field.name))) for field in dataclasses.fields(event))
+    document.update(
+        (field.name, plain(getattr(event, field.name))) for field in dataclasses.fields(event)
+    )
     return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -93,5 +115,8 @@ def _checkpoint(descriptor: int) -> None:
     try:
         os.fdatasync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # a pipe or a terminal has nothing to sync
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EROFS,
+        ):  # a pipe or a terminal has nothing to sync
             raise

@@ -35,8 +35,12 @@ _ROOT_NAMES = (
     "app bin boot content data dev etc home kaggle lib lib64 media mnt nix opt private proc root run sbin snap srv sys tmp usr var "
     "work workspace workspaces builds github Users Library Applications"
 )
-_PATH = re.compile(rf"(?:~|\.{{1,2}})(?:/[^\0\n:]*)?|/(?:{_ROOT_NAMES.replace(' ', '|')})(?:/[^\0\n:]*)?")
-_NUMBER = re.compile(rf"[+-]?\d{{1,{LONGEST_NUMBER}}}(?:\.\d{{1,{LONGEST_NUMBER}}})?[a-zA-Z%]{{0,2}}")
+_PATH = re.compile(
+    rf"(?:~|\.{{1,2}})(?:/[^\0\n:]*)?|/(?:{_ROOT_NAMES.replace(' ', '|')})(?:/[^\0\n:]*)?"
+)
+_NUMBER = re.compile(
+    rf"[+-]?\d{{1,{LONGEST_NUMBER}}}(?:\.\d{{1,{LONGEST_NUMBER}}})?[a-zA-Z%]{{0,2}}"
+)
 _SETTINGS = (
     "enabled disabled enable disable default required optional always never automatic manual development production staging testing "
     "localhost keyring keychain password passwd secret token tokens private public basic bearer digest negotiate oauth oauth2 openid "
@@ -52,7 +56,18 @@ _OURS = frozenset(str(item.value) for kind in _KINDS for item in kind)
 """Words that reports are made of."""
 
 _KEPT = frozenset(
-    {"run_id", "started", "finished", "safe_exec_version", "sha256", "cwd", "outputs", "path", "repro_notebook", "id"}
+    {
+        "run_id",
+        "started",
+        "finished",
+        "safe_exec_version",
+        "sha256",
+        "cwd",
+        "outputs",
+        "path",
+        "repro_notebook",
+        "id",
+    }
 )
 """Fields that commands go by: the names of files above all. They come from the command line, not from a kernel."""
 
@@ -63,7 +78,10 @@ class Mask:
     """Puts ``***`` for what is secret in a piece of text; ``everywhere`` in all text of a value of ``model`` or ``events``."""
 
     def __init__(self, secrets: tuple[str, ...] = ()) -> None:
-        forms = sorted({form for secret in secrets for form in _forms(secret)}, key=lambda form: (-len(form), form))
+        forms = sorted(
+            {form for secret in secrets for form in _forms(secret)},
+            key=lambda form: (-len(form), form),
+        )
         self._pattern = re.compile("|".join(map(re.escape, forms))) if forms else None
 
     def __call__(self, text: str) -> str:
@@ -84,7 +102,11 @@ class Mask:
         if isinstance(value, Mapping):
             return {key: self._masked(item) for key, item in value.items()}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            pairs = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in _KEPT and f.init]
+            pairs = [
+                (f.name, getattr(value, f.name))
+                for f in dataclasses.fields(value)
+                if f.name not in _KEPT and f.init
+            ]
             changed = {name: new for name, old in pairs if (new := self._masked(old)) != old}
             return dataclasses.replace(value, **changed) if changed else value
         return value
@@ -92,7 +114,12 @@ class Mask:
 
 def mask_for(environment: Mapping[str, str]) -> Mask:
     """The mask for the secrets of an environment."""
-    found = [secret for name, value in environment.items() if is_secret_name(name) for secret in secrets_in(name, value)]
+    found = [
+        secret
+        for name, value in environment.items()
+        if is_secret_name(name)
+        for secret in secrets_in(name, value)
+    ]
     return Mask(tuple(found))
 
 
@@ -128,7 +155,12 @@ def _password_of(url: str) -> str | None:
 def is_ordinary(value: str) -> bool:
     """Whether a value is too short or too plain to be a secret: a word of ours or of settings, a path."""
     word = value.casefold()
-    return len(value) < SHORTEST or word in _WORDS or word in _OURS or _PATH.fullmatch(value) is not None
+    return (
+        len(value) < SHORTEST
+        or word in _WORDS
+        or word in _OURS
+        or _PATH.fullmatch(value) is not None
+    )
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -52,7 +52,9 @@ class _Search:
                 self._trial = event.number
             case events.SearchTrialFinished():
                 # Worth a line: a smaller set, or a sign of life after a while.
-                self.news = event.best != self._best or event.time - self._told >= _SEARCH_LINE_SECONDS
+                self.news = (
+                    event.best != self._best or event.time - self._told >= _SEARCH_LINE_SECONDS
+                )
                 self._told = event.time if self.news else self._told
                 self._trial, self._left, self._best = event.number, event.left, event.best
             case events.SearchFinished():
@@ -78,14 +80,21 @@ class _Search:
     def result(self, event: events.SearchFinished) -> str:
         minimal = "" if event.minimal or not event.cells else "not known to be minimal"
         found = f"culprits: {self._names(event.cells)}" if event.cells else "no culprits found"
-        parts = (found, minimal, common.counted(self._trial, "trial"), format_seconds(max(0.0, event.time - self._began)))
+        parts = (
+            found,
+            minimal,
+            common.counted(self._trial, "trial"),
+            format_seconds(max(0.0, event.time - self._began)),
+        )
         return common.SEPARATOR.join(part for part in parts if part)
 
     def _names(self, indices: Iterable[int]) -> str:
         """The cells with these indexes as people call them; those of the first run are known."""
         code = [self._code_indices.get(index) for index in indices]
         known = [index for index in code if index is not None]
-        return common.cell_sum(known) if len(known) == len(code) else common.counted(len(code), "cell")
+        return (
+            common.cell_sum(known) if len(known) == len(code) else common.counted(len(code), "cell")
+        )
 
 
 def _whole(seconds: float) -> str:
@@ -142,7 +151,11 @@ class Situation:
 
     def cell_of(self, code_index: int) -> str:
         """``code cell 3/7``."""
-        return f"{common.cell_name(code_index)}/{self.cells}" if self.cells else common.cell_name(code_index)
+        return (
+            f"{common.cell_name(code_index)}/{self.cells}"
+            if self.cells
+            else common.cell_name(code_index)
+        )
 
     def where(self) -> str:
         """What runs now."""
@@ -153,7 +166,11 @@ class Situation:
         if self.search is not None:
             return f"search  {self.search.doing()}"
         if self.cell is None:
-            return f"kernel {common.one_line(self.kernel)} is ready" if self.ready else "starting the kernel"
+            return (
+                f"kernel {common.one_line(self.kernel)} is ready"
+                if self.ready
+                else "starting the kernel"
+            )
         return f"{self.cell_of(self.cell.code_index)}  {first_line(self.cell.source)}"
 
     def figures(self, since: float = 0.0) -> str:
@@ -205,15 +222,29 @@ def notable(event: events.Event, now: Situation) -> str | None:
             return f"interrupting {now.where()} after {format_seconds(now.spent())}"
         case events.Killed() if event.reason is not TerminationReason.SHUTDOWN:
             return f"ending the kernel: {event.reason.value.replace('_', ' ')}"
-        case events.KernelEnded(expected=False) if not now.killed:  # it is no news that our own kill worked
-            how = str(ExitStatus(event.status)) if event.status is not None else "exit status not known"
-            return f"the kernel died in {now.where()}: {how}" if now.cell is not None else f"the kernel died: {how}"
+        case events.KernelEnded(expected=False) if (
+            not now.killed
+        ):  # it is no news that our own kill worked
+            how = (
+                str(ExitStatus(event.status))
+                if event.status is not None
+                else "exit status not known"
+            )
+            return (
+                f"the kernel died in {now.where()}: {how}"
+                if now.cell is not None
+                else f"the kernel died: {how}"
+            )
     return None
 
 
 def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str, str, str]:
     name = limit.value.replace("_", " ")
-    return name, "" if used is None else common.quantity(limit, used), common.quantity(limit, allowed)
+    return (
+        name,
+        "" if used is None else common.quantity(limit, used),
+        common.quantity(limit, allowed),
+    )
 
 
 def plain_line(event: events.Event, now: Situation) -> str | None:
@@ -223,7 +254,11 @@ def plain_line(event: events.Event, now: Situation) -> str | None:
             return f"kernel {common.one_line(now.kernel)} ready after {format_seconds(event.time)}"
         case events.CellFinished():
             slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS
-            return _finished(event, now) if slow or event.status in (CellStatus.FAILED, CellStatus.KILLED) else None
+            return (
+                _finished(event, now)
+                if slow or event.status in (CellStatus.FAILED, CellStatus.KILLED)
+                else None
+            )
         case events.SearchStarted():
             budget = f" (budget {_whole(event.budget)})" if math.isfinite(event.budget) else ""
             return f"searching for the culprits among {common.counted(event.cells, 'code cell')}{budget}"
@@ -251,7 +286,9 @@ class Progress:
     stream that fails is not written to again.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = stream
         self._style = Style.of(stream)
         self._clock = clock
@@ -267,7 +304,12 @@ class Progress:
             self._live = start_live(self._stream)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         live, self._live, self._silent = self._live, None, True
         if live is not None:
             quietly(live.stop)
@@ -292,7 +334,9 @@ class Progress:
 
     def _draw(self, live: Live, line: str | None) -> None:
         if line is not None:
-            live.console.print(self._style.fit(line), style="yellow", markup=False, highlight=False, soft_wrap=True)
+            live.console.print(
+                self._style.fit(line), style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
         if self._clock() - self._drawn >= _REFRESH_SECONDS:
             self._drawn = self._clock()
             live.update(self._status_line(live.console.width), refresh=True)
@@ -300,7 +344,13 @@ class Progress:
     def _keep_ticking(self) -> None:
         """Has the event loop, where there is one, draw the line of a search again and again."""
         search = self._now.search
-        if self._ticking or self._silent or self._live is None or search is None or not search.running:
+        if (
+            self._ticking
+            or self._silent
+            or self._live is None
+            or search is None
+            or not search.running
+        ):
             return
         try:
             asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
@@ -329,7 +379,9 @@ class Progress:
             below = f"\n{_SEARCH_INDENT}{self._style.fit(below)}"
         doing = common.clip(self._style.fit(doing), room)
         pad = " " * (room - common.display_width(doing) + 2)
-        return Text.assemble((doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop")
+        return Text.assemble(
+            (doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop"
+        )
 
 
 def start_live(stream: TextIO) -> Live:
@@ -339,7 +391,13 @@ def start_live(stream: TextIO) -> Live:
 
     # No redirection: what else is written belongs to whoever writes it.
     console = Console(file=stream)
-    live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+    live = Live(
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
     live.start()
     # A runner that is killed cannot bring a hidden cursor back.
     console.show_cursor(True)

@@ -24,7 +24,13 @@ _MOST_FRAMES = 3
 _STDERR_LINES = 5
 _GLYPHS = "✗✓│·…█░"
 _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "...", "█": "#", "░": "."})
-_COLOURS = {"bad": "\x1b[1;31m", "good": "\x1b[1;32m", "warn": "\x1b[33m", "dim": "\x1b[2m", "bold": "\x1b[1m"}
+_COLOURS = {
+    "bad": "\x1b[1;31m",
+    "good": "\x1b[1;32m",
+    "warn": "\x1b[33m",
+    "dim": "\x1b[2m",
+    "bold": "\x1b[1m",
+}
 _RESET = "\x1b[0m"
 
 
@@ -48,7 +54,11 @@ class Style:
         terminal = is_terminal(stream)
         width = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if terminal else _PLAIN_WIDTH
         colour = terminal and not os.environ.get("NO_COLOR")
-        return cls(width=max(width, 40), colour=colour, encoding=getattr(stream, "encoding", None) or "utf-8")
+        return cls(
+            width=max(width, 40),
+            colour=colour,
+            encoding=getattr(stream, "encoding", None) or "utf-8",
+        )
 
     def paint(self, colour: str, words: str) -> str:
         """``words`` in one of our colours, where there are any."""
@@ -104,7 +114,11 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _entry("next", [verdict.cause.advice] if verdict.cause is not None else [], style)
     yield from _entry("wrote", [common.SEPARATOR.join(_written(verdict))], style)
     # In one piece however long it is: it is there to be copied.
-    yield from (f"{_margin('reproduce', style)}{command}" for command in [culprits.reproduce_command(verdict)] if command)
+    yield from (
+        f"{_margin('reproduce', style)}{command}"
+        for command in [culprits.reproduce_command(verdict)]
+        if command
+    )
 
 
 def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
@@ -114,7 +128,9 @@ def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
     numbers = {record.index: record.code_index for record in verdict.cells}
     for frame in common.inner_frames(verdict, _MOST_FRAMES):
         if frame.cell in numbers:
-            yield from _source_row(numbers[frame.cell], frame.source_line, common.frame_place(frame, verdict), style)
+            yield from _source_row(
+                numbers[frame.cell], frame.source_line, common.frame_place(frame, verdict), style
+            )
 
 
 def _source_row(code_index: int, source_line: str | None, note: str, style: Style) -> Iterator[str]:
@@ -124,7 +140,9 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
     room = style.width - len(head) - common.display_width(note) - 2
     if room < LEAST_ROOM:
         yield head + common.clip(code, style.width - len(head))
-        for line in textwrap.wrap(note, max(style.width - len(head), LEAST_ROOM), break_on_hyphens=False):
+        for line in textwrap.wrap(
+            note, max(style.width - len(head), LEAST_ROOM), break_on_hyphens=False
+        ):
             yield " " * len(head) + style.paint("dim", line)
         return
     yield _noted(head, len(head), common.clip(code, room), note, style)
@@ -133,7 +151,9 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
 def _noted(head: str, head_width: int, words: str, note: str, style: Style) -> str:
     """One line with its note in the column of the notes, or behind the words where they are longer."""
     room = style.width - head_width - common.display_width(note) - 2
-    pad = min(room, max(_NOTE_COLUMN - head_width, common.display_width(words))) - common.display_width(words)
+    pad = min(
+        room, max(_NOTE_COLUMN - head_width, common.display_width(words))
+    ) - common.display_width(words)
     return f"{head}{words}{' ' * pad}  {style.paint('dim', note)}"
 
 
@@ -154,7 +174,9 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _entry("", [outcome], style)
     others = culprits.others(verdict)
     for culprit in others[: culprits.MOST_SHOWN]:
-        yield from _source_row(culprit.code_index, culprit.source_line, culprits.note(culprit), style)
+        yield from _source_row(
+            culprit.code_index, culprit.source_line, culprits.note(culprit), style
+        )
     if len(others) > culprits.MOST_SHOWN:
         yield f"{'':>5} │ and {len(others) - culprits.MOST_SHOWN} more"
     first = culprits.look_first(verdict)

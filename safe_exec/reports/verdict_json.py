@@ -55,12 +55,18 @@ def to_document(verdict: Verdict) -> dict[str, Any]:
 
 def dumps(verdict: Verdict) -> bytes:
     """The document as UTF-8 text with a final newline; never a NaN, never a lone surrogate."""
-    return (json.dumps(to_document(verdict), ensure_ascii=False, allow_nan=False, indent=2) + "\n").encode()
+    return (
+        json.dumps(to_document(verdict), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    ).encode()
 
 
 def load_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that every document obeys."""
-    text = resources.files(__package__ or "safe_exec.reports").joinpath("verdict.schema.json").read_text("utf-8")
+    text = (
+        resources.files(__package__ or "safe_exec.reports")
+        .joinpath("verdict.schema.json")
+        .read_text("utf-8")
+    )
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -95,7 +101,9 @@ def from_document(document: Mapping[str, Any]) -> Verdict:
     verdict = _read(Verdict, fields, "verdict")
     assert isinstance(verdict, Verdict)
     if verdict.culprits is not None and len(verdict.culprits.reproduced) != _COUNTS_OF_REPRODUCED:
-        raise ValueError(f"verdict.culprits.reproduced: expected 2 counts, found {len(verdict.culprits.reproduced)}")
+        raise ValueError(
+            f"verdict.culprits.reproduced: expected 2 counts, found {len(verdict.culprits.reproduced)}"
+        )
     return verdict
 
 
@@ -108,7 +116,9 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return _read_items(arguments[0], _expect(list, value, where), where)
     if origin is Mapping:
         pairs = _expect(dict, value, where).items()
-        return {_read(arguments[0], k, where): _read(arguments[1], v, f"{where}.{k}") for k, v in pairs}
+        return {
+            _read(arguments[0], k, where): _read(arguments[1], v, f"{where}.{k}") for k, v in pairs
+        }
     if dataclasses.is_dataclass(hint):
         return _read_fields(hint, _expect(dict, value, where), where)
     if issubclass(hint, Enum):
@@ -137,8 +147,14 @@ def _read_items(hint: Any, items: list[Any], where: str) -> tuple[Any, ...]:
 @cache
 def _exact(hint: Any) -> frozenset[type]:
     """The types whose values are of the type ``hint`` just as JSON has them."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    return frozenset(choice for choice in choices if choice in (str, int, float, bool, types.NoneType))
+    choices = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
+    return frozenset(
+        choice for choice in choices if choice in (str, int, float, bool, types.NoneType)
+    )
 
 
 @cache
@@ -153,7 +169,9 @@ def _read_fields(hint: Any, value: Mapping[str, Any], where: str) -> Any:
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}")
     try:
-        return hint(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+        return hint(
+            **{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        )
     except TypeError as error:  # a required field is missing
         raise ValueError(f"{where}: {error}") from None
 

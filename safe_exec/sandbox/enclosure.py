@@ -21,7 +21,16 @@ from typing import Any
 import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model.evidence import IsolationFacts
-from safe_exec.model.limits import Enforcement, FolderUse, Isolation, LimitName, Mechanism, RepositoryUse, SystemCalls, Wall
+from safe_exec.model.limits import (
+    Enforcement,
+    FolderUse,
+    Isolation,
+    LimitName,
+    Mechanism,
+    RepositoryUse,
+    SystemCalls,
+    Wall,
+)
 from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.host.repository import SYSTEM, repository_access
 from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of, inside_places, outside_places
@@ -40,9 +49,15 @@ def homes() -> tuple[Path, ...]:
     own = [Path(os.environ["HOME"])] if os.path.isabs(os.environ.get("HOME", "")) else []
     with contextlib.suppress(KeyError):  # a user without an entry
         own.append(Path(pwd.getpwuid(os.geteuid()).pw_dir))
-    found = [path for path in (*own, Path("/root"), Path("/home")) if path.is_dir() and path != Path("/")]
+    found = [
+        path for path in (*own, Path("/root"), Path("/home")) if path.is_dir() and path != Path("/")
+    ]
     resolved = list(dict.fromkeys(path.resolve() for path in found))
-    return tuple(p for n, p in enumerate(resolved) if not any(p != q and p.is_relative_to(q) for q in resolved[:n]))
+    return tuple(
+        p
+        for n, p in enumerate(resolved)
+        if not any(p != q and p.is_relative_to(q) for q in resolved[:n])
+    )
 
 
 # --- what must stay readable ------------------------------------------------------------------------------------
@@ -52,16 +67,34 @@ def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...
     """The environments that the kernel and we run from, and our own package. Never a whole home."""
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wide = _wide()
-    prefixes = [part for prefix in (*ours, *_kernel_prefixes(argv, env)) for part in _narrowed(prefix, wide)]
+    prefixes = [
+        part for prefix in (*ours, *_kernel_prefixes(argv, env)) for part in _narrowed(prefix, wide)
+    ]
     return _existing_forms([*prefixes, Path(safe_exec.__file__).parent], wide)
 
 
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
     """Directories that a kernel needs to run at all: interpreters, and where they find packages."""
-    linked = [found for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env)) for found in _linked(prefix)]
-    search = [Path(part) for name in ("PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH") for part in _parts(env, name)]
-    users = [Path(site.getusersitepackages()), Path("~/.local/share/jupyter").expanduser(), Path("~/.local/lib").expanduser()]
-    return tuple(dict.fromkeys((*interpreters(argv, env), *_existing_forms([*linked, *search, *users], _wide()))))
+    linked = [
+        found
+        for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env))
+        for found in _linked(prefix)
+    ]
+    search = [
+        Path(part)
+        for name in ("PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH")
+        for part in _parts(env, name)
+    ]
+    users = [
+        Path(site.getusersitepackages()),
+        Path("~/.local/share/jupyter").expanduser(),
+        Path("~/.local/lib").expanduser(),
+    ]
+    return tuple(
+        dict.fromkeys(
+            (*interpreters(argv, env), *_existing_forms([*linked, *search, *users], _wide()))
+        )
+    )
 
 
 def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
@@ -71,21 +104,45 @@ def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
 def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path, ...]:
     """The paths as they are and without links, as far as there is something and it is not too wide."""
     both = [form for path in paths for form in (path, path.resolve())]
-    return tuple(dict.fromkeys(path for path in both if path.is_absolute() and path not in wide and path.exists()))
+    return tuple(
+        dict.fromkeys(
+            path for path in both if path.is_absolute() and path not in wide and path.exists()
+        )
+    )
 
 
-PARTS = ("bin", "lib", "lib64", "libexec", "include", "share/jupyter", "etc/jupyter", "pyvenv.cfg", "conda-meta")
+PARTS = (
+    "bin",
+    "lib",
+    "lib64",
+    "libexec",
+    "include",
+    "share/jupyter",
+    "etc/jupyter",
+    "pyvenv.cfg",
+    "conda-meta",
+)
 """What makes an environment of a directory that is more than one."""
 
 
 def _wide() -> frozenset[Path]:
     """Directories that hold more than an environment: a ``~/bin/python`` must not open the home around it."""
-    narrow = [*homes(), *(home / ".local" for home in homes()), Path("/tmp"), Path("/var/tmp"), Path("/run")]  # noqa: S108
+    narrow = [
+        *homes(),
+        *(home / ".local" for home in homes()),
+        Path("/tmp"),  # noqa: S108
+        Path("/var/tmp"),  # noqa: S108
+        Path("/run"),
+    ]
     return frozenset(wide for path in narrow for wide in (path, *path.parents))
 
 
 def _narrowed(prefix: Path, wide: frozenset[Path]) -> list[Path]:
-    return [prefix / part for part in PARTS] if prefix in wide or prefix.resolve() in wide else [prefix]
+    return (
+        [prefix / part for part in PARTS]
+        if prefix in wide or prefix.resolve() in wide
+        else [prefix]
+    )
 
 
 def _parts(env: Mapping[str, str], name: str) -> list[str]:
@@ -134,8 +191,16 @@ def _named_in(module: Path) -> list[Path]:
         tree = ast.parse(_text(module))
     except (SyntaxError, ValueError, RecursionError):
         return []
-    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    paths = [Path(word) for word in words if word.startswith("/") and "\0" not in word and os.path.exists(word)]
+    words = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    paths = [
+        Path(word)
+        for word in words
+        if word.startswith("/") and "\0" not in word and os.path.exists(word)
+    ]
     return [path.parent if path.name == "__init__.py" else path for path in paths]
 
 
@@ -167,7 +232,11 @@ class Birth:
     @property
     def owner(self) -> int | None:
         """The other user that it is to be, if it is."""
-        return OTHER_UID if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0 else None
+        return (
+            OTHER_UID
+            if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0
+            else None
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,13 +262,22 @@ def enclose(birth: Birth) -> Enclosure:
         interpreters=interpreters(birth.argv, birth.env),
         kernel_home=birth.env.get("HOME"),
         repository=repository_access(
-            birth.plan.isolation, birth.folder, homes=hideable, has_disk_limit=LimitName.DISK in birth.plan.enforcement
+            birth.plan.isolation,
+            birth.folder,
+            homes=hideable,
+            has_disk_limit=LimitName.DISK in birth.plan.enforcement,
         ),
     )
     # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
-    own_tmp = {"TMPDIR": str(birth.runtime)} if birth.plan.landlock and birth.plan.isolation.read_only_system else {}
+    own_tmp = (
+        {"TMPDIR": str(birth.runtime)}
+        if birth.plan.landlock and birth.plan.isolation.read_only_system
+        else {}
+    )
     request = {
-        "enclosure": _bubblewrap(birth, paths, birth.plan.enclosed) if birth.plan.enclosed else None,
+        "enclosure": _bubblewrap(birth, paths, birth.plan.enclosed)
+        if birth.plan.enclosed
+        else None,
         "walls": _own_walls(birth, paths),
         "owner": birth.owner,
         "discarded": outside_places(birth.plan, paths),
@@ -213,7 +291,10 @@ def enclose(birth: Birth) -> Enclosure:
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
     """The folder stays open whatever lies in it. Raises SandboxError where that would be what is to be closed."""
-    closed = [*(homes() if isolation.hide_home else ()), *(SYSTEM if isolation.read_only_system else ())]
+    closed = [
+        *(homes() if isolation.hide_home else ()),
+        *(SYSTEM if isolation.read_only_system else ()),
+    ]
     for path in closed:
         if path.is_relative_to(folder):
             what = "a home" if path not in SYSTEM else "a part of the system"
@@ -224,9 +305,13 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 def settled(isolation: Isolation) -> Isolation:
     """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
-    found: dict[str, Any] = {name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS}
+    found: dict[str, Any] = {
+        name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS
+    }
     for name in _OPENED:  # a link in a hidden place is not there to be followed: what it leads to is opened by that name too
-        found[name] = tuple(dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path)))
+        found[name] = tuple(
+            dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path))
+        )
     for name in (*_OPENED, "devices"):
         for path in found[name]:
             if not os.path.exists(path):
@@ -251,13 +336,17 @@ def _without_links(path: str) -> str:
 def _both_forms(path: str) -> tuple[str, str]:
     """A path with a link as its last part, and where that leads."""
     plain = os.path.abspath(os.path.expanduser(path))
-    return os.path.join(os.path.realpath(os.path.dirname(plain)), os.path.basename(plain)), os.path.realpath(plain)
+    return os.path.join(
+        os.path.realpath(os.path.dirname(plain)), os.path.basename(plain)
+    ), os.path.realpath(plain)
 
 
 def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bool) -> Path | None:
     """The repository around a folder if a notebook there may write to it behind its walls."""
     try:
-        access = repository_access(settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit)
+        access = repository_access(
+            settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit
+        )
     except SandboxError:  # said by the run itself
         return None
     return access.root if access.use is RepositoryUse.WRITE else None
@@ -276,17 +365,25 @@ def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any
         repository=paths.repository.root if paths.repository.is_visible else None,
         repository_is_writable=paths.repository.use is RepositoryUse.WRITE,
         interpreters=paths.interpreters,
-        links=frozenset(path for path in map(Path, (*isolation.writable, *isolation.show)) if path.is_symlink()),
+        links=frozenset(
+            path for path in map(Path, (*isolation.writable, *isolation.show)) if path.is_symlink()
+        ),
     )
     is_root = os.geteuid() == 0
     return {
-        "argv": bubblewrap.arguments(program, isolation, around, shm_bytes=birth.plan.shm, root=is_root),
+        "argv": bubblewrap.arguments(
+            program, isolation, around, shm_bytes=birth.plan.shm, root=is_root
+        ),
         "python": sys.executable,
         "root": str(Path(safe_exec.__file__).parent.parent),
         "sockets": str(birth.runtime),
         "disk": disk,
         "discarded": inside_places(birth.plan, paths),
-        "devices": [path for path in bubblewrap.shared_devices(isolation, root=is_root) if os.path.exists(path)],
+        "devices": [
+            path
+            for path in bubblewrap.shared_devices(isolation, root=is_root)
+            if os.path.exists(path)
+        ],
     }
 
 
@@ -327,7 +424,11 @@ def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     isolation = birth.plan.isolation
     folder, repository = str(birth.folder), paths.repository
     roots = [str(repository.root)] if repository.is_visible else []
-    extra = [str(birth.runtime), *isolation.writable, *(roots if repository.use is RepositoryUse.WRITE else [])]
+    extra = [
+        str(birth.runtime),
+        *isolation.writable,
+        *(roots if repository.use is RepositoryUse.WRITE else []),
+    ]
     hidden = [*(map(str, paths.homes) if isolation.hide_home else ()), *isolation.hide]
     # Nobody makes a copy here.
     closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
@@ -336,7 +437,10 @@ def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
     readable = [*map(str, paths.readable), *isolation.show, *roots, folder]
     return {
-        "readable": [*_all_but(hidden), *(part for path in readable for part in parts_beside(path, hidden))],
+        "readable": [
+            *_all_but(hidden),
+            *(part for path in readable for part in parts_beside(path, hidden)),
+        ],
         "writable": [part for path in writable for part in parts_beside(path, closed)],
         "tcp": None if isolation.network else False,
     }
@@ -357,4 +461,9 @@ def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
         children = [os.path.join(path, name) for name in sorted(os.listdir(path))]
     except OSError:
         return []
-    return [part for child in children if child not in inner and not os.path.islink(child) for part in parts_beside(child, inner)]
+    return [
+        part
+        for child in children
+        if child not in inner and not os.path.islink(child)
+        for part in parts_beside(child, inner)
+    ]

@@ -49,14 +49,20 @@ def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
     if paths.repository.root is not None and paths.repository.use is RepositoryUse.READ:
         shown.append(paths.repository.root)
     return IsolationFacts(
-        by=Mechanism.BUBBLEWRAP if plan.enclosed else Mechanism.LANDLOCK if plan.landlock else Mechanism.NONE,
+        by=Mechanism.BUBBLEWRAP
+        if plan.enclosed
+        else Mechanism.LANDLOCK
+        if plan.landlock
+        else Mechanism.NONE,
         home=paths.kernel_home,
         folder=str(paths.folder),
         repository=str(paths.repository.root) if paths.repository.root is not None else None,
         repository_use=paths.repository.use,
         hidden_homes=hidden_homes,
         hidden=hidden,
-        readable=tuple(str(path) for path in shown if any(path.is_relative_to(top) for top in covered)),
+        readable=tuple(
+            str(path) for path in shown if any(path.is_relative_to(top) for top in covered)
+        ),
         writable=kept,
         discarded=discarded,
         read_only=_is_held(plan, Wall.SYSTEM),
@@ -70,20 +76,30 @@ def _is_held(plan: SpawnPlan, wall: Wall) -> bool:
 
 def is_folder_kept(plan: SpawnPlan) -> bool:
     """Whether files that a run inside bubblewrap writes into its folder are there after it."""
-    return plan.isolation.folder is FolderUse.WRITE and (plan.disk is None or plan.isolation.write_back)
+    return plan.isolation.folder is FolderUse.WRITE and (
+        plan.disk is None or plan.isolation.write_back
+    )
 
 
 def _written_repository(paths: KernelPaths) -> list[str]:
     """The repository if files written there are kept."""
     access = paths.repository
-    return [str(access.root)] if access.root is not None and access.use is RepositoryUse.WRITE else []
+    return (
+        [str(access.root)] if access.root is not None and access.use is RepositoryUse.WRITE else []
+    )
 
 
 def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The places whose files are kept, and those whose files are gone after the run."""
     isolation, folder = plan.isolation, str(paths.folder)
-    kept = [*([folder] if is_folder_kept(plan) else []), *_written_repository(paths), *isolation.writable]
-    discarded = [folder] if isolation.folder is not FolderUse.READ and not is_folder_kept(plan) else []
+    kept = [
+        *([folder] if is_folder_kept(plan) else []),
+        *_written_repository(paths),
+        *isolation.writable,
+    ]
+    discarded = (
+        [folder] if isolation.folder is not FolderUse.READ and not is_folder_kept(plan) else []
+    )
     if isolation.read_only_system or plan.disk is not None or isolation.folder is FolderUse.COPY:
         discarded.append(TMP)
     if isolation.read_only_system or plan.shm is not None:
@@ -98,7 +114,9 @@ def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tup
     isolation = plan.isolation
     kept = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
     system = LANDLOCK_WRITABLE if plan.landlock and isolation.read_only_system else ()
-    return (*kept, *_written_repository(paths), *isolation.writable, *system), (str(paths.runtime),) if plan.landlock else ()
+    return (*kept, *_written_repository(paths), *isolation.writable, *system), (
+        str(paths.runtime),
+    ) if plan.landlock else ()
 
 
 # --- places whose files are gone after the run, for the keeper to list -------------------------------------------
@@ -128,7 +146,12 @@ def outside_places(plan: SpawnPlan, paths: KernelPaths) -> list[Place]:
         return []
     disk = paths.runtime / "disk"
     on_disk = {OF_TMP: disk / "tmp", OF_HOME: disk / "home"}
-    found = [place for path, kind in _own(plan, paths) if kind in on_disk for place in _place(plan, paths, path, kind)]
+    found = [
+        place
+        for path, kind in _own(plan, paths)
+        if kind in on_disk
+        for place in _place(plan, paths, path, kind)
+    ]
     found = [{**place, "path": str(on_disk[str(place["kind"])])} for place in found]
     if plan.isolation.folder is not FolderUse.READ and not is_folder_kept(plan):
         found.append({"name": ".", "kind": OF_FOLDER, "path": str(disk / "folder"), "skip": []})
@@ -157,8 +180,17 @@ def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterat
         return
     mounted = [*paths.readable, *opened, *map(Path, plan.isolation.hide)]
     skip = [str(other.relative_to(path)) for other in mounted if other.is_relative_to(path)]
-    is_home = kind == OF_HOME and paths.kernel_home is not None and Path(paths.kernel_home).resolve() == path
-    yield {"name": HOME_NAME if is_home else str(path), "kind": kind, "path": str(path), "skip": skip}
+    is_home = (
+        kind == OF_HOME
+        and paths.kernel_home is not None
+        and Path(paths.kernel_home).resolve() == path
+    )
+    yield {
+        "name": HOME_NAME if is_home else str(path),
+        "kind": kind,
+        "path": str(path),
+        "skip": skip,
+    }
 
 
 def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[Place]:

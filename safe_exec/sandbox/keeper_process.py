@@ -28,7 +28,12 @@ class Born:
     """A keeper's process, our end of the socket to it, and the directory that it makes."""
 
     def __init__(
-        self, run_id: str, *, directory: str, born: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        run_id: str,
+        *,
+        directory: str,
+        born: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it. ``born`` is the command by which it must be born in a place of its own. Raises OSError."""
         self.run_id, self.directory = run_id, directory
@@ -37,7 +42,9 @@ class Born:
         self._pidfd = -1
         with theirs:
             if born or environment or not _fork_one(theirs, run_id, directory):
-                self._process = _start("keeper", theirs, directory, run_id, born=born, environment=environment)
+                self._process = _start(
+                    "keeper", theirs, directory, run_id, born=born, environment=environment
+                )
 
     def is_known_as(self, pid: int) -> None:
         """The keeper has said who it is, and waits for us: from now on its end can be seen."""
@@ -72,11 +79,25 @@ class Born:
 
 
 def _start(
-    module: str, theirs: socket.socket, *words: str, born: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    module: str,
+    theirs: socket.socket,
+    *words: str,
+    born: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return subprocess.Popen(
-        [*born, sys.executable, "-I", "-S", "-c", BOOT.format(module=module), str(theirs.fileno()), root, *words],
+        [
+            *born,
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            BOOT.format(module=module),
+            str(theirs.fileno()),
+            root,
+            *words,
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
@@ -131,7 +152,11 @@ def _fork_one(theirs: socket.socket, run_id: str, directory: str) -> bool:
                 _nursery = _open_nursery()
             if _nursery is None:
                 return False
-            socket.send_fds(_nursery[0], [f"{run_id}\0{directory}".encode("utf-8", "surrogateescape")], [theirs.fileno()])
+            socket.send_fds(
+                _nursery[0],
+                [f"{run_id}\0{directory}".encode("utf-8", "surrogateescape")],
+                [theirs.fileno()],
+            )
         except OSError:  # it was killed: a keeper can be started as well
             return False
     return True

@@ -118,7 +118,9 @@ class SpawnPlan:
     def as_request(self) -> dict[str, object]:
         """The part that the keeper reads, as JSON values."""
         cgroup = {
-            f"cgroup_{k}" if k in ("dirs", "writes", "writes_where_present", "joins", "hand_on") else k: v
+            f"cgroup_{k}"
+            if k in ("dirs", "writes", "writes_where_present", "joins", "hand_on")
+            else k: v
             for k, v in asdict(self.cgroup).items()
         }
         rest = {
@@ -147,11 +149,15 @@ def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
             enforcement.setdefault(name, held)
     for name in LimitName:
         if limits.of(name) is not None:
-            enforcement.setdefault(name, Enforcement(by=Mechanism.NONE, hard=False, note="nothing here can hold it"))
+            enforcement.setdefault(
+                name, Enforcement(by=Mechanism.NONE, hard=False, note="nothing here can hold it")
+            )
     return _carry_out(limits, offers, enforcement)
 
 
-def _carry_out(limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitName, Enforcement]) -> SpawnPlan:
+def _carry_out(
+    limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitName, Enforcement]
+) -> SpawnPlan:
     cgroup = CgroupWork()
     rows: list[tuple[int, int, int]] = []
     watch: set[LimitName] = set()
@@ -159,10 +165,15 @@ def _carry_out(limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitN
         cgroup = cgroup.plus(offer.cgroup)
         for name, limit_rows in offer.rlimits.items():
             # A limit on processor time wants both: RLIMIT_CPU for each process, the watch for their sum.
-            if enforcement[name].by in (offer.mechanism, Mechanism.NONE) or name is LimitName.CPU_TIME:
+            if (
+                enforcement[name].by in (offer.mechanism, Mechanism.NONE)
+                or name is LimitName.CPU_TIME
+            ):
                 rows.extend(limit_rows)
         if offer.mechanism is Mechanism.WATCHDOG:
-            watch = {name for name in offer.holds if not _held_for_the_tree(enforcement[name], name)}
+            watch = {
+                name for name in offer.holds if not _held_for_the_tree(enforcement[name], name)
+            }
     ordered = {name: enforcement[name] for name in LimitName if name in enforcement}
     return SpawnPlan(
         cgroup=cgroup,

@@ -16,7 +16,9 @@ from safe_exec.sandbox.mechanisms import isolation as walls
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
 
 
-def build_plan(limits: Limits, machine: Machine, run_id: str, isolation: Isolation | None = None) -> SpawnPlan:
+def build_plan(
+    limits: Limits, machine: Machine, run_id: str, isolation: Isolation | None = None
+) -> SpawnPlan:
     """The plan for one sandbox."""
     asked = isolation or Isolation()
     wall_plan = walls.put_up(asked, limits, machine)
@@ -65,7 +67,9 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
     known = {mechanism.value: mechanism for mechanism in CHOOSABLE}
     wrong = [name for name in names if name not in known]
     if wrong or not names:
-        raise UsageError(f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(known)}")
+        raise UsageError(
+            f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(known)}"
+        )
     return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
@@ -96,7 +100,15 @@ def parse_required(text: str, limits: Limits) -> Required:
     wrong = [word for word in words if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
     if wrong or not words:
         known = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
-        raise ValueError(f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {known}")
-    every = [name for name in REQUIRE_ALL if limits.of(name) is not None] if EVERY_LIMIT in words else []
+        raise ValueError(
+            f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {known}"
+        )
+    every = (
+        [name for name in REQUIRE_ALL if limits.of(name) is not None]
+        if EVERY_LIMIT in words
+        else []
+    )
     names = (*every, *(REQUIRABLE[word] for word in words if word in REQUIRABLE))
-    return Required(names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in words else None)
+    return Required(
+        names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in words else None
+    )

@@ -58,7 +58,11 @@ def runnable_threads(root: int) -> list[int]:
     for pid in procfs.descendants(root):
         with contextlib.suppress(OSError):
             tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
-            threads += [task for task in tasks if (stat := procfs.stat(pid, task)) is not None and stat.state == "R"]
+            threads += [
+                task
+                for task in tasks
+                if (stat := procfs.stat(pid, task)) is not None and stat.state == "R"
+            ]
     return threads
 
 

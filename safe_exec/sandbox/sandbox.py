@@ -102,7 +102,12 @@ class Sandbox:
     """
 
     def __init__(
-        self, run_id: str, *, directory: Path | None = None, hand_on: HandOn | None = None, born: Born | None = None
+        self,
+        run_id: str,
+        *,
+        directory: Path | None = None,
+        hand_on: HandOn | None = None,
+        born: Born | None = None,
     ) -> None:
         """Start the keeper at once, or take one that was: its interpreter starts while the runner does other things.
 
@@ -185,12 +190,17 @@ class Sandbox:
         Raises SandboxError, naming what could not be made, and KernelStartError for a command that cannot be executed; the
         keeper is gone then and everything removed.
         """
-        self._wait_for(lambda: self.kernel_pid is not None or self._trouble is not None, "the kernel was not started")
+        self._wait_for(
+            lambda: self.kernel_pid is not None or self._trouble is not None,
+            "the kernel was not started",
+        )
         if self._trouble is not None or self.kernel_pid is None:
             trouble = self._trouble or "the keeper ended"
             self.leave()
             if self._command_failed:
-                raise KernelStartError(f"the kernel's command cannot be executed: {trouble} ({self._command})")
+                raise KernelStartError(
+                    f"the kernel's command cannot be executed: {trouble} ({self._command})"
+                )
             raise SandboxError(f"the sandbox cannot be built: {trouble}")
         return self.kernel_pid
 
@@ -220,7 +230,9 @@ class Sandbox:
             "directories": [*([str(self.directory)] if self.directory else []), *plan.directories],
             "orphans": list(plan.orphans),
         }
-        self._say({"op": "note", "path": str(self._note)})  # first: whenever we are killed, there is somebody who removes it
+        self._say(
+            {"op": "note", "path": str(self._note)}
+        )  # first: whenever we are killed, there is somebody who removes it
         stale_runs.write_note(self._note, self._undo)
 
     # --- talking ------------------------------------------------------------------------------------------------
@@ -281,7 +293,9 @@ class Sandbox:
         if self.departure is None and self.kernel_pid is not None:
             self._set_exit(KernelExit(status=None, at=time.monotonic()))
 
-    def _wait_for(self, done: Callable[[], bool], message: str, seconds: float = START_SECONDS) -> None:
+    def _wait_for(
+        self, done: Callable[[], bool], message: str, seconds: float = START_SECONDS
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             left = deadline - time.monotonic()
@@ -306,7 +320,9 @@ class Sandbox:
             in_time = not self._asked_to_end
             if in_time and self.condemned is None:
                 self.condemned = reason
-            self._say({"op": "kill", "reason": (reason if in_time else TerminationReason.SHUTDOWN).value})
+            self._say(
+                {"op": "kill", "reason": (reason if in_time else TerminationReason.SHUTDOWN).value}
+            )
         return in_time
 
     def ask_to_end(self) -> bool:
@@ -345,7 +361,10 @@ def _discarded(said: dict[str, object]) -> Discarded:
     return Discarded(
         groups=tuple(
             DiscardedFiles(
-                place=str(group["place"]), name=str(group["name"]), files=int(str(group["files"])), bytes=int(str(group["bytes"]))
+                place=str(group["place"]),
+                name=str(group["name"]),
+                files=int(str(group["files"])),
+                bytes=int(str(group["bytes"])),
             )
             for group in groups
         ),
@@ -377,13 +396,21 @@ def _kernel_exit(said: dict[str, object]) -> KernelExit:
 
 def _signals(mask: object) -> frozenset[int] | None:
     """The numbers in a set of signals as /proc tells it: bit N-1 for signal N."""
-    return frozenset(n for n in range(1, 65) if mask >> (n - 1) & 1) if isinstance(mask, int) else None
+    return (
+        frozenset(n for n in range(1, 65) if mask >> (n - 1) & 1) if isinstance(mask, int) else None
+    )
 
 
 def _received(control: socket.socket) -> tuple[bytes, list[int]]:
     """What stands in the socket and a descriptor that came along, never waiting: ``socket.recv_fds`` drops its flags before Python 3.12."""
     room = socket.CMSG_SPACE(struct.calcsize("i"))
-    data, ancillary, _, _ = control.recvmsg(1 << 20, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-    rights = b"".join(said for level, kind, said in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS))
+    data, ancillary, _, _ = control.recvmsg(
+        1 << 20, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    )
+    rights = b"".join(
+        said
+        for level, kind, said in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+    )
     whole = len(rights) - len(rights) % struct.calcsize("i")
     return data, [fd for (fd,) in struct.iter_unpack("i", rights[:whole])]

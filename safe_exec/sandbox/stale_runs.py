@@ -28,7 +28,9 @@ def notes_directory() -> Path:
         directory.mkdir(mode=0o700)
     found = directory.lstat()
     if not stat_module.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise SandboxError(f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is")
+        raise SandboxError(
+            f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is"
+        )
     return directory
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec.kernel.activity import look
 from safe_exec.model import events
-from safe_exec.model.ending import CellError, CellFailed, Died, Ending, LimitHit, Passed, TerminationReason, TimedOut
+from safe_exec.model.ending import (
+    CellError,
+    CellFailed,
+    Died,
+    Ending,
+    LimitHit,
+    Passed,
+    TerminationReason,
+    TimedOut,
+)
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CellStatus
 from safe_exec.sandbox.usage.meter import Reading
@@ -45,7 +54,9 @@ class CellLoop:
         client = self.session.client
         assert client is not None
         for index, cell in enumerate(self.request.node.cells):
-            if cell.cell_type != "code" or (self.request.cells is not None and index not in self.request.cells):
+            if cell.cell_type != "code" or (
+                self.request.cells is not None and index not in self.request.cells
+            ):
                 continue
             if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
                 self.ledger.skip(index)
@@ -80,7 +91,9 @@ class CellLoop:
             self.session.changes.note_now_and_then()
         if self.session.died.is_set():
             await self._stop_for_death(index)
-        execution = asyncio.create_task(client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1))
+        execution = asyncio.create_task(
+            client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
+        )
         await self._until_done(execution, limits)
         if not execution.done():
             await self._over_time(execution, index, limits)
@@ -88,7 +101,9 @@ class CellLoop:
 
     async def _until_done(self, execution: asyncio.Task[Any], limits: Limits) -> None:
         stop = asyncio.create_task(self.state.stopping.wait())
-        await asyncio.wait({execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED
+        )
         stop.cancel()
         if self.state.stopping.is_set() and not execution.done():
             await self.session.wait_dead(10.0)
@@ -108,7 +123,10 @@ class CellLoop:
         if self.session.condemned is not None:  # for another limit, before its time was up
             await self.session.wait_dead(10.0)
             return
-        whole = self.request.limits.timeout is not None and self.state.now() >= self.request.limits.timeout
+        whole = (
+            self.request.limits.timeout is not None
+            and self.state.now() >= self.request.limits.timeout
+        )
         allowed = self.request.limits.timeout if whole else limits.cell_timeout
         name = LimitName.TIMEOUT if whole else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole else allowed)
@@ -116,13 +134,19 @@ class CellLoop:
         answered = await self._interrupt(execution, index, limits.interrupt_grace)
         if self.state.signals:
             return
-        self.state.kill(TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT)
+        self.state.kill(
+            TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT
+        )
         await self.session.wait_dead(10.0)
         await asyncio.wait({execution}, timeout=5.0)
         error = self._retrieve(execution)
         self._recover(index)
         self._end(index, CellStatus.KILLED)
-        raise Stop(TimedOut(cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error))
+        raise Stop(
+            TimedOut(
+                cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error
+            )
+        )
 
     async def _look(self, index: int) -> None:
         """What is it doing? Asked before the interrupt changes it."""
@@ -140,7 +164,9 @@ class CellLoop:
             late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
             self.state.printed = printed_traceback(cells, late)
 
-    async def _interrupt(self, execution: asyncio.Task[Any], index: int, grace: float) -> bool | None:
+    async def _interrupt(
+        self, execution: asyncio.Task[Any], index: int, grace: float
+    ) -> bool | None:
         """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
         if self.state.looked is not None and self.state.looked.state == "T":
             return False  # a stopped process takes no signal but SIGKILL and SIGCONT
@@ -172,7 +198,9 @@ class CellLoop:
         assert client is not None
         await self._heed_limits(execution, index)
         if self.session.died.is_set() or not execution.done():
-            failure = execution.exception() if execution.done() and not execution.cancelled() else None
+            failure = (
+                execution.exception() if execution.done() and not execution.cancelled() else None
+            )
             if failure is not None or not execution.done():
                 execution.cancel()
                 await self._stop_for_death(index)
@@ -203,7 +231,9 @@ class CellLoop:
         client = self.session.client
         if client is None or index is None:
             return None
-        found = error_of(client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ()))
+        found = error_of(
+            client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ())
+        )
         if found is not None and found.debugger:
             self.state.warn_once(
                 f"code cell {self.ledger.code_index(index) + 1}: after the error a debugger waited for input"
@@ -216,7 +246,9 @@ class CellLoop:
         client = self.session.client
         assert client is not None
         tags = self.request.node.cells[index].metadata.get("tags", [])
-        allowed = client.allow_errors or ename in client.allow_error_names or "raises-exception" in tags
+        allowed = (
+            client.allow_errors or ename in client.allow_error_names or "raises-exception" in tags
+        )
         return bool(allowed and not client.force_raise_errors)
 
     async def _stop_for_death(self, index: int | None) -> None:
@@ -236,7 +268,11 @@ class CellLoop:
             self._end(index, CellStatus.KILLED)
         ended = self.session.ended
         reason = ended.reason if ended else None
-        if reason in (TerminationReason.OUTPUT, TerminationReason.PROCESSES, TerminationReason.DISK):
+        if reason in (
+            TerminationReason.OUTPUT,
+            TerminationReason.PROCESSES,
+            TerminationReason.DISK,
+        ):
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
             if cell is None:  # it was found in the last look, after the last cell
@@ -252,7 +288,9 @@ class CellLoop:
         if found is None or cell is None or found >= cell:
             return cell
         code_index = self.ledger.code_index(found) + 1
-        self.state.warnings.append(f"code cell {code_index} was said to be done while the kernel was still at work on it")
+        self.state.warnings.append(
+            f"code cell {code_index} was said to be done while the kernel was still at work on it"
+        )
         self.state.current = found
         return found
 
@@ -268,11 +306,18 @@ class CellLoop:
             self.session.volumes.begin()
         self.ledger.begin(index, self.state.now(), self._reading_at_start())
         code_index = self.ledger.code_index(index)
-        self.state.sink(events.CellStarted(time=self.state.now(), index=index, code_index=code_index, source=cell.source))
+        self.state.sink(
+            events.CellStarted(
+                time=self.state.now(), index=index, code_index=code_index, source=cell.source
+            )
+        )
 
     def _reading_at_start(self) -> Reading | None:
         """The figures at the start of a cell: those at the end of the one before, when that was just now."""
-        if self._last_reading is not None and time.monotonic() - self._last_reading[0] < FRESH_SECONDS:
+        if (
+            self._last_reading is not None
+            and time.monotonic() - self._last_reading[0] < FRESH_SECONDS
+        ):
             return self._last_reading[1]
         reading = self._read()
         return reading[1] if reading else None
@@ -285,7 +330,9 @@ class CellLoop:
         client = self.session.client
         record = self.ledger.end(index, self.state.now(), status, **self._reading_at_end(index))
         if client and client.accounts.truncated:
-            self.state.warnings.append(f"the output of code cell {record.code_index + 1} was cut at its limit")
+            self.state.warnings.append(
+                f"the output of code cell {record.code_index + 1} was cut at its limit"
+            )
         if client and client.disbelieved:
             what = " and ".join(sorted(client.disbelieved))
             self.state.warnings.append(
@@ -309,19 +356,32 @@ class CellLoop:
         client, meter, ended = self.session.client, self.session.meter, self.session.ended
         if ended is not None:
             self._last_reading = None
-        elif self._last_reading is None or time.monotonic() - self._last_reading[0] >= FRESH_SECONDS:
+        elif (
+            self._last_reading is None or time.monotonic() - self._last_reading[0] >= FRESH_SECONDS
+        ):
             self._last_reading = self._read()
         return {
             "reading": self._last_reading[1] if self._last_reading else None,
-            "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills() if meter else None,
-            "output_bytes": max(client.accounts.received, self.state.written() or 0) if client else None,
+            "oom_kills": ended.counters.oom_kills
+            if ended
+            else meter.oom_kills()
+            if meter
+            else None,
+            "output_bytes": max(client.accounts.received, self.state.written() or 0)
+            if client
+            else None,
             "truncated": client.accounts.truncated if client else False,
         }
 
     def _recover(self, index: int) -> None:
         """Put what the dead kernel left in shared memory into its cell."""
         client, provisioner = self.session.client, self.session.provisioner
-        if client is None or provisioner is None or provisioner.channels is None or not self.session.fitted:
+        if (
+            client is None
+            or provisioner is None
+            or provisioner.channels is None
+            or not self.session.fitted
+        ):
             return
         number = self.state.number(index)
         if number and self.request.node.cells[index].execution_count is None:

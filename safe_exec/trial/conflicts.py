@@ -31,7 +31,10 @@ SHARED_SYSTEM = (
 )  # fmt: skip
 MODULE_ENDS = ("", ".py", *EXTENSION_SUFFIXES)
 WILDCARDS = "*?["
-ROUTES = (("/proc/net/route", 1, "00000000", 7, "00000000"), ("/proc/net/ipv6_route", 0, "0" * 32, 1, "00"))
+ROUTES = (
+    ("/proc/net/route", 1, "00000000", 7, "00000000"),
+    ("/proc/net/ipv6_route", 0, "0" * 32, 1, "00"),
+)
 """The tables of routes (proc_net(5)): of each the columns of the destination and its mask, and how those of a default route read."""
 
 
@@ -102,7 +105,11 @@ class Reach:
         tops |= dict.fromkeys(facts.hidden_homes, Access.HIDDEN)
         tops |= dict.fromkeys(facts.readable, Access.READ_ONLY)
         if facts.folder is not None:
-            tops[facts.folder] = Access.OPEN if facts.folder in (*facts.writable, *facts.discarded) else Access.READ_ONLY
+            tops[facts.folder] = (
+                Access.OPEN
+                if facts.folder in (*facts.writable, *facts.discarded)
+                else Access.READ_ONLY
+            )
         tops |= dict.fromkeys(facts.writable, Access.OPEN)
         self._tops = tops | dict.fromkeys(facts.hidden, Access.HIDDEN)
 
@@ -133,14 +140,19 @@ class Sight:
         """The user's own library of R packages, where R looks for it (``?.libPaths``)."""
         if not self.r_version:
             return ()
-        system, version = f"{platform.machine()}-pc-linux-gnu-library", ".".join(self.r_version.split(".")[:2])
+        system, version = (
+            f"{platform.machine()}-pc-linux-gnu-library",
+            ".".join(self.r_version.split(".")[:2]),
+        )
         return (self.env.get("R_LIBS_USER") or f"~/R/{system}/{version}",)
 
     def shown(self, name: str) -> str:
         """A name in the kernel's own home as people write it: that directory is another one in each run."""
         home = self.facts.home
         is_moved = home is not None and home != self.env.get("HOME")
-        return f"~{name[len(home) :]}" if is_moved and home and name.startswith(f"{home}/") else name
+        return (
+            f"~{name[len(home) :]}" if is_moved and home and name.startswith(f"{home}/") else name
+        )
 
     def places(self, name: str) -> Iterator[tuple[str, bool]]:
         """The absolute paths outside that a name may stand for, each with whether the kernel's own home led it elsewhere."""
@@ -148,7 +160,9 @@ class Sight:
             return
         home, kernel_home = self.env.get("HOME", ""), self.facts.home or ""
         moved = bool(home and kernel_home and home != kernel_home)
-        if home and (name == "~" or name.startswith("~/")):  # shells, R and DuckDB expand it and name it unexpanded
+        if home and (
+            name == "~" or name.startswith("~/")
+        ):  # shells, R and DuckDB expand it and name it unexpanded
             yield os.path.join(home, name[2:]), moved
         path = os.path.join(self.cwd or self.facts.folder or "/", name)
         if moved and path.startswith(kernel_home + "/"):
@@ -156,10 +170,14 @@ class Sight:
         yield path, False
 
 
-def conflicts(needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None) -> tuple[IsolationConflict, ...]:
+def conflicts(
+    needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None
+) -> tuple[IsolationConflict, ...]:
     """The needs that isolation refused. A name that takes longer than SECONDS to look up, and those after it, are not claimed."""
     # bubblewrap drops the capabilities of a root that gets a read-only system (mechanisms/bubblewrap.py).
-    bare_root = os.geteuid() == 0 and sight.facts.by is Mechanism.BUBBLEWRAP and sight.facts.read_only
+    bare_root = (
+        os.geteuid() == 0 and sight.facts.by is Mechanism.BUBBLEWRAP and sight.facts.read_only
+    )
     finder = _Finder(sight, lookup or Lookup(bare_root=bare_root))
     found: list[IsolationConflict] = []
 
@@ -190,10 +208,18 @@ class _Finder:
         return self._find[need.kind](need)
 
     def _variable(self, need: Need) -> IsolationConflict | None:
-        return _conflict(need, Access.HIDDEN) if need.name in self.sight.facts.removed_variables else None
+        return (
+            _conflict(need, Access.HIDDEN)
+            if need.name in self.sight.facts.removed_variables
+            else None
+        )
 
     def _host(self, need: Need) -> IsolationConflict | None:
-        return None if self.sight.facts.network else _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
+        return (
+            None
+            if self.sight.facts.network
+            else _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
+        )
 
     def _module(self, need: Need) -> IsolationConflict | None:
         file = need.name.replace(".", "/")
@@ -203,7 +229,13 @@ class _Finder:
                     path = os.path.join(folder, file + end)
                     if self._is_hidden(path) or (moved and self.lookup.exists(path)):
                         real = self.lookup.real(path)
-                        return _conflict(need, Access.HIDDEN, path=real, allow=self._hidden_ones(folder, path), moved=moved)
+                        return _conflict(
+                            need,
+                            Access.HIDDEN,
+                            path=real,
+                            allow=self._hidden_ones(folder, path),
+                            moved=moved,
+                        )
         return None
 
     def _program(self, need: Need) -> IsolationConflict | None:
@@ -213,7 +245,9 @@ class _Finder:
             for folder in search.split(os.pathsep):
                 path = os.path.join(folder, need.name)
                 if os.path.isabs(folder) and self._is_hidden(path) and self.lookup.is_program(path):
-                    return _conflict(need, Access.HIDDEN, path=path, allow=self._hidden_ones(folder, path))
+                    return _conflict(
+                        need, Access.HIDDEN, path=path, allow=self._hidden_ones(folder, path)
+                    )
         return None
 
     def _path(self, need: Need) -> IsolationConflict | None:
@@ -237,7 +271,11 @@ class _Finder:
             return _conflict(need, Access.HIDDEN, path=real, moved=moved)
         if access is Access.OPEN:
             return self._other_users(need, real, access) if exists else None
-        if readable and access is Access.HIDDEN and not (need.may_write and self.lookup.is_directory(real)):
+        if (
+            readable
+            and access is Access.HIDDEN
+            and not (need.may_write and self.lookup.is_directory(real))
+        ):
             return self._hidden(need, real, moved=moved)
         if self._is_write(need, access):
             return self._unwritable(need, real, access)
@@ -251,8 +289,12 @@ class _Finder:
 
     def _is_write(self, need: Need, access: Access) -> bool:
         """Whether it was to be written. A read-only file system refuses nothing else, and Landlock lets read what can be seen."""
-        refused_by_landlock = need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
-        by_number = need.number == errno.EROFS or (refused_by_landlock and access is Access.READ_ONLY)
+        refused_by_landlock = (
+            need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
+        )
+        by_number = need.number == errno.EROFS or (
+            refused_by_landlock and access is Access.READ_ONLY
+        )
         return by_number or (need.may_write if need.writes is None else need.writes)
 
     def _unwritable(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
@@ -267,7 +309,9 @@ class _Finder:
         allow = real if self.lookup.is_directory(real) else folder
         is_known = need.writes is not None or need.number in (errno.EROFS, errno.EACCES)
         need = need if is_known else replace(need, exact=False)  # the source looks like it, no more
-        return _conflict(need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True)
+        return _conflict(
+            need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True
+        )
 
     def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
         """A file in sight that we may read, and a user that owns nothing may not."""
@@ -280,7 +324,10 @@ class _Finder:
         """Whether there is such a thing, and it or the name under which it was looked for lies in a hidden place."""
         if not self.lookup.exists(path):
             return False
-        return Access.HIDDEN in (self.reach.to(self.lookup.real(path)), self.reach.to(os.path.normpath(path)))
+        return Access.HIDDEN in (
+            self.reach.to(self.lookup.real(path)),
+            self.reach.to(os.path.normpath(path)),
+        )
 
     def _hidden_ones(self, folder: str, path: str) -> tuple[str, ...]:
         """What has to be opened for a thing in a folder: the folder, and where a link in it leads to."""

@@ -12,7 +12,9 @@ MOST_NAMED = 5
 LONGEST_NAME = 120
 
 
-def discarded_warning(discarded: Discarded, facts: IsolationFacts | None, *, writable_helps: bool) -> str | None:
+def discarded_warning(
+    discarded: Discarded, facts: IsolationFacts | None, *, writable_helps: bool
+) -> str | None:
     """One line that names the largest files and how to keep them, ``None`` if no file was lost.
 
     ``writable_helps``: the kernel's user could write to a directory that ``--writable`` opens.
@@ -39,7 +41,11 @@ def _why(discarded: Discarded) -> str:
     names = [_PLACES.get(place, one_line(place)) for place in places if place != "."]
     verb = "were its own and are" if len(names) > 1 else "was its own and is"
     own = f"{_listed(names)} of this run {verb} gone" if names else ""
-    folder = "the notebook worked in a copy of its folder, of which nothing comes back" if "." in places else ""
+    folder = (
+        "the notebook worked in a copy of its folder, of which nothing comes back"
+        if "." in places
+        else ""
+    )
     text = "; ".join(part for part in (own, folder) if part)
     return text[:1].upper() + text[1:] if not text.startswith(("$", "/")) else text
 
@@ -55,8 +61,14 @@ def _advice(facts: IsolationFacts | None, *, writable_helps: bool) -> str:
     """How to keep such files under this run's isolation."""
     ways: list[str] = []
     if facts is None or facts.folder in facts.writable:
-        repository = " or repository" if facts is not None and facts.repository in facts.writable else ""
+        repository = (
+            " or repository" if facts is not None and facts.repository in facts.writable else ""
+        )
         ways.append(f"write into the notebook's folder{repository}")
     if facts is not None and writable_helps:
         ways.append("let it write to a directory of yours with --writable PATH")
-    return f". To keep files, {', or '.join(ways)}" if ways else ". Under this isolation no file is kept"
+    return (
+        f". To keep files, {', or '.join(ways)}"
+        if ways
+        else ". Under this isolation no file is kept"
+    )

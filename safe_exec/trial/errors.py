@@ -27,7 +27,9 @@ class FoundError:
 
 def error_of(reply: Mapping[str, Any], outputs: Iterable[Mapping[str, Any]]) -> FoundError | None:
     """The error of a cell; ``None`` where it neither answered with one nor shows one."""
-    shown = next((_error(output) for output in outputs if output.get("output_type") == "error"), None)
+    shown = next(
+        (_error(output) for output in outputs if output.get("output_type") == "error"), None
+    )
     if reply.get("status") != "error":
         return None if shown is None else FoundError(error=shown)
     answered = _error(reply)
@@ -42,4 +44,8 @@ def error_of(reply: Mapping[str, Any], outputs: Iterable[Mapping[str, Any]]) -> 
 
 def _error(content: Mapping[str, Any]) -> CellError:
     traceback = tuple(str(line) for line in content.get("traceback") or ())
-    return CellError(ename=str(content.get("ename", "")), evalue=str(content.get("evalue", "")), traceback=traceback)
+    return CellError(
+        ename=str(content.get("ename", "")),
+        evalue=str(content.get("evalue", "")),
+        traceback=traceback,
+    )

@@ -12,7 +12,14 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from safe_exec.kernel.fault_report import dumps, fatal_part, innermost_line, main_stack, parse_fault, usual
+from safe_exec.kernel.fault_report import (
+    dumps,
+    fatal_part,
+    innermost_line,
+    main_stack,
+    parse_fault,
+    usual,
+)
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
 from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
 from safe_exec.records import replace
@@ -34,11 +41,15 @@ RECENT_CHARACTERS = 65536
 DUMP_AGE = 1.0
 """Seconds before the end from which a stack still says where it was."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_CELL_LINE = re.compile(r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)")
+_CELL_LINE = re.compile(
+    r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)"
+)
 _ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
 _MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
 _DEBUGGER_CALL = re.compile(r"\b(?:set_trace|breakpoint)\(")
-_SYNTAX_LINE = re.compile(r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE)
+_SYNTAX_LINE = re.compile(
+    r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE
+)
 
 
 def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
@@ -63,7 +74,9 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         termination=ended.reason if ended else None,
         oom_kills=kills,
         oom_kills_cell=ledger.oom_cell,
-        oom_kills_earlier=tuple((cell, n) for cell, n in ledger.oom_by_cell.items() if cell != state.current),
+        oom_kills_earlier=tuple(
+            (cell, n) for cell, n in ledger.oom_by_cell.items() if cell != state.current
+        ),
         oom_elsewhere=not_ours,
         oom_bound=(str(bound.group), bound.limit) if bound else None,
         oomd_killed=ended.oomd if ended else None,
@@ -90,7 +103,9 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_messages=client.accounts.messages if client else None,
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,
-        output_bytes=None if ledger.ready_at is None else sum(r.output_bytes or 0 for r in ledger.records.values()),
+        output_bytes=None
+        if ledger.ready_at is None
+        else sum(r.output_bytes or 0 for r in ledger.records.values()),
         exit_caller=session.told.frames(session.told.exit_caller),
         exit_request=_exit_request(state),
         remote_hosts=tuple(session.told.hosts),
@@ -123,7 +138,14 @@ def _exit_request(state: TrialState) -> tuple[Frame, ...]:
     """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
     told, client = state.session.told, state.session.client
     asked = client.asked_to_exit if client is not None else None
-    rows = next((rows for number, (_, rows) in told.exit_requests.items() if told.index_of(number) == asked), [])
+    rows = next(
+        (
+            rows
+            for number, (_, rows) in told.exit_requests.items()
+            if told.index_of(number) == asked
+        ),
+        [],
+    )
     return told.frames(rows)
 
 
@@ -149,7 +171,9 @@ def _fault(state: TrialState) -> FaultReport | None:
         return None
     main = session.told.hello.get("main")
     cells = session.told.code
-    report = parse_fault(ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.fault_site)
+    report = parse_fault(
+        ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.fault_site
+    )
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
         report = parse_fault(_recent_text(state), cells, main, None, None)
@@ -172,14 +196,19 @@ def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int |
 def _children_memory(state: TrialState) -> int | None:
     """What processes other than the kernel's had when the sandbox had most; ``None`` where it was not seen near that."""
     watched, sampled = _watched(state), state.ledger.highest
-    seen = max(((watched.memory, watched.children), (sampled.memory, sampled.children_memory)), key=lambda pair: pair[0] or 0)
+    seen = max(
+        ((watched.memory, watched.children), (sampled.memory, sampled.children_memory)),
+        key=lambda pair: pair[0] or 0,
+    )
     limit = state.request.limits.memory
     return seen[1] if limit is None or (seen[0] or 0) >= NEAR_PEAK * limit else None
 
 
 def _tasks_peak(state: TrialState) -> int | None:
     """The most tasks that samples or the watchdog saw."""
-    return max((n for n in (_watched(state).tasks, state.ledger.tasks_peak) if n is not None), default=None)
+    return max(
+        (n for n in (_watched(state).tasks, state.ledger.tasks_peak) if n is not None), default=None
+    )
 
 
 def _watched(state: TrialState) -> Peaks:
@@ -226,7 +255,9 @@ def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Plac
         _of_error(state, index, ending.error) if isinstance(ending, CellFailed) else None,
         _of_fault(state, index, fault),
         _of_look(state, index) if isinstance(ending, TimedOut) else None,
-        _of_error(state, index, None) if isinstance(ending, TimedOut) else None,  # it answered the interrupt
+        _of_error(state, index, None)
+        if isinstance(ending, TimedOut)
+        else None,  # it answered the interrupt
         _of_last_dump(state, index),
         _of_page(state, index),
     ):
@@ -244,8 +275,18 @@ def _past_loop_header(place: Place, source: str) -> Place:
     body = body_of_endless_loop(source, place.line) if place.source in ("dump", "sample") else None
     if body is None:
         return place
-    innermost = next((number for number, frame in enumerate(place.stack) if frame.cell == place.cell and frame.line), None)
-    stack = tuple(replace(frame, line=body) if number == innermost else frame for number, frame in enumerate(place.stack))
+    innermost = next(
+        (
+            number
+            for number, frame in enumerate(place.stack)
+            if frame.cell == place.cell and frame.line
+        ),
+        None,
+    )
+    stack = tuple(
+        replace(frame, line=body) if number == innermost else frame
+        for number, frame in enumerate(place.stack)
+    )
     return replace(place, line=body, stack=stack)
 
 
@@ -256,7 +297,11 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language
         return None
     for node in ast.walk(tree):
-        if isinstance(node, ast.While) and node.lineno == line and isinstance(node.test, ast.Constant):
+        if (
+            isinstance(node, ast.While)
+            and node.lineno == line
+            and isinstance(node.test, ast.Constant)
+        ):
             first, last = node.body[0].lineno, node.body[-1].end_lineno
             return first if first == last != line else None
     return None
@@ -288,7 +333,11 @@ def _of_error(state: TrialState, index: int, error: CellError | None) -> Place |
 def _further_in(state: TrialState, place: Place, error: CellError | None) -> Place:
     """The same place, but the line of the script that a child ran, or of the call that started a debugger, where it is known."""
     source = state.request.node.cells[place.cell].source
-    if error is not None and error.ename == "CalledProcessError" and place.line == header_line(source.splitlines()):
+    if (
+        error is not None
+        and error.ename == "CalledProcessError"
+        and place.line == header_line(source.splitlines())
+    ):
         line = script_line(source, _recent_text(state))
         if line is not None:
             frame = Frame(function="<module>", line=line, file="<stdin>", cell=place.cell)
@@ -301,14 +350,22 @@ def _further_in(state: TrialState, place: Place, error: CellError | None) -> Pla
 def line_of_debugger_call(source: str, line: int) -> int:
     """The line of the call that started a debugger. It stops at the line that comes next, and fails there."""
     lines = source.splitlines()[:line]
-    calls = [number for number, text in enumerate(lines, 1) if _DEBUGGER_CALL.search(text.partition("#")[0])]
+    calls = [
+        number
+        for number, text in enumerate(lines, 1)
+        if _DEBUGGER_CALL.search(text.partition("#")[0])
+    ]
     return calls[-1] if calls else line
 
 
 def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
     """The last line of the cell ``In [count]`` that a rendered traceback names; the arrow where it names none."""
     text = _ANSI.sub("", "\n".join(traceback))
-    lines = [int(line) for number, line in _CELL_LINE.findall(text) if count is None or int(number) == count]
+    lines = [
+        int(line)
+        for number, line in _CELL_LINE.findall(text)
+        if count is None or int(number) == count
+    ]
     if lines:
         return lines[-1]
     found = _SYNTAX_LINE.search(text) or _ARROW.search(text)
@@ -321,7 +378,11 @@ def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place
         return None
     session = state.session
     text = fatal_part(ended.fault) or fatal_part(_recent_text(state))
-    stack = fault.stack if fault.main else main_stack(text, session.told.code, session.told.hello.get("main"))
+    stack = (
+        fault.stack
+        if fault.main
+        else main_stack(text, session.told.code, session.told.hello.get("main"))
+    )
     line = innermost_line(stack, index)
     return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
 
@@ -339,16 +400,27 @@ def _of_last_dump(state: TrialState, index: int) -> Place | None:
     """
     session, sandbox = state.session, state.session.sandbox
     provisioner = session.provisioner
-    if sandbox is None or not sandbox.fault_text or provisioner is None or provisioner.channels is None:
+    if (
+        sandbox is None
+        or not sandbox.fault_text
+        or provisioner is None
+        or provisioner.channels is None
+    ):
         return None
     note = provisioner.channels.page.note()
-    if note.cell != state.number_now() or sandbox.fault_at < note.time or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE:
+    if (
+        note.cell != state.number_now()
+        or sandbox.fault_at < note.time
+        or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE
+    ):
         return None
     stacks = dumps(sandbox.fault_text, session.told.code, session.told.hello.get("main"))
     stack = usual(stacks, index) if stacks else ()
     line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
-    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
+    return (
+        None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
+    )
 
 
 def _of_page(state: TrialState, index: int) -> Place | None:
@@ -363,9 +435,17 @@ def _of_page(state: TrialState, index: int) -> Place | None:
     cell, rows, _ = page.stack()
     stack = state.session.told.frames(rows) if cell == number else ()
     if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
-        return Place(cell=index, line=sample.line, source="sample", stack=stack, age=max(0.0, ended - sample.time))
+        return Place(
+            cell=index,
+            line=sample.line,
+            source="sample",
+            stack=stack,
+            age=max(0.0, ended - sample.time),
+        )
     if note.cell == number and note.line:
-        return Place(cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time))
+        return Place(
+            cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time)
+        )
     return None
 
 
@@ -375,5 +455,9 @@ def _of_single_line(state: TrialState, index: int) -> Place | None:
 
 
 def _only_line(state: TrialState, index: int) -> Place | None:
-    lines = [n for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1) if line.strip()]
+    lines = [
+        n
+        for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1)
+        if line.strip()
+    ]
     return Place(cell=index, line=lines[0], source="only line") if len(lines) == 1 else None

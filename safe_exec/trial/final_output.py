@@ -27,10 +27,25 @@ def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
         return ()
     # A large process takes a while to end, and the fault handler to report: what counts is when it began to die.
     end = ended.at if ended.fault_at is None else ended.fault_at
-    native = [OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=max(0.0, end - at)) for at, text in ended.bursts]
-    waiting = "".join(client.residue.get(name, "") for name in STREAMS) if client is not None else ""
+    native = [
+        OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=max(0.0, end - at))
+        for at, text in ended.bursts
+    ]
+    waiting = (
+        "".join(client.residue.get(name, "") for name in STREAMS) if client is not None else ""
+    )
     if waiting:
         beginning = native.pop().text if native and native[-1].age <= SAME_BURST_SECONDS else ""
         native.append(OutputBurst(channel=Channel.DESCRIPTOR, text=beginning + waiting, age=0.0))
-    texts = [(at, STREAMS[name], text) for at, name, text in client.accounts.texts if name in STREAMS] if client else []
-    return (*native, *(OutputBurst(channel=channel, text=text, age=max(0.0, end - at)) for at, channel, text in texts))
+    texts = (
+        [(at, STREAMS[name], text) for at, name, text in client.accounts.texts if name in STREAMS]
+        if client
+        else []
+    )
+    return (
+        *native,
+        *(
+            OutputBurst(channel=channel, text=text, age=max(0.0, end - at))
+            for at, channel, text in texts
+        ),
+    )

@@ -50,7 +50,12 @@ class Ledger:
         records: dict[int, CellRecord] = {}
         for index, cell in enumerate(node.cells):
             if cell.cell_type == "code":
-                records[index] = CellRecord(index=index, code_index=len(records), id=cell.get("id"), status=CellStatus.NOT_RUN)
+                records[index] = CellRecord(
+                    index=index,
+                    code_index=len(records),
+                    id=cell.get("id"),
+                    status=CellStatus.NOT_RUN,
+                )
         return cls(records, started)
 
     def code_index(self, index: int) -> int:
@@ -77,13 +82,17 @@ class Ledger:
     def sample(self, now: float, reading: Reading, index: int | None) -> None:
         """A look during the run."""
         cell = -1 if index is None else index
-        self.samples.append(_Sample(seconds=now, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell))
+        self.samples.append(
+            _Sample(seconds=now, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell)
+        )
         if len(self.samples) > 8 * TIMELINE_POINTS:
             self.samples = thin(self.samples, 4 * TIMELINE_POINTS)
         self._keep(reading)
         if index is not None and index in self.records:
             record = self.records[index]
-            self.records[index] = replace(record, memory_peak=_most(record.memory_peak, reading.memory))
+            self.records[index] = replace(
+                record, memory_peak=_most(record.memory_peak, reading.memory)
+            )
 
     def _keep(self, reading: Reading) -> None:
         self.tasks_peak = _most(self.tasks_peak, reading.tasks)
@@ -125,7 +134,9 @@ class Ledger:
             output_bytes=output_bytes,
             output_truncated=truncated,
         )
-        self.samples.append(_Sample(seconds=now, memory=after.memory, cpu=after.cpu_seconds, cell=index))
+        self.samples.append(
+            _Sample(seconds=now, memory=after.memory, cpu=after.cpu_seconds, cell=index)
+        )
         return self.records[index]
 
     def abandon(self, index: int) -> None:
@@ -136,7 +147,9 @@ class Ledger:
 
     def raise_peak(self, index: int, memory: int) -> None:
         """A cell's peak that is known from a counter rather than from samples."""
-        self.records[index] = replace(self.records[index], memory_peak=_most(self.records[index].memory_peak, memory))
+        self.records[index] = replace(
+            self.records[index], memory_peak=_most(self.records[index].memory_peak, memory)
+        )
 
     def close(self, now: float) -> None:
         """The run is over."""

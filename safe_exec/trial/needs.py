@@ -28,7 +28,12 @@ _NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|\berrno ?[=:]? ?(\d+)"
 
 _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
     (errno.EROFS, re.compile(r"[Rr]ead-only file ?system|readonly database|EROFS")),
-    (errno.EACCES, re.compile(r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not writ[e]?able|EACCES|EPERM")),
+    (
+        errno.EACCES,
+        re.compile(
+            r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not writ[e]?able|EACCES|EPERM"
+        ),
+    ),
     (
         errno.ENOENT,
         re.compile(
@@ -39,7 +44,11 @@ _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
     ),
 )
 """The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells."""
-_BY_NAME = {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES, "NotADirectoryError": errno.ENOTDIR}
+_BY_NAME = {
+    "FileNotFoundError": errno.ENOENT,
+    "PermissionError": errno.EACCES,
+    "NotADirectoryError": errno.ENOTDIR,
+}
 
 _QUOTED = tuple(
     re.compile(pattern)
@@ -53,7 +62,9 @@ _QUOTED = tuple(
 )
 """Quotes of each kind by themselves: R puts one kind into another."""
 _PATH_LIKE = re.compile(r"[/\\]|\.\w{1,8}$")
-_BARE = re.compile(r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)")
+_BARE = re.compile(
+    r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)"
+)
 _BEFORE = re.compile(
     r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file|[Oo]peration not permitted|[Nn]ot found)"
 )
@@ -65,7 +76,9 @@ _COMMAND = re.compile(
     r"|[Uu]nknown command:? [\"'`]?([\w.+-]{1,100})|\bno ([\w.+-]{1,100}) in \("
 )
 """As bash, dash, zsh, fish and which(1) write it."""
-_MODULE = re.compile(r"No module named ['\"]?([\w.]{1,200})|there is no package called [\u2018'\"\u201c]([\w.]{1,100})")
+_MODULE = re.compile(
+    r"No module named ['\"]?([\w.]{1,200})|there is no package called [\u2018'\"\u201c]([\w.]{1,100})"
+)
 """As Python and R write it."""
 _NAME = re.compile(r"\b[A-Za-z_][A-Za-z0-9_]{3,}\b")
 _ABOUT_VARIABLES = re.compile(
@@ -82,7 +95,9 @@ UNREACHABLE = re.compile(
     r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure resolving|ENETUNREACH|EAI_AGAIN|dns error"
 )
 """As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2), gai_strerror(3)) where there is only loopback."""
-_NO_PACKAGE = re.compile(r"\(from versions: none\)|No matching distribution found|not found in the package registry")
+_NO_PACKAGE = re.compile(
+    r"\(from versions: none\)|No matching distribution found|not found in the package registry"
+)
 """As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such package."""
 _HOST = re.compile(
     r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
@@ -117,7 +132,9 @@ class Need:
     remote: bool = False
 
 
-def needs_of_error(error: CellError, raised: Sequence[Raised], removed: Iterable[str]) -> list[Need]:
+def needs_of_error(
+    error: CellError, raised: Sequence[Raised], removed: Iterable[str]
+) -> list[Need]:
     """The needs that a cell's error names, the most exact first. ``removed`` are names of variables that the kernel does not have."""
     text = _ANSI.sub("", f"{error.ename}: {error.evalue}")
     whole = number_in(text) or _BY_NAME.get(error.ename)
@@ -130,7 +147,8 @@ def needs_of_error(error: CellError, raised: Sequence[Raised], removed: Iterable
     found += [need for line in _lines_of(error.traceback) if (need := _host(line)) is not None]
     host = next((row.host for row in raised if row.host), None)
     return _distinct(
-        replace(need, name=host) if host and need.kind is NeedKind.HOST and not need.name else need for need in found
+        replace(need, name=host) if host and need.kind is NeedKind.HOST and not need.name else need
+        for need in found
     )
 
 
@@ -138,11 +156,17 @@ def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
     """The needs that lines of an output name; only lines that say that something was refused."""
     names = frozenset(removed)
     lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
-    found = [need for line in lines for need in _of_line(line[:LONGEST_LINE], names, number_in(line), is_error=False)]
+    found = [
+        need
+        for line in lines
+        for need in _of_line(line[:LONGEST_LINE], names, number_in(line), is_error=False)
+    ]
     return [replace(need, cell=cell, in_output=True) for need in _distinct(found)]
 
 
-def needs_of_none(error: CellError, sources: Iterable[str], lines: Iterable[str], removed: Iterable[str]) -> list[Need]:
+def needs_of_none(
+    error: CellError, sources: Iterable[str], lines: Iterable[str], removed: Iterable[str]
+) -> list[Need]:
     """Variables that ``os.getenv`` gave as None, where an error is about a None.
 
     ``sources`` are the cells up to the one that failed, ``lines`` those that the traceback names: one of
@@ -155,7 +179,9 @@ def needs_of_none(error: CellError, sources: Iterable[str], lines: Iterable[str]
     for source in sources:
         for match in _GETENV.finditer(source):
             target, name = match["target"], match["name"]
-            is_used = name in text or (target is not None and re.search(rf"\b{target}\b", text) is not None)
+            is_used = name in text or (
+                target is not None and re.search(rf"\b{target}\b", text) is not None
+            )
             if name in names and is_used:
                 needs.append(Need(kind=NeedKind.VARIABLE, name=name, line=_shown(match[0])))
     return _distinct(needs)
@@ -178,28 +204,48 @@ def number_in(text: str) -> int | None:
 def _of_attributes(row: Raised, shown: str, number_of_text: int | None) -> Iterator[Need]:
     line = row.type if row.remote else shown
     if row.variable:
-        yield Need(kind=NeedKind.VARIABLE, name=row.variable, line=line, exact=True, remote=row.remote)
+        yield Need(
+            kind=NeedKind.VARIABLE, name=row.variable, line=line, exact=True, remote=row.remote
+        )
     if row.module:
         yield Need(kind=NeedKind.MODULE, name=row.module, line=line, exact=True, remote=row.remote)
     number = row.number if row.number is not None else number_of_text
     if number not in REFUSALS:
         return
     if row.host and number == errno.EACCES:  # connect(2) is refused so by Landlock
-        yield Need(kind=NeedKind.HOST, name=row.host, line=line, number=number, exact=True, remote=row.remote)
+        yield Need(
+            kind=NeedKind.HOST,
+            name=row.host,
+            line=line,
+            number=number,
+            exact=True,
+            remote=row.remote,
+        )
     for name in row.files:
         if "/" not in name and number in (errno.ENOENT, errno.EACCES):
-            yield Need(kind=NeedKind.PROGRAM, name=name, line=line, number=number, exact=True, remote=row.remote)
+            yield Need(
+                kind=NeedKind.PROGRAM,
+                name=name,
+                line=line,
+                number=number,
+                exact=True,
+                remote=row.remote,
+            )
         yield Need(
             kind=NeedKind.PATH, name=name, line=line, number=number, exact=True, writes=row.writes, remote=row.remote
         )  # fmt: skip
 
 
-def _of_line(line: str, removed: frozenset[str], number: int | None, *, is_error: bool) -> Iterator[Need]:
+def _of_line(
+    line: str, removed: frozenset[str], number: int | None, *, is_error: bool
+) -> Iterator[Need]:
     shown = _shown(line)
     for module in _MODULE.finditer(line):
         yield Need(kind=NeedKind.MODULE, name=_first(module), line=shown, exact=True)
     for command in _COMMAND.finditer(line):
-        yield Need(kind=NeedKind.PROGRAM, name=_first(command), line=shown, number=errno.ENOENT, exact=True)
+        yield Need(
+            kind=NeedKind.PROGRAM, name=_first(command), line=shown, number=errno.ENOENT, exact=True
+        )
     if (host := _host(line)) is not None:
         yield host
     if number is not None:
@@ -226,14 +272,18 @@ def _host(line: str) -> Need | None:
 
 
 def _lines_of(texts: Iterable[str]) -> list[str]:
-    return [line[:LONGEST_LINE] for line in _ANSI.sub("", "\n".join(texts)).splitlines()[-MOST_LINES:]]
+    return [
+        line[:LONGEST_LINE] for line in _ANSI.sub("", "\n".join(texts)).splitlines()[-MOST_LINES:]
+    ]
 
 
 def _direct(line: str) -> str | None:
     """What stands right before the refusal, where that is a name alone."""
     found = _BEFORE.search(line)
     name = found[1].strip() if found else ""
-    if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(mark in name[1:-1] for mark in QUOTES):
+    if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(
+        mark in name[1:-1] for mark in QUOTES
+    ):
         return None
     return name.strip(QUOTES) or None
 
@@ -244,11 +294,17 @@ def _first(match: re.Match[str]) -> str:
 
 def _names(line: str) -> list[str]:
     """Everything in a line that may be a path: quoted text, and words that begin like one."""
-    quoted = [match[1].strip().removeprefix("file://") for pattern in _QUOTED for match in pattern.finditer(line)]
+    quoted = [
+        match[1].strip().removeprefix("file://")
+        for pattern in _QUOTED
+        for match in pattern.finditer(line)
+    ]
     bare = [match[1].rstrip(".,").removeprefix("file://") for match in _BARE.finditer(line)]
     names = dict.fromkeys(name for name in (*quoted, *bare) if name)
     # Of a quotation of another message only what is quoted in there.
-    return [name for name in names if not any(name != other and f"{other}'" in name for other in names)]
+    return [
+        name for name in names if not any(name != other and f"{other}'" in name for other in names)
+    ]
 
 
 def _shown(text: str) -> str:
@@ -260,6 +316,9 @@ def _distinct(needs: Iterable[Need]) -> list[Need]:
     best: dict[tuple[NeedKind, str], Need] = {}
     for need in needs:
         key = need.kind, need.name
-        if key not in best or (need.exact, not need.remote) > (best[key].exact, not best[key].remote):
+        if key not in best or (need.exact, not need.remote) > (
+            best[key].exact,
+            not best[key].remote,
+        ):
             best[key] = need
     return sorted(best.values(), key=lambda need: (need.remote, not need.exact))[:MOST_NEEDS]

@@ -16,7 +16,9 @@ def actions(state: TrialState) -> tuple[OwnAction, ...]:
     """What the notebook did to its process; after a timeout only what came before our interrupt."""
     told = state.session.told
     actions = told.own_actions.all(told.index_of, told.frames)
-    return tuple(action for action in actions if state.looked_at is None or action.time <= state.looked_at)
+    return tuple(
+        action for action in actions if state.looked_at is None or action.time <= state.looked_at
+    )
 
 
 def command(state: TrialState) -> tuple[int, str] | None:

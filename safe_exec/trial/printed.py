@@ -11,7 +11,9 @@ BEGIN = re.compile(r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*
 """What threading and multiprocessing print before a traceback."""
 
 
-def printed_traceback(cells: Iterable[tuple[int, Any]], late: Mapping[int, str]) -> tuple[int, str] | None:
+def printed_traceback(
+    cells: Iterable[tuple[int, Any]], late: Mapping[int, str]
+) -> tuple[int, str] | None:
     """The last such traceback and what follows it, with the index of the cell in whose output it begins; ``None`` where there is none.
 
     ``late`` is text that came for a cell when it was done, and is not in its outputs: that of the threads it had started. The lines of a

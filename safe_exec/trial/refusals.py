@@ -23,10 +23,14 @@ OUTPUT_CHARACTERS = 1 << 16
 def raised_by(state: TrialState, error: CellError) -> RaisedTold | None:
     """The attributes of the error that the current cell ended with, as the kernel tells them; a cell may show several."""
     told = state.session.told.raised.get(state.number_now(), ())
-    return next((one for one in reversed(told) if one.errors and one.errors[0].type == error.ename), None)
+    return next(
+        (one for one in reversed(told) if one.errors and one.errors[0].type == error.ename), None
+    )
 
 
-def isolation_conflicts(state: TrialState, ending: Ending, place: Place | None) -> tuple[IsolationConflict, ...]:
+def isolation_conflicts(
+    state: TrialState, ending: Ending, place: Place | None
+) -> tuple[IsolationConflict, ...]:
     """What the cells asked for and isolation took away; nothing where there are no walls, or where the kernel did not live to the end."""
     facts = state.session.sandbox.isolation if state.session.sandbox else None
     if facts is None or not isinstance(ending, CellFailed | Passed):
@@ -44,18 +48,28 @@ def isolation_conflicts(state: TrialState, ending: Ending, place: Place | None) 
         r_version=str(language.get("version", "")) if language.get("name") == "R" else None,
     )
     removed = facts.removed_variables
-    needs = _of_error(state, ending.error, told.errors if told else (), place) if isinstance(ending, CellFailed) else []
+    needs = (
+        _of_error(state, ending.error, told.errors if told else (), place)
+        if isinstance(ending, CellFailed)
+        else []
+    )
     for index, text in outputs(state):
         writes = may_write(state.request.node.cells[index].source)
         needs += [replace(need, may_write=writes) for need in needs_of_output(text, removed, index)]
     return conflicts(needs, sight)
 
 
-def _of_error(state: TrialState, error: CellError, raised: tuple[Raised, ...], place: Place | None) -> list[Need]:
+def _of_error(
+    state: TrialState, error: CellError, raised: tuple[Raised, ...], place: Place | None
+) -> list[Need]:
     facts = state.session.sandbox.isolation if state.session.sandbox else None
     assert state.current is not None
     source = state.request.node.cells[state.current].source.splitlines()
-    line = source[place.line - 1] if place is not None and 0 < place.line <= len(source) else "\n".join(source)
+    line = (
+        source[place.line - 1]
+        if place is not None and 0 < place.line <= len(source)
+        else "\n".join(source)
+    )
     removed = facts.removed_variables if facts else ()
     needs = needs_of_error(error, raised, removed)
     needs += needs_of_none(error, _sources(state), [line, *_lines(state, place)], removed)
@@ -71,8 +85,14 @@ def _sources(state: TrialState) -> list[str]:
 def _lines(state: TrialState, place: Place | None) -> Iterator[str]:
     """The lines of the notebook that a traceback goes through."""
     for frame in place.stack if place is not None else ():
-        if frame.cell is not None and frame.line is not None and 0 <= frame.cell < len(state.request.node.cells):
-            yield from state.request.node.cells[frame.cell].source.splitlines()[frame.line - 1 : frame.line]
+        if (
+            frame.cell is not None
+            and frame.line is not None
+            and 0 <= frame.cell < len(state.request.node.cells)
+        ):
+            yield from state.request.node.cells[frame.cell].source.splitlines()[
+                frame.line - 1 : frame.line
+            ]
 
 
 def outputs(state: TrialState) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,16 @@ from typing import Any
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.kernel.session import was_polite
 from safe_exec.model import events
-from safe_exec.model.ending import Cancelled, CellFailed, Died, Ending, InternalError, Passed, StartFailed, TerminationReason
+from safe_exec.model.ending import (
+    Cancelled,
+    CellFailed,
+    Died,
+    Ending,
+    InternalError,
+    Passed,
+    StartFailed,
+    TerminationReason,
+)
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
 from safe_exec.trial.evidence import gather
@@ -96,9 +105,13 @@ class Trial:
         except Stop as stop:
             ending = stop.ending
         except Exception as error:  # noqa: BLE001 - our own failure is an ending too: what was gathered gets written
-            ending = InternalError(message=f"{type(error).__name__}: {error}", cell=self.state.current)
+            ending = InternalError(
+                message=f"{type(error).__name__}: {error}", cell=self.state.current
+            )
             self.state.kill(TerminationReason.INTERNAL)
-        except BaseException:  # our task was cancelled: the caller wants no verdict, and nothing may live on
+        except (
+            BaseException
+        ):  # our task was cancelled: the caller wants no verdict, and nothing may live on
             self.session.close()
             raise
         finally:
@@ -148,14 +161,20 @@ class Trial:
         self.state.warnings += sandbox.troubles
         # Another user than the owner may write to no directory that is opened for it.
         writable_helps = not (plan.isolation.other_user and plan.enclosed and os.geteuid() == 0)
-        warning = discarded_warning(sandbox.discarded, sandbox.isolation, writable_helps=writable_helps)
+        warning = discarded_warning(
+            sandbox.discarded, sandbox.isolation, writable_helps=writable_helps
+        )
         self.state.warnings += [warning] if warning is not None else []
 
     def _warn_of_tracing(self) -> None:
         """A trace function that a cell left on slows all that runs after it, and nothing shows that."""
         told = self.session.told
         for name in told.own_actions.tracing:
-            setters = [a for a in told.own_actions.all(told.index_of, told.frames) if a.kind == "trace" and a.call == name]
+            setters = [
+                a
+                for a in told.own_actions.all(told.index_of, told.frames)
+                if a.kind == "trace" and a.call == name
+            ]
             if setters and setters[-1].cell is not None:
                 number = self.state.ledger.code_index(setters[-1].cell) + 1
                 self.state.warnings.append(
@@ -166,7 +185,9 @@ class Trial:
         """What came over the wire and was none, or not as it should be."""
         count, first = self.session.malformed()
         if count:
-            self.state.warnings.append(f"{count} malformed message(s) from the kernel were left out or mended: {first}")
+            self.state.warnings.append(
+                f"{count} malformed message(s) from the kernel were left out or mended: {first}"
+            )
 
     async def _settle(self, ending: Ending) -> Ending:
         """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
@@ -178,8 +199,17 @@ class Trial:
         ended = self.session.ended
         if ended is not None:
             raw = ended.status.raw if ended.status else None
-            self.state.sink(events.KernelEnded(time=self.state.now(), status=raw, expected=not isinstance(ending, Died)))
-        if ended is not None and ended.reason is None and ended.status and was_polite(ended.status.signal):
+            self.state.sink(
+                events.KernelEnded(
+                    time=self.state.now(), status=raw, expected=not isinstance(ending, Died)
+                )
+            )
+        if (
+            ended is not None
+            and ended.reason is None
+            and ended.status
+            and was_polite(ended.status.signal)
+        ):
             await self._wait_for_signal()
         if self.state.signals:
             return Cancelled(signal=self.state.signals[0], cell=self.state.current)
@@ -207,7 +237,11 @@ class Trial:
             )
             self.state.kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
-        elif self.session.ended and self.session.ended.status and self.session.ended.status.signal is not None:
+        elif (
+            self.session.ended
+            and self.session.ended.status
+            and self.session.ended.status.signal is not None
+        ):
             self.state.warnings.append(
                 f"the kernel crashed in an exit hook, after all cells had run: {self.session.ended.status}"
             )
@@ -232,19 +266,28 @@ class Trial:
     async def _start(self) -> Ending | None:
         """Bring the kernel up; an ending when it did not come."""
         request = self.state.request
-        self.state.sink(events.SandboxBuilt(time=self.state.now(), enforcement=request.plan.enforcement))
+        self.state.sink(
+            events.SandboxBuilt(time=self.state.now(), enforcement=request.plan.enforcement)
+        )
         begun = time.monotonic()
         try:
             early = request.early
             self.session.open_sandbox(early.sandbox_for(request.plan) if early else None)
             launched = early.outcome() if early else None
-            await self.session.start(kernel_name=request.kernel_name, cwd=str(request.cwd), env=request.env, launched=launched)
+            await self.session.start(
+                kernel_name=request.kernel_name,
+                cwd=str(request.cwd),
+                env=request.env,
+                launched=launched,
+            )
             self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid or 0))
             info = await self._connect()
         except KernelStartError as error:
             return self._start_failed(error, time.monotonic() - begun)
         if info is None:
-            return Cancelled(signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None)
+            return Cancelled(
+                signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None
+            )
         self.state.sink(events.KernelReady(time=self.state.now()))
         if self.session.client is not None:
             self.session.client.info = info
@@ -253,7 +296,9 @@ class Trial:
 
     async def _connect(self) -> dict[str, Any] | None:
         """The kernel's info; ``None`` when we were cancelled meanwhile."""
-        from safe_exec.kernel.client import TrialClient  # nbclient is imported while the kernel starts
+        from safe_exec.kernel.client import (
+            TrialClient,
+        )  # nbclient is imported while the kernel starts
 
         client = TrialClient(
             self.state.request.node,
@@ -265,7 +310,9 @@ class Trial:
         client.reset_execution_trackers()
         client.total_cap = self.state.request.limits.output
         client.heard = self.state.request.heard
-        connect = asyncio.create_task(self.session.connect(client, self.state.request.limits.start_timeout))
+        connect = asyncio.create_task(
+            self.session.connect(client, self.state.request.limits.start_timeout)
+        )
         # Whoever discards us does not ask how the connection went.
         connect.add_done_callback(lambda task: task.cancelled() or task.exception())
         stop = asyncio.create_task(self.state.stopping.wait())

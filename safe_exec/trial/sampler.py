@@ -94,6 +94,10 @@ class Sampler:
         if client is None or written is None or state.current is None:
             return
         caps = [(LimitName.CELL_OUTPUT, client.cell_cap), (LimitName.OUTPUT, client.total_cap)]
-        name, cap = min(((n, c) for n, c in caps if c is not None), key=lambda pair: pair[1], default=(None, None))
+        name, cap = min(
+            ((n, c) for n, c in caps if c is not None),
+            key=lambda pair: pair[1],
+            default=(None, None),
+        )
         if name is not None and cap is not None and written > FLOOD_FACTOR * cap:
             state.end_for(name, TerminationReason.OUTPUT, written)

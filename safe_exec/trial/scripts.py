@@ -18,7 +18,9 @@ _MESSAGES = (
     re.compile(r"^\[stdin\]:(\d+)$", re.MULTILINE),  # Node
 )
 _SHELL_MESSAGE = re.compile(r"^(?:/\S*/)?(?:ba|da|z|k)?sh: (?:line )?(\d+): (.*)$", re.MULTILINE)
-_ENDS_A_SHELL = re.compile(r"syntax error|[Uu]nterminated|unbound variable|parameter not set|bad substitution")
+_ENDS_A_SHELL = re.compile(
+    r"syntax error|[Uu]nterminated|unbound variable|parameter not set|bad substitution"
+)
 _STOPS_AT_ERRORS = re.compile(r"^\s*set +(?:-\w*e|-o +errexit)", re.MULTILINE)
 _E_OPTION = re.compile(r"\s-\w*e")
 
@@ -53,6 +55,10 @@ def _line_of_script(body: str, header: str, text: str) -> int | None:
     if not shown:
         return None
     line, words = int(shown[-1][1]), shown[-1][2]
-    commands = [number for number, row in enumerate(body.splitlines(), 1) if row.strip() and not row.lstrip().startswith("#")]
+    commands = [
+        number
+        for number, row in enumerate(body.splitlines(), 1)
+        if row.strip() and not row.lstrip().startswith("#")
+    ]
     stops = _STOPS_AT_ERRORS.search(body) or _E_OPTION.search(header) or _ENDS_A_SHELL.search(words)
     return line if stops or (commands and line == commands[-1]) else None

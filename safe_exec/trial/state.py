@@ -94,7 +94,9 @@ class TrialState:
         if self.session.condemned is not None:
             self.limit_reached(name, used)
         else:
-            self.warn_once(f"the kernel passed its {name.value} limit while it was shutting down, and was killed")
+            self.warn_once(
+                f"the kernel passed its {name.value} limit while it was shutting down, and was killed"
+            )
 
     def warn_once(self, message: str) -> None:
         """Add a warning that is not there yet."""
@@ -124,6 +126,10 @@ class TrialState:
         if self.session.fitted and provisioner and provisioner.channels:
             inside = sum(provisioner.channels.page.counts())
             record = self.ledger.records.get(self.current) if self.current is not None else None
-            if record is None or record.started is None or inside > MOST_BYTES_PER_SECOND * (self.now() - record.started + 1):
+            if (
+                record is None
+                or record.started is None
+                or inside > MOST_BYTES_PER_SECOND * (self.now() - record.started + 1)
+            ):
                 inside = 0  # nothing writes so fast: the page was written by somebody else
         return max(client.accounts.received, inside)

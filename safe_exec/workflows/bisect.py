@@ -73,7 +73,10 @@ class Keeping:
 
         try:
             self.snapshot = reopen(self.prepared.cwd, scratch) or take(
-                self.prepared.cwd, scratch, ours=_ours(self.prepared), repository=repository_of(self.prepared)
+                self.prepared.cwd,
+                scratch,
+                ours=_ours(self.prepared),
+                repository=repository_of(self.prepared),
             )
         except OSError as error:  # no room, say: the run goes on without
             self.trouble = str(error)
@@ -117,7 +120,9 @@ async def search_after(
     return await search(prepared, verdict, request, keeping)
 
 
-def _why_not(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping) -> str | None:
+def _why_not(
+    prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping
+) -> str | None:
     from safe_exec.experiments.culprits.failure import why_not_searched
     from safe_exec.experiments.culprits.reproduction import is_reproduction
 
@@ -138,17 +143,27 @@ def _why_not(prepared: Prepared, verdict: Verdict, request: TrialRequest, keepin
     )
 
 
-async def search(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping) -> Verdict:
+async def search(
+    prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping
+) -> Verdict:
     """Search as in :func:`_search`; the folder is kept for ``bisect`` while a search is under way and after one that is not at its end."""
     if keeping.snapshot is None:
-        return _warned(verdict, f"no search for the culprits: the folder cannot be copied: {keeping.trouble}")
+        return _warned(
+            verdict, f"no search for the culprits: the folder cannot be copied: {keeping.trouble}"
+        )
     keeping.keep = True
     verdict = await _search(prepared, verdict, request, keeping, keeping.snapshot)
     keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
     return verdict
 
 
-async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping, snapshot: Snapshot) -> Verdict:
+async def _search(
+    prepared: Prepared,
+    verdict: Verdict,
+    request: TrialRequest,
+    keeping: Keeping,
+    snapshot: Snapshot,
+) -> Verdict:
     """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
     from safe_exec.experiments.culprits.finder import Given, Investigation
     from safe_exec.experiments.culprits.oracle import Oracle, SearchFailed
@@ -158,7 +173,9 @@ async def _search(prepared: Prepared, verdict: Verdict, request: TrialRequest, k
     with contextlib.suppress(OSError):
         tidy(cache_root())
     try:
-        views = views_of(snapshot, ours=_ours(prepared), insist=prepared.job.bisect is Bisect.ALWAYS)
+        views = views_of(
+            snapshot, ours=_ours(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
+        )
         oracle = Oracle(_subject(prepared, verdict, request), views, TrialCache(cache_root()))
         given = Given(
             verdict=verdict,
@@ -182,14 +199,19 @@ def repository_of(prepared: Prepared) -> Path | None:
     from safe_exec.sandbox.enclosure import written_repository
 
     resolved = prepared.resolved
-    return written_repository(resolved.isolation, prepared.cwd, has_disk_limit=resolved.limits.disk is not None)
+    return written_repository(
+        resolved.isolation, prepared.cwd, has_disk_limit=resolved.limits.disk is not None
+    )
 
 
 def _ours(prepared: Prepared) -> frozenset[Path]:
     """The documents of a run."""
     from safe_exec.experiments.trial_cache import cache_root
 
-    documents = [path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro, *prepared.job.beside)]
+    documents = [
+        path.resolve()
+        for path in (prepared.output, prepared.verdict, prepared.repro, *prepared.job.beside)
+    ]
     with contextlib.suppress(OSError):  # no cache, nothing of it in the folder
         documents.append(cache_root())
     return frozenset(documents)
@@ -197,7 +219,11 @@ def _ours(prepared: Prepared) -> frozenset[Path]:
 
 def budget_of(asked: float | None, verdict: Verdict) -> float:
     """The seconds that a search may take."""
-    return asked if asked is not None else max(LEAST_BUDGET, BUDGET_RUNS * (verdict.usage.wall_seconds or 0.0))
+    return (
+        asked
+        if asked is not None
+        else max(LEAST_BUDGET, BUDGET_RUNS * (verdict.usage.wall_seconds or 0.0))
+    )
 
 
 def _subject(prepared: Prepared, verdict: Verdict, request: TrialRequest) -> Any:
@@ -209,7 +235,9 @@ def _subject(prepared: Prepared, verdict: Verdict, request: TrialRequest) -> Any
         node=notebook.strip_annotations(prepared.notebook.node),
         request=request,
         failure=Failure.of(verdict.cause, verdict.crash_cell.index),
-        seconds={record.index: record.seconds for record in verdict.cells if record.seconds is not None},
+        seconds={
+            record.index: record.seconds for record in verdict.cells if record.seconds is not None
+        },
         environment={
             "kernel": verdict.notebook.kernel,
             "python": verdict.environment.python,
@@ -229,7 +257,9 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
 
 def _with(keeping: Keeping, verdict: Verdict, found: Investigated) -> Verdict:
     """The verdict with the culprits; the reproduction is written."""
-    verdict = replace(verdict, culprits=found.culprits, warnings=(*verdict.warnings, *found.warnings))
+    verdict = replace(
+        verdict, culprits=found.culprits, warnings=(*verdict.warnings, *found.warnings)
+    )
     if found.reproduction is None:
         return verdict
     try:

@@ -101,7 +101,9 @@ class Prepared:
     early: Early | None = None
 
 
-def prepare(job: Job, early: Early | None = None, source: notebook.Source | None = None) -> Prepared:
+def prepare(
+    job: Job, early: Early | None = None, source: notebook.Source | None = None
+) -> Prepared:
     """Read and check all input and every output path.
 
     In the sandbox of ``early`` the kernel is started as soon as its limits are known, while the notebook is read whole and checked.
@@ -115,16 +117,30 @@ def prepare(job: Job, early: Early | None = None, source: notebook.Source | None
         machine = job.machine or detect(parse_mechanisms(job.mechanisms))
         metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
         resolved = _resolve(job, metadata, machine)
-        needed = is_needed(resolved.isolation, disk=resolved.limits.disk is not None, shm=resolved.limits.shm is not None)
+        needed = is_needed(
+            resolved.isolation,
+            disk=resolved.limits.disk is not None,
+            shm=resolved.limits.shm is not None,
+        )
         if needed and not machine.looked_for_walls:
             machine = look_for_walls(machine, rehearsal)
     warnings = _check_cells(resolved, cells, job.path)
     required = _required(job, resolved, machine)
-    asked = resolved.isolation if required.isolation is None else replace(resolved.isolation, required=required.isolation)
+    asked = (
+        resolved.isolation
+        if required.isolation is None
+        else replace(resolved.isolation, required=required.isolation)
+    )
     resolved = replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=asked)
     paths = notebook.default_outputs(job.path)
-    output, verdict, repro = job.output or paths.out, job.verdict or paths.verdict, job.repro or paths.repro
-    refuse_same({"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro})
+    output, verdict, repro = (
+        job.output or paths.out,
+        job.verdict or paths.verdict,
+        job.repro or paths.repro,
+    )
+    refuse_same(
+        {"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro}
+    )
     for path in (output, verdict) if job.writes else ():
         check_writable(path if job.tree is None else job.tree.now(path))
     cwd = job.cwd or job.path.absolute().parent
@@ -165,12 +181,22 @@ def begun_now(prepared: Prepared) -> Prepared:
 
 def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
     """Bubblewrap tried while the notebook is read, where by its own words the job will need it. What else asks for walls waits for it later."""
-    named = isinstance(job.limits, str) and job.limits in profiles.shipped_profiles() and job.limits != profiles.DEFAULT_PROFILE
+    named = (
+        isinstance(job.limits, str)
+        and job.limits in profiles.shipped_profiles()
+        and job.limits != profiles.DEFAULT_PROFILE
+    )
     likely = named or job.isolation or job.walls or {"disk", "shm"} & job.options.keys()
-    return Rehearsal() if job.machine is None and likely and sys.platform.startswith("linux") else contextlib.nullcontext()
+    return (
+        Rehearsal()
+        if job.machine is None and likely and sys.platform.startswith("linux")
+        else contextlib.nullcontext()
+    )
 
 
-def _of_node(read: notebook.Notebook | None) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+def _of_node(
+    read: notebook.Notebook | None,
+) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
     assert read is not None
     node = notebook.strip_annotations(read.node)
     return node.metadata, tuple(node.cells)
@@ -193,13 +219,17 @@ def refuse_same(paths: Mapping[str, Path]) -> None:
     for name, path in paths.items():
         real = path.absolute().parent.resolve() / path.name
         if real in seen:
-            raise OutputPathError(f"{path}: {seen[real]} and {name} are the same file; give {name} another one")
+            raise OutputPathError(
+                f"{path}: {seen[real]} and {name} are the same file; give {name} another one"
+            )
         seen[real] = name
 
 
 def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
-        given = profiles.parse_overrides(job.options, where="--", machine_memory=machine.memory_total)
+        given = profiles.parse_overrides(
+            job.options, where="--", machine_memory=machine.memory_total
+        )
         return profiles.Resolved(
             limits=profiles.apply(job.limits, given),
             profile="custom",
@@ -210,7 +240,11 @@ def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profile
             isolation=isolation.apply(job.isolation or Isolation(), job.walls),
         )
     file = profiles.find_project_file(job.path)
-    project = profiles.project_overrides(file, job.path, machine_memory=machine.memory_total) if file else None
+    project = (
+        profiles.project_overrides(file, job.path, machine_memory=machine.memory_total)
+        if file
+        else None
+    )
     return profiles.resolve(
         chosen=job.limits,
         project=project,
@@ -222,11 +256,15 @@ def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profile
     )
 
 
-def _check_cells(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
+def _check_cells(
+    resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]], path: Path
+) -> tuple[str, ...]:
     """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
     warnings: list[str] = []
     for index, cell in enumerate(cells):
-        warnings += profiles.cell_limits(resolved, cell["metadata"], where=f"{path}, cell {index}")[1]
+        warnings += profiles.cell_limits(resolved, cell["metadata"], where=f"{path}, cell {index}")[
+            1
+        ]
     return tuple(warnings)
 
 
@@ -242,11 +280,17 @@ def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Requir
     for name in required.names:
         if isinstance(name, Wall):
             if name not in asked:
-                raise LimitsError(f"--require {name}: no such wall is asked for; choose a profile with it (--limits)")
+                raise LimitsError(
+                    f"--require {name}: no such wall is asked for; choose a profile with it (--limits)"
+                )
         elif resolved.limits.of(name) is None:
-            raise LimitsError(f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})")
+            raise LimitsError(
+                f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})"
+            )
     if required.isolation and not asked:
-        raise LimitsError("--require walls: no wall is asked for; choose a profile with some (--limits)")
+        raise LimitsError(
+            "--require walls: no wall is asked for; choose a profile with some (--limits)"
+        )
     return required
 
 

@@ -63,7 +63,9 @@ class Probed:
 
     def passing(self) -> Shot | None:
         """The run with the smallest value with which it always passed."""
-        return next((shot for shot in self.shots if shot.passed and shot.value == self.bracket.passes), None)
+        return next(
+            (shot for shot in self.shots if shot.passed and shot.value == self.bracket.passes), None
+        )
 
     def failing(self) -> Shot | None:
         """The run just below; where it never passed, the last one."""
@@ -94,13 +96,17 @@ class Gun(Protocol):
         """Whether the user has stopped us."""
 
 
-async def probe(prepared: Prepared, name: LimitName, *, precision: float, budget: float, watch: Watch) -> Probed:
+async def probe(
+    prepared: Prepared, name: LimitName, *, precision: float, budget: float, watch: Watch
+) -> Probed:
     """Find the threshold of one limit. Raises SandboxError where nothing can be run or nothing here holds that limit."""
     from safe_exec.experiments.rerun import NoTrial
 
     scale = SCALES[name]
     given = prepared.resolved.limits.of(name)
-    question = scale.question(given=given, most=most_of(name, prepared, budget), precision=precision, budget=budget)
+    question = scale.question(
+        given=given, most=most_of(name, prepared, budget), precision=precision, budget=budget
+    )
     held = held_by(prepared, name, question.guess)
     async with set_aside(prepared) as aside:
         gun = Trials(prepared, aside.runs, scale)
@@ -143,7 +149,9 @@ def held_by(prepared: Prepared, name: LimitName, value: float) -> Enforcement | 
     limits = with_value(prepared.resolved.limits, name, SCALES[name].limit(value))
     held = build_plan(limits, prepared.machine, prepared.run_id).enforcement.get(name)
     if held is not None and held.by is Mechanism.NONE:
-        raise SandboxError(f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to mend it")
+        raise SandboxError(
+            f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to mend it"
+        )
     return held
 
 
@@ -166,7 +174,9 @@ async def drive(searching: Search, gun: Gun, watch: Watch) -> tuple[Bracket, tup
                 continue
             shots.append(shot)
             watch.ended(len(shots), shot)
-            attempt = searching.send(Tried(fate=shot.fate, seconds=shot.seconds, peak=shot.peak, cut=shot.cut))
+            attempt = searching.send(
+                Tried(fate=shot.fate, seconds=shot.seconds, peak=shot.peak, cut=shot.cut)
+            )
     except StopIteration as done:
         bracket: Bracket = done.value
         return bracket, tuple(shots)

@@ -36,7 +36,9 @@ class Replayed:
     warnings: tuple[str, ...]
 
 
-def prepare_replay(verdict: Verdict, source: Path, *, reproduction: bool, command: tuple[str, ...]) -> Replay:
+def prepare_replay(
+    verdict: Verdict, source: Path, *, reproduction: bool, command: tuple[str, ...]
+) -> Replay:
     """The job of a verdict, under the limits of then. Raises UsageError where the notebook is not the one of then."""
     cwd = Path(verdict.cwd)
     prepared = prepare(
@@ -54,9 +56,15 @@ def prepare_replay(verdict: Verdict, source: Path, *, reproduction: bool, comman
     )
     cells = verdict.culprits.cells if reproduction and verdict.culprits is not None else None
     if cells is None and prepared.notebook.sha256 != verdict.notebook.sha256:
-        raise UsageError(f"{source}: changed since the verdict was written; run `safe-exec run` again")
-    if cells is not None and not (is_reproduction(prepared.node) and len(prepared.node.cells) == len(cells)):
-        raise UsageError(f"{source}: not the reproduction that the verdict was written with; run `safe-exec bisect` again")
+        raise UsageError(
+            f"{source}: changed since the verdict was written; run `safe-exec run` again"
+        )
+    if cells is not None and not (
+        is_reproduction(prepared.node) and len(prepared.node.cells) == len(cells)
+    ):
+        raise UsageError(
+            f"{source}: not the reproduction that the verdict was written with; run `safe-exec bisect` again"
+        )
     return Replay(then=verdict, prepared=prepared, cells=cells)
 
 
@@ -69,7 +77,9 @@ async def replay(asked: Replay, sink: EventSink) -> Replayed:
     sink(_started(prepared))
     async with set_aside(prepared) as aside:
         try:
-            ran = await aside.runs.run(Change(limits=prepared.resolved.limits, cell_limits=aside.cell_limits, sink=sink))
+            ran = await aside.runs.run(
+                Change(limits=prepared.resolved.limits, cell_limits=aside.cell_limits, sink=sink)
+            )
         except NoTrial as trouble:
             raise SandboxError(str(trouble)) from trouble
         gaps = aside.gaps

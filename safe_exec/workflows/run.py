@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("safe_exec")
 
 HELD_BYTES = 1 << 20
-_NEEDED_LATER = ("safe_exec.diagnosis.verdict", "safe_exec.reports.annotated_notebook", "safe_exec.reports.verdict_json")
+_NEEDED_LATER = (
+    "safe_exec.diagnosis.verdict",
+    "safe_exec.reports.annotated_notebook",
+    "safe_exec.reports.verdict_json",
+)
 _SENT_SECONDS = 0.001
 """By then the first cell has been sent."""
 SEARCH_WARNING = "no search for the culprits"
@@ -88,7 +92,9 @@ async def run_job(
 
 
 async def run_undocumented(
-    prepared: Prepared, sinks: tuple[EventSink, ...] = (), heard: Callable[[int, dict[str, Any]], None] | None = None
+    prepared: Prepared,
+    sinks: tuple[EventSink, ...] = (),
+    heard: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> tuple[Verdict, Any]:
     """First run and cause, for tools that write documents of their own; nothing is searched for. Verdict, notebook with its outputs.
 
@@ -108,22 +114,34 @@ async def run_undocumented(
     return verdict, first.result.node
 
 
-async def bisect_job(prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()) -> Verdict:
+async def bisect_job(
+    prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()
+) -> Verdict:
     """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import Keeping, search
 
-    plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+    plan = build_plan(
+        prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
+    )
     require(plan, prepared.required)
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
-    with signals(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared, of=verdict.run_id) as keeping:
+    with (
+        signals(cancellation.arrive),
+        Documents(prepared) as documents,
+        Keeping(prepared, of=verdict.run_id) as keeping,
+    ):
         sweep()
         emit(_run_started(prepared))
         keeping.begin()
         await keeping.done()
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
-        bare = replace(verdict, culprits=None, warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)))
+        bare = replace(
+            verdict,
+            culprits=None,
+            warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)),
+        )
         found = await search(prepared, bare, request, keeping)
         found = write(prepared, found, _outputs_so_far(prepared), documents)
         emit(_run_finished(prepared, found))
@@ -152,7 +170,9 @@ async def _first_run(
     early = prepared.early
     plan = early.plan if early is not None else None
     if early is None or plan is None:
-        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+        plan = build_plan(
+            prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
+        )
     else:
         early.sandbox_for(plan).entrust(keeping.directories)
     plan = replace(plan, orphans=keeping.directories)
@@ -191,7 +211,9 @@ async def _warm_up() -> None:
     v4.new_output("stream", text="")  # reads and compiles the schema of notebooks: 30 ms
 
 
-def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink) -> TrialRequest:
+def request_for(
+    prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink
+) -> TrialRequest:
     """What a trial of the whole notebook is asked; trials of a search start from it."""
     from safe_exec.trial.request import TrialRequest
 
@@ -203,7 +225,9 @@ def request_for(prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Ca
         limits=prepared.resolved.limits,
         machine=prepared.machine,
         plan=plan,
-        cell_limits=lambda cell: profiles.cell_limits(prepared.resolved, cell.metadata, where="cell")[0],
+        cell_limits=lambda cell: profiles.cell_limits(
+            prepared.resolved, cell.metadata, where="cell"
+        )[0],
         largest_output=largest_output(prepared.resolved, prepared.node.cells),
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
@@ -224,12 +248,20 @@ def _conclude(prepared: Prepared, first: First, mask: Mask) -> Verdict:
     from safe_exec.diagnosis.verdict import conclude
 
     # Before texts are shortened: half a secret is no longer found.
-    result = replace(first.result, ending=mask.everywhere(first.result.ending), evidence=mask.everywhere(first.result.evidence))
+    result = replace(
+        first.result,
+        ending=mask.everywhere(first.result.ending),
+        evidence=mask.everywhere(first.result.evidence),
+    )
     return conclude(prepared, result, first.plan, allow_errors=first.request.allow_errors)
 
 
 async def _search(
-    prepared: Prepared, first: First, verdict: Verdict, keeping: Keeping, so_far: Callable[[Verdict], Verdict]
+    prepared: Prepared,
+    first: First,
+    verdict: Verdict,
+    keeping: Keeping,
+    so_far: Callable[[Verdict], Verdict],
 ) -> Verdict:
     """The culprits, where the failure is one that is searched for."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
@@ -249,7 +281,9 @@ class Documents:
         self._stack = contextlib.ExitStack()
         self._folders: dict[str, HeldFolder] = {}
         for name, path in (("notebook", prepared.output), ("verdict", prepared.verdict)):
-            with contextlib.suppress(OSError):  # what became of it is said when there is something to write
+            with contextlib.suppress(
+                OSError
+            ):  # what became of it is said when there is something to write
                 folder = self._folders[name] = HeldFolder(path, prepared.job.tree)
                 self._stack.callback(folder.close)
 
@@ -274,7 +308,9 @@ class Documents:
             other = folder.sibling(self._run_id)
             other.write(data)
             self._folders[name] = other
-            self.warnings.append(f"{folder.path.name} could not be replaced ({error.strerror}): see {other.path.name}")
+            self.warnings.append(
+                f"{folder.path.name} could not be replaced ({error.strerror}): see {other.path.name}"
+            )
 
 
 def _mask(prepared: Prepared) -> Mask:
@@ -288,9 +324,13 @@ def write(prepared: Prepared, verdict: Verdict, node: Any, documents: Documents)
 
     verdict = _with_outputs(documents.mask.everywhere(verdict), documents)
     try:
-        documents.put("notebook", notebook.Encoded(annotated_notebook.annotate(node, verdict, documents.mask)))
+        documents.put(
+            "notebook", notebook.Encoded(annotated_notebook.annotate(node, verdict, documents.mask))
+        )
     except (OSError, SafeExecError) as error:
-        verdict = _without(verdict, "notebook", f"the annotated notebook could not be written: {error}")
+        verdict = _without(
+            verdict, "notebook", f"the annotated notebook could not be written: {error}"
+        )
     try:
         for _ in range(2):  # once more where it went by another name, which it says itself
             said = len(documents.warnings)
@@ -301,7 +341,9 @@ def write(prepared: Prepared, verdict: Verdict, node: Any, documents: Documents)
     except OSError as error:
         verdict = _without(verdict, "verdict", f"the verdict could not be written: {error}")
         # The one document that programs read: that it is missing is said even to those who want to hear nothing.
-        log.error("%s: the verdict could not be written: %s", one_line(prepared.verdict), one_line(error))  # noqa: TRY400
+        log.error(  # noqa: TRY400
+            "%s: the verdict could not be written: %s", one_line(prepared.verdict), one_line(error)
+        )
     return verdict
 
 
@@ -333,7 +375,9 @@ def _run_started(prepared: Prepared) -> events.RunStarted:
 
 def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
     cause = verdict.cause.kind.value if verdict.cause else None
-    return events.RunFinished(time=time.monotonic() - prepared.started, status=verdict.status, cause=cause)
+    return events.RunFinished(
+        time=time.monotonic() - prepared.started, status=verdict.status, cause=cause
+    )
 
 
 def _read_ahead() -> EventSink:
@@ -345,7 +389,9 @@ def _read_ahead() -> EventSink:
         if isinstance(event, events.CellStarted) and not asked:
             asked = True
             for number, name in enumerate(_NEEDED_LATER):
-                asyncio.get_running_loop().call_later(_SENT_SECONDS * (1 + number), import_module, name)
+                asyncio.get_running_loop().call_later(
+                    _SENT_SECONDS * (1 + number), import_module, name
+                )
 
     return sink
 

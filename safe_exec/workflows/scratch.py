@@ -62,10 +62,16 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
             tidy(cache_root())
             scratch = claim_folder(cache_root(), prepared.run_id)
             stack.callback(release_folder, scratch)
-            snapshot = await asyncio.to_thread(take, prepared.cwd, scratch, ours=ours, repository=repository_of(prepared))
+            snapshot = await asyncio.to_thread(
+                take, prepared.cwd, scratch, ours=ours, repository=repository_of(prepared)
+            )
             views = views_of(snapshot, ours=ours, insist=True)
         except OSError as error:
-            raise SandboxError(f"{prepared.cwd}: the folder cannot be kept as it is: {error}") from error
-        plan = build_plan(prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation)
+            raise SandboxError(
+                f"{prepared.cwd}: the folder cannot be kept as it is: {error}"
+            ) from error
+        plan = build_plan(
+            prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
+        )
         template = request_for(prepared, plan, prepared.node, cancellation, lambda _event: None)
         yield Aside(prepared=prepared, runs=Runs(template, views), cancellation=cancellation)

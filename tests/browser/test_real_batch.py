@@ -43,14 +43,21 @@ def test_the_page_of_a_real_batch(place: Place, browser: Browser) -> None:
     )
     expect(case.locator(".codeline.marked .words").first).to_have_text(re.compile(r"^line [3-5]: "))
     expect(case.get_by_role("heading", name="Caused by code cells 1 + 2")).to_be_visible()
-    line, limit = case.locator("path.memory").last.bounding_box(), case.locator("line.limit").bounding_box()
+    line, limit = (
+        case.locator("path.memory").last.bounding_box(),
+        case.locator("line.limit").bounding_box(),
+    )
     assert line and limit and abs(line["y"] - limit["y"]) < 30, "memory comes near its limit"
-    expect(case.locator(".command code")).to_have_text("safe-exec run out/memory.repro.ipynb --cwd .")
+    expect(case.locator(".command code")).to_have_text(
+        "safe-exec run out/memory.repro.ipynb --cwd ."
+    )
     for link in case.locator(".files a").all():
         assert (place.out / (link.get_attribute("href") or "")).is_file()
 
     attack = seen.open(f"{name}.ipynb")
-    expect(attack.locator(".codeline.marked .words")).to_have_text(f"line 3: raise RuntimeError(said)  # {ATTACK}")
+    expect(attack.locator(".codeline.marked .words")).to_have_text(
+        f"line 3: raise RuntimeError(said)  # {ATTACK}"
+    )
     attack.get_by_text("End of standard error").click()
     expect(attack.locator("pre.stderr")).to_contain_text(ATTACK)
     assert page.locator("img").count() == 0 and page.evaluate("window.pwned") is None

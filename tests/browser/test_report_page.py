@@ -12,11 +12,27 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 
-from safe_exec.model.verdict import CauseKind, CellRecord, CellStatus, Role, Status, Timeline, Usage, Verdict
+from safe_exec.model.verdict import (
+    CauseKind,
+    CellRecord,
+    CellStatus,
+    Role,
+    Status,
+    Timeline,
+    Usage,
+    Verdict,
+)
 from safe_exec.reports.batch.html import page as html_page
 from safe_exec.reports.batch.results import Entry
 from tests.unit.batches import SOURCES, make_batch, make_entry
-from tests.unit.builders import GIB, make_cause, make_crash, make_culprit, make_culprits, make_verdict
+from tests.unit.builders import (
+    GIB,
+    make_cause,
+    make_crash,
+    make_culprit,
+    make_culprits,
+    make_verdict,
+)
 
 expect.set_options(timeout=30_000)  # a busy machine is slow, and no error
 
@@ -30,7 +46,9 @@ def browser() -> Iterator[Browser]:
     assert path, "no chromium on this machine: make browser"
     with sync_playwright() as playwright:
         # Chromium's own sandbox does not work for root; the page is a file of ours.
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        started = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield started
         started.close()
 
@@ -71,7 +89,9 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Show]:
         batch = make_batch(tmp_path, entries)
         file = batch.out / "report.html"
         html_page.write(batch, file)
-        page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context).new_page()
+        page = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}} | context
+        ).new_page()
         page.set_default_timeout(60_000)
         seen = Seen(page=page, file=file)
         page.on("request", lambda request: seen.requests.append(request.url))
@@ -85,11 +105,15 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Show]:
     yield shown
     for seen in made:
         assert seen.said == []
-        assert [url for url in seen.requests if not url.startswith((seen.file.as_uri(), "data:,"))] == []
+        assert [
+            url for url in seen.requests if not url.startswith((seen.file.as_uri(), "data:,"))
+        ] == []
         seen.page.context.close()
 
 
-def verdict_of(seconds: float, memory: int | None, status: Status = Status.KERNEL_DIED, **changes: Any) -> Verdict:
+def verdict_of(
+    seconds: float, memory: int | None, status: Status = Status.KERNEL_DIED, **changes: Any
+) -> Verdict:
     """A verdict with a timeline: memory grows cell by cell."""
     ended = CellStatus.KILLED if status is not Status.PASSED else CellStatus.PASSED
     cells = tuple(
@@ -97,7 +121,11 @@ def verdict_of(seconds: float, memory: int | None, status: Status = Status.KERNE
             index=n + 1,
             code_index=n,
             id=None,
-            status=ended if n == 1 else CellStatus.PASSED if n == 0 or status is Status.PASSED else CellStatus.NOT_RUN,
+            status=ended
+            if n == 1
+            else CellStatus.PASSED
+            if n == 0 or status is Status.PASSED
+            else CellStatus.NOT_RUN,
             started=n * seconds / 2 if n < 2 else None,
             seconds=seconds / 2 if n < 2 else None,
         )
@@ -106,7 +134,10 @@ def verdict_of(seconds: float, memory: int | None, status: Status = Status.KERNE
     points = 60
     grown = tuple(None if memory is None else memory * n // (points - 1) for n in range(points))
     timeline = Timeline(
-        seconds=tuple(seconds * n / (points - 1) for n in range(points)), memory=grown, cpu=(None,) * points, cell=(1,) * points
+        seconds=tuple(seconds * n / (points - 1) for n in range(points)),
+        memory=grown,
+        cpu=(None,) * points,
+        cell=(1,) * points,
     )
     usage = Usage(wall_seconds=seconds, cpu_seconds=seconds / 2, memory_peak=memory)
     given: dict[str, Any] = {"cells": cells, "timeline": timeline, "usage": usage}
@@ -115,17 +146,38 @@ def verdict_of(seconds: float, memory: int | None, status: Status = Status.KERNE
 
 def mixed(root: Path) -> list[Entry]:
     """A notebook of each kind."""
-    oom = verdict_of(4.0, GIB, culprits=make_culprits(), cwd=str(root / "docs"), stderr_tail="last words of the kernel\n")
-    error = verdict_of(2.0, 40 * MIB, Status.CELL_ERROR, cause=make_cause(CauseKind.EXCEPTION, summary="ValueError: no"))
+    oom = verdict_of(
+        4.0,
+        GIB,
+        culprits=make_culprits(),
+        cwd=str(root / "docs"),
+        stderr_tail="last words of the kernel\n",
+    )
+    error = verdict_of(
+        2.0,
+        40 * MIB,
+        Status.CELL_ERROR,
+        cause=make_cause(CauseKind.EXCEPTION, summary="ValueError: no"),
+    )
     slow = verdict_of(30.0, 90 * MIB, Status.TIMEOUT, cause=make_cause(CauseKind.CELL_TIMEOUT))
-    start = verdict_of(1.0, None, Status.START_FAILED, cause=make_cause(CauseKind.KERNEL_START_FAILED), timeline=Timeline())
+    start = verdict_of(
+        1.0,
+        None,
+        Status.START_FAILED,
+        cause=make_cause(CauseKind.KERNEL_START_FAILED),
+        timeline=Timeline(),
+    )
     return [
         make_entry(root, "docs/a-passed.ipynb", verdict_of(3.0, 300 * MIB, Status.PASSED)),
-        make_entry(root, "docs/b-memory.ipynb", oom, repro=root / "out" / "docs" / "b-memory.repro.ipynb"),
+        make_entry(
+            root, "docs/b-memory.ipynb", oom, repro=root / "out" / "docs" / "b-memory.repro.ipynb"
+        ),
         make_entry(root, "c-error.ipynb", error),
         make_entry(root, "d-slow.ipynb", slow),
         make_entry(root, "e-start.ipynb", start),
-        make_entry(root, "f-flaky.ipynb", verdict_of(5.0, 100 * MIB, Status.PASSED), flaky=True, attempts=2),
+        make_entry(
+            root, "f-flaky.ipynb", verdict_of(5.0, 100 * MIB, Status.PASSED), flaky=True, attempts=2
+        ),
         make_entry(root, "g-late.ipynb", None),
     ]
 
@@ -143,7 +195,9 @@ def names(seen: Seen) -> list[str]:
 def test_the_table_says_what_came_of_each(show: Show, tmp_path: Path) -> None:
     seen = show(mixed(tmp_path))
     expect(seen.page.get_by_role("heading", level=1)).to_have_text("4 of 7 notebooks failed")
-    expect(seen.page).to_have_title(re.compile("^✗ safe-exec: 3 failed · 1 error · 2 passed · 1 skipped"))
+    expect(seen.page).to_have_title(
+        re.compile("^✗ safe-exec: 3 failed · 1 error · 2 passed · 1 skipped")
+    )
     assert names(seen) == BY_RESULT, "what failed comes first"
     cells = seen.page.locator("tr.line", has_text="b-memory").get_by_role("cell").all_inner_texts()
     assert [" ".join(cell.split()) for cell in cells] == [
@@ -151,10 +205,15 @@ def test_the_table_says_what_came_of_each(show: Show, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_columns_sort_both_ways_and_what_was_not_measured_comes_last(show: Show, tmp_path: Path) -> None:
+def test_columns_sort_both_ways_and_what_was_not_measured_comes_last(
+    show: Show, tmp_path: Path
+) -> None:
     seen = show(mixed(tmp_path))
     time = seen.page.get_by_role("columnheader", name="Time")
-    assert seen.page.get_by_role("columnheader", name="Result").get_attribute("aria-sort") == "ascending"
+    assert (
+        seen.page.get_by_role("columnheader", name="Result").get_attribute("aria-sort")
+        == "ascending"
+    )
     time.get_by_role("button").click()
     expect(time).to_have_attribute("aria-sort", "descending")
     order = ["d-slow", "f-flaky", "docs/b-memory", "docs/a-passed", "c-error", "e-start"]
@@ -163,7 +222,9 @@ def test_columns_sort_both_ways_and_what_was_not_measured_comes_last(show: Show,
     expect(time).to_have_attribute("aria-sort", "ascending")
     assert names(seen) == [*reversed(order), "g-late"]
     seen.page.get_by_role("button", name="Memory peak").click()
-    assert names(seen)[:3] == ["docs/b-memory", "docs/a-passed", "f-flaky"] and set(names(seen)[-2:]) == {"e-start", "g-late"}
+    assert names(seen)[:3] == ["docs/b-memory", "docs/a-passed", "f-flaky"] and set(
+        names(seen)[-2:]
+    ) == {"e-start", "g-late"}
     seen.page.get_by_role("button", name="Notebook", exact=True).click()
     assert names(seen) == sorted(names(seen))
     expect(time).to_have_attribute("aria-sort", "none")
@@ -187,7 +248,9 @@ def test_filters(show: Show, tmp_path: Path) -> None:
     page.get_by_label("Filter").fill("")
     page.get_by_role("button", name=re.compile("^Flaky")).click()
     assert names(seen) == ["f-flaky"]
-    expect(page.get_by_role("button", name=re.compile("^Flaky"))).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name=re.compile("^Flaky"))).to_have_attribute(
+        "aria-pressed", "true"
+    )
 
 
 # --- one notebook -----------------------------------------------------------------------------------------------
@@ -197,14 +260,28 @@ def test_a_case_says_why_where_and_what_to_do(show: Show, tmp_path: Path) -> Non
     seen = show(mixed(tmp_path))
     assert seen.page.locator("tr.below").count() == 0, "drawn when it is opened"
     case = seen.open("docs/b-memory.ipynb")
-    expect(case.get_by_role("heading", level=2)).to_contain_text("kernel died in code cell 2 · out of memory · limit 1.0 GiB")
-    expect(case.locator(".codeline.marked .words").first).to_have_text(f"line 2: {SOURCES[1].splitlines()[1]}")
-    assert [line.strip() for line in case.locator(".culprit .words").all_inner_texts()] == [SOURCES[0]]
-    for words in ("accumulator", "look first", "+612 MiB kept", "reproduced 2/2", "give it more with --memory"):
+    expect(case.get_by_role("heading", level=2)).to_contain_text(
+        "kernel died in code cell 2 · out of memory · limit 1.0 GiB"
+    )
+    expect(case.locator(".codeline.marked .words").first).to_have_text(
+        f"line 2: {SOURCES[1].splitlines()[1]}"
+    )
+    assert [line.strip() for line in case.locator(".culprit .words").all_inner_texts()] == [
+        SOURCES[0]
+    ]
+    for words in (
+        "accumulator",
+        "look first",
+        "+612 MiB kept",
+        "reproduced 2/2",
+        "give it more with --memory",
+    ):
         expect(case.get_by_text(words, exact=False).first).to_be_visible()
     facts = case.locator(".evidence tbody tr").first
     expect(facts).to_contain_text(re.compile("oom kills.*1.*memory.oom_control.*outside"))
-    expect(case.locator(".command code")).to_have_text("safe-exec run out/docs/b-memory.repro.ipynb --cwd docs")
+    expect(case.locator(".command code")).to_have_text(
+        "safe-exec run out/docs/b-memory.repro.ipynb --cwd docs"
+    )
     case.get_by_text("End of standard error").click()
     expect(case.get_by_text("last words of the kernel")).to_be_visible()
     case.get_by_text("Stack, innermost first").click()
@@ -219,13 +296,19 @@ def test_the_chart_shows_memory_against_its_limit(show: Show, tmp_path: Path) ->
     seen = show(mixed(tmp_path))
     case = seen.open("docs/b-memory.ipynb")
     chart = case.get_by_role("img")
-    expect(chart).to_have_attribute("aria-label", re.compile("^Memory over 4 s: peak 1 GiB of 1 GiB, 4 code cells"))
+    expect(chart).to_have_attribute(
+        "aria-label", re.compile("^Memory over 4 s: peak 1 GiB of 1 GiB, 4 code cells")
+    )
     box, limit = chart.bounding_box(), chart.locator("line.limit").bounding_box()
     line = chart.locator("path.memory").bounding_box()
     assert box and limit and line
     assert abs(line["y"] - limit["y"]) < 3, "the peak touches the limit"
     assert chart.locator("rect.cell").count() == 2
-    assert chart.locator("rect.cell.crashed").count() == chart.locator("rect.cell.culprit").count() == 1
+    assert (
+        chart.locator("rect.cell.crashed").count()
+        == chart.locator("rect.cell.culprit").count()
+        == 1
+    )
     far = seen.open("c-error.ipynb")
     expect(far.get_by_text("the limit, 1 GiB, is far above")).to_be_visible()
     assert far.locator("line.limit").count() == 0
@@ -252,7 +335,10 @@ def test_the_command_can_be_copied(show: Show, tmp_path: Path) -> None:
     case = seen.open("docs/b-memory.ipynb")
     case.get_by_role("button", name="Copy the command to reproduce").click()
     expect(case.get_by_role("button", name="Copied")).to_be_visible()
-    assert seen.page.evaluate("navigator.clipboard.readText()") == "safe-exec run out/docs/b-memory.repro.ipynb --cwd docs"
+    assert (
+        seen.page.evaluate("navigator.clipboard.readText()")
+        == "safe-exec run out/docs/b-memory.repro.ipynb --cwd docs"
+    )
 
 
 def test_a_case_has_an_address(show: Show, tmp_path: Path) -> None:
@@ -262,13 +348,20 @@ def test_a_case_has_an_address(show: Show, tmp_path: Path) -> None:
     address = seen.page.url.removeprefix(seen.file.as_uri())
     again = show(entries, address)
     expect(again.row("docs/b-memory.ipynb")).to_have_attribute("aria-expanded", "true")
-    assert show(entries, "#notebook=%E0%A4%A").page.locator("tr.below").count() == 0, "a broken address is no error"
+    assert show(entries, "#notebook=%E0%A4%A").page.locator("tr.below").count() == 0, (
+        "a broken address is no error"
+    )
 
 
 def test_a_long_cell_is_opened_at_its_line(show: Show, tmp_path: Path) -> None:
     source = "\n".join(f"line_{number} = {number}" for number in range(1, 201))
     verdict = verdict_of(1.0, MIB, crash_cell=make_crash(line=150))
-    seen = show([make_entry(tmp_path, "a.ipynb", verdict, (SOURCES[0], source)), make_entry(tmp_path, "b.ipynb", None)])
+    seen = show(
+        [
+            make_entry(tmp_path, "a.ipynb", verdict, (SOURCES[0], source)),
+            make_entry(tmp_path, "b.ipynb", None),
+        ]
+    )
     expect(seen.open("a.ipynb").locator(".codeline.marked")).to_be_in_viewport()
 
 
@@ -284,7 +377,9 @@ def test_no_notebooks(show: Show) -> None:
 def test_five_hundred(show: Show, tmp_path: Path) -> None:
     *told, late = mixed(tmp_path)
     entries = [told[n // 10 % 6] if n % 10 == 0 else late for n in range(500)]
-    seen = show([replace(entry, path=f"folder-{n % 7}/{n}.ipynb") for n, entry in enumerate(entries)])
+    seen = show(
+        [replace(entry, path=f"folder-{n % 7}/{n}.ipynb") for n, entry in enumerate(entries)]
+    )
     assert len(seen.paths()) == 500 and seen.page.locator("tr.below").count() == 0
     seen.page.get_by_label("Filter").fill("/1 out of memory")
     assert set(seen.paths()) == {f"folder-{n % 7}/{n}.ipynb" for n in (10, 130, 190)}
@@ -383,7 +478,9 @@ def test_on_paper_what_failed_is_opened_and_closed_again(show: Show, tmp_path: P
 
 
 def test_without_scripts_it_says_so(show: Show, tmp_path: Path) -> None:
-    expect(show(mixed(tmp_path), java_script_enabled=False).page.get_by_text("scripts are off")).to_be_visible()
+    expect(
+        show(mixed(tmp_path), java_script_enabled=False).page.get_by_text("scripts are off")
+    ).to_be_visible()
 
 
 # --- whatever is in it ------------------------------------------------------------------------------------------
@@ -399,7 +496,9 @@ def test_a_notebook_full_of_markup_is_text(show: Show, tmp_path: Path) -> None:
         stderr_tail=ATTACK,
         warnings=(ATTACK,),
         crash_cell=make_crash(line=1, source_line=ATTACK),
-        culprits=make_culprits(make_culprit(note=ATTACK, source_line=ATTACK), make_culprit(1, Role.CRASH, note=ATTACK)),
+        culprits=make_culprits(
+            make_culprit(note=ATTACK, source_line=ATTACK), make_culprit(1, Role.CRASH, note=ATTACK)
+        ),
     )
     entry = make_entry(tmp_path, "a.ipynb", verdict, (ATTACK, ATTACK))
     refused = make_entry(tmp_path, "b.ipynb", None, status="refused", error=ATTACK)

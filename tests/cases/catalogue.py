@@ -87,7 +87,9 @@ class Case:
 
     def for_version(self, version: str) -> Case:
         """The case with the keys of ``expected`` that differ in this version of Python."""
-        different = [a["expected"] for a in self.alternatives if version in SpecifierSet(a["python"])]
+        different = [
+            a["expected"] for a in self.alternatives if version in SpecifierSet(a["python"])
+        ]
         return replace(self, expected={**self.expected, **different[0]}) if different else self
 
 
@@ -97,10 +99,17 @@ def read(path: Path) -> list[Case]:
     for entry in json.loads(path.read_text())["cases"]:
         unknown = entry.keys() - set(Case.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"{path.name}, {entry['id']}: unknown keys {', '.join(sorted(unknown))}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            raise ValueError(
+                f"{path.name}, {entry['id']}: unknown keys {', '.join(sorted(unknown))}"
+            )
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
+        }
         case = Case(**values)
-        wrong = [*(set(case.places) - set(PLACES)), *(v for v in case.wrote.values() if v not in WRITTEN)]
+        wrong = [
+            *(set(case.places) - set(PLACES)),
+            *(v for v in case.wrote.values() if v not in WRITTEN),
+        ]
         if wrong:
             raise ValueError(f"{path.name}, {case.id}: {wrong} is not a value of this format")
         cases.append(case)

@@ -35,7 +35,9 @@ def render(rows: Sequence[Row]) -> str:
     """The table in Markdown; cells counted from 1, as in all that is shown to people."""
     lines = [line(HEAD), line(["---"] * len(HEAD))]
     for row in sorted(rows, key=lambda row: row.case):
-        first = "" if row.look_first is None else f"{row.look_first + 1}{'' if row.blamed else ' *'}"
+        first = (
+            "" if row.look_first is None else f"{row.look_first + 1}{'' if row.blamed else ' *'}"
+        )
         culprits = ", ".join(str(cell + 1) for cell in row.culprits)
         figures = [str(row.trials), f"{row.seconds:.1f}", f"{row.runs:.1f}"]
         lines.append(line([row.case, str(row.cells), culprits, *figures, row.method, first]))
@@ -45,7 +47,11 @@ def render(rows: Sequence[Row]) -> str:
         f"{median(r.runs for r in rows):.1f}",
     ]
     lines.append(line(["median", f"{median(r.cells for r in rows):g}", "", *figures, "", ""]))
-    figures = [str(max(r.trials for r in rows)), f"{max(r.seconds for r in rows):.1f}", f"{max(r.runs for r in rows):.1f}"]
+    figures = [
+        str(max(r.trials for r in rows)),
+        f"{max(r.seconds for r in rows):.1f}",
+        f"{max(r.runs for r in rows):.1f}",
+    ]
     lines.append(line(["most", str(max(r.cells for r in rows)), "", *figures, "", ""]))
     return "\n".join(lines)
 

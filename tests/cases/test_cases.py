@@ -68,7 +68,11 @@ def rows(cases: list[Case]) -> list[Any]:
 
 def agrees(expected: Any, actual: Any) -> bool:
     """Compare with a value, a list of acceptable values, or null if nothing is asked."""
-    return expected is None or actual == expected or (isinstance(expected, list) and actual in expected)
+    return (
+        expected is None
+        or actual == expected
+        or (isinstance(expected, list) and actual in expected)
+    )
 
 
 @pytest.fixture
@@ -134,7 +138,9 @@ def check_cause(case: Case, outcome: Outcome) -> None:
     }
     expected = {key: case.expected.get(key) for key in actual}
     wrong = {k: (expected[k], v) for k, v in actual.items() if not agrees(expected[k], v)}
-    report = f"{outcome.stdout}\n{outcome.stderr}\n{json.dumps(cause, indent=1, ensure_ascii=False)}"
+    report = (
+        f"{outcome.stdout}\n{outcome.stderr}\n{json.dumps(cause, indent=1, ensure_ascii=False)}"
+    )
     assert not wrong, f"expected, actual: {wrong}\n{report}"
     text = "\n".join([outcome.stdout, outcome.stderr, *strings_in(outcome.verdict)])
     wanted = (*case.says, *(case.search_says if outcome.verdict["culprits"] else ()))
@@ -162,9 +168,13 @@ def check_files(case: Case, base: Path, outcome: Outcome) -> None:
     for name, wanted in case.wrote.items():
         exists = (base / name).exists()
         if wanted == "or-not-passed":
-            assert exists or outcome.code != 0, f"{name} is gone, and the run passed\n{outcome.stdout}"
+            assert exists or outcome.code != 0, (
+                f"{name} is gone, and the run passed\n{outcome.stdout}"
+            )
         else:
-            assert exists is wanted, f"{name} {'exists' if exists else 'is missing'}\n{outcome.stdout}"
+            assert exists is wanted, (
+                f"{name} {'exists' if exists else 'is missing'}\n{outcome.stdout}"
+            )
 
 
 @pytest.mark.cases
@@ -215,9 +225,15 @@ DRAWN = drawn(
 @pytest.mark.parametrize(("case", "place"), rows([replace(c, places=("root",)) for c in DRAWN]))
 def test_culprits(case: Case, place: Place, folder: Path, record_property: Any) -> None:
     with private_directory() as runtime:
-        outcome = run_case(case, place, folder / "first", "case.ipynb", *case.options, XDG_RUNTIME_DIR=str(runtime))
+        outcome = run_case(
+            case, place, folder / "first", "case.ipynb", *case.options, XDG_RUNTIME_DIR=str(runtime)
+        )
         assert [path for path in runtime.rglob("*") if path != runtime / "safe-exec"] == []
-    wait_until(lambda: orphaned_groups() == [], 10, f"no control group without a keeper: {orphaned_groups()}")
+    wait_until(
+        lambda: orphaned_groups() == [],
+        10,
+        f"no control group without a keeper: {orphaned_groups()}",
+    )
     check_cause(case, outcome)
     verdict = outcome.verdict
     report = f"{outcome.stdout}\n{outcome.stderr}"

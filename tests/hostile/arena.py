@@ -58,7 +58,16 @@ from safe_exec.keeper import procfs
 from safe_exec.model.verdict import Activity, CauseKind, Status
 from safe_exec.reports.verdict_json import load_schema
 from safe_exec.sandbox.enclosure import OTHER_UID
-from tests.support import EXECUTABLE, MARK, NOBODY, groups_of, left_behind, make_notebook, marked_processes, wait_until
+from tests.support import (
+    EXECUTABLE,
+    MARK,
+    NOBODY,
+    groups_of,
+    left_behind,
+    make_notebook,
+    marked_processes,
+    wait_until,
+)
 from tests.support import ordinary_user_with_namespaces as _ordinary_user
 
 Who = Literal["root", "user"]
@@ -138,14 +147,18 @@ def fight(attack: Attack, who: Who) -> None:
         seen = arena.run(*cells, options=("--cell-timeout", "30", *attack.options))
         report = f"{attack.name} as {who}: {seen}"
         walls = seen.verdict["environment"]["isolation"]
-        assert {walls[wall]["by"] for wall in ("home", "system", "processes")} == {"bubblewrap"}, f"no walls: {walls}\n{report}"
+        assert {walls[wall]["by"] for wall in ("home", "system", "processes")} == {"bubblewrap"}, (
+            f"no walls: {walls}\n{report}"
+        )
         assert (seen.status, seen.cause) in attack.ends, report
         if attack.cell is not None:
             assert seen.cell == attack.cell, report
         for words in attack.says:
             assert words in seen.text, f"nowhere: {words!r}\n{report}"
         if attack.warns is not None:
-            assert any(attack.warns in warning for warning in seen.verdict["warnings"]), f"{seen.verdict['warnings']}\n{report}"
+            assert any(attack.warns in warning for warning in seen.verdict["warnings"]), (
+                f"{seen.verdict['warnings']}\n{report}"
+            )
         cause = seen.verdict["cause"] or {}
         if attack.activity is not None:
             assert cause["activity"] == attack.activity, report
@@ -186,7 +199,11 @@ class Fight:
         """All text in the outputs of code cells."""
         found = []
         for output in (o for c in self.notebook.cells for o in c.get("outputs", [])):
-            found += [output.get("text", ""), *output.get("data", {}).values(), output.get("evalue", "")]
+            found += [
+                output.get("text", ""),
+                *output.get("data", {}).values(),
+                output.get("evalue", ""),
+            ]
             found += output.get("traceback", [])
         return "\n".join(map(str, found))
 
@@ -217,7 +234,12 @@ class Arena:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with self._stack:
             if error is None:
                 self.check()
@@ -228,7 +250,8 @@ class Arena:
         self._runs = 0
         self.ours = f"hostile-{secrets.token_hex(6)}"
         self.secrets = {
-            name: f"SECRET{name}{secrets.token_hex(8)}" for name in ("key", "token", "beside", "environment", "process")
+            name: f"SECRET{name}{secrets.token_hex(8)}"
+            for name in ("key", "token", "beside", "environment", "process")
         }
         self.base = stack.enter_context(_directory("/tmp", "h-"))
         self.folder = self.base / "nb"
@@ -249,7 +272,13 @@ class Arena:
         shutil.copy("/usr/bin/id", self.system / "id")
         (self.system / "id").chmod(0o4755)
         if self.who == "user":
-            for path in (self.base, self.folder, *self.base.iterdir(), self.home, *self.home.rglob("*")):
+            for path in (
+                self.base,
+                self.folder,
+                *self.base.iterdir(),
+                self.home,
+                *self.home.rglob("*"),
+            ):
                 os.chown(path, NOBODY, NOBODY)
         self._listen(stack)
         self._process = self._stranger(stack)
@@ -272,17 +301,27 @@ class Arena:
             listener.setblocking(False)
 
     def _listeners(self) -> dict[str, socket.socket]:
-        return {"abstract socket": self.abstract, "socket in the home": self.path_socket, "tcp port": self.tcp}
+        return {
+            "abstract socket": self.abstract,
+            "socket in the home": self.path_socket,
+            "tcp port": self.tcp,
+        }
 
     def _stranger(self, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         """A process of the same user that has nothing to do with it, with a secret in its environment."""
         argv = [*self._prefix(), "sleep", "600"]
         process = subprocess.Popen(
-            argv, env={"PATH": os.environ["PATH"], "SECRET": self.secrets["process"]}, start_new_session=True
+            argv,
+            env={"PATH": os.environ["PATH"], "SECRET": self.secrets["process"]},
+            start_new_session=True,
         )
         stack.callback(process.wait)
         stack.callback(process.kill)
-        wait_until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n", 10.0, "the process outside sleeps")
+        wait_until(
+            lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n",
+            10.0,
+            "the process outside sleeps",
+        )
         return process
 
     def _prefix(self) -> list[str]:
@@ -290,7 +329,13 @@ class Arena:
 
     # --- running ------------------------------------------------------------------------------------------------
 
-    def run(self, *cells: str, options: Sequence[str] = (), env: Mapping[str, str] | None = None, bisect: bool = False) -> Fight:
+    def run(
+        self,
+        *cells: str,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        bisect: bool = False,
+    ) -> Fight:
         """Run a notebook of these cells; see the module for the words that are replaced in them."""
         self._runs += 1
         path = make_notebook(self.folder / f"nb{self._runs}.ipynb", *map(self.fill, cells))
@@ -354,7 +399,11 @@ class Arena:
         return self.command(*argv, env=env, timeout=timeout, terminal=terminal)
 
     def command(
-        self, *words: str, env: Mapping[str, str] | None = None, timeout: float = RUN_SECONDS, terminal: bool = False
+        self,
+        *words: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = RUN_SECONDS,
+        terminal: bool = False,
     ) -> Launched:
         """Run a command of ours with these words after its name, in the notebook's folder; the same is checked."""
         mark = secrets.token_hex(8)
@@ -367,7 +416,13 @@ class Arena:
             MARK: mark,
         }
         with _subreaper():
-            done = _launch(argv, cwd=self.folder, env=full | dict(env or {}), timeout=timeout, terminal=terminal)
+            done = _launch(
+                argv,
+                cwd=self.folder,
+                env=full | dict(env or {}),
+                timeout=timeout,
+                terminal=terminal,
+            )
             self._check_processes(mark)
         said = f"exit {done.code}\n{done.stdout[:3000]}\n{done.stderr[-3000:]}"
         left = _noted(done.pid)
@@ -401,7 +456,9 @@ class Arena:
         """The canaries are as they were, and no secret of theirs is in anything that was written."""
         assert self._process.poll() is None, "the process outside was killed"
         found = procfs.stat(self._process.pid)
-        assert found is not None and found.state == "S", f"the process outside is in state {found and found.state}"
+        assert found is not None and found.state == "S", (
+            f"the process outside is in state {found and found.state}"
+        )
         now = self._look()
         changed = {
             name: (self._before.get(name), now.get(name))
@@ -409,7 +466,9 @@ class Arena:
             if now.get(name) != self._before.get(name)
         }
         assert changed == {}, f"before and now: {changed}"
-        reached = sorted(name for name, listener in self._listeners().items() if _was_reached(listener))
+        reached = sorted(
+            name for name, listener in self._listeners().items() if _was_reached(listener)
+        )
         assert reached == sorted(self.reaches), f"reached from inside: {reached}"
         for path in self.base.rglob("*"):
             if path.is_file() and not path.is_symlink() and path.name != "beside.txt":
@@ -417,18 +476,30 @@ class Arena:
 
     def check_no_secret(self, data: bytes, where: str) -> None:
         """No secret of a canary stands in what was written, plainly or backwards."""
-        found = [name for name, secret in self.secrets.items() if secret.encode() in data or secret[::-1].encode() in data]
+        found = [
+            name
+            for name, secret in self.secrets.items()
+            if secret.encode() in data or secret[::-1].encode() in data
+        ]
         assert found == [], f"secrets {found} in: {where}"
 
     def check_nothing_left(self, run_id: str, said: str) -> None:
         """Nothing of a run is left on this machine."""
         assert left_behind(run_id) == [], said
         assert groups_of(run_id) == [], said
-        traces = [str(path) for path in (Path("/tmp"), Path("/run"), self.home) for path in path.glob(f"*{run_id}*")]
+        traces = [
+            str(path)
+            for path in (Path("/tmp"), Path("/run"), self.home)
+            for path in path.glob(f"*{run_id}*")
+        ]
         assert traces == [], said
         assert run_id not in Path("/proc/net/unix").read_text(errors="replace"), said
         assert {line for line in _mounts() - self._mounts if run_id in line} == set(), said
-        assert {thing for thing in _shared_things() - self._shared if self.ours in thing or "uid" in thing} == set(), said
+        assert {
+            thing
+            for thing in _shared_things() - self._shared
+            if self.ours in thing or "uid" in thing
+        } == set(), said
 
     def _check_processes(self, mark: str) -> None:
         """Whatever came from the run has gone; orphans would have come to us by now."""
@@ -451,11 +522,22 @@ class Arena:
     def _look(self) -> dict[str, object]:
         """All about the canaries that could have been changed: content, modes, owners, names."""
         seen: dict[str, object] = {}
-        for path in (*self.home.rglob("*"), *self.system.rglob("*"), self.home, self.system, self.base, self.base / "beside.txt"):
+        for path in (
+            *self.home.rglob("*"),
+            *self.system.rglob("*"),
+            self.home,
+            self.system,
+            self.base,
+            self.base / "beside.txt",
+        ):
             if path == self.home / ".ipython":
                 continue  # the runner's own libraries make it, empty
             status = path.lstat()
-            seen[str(path)] = (status.st_mode, status.st_uid, path.read_bytes() if stat.S_ISREG(status.st_mode) else None)
+            seen[str(path)] = (
+                status.st_mode,
+                status.st_uid,
+                path.read_bytes() if stat.S_ISREG(status.st_mode) else None,
+            )
         for name in SYSTEM_FILES:
             with contextlib.suppress(OSError):
                 seen[name] = Path(name).read_bytes()
@@ -477,7 +559,9 @@ class Launched:
     seconds: float
 
 
-def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, terminal: bool) -> Launched:
+def _launch(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, terminal: bool
+) -> Launched:
     """Start, watch the runner's peak, wait.
 
     The system's ru_maxrss would not do: it counts the children that were waited for, the kernel among them, and what the process was before
@@ -486,7 +570,15 @@ def _launch(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: 
     began = time.monotonic()
     ours, theirs = pty.openpty() if terminal else (-1, subprocess.PIPE)
     stdin = theirs if terminal else None
-    process = subprocess.Popen(argv, cwd=cwd, env=dict(env), stdin=stdin, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=dict(env),
+        stdin=stdin,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
     peaks = [0]
     ended = threading.Event()
 
@@ -526,7 +618,9 @@ def _shown_at(terminal: int, deadline: float) -> bytes:
     """All that is written to a terminal until nobody has it open any more (EIO), or time is up; closes our end."""
     seen = b""
     with open(terminal, "rb", buffering=0) as screen, contextlib.suppress(OSError):
-        while select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0] and (data := screen.read(65536)):
+        while select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0] and (
+            data := screen.read(65536)
+        ):
             seen += data
     return seen
 
@@ -564,11 +658,16 @@ def _noted(pid: int) -> list[Path]:
     """Notes of the runs of a process that are still there, and the directories of those runs that are."""
     found: list[Path] = []
     # Their own directories alone: in those of runs that go on a notebook may have left something that blocks whoever opens it.
-    for path in (note for user in (0, NOBODY) for note in Path(f"/tmp/safe-exec-{user}").glob("*.json")):
+    for path in (
+        note for user in (0, NOBODY) for note in Path(f"/tmp/safe-exec-{user}").glob("*.json")
+    ):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads(path.read_text())
             if note["owner"] == pid:
-                found += [path, *(there for name in note["directories"] if (there := Path(name)).exists())]
+                found += [
+                    path,
+                    *(there for name in note["directories"] if (there := Path(name)).exists()),
+                ]
     return found
 
 

@@ -29,12 +29,20 @@ SEGFAULT = "import ctypes; ctypes.string_at(1)"
 
 
 def launch(
-    arena: Arena, *cells: str, options: tuple[str, ...] = (), bisect: bool = False, folder: Path | None = None
+    arena: Arena,
+    *cells: str,
+    options: tuple[str, ...] = (),
+    bisect: bool = False,
+    folder: Path | None = None,
 ) -> Launched:
     """Run cells in a notebook of the arena's folder."""
     ipython = arena.mkdir("ipython")
     path = (folder or arena.folder) / "n.ipynb"
-    words = {"@NB@": str(path.with_suffix("")), "@FOLDER@": str(path.parent), "@BASE@": str(arena.base)}
+    words = {
+        "@NB@": str(path.with_suffix("")),
+        "@FOLDER@": str(path.parent),
+        "@BASE@": str(arena.base),
+    }
     sources = [arena.fill(cell) for cell in cells]
     for word, value in words.items():
         sources = [source.replace(word, value) for source in sources]
@@ -77,9 +85,16 @@ for end in {names!r}:
 """
 
 
-@pytest.mark.parametrize(("arena", "name"), in_turn(TRAPS, both=("symlink", "fifo", "hard link")), indirect=["arena"])
+@pytest.mark.parametrize(
+    ("arena", "name"), in_turn(TRAPS, both=("symlink", "fifo", "hard link")), indirect=["arena"]
+)
 def test_what_is_put_in_the_place_of_a_document_is_replaced(arena: Arena, name: str) -> None:
-    done = launch(arena, SET.format(names=NAMES, trap=TRAPS[name]), SEGFAULT, bisect=name in ("symlink", "fifo"))
+    done = launch(
+        arena,
+        SET.format(names=NAMES, trap=TRAPS[name]),
+        SEGFAULT,
+        bisect=name in ("symlink", "fifo"),
+    )
     assert done.code == Status.KERNEL_DIED.exit_code, done
     verdict = verdict_in(arena.folder / "n.verdict.json")
     assert verdict["crash_cell"]["code_index"] == 1 and is_ours(arena.folder / "n.verdict.json")
@@ -106,8 +121,14 @@ def test_a_folder_in_the_place_of_a_document_leaves_it_beside(arena: Arena) -> N
     assert (arena.folder / "n.verdict.json" / "mine").read_text() == "kept"
     (beside,) = [path for path in arena.folder.glob("n.verdict.*.json") if path.is_file()]
     verdict = verdict_in(beside)
-    assert verdict["outputs"]["verdict"] == str(beside) and Path(verdict["outputs"]["notebook"]).is_file()
-    assert "could not be replaced" in " ".join(verdict["warnings"]) and beside.name in done.stdout + done.stderr
+    assert (
+        verdict["outputs"]["verdict"] == str(beside)
+        and Path(verdict["outputs"]["notebook"]).is_file()
+    )
+    assert (
+        "could not be replaced" in " ".join(verdict["warnings"])
+        and beside.name in done.stdout + done.stderr
+    )
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
@@ -139,7 +160,9 @@ def test_a_folder_that_was_removed_is_said(who: Who, quiet: bool) -> None:
         cell = "import os, shutil\nos.chdir('/')\nshutil.rmtree('@FOLDER@')"
         done = launch(arena, cell, SEGFAULT, folder=folder, options=("-q",) if quiet else ())
         assert done.code == Status.KERNEL_DIED.exit_code, done
-        assert "the verdict could not be written" in done.stderr and "Traceback" not in done.stderr, done
+        assert (
+            "the verdict could not be written" in done.stderr and "Traceback" not in done.stderr
+        ), done
         assert quiet or "kernel died in code cell 2" in done.stdout
         assert not folder.exists()
 
@@ -153,7 +176,9 @@ def test_a_folder_without_rights(who: Who) -> None:
         if who == "root":
             verdict_in(arena.folder / "n.verdict.json")
         else:
-            assert "the verdict could not be written" in done.stderr and "Traceback" not in done.stderr, done
+            assert (
+                "the verdict could not be written" in done.stderr and "Traceback" not in done.stderr
+            ), done
             assert "kernel died in code cell 2" in done.stdout
 
 
@@ -187,13 +212,26 @@ MOVES = {
 
 @pytest.mark.parametrize(
     ("who", "name"),
-    [("root", "the directory"), ("user", "the directory"), ("user", "a directory in it"), ("root", "a directory to come")],
+    [
+        ("root", "the directory"),
+        ("user", "the directory"),
+        ("user", "a directory in it"),
+        ("root", "a directory to come"),
+    ],
 )
-def test_documents_of_a_batch_go_through_no_link_that_a_notebook_has_put_there(who: Who, name: str) -> None:
+def test_documents_of_a_batch_go_through_no_link_that_a_notebook_has_put_there(
+    who: Who, name: str
+) -> None:
     """The output directory lies in the folder of a notebook, which may write there, and nowhere else."""
     with Arena(who, "ci") as arena:
         target = arena.mkdir("target")
-        for document in ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"):
+        for document in (
+            "summary.json",
+            "junit.xml",
+            "report.html",
+            "b.verdict.json",
+            "b.out.ipynb",
+        ):
             (target / document).write_text("untouched")
         for folder in ("sub", "late"):
             (arena.folder / folder).mkdir()
@@ -222,13 +260,20 @@ def test_documents_of_a_batch_go_through_no_link_that_a_notebook_has_put_there(w
         )
         done = arena.command("batch", *words)
         assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys(
-            ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"), "untouched"
+            ("summary.json", "junit.xml", "report.html", "b.verdict.json", "b.out.ipynb"),
+            "untouched",
         ), done
         where = arena.folder / ("away" if name == "the directory" else "out")
         summary = json.loads((where / "summary.json").read_text())
         status = {found["path"]: found["status"] for found in summary["notebooks"]}
-        assert status["a.ipynb"] == "passed" and verdict_in(where / "a.verdict.json")["status"] == "passed", done
-        for folder, blocked in (("sub", name == "a directory in it"), ("late", name == "a directory to come")):
+        assert (
+            status["a.ipynb"] == "passed"
+            and verdict_in(where / "a.verdict.json")["status"] == "passed"
+        ), done
+        for folder, blocked in (
+            ("sub", name == "a directory in it"),
+            ("late", name == "a directory to come"),
+        ):
             assert status[f"{folder}/b.ipynb"] == ("refused" if blocked else "passed"), done
         assert (name == "the directory") == ("was moved away" in done.stderr), done
 
@@ -255,12 +300,21 @@ def test_what_is_put_in_the_place_of_others_verdicts_holds_up_no_report() -> Non
         (arena.folder / "out").mkdir()
         for path in (arena.folder, *arena.folder.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
-        done = arena.command("batch", ".", "--out", "out", "-j", "1", "--limits", "ci", "--no-bisect")
+        done = arena.command(
+            "batch", ".", "--out", "out", "-j", "1", "--limits", "ci", "--no-bisect"
+        )
         summary = json.loads((arena.folder / "out" / "summary.json").read_text())
         statuses = {found["path"]: found["status"] for found in summary["notebooks"]}
-        assert statuses.pop("evil.ipynb") == "passed" and set(statuses.values()) == {"cell_error"} and len(statuses) == 4, done
+        assert (
+            statuses.pop("evil.ipynb") == "passed"
+            and set(statuses.values()) == {"cell_error"}
+            and len(statuses) == 4
+        ), done
         assert done.code == Status.CELL_ERROR.exit_code and "Traceback" not in done.stderr, done
-        assert {path.name for path in (arena.folder / "out").iterdir()} >= {"junit.xml", "report.html"}
+        assert {path.name for path in (arena.folder / "out").iterdir()} >= {
+            "junit.xml",
+            "report.html",
+        }
 
 
 # --- the disk and the log ---------------------------------------------------------------------------------------
@@ -268,7 +322,9 @@ def test_what_is_put_in_the_place_of_others_verdicts_holds_up_no_report() -> Non
 
 def test_a_full_disk_leaves_the_verdict(arena: Arena) -> None:
     with tempfile.TemporaryDirectory(prefix="full-") as name:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=1777", "hostile", name], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m,mode=1777", "hostile", name], check=True
+        )
         try:
             folder = Path(name) / "f"
             folder.mkdir()
@@ -288,7 +344,10 @@ print('y' * 3_000_000)
             verdict = verdict_in(folder / "n.verdict.json")
             assert verdict["crash_cell"]["code_index"] == 1
             assert "notebook" not in verdict["outputs"], "3 MB do not fit"
-            assert "could not be written" in " ".join(verdict["warnings"]) and not (folder / "n.out.ipynb").exists()
+            assert (
+                "could not be written" in " ".join(verdict["warnings"])
+                and not (folder / "n.out.ipynb").exists()
+            )
             assert list(folder.glob(".safe-exec-*")) == []
         finally:
             subprocess.run(["umount", "-l", name], check=True)

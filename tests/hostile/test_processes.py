@@ -106,7 +106,9 @@ if os.fork() == 0:
 os.wait()
 print("left", os.read(r, 20))
 """
-DAEMON_HOLDS_ALL = DAEMON.replace('        for fd in (1, 2):\n            os.dup2(os.open("/dev/null", os.O_WRONLY), fd)\n', "")
+DAEMON_HOLDS_ALL = DAEMON.replace(
+    '        for fd in (1, 2):\n            os.dup2(os.open("/dev/null", os.O_WRONLY), fd)\n', ""
+)
 CHAIN = """
 import os, time
 if os.fork() == 0:
@@ -166,7 +168,9 @@ child = subprocess.Popen([sys.executable, "-c", source.replace("60", "60" if os.
 time.sleep(1)
 print("state", open(f"/proc/{child.pid}/stat").read().rpartition(")")[2].split()[0])
 """
-OWN_HEAD = "import ctypes, os\nctypes.CDLL(None).syscall(60 if os.uname().machine == 'x86_64' else 93, 0)"
+OWN_HEAD = (
+    "import ctypes, os\nctypes.CDLL(None).syscall(60 if os.uname().machine == 'x86_64' else 93, 0)"
+)
 EXEC = "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)'])"
 STOPPED_CHILDREN = """
 import os, signal, subprocess

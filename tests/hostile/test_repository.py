@@ -60,9 +60,14 @@ print("all held")
 @pytest.mark.hostile
 @pytest.mark.parametrize(("place", "mechanism"), PLACES)
 @pytest.mark.parametrize("who", ["root", "user"])
-def test_nothing_beside_a_repository_is_reached(who: Who, place: str, mechanism: tuple[str, ...]) -> None:
+def test_nothing_beside_a_repository_is_reached(
+    who: Who, place: str, mechanism: tuple[str, ...]
+) -> None:
     directory = "/tmp" if place == "tmp" else "/var/lib"
-    with Arena(who, "ci") as arena, tempfile.TemporaryDirectory(dir=directory, prefix="h-repo-") as name:
+    with (
+        Arena(who, "ci") as arena,
+        tempfile.TemporaryDirectory(dir=directory, prefix="h-repo-") as name,
+    ):
         home, code = Path(name), Path(name) / "code"
         outer = code / "outer"
         repo = outer / "repo"
@@ -108,7 +113,11 @@ os.chmod("/tmp/closed", 0)
     with Arena(who, "ci") as arena:
         fight = arena.run(cell, options=("--cell-timeout", "60"))
         assert fight.status == Status.PASSED, fight
-        warnings = [words for words in fight.verdict["warnings"] if words.startswith("files that were not kept")]
+        warnings = [
+            words
+            for words in fight.verdict["warnings"]
+            if words.startswith("files that were not kept")
+        ]
         assert len(warnings) == 1 and len(warnings[0]) < 1000 and warnings[0].isprintable(), fight
         assert "passwd" not in warnings[0]
         assert not any(code < " " and code != "\n" for code in fight.stdout)

@@ -74,10 +74,10 @@ time.sleep(1)
 print("left a daemon")
 """
 FORKS = "import os\nwhile True:\n    os.fork()"
-SHELL_BOMB = "import subprocess\nsubprocess.run(['sh', '-c', 'b() { b | b & }; b; sleep 3'], check=True)"
-THREADS = (
-    "import threading, time\nfor _ in range(10000):\n    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+SHELL_BOMB = (
+    "import subprocess\nsubprocess.run(['sh', '-c', 'b() { b | b & }; b; sleep 3'], check=True)"
 )
+THREADS = "import threading, time\nfor _ in range(10000):\n    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
 FILES = "files = []\nwhile True:\n    files.append(open('/dev/null'))"
 PIPES = "import os\npipes = []\nwhile True:\n    pipes.append(os.pipe())"
 SMALL_FILES = "import os\nfor n in range(1_000_000):\n    os.close(os.open(f'f{n}', os.O_CREAT | os.O_WRONLY))"

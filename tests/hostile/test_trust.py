@@ -21,7 +21,9 @@ from tests.support import make_notebook
 
 pytestmark = pytest.mark.hostile
 
-ROOT, USER = (pytest.mark.parametrize("arena", [place], ids="-".join, indirect=True) for place in PLACES)
+ROOT, USER = (
+    pytest.mark.parametrize("arena", [place], ids="-".join, indirect=True) for place in PLACES
+)
 """For what is told to the runner, and judged by it, in the same way whoever the kernel is: one of the places will do."""
 
 PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
@@ -33,7 +35,9 @@ PASSED, DIED, ERROR, TIMEOUT, LIMIT = (
 )
 
 
-def fight(arena: Arena, *cells: str, timeout: str = "20", options: Sequence[str] = (), **env: str) -> Fight:
+def fight(
+    arena: Arena, *cells: str, timeout: str = "20", options: Sequence[str] = (), **env: str
+) -> Fight:
     """Run cells behind the weapons. IPython's own files go beside the notebook: in profile default the home is the user's own."""
     more = {"IPYTHONDIR": str(arena.mkdir("ipython")), **env}
     return arena.run(WEAPONS, *cells, options=("--cell-timeout", timeout, *options), env=more)
@@ -79,7 +83,8 @@ def test_a_flood_past_ipykernel_ends_the_run(arena: Arena) -> None:
 @ROOT
 def test_a_reply_of_many_megabytes_is_an_error_of_its_cell(arena: Arena) -> None:
     found = fight(
-        arena, "answer(status='error', ename='E', evalue='x' * 60_000_000, traceback=[])\nraise ValueError('x' * 60_000_000)"
+        arena,
+        "answer(status='error', ename='E', evalue='x' * 60_000_000, traceback=[])\nraise ValueError('x' * 60_000_000)",
     )
     assert found.status == ERROR and found.cell == 1, found
     assert "too large" in str(found), found
@@ -98,7 +103,9 @@ SWELLING = {
 def test_json_that_swells_in_memory_is_not_parsed(arena: Arena, name: str) -> None:
     cell = f"iopub([b't', *message('display_data', b'{{\"data\":{{\"application/json\":[' + {SWELLING[name]} + b'1]}}}}')])"
     found = fight(arena, cell, "print('next cell')")
-    assert found.status == PASSED and "next cell" in found.text and "malformed" in said(found), found
+    assert found.status == PASSED and "next cell" in found.text and "malformed" in said(found), (
+        found
+    )
 
 
 @USER
@@ -141,7 +148,9 @@ raise ValueError('\ud800 \x1b]0;title\x07')
     assert text.endswith(".out.ipynb")
     assert outputs(found, 1)[0].text == "a\ufffdb"
     assert outputs(found, 1)[1].data["application/json"] == {"\ufffd": None, "b": None}
-    assert "\x1b]0;" not in found.stdout + found.stderr + json.dumps(found.verdict["cause"], ensure_ascii=False)
+    assert "\x1b]0;" not in found.stdout + found.stderr + json.dumps(
+        found.verdict["cause"], ensure_ascii=False
+    )
 
 
 BUNDLES = r"""
@@ -169,7 +178,9 @@ def test_wrong_mime_bundles_and_types_are_left_out(arena: Arena) -> None:
     assert "malformed message(s) from the kernel were left out or mended" in said(found)
     for output in outputs(found, 1):
         for kind, value in output.get("data", {}).items():
-            assert isinstance(value, str) and kind != "image/png" and len(output.data) <= 100, output
+            assert isinstance(value, str) and kind != "image/png" and len(output.data) <= 100, (
+                output
+            )
     assert found.verdict["crash_cell"]["execution_count"] is None or isinstance(
         found.verdict["crash_cell"]["execution_count"], int
     )
@@ -199,7 +210,9 @@ print("after")
 
 def test_frames_that_are_no_message_are_left_out(arena: Arena) -> None:
     found = fight(arena, GARBAGE, "print('next cell')")
-    assert found.status == PASSED and found.text.count("once") == 1 and "FORGED" not in found.text, found
+    assert (
+        found.status == PASSED and found.text.count("once") == 1 and "FORGED" not in found.text
+    ), found
     assert "after" in found.text and "next cell" in found.text and "malformed" in said(found)
 
 
@@ -224,7 +237,9 @@ time.sleep(60)
 """
     found = fight(arena, cell, timeout="3")
     assert (found.status, found.cell) == (TIMEOUT, 1), found
-    assert re.search("SENT [3-9]", found.text + found.verdict["stderr_tail"]), "shell, iopub and control"
+    assert re.search("SENT [3-9]", found.text + found.verdict["stderr_tail"]), (
+        "shell, iopub and control"
+    )
 
 
 # --- floods -----------------------------------------------------------------------------------------------------
@@ -253,7 +268,9 @@ while time.time() - began < 60:
 """
 
 
-@pytest.mark.parametrize(("arena", "name"), in_turn(FLOODS, both=("comms", "updates")), indirect=["arena"])
+@pytest.mark.parametrize(
+    ("arena", "name"), in_turn(FLOODS, both=("comms", "updates")), indirect=["arena"]
+)
 def test_a_flood_of_small_messages_ends_by_the_cells_time(arena: Arena, name: str) -> None:
     found = fight(arena, FLOOD.format(attack=FLOODS[name]), timeout="3")
     assert found.status in (TIMEOUT, LIMIT) and found.cell == 1 and found.seconds < 25, found
@@ -276,9 +293,16 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize(("arena", "name"), in_turn(LIES, both=("ok and idle",)), indirect=["arena"])
+@pytest.mark.parametrize(
+    ("arena", "name"), in_turn(LIES, both=("ok and idle",)), indirect=["arena"]
+)
 def test_a_kernel_that_says_it_is_done_and_dies_died_in_that_cell(arena: Arena, name: str) -> None:
-    found = fight(arena, f"{LIES[name]}\ntime.sleep(1)\nprint('last words')\ndie()", "print('never')", "print('never')")
+    found = fight(
+        arena,
+        f"{LIES[name]}\ntime.sleep(1)\nprint('last words')\ndie()",
+        "print('never')",
+        "print('never')",
+    )
     assert (found.status, found.cell) == (DIED, 1), found
     assert "never" not in found.text and "last words" in found.text
     assert found.verdict["crash_cell"]["line"] == 4
@@ -306,14 +330,22 @@ threading.Thread(target=lie, daemon=True).start()
 
 @USER
 def test_a_kernel_that_says_it_is_done_and_goes_on_is_out_of_time(arena: Arena) -> None:
-    found = fight(arena, "idle(); answer()\nwhile True: time.sleep(0.1)", "print('never')", timeout="3")
-    assert (found.status, found.cell) == (TIMEOUT, 1) and "was said to be done" in said(found), found
+    found = fight(
+        arena, "idle(); answer()\nwhile True: time.sleep(0.1)", "print('never')", timeout="3"
+    )
+    assert (found.status, found.cell) == (TIMEOUT, 1) and "was said to be done" in said(found), (
+        found
+    )
 
 
 @ROOT
 def test_a_kernel_that_says_it_is_done_and_then_is_passes(arena: Arena) -> None:
-    found = fight(arena, "idle(); answer()\ntime.sleep(1)\nprint('really done')", "print('next cell')")
-    assert found.status == PASSED and "really done" in found.text and "next cell" in found.text, found
+    found = fight(
+        arena, "idle(); answer()\ntime.sleep(1)\nprint('really done')", "print('next cell')"
+    )
+    assert found.status == PASSED and "really done" in found.text and "next cell" in found.text, (
+        found
+    )
     assert "code cell 2 was said to be done" in said(found)
 
 
@@ -553,10 +585,14 @@ SHOUTS = {
 def test_no_escape_reaches_the_terminal(arena: Arena, name: str) -> None:
     folder = arena.mkdir("\x1b[31mred\x9b\u202e")
     source = SHOUTS[name].replace("{source}", EVIL.replace("\r", "").replace("\x00", ""))
-    path = make_notebook(folder / "nb\x1b]0;owned\x07.ipynb", f"# {EVIL[:-1]}\nx = 1".replace("\r", ""), source)
+    path = make_notebook(
+        folder / "nb\x1b]0;owned\x07.ipynb", f"# {EVIL[:-1]}\nx = 1".replace("\r", ""), source
+    )
     env = {"TERM": "xterm-256color", "IPYTHONDIR": str(arena.mkdir("ipython"))}
     found = arena.run_notebook(path, env=env, terminal=True)
-    assert found.status == (ERROR if name == "exception" else DIED) and "code cell 2" in found.stdout, found
+    assert (
+        found.status == (ERROR if name == "exception" else DIED) and "code cell 2" in found.stdout
+    ), found
     assert RAW.findall(found.stdout) == [], repr(found.stdout)
     banner = found.notebook.cells[0].source
     assert RAW.findall(banner) == [], repr(banner)
@@ -573,14 +609,20 @@ def test_no_escape_of_a_kernels_name_reaches_the_terminal(arena: Arena) -> None:
 def test_markup_is_inert_in_the_banner(arena: Arena) -> None:
     evil = "</b><script>alert(1)</script> ![x](http://evil/x.png) [a](javascript:1) $\\\\href{javascript:1}{x}$ `` ` ``` | <img src=x onerror=1>"
     found = fight(
-        arena, f"class E(Exception): pass\nE.__name__ = {evil!r}\nimport os\nprint({evil!r})\nraise MemoryError({evil!r})"
+        arena,
+        f"class E(Exception): pass\nE.__name__ = {evil!r}\nimport os\nprint({evil!r})\nraise MemoryError({evil!r})",
     )
     banner = found.notebook.cells[0].source
     assert found.notebook.cells[0].cell_type == "markdown"
-    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"(?ms)^(`{3,})text\n.*?\n\1$", "", banner))
-    assert "<script" not in outside and "<img" not in outside and "](http" not in outside and "](javascript" not in outside, (
-        banner
+    outside = re.sub(
+        r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"(?ms)^(`{3,})text\n.*?\n\1$", "", banner)
     )
+    assert (
+        "<script" not in outside
+        and "<img" not in outside
+        and "](http" not in outside
+        and "](javascript" not in outside
+    ), banner
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------
@@ -598,7 +640,10 @@ def test_secrets_of_the_environment_are_masked_in_reports_and_left_in_outputs(ar
     assert (found.status, found.cell) == (ERROR, 2), found
     assert secret in found.text, "the user's own outputs stay"
     assert secret not in found.stdout + found.stderr + json.dumps(found.verdict) + log.read_text()
-    assert "***" in found.verdict["cause"]["summary"] and "***" in found.verdict["crash_cell"]["source_line"]
+    assert (
+        "***" in found.verdict["cause"]["summary"]
+        and "***" in found.verdict["crash_cell"]["source_line"]
+    )
     assert secret not in found.notebook.cells[0].source
     assert secret not in json.dumps(found.notebook.metadata)
 
@@ -606,7 +651,11 @@ def test_secrets_of_the_environment_are_masked_in_reports_and_left_in_outputs(ar
 @ROOT
 def test_secrets_are_masked_in_our_error_output(arena: Arena) -> None:
     secret = "s3cr3t-value-42"
-    found = fight(arena, f"x = '{secret}'\nos.write(2, b'terminate called {secret}')\nos.abort()  # {secret}", DB_PASSWORD=secret)
+    found = fight(
+        arena,
+        f"x = '{secret}'\nos.write(2, b'terminate called {secret}')\nos.abort()  # {secret}",
+        DB_PASSWORD=secret,
+    )
     assert (found.status, found.cell) == (DIED, 1), found
     ours = [output for output in outputs(found, 1) if output.output_type == "error"]
     assert ours and secret not in json.dumps(ours) and "***" in json.dumps(ours)

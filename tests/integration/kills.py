@@ -40,7 +40,8 @@ class Kill:
             "ordinary-user": self.user,
             "cgroup-v1-root": Mechanism.CGROUP_V1 in self.mechanisms,
             "mount": self.needs_small_disk,
-            "bubblewrap": self.by is Mechanism.BUBBLEWRAP or self.cause is CauseKind.NETWORK_BLOCKED,
+            "bubblewrap": self.by is Mechanism.BUBBLEWRAP
+            or self.cause is CauseKind.NETWORK_BLOCKED,
             self.kernel: self.language != "python",
         }
         return tuple(bed for bed, needed in needs.items() if needed)

@@ -12,7 +12,9 @@ NATIVE = "libc <- dyn.load(Sys.glob('/lib/*/libc.so.6')[1])\n.C(getNativeSymbolI
 """R hands pointers to its vectors: as a length, one is enough for any memory."""
 HOARD = "cat('hogging\\n')\nflush(stdout())\nkept <- list()\nwhile (TRUE) kept[[length(kept) + 1]] <- numeric(2e6) + 1"
 FILL = "console.log('hogging');\nconst kept: Uint8Array[] = [];\nwhile (true) kept.push(new Uint8Array(16 << 20).fill(1));"
-READ_NULL = "console.log('before');\nnew Deno.UnsafePointerView(Deno.UnsafePointer.create(8n)!).getInt32();"
+READ_NULL = (
+    "console.log('before');\nnew Deno.UnsafePointerView(Deno.UnsafePointer.create(8n)!).getInt32();"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

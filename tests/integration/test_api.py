@@ -59,12 +59,17 @@ def test_a_notebook_that_passes(tmp_path: Path) -> None:
     assert [cell.status.value for cell in verdict.cells] == ["passed", "passed"]
     written = json.loads((tmp_path / "nb.verdict.json").read_text())
     assert written["run_id"] == verdict.run_id
-    assert verdict.outputs == {"notebook": str(tmp_path / "nb.out.ipynb"), "verdict": str(tmp_path / "nb.verdict.json")}
+    assert verdict.outputs == {
+        "notebook": str(tmp_path / "nb.out.ipynb"),
+        "verdict": str(tmp_path / "nb.verdict.json"),
+    }
     clean(verdict)
 
 
 def test_a_notebook_that_dies_is_a_verdict(tmp_path: Path) -> None:
-    path = make_notebook(tmp_path / "nb.ipynb", "print('one')", "import os\nos.kill(os.getpid(), 9)")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "print('one')", "import os\nos.kill(os.getpid(), 9)"
+    )
     verdict = safe_exec.run(str(path))
     assert verdict.status is Status.KERNEL_DIED
     assert verdict.cause is not None
@@ -74,20 +79,28 @@ def test_a_notebook_that_dies_is_a_verdict(tmp_path: Path) -> None:
     clean(verdict)
 
 
-def test_documents_may_go_elsewhere_and_the_reproduction_runs_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_may_go_elsewhere_and_the_reproduction_runs_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     (tmp_path / "here" / "signal.txt").write_text("9")
     path = make_notebook(
-        tmp_path / "here" / "nb.ipynb", "x = 1", "import os\nos.kill(os.getpid(), int(open('signal.txt').read()))"
+        tmp_path / "here" / "nb.ipynb",
+        "x = 1",
+        "import os\nos.kill(os.getpid(), int(open('signal.txt').read()))",
     )
-    out, said, repro = (tmp_path / "there" / name for name in ("nb.out.ipynb", "nb.json", "nb.repro.ipynb"))
+    out, said, repro = (
+        tmp_path / "there" / name for name in ("nb.out.ipynb", "nb.json", "nb.repro.ipynb")
+    )
     verdict = safe_exec.run(path, output=out, verdict=said, repro=repro)
     assert verdict.culprits is not None and verdict.culprits.minimal
     assert verdict.culprits.repro_notebook == str(repro)
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["nb.ipynb", "signal.txt"]
-    again = safe_exec_command(*shlex.split(reproduce_command(verdict))[1:], "--no-bisect", cwd=tmp_path)
+    again = safe_exec_command(
+        *shlex.split(reproduce_command(verdict))[1:], "--no-bisect", cwd=tmp_path
+    )
     assert again.returncode == Status.KERNEL_DIED.exit_code, again.stdout
     clean(verdict)
 
@@ -106,12 +119,18 @@ def test_limits_of_ones_own_stand_alone(tmp_path: Path) -> None:
 def test_no_limits_at_all(tmp_path: Path) -> None:
     verdict = safe_exec.run(make_notebook(tmp_path / "nb.ipynb", "1"), limits=Limits())
     assert verdict.status is Status.PASSED
-    assert all(getattr(verdict.limits, field.name) is None for field in fields(Limits) if field.name != "interrupt_grace")
+    assert all(
+        getattr(verdict.limits, field.name) is None
+        for field in fields(Limits)
+        if field.name != "interrupt_grace"
+    )
 
 
 def test_a_profile_by_name_and_options_that_win(tmp_path: Path) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "import time", "time.sleep(60)")
-    verdict = safe_exec.run(path, limits="ci", options={"cell_timeout": 1, "memory": "512M", "interrupt_grace": "1s"})
+    verdict = safe_exec.run(
+        path, limits="ci", options={"cell_timeout": 1, "memory": "512M", "interrupt_grace": "1s"}
+    )
     assert verdict.status is Status.TIMEOUT
     assert (verdict.limits.cell_timeout, verdict.limits.memory) == (1.0, 512 * MIB)
     clean(verdict)
@@ -119,7 +138,9 @@ def test_a_profile_by_name_and_options_that_win(tmp_path: Path) -> None:
 
 def test_a_limits_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("limits:\n  processes: 77\n")
-    verdict = safe_exec.run(make_notebook(tmp_path / "nb.ipynb", "1"), limits=str(tmp_path / "mine.yaml"))
+    verdict = safe_exec.run(
+        make_notebook(tmp_path / "nb.ipynb", "1"), limits=str(tmp_path / "mine.yaml")
+    )
     assert verdict.limits.processes == 77
 
 
@@ -155,7 +176,9 @@ def test_mechanisms_and_require(tmp_path: Path) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "1")
     verdict = safe_exec.run(path, mechanisms=["watchdog"], options={"memory": "1G"})
     assert verdict.enforcement[LimitName.MEMORY].by is Mechanism.WATCHDOG
-    refused = safe_exec.run(path, mechanisms=["watchdog"], require="memory", options={"memory": "1G"})
+    refused = safe_exec.run(
+        path, mechanisms=["watchdog"], require="memory", options={"memory": "1G"}
+    )
     assert refused.status is Status.INTERNAL_ERROR
     assert [cell.status.value for cell in refused.cells] == ["not_run"]
 
@@ -167,7 +190,11 @@ def test_events_come_in_order(tmp_path: Path) -> None:
     seen: list[Event] = []
     path = make_notebook(tmp_path / "nb.ipynb", "print(1)", "2")
     verdict = safe_exec.run(path, on_event=seen.append)
-    kinds = [type(event) for event in seen if not isinstance(event, events.UsageSampled | events.OutputReceived)]
+    kinds = [
+        type(event)
+        for event in seen
+        if not isinstance(event, events.UsageSampled | events.OutputReceived)
+    ]
     assert kinds == [
         events.RunStarted,
         events.SandboxBuilt,
@@ -191,7 +218,11 @@ def test_events_of_a_death(tmp_path: Path) -> None:
     seen: list[Event] = []
     path = make_notebook(tmp_path / "nb.ipynb", "import os\nos._exit(4)", "1")
     safe_exec.run(path, on_event=seen.append)
-    kinds = [type(event) for event in seen if not isinstance(event, events.UsageSampled | events.OutputReceived)]
+    kinds = [
+        type(event)
+        for event in seen
+        if not isinstance(event, events.UsageSampled | events.OutputReceived)
+    ]
     assert kinds.count(events.CellStarted) == 1
     (ended,) = (event for event in seen if isinstance(event, events.KernelEnded))
     assert (ended.expected, os.waitstatus_to_exitcode(ended.status or 0)) == (False, 4)
@@ -203,7 +234,13 @@ def test_events_of_a_timeout(tmp_path: Path) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "while True:\n    pass")
     safe_exec.run(path, options={"cell_timeout": 0.5}, on_event=seen.append)
     kinds = [type(event) for event in seen]
-    order = [events.CellStarted, events.LimitReached, events.Interrupted, events.Killed, events.CellFinished]
+    order = [
+        events.CellStarted,
+        events.LimitReached,
+        events.Interrupted,
+        events.Killed,
+        events.CellFinished,
+    ]
     places = [kinds.index(kind) for kind in order]
     assert places == sorted(places)
 
@@ -241,7 +278,11 @@ def test_the_event_log_holds_the_same_events(tmp_path: Path) -> None:
     ],
 )
 def test_errors_before_anything_is_written(
-    change: dict[str, Any], error: type[UsageError], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any],
+    error: type[UsageError],
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_notebook(tmp_path / "nb.ipynb", "1")
@@ -301,12 +342,20 @@ def test_two_at_once_in_one_loop(tmp_path: Path) -> None:
     for folder in (passes, dies):
         folder.mkdir()
     one = make_notebook(
-        passes / "nb.ipynb", "import time\nfor n in range(5):\n    print('alive', n)\n    time.sleep(0.05)", "'end'"
+        passes / "nb.ipynb",
+        "import time\nfor n in range(5):\n    print('alive', n)\n    time.sleep(0.05)",
+        "'end'",
     )
-    two = make_notebook(dies / "nb.ipynb", "print('soon dead')", "x = bytearray(b'x') * (500 * 2**20)")
+    two = make_notebook(
+        dies / "nb.ipynb", "print('soon dead')", "x = bytearray(b'x') * (500 * 2**20)"
+    )
 
     async def both() -> list[Verdict]:
-        return list(await asyncio.gather(safe_exec.run_async(one), safe_exec.run_async(two, options={"memory": "200M"})))
+        return list(
+            await asyncio.gather(
+                safe_exec.run_async(one), safe_exec.run_async(two, options={"memory": "200M"})
+            )
+        )
 
     first, second = asyncio.run(both())
     assert (first.status, second.status) == (Status.PASSED, Status.KERNEL_DIED)

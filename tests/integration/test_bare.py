@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.integration.kills import HOG, SPIN, THREADS
-from tests.support import NOBODY, ROOT, Outcome, make_notebook, ordinary_user, run_notebook, safe_exec
+from tests.support import (
+    NOBODY,
+    ROOT,
+    Outcome,
+    make_notebook,
+    ordinary_user,
+    run_notebook,
+    safe_exec,
+)
 
 pytestmark = [pytest.mark.kills, pytest.mark.bed("ordinary-user", "mount")]
 
@@ -30,7 +38,17 @@ QUICK = ("--no-bisect", "--cell-timeout", "20")
 def container() -> list[str]:
     """A command prefix: nothing of control groups can be written, no namespace can be had."""
     filtered = [sys.executable, str(ROOT / "tests" / "without.py"), "namespaces:EPERM"]
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-ec", READ_ONLY, "sh", *filtered]
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-ec",
+        READ_ONLY,
+        "sh",
+        *filtered,
+    ]
 
 
 USER = [*container(), *ordinary_user()]
@@ -46,7 +64,9 @@ def folder() -> Iterator[Path]:
 
 def run(folder: Path, prefix: list[str], *cells: str, options: tuple[str, ...] = ()) -> Outcome:
     path = make_notebook(folder / "nb.ipynb", *cells)
-    return run_notebook(path, *QUICK, *options, prefix=prefix, env={"HOME": str(folder)}, cwd=folder)
+    return run_notebook(
+        path, *QUICK, *options, prefix=prefix, env={"HOME": str(folder)}, cwd=folder
+    )
 
 
 def said(outcome: Outcome) -> tuple[str, str | None]:
@@ -68,7 +88,9 @@ def test_doctor_says_what_cannot_be_held(folder: Path) -> None:
         "file_size": ("rlimit", True),
         "disk": (found["limits"]["disk"]["by"], False),
         "shm": ("none", False),
-        **dict.fromkeys(("cell_timeout", "timeout", "start_timeout", "cell_output", "output"), ("runner", False)),
+        **dict.fromkeys(
+            ("cell_timeout", "timeout", "start_timeout", "cell_output", "output"), ("runner", False)
+        ),
     }
     assert not found["bubblewrap"]["works"]
     assert found["remedies"]
@@ -98,15 +120,15 @@ def test_processes(folder: Path) -> None:
 
 
 def test_output(folder: Path) -> None:
-    outcome = run(folder, USER, "while True:\n    print('flood' * 2000)", options=("--output", "200k"))
+    outcome = run(
+        folder, USER, "while True:\n    print('flood' * 2000)", options=("--output", "200k")
+    )
     assert said(outcome) == ("limit_exceeded", "output_flood"), outcome.stdout
 
 
 def test_time_and_a_daemon(folder: Path) -> None:
     """The daemon forks twice into a session of its own; ``run_notebook`` sees that it is gone."""
-    daemon = (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)"
-    )
+    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)"
     outcome = run(folder, USER, daemon, "time.sleep(60)", options=("--cell-timeout", "2"))
     assert said(outcome) == ("timeout", "cell_timeout"), outcome.stdout
 
@@ -120,9 +142,16 @@ def test_what_is_required_is_refused(folder: Path) -> None:
 def test_root_without_rights(folder: Path) -> None:
     """RLIMIT_NPROC does not count for user 0: the watchdog does."""
     os.chown(folder, 0, 0)
-    outcome = run(folder, ROOT_WITHOUT_RIGHTS, THREADS + "\ntime.sleep(20)", options=("--processes", "64", "--memory", "1G"))
+    outcome = run(
+        folder,
+        ROOT_WITHOUT_RIGHTS,
+        THREADS + "\ntime.sleep(20)",
+        options=("--processes", "64", "--memory", "1G"),
+    )
     assert said(outcome) == ("limit_exceeded", "too_many_processes"), outcome.stdout
-    assert {name: outcome.verdict["enforcement"][name]["by"] for name in ("memory", "processes")} == {
+    assert {
+        name: outcome.verdict["enforcement"][name]["by"] for name in ("memory", "processes")
+    } == {
         "memory": "rlimit",
         "processes": "watchdog",
     }

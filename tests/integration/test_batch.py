@@ -25,7 +25,14 @@ from safe_exec.reports.batch.summary_json import load_schema as load_summary_sch
 from safe_exec.reports.verdict_json import load_schema
 from tests.cases.catalogue import read_all
 from tests.cases.test_cases import agrees
-from tests.support import EXECUTABLE, MARK, make_notebook, marked_processes, private_directory, wait_until
+from tests.support import (
+    EXECUTABLE,
+    MARK,
+    make_notebook,
+    marked_processes,
+    private_directory,
+    wait_until,
+)
 
 NONE: frozenset[str] = frozenset()
 
@@ -54,9 +61,15 @@ class Place:
         self.out = folder / "out"
         self.mark = secrets.token_hex(8)
         (own / "runtime").mkdir(mode=0o700)
-        given = {"XDG_CACHE_HOME": str(own / "cache"), "XDG_RUNTIME_DIR": str(own / "runtime"), MARK: self.mark}
+        given = {
+            "XDG_CACHE_HOME": str(own / "cache"),
+            "XDG_RUNTIME_DIR": str(own / "runtime"),
+            MARK: self.mark,
+        }
         # ipykernel does not watch descriptors 1 and 2 where it believes to be under test itself.
-        self.env = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"} | given
+        self.env = {
+            key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"
+        } | given
 
     def start(self, *arguments: str, **more: Any) -> subprocess.Popen[str]:
         argv = [str(EXECUTABLE), "batch", "--out", "out", *arguments]
@@ -76,7 +89,9 @@ class Place:
             self.check_documents(row)
         assert summary["exit_code"] == code, stderr
         last = stdout.splitlines()[-1]
-        assert re.fullmatch(rf"batch: \d+ notebooks?: .* in \d+\.\d s; exit code {code}", last), stdout
+        assert re.fullmatch(rf"batch: \d+ notebooks?: .* in \d+\.\d s; exit code {code}", last), (
+            stdout
+        )
         assert self.left() == []
         return Done(code=code, stdout=stdout, stderr=stderr, summary=summary)
 
@@ -129,7 +144,9 @@ def counting(place: Path | str, *sources: str) -> tuple[str, ...]:
 
 @pytest.mark.kills
 @pytest.mark.timeout(600)
-def test_a_batch_that_is_killed_again_and_again_loses_nothing_and_runs_nothing_twice(place: Place) -> None:
+def test_a_batch_that_is_killed_again_and_again_loses_nothing_and_runs_nothing_twice(
+    place: Place,
+) -> None:
     seed = int(os.environ.get("SAFE_EXEC_SEED", secrets.randbelow(10**6)))
     print(f"SAFE_EXEC_SEED={seed}")  # noqa: T201 - to repeat a failure
     chance = random.Random(seed)
@@ -148,13 +165,21 @@ def test_a_batch_that_is_killed_again_and_again_loses_nothing_and_runs_nothing_t
         wanted = 0 if kills % 4 == 0 else len(before) + chance.randint(2, 12)
         try:
             # Now in the start of the batch, now between two notebooks, now within one; however fast it runs.
-            wait_until(lambda: process.poll() is not None or len(place.finished()) >= wanted, 300, "some notebooks more")  # noqa: B023
-            stdout, stderr = process.communicate(timeout=chance.uniform(0, 0.3) if wanted else chance.uniform(0.2, 1.0))
+            wait_until(
+                lambda: process.poll() is not None or len(place.finished()) >= wanted,  # noqa: B023
+                300,
+                "some notebooks more",
+            )
+            stdout, stderr = process.communicate(
+                timeout=chance.uniform(0, 0.3) if wanted else chance.uniform(0.2, 1.0)
+            )
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
-            wait_until(lambda: place.left() == [], 10, f"everything gone: {place.left()} (seed {seed})")
+            wait_until(
+                lambda: place.left() == [], 10, f"everything gone: {place.left()} (seed {seed})"
+            )
         else:
             break
         finally:
@@ -165,7 +190,9 @@ def test_a_batch_that_is_killed_again_and_again_loses_nothing_and_runs_nothing_t
         assert not again, f"seed {seed}"
     done = place.done(process.returncode, stdout, stderr)
     assert done.code == 1
-    assert done.statuses() == {name: "cell_error" if n % 10 == 0 else "passed" for n, name in enumerate(names)}
+    assert done.statuses() == {
+        name: "cell_error" if n % 10 == 0 else "passed" for n, name in enumerate(names)
+    }
     assert {name: size_of(counts / str(n)) for n, name in enumerate(names)} == runs, f"seed {seed}"
     assert kills >= 5, f"{kills} kills: too few to say anything (seed {seed})"
     finishes = Counter(event["path"] for event in place.journal() if event["event"] == "finished")
@@ -178,10 +205,16 @@ def size_of(path: Path) -> int:
 
 
 def test_a_second_batch_on_the_same_directory_is_refused_while_the_first_runs(place: Place) -> None:
-    make_notebook(place.folder / "slow.ipynb", "print('begun', flush=True)", "import time; time.sleep(600)")
+    make_notebook(
+        place.folder / "slow.ipynb", "print('begun', flush=True)", "import time; time.sleep(600)"
+    )
     process = place.start("slow.ipynb")
     try:
-        wait_until(lambda: any(event["event"] == "started" for event in place.journal()), 60, "the first runs")
+        wait_until(
+            lambda: any(event["event"] == "started" for event in place.journal()),
+            60,
+            "the first runs",
+        )
         second = place.start("slow.ipynb", "--resume")
         _, stderr = second.communicate(timeout=60)
         assert second.returncode == 2 and "another batch writes there now" in stderr
@@ -196,7 +229,9 @@ def test_resume_runs_again_what_has_changed_and_what_lost_its_documents(place: P
         make_notebook(place.folder / f"{name}.ipynb", *counting(place.own / name))
     place.run(".", "--no-bisect")
     make_notebook(place.folder / "edited.ipynb", *counting(place.own / "edited", "1"))
-    (place.folder / "safe-exec.yaml").write_text("limits:\n  - path: limits.ipynb\n    cell_timeout: 99s\n")
+    (place.folder / "safe-exec.yaml").write_text(
+        "limits:\n  - path: limits.ipynb\n    cell_timeout: 99s\n"
+    )
     (place.out / "lost.verdict.json").unlink()
     done = place.run(".", "--no-bisect", "--resume")
     assert done.code == 0 and done.summary["resumed"]
@@ -244,7 +279,9 @@ def test_mixed_cases_get_the_same_verdicts_one_and_two_at_a_time(place: Place) -
     (place.folder / "safe-exec.yaml").write_text("\n".join(lines))
     found = {}
     for jobs in ("1", "2"):
-        shutil.rmtree(place.own / "cache", ignore_errors=True)  # trials of the first search would answer the second
+        shutil.rmtree(
+            place.own / "cache", ignore_errors=True
+        )  # trials of the first search would answer the second
         # A machine that is busy must not end a search for want of time: what is compared is what it finds.
         done = place.run(".", "-j", jobs, "--bisect-budget", "5m")
         found[jobs] = {row["path"]: answer(row, place.out) for row in done.summary["notebooks"]}
@@ -252,7 +289,11 @@ def test_mixed_cases_get_the_same_verdicts_one_and_two_at_a_time(place: Place) -
     for name, case in cases.items():
         status, kind, crash, culprits = found["2"][f"{name}/case.ipynb"]
         expected = case.expected
-        assert agrees(expected["status"], status) and agrees(expected["cause"], kind) and agrees(expected["cell"], crash), name
+        assert (
+            agrees(expected["status"], status)
+            and agrees(expected["cause"], kind)
+            and agrees(expected["cell"], crash)
+        ), name
         assert not expected["culprits"] or culprits in expected["culprits"], name
 
 
@@ -267,15 +308,24 @@ def answer(row: dict[str, Any], out: Path) -> tuple[str, str | None, int | None,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_in_order_and_everything_is_written(place: Place, number: signal.Signals) -> None:
+def test_a_signal_ends_all_in_order_and_everything_is_written(
+    place: Place, number: signal.Signals
+) -> None:
     for n in range(2):
         make_notebook(
-            place.folder / f"slow{n}.ipynb", "print('kept')", f"open({str(place.own / f'at-{n}')!r}, 'w')\nwhile True: pass"
+            place.folder / f"slow{n}.ipynb",
+            "print('kept')",
+            f"open({str(place.own / f'at-{n}')!r}, 'w')\nwhile True: pass",
         )
     make_notebook(place.folder / "z.ipynb", "1")
     process = place.start("slow0.ipynb", "slow1.ipynb", "z.ipynb", "-j", "2")
     wait_until(
-        lambda: sum((place.own / f"at-{n}").exists() for n in range(2)) == 2 or process.poll() is not None, 120, "both run"
+        lambda: (
+            sum((place.own / f"at-{n}").exists() for n in range(2)) == 2
+            or process.poll() is not None
+        ),
+        120,
+        "both run",
     )
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
@@ -309,7 +359,10 @@ def test_a_batch_of_many_kinds(place: Place) -> None:
         "torn.ipynb": "refused",
         "wrong.ipynb": "refused",
     }
-    assert "torn.ipynb: torn.ipynb" not in done.stdout and "cut off in the middle" in done.row("torn.ipynb")["error"]
+    assert (
+        "torn.ipynb: torn.ipynb" not in done.stdout
+        and "cut off in the middle" in done.row("torn.ipynb")["error"]
+    )
     assert "safe_exec.inputs: expected a list" in done.row("wrong.ipynb")["error"]
     assert done.row("dies.ipynb")["cause"] == "exit" and done.row("dies.ipynb")["crash_cell"] == 1
     assert "kernel died in code cell 2" in done.stdout
@@ -318,13 +371,22 @@ def test_a_batch_of_many_kinds(place: Place) -> None:
 def test_the_folder_of_a_notebook_stays_its_own_and_nothing_is_written_there(place: Place) -> None:
     (place.folder / "deep").mkdir()
     (place.folder / "deep" / "data.txt").write_text("there")
-    make_notebook(place.folder / "deep" / "n.ipynb", "assert open('data.txt').read() == 'there'", "import os; os.abort()")
+    make_notebook(
+        place.folder / "deep" / "n.ipynb",
+        "assert open('data.txt').read() == 'there'",
+        "import os; os.abort()",
+    )
     done = place.run("deep")
-    assert sorted(path.name for path in (place.folder / "deep").iterdir()) == ["data.txt", "n.ipynb"]
+    assert sorted(path.name for path in (place.folder / "deep").iterdir()) == [
+        "data.txt",
+        "n.ipynb",
+    ]
     row = done.row("deep/n.ipynb")
     assert row["cause"] == "abort" and row["repro"] == "deep/n.repro.ipynb"
     node = json.loads((place.out / "deep/n.out.ipynb").read_text())
-    assert f"--cwd {place.folder / 'deep'}" in json.dumps(node), "the reproduction is elsewhere than the notebook's files"
+    assert f"--cwd {place.folder / 'deep'}" in json.dumps(node), (
+        "the reproduction is elsewhere than the notebook's files"
+    )
 
 
 def test_only_changed(place: Place) -> None:
@@ -360,7 +422,9 @@ def test_retries_are_for_what_can_be_transient_and_flaky_is_said(place: Place) -
     )
     make_notebook(place.folder / "error.ipynb", *counting(place.own / "error"), "1/0")
     make_notebook(
-        place.folder / "killed.ipynb", *counting(place.own / "killed"), "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+        place.folder / "killed.ipynb",
+        *counting(place.own / "killed"),
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     )
     done = place.run(".", "--retries", "2", "--no-bisect")
     assert done.code == 3
@@ -368,7 +432,9 @@ def test_retries_are_for_what_can_be_transient_and_flaky_is_said(place: Place) -
     assert (flaky["status"], flaky["attempts"], flaky["flaky"]) == ("passed", 2, True)
     assert size_of(place.own / "error") == 1 and done.row("error.ipynb")["attempts"] == 1
     assert size_of(place.own / "killed") == 3 and done.row("killed.ipynb")["attempts"] == 3
-    assert "1 passed (1 flaky)" in done.stdout.splitlines()[-1] and "flaky: attempt 2" in done.stdout
+    assert (
+        "1 passed (1 flaky)" in done.stdout.splitlines()[-1] and "flaky: attempt 2" in done.stdout
+    )
 
 
 STARTED = """
@@ -420,18 +486,26 @@ def test_a_kernel_that_was_started_for_nothing_runs_nothing(place: Place) -> Non
     assert done.statuses() == {"a.ipynb": "cell_error", "b.ipynb": "not_run"}
     assert len(list(traces.iterdir())) == 2
     assert not (place.folder / "ran").exists() and not (place.out / "b.verdict.json").exists()
-    assert [event["path"] for event in place.journal() if event["event"] == "started"] == ["a.ipynb"]
+    assert [event["path"] for event in place.journal() if event["event"] == "started"] == [
+        "a.ipynb"
+    ]
 
 
 def test_no_kernel_starts_ahead_where_the_sandbox_copies_the_folder(place: Place) -> None:
     """A copy that was made before its turn would not have what the one before wrote."""
-    make_notebook(place.folder / "a.ipynb", LONGEST + "import time\ntime.sleep(3)\nopen('given', 'w').write('yes')")
+    make_notebook(
+        place.folder / "a.ipynb",
+        LONGEST + "import time\ntime.sleep(3)\nopen('given', 'w').write('yes')",
+    )
     make_notebook(place.folder / "b.ipynb", "assert open('given').read() == 'yes'")
     (place.folder / "safe-exec.yaml").write_text("limits:\n  - path: b.ipynb\n    disk: 50M\n")
     process = place.start("a.ipynb", "b.ipynb", "-j", "1")
     most = 0
     while not (place.folder / "given").exists() and process.poll() is None:
-        most = max(most, sum(b"ipykernel_launcher" in command_of(pid) for pid in marked_processes(place.mark)))
+        most = max(
+            most,
+            sum(b"ipykernel_launcher" in command_of(pid) for pid in marked_processes(place.mark)),
+        )
     done = place.done(process.wait(60), *process.communicate())
     assert done.code == 0, done.stdout
     assert most == 1
@@ -445,10 +519,17 @@ def command_of(pid: int) -> bytes:
 
 def test_fail_fast_starts_no_more(place: Place) -> None:
     for n in range(4):
-        make_notebook(place.folder / f"{n}.ipynb", "1/0", "# so that it is the largest\n" * (10 - n))
+        make_notebook(
+            place.folder / f"{n}.ipynb", "1/0", "# so that it is the largest\n" * (10 - n)
+        )
     done = place.run(".", "--fail-fast", "-j", "1")
     assert done.code == 1
-    assert done.statuses() == {"0.ipynb": "cell_error", "1.ipynb": "not_run", "2.ipynb": "not_run", "3.ipynb": "not_run"}
+    assert done.statuses() == {
+        "0.ipynb": "cell_error",
+        "1.ipynb": "not_run",
+        "2.ipynb": "not_run",
+        "3.ipynb": "not_run",
+    }
     assert "go on with --resume" in done.stdout
     make_notebook(place.folder / "0.ipynb", "1")
     again = place.run("0.ipynb")
@@ -486,7 +567,9 @@ def test_two_notebooks_that_would_write_one_document_do_not_meet(place: Place) -
     make_notebook(place.folder / "a.ipynb", "print('lower')")
     make_notebook(place.folder / "a.IPYNB", "print('upper')")
     done = place.run("a.ipynb", "a.IPYNB")
-    texts = {row["path"]: (place.out / row["notebook"]).read_text() for row in done.summary["notebooks"]}
+    texts = {
+        row["path"]: (place.out / row["notebook"]).read_text() for row in done.summary["notebooks"]
+    }
     assert "lower" in texts["a.ipynb"] and "upper" in texts["a.IPYNB"]
 
 

@@ -32,18 +32,28 @@ def test_a_batch_on_github_and_gitlab(place: Place) -> None:
     make_notebook(docs / "fine.ipynb", "print('fine')")
     make_notebook(docs / "dies.ipynb", "x = 1", "y = 2\nimport os\nos.abort()")
     raising = make_notebook(docs / "raises.ipynb", "z = 3\nraise ValueError('100%, no')")
-    raising.write_text(json.dumps(json.loads(nbformat.writes(nbformat.read(raising, as_version=4)))))  # on one line
+    raising.write_text(
+        json.dumps(json.loads(nbformat.writes(nbformat.read(raising, as_version=4))))
+    )  # on one line
     (docs / "broken.ipynb").write_text("{")
     summary = place.folder / "summary.md"
     summary.write_text("before\n")
     checkout = str(place.folder / "repository")
-    place.env |= {"GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": checkout, "GITHUB_STEP_SUMMARY": str(summary)}
+    place.env |= {
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_WORKSPACE": checkout,
+        "GITHUB_STEP_SUMMARY": str(summary),
+    }
     place.env |= {"GITLAB_CI": "true", "CI_PROJECT_DIR": checkout}
 
     done = place.run("repository", "--no-bisect", "-j", "2")
 
     found = [read(line) for line in done.stdout.splitlines() if line.startswith("::")]
-    errors = {properties["file"]: (int(properties["line"]), message) for name, properties, message in found if name == "error"}
+    errors = {
+        properties["file"]: (int(properties["line"]), message)
+        for name, properties, message in found
+        if name == "error"
+    }
     assert set(errors) == {"docs/dies.ipynb", "docs/raises.ipynb", "docs/broken.ipynb"}
     assert line_of(docs / "dies.ipynb", errors["docs/dies.ipynb"][0]) == "os.abort()"
     assert errors["docs/raises.ipynb"][0] == errors["docs/broken.ipynb"][0] == 1
@@ -53,10 +63,12 @@ def test_a_batch_on_github_and_gitlab(place: Place) -> None:
 
     problems = json.loads((place.out / "codequality.json").read_text())
     Draft202012Validator(CODE_QUALITY).validate(problems)
-    assert {problem["location"]["path"]: problem["location"]["lines"]["begin"] for problem in problems} == {
-        path: line for path, (line, _) in errors.items()
-    }
-    xmlschema.XMLSchema(ROOT / "tests" / "unit" / "reports" / "batch" / "junit.xsd").validate(place.out / "junit.xml")
+    assert {
+        problem["location"]["path"]: problem["location"]["lines"]["begin"] for problem in problems
+    } == {path: line for path, (line, _) in errors.items()}
+    xmlschema.XMLSchema(ROOT / "tests" / "unit" / "reports" / "batch" / "junit.xsd").validate(
+        place.out / "junit.xml"
+    )
     cases = {
         suite.attrib["name"]: [child.tag for child in suite.iterfind("testcase/*")]
         for suite in ET.parse(place.out / "junit.xml").getroot()

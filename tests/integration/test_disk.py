@@ -33,16 +33,27 @@ for number in range(10_000_000):
 
 
 @pytest.mark.parametrize(
-    "cell", [FOLDER, TEMPORARY, REMOVED, BY_CHILD, SMALL_FILES], ids=["folder", "temporary", "removed", "by-child", "small-files"]
+    "cell",
+    [FOLDER, TEMPORARY, REMOVED, BY_CHILD, SMALL_FILES],
+    ids=["folder", "temporary", "removed", "by-child", "small-files"],
 )
 def test_without_bubblewrap_the_watchdog_ends_the_run(cell: str, tmp_path: Path) -> None:
     (tmp_path / "there-before").write_bytes(b"x" * (30 << 20))
     path = make_notebook(tmp_path / "nb.ipynb", "x = 1", cell)
-    done = run_notebook(path, "--no-bisect", "--disk", "20M", "--cell-timeout", "100", env=NO_BUBBLEWRAP)
+    done = run_notebook(
+        path, "--no-bisect", "--disk", "20M", "--cell-timeout", "100", env=NO_BUBBLEWRAP
+    )
     verdict = done.verdict
-    assert (done.code, verdict["status"], verdict["cause"]["kind"]) == (5, "limit_exceeded", "disk_full"), done.stdout
+    assert (done.code, verdict["status"], verdict["cause"]["kind"]) == (
+        5,
+        "limit_exceeded",
+        "disk_full",
+    ), done.stdout
     assert verdict["crash_cell"]["code_index"] == 1
-    assert (verdict["enforcement"]["disk"]["by"], verdict["enforcement"]["disk"]["hard"]) == ("watchdog", False)
+    assert (verdict["enforcement"]["disk"]["by"], verdict["enforcement"]["disk"]["hard"]) == (
+        "watchdog",
+        False,
+    )
     assert "weak limit  disk: only the watchdog holds it" in done.stdout, done.stdout
 
 
@@ -66,9 +77,24 @@ def test_what_somebody_else_changed_meanwhile_stays_and_is_told(tmp_path: Path) 
     )
     path = make_notebook(tmp_path / "nb.ipynb", cell)
     events = tmp_path / "events"
-    argv = [str(EXECUTABLE), "run", str(path), "--no-bisect", "--disk", "20M", "--cell-timeout", "100", "--events", str(events)]
+    argv = [
+        str(EXECUTABLE),
+        "run",
+        str(path),
+        "--no-bisect",
+        "--disk",
+        "20M",
+        "--cell-timeout",
+        "100",
+        "--events",
+        str(events),
+    ]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        wait_until(lambda: events.exists() and "output_received" in events.read_text(), 60, "the cell has written")
+        wait_until(
+            lambda: events.exists() and "output_received" in events.read_text(),
+            60,
+            "the cell has written",
+        )
         (tmp_path / "both").write_text("by somebody else")
         (tmp_path / "others").write_text("by somebody else")
         (tmp_path / "go").write_text("go")

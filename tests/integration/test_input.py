@@ -15,7 +15,15 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.support import MARK, left_behind, make_notebook, marked_processes, ordinary_user, run_notebook, safe_exec
+from tests.support import (
+    MARK,
+    left_behind,
+    make_notebook,
+    marked_processes,
+    ordinary_user,
+    run_notebook,
+    safe_exec,
+)
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -77,7 +85,10 @@ def test_no_such_file(tmp_path: Path) -> None:
         (b'{"nbformat": 4, "nbformat_minor": 5, "metadata": [], "cells": []}', "metadata"),
         (b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": {}}', "cells"),
         (b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [1]}', "cell 0"),
-        (b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "other"}]}', "cell 0"),
+        (
+            b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "other"}]}',
+            "cell 0",
+        ),
         (b'{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": 1}', "nbformat 3"),
         (b'{"nbformat": 0}', "nbformat"),
     ],
@@ -117,7 +128,15 @@ def test_a_device_and_a_dangling_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["new\nline.ipynb", "tab\there.ipynb", "\x1b[31mred.ipynb", "a" * 255, "nb.ipynb/inside", "%s%d{}"]
+    "name",
+    [
+        "new\nline.ipynb",
+        "tab\there.ipynb",
+        "\x1b[31mred.ipynb",
+        "a" * 255,
+        "nb.ipynb/inside",
+        "%s%d{}",
+    ],
 )
 def test_names_that_would_break_a_line(name: str, tmp_path: Path) -> None:
     line = refused(tmp_path, name)
@@ -314,7 +333,9 @@ def test_the_limits_file_of_the_repository_is_wrong(tmp_path: Path) -> None:
         ({"safe_exec": {"limits": {"cpus": None, "cell_timeout": []}}}, ["cell_timeout"]),
     ],
 )
-def test_limits_in_the_metadata_are_wrong(metadata: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+def test_limits_in_the_metadata_are_wrong(
+    metadata: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
     make_notebook(tmp_path / "nb.ipynb", "1", **metadata)
     line = refused(tmp_path, "nb.ipynb")
     assert [word for word in ["nb.ipynb", *words] if word not in line] == []
@@ -335,8 +356,20 @@ def test_limits_of_a_cell_are_wrong(tmp_path: Path) -> None:
 
 
 def test_a_notebook_of_format_3_passes(tmp_path: Path) -> None:
-    code = {"cell_type": "code", "collapsed": False, "input": "print(6 * 7)", "language": "python", "metadata": {}, "outputs": []}
-    old = {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0, "worksheets": [{"cells": [code], "metadata": {}}]}
+    code = {
+        "cell_type": "code",
+        "collapsed": False,
+        "input": "print(6 * 7)",
+        "language": "python",
+        "metadata": {},
+        "outputs": [],
+    }
+    old = {
+        "metadata": {"name": ""},
+        "nbformat": 3,
+        "nbformat_minor": 0,
+        "worksheets": [{"cells": [code], "metadata": {}}],
+    }
     path = tmp_path / "old.ipynb"
     path.write_text(json.dumps(old))
     outcome = run_notebook(path)
@@ -353,7 +386,10 @@ def test_a_notebook_without_cells_passes(tmp_path: Path) -> None:
 
 def test_a_notebook_of_text_alone_passes(tmp_path: Path) -> None:
     node = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell("# text", id="a"), nbformat.v4.new_raw_cell("raw", id="b")]
+        cells=[
+            nbformat.v4.new_markdown_cell("# text", id="a"),
+            nbformat.v4.new_raw_cell("raw", id="b"),
+        ]
     )
     path = tmp_path / "text.ipynb"
     nbformat.write(node, path)
@@ -377,7 +413,16 @@ def test_a_read_only_folder_with_outputs_elsewhere(for_anybody: Path) -> None:
     (for_anybody / "out").chmod(0o777)
     out, verdict = for_anybody / "out" / "o.ipynb", for_anybody / "out" / "v.json"
     home = {"HOME": str(for_anybody / "out")}
-    done = safe_exec("run", for_anybody / "in" / "nb.ipynb", "-o", out, "--verdict", verdict, prefix=ordinary_user(), env=home)
+    done = safe_exec(
+        "run",
+        for_anybody / "in" / "nb.ipynb",
+        "-o",
+        out,
+        "--verdict",
+        verdict,
+        prefix=ordinary_user(),
+        env=home,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert os.listdir(for_anybody / "in") == ["nb.ipynb"]
     assert json.loads(verdict.read_text())["status"] == "passed"
@@ -397,7 +442,9 @@ def test_an_unknown_kernel_names_those_installed_in_a_verdict(tmp_path: Path) ->
 def test_an_unknown_kernel_as_an_option(tmp_path: Path) -> None:
     outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", "1"), "--kernel", "julia-9")
     assert outcome.code == 6
-    assert "julia-9" in outcome.verdict["cause"]["summary"] + json.dumps(outcome.verdict["cause"]["evidence"])
+    assert "julia-9" in outcome.verdict["cause"]["summary"] + json.dumps(
+        outcome.verdict["cause"]["evidence"]
+    )
 
 
 # --- again ------------------------------------------------------------------------------------------------------
@@ -409,9 +456,13 @@ def bare(node: Any) -> Any:
     for part in (copy, *copy["cells"]):
         part["metadata"].pop("safe_exec", None)
         part["metadata"].pop("execution", None)
-    copy["cells"] = [cell for cell in copy["cells"] if "safe-exec" not in cell["metadata"].get("tags", [])]
+    copy["cells"] = [
+        cell for cell in copy["cells"] if "safe-exec" not in cell["metadata"].get("tags", [])
+    ]
     for cell in copy["cells"]:
-        cell["outputs"] = [o for o in cell.get("outputs", []) if not str(o.get("ename")).startswith("SafeExec")]
+        cell["outputs"] = [
+            o for o in cell.get("outputs", []) if not str(o.get("ename")).startswith("SafeExec")
+        ]
     return copy
 
 
@@ -419,9 +470,19 @@ def essence(verdict: dict[str, Any]) -> dict[str, Any]:
     cause, crash = verdict["cause"] or {}, verdict["crash_cell"] or {}
     return {
         "status": verdict["status"],
-        "cause": (cause.get("kind"), cause.get("summary"), cause.get("signal"), cause.get("advice")),
-        "crash": {key: crash.get(key) for key in ("index", "code_index", "id", "line", "source_line")},
-        "cells": [(cell["index"], cell["code_index"], cell["id"], cell["status"]) for cell in verdict["cells"]],
+        "cause": (
+            cause.get("kind"),
+            cause.get("summary"),
+            cause.get("signal"),
+            cause.get("advice"),
+        ),
+        "crash": {
+            key: crash.get(key) for key in ("index", "code_index", "id", "line", "source_line")
+        },
+        "cells": [
+            (cell["index"], cell["code_index"], cell["id"], cell["status"])
+            for cell in verdict["cells"]
+        ],
         "limits": verdict["limits"],
         "notebook": {key: verdict["notebook"][key] for key in ("cells", "code_cells", "kernel")},
     }
@@ -431,13 +492,19 @@ def essence(verdict: dict[str, Any]) -> dict[str, Any]:
     "sources",
     [
         ("print('a')", "1 + 1", "x = 3"),
-        ("print('before')", "import os\nprint('last words')\nos.kill(os.getpid(), 11)", "print('never')"),
+        (
+            "print('before')",
+            "import os\nprint('last words')\nos.kill(os.getpid(), 11)",
+            "print('never')",
+        ),
         ("print('before')", "print('in it')\n1 / 0", "print('never')"),
         ("import os", "os._exit(3)", "print('never')"),
     ],
     ids=["passes", "segfault", "error", "exit"],
 )
-def test_running_an_annotated_notebook_gives_the_same_again(sources: tuple[str, ...], tmp_path: Path) -> None:
+def test_running_an_annotated_notebook_gives_the_same_again(
+    sources: tuple[str, ...], tmp_path: Path
+) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", *sources)
     node = nbformat.read(path, as_version=4)
     node.cells.insert(0, nbformat.v4.new_markdown_cell("# a title", id="title"))
@@ -457,10 +524,14 @@ def test_running_an_annotated_notebook_gives_the_same_again(sources: tuple[str, 
 # --- links ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sources", [("print(1)",), ("import os\nos._exit(1)",)], ids=["passes", "dies"])
+@pytest.mark.parametrize(
+    "sources", [("print(1)",), ("import os\nos._exit(1)",)], ids=["passes", "dies"]
+)
 @pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
 @pytest.mark.parametrize("target", ["nb.out.ipynb", "nb.verdict.json"])
-def test_outputs_are_never_written_through_a_link(target: str, hard: bool, sources: tuple[str, ...], tmp_path: Path) -> None:
+def test_outputs_are_never_written_through_a_link(
+    target: str, hard: bool, sources: tuple[str, ...], tmp_path: Path
+) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", *sources)
     precious = tmp_path / "precious"
     precious.write_text("precious")
@@ -508,9 +579,19 @@ def test_help_and_version_need_no_notebook() -> None:
 def test_a_notebook_found_invalid_while_its_kernel_starts(tmp_path: Path) -> None:
     """The kernel is started when the metadata is known; the rest of the notebook may still be none."""
     mark = secrets.token_hex(8)
-    cells = [{"cell_type": "code", "metadata": {}, "source": "open('ran', 'w')", "outputs": 5, "execution_count": None}]
+    cells = [
+        {
+            "cell_type": "code",
+            "metadata": {},
+            "source": "open('ran', 'w')",
+            "outputs": 5,
+            "execution_count": None,
+        }
+    ]
     (tmp_path / "nb.ipynb").write_text(document(cells=cells))
-    done = safe_exec("run", "nb.ipynb", cwd=tmp_path, env={MARK: mark, "XDG_RUNTIME_DIR": str(tmp_path)})
+    done = safe_exec(
+        "run", "nb.ipynb", cwd=tmp_path, env={MARK: mark, "XDG_RUNTIME_DIR": str(tmp_path)}
+    )
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert marked_processes(mark) == []
     left = [path for path in tmp_path.rglob("*") if path.name not in ("nb.ipynb", "safe-exec")]
@@ -521,8 +602,12 @@ def test_what_no_notebook_needs_checked_is_not_imported(tmp_path: Path) -> None:
     """Beside JupyterLab jsonschema imports what takes it most of a second; the kernel may import it as ever."""
     place = tmp_path / "place"
     place.mkdir()
-    (place / "rfc3987_syntax.py").write_text("import os\nopen(os.environ['SEEN'], 'a').write('imported ')\n")
-    path = make_notebook(tmp_path / "nb.ipynb", "import rfc3987_syntax, sys\nprint('rfc3987_syntax' in sys.modules)")
+    (place / "rfc3987_syntax.py").write_text(
+        "import os\nopen(os.environ['SEEN'], 'a').write('imported ')\n"
+    )
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "import rfc3987_syntax, sys\nprint('rfc3987_syntax' in sys.modules)"
+    )
     seen = tmp_path / "seen"
     outcome = run_notebook(path, env={"PYTHONPATH": str(place), "SEEN": str(seen)})
     assert outcome.verdict["status"] == "passed"

@@ -64,15 +64,23 @@ def summary(folder: Path) -> dict[str, str]:
 class Workflow:
     """Runs the steps of a composite action as a runner does: expressions filled in, then ``bash`` with the runner's own flags."""
 
-    def __init__(self, action: Path, inputs: Mapping[str, str], folder: Path, scratch: Path, mark: str) -> None:
+    def __init__(
+        self, action: Path, inputs: Mapping[str, str], folder: Path, scratch: Path, mark: str
+    ) -> None:
         self.document = yaml.safe_load((action / "action.yml").read_text())
         unknown = set(inputs) - set(self.document["inputs"])
         assert not unknown, unknown
-        self.values = {f"inputs.{name}": given.get("default", "") for name, given in self.document["inputs"].items()}
+        self.values = {
+            f"inputs.{name}": given.get("default", "")
+            for name, given in self.document["inputs"].items()
+        }
         self.values |= {f"inputs.{name}": value for name, value in inputs.items()}
         self.values["github.action_path"] = str(action)
         self.folder, self.scratch = folder, scratch
-        self.files = {name: scratch / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_ENV", "GITHUB_PATH")}
+        self.files = {
+            name: scratch / name
+            for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_ENV", "GITHUB_PATH")
+        }
         for path in self.files.values():
             path.touch()
         self.env = environment(
@@ -84,7 +92,14 @@ class Workflow:
         """``${{ a || b }}``: the first that is not empty."""
 
         def value(found: re.Match[str]) -> str:
-            return next((self.values[name.strip()] for name in found[1].split("||") if self.values[name.strip()]), "")
+            return next(
+                (
+                    self.values[name.strip()]
+                    for name in found[1].split("||")
+                    if self.values[name.strip()]
+                ),
+                "",
+            )
 
         return re.sub(r"\$\{\{(.*?)\}\}", value, text)
 
@@ -92,13 +107,21 @@ class Workflow:
         """The steps one after the other, until one fails; what the last one said."""
         assert self.document["runs"]["using"] == "composite"
         for number, step in enumerate(self.document["runs"]["steps"]):
-            assert step["shell"] == "bash" and "${{" not in step["run"], "a value put into a script would be run"
+            assert step["shell"] == "bash" and "${{" not in step["run"], (
+                "a value put into a script would be run"
+            )
             script = self.scratch / f"step{number}.sh"
             script.write_text(step["run"])
             env = {name: self.fill(value) for name, value in step["env"].items()}
             argv = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", str(script)]
             done = subprocess.run(
-                argv, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True, timeout=250, check=False
+                argv,
+                cwd=self.folder,
+                env={**self.env, **env},
+                capture_output=True,
+                text=True,
+                timeout=250,
+                check=False,
             )
             if done.returncode:
                 break
@@ -134,7 +157,11 @@ def interpreter(tmp_path: Path) -> Path:
 
 @pytest.mark.kills
 def test_the_action(repository: Path, interpreter: Path, tmp_path: Path, mark: str) -> None:
-    inputs = {"notebooks": "docs nowhere*", "args": "-j 2 --memory 200M --no-bisect", "python": str(interpreter)}
+    inputs = {
+        "notebooks": "docs nowhere*",
+        "args": "-j 2 --memory 200M --no-bisect",
+        "python": str(interpreter),
+    }
     flow = Workflow(checkout(tmp_path), inputs, repository, tmp_path, mark)
     done = flow.run()
     assert done.returncode == 2 and "nowhere*: matches nothing" in done.stderr, (
@@ -162,24 +189,36 @@ def test_the_gitlab_job(repository: Path, interpreter: Path, tmp_path: Path, mar
         "SAFE_EXEC_SOURCE": str(checkout(tmp_path)),
     }
     assert set(given) <= set(document["variables"])
-    variables = {**document["variables"], **given, "CI": "true", "GITLAB_CI": "true", "CI_PROJECT_DIR": str(repository)}
+    variables = {
+        **document["variables"],
+        **given,
+        "CI": "true",
+        "GITLAB_CI": "true",
+        "CI_PROJECT_DIR": str(repository),
+    }
     path = f"{interpreter.parent}:{os.environ['PATH']}"
     # A runner puts the lines into one script and stops at the first that fails.
     argv = ["bash", "-c", "set -eo pipefail\n" + "\n".join(job["script"])]
     env = {**environment(mark), **variables, "PATH": path}
-    done = subprocess.run(argv, cwd=repository, env=env, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        argv, cwd=repository, env=env, capture_output=True, text=True, timeout=250, check=False
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert summary(repository) == {"docs/eater.ipynb": "kernel_died", "docs/good.ipynb": "passed"}
     named = [job["artifacts"]["paths"][0], *job["artifacts"]["reports"].values()]
     for name in named:
-        assert (repository / name.replace("$SAFE_EXEC_OUT", variables["SAFE_EXEC_OUT"])).exists(), name
+        assert (repository / name.replace("$SAFE_EXEC_OUT", variables["SAFE_EXEC_OUT"])).exists(), (
+            name
+        )
 
 
 # --- pre-commit ---------------------------------------------------------------------------------------------------
 
 
 def hooks() -> dict[str, Any]:
-    return {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
+    return {
+        hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    }
 
 
 @pytest.mark.kills
@@ -189,16 +228,22 @@ def test_the_hooks_of_pre_commit(repository: Path, tmp_path: Path, mark: str) ->
     for argv in (["init", "-q"], ["add", "."], [*NAMED, "commit", "-q", "-m", "hooks"]):
         subprocess.run(["git", *argv], cwd=source, check=True)
     hook = {"id": "safe-exec-system", "args": ["--limits", "ci", "--memory", "200M", "--no-bisect"]}
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=True
+    ).stdout.strip()
     config = {"repos": [{"repo": str(source), "rev": revision, "hooks": [hook]}]}
     (repository / ".pre-commit-config.yaml").write_text(yaml.safe_dump(config))
     (repository / ".gitignore").write_text("safe-exec-out\n")
     env = environment(mark, PRE_COMMIT_HOME=str(tmp_path / "pre-commit"))
-    subprocess.run(["git", "add", ".pre-commit-config.yaml", ".gitignore"], cwd=repository, check=True)
+    subprocess.run(
+        ["git", "add", ".pre-commit-config.yaml", ".gitignore"], cwd=repository, check=True
+    )
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         argv = [str(BIN / "pre-commit"), "run", "--color=never", *arguments]
-        return subprocess.run(argv, cwd=repository, env=env, capture_output=True, text=True, timeout=250, check=False)
+        return subprocess.run(
+            argv, cwd=repository, env=env, capture_output=True, text=True, timeout=250, check=False
+        )
 
     assert "no files to check" in run().stdout, "no notebook has changed"
     make_notebook(repository / "docs" / "good.ipynb", "print('still fine')")

@@ -42,9 +42,18 @@ def mark() -> Iterator[str]:
     wait_until(lambda: marked_processes(mark) == [], 10, "no process is left")
 
 
-def kernelspec(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def kernelspec(
+    *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     argv = [str(EXECUTABLE), "kernelspec", *arguments]
-    return subprocess.run(argv, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        argv,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def environment(prefix: Path, mark: str) -> dict[str, str]:
@@ -55,7 +64,13 @@ def environment(prefix: Path, mark: str) -> dict[str, str]:
 def run(folder: Path, prefix: Path, mark: str, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / argv[0]), *argv[1:]]
     return subprocess.run(
-        command, cwd=folder, env=environment(prefix, mark), capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        env=environment(prefix, mark),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -70,21 +85,38 @@ def test_the_kernelspec_carries_its_limits(tmp_path: Path) -> None:
     done = kernelspec("install", "--limits", "ci", "--prefix", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "Python 3 (safe-exec: ci): installed as python3-safe-exec-ci" in done.stdout
-    assert "holds     memory 2.0 GiB, processes 512, open files 1024, file size 1.0 GiB" in done.stdout
+    assert (
+        "holds     memory 2.0 GiB, processes 512, open files 1024, file size 1.0 GiB" in done.stdout
+    )
     made = document(tmp_path, KERNEL)
     assert made["display_name"] == "Python 3 (safe-exec: ci)"
-    assert made["metadata"]["kernel_provisioner"] == {"provisioner_name": "safe-exec", "config": {"limits": "ci"}}
+    assert made["metadata"]["kernel_provisioner"] == {
+        "provisioner_name": "safe-exec",
+        "config": {"limits": "ci"},
+    }
     assert made["metadata"]["debugger"] is True, "what the kernel said of itself stays"
     assert (tmp_path / "share" / "jupyter" / "kernels" / KERNEL / "logo-64x64.png").exists()
 
     # A file of one's own, from a directory that no server will start in, over bash, under a name of one's own.
     (tmp_path / "mine.yaml").write_text("limits:\n  memory: 1G\n")
-    options = ("--limits", str(tmp_path / "mine.yaml"), "--processes", "50", "--kernel", "bash", "--name", "small-bash")
+    options = (
+        "--limits",
+        str(tmp_path / "mine.yaml"),
+        "--processes",
+        "50",
+        "--kernel",
+        "bash",
+        "--name",
+        "small-bash",
+    )
     done = kernelspec("install", *options, "--display-name", "Small", "--prefix", str(tmp_path))
     assert done.returncode == 0, done.stderr
     made = document(tmp_path, "small-bash")
     assert (made["display_name"], made["language"]) == ("Small", "bash")
-    assert made["metadata"]["kernel_provisioner"]["config"] == {"limits": str(tmp_path / "mine.yaml"), "processes": "50"}
+    assert made["metadata"]["kernel_provisioner"]["config"] == {
+        "limits": str(tmp_path / "mine.yaml"),
+        "processes": "50",
+    }
 
 
 def test_where_it_goes_and_what_it_does_not_replace(tmp_path: Path) -> None:
@@ -108,7 +140,9 @@ def test_where_it_goes_and_what_it_does_not_replace(tmp_path: Path) -> None:
         assert (done.returncode, said in done.stderr) == (2, True), (arguments, done.stderr)
     assert (place / "theirs" / "kernel.json").read_text() == '{"argv": ["x"]}'
     listed = subprocess.run(
-        [BIN / "jupyter", "kernelspec", "remove", "-f", "python3-safe-exec-default"], env={**os.environ, **home}, check=False
+        [BIN / "jupyter", "kernelspec", "remove", "-f", "python3-safe-exec-default"],
+        env={**os.environ, **home},
+        check=False,
     )
     assert listed.returncode == 0 and not (place / "python3-safe-exec-default").exists()
 
@@ -123,14 +157,23 @@ def test_jupyter_finds_the_command(tmp_path: Path, prefix: Path, mark: str) -> N
 
 TOOLS: dict[str, tuple[str, ...]] = {
     "jupyter-execute": ("jupyter", "execute", f"--kernel_name={KERNEL}"),
-    "nbconvert": ("jupyter", "nbconvert", "--to", "notebook", "--execute", f"--ExecutePreprocessor.kernel_name={KERNEL}"),
+    "nbconvert": (
+        "jupyter",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        f"--ExecutePreprocessor.kernel_name={KERNEL}",
+    ),
     "nbmake": ("pytest", "-q", "-p", "no:cacheprovider", "--nbmake", f"--nbmake-kernel={KERNEL}"),
 }
 
 
 @pytest.mark.kills
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tool_runs_kernels_inside_limits(tmp_path: Path, prefix: Path, mark: str, tool: str) -> None:
+def test_a_tool_runs_kernels_inside_limits(
+    tmp_path: Path, prefix: Path, mark: str, tool: str
+) -> None:
     inside = "import os\nassert '/safe-exec-' in open('/proc/self/cgroup').read()\nprint('inside')"
     make_notebook(tmp_path / "good.ipynb", inside)
     done = run(tmp_path, prefix, mark, *TOOLS[tool], "good.ipynb")
@@ -156,7 +199,9 @@ class Server:
     def ask(self, method: str, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"token {self.token}", "Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}api/{path}", data=data, method=method, headers=headers)
+        request = urllib.request.Request(
+            f"{self.url}api/{path}", data=data, method=method, headers=headers
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             said = answer.read()
         return json.loads(said) if said else None
@@ -182,9 +227,28 @@ class Session:
         self.socket = socket
 
     def send(self, code: str) -> str:
-        header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
-        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
-        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+        header = {
+            "msg_id": uuid.uuid4().hex,
+            "msg_type": "execute_request",
+            "username": "",
+            "session": "s",
+            "version": "5.3",
+        }
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": True,
+            "user_expressions": {},
+            "allow_stdin": False,
+        }
+        message = {
+            "header": header,
+            "parent_header": {},
+            "metadata": {},
+            "content": content,
+            "channel": "shell",
+            "buffers": [],
+        }
         self.socket.send(json.dumps(message))
         return header["msg_id"]
 
@@ -197,7 +261,11 @@ class Session:
         raise AssertionError("the message did not come")
 
     def reply(self, msg_id: str) -> dict[str, Any]:
-        found = self.until(lambda m: m["msg_type"] == "execute_reply" and m["parent_header"].get("msg_id") == msg_id)
+        found = self.until(
+            lambda m: (
+                m["msg_type"] == "execute_reply" and m["parent_header"].get("msg_id") == msg_id
+            )
+        )
         content: dict[str, Any] = found["content"]
         return content
 
@@ -214,15 +282,34 @@ def server(tmp_path: Path, prefix: Path, mark: str) -> Iterator[Server]:
         "ServerApp.ip": "127.0.0.1", "ServerApp.port": "0", "ServerApp.root_dir": str(tmp_path / "root"), "ServerApp.open_browser": "False",
         "IdentityProvider.token": token, "AsyncIOLoopKernelRestarter.time_to_dead": "0.5",
     }  # fmt: skip
-    argv = [str(BIN / "jupyter"), "server", "--allow-root", *(f"--{name}={value}" for name, value in options.items())]
+    argv = [
+        str(BIN / "jupyter"),
+        "server",
+        "--allow-root",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     runtime = tmp_path / "runtime"
-    env = {**environment(prefix, mark), "JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    env = {
+        **environment(prefix, mark),
+        "JUPYTER_RUNTIME_DIR": str(runtime),
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+    }
     with log.open("w") as said:
-        process = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, env=env, stdout=said, stderr=subprocess.STDOUT
+        )
     try:
-        wait_until(lambda: list(runtime.glob("jpserver-*.json")) or process.poll() is not None, 60, "the server is up")
+        wait_until(
+            lambda: list(runtime.glob("jpserver-*.json")) or process.poll() is not None,
+            60,
+            "the server is up",
+        )
         assert process.poll() is None, log.read_text()
-        wait_until(lambda: next(runtime.glob("jpserver-*.json")).read_text().rstrip().endswith("}"), 10, "it says where")
+        wait_until(
+            lambda: next(runtime.glob("jpserver-*.json")).read_text().rstrip().endswith("}"),
+            10,
+            "it says where",
+        )
         info = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
         found = Server(url=info["url"], token=token, log=log)
         wait_until(found.answers, 60, "the server answers")
@@ -253,14 +340,20 @@ def test_a_kernel_of_a_server_as_jupyterlab_uses_it(server: Server, mark: str) -
 
     # A death for memory: the server sees it, says why in its log, and starts the kernel anew.
     session.send(EATER)
-    session.until(lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "restarting")
+    session.until(
+        lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "restarting"
+    )
     wait_until(lambda: DIED in server.log.read_text(), 60, "the reason stands in the server's log")
     session = server.connect(kernel)
     assert session.run("x")["ename"] == "NameError"
-    assert session.run("assert '/safe-exec-' in open('/proc/self/cgroup').read()")["status"] == "ok", "inside limits again"
+    assert (
+        session.run("assert '/safe-exec-' in open('/proc/self/cgroup').read()")["status"] == "ok"
+    ), "inside limits again"
 
     # Restart, with a child in the background that must not outlive its kernel.
-    session.run("import subprocess\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\ny = 2")
+    session.run(
+        "import subprocess\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\ny = 2"
+    )
     server.ask("POST", f"kernels/{kernel}/restart")
     session = server.connect(kernel)
     assert session.run("y")["ename"] == "NameError"

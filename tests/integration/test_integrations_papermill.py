@@ -34,9 +34,19 @@ def environment(mark: str) -> dict[str, str]:
     return {**kept, "SAFE_EXEC_LIMITS": "ci", MARK: mark}
 
 
-def papermill(folder: Path, mark: str, *arguments: str, engine: str = "safe-exec") -> subprocess.CompletedProcess[str]:
+def papermill(
+    folder: Path, mark: str, *arguments: str, engine: str = "safe-exec"
+) -> subprocess.CompletedProcess[str]:
     argv = [str(PAPERMILL), "--engine", engine, "--no-progress-bar", *arguments]
-    return subprocess.run(argv, cwd=folder, env=environment(mark), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        argv,
+        cwd=folder,
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def saved(path: Path) -> Any:
@@ -63,7 +73,11 @@ def parameters(path: Path, *sources: str, **metadata: Any) -> Path:
 
 def plain(node: Any) -> Any:
     """A notebook without what differs from run to run, and without papermill's markers of an error."""
-    node.cells = [cell for cell in node.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    node.cells = [
+        cell
+        for cell in node.cells
+        if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
+    ]
     for cell in node.cells:
         cell.metadata.pop("execution", None)
         cell.pop("id", None)
@@ -90,8 +104,22 @@ def test_a_notebook_that_passes_is_as_by_papermill_itself(tmp_path: Path, mark: 
     path.write_text(nbformat.writes(node))
     found = {}
     for engine in ("safe-exec", "nbclient"):
-        done = papermill(tmp_path, mark, "nb.ipynb", f"{engine}.ipynb", "-p", "x", "7", "--log-output", engine=engine)
-        told = [line for line in done.stderr.splitlines() if line.strip() and not re.search(r"ipynb|IPKernelApp", line)]
+        done = papermill(
+            tmp_path,
+            mark,
+            "nb.ipynb",
+            f"{engine}.ipynb",
+            "-p",
+            "x",
+            "7",
+            "--log-output",
+            engine=engine,
+        )
+        told = [
+            line
+            for line in done.stderr.splitlines()
+            if line.strip() and not re.search(r"ipynb|IPKernelApp", line)
+        ]
         found[engine] = (done.returncode, told, plain(saved(tmp_path / f"{engine}.ipynb")))
     assert found["safe-exec"] == found["nbclient"]
     # papermill raises for the traceback of a cell that may raise, too; all cells have run.
@@ -101,27 +129,48 @@ def test_a_notebook_that_passes_is_as_by_papermill_itself(tmp_path: Path, mark: 
 
 
 def test_a_dead_kernel_is_recorded_as_failed(tmp_path: Path, mark: str) -> None:
-    parameters(tmp_path / "nb.ipynb", "print('before')", f"print('last words')\n{EATER}", "print('after')")
+    parameters(
+        tmp_path / "nb.ipynb", "print('before')", f"print('last words')\n{EATER}", "print('after')"
+    )
     (tmp_path / "safe-exec.yaml").write_text("limits:\n  - path: nb.ipynb\n    memory: 200M\n")
-    done = papermill(tmp_path, mark, "nb.ipynb", "out.ipynb", "--stdout-file", "said.txt", "-p", "x", "3")
+    done = papermill(
+        tmp_path, mark, "nb.ipynb", "out.ipynb", "--stdout-file", "said.txt", "-p", "x", "3"
+    )
     assert done.returncode == 1
-    assert "SafeExec: out_of_memory: out of memory: peak 200 MiB of 200 MiB, and the system killed the kernel" in done.stderr
+    assert (
+        "SafeExec: out_of_memory: out of memory: peak 200 MiB of 200 MiB, and the system killed the kernel"
+        in done.stderr
+    )
     node = saved(tmp_path / "out.ipynb")
     assert node.metadata.papermill.exception is True
     # Title, parameters, injected parameters, two that ran, and two that did not.
     assert statuses(node) == ["completed"] * 4 + ["failed", "pending", "pending"]
-    crashed = next(cell for cell in node.cells if cell.metadata.get("papermill", {}).get("status") == "failed")
+    crashed = next(
+        cell for cell in node.cells if cell.metadata.get("papermill", {}).get("status") == "failed"
+    )
     assert crashed.metadata.papermill.exception is True and crashed.metadata.papermill.duration > 0
-    assert [output.get("ename", output.get("text")) for output in crashed.outputs] == ["last words\n", "SafeExec: out_of_memory"]
+    assert [output.get("ename", output.get("text")) for output in crashed.outputs] == [
+        "last words\n",
+        "SafeExec: out_of_memory",
+    ]
     assert "----> 4     rows.append" in "\n".join(crashed.outputs[1].traceback)
     assert (tmp_path / "said.txt").read_text().split() == ["before", "last", "words"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nb.ipynb", "out.ipynb", "safe-exec.yaml", "said.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "nb.ipynb",
+        "out.ipynb",
+        "safe-exec.yaml",
+        "said.txt",
+    ]
 
 
 def test_an_exception_is_the_cells_own(tmp_path: Path, mark: str) -> None:
     make_notebook(tmp_path / "nb.ipynb", "y = 0", "1 / y", "2")
     done = papermill(tmp_path, mark, "nb.ipynb", "out.ipynb")
-    assert done.returncode == 1 and "ZeroDivisionError: division by zero" in done.stderr and "SafeExec" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "ZeroDivisionError: division by zero" in done.stderr
+        and "SafeExec" not in done.stderr
+    )
     assert statuses(saved(tmp_path / "out.ipynb")) == ["completed", "failed", "pending"]
 
 
@@ -129,7 +178,11 @@ def test_what_fails_in_run_fails_here_too(tmp_path: Path, mark: str) -> None:
     """``sys.exit(0)``, which papermill itself takes for success, and an error that is shown while the cell goes on."""
     for name, source, words in (
         ("exit", "import sys\nsys.exit(0)", "SafeExec: exception: SystemExit: 0"),
-        ("shown", "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()", "ZeroDivisionError: division by zero"),
+        (
+            "shown",
+            "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()",
+            "ZeroDivisionError: division by zero",
+        ),
     ):
         make_notebook(tmp_path / f"{name}.ipynb", "1", source, "2")
         done = papermill(tmp_path, mark, f"{name}.ipynb", f"{name}.out.ipynb")
@@ -149,16 +202,29 @@ def test_papermills_timeouts_and_a_kernel_that_does_not_start(tmp_path: Path, ma
     spec = tmp_path / "kernels" / "broken"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-c", "import sys; sys.exit('no kernel in here')", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "broken", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "broken", "language": "python"})
+    )
     make_notebook(tmp_path / "broken.ipynb", "1", kernel="broken")
     env = {**environment(mark), "JUPYTER_PATH": str(tmp_path)}
-    command = [str(PAPERMILL), "--engine", "safe-exec", "--no-progress-bar", "broken.ipynb", "none.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        str(PAPERMILL),
+        "--engine",
+        "safe-exec",
+        "--no-progress-bar",
+        "broken.ipynb",
+        "none.ipynb",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1 and "SafeExec: kernel_start_failed" in done.stderr
     assert statuses(saved(tmp_path / "none.ipynb")) == ["failed"]
 
 
-def test_from_python_with_limits_as_arguments_and_a_loop_that_runs(tmp_path: Path, mark: str) -> None:
+def test_from_python_with_limits_as_arguments_and_a_loop_that_runs(
+    tmp_path: Path, mark: str
+) -> None:
     make_notebook(tmp_path / "nb.ipynb", EATER)
     (tmp_path / "call.py").write_text(
         "import asyncio, papermill\n"
@@ -168,20 +234,45 @@ def test_from_python_with_limits_as_arguments_and_a_loop_that_runs(tmp_path: Pat
         "asyncio.run(main())\n"
     )
     argv = [sys.executable, "call.py"]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(mark), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and "out of memory: peak 150 MiB of 150 MiB" in done.stderr, done.stderr
+    done = subprocess.run(
+        argv,
+        cwd=tmp_path,
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1 and "out of memory: peak 150 MiB of 150 MiB" in done.stderr, (
+        done.stderr
+    )
     assert "papermill.exceptions.PapermillExecutionError" in done.stderr
     wrong = (tmp_path / "call.py").read_text().replace("150M", "much")
     (tmp_path / "call.py").write_text(wrong)
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(mark), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        argv,
+        cwd=tmp_path,
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 1 and "memory: 'much' is not a size" in done.stderr
 
 
 def test_ctrl_c_is_recorded_and_ends_the_kernel(tmp_path: Path, mark: str) -> None:
-    make_notebook(tmp_path / "nb.ipynb", "1", "open('began', 'w').close()\nimport time\ntime.sleep(600)", "2")
+    make_notebook(
+        tmp_path / "nb.ipynb", "1", "open('began', 'w').close()\nimport time\ntime.sleep(600)", "2"
+    )
     argv = [str(PAPERMILL), "--engine", "safe-exec", "--no-progress-bar", "nb.ipynb", "out.ipynb"]
     process = subprocess.Popen(
-        argv, cwd=tmp_path, env=environment(mark), stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv,
+        cwd=tmp_path,
+        env=environment(mark),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         wait_until((tmp_path / "began").exists, 60, "the cell runs")

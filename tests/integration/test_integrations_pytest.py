@@ -26,10 +26,18 @@ SETTINGS = ("-p", "no:nbmake", "-o", "addopts=", "-W", "error")
 def project(tmp_path: Path) -> Path:
     """A repository with notebooks that pass, raise and die, what Jupyter and safe-exec left beside them, and an ordinary test."""
     (tmp_path / "docs" / ".ipynb_checkpoints").mkdir(parents=True)
-    make_notebook(tmp_path / "docs" / "good.ipynb", "print('fine')", "import os\nassert 'PYTEST_CURRENT_TEST' not in os.environ")
+    make_notebook(
+        tmp_path / "docs" / "good.ipynb",
+        "print('fine')",
+        "import os\nassert 'PYTEST_CURRENT_TEST' not in os.environ",
+    )
     make_notebook(tmp_path / "docs" / "bad.ipynb", "x = 0", "y = 1\n1 / x")
     make_notebook(tmp_path / "docs" / "eater.ipynb", "limit = 1000", EATER)
-    for name in ("docs/.ipynb_checkpoints/good.ipynb", "docs/good.out.ipynb", "docs/bad.repro.ipynb"):
+    for name in (
+        "docs/.ipynb_checkpoints/good.ipynb",
+        "docs/good.out.ipynb",
+        "docs/bad.repro.ipynb",
+    ):
         make_notebook(tmp_path / name, "raise SystemError('nobody should run this')")
     (tmp_path / "test_plain.py").write_text("def test_plain():\n    pass\n")
     return tmp_path
@@ -43,20 +51,30 @@ def mark() -> Iterator[str]:
     wait_until(lambda: marked_processes(mark) == [], 10, "no process of the session is left")
 
 
-def run_pytest(cwd: Path, mark: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_pytest(
+    cwd: Path, mark: str, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     full = {**clean_environment(), "XDG_CACHE_HOME": str(cwd / "cache"), MARK: mark, **(env or {})}
     argv = [sys.executable, "-m", "pytest", *SETTINGS, *arguments]
-    return subprocess.run(argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(
+        argv, cwd=cwd, env=full, capture_output=True, text=True, timeout=180, check=False
+    )
 
 
 def clean_environment() -> dict[str, str]:
     """Ours without what the pytest around us put there."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV_", "GITHUB_"))}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST", "COV_", "GITHUB_"))
+    }
 
 
 def outcomes(junit: Path) -> dict[str, str]:
     return {
-        case.attrib["name"]: next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        case.attrib["name"]: next(
+            (child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"
+        )
         for case in ET.parse(junit).iter("testcase")
     }
 
@@ -66,17 +84,26 @@ def properties(junit: Path, name: str) -> dict[str, str]:
     return {each.attrib["name"]: each.attrib["value"] for each in case.iter("property")}
 
 
-ENDS = {"good.ipynb": "passed", "bad.ipynb": "failure", "eater.ipynb": "failure", "test_plain": "passed"}
+ENDS = {
+    "good.ipynb": "passed",
+    "bad.ipynb": "failure",
+    "eater.ipynb": "failure",
+    "test_plain": "passed",
+}
 
 
 def test_each_notebook_is_a_test_beside_the_ordinary_ones(project: Path, mark: str) -> None:
-    done = run_pytest(project, mark, "--safe-exec", "--safe-exec-memory", "200M", "--junitxml=junit.xml")
+    done = run_pytest(
+        project, mark, "--safe-exec", "--safe-exec-memory", "200M", "--junitxml=junit.xml"
+    )
     assert done.returncode == 1, done.stdout
     assert outcomes(project / "junit.xml") == ENDS
     said = done.stdout
     # The diagnosis, whole: what, where, why, the cells that it takes, and how to see it again.
     assert "✗ kernel died in code cell 2 · out of memory · limit 200 MiB, peak 200 MiB" in said
-    assert re.search(r"2 │ rows\.append\(bytearray.*line 3, running when the kernel was killed", said)
+    assert re.search(
+        r"2 │ rows\.append\(bytearray.*line 3, running when the kernel was killed", said
+    )
     assert "caused by   code cell 2 alone" in said and "killed by the system: 1" in said
     assert "✗ error in code cell 2 · ZeroDivisionError: division by zero" in said
     assert "Traceback" not in said and "\x1b[" not in said
@@ -99,7 +126,9 @@ def test_each_notebook_is_a_test_beside_the_ordinary_ones(project: Path, mark: s
     assert sorted(path.name for path in kept.iterdir()) == [
         "bad.out.ipynb", "bad.verdict.json", "eater.out.ipynb", "eater.repro.ipynb", "eater.verdict.json",
     ]  # fmt: skip
-    assert f"reproduce   safe-exec run {kept / 'eater.repro.ipynb'} --cwd {project / 'docs'}" in said
+    assert (
+        f"reproduce   safe-exec run {kept / 'eater.repro.ipynb'} --cwd {project / 'docs'}" in said
+    )
 
 
 def test_without_the_option_a_notebook_is_no_test(project: Path, mark: str) -> None:
@@ -115,7 +144,9 @@ def test_with_xdist_and_a_directory_for_what_is_written(project: Path, mark: str
     assert done.returncode == 1, done.stdout
     assert outcomes(project / "junit.xml") == ENDS
     assert properties(project / "junit.xml", "eater.ipynb")["cause"] == "out_of_memory"
-    messages = {failure.attrib["message"] for failure in ET.parse(project / "junit.xml").iter("failure")}
+    messages = {
+        failure.attrib["message"] for failure in ET.parse(project / "junit.xml").iter("failure")
+    }
     assert "kernel died in code cell 2 · out of memory · limit 200 MiB, peak 200 MiB" in messages
     verdict = json.loads((project / "out" / "docs" / "good.verdict.json").read_text())
     assert (verdict["status"], verdict["limits"]["cell_timeout"]) == ("passed", 300.0)
@@ -123,12 +154,30 @@ def test_with_xdist_and_a_directory_for_what_is_written(project: Path, mark: str
 
 
 def test_selection_and_what_failed_last(project: Path, mark: str) -> None:
-    done = run_pytest(project, mark, "--safe-exec", "--safe-exec-no-bisect", "-k", "good or bad", "--junitxml=one.xml")
-    assert outcomes(project / "one.xml") == {"good.ipynb": "passed", "bad.ipynb": "failure"}, done.stdout
+    done = run_pytest(
+        project,
+        mark,
+        "--safe-exec",
+        "--safe-exec-no-bisect",
+        "-k",
+        "good or bad",
+        "--junitxml=one.xml",
+    )
+    assert outcomes(project / "one.xml") == {"good.ipynb": "passed", "bad.ipynb": "failure"}, (
+        done.stdout
+    )
     make_notebook(project / "docs" / "bad.ipynb", "x = 1", "1 / x")
     done = run_pytest(project, mark, "--safe-exec", "--lf", "--junitxml=two.xml")
     assert outcomes(project / "two.xml") == {"bad.ipynb": "passed"}, done.stdout
-    done = run_pytest(project, mark, "--safe-exec", "docs/good.ipynb", "docs/good.out.ipynb", "--collect-only", "-q")
+    done = run_pytest(
+        project,
+        mark,
+        "--safe-exec",
+        "docs/good.ipynb",
+        "docs/good.out.ipynb",
+        "--collect-only",
+        "-q",
+    )
     assert done.stdout.splitlines()[0] == "docs/good.ipynb::good.ipynb"
     assert "1 test collected" in done.stdout
 
@@ -141,10 +190,14 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
     (project / "torn.ipynb").write_text('{"cells": [')
     options = ("--safe-exec-cell-timeout", "1s", "--safe-exec-no-bisect", "--junitxml=junit.xml")
     done = run_pytest(project, mark, "--safe-exec", *options)
-    assert set(outcomes(project / "junit.xml").items()) >= {(f"{name}.ipynb", "failure") for name in ("loop", "absent", "torn")}
+    assert set(outcomes(project / "junit.xml").items()) >= {
+        (f"{name}.ipynb", "failure") for name in ("loop", "absent", "torn")
+    }
     assert "✗ timed out in code cell 1 · cell timeout" in done.stdout
     assert "no kernel named 'no-such-kernel' is installed" in done.stdout
-    assert re.search(r"^safe-exec: .*torn\.ipynb.*: cut off in the middle", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^safe-exec: .*torn\.ipynb.*: cut off in the middle", done.stdout, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +212,9 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
         (("--safe-exec-cwd", "nowhere"), "no such directory to run in (--safe-exec-cwd)"),
     ],
 )
-def test_a_wrong_option_is_one_error(project: Path, mark: str, options: tuple[str, ...], said: str) -> None:
+def test_a_wrong_option_is_one_error(
+    project: Path, mark: str, options: tuple[str, ...], said: str
+) -> None:
     done = run_pytest(project, mark, "--safe-exec", *options)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -183,7 +238,14 @@ def test_isolation_is_opened_by_the_options_of_run(project: Path, mark: str) -> 
     (home / "data" / "rows.csv").write_text("a,b")
     make_notebook(project / "opened.ipynb", OPENED)
     options = [
-        *("--safe-exec-env", "MY_SETTING", "--safe-exec-show", "home/data", "--safe-exec-writable", "home/out"),
+        *(
+            "--safe-exec-env",
+            "MY_SETTING",
+            "--safe-exec-show",
+            "home/data",
+            "--safe-exec-writable",
+            "home/out",
+        ),
         *("--safe-exec-cwd", "home/elsewhere"),
     ]
     env = {"HOME": str(home), "MY_SETTING": "seven"}
@@ -195,20 +257,31 @@ def test_isolation_is_opened_by_the_options_of_run(project: Path, mark: str) -> 
 
 
 def test_files_that_are_not_kept_are_a_warning(project: Path, mark: str) -> None:
-    make_notebook(project / "lossy.ipynb", "from pathlib import Path\n(Path.home() / 'summary.csv').write_text('a,b')")
+    make_notebook(
+        project / "lossy.ipynb",
+        "from pathlib import Path\n(Path.home() / 'summary.csv').write_text('a,b')",
+    )
     asked = ("--safe-exec", "--safe-exec-limits", "ci", "lossy.ipynb", "-W", "default")
     done = run_pytest(project, mark, *asked)
     assert done.returncode == 0, done.stdout
-    assert "FilesNotKept: lossy.ipynb::lossy.ipynb: files that were not kept: ~/summary.csv (3 B)" in done.stdout
+    assert (
+        "FilesNotKept: lossy.ipynb::lossy.ipynb: files that were not kept: ~/summary.csv (3 B)"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_ctrl_c_ends_the_kernels(tmp_path: Path, mark: str, workers: tuple[str, ...]) -> None:
     for number in range(2):
-        make_notebook(tmp_path / f"long{number}.ipynb", f"open('began{number}', 'w').close()\nimport time\ntime.sleep(600)")
+        make_notebook(
+            tmp_path / f"long{number}.ipynb",
+            f"open('began{number}', 'w').close()\nimport time\ntime.sleep(600)",
+        )
     argv = [sys.executable, "-m", "pytest", *SETTINGS, "--safe-exec", *workers]
     env = {**clean_environment(), "XDG_CACHE_HOME": str(tmp_path / "cache"), MARK: mark}
-    process = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         wait_until(lambda: list(tmp_path.glob("began*")), 60, "a notebook runs")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -221,7 +294,10 @@ def test_ctrl_c_ends_the_kernels(tmp_path: Path, mark: str, workers: tuple[str, 
 
 def commands(said: str) -> list[dict[str, Any]]:
     found = re.findall(r"^::error (.*?)::(.*)$", said, re.MULTILINE)
-    return [dict(part.split("=", 1) for part in head.split(",")) | {"message": body} for head, body in found]
+    return [
+        dict(part.split("=", 1) for part in head.split(",")) | {"message": body}
+        for head, body in found
+    ]
 
 
 def test_annotations_of_a_plugin_that_knows_nothing_of_us(project: Path, mark: str) -> None:

@@ -21,7 +21,9 @@ try:
 finally:
     time.sleep(0.3)
 EOF"""
-DEFAULT_HANDLER = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\ntime.sleep(60)"
+DEFAULT_HANDLER = (
+    "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\ntime.sleep(60)"
+)
 SWALLOWED = "import time\nwhile True:\n    try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        pass"
 
 
@@ -39,7 +41,11 @@ class Row:
 
 
 ROWS = (
-    Row(id="system", cell="import os\nprint('status', os.system('sleep 60'))", texts=(f"status {signal.SIGINT}\n",)),
+    Row(
+        id="system",
+        cell="import os\nprint('status', os.system('sleep 60'))",
+        texts=(f"status {signal.SIGINT}\n",),
+    ),
     Row(
         id="system-walled",
         cell="import os\nprint('status', os.system('sleep 60'))",
@@ -48,8 +54,16 @@ ROWS = (
         beds=("bubblewrap",),
     ),
     # The first interrupt ends the child alone: its parent, in system(3), ignores it.
-    Row(id="system-then-sleep", cell="import os, time\nos.system('sleep 60')\ntime.sleep(60)", texts=("KeyboardInterrupt",)),
-    Row(id="run", cell="import subprocess\nsubprocess.run(['sleep', '60'])", texts=("KeyboardInterrupt",)),
+    Row(
+        id="system-then-sleep",
+        cell="import os, time\nos.system('sleep 60')\ntime.sleep(60)",
+        texts=("KeyboardInterrupt",),
+    ),
+    Row(
+        id="run",
+        cell="import subprocess\nsubprocess.run(['sleep', '60'])",
+        texts=("KeyboardInterrupt",),
+    ),
     Row(id="bash", cell="%%bash\necho first\nsleep 60", texts=("first", "was interrupted")),
     Row(
         id="bash-walled",
@@ -58,15 +72,29 @@ ROWS = (
         options=IN_A_SANDBOX,
         beds=("bubblewrap",),
     ),
-    Row(id="bash-slow-to-end", cell=SLOW_TO_END, texts=("was interrupted and did not end at once",)),
-    Row(id="bash-ignores", cell="%%bash\ntrap '' INT\nsleep 60", texts=("was interrupted and did not end at once",)),
-    Row(id="R", cell='print(system("sleep 60"))', texts=(f"[1] {signal.SIGINT}",), kernel="ir", beds=("R",)),
+    Row(
+        id="bash-slow-to-end", cell=SLOW_TO_END, texts=("was interrupted and did not end at once",)
+    ),
+    Row(
+        id="bash-ignores",
+        cell="%%bash\ntrap '' INT\nsleep 60",
+        texts=("was interrupted and did not end at once",),
+    ),
+    Row(
+        id="R",
+        cell='print(system("sleep 60"))',
+        texts=(f"[1] {signal.SIGINT}",),
+        kernel="ir",
+        beds=("R",),
+    ),
     Row(id="kernel-ends", cell=DEFAULT_HANDLER, texts=(), ended=None),
     Row(id="swallowed", cell=SWALLOWED, texts=(), ended=False),
 )
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id, marks=pytest.mark.bed(*row.beds)) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.id, marks=pytest.mark.bed(*row.beds)) for row in ROWS]
+)
 def test_an_interrupt(row: Row, tmp_path: Path) -> None:
     language = "R" if row.kernel == "ir" else "python"
     path = make_notebook(tmp_path / "nb.ipynb", row.cell, kernel=row.kernel, language=language)
@@ -76,7 +104,9 @@ def test_an_interrupt(row: Row, tmp_path: Path) -> None:
     assert (outcome.verdict["status"], cause["kind"]) == ("timeout", "cell_timeout"), outcome.stdout
     facts = {fact["fact"]: fact["value"] for fact in cause["evidence"]}
     assert facts.get("ended at the interrupt") is row.ended, outcome.stdout
-    assert ("an interrupt did not end it" in cause["summary"]) == (row.ended is False), cause["summary"]
+    assert ("an interrupt did not end it" in cause["summary"]) == (row.ended is False), cause[
+        "summary"
+    ]
     outputs = [o for cell in outcome.notebook.cells for o in cell.get("outputs", [])]
     shown = "".join(o.get("text", "") + o.get("ename", "") + o.get("evalue", "") for o in outputs)
     assert all(text in shown for text in row.texts), shown

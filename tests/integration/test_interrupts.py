@@ -18,7 +18,15 @@ import safe_exec
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.capabilities import detect
 from safe_exec.trial.cell_loop import CellLoop
-from tests.support import EXECUTABLE, MARK, groups_of, make_notebook, marked_processes, run_notebook, wait_until
+from tests.support import (
+    EXECUTABLE,
+    MARK,
+    groups_of,
+    make_notebook,
+    marked_processes,
+    run_notebook,
+    wait_until,
+)
 
 BUSY = (
     "print('first')",
@@ -42,15 +50,31 @@ print("started")
 class Run:
     """A run in the background, with a runtime directory of its own so that what it leaves can be seen."""
 
-    def __init__(self, folder: Path, *options: str, cells: tuple[str, ...] = BUSY, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        cells: tuple[str, ...] = BUSY,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
         self.mark = secrets.token_hex(8)
         self.runtime = folder / f"rt-{self.mark[:6]}"
         self.runtime.mkdir(mode=0o700)
         self.path = make_notebook(folder / f"nb-{self.mark[:6]}.ipynb", *cells)
         self.events = folder / f"ev-{self.mark[:6]}.jsonl"
         env = {**os.environ, MARK: self.mark, "XDG_RUNTIME_DIR": str(self.runtime)}
-        argv = [*prefix, str(EXECUTABLE), "run", str(self.path), "--events", str(self.events), *options]
-        self.process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        argv = [
+            *prefix,
+            str(EXECUTABLE),
+            "run",
+            str(self.path),
+            "--events",
+            str(self.events),
+            *options,
+        ]
+        self.process = subprocess.Popen(
+            argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def log(self) -> list[dict[str, Any]]:
         """The whole lines of the event log so far."""
@@ -59,7 +83,10 @@ class Run:
 
     def seen(self, event: str, **fields: object) -> bool:
         """Whether an event is in the log."""
-        return any(e["event"] == event and all(e.get(k) == v for k, v in fields.items()) for e in self.log())
+        return any(
+            e["event"] == event and all(e.get(k) == v for k, v in fields.items())
+            for e in self.log()
+        )
 
     def run_id(self) -> str | None:
         """The run's name, once it has one."""
@@ -84,7 +111,9 @@ class Run:
 
 def texts(notebook: dict[str, Any]) -> str:
     """All stream text of a notebook."""
-    return "".join("".join(o.get("text", "")) for c in notebook["cells"] for o in c.get("outputs", []))
+    return "".join(
+        "".join(o.get("text", "")) for c in notebook["cells"] for o in c.get("outputs", [])
+    )
 
 
 @pytest.mark.kills
@@ -100,7 +129,11 @@ def test_sigkill_to_the_runner_at_random_moments(tmp_path: Path) -> None:
             run.process.wait(moment)
         run.process.kill()
         run.process.wait()
-        wait_until(lambda run=run: run.left() == [], 1.0, f"everything gone after {moment:.3f} s: {run.left()} (seed {seed})")  # type: ignore[misc]
+        wait_until(
+            lambda run=run: run.left() == [],  # type: ignore[misc]
+            1.0,
+            f"everything gone after {moment:.3f} s: {run.left()} (seed {seed})",
+        )
         run.process.communicate()
 
 
@@ -146,7 +179,9 @@ def test_a_signal_to_the_runner_alone(tmp_path: Path, number: signal.Signals) ->
 
 @pytest.mark.kills
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_the_caller_ignores_is_ignored(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_that_the_caller_ignores_is_ignored(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     """As under nohup, and in the background of a script."""
     go_on = tmp_path / "go-on"
     waits = f"import os, time\nprint('running', flush=True)\nwhile not os.path.exists({str(go_on)!r}):\n    time.sleep(0.01)"
@@ -176,7 +211,12 @@ def check_cancelled(run: Run, number: signal.Signals) -> None:
     verdict, notebook = run.documents()
     assert verdict["status"] == "cancelled"
     assert any(number.name in warning for warning in verdict["warnings"])
-    assert [cell["status"] for cell in verdict["cells"]] == ["passed", "passed", "killed", "not_run"]
+    assert [cell["status"] for cell in verdict["cells"]] == [
+        "passed",
+        "passed",
+        "killed",
+        "not_run",
+    ]
     assert "started" in texts(notebook)
     assert "running" in texts(notebook)
     assert run.left() == []
@@ -228,8 +268,12 @@ def test_a_sandbox_that_cannot_be_built_is_told_and_touches_nothing_of_others(
 
 
 @pytest.mark.kills
-def test_a_failure_of_our_own_half_way_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_notebook(tmp_path / "nb.ipynb", "print('first')", "print('second')", "print('third')")
+def test_a_failure_of_our_own_half_way_is_written_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "print('first')", "print('second')", "print('third')"
+    )
 
     reading = CellLoop._reading_at_end
 

@@ -43,13 +43,19 @@ def test_a_keeper_that_hears_of_all_at_once_waits_afterwards() -> None:
     ours, theirs = socket.socketpair()
     with (
         ours,
-        subprocess.Popen([sys.executable, "-c", ALL_AT_ONCE, str(theirs.fileno())], pass_fds=(theirs.fileno(),)) as process,
+        subprocess.Popen(
+            [sys.executable, "-c", ALL_AT_ONCE, str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+        ) as process,
     ):
         theirs.close()
         try:
             assert select.select([ours], [], [], SECONDS)[0]
             exited = json.loads(ours.recv(1 << 16).split(b"\n")[0])
-            assert (exited["event"], os.waitstatus_to_exitcode(exited["status"]), exited["stderr"]) == ("exited", 3, "last words")
+            assert (
+                exited["event"],
+                os.waitstatus_to_exitcode(exited["status"]),
+                exited["stderr"],
+            ) == ("exited", 3, "last words")
             keeper = psutil.Process(process.pid)
             # One that looks at a closed descriptor again and again is running at nearly every look.
             wait_until(

@@ -27,10 +27,14 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize("kill", [pytest.param(kill, id=kill.id, marks=pytest.mark.bed(*kill.beds)) for kill in KILLS])
+@pytest.mark.parametrize(
+    "kill", [pytest.param(kill, id=kill.id, marks=pytest.mark.bed(*kill.beds)) for kill in KILLS]
+)
 def test_kill(kill: Kill, folder: Path) -> None:
     if kill.needs_small_disk:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "safe-exec-test", str(folder)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "safe-exec-test", str(folder)], check=True
+        )
     try:
         check(kill, folder)
     finally:
@@ -39,13 +43,19 @@ def test_kill(kill: Kill, folder: Path) -> None:
 
 
 def check(kill: Kill, folder: Path) -> None:
-    path = make_notebook(folder / "nb.ipynb", *kill.cells, kernel=kill.kernel, language=kill.language)
+    path = make_notebook(
+        folder / "nb.ipynb", *kill.cells, kernel=kill.kernel, language=kill.language
+    )
     spec = folder / "jupyter" / "kernels" / "broken"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(
         '{"argv": ["/no/such/python", "{connection_file}"], "display_name": "x", "language": "python"}'
     )
-    env = {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PATH": str(folder / "jupyter")}
+    env = {
+        "HOME": str(folder),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_PATH": str(folder / "jupyter"),
+    }
     prefix: list[str] = []
     if kill.user:
         os.chown(folder, NOBODY, NOBODY)

@@ -17,12 +17,24 @@ LANGUAGES = {"ir": "R", "deno": "typescript", "bash": "bash"}
 BED = {"ir": "R", "deno": "deno", "bash": "bash"}
 
 
-def run(folder: Path, kernel: str, cells: tuple[str, ...], *options: str, env: dict[str, str] | None = None) -> Outcome:
+def run(
+    folder: Path,
+    kernel: str,
+    cells: tuple[str, ...],
+    *options: str,
+    env: dict[str, str] | None = None,
+) -> Outcome:
     path = make_notebook(folder / "nb.ipynb", *cells, kernel=kernel, language=LANGUAGES[kernel])
     return run_notebook(path, *options, env=env)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id, marks=pytest.mark.bed(BED[row.kernel], *row.beds)) for row in ROWS])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.id, marks=pytest.mark.bed(BED[row.kernel], *row.beds))
+        for row in ROWS
+    ],
+)
 def test_kill(row: Row, tmp_path: Path) -> None:
     outcome = run(tmp_path, row.kernel, row.cells, *row.options, "--no-bisect", env=dict(row.env))
     verdict, cause = outcome.verdict, outcome.verdict["cause"] or {}
@@ -34,30 +46,46 @@ def test_kill(row: Row, tmp_path: Path) -> None:
     elif row.status is not Status.PASSED:
         crash = verdict["crash_cell"]
         assert (crash["code_index"], crash["stack"]) == (row.cell, []), report
-        if row.id != "R-quit":  # what it quit for is told by the reply, whose line nobody knows but of a single one
+        if (
+            row.id != "R-quit"
+        ):  # what it quit for is told by the reply, whose line nobody knows but of a single one
             assert crash["line"] == row.line, report
-        missing = "no stack is known" if crash["line"] is not None else "neither line nor stack is known"
-        assert f"kernel {row.kernel} is not ipykernel: {missing}" in verdict["warnings"], verdict["warnings"]
+        missing = (
+            "no stack is known" if crash["line"] is not None else "neither line nor stack is known"
+        )
+        assert f"kernel {row.kernel} is not ipykernel: {missing}" in verdict["warnings"], verdict[
+            "warnings"
+        ]
     assert cause.get("activity") == row.activity or row.kernel == "bash", report
     if row.signal is not None:
         assert cause["signal"] == row.signal, report
     if row.exit_code is not None:
         assert cause["exit_code"] == row.exit_code, report
     assert row.words in cause.get("summary", ""), report
-    assert "sys.exit" not in cause.get("advice", "") and "os.kill" not in cause.get("advice", ""), report
+    assert "sys.exit" not in cause.get("advice", "") and "os.kill" not in cause.get("advice", ""), (
+        report
+    )
     if row.saved is not None:
         texts = [o.get("text", "") for c in outcome.notebook.cells for o in c.get("outputs", [])]
         assert any(row.saved in text for text in texts), texts
 
 
 SEARCHES = {
-    "R": ("ir", ("size <- 1L", "other <- 'no matter'", "tools::pskill(Sys.getpid(), 10 + size)"), [0, 2], "segfault"),
+    "R": (
+        "ir",
+        ("size <- 1L", "other <- 'no matter'", "tools::pskill(Sys.getpid(), 10 + size)"),
+        [0, 2],
+        "segfault",
+    ),
     "R-quit": ("ir", ("x <- 1", "quit()", "print(x)"), [1], "exit"),
     "deno": ("deno", ("const code = 7;", "const other = 1;", "Deno.exit(code)"), [0, 2], "exit"),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.bed(BED[row[0]])) for name, row in SEARCHES.items()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.bed(BED[row[0]])) for name, row in SEARCHES.items()],
+)
 def test_culprits_are_found_by_running_again(name: str, tmp_path: Path) -> None:
     """Nothing is known of what a cell of another language defines and uses: subsets are run."""
     kernel, cells, wanted, kind = SEARCHES[name]

@@ -41,23 +41,45 @@ def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
     env.pop("PYTEST_CURRENT_TEST", None)
     argv = [*ordinary_user(), *map(str, command)]
-    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        argv, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_by_the_api(folder: Path) -> None:
     done = run(folder, sys.executable, "-c", BY_API)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == ["kernel_died", "out_of_memory", 1], done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["kernel_died", "out_of_memory", 1], (
+        done.stdout + done.stderr
+    )
 
 
 def test_in_a_batch(folder: Path) -> None:
-    done = run(folder, BIN / "safe-exec", "batch", ".", "--out", "out", *LIMIT, "--no-bisect", "--mechanisms", "rlimit,watchdog")
+    done = run(
+        folder,
+        BIN / "safe-exec",
+        "batch",
+        ".",
+        "--out",
+        "out",
+        *LIMIT,
+        "--no-bisect",
+        "--mechanisms",
+        "rlimit,watchdog",
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "out of memory" in done.stdout
 
 
 def test_in_pytest(folder: Path) -> None:
-    options = ("-p", "no:cacheprovider", "--safe-exec", "--safe-exec-memory", "128M", "--safe-exec-no-bisect")
+    options = (
+        "-p",
+        "no:cacheprovider",
+        "--safe-exec",
+        "--safe-exec-memory",
+        "128M",
+        "--safe-exec-no-bisect",
+    )
     done = run(folder, sys.executable, "-m", "pytest", *options, "nb.ipynb")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "out of memory" in done.stdout
@@ -66,7 +88,15 @@ def test_in_pytest(folder: Path) -> None:
 def test_in_papermill(folder: Path) -> None:
     (folder / "safe-exec.yaml").write_text("limits:\n  - path: '*.ipynb'\n    memory: 128M\n")
     (folder / ".git").mkdir()
-    done = run(folder, BIN / "papermill", "--engine", "safe-exec", "nb.ipynb", "out.ipynb", "--no-progress-bar")
+    done = run(
+        folder,
+        BIN / "papermill",
+        "--engine",
+        "safe-exec",
+        "nb.ipynb",
+        "out.ipynb",
+        "--no-progress-bar",
+    )
     assert done.returncode != 0, done.stdout + done.stderr
     node = nbformat.read(folder / "out.ipynb", as_version=4)
     assert node.metadata.papermill.exception is True

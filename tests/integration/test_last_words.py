@@ -21,11 +21,23 @@ WRITES = {
     "print": ("print('last words')", "stdout", "last words\n"),
     "no-newline": ("print('a', end='')\nprint('b', end='')", "stdout", "ab"),
     "stderr": ("import sys\nprint('oops', file=sys.stderr)", "stderr", "oops\n"),
-    "write": ("import sys\nsys.stdout.write('x' * 100_000 + 'END')", "stdout", "x" * 100_000 + "END"),
-    "many": ("for n in range(20_000):\n    print(n)", "stdout", "".join(f"{n}\n" for n in range(20_000))),
+    "write": (
+        "import sys\nsys.stdout.write('x' * 100_000 + 'END')",
+        "stdout",
+        "x" * 100_000 + "END",
+    ),
+    "many": (
+        "for n in range(20_000):\n    print(n)",
+        "stdout",
+        "".join(f"{n}\n" for n in range(20_000)),
+    ),
     "unicode": ("print('grüße, 你好, 🦊')", "stdout", "grüße, 你好, 🦊\n"),
     "descriptor": ("import os\nos.write(1, b'from C\\n')", "stdout", "from C\n"),
-    "child": ("import subprocess\n_ = subprocess.run(['echo', 'from a child'])", "stdout", "from a child\n"),
+    "child": (
+        "import subprocess\n_ = subprocess.run(['echo', 'from a child'])",
+        "stdout",
+        "from a child\n",
+    ),
     "shell": ("!echo from a shell", "stdout", "from a shell\r\n"),
     "logging": ("import logging\nlogging.warning('careful')", "stderr", "WARNING:root:careful\n"),
     "after-a-flush": ("print('one', flush=True)\nprint('two')", "stdout", "one\ntwo\n"),
@@ -53,12 +65,16 @@ def test_what_was_written_before_a_sigkill(tmp_path: Path, write: str) -> None:
 def test_text_and_displays_in_order_before_each_death(tmp_path: Path, death: str) -> None:
     cell = (
         "from IPython.display import display, HTML\nimport sys\nprint('one')\ndisplay(HTML('<b>two</b>'))\nprint('three')\n"
-        "print('four', file=sys.stderr)\ndisplay({'application/json': {'n': 5}}, raw=True)\n" + DEATHS[death]
+        "print('four', file=sys.stderr)\ndisplay({'application/json': {'n': 5}}, raw=True)\n"
+        + DEATHS[death]
     )
     outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", cell), "--cell-timeout", "30")
     assert outcome.verdict["status"] == "kernel_died"
     outputs = [o for o in outcome.notebook.cells[1].outputs if o.output_type != "error"]
-    seen = [(o.output_type, o.get("name") or next(iter(o.data)), (o.get("text") or "").strip()) for o in outputs]
+    seen = [
+        (o.output_type, o.get("name") or next(iter(o.data)), (o.get("text") or "").strip())
+        for o in outputs
+    ]
     assert ("display_data", "application/json", "") in seen
     assert ("stream", "stderr", "four") in seen
     order = [entry for entry in seen if entry[1] != "stderr"]
@@ -93,6 +109,8 @@ def test_interrupted_cells_keep_their_traceback(tmp_path: Path) -> None:
 def test_what_arrived_is_not_put_there_twice(tmp_path: Path, profile: str) -> None:
     # With processes of its own (ci) the kernel has another id than the one by which we know it, and signs its messages with that.
     cell = f"import time\nprint('once', flush=True)\ntime.sleep(1)\n{DEATHS['sigkill']}"
-    outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", cell), "--limits", profile, "--no-bisect")
+    outcome = run_notebook(
+        make_notebook(tmp_path / "nb.ipynb", cell), "--limits", profile, "--no-bisect"
+    )
     assert outcome.verdict["status"] == "kernel_died"
     assert stream(outcome.notebook, 1, "stdout") == "once\n"

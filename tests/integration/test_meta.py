@@ -40,12 +40,20 @@ def test_every_limit_is_struck() -> None:
 
 
 def test_every_mechanism_holds_a_limit() -> None:
-    assert {kill.by for kill in KILLS if kill.by} | set(OPEN_MECHANISMS) | {Mechanism.NONE} == set(Mechanism)
+    assert {kill.by for kill in KILLS if kill.by} | set(OPEN_MECHANISMS) | {Mechanism.NONE} == set(
+        Mechanism
+    )
 
 
 def test_every_limit_of_a_machine_without_control_groups_is_tried_as_an_ordinary_user() -> None:
     struck = {kill.limit for kill in KILLS if kill.user and kill.limit}
-    assert struck >= {LimitName.MEMORY, LimitName.PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE, LimitName.CELL_TIMEOUT}
+    assert struck >= {
+        LimitName.MEMORY,
+        LimitName.PROCESSES,
+        LimitName.OPEN_FILES,
+        LimitName.FILE_SIZE,
+        LimitName.CELL_TIMEOUT,
+    }
 
 
 def test_every_activity_is_seen() -> None:

@@ -32,7 +32,9 @@ def sandbox(program: str) -> Iterator[Sandbox]:
     made = Sandbox(run_id, directory=Path(runtime_directory(run_id)))
     try:
         plan = build_plan(Limits(memory=1 << 30), detect(), run_id, Isolation())
-        made.spawn(plan, argv=[sys.executable, "-I", "-S", "-c", program], env={}, cwd="/", pass_fds={})
+        made.spawn(
+            plan, argv=[sys.executable, "-I", "-S", "-c", program], env={}, cwd="/", pass_fds={}
+        )
         made.await_kernel()
         yield made
     finally:
@@ -109,10 +111,16 @@ def test_a_killed_keeper_is_noticed_and_what_it_made_is_removed() -> None:
         assert made.keeper_pid is not None and made.kernel_pid is not None
         os.kill(made.keeper_pid, signal.SIGKILL)
         assert ended_with(made) is None
-        wait_until(lambda: procfs.stat(made.kernel_pid or 0) is None, SECONDS, "the program died with its keeper")
+        wait_until(
+            lambda: procfs.stat(made.kernel_pid or 0) is None,
+            SECONDS,
+            "the program died with its keeper",
+        )
 
 
-def test_without_descriptors_of_processes_keepers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_descriptors_of_processes_keepers_are_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(keeper_process, "_knows_pidfds", lambda: False)
     with Nursery(), sandbox("import os; os._exit(3)") as made:
         assert keeper_process._nursery is None
@@ -130,11 +138,17 @@ with Nursery(), sandbox("import time; time.sleep(600)") as made:
 
 
 def test_all_goes_with_a_runner_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", LEFT_ALONE], cwd=ROOT, stdout=subprocess.PIPE, text=True) as runner:
+    with subprocess.Popen(
+        [sys.executable, "-c", LEFT_ALONE], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as runner:
         assert runner.stdout is not None
         *pids, directory = runner.stdout.readline().split()
         assert len(pids) == 3 and Path(directory).is_dir()
         runner.kill()
     for pid in map(int, pids):
-        wait_until(lambda pid=pid: (found := procfs.stat(pid)) is None or found.state in "ZX", SECONDS, f"{pid} is gone")  # type: ignore[misc]
+        wait_until(
+            lambda pid=pid: (found := procfs.stat(pid)) is None or found.state in "ZX",  # type: ignore[misc]
+            SECONDS,
+            f"{pid} is gone",
+        )
     wait_until(lambda: not Path(directory).exists(), SECONDS, "the directory is removed")

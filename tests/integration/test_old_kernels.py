@@ -21,33 +21,61 @@ NEWER = "clone3,pidfd_open,pidfd_send_signal,pidfd_getfd,close_range,openat2,fac
 
 def without(calls: str, code: str = "ENOSYS") -> list[str]:
     """A command prefix under which the calls fail."""
-    return [sys.executable, str(ROOT / "tests" / "without.py"), ",".join(f"{call}:{code}" for call in calls.split(","))]
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "without.py"),
+        ",".join(f"{call}:{code}" for call in calls.split(",")),
+    ]
 
 
 @pytest.mark.parametrize("call", sorted(CALLS))
 def test_the_calls_are_gone(call: str) -> None:
     code = f"import ctypes; c = ctypes.CDLL(None, use_errno=True); print(c.syscall({CALLS[call][COLUMN]}, -1, -1, -1, -1), ctypes.get_errno())"
-    done = subprocess.run([*without(call, "EXDEV"), sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*without(call, "EXDEV"), sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == ["-1", "18"]
 
 
 @pytest.mark.parametrize(
-    "calls", ["clone3", "pidfd_open,pidfd_send_signal", "close_range", NEWER, "landlock_create_ruleset", "process_vm_readv"]
+    "calls",
+    [
+        "clone3",
+        "pidfd_open,pidfd_send_signal",
+        "close_range",
+        NEWER,
+        "landlock_create_ruleset",
+        "process_vm_readv",
+    ],
 )
 def test_a_death_is_seen_and_the_tree_is_gone(calls: str, tmp_path: Path) -> None:
     """``run_notebook`` looks for what is left: the daemon, groups, notes."""
     path = make_notebook(tmp_path / "nb.ipynb", DAEMON, TEXT)
     verdict = run_notebook(path, "--no-bisect", prefix=without(calls)).verdict
-    assert (verdict["status"], verdict["cause"]["kind"], verdict["crash_cell"]["line"]) == ("kernel_died", "killed", 3)
+    assert (verdict["status"], verdict["cause"]["kind"], verdict["crash_cell"]["line"]) == (
+        "kernel_died",
+        "killed",
+        3,
+    )
 
 
 @pytest.mark.parametrize("calls", ["tee", "splice", "tee,splice"])
 def test_what_was_written_below_python_is_kept(calls: str, tmp_path: Path) -> None:
     """Without tee(2) ipykernel reads the pipe itself, as it always did: what it had not handed on may be lost, what it had is there."""
-    path = make_notebook(tmp_path / "nb.ipynb", "import os\nos.write(1, b'from C\\n')", "import time\ntime.sleep(0.5)", TEXT)
+    path = make_notebook(
+        tmp_path / "nb.ipynb",
+        "import os\nos.write(1, b'from C\\n')",
+        "import time\ntime.sleep(0.5)",
+        TEXT,
+    )
     outcome = run_notebook(path, "--no-bisect", prefix=without(calls))
     assert outcome.verdict["cause"]["kind"] == "killed"
-    texts = "".join(o.get("text", "") for c in outcome.notebook.cells[:3] for o in c.get("outputs", []))
+    texts = "".join(
+        o.get("text", "") for c in outcome.notebook.cells[:3] for o in c.get("outputs", [])
+    )
     assert texts.count("from C") >= 1
 
 
@@ -79,12 +107,19 @@ exec "$@"
 
 @pytest.mark.bed("cgroup-v1-root", "mount")
 @pytest.mark.parametrize(
-    "sources", [(DAEMON, TEXT), (DAEMON, "hog = []\nwhile True:\n    hog.append(b'x' * (16 << 20))")], ids=["killed", "memory"]
+    "sources",
+    [(DAEMON, TEXT), (DAEMON, "hog = []\nwhile True:\n    hog.append(b'x' * (16 << 20))")],
+    ids=["killed", "memory"],
 )
 def test_without_cgroup_kill_the_tree_is_gone(sources: tuple[str, ...], tmp_path: Path) -> None:
     """A kernel before 5.14, or one without the unified tree."""
     prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", NO_UNIFIED, "sh"]
-    found = subprocess.run([*prefix, "grep", "-c", "cgroup2", "/proc/self/mounts"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [*prefix, "grep", "-c", "cgroup2", "/proc/self/mounts"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.stdout.strip() == "0"
     path = make_notebook(tmp_path / "nb.ipynb", *sources)
     verdict = run_notebook(path, "--no-bisect", "--memory", "300M", prefix=prefix).verdict

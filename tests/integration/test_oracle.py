@@ -26,7 +26,10 @@ MIB = 1 << 20
 SPIN = "import time\ndef spin(seconds):\n    while time.process_time() < seconds: pass\n"
 NOTHING = SPIN
 ALONE = SPIN + "hog = bytearray(b'x') * (300 << 20)\nspin(4)"
-SHARED = SPIN + "import mmap\nhog = mmap.mmap(-1, 200 << 20)\nfor at in range(0, len(hog), 4096): hog[at] = 1\nspin(3)"
+SHARED = (
+    SPIN
+    + "import mmap\nhog = mmap.mmap(-1, 200 << 20)\nfor at in range(0, len(hog), 4096): hog[at] = 1\nspin(3)"
+)
 CHILDREN = (
     SPIN
     + """
@@ -58,7 +61,18 @@ class Use:
 
 
 def by_runexec(load: Path) -> Use:
-    argv = [str(part) for part in (RUNEXEC, "--no-container", "--output", load.with_suffix(".log"), "--", sys.executable, load)]
+    argv = [
+        str(part)
+        for part in (
+            RUNEXEC,
+            "--no-container",
+            "--output",
+            load.with_suffix(".log"),
+            "--",
+            sys.executable,
+            load,
+        )
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     said = dict(re.findall(r"^(\w+)=([\d.]+)", done.stdout, re.MULTILINE))
     assert said["returnvalue"] == "0", done.stdout
@@ -66,14 +80,20 @@ def by_runexec(load: Path) -> Use:
 
 
 def by_us(load: Path) -> Use:
-    cell = f"import subprocess, sys\nsubprocess.run([{sys.executable!r}, {str(load)!r}], check=True)"
+    cell = (
+        f"import subprocess, sys\nsubprocess.run([{sys.executable!r}, {str(load)!r}], check=True)"
+    )
     path = make_notebook(load.with_suffix(".ipynb"), "x = 1", cell)
     done = run_notebook(path, "--no-bisect", "--memory", "2G")
     assert done.code == 0, done.stdout
     enforcement = done.verdict["enforcement"]
     assert enforcement["memory"]["by"].startswith("cgroup"), enforcement
     usage = done.verdict["usage"]
-    return Use(memory=usage["memory_peak"], raw=usage["memory_peak_raw"], cpu=done.verdict["cells"][1]["cpu_seconds"])
+    return Use(
+        memory=usage["memory_peak"],
+        raw=usage["memory_peak_raw"],
+        cpu=done.verdict["cells"][1]["cpu_seconds"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +112,9 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Use, Use]:
     [(ALONE, 300 * MIB, 4.0), (SHARED, 200 * MIB, 3.0), (CHILDREN, 270 * MIB, 4.5)],
     ids=["alone", "shared", "children"],
 )
-def test_figures_are_those_of_runexec(source: str, most: int, seconds: float, idle: tuple[Use, Use], tmp_path: Path) -> None:
+def test_figures_are_those_of_runexec(
+    source: str, most: int, seconds: float, idle: tuple[Use, Use], tmp_path: Path
+) -> None:
     load = tmp_path / "load.py"
     load.write_text(source)
     ours, theirs = by_us(load), by_runexec(load)
@@ -101,6 +123,10 @@ def test_figures_are_those_of_runexec(source: str, most: int, seconds: float, id
     memory = theirs.memory - idle_theirs.memory
     assert memory == pytest.approx(most, rel=SHARE), f"not the load that was meant; {said}"
     assert theirs.cpu == pytest.approx(seconds, rel=SHARE), f"not the load that was meant; {said}"
-    assert ours.raw - idle_ours.raw == pytest.approx(memory, rel=SHARE), f"peak of all that was charged; {said}"
-    assert ours.memory - idle_ours.memory == pytest.approx(memory, rel=SHARE), f"peak of what cannot be reclaimed; {said}"
+    assert ours.raw - idle_ours.raw == pytest.approx(memory, rel=SHARE), (
+        f"peak of all that was charged; {said}"
+    )
+    assert ours.memory - idle_ours.memory == pytest.approx(memory, rel=SHARE), (
+        f"peak of what cannot be reclaimed; {said}"
+    )
     assert ours.cpu == pytest.approx(theirs.cpu, rel=SHARE), f"processor time; {said}"

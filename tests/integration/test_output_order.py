@@ -38,7 +38,9 @@ def test_prints_and_other_writes_alternate(tmp_path: Path, number: int) -> None:
     sources = []
     for cell in range(CELLS):
         writer = WRITERS[cell % len(WRITERS)]
-        sources.append("\n".join(f"print('p{n}')\n{writer.format(n=n)}" for n in range(4)) + "\nprint('end')")
+        sources.append(
+            "\n".join(f"print('p{n}')\n{writer.format(n=n)}" for n in range(4)) + "\nprint('end')"
+        )
     expected = "".join(f"p{n}\nc{n}\n" for n in range(4)) + "end\n"
     assert [text_of(cell) for cell in run(tmp_path, *sources)] == [expected] * CELLS
 
@@ -47,11 +49,17 @@ def test_in_a_tight_loop(tmp_path: Path) -> None:
     """After thousands of plain prints it is known how little time lies between two of them: a write(2) does not fit in."""
     plain = "for n in range(5000):\n    print(n)"
     both = "for n in range(500):\n    print('p', n)\n    os.write(1, b'c %d\\n' % n)"
-    errors = "for n in range(500):\n    print('p', n, file=sys.stderr)\n    os.write(2, b'c %d\\n' % n)"
+    errors = (
+        "for n in range(500):\n    print('p', n, file=sys.stderr)\n    os.write(2, b'c %d\\n' % n)"
+    )
     pieces = "for n in range(500):\n    os.write(1, b'a')\n    print('b', end='')\n    os.write(1, b'c')\n    print()"
     first, second, third, fourth = run(tmp_path, plain, both, errors, pieces)
     assert text_of(first) == "".join(f"{n}\n" for n in range(5000))
-    assert text_of(second) == text_of(third, "stderr") == "".join(f"p {n}\nc {n}\n" for n in range(500))
+    assert (
+        text_of(second)
+        == text_of(third, "stderr")
+        == "".join(f"p {n}\nc {n}\n" for n in range(500))
+    )
     assert text_of(fourth) == "abc\n" * 500
 
 
@@ -64,7 +72,9 @@ def test_in_a_thread_and_before_a_display(tmp_path: Path) -> None:
     first, second = run(tmp_path, thread, shown)
     assert text_of(first) == "".join(f"p {n}\nc {n}\n" for n in range(200))
     kinds = [(out.output_type, out.get("text") or out.data["text/plain"]) for out in second.outputs]
-    assert kinds == [pair for n in range(5) for pair in (("stream", f"c{n}\n"), ("display_data", f"{n}"))]
+    assert kinds == [
+        pair for n in range(5) for pair in (("stream", f"c{n}\n"), ("display_data", f"{n}"))
+    ]
 
 
 def test_a_forked_child_prints_as_before(tmp_path: Path) -> None:

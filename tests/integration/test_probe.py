@@ -76,7 +76,9 @@ def test_what_it_says_is_true_of_run(tmp_path: Path) -> None:
     done = safe_exec("probe", path, "memory", "--precision", "10%")
     assert done.returncode == 0
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
-    assert [line.startswith("run ") for line in done.stderr.splitlines()] == [True] * len(done.stderr.splitlines())
+    assert [line.startswith("run ") for line in done.stderr.splitlines()] == [True] * len(
+        done.stderr.splitlines()
+    )
     assert lines["reproduce"][1:3] == ["safe-exec", "run"]
     verdict = run(path, *lines["reproduce"][4:])
     assert (verdict["status"], verdict["cause"]["kind"]) == ("kernel_died", "out_of_memory")
@@ -91,7 +93,9 @@ def test_up_from_a_limit_that_is_too_tight(tmp_path: Path) -> None:
 
 
 def test_open_files(tmp_path: Path) -> None:
-    path = make_notebook(tmp_path / "nb.ipynb", "held = [open('/dev/null') for _ in range(100)]", "print(len(held))")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "held = [open('/dev/null') for _ in range(100)]", "print(len(held))"
+    )
     found = probe(path, "open-files")
     assert found["passes"] == found["fails"] + 1
     assert 100 < found["fails"] < 300
@@ -101,7 +105,9 @@ def test_open_files(tmp_path: Path) -> None:
 
 def test_processes(tmp_path: Path) -> None:
     source = "import threading, time\nts = [threading.Thread(target=time.sleep, args=(0.6,)) for _ in range(20)]\n"
-    path = make_notebook(tmp_path / "nb.ipynb", source + "[t.start() for t in ts]\n[t.join() for t in ts]")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", source + "[t.start() for t in ts]\n[t.join() for t in ts]"
+    )
     found = probe(path, "processes")
     assert found["passes"] == found["fails"] + 1
     assert (found["cause"]["kind"], found["crash_cell"]["line"]) == ("too_many_processes", 3)
@@ -117,7 +123,9 @@ def test_a_cell_timeout(tmp_path: Path) -> None:
 
 def test_the_size_of_a_file(tmp_path: Path) -> None:
     path = make_notebook(
-        tmp_path / "nb.ipynb", "file = open('out.bin', 'wb')\nfile.write(b'x' * 5_000_000)\nfile.flush()", "file.close()"
+        tmp_path / "nb.ipynb",
+        "file = open('out.bin', 'wb')\nfile.write(b'x' * 5_000_000)\nfile.flush()",
+        "file.close()",
     )
     found = probe(path, "file-size")
     assert found["fails"] < 5_000_000 <= found["passes"]
@@ -126,13 +134,19 @@ def test_the_size_of_a_file(tmp_path: Path) -> None:
 
 def test_a_name_error_is_no_matter_of_memory(tmp_path: Path) -> None:
     found = probe(make_notebook(tmp_path / "nb.ipynb", "x = 1", "print(nothing)"), "memory")
-    assert (found["ended"], len(found["runs"]), found["cause"]["kind"]) == ("unrelated", 1, "exception")
+    assert (found["ended"], len(found["runs"]), found["cause"]["kind"]) == (
+        "unrelated",
+        1,
+        "exception",
+    )
 
 
 def test_runs_do_not_see_each_other(tmp_path: Path) -> None:
     source = "import os\nassert not os.path.exists('mine')\nopen('mine', 'w').close()\nassert open('given').read() == 'data'"
     (tmp_path / "given").write_text("data")
-    path = make_notebook(tmp_path / "nb.ipynb", source, "held = [open('/dev/null') for _ in range(100)]")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", source, "held = [open('/dev/null') for _ in range(100)]"
+    )
     assert probe(path, "open-files")["found"]
 
 
@@ -148,7 +162,9 @@ def test_ctrl_c_prints_what_is_known(tmp_path: Path) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "import time\ntime.sleep(1)")
     argv = [str(EXECUTABLE), "probe", str(path), "memory"]
     env = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     assert process.stderr is not None
     assert process.stderr.readline().startswith("run 1 ")
     time.sleep(0.2)
@@ -174,16 +190,25 @@ def test_the_failure_of_a_verdict_again(tmp_path: Path) -> None:
     run(path, "--memory", "120M")
     code, words = replay(tmp_path / "nb.verdict.json")
     assert code == 0
-    assert words.startswith("✓ the same here: out of memory in code cell 2, line 1, peak 120 MiB (120 MiB then)\n")
+    assert words.startswith(
+        "✓ the same here: out of memory in code cell 2, line 1, peak 120 MiB (120 MiB then)\n"
+    )
 
 
 def test_the_reproduction_of_a_verdict(tmp_path: Path) -> None:
-    path = make_notebook(tmp_path / "nb.ipynb", "x = 1", BIG, "y = 2", "more = bytearray(b'x') * (150 << 20)")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "x = 1", BIG, "y = 2", "more = bytearray(b'x') * (150 << 20)"
+    )
     safe_exec("run", path, "--memory", "260M", "-q")
     assert (tmp_path / "nb.repro.ipynb").exists()
     code, words = replay(tmp_path / "nb.verdict.json", "--json")
     document = json.loads(words)
-    assert (code, document["same"], document["reproduction"], document["differs"]) == (0, True, True, [])
+    assert (code, document["same"], document["reproduction"], document["differs"]) == (
+        0,
+        True,
+        True,
+        [],
+    )
 
 
 def test_a_verdict_that_claims_another_cause(tmp_path: Path) -> None:
@@ -196,13 +221,19 @@ def test_a_verdict_that_claims_another_cause(tmp_path: Path) -> None:
     assert code == 1
     rows = [line.split() for line in words.splitlines()]
     assert words.startswith("✗ not the same: out of memory in code cell 2 here\n")
-    assert ["cause", "segfault", "out", "of", "memory"] in rows and ["signal", "SIGSEGV", "SIGKILL"] in rows
+    assert ["cause", "segfault", "out", "of", "memory"] in rows and [
+        "signal",
+        "SIGSEGV",
+        "SIGKILL",
+    ] in rows
     assert any(row[:2] == ["ipykernel", "0.1"] for row in rows)
 
 
 def test_a_failure_that_does_not_happen_here(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    path = make_notebook(tmp_path / "nb.ipynb", "import os\nif os.path.exists('broken'):\n    os.abort()")
+    path = make_notebook(
+        tmp_path / "nb.ipynb", "import os\nif os.path.exists('broken'):\n    os.abort()"
+    )
     run(path)
     (tmp_path / "broken").unlink()
     code, words = replay(tmp_path / "nb.verdict.json")

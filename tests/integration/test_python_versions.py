@@ -22,7 +22,9 @@ from tests.beds import interpreter
 from tests.support import make_notebook, run_notebook
 from tests.versions import PROPERTY, RUNNER, row
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds" / "kernels"
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds" / "kernels"
+)
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 PACKAGES = ("6.20.*", "6.*", "7.*")
 """Of ipykernel: the oldest supported, and the latest of each major version."""
@@ -44,8 +46,14 @@ def kernel(version: str, package: str) -> Path:
         # Its own pip, where it has one: pip 23.0, which Debian 12 puts into virtual environments, does not
         # run on Python 3.12 and newer (`--python` has that interpreter run it).
         own = [str(python), "-m", "pip"]
-        has_pip = subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0
-        pip = [*(own if has_pip else [sys.executable, "-m", "pip", "--python", str(python)]), "install", "-q"]
+        has_pip = (
+            subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0
+        )
+        pip = [
+            *(own if has_pip else [sys.executable, "-m", "pip", "--python", str(python)]),
+            "install",
+            "-q",
+        ]
         target = ["--only-binary=:all:", "--target", str(making / "site")]
         try:
             subprocess.run([*pip, *target, wanted], check=True, capture_output=True, text=True)
@@ -72,10 +80,21 @@ def spec(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.kills
 @pytest.mark.parametrize(
     ("spec", "version", "package"),
-    [pytest.param((v, p), v, p, id=f"{v}-{p.rstrip('.*')}" if p else v, marks=pytest.mark.bed(f"python{v}")) for v, p in PAIRS],
+    [
+        pytest.param(
+            (v, p),
+            v,
+            p,
+            id=f"{v}-{p.rstrip('.*')}" if p else v,
+            marks=pytest.mark.bed(f"python{v}"),
+        )
+        for v, p in PAIRS
+    ],
     indirect=["spec"],
 )
-def test_another_python(spec: dict[str, str], version: str, package: str, tmp_path: Path, record_property: Any) -> None:
+def test_another_python(
+    spec: dict[str, str], version: str, package: str, tmp_path: Path, record_property: Any
+) -> None:
     says = "import sys, ipykernel\nprint('%d.%d' % sys.version_info[:2], ipykernel.__version__)\n'result'"
     crash = "import ctypes\ndef read(at):\n    return ctypes.string_at(at)"
     loop = "n = 0\nwhile True:\n    n += 1"
@@ -89,10 +108,15 @@ def test_another_python(spec: dict[str, str], version: str, package: str, tmp_pa
     crash_cell = verdict["crash_cell"]
     assert (verdict["status"], verdict["cause"]["kind"]) == ("kernel_died", "segfault"), done.stdout
     assert (crash_cell["code_index"], crash_cell["line"]) == (2, 2), done.stdout
-    assert [(f["function"], f["line"]) for f in crash_cell["stack"]][-2:] == [("read", 3), ("<module>", 2)]
+    assert [(f["function"], f["line"]) for f in crash_cell["stack"]][-2:] == [
+        ("read", 3),
+        ("<module>", 2),
+    ]
 
     second = make_notebook(tmp_path / "loop.ipynb", "'passes'", loop)
-    done = run_notebook(second, "--kernel", "other", "--no-bisect", "--cell-timeout", "3s", env=spec)
+    done = run_notebook(
+        second, "--kernel", "other", "--no-bisect", "--cell-timeout", "3s", env=spec
+    )
     cause = done.verdict["cause"]
     assert (cause["kind"], cause["activity"]) == ("cell_timeout", "python_loop"), done.stdout
     assert done.verdict["crash_cell"]["line"] in (2, 3)

@@ -46,10 +46,16 @@ def options(*more: str) -> Sequence[str]:
     ],
 )
 @pytest.mark.parametrize(
-    "who", [pytest.param("root", marks=pytest.mark.bed("root")), pytest.param("user", marks=pytest.mark.bed("ordinary-user"))]
+    "who",
+    [
+        pytest.param("root", marks=pytest.mark.bed("root")),
+        pytest.param("user", marks=pytest.mark.bed("ordinary-user")),
+    ],
 )
 @pytest.mark.bed("landlock", "cgroup-v1-root")
-def test_nothing_runs(asked: tuple[str, ...], names: str, who: str, notebook: Path, marker: Path) -> None:
+def test_nothing_runs(
+    asked: tuple[str, ...], names: str, who: str, notebook: Path, marker: Path
+) -> None:
     if who == "user" and "memory" in asked[-1]:
         asked = (*asked[:-1], "own-processes")
     prefix = ordinary_user() if who == "user" else []
@@ -63,20 +69,28 @@ def test_nothing_runs(asked: tuple[str, ...], names: str, who: str, notebook: Pa
 
 @pytest.mark.bed("landlock")
 def test_what_holds_as_well_will_do(notebook: Path, marker: Path) -> None:
-    done = run_notebook(notebook, *options("--limits", "ci", "--require", "home,system"), env=NO_BUBBLEWRAP)
-    assert (done.code, done.verdict["environment"]["isolation"]["home"]["by"]) == (1, "landlock"), done.stdout
+    done = run_notebook(
+        notebook, *options("--limits", "ci", "--require", "home,system"), env=NO_BUBBLEWRAP
+    )
+    assert (done.code, done.verdict["environment"]["isolation"]["home"]["by"]) == (1, "landlock"), (
+        done.stdout
+    )
     assert marker.exists(), "there is no /tmp of its own without bubblewrap: a test of the marker"
 
 
 def test_who_says_so_runs_all_the_same(notebook: Path) -> None:
-    done = run_notebook(notebook, *options("--limits", "untrusted", "--require", "none"), env=NO_BUBBLEWRAP)
+    done = run_notebook(
+        notebook, *options("--limits", "untrusted", "--require", "none"), env=NO_BUBBLEWRAP
+    )
     assert done.code == 1 and "weak wall" in done.stdout, done.stdout
     assert done.verdict["isolation"]["required"] is False
     assert [cell["status"] for cell in done.verdict["cells"]] == ["failed"]
 
 
 @pytest.mark.bed("bubblewrap")
-def test_where_they_stand_it_runs_and_what_comes_after_it_must_have_them_too(notebook: Path, marker: Path) -> None:
+def test_where_they_stand_it_runs_and_what_comes_after_it_must_have_them_too(
+    notebook: Path, marker: Path
+) -> None:
     done = run_notebook(notebook, *options("--limits", "untrusted"))
     assert done.code == 1 and done.verdict["isolation"]["required"] is True, done.stdout
     verdict = notebook.with_suffix(".verdict.json")
@@ -86,8 +100,12 @@ def test_where_they_stand_it_runs_and_what_comes_after_it_must_have_them_too(not
         ("bisect", notebook),
     ):
         asked = safe_exec(*command, env=NO_BUBBLEWRAP)
-        assert asked.returncode == 7, f"{command}: {asked.returncode}\n{asked.stdout}\n{asked.stderr}"
-        assert "walls are required" in asked.stdout + asked.stderr, f"{command}\n{asked.stdout}\n{asked.stderr}"
+        assert asked.returncode == 7, (
+            f"{command}: {asked.returncode}\n{asked.stdout}\n{asked.stderr}"
+        )
+        assert "walls are required" in asked.stdout + asked.stderr, (
+            f"{command}\n{asked.stdout}\n{asked.stderr}"
+        )
         assert not marker.exists(), command
     assert safe_exec("bisect", notebook).returncode in (0, 1)
     assert not marker.exists(), "a search has the walls of the run"
@@ -102,6 +120,8 @@ def test_where_they_stand_it_runs_and_what_comes_after_it_must_have_them_too(not
         (("--require", "wall"), "own_processes"),
     ],
 )
-def test_what_is_not_asked_for_cannot_be_required(asked: tuple[str, ...], words: str, notebook: Path) -> None:
+def test_what_is_not_asked_for_cannot_be_required(
+    asked: tuple[str, ...], words: str, notebook: Path
+) -> None:
     done = safe_exec("run", notebook, *asked)
     assert done.returncode == 2 and words in done.stderr, done.stderr

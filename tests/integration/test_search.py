@@ -73,8 +73,15 @@ class Place:
 
     @property
     def env(self) -> dict[str, str]:
-        own = {"XDG_CACHE_HOME": str(self.cache), "XDG_RUNTIME_DIR": str(self.runtime), "HOME": str(self.base), MARK: self.mark}
-        return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | own
+        own = {
+            "XDG_CACHE_HOME": str(self.cache),
+            "XDG_RUNTIME_DIR": str(self.runtime),
+            "HOME": str(self.base),
+            MARK: self.mark,
+        }
+        return {
+            name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
+        } | own
 
     def notebook(self, *sources: str, kernel: str = "python3", language: str = "python") -> Path:
         return make_notebook(self.folder / "nb.ipynb", *sources, kernel=kernel, language=language)
@@ -86,17 +93,30 @@ class Place:
 
     def bisect(self, path: Path, *options: str) -> tuple[int, dict[str, Any], str]:
         """``safe-exec bisect``: exit code, verdict, what it said."""
-        done = safe_exec("bisect", path, *options, env=self.env, prefix=self.prefix, cwd=self.folder)
+        done = safe_exec(
+            "bisect", path, *options, env=self.env, prefix=self.prefix, cwd=self.folder
+        )
         assert self.left() == []
         return done.returncode, verdict_of(path), f"{done.stdout}\n{done.stderr}"
 
     def left(self, *, trials: bool = True) -> list[str]:
         """What there should not be any more: notes, sockets, processes, control groups, folders of trials, mounts."""
-        files = [str(path) for path in self.runtime.rglob("*") if path != self.runtime / "safe-exec"]
+        files = [
+            str(path) for path in self.runtime.rglob("*") if path != self.runtime / "safe-exec"
+        ]
         if trials:
             files += [str(path) for path in self.cache.glob("safe-exec/folders/*/trial-*")]
-        mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.base) in line]
-        return [*map(str, marked_processes(self.mark)), *map(str, orphaned_groups()), *files, *mounts]
+        mounts = [
+            line
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if str(self.base) in line
+        ]
+        return [
+            *map(str, marked_processes(self.mark)),
+            *map(str, orphaned_groups()),
+            *files,
+            *mounts,
+        ]
 
 
 @pytest.fixture
@@ -110,9 +130,22 @@ class Background:
 
     def __init__(self, place: Place, path: Path, *options: str) -> None:
         self.place, self.path, self.events = place, path, place.outside / "events.jsonl"
-        argv = [*place.prefix, str(EXECUTABLE), "run", str(path), "--events", str(self.events), *options]
+        argv = [
+            *place.prefix,
+            str(EXECUTABLE),
+            "run",
+            str(path),
+            "--events",
+            str(self.events),
+            *options,
+        ]
         self.process = subprocess.Popen(
-            argv, cwd=place.folder, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            argv,
+            cwd=place.folder,
+            env=place.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def log(self, event: str) -> list[dict[str, Any]]:
@@ -123,7 +156,9 @@ class Background:
 
     def wait_for(self, event: str, count: int = 1) -> None:
         def there() -> bool:
-            assert self.process.poll() is None or len(self.log(event)) >= count, self.process.communicate()[0]
+            assert self.process.poll() is None or len(self.log(event)) >= count, (
+                self.process.communicate()[0]
+            )
             return len(self.log(event)) >= count
 
         wait_until(there, 60, f"{count} events {event}")
@@ -176,7 +211,11 @@ def test_of_three_cells_that_fill_the_memory_the_two_that_it_takes(place: Place)
     assert verdict["cause"]["kind"] == "out_of_memory"
     assert code_cells(verdict) == [1, 4, 6]
     assert (found["minimal"], found["stopped"]) == (True, None)
-    assert [culprit["role"] for culprit in found["cells"]] == ["accumulator", "accumulator", "crash"]
+    assert [culprit["role"] for culprit in found["cells"]] == [
+        "accumulator",
+        "accumulator",
+        "crash",
+    ]
     assert found["look_first"] in (1, 4)
     assert found["reproduced"][0] == found["reproduced"][1] >= 1
 
@@ -184,7 +223,15 @@ def test_of_three_cells_that_fill_the_memory_the_two_that_it_takes(place: Place)
 @pytest.mark.kills
 def test_a_large_crash_cell_is_made_smaller_in_the_reproduction(place: Place) -> None:
     lines = [f"value_{n} = {n} * factor" for n in range(10)]
-    crash = "\n".join([*lines, "import ctypes", "print(value_3)", "ctypes.string_at(factor - 2)", "print('never')"])
+    crash = "\n".join(
+        [
+            *lines,
+            "import ctypes",
+            "print(value_3)",
+            "ctypes.string_at(factor - 2)",
+            "print('never')",
+        ]
+    )
     path = place.notebook("factor = 2", "print('between')", crash)
     before = path.read_bytes()
     outcome = place.run(path)
@@ -201,7 +248,13 @@ def test_a_large_crash_cell_is_made_smaller_in_the_reproduction(place: Place) ->
 @pytest.mark.kills
 @pytest.mark.bed("bash")
 def test_a_notebook_in_another_language(place: Place) -> None:
-    path = place.notebook("ANSWER=42", "echo $ANSWER", '[ "$ANSWER" = 42 ] && kill -9 $PPID', kernel="bash", language="bash")
+    path = place.notebook(
+        "ANSWER=42",
+        "echo $ANSWER",
+        '[ "$ANSWER" = 42 ] && kill -9 $PPID',
+        kernel="bash",
+        language="bash",
+    )
     verdict = place.run(path, "--cell-timeout", "10").verdict
     assert verdict["cause"]["kind"] == "killed"
     assert code_cells(verdict) == [0, 2]
@@ -270,9 +323,7 @@ def test_no_search_by_itself_after_talking_to_another_host(place: Place) -> None
 def test_of_a_death_that_comes_and_goes_it_says_how_often_it_came(place: Place) -> None:
     """Every run of the crash cell writes down which cells it had, and whether it is to die: outside of what a trial gets anew."""
     log = place.outside / "log"
-    record = (
-        f"with open({str(log)!r}, 'a') as file:\n    print(*[n for n in range(4) if f'cell_{{n}}' in globals()], dies, file=file)"
-    )
+    record = f"with open({str(log)!r}, 'a') as file:\n    print(*[n for n in range(4) if f'cell_{{n}}' in globals()], dies, file=file)"
     path = place.notebook(
         "cell_0 = 1",
         "cell_1 = limit = 128",
@@ -309,7 +360,9 @@ def test_a_death_that_never_comes_back(place: Place) -> None:
     assert found["reproduced"][0] == 0 < found["reproduced"][1]
     assert found["repro_notebook"] is None
     assert not path.with_suffix(".repro.ipynb").exists()
-    assert f"0/{found['reproduced'][1]}" in outcome.stdout or "did not happen again" in outcome.stdout, outcome.stdout
+    assert (
+        f"0/{found['reproduced'][1]}" in outcome.stdout or "did not happen again" in outcome.stdout
+    ), outcome.stdout
 
 
 # --- a search that is cut short ---------------------------------------------------------------------------------
@@ -327,14 +380,20 @@ FOUND = [3, 6, 9]
 @pytest.mark.kills
 def test_ctrl_c_keeps_the_best_so_far(place: Place) -> None:
     run = Background(place, place.notebook(*NAMELESS))
-    wait_until(lambda: any(event["best"] for event in run.log("search_trial_finished")), 60, "something that fails")
+    wait_until(
+        lambda: any(event["best"] for event in run.log("search_trial_finished")),
+        60,
+        "something that fails",
+    )
     code, said = run.end(signal.SIGINT)
     verdict = verdict_of(run.path)
     found = verdict["culprits"]
     assert code == verdict["exit_code"] == 3, said
     assert verdict["status"] == "kernel_died"
     assert (found["stopped"], found["minimal"]) == ("cancelled", False)
-    assert [cell["index"] for cell in found["cells"]] == run.log("search_trial_finished")[-1]["best"]
+    assert [cell["index"] for cell in found["cells"]] == run.log("search_trial_finished")[-1][
+        "best"
+    ]
     assert set(FOUND) <= set(code_cells(verdict))
     assert place.left() == []
     assert kept_folders(place.cache) == [verdict["run_id"]]
@@ -346,7 +405,9 @@ def test_sigkill_leaves_nothing_but_what_is_known(place: Place) -> None:
     run.wait_for("search_trial_finished", 2)
     assert run.end(signal.SIGKILL)[0] == -signal.SIGKILL
     # A folder that was on its way to a trial is left with the run's: both go when the search comes to its end.
-    wait_until(lambda: place.left(trials=False) == [], GONE_SECONDS, f"nothing left: {place.left()}")
+    wait_until(
+        lambda: place.left(trials=False) == [], GONE_SECONDS, f"nothing left: {place.left()}"
+    )
     verdict = verdict_of(run.path)
     assert (verdict["status"], verdict["culprits"]) == ("kernel_died", None)
     assert kept_folders(place.cache) == [verdict["run_id"]]
@@ -362,7 +423,9 @@ def test_sigkill_leaves_nothing_but_what_is_known(place: Place) -> None:
 @pytest.mark.kills
 def test_a_budget_that_is_too_small_and_then_a_larger_one(place: Place) -> None:
     path = place.notebook(*NAMELESS)
-    budget = 2.5 * place.run(path, "--no-bisect").verdict["usage"]["wall_seconds"]  # for a trial or two, on any machine
+    budget = (
+        2.5 * place.run(path, "--no-bisect").verdict["usage"]["wall_seconds"]
+    )  # for a trial or two, on any machine
     outcome = place.run(path, "--bisect-budget", f"{budget:.1f}s")
     found = outcome.verdict["culprits"]
     assert (found["stopped"], found["minimal"]) == ("budget", False), outcome.stdout
@@ -426,14 +489,27 @@ def tree(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
         if path.suffix not in (".json", ".ipynb"):
             status = path.lstat()
             text = path.read_bytes() if path.is_file() and status.st_size < 1 << 20 else b""
-            found[str(path.relative_to(folder))] = (status.st_mode, status.st_mtime_ns, status.st_ctime_ns, text)
+            found[str(path.relative_to(folder))] = (
+                status.st_mode,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                text,
+            )
     return found
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize("way", [pytest.param(way, id=way.id, marks=pytest.mark.bed(*way.beds)) for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, id=way.id, marks=pytest.mark.bed(*way.beds)) for way in WAYS]
+)
 def test_trials_start_from_the_folder_as_it_was(way: Way, place: Place) -> None:
-    prefix = ordinary_user_with_namespaces() if way.user else () if way.namespaces else without_namespaces()
+    prefix = (
+        ordinary_user_with_namespaces()
+        if way.user
+        else ()
+        if way.namespaces
+        else without_namespaces()
+    )
     place = Place(base=place.base, prefix=prefix)
     name = f"safe-exec-test-{secrets.token_hex(8)}"
     (place.folder / "there.txt").write_text("before")
@@ -442,7 +518,12 @@ def test_trials_start_from_the_folder_as_it_was(way: Way, place: Place) -> None:
     if way.large:
         with (place.folder / "large.bin").open("wb") as file:
             file.truncate(64 << 20)
-    path = place.notebook("import os", leaving(place, way, name), "x = 1", f"assert open('made.txt').read() == 'made'\n{CRASH}")
+    path = place.notebook(
+        "import os",
+        leaving(place, way, name),
+        "x = 1",
+        f"assert open('made.txt').read() == 'made'\n{CRASH}",
+    )
     if way.user:
         for entry in (place.folder, *place.folder.rglob("*")):
             os.chown(entry, NOBODY, NOBODY)

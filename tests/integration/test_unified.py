@@ -149,7 +149,9 @@ def test_without_memory_peak_the_kill_is_still_ours(place: Delegated) -> None:
     run_id = secrets.token_hex(6)
     plan = build_plan(Limits(memory=64 * MIB), machine(), run_id)
     files = tuple(path for path in plan.cgroup.counter_files if not path.endswith("memory.peak"))
-    with started(replace(plan, cgroup=replace(plan.cgroup, counter_files=files)), run_id, HOG) as sandbox:
+    with started(
+        replace(plan, cgroup=replace(plan.cgroup, counter_files=files)), run_id, HOG
+    ) as sandbox:
         exit_ = ended(sandbox)
     assert exit_.counters.memory_peak_raw is None and exit_.counters.oom_kills == 1
     assert elsewhere(exit_.counters, 64 * MIB) is False
@@ -183,15 +185,26 @@ def test_processors_are_held(place: Delegated) -> None:
         assert (group / "cpu.max").read_text().split() == ["50000", "100000"]
 
         def figures() -> dict[str, int]:
-            return {key: int(value) for key, value in (line.split() for line in (group / "cpu.stat").read_text().splitlines())}
+            return {
+                key: int(value)
+                for key, value in (
+                    line.split() for line in (group / "cpu.stat").read_text().splitlines()
+                )
+            }
 
         wait_until(lambda: figures()["nr_throttled"] >= 5, SECONDS, "it is throttled")
         before = figures()
-        wait_until(lambda: figures()["nr_periods"] >= before["nr_periods"] + 10, SECONDS, "ten periods are over")
+        wait_until(
+            lambda: figures()["nr_periods"] >= before["nr_periods"] + 10,
+            SECONDS,
+            "ten periods are over",
+        )
         after = figures()
     periods = after["nr_periods"] - before["nr_periods"]
     # A period's end and the reading of it may be one period apart, on each of the processors.
-    assert after["usage_usec"] - before["usage_usec"] <= 50_000 * (periods + 1 + (os.cpu_count() or 1))
+    assert after["usage_usec"] - before["usage_usec"] <= 50_000 * (
+        periods + 1 + (os.cpu_count() or 1)
+    )
 
 
 def test_one_write_kills_daemons_too(place: Delegated) -> None:
@@ -203,7 +216,11 @@ def test_one_write_kills_daemons_too(place: Delegated) -> None:
         assert plan.cgroup.kill_files == (str(group / "cgroup.kill"),)
         wait_until(lambda: len(_sessions(group)) == 2, SECONDS, "the daemon has its own session")
         (group / "cgroup.kill").write_text("1")
-        wait_until(lambda: "populated 0" in (group / "cgroup.events").read_text(), SECONDS, "nobody is left")
+        wait_until(
+            lambda: "populated 0" in (group / "cgroup.events").read_text(),
+            SECONDS,
+            "nobody is left",
+        )
         assert signal_of(ended(sandbox)) == signal.SIGKILL
 
 

@@ -61,7 +61,9 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def hog(folder: Path, *options: str, prefix: list[str], cells: tuple[str, ...] = ("x = 1", HOG)) -> Outcome:
+def hog(
+    folder: Path, *options: str, prefix: list[str], cells: tuple[str, ...] = ("x = 1", HOG)
+) -> Outcome:
     return run_notebook(
         make_notebook(folder / "nb.ipynb", *cells),
         *SMALL,
@@ -77,12 +79,21 @@ def check_killed(outcome: Outcome, by: str) -> None:
     verdict = outcome.verdict
     said = f"{outcome.stdout}\n{outcome.stderr}\n{verdict['cause']}"
     assert verdict["status"] == "kernel_died", said
-    assert (verdict["cause"]["kind"], verdict["cause"]["confidence"]) == ("out_of_memory", "certain"), said
-    assert {name: held["by"] for name, held in verdict["enforcement"].items() if name in ("memory", "processes")} == {
+    assert (verdict["cause"]["kind"], verdict["cause"]["confidence"]) == (
+        "out_of_memory",
+        "certain",
+    ), said
+    assert {
+        name: held["by"]
+        for name, held in verdict["enforcement"].items()
+        if name in ("memory", "processes")
+    } == {
         "memory": by,
         "processes": by,
     }
-    assert verdict["crash_cell"]["code_index"] == 1 and verdict["crash_cell"]["line"] in (3, 4), said
+    assert verdict["crash_cell"]["code_index"] == 1 and verdict["crash_cell"]["line"] in (3, 4), (
+        said
+    )
     assert verdict["usage"]["oom_kills"] == 1
     # Page tables and the like are charged too: it never gets quite there.
     assert 0.9 * 200 * MIB <= verdict["usage"]["memory_peak"] <= 200 * MIB
@@ -110,7 +121,10 @@ def all_by(mechanism: str) -> dict[str, str]:
 def test_a_user_with_a_delegated_group(folder: Path) -> None:
     with delegated(owner=NOBODY) as place:
         found = doctor(as_nobody(place))
-        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {"v2": str(place.group), "scope": None}
+        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {
+            "v2": str(place.group),
+            "scope": None,
+        }
         outcome = hog(folder, prefix=as_nobody(place))
     check_killed(outcome, "cgroup-v2")
     assert outcome.verdict["environment"]["cgroup"].startswith(str(place.group))
@@ -121,7 +135,10 @@ def test_a_container_with_a_smaller_limit(folder: Path) -> None:
     """Its own namespace of control groups: what is above cannot be seen, and its limit stands at the root of what can."""
     with bare(memory=260 * MIB) as group:
         found = doctor(as_container(group))
-        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {"v2": "/sys/fs/cgroup", "scope": None}
+        assert held_by(found) == all_by("cgroup-v2") and found["groups"] == {
+            "v2": "/sys/fs/cgroup",
+            "scope": None,
+        }
         outcome = hog(folder, "--memory", "400M", prefix=as_container(group))
     verdict = outcome.verdict
     said = f"{outcome.stdout}\n{outcome.stderr}\n{verdict['cause']}"
@@ -131,7 +148,10 @@ def test_a_container_with_a_smaller_limit(folder: Path) -> None:
         "certain",
     ), said
     assert verdict["enforcement"]["memory"]["by"] == "cgroup-v2"
-    assert "not by this run's limit: the limit of 260 MiB on /sys/fs/cgroup," in verdict["cause"]["summary"]
+    assert (
+        "not by this run's limit: the limit of 260 MiB on /sys/fs/cgroup,"
+        in verdict["cause"]["summary"]
+    )
 
 
 @pytest.mark.bed("cgroup2-root")
@@ -139,7 +159,14 @@ def test_a_container_with_room_for_fewer_processes(folder: Path) -> None:
     path = make_notebook(folder / "nb.ipynb", "x = 1", THREADS)
     with bare(processes=50) as group:
         outcome = run_notebook(
-            path, *SLOW, "--no-bisect", "--processes", "200", prefix=as_container(group), cwd=folder, timeout=RUN_SECONDS
+            path,
+            *SLOW,
+            "--no-bisect",
+            "--processes",
+            "200",
+            prefix=as_container(group),
+            cwd=folder,
+            timeout=RUN_SECONDS,
         )
     cause = outcome.verdict["cause"]
     assert (outcome.verdict["status"], cause["kind"]) == ("cell_error", "too_many_processes"), (
@@ -163,7 +190,11 @@ def test_root_gets_a_scope_by_itself(folder: Path) -> None:
     check_killed(outcome, "systemd")
     assert "a scope of the system's systemd" in outcome.verdict["enforcement"]["memory"]["note"]
     assert f"safe-exec-{outcome.run_id}.scope/" in outcome.verdict["environment"]["cgroup"]
-    wait_until(lambda: gone(f"safe-exec-{outcome.run_id}"), SCOPE_SECONDS, "systemd has collected the scope")
+    wait_until(
+        lambda: gone(f"safe-exec-{outcome.run_id}"),
+        SCOPE_SECONDS,
+        "systemd has collected the scope",
+    )
 
 
 @pytest.mark.bed("systemd-user")
@@ -175,14 +206,21 @@ def test_a_login_session_gets_a_scope_by_itself(folder: Path) -> None:
     outcome = hog(folder, prefix=in_session())
     check_killed(outcome, "systemd")
     assert "a scope of the user's systemd" in outcome.verdict["enforcement"]["memory"]["note"]
-    wait_until(lambda: gone(f"safe-exec-{outcome.run_id}"), SCOPE_SECONDS, "systemd has collected the scope")
+    wait_until(
+        lambda: gone(f"safe-exec-{outcome.run_id}"),
+        SCOPE_SECONDS,
+        "systemd has collected the scope",
+    )
 
 
 @pytest.mark.bed("systemd-user")
 def test_in_a_scope_a_killed_worker_does_not_end_the_kernel(folder: Path) -> None:
     """systemd ends a whole unit for one process that was killed for memory (OOMPolicy=), but none that is delegated."""
     outcome = hog(folder, prefix=in_session(), cells=("x = 1", WORKER, "print('after')"))
-    assert (outcome.verdict["status"], outcome.verdict["cause"]["kind"]) == ("cell_error", "worker_out_of_memory"), outcome.stdout
+    assert (outcome.verdict["status"], outcome.verdict["cause"]["kind"]) == (
+        "cell_error",
+        "worker_out_of_memory",
+    ), outcome.stdout
 
 
 @pytest.mark.bed("systemd-user")
@@ -194,13 +232,18 @@ def test_by_hand_in_a_scope_whose_limit_is_smaller(folder: Path) -> None:
     outcome = hog(folder, "--memory", "400M", prefix=by_hand)
     verdict = outcome.verdict
     assert verdict["enforcement"]["memory"]["by"] == "cgroup-v2", verdict["enforcement"]
-    assert "the limit of 260 MiB on /sys/fs/cgroup/user.slice/" in verdict["cause"]["summary"], verdict["cause"]
+    assert "the limit of 260 MiB on /sys/fs/cgroup/user.slice/" in verdict["cause"]["summary"], (
+        verdict["cause"]
+    )
 
 
 @pytest.mark.bed("systemd-user")
 def test_two_at_a_time_and_a_killed_runner(folder: Path) -> None:
     """A scope for each; one whose runner is killed goes as well, with all that was in it."""
-    paths = [make_notebook(folder / f"{name}.ipynb", "import time\ntime.sleep(600)") for name in ("one", "two")]
+    paths = [
+        make_notebook(folder / f"{name}.ipynb", "import time\ntime.sleep(600)")
+        for name in ("one", "two")
+    ]
     marks = [f"v2-{os.urandom(8).hex()}" for _ in paths]
     argv = [*in_session(), str(EXECUTABLE), "run"]
     runs = [
@@ -222,7 +265,11 @@ def test_two_at_a_time_and_a_killed_runner(folder: Path) -> None:
             os.kill(runner, signal.SIGKILL)
         wait_until(lambda: not ours & set(scopes()), SCOPE_SECONDS, f"no scope is left: {ours}")
         for mark in marks:
-            wait_until(lambda mark=mark: marked_processes(mark) == [], SCOPE_SECONDS, "no process is left")  # type: ignore[misc]
+            wait_until(
+                lambda mark=mark: marked_processes(mark) == [],  # type: ignore[misc]
+                SCOPE_SECONDS,
+                "no process is left",
+            )
     finally:
         for run in runs:
             run.kill()
@@ -244,14 +291,20 @@ def _runner(mark: str) -> int | None:
     """The command itself: neither what was put in front of it, nor the keeper or the kernel."""
     for pid in marked_processes(mark):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if len(words) > 2 and words[0].rpartition(b"/")[2].startswith(b"python") and words[1] == os.fsencode(EXECUTABLE):
+        if (
+            len(words) > 2
+            and words[0].rpartition(b"/")[2].startswith(b"python")
+            and words[1] == os.fsencode(EXECUTABLE)
+        ):
             return pid
     return None
 
 
 # --- the other limits -------------------------------------------------------------------------------------------
 
-ROOT_IN_A_SCOPE = pytest.param("root in a scope", marks=pytest.mark.bed("systemd-root", "cgroup2-root"))
+ROOT_IN_A_SCOPE = pytest.param(
+    "root in a scope", marks=pytest.mark.bed("systemd-root", "cgroup2-root")
+)
 USER_IN_A_GROUP = pytest.param("user in a group", marks=pytest.mark.bed("cgroup2-user"))
 USER_IN_A_SESSION = pytest.param("user in a session", marks=pytest.mark.bed("systemd-user"))
 
@@ -313,8 +366,28 @@ print("cpus", open(group + "/cpu.max").read().split())
 """,
 )
 """A cell for each limit that refuses or slows down; what it says shows that it did."""
-SAID = ["open files refused", "file size refused", "shm refused", "disk refused", "processes refused", "cpus ['80000', '100000']"]
-FEW = ("--open-files", "128", "--file-size", "2M", "--shm", "8M", "--disk", "12M", "--processes", "60", "--cpus", "0.8")
+SAID = [
+    "open files refused",
+    "file size refused",
+    "shm refused",
+    "disk refused",
+    "processes refused",
+    "cpus ['80000', '100000']",
+]
+FEW = (
+    "--open-files",
+    "128",
+    "--file-size",
+    "2M",
+    "--shm",
+    "8M",
+    "--disk",
+    "12M",
+    "--processes",
+    "60",
+    "--cpus",
+    "0.8",
+)
 
 
 @contextlib.contextmanager
@@ -331,7 +404,14 @@ def run_in(name: str, folder: Path, *options: str, cells: tuple[str, ...]) -> tu
     path = make_notebook(folder / "nb.ipynb", *cells)
     with place_of(name) as (prefix, by):
         outcome = run_notebook(
-            path, *SLOW, "--no-bisect", *options, prefix=prefix, cwd=folder, env={"HOME": str(folder)}, timeout=RUN_SECONDS
+            path,
+            *SLOW,
+            "--no-bisect",
+            *options,
+            prefix=prefix,
+            cwd=folder,
+            env={"HOME": str(folder)},
+            timeout=RUN_SECONDS,
         )
     return outcome, by
 
@@ -340,10 +420,14 @@ def run_in(name: str, folder: Path, *options: str, cells: tuple[str, ...]) -> tu
 def test_limits_that_refuse(name: str, folder: Path) -> None:
     outcome, by = run_in(name, folder, *FEW, cells=REFUSED)
     # In one go: a print may come in two messages on a machine so slow.
-    said = "".join(o["text"] for cell in outcome.notebook.cells for o in cell.get("outputs", []) if "text" in o).splitlines()
+    said = "".join(
+        o["text"] for cell in outcome.notebook.cells for o in cell.get("outputs", []) if "text" in o
+    ).splitlines()
     report = f"{outcome.stdout}\n{outcome.stderr}\n{outcome.verdict['cause']}"
     assert (outcome.verdict["status"], said) == ("passed", SAID), report
-    held = {limit: held["by"] for limit, held in outcome.verdict["enforcement"].items() if held["hard"]}
+    held = {
+        limit: held["by"] for limit, held in outcome.verdict["enforcement"].items() if held["hard"]
+    }
     wanted = {
         "open_files": "rlimit",
         "file_size": "rlimit",
@@ -361,16 +445,22 @@ def test_processor_time(name: str, folder: Path) -> None:
     # An emulated processor that has to wait for a real one counts that as used: the start alone has taken 15 s of it.
     outcome, _ = run_in(name, folder, "--cpu-time", "30s", cells=(SPIN,))
     verdict = outcome.verdict
-    assert (verdict["status"], verdict["cause"]["kind"]) == ("kernel_died", "cpu_time"), f"{outcome.stdout}\n{outcome.stderr}"
+    assert (verdict["status"], verdict["cause"]["kind"]) == ("kernel_died", "cpu_time"), (
+        f"{outcome.stdout}\n{outcome.stderr}"
+    )
     assert verdict["enforcement"]["cpu_time"]["by"] == "rlimit"
 
 
 @pytest.mark.parametrize("name", [ROOT_IN_A_SCOPE, USER_IN_A_GROUP])
 def test_wall_time_and_a_daemon(name: str, folder: Path) -> None:
     """The daemon has a session of its own and obeys no SIGTERM; that nothing lives on is seen after every run here."""
-    outcome, _ = run_in(name, folder, "--cell-timeout", "20", cells=(DAEMON, "import time\ntime.sleep(600)"))
+    outcome, _ = run_in(
+        name, folder, "--cell-timeout", "20", cells=(DAEMON, "import time\ntime.sleep(600)")
+    )
     verdict = outcome.verdict
-    assert (verdict["status"], verdict["cause"]["kind"]) == ("timeout", "cell_timeout"), f"{outcome.stdout}\n{outcome.stderr}"
+    assert (verdict["status"], verdict["cause"]["kind"]) == ("timeout", "cell_timeout"), (
+        f"{outcome.stdout}\n{outcome.stderr}"
+    )
     assert verdict["crash_cell"]["code_index"] == 1
 
 
@@ -391,13 +481,30 @@ def test_a_batch_of_a_user_two_at_a_time(folder: Path) -> None:
     with delegated(owner=NOBODY) as place:
         options = ["-j", "2", "--memory", "200M", "--no-bisect", *SLOW, "--out", "out"]
         done = safe_exec(
-            "batch", *options, ".", prefix=as_nobody(place), cwd=folder, env={"HOME": str(folder)}, timeout=RUN_SECONDS
+            "batch",
+            *options,
+            ".",
+            prefix=as_nobody(place),
+            cwd=folder,
+            env={"HOME": str(folder)},
+            timeout=RUN_SECONDS,
         )
-        assert [path.name for path in place.group.iterdir() if path.is_dir()] == ["leaf"], "the groups are gone"
+        assert [path.name for path in place.group.iterdir() if path.is_dir()] == ["leaf"], (
+            "the groups are gone"
+        )
     said = f"{done.stdout}\n{done.stderr}"
-    verdicts = {name: json.loads((folder / "out" / f"{name}.verdict.json").read_text()) for name in ("hog", "fine")}
-    assert {name: verdict["status"] for name, verdict in verdicts.items()} == {"hog": "kernel_died", "fine": "passed"}, said
-    assert verdicts["hog"]["cause"]["kind"] == "out_of_memory" and verdicts["fine"]["usage"]["oom_kills"] == 0
+    verdicts = {
+        name: json.loads((folder / "out" / f"{name}.verdict.json").read_text())
+        for name in ("hog", "fine")
+    }
+    assert {name: verdict["status"] for name, verdict in verdicts.items()} == {
+        "hog": "kernel_died",
+        "fine": "passed",
+    }, said
+    assert (
+        verdicts["hog"]["cause"]["kind"] == "out_of_memory"
+        and verdicts["fine"]["usage"]["oom_kills"] == 0
+    )
     groups = {verdict["environment"]["cgroup"] for verdict in verdicts.values()}
     assert len(groups) == 2 and all(group.startswith(str(place.group)) for group in groups)
 
@@ -408,8 +515,13 @@ def test_a_batch_of_a_user_two_at_a_time(folder: Path) -> None:
 @pytest.mark.bed("cgroup2-user", "systemd-root")
 def test_doctor_of_a_user_without_a_systemd() -> None:
     found = doctor(ordinary_user())
-    assert found["limits"]["memory"]["by"] != "cgroup-v2" and found["groups"] == {"v2": None, "scope": None}
-    steps = [step for remedy in found["remedies"] for way in remedy["ways"] for step in way["steps"]]
+    assert found["limits"]["memory"]["by"] != "cgroup-v2" and found["groups"] == {
+        "v2": None,
+        "scope": None,
+    }
+    steps = [
+        step for remedy in found["remedies"] for way in remedy["ways"] for step in way["steps"]
+    ]
     assert "sudo loginctl enable-linger nobody" in steps
 
 
@@ -441,4 +553,7 @@ def search(name: str, base: Path, prefix: list[str]) -> None:
     check_cause(case, outcome)
     culprits = outcome.verdict["culprits"]
     assert culprits is not None, (name, outcome.verdict["warnings"])
-    assert [cell["code_index"] for cell in culprits["cells"]] in case.expected["culprits"], (name, culprits)
+    assert [cell["code_index"] for cell in culprits["cells"]] in case.expected["culprits"], (
+        name,
+        culprits,
+    )

@@ -31,18 +31,37 @@ print("fine")
 
 
 def test_a_wheel_stands_on_its_own(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("safe_exec-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "safe_exec/_limits/default.yaml" in names
-    assert {f"safe_exec/reports/{name}" for name in ("verdict.schema.json", "batch/summary.schema.json")} <= set(names)
-    assert {f"safe_exec/reports/batch/html/page.{ending}" for ending in ("html", "css", "js")} <= set(names)
+    assert {
+        f"safe_exec/reports/{name}" for name in ("verdict.schema.json", "batch/summary.schema.json")
+    } <= set(names)
+    assert {
+        f"safe_exec/reports/batch/html/page.{ending}" for ending in ("html", "css", "js")
+    } <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){SCRIPT}", str(tmp_path / "site")],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, sys.argv[1]){SCRIPT}",
+            str(tmp_path / "site"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -43,7 +43,9 @@ class Delegated:
 
 
 @contextlib.contextmanager
-def delegated(*, owner: int = 0, memory: int | None = None, hand_on: str = CONTROLLERS) -> Iterator[Delegated]:
+def delegated(
+    *, owner: int = 0, memory: int | None = None, hand_on: str = CONTROLLERS
+) -> Iterator[Delegated]:
     """A group below the root's, which systemd knows nothing of, given to a user; ``memory`` bytes are all that it may use."""
     (TOP / "cgroup.subtree_control").write_text(CONTROLLERS)
     group = TOP / f"safe-exec-test-{secrets.token_hex(4)}"
@@ -55,7 +57,13 @@ def delegated(*, owner: int = 0, memory: int | None = None, hand_on: str = CONTR
             (group / "memory.swap.max").write_text("0")
         (group / "cgroup.subtree_control").write_text(hand_on)
         made.leaf.mkdir()
-        for path in (group, group / "cgroup.procs", made.leaf, made.leaf / "cgroup.procs", group / "cgroup.subtree_control"):
+        for path in (
+            group,
+            group / "cgroup.procs",
+            made.leaf,
+            made.leaf / "cgroup.procs",
+            group / "cgroup.subtree_control",
+        ):
             os.chown(path, owner, owner)
         yield made
     finally:
@@ -63,7 +71,9 @@ def delegated(*, owner: int = 0, memory: int | None = None, hand_on: str = CONTR
 
 
 @contextlib.contextmanager
-def bare(*, owner: int = 0, memory: int | None = None, processes: int | None = None) -> Iterator[Path]:
+def bare(
+    *, owner: int = 0, memory: int | None = None, processes: int | None = None
+) -> Iterator[Path]:
     """A group that is a user's, and hands nothing on yet; ``memory`` bytes are all that it may use, and so many processes."""
     group = TOP / f"safe-exec-test-{secrets.token_hex(4)}"
     (TOP / "cgroup.subtree_control").write_text(CONTROLLERS)
@@ -85,7 +95,11 @@ def _remove(group: Path) -> None:
     """It stays busy for a moment after its last process."""
     for path in (*group.glob("*/"), group):
         with contextlib.suppress(FileNotFoundError):
-            wait_until(lambda path=path: _gone(path), 10, f"{path} is empty: {(path / 'cgroup.procs').read_text()}")  # type: ignore[misc]
+            wait_until(
+                lambda path=path: _gone(path),  # type: ignore[misc]
+                10,
+                f"{path} is empty: {(path / 'cgroup.procs').read_text()}",
+            )
 
 
 def _gone(path: Path) -> bool:
@@ -102,7 +116,9 @@ def _gone(path: Path) -> bool:
 def inside(place: Delegated) -> Iterator[None]:
     """This very process in the leaf of a delegated group, and back."""
     own = next(
-        line.split("::")[1].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")
+        line.split("::")[1].strip()
+        for line in Path("/proc/self/cgroup").read_text().splitlines()
+        if line.startswith("0::")
     )
     (place.leaf / "cgroup.procs").write_text("0")
     try:
@@ -156,4 +172,6 @@ def scopes() -> list[Path]:
 
 def lingering_uid() -> int:
     """The number of that user."""
-    return int(subprocess.run(["id", "-u", LINGERING], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(["id", "-u", LINGERING], capture_output=True, text=True, check=True).stdout
+    )

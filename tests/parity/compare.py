@@ -59,11 +59,20 @@ _CHANGING = (
     (re.compile(r"(?<=ipykernel_PID/)\d+(?=\.py)"), "HASH"),
     (re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"), "HEX"),
     (re.compile(r"object at [0-9a-f]{8,}"), "object at ADDRESS"),
-    (re.compile(r"/bin/python3?(?![\w.])"), "/bin/python"),  # the kernel's is the one that runs the client
+    (
+        re.compile(r"/bin/python3?(?![\w.])"),
+        "/bin/python",
+    ),  # the kernel's is the one that runs the client
     (re.compile(r"'connection_file': '[^']*'"), "'connection_file': 'FILE'"),
     (re.compile(r"\bstarted \d+"), "started IDENT"),
-    (re.compile(r"\b[\d.]+(?:e[+-]\d+)? (?:ns|[μµu]s|ms|s)\b"), "TIME"),  # 999.6 µs are "1e+03 μs" to IPython
-    (re.compile(r"(?:Compiler|Parser) *: TIME\\n"), ""),  # %%time prints these where they took over 0.1 s
+    (
+        re.compile(r"\b[\d.]+(?:e[+-]\d+)? (?:ns|[μµu]s|ms|s)\b"),
+        "TIME",
+    ),  # 999.6 µs are "1e+03 μs" to IPython
+    (
+        re.compile(r"(?:Compiler|Parser) *: TIME\\n"),
+        "",
+    ),  # %%time prints these where they took over 0.1 s
 )
 
 
@@ -79,7 +88,9 @@ class Pair:
 
     def text(self, index: int) -> str:
         """All text that safe-exec has of a cell's streams, both together."""
-        return "".join(str(out.text) for out in self.ours.cells[index].outputs if out.output_type == "stream")
+        return "".join(
+            str(out.text) for out in self.ours.cells[index].outputs if out.output_type == "stream"
+        )
 
 
 def run_both(
@@ -114,16 +125,44 @@ def run_both(
     with mock.patch.dict(os.environ):
         os.environ.pop("PYTEST_CURRENT_TEST", None)
         node = _run_plain(plain, kernel, env, allow_errors=allow_errors)
-        options = ("--kernel", kernel, "--cell-timeout", "60s", *(("--allow-errors",) if allow_errors else ()))
+        options = (
+            "--kernel",
+            kernel,
+            "--cell-timeout",
+            "60s",
+            *(("--allow-errors",) if allow_errors else ()),
+        )
         outcome = run_notebook(ours / "notebook.ipynb", *options, env=env, cwd=ours)
-    return Pair(plain=comparable(node, plain), ours=comparable(outcome.notebook, ours), outcome=outcome, again=again)
+    return Pair(
+        plain=comparable(node, plain),
+        ours=comparable(outcome.notebook, ours),
+        outcome=outcome,
+        again=again,
+    )
 
 
-def _run_plain(work: Path, kernel: str, env: Mapping[str, str] | None, *, allow_errors: bool) -> Any:
+def _run_plain(
+    work: Path, kernel: str, env: Mapping[str, str] | None, *, allow_errors: bool
+) -> Any:
     result = work / "notebook.out.ipynb"
-    argv = [sys.executable, "-c", _PLAIN, "notebook.ipynb", str(work), kernel, "yes" if allow_errors else "no", str(result)]
+    argv = [
+        sys.executable,
+        "-c",
+        _PLAIN,
+        "notebook.ipynb",
+        str(work),
+        kernel,
+        "yes" if allow_errors else "no",
+        str(result),
+    ]
     done = subprocess.run(
-        argv, cwd=work, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, check=False
+        argv,
+        cwd=work,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return nbformat.read(result, as_version=4)
@@ -159,7 +198,11 @@ def joined(outputs: list[Any]) -> list[Any]:
     result: list[Any] = []
     for output in outputs:
         last = result[-1] if result else None
-        if last and output["output_type"] == last["output_type"] == "stream" and output["name"] == last["name"]:
+        if (
+            last
+            and output["output_type"] == last["output_type"] == "stream"
+            and output["name"] == last["name"]
+        ):
             last["text"] += output["text"]
         else:
             result.append(deepcopy(output))
@@ -206,12 +249,21 @@ def in_order(cell: Any) -> dict[str, Any]:
     found = dict(cell)
     outputs = found.get("outputs", [])
     names = {output["name"] for output in outputs if output["output_type"] == "stream"}
-    if len(names) > 1 and "flush" not in cell.source and all(output["output_type"] == "stream" for output in outputs):
+    if (
+        len(names) > 1
+        and "flush" not in cell.source
+        and all(output["output_type"] == "stream" for output in outputs)
+    ):
         found["outputs"] = by_stream(outputs)
     return found
 
 
-def notebook_of(*sources: str, tags: Mapping[int, list[str]] | None = None, kernel: str = "python3", **metadata: Any) -> Any:
+def notebook_of(
+    *sources: str,
+    tags: Mapping[int, list[str]] | None = None,
+    kernel: str = "python3",
+    **metadata: Any,
+) -> Any:
     """A notebook of code cells; ``tags`` by index."""
     cells = [nbformat.v4.new_code_cell(source, id=f"cell-{n}") for n, source in enumerate(sources)]
     for index, words in (tags or {}).items():

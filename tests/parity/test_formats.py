@@ -12,7 +12,14 @@ from tests.parity.compare import assert_same, notebook_of, run_both
 
 
 def old_cell(source: str) -> dict[str, object]:
-    return {"cell_type": "code", "collapsed": False, "input": source, "language": "python", "metadata": {}, "outputs": []}
+    return {
+        "cell_type": "code",
+        "collapsed": False,
+        "input": source,
+        "language": "python",
+        "metadata": {},
+        "outputs": [],
+    }
 
 
 def test_nbformat_4_4_has_no_ids(tmp_path: Path) -> None:
@@ -43,7 +50,12 @@ def test_nbformat_3_is_upgraded(tmp_path: Path) -> None:
         old_cell("print('second')"),
         {"cell_type": "raw", "metadata": {}, "source": "raw"},
     ]
-    document = {"metadata": {"name": "old"}, "nbformat": 3, "nbformat_minor": 0, "worksheets": [{"cells": cells, "metadata": {}}]}
+    document = {
+        "metadata": {"name": "old"},
+        "nbformat": 3,
+        "nbformat_minor": 0,
+        "worksheets": [{"cells": cells, "metadata": {}}],
+    }
     pair = run_both(tmp_path, json.dumps(document))
     for node in (pair.plain, pair.ours):
         for cell in node.cells:
@@ -67,24 +79,52 @@ def test_a_document_without_optional_parts(tmp_path: Path) -> None:
 def test_multiline_outputs_and_sources_as_lists(tmp_path: Path) -> None:
     stale = {"output_type": "stream", "name": "stdout", "text": ["old\n", "output\n"]}
     cells = [
-        {"cell_type": "code", "id": "a", "metadata": {}, "source": ["x = 1\n", "x\n"], "outputs": [stale], "execution_count": 3},
-        {"cell_type": "code", "id": "b", "metadata": {}, "source": [], "outputs": [], "execution_count": 1},
+        {
+            "cell_type": "code",
+            "id": "a",
+            "metadata": {},
+            "source": ["x = 1\n", "x\n"],
+            "outputs": [stale],
+            "execution_count": 3,
+        },
+        {
+            "cell_type": "code",
+            "id": "b",
+            "metadata": {},
+            "source": [],
+            "outputs": [],
+            "execution_count": 1,
+        },
         {"cell_type": "markdown", "id": "c", "metadata": {}, "source": ["# a\n", "b"]},
     ]
-    assert_same(run_both(tmp_path, json.dumps({"metadata": {}, "nbformat": 4, "nbformat_minor": 5, "cells": cells})))
+    assert_same(
+        run_both(
+            tmp_path,
+            json.dumps({"metadata": {}, "nbformat": 4, "nbformat_minor": 5, "cells": cells}),
+        )
+    )
 
 
 def test_allow_errors_in_the_metadata(tmp_path: Path) -> None:
     sources = ("1 / 0", "print('goes on')", "raise ValueError('twice')")
     plain = run_both(tmp_path, notebook_of(*sources), allow_errors=True)
     (tmp_path / "by-metadata").mkdir()
-    ours = run_both(tmp_path / "by-metadata", notebook_of(*sources, execution={"allow_errors": True}), allow_errors=True)
+    ours = run_both(
+        tmp_path / "by-metadata",
+        notebook_of(*sources, execution={"allow_errors": True}),
+        allow_errors=True,
+    )
     assert [dict(cell) for cell in ours.ours.cells] == [dict(cell) for cell in plain.plain.cells]
     assert ours.outcome.verdict["status"] == "passed"
 
 
 def test_metadata_of_the_user_is_left_alone(tmp_path: Path) -> None:
-    document = notebook_of("print(1)", authors=[{"name": "Ä"}], toc={"base": 1}, kept={"deep": {"list": [1, None, 1.5, "x"]}})
+    document = notebook_of(
+        "print(1)",
+        authors=[{"name": "Ä"}],
+        toc={"base": 1},
+        kept={"deep": {"list": [1, None, 1.5, "x"]}},
+    )
     document.metadata["safe_exec"] = {"limits": {"memory": "900M"}}
     document.cells[0].metadata["safe_exec"] = {"limits": {"cell_timeout": "50s"}}
     pair = run_both(tmp_path, document)
@@ -119,7 +159,12 @@ def test_bash(tmp_path: Path) -> None:
 
 @pytest.mark.bed("bash")
 def test_bash_that_fails_where_it_may(tmp_path: Path) -> None:
-    document = notebook_of("false", "ls /no-such-file", "echo on", tags={0: ["raises-exception"], 1: ["raises-exception"]})
+    document = notebook_of(
+        "false",
+        "ls /no-such-file",
+        "echo on",
+        tags={0: ["raises-exception"], 1: ["raises-exception"]},
+    )
     assert_same(run_both(tmp_path, document, kernel="bash"))
 
 

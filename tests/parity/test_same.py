@@ -26,12 +26,16 @@ def sources_of(path: Path) -> list[str]:
 def beside(work: Path) -> None:
     """Files that a notebook uses."""
     (work / "data.txt").write_text("data beside the notebook")
-    (work / "helper.py").write_text("VALUE = 42\ndef double(x):\n    print('worker', x, flush=True)\n    return 2 * x\n")
+    (work / "helper.py").write_text(
+        "VALUE = 42\ndef double(x):\n    print('worker', x, flush=True)\n    return 2 * x\n"
+    )
     (work / "script.py").write_text("import sys\nprint(sys.argv, __name__)\n")
     (work / "sub").mkdir()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p != BELOW_PYTHON], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p != BELOW_PYTHON], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_same(path: Path, tmp_path: Path) -> None:
     sources = sources_of(path)
     raising = path.parent.name == "raising"
@@ -47,17 +51,27 @@ def test_what_is_written_below_python_stands_in_its_own_cell(tmp_path: Path) -> 
     sources = sources_of(BELOW_PYTHON)
     pair = run_both(tmp_path, notebook_of(*sources))
     assert pair.outcome.verdict["status"] == "passed"
-    plain, ours = ([by_stream(cell.outputs) for cell in node.cells] for node in (pair.plain, pair.ours))
+    plain, ours = (
+        [by_stream(cell.outputs) for cell in node.cells] for node in (pair.plain, pair.ours)
+    )
     for stream in ("stdout", "stderr"):
-        kept, theirs = (Counter("".join(text.get(stream, "") for text in texts)) for texts in (ours, plain))
+        kept, theirs = (
+            Counter("".join(text.get(stream, "") for text in texts)) for texts in (ours, plain)
+        )
         assert theirs - kept == Counter()
     for source, text in zip(sources, ours, strict=True):
-        wanted = [line.removeprefix("# -> ") for line in source.splitlines() if line.startswith("# -> ")]
+        wanted = [
+            line.removeprefix("# -> ") for line in source.splitlines() if line.startswith("# -> ")
+        ]
         assert [line for line in wanted if line not in "".join(text.values())] == [], source
 
 
 def test_allow_errors_as_an_option_lets_all_cells_run(tmp_path: Path) -> None:
-    assert_same(run_both(tmp_path, notebook_of("1 / 0", "print('second')", "[][0]", "'last'"), allow_errors=True))
+    assert_same(
+        run_both(
+            tmp_path, notebook_of("1 / 0", "print('second')", "[][0]", "'last'"), allow_errors=True
+        )
+    )
 
 
 def test_cells_of_every_kind(tmp_path: Path) -> None:
@@ -73,15 +87,28 @@ def test_cells_of_every_kind(tmp_path: Path) -> None:
         "raise ValueError('skipped as well')",
         ";",
         "_ih, len(Out)",
-        tags={7: ["skip-execution"], 8: ["skip-execution", "raises-exception"], 0: ["any", "parameters"]},
+        tags={
+            7: ["skip-execution"],
+            8: ["skip-execution", "raises-exception"],
+            0: ["any", "parameters"],
+        },
         custom={"kept": [1, {"deep": True}]},
         title="Näme",
     )
     picture = {"dot.png": {"image/png": "iVBORw0KGgo="}}
-    document.cells.insert(1, nbformat.v4.new_markdown_cell("# Title\n![dot](attachment:dot.png)", attachments=picture, id="m1"))
-    document.cells.insert(3, nbformat.v4.new_raw_cell("raw *text*", metadata={"format": "text/x-rst"}, id="r1"))
+    document.cells.insert(
+        1,
+        nbformat.v4.new_markdown_cell(
+            "# Title\n![dot](attachment:dot.png)", attachments=picture, id="m1"
+        ),
+    )
+    document.cells.insert(
+        3, nbformat.v4.new_raw_cell("raw *text*", metadata={"format": "text/x-rst"}, id="r1")
+    )
     first, empty, skipped = document.cells[0], document.cells[2], document.cells[9]
-    first.metadata.update({"collapsed": True, "jupyter": {"source_hidden": True}, "own": {"a": 1}, "name": "a name"})
+    first.metadata.update(
+        {"collapsed": True, "jupyter": {"source_hidden": True}, "own": {"a": 1}, "name": "a name"}
+    )
     for number, cell in enumerate((first, empty, skipped)):
         cell.outputs = [nbformat.v4.new_output("stream", text="from an earlier run")]
         cell.execution_count = 40 + number
@@ -90,4 +117,6 @@ def test_cells_of_every_kind(tmp_path: Path) -> None:
 
     assert_same(pair)
     kept = [(cell.cell_type, cell.source, cell.get("attachments")) for cell in pair.ours.cells]
-    assert kept == [(cell.cell_type, cell.source, cell.get("attachments")) for cell in document.cells]
+    assert kept == [
+        (cell.cell_type, cell.source, cell.get("attachments")) for cell in document.cells
+    ]

@@ -19,7 +19,9 @@ from pathlib import Path
 from tests.releases.rootfs import CHECKOUT, ROOT, enter, fresh_root, furnish
 from tests.releases.settings import debian_mirror, pip_settings
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds" / "releases"
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds" / "releases"
+)
 TIME_IS_UP = 124
 PASSED_ON = ("CI", "TERM", "SAFE_EXEC_BEDS", "SAFE_EXEC_CASES_MINUTES", "SAFE_EXEC_CASES_SEED")
 """Variables of this process that the targets see; they see no others."""

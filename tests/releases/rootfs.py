@@ -78,7 +78,8 @@ def furnish(root: Path, pip: PipSettings) -> None:
         (root / copy.lstrip("/")).write_bytes(original.read_bytes())
     (root / "etc/apt/apt.conf.d/90host").write_text(
         # As in the host's own cache of packages: a file that is there is not downloaded again.
-        apt_text() + 'Binary::apt-get::APT::Keep-Downloaded-Packages "true";\nAPT::Sandbox::User "root";\n'
+        apt_text()
+        + 'Binary::apt-get::APT::Keep-Downloaded-Packages "true";\nAPT::Sandbox::User "root";\n'
     )
     # A root that is thrown away need not survive a loss of power.
     (root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")

@@ -46,7 +46,9 @@ class PipSettings:
         return "[global]\n" + "".join(f"{key} = {value}\n" for key, value in sorted(rows.items()))
 
 
-def pip_settings(files: Iterable[Path] | None = None, environ: Mapping[str, str] = os.environ) -> PipSettings:
+def pip_settings(
+    files: Iterable[Path] | None = None, environ: Mapping[str, str] = os.environ
+) -> PipSettings:
     """Collect the settings of pip's configuration files, later ones over earlier ones, and of PIP_*."""
     values: dict[str, str] = {}
     for path in _pip_files(environ) if files is None else files:
@@ -116,12 +118,16 @@ def _roots(folders: Iterable[Path]) -> list[Path]:
 def debian_mirror() -> str:
     """The archive that this machine's apt has Debian from. Raises SystemExit."""
     release = os_release()
-    targets = command_output("apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(ARCHITECTURE)")
+    targets = command_output(
+        "apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(ARCHITECTURE)"
+    )
     for line in targets.splitlines():
         site, _, rest = line.partition(" ")
         if release.get("ID") == "debian" and rest.split()[:1] == [release.get("VERSION_CODENAME")]:
             return site
-    raise SystemExit("apt on this machine has no Debian archive configured; name one with MIRROR=URL")
+    raise SystemExit(
+        "apt on this machine has no Debian archive configured; name one with MIRROR=URL"
+    )
 
 
 def apt_text() -> str:

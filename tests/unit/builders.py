@@ -75,14 +75,19 @@ def make_fact(**changes: Any) -> Fact:
 
 def make_cause(kind: CauseKind = CauseKind.OUT_OF_MEMORY, **changes: Any) -> Cause:
     """A cause as sure as can be, with the signal or exit code that its kind comes with."""
-    facts = (make_fact(), make_fact(fact="memory_peak", value=GIB, source="memory.max_usage_in_bytes"))
+    facts = (
+        make_fact(),
+        make_fact(fact="memory_peak", value=GIB, source="memory.max_usage_in_bytes"),
+    )
     cause = Cause(
         kind=kind,
         summary=f"the summary of {kind.value}",
         confidence=Confidence.CERTAIN,
         evidence=facts,
         advice="give it more with --memory, or load less at once",
-        activity=Activity.PYTHON_LOOP if kind in (CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT) else None,
+        activity=Activity.PYTHON_LOOP
+        if kind in (CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT)
+        else None,
         signal=-_SIGNALS[kind] if kind in _SIGNALS else None,
         exit_code=3 if kind is CauseKind.EXIT else None,
     )
@@ -96,7 +101,15 @@ def make_crash(**changes: Any) -> CrashCell:
         Frame(function="<module>", line=2, file="/tmp/ipykernel_1/1.py", cell=2),
     )
     source = 'joined = frame.merge(big, on="k")'
-    crash = CrashCell(index=2, code_index=1, id="third", execution_count=2, line=2, source_line=source, stack=stack)
+    crash = CrashCell(
+        index=2,
+        code_index=1,
+        id="third",
+        execution_count=2,
+        line=2,
+        source_line=source,
+        stack=stack,
+    )
     return dataclasses.replace(crash, **changes)
 
 
@@ -132,7 +145,14 @@ def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
 
 def nothing_found(stopped: Stopped, reproduced: tuple[int, int] = (0, 3)) -> Culprits:
     """The result of a search that found nothing."""
-    found = make_culprits(minimal=False, look_first=None, reproduced=reproduced, endings={}, repro_notebook=None, stopped=stopped)
+    found = make_culprits(
+        minimal=False,
+        look_first=None,
+        reproduced=reproduced,
+        endings={},
+        repro_notebook=None,
+        stopped=stopped,
+    )
     return dataclasses.replace(found, cells=())
 
 
@@ -142,7 +162,14 @@ NAMES = ("second", "third", "fourth", "fifth")
 def make_records(*statuses: CellStatus) -> tuple[CellRecord, ...]:
     """Records of the code cells of a notebook whose first cell is markdown."""
     return tuple(
-        CellRecord(index=i + 1, code_index=i, id=NAMES[i], status=status, seconds=_seconds(status), output_bytes=None)
+        CellRecord(
+            index=i + 1,
+            code_index=i,
+            id=NAMES[i],
+            status=status,
+            seconds=_seconds(status),
+            output_bytes=None,
+        )
         for i, status in enumerate(statuses)
     )
 
@@ -151,12 +178,16 @@ def _seconds(status: CellStatus) -> float | None:
     return None if status in (CellStatus.NOT_RUN, CellStatus.SKIPPED) else 1.5
 
 
-def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = None, **changes: Any) -> Verdict:
+def make_verdict(
+    status: Status = Status.KERNEL_DIED, kind: CauseKind | None = None, **changes: Any
+) -> Verdict:
     """A verdict of ``status``; unless changed, with a cause where the status has one."""
     passed = status is Status.PASSED
     nothing_ran = status is Status.START_FAILED
     if kind is None:
-        kind = next((k for k, all_of_it in STATUSES_OF_KIND.items() if all_of_it[0] is status), None)
+        kind = next(
+            (k for k, all_of_it in STATUSES_OF_KIND.items() if all_of_it[0] is status), None
+        )
     verdict = Verdict(
         safe_exec_version="0.1.0",
         run_id="20260101-120000-abcdef",
@@ -165,17 +196,33 @@ def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = N
         command=("safe-exec", "run", "analysis.ipynb"),
         cwd="/home/me/project",
         status=status,
-        notebook=NotebookInfo(path="analysis.ipynb", sha256="0" * 64, kernel="python3", language="python", cells=5, code_cells=4),
+        notebook=NotebookInfo(
+            path="analysis.ipynb",
+            sha256="0" * 64,
+            kernel="python3",
+            language="python",
+            cells=5,
+            code_cells=4,
+        ),
         cause=None if passed or kind is None else make_cause(kind),
         crash_cell=None if passed or nothing_ran else make_crash(),
         cells=make_records(*_cell_statuses(status)),
-        limits=Limits(memory=GIB, cell_timeout=30.0, timeout=600.0, cpu_time=60.0, processes=64, output=1 << 20),
+        limits=Limits(
+            memory=GIB,
+            cell_timeout=30.0,
+            timeout=600.0,
+            cpu_time=60.0,
+            processes=64,
+            output=1 << 20,
+        ),
         enforcement={
             LimitName.MEMORY: Enforcement(by=Mechanism.CGROUP_V1, hard=True),
             LimitName.CELL_TIMEOUT: Enforcement(by=Mechanism.RUNNER, hard=False),
         },
         timeline=Timeline(seconds=(0.0, 0.5), memory=(100, None), cpu=(None, 0.4), cell=(-1, 2)),
-        usage=Usage(wall_seconds=14.2, cpu_seconds=3.5, memory_peak=GIB, oom_kills=0, processes_peak=3),
+        usage=Usage(
+            wall_seconds=14.2, cpu_seconds=3.5, memory_peak=GIB, oom_kills=0, processes_peak=3
+        ),
         environment=Environment(
             python="3.11.2",
             platform="Linux-6.1",
@@ -194,7 +241,10 @@ def make_verdict(status: Status = Status.KERNEL_DIED, kind: CauseKind | None = N
             ),
         ),
         isolation=Isolation(hide_home=True, hide=("/srv/data",)),
-        outputs={"notebook": "/home/me/project/analysis.out.ipynb", "verdict": "/tmp/analysis.verdict.json"},
+        outputs={
+            "notebook": "/home/me/project/analysis.out.ipynb",
+            "verdict": "/tmp/analysis.verdict.json",
+        },
     )
     return dataclasses.replace(verdict, **changes)
 
@@ -211,8 +261,15 @@ def _cell_statuses(status: Status) -> tuple[CellStatus, ...]:
 
 def every_verdict() -> list[Verdict]:
     """A verdict for every status, and for every cause kind with each status that it comes with."""
-    bare = [make_verdict(Status.CANCELLED, cause=None), make_verdict(Status.INTERNAL_ERROR, cause=None)]
-    of_kinds = [make_verdict(status, kind) for kind, statuses in STATUSES_OF_KIND.items() for status in statuses]
+    bare = [
+        make_verdict(Status.CANCELLED, cause=None),
+        make_verdict(Status.INTERNAL_ERROR, cause=None),
+    ]
+    of_kinds = [
+        make_verdict(status, kind)
+        for kind, statuses in STATUSES_OF_KIND.items()
+        for status in statuses
+    ]
     return [make_verdict(Status.PASSED), *bare, *of_kinds, *searched_verdicts()]
 
 
@@ -227,7 +284,10 @@ def searched_verdicts() -> list[Verdict]:
         *(nothing_found(stopped) for stopped in Stopped),
     ]
     everywhere = [make_verdict(culprits=culprits) for culprits in found]
-    return [*everywhere, make_verdict(crash_cell=None, culprits=make_culprits(make_culprit(0, Role.TRIGGER)))]
+    return [
+        *everywhere,
+        make_verdict(crash_cell=None, culprits=make_culprits(make_culprit(0, Role.TRIGGER))),
+    ]
 
 
 def name_of(verdict: Verdict) -> str:

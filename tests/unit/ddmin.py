@@ -7,7 +7,10 @@ from itertools import pairwise
 
 
 def ddmin(
-    cells: Sequence[int], fails: Callable[[frozenset[int]], bool], *, always: frozenset[int] = frozenset()
+    cells: Sequence[int],
+    fails: Callable[[frozenset[int]], bool],
+    *,
+    always: frozenset[int] = frozenset(),
 ) -> tuple[frozenset[int], int]:
     """A 1-minimal subset of ``cells`` that fails together with ``always``, and how many different sets were tried for it.
 

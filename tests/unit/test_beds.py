@@ -41,7 +41,11 @@ def test_both(n): raise AssertionError
 def run(folder: Path, *options: str, pinned: str = "", tests: str = TESTS) -> tuple[int, str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(tests)
-    env = {k: v for k, v in os.environ.items() if k not in (FOUND, PINNED) and not k.startswith("PYTEST_")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in (FOUND, PINNED) and not k.startswith("PYTEST_")
+    }
     argv = [
         sys.executable,
         "-m",
@@ -56,7 +60,9 @@ def run(folder: Path, *options: str, pinned: str = "", tests: str = TESTS) -> tu
         *options,
     ]
     env |= {"PYTHONPATH": str(ROOT)} | ({PINNED: pinned} if pinned else {})
-    done = subprocess.run([*argv, str(folder)], env=env, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*argv, str(folder)], env=env, cwd=folder, capture_output=True, text=True, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -64,7 +70,9 @@ WORKERS = pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "w
 
 
 @WORKERS
-def test_tests_of_an_absent_bed_are_left_out_and_listed(tmp_path: Path, workers: tuple[str, ...]) -> None:
+def test_tests_of_an_absent_bed_are_left_out_and_listed(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
     code, said = run(tmp_path, *workers)
     assert code == 0, said
     assert "2 passed" in said
@@ -76,7 +84,9 @@ def test_tests_of_an_absent_bed_are_left_out_and_listed(tmp_path: Path, workers:
 
 
 @WORKERS
-def test_a_pinned_bed_that_is_absent_fails_the_run(tmp_path: Path, workers: tuple[str, ...]) -> None:
+def test_a_pinned_bed_that_is_absent_fails_the_run(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
     code, said = run(tmp_path, *workers, pinned="here, gone,far")
     assert code == 1, said
     assert "2 failed, 2 passed" in said
@@ -103,7 +113,9 @@ def test_only_tests_of_a_bed(tmp_path: Path) -> None:
 
 
 def test_a_bed_that_is_none_is_an_error(tmp_path: Path) -> None:
-    code, said = run(tmp_path, tests="import pytest\n@pytest.mark.bed('herr')\ndef test_it(): pass\n")
+    code, said = run(
+        tmp_path, tests="import pytest\n@pytest.mark.bed('herr')\ndef test_it(): pass\n"
+    )
     assert (code, "test_it: herr is no bed; there are here, gone, far" in said) == (4, True)
     code, said = run(tmp_path, pinned="herr")
     assert (code, f"{PINNED}: herr is no bed" in said) == (4, True)
@@ -111,7 +123,9 @@ def test_a_bed_that_is_none_is_an_error(tmp_path: Path) -> None:
 
 def test_the_table_says_what_is_absent_and_how_to_get_it() -> None:
     assert set(REMEDIES) <= set(BEDS)
-    assert table({"root": "", "bash": "no kernel bash is installed", "landlock": "too old"}).splitlines() == [
+    assert table(
+        {"root": "", "bash": "no kernel bash is installed", "landlock": "too old"}
+    ).splitlines() == [
         "test beds here: root",
         f"test bed absent: bash: no kernel bash is installed; {REMEDIES['bash']}",
         "test bed absent: landlock: too old",

@@ -22,7 +22,11 @@ def test_a_case_has_a_notebook_and_cells_that_exist(case: Case) -> None:
     cells = nbformat.read(case.notebook, as_version=4).cells
     code = sum(cell.cell_type == "code" for cell in cells)
     sets = case.expected.get("culprits") or []
-    named = [case.expected.get("cell"), *(c for s in sets for c in s), *(case.expected.get("blame") or [])]
+    named = [
+        case.expected.get("cell"),
+        *(c for s in sets for c in s),
+        *(case.expected.get("blame") or []),
+    ]
     assert all(0 <= cell < code for cell in named if cell is not None)
     assert all(list(cells) == sorted(cells) for cells in sets)
     assert set(case.places) <= set(case.every_place)
@@ -52,7 +56,9 @@ def test_cases_that_are_not_right_yet_and_exceptions_exist() -> None:
         ({"wrote": {"a": "maybe"}}, "maybe"),
     ],
 )
-def test_a_wrong_key_or_value_is_refused(entry: dict[str, object], complaint: str, tmp_path: Path) -> None:
+def test_a_wrong_key_or_value_is_refused(
+    entry: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
     case = {"id": "a", "title": "", "source": "variant", "expected": {}, **entry}
     (tmp_path / "kind.json").write_text(json.dumps({"cases": [case]}))
     with pytest.raises(ValueError, match=complaint):

@@ -27,11 +27,26 @@ from hypothesis import strategies as st
 
 from safe_exec.cli.run import command as run_command
 from safe_exec.diagnosis.rules import Context, find_cause
-from safe_exec.model.ending import CellFailed, Died, InternalError, LimitHit, StartFailed, TerminationReason, TimedOut
+from safe_exec.model.ending import (
+    CellFailed,
+    Died,
+    InternalError,
+    LimitHit,
+    StartFailed,
+    TerminationReason,
+    TimedOut,
+)
 from safe_exec.model.evidence import CLAIMS, Evidence, NeedKind
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, CellRecord, CellStatus, Confidence, Origin
-from tests.unit.diagnosis.rules.test_rules import FIELDS, LIMITS, ROWS, endings, evidences, languages
+from tests.unit.diagnosis.rules.test_rules import (
+    FIELDS,
+    LIMITS,
+    ROWS,
+    endings,
+    evidences,
+    languages,
+)
 
 OBSERVATIONS = frozenset(
     {
@@ -88,13 +103,18 @@ def test_each_field_of_the_evidence_is_a_claim_or_an_observation() -> None:
 # --- contexts -----------------------------------------------------------------------------------
 
 values: Mapping[LimitName, Any] = {name: LIMITS.of(name) or 1 << 20 for name in LimitName}
-limit_sets = st.sets(st.sampled_from(LimitName)).map(lambda names: Limits(**{name.value: values[name] for name in names}))
-holders = st.builds(Enforcement, by=st.sampled_from(Mechanism), hard=st.booleans(), note=st.just(""))
+limit_sets = st.sets(st.sampled_from(LimitName)).map(
+    lambda names: Limits(**{name.value: values[name] for name in names})
+)
+holders = st.builds(
+    Enforcement, by=st.sampled_from(Mechanism), hard=st.booleans(), note=st.just("")
+)
 enforcements = st.dictionaries(st.sampled_from(LimitName), holders, max_size=4)
 walls = st.dictionaries(st.sampled_from(Wall), holders, max_size=4)
 records = st.lists(st.none() | st.integers(0, 1 << 30), min_size=10, max_size=10).map(
     lambda kept: tuple(
-        CellRecord(index=n, code_index=n, id=None, status=CellStatus.PASSED, memory_kept=bytes_) for n, bytes_ in enumerate(kept)
+        CellRecord(index=n, code_index=n, id=None, status=CellStatus.PASSED, memory_kept=bytes_)
+        for n, bytes_ in enumerate(kept)
     )
 )
 changes = st.fixed_dictionaries({}, optional=FIELDS)
@@ -106,7 +126,9 @@ def contexts(draw: st.DrawFn) -> Context:
     if draw(st.booleans()):
         base = draw(st.sampled_from(ROWS)).context
         names = draw(st.sets(st.sampled_from(sorted(FIELDS)), max_size=3))
-        evidence = dataclasses.replace(base.evidence, **{name: draw(FIELDS[name]) for name in names})
+        evidence = dataclasses.replace(
+            base.evidence, **{name: draw(FIELDS[name]) for name in names}
+        )
         ending = base.ending
     else:
         ending, evidence = draw(endings), draw(evidences)
@@ -133,7 +155,11 @@ def contexts(draw: st.DrawFn) -> Context:
     )
 
 
-EXAMPLES = settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+EXAMPLES = settings(
+    deadline=None,
+    max_examples=600,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 # --- certain ------------------------------------------------------------------------------------
 
@@ -148,11 +174,15 @@ def check_certain(context: Context) -> None:
     ending = context.ending
     if isinstance(ending, Died):
         ending = dataclasses.replace(ending, exit=None)
-    told = dataclasses.replace(context, ending=ending, evidence=evidence, limits=Limits(), walls={}, enforcement={})
-    alone = find_cause(told)
-    assert alone is None or alone.confidence is not Confidence.CERTAIN or observed_by_the_runner(told, alone), (
-        f"{alone.kind} is certain by the kernel's word alone: {alone.summary}"
+    told = dataclasses.replace(
+        context, ending=ending, evidence=evidence, limits=Limits(), walls={}, enforcement={}
     )
+    alone = find_cause(told)
+    assert (
+        alone is None
+        or alone.confidence is not Confidence.CERTAIN
+        or observed_by_the_runner(told, alone)
+    ), f"{alone.kind} is certain by the kernel's word alone: {alone.summary}"
 
 
 @EXAMPLES
@@ -168,7 +198,11 @@ def test_no_row_is_certain_by_the_kernel_s_word_alone(row: Any) -> None:
 
 # --- advice -------------------------------------------------------------------------------------
 
-OPTIONS = frozenset(name for parameter in run_command.params for name in (*parameter.opts, *parameter.secondary_opts))
+OPTIONS = frozenset(
+    name
+    for parameter in run_command.params
+    for name in (*parameter.opts, *parameter.secondary_opts)
+)
 """All options of ``safe-exec run``: other programs' options in an advice are their own affair."""
 
 
@@ -236,7 +270,9 @@ def check_advice(context: Context) -> None:
         assert option in HELPS, f"{option}: say in HELPS when it helps"
         assert HELPS[option](context), f"{cause.kind}: {option} would not help: {cause.advice}"
     if memory_is_short_elsewhere(context) and cause.kind is CauseKind.OUT_OF_MEMORY:
-        assert not RAISES_MEMORY.search(cause.advice), f"the limit is not the run's own: {cause.advice}"
+        assert not RAISES_MEMORY.search(cause.advice), (
+            f"the limit is not the run's own: {cause.advice}"
+        )
 
 
 def quotes(context: Context) -> bool:

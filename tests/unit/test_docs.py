@@ -24,7 +24,15 @@ from safe_exec.cli.main import COMMANDS
 from safe_exec.integrations.pytest_plugin import ISOLATION
 from safe_exec.model import events
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
-from safe_exec.model.verdict import Activity, CauseKind, CellStatus, Confidence, Role, Status, Stopped
+from safe_exec.model.verdict import (
+    Activity,
+    CauseKind,
+    CellStatus,
+    Confidence,
+    Role,
+    Status,
+    Stopped,
+)
 from safe_exec.reports.event_log import event_name
 from safe_exec.reports.verdict_json import load_schema
 from safe_exec.sandbox.plan import REQUIRE_ALL
@@ -32,7 +40,10 @@ from safe_exec.sandbox.planner import CHOOSABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY"))]
+PAGES = [
+    *sorted(DOCS.glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 CODE = re.compile(r"`([^`\n]+)`")
@@ -48,7 +59,10 @@ OF_OTHER_TOOLS = {
         *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),
         *(
             "--safe-exec",
-            *(f"--safe-exec-{name}" for name in ("limits", "kernel", "require", "no-bisect", "bisect-budget", "out")),
+            *(
+                f"--safe-exec-{name}"
+                for name in ("limits", "kernel", "require", "no-bisect", "bisect-budget", "out")
+            ),
             *(f"--safe-exec-{name}" for name, _ in ISOLATION),
             *(f"--safe-exec-{name}" for name in ("network", "no-network", "read-only", "cwd")),
         ),
@@ -108,7 +122,9 @@ def paragraph(text: str, start: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_path_of_a_machine(name: str) -> None:
-    found = [line for line in page(name).splitlines() if MACHINE_PATH.search(line) or str(ROOT) in line]
+    found = [
+        line for line in page(name).splitlines() if MACHINE_PATH.search(line) or str(ROOT) in line
+    ]
     assert found == []
 
 
@@ -123,7 +139,9 @@ def test_relative_links_resolve(name: str) -> None:
         assert file.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+            assert anchor in {
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+            }, target
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,16 +154,25 @@ def test_tables_are_whole(name: str) -> None:
 def options_of(command: click.Command) -> set[str]:
     if isinstance(command, click.Group) and hasattr(command, "commands"):
         return {option for inner in command.commands.values() for option in options_of(inner)}
-    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def commands() -> dict[str, click.Command]:
     return {name: import_module(f"safe_exec.cli.{name}").command for name in COMMANDS}
 
 
-@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in sorted(DOCS.glob("*.md"))])
+@pytest.mark.parametrize(
+    "name", [str(path.relative_to(ROOT)) for path in sorted(DOCS.glob("*.md"))]
+)
 def test_every_option_named_exists(name: str) -> None:
-    known = {option for command in commands().values() for option in options_of(command)} | {"--help", "--version"}
+    known = {option for command in commands().values() for option in options_of(command)} | {
+        "--help",
+        "--version",
+    }
     known |= OF_OTHER_TOOLS.get(name, set())
     assert set(OPTION.findall(page(name))) - known == set()
 
@@ -161,12 +188,15 @@ def test_every_command_named_exists() -> None:
     groups = {name: getattr(command, "commands", {}) for name, command in commands().items()}
     for name in NAMES:
         for command, inner in re.findall(
-            r"`?safe-exec (run|doctor|limits|[a-z]+)(?: ([a-z]+))?`?", "\n".join(CODE.findall(page(name)))
+            r"`?safe-exec (run|doctor|limits|[a-z]+)(?: ([a-z]+))?`?",
+            "\n".join(CODE.findall(page(name))),
         ):
             assert command in COMMANDS, (name, command)
             if command == "limits" and inner:
                 assert inner in groups["limits"], (name, inner)
-    assert set(COMMANDS) <= {word for name in NAMES for word in re.findall(r"safe-exec ([a-z]+)", page(name))}
+    assert set(COMMANDS) <= {
+        word for name in NAMES for word in re.findall(r"safe-exec ([a-z]+)", page(name))
+    }
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------
@@ -178,7 +208,10 @@ def test_causes() -> None:
 
 
 def test_statuses_and_exit_codes() -> None:
-    table = {row[1].strip("`"): int(row[0]) for row in rows(section(page("docs/verdict.md"), "Status and exit code"))}
+    table = {
+        row[1].strip("`"): int(row[0])
+        for row in rows(section(page("docs/verdict.md"), "Status and exit code"))
+    }
     assert table.pop("") == 2
     assert table == {status.value: status.exit_code for status in Status}
 
@@ -188,7 +221,9 @@ def test_activities() -> None:
 
 
 def test_confidence() -> None:
-    text = paragraph(section(page("docs/verdict.md"), "Evidence, origin, confidence"), "`confidence`")
+    text = paragraph(
+        section(page("docs/verdict.md"), "Evidence, origin, confidence"), "`confidence`"
+    )
     assert named(text) - {"confidence"} == {str(word) for word in Confidence}
 
 
@@ -203,7 +238,9 @@ def test_fields_of_the_verdict() -> None:
 
 
 def test_fields_within_the_verdict() -> None:
-    text = section(page("docs/verdict.md"), "Fields") + section(page("docs/verdict.md"), "Evidence, origin, confidence")
+    text = section(page("docs/verdict.md"), "Fields") + section(
+        page("docs/verdict.md"), "Evidence, origin, confidence"
+    )
     schema = load_schema()
     wanted: set[str] = set()
     for name in ("cause", "crash_cell", "cell", "frame", "fact"):
@@ -216,7 +253,10 @@ def test_fields_within_the_verdict() -> None:
 def test_culprits() -> None:
     text = section(page("docs/verdict.md"), "Culprits")
     schema = load_schema()["$defs"]
-    keys, roles, ends = text.split("\n| `role`")[0], *re.split(r"\n\| `(?:role|stopped)` \| meaning", text)[1:]
+    keys, roles, ends = (
+        text.split("\n| `role`")[0],
+        *re.split(r"\n\| `(?:role|stopped)` \| meaning", text)[1:],
+    )
     assert sorted(first_column(keys)) == sorted(schema["culprits"]["properties"])
     assert set(schema["culprit"]["properties"]) <= named(keys)
     assert first_column(roles) == [str(role) for role in Role]
@@ -224,7 +264,11 @@ def test_culprits() -> None:
 
 
 def test_the_example_is_a_part_of_a_verdict() -> None:
-    example = next(json.loads(body) for language, body in FENCE.findall(page("docs/verdict.md")) if language == "json")
+    example = next(
+        json.loads(body)
+        for language, body in FENCE.findall(page("docs/verdict.md"))
+        if language == "json"
+    )
     schema = load_schema()
     assert set(example) <= set(schema["properties"])
     assert set(example["cause"]) == set(schema["$defs"]["cause"]["properties"])
@@ -236,7 +280,10 @@ def test_the_example_is_a_part_of_a_verdict() -> None:
 
 def test_events() -> None:
     kinds = {event_name(kind): kind for kind in events.Event.__subclasses__()}
-    table = {CODE.findall(row[0])[0]: row[1] for row in rows(section(page("docs/verdict.md"), "The event log"))}
+    table = {
+        CODE.findall(row[0])[0]: row[1]
+        for row in rows(section(page("docs/verdict.md"), "The event log"))
+    }
     assert sorted(table) == sorted(kinds)
     for name, kind in kinds.items():
         fields = {field.name for field in dataclasses.fields(kind)} - {"time", "message"}
@@ -248,7 +295,9 @@ def test_events() -> None:
 
 def test_limits() -> None:
     table = list(rows(section(page("docs/limits.md"), "The limits").partition("\n### ")[0]))
-    assert [row[0].strip("`") for row in table] == [field.name for field in dataclasses.fields(Limits)]
+    assert [row[0].strip("`") for row in table] == [
+        field.name for field in dataclasses.fields(Limits)
+    ]
     kinds = {name for row in table for name in CODE.findall(row[4])}
     assert kinds <= {str(kind) for kind in CauseKind}
     statuses = {found for row in table for found in re.findall(r"status `(\w+)`", row[3])}
@@ -263,7 +312,10 @@ def test_profiles_are_as_their_files_say() -> None:
     table = {row[0].strip("`"): row[1:] for row in rows(text)}
     for column, name in enumerate(names):
         document: dict[str, Any] = yaml.safe_load((ROOT / "limits" / f"{name}.yaml").read_text())
-        said = {key: "null" if value is None else str(value) for key, value in document["limits"].items()}
+        said = {
+            key: "null" if value is None else str(value)
+            for key, value in document["limits"].items()
+        }
         assert {key: row[column] for key, row in table.items()} == said, name
 
 
@@ -275,15 +327,25 @@ def test_keys_of_isolation() -> None:
     text = section(page("docs/limits.md"), "Isolation").partition("\n### ")[0]
     keys, profiles = text.split("\n| key | default | ci |")
     table = list(rows(keys))
-    assert [row[0].strip("`") for row in table] == [field.name for field in dataclasses.fields(Isolation)]
+    assert [row[0].strip("`") for row in table] == [
+        field.name for field in dataclasses.fields(Isolation)
+    ]
     assert {wall for row in table for wall in CODE.findall(row[4])} == {str(wall) for wall in Wall}
-    bare = {field.name: said_of(field.default) for field in dataclasses.fields(Isolation) if field.default != ()}
+    bare = {
+        field.name: said_of(field.default)
+        for field in dataclasses.fields(Isolation)
+        if field.default != ()
+    }
     assert {row[0].strip("`"): row[2].strip("`") for row in table if row[2]} == bare
     lines = list(rows("| key | default | ci |" + profiles))
     assert [row[0].strip("`") for row in lines] == list(bare)
     for column, name in enumerate(("default", "ci", "strict", "untrusted"), 1):
         document = yaml.safe_load((ROOT / "limits" / f"{name}.yaml").read_text())
-        found = bare | {key: said_of(value) for key, value in document.get("isolation", {}).items() if value != []}
+        found = bare | {
+            key: said_of(value)
+            for key, value in document.get("isolation", {}).items()
+            if value != []
+        }
         assert {row[0].strip("`"): row[column] for row in lines} == found, name
 
 
@@ -322,9 +384,13 @@ def test_examples_in_python_compile() -> None:
             if language == "python":
                 tree = ast.parse(body)
                 for node in ast.walk(tree):
-                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safe_exec"):
+                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                        "safe_exec"
+                    ):
                         module = import_module(str(node.module))
-                        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+                        assert all(hasattr(module, alias.name) for alias in node.names), (
+                            ast.unparse(node)
+                        )
             if language == "json":
                 json.loads(body)
             if language == "yaml":
@@ -346,10 +412,25 @@ def test_public_names() -> None:
 
 
 def test_modules_named_exist() -> None:
-    files = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("safe_exec/**/*"), *ROOT.glob("tests/**/*")) if path.is_file()]
-    for name in ("docs/architecture.md", "docs/verdict.md", "docs/limits.md", "docs/python.md", "CONTRIBUTING.md"):
-        for module in re.findall(r"[\w./]+\.(?:py|schema\.json)\b", "\n".join(CODE.findall(page(name)))):
-            assert any(file == module or file.endswith(f"/{module}") for file in files), (name, module)
+    files = [
+        str(path.relative_to(ROOT))
+        for path in (*ROOT.glob("safe_exec/**/*"), *ROOT.glob("tests/**/*"))
+        if path.is_file()
+    ]
+    for name in (
+        "docs/architecture.md",
+        "docs/verdict.md",
+        "docs/limits.md",
+        "docs/python.md",
+        "CONTRIBUTING.md",
+    ):
+        for module in re.findall(
+            r"[\w./]+\.(?:py|schema\.json)\b", "\n".join(CODE.findall(page(name)))
+        ):
+            assert any(file == module or file.endswith(f"/{module}") for file in files), (
+                name,
+                module,
+            )
 
 
 def test_words_of_the_control_socket() -> None:
@@ -367,11 +448,17 @@ def test_figures_of_the_architecture() -> None:
     from safe_exec.sandbox.mechanisms import watchdog
 
     text = page("docs/architecture.md")
-    assert f"{keeper.NEAR * 100:.0f} % of it" in text and f"further {keeper.STACK_STEP * 100:.0f} %" in text
+    assert (
+        f"{keeper.NEAR * 100:.0f} % of it" in text
+        and f"further {keeper.STACK_STEP * 100:.0f} %" in text
+    )
     assert 2 * layout.SEGMENT_BYTES == 8 << 20 and layout.PAGE_BYTES == 136 << 10
     assert crash_output.TAIL_BYTES == 64 << 10
     assert watchdog.PERIOD_SECONDS == 0.02 and sampler.SAMPLE_SECONDS == 0.02
-    asked = {f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}" for reason in sandbox.STACK_BEFORE}
+    asked = {
+        f"{reason.value.replace('_', ' ').replace('cpu', 'processor')}"
+        for reason in sandbox.STACK_BEFORE
+    }
     said = re.search(r"Kills of ours for (.*?)\s+ask for one", text, re.DOTALL)
     assert said and set(re.split(r",\s+|\s+or\s+", said[1])) == asked
 
@@ -398,8 +485,16 @@ def test_markers() -> None:
 
 
 def test_folders_of_tests() -> None:
-    folders = {f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
-    assert folders == {name for name in first_column(section(page("CONTRIBUTING.md"), "Tests")) if name.startswith("tests/")}
+    folders = {
+        f"tests/{path.name}"
+        for path in (ROOT / "tests").iterdir()
+        if (path / "__init__.py").exists()
+    }
+    assert folders == {
+        name
+        for name in first_column(section(page("CONTRIBUTING.md"), "Tests"))
+        if name.startswith("tests/")
+    }
 
 
 # --- security ---------------------------------------------------------------------------------------------------
@@ -408,12 +503,18 @@ def test_folders_of_tests() -> None:
 def hostile() -> set[str]:
     """What the hostile notebooks are called: attacks by name, and tests of their own."""
     text = "\n".join(path.read_text() for path in (ROOT / "tests" / "hostile").glob("test_*.py"))
-    return set(re.findall(r'Attack\(\s*name="([^"]+)"', text)) | set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+    return set(re.findall(r'Attack\(\s*name="([^"]+)"', text)) | set(
+        re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    )
 
 
 def test_each_promise_is_shown_by_tests_that_exist() -> None:
     text = page("docs/security.md")
-    tables = [*rows(section(text, "Walls")), *rows(section(text, "Limits")), *rows(section(text, "The verdict"))]
+    tables = [
+        *rows(section(text, "Walls")),
+        *rows(section(text, "Limits")),
+        *rows(section(text, "The verdict")),
+    ]
     assert len(tables) > 20
     for row in tables:
         shown = CODE.findall(row[-1])
@@ -435,7 +536,9 @@ def test_each_promise_of_what_is_outside_is_shown_by_tests_that_exist() -> None:
 
 def test_each_wall_is_promised_to_the_profiles_that_have_it() -> None:
     found = {row[0]: row[1] for row in rows(section(page("docs/security.md"), "Profiles"))}
-    assert {name.strip("`") for name in found} == {path.stem for path in (ROOT / "limits").glob("*.yaml")}
+    assert {name.strip("`") for name in found} == {
+        path.stem for path in (ROOT / "limits").glob("*.yaml")
+    }
 
 
 # --- docs/platforms.md ------------------------------------------------------------------------------------------
@@ -451,16 +554,26 @@ def test_platforms_names_tests_that_there_are() -> None:
     assert len(rows) > 15 and len(functions) > 10
     for table, name in rows:
         module, _, variable = TABLES[table].rpartition(".")
-        assert name in {row.id for row in getattr(import_module(module), variable)}, f"{table}[{name}]"
+        assert name in {row.id for row in getattr(import_module(module), variable)}, (
+            f"{table}[{name}]"
+        )
     for path, name in functions:
-        defined = {node.name for node in ast.parse((TESTS / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+        defined = {
+            node.name
+            for node in ast.parse((TESTS / path).read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
         assert name in defined, f"{path}::{name}"
 
 
 def test_platforms_says_of_each_limit_what_holds_it_where_and_by_which_test() -> None:
     text = page("docs/platforms.md")
     _, _, rest = text.partition("<!-- platforms:")
-    lines = [line for line in rest.partition("<!-- /platforms -->")[0].splitlines() if line.startswith("| `")]
+    lines = [
+        line
+        for line in rest.partition("<!-- /platforms -->")[0].splitlines()
+        if line.startswith("| `")
+    ]
     named = {name for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert named == {name.value for name in LimitName}
     for line in lines:

@@ -39,7 +39,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "test_a_reply_forged_from_a_thread_for_a_later_cell_is_not_believed",
     ),
     "the connection file rewritten": ("test_the_connection_file_is_not_read_again",),
-    "a socket replaced by a link": ("test_a_socket_put_in_the_place_of_the_kernels_is_never_reached",),
+    "a socket replaced by a link": (
+        "test_a_socket_put_in_the_place_of_the_kernels_is_never_reached",
+    ),
     "all sockets closed, and alive": ("test_a_kernel_without_sockets_is_out_of_time",),
     "os._exit(0)": ("exit-0",),
     "quit()": ("quit",),
@@ -62,9 +64,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     "the runner killed, traced, read, written": ("processes", "kill-all-seen", "kill-by-number"),
     "abstract sockets, metadata address, names of hosts": ("network-off",),
     "keys in the home, secrets in the environment": ("secrets",),
-    "a link in the place of a document": ("test_what_is_put_in_the_place_of_a_document_is_replaced symlink",),
-    "a pipe in the place of a document": ("test_what_is_put_in_the_place_of_a_document_is_replaced fifo",),
-    "a hard link in the place of a document": ("test_what_is_put_in_the_place_of_a_document_is_replaced hard link",),
+    "a link in the place of a document": (
+        "test_what_is_put_in_the_place_of_a_document_is_replaced symlink",
+    ),
+    "a pipe in the place of a document": (
+        "test_what_is_put_in_the_place_of_a_document_is_replaced fifo",
+    ),
+    "a hard link in the place of a document": (
+        "test_what_is_put_in_the_place_of_a_document_is_replaced hard link",
+    ),
     "the notebook swapped under the run": ("test_the_notebook_is_read_once swapped",),
     "escape sequences for the terminal": ("test_no_escape_reaches_the_terminal death",),
     "zombies": ("zombies-left",),
@@ -75,14 +83,27 @@ WHO = {"root": ("root", "root-default"), "user": ("user", "user-ci")}
 
 @pytest.fixture(scope="module")
 def collected() -> frozenset[str]:
-    argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/hostile"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/hostile",
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return frozenset(line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_each_kind_is_tried_as_root_and_as_an_ordinary_user(kind: str, collected: frozenset[str]) -> None:
+def test_each_kind_is_tried_as_root_and_as_an_ordinary_user(
+    kind: str, collected: frozenset[str]
+) -> None:
     for name in KINDS[kind]:
         function, _, given = name.partition(" ")
         for who, places in WHO.items():

@@ -1,5 +1,4 @@
-"""Imports go down the layers (import-linter, pyproject.toml), processes beside and in the kernel load little,
-and modules and functions stay small."""
+"""Imports go down the layers (import-linter, pyproject.toml), and processes beside and in the kernel load little."""
 
 from __future__ import annotations
 
@@ -16,7 +15,17 @@ import safe_exec
 PACKAGE = Path(safe_exec.__file__).parent
 ROOT = PACKAGE.parent
 
-KEEPER = {"bwrap", "cgroupfs", "child", "crash_output", "file_tree", "keeper", "mounts", "procfs", "signal_frame"}
+KEEPER = {
+    "bwrap",
+    "cgroupfs",
+    "child",
+    "crash_output",
+    "file_tree",
+    "keeper",
+    "mounts",
+    "procfs",
+    "signal_frame",
+}
 """Modules of ``safe_exec.keeper`` that a keeper loads at its start; it has to start in milliseconds."""
 
 STANDARD_LIBRARY_ONLY = (
@@ -26,22 +35,6 @@ STANDARD_LIBRARY_ONLY = (
     "safe_exec.kernel.shared_page",
 )
 """Packages and modules that run beside or in a kernel, or before anything else is imported."""
-
-# Longer than a screen or two, each with its reason.
-LONG_MODULES = {
-    "safe_exec.experiments.culprits.minimizer": "one search, from the slice to its confirmation",
-    "safe_exec.kernel.session": "a kernel from its start to its end",
-    "safe_exec.kernel.connection": "one protocol, whole",
-    "safe_exec.sandbox.host.capabilities": "one look at the machine after the other",
-    "safe_exec.model.evidence": "one type after the other",
-    "safe_exec.keeper.keeper": "one sandbox from its start to its end",
-    "safe_exec.experiments.static_analysis.dependencies": "one analysis, to be split into dependencies and side effects",
-}
-LONG_FUNCTIONS = {
-    "safe_exec.trial.evidence.gather": "one field after the other",
-    "safe_exec.agent.output.quick_write": "a closure, whose variables every print reads and writes",
-}
-MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 HEAVY = (
     "nbclient", "nbformat", "jupyter_client", "zmq", "psutil", "rich", "click", "yaml", "asyncio", "traitlets", "tornado",
@@ -54,12 +47,17 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if "_limits" not in path.parts}
+MODULES = {
+    name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if "_limits" not in path.parts
+}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def is_for_types_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "typing.TYPE_CHECKING",
+    )
 
 
 def imports(node: ast.AST, *, deep: bool) -> Iterator[str]:
@@ -96,7 +94,11 @@ def test_processes_beside_the_kernel_need_the_standard_library_alone(name: str) 
 def test_the_agent_imports_its_own_folder_by_relative_names(name: str) -> None:
     # In the kernel the package has another name, which is forgotten once everything is imported.
     nodes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom)]
-    assert all(node.level == 1 for node in nodes if node.level or (node.module or "").startswith("safe_exec"))
+    assert all(
+        node.level == 1
+        for node in nodes
+        if node.level or (node.module or "").startswith("safe_exec")
+    )
     assert all(node in TREES[name].body for node in nodes if node.level)
 
 
@@ -112,7 +114,12 @@ def ours(names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import safe_exec", "from safe_exec import __version__", "from safe_exec import Limits, Verdict"]
+    "statement",
+    [
+        "import safe_exec",
+        "from safe_exec import __version__",
+        "from safe_exec import Limits, Verdict",
+    ],
 )
 def test_importing_the_package_is_cheap(statement: str) -> None:
     assert {name.partition(".")[0] for name in loaded_by(statement)} & set(HEAVY) == set()
@@ -122,52 +129,12 @@ def test_the_keeper_starts_without_anything_heavy() -> None:
     loaded = loaded_by("import safe_exec.keeper.keeper")
     assert {name.partition(".")[0] for name in loaded} & set(HEAVY) == set()
     wanted = {"safe_exec", "safe_exec.keeper", *(f"safe_exec.keeper.{name}" for name in KEEPER)}
-    assert ours(loaded) == wanted, "Landlock and seccomp are imported only when a sandbox needs them"
+    assert ours(loaded) == wanted, (
+        "Landlock and seccomp are imported only when a sandbox needs them"
+    )
 
 
 def test_the_init_inside_bubblewrap_is_light() -> None:
     loaded = loaded_by("import safe_exec.keeper.bwrap_init")
     assert ours(loaded) == {"safe_exec", "safe_exec.keeper", "safe_exec.keeper.bwrap_init"}
     assert {name.partition(".")[0] for name in loaded} & {*HEAVY, "subprocess"} == set()
-
-
-# --- size -------------------------------------------------------------------------------------------------------
-
-
-def functions(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
-    """Each function's full name and its number of lines."""
-    stack: list[tuple[ast.AST, str]] = [(tree, name)]
-    while stack:
-        node, prefix = stack.pop()
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                full = f"{prefix}.{child.name}"
-                if not isinstance(child, ast.ClassDef) and child.end_lineno is not None:
-                    yield full, child.end_lineno - child.lineno + 1
-                stack.append((child, full))
-
-
-def test_modules_are_short() -> None:
-    long = {name for name, path in MODULES.items() if len(path.read_text().splitlines()) > MOST_LINES}
-    assert long - set(LONG_MODULES) == set()
-
-
-def test_functions_are_short() -> None:
-    long = {full for name, tree in TREES.items() for full, lines in functions(tree, name) if lines > MOST_FUNCTION_LINES}
-    assert long - set(LONG_FUNCTIONS) == set()
-
-
-def test_the_lists_of_long_ones_name_existing_modules_and_functions() -> None:
-    every = {full for name, tree in TREES.items() for full, _ in functions(tree, name)}
-    assert set(LONG_MODULES) <= set(MODULES) and set(LONG_FUNCTIONS) <= every
-
-
-@pytest.mark.parametrize("folder", ["", "sandbox", "experiments", "reports"])
-def test_folders_are_short(folder: str) -> None:
-    modules = [path for path in (PACKAGE / folder).glob("*.py") if path.name != "__init__.py"]
-    assert len(modules) <= 10
-
-
-@pytest.mark.parametrize("name", list(MODULES))
-def test_a_module_states_its_purpose(name: str) -> None:
-    assert ast.get_docstring(TREES[name]) or not TREES[name].body

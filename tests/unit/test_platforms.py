@@ -33,23 +33,36 @@ for name in [name for name in sys.modules if name.startswith("safe_exec")]:
 """
 CALL = PRELUDE + "from safe_exec.cli import main as cli\nsys.exit(cli.call(sys.argv[1:]))"
 SYSTEMS = pytest.mark.parametrize(
-    ("system", "name", "way"), [("darwin", "macOS", "virtual machine"), ("win32", "Windows", "WSL 2")]
+    ("system", "name", "way"),
+    [("darwin", "macOS", "virtual machine"), ("win32", "Windows", "WSL 2")],
 )
 
 
-def faked(system: str, *arguments: str | Path, code: str = CALL) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, system, *map(str, arguments)], capture_output=True, text=True, check=False)
+def faked(
+    system: str, *arguments: str | Path, code: str = CALL
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, system, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @SYSTEMS
 @pytest.mark.parametrize("command", ["run", "bisect", "probe", "replay", "batch"])
-def test_what_runs_notebooks_refuses(system: str, name: str, way: str, command: str, tmp_path: Path) -> None:
+def test_what_runs_notebooks_refuses(
+    system: str, name: str, way: str, command: str, tmp_path: Path
+) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "print('ran')")
     done = faked(system, command, path)
     assert done.returncode == 7
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"safe-exec: notebooks are run on Linux only, and this is {name}: ") and way in line
+    assert (
+        line.startswith(f"safe-exec: notebooks are run on Linux only, and this is {name}: ")
+        and way in line
+    )
     assert [found.name for found in tmp_path.iterdir()] == ["nb.ipynb"]
 
 
@@ -74,7 +87,9 @@ def test_doctor_says_that_nothing_holds(system: str, name: str, way: str) -> Non
 
 
 @SYSTEMS
-def test_limits_can_be_read_and_written_anywhere(system: str, name: str, way: str, tmp_path: Path) -> None:
+def test_limits_can_be_read_and_written_anywhere(
+    system: str, name: str, way: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text("limits:\n  memory: 1G\n")
     assert faked(system, "limits", "check", tmp_path / "mine.yaml").returncode == 0
     assert "512 MiB" in faked(system, "limits", "show", "strict").stdout
@@ -107,15 +122,24 @@ except Exception as error:
 
 @SYSTEMS
 @pytest.mark.parametrize("loads", [FACTORY, ENGINE], ids=["provisioner", "papermill"])
-def test_other_tools_that_choose_us_are_refused_in_a_sentence(system: str, name: str, way: str, loads: str) -> None:
+def test_other_tools_that_choose_us_are_refused_in_a_sentence(
+    system: str, name: str, way: str, loads: str
+) -> None:
     """Jupyter and papermill load us by entry points, which must not fail for a module that these systems lack."""
     done = faked(system, code=loads)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"PlatformError notebooks are run on Linux only, and this is {name}: ") and way in done.stdout
+    assert (
+        done.stdout.startswith(
+            f"PlatformError notebooks are run on Linux only, and this is {name}: "
+        )
+        and way in done.stdout
+    )
 
 
 @SYSTEMS
-def test_pytest_starts_with_our_plugin_and_refuses_where_it_is_asked_for(system: str, name: str, way: str) -> None:
+def test_pytest_starts_with_our_plugin_and_refuses_where_it_is_asked_for(
+    system: str, name: str, way: str
+) -> None:
     """Pytest loads the plugin at every start, wanted or not."""
     code = f"import pytest\n{PRELUDE}\nimport safe_exec.integrations.pytest_plugin as plugin\n"
     code += "from types import SimpleNamespace\n"
@@ -124,4 +148,7 @@ def test_pytest_starts_with_our_plugin_and_refuses_where_it_is_asked_for(system:
     code += "try:\n    plugin.pytest_configure(asked)\nexcept plugin.pytest.UsageError as error:\n    print(error)\n"
     done = faked(system, code=code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"notebooks are run on Linux only, and this is {name}: ") and way in done.stdout
+    assert (
+        done.stdout.startswith(f"notebooks are run on Linux only, and this is {name}: ")
+        and way in done.stdout
+    )

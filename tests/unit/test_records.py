@@ -83,10 +83,16 @@ def test_a_record_is_a_dataclass(make: Make, options: Mapping[str, bool]) -> Non
         assert b == ours(**values)
         assert b != ours(**{**values, "count": 9}) and b != object() and b != a
         assert b.twice == a.twice and b.kinds == 3
-        for changed in (dataclasses.replace(b, count=7), records.replace(b, count=7), records.replace(b, name="z")):
+        for changed in (
+            dataclasses.replace(b, count=7),
+            records.replace(b, count=7),
+            records.replace(b, name="z"),
+        ):
             assert type(changed) is ours
         assert repr(records.replace(b, count=7)) == repr(dataclasses.replace(a, count=7))
-    assert [f.name for f in dataclasses.fields(ours)] == [f.name for f in dataclasses.fields(theirs)]
+    assert [f.name for f in dataclasses.fields(ours)] == [
+        f.name for f in dataclasses.fields(theirs)
+    ]
     assert [f.name for f in records.fields(ours)] == [f.name for f in dataclasses.fields(theirs)]
     assert ours.__match_args__ == theirs.__match_args__
     assert get_type_hints(ours) == get_type_hints(theirs)
@@ -103,7 +109,12 @@ def test_a_record_is_a_dataclass(make: Make, options: Mapping[str, bool]) -> Non
 def test_what_a_dataclass_refuses_a_record_refuses(make: Make, options: Mapping[str, bool]) -> None:
     for tools in BOTH:
         cls = make(tools, options)
-        for values, named in [((), {}), ((), {"count": 1, "none": 2}), ((1,) * 9, {}), ((1,), {"count": 1})]:
+        for values, named in [
+            ((), {}),
+            ((), {"count": 1, "none": 2}),
+            ((1,) * 9, {}),
+            ((1,), {"count": 1}),
+        ]:
             with pytest.raises(TypeError):
                 cls(*values, **named)
         record = cls(count=1)
@@ -178,7 +189,11 @@ def test_what_a_class_says_of_itself_stays() -> None:
         def __hash__(self) -> int:
             return 5
 
-    assert (repr(Own(number=1)), Own(number=1) == Own(number=2), hash(Own(number=1))) == ("own", True, 5)
+    assert (repr(Own(number=1)), Own(number=1) == Own(number=2), hash(Own(number=1))) == (
+        "own",
+        True,
+        5,
+    )
 
 
 def test_no_source_is_compiled() -> None:
@@ -189,5 +204,7 @@ def test_no_source_is_compiled() -> None:
         "import sys\nfrom safe_exec.records import dataclass\n@dataclass(frozen=True, kw_only=True, slots=True)\nclass A:\n    a: int\n"
         "A(a=1)\nprint('dataclasses' in sys.modules, 'inspect' in sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
     assert said.stdout.split() == ["False", "False"]

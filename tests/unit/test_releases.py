@@ -22,7 +22,11 @@ def test_later_files_and_the_environment_win(tmp_path: Path) -> None:
     second = conf(tmp_path / "2", "[global]\nindex_url = b\n")
     environ = {"PIP_INDEX_URL": "c", "PIP_DEFAULT_TIMEOUT": "9", "PIP_PROXY": "", "OTHER": "x"}
     for files, given, expected in (
-        ([first, second, tmp_path / "absent"], {}, {"index-url": "b", "timeout": "1", "retries": "7"}),
+        (
+            [first, second, tmp_path / "absent"],
+            {},
+            {"index-url": "b", "timeout": "1", "retries": "7"},
+        ),
         ([first, second], environ, {"index-url": "c", "timeout": "9", "retries": "7"}),
         ([], {}, {}),
     ):

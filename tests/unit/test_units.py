@@ -22,7 +22,24 @@ from safe_exec.units import (
 
 K, M, G, T = (1024**n for n in (1, 2, 3, 4))
 UNLIMITED = [None, "none", "null", "unlimited", " None ", "UNLIMITED"]
-NEVER = [True, False, "", " ", "x", "-", "nan", "inf", math.nan, math.inf, -math.inf, [], {}, b"1", "1" * 50, 10**50]
+NEVER = [
+    True,
+    False,
+    "",
+    " ",
+    "x",
+    "-",
+    "nan",
+    "inf",
+    math.nan,
+    math.inf,
+    -math.inf,
+    [],
+    {},
+    b"1",
+    "1" * 50,
+    10**50,
+]
 NEVER += ["1_000", "0x10", "1:30", "1,5", "1 000", "\u0661", "1e", "--1"]
 NEGATIVE = [-1, -0.5, "-1", "- 1", "-5M", "-1s"]
 
@@ -87,12 +104,17 @@ def test_counts(value: object, expected: int) -> None:
     assert parse_count(value) == expected
 
 
-@pytest.mark.parametrize(("value", "expected"), [(1, 1.0), ("0.5", 0.5), (2.25, 2.25), ("0.01", 0.01)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, 1.0), ("0.5", 0.5), (2.25, 2.25), ("0.01", 0.01)]
+)
 def test_cpus(value: object, expected: float) -> None:
     assert parse_cpus(value) == expected
 
 
-@pytest.mark.parametrize(("value", "expected"), [("75%", 0.75), ("12.5 %", 0.125), ("100%", 1.0), ("75", None), (75, None)])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("75%", 0.75), ("12.5 %", 0.125), ("100%", 1.0), ("75", None), (75, None)],
+)
 def test_percentages(value: object, expected: float | None) -> None:
     assert parse_percent(value) == expected
 
@@ -105,12 +127,16 @@ def test_percentages_out_of_range(value: str) -> None:
 
 @pytest.mark.parametrize("value", UNLIMITED)
 def test_unlimited(value: object) -> None:
-    assert [parse(value) for parse in (parse_size, parse_duration, parse_count, parse_cpus)] == [None] * 4
+    assert [parse(value) for parse in (parse_size, parse_duration, parse_count, parse_cpus)] == [
+        None
+    ] * 4
     with pytest.raises(UnitError):
         parse_grace(value)
 
 
-@pytest.mark.parametrize("parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace])
+@pytest.mark.parametrize(
+    "parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace]
+)
 @pytest.mark.parametrize("value", NEVER, ids=lambda value: repr(value)[:20])
 def test_never(parse: object, value: object) -> None:
     assert callable(parse)
@@ -120,7 +146,9 @@ def test_never(parse: object, value: object) -> None:
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace])
+@pytest.mark.parametrize(
+    "parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace]
+)
 def test_giant_integers(parse: object) -> None:
     """Python refuses to print them (int_max_str_digits); that must not be what the user gets to see."""
     assert callable(parse)
@@ -129,7 +157,9 @@ def test_giant_integers(parse: object) -> None:
             parse(giant)
 
 
-@pytest.mark.parametrize("parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace])
+@pytest.mark.parametrize(
+    "parse", [parse_size, parse_duration, parse_count, parse_cpus, parse_grace]
+)
 @pytest.mark.parametrize("value", NEGATIVE)
 def test_negative(parse: object, value: object) -> None:
     assert callable(parse)
@@ -145,7 +175,9 @@ def test_bad_sizes(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["5x", "1m1h", "1h30", "s", "1h1h", "5 M B", "1w"])
 def test_bad_durations(value: object) -> None:
-    with pytest.raises(UnitError, match="is not a duration: seconds, or a number with ms, s, m, h or d"):
+    with pytest.raises(
+        UnitError, match="is not a duration: seconds, or a number with ms, s, m, h or d"
+    ):
         parse_duration(value)
 
 
@@ -168,7 +200,13 @@ def test_no_grace_is_allowed() -> None:
 
 @pytest.mark.parametrize(
     ("parse", "value"),
-    [(parse_size, 2**63), (parse_size, "9e99T"), (parse_duration, "9e99"), (parse_count, 2**31), (parse_cpus, 1e9)],
+    [
+        (parse_size, 2**63),
+        (parse_size, "9e99T"),
+        (parse_duration, "9e99"),
+        (parse_count, 2**31),
+        (parse_cpus, 1e9),
+    ],
 )
 def test_overflow(parse: object, value: object) -> None:
     assert callable(parse)
@@ -232,7 +270,14 @@ def test_durations_come_back(seconds: float) -> None:
     assert parse_duration(format_seconds(seconds)) == pytest.approx(seconds, rel=0.06)
 
 
-@given(st.one_of(st.text(max_size=60), st.from_regex(r"[0-9.]{0,4} ?[a-zA-Z%]{0,3}"), st.floats(), st.integers()))
+@given(
+    st.one_of(
+        st.text(max_size=60),
+        st.from_regex(r"[0-9.]{0,4} ?[a-zA-Z%]{0,3}"),
+        st.floats(),
+        st.integers(),
+    )
+)
 def test_nothing_but_unit_errors(value: object) -> None:
     for parse in (parse_size, parse_duration, parse_count, parse_cpus, parse_grace, parse_percent):
         try:

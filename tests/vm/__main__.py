@@ -40,13 +40,19 @@ def main() -> int:
 
 def boot(made: Image, work: Path, arguments: list[str], seconds: float, report: Path | None) -> int:
     """One boot; pytest's exit code, or 3 where it has none."""
-    source, swap, console, junit = (work / name for name in ("source", "swap", "console", "junit.xml"))
+    source, swap, console, junit = (
+        work / name for name in ("source", "swap", "console", "junit.xml")
+    )
     source_disk(source, " ".join(map(shlex.quote, arguments)))
     with open(swap, "wb") as file:
         file.truncate(SWAP_BYTES)
     began = time.monotonic()
     said = b""
-    with subprocess.Popen(command(made, source, swap, console, junit), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as guest:
+    with subprocess.Popen(
+        command(made, source, swap, console, junit),
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    ) as guest:
         assert guest.stdout is not None
         os.set_blocking(guest.stdout.fileno(), False)
         while guest.poll() is None:
@@ -67,9 +73,15 @@ def boot(made: Image, work: Path, arguments: list[str], seconds: float, report: 
     if report is not None and junit.exists():
         report.write_bytes(junit.read_bytes())
     if code is None:
-        print(console.read_text(errors="replace")[-6000:] if console.exists() else "qemu wrote no console")
         print(
-            "the guest ended without an exit code of pytest" if time.monotonic() - began < seconds else "the guest took too long"
+            console.read_text(errors="replace")[-6000:]
+            if console.exists()
+            else "qemu wrote no console"
+        )
+        print(
+            "the guest ended without an exit code of pytest"
+            if time.monotonic() - began < seconds
+            else "the guest took too long"
         )
         return 3
     return int(code[1])
@@ -77,11 +89,38 @@ def boot(made: Image, work: Path, arguments: list[str], seconds: float, report: 
 
 def command(made: Image, source: Path, swap: Path, console: Path, junit: Path) -> list[str]:
     """qemu's command. The root disk is only read: what the guest writes goes into a temporary file."""
-    argv = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY]
-    argv += ["-display", "none", "-no-reboot", "-nic", "none", "-kernel", str(made.kernel), "-initrd", str(made.initrd)]
+    argv = [
+        "qemu-system-x86_64",
+        "-M",
+        "q35",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+        "-m",
+        MEMORY,
+    ]
+    argv += [
+        "-display",
+        "none",
+        "-no-reboot",
+        "-nic",
+        "none",
+        "-kernel",
+        str(made.kernel),
+        "-initrd",
+        str(made.initrd),
+    ]
     argv += ["-append", "console=ttyS0 mitigations=off panic=-1 nokaslr systemd.show_status=false"]
     argv += ["-drive", f"file={made.disk},format=raw,if=virtio,snapshot=on"]
-    argv += ["-drive", f"file={source},format=raw,if=virtio", "-drive", f"file={swap},format=raw,if=virtio"]
+    argv += [
+        "-drive",
+        f"file={source},format=raw,if=virtio",
+        "-drive",
+        f"file={swap},format=raw,if=virtio",
+    ]
     return [*argv, "-serial", f"file:{console}", "-serial", "stdio", "-serial", f"file:{junit}"]
 
 

@@ -26,7 +26,15 @@ PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "python3", "libstdc++6", "bubblewrap", "util-linux",
     "login", "mount", "attr",
 )  # fmt: skip
-WHEELS = ("numpy", "pytest>=8", "pytest-timeout", "pytest-xdist", "pytest-rerunfailures", "jsonschema>=4", "hypothesis>=6")
+WHEELS = (
+    "numpy",
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "pytest-rerunfailures",
+    "jsonschema>=4",
+    "hypothesis>=6",
+)
 """What the tests in there need beside what safe-exec and its kernel do."""
 MODULES = ("virtio_pci", "virtio_blk", "ext4", "overlay")
 DISK_BYTES = 3 << 30
@@ -85,7 +93,19 @@ def source_disk(path: Path, arguments: str) -> None:
                 (top / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / file, top / file)
         (top / ".arguments").write_text(arguments + "\n")
-        _run(PYTHON, "-m", "compileall", "-q", "-j0", "-s", name, "-p", "/src", str(top / "safe_exec"), str(top / "tests"))
+        _run(
+            PYTHON,
+            "-m",
+            "compileall",
+            "-q",
+            "-j0",
+            "-s",
+            name,
+            "-p",
+            "/src",
+            str(top / "safe_exec"),
+            str(top / "tests"),
+        )
         _run("mkfs.ext4", "-q", "-F", "-E", "root_owner=0:0", "-d", name, str(path), "64M")
 
 
@@ -97,9 +117,15 @@ def _key() -> str:
 
 
 def _codename() -> str:
-    rows = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    rows = dict(
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if "=" in line
+    )
     if rows.get("ID") != "debian":
-        raise SystemExit("the image is made from this machine's own Debian, and this is none: run it on Debian")
+        raise SystemExit(
+            "the image is made from this machine's own Debian, and this is none: run it on Debian"
+        )
     return rows["VERSION_CODENAME"]
 
 
@@ -119,7 +145,9 @@ def _dependencies() -> list[str]:
 
 def _mirror() -> str:
     """Where apt has this release from."""
-    for line in _said("apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(ARCHITECTURE)").splitlines():
+    for line in _said(
+        "apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(ARCHITECTURE)"
+    ).splitlines():
         site, _, rest = line.partition(" ")
         if rest.split()[:1] == [_codename()]:
             return site
@@ -132,12 +160,29 @@ def _make(place: Path) -> None:
     with ThreadPoolExecutor() as pool:
         venv = pool.submit(_make_venv, work / "venv")
         kernel = pool.submit(_make_kernel, work, place)
-        _run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", _codename(), str(root), _mirror())
+        _run(
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(PACKAGES)}",
+            _codename(),
+            str(root),
+            _mirror(),
+        )
         kernel.result()
         venv.result()
     shutil.copytree(work / "venv", root / VENV.lstrip("/"), symlinks=True)
     _furnish(root)
-    _run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(root), str(place / "disk"), str(DISK_BYTES >> 20) + "M")
+    _run(
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-O",
+        "^has_journal",
+        "-d",
+        str(root),
+        str(place / "disk"),
+        str(DISK_BYTES >> 20) + "M",
+    )
     shutil.rmtree(root)
     shutil.rmtree(work)
 
@@ -164,7 +209,16 @@ def _make_venv(venv: Path) -> None:
 
 def _make_kernel(work: Path, place: Path) -> None:
     """The kernel, and an initial RAM disk that loads modules and mounts the root disk: a tenth of what Debian's own takes to unpack."""
-    _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", _kernel_package(), "busybox-static", cwd=work)
+    _run(
+        "apt-get",
+        "-q",
+        "-o",
+        "APT::Sandbox::User=root",
+        "download",
+        _kernel_package(),
+        "busybox-static",
+        cwd=work,
+    )
     for package in work.glob("*.deb"):
         _run("dpkg-deb", "-x", str(package), str(work / "packages"))
     packages = work / "packages"
@@ -189,7 +243,11 @@ def _make_kernel(work: Path, place: Path) -> None:
     with open(place / "initrd", "wb") as out:
         files = "\n".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*")))
         subprocess.run(
-            [str(tree / "bin" / "busybox"), "cpio", "-o", "-H", "newc"], input=files.encode(), stdout=out, cwd=tree, check=True
+            [str(tree / "bin" / "busybox"), "cpio", "-o", "-H", "newc"],
+            input=files.encode(),
+            stdout=out,
+            cwd=tree,
+            check=True,
         )
 
 
@@ -222,7 +280,10 @@ def _run(*command: str, cwd: Path | None = None) -> None:
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
                           env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"})  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-20:]))
+        raise SystemExit(
+            f"{' '.join(command)}: exit code {done.returncode}\n"
+            + "\n".join(done.stdout.splitlines()[-20:])
+        )
 
 
 def _said(*command: str) -> str:

@@ -23,23 +23,41 @@ STACK_MARGIN = 64 * 1024
 NO_LIBRARY = ("/dev/zero", "/dev/shm", "/memfd:")  # noqa: S108 - names in /proc/PID/maps, not files
 """Memory that programs share or generate code in."""
 
-SIGNAL_TITLES = frozenset({"Aborted", "Segmentation fault", "Bus error", "Illegal instruction", "Floating-point exception", ""})
+SIGNAL_TITLES = frozenset(
+    {
+        "Aborted",
+        "Segmentation fault",
+        "Bus error",
+        "Illegal instruction",
+        "Floating-point exception",
+        "",
+    }
+)
 """Titles of fault reports that repeat the signal. Any other is the reason that Python itself gave up (Py_FatalError)."""
 
 OTHER_FAULTS = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 """What the fault handler catches beside SIGSEGV."""
 
 KINDS = {
-    signal.SIGSEGV: (CauseKind.SEGFAULT, "segmentation fault: native code touched memory that is not there"),
+    signal.SIGSEGV: (
+        CauseKind.SEGFAULT,
+        "segmentation fault: native code touched memory that is not there",
+    ),
     signal.SIGABRT: (CauseKind.ABORT, "abort: native code gave up"),
     signal.SIGILL: (
         CauseKind.ILLEGAL_INSTRUCTION,
         "illegal instruction: a library was built for another processor, or jumped astray",
     ),
-    signal.SIGBUS: (CauseKind.BUS_ERROR, "bus error: a mapped file is shorter than what was read, or its disk is full"),
+    signal.SIGBUS: (
+        CauseKind.BUS_ERROR,
+        "bus error: a mapped file is shorter than what was read, or its disk is full",
+    ),
     # V8 and others built by Clang end themselves so (brk, int3) where a check of their own fails.
     signal.SIGTRAP: (CauseKind.ABORT, "abort by a trap: native code gave up"),
-    signal.SIGFPE: (CauseKind.FLOATING_POINT_EXCEPTION, "arithmetic fault in native code: an integer division by zero"),
+    signal.SIGFPE: (
+        CauseKind.FLOATING_POINT_EXCEPTION,
+        "arithmetic fault in native code: an integer division by zero",
+    ),
 }
 
 ADVICE = {
@@ -69,11 +87,15 @@ def stack_overflow(context: Context) -> Cause | None:
     if not site.overflow:
         return None
     facts = (*exit_facts(evidence), *_site_facts(site), *_stack_facts(context, fault))
-    limit = f"{format_size(fault.stack_limit)} " if site.main and fault.stack_limit is not None else ""
+    limit = (
+        f"{format_size(fault.stack_limit)} " if site.main and fault.stack_limit is not None else ""
+    )
     used = "" if site.stack_bytes is None else f" ({format_size(site.stack_bytes)} in use)"
     stack = f"the {limit}stack" if site.main else "the stack of a thread"
     summary = f"stack overflow: {_where(fault)}{stack} had no room for another call{used}"
-    advice = ADVICE[CauseKind.STACK_OVERFLOW] + ("" if site.main or not context.is_python else IN_THREAD)
+    advice = ADVICE[CauseKind.STACK_OVERFLOW] + (
+        "" if site.main or not context.is_python else IN_THREAD
+    )
     return make(context, CauseKind.STACK_OVERFLOW, summary, Confidence.CERTAIN, facts, advice)
 
 
@@ -92,14 +114,23 @@ def unreported_overflow(context: Context) -> Cause | None:
         return None  # it was turned off, or something else handles these signals
     facts = (
         *exit_facts(evidence),
-        outside("fault report", "none, though the handler was armed", "SigCgt in /proc/PID/status, fault descriptor"),
+        outside(
+            "fault report",
+            "none, though the handler was armed",
+            "SigCgt in /proc/PID/status, fault descriptor",
+        ),
     )
     summary = (
         "stack overflow, most likely, in a thread that was not started through Python's threading module: the kernel"
         " crashed, and its fault handler found no room on the thread's stack to report it"
     )
     return make(
-        context, CauseKind.STACK_OVERFLOW, summary, Confidence.LIKELY, facts, ADVICE[CauseKind.STACK_OVERFLOW] + IN_THREAD
+        context,
+        CauseKind.STACK_OVERFLOW,
+        summary,
+        Confidence.LIKELY,
+        facts,
+        ADVICE[CauseKind.STACK_OVERFLOW] + IN_THREAD,
     )
 
 
@@ -108,16 +139,29 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
     evidence = context.evidence
     if fault.main is False:
         return None
-    if fault.stack_bytes is None or fault.stack_limit is None or fault.stack_bytes < fault.stack_limit - STACK_MARGIN:
+    if (
+        fault.stack_bytes is None
+        or fault.stack_limit is None
+        or fault.stack_bytes < fault.stack_limit - STACK_MARGIN
+    ):
         return None
     facts = (
         *exit_facts(evidence),
-        outside("stack size", fault.stack_bytes, "VmStk in /proc/PID/status while the fault handler ran"),
+        outside(
+            "stack size", fault.stack_bytes, "VmStk in /proc/PID/status while the fault handler ran"
+        ),
         outside("stack limit", fault.stack_limit, "/proc/PID/limits"),
         *_stack_facts(context, fault),
     )
     summary = f"stack overflow: {_where(fault)}the {fault.stack_limit >> 20} MiB stack was full when the kernel crashed"
-    return make(context, CauseKind.STACK_OVERFLOW, summary, Confidence.CERTAIN, facts, ADVICE[CauseKind.STACK_OVERFLOW])
+    return make(
+        context,
+        CauseKind.STACK_OVERFLOW,
+        summary,
+        Confidence.CERTAIN,
+        facts,
+        ADVICE[CauseKind.STACK_OVERFLOW],
+    )
 
 
 def fault(context: Context) -> Cause | None:
@@ -172,7 +216,9 @@ def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
     source = "registers saved at the signal"
     facts = []
     if not site.faulted:
-        facts.append(outside("sent signal", "no instruction failed: a process sent it (kill, raise)", source))
+        facts.append(
+            outside("sent signal", "no instruction failed: a process sent it (kill, raise)", source)
+        )
     if site.address is not None:
         facts.append(outside("failing address", f"{site.address:#x}", source))
     if site.overflow:
@@ -180,7 +226,11 @@ def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
         facts.append(outside("stack in use", site.stack_bytes, "/proc/PID/maps"))
     if site.library is not None and site.faulted:
         is_file = site.library.startswith("/") and not site.library.startswith(NO_LIBRARY)
-        code = f"{site.library} at offset {site.library_offset or 0:#x}" if is_file else "code generated at run time"
+        code = (
+            f"{site.library} at offset {site.library_offset or 0:#x}"
+            if is_file
+            else "code generated at run time"
+        )
         facts.append(outside("code that failed", code, source))
     return tuple(facts)
 

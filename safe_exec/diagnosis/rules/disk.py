@@ -8,7 +8,14 @@ from __future__ import annotations
 import re
 import signal
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, leaves_reason_to_output, make, outside
+from safe_exec.diagnosis.context import (
+    Context,
+    exit_facts,
+    inside,
+    leaves_reason_to_output,
+    make,
+    outside,
+)
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.evidence import Volume
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
@@ -44,7 +51,14 @@ UNFINISHED = re.compile(
 """pandas, numpy, json and others, of a file of which only the beginning was written."""
 
 OS_ERRORS = ("OSError", "IOError", "error")
-LIBRARY_ERRORS = ("ComputeError", "IOException", "OperationalError", "ArrowInvalid", "HDF5ExtError", "PanicException")
+LIBRARY_ERRORS = (
+    "ComputeError",
+    "IOException",
+    "OperationalError",
+    "ArrowInvalid",
+    "HDF5ExtError",
+    "PanicException",
+)
 """Errors of polars, DuckDB, SQLite, Arrow and PyTables that quote the system."""
 LOGIC_ERRORS = frozenset(
     {
@@ -80,9 +94,13 @@ def full(context: Context) -> Cause | None:
     text = f"{error.ename}: {error.evalue}"
     filled = _was_filled(volume)
     if FAILED_WRITE.search(text):
-        return _cause(context, volume, Confidence.CERTAIN if filled else Confidence.LIKELY, _said(error))
+        return _cause(
+            context, volume, Confidence.CERTAIN if filled else Confidence.LIKELY, _said(error)
+        )
     if UNFINISHED.search(text) or (
-        filled and error.ename.rpartition(".")[2] not in LOGIC_ERRORS and not _has_other_number(context)
+        filled
+        and error.ename.rpartition(".")[2] not in LOGIC_ERRORS
+        and not _has_other_number(context)
     ):
         return _cause(context, volume, Confidence.LIKELY, _said(error))
     return None
@@ -98,19 +116,32 @@ def bus_error(context: Context) -> Cause | None:
         return None
     facts = (*exit_facts(context.evidence), *_facts(context, volume))
     summary = f"bus error: {_name(context, volume)} is full, and native code touched a mapped file there that has no more room"
-    return make(context, CauseKind.BUS_ERROR, summary, Confidence.CERTAIN, facts, _advice(context, volume))
+    return make(
+        context, CauseKind.BUS_ERROR, summary, Confidence.CERTAIN, facts, _advice(context, volume)
+    )
 
 
 def _claim(context: Context, error: CellError) -> _Claim | None:
     """The words that say that a disk is full, and who says them."""
-    found = FULL.search(error.evalue) or (FULL.search(error.ename) if context.language not in (None, "python") else None)
+    found = FULL.search(error.evalue) or (
+        FULL.search(error.ename) if context.language not in (None, "python") else None
+    )
     if found is not None:
-        return _Claim(text=f"{error.ename}: {error.evalue}"[:300], source="the cell's error", needed=_needed(found))
+        return _Claim(
+            text=f"{error.ename}: {error.evalue}"[:300],
+            source="the cell's error",
+            needed=_needed(found),
+        )
     if any(row.number in (28, 122) for row in context.evidence.raised):
-        return _Claim(text=f"{error.ename}: {error.evalue}"[:300], source="the cell's error, and the one that it came from")
+        return _Claim(
+            text=f"{error.ename}: {error.evalue}"[:300],
+            source="the cell's error, and the one that it came from",
+        )
     lines = context.evidence.last_words.splitlines() if leaves_reason_to_output(context) else []
     line = next((line for line in reversed(lines) if FULL.search(line)), None)
-    return _Claim(text=line.strip()[:300], source="output of the cell") if line is not None else None
+    return (
+        _Claim(text=line.strip()[:300], source="output of the cell") if line is not None else None
+    )
 
 
 def _needed(found: re.Match[str]) -> int | None:
@@ -121,20 +152,38 @@ def _needed(found: re.Match[str]) -> int | None:
 def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None:
     volume = _full_volume(context, claim.needed, scarce=True)
     kind = error.ename.rpartition(".")[2]
-    by_system = kind in OS_ERRORS or kind in LIBRARY_ERRORS or any(row.number in (28, 122) for row in context.evidence.raised)
-    if volume is None and context.is_python and not (by_system or claim.source == "output of the cell"):
+    by_system = (
+        kind in OS_ERRORS
+        or kind in LIBRARY_ERRORS
+        or any(row.number in (28, 122) for row in context.evidence.raised)
+    )
+    if (
+        volume is None
+        and context.is_python
+        and not (by_system or claim.source == "output of the cell")
+    ):
         return None  # no more than a text that some code has raised, and nothing bears it out
-    fact = inside("raised" if claim.source.startswith("the cell") else "printed", claim.text, claim.source)
-    return _cause(context, volume, Confidence.CERTAIN if volume is not None else Confidence.LIKELY, fact)
+    fact = inside(
+        "raised" if claim.source.startswith("the cell") else "printed", claim.text, claim.source
+    )
+    return _cause(
+        context, volume, Confidence.CERTAIN if volume is not None else Confidence.LIKELY, fact
+    )
 
 
-def _full_volume(context: Context, needed: int | None = None, *, scarce: bool = False) -> Volume | None:
+def _full_volume(
+    context: Context, needed: int | None = None, *, scarce: bool = False
+) -> Volume | None:
     """The volume that has no room: the one with the least. ``scarce``: a little is left, as after a write that was undone."""
     evidence = context.evidence
     volumes = list(evidence.volumes)
     if evidence.disk_free is not None and scarce and not volumes:
-        volumes.append(Volume(places=("the folder",), size=context.limits.disk or 0, free=evidence.disk_free))
-    candidates = [volume for volume in volumes if volume.free < _least(volume, needed, scarce=scarce)]
+        volumes.append(
+            Volume(places=("the folder",), size=context.limits.disk or 0, free=evidence.disk_free)
+        )
+    candidates = [
+        volume for volume in volumes if volume.free < _least(volume, needed, scarce=scarce)
+    ]
     return min(candidates, key=lambda volume: volume.free, default=None)
 
 
@@ -142,7 +191,11 @@ def _least(volume: Volume, needed: int | None, *, scarce: bool) -> int:
     """The free bytes below which a volume counts as full."""
     if needed is not None:
         return needed
-    return SCARCE_BYTES if scarce else min(SCARCE_BYTES, max(FULL_BYTES, int(volume.size * FULL_SHARE)))
+    return (
+        SCARCE_BYTES
+        if scarce
+        else min(SCARCE_BYTES, max(FULL_BYTES, int(volume.size * FULL_SHARE)))
+    )
 
 
 def _was_filled(volume: Volume) -> bool:
@@ -158,7 +211,14 @@ def _has_other_number(context: Context) -> bool:
 def _cause(context: Context, volume: Volume | None, confidence: Confidence, said: Fact) -> Cause:
     name = _name(context, volume)
     summary = f"the disk is full: {name} could not take what was written"
-    return make(context, CauseKind.DISK_FULL, summary, confidence, (said, *_facts(context, volume)), _advice(context, volume))
+    return make(
+        context,
+        CauseKind.DISK_FULL,
+        summary,
+        confidence,
+        (said, *_facts(context, volume)),
+        _advice(context, volume),
+    )
 
 
 def _said(error: CellError) -> Fact:
@@ -169,10 +229,19 @@ def _facts(context: Context, volume: Volume | None) -> tuple[Fact, ...]:
     allowed = context.limits.disk
     facts = [] if allowed is None else [outside("disk allowed", allowed, "limits of this run")]
     if volume is None:
-        return (outside("free where the notebook writes", context.evidence.disk_free, "statvfs at the end"), *facts)
+        return (
+            outside(
+                "free where the notebook writes", context.evidence.disk_free, "statvfs at the end"
+            ),
+            *facts,
+        )
     place = ", ".join(volume.places)
     return (
-        outside("free at the least", volume.free, f"statvfs of {place}, while the cell ran and as it failed"),
+        outside(
+            "free at the least",
+            volume.free,
+            f"statvfs of {place}, while the cell ran and as it failed",
+        ),
         outside("size", volume.size, f"statvfs of {place}"),
         *facts,
     )
@@ -187,12 +256,18 @@ def _name(context: Context, volume: Volume | None) -> str:
         return f"the space for folder, /tmp and home together ({format_size(allowed)})"
     if volume is not None and volume.own:
         return f"the sandbox's own {' and '.join(volume.places)} ({format_size(volume.size)})"
-    return "a disk of this machine" if volume is None else f"the machine's disk with {' and '.join(volume.places)}"
+    return (
+        "a disk of this machine"
+        if volume is None
+        else f"the machine's disk with {' and '.join(volume.places)}"
+    )
 
 
 def _advice(context: Context, volume: Volume | None) -> str:
     if volume is not None and volume.own and _is_shared_memory(volume):
-        return "Put less into /dev/shm (shared memory of worker processes is there), or raise --shm."
+        return (
+            "Put less into /dev/shm (shared memory of worker processes is there), or raise --shm."
+        )
     if context.limits.disk is not None and (volume is None or volume.own):
         return "Write less, or remove what is no longer needed; look at what earlier cells wrote. Or raise --disk."
     if volume is not None and volume.own:

@@ -19,9 +19,15 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
         return cause
     where = " and ".join(context.human(cell) for cell, _ in kills)
     number = sum(count for _, count in kills)
-    who, was, it = ("a process", "was", "its") if number == 1 else (f"{number} processes", "were", "their")
+    who, was, it = (
+        ("a process", "was", "its") if number == 1 else (f"{number} processes", "were", "their")
+    )
     facts: tuple[Fact, ...] = tuple(
-        outside(f"killed by the system in {context.human(cell)}", count, "oom_kill of the sandbox's control group")
+        outside(
+            f"killed by the system in {context.human(cell)}",
+            count,
+            "oom_kill of the sandbox's control group",
+        )
         for cell, count in kills
     )
     # A limit of a container or of the machine struck, and raising our own does not move it.

@@ -8,7 +8,14 @@ from __future__ import annotations
 import re
 import signal
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, leaves_reason_to_output, make, outside
+from safe_exec.diagnosis.context import (
+    Context,
+    exit_facts,
+    inside,
+    leaves_reason_to_output,
+    make,
+    outside,
+)
 from safe_exec.model.ending import CellFailed, Died
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.records import dataclass
@@ -70,7 +77,8 @@ ENGINES: tuple[Engine, ...] = (
     # PyTorch: c10/cuda/CUDACachingAllocator.cpp, and the same for ROCm and MPS.
     Engine(
         pattern=re.compile(
-            r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of (?P<limit>[\d.]+ [KMGT]iB))?", re.DOTALL
+            r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of (?P<limit>[\d.]+ [KMGT]iB))?",
+            re.DOTALL,
         ),
         noun="the memory of the graphics card",
         advice=CARD,
@@ -85,7 +93,9 @@ ENGINES: tuple[Engine, ...] = (
         advice="Raise it with set_limit() of the memory pool or CUPY_GPU_MEMORY_LIMIT, or free blocks of the pool (free_all_blocks()).",
     ),
     Engine(
-        pattern=re.compile(r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to allocate \d+ bytes"),
+        pattern=re.compile(
+            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to allocate \d+ bytes"
+        ),
         noun="the memory of the graphics card",
         advice=CARD,
     ),
@@ -128,7 +138,9 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # R: src/main/memory.c, R_MaxVSize.
     Engine(
-        pattern=re.compile(r"vector memory (?:exhausted|limit of (?P<limit>[\d.]+ [KMGT]b) reached)"),
+        pattern=re.compile(
+            r"vector memory (?:exhausted|limit of (?P<limit>[\d.]+ [KMGT]b) reached)"
+        ),
         noun="R's own limit for vectors",
         setting="mem.maxVSize",
         advice="Raise it with mem.maxVSize(), or R_MAX_VSIZE in the environment of the kernel; or hold less at once.",
@@ -142,7 +154,8 @@ ENGINES: tuple[Engine, ...] = (
     # ClickHouse and chDB: src/Common/MemoryTracker.cpp.
     Engine(
         pattern=re.compile(
-            r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: (?P<limit>[\d.]+ [KMGT]?i?B)", re.DOTALL
+            r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: (?P<limit>[\d.]+ [KMGT]?i?B)",
+            re.DOTALL,
         ),
         noun="ClickHouse's own memory limit",
         setting="max_memory_usage",
@@ -191,9 +204,15 @@ def _cause(context: Context, engine: Engine, words: re.Match[str], source: str) 
     summary = f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a limit of its own, not one of this run"
     quoted = " ".join(words[0].split())
     said = inside("raised" if source == "the cell's error" else "printed", quoted[:300], source)
-    setting = (inside(SETTING, engine.setting, "the word by which a notebook sets this limit"),) if engine.setting else ()
+    setting = (
+        (inside(SETTING, engine.setting, "the word by which a notebook sets this limit"),)
+        if engine.setting
+        else ()
+    )
     facts = (said, *_own_figures(context), *setting)
-    return make(context, engine.kind, summary, _confidence(context), facts, _advice(context, engine))
+    return make(
+        context, engine.kind, summary, _confidence(context), facts, _advice(context, engine)
+    )
 
 
 BELOW = re.compile(r" \(below --memory\)|[,;][^,;]* below --memory(?=[.;])")
@@ -234,9 +253,14 @@ def aborted(context: Context) -> Cause | None:
         return None
     peak = "" if evidence.memory_peak is None else f" (peak {format_size(evidence.memory_peak)})"
     summary = f"abort: polars ended the kernel as its own memory threshold was passed{peak}; it is a limit of its own, not one of this run"
-    advice = (
-        "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
+    advice = "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
+    facts = (
+        *exit_facts(evidence),
+        inside("last message", words[0], "stderr of the kernel process"),
+        *_own_figures(context),
     )
-    facts = (*exit_facts(evidence), inside("last message", words[0], "stderr of the kernel process"), *_own_figures(context))
-    facts = (*facts, inside(SETTING, "POLARS_OOMKILL_THRESHOLD", "the word by which a notebook sets this limit"))
+    facts = (
+        *facts,
+        inside(SETTING, "POLARS_OOMKILL_THRESHOLD", "the word by which a notebook sets this limit"),
+    )
     return make(context, CauseKind.ABORT, summary, Confidence.CERTAIN, facts, advice)

@@ -10,13 +10,19 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 def stdin(context: Context) -> Cause | None:
     """``input()``, ``getpass()`` and debuggers are refused: nobody is there to type."""
     error = context.evidence.error
-    if not isinstance(context.ending, CellFailed) or error is None or error.ename != "StdinNotImplementedError":
+    if (
+        not isinstance(context.ending, CellFailed)
+        or error is None
+        or error.ename != "StdinNotImplementedError"
+    ):
         return None
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
     summary = "the cell asked for input, and nobody is there to type it"
     advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
     if error.in_debugger:
-        summary = "the cell started a debugger, which asks for input, and nobody is there to type it"
+        summary = (
+            "the cell started a debugger, which asks for input, and nobody is there to type it"
+        )
         advice = "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook is run by itself."
     # Only the name of the error says so, and code of the notebook can raise one of that name.
     return make(context, CauseKind.STDIN, summary, Confidence.LIKELY, facts, advice)
@@ -28,7 +34,10 @@ def exception(context: Context) -> Cause | None:
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
     first = error.evalue.strip().split("\n", 1)[0][:200]
-    summary = ": ".join(part for part in (error.ename, first) if part) or "the cell raised an error without a name"
+    summary = (
+        ": ".join(part for part in (error.ename, first) if part)
+        or "the cell raised an error without a name"
+    )
     if not error.ename:  # bash says its exit status and nothing else
         summary = f"the cell failed: {first}" if first else "the cell failed"
     # Certain is that a reply was an error and that the kernel lived; what the error says is the kernel's word.

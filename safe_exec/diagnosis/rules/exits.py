@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import signal
 
-from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make, outside, signal_name
+from safe_exec.diagnosis.context import (
+    Context,
+    alive,
+    exit_facts,
+    inside,
+    make,
+    outside,
+    signal_name,
+)
 from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import Died
 from safe_exec.model.evidence import Channel
 from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
-FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP}
+FAULTS = {
+    signal.SIGSEGV,
+    signal.SIGABRT,
+    signal.SIGILL,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGTRAP,
+}
 
 
 def supervisor_killed(context: Context) -> Cause | None:
     """Nobody could read the exit status: whoever watches over the kernel was killed, and the kernel ended with it."""
-    if not isinstance(context.ending, Died) or context.evidence.exit is not None or context.ending.asked_to_exit:
+    if (
+        not isinstance(context.ending, Died)
+        or context.evidence.exit is not None
+        or context.ending.asked_to_exit
+    ):
         return None
-    summary = (
-        "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
-    )
+    summary = "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
     advice = "Look for os.kill(os.getppid(), ...) or a kill of whole process groups in the cell."
-    return make(context, CauseKind.KILLED, summary, Confidence.LIKELY, exit_facts(context.evidence), advice)
+    return make(
+        context, CauseKind.KILLED, summary, Confidence.LIKELY, exit_facts(context.evidence), advice
+    )
 
 
 def asked_to_exit(context: Context) -> Cause | None:
@@ -31,7 +50,9 @@ def asked_to_exit(context: Context) -> Cause | None:
     where = context.human(context.ending.cell)
     facts = (inside("asked to exit", True, "payload of the execute reply"), alive("when it asked"))
     summary = f"{where} called exit() or quit(), which ends the kernel"
-    later = [c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None]
+    later = [
+        c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None
+    ]
     if later:
         summary += f"; {context.human(later[-1].index)} still ran only because the kernel takes a moment to end"
     advice = "Guard the rest of the notebook with an if, or raise an exception; exit() ends the kernel of everyone who runs this."
@@ -41,7 +62,11 @@ def asked_to_exit(context: Context) -> Cause | None:
 def exited(context: Context) -> Cause | None:
     """Any exit status without a reply: never a pass, not even 0."""
     evidence = context.evidence
-    if not isinstance(context.ending, Died) or evidence.exit is None or evidence.exit.exit_code is None:
+    if (
+        not isinstance(context.ending, Died)
+        or evidence.exit is None
+        or evidence.exit.exit_code is None
+    ):
         return None
     code = evidence.exit.exit_code
     facts = list(exit_facts(evidence))
@@ -71,7 +96,12 @@ def exited(context: Context) -> Cause | None:
 def signalled(context: Context) -> Cause | None:
     """A signal with no limit and no fault behind it."""
     status = context.evidence.exit
-    if not isinstance(context.ending, Died) or status is None or status.signal is None or status.signal in FAULTS:
+    if (
+        not isinstance(context.ending, Died)
+        or status is None
+        or status.signal is None
+        or status.signal in FAULTS
+    ):
         return None
     if status.signal == signal.SIGKILL:
         return _killed(context)
@@ -90,17 +120,36 @@ def signalled(context: Context) -> Cause | None:
         if alarm
         else "A shutdown, a scheduler, a container stop or another process sent it; nothing in the limits of this run did."
     )
-    return make(context, CauseKind.TERMINATED, summary, Confidence.CERTAIN, exit_facts(context.evidence), advice)
+    return make(
+        context,
+        CauseKind.TERMINATED,
+        summary,
+        Confidence.CERTAIN,
+        exit_facts(context.evidence),
+        advice,
+    )
 
 
 def _killed(context: Context) -> Cause:
     evidence = context.evidence
     facts = [*exit_facts(evidence)]
     if evidence.oom_kills is not None:
-        facts.append(outside("killed by the system in this cell", evidence.oom_kills_cell, "oom_kill of the control group"))
+        facts.append(
+            outside(
+                "killed by the system in this cell",
+                evidence.oom_kills_cell,
+                "oom_kill of the control group",
+            )
+        )
     source = evidence.place.source if evidence.place else ""
-    summary = "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
-    itself = "os.kill(os.getpid(), 9) or a restart idiom" if context.is_python else "a call that sends the signal"
+    summary = (
+        "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
+    )
+    itself = (
+        "os.kill(os.getpid(), 9) or a restart idiom"
+        if context.is_python
+        else "a call that sends the signal"
+    )
     advice = f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the machine's out-of-memory killer (dmesg)."
     confidence = Confidence.CERTAIN if evidence.oom_kills is not None else Confidence.LIKELY
     if source:

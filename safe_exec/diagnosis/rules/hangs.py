@@ -63,7 +63,11 @@ def _taken(context: Context, lock: ObservedLock) -> str:
     """Where the notebook itself had asked for the same lock before; empty where that is not known."""
     if not lock.own:
         return ""
-    calls = [action for action in context.evidence.own_actions if action.kind == "lock" and action.text == lock.path]
+    calls = [
+        action
+        for action in context.evidence.own_actions
+        if action.kind == "lock" and action.text == lock.path
+    ]
     return place_of(context, calls[-2]) if len(calls) > 1 else ""
 
 
@@ -73,7 +77,11 @@ def _child_text(context: Context, looked: Looked, activity: Activity) -> str:
         return (f"it was waiting for {whom}" if whom else DOING[activity]) + _failure_text(context)
     stuck = waiting.stuck_child(looked)
     beside = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
-    return DOING[activity] + beside + (_failure_text(context) if activity is Activity.WAITING_LOCK else "")
+    return (
+        DOING[activity]
+        + beside
+        + (_failure_text(context) if activity is Activity.WAITING_LOCK else "")
+    )
 
 
 def _failure_text(context: Context) -> str:
@@ -82,7 +90,9 @@ def _failure_text(context: Context) -> str:
         return ""
     where, traceback = failure
     name = f"the thread {traceback.owner}" if traceback.thread else f"the worker {traceback.owner}"
-    return f"; {name} had failed before ({traceback.error}, in the output of {context.human(where)})"
+    return (
+        f"; {name} had failed before ({traceback.error}, in the output of {context.human(where)})"
+    )
 
 
 def advice_text(context: Context, activity: Activity | None) -> str:
@@ -108,7 +118,11 @@ def _lock_advice(looked: Looked, activity: Activity | None) -> str:
 def _child_advice(context: Context, looked: Looked, activity: Activity | None) -> str:
     stuck = waiting.stuck_child(looked)
     failure = _printed_failure(context)
-    if failure is not None and stuck is None and activity in (Activity.WAITING_CHILD, Activity.WAITING_LOCK):
+    if (
+        failure is not None
+        and stuck is None
+        and activity in (Activity.WAITING_CHILD, Activity.WAITING_LOCK)
+    ):
         return waiting_text.traceback_advice(failure[1])
     if activity is Activity.WAITING_CHILD or stuck is not None:
         return waiting_text.advice(looked, python=context.is_python)
@@ -122,7 +136,11 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
         return []
     facts = []
     lock = waiting.awaited_lock(looked)
-    blocker = waiting.find_blocker(looked) if activity is Activity.WAITING_CHILD else waiting.stuck_child(looked)
+    blocker = (
+        waiting.find_blocker(looked)
+        if activity is Activity.WAITING_CHILD
+        else waiting.stuck_child(looked)
+    )
     if blocker is not None:
         name = "background process" if blocker.process.adopted else "child process"
         facts.append(outside(name, waiting_text.fact_text(blocker), "/proc of that process"))
@@ -130,11 +148,17 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
         facts.append(outside("file lock", lock.path, "/proc/locks"))
         facts.append(outside("lock held by", waiting_text.holder_text(lock), "/proc/locks"))
     if looked.ended and activity is Activity.WAITING_CHILD:
-        facts.append(outside("child processes that ended", len(looked.ended), "/proc, while the cell ran"))
+        facts.append(
+            outside("child processes that ended", len(looked.ended), "/proc, while the cell ran")
+        )
     if (failure := _printed_failure(context)) is not None:
         where, traceback = failure
         name = "thread with an error" if traceback.thread else "process with an error"
-        facts.append(inside(name, f"{traceback.owner}: {traceback.error}", f"output of {context.human(where)}"))
+        facts.append(
+            inside(
+                name, f"{traceback.owner}: {traceback.error}", f"output of {context.human(where)}"
+            )
+        )
     return facts
 
 

@@ -16,14 +16,17 @@ from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
-PACKAGES = re.compile(r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?")
+PACKAGES = re.compile(
+    r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?"
+)
 """A path in an environment of Python's: its prefix, and the first name below its packages."""
-INSTALLER = re.compile(r"\bpip\b|/simple/|pypi|conda|urllib3|retrying|distribution|requirement|index|package", re.IGNORECASE)
+INSTALLER = re.compile(
+    r"\bpip\b|/simple/|pypi|conda|urllib3|retrying|distribution|requirement|index|package",
+    re.IGNORECASE,
+)
 """What pip, uv and conda write where their index cannot be reached."""
 NETWORK_ADVICE = "Let it reach other hosts with --network, or give it the data beside the notebook; loopback works in any case."
-NO_ROUTE_ADVICE = (
-    "Give it the data beside the notebook. This machine itself has no route to other networks, so --network alone would not help."
-)
+NO_ROUTE_ADVICE = "Give it the data beside the notebook. This machine itself has no route to other networks, so --network alone would not help."
 WRITE_HERE = "Write into the notebook's folder."
 
 
@@ -31,7 +34,14 @@ def taken_away(context: Context) -> Cause | None:
     """The cell's error comes from something that isolation took away."""
     if not isinstance(context.ending, CellFailed) or context.evidence.error is None:
         return None
-    conflict = next((c for c in context.evidence.conflicts if c.kind is not NeedKind.HOST and is_reason(context, c)), None)
+    conflict = next(
+        (
+            c
+            for c in context.evidence.conflicts
+            if c.kind is not NeedKind.HOST and is_reason(context, c)
+        ),
+        None,
+    )
     if conflict is None:
         return None
     return make(
@@ -52,7 +62,9 @@ def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
     if cause is not None and cause.kind in (CauseKind.ISOLATION, CauseKind.NETWORK_BLOCKED):
         return ()
     conflicts = [c for c in context.evidence.conflicts if c.in_output and c.exact][:MOST_WARNINGS]
-    return tuple(f"{context.human(c.cell)} printed {c.line!r}: {_taken(c)}. {advice(c)}" for c in conflicts)
+    return tuple(
+        f"{context.human(c.cell)} printed {c.line!r}: {_taken(c)}. {advice(c)}" for c in conflicts
+    )
 
 
 def _taken(conflict: IsolationConflict) -> str:
@@ -81,7 +93,9 @@ def is_reason(context: Context, conflict: IsolationConflict) -> bool:
     missing = any(row.module for row in context.evidence.raised)
     if missing and (_installs(conflict) or _is_of_installer(conflict)):
         return True
-    names = [name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files]
+    names = [
+        name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files
+    ]
     words = re.findall(r"[\w.-]+", conflict.line)
     return any(name in words for name in names if name)
 
@@ -93,7 +107,11 @@ def _is_of_installer(conflict: IsolationConflict) -> bool:
 
 def _installs(conflict: IsolationConflict) -> bool:
     """Whether packages were to be installed."""
-    return conflict.path is not None and conflict.access is not Access.OPEN and PACKAGES.match(conflict.path) is not None
+    return (
+        conflict.path is not None
+        and conflict.access is not Access.OPEN
+        and PACKAGES.match(conflict.path) is not None
+    )
 
 
 def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
@@ -107,7 +125,9 @@ def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
     if not conflict.in_output or conflict.cell == context.current:
         return True
     found = PACKAGES.match(conflict.path or "")
-    modules = {(row.module or "").partition(".")[0] for row in context.evidence.raised if row.module}
+    modules = {
+        (row.module or "").partition(".")[0] for row in context.evidence.raised if row.module
+    }
     return found is not None and (found[2] or "").partition(".")[0] in modules
 
 
@@ -121,10 +141,16 @@ def _wall(context: Context, conflict: IsolationConflict) -> Wall | None:
     if not conflict.usable and conflict.access is not Access.HIDDEN:
         return Wall.USER
     if conflict.access is Access.READ_ONLY:
-        return Wall.FOLDER if facts.folder and _lies_in(conflict.path, (facts.folder,)) else Wall.SYSTEM
+        return (
+            Wall.FOLDER
+            if facts.folder and _lies_in(conflict.path, (facts.folder,))
+            else Wall.SYSTEM
+        )
     if _lies_in(conflict.path, facts.hidden):
         return Wall.HIDDEN
-    return Wall.HOME if _lies_in(conflict.path, facts.hidden_homes) or conflict.moved else Wall.SYSTEM
+    return (
+        Wall.HOME if _lies_in(conflict.path, facts.hidden_homes) or conflict.moved else Wall.SYSTEM
+    )
 
 
 def _lies_in(path: str, tops: Sequence[str]) -> bool:
@@ -142,7 +168,11 @@ def _summary(context: Context, conflict: IsolationConflict) -> str:
         return f"isolation makes the kernel's environment read-only, so {cell} could not install packages into it"
     if conflict.writes:
         place = conflict.allow[0] if conflict.allow else conflict.path
-        how = f"hides the directory {place}" if conflict.access is Access.HIDDEN else f"makes the directory {place} read-only"
+        how = (
+            f"hides the directory {place}"
+            if conflict.access is Access.HIDDEN
+            else f"makes the directory {place} read-only"
+        )
         return f"isolation {how}, so {cell} could not write {name}"
     if not conflict.usable and conflict.access is not Access.HIDDEN:
         return f"the kernel runs as another user, who may not read {name}; you may, but {cell} could not"
@@ -170,9 +200,16 @@ def advice(conflict: IsolationConflict) -> str:
 
 
 def _of_paths(conflict: IsolationConflict) -> str:
-    options = " ".join(f"{'--writable' if conflict.writes else '--show'} {shlex.quote(path)}" for path in conflict.allow)
+    options = " ".join(
+        f"{'--writable' if conflict.writes else '--show'} {shlex.quote(path)}"
+        for path in conflict.allow
+    )
     if conflict.writes:
-        return f"Allow it with {options}, or write into the notebook's folder." if options else WRITE_HERE
+        return (
+            f"Allow it with {options}, or write into the notebook's folder."
+            if options
+            else WRITE_HERE
+        )
     if not options and conflict.moved:
         return f"The notebook's home is another directory here: give it the full path, {conflict.path}, which it can reach."
     if not options:
@@ -201,15 +238,27 @@ def named(context: Context, conflict: IsolationConflict) -> Fact:
 def _facts(context: Context, conflict: IsolationConflict) -> tuple[Fact, ...]:
     facts: list[Fact] = []
     if conflict.kind is NeedKind.VARIABLE:
-        facts.append(outside("set outside", conflict.name, "environment of safe-exec; its value is not shown"))
+        facts.append(
+            outside(
+                "set outside", conflict.name, "environment of safe-exec; its value is not shown"
+            )
+        )
     elif conflict.writes:
         facts.append(
-            outside("writable outside", conflict.allow[0] if conflict.allow else conflict.path, "access(2) by safe-exec")
+            outside(
+                "writable outside",
+                conflict.allow[0] if conflict.allow else conflict.path,
+                "access(2) by safe-exec",
+            )
         )
     else:
         facts.append(outside("exists outside", conflict.path, "stat(2) by safe-exec"))
     wall = _wall(context, conflict)
     held = context.walls.get(wall) if wall else None
     if held is not None and wall is not None and held.by is not Mechanism.NONE:
-        facts.append(outside("isolation", held.note or wall.value, f"isolation of this run, held by {held.by}"))
+        facts.append(
+            outside(
+                "isolation", held.note or wall.value, f"isolation of this run, held by {held.by}"
+            )
+        )
     return tuple(facts)

@@ -34,7 +34,9 @@ SOURCES = {
 }
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
 _BAR = re.compile(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
 """A progress bar as tqdm draws it; it has no line end, so a message may follow on its line."""
 _WARNING = re.compile(r"^(?:\S.*:\d+: )?\w*Warning: ")
@@ -70,14 +72,21 @@ class Message:
         if len(lines) > SHOWN_LINES:
             lines = (*lines[: SHOWN_LINES - 2], "...", *lines[-1:])
         label = "last output" if self.channel is Channel.STDOUT else "last message"
-        shown = [_clipped(line.strip(), SHOWN_LINE_CHARACTERS if len(lines) > 1 else SHOWN_CHARACTERS) for line in lines]
+        shown = [
+            _clipped(line.strip(), SHOWN_LINE_CHARACTERS if len(lines) > 1 else SHOWN_CHARACTERS)
+            for line in lines
+        ]
         return _clipped(f"{label}: {' / '.join(shown)}", SHOWN_CHARACTERS)
 
     @property
     def fact(self) -> Fact:
         """The message for the evidence, with its line ends."""
         text = "\n".join(self.lines[:KEPT_LINES])[:KEPT_CHARACTERS]
-        moment = "right before the end" if self.age < RIGHT_BEFORE_SECONDS else f"{self.age:.0f} s before the end"
+        moment = (
+            "right before the end"
+            if self.age < RIGHT_BEFORE_SECONDS
+            else f"{self.age:.0f} s before the end"
+        )
         return inside("last message", text, f"{SOURCES[self.channel]}, {moment}")
 
 
@@ -85,7 +94,9 @@ def _clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def last_message(evidence: Evidence, channels: Sequence[Channel] = tuple(Channel)) -> Message | None:
+def last_message(
+    evidence: Evidence, channels: Sequence[Channel] = tuple(Channel)
+) -> Message | None:
     """The message that came last before the end: from native code, or from Python code after it; stdout if there is nothing else."""
     bursts = [burst for burst in evidence.final_output if burst.channel in channels]
     native, printed = _native(bursts), _printed(bursts, Channel.STDERR)
@@ -98,7 +109,11 @@ def last_message(evidence: Evidence, channels: Sequence[Channel] = tuple(Channel
 def _native(bursts: Sequence[OutputBurst]) -> Message | None:
     """The last burst of native code that holds more than a stack trace."""
     for burst in reversed(bursts):
-        if burst.channel is Channel.DESCRIPTOR and burst.age <= NATIVE_SECONDS and (lines := clean(burst.text)):
+        if (
+            burst.channel is Channel.DESCRIPTOR
+            and burst.age <= NATIVE_SECONDS
+            and (lines := clean(burst.text))
+        ):
             return Message(lines=lines, channel=burst.channel, age=burst.age)
     return None
 
@@ -106,7 +121,9 @@ def _native(bursts: Sequence[OutputBurst]) -> Message | None:
 def _printed(bursts: Sequence[OutputBurst], channel: Channel) -> Message | None:
     """The last paragraph of what Python code wrote just before the end."""
     recent = [burst for burst in bursts if burst.channel is channel and burst.age <= PYTHON_SECONDS]
-    paragraphs = re.split(r"\n[ \t]*\n", "".join(burst.text for burst in recent).replace("\r\n", "\n"))
+    paragraphs = re.split(
+        r"\n[ \t]*\n", "".join(burst.text for burst in recent).replace("\r\n", "\n")
+    )
     lines = next((lines for part in reversed(paragraphs) if (lines := clean(part))), ())
     most = SHOWN_LINES if channel is Channel.STDERR else STDOUT_LINES
     return Message(lines=lines[-most:], channel=channel, age=recent[-1].age) if lines else None
@@ -116,7 +133,14 @@ def _after(printed: Message | None, native: Message) -> Message | None:
     """What Python code wrote after the native message; the cell's stderr holds what native code writes as well."""
     if printed is None:
         return None
-    at = next((n for n in reversed(range(len(printed.lines))) if printed.lines[n].endswith(native.lines[-1])), None)
+    at = next(
+        (
+            n
+            for n in reversed(range(len(printed.lines)))
+            if printed.lines[n].endswith(native.lines[-1])
+        ),
+        None,
+    )
     lines = () if at is None else printed.lines[at + 1 :]
     return Message(lines=lines, channel=printed.channel, age=printed.age) if lines else None
 
@@ -136,7 +160,9 @@ def _plain_lines(text: str) -> Iterator[str]:
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:
-    indented = False  # below a traceback's or warning's first line, whatever is indented belongs to it
+    indented = (
+        False  # below a traceback's or warning's first line, whatever is indented belongs to it
+    )
     for line in lines:
         if indented and line[:1].isspace():
             continue
@@ -148,4 +174,7 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
 def _is_noise(line: str) -> bool:
     if not any(char.isalnum() for char in line):
         return True
-    return bool(_FRAME.search(line) or _PLAIN_FAULT.match(line)) or len(_HEX.findall(line)) >= _MOST_HEX
+    return (
+        bool(_FRAME.search(line) or _PLAIN_FAULT.match(line))
+        or len(_HEX.findall(line)) >= _MOST_HEX
+    )

@@ -26,10 +26,16 @@ NEARLY = 0.9
 
 def output_flood(context: Context) -> Cause | None:
     """We ended the run because a cell put out many times its cap."""
-    if not isinstance(context.ending, LimitHit) or context.ending.limit not in (LimitName.OUTPUT, LimitName.CELL_OUTPUT):
+    if not isinstance(context.ending, LimitHit) or context.ending.limit not in (
+        LimitName.OUTPUT,
+        LimitName.CELL_OUTPUT,
+    ):
         return None
     size = context.evidence.cell_output_bytes or 0
-    received, cap = context.evidence.cell_output_received, context.limits.cell_output or context.limits.output
+    received, cap = (
+        context.evidence.cell_output_received,
+        context.limits.cell_output or context.limits.output,
+    )
     # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
     seen = received is not None and cap is not None and received > cap
     said = (
@@ -37,11 +43,24 @@ def output_flood(context: Context) -> Cause | None:
         if seen
         else inside("output of the cell", size, "the kernel's count")
     )
-    facts = (said, outside("bytes received of it", received, "messages"), outside("cap", context.limits.cell_output, "limits"))
+    facts = (
+        said,
+        outside("bytes received of it", received, "messages"),
+        outside("cap", context.limits.cell_output, "limits"),
+    )
     summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
-    capped = context.if_limited(LimitName.CELL_OUTPUT, " A long but finite log passes, cut at its cap (--cell-output).")
+    capped = context.if_limited(
+        LimitName.CELL_OUTPUT, " A long but finite log passes, cut at its cap (--cell-output)."
+    )
     advice = f"End the loop or print less.{capped}"
-    return make(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.CERTAIN if seen else Confidence.LIKELY, facts, advice)
+    return make(
+        context,
+        CauseKind.OUTPUT_FLOOD,
+        summary,
+        Confidence.CERTAIN if seen else Confidence.LIKELY,
+        facts,
+        advice,
+    )
 
 
 def processes_watched(context: Context) -> Cause | None:
@@ -52,7 +71,9 @@ def processes_watched(context: Context) -> Cause | None:
         outside("processes and threads at most", context.evidence.processes_peak, "watchdog"),
         outside("processes allowed", context.limits.processes, "limits of this run"),
     )
-    summary = f"too many processes: more than {context.limits.processes} processes and threads at a time"
+    summary = (
+        f"too many processes: more than {context.limits.processes} processes and threads at a time"
+    )
     advice = f"Use a pool of bounded size{_more_processes(context)}."
     return make(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.CERTAIN, facts, advice)
 
@@ -66,19 +87,32 @@ def disk_watched(context: Context) -> Cause | None:
         outside("killed by safe-exec for", "disk", "recorded before the signal was sent"),
         outside("disk allowed", allowed, "limits of this run"),
     )
-    most = "" if allowed is None else f": more than {format_size(allowed)} came to its folder and temporary files"
+    most = (
+        ""
+        if allowed is None
+        else f": more than {format_size(allowed)} came to its folder and temporary files"
+    )
     summary = f"the run wrote too much{most}, and was ended by safe-exec's watchdog"
     more = context.if_limited(LimitName.DISK, " See --disk.")
-    advice = f"Write less, or remove what is no longer needed; look at what earlier cells wrote.{more}"
+    advice = (
+        f"Write less, or remove what is no longer needed; look at what earlier cells wrote.{more}"
+    )
     return make(context, CauseKind.DISK_FULL, summary, Confidence.CERTAIN, facts, advice)
 
 
 def file_too_large_signal(context: Context) -> Cause | None:
     """SIGXFSZ ends a process that writes past RLIMIT_FSIZE and does not ignore the signal (Python does)."""
     status = context.evidence.exit
-    if not isinstance(context.ending, Died) or status is None or status.signal != getattr(signal, "SIGXFSZ", -1):
+    if (
+        not isinstance(context.ending, Died)
+        or status is None
+        or status.signal != getattr(signal, "SIGXFSZ", -1)
+    ):
         return None
-    facts = (*exit_facts(context.evidence), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
+    facts = (
+        *exit_facts(context.evidence),
+        outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"),
+    )
     return make(
         context,
         CauseKind.FILE_TOO_LARGE,
@@ -104,19 +138,43 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
         inside("last message", said[:300], "stderr of the kernel process"),
         outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"),
     )
-    limit = "" if context.limits.open_files is None else f" ({context.limits.open_files} are allowed to each process)"
-    summary = f"too many open files{limit}: a library could not have another one and aborted the kernel"
-    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, _close_files(context))
+    limit = (
+        ""
+        if context.limits.open_files is None
+        else f" ({context.limits.open_files} are allowed to each process)"
+    )
+    summary = (
+        f"too many open files{limit}: a library could not have another one and aborted the kernel"
+    )
+    return make(
+        context,
+        CauseKind.TOO_MANY_OPEN_FILES,
+        summary,
+        Confidence.LIKELY,
+        facts,
+        _close_files(context),
+    )
 
 
 def bad_system_call(context: Context) -> Cause | None:
     """SIGSYS: a seccomp filter ended the process."""
     status = context.evidence.exit
-    if not isinstance(context.ending, Died) or status is None or status.signal != getattr(signal, "SIGSYS", -1):
+    if (
+        not isinstance(context.ending, Died)
+        or status is None
+        or status.signal != getattr(signal, "SIGSYS", -1)
+    ):
         return None
     summary = "bad system call: a seccomp filter ended the kernel for a call that it does not allow"
     advice = "The filter of this machine or container forbids what the native code asked for."
-    return make(context, CauseKind.BAD_SYSTEM_CALL, summary, Confidence.CERTAIN, exit_facts(context.evidence), advice)
+    return make(
+        context,
+        CauseKind.BAD_SYSTEM_CALL,
+        summary,
+        Confidence.CERTAIN,
+        exit_facts(context.evidence),
+        advice,
+    )
 
 
 def _write_less(context: Context) -> str:
@@ -124,7 +182,9 @@ def _write_less(context: Context) -> str:
 
 
 def _close_files(context: Context) -> str:
-    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open"
+    advice = (
+        "Close files and sockets (use with), and look at earlier cells for what they leave open"
+    )
     return f"{advice}{context.if_limited(LimitName.OPEN_FILES, '; see --open-files')}."
 
 
@@ -136,7 +196,11 @@ def _more_processes(context: Context) -> str:
 
 def _file_summary(context: Context) -> str:
     limit = context.limits.file_size
-    return f"a file grew past {format_size(limit)}" if limit is not None else "a file grew past the largest size allowed"
+    return (
+        f"a file grew past {format_size(limit)}"
+        if limit is not None
+        else "a file grew past the largest size allowed"
+    )
 
 
 # --- raised in a cell -------------------------------------------------------------------------------------------
@@ -183,10 +247,23 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
     if near:
         facts.append(outside("open files", count, "/proc/PID/fd after the error"))
     held = f": {count} are open" if near else ""
-    allowed = "" if limit is None else f" of {limit} allowed" if near else f": {limit} are allowed to each process"
+    allowed = (
+        ""
+        if limit is None
+        else f" of {limit} allowed"
+        if near
+        else f": {limit} are allowed to each process"
+    )
     confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
     summary = f"too many open files{held}{allowed}"
-    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, confidence, tuple(facts), _close_files(context))
+    return make(
+        context,
+        CauseKind.TOO_MANY_OPEN_FILES,
+        summary,
+        confidence,
+        tuple(facts),
+        _close_files(context),
+    )
 
 
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:
@@ -194,7 +271,14 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
         return None
     facts = (_said(error), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
     confidence = Confidence.CERTAIN if context.limits.file_size is not None else Confidence.LIKELY
-    return make(context, CauseKind.FILE_TOO_LARGE, _file_summary(context), confidence, facts, _write_less(context))
+    return make(
+        context,
+        CauseKind.FILE_TOO_LARGE,
+        _file_summary(context),
+        confidence,
+        facts,
+        _write_less(context),
+    )
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
@@ -202,7 +286,17 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     refusals = context.evidence.process_refusals
     place = context.evidence.place
     forks = any(
-        frame.function in ("_fork_exec", "_execute_child", "fork", "fork_exec", "_launch", "start", "start_new_thread", "spawn")
+        frame.function
+        in (
+            "_fork_exec",
+            "_execute_child",
+            "fork",
+            "fork_exec",
+            "_launch",
+            "start",
+            "start_new_thread",
+            "spawn",
+        )
         for frame in (place.stack if place else ())
     )
     says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
@@ -214,7 +308,11 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     facts = [
         _said(error),
         outside("forks refused", refusals, "pids.events of the control group"),
-        outside("processes and threads at most", context.evidence.processes_peak, "control group or psutil"),
+        outside(
+            "processes and threads at most",
+            context.evidence.processes_peak,
+            "control group or psutil",
+        ),
         outside("processes allowed", context.limits.processes, "limits of this run"),
     ]
     bound = context.evidence.process_bound
@@ -222,9 +320,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     if bound is not None:
         group, fewest = bound
         facts.append(outside("processes allowed there", f"{fewest} in {group}", "its pids.max"))
-        allowed = (
-            f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
-        )
+        allowed = f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
     summary = f"too many processes: a new process or thread was refused{allowed}"
     confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
     advice = f"Threads count: use a pool of bounded size, join what is done, and look at earlier cells{_more_processes(context)}."

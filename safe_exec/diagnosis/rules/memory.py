@@ -24,16 +24,22 @@ MEMORY_ERRORS = (
     "MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "OutOfMemoryException", "ArrowMemoryError",
 )  # fmt: skip
 REFUSED_TO_LIBRARY = re.compile(
-    r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when allocating.*\bcpu\b", re.DOTALL
+    r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when allocating.*\bcpu\b",
+    re.DOTALL,
 )
 """As PyTorch, polars, C++ and TensorFlow report it in errors of other names."""
 MOSTLY = 0.5
 """The share of the memory from which it is said whose it was."""
-REFUSED = re.compile(r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate ")
+REFUSED = re.compile(
+    r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate "
+)
 
 ASKED_FOR = re.compile(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
 """How numpy says what it asked for."""
-UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)}
+UNITS = {
+    unit: 1 << 10 * power
+    for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)
+}
 NEAR = 0.9
 
 
@@ -48,23 +54,35 @@ def _facts(context: Context) -> tuple[Fact, ...]:
     evidence = context.evidence
     facts = list(exit_facts(evidence)) if isinstance(context.ending, Died) else []
     if evidence.oom_kills:
-        facts.append(outside("killed by the system", evidence.oom_kills, "oom_kill of the sandbox's control group"))
+        facts.append(
+            outside(
+                "killed by the system",
+                evidence.oom_kills,
+                "oom_kill of the sandbox's control group",
+            )
+        )
     if evidence.memory_peak is not None:
         facts.append(_peak(context, evidence.memory_peak))
     if context.limits.memory is not None:
         facts.append(outside("memory limit", context.limits.memory, "limits of this run"))
     children = _children(context)
     if children is not None:
-        facts.append(outside("memory of child processes", children, "of the peak, at the highest look"))
+        facts.append(
+            outside("memory of child processes", children, "of the peak, at the highest look")
+        )
     return tuple(facts)
 
 
 def _peak(context: Context, peak: int) -> Fact:
     if context.evidence.memory_upper_bound:
         return outside(
-            "memory peak, at most", peak, "sum over processes; some could not be looked into, so shared pages count for each"
+            "memory peak, at most",
+            peak,
+            "sum over processes; some could not be looked into, so shared pages count for each",
         )
-    return outside("memory peak", peak, "control group, or all processes with shared pages counted once")
+    return outside(
+        "memory peak", peak, "control group, or all processes with shared pages counted once"
+    )
 
 
 def _children(context: Context) -> int | None:
@@ -80,43 +98,65 @@ def _advice(context: Context) -> str:
             f"Most of it, {format_size(children)}, was in processes that the notebook had started, not in the kernel: start fewer of"
             " them, give each less to do, or end those that are done (close and join a pool)."
         ) + context.if_limited(
-            LimitName.MEMORY, " Or raise the limit with --memory, which covers the kernel and all its processes together."
+            LimitName.MEMORY,
+            " Or raise the limit with --memory, which covers the kernel and all its processes together.",
         )
     kept = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
     parts = [
         f"{kept} before." if kept else "",
-        context.if_limited(LimitName.MEMORY, "Raise the limit with --memory, or load and keep less at a time.") or more,
+        context.if_limited(
+            LimitName.MEMORY, "Raise the limit with --memory, or load and keep less at a time."
+        )
+        or more,
     ]
     return " ".join(part for part in parts if part)
 
 
 def watchdog_kill(context: Context) -> Cause | None:
     """We killed the tree because its memory passed the limit."""
-    if not isinstance(context.ending, Died) or context.evidence.termination is not TerminationReason.MEMORY:
+    if (
+        not isinstance(context.ending, Died)
+        or context.evidence.termination is not TerminationReason.MEMORY
+    ):
         return None
     amounts = _amounts(context)
     passed = "the sandbox passed its limit" + (f" ({amounts})" if amounts else "")
     bound = context.evidence.memory_upper_bound
     doubt = (
-        "; some of its processes could not be looked into, so pages that they share may have been counted twice" if bound else ""
+        "; some of its processes could not be looked into, so pages that they share may have been counted twice"
+        if bound
+        else ""
     )
     summary = f"out of memory: {passed} and was ended by safe-exec's watchdog{doubt}"
     confidence = Confidence.LIKELY if bound else Confidence.CERTAIN
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, confidence, _facts(context), _advice(context))
+    return make(
+        context, CauseKind.OUT_OF_MEMORY, summary, confidence, _facts(context), _advice(context)
+    )
 
 
 def oom_kill(context: Context) -> Cause | None:
     """SIGKILL, and the sandbox's own counter of kills for memory went up in this cell."""
     evidence = context.evidence
-    if not isinstance(context.ending, Died) or not evidence.exit or evidence.exit.signal != signal.SIGKILL:
+    if (
+        not isinstance(context.ending, Died)
+        or not evidence.exit
+        or evidence.exit.signal != signal.SIGKILL
+    ):
         return None
     if not evidence.oom_kills_cell:
         return None
     if evidence.oom_elsewhere:
         return _not_our_limit(context)
     summary = f"out of memory: {_amounts(context) or 'the memory limit was reached'}, and the system killed the kernel"
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, _facts(context), _advice(context))
+    return make(
+        context,
+        CauseKind.OUT_OF_MEMORY,
+        summary,
+        Confidence.CERTAIN,
+        _facts(context),
+        _advice(context),
+    )
 
 
 def _not_our_limit(context: Context) -> Cause:
@@ -124,7 +164,11 @@ def _not_our_limit(context: Context) -> Cause:
     bound = context.evidence.oom_bound
     if bound is None:
         where = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
-        facts: tuple[Fact, ...] = (outside("ran out in", "a group above the sandbox, or the machine", "counters of the groups"),)
+        facts: tuple[Fact, ...] = (
+            outside(
+                "ran out in", "a group above the sandbox, or the machine", "counters of the groups"
+            ),
+        )
     else:
         group, limit = bound
         where = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
@@ -134,17 +178,27 @@ def _not_our_limit(context: Context) -> Cause:
         )
     summary = f"out of memory, but not by this run's limit: {where}"
     confidence = Confidence.LIKELY if bound is None else Confidence.CERTAIN
-    return make(context, CauseKind.OUT_OF_MEMORY, summary, confidence, (*_facts(context), *facts), advice)
+    return make(
+        context, CauseKind.OUT_OF_MEMORY, summary, confidence, (*_facts(context), *facts), advice
+    )
 
 
 def oomd_kill(context: Context) -> Cause | None:
     """systemd-oomd kills whole groups under memory pressure and marks them."""
     if not isinstance(context.ending, Died) or not context.evidence.oomd_killed:
         return None
-    facts = (*_facts(context), outside("marked by", "systemd-oomd", "extended attribute oomd_kill of the group"))
+    facts = (
+        *_facts(context),
+        outside("marked by", "systemd-oomd", "extended attribute oomd_kill of the group"),
+    )
     summary = "out of memory: systemd-oomd ended the sandbox because the machine was under memory pressure"
     return make(
-        context, CauseKind.OUT_OF_MEMORY, summary, Confidence.CERTAIN, facts, "Set --memory to less than the machine has."
+        context,
+        CauseKind.OUT_OF_MEMORY,
+        summary,
+        Confidence.CERTAIN,
+        facts,
+        "Set --memory to less than the machine has.",
     )
 
 
@@ -161,18 +215,31 @@ def worker_kill(context: Context) -> Cause | None:
         return None
     facts = _facts(context)
     if evidence.error is not None:
-        facts = (*facts, inside("then raised", f"{evidence.error.ename}: {evidence.error.evalue}"[:300], "the cell's error"))
+        facts = (
+            *facts,
+            inside(
+                "then raised",
+                f"{evidence.error.ename}: {evidence.error.evalue}"[:300],
+                "the cell's error",
+            ),
+        )
     hang = " and the cell waited for it for ever" if isinstance(context.ending, TimedOut) else ""
     where = context.human(getattr(context.ending, "cell", None))
     amounts = _amounts(context)
-    summary = f"a worker process was killed for memory in {where}{hang}" + (f" ({amounts})" if amounts else "")
+    summary = f"a worker process was killed for memory in {where}{hang}" + (
+        f" ({amounts})" if amounts else ""
+    )
     covers = ", or raise --memory: the limit covers the kernel and all its processes together"
     ours = "" if evidence.oom_elsewhere else context.if_limited(LimitName.MEMORY, covers)
     advice = f"Use fewer or smaller workers{ours}."
     confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
     cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
     waited = isinstance(context.ending, TimedOut) and evidence.looked is not None
-    return replace(cause, activity=activity_of(evidence.looked)) if waited and evidence.looked else cause
+    return (
+        replace(cause, activity=activity_of(evidence.looked))
+        if waited and evidence.looked
+        else cause
+    )
 
 
 def refused(context: Context) -> Cause | None:
@@ -186,17 +253,31 @@ def refused(context: Context) -> Cause | None:
     by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
     if not (named or system or foreign or by_library):
         return None
-    facts = [inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"), *_facts(context)]
+    facts = [
+        inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
+        *_facts(context),
+    ]
     detail = error.evalue.split("\n", 1)[0][:200]
     summary = f"an allocation was refused: {detail or error.ename}; the kernel lives"
     confidence = Confidence.CERTAIN if _was_short(context, error.evalue) else Confidence.LIKELY
-    return make(context, CauseKind.MEMORY_ERROR, summary, confidence, tuple(facts), _advice_for_refusal(context))
+    return make(
+        context,
+        CauseKind.MEMORY_ERROR,
+        summary,
+        confidence,
+        tuple(facts),
+        _advice_for_refusal(context),
+    )
 
 
 def _advice_for_refusal(context: Context) -> str:
     less = "ask for less (a smaller shape or dtype, chunks, a file)"
     enforcement = context.enforcement.get(LimitName.MEMORY)
-    if context.limits.memory is not None and enforcement is not None and enforcement.by is Mechanism.RLIMIT:
+    if (
+        context.limits.memory is not None
+        and enforcement is not None
+        and enforcement.by is Mechanism.RLIMIT
+    ):
         return f"This run limits what a process may allocate, whether it uses it or not (RLIMIT_DATA): {less}, or raise --memory."
     advice = f"The system turned the request down before any memory was used: {less}."
     if context.evidence.overcommit == NO_OVERCOMMIT:

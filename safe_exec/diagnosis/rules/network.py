@@ -19,12 +19,25 @@ def blocked(context: Context) -> Cause | None:
     conflict = next((host for host in hosts if is_reason(context, host)), None)
     if conflict is None:
         return None
-    facts = [named(context, conflict), outside("network", "off", f"isolation of this run, held by {wall.by}")]
+    facts = [
+        named(context, conflict),
+        outside("network", "off", f"isolation of this run, held by {wall.by}"),
+    ]
     if not conflict.usable:
-        facts.append(outside("route to other networks", "none", "/proc/net/route and ipv6_route of this machine"))
+        facts.append(
+            outside(
+                "route to other networks", "none", "/proc/net/route and ipv6_route of this machine"
+            )
+        )
     host = f" {conflict.name}" if conflict.name else ""
     cell = context.human(conflict.cell)
     summary = f"isolation keeps the notebook from other hosts, and {cell} wanted one{':' if host else ''}{host}"
-    known = wall.hard and conflict.usable and (not conflict.in_output or conflict.cell == context.current)
+    known = (
+        wall.hard
+        and conflict.usable
+        and (not conflict.in_output or conflict.cell == context.current)
+    )
     confidence = Confidence.CERTAIN if known else Confidence.LIKELY
-    return make(context, CauseKind.NETWORK_BLOCKED, summary, confidence, tuple(facts), advice(conflict))
+    return make(
+        context, CauseKind.NETWORK_BLOCKED, summary, confidence, tuple(facts), advice(conflict)
+    )

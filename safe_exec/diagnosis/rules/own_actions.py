@@ -33,7 +33,14 @@ LIMITS_OF: Mapping[CauseKind, tuple[str, ...]] = {
     CauseKind.BUS_ERROR: ("RLIMIT_STACK",),
     CauseKind.ABORT: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NOFILE"),
     CauseKind.EXIT: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NPROC"),
-    CauseKind.EXCEPTION: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK"),
+    CauseKind.EXCEPTION: (
+        "RLIMIT_AS",
+        "RLIMIT_DATA",
+        "RLIMIT_NPROC",
+        "RLIMIT_NOFILE",
+        "RLIMIT_FSIZE",
+        "RLIMIT_MEMLOCK",
+    ),
 }
 """The resource limits that each kind of cause may come from."""
 MEANINGS = {
@@ -52,8 +59,22 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         "new thread",
         "pthread_create",
     ),
-    "RLIMIT_DATA": ("allocat", "emory", "bad_alloc", "Errno 12", "Errno 11", "new thread", "pthread_create"),
-    "RLIMIT_NPROC": ("Errno 11", "Resource temporarily unavailable", "cannot fork", "new thread", "pthread_create"),
+    "RLIMIT_DATA": (
+        "allocat",
+        "emory",
+        "bad_alloc",
+        "Errno 12",
+        "Errno 11",
+        "new thread",
+        "pthread_create",
+    ),
+    "RLIMIT_NPROC": (
+        "Errno 11",
+        "Resource temporarily unavailable",
+        "cannot fork",
+        "new thread",
+        "pthread_create",
+    ),
     "RLIMIT_NOFILE": ("Errno 24", "Too many open files"),
     "RLIMIT_FSIZE": ("Errno 27", "File too large"),
     "RLIMIT_MEMLOCK": ("Errno 12", "lock"),
@@ -63,7 +84,14 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
 
 def amended(context: Context, cause: Cause) -> Cause:
     """The cause with what the notebook itself had to do with it."""
-    for amend in (_with_signal, _with_interrupt, _with_stop, _with_program_in_its_place, _with_limit, _with_trace):
+    for amend in (
+        _with_signal,
+        _with_interrupt,
+        _with_stop,
+        _with_program_in_its_place,
+        _with_limit,
+        _with_trace,
+    ):
         cause = amend(context, cause)
     return cause
 
@@ -74,7 +102,11 @@ def place_of(context: Context, action: OwnAction) -> str:
     inner = frame or next(iter(action.stack), None)
     if inner is None:
         return f"in {context.human(action.cell)}"
-    where = f"{context.human(inner.cell)}, line {inner.line}" if inner.cell is not None else f"{inner.file}, line {inner.line}"
+    where = (
+        f"{context.human(inner.cell)}, line {inner.line}"
+        if inner.cell is not None
+        else f"{inner.file}, line {inner.line}"
+    )
     if action.cell is not None and action.cell != inner.cell:
         called = any(frame.cell == action.cell for frame in action.stack)
         where += f", {'called from' if called else 'while'} {context.human(action.cell)}{'' if called else ' ran'}"
@@ -82,7 +114,11 @@ def place_of(context: Context, action: OwnAction) -> str:
 
 
 def _fact(context: Context, name: str, action: OwnAction) -> Fact:
-    return inside(name, f"{action.call} {place_of(context, action)}", "audit event of the call, told before it")
+    return inside(
+        name,
+        f"{action.call} {place_of(context, action)}",
+        "audit event of the call, told before it",
+    )
 
 
 def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> OwnAction | None:
@@ -95,15 +131,24 @@ def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> 
 def _with_signal(context: Context, cause: Cause) -> Cause:
     """Who sent the signal of which the kernel, or its parent, died."""
     evidence = context.evidence
-    if not isinstance(context.ending, Died) or evidence.termination is not None or context.ending.asked_to_exit:
+    if (
+        not isinstance(context.ending, Died)
+        or evidence.termination is not None
+        or context.ending.asked_to_exit
+    ):
         return cause
     number = evidence.exit.signal if evidence.exit is not None else None
-    if (evidence.exit is not None and number is None) or cause.kind in (CauseKind.OUT_OF_MEMORY, CauseKind.CPU_TIME):
+    if (evidence.exit is not None and number is None) or cause.kind in (
+        CauseKind.OUT_OF_MEMORY,
+        CauseKind.CPU_TIME,
+    ):
         return cause
     sent = _last(evidence.own_actions, lambda action: _sent(context, action, number))
     if sent is not None:
         name = signal_name(sent.signal or 0)
-        summary = f"{_ended(cause, name)}: {_by(sent)} {place_of(context, sent)} sent it to {_whom(sent)}"
+        summary = (
+            f"{_ended(cause, name)}: {_by(sent)} {place_of(context, sent)} sent it to {_whom(sent)}"
+        )
         facts = (*cause.evidence, _fact(context, "signal sent by", sent))
         return replace(cause, summary=summary, evidence=facts, advice=_advice_for_signal(sent))
     if cause.kind not in (CauseKind.KILLED, CauseKind.TERMINATED):
@@ -114,7 +159,9 @@ def _with_signal(context: Context, cause: Cause) -> Cause:
 def _sent(context: Context, action: OwnAction, number: int | None) -> bool:
     """Whether a call just before the end sent that signal; without a status, any that ends the kernel's parent."""
     died = context.evidence.died_at
-    if action.kind != "signal" or (died is not None and not -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS):
+    if action.kind != "signal" or (
+        died is not None and not -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS
+    ):
         return False
     if number is None:
         return action.target in ("parent", "everybody")
@@ -127,7 +174,9 @@ def _ended(cause: Cause, name: str) -> str:
 
 
 def _by(action: OwnAction) -> str:
-    return f"{action.call}()" + (", in a process that the notebook had forked," if action.child else "")
+    return f"{action.call}()" + (
+        ", in a process that the notebook had forked," if action.child else ""
+    )
 
 
 def _whom(action: OwnAction) -> str:
@@ -158,8 +207,13 @@ def _advice_for_signal(action: OwnAction) -> str:
 def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
     """A command of the cell that sends signals; or a C function that does."""
     cell = getattr(context.ending, "cell", None)
-    program = _last(context.evidence.own_actions, lambda a: a.kind == "program" and a.cell == cell and cell is not None)
-    symbol = _last(context.evidence.own_actions, lambda a: a.kind == "symbol" and _just_before(context, a))
+    program = _last(
+        context.evidence.own_actions,
+        lambda a: a.kind == "program" and a.cell == cell and cell is not None,
+    )
+    symbol = _last(
+        context.evidence.own_actions, lambda a: a.kind == "symbol" and _just_before(context, a)
+    )
     name = signal_name(number) if number is not None else "a signal"
     if program is not None:
         source = f"`{program.text}` {place_of(context, program)}"
@@ -175,7 +229,10 @@ def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
         return cause
     summary = f"{_ended(cause, name)}, most likely sent by {source}"
     return replace(
-        cause, summary=summary, evidence=facts, advice="Kill processes by the ids of those that you started; $PPID is the kernel."
+        cause,
+        summary=summary,
+        evidence=facts,
+        advice="Kill processes by the ids of those that you started; $PPID is the kernel.",
     )
 
 
@@ -190,11 +247,14 @@ def _with_interrupt(context: Context, cause: Cause) -> Cause:
     if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
         return cause
     sent = _last(
-        context.evidence.own_actions, lambda a: a.kind == "signal" and a.signal == signal.SIGINT and a.cell == ending.cell
+        context.evidence.own_actions,
+        lambda a: a.kind == "signal" and a.signal == signal.SIGINT and a.cell == ending.cell,
     )
     if sent is None:
         return cause
-    summary = f"KeyboardInterrupt: {_by(sent)} {place_of(context, sent)} sent SIGINT to {_whom(sent)}"
+    summary = (
+        f"KeyboardInterrupt: {_by(sent)} {place_of(context, sent)} sent SIGINT to {_whom(sent)}"
+    )
     return replace(
         cause,
         summary=summary,
@@ -208,12 +268,22 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity is not Activity.STOPPED:
         return cause
-    sent = _last(context.evidence.own_actions, lambda a: a.kind == "signal" and a.signal in STOPS and a.cell == ending.cell)
+    sent = _last(
+        context.evidence.own_actions,
+        lambda a: a.kind == "signal" and a.signal in STOPS and a.cell == ending.cell,
+    )
     if sent is None:
         return cause
     summary = f"{cause.summary}; {_by(sent)} {place_of(context, sent)} sent {signal_name(sent.signal or 0)} to {_whom(sent)}"
-    advice = "Remove that call: a stopped process does nothing until somebody else sends it SIGCONT."
-    return replace(cause, summary=summary, evidence=(*cause.evidence, _fact(context, "signal sent by", sent)), advice=advice)
+    advice = (
+        "Remove that call: a stopped process does nothing until somebody else sends it SIGCONT."
+    )
+    return replace(
+        cause,
+        summary=summary,
+        evidence=(*cause.evidence, _fact(context, "signal sent by", sent)),
+        advice=advice,
+    )
 
 
 # --- another program ------------------------------------------------------------------------------------------------
@@ -225,17 +295,21 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
     executed = _last(actions, lambda action: action.kind == "exec")
     if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
         return cause  # it failed, and the notebook went on
-    if cause.kind is not CauseKind.UNRESPONSIVE and not (cause.kind is CauseKind.EXIT and isinstance(context.ending, Died)):
+    if cause.kind is not CauseKind.UNRESPONSIVE and not (
+        cause.kind is CauseKind.EXIT and isinstance(context.ending, Died)
+    ):
         return cause
     if cause.kind is CauseKind.EXIT and context.evidence.exit_caller:
         return cause
     program = context.evidence.replaced_by or executed.text
     said = f"os.exec*() {place_of(context, executed)} put `{program}` in the place of the kernel"
-    summary = said if cause.kind is CauseKind.UNRESPONSIVE else f"{said}, and that program {_ending(cause)}"
-    facts = (*cause.evidence, _fact(context, "executed by", executed))
-    advice = (
-        "Start programs with subprocess.run(): os.exec*() ends the kernel without ending its process, and all variables are lost."
+    summary = (
+        said
+        if cause.kind is CauseKind.UNRESPONSIVE
+        else f"{said}, and that program {_ending(cause)}"
     )
+    facts = (*cause.evidence, _fact(context, "executed by", executed))
+    advice = "Start programs with subprocess.run(): os.exec*() ends the kernel without ending its process, and all variables are lost."
     return replace(cause, summary=summary, evidence=facts, advice=advice)
 
 
@@ -251,17 +325,23 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
     limit = next((limit for limit in _lowered(context) if _may_come_from(cause, limit)), None)
     if limit is None:
         return cause
-    setter = _last(context.evidence.own_actions, lambda a: a.kind == "limit" and a.limit == limit.name)
+    setter = _last(
+        context.evidence.own_actions, lambda a: a.kind == "limit" and a.limit == limit.name
+    )
     meaning = MEANINGS[limit.name]
     where = f" {place_of(context, setter)}" if setter is not None else ""
     struck = cause.summary.partition(": the notebook's own code")[0]
-    summary = (
-        f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.after)} ({limit.name}{where})"
-    )
+    summary = f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.after)} ({limit.name}{where})"
     facts = [*cause.evidence]
     if any(changed.name == limit.name for changed in context.evidence.changed_limits):
         before = _amount(limit.name, limit.before)
-        facts.append(outside(limit.name, f"{_amount(limit.name, limit.after)}, at the start {before}", "/proc/PID/limits"))
+        facts.append(
+            outside(
+                limit.name,
+                f"{_amount(limit.name, limit.after)}, at the start {before}",
+                "/proc/PID/limits",
+            )
+        )
     if setter is not None:
         facts.append(_fact(context, "limit set by", setter))
     place = f", {place_of(context, setter)}" if setter is not None else ""
@@ -271,9 +351,15 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
 
 def _lowered(context: Context) -> list[ChangedLimit]:
     """The limits that are lower than at the start: seen outside, or told just before the end."""
-    seen = [limit for limit in context.evidence.changed_limits if _is_lower(limit.after, limit.before)]
+    seen = [
+        limit for limit in context.evidence.changed_limits if _is_lower(limit.after, limit.before)
+    ]
     names = {limit.name for limit in context.evidence.changed_limits}
-    last: dict[str, OwnAction] = {a.limit: a for a in context.evidence.own_actions if a.kind == "limit" and a.limit in MEANINGS}
+    last: dict[str, OwnAction] = {
+        a.limit: a
+        for a in context.evidence.own_actions
+        if a.kind == "limit" and a.limit in MEANINGS
+    }
     if not isinstance(context.ending, Died):
         return seen  # the kernel was alive at the end: what was seen then counts
     told = [
@@ -315,19 +401,32 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity not in COMPUTING:
         return cause
-    name = next((name for name in ("sys.settrace", "sys.setprofile") if _is_traced(context, name, ending.cell)), None)
+    name = next(
+        (
+            name
+            for name in ("sys.settrace", "sys.setprofile")
+            if _is_traced(context, name, ending.cell)
+        ),
+        None,
+    )
     if name is None:
         return cause
     setter = _last(context.evidence.own_actions, lambda a: a.kind == "trace" and a.call == name)
     where = f" {place_of(context, setter)}" if setter is not None else ""
     often = "each line" if name == "sys.settrace" else "each call"
     summary = f"{cause.summary}; a function that {name}(){where} had left on runs at {often} of Python code and slows it down"
-    facts = (*cause.evidence, inside("left on", f"{name}{where}", "audit event, and the state at the start of the cell"))
+    facts = (
+        *cause.evidence,
+        inside("left on", f"{name}{where}", "audit event, and the state at the start of the cell"),
+    )
     advice = f"Turn it off when it is no longer needed: {name}(None). {cause.advice}"
     return replace(cause, summary=summary, evidence=facts, advice=advice)
 
 
 def _is_traced(context: Context, name: str, cell: int | None) -> bool:
     """Whether a trace function is on: it was when the cell began, and an odd number of calls in a cell changes that."""
-    calls = sum(a.kind == "trace" and a.call == name and a.cell == cell for a in context.evidence.own_actions)
+    calls = sum(
+        a.kind == "trace" and a.call == name and a.cell == cell
+        for a in context.evidence.own_actions
+    )
     return (name in context.evidence.tracing) is not bool(calls % 2)

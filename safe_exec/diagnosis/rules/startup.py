@@ -52,7 +52,9 @@ def start_failed(context: Context) -> Cause | None:
     last = [line.strip() for line in context.evidence.stderr_tail.splitlines() if line.strip()]
     if last:
         facts.append(inside("last line on stderr", last[-1][:300], "stderr of the kernel process"))
-    asks_too_much = _is_held_by_rlimit(context) and MEMORY.search(context.evidence.stderr_tail) is not None
+    asks_too_much = (
+        _is_held_by_rlimit(context) and MEMORY.search(context.evidence.stderr_tail) is not None
+    )
     advice = (
         TOO_LITTLE
         if asks_too_much
@@ -63,22 +65,38 @@ def start_failed(context: Context) -> Cause | None:
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )
     reason = ending.reason
-    limit = WATCHED.get(context.evidence.termination) if context.evidence.termination is not None else None
+    limit = (
+        WATCHED.get(context.evidence.termination)
+        if context.evidence.termination is not None
+        else None
+    )
     if limit is not None:
-        facts.append(outside("killed by safe-exec for", limit.value, "recorded before the signal was sent"))
+        facts.append(
+            outside("killed by safe-exec for", limit.value, "recorded before the signal was sent")
+        )
         name = limit.value.replace("_", " ")
-        reason = f"the kernel passed its limit of {name} before it was ready, and was ended by safe-exec"
+        reason = (
+            f"the kernel passed its limit of {name} before it was ready, and was ended by safe-exec"
+        )
         raise_it = context.if_limited(limit, f"Raise --{limit.value.replace('_', '-')}, or look")
         advice = f"{raise_it or 'Look'} at IPython start-up files and what they import."
-    return make(context, CauseKind.KERNEL_START_FAILED, reason, Confidence.CERTAIN, tuple(facts), advice)
+    return make(
+        context, CauseKind.KERNEL_START_FAILED, reason, Confidence.CERTAIN, tuple(facts), advice
+    )
 
 
 def _instead(installed: Mapping[str, str], language: str | None) -> str:
     """What to do about a kernel that is not installed: another one of the same language, if there is one."""
-    alike = sorted(name for name, spoken in installed.items() if language and spoken.lower() == language.lower())
+    alike = sorted(
+        name
+        for name, spoken in installed.items()
+        if language and spoken.lower() == language.lower()
+    )
     usual = next((name for name in alike if name in USUAL), alike[0] if alike else None)
     if usual is not None:
-        others = f" ({', '.join(name for name in alike if name != usual)} too)" if len(alike) > 1 else ""
+        others = (
+            f" ({', '.join(name for name in alike if name != usual)} too)" if len(alike) > 1 else ""
+        )
         return (
             f"Run it with an installed kernel of the same language: --kernel {usual}{others}."
             " Or install the kernel that the notebook names, in the environment that safe-exec runs in."
@@ -87,7 +105,9 @@ def _instead(installed: Mapping[str, str], language: str | None) -> str:
         return "No Python kernel is installed: pip install ipykernel, then run it with --kernel python3."
     if language is not None:
         return f"None of the installed kernels is for {language}: install one that is; see `jupyter kernelspec list`."
-    return "Choose an installed kernel with --kernel NAME, or install the one that the notebook names."
+    return (
+        "Choose an installed kernel with --kernel NAME, or install the one that the notebook names."
+    )
 
 
 def internal(context: Context) -> Cause | None:
@@ -95,11 +115,15 @@ def internal(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, InternalError):
         return None
-    checked = [outside("started", False, "checked before anything was run")] if ending.refused else []
+    checked = (
+        [outside("started", False, "checked before anything was run")] if ending.refused else []
+    )
     facts = (
         *checked,
         *(
-            outside(f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement")
+            outside(
+                f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement"
+            )
             for name, held in context.enforcement.items()
             if not held.hard and f"--require {name.value}:" in ending.message
         ),
@@ -108,4 +132,11 @@ def internal(context: Context) -> Cause | None:
         advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
     advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
-    return make(context, CauseKind.UNKNOWN, ending.message.strip() or "safe-exec failed", Confidence.GUESS, facts, advice)
+    return make(
+        context,
+        CauseKind.UNKNOWN,
+        ending.message.strip() or "safe-exec failed",
+        Confidence.GUESS,
+        facts,
+        advice,
+    )

@@ -36,7 +36,14 @@ FLOOD_BYTES = 1 << 20
 FLOOD_AGE_SECONDS = 2.0
 TOLERANCE_SECONDS = 1.0
 
-LOCKS = ("futex", "futex_waitv", "flock", "fcntl", "semop", "semtimedop")  # of all that fcntl(2) does only F_SETLKW waits
+LOCKS = (
+    "futex",
+    "futex_waitv",
+    "flock",
+    "fcntl",
+    "semop",
+    "semtimedop",
+)  # of all that fcntl(2) does only F_SETLKW waits
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
 SEARCHED_FRAMES = 8
 
@@ -60,12 +67,22 @@ def computes(looked: Looked) -> bool:
     if looked.runnable >= BUSY:
         return True
     innermost = (looked.stack[0].file or "").rpartition("/")[2] if looked.stack else ""
-    return share >= MANY_THREADS and looked.syscall in LOCKS and innermost not in FILES_OF_LOCKS and _interpreter_free(looked)
+    return (
+        share >= MANY_THREADS
+        and looked.syscall in LOCKS
+        and innermost not in FILES_OF_LOCKS
+        and _interpreter_free(looked)
+    )
 
 
 def is_starved(looked: Looked) -> bool:
     """Whether it had work to do and hardly got a processor: then a sampling thread without a turn says nothing of it."""
-    if looked.runnable is None or looked.runnable < BUSY or looked.cpu_share is None or looked.window is None:
+    if (
+        looked.runnable is None
+        or looked.runnable < BUSY
+        or looked.cpu_share is None
+        or looked.window is None
+    ):
         return False
     return looked.cpu_share * looked.window < STARVED_SECONDS
 
@@ -112,11 +129,17 @@ def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return f
         return Activity.WAITING_CHILD
     if waiting.awaited_lock(looked) is not None or waiting.polls_for_file_lock(looked):
         return Activity.WAITING_LOCK
-    if not looked.fitted and ((call in MULTIPLEXERS and looked.targets != ()) or call in ("futex", "futex_waitv")):
+    if not looked.fitted and (
+        (call in MULTIPLEXERS and looked.targets != ()) or call in ("futex", "futex_waitv")
+    ):
         # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
         return Activity.WAITING_CHILD if (looked.children_cpu_share or 0.0) >= BUSY else None
     if call in SLEEPS or (call in MULTIPLEXERS and looked.targets == ()):
-        return Activity.WAITING_LOCK if any("joblib/" in (frame.file or "") for frame in looked.stack[:2]) else Activity.SLEEPING
+        return (
+            Activity.WAITING_LOCK
+            if any("joblib/" in (frame.file or "") for frame in looked.stack[:2])
+            else Activity.SLEEPING
+        )
     if call in LOCKS:
         return Activity.WAITING_LOCK
     if call in MULTIPLEXERS and looked.stack and looked.stack[0].function == "sleep":
@@ -138,10 +161,20 @@ def _facts(context: Context) -> tuple[Fact, ...]:
     if looked is not None:
         facts += [
             outside("process state", looked.state, "/proc/PID/stat"),
-            outside("processor share", None if looked.cpu_share is None else round(looked.cpu_share, 2), "/proc/PID/stat, 0.4 s"),
+            outside(
+                "processor share",
+                None if looked.cpu_share is None else round(looked.cpu_share, 2),
+                "/proc/PID/stat, 0.4 s",
+            ),
         ]
         if is_starved(looked) and looked.cpu_wait_share is not None:
-            facts.append(outside("waited for a processor", round(looked.cpu_wait_share, 2), "/proc/PID/schedstat, share"))
+            facts.append(
+                outside(
+                    "waited for a processor",
+                    round(looked.cpu_wait_share, 2),
+                    "/proc/PID/schedstat, share",
+                )
+            )
         if looked.syscall and not looked.syscall.isdigit():
             facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
         if looked.stack:
@@ -151,35 +184,59 @@ def _facts(context: Context) -> tuple[Fact, ...]:
     if looked is not None and looked.ignores_interrupt:
         facts.append(outside("ignored SIGINT", True, "/proc/PID/status"))
     if ending.answered is not None:
-        facts.append(outside("ended at the interrupt", ending.answered, "execute reply within the grace time"))
+        facts.append(
+            outside(
+                "ended at the interrupt", ending.answered, "execute reply within the grace time"
+            )
+        )
     return tuple(facts)
 
 
-def _timed(context: Context, kind: CauseKind, summary: str, confidence: Confidence, advice: str) -> Cause:
+def _timed(
+    context: Context, kind: CauseKind, summary: str, confidence: Confidence, advice: str
+) -> Cause:
     looked = context.evidence.looked
     cause = make(context, kind, summary, confidence, _facts(context), advice)
     # The signal is ours: what the kernel died of after its time was up says nothing about why.
-    return replace(cause, activity=activity_of(looked) if looked else None, signal=None, exit_code=None)
+    return replace(
+        cause, activity=activity_of(looked) if looked else None, signal=None, exit_code=None
+    )
 
 
 def flood(context: Context) -> Cause | None:
     """Time ran out while the cell was printing without end."""
     evidence = context.evidence
-    if not isinstance(context.ending, TimedOut) or not evidence.cell_output_bytes or not evidence.cell_seconds:
+    if (
+        not isinstance(context.ending, TimedOut)
+        or not evidence.cell_output_bytes
+        or not evidence.cell_seconds
+    ):
         return None
     rate = evidence.cell_output_bytes / max(evidence.cell_seconds, 0.1)
-    recent = evidence.cell_output_age is not None and evidence.cell_output_age < FLOOD_AGE_SECONDS + 3.0
-    if evidence.cell_output_bytes < FLOOD_BYTES or rate < FLOOD_RATE or not (recent or evidence.cell_output_truncated):
+    recent = (
+        evidence.cell_output_age is not None and evidence.cell_output_age < FLOOD_AGE_SECONDS + 3.0
+    )
+    if (
+        evidence.cell_output_bytes < FLOOD_BYTES
+        or rate < FLOOD_RATE
+        or not (recent or evidence.cell_output_truncated)
+    ):
         return None
     amount, span = format_size(evidence.cell_output_bytes), format_seconds(evidence.cell_seconds)
     summary = f"endless output: {amount} in {span}, and it was still printing when its time was up"
-    cause = _timed(context, CauseKind.OUTPUT_FLOOD, summary, Confidence.LIKELY, _print_less(context))
+    cause = _timed(
+        context, CauseKind.OUTPUT_FLOOD, summary, Confidence.LIKELY, _print_less(context)
+    )
     fact = outside("output of the cell", evidence.cell_output_bytes, "bytes received")
     return replace(cause, evidence=(fact, *cause.evidence))
 
 
 def _print_less(context: Context) -> str:
-    return "Print less, or end the loop" + context.if_limited(LimitName.CELL_OUTPUT, "; see --cell-output") + "."
+    return (
+        "Print less, or end the loop"
+        + context.if_limited(LimitName.CELL_OUTPUT, "; see --cell-output")
+        + "."
+    )
 
 
 def replaced(context: Context) -> Cause | None:
@@ -191,7 +248,11 @@ def replaced(context: Context) -> Cause | None:
     advice = "Start programs as children: exec ends the kernel without ending its process."
     facts = (
         outside("wall time allowed", context.ending.allowed, "limits of this run"),
-        outside("command line", program, "/proc/PID/cmdline, which was another one when the kernel was ready"),
+        outside(
+            "command line",
+            program,
+            "/proc/PID/cmdline, which was another one when the kernel was ready",
+        ),
     )
     return make(context, CauseKind.UNRESPONSIVE, summary, Confidence.CERTAIN, facts, advice)
 
@@ -199,7 +260,11 @@ def replaced(context: Context) -> Cause | None:
 def mute(context: Context) -> Cause | None:
     """Alive and at rest, not at work on the cell, and no answer: its sockets or its loop are gone."""
     looked = context.evidence.looked
-    if not isinstance(context.ending, TimedOut) or context.evidence.cell_active is not False or looked is None:
+    if (
+        not isinstance(context.ending, TimedOut)
+        or context.evidence.cell_active is not False
+        or looked is None
+    ):
         return None
     if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
         return None  # it had no time to begin
@@ -227,14 +292,30 @@ def processes_exhausted(context: Context) -> Cause | None:
     ending, count = context.ending, context.evidence.processes_at_timeout
     if not isinstance(ending, TimedOut) or count is None or not count.full:
         return None
-    facts = [outside("processes and threads", f"{count.tasks} of {count.allowed} when its time was up", "control group or /proc")]
+    facts = [
+        outside(
+            "processes and threads",
+            f"{count.tasks} of {count.allowed} when its time was up",
+            "control group or /proc",
+        )
+    ]
     if count.of_user is not None:
         user, allowed = count.of_user
-        facts.append(outside("the user's processes and threads", f"{user} of {allowed}", "RLIMIT_NPROC counts all of a user"))
+        facts.append(
+            outside(
+                "the user's processes and threads",
+                f"{user} of {allowed}",
+                "RLIMIT_NPROC counts all of a user",
+            )
+        )
     if count.refused:
         facts.append(outside("forks refused", count.refused, "pids.events of the control group"))
     where = "the notebook" if ending.whole else context.human(ending.cell)
-    refused = f"; the system refused {count.refused} more" if count.refused else "; the system refuses more"
+    refused = (
+        f"; the system refused {count.refused} more"
+        if count.refused
+        else "; the system refuses more"
+    )
     others = " (what else the user runs counts too)" if count.of_user is not None else ""
     summary = (
         f"{where} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
@@ -242,7 +323,9 @@ def processes_exhausted(context: Context) -> Cause | None:
     )
     # A group above the sandbox may allow fewer processes than this run: raising our limit would not help then.
     bound = context.evidence.process_bound
-    option = context.if_limited(LimitName.PROCESSES, " than --processes allows") if bound is None else ""
+    option = (
+        context.if_limited(LimitName.PROCESSES, " than --processes allows") if bound is None else ""
+    )
     allows = option or " than that"
     advice = (
         f"Look for a loop that starts processes or threads, or for a pool that is larger{allows}; end"
@@ -267,13 +350,23 @@ def timed_out(context: Context) -> Cause | None:
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole else "--cell-timeout"
     advice = hangs.advice_text(context, activity)
-    return _timed(context, kind, summary, Confidence.CERTAIN, f"{advice} If it only needs longer: {option}.".strip())
+    return _timed(
+        context,
+        kind,
+        summary,
+        Confidence.CERTAIN,
+        f"{advice} If it only needs longer: {option}.".strip(),
+    )
 
 
 def _resistance(context: Context, activity: Activity | None) -> str:
     """Why an interrupt did not end the cell, where one was sent and it did not."""
     ending, looked = context.ending, context.evidence.looked
-    if not isinstance(ending, TimedOut) or ending.answered is not False or activity is Activity.STOPPED:
+    if (
+        not isinstance(ending, TimedOut)
+        or ending.answered is not False
+        or activity is Activity.STOPPED
+    ):
         return ""
     if looked is not None and looked.ignores_interrupt and activity is not Activity.WAITING_CHILD:
         return "; it ignores interrupts (SIGINT)"
@@ -308,6 +401,11 @@ def cpu_time(context: Context) -> Cause | None:
 def _hard_cpu(context: Context) -> bool:
     """SIGKILL at the hard limit of RLIMIT_CPU, for a process that ignored SIGXCPU."""
     evidence, limit = context.evidence, context.limits.cpu_time
-    if evidence.exit is None or evidence.exit.signal != signal.SIGKILL or limit is None or evidence.oom_kills_cell:
+    if (
+        evidence.exit is None
+        or evidence.exit.signal != signal.SIGKILL
+        or limit is None
+        or evidence.oom_kills_cell
+    ):
         return False
     return evidence.kernel_cpu_seconds is not None and evidence.kernel_cpu_seconds >= limit

@@ -48,10 +48,19 @@ FILES_OF_POOLS = (
 )
 """Python's and joblib's code for pools and executors of processes, and their queues."""
 FILES_OF_EXECUTORS = ("futures/process.py", "loky/process_executor.py")
-FILES_OF_FILE_LOCKS = ("filelock/", "portalocker/", "fasteners/", "lockfile/", "zc/lockfile/", "oslo_concurrency/")
+FILES_OF_FILE_LOCKS = (
+    "filelock/",
+    "portalocker/",
+    "fasteners/",
+    "lockfile/",
+    "zc/lockfile/",
+    "oslo_concurrency/",
+)
 """Packages that try for the lock on a file again and again, sleeping in between."""
 
-_HELPER = re.compile(r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)|loky\.backend\.resource_tracker")
+_HELPER = re.compile(
+    r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)|loky\.backend\.resource_tracker"
+)
 """Processes that Python starts beside the workers: they are always at rest."""
 _WORKER = re.compile(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_posix")
 
@@ -74,7 +83,14 @@ class Blockage(StrEnum):
     OTHER = "other"
 
 
-STUCK = (Blockage.STOPPED, Blockage.FULL_PIPE, Blockage.LOST_LOCK, Blockage.FILE_LOCK, Blockage.INPUT, Blockage.TERMINAL)
+STUCK = (
+    Blockage.STOPPED,
+    Blockage.FULL_PIPE,
+    Blockage.LOST_LOCK,
+    Blockage.FILE_LOCK,
+    Blockage.INPUT,
+    Blockage.TERMINAL,
+)
 """What does not end by itself, whoever is waited for."""
 ORDER = (
     *STUCK, Blockage.HOLDS_OUTPUT, Blockage.COMPUTES, Blockage.SLEEPS, Blockage.OTHER, Blockage.ENDED, Blockage.CHILD, Blockage.IDLE,
@@ -117,7 +133,9 @@ def _stands_in(stack: Sequence[Frame], files: Sequence[str]) -> bool:
 def _is_thread_pool(looked: Looked) -> bool:
     """Multiprocessing's pool of threads runs its workers, of the same code, in the kernel itself."""
     return any(
-        frame.function == "worker" and (frame.file or "").endswith("pool.py") for stack in looked.threads for frame in stack
+        frame.function == "worker" and (frame.file or "").endswith("pool.py")
+        for stack in looked.threads
+        for frame in stack
     )
 
 
@@ -135,15 +153,23 @@ def _waits_for_executor(looked: Looked) -> bool:
 
 def _waits_for_shell(looked: Looked) -> bool:
     """A kernel that drives a shell waits at a terminal whatever runs there: the shell itself says what it waits for."""
-    return not looked.fitted and any(process.syscall in WAITS and not process.adopted for process in looked.processes)
+    return not looked.fitted and any(
+        process.syscall in WAITS and not process.adopted for process in looked.processes
+    )
 
 
 def _partners(looked: Looked) -> list[ObservedProcess]:
     """Those that hold the other end of a pipe that the kernel is blocked at."""
     pipes = {target for target in looked.targets or () if target.startswith("pipe:")}
     read = pipes & _own_reads(looked) if looked.syscall in (*READS, *MULTIPLEXERS) else frozenset()
-    written = pipes & _own_writes(looked) if looked.syscall in (*WRITES, *MULTIPLEXERS) else frozenset()
-    return [process for process in other_processes(looked) if read & set(process.writes) or written & set(process.reads)]
+    written = (
+        pipes & _own_writes(looked) if looked.syscall in (*WRITES, *MULTIPLEXERS) else frozenset()
+    )
+    return [
+        process
+        for process in other_processes(looked)
+        if read & set(process.writes) or written & set(process.reads)
+    ]
 
 
 def reads_own_pipe(looked: Looked) -> bool:
@@ -180,7 +206,11 @@ def blockage_of(process: ObservedProcess, looked: Looked) -> Blockage:  # noqa: 
         return Blockage.CHILD
     if process.syscall in SLEEPS or (process.syscall in MULTIPLEXERS and process.targets == ()):
         return Blockage.SLEEPS
-    return Blockage.IDLE if is_worker(process) and process.syscall in ("futex", *READS, *MULTIPLEXERS) else Blockage.OTHER
+    return (
+        Blockage.IDLE
+        if is_worker(process) and process.syscall in ("futex", *READS, *MULTIPLEXERS)
+        else Blockage.OTHER
+    )
 
 
 def _own_writes(looked: Looked) -> frozenset[str]:
@@ -212,23 +242,35 @@ def find_blocker(looked: Looked) -> Blocker | None:
     processes = other_processes(looked)
     if not processes:
         return None
-    named = [process for process in processes if looked.awaited is not None and process.local_pid == looked.awaited]
+    named = [
+        process
+        for process in processes
+        if looked.awaited is not None and process.local_pid == looked.awaited
+    ]
     partners = _partners(looked)
     holders = [] if named or partners else _holders(looked)
     if holders:
         return Blocker(process=holders[0], blockage=Blockage.HOLDS_OUTPUT)
     if partners and all(process.adopted for process in partners) and looked.syscall not in WRITES:
         return Blocker(process=partners[0], blockage=Blockage.HOLDS_OUTPUT)
-    chosen = _most_telling(_family(named or partners, processes), looked) if named or partners else None
-    anybody = _most_telling([process for process in processes if not process.adopted] or processes, looked)
-    if chosen is None or (anybody is not None and anybody.blockage in STUCK and chosen.blockage not in STUCK):
+    chosen = (
+        _most_telling(_family(named or partners, processes), looked) if named or partners else None
+    )
+    anybody = _most_telling(
+        [process for process in processes if not process.adopted] or processes, looked
+    )
+    if chosen is None or (
+        anybody is not None and anybody.blockage in STUCK and chosen.blockage not in STUCK
+    ):
         return anybody
     return chosen
 
 
 def stuck_child(looked: Looked) -> Blocker | None:
     """A child that will not end by itself, whatever else the kernel is doing."""
-    blocker = _most_telling([process for process in other_processes(looked) if not process.adopted], looked)
+    blocker = _most_telling(
+        [process for process in other_processes(looked) if not process.adopted], looked
+    )
     return blocker if blocker is not None and blocker.blockage in STUCK else None
 
 
@@ -242,26 +284,44 @@ def _holders(looked: Looked) -> list[ObservedProcess]:
         for pipe in process.writes
     }
     free = reads - used
-    return [process for process in other_processes(looked) if process.adopted and free & set(process.writes)]
+    return [
+        process
+        for process in other_processes(looked)
+        if process.adopted and free & set(process.writes)
+    ]
 
 
-def _family(tops: Sequence[ObservedProcess], processes: Sequence[ObservedProcess]) -> list[ObservedProcess]:
+def _family(
+    tops: Sequence[ObservedProcess], processes: Sequence[ObservedProcess]
+) -> list[ObservedProcess]:
     """Some processes and all that they started."""
     family = list(tops)
     for process in family:
-        family += [child for child in processes if child.parent == process.pid and child not in family]
+        family += [
+            child for child in processes if child.parent == process.pid and child not in family
+        ]
     return family
 
 
 def _most_telling(processes: Sequence[ObservedProcess], looked: Looked) -> Blocker | None:
-    blockers = [Blocker(process=process, blockage=blockage_of(process, looked)) for process in processes]
-    return min(blockers, key=lambda blocker: (ORDER.index(blocker.blockage), blocker.process.age), default=None)
+    blockers = [
+        Blocker(process=process, blockage=blockage_of(process, looked)) for process in processes
+    ]
+    return min(
+        blockers,
+        key=lambda blocker: (ORDER.index(blocker.blockage), blocker.process.age),
+        default=None,
+    )
 
 
 def replaced_workers(looked: Looked) -> tuple[int, int]:
     """How many workers of a pool have ended while the cell ran, and how many took the place of others."""
     gone = sum(child.forked or is_worker_command(child.command) for child in looked.ended)
-    workers = [process for process in other_processes(looked) if is_worker(process) and process.state not in "ZX"]
+    workers = [
+        process
+        for process in other_processes(looked)
+        if is_worker(process) and process.state not in "ZX"
+    ]
     oldest = max((process.age for process in workers), default=0.0)
     return gone, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
 
@@ -285,4 +345,8 @@ RETRIES_PER_SECOND = 4.0
 
 def polls_for_file_lock(looked: Looked) -> bool:
     """Whether a package for lock files is at it."""
-    return any(package in (frame.file or "") for frame in looked.stack[:SEARCHED_FRAMES] for package in FILES_OF_FILE_LOCKS)
+    return any(
+        package in (frame.file or "")
+        for frame in looked.stack[:SEARCHED_FRAMES]
+        for package in FILES_OF_FILE_LOCKS
+    )

@@ -54,11 +54,23 @@ def _gone(looked: Looked) -> str:
     gone, replaced = replaced_workers(looked)
     count = max(gone, replaced)
     if count:
-        fate = " and was replaced" if count == 1 and replaced else " and were replaced" if replaced else ""
-        ended = "a worker process that ended" if count == 1 else f"{count} worker processes that ended"
+        fate = (
+            " and was replaced"
+            if count == 1 and replaced
+            else " and were replaced"
+            if replaced
+            else ""
+        )
+        ended = (
+            "a worker process that ended" if count == 1 else f"{count} worker processes that ended"
+        )
         return f"{ended} before its work was done{fate}"
     child = looked.ended[-1] if looked.ended else None
-    return f"the child process `{child.command}` (pid {child.local_pid}), which has ended" if child else ""
+    return (
+        f"the child process `{child.command}` (pid {child.local_pid}), which has ended"
+        if child
+        else ""
+    )
 
 
 def _name(process: ObservedProcess) -> str:
@@ -73,10 +85,14 @@ def _name(process: ObservedProcess) -> str:
 def _state(process: ObservedProcess, blockage: Blockage) -> str:
     phrases: dict[Blockage, Callable[[], str]] = {
         Blockage.STOPPED: lambda: "is stopped (SIGSTOP, or a terminal that it may not use)",
-        Blockage.FULL_PIPE: lambda: f"is blocked writing to a full pipe{_fill(process)} that nobody reads",
+        Blockage.FULL_PIPE: lambda: (
+            f"is blocked writing to a full pipe{_fill(process)} that nobody reads"
+        ),
         Blockage.LOST_LOCK: lambda: "waits for a lock that no thread is left to release",
         Blockage.FILE_LOCK: lambda: (
-            f"waits for the lock on the file {process.targets[0]}" if process.targets else "waits for the lock on a file"
+            f"waits for the lock on the file {process.targets[0]}"
+            if process.targets
+            else "waits for the lock on a file"
         ),
         Blockage.INPUT: lambda: "waits for input from a pipe that the notebook holds open",
         Blockage.TERMINAL: lambda: "waits for input from a terminal",
@@ -86,7 +102,11 @@ def _state(process: ObservedProcess, blockage: Blockage) -> str:
         Blockage.SLEEPS: lambda: "is sleeping",
         Blockage.IDLE: lambda: "has nothing to do",
         Blockage.CHILD: lambda: "waits for a process of its own",
-        Blockage.OTHER: lambda: f"is blocked in {process.syscall}" if (process.syscall or "").isidentifier() else "is waiting",
+        Blockage.OTHER: lambda: (
+            f"is blocked in {process.syscall}"
+            if (process.syscall or "").isidentifier()
+            else "is waiting"
+        ),
     }
     return phrases[blockage]()
 
@@ -119,10 +139,12 @@ def advice(looked: Looked, *, python: bool) -> str:
         return _advice_for_full_pipe(process, looked, python=python)
     if blockage is Blockage.HOLDS_OUTPUT:
         command = process.command if _is_plain(process.command) else "COMMAND"
-        ways = " (with subprocess: stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)" if python else ""
-        return (
-            f"Redirect the output of the background process, so that nobody waits for its end: {command} >/dev/null 2>&1 &{ways}."
+        ways = (
+            " (with subprocess: stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)"
+            if python
+            else ""
         )
+        return f"Redirect the output of the background process, so that nobody waits for its end: {command} >/dev/null 2>&1 &{ways}."
     texts = {
         Blockage.STOPPED: "Find out what stopped it; SIGCONT lets it go on.",
         Blockage.LOST_LOCK: _lost_lock(process),
@@ -160,7 +182,9 @@ def _advice_for_full_pipe(process: ObservedProcess, looked: Looked, *, python: b
         return "It does not read on before its own output is read: use communicate(input=...) or subprocess.run(input=..., capture_output=True)."
     if process.full_pipe in looked.reads:
         return "Read its output before wait(): use communicate() or subprocess.run(capture_output=True), or send it into a file."
-    return "Something has to read its output while it runs, or it goes into a file (stdout=open(...))."
+    return (
+        "Something has to read its output while it runs, or it goes into a file (stdout=open(...))."
+    )
 
 
 def _advice_for_lost_work(looked: Looked, *, python: bool) -> str:
@@ -222,7 +246,9 @@ def lock_advice(lock: ObservedLock) -> str:
 
 _THREAD = re.compile(r"^Exception in thread (.+?):$")
 _PROCESS = re.compile(r"^Process (\S*Process\S*|\S*Worker\S*):$")
-_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Warning|Failure|Fault)\b.*|^(?:\w+\.)+\w+: .*")
+_ERROR = re.compile(
+    r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Warning|Failure|Fault)\b.*|^(?:\w+\.)+\w+: .*"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

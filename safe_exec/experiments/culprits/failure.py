@@ -13,7 +13,15 @@ from __future__ import annotations
 import re
 
 from safe_exec.experiments.culprits.protocol import Answer
-from safe_exec.model.ending import CellFailed, Died, Ending, InternalError, Passed, StartFailed, TimedOut
+from safe_exec.model.ending import (
+    CellFailed,
+    Died,
+    Ending,
+    InternalError,
+    Passed,
+    StartFailed,
+    TimedOut,
+)
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
 from safe_exec.records import dataclass
 
@@ -29,12 +37,28 @@ LIMIT_ERRORS = frozenset(
     }
 )
 """What a cell error must be caused by to be searched for without being asked."""
-HEAP_WORDS = ("free()", "malloc", "double free", "corrupt", "munmap_chunk", "realloc()", "unlink_chunk")
+HEAP_WORDS = (
+    "free()",
+    "malloc",
+    "double free",
+    "corrupt",
+    "munmap_chunk",
+    "realloc()",
+    "unlink_chunk",
+)
 """glibc's last message about a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
-MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
+MEMORY = frozenset(
+    {CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY}
+)
 """Ways in which memory runs out: what allocates decides whether it is refused or killed."""
 TIMES = frozenset(
-    {CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STDIN, CauseKind.OUTPUT_FLOOD}
+    {
+        CauseKind.CELL_TIMEOUT,
+        CauseKind.NOTEBOOK_TIMEOUT,
+        CauseKind.UNRESPONSIVE,
+        CauseKind.STDIN,
+        CauseKind.OUTPUT_FLOOD,
+    }
 )
 """Ways in which a cell goes on for too long."""
 DEATHS = frozenset(
@@ -84,7 +108,14 @@ class Failure:
             cell=cell,
             error=_raised(cause),
             missing=tuple(
-                sorted({name for fact in cause.evidence if fact.fact == "raised" for name in _MISSING.findall(str(fact.value))})
+                sorted(
+                    {
+                        name
+                        for fact in cause.evidence
+                        if fact.fact == "raised"
+                        for name in _MISSING.findall(str(fact.value))
+                    }
+                )
             ),
             moves=_found_by_glibc(cause),
         )
@@ -101,7 +132,10 @@ class Failure:
         """Whether a cause is the failure's own: kind, signal or exit code, and the name of an exception."""
         if (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
             return False
-        return self.kind not in (CauseKind.EXCEPTION, CauseKind.ISOLATION) or _raised(cause) == self.error
+        return (
+            self.kind not in (CauseKind.EXCEPTION, CauseKind.ISOLATION)
+            or _raised(cause) == self.error
+        )
 
     def has_form(self, cause: Cause) -> bool:
         """Whether a cause is the failure's own, or one that is known to be another form of it."""
@@ -136,16 +170,27 @@ def _raised(cause: Cause) -> str | None:
 
 def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
     """Why no search follows a run by itself, in a few words; ``None`` where one does. Silent (empty) where nobody would expect one."""
-    if verdict.cause is None or verdict.status in (Status.PASSED, Status.CANCELLED, Status.INTERNAL_ERROR, Status.START_FAILED):
+    if verdict.cause is None or verdict.status in (
+        Status.PASSED,
+        Status.CANCELLED,
+        Status.INTERNAL_ERROR,
+        Status.START_FAILED,
+    ):
         return ""
     if verdict.crash_cell is None:
         return "no cell was running when it happened"
-    if verdict.status is Status.CELL_ERROR and verdict.cause.kind not in LIMIT_ERRORS and not always:
+    if (
+        verdict.status is Status.CELL_ERROR
+        and verdict.cause.kind not in LIMIT_ERRORS
+        and not always
+    ):
         return ""
     return None
 
 
-def answer(failure: Failure, ending: Ending, cause: Cause | None) -> tuple[Answer, int | None, frozenset[str]]:
+def answer(
+    failure: Failure, ending: Ending, cause: Cause | None
+) -> tuple[Answer, int | None, frozenset[str]]:
     """What a trial says: the answer, the cell at which an unresolved one stopped, and the names it missed.
 
     A missing name teaches a dependency. Another death is recorded by whoever asked, and never followed.
@@ -155,7 +200,9 @@ def answer(failure: Failure, ending: Ending, cause: Cause | None) -> tuple[Answe
         return Answer.PASS, None, frozenset()
     missing = _missing(ending)
     # A NameError that the first run did not have comes from what was left out, whatever it is that is searched for.
-    if failure.is_same(cause, cell) and not (failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)):
+    if failure.is_same(cause, cell) and not (
+        failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)
+    ):
         return Answer.FAIL, None, frozenset()
     return Answer.UNRESOLVED, cell, missing
 
@@ -172,7 +219,10 @@ def is_another_form(failure: Failure, ending: Ending, cause: Cause | None) -> bo
 
 
 def _missing(ending: Ending) -> frozenset[str]:
-    if not isinstance(ending, CellFailed) or ending.error.ename not in ("NameError", "UnboundLocalError"):
+    if not isinstance(ending, CellFailed) or ending.error.ename not in (
+        "NameError",
+        "UnboundLocalError",
+    ):
         return frozenset()
     return frozenset(_MISSING.findall(ending.error.evalue))
 

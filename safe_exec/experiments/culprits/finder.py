@@ -17,7 +17,15 @@ from safe_exec.experiments.culprits import reproduction
 from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
 from safe_exec.experiments.culprits.oracle import Oracle
-from safe_exec.experiments.culprits.protocol import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
+from safe_exec.experiments.culprits.protocol import (
+    Answer,
+    Ask,
+    Problem,
+    Reply,
+    Result,
+    Search,
+    SearchCancelled,
+)
 from safe_exec.experiments.culprits.roles import Found, culprits_of, look_first
 from safe_exec.experiments.static_analysis.dependencies import Dependencies
 from safe_exec.experiments.static_analysis.frame_reads import is_caught, read_on_the_way
@@ -27,7 +35,13 @@ from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
 from safe_exec.records import dataclass, field, replace
 
-ERRATIC = MEMORY | {CauseKind.SEGFAULT, CauseKind.ABORT, CauseKind.KILLED, CauseKind.TERMINATED, CauseKind.UNKNOWN}
+ERRATIC = MEMORY | {
+    CauseKind.SEGFAULT,
+    CauseKind.ABORT,
+    CauseKind.KILLED,
+    CauseKind.TERMINATED,
+    CauseKind.UNKNOWN,
+}
 """What depends on where memory lies or how much threads take of it at a time, or comes from outside."""
 WEAK = 0.5
 """How much more suspicious a cell is that hands a name of the slice to somebody else."""
@@ -65,10 +79,16 @@ class Investigation:
         assert verdict.crash_cell is not None
         self.crash = verdict.crash_cell
         self.records = {record.index: record for record in verdict.cells}
-        ran = [r.index for r in verdict.cells if r.index <= self.crash.index and r.status in RAN and r.index != self.crash.index]
+        ran = [
+            r.index
+            for r in verdict.cells
+            if r.index <= self.crash.index and r.status in RAN and r.index != self.crash.index
+        ]
         self.order = (*ran, self.crash.index)
         self.sources = {index: str(given.node.cells[index].source) for index in self.order}
-        self.dependencies = Dependencies.of_sources([self.sources[i] for i in self.order], language=verdict.notebook.language)
+        self.dependencies = Dependencies.of_sources(
+            [self.sources[i] for i in self.order], language=verdict.notebook.language
+        )
         self.number = 0
         self.began = time.monotonic()
 
@@ -79,20 +99,31 @@ class Investigation:
     async def run(self) -> Investigated:
         """Search, shrink, and put the answer together. Raises SearchFailed when trials cannot be run."""
         problem = self.problem()
-        self.given.sink(events.SearchStarted(time=self.now(), cells=len(problem.cells), budget=self.given.budget))
+        self.given.sink(
+            events.SearchStarted(
+                time=self.now(), cells=len(problem.cells), budget=self.given.budget
+            )
+        )
         result = await self.drive(search(problem), self.ask_cells)
         source = None
         if result.minimal and result.cells:
             source = await self.shrink(result)
         made = self.reproduction(result, source) if result.cells else None
-        self.given.sink(events.SearchFinished(time=self.now(), cells=result.cells, minimal=result.minimal))
-        return Investigated(culprits=self.culprits(result), reproduction=made, warnings=self.warnings(result))
+        self.given.sink(
+            events.SearchFinished(time=self.now(), cells=result.cells, minimal=result.minimal)
+        )
+        return Investigated(
+            culprits=self.culprits(result), reproduction=made, warnings=self.warnings(result)
+        )
 
     def problem(self) -> Problem:
         """What is known for free."""
         at = dict(enumerate(self.order))
         crash = len(self.order) - 1
-        strong, weak = self.dependencies.slice_of(crash), self.dependencies.slice_of(crash, weak=True)
+        strong, weak = (
+            self.dependencies.slice_of(crash),
+            self.dependencies.slice_of(crash, weak=True),
+        )
         suspicions = self.dependencies.suspicions()
         amounts, limit = self.amounts()
         way = self.names_on_the_way()
@@ -110,15 +141,21 @@ class Investigation:
         return Problem(
             cells=self.order,
             slice=frozenset(at[n] for n in strong),
-            needs={at[n]: frozenset(at[m] for m in self.dependencies.needs(n)) for n in range(len(self.order))},
+            needs={
+                at[n]: frozenset(at[m] for m in self.dependencies.needs(n))
+                for n in range(len(self.order))
+            },
             definers=definers,
             surely_stops_at=stops_at,
             suspicion={at[n]: s + (WEAK if n in weak else 0.0) for n, s in enumerate(suspicions)},
             amounts=amounts,
             limit=limit,
             seconds={index: self.records[index].seconds or 0.0 for index in self.order},
-            start_seconds=min((r.started for r in self.records.values() if r.started is not None), default=0.0),
-            erratic=self.given.verdict.cause is not None and self.given.verdict.cause.kind in ERRATIC,
+            start_seconds=min(
+                (r.started for r in self.records.values() if r.started is not None), default=0.0
+            ),
+            erratic=self.given.verdict.cause is not None
+            and self.given.verdict.cause.kind in ERRATIC,
             budget=self.given.budget,
         )
 
@@ -129,7 +166,10 @@ class Investigation:
         """
         if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
             return {}
-        lines = [(self.crash.index, self.crash.line), *((frame.cell, frame.line) for frame in reversed(self.crash.stack))]
+        lines = [
+            (self.crash.index, self.crash.line),
+            *((frame.cell, frame.line) for frame in reversed(self.crash.stack)),
+        ]
         found: dict[int, frozenset[str]] = {}
         for index, line in lines:
             if index is None or line is None:
@@ -137,7 +177,9 @@ class Investigation:
             if index not in self.sources or is_caught(self.sources[index], line):
                 break  # what is missing further in may be caught here
             place = self.order.index(index)
-            found[place] = found.get(place, frozenset()) | read_on_the_way(self.sources[index], line)
+            found[place] = found.get(place, frozenset()) | read_on_the_way(
+                self.sources[index], line
+            )
         return found
 
     def amounts(self) -> tuple[Mapping[int, float] | None, float | None]:
@@ -145,7 +187,9 @@ class Investigation:
         assert self.given.verdict.cause is not None
         kind, limits = self.given.verdict.cause.kind, self.given.verdict.limits
         if kind in MEMORY and limits.memory is not None:
-            return {i: float(self.records[i].memory_kept or 0) for i in self.order}, float(limits.memory)
+            return {i: float(self.records[i].memory_kept or 0) for i in self.order}, float(
+                limits.memory
+            )
         if kind is CauseKind.NOTEBOOK_TIMEOUT and limits.timeout is not None:
             return {i: self.records[i].seconds or 0.0 for i in self.order}, limits.timeout
         if kind is CauseKind.CPU_TIME and limits.cpu_time is not None:
@@ -169,15 +213,23 @@ class Investigation:
     async def ask_cells(self, ask: Ask) -> Reply:
         """A trial of a set of cells; what is to be confirmed is run as the reproduction, by itself."""
         self.number += 1
-        self.given.sink(events.SearchTrialStarted(time=self.now(), number=self.number, cells=ask.cells))
+        self.given.sink(
+            events.SearchTrialStarted(time=self.now(), number=self.number, cells=ask.cells)
+        )
         node = self.document(ask.cells, None) if ask.fresh else None
-        trialled = await self.oracle.answer(ask, node=node, crash=len(ask.cells) - 1 if node is not None else None)
+        trialled = await self.oracle.answer(
+            ask, node=node, crash=len(ask.cells) - 1 if node is not None else None
+        )
         self.finished(ask, trialled.reply)
         return trialled.reply
 
     def finished(self, ask: Ask, reply: Reply) -> None:
         """Tell of a trial that is over."""
-        best = ask.cells if reply.answer is Answer.FAIL and len(ask.cells) < len(ask.best or self.order) else ask.best
+        best = (
+            ask.cells
+            if reply.answer is Answer.FAIL and len(ask.cells) < len(ask.best or self.order)
+            else ask.best
+        )
         self.given.sink(
             events.SearchTrialFinished(
                 time=self.now(),
@@ -212,13 +264,17 @@ class Investigation:
         async def ask_statements(ask: Ask) -> Reply:
             self.number += 1
             node = self.document(result.cells, "\n".join(texts[n] for n in ask.cells))
-            self.given.sink(events.SearchTrialStarted(time=self.now(), number=self.number, cells=result.cells))
+            self.given.sink(
+                events.SearchTrialStarted(time=self.now(), number=self.number, cells=result.cells)
+            )
             trialled = await self.oracle.answer(ask, node=node, crash=len(result.cells) - 1)
             self.finished(replace(ask, cells=result.cells, best=result.cells), trialled.reply)
             return trialled.reply
 
         found = await self.drive(search(problem), ask_statements)
-        if not found.cells or len(found.cells) == len(texts) == len(ast.parse(self.sources[self.crash.index]).body):
+        if not found.cells or len(found.cells) == len(texts) == len(
+            ast.parse(self.sources[self.crash.index]).body
+        ):
             return None
         return "\n".join(texts[n] for n in found.cells)
 
@@ -246,7 +302,9 @@ class Investigation:
     def culprits(self, result: Result) -> Culprits:
         """The result in the words of the verdict."""
         assert self.given.verdict.cause is not None
-        memory = self.given.verdict.limits.memory if self.given.verdict.cause.kind in MEMORY else None
+        memory = (
+            self.given.verdict.limits.memory if self.given.verdict.cause.kind in MEMORY else None
+        )
         found = Found(
             cells=result.cells,
             found=result.found,
@@ -256,7 +314,9 @@ class Investigation:
             records=self.records,
             memory_limit=memory,
             crash=self.crash,
-            setting=next((str(f.value) for f in self.given.verdict.cause.evidence if f.fact == SETTING), ""),
+            setting=next(
+                (str(f.value) for f in self.given.verdict.cause.evidence if f.fact == SETTING), ""
+            ),
         )
         cells = culprits_of(found)
         return Culprits(
@@ -285,7 +345,9 @@ class Investigation:
         warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:
-            warnings.append(f"trials of the culprit search that failed otherwise, and were not followed: {_counted(others)}")
+            warnings.append(
+                f"trials of the culprit search that failed otherwise, and were not followed: {_counted(others)}"
+            )
         if result.several_forms:
             warnings.append(
                 f"the same cells ended in several ways, and each counts as the failure: {_counted(self.oracle.forms)} too"
@@ -304,10 +366,14 @@ def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    lines = re.split(r"\r\n|\r|\n", source)  # those of the parser: splitlines() knows more, within texts too
+    lines = re.split(
+        r"\r\n|\r|\n", source
+    )  # those of the parser: splitlines() knows more, within texts too
     spans: list[tuple[int, int]] = []
     for statement in body:
-        first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
+        first = min(
+            [statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))]
+        )
         if last_line is not None and first > last_line:
             break
         last = statement.end_lineno or first

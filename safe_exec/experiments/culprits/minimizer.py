@@ -23,7 +23,15 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 
 from safe_exec.experiments.culprits.probdd import chunk_of, learn, odds_of
-from safe_exec.experiments.culprits.protocol import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
+from safe_exec.experiments.culprits.protocol import (
+    Answer,
+    Ask,
+    Problem,
+    Reply,
+    Result,
+    Search,
+    SearchCancelled,
+)
 from safe_exec.model.verdict import Stopped
 from safe_exec.records import dataclass, field
 
@@ -96,7 +104,11 @@ class _Searcher:
     def looks(self, cells: frozenset[int]) -> int:
         """How often a set must be seen not to fail before it is believed."""
         tally, reply = self.tallies.get(cells, _Tally()), self.replies.get(cells)
-        reached = reply is not None and reply.answer is Answer.UNRESOLVED and reply.stopped_at == self.problem.crash
+        reached = (
+            reply is not None
+            and reply.answer is Answer.UNRESOLVED
+            and reply.stopped_at == self.problem.crash
+        )
         odd = tally.forms or (reached and cells == self.first)
         return max(self.repeats, ODD_LOOKS) if odd else self.repeats
 
@@ -119,7 +131,11 @@ class _Searcher:
         if self.cost(cells) > allowed:
             raise _Stop(Stopped.BUDGET)
         reply = yield Ask(
-            cells=tuple(sorted(cells)), allowed=allowed, fresh=fresh, left=self.left, best=tuple(sorted(self.best or ()))
+            cells=tuple(sorted(cells)),
+            allowed=allowed,
+            fresh=fresh,
+            left=self.left,
+            best=tuple(sorted(self.best or ())),
         )
         self.spent += reply.seconds
         if reply.cut:
@@ -127,7 +143,9 @@ class _Searcher:
         self.replies[cells] = reply
         if reply.answer is Answer.UNRESOLVED and reply.stopped_at is not None and reply.names:
             self.learned.setdefault(reply.stopped_at, set()).update(
-                name for name in reply.names if set(self.problem.definers(name, reply.stopped_at)) & self.all
+                name
+                for name in reply.names
+                if set(self.problem.definers(name, reply.stopped_at)) & self.all
             )
         return self.count(cells, reply)
 
@@ -149,20 +167,28 @@ class _Searcher:
         """The same cells ended in two ways that are akin: both are the failure, in what was seen so far as well."""
         self.several_forms = True
         for cells, tally in self.tallies.items():
-            tally.fails, tally.others, tally.forms = tally.fails + tally.forms, tally.others - tally.forms, 0
+            tally.fails, tally.others, tally.forms = (
+                tally.fails + tally.forms,
+                tally.others - tally.forms,
+                0,
+            )
             if tally.fails and (self.best is None or len(cells) < len(self.best)):
                 self.best = cells
 
     def cost(self, cells: Iterable[int]) -> float:
         """What a run of these cells should take, in seconds."""
-        return self.problem.start_seconds + sum(self.problem.seconds.get(cell, 0.0) for cell in cells)
+        return self.problem.start_seconds + sum(
+            self.problem.seconds.get(cell, 0.0) for cell in cells
+        )
 
     def known_not_to(self, cells: frozenset[int]) -> bool:
         """Whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
         if cells in self.luck:
             return True
-        settled = tally.others >= self.looks(cells) or (tally.others > 0 and self.lacks_a_name(cells))
+        settled = tally.others >= self.looks(cells) or (
+            tally.others > 0 and self.lacks_a_name(cells)
+        )
         return not tally.fails and (settled or self.stops_at(cells) is not None)
 
     # --- step one: a small set that fails -----------------------------------------------------------------------
@@ -201,9 +227,20 @@ class _Searcher:
         """Add the definitions that trials find missing, as long as they do."""
         while not (yield from self.fails(base)):
             reply = self.replies.get(base)
-            missing = {} if reply is None or reply.stopped_at is None else dict.fromkeys(reply.names, reply.stopped_at)
+            missing = (
+                {}
+                if reply is None or reply.stopped_at is None
+                else dict.fromkeys(reply.names, reply.stopped_at)
+            )
             more = {
-                next((c for c in self.problem.definers(name, before) if c not in base and c in self.all), None)
+                next(
+                    (
+                        c
+                        for c in self.problem.definers(name, before)
+                        if c not in base and c in self.all
+                    ),
+                    None,
+                )
                 for name, before in missing.items()
             } - {None}
             if not more:
@@ -227,7 +264,10 @@ class _Searcher:
 
         Raises _Stop when not even the whole fails.
         """
-        known = next((n for n in range(1, len(rest)) if self.has_failed(self.with_first(base, rest, n))), len(rest))
+        known = next(
+            (n for n in range(1, len(rest)) if self.has_failed(self.with_first(base, rest, n))),
+            len(rest),
+        )
         low, high, one_form = 0, known, not self.several_forms
         for count in self.steps(base, rest, known):
             if (yield from self.fails(self.with_first(base, rest, count))):
@@ -238,7 +278,9 @@ class _Searcher:
             yield from self.rate_of(self.all)
             low = 0
         while high - low > 1:
-            if one_form and self.several_forms:  # what was taken for another failure above may have been this one
+            if (
+                one_form and self.several_forms
+            ):  # what was taken for another failure above may have been this one
                 return 1 if self.counts_by_now(base) else (yield from self.shortest(base, rest))
             middle = (low + high) // 2
             if (yield from self.fails(self.with_first(base, rest, middle))):
@@ -301,7 +343,10 @@ class _Searcher:
         self.rate = tally.fails / (tally.fails + tally.others)
         wanted = math.ceil(math.log(DOUBT) / math.log(1 - self.rate)) if self.rate < 1 else 1
         self.repeats = max(self.repeats + 1, wanted)
-        if self.repeats > MOST_REPEATS or self.repeats * self.cost(cells) > self.problem.budget - self.spent:
+        if (
+            self.repeats > MOST_REPEATS
+            or self.repeats * self.cost(cells) > self.problem.budget - self.spent
+        ):
             raise _Stop(Stopped.TOO_RARE)
 
     def steadier(self, cells: frozenset[int]) -> Generator[Ask, Reply, frozenset[int] | None]:
@@ -309,7 +354,11 @@ class _Searcher:
         tally = self.tallies[cells]
         if tally.fails > SELDOM * (tally.fails + tally.others):
             return None
-        failed = (more for more, seen in self.tallies.items() if more > cells and seen.fails and not seen.others)
+        failed = (
+            more
+            for more, seen in self.tallies.items()
+            if more > cells and seen.fails and not seen.others
+        )
         between = {cells}
         for larger in (*sorted(failed, key=len)[:MOST_LARGER], self.all):
             seen = self.tallies.setdefault(larger, _Tally())
@@ -328,7 +377,9 @@ class _Searcher:
         """A 1-minimal subset that fails."""
         odds = odds_of(self.problem, cells, frozenset(self.found))
         while True:
-            loose = [cell for cell in odds if cell in cells and not self.known_not_to(cells - {cell})]
+            loose = [
+                cell for cell in odds if cell in cells and not self.known_not_to(cells - {cell})
+            ]
             if not loose:
                 return cells
             self.left = len(loose)
@@ -338,7 +389,9 @@ class _Searcher:
                 smaller = cells - set(chunk)
             if (yield from self.fails(smaller)):
                 cells = smaller
-                self.best = smaller if self.best is None or len(smaller) < len(self.best) else self.best
+                self.best = (
+                    smaller if self.best is None or len(smaller) < len(self.best) else self.best
+                )
             else:
                 learn(chunk, odds)
 
@@ -365,7 +418,13 @@ class _Searcher:
     def slice_passes_again(self) -> _Step:
         """Whether the slice that did not fail does not fail again: all that was added to it rests on that one run."""
         base = self.first
-        if not self.problem.erratic or not self.grew or self.repeats > 1 or base is None or self.stops_at(base) is not None:
+        if (
+            not self.problem.erratic
+            or not self.grew
+            or self.repeats > 1
+            or base is None
+            or self.stops_at(base) is not None
+        ):
             return True
         if base not in self.replies or self.lacks_a_name(base):
             return True

@@ -96,7 +96,9 @@ class Oracle:
         if started is not None:
             await started.trial.discard()
 
-    async def answer(self, ask: Ask, *, node: Any | None = None, crash: int | None = None) -> Trialled:
+    async def answer(
+        self, ask: Ask, *, node: Any | None = None, crash: int | None = None
+    ) -> Trialled:
         """The answer for a set of cells; with ``node`` for the whole of another notebook, whose ``crash`` cell is the crash cell.
 
         Raises SearchFailed when trials cannot be run, and asyncio's own when cancelled.
@@ -134,20 +136,28 @@ class Oracle:
     async def _start_next(self) -> None:
         """The next trial's kernel starts while the cells of this one run, where there is room for two."""
         needed = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
-        room = (os.cpu_count() or 1) >= TWO_PROCESSORS and psutil.virtual_memory().available > needed
+        room = (
+            os.cpu_count() or 1
+        ) >= TWO_PROCESSORS and psutil.virtual_memory().available > needed
         if self._next is None and room:
             self._next = self._start()
 
     def _request(self, template: TrialRequest, ask: Ask, other: Any | None) -> TrialRequest:
         node = copy.deepcopy(self.subject.node if other is None else other)
-        deadlines = {id(cell): self._deadline(index) for index, cell in enumerate(node.cells)} if other is None else {}
+        deadlines = (
+            {id(cell): self._deadline(index) for index, cell in enumerate(node.cells)}
+            if other is None
+            else {}
+        )
         whole = template.limits.timeout
         allowed = max(1.0, ask.allowed - SETTLE_SECONDS)
 
         def cell_limits(cell: Any) -> Limits:
             limits = template.cell_limits(cell)
             deadline = deadlines.get(id(cell))
-            if deadline is None or (limits.cell_timeout is not None and limits.cell_timeout <= deadline):
+            if deadline is None or (
+                limits.cell_timeout is not None and limits.cell_timeout <= deadline
+            ):
                 return limits
             return replace(limits, cell_timeout=deadline, interrupt_grace=0.0)
 
@@ -155,7 +165,9 @@ class Oracle:
             template,
             node=node,
             cells=frozenset(ask.cells) if other is None else None,
-            limits=replace(template.limits, timeout=allowed if whole is None else min(whole, allowed)),
+            limits=replace(
+                template.limits, timeout=allowed if whole is None else min(whole, allowed)
+            ),
             cell_limits=cell_limits,
             started=time.monotonic(),
         )
@@ -169,19 +181,33 @@ class Oracle:
         return max(least, SLACK_FACTOR * self.subject.seconds.get(index, 0.0) + SLACK_SECONDS)
 
     def _judge(
-        self, result: TrialResult, request: TrialRequest, ask: Ask, crash: int | None, seconds: float
+        self,
+        result: TrialResult,
+        request: TrialRequest,
+        ask: Ask,
+        crash: int | None,
+        seconds: float,
     ) -> tuple[Trialled, bool]:
         """The answer, and whether it may be remembered."""
         trouble = why_not_run(result)
         if trouble is not None:
             raise SearchFailed(f"a trial could not be run: {trouble}")
         cause = self.subject.cause_of(result, request)
-        failure = self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
+        failure = (
+            self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
+        )
         answer, stopped_at, names = failures.answer(failure, result.ending, cause)
-        another_form = answer is Answer.UNRESOLVED and failures.is_another_form(failure, result.ending, cause)
+        another_form = answer is Answer.UNRESOLVED and failures.is_another_form(
+            failure, result.ending, cause
+        )
         cut = self._was_cut(result, request, ask)
         happened = cause.summary if cause is not None else "passed"
-        if answer is Answer.UNRESOLVED and not cut and cause is not None and cause.kind is not CauseKind.EXCEPTION:
+        if (
+            answer is Answer.UNRESOLVED
+            and not cut
+            and cause is not None
+            and cause.kind is not CauseKind.EXCEPTION
+        ):
             (self.forms if another_form else self.others)[cause.kind.value] += 1
         reply = Reply(
             answer=answer,
@@ -193,7 +219,9 @@ class Oracle:
             another_form=another_form,
             ended=PASSED if cause is None else cause.kind.value,
         )
-        return Trialled(reply=reply, happened=happened), not cut and not isinstance(result.ending, Cancelled)
+        return Trialled(reply=reply, happened=happened), not cut and not isinstance(
+            result.ending, Cancelled
+        )
 
     def _was_cut(self, result: TrialResult, request: TrialRequest, ask: Ask) -> bool:
         """Whether a trial ended for the search's budget and not for the notebook's own time."""
@@ -201,13 +229,20 @@ class Oracle:
             return True
         whole = self.subject.request.limits.timeout
         ours = whole is None or (request.limits.timeout or 0.0) < whole
-        return isinstance(result.ending, TimedOut) and result.ending.whole and ours and ask.allowed < float("inf")
+        return (
+            isinstance(result.ending, TimedOut)
+            and result.ending.whole
+            and ours
+            and ask.allowed < float("inf")
+        )
 
     def _peak(self, result: TrialResult) -> float | None:
         kind = self.subject.failure.kind
         if kind is CauseKind.NOTEBOOK_TIMEOUT:
             return result.ledger.wall_seconds
-        return peak_of(LimitName.CPU_TIME if kind is CauseKind.CPU_TIME else LimitName.MEMORY, result)
+        return peak_of(
+            LimitName.CPU_TIME if kind is CauseKind.CPU_TIME else LimitName.MEMORY, result
+        )
 
     # --- what an answer depends on ------------------------------------------------------------------------------
 
@@ -215,7 +250,12 @@ class Oracle:
         of = self.subject.node if node is None else node
         chosen = set(ask.cells)
         cells = [
-            (index, cell.source, cell.metadata.get("tags", []), cell.metadata.get("safe_exec", {}).get("limits"))
+            (
+                index,
+                cell.source,
+                cell.metadata.get("tags", []),
+                cell.metadata.get("safe_exec", {}).get("limits"),
+            )
             for index, cell in enumerate(of.cells)
             if cell.cell_type == "code" and (node is not None or index in chosen)
         ]

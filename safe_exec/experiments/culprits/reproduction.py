@@ -41,13 +41,23 @@ def build(
     metadata = made.metadata
     metadata.pop("widgets", None)
     spec = metadata.get("kernelspec")
-    metadata["kernelspec"] = {"display_name": kernel, **(spec if isinstance(spec, Mapping) else {}), "name": kernel}
+    metadata["kernelspec"] = {
+        "display_name": kernel,
+        **(spec if isinstance(spec, Mapping) else {}),
+        "name": kernel,
+    }
     complete_metadata(metadata, kernel, None)
     ours = metadata.setdefault(METADATA_KEY, {})
-    ours["limits"] = {name: value for name, value in limits.as_dict().items() if name not in _NOT_CARRIED}
+    ours["limits"] = {
+        name: value for name, value in limits.as_dict().items() if name not in _NOT_CARRIED
+    }
     if isolation:
         ours["isolation"] = dict(isolation)
-    ours[REPRODUCES] = {"notebook": origin, "cells": list(cells), "cause": cause.kind.value if cause else None}
+    ours[REPRODUCES] = {
+        "notebook": origin,
+        "cells": list(cells),
+        "cause": cause.kind.value if cause else None,
+    }
     # metadata.execution.timeout would count after the figures carried here; allow_errors is part of how it ran.
     execution = dict(metadata.get("execution") or {})
     execution.pop("timeout", None)

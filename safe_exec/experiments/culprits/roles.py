@@ -6,7 +6,13 @@ import builtins
 from collections.abc import Mapping
 
 from safe_exec.experiments.static_analysis.dependencies import Dependencies, imported_modules
-from safe_exec.experiments.static_analysis.effects import Effect, EffectKind, effects_of, functions_of, is_imports_only
+from safe_exec.experiments.static_analysis.effects import (
+    Effect,
+    EffectKind,
+    effects_of,
+    functions_of,
+    is_imports_only,
+)
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Role
 from safe_exec.records import dataclass, replace
 from safe_exec.units import format_size
@@ -65,7 +71,11 @@ def _role(found: Found, index: int) -> tuple[Role, str, int | None]:
     if index == found.crash.index:
         return Role.CRASH, "running when it happened", None
     if _sets(found, index):
-        return Role.TRIGGER, f"sets {found.setting}", _line_with(found.sources[index], found.setting)
+        return (
+            Role.TRIGGER,
+            f"sets {found.setting}",
+            _line_with(found.sources[index], found.setting),
+        )
     return _role_of_others(found, index)
 
 
@@ -75,7 +85,9 @@ def _role_of_others(found: Found, index: int) -> tuple[Role, str, int | None]:
         return Role.ACCUMULATOR, f"+{format_size(kept)} kept", None
     used, effect = _uses(found, index), _effect(found, index)
     by_trials = index in found.found
-    if _sets_off(effect, by_trials=by_trials, used=used) or (effect is None and not used and _suspicion(found, index) >= RISKY):
+    if _sets_off(effect, by_trials=by_trials, used=used) or (
+        effect is None and not used and _suspicion(found, index) >= RISKY
+    ):
         # A shell line or a magic has no effect that could be read.
         note, line = (effect.text, effect.line) if effect else ("runs a command or a magic", None)
         return Role.TRIGGER, note, line
@@ -104,7 +116,9 @@ def _effect(found: Found, index: int) -> Effect | None:
         functions |= functions_of(found.sources[earlier], modules)
         modules |= imported_modules(found.sources[earlier])
     effects = [_through(effect, functions) for effect in effects_of(found.sources[index], modules)]
-    telling = [_for_users(found, index, effect) for effect in effects if not _is_builtin_call(effect)]
+    telling = [
+        _for_users(found, index, effect) for effect in effects if not _is_builtin_call(effect)
+    ]
     return min(telling, key=lambda effect: effect.kind, default=None)
 
 
@@ -126,11 +140,16 @@ def _for_users(found: Found, index: int, effect: Effect) -> Effect:
         return effect
     positions = {cell: found.order.index(cell) for cell in found.cells if cell > index}
     facts = found.dependencies.facts
-    users = [c for c, at in positions.items() if effect.name in facts[at].uses | facts[at].late_uses]
+    users = [
+        c for c, at in positions.items() if effect.name in facts[at].uses | facts[at].late_uses
+    ]
     if not users:
         return effect
     cells = ", ".join(str(found.records[cell].code_index + 1) for cell in users)
-    return replace(effect, text=f"{effect.text}; `{effect.name}` is used by code cell{'s' if len(users) > 1 else ''} {cells}")
+    return replace(
+        effect,
+        text=f"{effect.text}; `{effect.name}` is used by code cell{'s' if len(users) > 1 else ''} {cells}",
+    )
 
 
 def _sets(found: Found, index: int) -> bool:
@@ -166,17 +185,25 @@ def _uses(found: Found, index: int) -> str:
             names += [name for name in taken if name not in names]
     if not names:
         return ""
-    shown = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + (" and more" if len(names) > MOST_NAMES else "")
+    shown = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + (
+        " and more" if len(names) > MOST_NAMES else ""
+    )
     cells = "code cell" if len(users) == 1 else "code cells"
     return f"defines {shown}, used by {cells} {', '.join(map(str, users))}"
 
 
-def _taken(dependencies: Dependencies, position: int, at: int, culprits: frozenset[int]) -> set[str]:
+def _taken(
+    dependencies: Dependencies, position: int, at: int, culprits: frozenset[int]
+) -> set[str]:
     """The names that one cell reads and another one was the last of the culprits to bind before it."""
     reads = dependencies.facts[position].uses | dependencies.facts[position].late_uses
     # What cannot be read may bind any name, but nobody takes ``print`` from it.
     names = reads - (_BUILTINS - dependencies.facts[at].defines)
-    return {name for name in names if next((c for c in dependencies.definers(name, position) if c in culprits), None) == at}
+    return {
+        name
+        for name in names
+        if next((c for c in dependencies.definers(name, position) if c in culprits), None) == at
+    }
 
 
 def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) -> int:
@@ -190,7 +217,10 @@ def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) 
     if setters:
         return setters[-1]
     triggers = [
-        c.index for c in culprits if c.role is Role.TRIGGER and (found.memory_limit is None or _acts_on_process(found, c.index))
+        c.index
+        for c in culprits
+        if c.role is Role.TRIGGER
+        and (found.memory_limit is None or _acts_on_process(found, c.index))
     ]
     if triggers:
         return triggers[-1]
@@ -203,7 +233,9 @@ def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) 
 
 
 def _line_with(source: str, text: str) -> int | None:
-    return next((number for number, line in enumerate(source.splitlines(), 1) if text in line), None)
+    return next(
+        (number for number, line in enumerate(source.splitlines(), 1) if text in line), None
+    )
 
 
 def _acts_on_process(found: Found, index: int) -> bool:
@@ -221,5 +253,7 @@ def line_of(source: str, line: int | None) -> str | None:
 def first_line(source: str) -> str | None:
     """The first line that says something."""
     lines = [line.strip() for line in source.splitlines()]
-    telling = [line for line in lines if line and not line.startswith("#")] or [line for line in lines if line]
+    telling = [line for line in lines if line and not line.startswith("#")] or [
+        line for line in lines if line
+    ]
     return telling[0][:LINE_LENGTH] if telling else None

@@ -35,7 +35,18 @@ _EFFECT = ""
 
 
 _PARTS: dict[type[ast.AST], tuple[str, ...]] = {
-    **dict.fromkeys((ast.Attribute, ast.Starred, ast.Await, ast.keyword, ast.NamedExpr, ast.Expr, ast.AnnAssign), ("value",)),
+    **dict.fromkeys(
+        (
+            ast.Attribute,
+            ast.Starred,
+            ast.Await,
+            ast.keyword,
+            ast.NamedExpr,
+            ast.Expr,
+            ast.AnnAssign,
+        ),
+        ("value",),
+    ),
     **dict.fromkeys((ast.If, ast.IfExp, ast.While), ("test",)),
     **dict.fromkeys((ast.For, ast.AsyncFor), ("iter",)),
     **dict.fromkeys((ast.Tuple, ast.List), ("elts",)),
@@ -70,9 +81,17 @@ def _operands(node: ast.AST) -> list[ast.AST | None]:
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
             parts = [node.generators[0].iter]
         case ast.Call(func=func, args=args, keywords=keywords):
-            parts = [func, *args, *(keyword.value if keyword.arg else keyword for keyword in keywords)]
+            parts = [
+                func,
+                *args,
+                *(keyword.value if keyword.arg else keyword for keyword in keywords),
+            ]
         case ast.Dict(keys=keys, values=values):
-            parts = [part for key, value in zip(keys, values, strict=True) for part in (key, ast.Starred(value=value))]
+            parts = [
+                part
+                for key, value in zip(keys, values, strict=True)
+                for part in (key, ast.Starred(value=value))
+            ]
         case ast.Set(elts=elements):
             parts = [ast.Starred(value=element) for element in elements]
     return parts
@@ -94,12 +113,18 @@ def _steps(node: ast.stmt) -> list[ast.AST | None]:
         case ast.Assign(targets=targets, value=value):
             parts = [ast.Starred(value=value), *targets]
         case ast.AugAssign(target=target, value=value):
-            parts = [ast.Name(id=target.id, ctx=ast.Load()) if isinstance(target, ast.Name) else target, value]
+            parts = [
+                ast.Name(id=target.id, ctx=ast.Load()) if isinstance(target, ast.Name) else target,
+                value,
+            ]
         case ast.With(items=items) | ast.AsyncWith(items=items):
             parts = [items[0].context_expr]
         case ast.Delete(targets=targets):
             parts = [ast.Starred(value=target) for target in targets]
-        case ast.FunctionDef(decorator_list=before, args=args) | ast.AsyncFunctionDef(decorator_list=before, args=args):
+        case (
+            ast.FunctionDef(decorator_list=before, args=args)
+            | ast.AsyncFunctionDef(decorator_list=before, args=args)
+        ):
             parts = [*before, *_parts(args)]
         case ast.ClassDef(decorator_list=before, bases=bases, keywords=keywords):
             parts = [*before, *(() if getattr(node, "type_params", ()) else (*bases, *keywords))]
@@ -138,12 +163,23 @@ _TRAP_PATHS = words(
     "warnings.simplefilter numpy.seterr matplotlib.use asyncio.run asyncio.get_event_loop asyncio.get_running_loop "
     "asyncio.new_event_loop asyncio.set_event_loop asyncio.set_event_loop_policy asyncio.create_task asyncio.ensure_future"
 )
-_WRITES = words("os.remove os.unlink os.rename os.replace os.rmdir os.removedirs pickle.dump json.dump numpy.save numpy.savez")
+_WRITES = words(
+    "os.remove os.unlink os.rename os.replace os.rmdir os.removedirs pickle.dump json.dump numpy.save numpy.savez"
+)
 _WRITERS = words(
     "to_csv to_parquet to_pickle to_hdf to_excel to_sql to_feather to_json tofile savefig write_text write_bytes unlink"
 )
 _INERT_CALLS = {"print", "display", "len", "str", "repr", "format", "type", "id", "isinstance"}
-_LITERAL = ast.Constant | ast.Tuple | ast.List | ast.Set | ast.Dict | ast.UnaryOp | ast.unaryop | ast.expr_context
+_LITERAL = (
+    ast.Constant
+    | ast.Tuple
+    | ast.List
+    | ast.Set
+    | ast.Dict
+    | ast.UnaryOp
+    | ast.unaryop
+    | ast.expr_context
+)
 _SHOWN = _LITERAL | ast.Name | ast.JoinedStr | ast.FormattedValue | ast.keyword
 
 
@@ -160,7 +196,11 @@ def is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
     if not isinstance(node.ctx, ast.Load):
         return isinstance(node, ast.Attribute)
     name = path(node, modules)
-    return name.partition(".")[0] in _TRAPS or name in _TRAP_PATHS or name.startswith(("sys.set", "os.exec", "os.spawn"))
+    return (
+        name.partition(".")[0] in _TRAPS
+        or name in _TRAP_PATHS
+        or name.startswith(("sys.set", "os.exec", "os.spawn"))
+    )
 
 
 def writes_file(node: ast.AST, modules: Mapping[str, str]) -> bool:
@@ -168,13 +208,28 @@ def writes_file(node: ast.AST, modules: Mapping[str, str]) -> bool:
         return False
     name = path(node.func, modules)
     if name == "open" or name.endswith(".open"):
-        modes = [*node.args[name == "open" : 2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
-        return any(isinstance(m, ast.Constant) and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", str(m.value)) for m in modes)
-    return name in _WRITES or name.startswith("shutil.") or (isinstance(node.func, ast.Attribute) and node.func.attr in _WRITERS)
+        modes = [
+            *node.args[name == "open" : 2],
+            *(keyword.value for keyword in node.keywords if keyword.arg == "mode"),
+        ]
+        return any(
+            isinstance(m, ast.Constant)
+            and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", str(m.value))
+            for m in modes
+        )
+    return (
+        name in _WRITES
+        or name.startswith("shutil.")
+        or (isinstance(node.func, ast.Attribute) and node.func.attr in _WRITERS)
+    )
 
 
 def _calls_inert(node: ast.AST) -> bool:
-    formats = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Constant) and node.attr == "format"
+    formats = (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Constant)
+        and node.attr == "format"
+    )
     return formats or path(node, {}) in _INERT_CALLS
 
 
@@ -183,20 +238,35 @@ def _is_inert(node: ast.stmt) -> bool:
     match node:
         case ast.Expr(value=value):
             parts = list(ast.walk(value))
-            inert = [part for part in parts if isinstance(part, ast.Call) and _calls_inert(part.func)]
-            return all(isinstance(part, _SHOWN) or part in inert or part in [call.func for call in inert] for part in parts)
+            inert = [
+                part for part in parts if isinstance(part, ast.Call) and _calls_inert(part.func)
+            ]
+            return all(
+                isinstance(part, _SHOWN) or part in inert or part in [call.func for call in inert]
+                for part in parts
+            )
         case ast.Assign(targets=targets, value=value):
             plain = all(isinstance(target, ast.Name) for target in targets)
             return plain and all(isinstance(part, _LITERAL) for part in ast.walk(value))
     return isinstance(node, ast.Pass)
 
 
-def suspicion_of(body: Sequence[ast.stmt], specials: Iterable[Special], modules: Mapping[str, str], *, mutates: bool) -> int:
+def suspicion_of(
+    body: Sequence[ast.stmt],
+    specials: Iterable[Special],
+    modules: Mapping[str, str],
+    *,
+    mutates: bool,
+) -> int:
     """0: cannot do harm; 1: ordinary; 2: changes other cells' objects, or files; 3: changes what the whole process shares."""
     specials = list(specials)
     statements = [*body, *(part for special in specials for part in special.code.body)]
     nodes = [node for statement in statements for node in ast.walk(statement)]
-    modules = {**USUAL, **modules, **{name: full for node in nodes for name, full in imports(node).items()}}
+    modules = {
+        **USUAL,
+        **modules,
+        **{name: full for node in nodes for name, full in imports(node).items()},
+    }
     least = max((special.suspicion for special in specials), default=0)
     if any(is_trap(node, modules) for node in nodes):
         return 3
@@ -260,7 +330,9 @@ class Dependencies:
         facts = []
         for source in sources:
             cell, imported = _read(source, modules)
-            modules = {name: full for name, full in modules.items() if name not in cell.defines} | imported
+            modules = {
+                name: full for name, full in modules.items() if name not in cell.defines
+            } | imported
             facts.append(cell)
         return cls(facts)
 
@@ -271,7 +343,11 @@ class Dependencies:
     def definers(self, name: str, before: int) -> tuple[int, ...]:
         """Cells before ``before`` that bind ``name``, latest first; then those that may do so unseen, latest first."""
         visible = [index for index in reversed(self._defining.get(name, ())) if index < before]
-        return (*visible, *(index for index in self._unseen(before) if index not in visible)) if self.known else ()
+        return (
+            (*visible, *(index for index in self._unseen(before) if index not in visible))
+            if self.known
+            else ()
+        )
 
     def needs(self, cell: int) -> frozenset[int]:
         """Cells before ``cell`` that it directly depends on."""
@@ -294,7 +370,9 @@ class Dependencies:
                 found.add(later)
         return frozenset(found - {cell})
 
-    def surely_missing(self, kept: Iterable[int], *, crash: int, crash_line: int | None) -> tuple[int, str] | None:
+    def surely_missing(
+        self, kept: Iterable[int], *, crash: int, crash_line: int | None
+    ) -> tuple[int, str] | None:
         """Where a run of just ``kept`` surely ends in a ``NameError`` before the crash could happen again: cell and name.
 
         Only names that a cell left out binds in sight are sure: any other came from elsewhere, for the whole notebook did
@@ -308,7 +386,12 @@ class Dependencies:
             reads = _before_crash(cell, crash_line) if index == crash else cell.reads
             for name in (read.name for read in reads):
                 left_out = any(definer < index for definer in self._defining.get(name, ()))
-                if left_out and name not in bound and name not in _GIVEN and not name.startswith("_"):
+                if (
+                    left_out
+                    and name not in bound
+                    and name not in _GIVEN
+                    and not name.startswith("_")
+                ):
                     return index, name
             bound |= cell.defines
         return None
@@ -322,11 +405,19 @@ class Dependencies:
         if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):
             return False
         bound = frozenset().union(*(self.facts[index].defines for index in cells))
-        left_out = {name for name, binders in self._defining.items() if any(binder < max(cells) for binder in binders)}
+        left_out = {
+            name
+            for name, binders in self._defining.items()
+            if any(binder < max(cells) for binder in binders)
+        }
         return any(names.get(index, frozenset()) & left_out - bound - _GIVEN for index in cells)
 
     def _unseen(self, before: int) -> list[int]:
-        return [i for i in range(min(before, len(self.facts)) - 1, -1, -1) if self.facts[i].opaque or self.facts[i].stars]
+        return [
+            i
+            for i in range(min(before, len(self.facts)) - 1, -1, -1)
+            if self.facts[i].opaque or self.facts[i].stars
+        ]
 
     def _direct(self, cell: int, *, weak: bool) -> frozenset[int]:
         if not self.known:
@@ -368,7 +459,9 @@ class Dependencies:
         if (made := self._made.get((name, at, weak))) is None:
             binders, certain = self._binders(name, at)
             first = binders[-1] if certain else -1
-            made = frozenset(index for index in self._changers(weak=weak).get(name, ()) if first < index < at).union(binders)
+            made = frozenset(
+                index for index in self._changers(weak=weak).get(name, ()) if first < index < at
+            ).union(binders)
             if not certain and name not in _GIVEN:
                 made = made.union(self._unseen(at)[:1])
             self._made[name, at, weak] = made
@@ -387,14 +480,21 @@ class Dependencies:
         """Names whose objects the cell changes, through functions it calls, too; with ``weak``, through any it can get at."""
         facts = self.facts[cell]
         found = set(facts.mutates | facts.touches if weak else facts.mutates)
-        todo = [(name, cell) for name in (facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls)]
+        todo = [
+            (name, cell)
+            for name in (
+                facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls
+            )
+        ]
         done = set(todo)
         while todo:
             name, at = todo.pop()
             for maker in (*self._binders(name, at)[0], at):
                 if carried := self.facts[maker].carried.get(name):
                     found |= carried.mutates | carried.touches if weak else carried.mutates
-                    new = {(n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)}
+                    new = {
+                        (n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)
+                    }
                     new |= {(n, maker) for n in carried.sources} if weak else set()
                     todo.extend(new - done)
                     done |= new
@@ -403,6 +503,12 @@ class Dependencies:
 
 def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
     """Reads that come before whatever the line does. Its statement may have begun on a line before."""
-    begun = max((read.line for read in cell.reads if line is not None and read.line <= line), default=0)
+    begun = max(
+        (read.line for read in cell.reads if line is not None and read.line <= line), default=0
+    )
     here = cell.start if line is None else begun
-    return [read for read in cell.reads if read.line < here or (read.line == here and read.before_effect)]
+    return [
+        read
+        for read in cell.reads
+        if read.line < here or (read.line == here and read.before_effect)
+    ]

@@ -10,19 +10,39 @@ from collections.abc import Iterator, Mapping
 from enum import IntEnum
 
 from safe_exec.experiments.static_analysis.dependencies import is_trap, writes_file
-from safe_exec.experiments.static_analysis.ipython_syntax import imports, path, python_of, root, words
+from safe_exec.experiments.static_analysis.ipython_syntax import (
+    imports,
+    path,
+    python_of,
+    root,
+    words,
+)
 from safe_exec.experiments.static_analysis.names import LEAVES_RECEIVER, USUAL
 from safe_exec.records import dataclass
 
-_IN_PLACE = words("add append clear discard extend fill insert pop popitem put remove resize reverse setdefault sort update")
-_READERS = words("active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event Condition Semaphore Queue")
+_IN_PLACE = words(
+    "add append clear discard extend fill insert pop popitem put remove resize reverse setdefault sort update"
+)
+_READERS = words(
+    "active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event Condition Semaphore Queue"
+)
 """What only looks at the process, or makes an object that no other cell sees."""
-_INPUTS = ("os.environ", "os.putenv", "os.chdir", "subprocess.run", "subprocess.check", "subprocess.call", "os.system")
+_INPUTS = (
+    "os.environ",
+    "os.putenv",
+    "os.chdir",
+    "subprocess.run",
+    "subprocess.check",
+    "subprocess.call",
+    "os.system",
+)
 """What later cells read rather than what sets them off."""
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
-_ON_ALL_CODE = words("sys.settrace sys.setprofile threading.settrace threading.setprofile resource.setrlimit")
+_ON_ALL_CODE = words(
+    "sys.settrace sys.setprofile threading.settrace threading.setprofile resource.setrlimit"
+)
 """What slows or limits all code that runs later, whatever names it uses."""
 
 
@@ -54,7 +74,9 @@ def is_imports_only(source: str) -> bool:
     """Whether a cell does nothing but import."""
     _, tree = python_of(source)
     body = tree.body if tree is not None else []
-    return bool(body) and all(isinstance(s, ast.Import | ast.ImportFrom) or _is_text(s) for s in body)
+    return bool(body) and all(
+        isinstance(s, ast.Import | ast.ImportFrom) or _is_text(s) for s in body
+    )
 
 
 def _is_text(statement: ast.stmt) -> bool:
@@ -67,7 +89,12 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
     if tree is None:
         return ()
     modules = {**USUAL, **modules, **{k: v for n in ast.walk(tree) for k, v in imports(n).items()}}
-    effects = [effect for statement in tree.body for node in _now(statement) for effect in _effects(node, modules)]
+    effects = [
+        effect
+        for statement in tree.body
+        for node in _now(statement)
+        for effect in _effects(node, modules)
+    ]
     return tuple(sorted(effects, key=lambda effect: effect.kind))
 
 
@@ -80,7 +107,12 @@ def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
     found: dict[str, Effect] = {}
     for function in tree.body:
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            effects = [e for node in ast.walk(function) for e in _effects(node, modules) if e.kind <= EffectKind.FILE]
+            effects = [
+                e
+                for node in ast.walk(function)
+                for e in _effects(node, modules)
+                if e.kind <= EffectKind.FILE
+            ]
             if effects:
                 found[function.name] = min(effects, key=lambda effect: effect.kind)
     return found
@@ -105,7 +137,12 @@ def _effects(node: ast.AST, modules: Mapping[str, str]) -> Iterator[Effect]:
             while isinstance(whole, ast.Subscript):
                 whole = whole.value
             changed = path(whole, modules) or modules[name]
-            yield Effect(kind=EffectKind.PROCESS, line=line, text=f"changes `{changed}`", is_input=changed.startswith(_INPUTS))
+            yield Effect(
+                kind=EffectKind.PROCESS,
+                line=line,
+                text=f"changes `{changed}`",
+                is_input=changed.startswith(_INPUTS),
+            )
         elif name is not None:
             yield Effect(kind=EffectKind.OBJECT, line=line, text=f"changes `{name}`", name=name)
 
@@ -118,7 +155,9 @@ def _only_reads(called: str) -> bool:
 def _of_call(node: ast.Call, modules: Mapping[str, str], line: int) -> Iterator[Effect]:
     called, receiver = path(node.func, modules), root(node.func)
     if writes_file(node, modules) or called in ("os.truncate", "os.ftruncate"):
-        yield Effect(kind=EffectKind.FILE, line=line, text=f"writes a file (`{ast.unparse(node.func)}`)")
+        yield Effect(
+            kind=EffectKind.FILE, line=line, text=f"writes a file (`{ast.unparse(node.func)}`)"
+        )
     elif is_trap(node.func, modules) and not _only_reads(called):
         yield Effect(
             kind=EffectKind.PROCESS,
@@ -130,8 +169,20 @@ def _of_call(node: ast.Call, modules: Mapping[str, str], line: int) -> Iterator[
     elif isinstance(node.func, ast.Attribute) and receiver is not None and receiver not in modules:
         attribute = node.func.attr
         if attribute in _IN_PLACE:
-            yield Effect(kind=EffectKind.OBJECT, line=line, text=f"changes `{receiver}` (`{attribute}`)", name=receiver)
+            yield Effect(
+                kind=EffectKind.OBJECT,
+                line=line,
+                text=f"changes `{receiver}` (`{attribute}`)",
+                name=receiver,
+            )
         elif attribute not in LEAVES_RECEIVER:
-            yield Effect(kind=EffectKind.CALL, line=line, text=f"calls `{path(node.func, {}) or attribute}()`", name=receiver)
+            yield Effect(
+                kind=EffectKind.CALL,
+                line=line,
+                text=f"calls `{path(node.func, {}) or attribute}()`",
+                name=receiver,
+            )
     elif isinstance(node.func, ast.Name):
-        yield Effect(kind=EffectKind.CALL, line=line, text=f"calls `{node.func.id}()`", name=node.func.id)
+        yield Effect(
+            kind=EffectKind.CALL, line=line, text=f"calls `{node.func.id}()`", name=node.func.id
+        )

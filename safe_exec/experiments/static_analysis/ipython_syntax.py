@@ -96,7 +96,9 @@ _BINDS_NOTHING = (
 )
 _WORD = r"[^\W\d]\w*"
 _BLANKS = re.compile(r"[ \t]*")
-_HELP = re.compile(r"(?=[^\n]*\?[ \t]*(?:\n|\Z))[^\n#'\"]*?%{0,2}([\w*][\w.*\[\]-]*)\?\??[ \t]*(?=\n|\Z)")
+_HELP = re.compile(
+    r"(?=[^\n]*\?[ \t]*(?:\n|\Z))[^\n#'\"]*?%{0,2}([\w*][\w.*\[\]-]*)\?\??[ \t]*(?=\n|\Z)"
+)
 _ESCAPE = re.compile(r"()([%!?,;/])")
 _ASSIGNED = re.compile(rf"([^\n=#(){{}}'\"%!]*[\w\]] *=[ \t]*)(?:(%)(?={_WORD})|(!))")
 _CONTINUED = re.compile(r"(?:[^\n]*\\\n)*[^\n]*")
@@ -141,7 +143,9 @@ def parse(text: str) -> ast.Module | None:
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tree: ast.Module = compile(text, "<cell>", "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+            tree: ast.Module = compile(
+                text, "<cell>", "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True
+            )
             compile(tree, "<cell>", "exec", flags, dont_inherit=True)
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
             return None
@@ -151,13 +155,19 @@ def parse(text: str) -> ast.Module | None:
 def _interpolated(text: str) -> set[str]:
     """Names in ``$name`` and ``{expression}``."""
     inside = " ".join(re.findall(r"\{([^{}]*)\}", text))
-    return set(re.findall(rf"(?<![\\$])\$({_WORD})", text)) | set(re.findall(rf"(?<![\w.'\"]){_WORD}", inside))
+    return set(re.findall(rf"(?<![\\$])\$({_WORD})", text)) | set(
+        re.findall(rf"(?<![\w.'\"]){_WORD}", inside)
+    )
 
 
 def _line_magic(name: str, rest: str) -> Special:
     if name in _RUNS_PYTHON:
         code = parse(rest[_OPTIONS.match(rest).end() :].strip())  # type: ignore[union-attr]  # it matches nothing, too
-        return Special(code=code, binds=name in ("time", "prun")) if code else Special(stars=True, suspicion=1)
+        return (
+            Special(code=code, binds=name in ("time", "prun"))
+            if code
+            else Special(stars=True, suspicion=1)
+        )
     known = name in _BINDS_NOTHING or (name, rest.strip()) == ("load_ext", "autoreload")
     return Special(uses=_interpolated(rest), stars=not known, suspicion=1 if name in _SHOWS else 3)
 
@@ -170,7 +180,10 @@ def _special(text: str) -> Special:
     if text.startswith("!"):
         return Special(uses=_interpolated(text), suspicion=3)
     found = re.findall(_WORD, text)
-    return Special(uses=set(found if text.startswith("/") else found[:1]), suspicion=0 if text.startswith("?") else 1)
+    return Special(
+        uses=set(found if text.startswith("/") else found[:1]),
+        suspicion=0 if text.startswith("?") else 1,
+    )
 
 
 def _logical_end(text: str, at: int) -> int:
@@ -263,15 +276,24 @@ def path(node: ast.AST | None, modules: Mapping[str, str]) -> str:
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    return ".".join([modules.get(node.id, node.id), *reversed(parts)]) if isinstance(node, ast.Name) else ""
+    return (
+        ".".join([modules.get(node.id, node.id), *reversed(parts)])
+        if isinstance(node, ast.Name)
+        else ""
+    )
 
 
 def imports(node: ast.AST) -> dict[str, str]:
     """What one import statement binds, and to what."""
     if isinstance(node, ast.Import):
-        return {a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0] for a in node.names}
+        return {
+            a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
+            for a in node.names
+        }
     if isinstance(node, ast.ImportFrom):
-        return {a.asname or a.name: f"{node.module or ''}.{a.name}" for a in node.names if a.name != "*"}
+        return {
+            a.asname or a.name: f"{node.module or ''}.{a.name}" for a in node.names if a.name != "*"
+        }
     return {}
 
 
@@ -283,11 +305,19 @@ def bound_in(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str], set[str]]:
     while stack:
         node = stack.pop()
         match node:
-            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            case (
+                ast.Name(id=name, ctx=ast.Store() | ast.Del())
+                | ast.MatchAs(name=str(name))
+                | ast.MatchStar(name=str(name))
+            ):
                 bound.add(name)
             case ast.MatchMapping(rest=str(name)) | ast.ExceptHandler(name=str(name)):
                 bound.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+            ):
                 bound.add(name)
                 continue
             case ast.Import() | ast.ImportFrom():

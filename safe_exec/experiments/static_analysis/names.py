@@ -27,7 +27,17 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 USUAL = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot"}
-_NAMESPACES = {"exec", "eval", "globals", "locals", "vars", "get_ipython", "__builtins__", "__builtin__", "__import__"}
+_NAMESPACES = {
+    "exec",
+    "eval",
+    "globals",
+    "locals",
+    "vars",
+    "get_ipython",
+    "__builtins__",
+    "__builtin__",
+    "__import__",
+}
 _NAMESPACE_ATTRIBUTES = words(
     "user_ns user_global_ns __globals__ __dict__ f_globals f_locals f_back _getframe currentframe install reload "
     "import_module get_ipython"
@@ -217,7 +227,11 @@ class _NameReader(ast.NodeVisitor):
     def visit_Expr(self, node: ast.Expr) -> None:
         self.visit(node.value)
         call = node.value.value if isinstance(node.value, ast.Await) else node.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr not in LEAVES_RECEIVER:
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr not in LEAVES_RECEIVER
+        ):
             receiver = root(call.func)
             self._note("mutates", None if receiver in self.modules else receiver)
 
@@ -248,7 +262,9 @@ class _NameReader(ast.NodeVisitor):
 
     def visit_If(self, node: ast.If | ast.IfExp) -> None:
         self.visit(node.test)
-        self._branches(*(part if isinstance(part, list) else [part] for part in (node.body, node.orelse)))
+        self._branches(
+            *(part if isinstance(part, list) else [part] for part in (node.body, node.orelse))
+        )
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
         self.visit(node.values[0])
@@ -266,7 +282,9 @@ class _NameReader(ast.NodeVisitor):
 
     def visit_With(self, node: ast.With | ast.AsyncWith) -> None:
         self._block(node.items)
-        calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+        calls = [
+            item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)
+        ]
         skips = any(path(call.func, {}).rpartition(".")[2] in _SUPPRESSES for call in calls)
         self._branches(node.body, *([[]] if skips else []))
 
@@ -284,8 +302,14 @@ class _NameReader(ast.NodeVisitor):
     def visit_Match(self, node: ast.Match) -> None:
         self.visit(node.subject)
         last = node.cases[-1]
-        certain = last.guard is None and isinstance(last.pattern, ast.MatchAs) and last.pattern.pattern is None
-        blocks = [[part for part in (case.pattern, case.guard, *case.body) if part] for case in node.cases]
+        certain = (
+            last.guard is None
+            and isinstance(last.pattern, ast.MatchAs)
+            and last.pattern.pattern is None
+        )
+        blocks = [
+            [part for part in (case.pattern, case.guard, *case.body) if part] for case in node.cases
+        ]
         self._branches(*blocks, *([] if certain else [[]]))
 
     def visit_MatchAs(self, node: ast.MatchAs | ast.MatchStar | ast.MatchMapping) -> None:
@@ -297,7 +321,9 @@ class _NameReader(ast.NodeVisitor):
     def visit_ListComp(self, node: _Comprehension) -> None:
         self.visit(node.generators[0].iter)
         before = set(self.bound)
-        self._scopes.append(_Scope(names=bound_in(g.target for g in node.generators)[0], kind="comprehension"))
+        self._scopes.append(
+            _Scope(names=bound_in(g.target for g in node.generators)[0], kind="comprehension")
+        )
         for number, generator in enumerate(node.generators):
             self._block([generator.iter if number else None, *generator.ifs])
         self._block([node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt])
@@ -306,7 +332,11 @@ class _NameReader(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: _Function) -> None:
         args = node.args
-        every = [a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
+        every = [
+            a
+            for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg)
+            if a
+        ]
         body = [node.body] if isinstance(node, ast.Lambda) else node.body
         self._block([*args.defaults, *args.kw_defaults, *(a.annotation for a in every)])
         if not isinstance(node, ast.Lambda):
@@ -331,7 +361,11 @@ class _NameReader(ast.NodeVisitor):
 
 def _leaves(block: Sequence[ast.AST]) -> bool:
     last = block[-1] if block else None
-    return _leaves(last.body) if isinstance(last, ast.ExceptHandler) else isinstance(last, ast.Raise | ast.Return | ast.Continue)
+    return (
+        _leaves(last.body)
+        if isinstance(last, ast.ExceptHandler)
+        else isinstance(last, ast.Raise | ast.Return | ast.Continue)
+    )
 
 
 def _handed(node: ast.expr) -> Iterator[str | None]:
@@ -343,7 +377,9 @@ def _handed(node: ast.expr) -> Iterator[str | None]:
         yield root(node)
 
 
-def names_in(body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]) -> tuple[CellFacts, dict[str, str]]:
+def names_in(
+    body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]
+) -> tuple[CellFacts, dict[str, str]]:
     """All facts but ``reads`` and ``suspicion``, and what the cell imported."""
     names = _NameReader(modules, cell.specials)
     names.run(body, binds=cell.binds)
@@ -363,9 +399,16 @@ def names_in(body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]) -
         late_mutates=frozenset(late["mutates"]),
         touches=frozenset(now["touches"]),
         carried={
-            name: Carried(**{k: frozenset(bag[k]) for k in keys}) for name, bag in names.carried.items() if any(bag.values())
+            name: Carried(**{k: frozenset(bag[k]) for k in keys})
+            for name, bag in names.carried.items()
+            if any(bag.values())
         },
-        start=min((part.lineno for part in (*body[:1], *getattr(body[0], "decorator_list", ()))), default=0) if body else 0,
+        start=min(
+            (part.lineno for part in (*body[:1], *getattr(body[0], "decorator_list", ()))),
+            default=0,
+        )
+        if body
+        else 0,
         stars=names.stars,
         history=any(_HISTORY.fullmatch(name) for name in uses),
     )

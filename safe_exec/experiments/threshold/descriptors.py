@@ -39,7 +39,11 @@ class Descriptors:
         """Look now; a kernel that is gone has none."""
         directory = f"/proc/{self._pid}/fd"
         with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(directory) if self._limit is None or int(name) < self._limit]
+            names = [
+                name
+                for name in os.listdir(directory)
+                if self._limit is None or int(name) < self._limit
+            ]
             self.most = max(self.most or 0, len(names))
             for name in names:
                 with contextlib.suppress(OSError):

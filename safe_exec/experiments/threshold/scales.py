@@ -64,7 +64,9 @@ class Scale:
         """The next value at or above that is round enough to be typed."""
         if math.isinf(value):
             return value
-        unit = max((unit for unit in self.units if unit * FINE <= value * precision), default=self.units[0])
+        unit = max(
+            (unit for unit in self.units if unit * FINE <= value * precision), default=self.units[0]
+        )
         return max(self.least, round(math.ceil(value / unit - 1e-6) * unit, 3))
 
     def limit(self, value: float) -> int | float | None:
@@ -97,7 +99,9 @@ class Scale:
             return Fate.STRUCK
         return Fate.OTHERWISE if cause.kind in MAYBE else Fate.UNRELATED
 
-    def question(self, *, given: float | None, most: float, precision: float, budget: float) -> Question:
+    def question(
+        self, *, given: float | None, most: float, precision: float, budget: float
+    ) -> Question:
         """What the search is asked."""
         return Question(
             given=math.inf if given is None else float(given),
@@ -111,27 +115,86 @@ class Scale:
         )
 
 
-_MEMORY = frozenset({CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY})
+_MEMORY = frozenset(
+    {CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY}
+)
 _SIZES = (float(PAGE), float(64 * KIB), float(MIB))
 _TIMES = (0.001, 0.01, 0.1, 1.0)
 _HALF_AGAIN = 0.5
 """Times depend on the machine and on what else it does."""
 
 
-def _scale(name: LimitName, unit: str, *causes: CauseKind, units: tuple[float, ...], guess: float, margin: float) -> Scale:
-    return Scale(name=name, unit=unit, causes=frozenset(causes), units=units, least=units[0], guess=guess, margin=margin)
+def _scale(
+    name: LimitName,
+    unit: str,
+    *causes: CauseKind,
+    units: tuple[float, ...],
+    guess: float,
+    margin: float,
+) -> Scale:
+    return Scale(
+        name=name,
+        unit=unit,
+        causes=frozenset(causes),
+        units=units,
+        least=units[0],
+        guess=guess,
+        margin=margin,
+    )
 
 
 SCALES: Mapping[LimitName, Scale] = {
     scale.name: scale
     for scale in (
         _scale(LimitName.MEMORY, "bytes", *_MEMORY, units=_SIZES, guess=128 * MIB, margin=0.05),
-        _scale(LimitName.CPU_TIME, "seconds", CauseKind.CPU_TIME, units=_TIMES, guess=1.0, margin=_HALF_AGAIN),
-        _scale(LimitName.CELL_TIMEOUT, "seconds", CauseKind.CELL_TIMEOUT, units=_TIMES, guess=1.0, margin=_HALF_AGAIN),
-        _scale(LimitName.TIMEOUT, "seconds", CauseKind.NOTEBOOK_TIMEOUT, units=_TIMES, guess=2.0, margin=_HALF_AGAIN),
-        _scale(LimitName.PROCESSES, "count", CauseKind.TOO_MANY_PROCESSES, units=(1.0,), guess=16, margin=0.0),
-        _scale(LimitName.OPEN_FILES, "count", CauseKind.TOO_MANY_OPEN_FILES, units=(1.0,), guess=64, margin=0.0),
-        _scale(LimitName.FILE_SIZE, "bytes", CauseKind.FILE_TOO_LARGE, units=(1.0, *_SIZES), guess=MIB, margin=0.05),
+        _scale(
+            LimitName.CPU_TIME,
+            "seconds",
+            CauseKind.CPU_TIME,
+            units=_TIMES,
+            guess=1.0,
+            margin=_HALF_AGAIN,
+        ),
+        _scale(
+            LimitName.CELL_TIMEOUT,
+            "seconds",
+            CauseKind.CELL_TIMEOUT,
+            units=_TIMES,
+            guess=1.0,
+            margin=_HALF_AGAIN,
+        ),
+        _scale(
+            LimitName.TIMEOUT,
+            "seconds",
+            CauseKind.NOTEBOOK_TIMEOUT,
+            units=_TIMES,
+            guess=2.0,
+            margin=_HALF_AGAIN,
+        ),
+        _scale(
+            LimitName.PROCESSES,
+            "count",
+            CauseKind.TOO_MANY_PROCESSES,
+            units=(1.0,),
+            guess=16,
+            margin=0.0,
+        ),
+        _scale(
+            LimitName.OPEN_FILES,
+            "count",
+            CauseKind.TOO_MANY_OPEN_FILES,
+            units=(1.0,),
+            guess=64,
+            margin=0.0,
+        ),
+        _scale(
+            LimitName.FILE_SIZE,
+            "bytes",
+            CauseKind.FILE_TOO_LARGE,
+            units=(1.0, *_SIZES),
+            guess=MIB,
+            margin=0.05,
+        ),
     )
 }
 """The limits that can be probed. Outputs are cut at theirs, which ends no run, and ``cpus`` slows down only."""

@@ -237,7 +237,9 @@ class _Searcher:
 
     def middle(self) -> float:
         low, high = max(self.low, self.question.least), min(self.high, self.question.most)
-        return (low + high) // 2 if self.question.whole else self.question.fit(math.sqrt(low * high))
+        return (
+            (low + high) // 2 if self.question.whole else self.question.fit(math.sqrt(low * high))
+        )
 
     def is_near(self) -> bool:
         """Whether the two sides are as near as was asked for."""
@@ -272,7 +274,9 @@ class _Searcher:
         least_pass, most_fail = min(passed, default=math.inf), max(failed, default=0.0)
         return Bracket(
             passes=min((value for value in passed if value > most_fail), default=None),
-            fails=max((value for value in failed if value < least_pass or not passed), default=None),
+            fails=max(
+                (value for value in failed if value < least_pass or not passed), default=None
+            ),
             wavers=bool(passed) and least_pass <= most_fail,
             runs=sum(map(len, self.tried.values())),
             seconds=self.spent,

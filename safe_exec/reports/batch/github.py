@@ -43,7 +43,9 @@ def annotations(batch: Batch, base: Path | None = None) -> Iterator[str]:
     for entry in batch.entries:
         if entry.flaky:
             path = batch_text.relative(entry.source, root)
-            yield command("warning", batch_text.flaky_words(entry), file=path, title="safe-exec: flaky")
+            yield command(
+                "warning", batch_text.flaky_words(entry), file=path, title="safe-exec: flaky"
+            )
     if len(failed) > SHOWN_PER_STEP:
         said = f"{len(failed)} notebooks failed. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
         yield command("notice", said, title="safe-exec")
@@ -77,7 +79,10 @@ def _property(words: str) -> str:
 def summary(batch: Batch) -> str:
     """The batch in GitHub's markdown: a table of all notebooks, and of each that failed what there is to know. At most a megabyte."""
     head = f"### {_sign(batch)} safe-exec: {inert(batch_text.tally(batch))}\n\n"
-    parts, room = [head], MOST_BYTES - len(head.encode()) - 200  # for the two lines that say what was left out
+    parts, room = (
+        [head],
+        MOST_BYTES - len(head.encode()) - 200,
+    )  # for the two lines that say what was left out
     for pieces, what in ((_table(batch), "notebooks"), (_details(batch), "details")):
         left_out = 0
         for piece in pieces:
@@ -86,7 +91,11 @@ def summary(batch: Batch) -> str:
                 left_out += 1
             else:
                 parts.append(piece)
-        parts.append(f"\n*{left_out} more {what} did not fit here; the HTML report has them all.*\n\n" if left_out else "\n")
+        parts.append(
+            f"\n*{left_out} more {what} did not fit here; the HTML report has them all.*\n\n"
+            if left_out
+            else "\n"
+        )
     return "".join(parts)
 
 
@@ -103,7 +112,11 @@ def _table(batch: Batch) -> Iterator[str]:
             _SIGNS[told.outcome],
             inert(entry.path),
             inert(
-                common.SEPARATOR.join(part for part in (batch_text.status_words(entry.status), batch_text.in_short(told)) if part)
+                common.SEPARATOR.join(
+                    part
+                    for part in (batch_text.status_words(entry.status), batch_text.in_short(told))
+                    if part
+                )
             ),
             format_seconds(entry.seconds) if entry.seconds is not None else "",
             format_size(peak) if peak is not None else "",
@@ -136,7 +149,9 @@ def _detail(told: Told, verdict: Verdict, batch: Batch) -> Iterator[str]:
 
 
 def _block(lines: Sequence[str]) -> Iterator[str]:
-    code = "\n".join(common.clip(common.code_line(line), batch_text.SOURCE_WIDTH) for line in lines if line)
+    code = "\n".join(
+        common.clip(common.code_line(line), batch_text.SOURCE_WIDTH) for line in lines if line
+    )
     if code:
         yield fenced(code)
 

@@ -47,10 +47,14 @@ def _problem(told: Told, base: Path) -> dict[str, Any]:
     path = common.printable(batch_text.relative(told.entry.source, base))
     who = batch_text.culprits_words(told.verdict) if told.verdict is not None else ""
     return {
-        "description": common.SEPARATOR.join(part for part in (batch_text.headline(told), who) if part),
+        "description": common.SEPARATOR.join(
+            part for part in (batch_text.headline(told), who) if part
+        ),
         "check_name": f"safe-exec/{batch_text.kind(told)}",
         "fingerprint": _fingerprint(told, path),
-        "severity": _SEVERITIES.get(Status(told.entry.status), _OTHER_SEVERITY) if told.verdict is not None else _OTHER_SEVERITY,
+        "severity": _SEVERITIES.get(Status(told.entry.status), _OTHER_SEVERITY)
+        if told.verdict is not None
+        else _OTHER_SEVERITY,
         "location": {"path": path, "lines": {"begin": file_line(told) or 1}},
     }
 
@@ -59,4 +63,6 @@ def _fingerprint(told: Told, path: str) -> str:
     """Of the file, the cause and the line of source; not of numbers, which shift when somebody adds a cell above."""
     crash = told.verdict.crash_cell if told.verdict is not None else None
     source = (crash.source_line or "").strip() if crash is not None else ""
-    return hashlib.sha256("\0".join(("safe-exec", path, batch_text.kind(told), source)).encode("utf-8", "replace")).hexdigest()
+    return hashlib.sha256(
+        "\0".join(("safe-exec", path, batch_text.kind(told), source)).encode("utf-8", "replace")
+    ).hexdigest()

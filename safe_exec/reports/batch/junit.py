@@ -73,7 +73,9 @@ def _suite(told: Told, batch: Batch) -> TestSuite:
 
 def _moment(verdict: Verdict | None, batch: Batch) -> str:
     """When it started: the schema takes neither parts of a second nor a time zone."""
-    return verdict.started[:19] if verdict is not None else batch.started.strftime("%Y-%m-%dT%H:%M:%S")
+    return (
+        verdict.started[:19] if verdict is not None else batch.started.strftime("%Y-%m-%dT%H:%M:%S")
+    )
 
 
 def _folder(path: str) -> str:
@@ -90,7 +92,9 @@ def _case(told: Told, batch: Batch) -> TestCase:
     if told.outcome is Outcome.SKIPPED:
         case.result = [Skipped(clean(_message(told)))]  # Ant's schema knows no type of these
     elif told.outcome is not Outcome.PASSED:
-        result = (Failure if told.outcome is Outcome.FAILED else Error)(clean(_message(told)), batch_text.kind(told))
+        result = (Failure if told.outcome is Outcome.FAILED else Error)(
+            clean(_message(told)), batch_text.kind(told)
+        )
         result.text = clean("\n".join(batch_text.lines(told, batch)))
         case.result = [result]
     return case
@@ -115,7 +119,11 @@ def _properties(told: Told, batch: Batch) -> Iterator[tuple[str, str]]:
     yield "status", entry.status
     yield "attempts", str(entry.attempts)
     yield "flaky", "true" if entry.flaky else "false"
-    for name, path in {"verdict": entry.verdict, "notebook": entry.notebook, "reproduction": entry.repro}.items():
+    for name, path in {
+        "verdict": entry.verdict,
+        "notebook": entry.notebook,
+        "reproduction": entry.repro,
+    }.items():
         if path is not None:
             yield name, batch_text.relative(path, batch.out)
     if verdict is None:
@@ -141,4 +149,6 @@ def _properties(told: Told, batch: Batch) -> Iterator[tuple[str, str]]:
 
 def clean(words: str) -> str:
     r"""``words`` with the characters that XML cannot hold written out: ESC as ``\x1b``."""
-    return _FORBIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), words.replace("\r\n", "\n"))
+    return _FORBIDDEN.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), words.replace("\r\n", "\n")
+    )

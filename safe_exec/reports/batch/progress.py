@@ -40,7 +40,9 @@ class _Running:
 class BatchProgress:
     """Shows a batch on ``stream``; a context manager, which leaves the terminal as it was. A stream that fails is not written to again."""
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = stream
         self._style = Style.of(stream)
         self._clock = clock
@@ -56,7 +58,12 @@ class BatchProgress:
             self._live = start_live(self._stream)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         live, self._live, self._silent = self._live, None, True
         if live is not None:
             quietly(live.stop)
@@ -95,12 +102,18 @@ class BatchProgress:
 
     def _say(self, line: str, colour: str) -> None:
         if not self._silent:
-            self._silent = not quietly(lambda: self._put(self._style.fit(common.clip(line, 2 * common.HEADLINE_WIDTH)), colour))
+            self._silent = not quietly(
+                lambda: self._put(
+                    self._style.fit(common.clip(line, 2 * common.HEADLINE_WIDTH)), colour
+                )
+            )
 
     def _put(self, line: str, colour: str) -> None:
         if self._live is not None:
             style = {"bad": "bold red", "dim": "dim"}.get(colour)
-            self._live.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(
+                line, style=style, markup=False, highlight=False, soft_wrap=True
+            )
         else:
             self._stream.write(f"{line}\n")
             self._stream.flush()
@@ -117,10 +130,16 @@ class BatchProgress:
             name = common.clip(common.one_line(path), _MOST_PATH) + again
             seconds = format_seconds(self._clock() - found.since)
             cells = (name, found.now.doing(), seconds, found.now.usage())
-            table.add_row(*(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells))
+            table.add_row(
+                *(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells)
+            )
         bad = f", {self._bad} not passed" if self._bad else ""
         spent = format_seconds(self._clock() - self._began)
-        table.add_row(Text(self._style.fit(f"{self._done} of {self._total} done{bad}"), style="bold"), Text(""), Text(spent))
+        table.add_row(
+            Text(self._style.fit(f"{self._done} of {self._total} done{bad}"), style="bold"),
+            Text(""),
+            Text(spent),
+        )
         return table
 
 

@@ -52,8 +52,16 @@ def file_line(told: Told) -> int | None:
     """
     verdict = told.verdict
     crash = verdict.crash_cell if verdict is not None else None
-    text = read_as_run(told.entry.source, verdict.notebook.sha256) if verdict is not None and crash is not None else None
-    if crash is None or text is None or (found := placed(text, {crash.index}).get(crash.index)) is None:
+    text = (
+        read_as_run(told.entry.source, verdict.notebook.sha256)
+        if verdict is not None and crash is not None
+        else None
+    )
+    if (
+        crash is None
+        or text is None
+        or (found := placed(text, {crash.index}).get(crash.index)) is None
+    ):
         return None
     line = (crash.line or 1) - 1
     return found.lines[line if line < len(found.lines) else 0]
@@ -77,7 +85,9 @@ def placed(text: str, wanted: Collection[int]) -> dict[int, Placed]:
 def _own_cells(text: str) -> Iterator[int]:
     """Where each cell starts, our banner left out."""
     top = _members(text, _after_blank(text, 0))
-    sheets = _items(text, top["worksheets"]) if "worksheets" in top else iter((_after_blank(text, 0),))
+    sheets = (
+        _items(text, top["worksheets"]) if "worksheets" in top else iter((_after_blank(text, 0),))
+    )
     for sheet in sheets:
         cells = _members(text, sheet).get("cells")
         for at in _items(text, cells) if cells is not None else ():

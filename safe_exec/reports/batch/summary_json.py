@@ -20,7 +20,12 @@ SUMMARY_SCHEMA = "safe-exec/batch/1"
 
 def write(batch: Batch, path: Path) -> None:
     """Write the document, all of it or nothing. Raises OSError."""
-    write_atomically(path, (json.dumps(to_document(batch), ensure_ascii=False, allow_nan=False, indent=2) + "\n").encode())
+    write_atomically(
+        path,
+        (
+            json.dumps(to_document(batch), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+        ).encode(),
+    )
 
 
 def to_document(batch: Batch) -> dict[str, Any]:
@@ -49,7 +54,11 @@ def to_document(batch: Batch) -> dict[str, Any]:
 
 def load_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that every document obeys."""
-    text = resources.files(__package__ or "safe_exec.reports.batch").joinpath("summary.schema.json").read_text("utf-8")
+    text = (
+        resources.files(__package__ or "safe_exec.reports.batch")
+        .joinpath("summary.schema.json")
+        .read_text("utf-8")
+    )
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -69,7 +78,9 @@ def _row(entry: Entry, out: Path) -> dict[str, Any]:
         "summary": cause.get("summary"),
         "crash_cell": crash.get("code_index"),
         "line": crash.get("line"),
-        "culprits": [cell["code_index"] for cell in culprits["cells"]] if "cells" in culprits else None,
+        "culprits": [cell["code_index"] for cell in culprits["cells"]]
+        if "cells" in culprits
+        else None,
         "verdict": _below(entry.verdict, out),
         "notebook": _below(entry.notebook, out),
         "repro": _below(entry.repro, out),

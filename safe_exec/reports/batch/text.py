@@ -62,7 +62,9 @@ class Told:
         document = entry.document()
         try:
             verdict = None if document is None else from_document(document)
-        except ValueError:  # of another version of safe-exec, which wrote it before a batch was resumed
+        except (
+            ValueError
+        ):  # of another version of safe-exec, which wrote it before a batch was resumed
             verdict = None
         return cls(entry=entry, verdict=verdict)
 
@@ -101,12 +103,17 @@ def headline(told: Told) -> str:
         return common.headline(told.verdict)
     why = _why_no_verdict(entry)
     return common.clip(
-        common.SEPARATOR.join(part for part in (status_words(entry.status), common.one_line(why)) if part), common.HEADLINE_WIDTH
+        common.SEPARATOR.join(
+            part for part in (status_words(entry.status), common.one_line(why)) if part
+        ),
+        common.HEADLINE_WIDTH,
     )
 
 
 def _why_no_verdict(entry: Entry) -> str:
-    return entry.error or (SAME if entry.status == UNCHANGED else UNREADABLE if entry.verdict is not None else "")
+    return entry.error or (
+        SAME if entry.status == UNCHANGED else UNREADABLE if entry.verdict is not None else ""
+    )
 
 
 def flaky_words(entry: Entry) -> str:
@@ -137,7 +144,11 @@ def lines(told: Told, batch: Batch) -> Iterator[str]:
 def place(verdict: Verdict) -> str:
     """Where it happened: ``code cell 7, line 3, running when the kernel was killed``; nothing where no cell ran."""
     crash = verdict.crash_cell
-    return f"{common.cell_name(crash.code_index)}, {common.moment(verdict)}" if crash is not None else ""
+    return (
+        f"{common.cell_name(crash.code_index)}, {common.moment(verdict)}"
+        if crash is not None
+        else ""
+    )
 
 
 def _place(verdict: Verdict) -> Iterator[str]:
@@ -180,7 +191,9 @@ def reproduce_command(told: Told, batch: Batch) -> str:
     """The command, to be typed into a shell where the batch ran, that makes it happen again; nothing where there is no verdict."""
     entry = told.entry
     if entry.repro is None:
-        return f"safe-exec replay {_seen(entry.verdict, batch)}" if entry.verdict is not None else ""
+        return (
+            f"safe-exec replay {_seen(entry.verdict, batch)}" if entry.verdict is not None else ""
+        )
     ran_in = Path(told.verdict.cwd) if told.verdict is not None else entry.source.parent
     # What its cells open stands where the notebook ran.
     where = "" if entry.repro.parent == ran_in else f" --cwd {_seen(ran_in, batch)}"
@@ -195,7 +208,11 @@ def _seen(path: Path, batch: Batch) -> str:
 def relative(path: Path, base: Path) -> str:
     """``path`` as seen from ``base``, where it lies below; else in full."""
     found = os.path.relpath(path, base)
-    return str(path.absolute()) if found == os.pardir or found.startswith(f"{os.pardir}{os.sep}") else found
+    return (
+        str(path.absolute())
+        if found == os.pardir or found.startswith(f"{os.pardir}{os.sep}")
+        else found
+    )
 
 
 def tally(batch: Batch) -> str:

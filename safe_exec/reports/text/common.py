@@ -14,7 +14,18 @@ from collections.abc import Iterable, Sequence
 
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Mechanism, Wall
-from safe_exec.model.verdict import Cause, CauseKind, CellStatus, Confidence, Fact, FactValue, Origin, Status, Usage, Verdict
+from safe_exec.model.verdict import (
+    Cause,
+    CauseKind,
+    CellStatus,
+    Confidence,
+    Fact,
+    FactValue,
+    Origin,
+    Status,
+    Usage,
+    Verdict,
+)
 from safe_exec.units import format_seconds, format_size
 
 SEPARATOR = " · "
@@ -90,7 +101,9 @@ def cell_names(code_indices: Iterable[int]) -> str:
 def cell_sum(code_indices: Iterable[int]) -> str:
     """Code cells that it takes together, long runs of them shortened: ``code cells 1 + 3 + 5-9``."""
     runs = _runs(code_indices)
-    named = ([str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs)
+    named = (
+        [str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs
+    )
     return f"{_cell_word(runs)} {' + '.join(name for names in named for name in names)}"
 
 
@@ -130,15 +143,24 @@ def frame_line(frame: Frame, verdict: Verdict) -> str:
         place = ":".join(str(part) for part in (frame.file, frame.line) if part is not None) or "?"
         return f"{one_line(frame.function)} ({one_line(place)})"
     source = code_line(frame.source_line or "")
-    return clip(f"{frame_place(frame, verdict)}: {source}" if source else frame_place(frame, verdict), FRAME_WIDTH)
+    return clip(
+        f"{frame_place(frame, verdict)}: {source}" if source else frame_place(frame, verdict),
+        FRAME_WIDTH,
+    )
 
 
 def frame_place(frame: Frame, verdict: Verdict) -> str:
     """Where a frame of a cell's code is: ``in `load`, code cell 1, line 5``."""
-    code_index = next((record.code_index for record in verdict.cells if record.index == frame.cell), None)
+    code_index = next(
+        (record.code_index for record in verdict.cells if record.index == frame.cell), None
+    )
     name = "a cell" if code_index is None else cell_name(code_index)
     line = f", line {frame.line}" if frame.line is not None else ""
-    return f"in {name}{line}" if is_own_code(frame) else f"in `{one_line(frame.function)}`, {name}{line}"
+    return (
+        f"in {name}{line}"
+        if is_own_code(frame)
+        else f"in `{one_line(frame.function)}`, {name}{line}"
+    )
 
 
 def is_own_code(frame: Frame) -> bool:
@@ -152,7 +174,14 @@ def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
     if crash is None:
         return []
     frames = [frame for frame in crash.stack if frame.cell is not None and frame.line is not None]
-    shown = next((n for n, frame in enumerate(frames) if (frame.cell, frame.line) == (crash.index, crash.line)), 0)
+    shown = next(
+        (
+            n
+            for n, frame in enumerate(frames)
+            if (frame.cell, frame.line) == (crash.index, crash.line)
+        ),
+        0,
+    )
     return frames[:shown][:most][::-1]
 
 
@@ -199,7 +228,12 @@ _MEASURES: dict[CauseKind, tuple[LimitName, str | None]] = {
     CauseKind.FILE_TOO_LARGE: (LimitName.FILE_SIZE, None),
     CauseKind.OUTPUT_FLOOD: (LimitName.OUTPUT, "output_bytes"),
 }
-_USED_WORD = {"memory_peak": "peak", "processes_peak": "peak", "cpu_seconds": "used", "output_bytes": "received"}
+_USED_WORD = {
+    "memory_peak": "peak",
+    "processes_peak": "peak",
+    "cpu_seconds": "used",
+    "output_bytes": "received",
+}
 
 
 def status_words(status: Status) -> str:
@@ -210,7 +244,9 @@ def status_words(status: Status) -> str:
 def kind_words(cause: Cause) -> str:
     """The kind of a cause in words, with our confidence where it is not certain."""
     words = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
-    return words if cause.confidence is Confidence.CERTAIN else f"{words} ({cause.confidence.value})"
+    return (
+        words if cause.confidence is Confidence.CERTAIN else f"{words} ({cause.confidence.value})"
+    )
 
 
 def headline(verdict: Verdict) -> str:
@@ -221,7 +257,11 @@ def headline(verdict: Verdict) -> str:
 
 def _what_and_where(verdict: Verdict) -> str:
     what = _WHAT[verdict.status]
-    return what if verdict.crash_cell is None else f"{what} in {cell_name(verdict.crash_cell.code_index)}"
+    return (
+        what
+        if verdict.crash_cell is None
+        else f"{what} in {cell_name(verdict.crash_cell.code_index)}"
+    )
 
 
 def _why(verdict: Verdict) -> list[str]:
@@ -271,14 +311,25 @@ def _passed_figures(verdict: Verdict) -> list[str]:
     return [
         f"{count} code cell{'' if count == 1 else 's'}",
         format_seconds(usage.wall_seconds) if usage.wall_seconds is not None else "",
-        f"peak {at_most(usage)}{format_size(usage.memory_peak)}" if usage.memory_peak is not None else "",
+        f"peak {at_most(usage)}{format_size(usage.memory_peak)}"
+        if usage.memory_peak is not None
+        else "",
     ]
 
 
 _SIZES = frozenset(
-    {LimitName.MEMORY, LimitName.FILE_SIZE, LimitName.CELL_OUTPUT, LimitName.OUTPUT, LimitName.DISK, LimitName.SHM},
+    {
+        LimitName.MEMORY,
+        LimitName.FILE_SIZE,
+        LimitName.CELL_OUTPUT,
+        LimitName.OUTPUT,
+        LimitName.DISK,
+        LimitName.SHM,
+    },
 )
-_TIMES = frozenset({LimitName.CPU_TIME, LimitName.CELL_TIMEOUT, LimitName.TIMEOUT, LimitName.START_TIMEOUT})
+_TIMES = frozenset(
+    {LimitName.CPU_TIME, LimitName.CELL_TIMEOUT, LimitName.TIMEOUT, LimitName.START_TIMEOUT}
+)
 
 
 def quantity(limit: LimitName, value: float) -> str:
@@ -302,14 +353,21 @@ def moment(verdict: Verdict) -> str:
     """What the line of the crash cell has to do with it: ``line 3, running when the kernel was killed``."""
     cell = verdict.crash_cell
     what = _MOMENT.get(verdict.status, "")
-    if verdict.status is Status.KERNEL_DIED and verdict.cause is not None and _was_killed(verdict.cause):
+    if (
+        verdict.status is Status.KERNEL_DIED
+        and verdict.cause is not None
+        and _was_killed(verdict.cause)
+    ):
         what = "running when the kernel was killed"
     line = f"line {cell.line}" if cell is not None and cell.line is not None else "line not known"
     return f"{line}, {what}" if what else line
 
 
 def _was_killed(cause: Cause) -> bool:
-    return cause.signal == -int(signal.SIGKILL) or cause.kind in (CauseKind.OUT_OF_MEMORY, CauseKind.CPU_TIME)
+    return cause.signal == -int(signal.SIGKILL) or cause.kind in (
+        CauseKind.OUT_OF_MEMORY,
+        CauseKind.CPU_TIME,
+    )
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------
@@ -360,7 +418,11 @@ def weak_limits(verdict: Verdict) -> list[str]:
         # Time and output are the runner's own to hold: that is no weakness.
         if verdict.limits.of(name) is None or held.hard or held.by is Mechanism.RUNNER:
             continue
-        by = "nothing holds it" if held.by is Mechanism.NONE else f"only the {held.by.value} holds it"
+        by = (
+            "nothing holds it"
+            if held.by is Mechanism.NONE
+            else f"only the {held.by.value} holds it"
+        )
         note = f"; {one_line(held.note)}" if held.note else ""
         lines.append(f"{name.value.replace('_', ' ')}: {by}{note}")
     return lines
@@ -369,11 +431,21 @@ def weak_limits(verdict: Verdict) -> list[str]:
 def weak_walls(verdict: Verdict) -> list[str]:
     """The walls that were asked for and that the operating system's kernel does not hold, in one line; ``doctor`` says more."""
     # To be another user is asked of root alone.
-    weak = {w: held for w, held in verdict.environment.isolation.items() if not held.hard and w is not Wall.USER}
+    weak = {
+        w: held
+        for w, held in verdict.environment.isolation.items()
+        if not held.hard and w is not Wall.USER
+    }
     names = [
-        wall.value.replace("_", " ") if held.by is Mechanism.NONE else f"{wall.value} ({held.by.value} holds a part)"
+        wall.value.replace("_", " ")
+        if held.by is Mechanism.NONE
+        else f"{wall.value} ({held.by.value} holds a part)"
         for wall, held in weak.items()
     ]
     # What is held in part comes first in a note, then why it is no more.
     reasons = dict.fromkeys(one_line(held.note.rpartition("; ")[2]) for held in weak.values())
-    return ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)] if weak else []
+    return (
+        ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)]
+        if weak
+        else []
+    )

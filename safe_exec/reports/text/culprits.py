@@ -49,13 +49,20 @@ def note(culprit: Culprit) -> str:
 def others(verdict: Verdict) -> list[Culprit]:
     """The culprits but the crash cell, which every report shows by itself."""
     crash = verdict.crash_cell.index if verdict.crash_cell is not None else None
-    return [culprit for culprit in verdict.culprits.cells if culprit.index != crash] if verdict.culprits is not None else []
+    return (
+        [culprit for culprit in verdict.culprits.cells if culprit.index != crash]
+        if verdict.culprits is not None
+        else []
+    )
 
 
 def look_first(verdict: Verdict) -> Culprit | None:
     """The culprit to read first, unless that is the crash cell."""
     found = verdict.culprits
-    return next((culprit for culprit in others(verdict) if found and culprit.index == found.look_first), None)
+    return next(
+        (culprit for culprit in others(verdict) if found and culprit.index == found.look_first),
+        None,
+    )
 
 
 def figures(found: Culprits) -> str:
@@ -65,13 +72,20 @@ def figures(found: Culprits) -> str:
     if checked and len(found.endings.keys() - {PASSED}) > 1:
         checked += f" ({endings(found)})"
     earlier = f" + {found.cached} cached" if found.cached else ""
-    parts = (checked, f"{common.counted(found.trials, 'trial')}{earlier}", format_seconds(found.seconds))
+    parts = (
+        checked,
+        f"{common.counted(found.trials, 'trial')}{earlier}",
+        format_seconds(found.seconds),
+    )
     return common.SEPARATOR.join(part for part in parts if part)
 
 
 def endings(found: Culprits) -> str:
     """``abort 3, passed 2``: how the runs ended."""
-    return ", ".join(f"{common.one_line(kind).replace('_', ' ')} {count}" for kind, count in sorted(found.endings.items()))
+    return ", ".join(
+        f"{common.one_line(kind).replace('_', ' ')} {count}"
+        for kind, count in sorted(found.endings.items())
+    )
 
 
 def outcome(found: Culprits) -> str:
@@ -84,7 +98,9 @@ def outcome(found: Culprits) -> str:
     if found.stopped is Stopped.NOT_REPRODUCED:
         others = {kind: count for kind, count in found.endings.items() if kind != PASSED}
         if not others:
-            return "it did not happen again" + (f" in {runs - again} of {common.counted(runs, 'run')}" if runs else "")
+            return "it did not happen again" + (
+                f" in {runs - again} of {common.counted(runs, 'run')}" if runs else ""
+            )
         return f"it ended another way in {sum(others.values())} of {common.counted(runs, 'run')}: {endings(found)}"
     if found.stopped is Stopped.TOO_RARE:
         return f"it happened in {again} of {common.counted(runs, 'run')}: too rare for the budget"

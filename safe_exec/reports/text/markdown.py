@@ -16,7 +16,9 @@ def inert(words: str) -> str:
     MathJax, which reads the finished page, but it passes code by: so ``$`` and the backslash are code.
     """
     parts = re.split(r"([$\\]+)", common.one_line(words))
-    return "".join(f"`{part}`" if i % 2 else _MARKUP.sub(_reference, part) for i, part in enumerate(parts))
+    return "".join(
+        f"`{part}`" if i % 2 else _MARKUP.sub(_reference, part) for i, part in enumerate(parts)
+    )
 
 
 def _reference(found: re.Match[str]) -> str:

@@ -16,13 +16,20 @@ from safe_exec.sandbox.advice.fix import Way, hand_on
 from safe_exec.sandbox.host.capabilities import V2_CONTROLLERS, Machine
 from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
 
-_PRIVILEGED = "a privileged container can do to the host what root can: for notebooks that you trust"
+_PRIVILEGED = (
+    "a privileged container can do to the host what root can: for notebooks that you trust"
+)
 
 
 def container_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
     """How to start this container so that it has groups of its own, and what to do in it then."""
     if around.tree is CgroupTree.V2 and not around.read_only:
-        return (Way(what="in the container, as root, before safe-exec", steps=_move_down(machine, around)),)
+        return (
+            Way(
+                what="in the container, as root, before safe-exec",
+                steps=_move_down(machine, around),
+            ),
+        )
     ways = [_start(what, command, note, machine, around) for what, command, note in _starts(around)]
     return tuple(ways)
 
@@ -34,16 +41,32 @@ def _starts(around: Surroundings) -> tuple[tuple[str, str, str], ...]:
     privileged = f"{_PRIVILEGED}{in_workflow}"
     if around.container is Container.PODMAN:
         rootless = "a rootless container gets the controllers that the host's systemd delegates to its user"
-        unmask = ("start the container so", "podman run --security-opt unmask=/sys/fs/cgroup IMAGE", rootless)
-        return (unmask,) if unified else (("start the container so", "sudo podman run --privileged IMAGE", privileged),)
+        unmask = (
+            "start the container so",
+            "podman run --security-opt unmask=/sys/fs/cgroup IMAGE",
+            rootless,
+        )
+        return (
+            (unmask,)
+            if unified
+            else (("start the container so", "sudo podman run --privileged IMAGE", privileged),)
+        )
     if around.container is Container.DOCKER:
         old = ("or, with any Docker", "docker run --privileged IMAGE", privileged)
         refused = f"refused by rootless Docker{in_workflow}"
-        new = ("with Docker 28 or later", "docker run --security-opt writable-cgroups=true IMAGE", refused)
+        new = (
+            "with Docker 28 or later",
+            "docker run --security-opt writable-cgroups=true IMAGE",
+            refused,
+        )
         return (new, old) if unified else (("start the container so", old[1], privileged),)
     if around.container is Container.KUBERNETES:
-        return (("in the container of the pod", "securityContext: {privileged: true}", _PRIVILEGED),)
-    return (("start the container with /sys/fs/cgroup writable", "# how is for its manager to say", ""),)
+        return (
+            ("in the container of the pod", "securityContext: {privileged: true}", _PRIVILEGED),
+        )
+    return (
+        ("start the container with /sys/fs/cgroup writable", "# how is for its manager to say", ""),
+    )
 
 
 def _start(what: str, command: str, note: str, machine: Machine, around: Surroundings) -> Way:

@@ -50,17 +50,32 @@ def advise_walls(
     """All that can be mended here; empty where every wall is held as well as it can be."""
     if not machine.platform.startswith("linux"):
         return ()  # what there is to say stands with the limits
-    weak = [wall for wall in BY_NAMESPACES if wall in walls and walls[wall].by is not Mechanism.BUBBLEWRAP]
+    weak = [
+        wall
+        for wall in BY_NAMESPACES
+        if wall in walls and walls[wall].by is not Mechanism.BUBBLEWRAP
+    ]
     sizes = [name for name in SIZES if name in enforcement and not enforcement[name].hard]
     found: list[WallRemedy] = []
     if weak or sizes:
         allowed = machine.may(Mechanism.BUBBLEWRAP)
-        why = f"bubblewrap: {machine.bubblewrap_why_not}" if allowed else "bubblewrap is not among the mechanisms allowed"
+        why = (
+            f"bubblewrap: {machine.bubblewrap_why_not}"
+            if allowed
+            else "bubblewrap is not among the mechanisms allowed"
+        )
         ways = _ways(machine, around) if allowed else (_ALLOW,)
         found.append(WallRemedy(walls=tuple(weak), limits=tuple(sizes), why=why, ways=ways))
     if not machine.may(Mechanism.SECCOMP) and Wall.SYSTEM_CALLS in walls:
         calls = tuple(wall for wall in (Wall.SYSTEM_CALLS, Wall.PRIVILEGES) if wall in walls)
-        found.append(WallRemedy(walls=calls, limits=(), why="seccomp is not among the mechanisms allowed", ways=(_ALLOW,)))
+        found.append(
+            WallRemedy(
+                walls=calls,
+                limits=(),
+                why="seccomp is not among the mechanisms allowed",
+                ways=(_ALLOW,),
+            )
+        )
     return tuple(found)
 
 
@@ -75,7 +90,10 @@ def _ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
     sudo = "" if machine.uid == 0 else "sudo "
     found: list[Way] = []
     if around.apparmor_userns and machine.uid != 0:
-        found += [_apparmor_profile(), _sysctl(sudo, "kernel.apparmor_restrict_unprivileged_userns", "0")]
+        found += [
+            _apparmor_profile(),
+            _sysctl(sudo, "kernel.apparmor_restrict_unprivileged_userns", "0"),
+        ]
     if around.no_userns_clone and machine.uid != 0:
         found.append(_sysctl(sudo, "kernel.unprivileged_userns_clone", "1"))
     if around.no_user_namespaces:
@@ -92,9 +110,14 @@ def _install(machine: Machine, around: Surroundings) -> Way:
         "alpine": "apk add bubblewrap",
     }
     sudo = "" if machine.uid == 0 else "sudo "
-    known = next((command for name, command in commands.items() if name in around.distribution), commands["debian"])
+    known = next(
+        (command for name, command in commands.items() if name in around.distribution),
+        commands["debian"],
+    )
     inside = (
-        "; then ask doctor again: a container may have to be started otherwise" if around.container is not Container.NONE else ""
+        "; then ask doctor again: a container may have to be started otherwise"
+        if around.container is not Container.NONE
+        else ""
     )
     return Way(what=f"install it{inside}", steps=(f"{sudo}{known}",))
 
@@ -103,7 +126,10 @@ def _newer(machine: Machine, around: Surroundings) -> Way:
     """It is there, and no setting that is known to us stands in its way."""
     return Way(
         what="see what bubblewrap itself says, or install a newer one",
-        steps=("bwrap --ro-bind / / --dev /dev --proc /proc --unshare-pid --unshare-net true", *_install(machine, around).steps),
+        steps=(
+            "bwrap --ro-bind / / --dev /dev --proc /proc --unshare-pid --unshare-net true",
+            *_install(machine, around).steps,
+        ),
     )
 
 
@@ -113,7 +139,10 @@ def _apparmor_profile() -> Way:
     profile = rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) {{\n  userns,\n}}\n"
     return Way(
         what="let bubblewrap make user namespaces (Ubuntu 23.10 and later forbid it)",
-        steps=(f"printf '{profile}' | sudo tee /etc/apparmor.d/bwrap", "sudo systemctl reload apparmor"),
+        steps=(
+            f"printf '{profile}' | sudo tee /etc/apparmor.d/bwrap",
+            "sudo systemctl reload apparmor",
+        ),
         note="any program can then make them by way of bwrap; sandboxes of browsers and Flatpak are exempted likewise",
     )
 
@@ -121,32 +150,51 @@ def _apparmor_profile() -> Way:
 def _sysctl(sudo: str, name: str, value: str) -> Way:
     return Way(
         what="let every program make them",
-        steps=(f"{sudo}sysctl -w {name}={value}", f"echo {name}={value} | {sudo}tee /etc/sysctl.d/60-user-namespaces.conf"),
+        steps=(
+            f"{sudo}sysctl -w {name}={value}",
+            f"echo {name}={value} | {sudo}tee /etc/sysctl.d/60-user-namespaces.conf",
+        ),
         note="the second line keeps it over the next boot",
     )
 
 
 def _in_container(around: Surroundings) -> tuple[Way, ...]:
-    wider = (
-        "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
-    )
+    wider = "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
     workflow = "; in a workflow they belong under container: options:" if around.github else ""
     if around.container is Container.PODMAN:
         start = "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL --security-opt label=disable IMAGE"
-        return (Way(what="start the container so", steps=(start, *_on_the_host(around)), note=wider),)
-    if around.container is Container.DOCKER:
-        options = " ".join(f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths"))
-        what = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
-        gentle = Way(what=what, steps=(f"docker run {options} IMAGE", *_on_the_host(around)), note=f"{wider}{workflow}")
-        trusted = f"a privileged container can do to the host what root can: for notebooks that you trust{workflow}"
-        return (gentle, Way(what="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted))
-    if around.container is Container.KUBERNETES:
-        unconfined = (
-            "securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, procMount: Unmasked}"
+        return (
+            Way(what="start the container so", steps=(start, *_on_the_host(around)), note=wider),
         )
-        return (Way(what="in the container of the pod", steps=(unconfined,), note=f"procMount takes hostUsers: false; {wider}"),)
+    if around.container is Container.DOCKER:
+        options = " ".join(
+            f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")
+        )
+        what = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
+        gentle = Way(
+            what=what,
+            steps=(f"docker run {options} IMAGE", *_on_the_host(around)),
+            note=f"{wider}{workflow}",
+        )
+        trusted = f"a privileged container can do to the host what root can: for notebooks that you trust{workflow}"
+        return (
+            gentle,
+            Way(what="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
+        )
+    if around.container is Container.KUBERNETES:
+        unconfined = "securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, procMount: Unmasked}"
+        return (
+            Way(
+                what="in the container of the pod",
+                steps=(unconfined,),
+                note=f"procMount takes hostUsers: false; {wider}",
+            ),
+        )
     return (
-        Way(what="start the container so that a process in it may make namespaces", steps=("# how is for its manager to say",)),
+        Way(
+            what="start the container so that a process in it may make namespaces",
+            steps=("# how is for its manager to say",),
+        ),
     )
 
 

@@ -32,22 +32,42 @@ class Remedy:
 
 def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
     """The limits of the plan that the system's kernel could hold and here does not."""
-    return tuple(name for name in REQUIRE_ALL if name in plan.enforcement and not plan.enforcement[name].hard)
+    return tuple(
+        name for name in REQUIRE_ALL if name in plan.enforcement and not plan.enforcement[name].hard
+    )
 
 
 def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Remedy, ...]:
     """All that can be mended here, the weightiest first; empty where every limit is held as well as it can be."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
-        return (Remedy(limits=weak, why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}", ways=_ELSEWHERE),)
+        return (
+            Remedy(
+                limits=weak,
+                why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}",
+                ways=_ELSEWHERE,
+            ),
+        )
     grouped = tuple(name for name in weak if name in BY_GROUPS)
     others = tuple(name for name in weak if name not in BY_GROUPS)
     found: list[Remedy] = []
     if grouped:
-        found.append(Remedy(limits=grouped, why=_why(machine, around, grouped), ways=_ways(machine, around, grouped)))
+        found.append(
+            Remedy(
+                limits=grouped,
+                why=_why(machine, around, grouped),
+                ways=_ways(machine, around, grouped),
+            )
+        )
     if others:
-        found.append(Remedy(limits=others, why="rlimit is not among the mechanisms allowed", ways=(_ALLOW,)))
-    if _cpu_not_delegated(machine, around) and LimitName.CPUS in grouped and not _has_groups(machine):
+        found.append(
+            Remedy(limits=others, why="rlimit is not among the mechanisms allowed", ways=(_ALLOW,))
+        )
+    if (
+        _cpu_not_delegated(machine, around)
+        and LimitName.CPUS in grouped
+        and not _has_groups(machine)
+    ):
         why = f"the systemd of user {around.user} was given no cpu controller to hand on"
         found.append(Remedy(limits=(LimitName.CPUS,), why=why, ways=(_delegate_cpu(machine),)))
     if _swap_extends(machine, plan):
@@ -64,7 +84,11 @@ def swap_state(machine: Machine, plan: SpawnPlan) -> str:
     if held is None:
         return "no memory limit is set"
     if held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD):
-        return "may extend the memory limit" if _swap_extends(machine, plan) else "kept from extending the memory limit"
+        return (
+            "may extend the memory limit"
+            if _swap_extends(machine, plan)
+            else "kept from extending the memory limit"
+        )
     return "not counted: what was swapped out goes past the memory limit"
 
 
@@ -84,7 +108,10 @@ def _has_groups(machine: Machine) -> bool:
 
 
 def _may_use_groups(machine: Machine) -> bool:
-    return any(machine.may(mechanism) for mechanism in (Mechanism.SYSTEMD, Mechanism.CGROUP_V1, Mechanism.CGROUP_V2))
+    return any(
+        machine.may(mechanism)
+        for mechanism in (Mechanism.SYSTEMD, Mechanism.CGROUP_V1, Mechanism.CGROUP_V2)
+    )
 
 
 def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> str:
@@ -94,13 +121,21 @@ def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) ->
     if _switched_off(around, weak):
         return f"the {missing} controller is switched off on the kernel's command line"
     if machine.scope is not None:
-        whose = "the system's systemd" if machine.scope.runtime is None else f"the systemd of user {around.user}"
+        whose = (
+            "the system's systemd"
+            if machine.scope.runtime is None
+            else f"the systemd of user {around.user}"
+        )
         return f"{whose} was given no {missing} controller to hand on"
     if machine.v2 is not None:
         return f"{machine.v2} does not hand on {missing}"
     if machine.v1:
         return f"no group of ours can be made for {missing}"
-    seen = machine.v2_why_not if around.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
+    seen = (
+        machine.v2_why_not
+        if around.tree in (CgroupTree.V2, CgroupTree.NONE)
+        else machine.v1_why_not
+    )
     if around.tree is CgroupTree.V2 and around.systemd and machine.scope_why_not:
         seen += f"; systemd gives no scope: {machine.scope_why_not}"
     return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
@@ -114,7 +149,11 @@ def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -
     if not _may_use_groups(machine):
         return (_ALLOW,)
     if _switched_off(around, weak):
-        return (_switch_on(BY_GROUPS[name] for name in weak),) if around.container is Container.NONE else (_ON_THE_HOST,)
+        return (
+            (_switch_on(BY_GROUPS[name] for name in weak),)
+            if around.container is Container.NONE
+            else (_ON_THE_HOST,)
+        )
     if _has_groups(machine):
         return (_hand_on_the_rest(machine, around),)
     if _engine_in_charge(around):
@@ -133,7 +172,11 @@ def _engine_in_charge(around: Surroundings) -> bool:
 
 def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Way:
     if machine.uid != 0:
-        return _delegate_cpu(machine) if _cpu_not_delegated(machine, around) else _scope(machine, around)
+        return (
+            _delegate_cpu(machine)
+            if _cpu_not_delegated(machine, around)
+            else _scope(machine, around)
+        )
     return Way(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
 
 
@@ -141,16 +184,28 @@ def _root_ways(around: Surroundings) -> tuple[Way, ...]:
     """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
     if around.tree is CgroupTree.NONE:
         mount = f"mount -t cgroup2 none {around.mount}"
-        return (Way(what="mount the tree", steps=(f"mkdir -p {around.mount}", mount, hand_on(around.mount, V2_CONTROLLERS))),)
+        return (
+            Way(
+                what="mount the tree",
+                steps=(f"mkdir -p {around.mount}", mount, hand_on(around.mount, V2_CONTROLLERS)),
+            ),
+        )
     if around.read_only:
         return (Way(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
     if around.tree is CgroupTree.V2:
         wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
         return (Way(what="hand the controllers on", steps=(hand_on(around.mount, wanted),)),)
     steps = tuple(
-        f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}" for name in V1_CONTROLLERS
+        f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}"
+        for name in V1_CONTROLLERS
     )
-    return (Way(what="mount the controllers that are missing (a line that fails is there already)", steps=steps), _UNIFIED)
+    return (
+        Way(
+            what="mount the controllers that are missing (a line that fails is there already)",
+            steps=steps,
+        ),
+        _UNIFIED,
+    )
 
 
 def _user_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
@@ -173,7 +228,9 @@ def _scope(machine: Machine, around: Surroundings) -> Way:
     run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
     linger = f"sudo loginctl enable-linger {around.user}"
     if not around.user_manager:
-        what = "have your own systemd run without a login too; safe-exec then gets its scopes from it"
+        what = (
+            "have your own systemd run without a login too; safe-exec then gets its scopes from it"
+        )
         return Way(what=what, steps=(linger,))
     note = "" if around.linger else f"where you are not logged in (cron, a service), once: {linger}"
     return Way(what="in a scope of your own systemd", steps=(run,), note=note)
@@ -211,7 +268,10 @@ def _given_v2(around: Surroundings) -> Way:
     )
     return Way(
         what="have root give you a group, and move this shell into it",
-        steps=(*(f"sudo sh -c '{step}'" for step in as_root), f"echo $$ | sudo tee {group}/shell/cgroup.procs > /dev/null"),
+        steps=(
+            *(f"sudo sh -c '{step}'" for step in as_root),
+            f"echo $$ | sudo tee {group}/shell/cgroup.procs > /dev/null",
+        ),
         note="until the next boot",
     )
 
@@ -246,7 +306,12 @@ def _sudo(around: Surroundings) -> Way:
 def _wsl_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
     if around.wsl == 1:
         steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
-        return (Way(what="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2", steps=steps),)
+        return (
+            Way(
+                what="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2",
+                steps=steps,
+            ),
+        )
     systemd = _wsl_systemd() if not around.systemd else None
     unified = _WSL_UNIFIED if around.tree is not CgroupTree.V2 else None
     ways = [way for way in (unified, systemd) if way is not None]
@@ -257,7 +322,10 @@ def _wsl_systemd() -> Way:
     """Microsoft's "Advanced settings configuration in WSL": ``[boot] systemd`` of wsl.conf."""
     return Way(
         what="have WSL start systemd, which gives each user groups; then ask doctor again",
-        steps=(r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf", "wsl.exe --shutdown"),
+        steps=(
+            r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf",
+            "wsl.exe --shutdown",
+        ),
         note="ends all that runs in WSL; where /etc/wsl.conf has a [boot] section, put the line there instead",
     )
 
@@ -285,7 +353,10 @@ _UNIFIED = Way(
     steps=(f"# {_GRUB}: systemd.unified_cgroup_hierarchy=1", "sudo update-grub && sudo reboot"),
 )
 _SWAP = (
-    Way(what="account for swap", steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot")),
+    Way(
+        what="account for swap",
+        steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot"),
+    ),
     Way(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
 )
 _ELSEWHERE = (Way(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
@@ -295,6 +366,9 @@ def _switch_on(controllers: Iterable[str]) -> Way:
     names = " ".join(f"cgroup_enable={name}" for name in controllers)
     return Way(
         what="switch it on",
-        steps=(f"# {_GRUB} (on a Raspberry Pi: to /boot/firmware/cmdline.txt): {names}", "sudo update-grub && sudo reboot"),
+        steps=(
+            f"# {_GRUB} (on a Raspberry Pi: to /boot/firmware/cmdline.txt): {names}",
+            "sudo update-grub && sudo reboot",
+        ),
         note="and take any cgroup_disable= for it away",
     )

@@ -82,11 +82,21 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
     """Look at the machine; every field is what was seen now."""
     if not sys.platform.startswith("linux"):
         no_filter = f"there is none for {sys.platform}"
-        return Machine(platform=sys.platform, cpus=os.cpu_count() or 1, allowed=allowed, uid=_uid(), seccomp_why_not=no_filter)
+        return Machine(
+            platform=sys.platform,
+            cpus=os.cpu_count() or 1,
+            allowed=allowed,
+            uid=_uid(),
+            seccomp_why_not=no_filter,
+        )
     mounts = _cgroup_mounts()
     own = _own_cgroups()
     v1, v1_why = _v1_parents(mounts, own)
-    tree = cgroup_delegation.Tree(top=mounts[""][0], own=_directory(mounts[""], own.get("", "/"))) if "" in mounts else None
+    tree = (
+        cgroup_delegation.Tree(top=mounts[""][0], own=_directory(mounts[""], own.get("", "/")))
+        if "" in mounts
+        else None
+    )
     ground, scope, scope_why = _v2_ground(tree, allowed)
     memory, swap = memory_and_swap()
     memory = least(memory, _memory_of_group(mounts, own))
@@ -104,7 +114,9 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         scope=scope,
         scope_why_not=scope_why,
         v1_why_not=v1_why,
-        user_tasks=None if os.geteuid() == 0 or "pids" in v1 or ground.parent or scope else procfs.tasks_of(os.getuid()),
+        user_tasks=None
+        if os.geteuid() == 0 or "pids" in v1 or ground.parent or scope
+        else procfs.tasks_of(os.getuid()),
         seccomp_why_not=_no_filter(),
         allowed=allowed,
     )
@@ -114,13 +126,26 @@ BUBBLEWRAP_SECONDS = 10
 INSTALL_BUBBLEWRAP = "install the package bubblewrap"
 NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
 REHEARSAL = (
-    *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-net", "--die-with-parent"),
+    *(
+        "--ro-bind",
+        "/",
+        "/",
+        "--dev",
+        "/dev",
+        "--proc",
+        "/proc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--die-with-parent",
+    ),
     *("--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"),  # noqa: S108
 )
 """What bubblewrap is asked to do to see whether it can."""
 
 
-def look_for_walls(machine: Machine, rehearsal: Rehearsal | None = None, *, version: bool = False) -> Machine:
+def look_for_walls(
+    machine: Machine, rehearsal: Rehearsal | None = None, *, version: bool = False
+) -> Machine:
     """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor).
 
     Costs a start of bubblewrap, for runs that ask for walls only; ``rehearsal`` is one that was begun before. What ``version`` it is, is asked
@@ -137,7 +162,9 @@ def look_for_walls(machine: Machine, rehearsal: Rehearsal | None = None, *, vers
         bubblewrap=None if why_not else tried.path,
         bubblewrap_version=told,
         bubblewrap_why_not=why_not,
-        counts_in_namespaces=not why_not and tried.path is not None and _counts_in_namespaces(tried.path),
+        counts_in_namespaces=not why_not
+        and tried.path is not None
+        and _counts_in_namespaces(tried.path),
         landlock=landlock.abi(),
     )
 
@@ -185,7 +212,11 @@ class Rehearsal:
             _, said = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
         except subprocess.TimeoutExpired as error:
             return str(error)
-        return (said.strip().splitlines() or ["it failed without a word"])[-1] if self._process.returncode else ""
+        return (
+            (said.strip().splitlines() or ["it failed without a word"])[-1]
+            if self._process.returncode
+            else ""
+        )
 
     def close(self) -> None:
         """Wait for its end, whether anybody asked for its outcome or not.
@@ -210,7 +241,13 @@ class Rehearsal:
 def _version_of(path: str) -> str | None:
     """The last word of ``bubblewrap 0.8.0``; ``None`` where it does not say."""
     try:
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=BUBBLEWRAP_SECONDS, check=True).stdout
+        told = subprocess.run(
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=BUBBLEWRAP_SECONDS,
+            check=True,
+        ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return told.split()[-1] if told.split() else None
@@ -227,7 +264,11 @@ def _too_old(version: str | None) -> str:
 def _no_filter() -> str:
     """Why system calls cannot be filtered here; empty where they can."""
     machine = os.uname().machine
-    return "" if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32 else f"there is none for {machine}"
+    return (
+        ""
+        if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32
+        else f"there is none for {machine}"
+    )
 
 
 def _v2_ground(
@@ -309,12 +350,19 @@ def _left_in_groups() -> Iterator[tuple[Path, int]]:
         for directory in _upwards(mounts, own, controller):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 most = int((directory / limit).read_text())
-                rows = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+                rows = dict(
+                    line.split() for line in (directory / "memory.stat").read_text().splitlines()
+                )
                 if most < NO_LIMIT:
-                    yield directory, max(0, most - int((directory / used).read_text()) + int(rows[cached]))
+                    yield (
+                        directory,
+                        max(0, most - int((directory / used).read_text()) + int(rows[cached])),
+                    )
 
 
-def _upwards(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str) -> Iterator[Path]:
+def _upwards(
+    mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str
+) -> Iterator[Path]:
     """Our group of a controller and those above it."""
     if controller not in mounts:
         return
@@ -326,7 +374,13 @@ def _upwards(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], con
 
 def cpus_available() -> int:
     """Processors that we may use: those that we are allowed on, or what a group's quota amounts to (a container's ``--cpus``)."""
-    found = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    found = [
+        float(
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    ]
     mounts, own = _cgroup_mounts(), _own_cgroups()
     for directory in _upwards(mounts, own, "cpu"):
         with contextlib.suppress(OSError, ValueError):
@@ -377,7 +431,9 @@ def _directory(mount: tuple[Path, str], path: str) -> Path:
     return point / path.lstrip("/")
 
 
-def _v1_parents(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> tuple[dict[str, Path], str]:
+def _v1_parents(
+    mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
+) -> tuple[dict[str, Path], str]:
     parents: dict[str, Path] = {}
     why = "cgroup v1 controllers are not mounted"
     for controller in V1_CONTROLLERS:

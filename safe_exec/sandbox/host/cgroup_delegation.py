@@ -66,7 +66,10 @@ class Scope:
         return (
             {}
             if self.runtime is None
-            else {"XDG_RUNTIME_DIR": str(self.runtime), "DBUS_SESSION_BUS_ADDRESS": f"unix:path={self.runtime}/bus"}
+            else {
+                "XDG_RUNTIME_DIR": str(self.runtime),
+                "DBUS_SESSION_BUS_ADDRESS": f"unix:path={self.runtime}/bus",
+            }
         )
 
     def command(self, name: str) -> tuple[str, ...]:
@@ -75,8 +78,24 @@ class Scope:
         The default limit on tasks of a scope (a share of the machine's) is none that anybody asked for.
         """
         whose = () if self.runtime is None else ("--user",)
-        more = ("-p", "Delegate=yes", "-p", "TasksMax=infinity", "--description=a notebook in safe-exec's limits", "--")
-        return ("systemd-run", *whose, "--scope", "--quiet", "--collect", f"--unit={name}.scope", f"--slice={self.slice}", *more)
+        more = (
+            "-p",
+            "Delegate=yes",
+            "-p",
+            "TasksMax=infinity",
+            "--description=a notebook in safe-exec's limits",
+            "--",
+        )
+        return (
+            "systemd-run",
+            *whose,
+            "--scope",
+            "--quiet",
+            "--collect",
+            f"--unit={name}.scope",
+            f"--slice={self.slice}",
+            *more,
+        )
 
     def group(self, name: str) -> Path:
         """The directory of that scope."""
@@ -120,7 +139,9 @@ def _above(tree: Tree, *, systemd: bool) -> Ground:
         trouble = can_join_below(directory)
         if not trouble:
             return Ground(
-                parent=directory, controllers=given & frozenset(CONTROLLERS), borrowed=systemd and _is_unit(tree, directory)
+                parent=directory,
+                controllers=given & frozenset(CONTROLLERS),
+                borrowed=systemd and _is_unit(tree, directory),
             )
         why = trouble
     return Ground(why_not=why)
@@ -130,7 +151,9 @@ def _is_unit(tree: Tree, directory: Path) -> bool:
     """Whether a group is systemd's to write to. The service of a user's systemd is delegated, and that systemd's own."""
     if directory.name.startswith("user@") and directory.name.endswith(".service"):
         return True
-    return (directory == tree.top or directory.name.endswith(UNITS)) and not _is_delegated(directory)
+    return (directory == tree.top or directory.name.endswith(UNITS)) and not _is_delegated(
+        directory
+    )
 
 
 def _is_delegated(directory: Path) -> bool:
@@ -143,9 +166,23 @@ def _is_delegated(directory: Path) -> bool:
 def _says_delegated(own: Path) -> bool:
     """What systemd itself says of the unit that we are in: a user's systemd 252 leaves no mark on its scopes [measured]."""
     user = any(part.startswith("user@") and part.endswith(".service") for part in own.parts)
-    argv = ["systemctl", *(["--user"] if user else []), "show", "--property=Delegate", "--value", own.name]
+    argv = [
+        "systemctl",
+        *(["--user"] if user else []),
+        "show",
+        "--property=Delegate",
+        "--value",
+        own.name,
+    ]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SCOPE_SECONDS, check=False)
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SCOPE_SECONDS,
+            check=False,
+        )
         return done.stdout.strip() == "yes"
     return False
 
@@ -157,7 +194,10 @@ def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
     """
     own = tree.own
     files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
-    if not all(os.access(path, os.W_OK) for path in files) or not frozenset(words(own / "cgroup.controllers")) >= NEEDED:
+    if (
+        not all(os.access(path, os.W_OK) for path in files)
+        or not frozenset(words(own / "cgroup.controllers")) >= NEEDED
+    ):
         return False
     there = {int(pid) for pid in words(own / "cgroup.procs")}
     me = os.getpid()
@@ -216,7 +256,9 @@ def find_scope(tree: Tree, uid: int) -> tuple[Scope | None, str]:
 
 def _system_scope(tree: Tree) -> Scope | str:
     """Root's: in the slice that we are in, so that its limits go on to hold."""
-    above = next((path for path in tree.upwards() if path.name.endswith(".slice")), tree.top / "system.slice")
+    above = next(
+        (path for path in tree.upwards() if path.name.endswith(".slice")), tree.top / "system.slice"
+    )
     return _scope(above, tree.top, None)
 
 
@@ -225,7 +267,9 @@ def _user_scope(tree: Tree, uid: int) -> Scope | str:
     runtime = Path(f"/run/user/{uid}")
     if not os.access(runtime / "bus", os.W_OK) or not manager.is_dir():
         return f"no systemd of user {uid} is running"
-    inside = (path for path in tree.upwards() if manager in path.parents and path.name.endswith(".slice"))
+    inside = (
+        path for path in tree.upwards() if manager in path.parents and path.name.endswith(".slice")
+    )
     return _scope(next(inside, manager / "app.slice"), manager, runtime)
 
 
@@ -233,13 +277,22 @@ def _scope(directory: Path, manager: Path, runtime: Path | None) -> Scope | str:
     controllers = frozenset(words(manager / "cgroup.controllers")) & frozenset(CONTROLLERS)
     if not controllers >= NEEDED:
         return f"{manager} has no {' and '.join(sorted(NEEDED - controllers))} to hand on"
-    return Scope(slice=directory.name, directory=directory, controllers=controllers, runtime=runtime)
+    return Scope(
+        slice=directory.name, directory=directory, controllers=controllers, runtime=runtime
+    )
 
 
 def _refused(scope: Scope) -> str:
     """Why systemd makes no such scope, or another than we think; empty where it does."""
     name = f"safe-exec-probe-{os.getpid()}"
-    argv = [*scope.command(name), "sh", "-c", 'grep -qx $$ "$1/cgroup.procs"', "sh", str(scope.group(name))]
+    argv = [
+        *scope.command(name),
+        "sh",
+        "-c",
+        'grep -qx $$ "$1/cgroup.procs"',
+        "sh",
+        str(scope.group(name)),
+    ]
     try:
         done = subprocess.run(
             argv, env={**os.environ, **scope.environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",

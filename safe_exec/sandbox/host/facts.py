@@ -78,7 +78,11 @@ class _Mounts:
 
 
 def look(
-    *, root: Path = Path("/"), environ: Mapping[str, str] = os.environ, uid: int | None = None, release: str | None = None
+    *,
+    root: Path = Path("/"),
+    environ: Mapping[str, str] = os.environ,
+    uid: int | None = None,
+    release: str | None = None,
 ) -> Surroundings:
     """Look around; with ``root`` another file system than the machine's own, for tests."""
     number = uid if uid is not None else _own_uid()
@@ -106,7 +110,10 @@ def look(
         runtime_dir=bool(environ.get("XDG_RUNTIME_DIR")),
         linger=_there(root / "var/lib/systemd/linger" / user),
         distribution=_distribution(_text(root / "etc/os-release")),
-        apparmor_userns=_text(root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns").strip() == "1",
+        apparmor_userns=_text(
+            root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns"
+        ).strip()
+        == "1",
         no_userns_clone=_text(root / "proc/sys/kernel/unprivileged_userns_clone").strip() == "0",
         no_user_namespaces=_text(root / "proc/sys/user/max_user_namespaces").strip() == "0",
     )

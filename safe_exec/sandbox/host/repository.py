@@ -37,27 +37,41 @@ class RepositoryAccess:
         return self.use is not RepositoryUse.CLOSED
 
 
-def repository_access(isolation: Isolation, folder: Path, *, homes: Iterable[Path], has_disk_limit: bool) -> RepositoryAccess:
+def repository_access(
+    isolation: Isolation, folder: Path, *, homes: Iterable[Path], has_disk_limit: bool
+) -> RepositoryAccess:
     """The access of one run. ``isolation`` and ``folder`` have paths without links; ``homes`` are what ``hide_home`` hides.
 
     With a disk limit, and with a folder that is not written to, the repository is at most read: what is written there would be counted
     by nothing, and would stay.
     """
     root = find_root(folder)
-    if root is None or isolation.repository is RepositoryUse.CLOSED or not (isolation.hide_home or isolation.read_only_system):
+    if (
+        root is None
+        or isolation.repository is RepositoryUse.CLOSED
+        or not (isolation.hide_home or isolation.read_only_system)
+    ):
         return RepositoryAccess(root=root)
     if any(root.is_relative_to(path) for path in isolation.hide):
         return RepositoryAccess(root=root)
     reason = _why_closed(root, folder, tuple(homes))
     if reason:
-        return RepositoryAccess(root=root, warning=f"the repository {one_line(root)} {reason}: {STAYS_CLOSED}")
+        return RepositoryAccess(
+            root=root, warning=f"the repository {one_line(root)} {reason}: {STAYS_CLOSED}"
+        )
     is_narrowed = has_disk_limit or isolation.folder is not FolderUse.WRITE
-    return RepositoryAccess(root=root, use=RepositoryUse.READ if is_narrowed else isolation.repository)
+    return RepositoryAccess(
+        root=root, use=RepositoryUse.READ if is_narrowed else isolation.repository
+    )
 
 
 def _why_closed(root: Path, folder: Path, homes: tuple[Path, ...]) -> str:
     """The reason to leave a root closed that isolation would open; empty for an ordinary repository."""
-    if any(home.is_relative_to(root) for home in homes) or root.parent == HOMES or root == _home_of_owner(root):
+    if (
+        any(home.is_relative_to(root) for home in homes)
+        or root.parent == HOMES
+        or root == _home_of_owner(root)
+    ):
         return "is a home directory, or holds one"
     if any(path.is_relative_to(root) for path in SYSTEM):
         return "is a part of the system, or holds one"

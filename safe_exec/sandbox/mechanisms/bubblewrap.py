@@ -97,7 +97,14 @@ def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
 def _namespaces(isolation: Isolation) -> Iterator[str]:
     yield "--die-with-parent"
     if isolation.own_processes:
-        yield from ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox")
+        yield from (
+            "--unshare-pid",
+            "--unshare-ipc",
+            "--unshare-uts",
+            "--unshare-cgroup-try",
+            "--hostname",
+            "sandbox",
+        )
         # The init of ours is the first process. bubblewrap's own would let others of its user write into its memory (/proc/1/mem): it runs
         # under no limit and no filter, and so would what they write there.
         yield "--as-pid-1"
@@ -196,7 +203,11 @@ def _covers(isolation: Isolation, around: Surroundings, *, has_shm: bool) -> tup
     """Everything that is mounted over, outer places first, but for what is hidden within an opening."""
     homes = around.homes if isolation.hide_home else ()
     covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
-    covers += [Cover(path=path) for path in map(Path, isolation.hide) if not _lies_in(path, _left_open(isolation, around))]
+    covers += [
+        Cover(path=path)
+        for path in map(Path, isolation.hide)
+        if not _lies_in(path, _left_open(isolation, around))
+    ]
     if isolation.read_only_system or around.disk is not None:
         covers.append(Cover(path=Path("/tmp"), stays_writable=True))  # noqa: S108
     if isolation.read_only_system or has_shm:
@@ -209,7 +220,13 @@ def _covers(isolation: Isolation, around: Surroundings, *, has_shm: bool) -> tup
 def _left_open(isolation: Isolation, around: Surroundings) -> list[Path]:
     """Every path that stays open, whatever lies around it: hiding a part of it has to come later."""
     repository = [] if around.repository is None else [around.repository]
-    return [around.folder, *repository, *map(Path, isolation.writable), *map(Path, isolation.show), *around.visible]
+    return [
+        around.folder,
+        *repository,
+        *map(Path, isolation.writable),
+        *map(Path, isolation.show),
+        *around.visible,
+    ]
 
 
 def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover]) -> Openings:
@@ -218,7 +235,9 @@ def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover
     around_folder = [around.folder, *([] if around.repository is None else [around.repository])]
     openings: dict[Path, tuple[str, ...]] = {}
     for path in _outermost(around.visible):
-        if _lies_in(path, covered) and not _lies_in(path, [*around_folder, *map(Path, isolation.writable)]):
+        if _lies_in(path, covered) and not _lies_in(
+            path, [*around_folder, *map(Path, isolation.writable)]
+        ):
             openings[path] = ("--ro-bind-try", str(path), str(path))
     for path in map(Path, isolation.show):
         if _lies_in(path, covered) and not _lies_in(path, around_folder):
@@ -232,7 +251,11 @@ def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover
     for path in map(Path, isolation.writable):
         openings[path] = ("--bind", str(path), str(path))
     # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing can be mounted on it.
-    there = [link for link in around.links if not _lies_in(link, covered) or _lies_in(link.parent, openings)]
+    there = [
+        link
+        for link in around.links
+        if not _lies_in(link, covered) or _lies_in(link.parent, openings)
+    ]
     return {path: mount for path, mount in openings.items() if path not in there}
 
 
@@ -249,7 +272,11 @@ def _protected(isolation: Isolation, around: Surroundings) -> list[Path]:
     safe-exec may run from one of them itself, outside of all walls, and imports modules until its end: a notebook must not change them.
     A copy of the folder may be changed, since nobody runs from it.
     """
-    tops = [around.repository] if around.repository is not None and around.repository_is_writable else []
+    tops = (
+        [around.repository]
+        if around.repository is not None and around.repository_is_writable
+        else []
+    )
     tops += [around.folder] if around.disk is None and isolation.folder is FolderUse.WRITE else []
     return [
         path
@@ -264,7 +291,14 @@ def _hide(path: Path, isolation: Isolation, around: Surroundings) -> Iterator[st
     if path in around.files:
         yield from ("--ro-bind", "/dev/null", str(path))
     else:
-        yield from ("--perms", STICKY if isolation.other_user else "0755", "--size", str(TMP_BYTES), "--tmpfs", str(path))
+        yield from (
+            "--perms",
+            STICKY if isolation.other_user else "0755",
+            "--size",
+            str(TMP_BYTES),
+            "--tmpfs",
+            str(path),
+        )
 
 
 def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
@@ -280,12 +314,24 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
     """
     ways: dict[Path, bool] = {}
     for path in (*openings, *(cover.path for cover in covers)):
-        cover = next((cover for cover in reversed(covers) if path != cover.path and path.is_relative_to(cover.path)), None)
+        cover = next(
+            (
+                cover
+                for cover in reversed(covers)
+                if path != cover.path and path.is_relative_to(cover.path)
+            ),
+            None,
+        )
         if cover is None or any(
-            path != other and _lies_in(path, [other]) and _lies_in(other, [cover.path]) for other in openings
+            path != other and _lies_in(path, [other]) and _lies_in(other, [cover.path])
+            for other in openings
         ):
             continue
-        parents = [parent for parent in reversed(path.parents) if parent != cover.path and parent.is_relative_to(cover.path)]
+        parents = [
+            parent
+            for parent in reversed(path.parents)
+            if parent != cover.path and parent.is_relative_to(cover.path)
+        ]
         for parent in parents:
             is_dotted = cover.is_home and parent.name.startswith(".")
             is_first = parent == parents[0] and cover.stays_writable and not is_dotted
@@ -293,7 +339,9 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
     return ways
 
 
-def _places(isolation: Isolation, around: Surroundings, openings: Openings, ways: Mapping[Path, bool]) -> Iterator[str]:
+def _places(
+    isolation: Isolation, around: Surroundings, openings: Openings, ways: Mapping[Path, bool]
+) -> Iterator[str]:
     """Hidden places, the ways in them, and the openings. Outer ones first, so that no mount covers one that is wanted.
 
     What says more of a path has the last word: part of an opening can be hidden, and part of a hidden place opened.
@@ -334,6 +382,8 @@ def _sockets(around: Surroundings) -> Iterator[str]:
     out (keeper/bwrap_init.py). It covers the
     real one, in which the file system of limited size lies: seen there, that would show what is hidden in the folder.
     """
-    yield from _tmpfs_or(around.disk and around.disk / "sockets", str(around.runtime), SOCKETS_BYTES)
+    yield from _tmpfs_or(
+        around.disk and around.disk / "sockets", str(around.runtime), SOCKETS_BYTES
+    )
     for path in around.given:
         yield from ("--ro-bind", str(path), str(path))

@@ -22,7 +22,11 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
         return None
     work = CgroupWork()
     holds: dict[LimitName, Enforcement] = {}
-    for part_work, part_holds in (_memory(limits, machine, name), _pids(limits, machine, name), _cpu(limits, machine, name)):
+    for part_work, part_holds in (
+        _memory(limits, machine, name),
+        _pids(limits, machine, name),
+        _cpu(limits, machine, name),
+    ):
         work = work.plus(part_work)
         holds.update(part_holds)
     return Offer(mechanism=Mechanism.CGROUP_V1, holds=holds, cgroup=work.plus(_kill(machine, name)))
@@ -33,10 +37,16 @@ def _kill(machine: Machine, name: str) -> CgroupWork:
     if machine.v2_plain is None:
         return CgroupWork()
     group = machine.v2_plain / name
-    return CgroupWork(dirs=(str(group),), joins=(str(group / "cgroup.procs"),), kill_files=(str(group / "cgroup.kill"),))
+    return CgroupWork(
+        dirs=(str(group),),
+        joins=(str(group / "cgroup.procs"),),
+        kill_files=(str(group / "cgroup.kill"),),
+    )
 
 
-def _memory(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+def _memory(
+    limits: Limits, machine: Machine, name: str
+) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
     if "memory" not in machine.v1:
         return CgroupWork(), {}
     group = machine.v1["memory"] / name
@@ -59,13 +69,19 @@ def _memory(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, di
 def _swap(machine: Machine, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
     """Keep swap from extending the limit: memory and swap together get the same limit where that is accounted."""
     if (machine.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
-        return [(str(group / "memory.memsw.limit_in_bytes"), str(memory))], "swap counts against the same limit"
+        return [
+            (str(group / "memory.memsw.limit_in_bytes"), str(memory))
+        ], "swap counts against the same limit"
     if machine.swap_total:
-        return [(str(group / "memory.swappiness"), "0")], "swap is not accounted here; swappiness is 0"
+        return [
+            (str(group / "memory.swappiness"), "0")
+        ], "swap is not accounted here; swappiness is 0"
     return [], "this machine has no swap"
 
 
-def _pids(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+def _pids(
+    limits: Limits, machine: Machine, name: str
+) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
     if "pids" not in machine.v1:
         return CgroupWork(), {}
     group = machine.v1["pids"] / name
@@ -73,7 +89,9 @@ def _pids(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict
     writes: tuple[tuple[str, str], ...] = ()
     if limits.processes is not None:
         writes = ((str(group / "pids.max"), str(limits.processes)),)
-        held[LimitName.PROCESSES] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note="threads count")
+        held[LimitName.PROCESSES] = Enforcement(
+            by=Mechanism.CGROUP_V1, hard=True, note="threads count"
+        )
     return CgroupWork(
         dirs=(str(group),),
         writes=writes,
@@ -82,7 +100,9 @@ def _pids(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict
     ), held
 
 
-def _cpu(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+def _cpu(
+    limits: Limits, machine: Machine, name: str
+) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
     groups = sorted({machine.v1[c] / name for c in ("cpu", "cpuacct") if c in machine.v1})
     held: dict[LimitName, Enforcement] = {}
     writes: tuple[tuple[str, str], ...] = ()
@@ -98,5 +118,7 @@ def _cpu(limits: Limits, machine: Machine, name: str) -> tuple[CgroupWork, dict[
         dirs=tuple(str(g) for g in groups),
         writes=writes,
         joins=tuple(str(g / "cgroup.procs") for g in groups),
-        counter_files=(str(machine.v1["cpuacct"] / name / "cpuacct.usage"),) if "cpuacct" in machine.v1 else (),
+        counter_files=(str(machine.v1["cpuacct"] / name / "cpuacct.usage"),)
+        if "cpuacct" in machine.v1
+        else (),
     ), held

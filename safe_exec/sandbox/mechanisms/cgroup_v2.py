@@ -38,11 +38,18 @@ def _place(machine: Machine, name: str) -> _Place | None:
         note = f"a scope of {whose} systemd"
         born = scope.command(name)
         return _Place(
-            by=Mechanism.SYSTEMD, parent=scope.group(name), controllers=scope.controllers, note=note, leaf="keeper", born=born
+            by=Mechanism.SYSTEMD,
+            parent=scope.group(name),
+            controllers=scope.controllers,
+            note=note,
+            leaf="keeper",
+            born=born,
         )
     if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
         leaf = cgroup_delegation.LEAF if machine.v2_step_down else None
-        return _Place(by=Mechanism.CGROUP_V2, parent=machine.v2, controllers=machine.v2_controllers, leaf=leaf)
+        return _Place(
+            by=Mechanism.CGROUP_V2, parent=machine.v2, controllers=machine.v2_controllers, leaf=leaf
+        )
     return None
 
 
@@ -57,7 +64,9 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
 
     def hold(limit: LimitName, file: str, value: str, note: str = "") -> None:
         writes.append((str(group / file), value))
-        holds[limit] = Enforcement(by=place.by, hard=True, note="; ".join(part for part in (note, place.note) if part))
+        holds[limit] = Enforcement(
+            by=place.by, hard=True, note="; ".join(part for part in (note, place.note) if part)
+        )
 
     if limits.memory is not None and "memory" in place.controllers:
         hold(LimitName.MEMORY, "memory.max", str(limits.memory), "no swap")
@@ -70,7 +79,11 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
         hand_on = HandOn(
             group=str(place.parent),
             leaf=str(place.parent / place.leaf),
-            controllers=tuple(controller for controller in cgroup_delegation.CONTROLLERS if controller in place.controllers),
+            controllers=tuple(
+                controller
+                for controller in cgroup_delegation.CONTROLLERS
+                if controller in place.controllers
+            ),
             born=place.born,
             environment=machine.scope.environment if place.born and machine.scope else {},
         )
@@ -79,13 +92,22 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
         dirs=(str(group),),
         writes=tuple(writes),
         # Absent where swap accounting is off.
-        writes_where_present=((str(group / "memory.swap.max"), "0"),) if limits.memory is not None else (),
+        writes_where_present=((str(group / "memory.swap.max"), "0"),)
+        if limits.memory is not None
+        else (),
         joins=(str(group / "cgroup.procs"),),
         kill_files=(str(group / "cgroup.kill"),),
         memory_file=str(group / "memory.current"),
         counter_files=tuple(
             str(group / name)
-            for name in ("memory.events", "memory.events.local", "memory.peak", "pids.events", "pids.peak", "cpu.stat")
+            for name in (
+                "memory.events",
+                "memory.events.local",
+                "memory.peak",
+                "pids.events",
+                "pids.peak",
+                "cpu.stat",
+            )
         ),
     )
     return Offer(mechanism=place.by, holds=holds, cgroup=work)

@@ -51,7 +51,9 @@ def free_of(places: Iterable[str]) -> int:
 class DiskWatch(threading.Thread):
     """Looks at the places of one sandbox until stopped, and calls ``on_passed(bytes)`` once, when more than allowed has come to them."""
 
-    def __init__(self, root: int, places: tuple[str, ...], allowed: int, on_passed: Callable[[int], None]) -> None:
+    def __init__(
+        self, root: int, places: tuple[str, ...], allowed: int, on_passed: Callable[[int], None]
+    ) -> None:
         super().__init__(name="safe-exec-diskwatch", daemon=True)
         self._root, self._places, self._allowed = root, places, allowed
         self._on_passed = on_passed
@@ -82,7 +84,11 @@ class DiskWatch(threading.Thread):
             gone = self._free - free_of(self._places)
             near = gone > self._allowed - self._used
             rest = self._took if near else max(WALK_SECONDS, SHARE * self._took)
-            due = near or self._took < WALK_SECONDS if last else time.monotonic() - self._begun - self._took >= rest
+            due = (
+                near or self._took < WALK_SECONDS
+                if last
+                else time.monotonic() - self._begun - self._took >= rest
+            )
             if due:
                 self._walk(self._before)
             return self._passed

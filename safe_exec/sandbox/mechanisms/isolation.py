@@ -42,31 +42,57 @@ class WallPlan:
 
 def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
     """The walls of one run. One that nothing holds is written down as held by ``none``, not left out."""
-    wanted = bubblewrap.is_needed(isolation, disk=limits.disk is not None, shm=limits.shm is not None)
+    wanted = bubblewrap.is_needed(
+        isolation, disk=limits.disk is not None, shm=limits.shm is not None
+    )
     enclosed = wanted and machine.bubblewrap is not None and machine.may(Mechanism.BUBBLEWRAP)
     landlock = wanted and not enclosed and machine.landlock > 0 and machine.may(Mechanism.LANDLOCK)
     walls = dict(_namespaced(isolation, machine, enclosed=enclosed, landlock=landlock))
     walls |= dict(_own(isolation, machine, enclosed=enclosed))
-    return WallPlan(walls={wall: walls[wall] for wall in Wall if wall in walls}, enclosed=enclosed, landlock=landlock)
+    return WallPlan(
+        walls={wall: walls[wall] for wall in Wall if wall in walls},
+        enclosed=enclosed,
+        landlock=landlock,
+    )
 
 
-def _namespaced(isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool) -> Iterator[tuple[Wall, Enforcement]]:
+def _namespaced(
+    isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool
+) -> Iterator[tuple[Wall, Enforcement]]:
     lost = machine.bubblewrap_why_not if machine.may(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
     for wall, note in _asked(isolation):
         if enclosed:
             yield wall, Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
         elif landlock and wall in (Wall.HOME, Wall.HIDDEN):
-            yield wall, Enforcement(by=Mechanism.LANDLOCK, hard=True, note=f"refused rather than hidden; no bubblewrap: {lost}")
+            yield (
+                wall,
+                Enforcement(
+                    by=Mechanism.LANDLOCK,
+                    hard=True,
+                    note=f"refused rather than hidden; no bubblewrap: {lost}",
+                ),
+            )
         elif landlock and wall in (Wall.SYSTEM, Wall.FOLDER):
             yield wall, _unwritten(wall, machine.landlock, lost)
         elif landlock and wall is Wall.NETWORK and machine.landlock >= LANDLOCK_TCP:
-            yield wall, Enforcement(by=Mechanism.LANDLOCK, hard=False, note=f"TCP only, loopback too; no bubblewrap: {lost}")
+            yield (
+                wall,
+                Enforcement(
+                    by=Mechanism.LANDLOCK,
+                    hard=False,
+                    note=f"TCP only, loopback too; no bubblewrap: {lost}",
+                ),
+            )
         else:
             yield wall, Enforcement(by=Mechanism.NONE, hard=False, note=f"no bubblewrap: {lost}")
 
 
 def _unwritten(wall: Wall, abi: int, lost: str) -> Enforcement:
-    what = "the folder cannot be written to" if wall is Wall.FOLDER else "nothing can be written but the folder, /tmp and /dev"
+    what = (
+        "the folder cannot be written to"
+        if wall is Wall.FOLDER
+        else "nothing can be written but the folder, /tmp and /dev"
+    )
     empty = "" if abi >= LANDLOCK_TRUNCATE else ", but files can be emptied (until Linux 6.2)"
     note = f"{what}{empty}; no bubblewrap: {lost}"
     return Enforcement(by=Mechanism.LANDLOCK, hard=abi >= LANDLOCK_TRUNCATE, note=note)
@@ -77,9 +103,16 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
         yield Wall.HOME, "home directories are empty but for what the interpreter needs"
     if isolation.read_only_system:
         more = " and its repository" if isolation.repository is RepositoryUse.WRITE else ""
-        yield Wall.SYSTEM, f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of its own"
+        yield (
+            Wall.SYSTEM,
+            f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of its own",
+        )
     if isolation.folder is not FolderUse.WRITE:
-        what = "cannot be written" if isolation.folder is FolderUse.READ else "a copy; nothing comes back"
+        what = (
+            "cannot be written"
+            if isolation.folder is FolderUse.READ
+            else "a copy; nothing comes back"
+        )
         yield Wall.FOLDER, what
     if isolation.hide:
         yield Wall.HIDDEN, ", ".join(isolation.hide)
@@ -89,24 +122,44 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
         yield Wall.PROCESSES, "process ids, ipc and host name of its own"
 
 
-def _own(isolation: Isolation, machine: Machine, *, enclosed: bool) -> Iterator[tuple[Wall, Enforcement]]:
+def _own(
+    isolation: Isolation, machine: Machine, *, enclosed: bool
+) -> Iterator[tuple[Wall, Enforcement]]:
     """What a process gives up by itself, whatever the machine."""
     if isolation.system_calls is not SystemCalls.ALL:
         lost = machine.seccomp_why_not if machine.may(Mechanism.SECCOMP) else NOT_ALLOWED
-        how = "refused with EPERM" if isolation.system_calls is SystemCalls.REFUSE else "end the kernel with SIGSYS"
+        how = (
+            "refused with EPERM"
+            if isolation.system_calls is SystemCalls.REFUSE
+            else "end the kernel with SIGSYS"
+        )
         none = Enforcement(by=Mechanism.NONE, hard=False, note=f"no filter: {lost}")
-        filtered = Enforcement(by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {how}")
+        filtered = Enforcement(
+            by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {how}"
+        )
         yield Wall.SYSTEM_CALLS, none if lost else filtered
-        given_up = Enforcement(by=Mechanism.KERNEL, hard=True, note="no new ones (no_new_privs), no core dumps")
+        given_up = Enforcement(
+            by=Mechanism.KERNEL, hard=True, note="no new ones (no_new_privs), no core dumps"
+        )
         yield Wall.PRIVILEGES, none if lost else given_up
     if isolation.listed_environment:
-        yield Wall.ENVIRONMENT, Enforcement(by=Mechanism.RUNNER, hard=True, note="only variables that are on the list")
+        yield (
+            Wall.ENVIRONMENT,
+            Enforcement(by=Mechanism.RUNNER, hard=True, note="only variables that are on the list"),
+        )
     if isolation.other_user:
         if machine.uid == 0 and enclosed:
-            yield Wall.USER, Enforcement(by=Mechanism.KERNEL, hard=True, note="a user that owns nothing")
+            yield (
+                Wall.USER,
+                Enforcement(by=Mechanism.KERNEL, hard=True, note="a user that owns nothing"),
+            )
         else:
             # Without mounts of its own another user may not even reach the interpreter.
-            why = "without bubblewrap it stays the same" if machine.uid == 0 else "only root can become somebody else"
+            why = (
+                "without bubblewrap it stays the same"
+                if machine.uid == 0
+                else "only root can become somebody else"
+            )
             yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note=why)
 
 
@@ -122,5 +175,7 @@ def offer(limits: Limits, machine: Machine) -> Offer | None:
         note = "folder (a copy), /tmp and home together, on a tmpfs: what is written there counts as memory too"
         holds[LimitName.DISK] = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
     if limits.shm is not None:
-        holds[LimitName.SHM] = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="a tmpfs: it counts as memory too")
+        holds[LimitName.SHM] = Enforcement(
+            by=Mechanism.BUBBLEWRAP, hard=True, note="a tmpfs: it counts as memory too"
+        )
     return Offer(mechanism=Mechanism.BUBBLEWRAP, holds=holds)

@@ -48,7 +48,9 @@ def offer(limits: Limits, machine: Machine, *, enclosed: bool = False) -> Offer 
 _Row = tuple[int, int, int]
 
 
-def _wanted(limits: Limits, machine: Machine, *, enclosed: bool) -> Iterator[tuple[LimitName, _Row, Enforcement]]:
+def _wanted(
+    limits: Limits, machine: Machine, *, enclosed: bool
+) -> Iterator[tuple[LimitName, _Row, Enforcement]]:
     if limits.open_files is not None:
         row = (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files)
         yield LimitName.OPEN_FILES, row, _held("each process")
@@ -58,13 +60,21 @@ def _wanted(limits: Limits, machine: Machine, *, enclosed: bool) -> Iterator[tup
     if limits.cpu_time is not None:
         soft = max(1, math.ceil(limits.cpu_time))
         row = (resource.RLIMIT_CPU, soft, soft + CPU_HARD_SECONDS)
-        yield LimitName.CPU_TIME, row, _held("each process by RLIMIT_CPU, their sum by the watchdog")
+        yield (
+            LimitName.CPU_TIME,
+            row,
+            _held("each process by RLIMIT_CPU, their sum by the watchdog"),
+        )
     if limits.memory is not None:
         size = limits.memory + DATA_HEADROOM
         note = "private memory of each process by RLIMIT_DATA, with 256 MiB of headroom; shared memory is not counted"
         yield LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), _held(note, hard=False)
-    if limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None:  # root is exempt from it
-        count, held = _processes(limits.processes, machine.user_tasks, alone=enclosed and machine.counts_in_namespaces)
+    if (
+        limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None
+    ):  # root is exempt from it
+        count, held = _processes(
+            limits.processes, machine.user_tasks, alone=enclosed and machine.counts_in_namespaces
+        )
         yield LimitName.PROCESSES, (resource.RLIMIT_NPROC, count, count), held
 
 
@@ -82,11 +92,17 @@ def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforc
 
 def process_count(plan: SpawnPlan, tasks: int, limit: int | None) -> ProcessCount | None:
     """The ``tasks`` of the notebook against RLIMIT_NPROC; ``None`` where it is not set."""
-    allowed = next((soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None)
+    allowed = next(
+        (soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None
+    )
     if allowed is None or limit is None:
         return None
     alone = plan.enforcement[LimitName.PROCESSES].hard
-    return ProcessCount(tasks=tasks, allowed=limit, of_user=None if alone else (procfs.tasks_of(os.getuid()), allowed))
+    return ProcessCount(
+        tasks=tasks,
+        allowed=limit,
+        of_user=None if alone else (procfs.tasks_of(os.getuid()), allowed),
+    )
 
 
 def _held(note: str, *, hard: bool = True) -> Enforcement:

@@ -32,7 +32,11 @@ def offer(limits: Limits, machine: Machine) -> Offer | None:
     if not machine.may(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
-    holds = {name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note) for name in WATCHED if limits.of(name) is not None}
+    holds = {
+        name: Enforcement(by=Mechanism.WATCHDOG, hard=False, note=note)
+        for name in WATCHED
+        if limits.of(name) is not None
+    }
     if limits.disk is not None:
         what = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
         holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=what)
@@ -126,7 +130,9 @@ class Watchdog(threading.Thread):
             if last or time.monotonic() >= self._count_next:
                 count = self.tree.count()
                 memory, bound = count.at_least, count.upper_bound
-                rest = max(COUNT_REST_SHARE * count.seconds, (allowed - memory) / FASTEST_BYTES_PER_SECOND)
+                rest = max(
+                    COUNT_REST_SHARE * count.seconds, (allowed - memory) / FASTEST_BYTES_PER_SECOND
+                )
                 self._count_next = count.at + rest
         if self.peaks.memory is None or memory > self.peaks.memory:
             children = replace(use, memory=memory).children_memory

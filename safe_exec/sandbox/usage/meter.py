@@ -80,18 +80,28 @@ def has_memory_group(plan: SpawnPlan) -> bool:
 class Meter:
     """Reads one sandbox; cheap enough (some 60 microseconds with control groups) for the end of every cell."""
 
-    def __init__(self, plan: SpawnPlan, keeper_pid: int, kernel_pid: int | None = None, tree: ProcessTree | None = None) -> None:
+    def __init__(
+        self,
+        plan: SpawnPlan,
+        keeper_pid: int,
+        kernel_pid: int | None = None,
+        tree: ProcessTree | None = None,
+    ) -> None:
         self._plan = plan
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
         self._memory_stat = _beside(files, MEMORY_EVENTS, "memory.stat")
         self._tasks = _beside(files, ("pids.events",), "pids.current")
         self._cpu = files.get("cpuacct.usage") or files.get("cpu.stat")
         self._files = files
-        self._above = bounds_above(files["memory.events"].parent) if "memory.events" in files else ()
+        self._above = (
+            bounds_above(files["memory.events"].parent) if "memory.events" in files else ()
+        )
         self._kernel_pid, self._process_files = kernel_pid, ProcessFiles()
         self._tree = None
         if not (self._memory_stat and self._cpu):
-            self._tree = tree or ProcessTree(keeper_pid, kernel_pid, counts_shared=not has_memory_group(plan))
+            self._tree = tree or ProcessTree(
+                keeper_pid, kernel_pid, counts_shared=not has_memory_group(plan)
+            )
 
     def read(self) -> Reading:
         """Read now."""
@@ -105,12 +115,18 @@ class Meter:
                 memory=None if anonymous is None else anonymous + shared,
                 cpu_seconds=cpu,
                 tasks=tasks,
-                children_memory=None if anonymous is None or not kernel else max(0, anonymous - kernel),
+                children_memory=None
+                if anonymous is None or not kernel
+                else max(0, anonymous - kernel),
             )
         if use is None or not use.tasks:  # no process left: that is not a use of nothing
             return Reading(cpu_seconds=cpu, tasks=tasks or None)
         return Reading(
-            memory=use.memory, cpu_seconds=cpu, tasks=tasks, children_memory=use.children_memory, upper_bound=use.upper_bound
+            memory=use.memory,
+            cpu_seconds=cpu,
+            tasks=tasks,
+            children_memory=use.children_memory,
+            upper_bound=use.upper_bound,
         )
 
     @staticmethod
@@ -133,7 +149,9 @@ class Meter:
         """The limit on a group above that was hit since this meter stands, the nearest of several."""
         before = {bound.group: bound.hits for bound in self._above}
         now = (bound for last in self._above[:1] for bound in bounds_above(last.group / "any"))
-        return next((bound for bound in now if bound.hits > before.get(bound.group, bound.hits)), None)
+        return next(
+            (bound for bound in now if bound.hits > before.get(bound.group, bound.hits)), None
+        )
 
     def tasks_bound(self, limit: int | None) -> tuple[Path, int] | None:
         """The group above that allows the fewest processes and threads, with how many, where that is less than ``limit``.
@@ -143,9 +161,18 @@ class Meter:
         """
         if "pids.events" not in self._files:
             return None
-        found = [(_number(above / "pids.max"), above) for above in self._files["pids.events"].parent.parents]
-        fewest, group = min(((most, above) for most, above in found if most is not None), default=(None, None))
-        return (group, fewest) if group is not None and fewest is not None and (limit is None or fewest < limit) else None
+        found = [
+            (_number(above / "pids.max"), above)
+            for above in self._files["pids.events"].parent.parents
+        ]
+        fewest, group = min(
+            ((most, above) for most, above in found if most is not None), default=(None, None)
+        )
+        return (
+            (group, fewest)
+            if group is not None and fewest is not None and (limit is None or fewest < limit)
+            else None
+        )
 
     def process_count(self, limit: int | None) -> ProcessCount | None:
         """Processes and threads now against what the system allows: by the control group, else by RLIMIT_NPROC.
@@ -160,7 +187,11 @@ class Meter:
             if bound is not None:  # what else is in that group takes part of its room
                 tasks = _number(bound[0] / "pids.current") or tasks
             return ProcessCount(tasks=tasks, allowed=allowed, refused=self.counters().fork_refusals)
-        return None if self._tree is None else rlimits.process_count(self._plan, self._tree.read().tasks, limit)
+        return (
+            None
+            if self._tree is None
+            else rlimits.process_count(self._plan, self._tree.read().tasks, limit)
+        )
 
     def counters(self) -> Counters:
         """The counters of the control groups, read now."""

@@ -117,7 +117,9 @@ class ProcessFiles:
     def _live_task(self, pid: int) -> int:
         """A thread that goes on where the first one has ended: the files of the process itself are empty then."""
         with contextlib.suppress(OSError):
-            return next((task for name in os.listdir(f"/proc/{pid}/task") if (task := int(name)) != pid), 0)
+            return next(
+                (task for name in os.listdir(f"/proc/{pid}/task") if (task := int(name)) != pid), 0
+            )
         return 0
 
     def _memory_map(self, pid: int, task: int) -> tuple[int, int, int]:

@@ -15,7 +15,14 @@ from safe_exec.keeper.procfs import TICKS
 from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.usage.open_files import held
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
-from safe_exec.sandbox.usage.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
+from safe_exec.sandbox.usage.shared_pages import (
+    SMALL,
+    SharedCount,
+    count_once,
+    estimate,
+    lower_bound,
+    upper_bound,
+)
 
 FRESH_SECONDS = 0.002
 """For so long a reading stands: the watchdog and the meter ask one after the other."""
@@ -122,7 +129,11 @@ class ProcessTree:
             members = self._with_memory()
             self._count = count_once(self._files, members, self._open_files)
             settled = self._files.now() - SETTLED_SECONDS * TICKS
-            old = (member for member in members if member.pid == self._kernel or member.started < settled)
+            old = (
+                member
+                for member in members
+                if member.pid == self._kernel or member.started < settled
+            )
             self._at_count = {member.key: member.anonymous for member in old}
             self._use = None
             return self._count
@@ -145,20 +156,27 @@ class ProcessTree:
         last = self._count
         if last is None or now - last.at >= COUNT_SHARE * last.seconds:
             last = self.count()
-            return replace(use, memory=min(most, max(least, last.at_least)), upper_bound=last.upper_bound)
+            return replace(
+                use, memory=min(most, max(least, last.at_least)), upper_bound=last.upper_bound
+            )
         memory = estimate(last, self._at_count, members, (least, most))
         return replace(use, memory=memory, upper_bound=last.upper_bound)
 
     def _with_memory(self) -> Sequence[Member]:
         """The processes with memory of their own."""
-        return [member for member in self._members.values() if member.size and not self._borrows(member)]
+        return [
+            member for member in self._members.values() if member.size and not self._borrows(member)
+        ]
 
     def _borrows(self, member: Member) -> bool:
         """Whether a process lives in its parent's address space: between vfork(2) and exec, as subprocess makes them."""
         parent = self._members.get(member.parent)
         if parent is None or member.size != parent.size:
             return False
-        near = abs(member.anonymous - parent.anonymous) <= VFORK_BYTES and abs(member.shared - parent.shared) <= VFORK_BYTES
+        near = (
+            abs(member.anonymous - parent.anonymous) <= VFORK_BYTES
+            and abs(member.shared - parent.shared) <= VFORK_BYTES
+        )
         return near and self._files.same_memory(member.pid, parent.pid)
 
     def _cpu_seconds(self) -> float:
@@ -188,7 +206,9 @@ class ProcessTree:
         self._members = members
         again = list(self._others)[: len(self._others) // OTHERS_SHARE + 1]
         unknown = (*again, *(pids - self._others.keys() - members.keys() - self._roots))
-        self._sort({pid: parent for pid in unknown if (parent := self._files.parent(pid)) is not None})
+        self._sort(
+            {pid: parent for pid in unknown if (parent := self._files.parent(pid)) is not None}
+        )
         for member in self._members.values():
             self._cpu[member.key] = member.cpu
 

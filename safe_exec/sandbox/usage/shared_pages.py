@@ -51,13 +51,20 @@ def upper_bound(members: Sequence[Member], open_files: int) -> int:
     return shared + sum(member.anonymous for member in members)
 
 
-def estimate(last: SharedCount, before: Mapping[tuple[int, int], int], members: Sequence[Member], bounds: tuple[int, int]) -> int:
+def estimate(
+    last: SharedCount,
+    before: Mapping[tuple[int, int], int],
+    members: Sequence[Member],
+    bounds: tuple[int, int],
+) -> int:
     """Memory now, from the last count and the growth of those that were in it, within what is possible.
 
     ``before`` has the anonymous bytes of processes at the last count. How much new processes share is not known: they
     count with the next one.
     """
-    growth = sum(member.anonymous - before[member.key] for member in members if member.key in before)
+    growth = sum(
+        member.anonymous - before[member.key] for member in members if member.key in before
+    )
     least, most = bounds
     return min(most, max(least, last.memory + growth))
 
@@ -78,7 +85,10 @@ def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) 
     now = time.monotonic()
     return SharedCount(
         memory=anonymous + whole + max(shmem, open_files),
-        departed=sum(max(0, member.anonymous - files.anonymous(member.pid, member.task)) for member in members),
+        departed=sum(
+            max(0, member.anonymous - files.anonymous(member.pid, member.task))
+            for member in members
+        ),
         upper_bound=whole > SMALL,
         at=now,
         seconds=now - begun,

@@ -33,7 +33,12 @@ def peers(root: int, first: int) -> set[str]:
     remote = _remote(first)
     if not remote:
         return set()
-    return {remote[inode] for pid in procfs.descendants(root) for inode in _inodes(pid) if inode in remote}
+    return {
+        remote[inode]
+        for pid in procfs.descendants(root)
+        for inode in _inodes(pid)
+        if inode in remote
+    }
 
 
 def _remote(pid: int) -> dict[str, str]:

@@ -62,7 +62,12 @@ class Volumes:
     def lowest(self) -> tuple[Volume, ...]:
         """Of each volume that was looked at the lowest free space since the last ``begin``."""
         return tuple(
-            replace(volume, places=tuple(self._places[device]), before=self._before.get(device), own=device in self._own)
+            replace(
+                volume,
+                places=tuple(self._places[device]),
+                before=self._before.get(device),
+                own=device in self._own,
+            )
             for device, volume in self._lowest.items()
         )
 

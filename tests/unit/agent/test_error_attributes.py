@@ -28,7 +28,9 @@ def rows_of(action: Any) -> list[dict[str, Any]]:
     """What is told of the exception that an action raises, after its way through JSON."""
     with pytest.raises(BaseException) as caught:
         action()
-    rows: list[dict[str, Any]] = json.loads(json.dumps(errors.attributes_of(new_inside(), caught.value)))
+    rows: list[dict[str, Any]] = json.loads(
+        json.dumps(errors.attributes_of(new_inside(), caught.value))
+    )
     return rows
 
 
@@ -42,7 +44,13 @@ def rename_missing() -> None:
 
 def test_an_operating_system_error_tells_number_and_files() -> None:
     assert rows_of(stat_missing) == [
-        {"type": "FileNotFoundError", "remote": False, "errno": errno.ENOENT, "files": ["/nowhere/x.csv"], "writes": None}
+        {
+            "type": "FileNotFoundError",
+            "remote": False,
+            "errno": errno.ENOENT,
+            "files": ["/nowhere/x.csv"],
+            "writes": None,
+        }
     ]
     assert rows_of(rename_missing)[0]["files"] == ["/nowhere/a", "/nowhere/b"]
 
@@ -62,7 +70,9 @@ def test_a_module_that_was_not_found() -> None:
     assert rows_of(action)[0]["module"] == "no_such_module_here"
 
 
-@pytest.mark.parametrize("action", [lambda: os.environ["NOT_SET_X"], lambda: os.environ.pop("NOT_SET_X")])
+@pytest.mark.parametrize(
+    "action", [lambda: os.environ["NOT_SET_X"], lambda: os.environ.pop("NOT_SET_X")]
+)
 def test_a_variable_that_is_not_set(action: Any) -> None:
     assert rows_of(action)[0]["variable"] == "NOT_SET_X"
 
@@ -86,15 +96,26 @@ def handled() -> None:
 
 
 def test_the_chain_is_told_and_what_was_only_being_handled_is_marked() -> None:
-    assert [(row["type"], row["remote"]) for row in rows_of(chained)] == [("ValueError", False), ("FileNotFoundError", False)]
-    assert [(row["type"], row["remote"]) for row in rows_of(handled)] == [("ValueError", False), ("FileNotFoundError", True)]
+    assert [(row["type"], row["remote"]) for row in rows_of(chained)] == [
+        ("ValueError", False),
+        ("FileNotFoundError", False),
+    ]
+    assert [(row["type"], row["remote"]) for row in rows_of(handled)] == [
+        ("ValueError", False),
+        ("FileNotFoundError", True),
+    ]
 
 
 def test_a_group_tells_its_parts() -> None:
     def action() -> None:
         raise ExceptionGroup("several", [OSError(errno.EROFS, "no", f"/srv/{n}") for n in range(9)])
 
-    assert [row.get("files") for row in rows_of(action)] == [None, ["/srv/0"], ["/srv/1"], ["/srv/2"]]
+    assert [row.get("files") for row in rows_of(action)] == [
+        None,
+        ["/srv/0"],
+        ["/srv/1"],
+        ["/srv/2"],
+    ]
 
 
 def test_a_chain_in_a_circle_ends() -> None:
@@ -110,7 +131,9 @@ class HostileError(FileNotFoundError):
     def _forbidden(self) -> Any:
         raise AssertionError("this was asked for")
 
-    errno = filename = filename2 = args = __cause__ = __context__ = __traceback__ = __class__ = _forbidden
+    errno = filename = filename2 = args = __cause__ = __context__ = __traceback__ = __class__ = (
+        _forbidden
+    )
 
 
 def test_no_code_of_the_exception_is_run() -> None:
@@ -132,7 +155,11 @@ def test_objects_of_the_notebook_are_neither_asked_nor_kept() -> None:
 
 def told(action: Any, **more: Any) -> Raised:
     inside = new_inside()
-    fact = {"raised": rows_of(action), **json.loads(json.dumps(errors.surroundings(inside))), **more}
+    fact = {
+        "raised": rows_of(action),
+        **json.loads(json.dumps(errors.surroundings(inside))),
+        **more,
+    }
     return raised_told(fact).errors[0]
 
 
@@ -145,7 +172,9 @@ def told(action: Any, **more: Any) -> Raised:
         ("os.mkdir", ("/nowhere/x.csv", 0o777, -1), True),
     ],
 )
-def test_whether_a_file_was_to_be_written(event: str, args: tuple[Any, ...], writes: bool | None) -> None:
+def test_whether_a_file_was_to_be_written(
+    event: str, args: tuple[Any, ...], writes: bool | None
+) -> None:
     inside = new_inside()
     errors.note_file(inside, event, args)
     errors.note_file(inside, "open", ("/usr/lib/shown.py", "r", os.O_RDONLY))
@@ -174,7 +203,9 @@ def test_sqlite_does_not_say_which_file() -> None:
         (7, (), None),
     ],
 )
-def test_a_refused_connection_does_not_say_to_whom(address: Any, files: tuple[str, ...], host: str | None) -> None:
+def test_a_refused_connection_does_not_say_to_whom(
+    address: Any, files: tuple[str, ...], host: str | None
+) -> None:
     def action() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

@@ -21,7 +21,9 @@ GROUP = os.getpgrp()
 def agent(*, child: bool = False) -> Any:
     told: list[dict[str, Any]] = []
     page = SimpleNamespace(pid=KERNEL, cell=4)
-    inside = SimpleNamespace(child=child, page=page, told=told, frames=lambda _frame, _limit: [("f", 1, "cell", 4)])
+    inside = SimpleNamespace(
+        child=child, page=page, told=told, frames=lambda _frame, _limit: [("f", 1, "cell", 4)]
+    )
     inside.fact_of_any = lambda **fields: told.append(fields)
     inside.fact = inside.fact_of_any
     return inside
@@ -90,7 +92,11 @@ def test_trace_functions_are_told_when_they_change() -> None:
     inside = agent()
     actions = OwnActions(inside)
     # Coverage or a debugger of the tests may have one on.
-    actions.tracing = tuple(name for name, on in (("sys.settrace", sys.gettrace()), ("sys.setprofile", sys.getprofile())) if on)
+    actions.tracing = tuple(
+        name
+        for name, on in (("sys.settrace", sys.gettrace()), ("sys.setprofile", sys.getprofile()))
+        if on
+    )
     actions.begin_cell()
     assert inside.told == []
     before = sys.getprofile()

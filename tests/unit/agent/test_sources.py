@@ -38,7 +38,9 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("cell", "lines"), [row[1:] for row in CELLS], ids=[row[0] for row in CELLS])
+@pytest.mark.parametrize(
+    ("cell", "lines"), [row[1:] for row in CELLS], ids=[row[0] for row in CELLS]
+)
 def test_the_code_of_a_whole_cell(cell: str, lines: list[int]) -> None:
     code = transformed(cell)
     assert all_lines(map_cell(cell, code), code) == lines
@@ -47,11 +49,26 @@ def test_the_code_of_a_whole_cell(cell: str, lines: list[int]) -> None:
 
 BODIES = [
     ("as it is", "%%time\na = 1\nb = 2", "a = 1\nb = 2\n", [2, 3]),
-    ("blank lines and a comment first", "%%capture\n\n# a\nb = 2", transformed("\n# a\nb = 2"), [3, 4]),
+    (
+        "blank lines and a comment first",
+        "%%capture\n\n# a\nb = 2",
+        transformed("\n# a\nb = 2"),
+        [3, 4],
+    ),
     ("a blank line before the magic", "\n%%time\na = 1", "a = 1", [3]),
     ("what prun compiles", "%%prun -q\na = 1\n\nb = 2", transformed("\na = 1\n\nb = 2"), [2, 3, 4]),
-    ("a statement on the line of the magic", "%%prun a = 0\nb = 1\nc = 2", "a = 0\nb = 1\nc = 2", [0, 2, 3]),
-    ("the inner of two magics", "%%capture\n%%time\n\na = 1\nb = 2", transformed("\na = 1\nb = 2"), [4, 5]),
+    (
+        "a statement on the line of the magic",
+        "%%prun a = 0\nb = 1\nc = 2",
+        "a = 0\nb = 1\nc = 2",
+        [0, 2, 3],
+    ),
+    (
+        "the inner of two magics",
+        "%%capture\n%%time\n\na = 1\nb = 2",
+        transformed("\na = 1\nb = 2"),
+        [4, 5],
+    ),
     ("the call of the inner one", "%%capture\n%%time\na = 1", transformed("%%time\na = 1"), [2]),
     ("only a shell command", "%%time\n!sleep 1", transformed("!sleep 1"), [2]),
     (
@@ -60,7 +77,12 @@ BODIES = [
         transformed("a = 1\n%run \\\n x.py\n!ls\nb = 2"),
         [2, 3, 5, 6],
     ),
-    ("within a function", "%%wrap\na = 1\nb = 2\nc = 3", "def f():\n    a = 1\n    b = 2\n    c = 3\nf()", [0, 2, 3, 4, 0]),
+    (
+        "within a function",
+        "%%wrap\na = 1\nb = 2\nc = 3",
+        "def f():\n    a = 1\n    b = 2\n    c = 3\nf()",
+        [0, 2, 3, 4, 0],
+    ),
     (
         "much around little",
         "%%wrap\na = 1\nb = 2",
@@ -68,10 +90,20 @@ BODIES = [
         [0, 0, 0, 2, 3, 0, 0, 0],
     ),
     ("a part of it", "%%parts\na = 1\n\nb = 2\nc = 3", "b = 2\nc = 3", [4, 5]),
-    ("a line that stands there twice", "%%time\nx += 1\ny = x\nx += 1\nz = x", "x += 1\ny = x\nx += 1\nz = x", [2, 3, 4, 5]),
+    (
+        "a line that stands there twice",
+        "%%time\nx += 1\ny = x\nx += 1\nz = x",
+        "x += 1\ny = x\nx += 1\nz = x",
+        [2, 3, 4, 5],
+    ),
     ("prompts", "%%time\n>>> a = 1\n>>> b = 2", transformed(">>> a = 1\n>>> b = 2"), [2, 3]),
     ("other text", "%%time\nexec(text)", "one = 1\ntwo = 2", None),
-    ("text of a library", "%%time\nT = namedtuple('T', 'a')", "lambda _cls, a: _tuple_new(_cls, (a,))", None),
+    (
+        "text of a library",
+        "%%time\nT = namedtuple('T', 'a')",
+        "lambda _cls, a: _tuple_new(_cls, (a,))",
+        None,
+    ),
     ("no cell magic", "exec('a = 1')\na = 1", "a = 1", None),
     ("no text", "%%time\na = 1", "", None),
     ("no body", "%%time", "a = 1", None),
@@ -79,19 +111,36 @@ BODIES = [
 ]
 
 
-@pytest.mark.parametrize(("cell", "code", "lines"), [row[1:] for row in BODIES], ids=[row[0] for row in BODIES])
+@pytest.mark.parametrize(
+    ("cell", "code", "lines"), [row[1:] for row in BODIES], ids=[row[0] for row in BODIES]
+)
 def test_the_code_of_a_body(cell: str, code: str, lines: list[int] | None) -> None:
     line_map = map_body(cell, code)
     assert (line_map and all_lines(line_map, code)) == lines
 
 
 LINES = st.sampled_from(
-    ["", "# note", "a = 1", "    b = a", "!echo a", "%precision 3", "c = !ls", "x?", "%lsmagic \\\n   more", "if a:\n    b = 2"]
+    [
+        "",
+        "# note",
+        "a = 1",
+        "    b = a",
+        "!echo a",
+        "%precision 3",
+        "c = !ls",
+        "x?",
+        "%lsmagic \\\n   more",
+        "if a:\n    b = 2",
+    ]
 )
 
 
-@given(before=st.lists(LINES, max_size=6), after=st.lists(LINES, max_size=6), magics=st.integers(0, 3))
-def test_a_line_keeps_its_place_whatever_stands_around_it(before: list[str], after: list[str], magics: int) -> None:
+@given(
+    before=st.lists(LINES, max_size=6), after=st.lists(LINES, max_size=6), magics=st.integers(0, 3)
+)
+def test_a_line_keeps_its_place_whatever_stands_around_it(
+    before: list[str], after: list[str], magics: int
+) -> None:
     marked = "marked = 99"
     body = "\n".join([*before, marked, *after])
     cell = "".join(f"%%magic{n}\n" for n in range(magics)) + body
@@ -121,7 +170,9 @@ def cell_code() -> CellCode:
     code.add("/tmp/2.py", Source(cell=2, line_map=[[1, 3], [5, 0]]))
     first = (("<module>", 1, 4), ("load", 2, 3))
     code.add("<timed exec>", Source(cell=2, line_map=[[1, 2], [5, 0]], functions=first))
-    code.add("<timed exec>", Source(cell=3, line_map=[[1, 3], [4, 0]], functions=(("<module>", 1, 3),)))
+    code.add(
+        "<timed exec>", Source(cell=3, line_map=[[1, 3], [4, 0]], functions=(("<module>", 1, 3),))
+    )
     code.add("/tmp/1.py", Source(cell=9, line_map=[[1, 1]]))
     return code
 
@@ -141,7 +192,9 @@ def cell_code() -> CellCode:
         ("f", 3, "/usr/lib/x.py", (None, 3)),
     ],
 )
-def test_a_frame_belongs_to_a_cell(function: str, line: int | None, file: str, place: tuple[int | None, int | None]) -> None:
+def test_a_frame_belongs_to_a_cell(
+    function: str, line: int | None, file: str, place: tuple[int | None, int | None]
+) -> None:
     assert cell_code().locate(function, line, file) == place
 
 
@@ -149,6 +202,12 @@ def test_sources_are_bounded_and_facts_are_checked() -> None:
     assert source_of({"file": "x", "cell": 1}).line_map == [[1, 1]]
     told = source_of({"file": "x", "cell": 1, "lines": [[1, 2], [3, 0]], "codes": [["f", 1, 2]]})
     assert (told.line_map, told.functions) == ([[1, 2], [3, 0]], (("f", 1, 2),))
-    for wrong in ({"lines": [[1]]}, {"lines": 3}, {"codes": [["f"]]}, {"codes": [["f", "x", 1]]}, {"lines": [["a", 2]]}):
+    for wrong in (
+        {"lines": [[1]]},
+        {"lines": 3},
+        {"codes": [["f"]]},
+        {"codes": [["f", "x", 1]]},
+        {"lines": [["a", 2]]},
+    ):
         with pytest.raises((ValueError, TypeError)):
             source_of({"file": "x", "cell": 1, **wrong})

@@ -12,7 +12,13 @@ from safe_exec.batch.report_registry import write_all
 from tests.unit.batches import make_batch, make_entry
 from tests.unit.builders import make_verdict
 
-VARIABLES = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_WORKSPACE", "GITLAB_CI", "CI_PROJECT_DIR")
+VARIABLES = (
+    "GITHUB_ACTIONS",
+    "GITHUB_STEP_SUMMARY",
+    "GITHUB_WORKSPACE",
+    "GITLAB_CI",
+    "CI_PROJECT_DIR",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +46,20 @@ def test_what_is_written_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     assert files(github=False, gitlab=False) == []
 
 
-def test_a_summary_is_added_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_is_added_to_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     summary = tmp_path / "summary.md"
     summary.write_text("of an earlier command\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     batch = make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", make_verdict())], exit_code=3)
     assert write_all(batch, ci.reports(github=True, gitlab=False)) == 3
     assert summary.read_text().startswith("of an earlier command\n### ")
-    assert {path.name for path in batch.out.glob("*.*")} >= {"summary.json", "junit.xml", "report.html"}
+    assert {path.name for path in batch.out.glob("*.*")} >= {
+        "summary.json",
+        "junit.xml",
+        "report.html",
+    }
 
 
 def test_paths_are_those_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +70,10 @@ def test_paths_are_those_of_the_checkout(tmp_path: Path, monkeypatch: pytest.Mon
     batch = make_batch(root, [make_entry(root, "a.ipynb", make_verdict())])
     assert "file=below/a.ipynb," in next(ci.github_lines(batch))
     write_all(batch, ci.reports(github=False, gitlab=True))
-    assert json.loads((batch.out / "codequality.json").read_text())[0]["location"]["path"] == "below/a.ipynb"
+    assert (
+        json.loads((batch.out / "codequality.json").read_text())[0]["location"]["path"]
+        == "below/a.ipynb"
+    )
     monkeypatch.delenv("GITHUB_WORKSPACE")
     assert "file=a.ipynb," in next(ci.github_lines(batch))
 

@@ -31,13 +31,25 @@ def test_the_order_of_exit_codes() -> None:
 
 def test_the_order_in_help_is_the_same() -> None:
     said = re.sub(r"\s+", " ", command.help or "")
-    assert tuple(int(code) for code in re.findall(r"\b(\d+) [a-z]", said.partition("from good to bad:")[2])) == SEVERITY
+    assert (
+        tuple(
+            int(code)
+            for code in re.findall(r"\b(\d+) [a-z]", said.partition("from good to bad:")[2])
+        )
+        == SEVERITY
+    )
 
 
 def test_the_causes_that_are_tried_again() -> None:
     table = list(rows(section(TEXT, "Failing fast, trying again")))
     named = [set(CODE.findall(row[0])) for row in table]
-    assert named == [set(ALWAYS), {CauseKind.KERNEL_START_FAILED}, set(TIMES), {CauseKind.OUT_OF_MEMORY}, set()]
+    assert named == [
+        set(ALWAYS),
+        {CauseKind.KERNEL_START_FAILED},
+        set(TIMES),
+        {CauseKind.OUT_OF_MEMORY},
+        set(),
+    ]
     assert set(CODE.findall(table[2][1])) == set(WAITING)
 
 
@@ -52,7 +64,9 @@ def test_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [found for found in command.params if isinstance(found, click.Option)], ids=lambda found: str(found.name)
+    "option",
+    [found for found in command.params if isinstance(found, click.Option)],
+    ids=lambda found: str(found.name),
 )
 def test_every_option_is_described(option: click.Option) -> None:
     shared = {name for parameter in run.params for name in parameter.opts}

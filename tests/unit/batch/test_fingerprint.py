@@ -35,7 +35,9 @@ def test_what_is_put_is_got(tmp_path: Path) -> None:
     assert history.get(tmp_path / "b.ipynb") == Memory()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"seconds": true, "passed": 1}', '{"seconds": "1"}', "{" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"seconds": true, "passed": 1}', '{"seconds": "1"}', "{" * 100_000]
+)
 def test_what_is_spoilt_is_forgotten(tmp_path: Path, text: str) -> None:
     history = History(tmp_path)
     history.put(tmp_path / "a.ipynb", Memory(seconds=1.0, passed="k"))
@@ -58,7 +60,9 @@ def test_what_is_old_is_forgotten(tmp_path: Path) -> None:
     past = time.time() - (KEPT_DAYS + 1) * 86400
     os.utime(old, (past, past))
     history.tidy()
-    assert history.get(tmp_path / "old") == Memory() and history.get(tmp_path / "new") == Memory(seconds=1.0)
+    assert history.get(tmp_path / "old") == Memory() and history.get(tmp_path / "new") == Memory(
+        seconds=1.0
+    )
 
 
 # --- keys -------------------------------------------------------------------------------------------------------
@@ -99,7 +103,9 @@ def test_the_key_of_a_run_changes_with_the_content_and_not_with_the_file(folder:
     assert key_of_run(prepared(folder)) != before
 
 
-def test_the_key_of_a_pass_changes_with_inputs_and_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_a_pass_changes_with_inputs_and_kernel(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, kernels = prepared(folder), Kernels()
     before = key_of_pass(found, kernels, {})
     assert before == key_of_pass(found, kernels, {})
@@ -116,7 +122,9 @@ def test_the_environment_of_a_kernel_names_its_packages() -> None:
     assert Kernels().environment("no-such-kernel") == "none"
 
 
-def test_nothing_of_the_folder_that_we_are_in_is_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_folder_that_we_are_in_is_imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("json", "platform"):
         (folder / f"{name}.py").write_text(f"open({str(folder / 'trapped')!r}, 'w')")
     monkeypatch.chdir(folder)
@@ -150,7 +158,10 @@ def test_inputs_that_are_no_list_of_patterns_are_refused(value: object) -> None:
         declared_inputs({"safe_exec": {"inputs": value}}, "n.ipynb")
 
 
-@pytest.mark.parametrize("metadata", [{}, {"safe_exec": None}, {"safe_exec": {"limits": {}}}, {"safe_exec": {"inputs": None}}])
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"safe_exec": None}, {"safe_exec": {"limits": {}}}, {"safe_exec": {"inputs": None}}],
+)
 def test_no_inputs(metadata: dict[str, Any]) -> None:
     assert declared_inputs(metadata, "n.ipynb") == ()
 
@@ -177,7 +188,10 @@ def test_a_run_hears_of_signals_that_came_before_and_while_it_runs() -> None:
 
 
 def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:
-    limits, job = Limits(processes=100), Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=7))
+    limits, job = (
+        Limits(processes=100),
+        Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=7)),
+    )
     assert worker.beside_others(job, limits, 1) is job
     changed = worker.beside_others(job, limits, 3).machine
     assert changed is not None and changed.user_tasks == 7 + 2 * (100 + worker.OWN_TASKS)

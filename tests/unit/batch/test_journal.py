@@ -15,7 +15,16 @@ from safe_exec.errors import UsageError
 
 
 def record(path: str, key: str = "k", status: str = "passed") -> Finished:
-    return Finished(path=path, status=status, exit_code=0, seconds=1.5, attempts=1, flaky=False, key=key, verdict=f"{path}.json")
+    return Finished(
+        path=path,
+        status=status,
+        exit_code=0,
+        seconds=1.5,
+        attempts=1,
+        flaky=False,
+        key=key,
+        verdict=f"{path}.json",
+    )
 
 
 def written(folder: Path, *paths: str) -> bytes:
@@ -63,7 +72,9 @@ def is_json(line: bytes) -> bool:
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0, 1))
-def test_going_on_after_a_cut_line_loses_nothing(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+def test_going_on_after_a_cut_line_loses_nothing(
+    tmp_path_factory: pytest.TempPathFactory, share: float
+) -> None:
     folder = tmp_path_factory.mktemp("journal")
     whole = written(folder, "a", "b")
     size = round(share * len(whole))
@@ -93,7 +104,15 @@ def test_what_was_begun_once_more_is_not_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", "1", '{"event": "finished"}', '{"event": "finished", "path": "x", "odd": 1}', "{" * 9, "\x00"]
+    "line",
+    [
+        "[]",
+        "1",
+        '{"event": "finished"}',
+        '{"event": "finished", "path": "x", "odd": 1}',
+        "{" * 9,
+        "\x00",
+    ],
 )
 def test_lines_of_others_are_left_out(tmp_path: Path, line: str) -> None:
     written(tmp_path, "a")
@@ -129,7 +148,9 @@ def test_a_link_in_its_place_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_text() == "mine"
 
 
-def test_each_finished_notebook_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_finished_notebook_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[int] = []
     sync = os.fsync
 
@@ -145,7 +166,9 @@ def test_each_finished_notebook_is_on_the_disk(tmp_path: Path, monkeypatch: pyte
         assert len(synced) == 3
 
 
-def test_a_full_disk_is_noted_and_does_not_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noted_and_does_not_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_fd: int, _data: bytes) -> int:
         raise OSError(28, "No space left on device")
 

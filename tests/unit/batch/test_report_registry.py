@@ -62,7 +62,11 @@ def batch(out: Path, *entries: Entry, **changes: Any) -> Batch:
 def test_the_schema_is_one_and_knows_every_status_and_code() -> None:
     schema = summary_json.load_schema()
     Draft202012Validator.check_schema(schema)
-    assert schema["$defs"]["status"]["enum"] == [*map(str, Status), "refused", "unchanged", "not_run"] == list(STATUSES)
+    assert (
+        schema["$defs"]["status"]["enum"]
+        == [*map(str, Status), "refused", "unchanged", "not_run"]
+        == list(STATUSES)
+    )
     codes = sorted({*(status.exit_code for status in Status), 2})
     assert schema["properties"]["exit_code"]["enum"] == codes
     assert schema["$defs"]["notebook"]["properties"]["exit_code"]["enum"] == [*codes, None]
@@ -73,7 +77,17 @@ def test_the_summary_says_what_the_verdicts_say(tmp_path: Path) -> None:
     (tmp_path / "a.verdict.json").write_bytes(verdict_json.dumps(verdict))
     rows = (
         entry(tmp_path, "kernel_died", exit_code=3),
-        entry(tmp_path, "refused", "b", exit_code=2, seconds=None, attempts=0, verdict=None, notebook=None, error="no notebook"),
+        entry(
+            tmp_path,
+            "refused",
+            "b",
+            exit_code=2,
+            seconds=None,
+            attempts=0,
+            verdict=None,
+            notebook=None,
+            error="no notebook",
+        ),
     )
     summary_json.write(batch(tmp_path, *rows), tmp_path / "summary.json")
     document = json.loads((tmp_path / "summary.json").read_text())
@@ -81,7 +95,10 @@ def test_the_summary_says_what_the_verdicts_say(tmp_path: Path) -> None:
     first, second = document["notebooks"]
     assert verdict.cause is not None and verdict.crash_cell is not None
     assert (first["cause"], first["summary"]) == (verdict.cause.kind, verdict.cause.summary)
-    assert (first["crash_cell"], first["line"]) == (verdict.crash_cell.code_index, verdict.crash_cell.line)
+    assert (first["crash_cell"], first["line"]) == (
+        verdict.crash_cell.code_index,
+        verdict.crash_cell.line,
+    )
     assert (first["verdict"], first["notebook"]) == ("a.verdict.json", "a.out.ipynb")
     assert second["cause"] is None and second["error"] == "no notebook"
     assert document["counts"] == {"kernel_died": 1, "refused": 1} and document["shard"] == [1, 2]
@@ -89,18 +106,25 @@ def test_the_summary_says_what_the_verdicts_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", '{"cause": 1, "culprits": []}', "torn {"])
-def test_a_verdict_that_was_spoilt_since_costs_its_row_only_the_details(tmp_path: Path, text: str) -> None:
+def test_a_verdict_that_was_spoilt_since_costs_its_row_only_the_details(
+    tmp_path: Path, text: str
+) -> None:
     (tmp_path / "a.verdict.json").write_text(text)
     document = summary_json.to_document(batch(tmp_path, entry(tmp_path, "timeout", exit_code=4)))
     Draft202012Validator(summary_json.load_schema()).validate(document)
-    assert document["notebooks"][0]["cause"] is None and document["notebooks"][0]["status"] == "timeout"
+    assert (
+        document["notebooks"][0]["cause"] is None
+        and document["notebooks"][0]["status"] == "timeout"
+    )
 
 
 # --- the list of reports ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("report", BATCH_REPORTS, ids=[report.file for report in BATCH_REPORTS])
-def test_each_report_has_its_function_and_a_file_of_its_own(report: BatchReport, tmp_path: Path) -> None:
+def test_each_report_has_its_function_and_a_file_of_its_own(
+    report: BatchReport, tmp_path: Path
+) -> None:
     assert [other.file for other in BATCH_REPORTS].count(report.file) == 1
     report.function()(batch(tmp_path), tmp_path / report.file)
     assert (tmp_path / report.file).is_file()
@@ -120,7 +144,9 @@ def test_a_report_that_cannot_be_written_is_said_and_costs_no_other(
         return write
 
     monkeypatch.setattr(
-        report_registry, "BATCH_REPORTS", (BatchReport(file="a", writer="full"), BatchReport(file="b", writer="fine"))
+        report_registry,
+        "BATCH_REPORTS",
+        (BatchReport(file="a", writer="full"), BatchReport(file="b", writer="fine")),
     )
     monkeypatch.setattr(BatchReport, "function", lambda report: take(report.writer))
     with caplog.at_level(logging.ERROR):
@@ -137,13 +163,23 @@ def test_a_report_that_cannot_be_written_is_said_and_costs_no_other(
     [
         ({}, "passed · 2 code cells", "✓ docs/a.ipynb: passed · 2 code cells"),
         ({"flaky": True, "attempts": 2}, "passed", "✓ docs/a.ipynb: passed · flaky: attempt 2"),
-        ({"status": "kernel_died", "attempts": 3}, "kernel died", "✗ docs/a.ipynb: kernel died · the same in 3 attempts"),
-        ({"status": "refused", "error": "no\x1b[1m notebook"}, "", "✗ docs/a.ipynb: no\\x1b[1m notebook"),
+        (
+            {"status": "kernel_died", "attempts": 3},
+            "kernel died",
+            "✗ docs/a.ipynb: kernel died · the same in 3 attempts",
+        ),
+        (
+            {"status": "refused", "error": "no\x1b[1m notebook"},
+            "",
+            "✗ docs/a.ipynb: no\\x1b[1m notebook",
+        ),
         ({"status": "unchanged"}, "", "✓ docs/a.ipynb: unchanged"),
         ({"path": "d\n/\u202ea.ipynb"}, "passed", "✓ d /\\u202ea.ipynb: passed"),
     ],
 )
-def test_a_notebook_in_one_line(tmp_path: Path, changes: dict[str, Any], headline: str, line: str) -> None:
+def test_a_notebook_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], headline: str, line: str
+) -> None:
     assert line_of(entry(tmp_path, **changes), headline) == line
 
 
@@ -179,10 +215,16 @@ def test_a_live_table_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sink(events.CellStarted(time=1.0, index=0, code_index=0, source="answer = [1]"))
         progress.draw()
         shown = plain(stream)
-        assert "docs/[red]a.ipynb (attempt 2)" in shown and "answer = [1]" in shown and "0 of 2 done" in shown
+        assert (
+            "docs/[red]a.ipynb (attempt 2)" in shown
+            and "answer = [1]" in shown
+            and "0 of 2 done" in shown
+        )
         progress.finished(entry(tmp_path, "timeout", "b"), "timed out")
         progress.draw()
-    assert "[1/2] ✗ docs/b.ipynb: timed out" in plain(stream) and "1 of 2 done, 1 not passed" in plain(stream)
+    assert "[1/2] ✗ docs/b.ipynb: timed out" in plain(
+        stream
+    ) and "1 of 2 done, 1 not passed" in plain(stream)
     assert "\x1b[1;31m" in stream.getvalue()
 
 

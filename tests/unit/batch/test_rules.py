@@ -28,7 +28,16 @@ from safe_exec.batch.outcome import SEVERITY, STATUSES, exit_code, summary_line,
 from safe_exec.batch.retry import is_transient
 from safe_exec.errors import UsageError
 from safe_exec.model.limits import Limits
-from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact, Origin, Status, Verdict
+from safe_exec.model.verdict import (
+    Activity,
+    Cause,
+    CauseKind,
+    Confidence,
+    Fact,
+    Origin,
+    Status,
+    Verdict,
+)
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
 from tests.unit.builders import make_verdict
 
@@ -63,11 +72,19 @@ def test_one_always_runs() -> None:
 def test_one_without_a_limit_runs_alone() -> None:
     room = Room(jobs=4, memory=1000)
     assert not admits(room, [1], None) and not admits(room, [None], 1)
-    assert admits(Room(jobs=4, memory=None), [None], None), "where memory is not known it does not count"
+    assert admits(Room(jobs=4, memory=None), [None], None), (
+        "where memory is not known it does not count"
+    )
 
 
-@given(st.integers(1, 6), st.none() | st.integers(0, 40 << 30), st.lists(st.none() | st.integers(1, 8 << 30), max_size=6))
-def test_kernels_that_only_wait_fit_beside_all_limits(jobs: int, memory: int | None, running: list[int | None]) -> None:
+@given(
+    st.integers(1, 6),
+    st.none() | st.integers(0, 40 << 30),
+    st.lists(st.none() | st.integers(1, 8 << 30), max_size=6),
+)
+def test_kernels_that_only_wait_fit_beside_all_limits(
+    jobs: int, memory: int | None, running: list[int | None]
+) -> None:
     room = Room(jobs=jobs, memory=memory)
     ahead = 0
     while admits_ahead(room, running, ahead):
@@ -75,7 +92,9 @@ def test_kernels_that_only_wait_fit_beside_all_limits(jobs: int, memory: int | N
         assert ahead <= most_ahead(room) <= jobs
         if memory is not None:
             assert None not in running, "one without a limit may use all there is"
-            assert sum(limit for limit in running if limit is not None) + ahead * START_BYTES <= memory
+            assert (
+                sum(limit for limit in running if limit is not None) + ahead * START_BYTES <= memory
+            )
 
 
 def test_what_waits_counts_when_the_next_one_is_to_run() -> None:
@@ -118,17 +137,23 @@ def test_the_longest_comes_first_and_the_unknown_before_all() -> None:
 
 
 @given(PATHS, st.data(), st.integers(1, 7))
-def test_shards_are_a_partition_that_does_not_depend_on_the_order(paths: list[str], data: st.DataObject, shards: int) -> None:
+def test_shards_are_a_partition_that_does_not_depend_on_the_order(
+    paths: list[str], data: st.DataObject, shards: int
+) -> None:
     seconds = {path: data.draw(st.floats(0, 1000)) for path in paths if data.draw(st.booleans())}
     found = cut(paths, seconds, shards)
     assert len(found) == shards
     assert sorted(path for shard in found for path in shard) == sorted(paths)
     shuffled = data.draw(st.permutations(paths))
-    assert [set(shard) for shard in cut(shuffled, seconds, shards)] == [set(shard) for shard in found]
+    assert [set(shard) for shard in cut(shuffled, seconds, shards)] == [
+        set(shard) for shard in found
+    ]
 
 
 @given(PATHS, st.data(), st.integers(1, 7))
-def test_no_shard_takes_much_longer_than_another(paths: list[str], data: st.DataObject, shards: int) -> None:
+def test_no_shard_takes_much_longer_than_another(
+    paths: list[str], data: st.DataObject, shards: int
+) -> None:
     seconds = {path: data.draw(st.floats(0.1, 1000)) for path in paths}
     loads = [sum(seconds[path] for path in shard) for shard in cut(paths, seconds, shards)]
     assert max(loads) - min(loads) <= max(seconds.values(), default=0.0) + 1e-6
@@ -151,12 +176,18 @@ def test_shards_that_are_none(text: str) -> None:
 
 def test_timings_come_from_summaries_and_the_last_one_counts(tmp_path: Path) -> None:
     for name, rows in (("a", {"x": 1.0, "y": None}), ("b", {"x": 2.5, "z": 3})):
-        document = {"schema": "safe-exec/batch/1", "notebooks": [{"path": p, "seconds": s} for p, s in rows.items()]}
+        document = {
+            "schema": "safe-exec/batch/1",
+            "notebooks": [{"path": p, "seconds": s} for p, s in rows.items()],
+        }
         (tmp_path / name).write_text(json.dumps(document))
     assert read_timings([tmp_path / "a", tmp_path / "b"]) == {"x": 2.5, "z": 3.0}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other", "notebooks": []}', '{"schema": "safe-exec/batch/1"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"schema": "other", "notebooks": []}', '{"schema": "safe-exec/batch/1"}'],
+)
 def test_timings_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "t").write_text(text)
     with pytest.raises(UsageError, match=r"--timings .*expected the summary.json"):
@@ -174,9 +205,12 @@ def failed(
     **facts: str | float,
 ) -> Verdict:
     evidence = tuple(
-        Fact(fact=name.replace("_", " "), value=value, source="s", origin=Origin.OUTSIDE) for name, value in facts.items()
+        Fact(fact=name.replace("_", " "), value=value, source="s", origin=Origin.OUTSIDE)
+        for name, value in facts.items()
     )
-    cause = Cause(kind=kind, summary="s", confidence=Confidence.CERTAIN, evidence=evidence, activity=activity)
+    cause = Cause(
+        kind=kind, summary="s", confidence=Confidence.CERTAIN, evidence=evidence, activity=activity
+    )
     return make_verdict(status=status, cause=cause, limits=Limits(start_timeout=start_timeout))
 
 
@@ -190,20 +224,33 @@ def test_only_what_may_come_from_outside_is_tried_again(kind: CauseKind) -> None
 
 @pytest.mark.parametrize("status", list(Status))
 def test_what_did_not_fail_by_itself_is_not(status: Status) -> None:
-    wanted = status in (Status.KERNEL_DIED, Status.TIMEOUT, Status.LIMIT_EXCEEDED, Status.START_FAILED)
+    wanted = status in (
+        Status.KERNEL_DIED,
+        Status.TIMEOUT,
+        Status.LIMIT_EXCEEDED,
+        Status.START_FAILED,
+    )
     assert is_transient(failed(CauseKind.KILLED, status)) is wanted
 
 
-@pytest.mark.parametrize("kind", [CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE])
+@pytest.mark.parametrize(
+    "kind", [CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE]
+)
 @pytest.mark.parametrize("activity", [None, *Activity])
-def test_out_of_time_while_waiting_may_go_better(kind: CauseKind, activity: Activity | None) -> None:
-    waits = activity is not None and (activity.startswith("waiting") or activity is Activity.SLEEPING)
+def test_out_of_time_while_waiting_may_go_better(
+    kind: CauseKind, activity: Activity | None
+) -> None:
+    waits = activity is not None and (
+        activity.startswith("waiting") or activity is Activity.SLEEPING
+    )
     assert is_transient(failed(kind, Status.TIMEOUT, activity)) is waits
 
 
 def test_out_of_memory_is_tried_again_where_it_was_not_its_own_limit() -> None:
     assert not is_transient(failed(CauseKind.OUT_OF_MEMORY, killed_by_the_system=1))
-    assert is_transient(failed(CauseKind.OUT_OF_MEMORY, ran_out_in="a group above the sandbox, or the machine"))
+    assert is_transient(
+        failed(CauseKind.OUT_OF_MEMORY, ran_out_in="a group above the sandbox, or the machine")
+    )
     assert is_transient(failed(CauseKind.OUT_OF_MEMORY, marked_by="systemd-oomd"))
 
 
@@ -217,7 +264,9 @@ def test_out_of_memory_is_tried_again_where_it_was_not_its_own_limit() -> None:
     ],
 )
 def test_a_start_is_tried_again_where_time_ran_out(facts: dict[str, Any], wanted: bool) -> None:
-    verdict = failed(CauseKind.KERNEL_START_FAILED, Status.START_FAILED, start_timeout=60.0, **facts)
+    verdict = failed(
+        CauseKind.KERNEL_START_FAILED, Status.START_FAILED, start_timeout=60.0, **facts
+    )
     assert is_transient(verdict) is wanted
 
 
@@ -279,9 +328,13 @@ LINE = re.compile(
 )
 
 
-@given(st.lists(st.tuples(st.sampled_from(STATUSES), st.booleans()), max_size=20), st.floats(0, 1e6))
+@given(
+    st.lists(st.tuples(st.sampled_from(STATUSES), st.booleans()), max_size=20), st.floats(0, 1e6)
+)
 def test_the_last_line_can_be_parsed(statuses: list[tuple[str, bool]], seconds: float) -> None:
-    entries = tuple(entry(status, 0, flaky=flaky and status == "passed") for status, flaky in statuses)
+    entries = tuple(
+        entry(status, 0, flaky=flaky and status == "passed") for status, flaky in statuses
+    )
     batch = Batch(
         entries=entries,
         root=Path(),
@@ -294,7 +347,11 @@ def test_the_last_line_can_be_parsed(statuses: list[tuple[str, bool]], seconds: 
     )
     line = LINE.fullmatch(summary_line(batch))
     assert line and int(line[1]) == len(entries) and line[4] == "3"
-    found = dict(part.split(" ")[1::-1] for part in re.sub(r" \(.*?\)", "", line[2] or "").split(", ") if part)
+    found = dict(
+        part.split(" ")[1::-1]
+        for part in re.sub(r" \(.*?\)", "", line[2] or "").split(", ")
+        if part
+    )
     assert {status: int(count) for status, count in found.items()} == batch.counts()
 
 

@@ -39,13 +39,23 @@ def tree(tmp_path: Path) -> Path:
 
 
 def chosen(
-    tree: Path, *arguments: str, exclude: Sequence[str] = (), listed: Sequence[str] = (), cwd: Path | None = None
+    tree: Path,
+    *arguments: str,
+    exclude: Sequence[str] = (),
+    listed: Sequence[str] = (),
+    cwd: Path | None = None,
 ) -> list[str]:
-    return [one.path for one in found(tree, *arguments, exclude=exclude, listed=listed, cwd=cwd).chosen]
+    return [
+        one.path for one in found(tree, *arguments, exclude=exclude, listed=listed, cwd=cwd).chosen
+    ]
 
 
 def found(
-    tree: Path, *arguments: str, exclude: Sequence[str] = (), listed: Sequence[str] = (), cwd: Path | None = None
+    tree: Path,
+    *arguments: str,
+    exclude: Sequence[str] = (),
+    listed: Sequence[str] = (),
+    cwd: Path | None = None,
 ) -> Selection:
     return select(arguments, listed=listed, exclude=exclude, cwd=cwd or tree, out=tree / "out")
 
@@ -73,7 +83,18 @@ def test_patterns_that_no_shell_has_expanded(tree: Path, pattern: str, wanted: l
 
 def test_a_file_is_run_once_whatever_names_it(tree: Path) -> None:
     (tree / "link.ipynb").symlink_to("a.ipynb")
-    assert chosen(tree, "a.ipynb", "./a.ipynb", "docs/../a.ipynb", str(tree / "a.ipynb"), "link.ipynb", ".").count("a.ipynb") == 1
+    assert (
+        chosen(
+            tree,
+            "a.ipynb",
+            "./a.ipynb",
+            "docs/../a.ipynb",
+            str(tree / "a.ipynb"),
+            "link.ipynb",
+            ".",
+        ).count("a.ipynb")
+        == 1
+    )
     assert "link.ipynb" not in chosen(tree, "a.ipynb", "link.ipynb")
 
 
@@ -92,7 +113,10 @@ def test_a_file_that_is_named_is_meant_where_a_folder_would_leave_it_out(tree: P
     assert chosen(tree, "env/f.ipynb", "out/docs/c.ipynb") == ["env/f.ipynb", "out/docs/c.ipynb"]
 
 
-@pytest.mark.parametrize(("argument", "words"), [("no.ipynb", "no such file"), ("no-*.ipynb", "matches nothing"), ("out", None)])
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("no.ipynb", "no such file"), ("no-*.ipynb", "matches nothing"), ("out", None)],
+)
 def test_what_is_not_there_is_an_error(tree: Path, argument: str, words: str | None) -> None:
     if words is None:  # a folder that is named is walked, be it the output's
         assert chosen(tree, argument) == ["out/docs/c.ipynb"]
@@ -109,7 +133,11 @@ def test_a_folder_without_notebooks_is_an_error_and_an_empty_list_is_none(tree: 
 
 
 def test_a_list_may_name_other_files_too(tree: Path) -> None:
-    assert chosen(tree, listed=["notes.md", "docs", "a.ipynb"]) == ["a.ipynb", "docs/c.ipynb", "docs/deep/d.ipynb"]
+    assert chosen(tree, listed=["notes.md", "docs", "a.ipynb"]) == [
+        "a.ipynb",
+        "docs/c.ipynb",
+        "docs/deep/d.ipynb",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +192,18 @@ def test_a_repository_within_another_has_its_own_rules(tree: Path) -> None:
     git(tree, "init", "-q")
     git(tree / "docs", "init", "-q")
     (tree / "docs" / ".gitignore").write_text("deep\n")
-    git(tree, "-c", "user.email=a@b", "-c", "user.name=a", "commit", "-q", "--allow-empty", "-m", "x")
+    git(
+        tree,
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "user.name=a",
+        "commit",
+        "-q",
+        "--allow-empty",
+        "-m",
+        "x",
+    )
     assert chosen(tree, ".") == ["a.ipynb", "docs/c.ipynb"]
 
 
@@ -181,7 +220,13 @@ def test_no_program_of_a_repositorys_settings_is_run(tree: Path) -> None:
     git(tree, "add", "a.ipynb")
     (tree / ".gitignore").write_text("deep/\n")
     program, trapped = trap(tree)
-    for name in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "core.alternateRefsCommand"):
+    for name in (
+        "core.fsmonitor",
+        "core.sshCommand",
+        "core.pager",
+        "core.editor",
+        "core.alternateRefsCommand",
+    ):
         git(tree, "config", name, str(program))
     git(tree, "config", "core.hooksPath", str(program.parent))
     git(tree, "status")
@@ -210,7 +255,9 @@ def test_what_a_partial_clone_lacks_is_not_fetched(tree: Path) -> None:
         "remote.origin.uploadpack": str(program),
     }.items():
         git(tree, "config", name, value)
-    subprocess.run(["git", "-C", str(tree), "check-ignore", "docs/c.ipynb"], check=False, capture_output=True)
+    subprocess.run(
+        ["git", "-C", str(tree), "check-ignore", "docs/c.ipynb"], check=False, capture_output=True
+    )
     assert trapped.exists(), "no trap"
     trapped.unlink()
     assert "a.ipynb" in chosen(tree, ".") and not trapped.exists()
@@ -223,7 +270,9 @@ def test_git_that_fails_leaves_nothing_out_and_says_so(tree: Path) -> None:
     assert "git could not say" in result.notes[0]
 
 
-def test_without_git_nothing_is_left_out_and_it_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_nothing_is_left_out_and_it_is_said(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     git(tree, "init", "-q")
     (tree / ".gitignore").write_text("a.ipynb\n")
     monkeypatch.setattr(shutil, "which", lambda _name: None)
@@ -256,7 +305,9 @@ def test_documents_of_two_never_meet() -> None:
     assert len(set(stems.values())) == len(stems)
 
 
-@given(st.lists(st.from_regex(r"(d/)?[ab](\.ipynb|\.IPYNB|\.out){0,3}", fullmatch=True), unique=True))
+@given(
+    st.lists(st.from_regex(r"(d/)?[ab](\.ipynb|\.IPYNB|\.out){0,3}", fullmatch=True), unique=True)
+)
 def test_documents_never_meet(paths: list[str]) -> None:
     stems = document_stems(paths)
     assert set(stems) == set(paths) and len(set(stems.values())) == len(paths)

@@ -15,7 +15,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from safe_exec.cli import doctor, tables
-from safe_exec.cli.doctor import EVERY_LIMIT, EVERY_WALL, Diagnosis, as_document, command, facts, place, report
+from safe_exec.cli.doctor import (
+    EVERY_LIMIT,
+    EVERY_WALL,
+    Diagnosis,
+    as_document,
+    command,
+    facts,
+    place,
+    report,
+)
 from safe_exec.errors import LimitsError, UsageError
 from safe_exec.keeper import procfs
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
@@ -38,17 +47,27 @@ V2_ALL = frozenset({"memory", "pids", "cpu"})
 MEMORY, CPUS, PROCESSES = LimitName.MEMORY, LimitName.CPUS, LimitName.PROCESSES
 
 NO_V2 = "no group above this process hands memory and pids on to new groups"
-USER = Machine(uid=1000, v2_why_not=NO_V2, v1_why_not="cgroup v1 controllers are not mounted", user_tasks=40)
+USER = Machine(
+    uid=1000, v2_why_not=NO_V2, v1_why_not="cgroup v1 controllers are not mounted", user_tasks=40
+)
 ROOT = replace(USER, uid=0, user_tasks=None)
 SYSTEMD = Surroundings(
     user="ann", tree=CgroupTree.V2, controllers=V2_ALL, systemd=True, systemd_run=True, user_manager=True,
     user_controllers=V2_ALL, runtime_dir=True, linger=True,
 )  # fmt: skip
 IN_DOCKER = Surroundings(
-    user="root", tree=CgroupTree.V2, controllers=V2_ALL, container=Container.DOCKER, read_only=True, systemd_run=True
+    user="root",
+    tree=CgroupTree.V2,
+    controllers=V2_ALL,
+    container=Container.DOCKER,
+    read_only=True,
+    systemd_run=True,
 )
 USERS_SCOPE = Scope(
-    slice="app.slice", directory=Path("/sys/fs/cgroup/app.slice"), controllers=V2_ALL, runtime=Path("/run/user/1000")
+    slice="app.slice",
+    directory=Path("/sys/fs/cgroup/app.slice"),
+    controllers=V2_ALL,
+    runtime=Path("/run/user/1000"),
 )
 SCOPE = "systemd-run --user --scope -p Delegate=yes safe-exec run NOTEBOOK"
 SUDO = 'sudo -E env "PATH=$PATH" safe-exec run NOTEBOOK'
@@ -71,7 +90,10 @@ class Case:
 
 CASES = {
     "root on v1": Case(
-        machine=replace(ROOT, v1=V1), around=Surroundings(user="root", tree=CgroupTree.HYBRID), weak=(), never=("sudo",)
+        machine=replace(ROOT, v1=V1),
+        around=Surroundings(user="root", tree=CgroupTree.HYBRID),
+        weak=(),
+        never=("sudo",),
     ),
     "root on v2": Case(
         machine=replace(ROOT, v2=Path("/sys/fs/cgroup/system.slice"), v2_controllers=V2_ALL),
@@ -104,17 +126,24 @@ CASES = {
         steps=("mount -t cgroup2 none /sys/fs/cgroup", HAND_ON),
     ),
     "user with a systemd session": Case(
-        machine=USER, around=SYSTEMD, steps=(SCOPE, SUDO), never=("enable-linger", "delegate.conf", "XDG_RUNTIME_DIR")
+        machine=USER,
+        around=SYSTEMD,
+        steps=(SCOPE, SUDO),
+        never=("enable-linger", "delegate.conf", "XDG_RUNTIME_DIR"),
     ),
     "user with a systemd session, not lingering": Case(
         machine=USER, around=replace(SYSTEMD, linger=False), steps=(SCOPE, SUDO), notes=(LINGER,)
     ),
     "user after su": Case(
-        machine=USER, around=replace(SYSTEMD, runtime_dir=False), steps=(f"XDG_RUNTIME_DIR=/run/user/1000 {SCOPE}",)
+        machine=USER,
+        around=replace(SYSTEMD, runtime_dir=False),
+        steps=(f"XDG_RUNTIME_DIR=/run/user/1000 {SCOPE}",),
     ),
     "user whose systemd does not run": Case(
         machine=USER,
-        around=replace(SYSTEMD, user_manager=False, runtime_dir=False, linger=False, user_controllers=None),
+        around=replace(
+            SYSTEMD, user_manager=False, runtime_dir=False, linger=False, user_controllers=None
+        ),
         steps=(LINGER, SUDO),
         never=(SCOPE,),
     ),
@@ -143,7 +172,9 @@ CASES = {
     ),
     "user who gets scopes": Case(machine=replace(USER, scope=USERS_SCOPE), around=SYSTEMD, weak=()),
     "user whose systemd cannot be reached": Case(
-        machine=replace(USER, v2_why_not="not ours", scope_why_not="no systemd of user 1000 is running"),
+        machine=replace(
+            USER, v2_why_not="not ours", scope_why_not="no systemd of user 1000 is running"
+        ),
         around=SYSTEMD,
         steps=(SCOPE,),
     ),
@@ -168,13 +199,23 @@ CASES = {
     "user without anything on v1": Case(
         machine=USER,
         around=Surroundings(user="ann", tree=CgroupTree.HYBRID),
-        steps=("for c in memory pids cpu cpuacct; do", "g=/sys/fs/cgroup/$c/safe-exec-ann", "done", SUDO),
+        steps=(
+            "for c in memory pids cpu cpuacct; do",
+            "g=/sys/fs/cgroup/$c/safe-exec-ann",
+            "done",
+            SUDO,
+        ),
         never=("systemd-run", "reboot"),
     ),
     "user on v1 with systemd": Case(
         machine=USER,
         around=replace(SYSTEMD, tree=CgroupTree.HYBRID),
-        steps=("for c in memory", "systemd.unified_cgroup_hierarchy=1", "sudo update-grub && sudo reboot", SUDO),
+        steps=(
+            "for c in memory",
+            "systemd.unified_cgroup_hierarchy=1",
+            "sudo update-grub && sudo reboot",
+            SUDO,
+        ),
         never=("systemd-run",),
     ),
     "docker on v2": Case(
@@ -193,7 +234,9 @@ CASES = {
         notes=("refused by rootless Docker", "what root can"),
     ),
     "docker on v2, an ordinary user": Case(
-        machine=USER, around=replace(IN_DOCKER, user="ann"), steps=("chown ann /sys/fs/cgroup /sys/fs/cgroup/cgroup.procs",)
+        machine=USER,
+        around=replace(IN_DOCKER, user="ann"),
+        steps=("chown ann /sys/fs/cgroup /sys/fs/cgroup/cgroup.procs",),
     ),
     "docker on v2, groups writable already": Case(
         machine=ROOT,
@@ -210,7 +253,10 @@ CASES = {
         never=("writable-cgroups", "xargs"),
     ),
     "docker with systemd in it": Case(
-        machine=USER, around=replace(SYSTEMD, container=Container.DOCKER), steps=(SCOPE,), never=("docker",)
+        machine=USER,
+        around=replace(SYSTEMD, container=Container.DOCKER),
+        steps=(SCOPE,),
+        never=("docker",),
     ),
     "docker in a github workflow": Case(
         machine=ROOT,
@@ -259,8 +305,14 @@ CASES = {
             SUDO,
         ),
     ),
-    "wsl 2 with systemd on v2": Case(machine=USER, around=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)),
-    "wsl 1": Case(machine=USER, around=Surroundings(user="ann", wsl=1), steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",)),
+    "wsl 2 with systemd on v2": Case(
+        machine=USER, around=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)
+    ),
+    "wsl 1": Case(
+        machine=USER,
+        around=Surroundings(user="ann", wsl=1),
+        steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",),
+    ),
     "macOS": Case(
         machine=Machine(platform="darwin", uid=501),
         around=Surroundings(user="ann"),
@@ -290,11 +342,15 @@ def test_weak_limits_and_their_remedies(case: Case) -> None:
     plan = build_plan(EVERY_LIMIT, case.machine, "test")
     remedies = remedies_of(case)
     assert set(weak_limits(plan)) == set(case.weak)
-    assert {name for remedy in remedies for name in remedy.limits} == set(case.weak), "each weakness has a remedy, no more"
+    assert {name for remedy in remedies for name in remedy.limits} == set(case.weak), (
+        "each weakness has a remedy, no more"
+    )
     steps = [step for remedy in remedies for way in remedy.ways for step in way.steps]
     rest = iter(steps)
     for wanted in case.steps:
-        assert any(wanted in step for step in rest), f"{wanted!r} is missing, or out of order, in {steps}"
+        assert any(wanted in step for step in rest), (
+            f"{wanted!r} is missing, or out of order, in {steps}"
+        )
     text = "\n".join(steps)
     assert not [unwanted for unwanted in case.never if unwanted in text]
     notes = "\n".join(way.note for remedy in remedies for way in remedy.ways)
@@ -313,8 +369,14 @@ def test_every_remedy_says_why_and_what(case: Case) -> None:
 def test_every_command_is_one_that_a_shell_can_read(case: Case) -> None:
     for remedy in remedies_of(case):
         for way in remedy.ways:
-            script = "\n".join(step for step in way.steps if step not in ("[wsl2]", "securityContext: {privileged: true}"))
-            checked = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True, check=False)
+            script = "\n".join(
+                step
+                for step in way.steps
+                if step not in ("[wsl2]", "securityContext: {privileged: true}")
+            )
+            checked = subprocess.run(
+                ["sh", "-n"], input=script, capture_output=True, text=True, check=False
+            )
             assert checked.returncode == 0, checked.stderr
 
 
@@ -397,7 +459,9 @@ MOUNT_UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgrou
         (MOUNT_V2 + MOUNT_SYSTEMD, CgroupTree.V2, False),
     ],
 )
-def test_the_tree_is_read_from_the_mounts(tmp_path: Path, mountinfo: str, tree: CgroupTree, read_only: bool) -> None:
+def test_the_tree_is_read_from_the_mounts(
+    tmp_path: Path, mountinfo: str, tree: CgroupTree, read_only: bool
+) -> None:
     found = look(root=world(tmp_path, {"proc/self/mountinfo": mountinfo}), environ={}, uid=1000)
     assert (found.tree, found.read_only) == (tree, read_only)
 
@@ -412,20 +476,30 @@ def test_the_tree_is_read_from_the_mounts(tmp_path: Path, mountinfo: str, tree: 
         ({"proc/self/cgroup": "0::/machine.slice/libpod-1.scope\n"}, {}, Container.PODMAN),
         ({"proc/self/cgroup": "4:memory:/docker/01ab\n"}, {}, Container.DOCKER),
         ({"proc/self/cgroup": "0::/system.slice/docker-01ab.scope\n"}, {}, Container.DOCKER),
-        ({".dockerenv": "", "proc/self/cgroup": "0::/kubepods.slice/a\n"}, {}, Container.KUBERNETES),
+        (
+            {".dockerenv": "", "proc/self/cgroup": "0::/kubepods.slice/a\n"},
+            {},
+            Container.KUBERNETES,
+        ),
         ({}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, Container.KUBERNETES),
         ({}, {"container": "lxc"}, Container.OTHER),
         ({"run/systemd/container": "systemd-nspawn\n"}, {}, Container.OTHER),
         ({"run/systemd/container": "wsl\n"}, {}, Container.NONE),
     ],
 )
-def test_containers_are_told_apart(tmp_path: Path, files: dict[str, str], environ: dict[str, str], container: Container) -> None:
+def test_containers_are_told_apart(
+    tmp_path: Path, files: dict[str, str], environ: dict[str, str], container: Container
+) -> None:
     assert look(root=world(tmp_path, files), environ=environ, uid=0).container is container
 
 
 @pytest.mark.parametrize(
     ("release", "wsl"),
-    [("6.1.0-18-amd64", None), ("5.15.90.1-microsoft-standard-WSL2", 2), ("4.4.0-19041-Microsoft", 1)],
+    [
+        ("6.1.0-18-amd64", None),
+        ("5.15.90.1-microsoft-standard-WSL2", 2),
+        ("4.4.0-19041-Microsoft", 1),
+    ],
 )
 def test_wsl_is_told_by_its_kernel(tmp_path: Path, release: str, wsl: int | None) -> None:
     assert look(root=tmp_path, environ={}, uid=0, release=release).wsl == wsl
@@ -446,7 +520,11 @@ def test_systemd_and_its_user_manager_are_found(tmp_path: Path) -> None:
             "usr/bin/systemd-run": "",
         },
     )
-    environ = {"XDG_RUNTIME_DIR": "/run/user/1000", "GITHUB_ACTIONS": "true", "PATH": "/usr/local/bin:/usr/bin"}
+    environ = {
+        "XDG_RUNTIME_DIR": "/run/user/1000",
+        "GITHUB_ACTIONS": "true",
+        "PATH": "/usr/local/bin:/usr/bin",
+    }
     assert look(root=root, environ=environ, uid=1000, release="6.1") == Surroundings(
         release="6.1",
         user="ann",
@@ -472,7 +550,12 @@ def test_notes_of_dead_runs_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     own = procfs.stat(os.getpid())
     assert own is not None
-    dead = {"owner": own.pid, "owner_started": own.started - 1, "keeper": own.pid, "keeper_started": own.started - 1}
+    dead = {
+        "owner": own.pid,
+        "owner_started": own.started - 1,
+        "keeper": own.pid,
+        "keeper_started": own.started - 1,
+    }
     stale_runs.write_note(stale_runs.note_path("dead"), dead)
     stale_runs.write_note(stale_runs.note_path("alive"), {**dead, "keeper_started": own.started})
     stale_runs.notes_directory().joinpath("half-written.json").write_text('{"owner": 1')
@@ -499,7 +582,9 @@ def doctor_of(case: Case, **changes: object) -> Diagnosis:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_exit_code_is_that_of_require_all(case: Case) -> None:
     plan = build_plan(EVERY_LIMIT, case.machine, "test")
-    assert doctor_of(case).exit_code == (0 if all(plan.enforcement[name].hard for name in REQUIRE_ALL) else 1)
+    assert doctor_of(case).exit_code == (
+        0 if all(plan.enforcement[name].hard for name in REQUIRE_ALL) else 1
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -508,8 +593,13 @@ def test_the_report_has_each_limit_once_and_never_breaks_a_command(case: Case) -
     lines = list(report(found, Style(width=60)))
     for name in (*LimitName, *(wall for wall in Wall if wall is not Wall.HIDDEN)):
         count = 2 if name.value == "processes" else 1  # a limit and a wall
-        assert sum(re.match(rf"  [✓~✗·]  {name.value} ", line) is not None for line in lines) == count
-    ways = [*(way for remedy in found.remedies for way in remedy.ways), *(way for r in found.wall_remedies for way in r.ways)]
+        assert (
+            sum(re.match(rf"  [✓~✗·]  {name.value} ", line) is not None for line in lines) == count
+        )
+    ways = [
+        *(way for remedy in found.remedies for way in remedy.ways),
+        *(way for r in found.wall_remedies for way in r.ways),
+    ]
     for step in (step for way in ways for step in way.steps):
         assert f"      {step}" in lines
 
@@ -525,7 +615,11 @@ def test_the_json_can_be_written(case: Case) -> None:
 
 def test_columns_stay_aligned_without_signs_and_with_colours() -> None:
     found = doctor_of(CASES["user without anything on v1"])
-    plain = [line for line in report(found, Style(encoding="ascii")) if "rlimit" in line or "nothing" in line]
+    plain = [
+        line
+        for line in report(found, Style(encoding="ascii"))
+        if "rlimit" in line or "nothing" in line
+    ]
     assert plain[0].startswith("  ~   memory")
     assert plain[1].startswith("  x   cpus")
     assert plain[2].startswith("  ok  cpu_time")
@@ -535,13 +629,22 @@ def test_columns_stay_aligned_without_signs_and_with_colours() -> None:
 
 
 def test_what_else_there_is_to_know() -> None:
-    machine = replace(CASES["root on v1"].machine, bubblewrap="/usr/bin/bwrap", bubblewrap_version="0.8.0", landlock=4)
-    text = "\n".join(report(doctor_of(replace(CASES["root on v1"], machine=machine), dead_runs=2), Style()))
+    machine = replace(
+        CASES["root on v1"].machine,
+        bubblewrap="/usr/bin/bwrap",
+        bubblewrap_version="0.8.0",
+        landlock=4,
+    )
+    text = "\n".join(
+        report(doctor_of(replace(CASES["root on v1"], machine=machine), dead_runs=2), Style())
+    )
     assert "2 earlier runs were killed" in text
     assert "version 0.8.0, works here" in text
     assert "version 4; it stands in where bubblewrap cannot work" in text
     assert "as root a notebook without walls can undo its limits" in text
-    text = "\n".join(report(doctor_of(CASES["github runner"], kernels=(), dead_runs="/x is not ours"), Style()))
+    text = "\n".join(
+        report(doctor_of(CASES["github runner"], kernels=(), dead_runs="/x is not ours"), Style())
+    )
     assert "none is installed" in text
     assert "/x is not ours" in text
     assert "as root a notebook" not in text
@@ -587,7 +690,9 @@ def test_on_this_machine_with_every_mechanism_and_with_each_alone() -> None:
         found = json.loads(result.stdout)
         allowed = {mechanism.value, "runner", "none"}
         assert {held["by"] for held in found["limits"].values()} <= allowed
-        assert {held["by"] for held in found["walls"].values()} <= {*allowed, "kernel"}, "what a process gives up by itself"
+        assert {held["by"] for held in found["walls"].values()} <= {*allowed, "kernel"}, (
+            "what a process gives up by itself"
+        )
         assert result.return_value == found["exit_code"] == 1, "no mechanism alone holds all five"
 
 
@@ -631,7 +736,9 @@ def fake_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def fake_bubblewrap(folder: Path, version: str, *, fails: str = "") -> None:
     path = folder / "bwrap"
-    path.write_text(f'#!/bin/sh\necho "$1" >> {folder}/calls\n[ "$1" = --version ] && {version} || {fails or "exit 0"}\n')
+    path.write_text(
+        f'#!/bin/sh\necho "$1" >> {folder}/calls\n[ "$1" = --version ] && {version} || {fails or "exit 0"}\n'
+    )
     path.chmod(0o755)
 
 
@@ -642,16 +749,31 @@ def fake_bubblewrap(folder: Path, version: str, *, fails: str = "") -> None:
         ("echo bubblewrap 0.11.2", "", True, ""),
         ("echo bubblewrap 1.0", "", True, ""),
         ("echo something else", "", True, ""),  # it works, whatever it calls itself
-        ("echo bubblewrap 0.4.1", "exit 1", False, "version 0.4.1 is too old (0.5.0 is the oldest that will do)"),
-        ("echo bubblewrap 0.8.0", "{ echo x >&2; echo bwrap: no permission >&2; exit 1; }", False, "bwrap: no permission"),
+        (
+            "echo bubblewrap 0.4.1",
+            "exit 1",
+            False,
+            "version 0.4.1 is too old (0.5.0 is the oldest that will do)",
+        ),
+        (
+            "echo bubblewrap 0.8.0",
+            "{ echo x >&2; echo bwrap: no permission >&2; exit 1; }",
+            False,
+            "bwrap: no permission",
+        ),
         ("echo bubblewrap 0.8.0", "exit 3", False, "it failed without a word"),
         ("exit 1", "exit 3", False, "it failed without a word"),
     ],
 )
-def test_bubblewrap_is_tried(fake_path: Path, version: str, fails: str, works: bool, why_not: str) -> None:
+def test_bubblewrap_is_tried(
+    fake_path: Path, version: str, fails: str, works: bool, why_not: str
+) -> None:
     fake_bubblewrap(fake_path, version, fails=fails)
     found = look_for_walls(Machine())
-    assert (found.bubblewrap, found.bubblewrap_why_not) == (str(fake_path / "bwrap") if works else None, why_not)
+    assert (found.bubblewrap, found.bubblewrap_why_not) == (
+        str(fake_path / "bwrap") if works else None,
+        why_not,
+    )
 
 
 def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_path: Path) -> None:
@@ -663,7 +785,9 @@ def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_pa
     assert look_for_walls(Machine()).bubblewrap_version == "0.8.0"
 
 
-def test_a_rehearsal_that_does_not_end_is_killed(fake_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_that_does_not_end_is_killed(
+    fake_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(capabilities, "BUBBLEWRAP_SECONDS", 0.2)
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exec sleep 600")
     with Rehearsal() as rehearsal:
@@ -673,20 +797,36 @@ def test_a_rehearsal_that_does_not_end_is_killed(fake_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("profile", "options", "walls", "looks"),
-    [("default", {}, {}, 0), ("default", {"disk": "1G"}, {}, 1), ("default", {}, {"network": False}, 1), ("ci", {}, {}, 1)],
+    [
+        ("default", {}, {}, 0),
+        ("default", {"disk": "1G"}, {}, 1),
+        ("default", {}, {"network": False}, 1),
+        ("ci", {}, {}, 1),
+    ],
 )
 def test_a_run_without_walls_does_not_look_for_them(
     fake_path: Path, profile: str, options: dict[str, object], walls: dict[str, object], looks: int
 ) -> None:
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0")
-    prepare(Job(path=make_notebook(fake_path / "nb.ipynb", "1"), limits=profile, options=options, walls=walls))
+    prepare(
+        Job(
+            path=make_notebook(fake_path / "nb.ipynb", "1"),
+            limits=profile,
+            options=options,
+            walls=walls,
+        )
+    )
     calls = fake_path / "calls"
     assert (len(calls.read_text().splitlines()) if calls.exists() else 0) == looks
 
 
 def test_elsewhere_than_on_linux_nothing_is_looked_for() -> None:
     found = look_for_walls(Machine(platform="darwin"))
-    assert (found.bubblewrap, found.landlock, found.bubblewrap_why_not) == (None, 0, "there is none for darwin")
+    assert (found.bubblewrap, found.landlock, found.bubblewrap_why_not) == (
+        None,
+        0,
+        "there is none for darwin",
+    )
 
 
 # --- what mends walls -------------------------------------------------------------------------------------------
@@ -696,9 +836,19 @@ HAVE = replace(USER, bubblewrap_version="0.9.0", bubblewrap_why_not=REFUSED)
 LACK = replace(USER, bubblewrap_why_not=NOT_INSTALLED)
 WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     "debian": (LACK, Surroundings(distribution="debian"), ["sudo apt-get install bubblewrap"], []),
-    "ubuntu, root": (replace(LACK, uid=0), Surroundings(distribution="ubuntu debian"), ["apt-get install bubblewrap"], ["sudo"]),
+    "ubuntu, root": (
+        replace(LACK, uid=0),
+        Surroundings(distribution="ubuntu debian"),
+        ["apt-get install bubblewrap"],
+        ["sudo"],
+    ),
     "fedora": (LACK, Surroundings(distribution="fedora"), ["sudo dnf install bubblewrap"], ["apt"]),
-    "alma": (LACK, Surroundings(distribution="almalinux rhel centos fedora"), ["sudo dnf install bubblewrap"], []),
+    "alma": (
+        LACK,
+        Surroundings(distribution="almalinux rhel centos fedora"),
+        ["sudo dnf install bubblewrap"],
+        [],
+    ),
     "arch": (LACK, Surroundings(distribution="arch"), ["sudo pacman -S bubblewrap"], []),
     "unknown": (LACK, Surroundings(), ["sudo apt-get install bubblewrap"], []),
     "ubuntu 24.04": (
@@ -712,9 +862,24 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
         ],
         ["install"],
     ),
-    "debian 10": (HAVE, Surroundings(no_userns_clone=True), ["sudo sysctl -w kernel.unprivileged_userns_clone=1"], ["apparmor"]),
-    "hardened": (HAVE, Surroundings(no_user_namespaces=True), ["sudo sysctl -w user.max_user_namespaces=10000"], []),
-    "no known reason": (HAVE, Surroundings(), ["bwrap --ro-bind", "apt-get install bubblewrap"], ["sysctl"]),
+    "debian 10": (
+        HAVE,
+        Surroundings(no_userns_clone=True),
+        ["sudo sysctl -w kernel.unprivileged_userns_clone=1"],
+        ["apparmor"],
+    ),
+    "hardened": (
+        HAVE,
+        Surroundings(no_user_namespaces=True),
+        ["sudo sysctl -w user.max_user_namespaces=10000"],
+        [],
+    ),
+    "no known reason": (
+        HAVE,
+        Surroundings(),
+        ["bwrap --ro-bind", "apt-get install bubblewrap"],
+        ["sysctl"],
+    ),
     "docker": (
         HAVE,
         Surroundings(container=Container.DOCKER),
@@ -727,19 +892,52 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     "docker on ubuntu": (
         HAVE,
         Surroundings(container=Container.DOCKER, apparmor_userns=True),
-        ["docker run", "# and on the host:", "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"],
+        [
+            "docker run",
+            "# and on the host:",
+            "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+        ],
         [],
     ),
-    "docker without it": (LACK, Surroundings(container=Container.DOCKER), ["apt-get install"], ["docker run"]),
-    "podman": (HAVE, Surroundings(container=Container.PODMAN), ["podman run --security-opt seccomp=unconfined"], ["docker"]),
-    "kubernetes": (HAVE, Surroundings(container=Container.KUBERNETES), ["procMount: Unmasked"], ["docker"]),
-    "other container": (HAVE, Surroundings(container=Container.OTHER), ["# how is for its manager to say"], ["docker"]),
-    "not allowed": (replace(HAVE, allowed=frozenset({Mechanism.RLIMIT})), Surroundings(apparmor_userns=True), [], ["sudo"]),
+    "docker without it": (
+        LACK,
+        Surroundings(container=Container.DOCKER),
+        ["apt-get install"],
+        ["docker run"],
+    ),
+    "podman": (
+        HAVE,
+        Surroundings(container=Container.PODMAN),
+        ["podman run --security-opt seccomp=unconfined"],
+        ["docker"],
+    ),
+    "kubernetes": (
+        HAVE,
+        Surroundings(container=Container.KUBERNETES),
+        ["procMount: Unmasked"],
+        ["docker"],
+    ),
+    "other container": (
+        HAVE,
+        Surroundings(container=Container.OTHER),
+        ["# how is for its manager to say"],
+        ["docker"],
+    ),
+    "not allowed": (
+        replace(HAVE, allowed=frozenset({Mechanism.RLIMIT})),
+        Surroundings(apparmor_userns=True),
+        [],
+        ["sudo"],
+    ),
 }
 
 
-@pytest.mark.parametrize(("machine", "around", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES)
-def test_what_mends_walls(machine: Machine, around: Surroundings, wanted: list[str], never: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "around", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES
+)
+def test_what_mends_walls(
+    machine: Machine, around: Surroundings, wanted: list[str], never: list[str]
+) -> None:
     plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
     found = advise_walls(machine, around, plan.walls, plan.enforcement)
     assert {Wall.HOME, Wall.NETWORK, Wall.PROCESSES} <= set(found[0].walls)
@@ -748,10 +946,17 @@ def test_what_mends_walls(machine: Machine, around: Surroundings, wanted: list[s
     steps = [step for remedy in found for way in remedy.ways for step in way.steps]
     rest = iter(steps)
     for want in wanted:
-        assert any(want in step for step in rest), f"{want!r} is missing, or out of order, in {steps}"
+        assert any(want in step for step in rest), (
+            f"{want!r} is missing, or out of order, in {steps}"
+        )
     assert not [word for word in never if word in "\n".join(steps)]
     script = "\n".join(step for step in steps if not step.startswith("securityContext"))
-    assert subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            ["sh", "-n"], input=script, capture_output=True, text=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_where_all_walls_stand_there_is_nothing_to_mend() -> None:
@@ -771,35 +976,58 @@ def test_elsewhere_nothing_is_said_of_walls_twice() -> None:
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
-        ({"etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n'}, {"distribution": "ubuntu debian"}),
-        ({"etc/os-release": 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'}, {"distribution": "rocky rhel centos fedora"}),
-        ({"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"}, {"apparmor_userns": True}),
+        (
+            {"etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n'},
+            {"distribution": "ubuntu debian"},
+        ),
+        (
+            {"etc/os-release": 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'},
+            {"distribution": "rocky rhel centos fedora"},
+        ),
+        (
+            {"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"},
+            {"apparmor_userns": True},
+        ),
         ({"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "0\n"}, {}),
         ({"proc/sys/kernel/unprivileged_userns_clone": "0\n"}, {"no_userns_clone": True}),
         ({"proc/sys/kernel/unprivileged_userns_clone": "1\n"}, {}),
         ({"proc/sys/user/max_user_namespaces": "0\n"}, {"no_user_namespaces": True}),
     ],
 )
-def test_what_keeps_users_from_namespaces_is_read(tmp_path: Path, files: dict[str, str], wanted: dict[str, Any]) -> None:
+def test_what_keeps_users_from_namespaces_is_read(
+    tmp_path: Path, files: dict[str, str], wanted: dict[str, Any]
+) -> None:
     bare = look(root=tmp_path / "none", environ={}, uid=7, release="6.1")
-    assert look(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(bare, **wanted)
+    assert look(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(
+        bare, **wanted
+    )
 
 
 @pytest.mark.parametrize(
     ("machine", "said"),
     [
-        (replace(USER, scope=USERS_SCOPE), "each kernel in a scope that the user's systemd makes in app.slice"),
+        (
+            replace(USER, scope=USERS_SCOPE),
+            "each kernel in a scope that the user's systemd makes in app.slice",
+        ),
         (
             replace(ROOT, scope=replace(USERS_SCOPE, slice="system.slice", runtime=None)),
             "that the system's systemd makes in system.slice",
         ),
         (replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL), "below /cg"),
-        (replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL, v2_step_down=True), "it moves one group down first"),
+        (
+            replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL, v2_step_down=True),
+            "it moves one group down first",
+        ),
         (USER, ""),
     ],
 )
 def test_where_groups_will_stand_is_said(machine: Machine, said: str) -> None:
-    lines = [words for label, words in facts(replace(doctor_of(CASES["root on v1"]), machine=machine)) if label == "groups"]
+    lines = [
+        words
+        for label, words in facts(replace(doctor_of(CASES["root on v1"]), machine=machine))
+        if label == "groups"
+    ]
     assert bool(lines) == bool(said) and all(said in line for line in lines)
 
 

@@ -63,7 +63,10 @@ def test_show_as_json_is_in_bytes_and_seconds() -> None:
 
 
 def test_show_has_the_walls_and_what_holds_them_here() -> None:
-    write("own.yaml", "extends: ci\nisolation:\n  hide: [/srv/data, ~/x]\n  network: no\n  env: [TOKEN]\n")
+    write(
+        "own.yaml",
+        "extends: ci\nisolation:\n  hide: [/srv/data, ~/x]\n  network: no\n  env: [TOKEN]\n",
+    )
     shown = call("show", "own.yaml").stdout
     _, _, walls = shown.partition("\nisolation\n")
     asked, _, held = walls.partition("\n\n")
@@ -84,10 +87,14 @@ def test_show_has_the_walls_and_what_holds_them_here() -> None:
     ]  # fmt: skip
 
 
-def test_show_says_how_to_mend_what_nothing_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_show_says_how_to_mend_what_nothing_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     shown = call("show", "ci").stdout
-    assert re.search(r"^  ✗  processes +nothing +no bubblewrap: it is not installed", shown, re.MULTILINE)
+    assert re.search(
+        r"^  ✗  processes +nothing +no bubblewrap: it is not installed", shown, re.MULTILINE
+    )
     assert "to mend" in shown and "install it" in shown
 
 
@@ -111,7 +118,9 @@ def test_show_of_what_is_not_there() -> None:
 
 def test_list_names_and_describes_what_ships() -> None:
     lines = call("list").stdout.splitlines()
-    assert tuple(line.split()[0] for line in lines if not line.startswith("   ")) == shipped_profiles()
+    assert (
+        tuple(line.split()[0] for line in lines if not line.startswith("   ")) == shipped_profiles()
+    )
     assert "Tight limits for small notebooks" in "\n".join(lines)
 
 
@@ -192,8 +201,13 @@ def profile(name: str) -> Limits:
 
 
 def test_without_a_word_the_default_profile_holds() -> None:
-    assert resolve_simple({}, None, machine_memory=16 << 30).cell_timeout == profile("default").cell_timeout
-    assert resolve_simple({}, "", machine_memory=16 << 30) == resolve_simple({}, None, machine_memory=16 << 30)
+    assert (
+        resolve_simple({}, None, machine_memory=16 << 30).cell_timeout
+        == profile("default").cell_timeout
+    )
+    assert resolve_simple({}, "", machine_memory=16 << 30) == resolve_simple(
+        {}, None, machine_memory=16 << 30
+    )
 
 
 def test_the_configuration_is_stronger_than_the_environment() -> None:
@@ -203,9 +217,16 @@ def test_the_configuration_is_stronger_than_the_environment() -> None:
 
 def test_figures_of_the_configuration_win_in_any_unit() -> None:
     found = resolve_simple(
-        {"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None}, None, machine_memory=16 << 30
+        {"limits": "ci", "memory": "256M", "cell-timeout": "90s", "cpus": 2, "timeout": None},
+        None,
+        machine_memory=16 << 30,
     )
-    assert (found.memory, found.cell_timeout, found.cpus, found.timeout) == (256 * M, 90.0, 2.0, None)
+    assert (found.memory, found.cell_timeout, found.cpus, found.timeout) == (
+        256 * M,
+        90.0,
+        2.0,
+        None,
+    )
     assert found.processes == profile("ci").processes
 
 

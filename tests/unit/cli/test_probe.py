@@ -99,7 +99,9 @@ def probed(fake: Fake | None = None, **question: Any) -> Probed:
 
 def said(found: Probed, **style: Any) -> str:
     again = "safe-exec run analysis.ipynb --memory 396M"
-    return "".join(f"{line}\n" for line in report(found, "some/where/analysis.ipynb", again, Style(**style)))
+    return "".join(
+        f"{line}\n" for line in report(found, "some/where/analysis.ipynb", again, Style(**style))
+    )
 
 
 # --- scales -----------------------------------------------------------------------------------------------------
@@ -107,12 +109,16 @@ def said(found: Probed, **style: Any) -> str:
 
 @pytest.mark.parametrize("name", list(SCALES))
 @given(value=st.floats(0, 1e11), precision=st.sampled_from([0.001, 0.05, 1.0]))
-def test_a_value_is_written_as_its_option_reads_it(name: LimitName, value: float, precision: float) -> None:
+def test_a_value_is_written_as_its_option_reads_it(
+    name: LimitName, value: float, precision: float
+) -> None:
     scale = SCALES[name]
     most = {"seconds": 1e7, "count": 2**31 - 1}.get(scale.unit, value)
     fitted = scale.fit(min(value, most), precision)
     assert fitted >= scale.least
-    read = parse_overrides({name.value: scale.written(fitted)}, where="--", machine_memory=None)[name.value]
+    read = parse_overrides({name.value: scale.written(fitted)}, where="--", machine_memory=None)[
+        name.value
+    ]
     assert read == scale.limit(fitted)
 
 
@@ -124,7 +130,12 @@ def test_rounding_is_up_and_finer_than_the_precision(value: float, precision: fl
 
 
 def test_values_that_people_can_type() -> None:
-    assert [MEMORY.written(value) for value in (396 * MIB, 4708 << 10, 4097, math.inf)] == ["396M", "4708K", "4097", "none"]
+    assert [MEMORY.written(value) for value in (396 * MIB, 4708 << 10, 4097, math.inf)] == [
+        "396M",
+        "4708K",
+        "4097",
+        "none",
+    ]
     assert [SCALES[LimitName.TIMEOUT].written(value) for value in (0.607, 1.25, 90, 123456)] == [
         "0.607s",
         "1.25s",
@@ -163,7 +174,9 @@ def test_runs_are_told_of_and_kept() -> None:
     asked = MEMORY.question(given=None, most=1 << 34, precision=0.05, budget=600.0)
     bracket, shots = asyncio.run(drive(search(asked), fake, told))
     assert (bracket.passes, bracket.fails) == (416 * MIB, 397 * MIB)
-    assert [shot.value for shot in shots] == fake.values == [math.inf, 416 * MIB, 397 * MIB, 416 * MIB]
+    assert (
+        [shot.value for shot in shots] == fake.values == [math.inf, 416 * MIB, 397 * MIB, 416 * MIB]
+    )
     assert [line[2] for line in told.lines] == [None, True, None, True, None, False, None, True]
 
 
@@ -218,7 +231,10 @@ def test_another_reason() -> None:
     assert words.startswith(
         "memory of analysis.ipynb: it fails for another reason, which another limit on memory does not change\n"
     )
-    assert "fails with  1.0 GiB   exception in code cell 3, line 2\n              the summary of exception\n" in words
+    assert (
+        "fails with  1.0 GiB   exception in code cell 3, line 2\n              the summary of exception\n"
+        in words
+    )
     assert "use  " not in words and "passes" not in words
     assert exit_code(found) == 1
 
@@ -240,7 +256,10 @@ def test_the_most_and_the_least() -> None:
 def test_a_weak_limit_and_warnings() -> None:
     watched = Enforcement(by=Mechanism.WATCHDOG, hard=False, note="looked at every 20 ms")
     words = said(replace(probed(), held=watched, warnings=("a warning",)))
-    assert "weak limit  only the watchdog holds it; looked at every 20 ms\n  warning     a warning\n" in words
+    assert (
+        "weak limit  only the watchdog holds it; looked at every 20 ms\n  warning     a warning\n"
+        in words
+    )
     runner = Enforcement(by=Mechanism.RUNNER, hard=False)
     assert "weak limit" not in said(replace(probed(), held=runner))
 
@@ -248,7 +267,9 @@ def test_a_weak_limit_and_warnings() -> None:
 def test_a_bracket_that_wavers_says_so() -> None:
     found = probed()
     wavers = replace(found, bracket=replace(found.bracket, wavers=True))
-    assert "wavers      between these two it passed at one time and failed at another" in said(wavers)
+    assert "wavers      between these two it passed at one time and failed at another" in said(
+        wavers
+    )
     assert as_document(wavers, "a.ipynb", None)["wavers"] is True
 
 
@@ -265,16 +286,32 @@ def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
     found = probed(Fake(kind=CauseKind.SEGFAULT))
     crash = make_crash(source_line=evil)
     shots = tuple(
-        replace(shot, crash_cell=crash, cause=replace(shot.cause, summary=evil) if shot.cause else None) for shot in found.shots
+        replace(
+            shot, crash_cell=crash, cause=replace(shot.cause, summary=evil) if shot.cause else None
+        )
+        for shot in found.shots
     )
-    lines = list(report(replace(found, shots=shots, warnings=(evil,)), f"{evil}.ipynb", f"safe-exec run {evil}", Style()))
+    lines = list(
+        report(
+            replace(found, shots=shots, warnings=(evil,)),
+            f"{evil}.ipynb",
+            f"safe-exec run {evil}",
+            Style(),
+        )
+    )
     assert not [line for line in lines if "\x1b" in line or "\u202e" in line or "\x07" in line]
 
 
 def test_lines_of_progress() -> None:
     stream = io.StringIO()
     with RunLines(stream, MEMORY) as lines:
-        asyncio.run(drive(search(MEMORY.question(given=None, most=1 << 34, precision=0.05, budget=9.0)), Fake(), lines))
+        asyncio.run(
+            drive(
+                search(MEMORY.question(given=None, most=1 << 34, precision=0.05, budget=9.0)),
+                Fake(),
+                lines,
+            )
+        )
     assert stream.getvalue().splitlines()[1:3] == [
         "run 2 · memory 416 MiB · passed · 1.0 s",
         "run 3 · memory 397 MiB · out of memory in code cell 3, line 2 · 1.5 s",
@@ -294,7 +331,10 @@ def test_quiet_and_broken_streams() -> None:
 def test_the_document() -> None:
     document = as_document(probed(), "analysis.ipynb", "safe-exec run analysis.ipynb --memory 397M")
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert {key: document[key] for key in ("schema", "notebook", "limit", "unit", "passes", "fails", "precision", "peak")} == {
+    assert {
+        key: document[key]
+        for key in ("schema", "notebook", "limit", "unit", "passes", "fails", "precision", "peak")
+    } == {
         "schema": "safe-exec/probe/1",
         "notebook": "analysis.ipynb",
         "limit": "memory",
@@ -304,8 +344,15 @@ def test_the_document() -> None:
         "precision": 0.05,
         "peak": 396 * MIB,
     }
-    assert (document["found"], document["ended"], document["reason"], document["advised"]) == (True, None, None, "437M")
-    assert document["cause"]["kind"] == "out_of_memory" and document["crash_cell"]["code_index"] == 2
+    assert (document["found"], document["ended"], document["reason"], document["advised"]) == (
+        True,
+        None,
+        None,
+        "437M",
+    )
+    assert (
+        document["cause"]["kind"] == "out_of_memory" and document["crash_cell"]["code_index"] == 2
+    )
     assert [run["passed"] for run in document["runs"]] == [True, True, False, True]
     assert document["runs"][2]["line"] == 2 and document["seconds"] == 4.5
     assert document["enforcement"] == {"by": "cgroup-v1", "hard": True, "note": ""}
@@ -313,7 +360,12 @@ def test_the_document() -> None:
 
 def test_the_document_of_no_bracket() -> None:
     document = as_document(probed(Fake(needs=math.inf, kind=CauseKind.EXCEPTION)), "a.ipynb", None)
-    assert (document["passes"], document["fails"], document["found"], document["ended"]) == (None, 1 << 30, False, "unrelated")
+    assert (document["passes"], document["fails"], document["found"], document["ended"]) == (
+        None,
+        1 << 30,
+        False,
+        "unrelated",
+    )
     assert document["reason"] and document["advised"] is None and document["peak"] is None
 
 
@@ -321,15 +373,35 @@ def test_the_document_of_no_bracket() -> None:
 
 
 def test_the_command_that_makes_it_fail_again() -> None:
-    options = {"memory": "2G", "limits": "ci", "kernel": None, "cwd": Path("a b"), "allow_errors": True, "cell_timeout": "9"}
+    options = {
+        "memory": "2G",
+        "limits": "ci",
+        "kernel": None,
+        "cwd": Path("a b"),
+        "allow_errors": True,
+        "cell_timeout": "9",
+    }
     words = reproduce_command(Path("-x.ipynb"), options, LimitName.MEMORY, "396M")
-    assert words == "safe-exec run ./-x.ipynb --memory 396M --limits ci --cwd 'a b' --allow-errors --cell-timeout 9"
+    assert (
+        words
+        == "safe-exec run ./-x.ipynb --memory 396M --limits ci --cwd 'a b' --allow-errors --cell-timeout 9"
+    )
 
 
 def test_the_command_has_the_walls_too() -> None:
-    options = {"network": False, "read_only": False, "writable": ("/a", "/b"), "env_names": ("TOKEN",), "devices": (), "hide": ()}
+    options = {
+        "network": False,
+        "read_only": False,
+        "writable": ("/a", "/b"),
+        "env_names": ("TOKEN",),
+        "devices": (),
+        "hide": (),
+    }
     words = reproduce_command(Path("x.ipynb"), options, LimitName.MEMORY, "396M")
-    assert words == "safe-exec run x.ipynb --memory 396M --no-network --writable /a --writable /b --env TOKEN"
+    assert (
+        words
+        == "safe-exec run x.ipynb --memory 396M --no-network --writable /a --writable /b --env TOKEN"
+    )
 
 
 def test_every_option_of_it_is_one_of_run() -> None:
@@ -364,17 +436,30 @@ def test_wrong_precision(text: str) -> None:
 def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     path = make_notebook(tmp_path / "nb.ipynb", "1")
     done = CliRunner().invoke(command, [str(path), *arguments])
-    message = done.output + (str(done.exception) if isinstance(done.exception, SafeExecError) else "")
+    message = done.output + (
+        str(done.exception) if isinstance(done.exception, SafeExecError) else ""
+    )
     assert words in message
-    assert done.exit_code == 2 or (isinstance(done.exception, UsageError) and done.exception.exit_code == 2)
+    assert done.exit_code == 2 or (
+        isinstance(done.exception, UsageError) and done.exception.exit_code == 2
+    )
     assert os.listdir(tmp_path) == ["nb.ipynb"]
 
 
 def test_the_command_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def probe(prepared: Prepared, name: LimitName, *, precision: float, budget: float, watch: probing.Watch) -> Probed:
+    async def probe(
+        prepared: Prepared,
+        name: LimitName,
+        *,
+        precision: float,
+        budget: float,
+        watch: probing.Watch,
+    ) -> Probed:
         assert (name, precision, budget) == (LimitName.MEMORY, 0.1, 90.0)
         assert prepared.resolved.limits.memory == 1 << 30 and not prepared.job.writes
-        asked = MEMORY.question(given=prepared.resolved.limits.memory, most=1 << 34, precision=0.05, budget=budget)
+        asked = MEMORY.question(
+            given=prepared.resolved.limits.memory, most=1 << 34, precision=0.05, budget=budget
+        )
         bracket, shots = await drive(search(asked), Fake(), watch)
         return Probed(scale=MEMORY, precision=0.05, bracket=bracket, shots=shots)
 
@@ -406,14 +491,20 @@ def test_the_command_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_why_a_run_was_over(
-    monkeypatch: pytest.MonkeyPatch, timeout: float | None, times: tuple[float, float], bound: float | None, ended: str
+    monkeypatch: pytest.MonkeyPatch,
+    timeout: float | None,
+    times: tuple[float, float],
+    bound: float | None,
+    ended: str,
 ) -> None:
     """``times`` are the deadline and what is allowed."""
     asked: list[TrialRequest] = []
 
     async def run_trial(request: TrialRequest) -> Any:
         asked.append(request)
-        return SimpleNamespace(ending=TimedOut(cell=0, whole=True, allowed=request.limits.timeout or 0.0))
+        return SimpleNamespace(
+            ending=TimedOut(cell=0, whole=True, allowed=request.limits.timeout or 0.0)
+        )
 
     limits = Limits(memory=MIB, timeout=timeout)
     template = TrialRequest(
@@ -421,9 +512,13 @@ def test_why_a_run_was_over(
         cell_limits=lambda _: limits,
     )  # fmt: skip
     monkeypatch.setattr(rerun, "run_trial", run_trial)
-    monkeypatch.setattr(rerun, "enclosed", lambda request, _views, limits, orphans: replace(request, limits=limits))
+    monkeypatch.setattr(
+        rerun, "enclosed", lambda request, _views, limits, orphans: replace(request, limits=limits)
+    )
     views: Any = SimpleNamespace(snapshot=SimpleNamespace(scratch=Path("scratch")))
-    change = Change(limits=limits, cell_limits=lambda _: limits, deadline=times[0], allowed=times[1])
+    change = Change(
+        limits=limits, cell_limits=lambda _: limits, deadline=times[0], allowed=times[1]
+    )
     ran = asyncio.run(Runs(template, views).run(change))
     assert asked[0].limits.timeout == bound
     assert ran.request.limits == limits  # what is told of it is what the user set

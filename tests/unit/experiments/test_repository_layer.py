@@ -11,7 +11,14 @@ import pytest
 
 from safe_exec.experiments import repository_layer as layers
 from safe_exec.experiments import workspace as folders
-from safe_exec.experiments.repository_layer import CHANGED, NO_LAYER, RepositoryLayer, layer_of, load, note
+from safe_exec.experiments.repository_layer import (
+    CHANGED,
+    NO_LAYER,
+    RepositoryLayer,
+    layer_of,
+    load,
+    note,
+)
 from safe_exec.experiments.workspace import reopen, take, views_of
 from safe_exec.keeper import mounts
 
@@ -22,7 +29,14 @@ NONE: frozenset[Path] = frozenset()
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a folder ``nb`` and more; overlays can be had."""
     made = tmp_path / "repo"
-    for name in (".git/config", "nb/a.ipynb", "src/mod.py", "data/rows.csv", ".venv/pyvenv.cfg", ".venv/lib/x.py"):
+    for name in (
+        ".git/config",
+        "nb/a.ipynb",
+        "src/mod.py",
+        "data/rows.csv",
+        ".venv/pyvenv.cfg",
+        ".venv/lib/x.py",
+    ):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_text(name)
     (tmp_path / "scratch").mkdir()
@@ -30,7 +44,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def layer(root: Path, before: Any, *, ours: frozenset[Path] = NONE) -> tuple[RepositoryLayer | None, tuple[str, ...]]:
+def layer(
+    root: Path, before: Any, *, ours: frozenset[Path] = NONE
+) -> tuple[RepositoryLayer | None, tuple[str, ...]]:
     return layer_of(before, root.parent / "scratch", "root", ours=ours)
 
 
@@ -59,7 +75,9 @@ def test_a_file_that_is_gone_was_changed(root: Path) -> None:
     assert layer(root, before)[1] == (CHANGED,)
 
 
-def test_of_a_large_repository_nothing_is_known(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_repository_nothing_is_known(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layers, "MOST_ENTRIES", 2)
     before = note(root, root / "nb", ours=NONE)
     assert before.entries is None and before.fingerprint() is None
@@ -108,7 +126,9 @@ def test_the_folder_lies_over_the_repository(root: Path, monkeypatch: pytest.Mon
     assert targets.index(str(root)) < targets.index(str(root / "nb"))
     kept = reopen(root / "nb", scratch)
     assert kept is not None and kept.repository == snapshot.repository
-    assert kept.fingerprint() == snapshot.fingerprint(), "a search that goes on believes its own answers"
+    assert kept.fingerprint() == snapshot.fingerprint(), (
+        "a search that goes on believes its own answers"
+    )
 
 
 def test_an_answer_depends_on_the_repository(root: Path) -> None:

@@ -57,7 +57,9 @@ def test_the_cache_is_where_the_user_wants_it(home: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "cache", "./cache"])
-def test_what_is_no_absolute_path_does_not_count(home: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_what_is_no_absolute_path_does_not_count(
+    home: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     """As the XDG Base Directory Specification has it."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     if value is not None:
@@ -100,12 +102,17 @@ def test_without_it_there_is_one_in_tmp(home: Path, trouble: Callable[[Path], No
     assert fallback(home).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_cache_that_cannot_be_written_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Root may write anywhere: the answer is made up."""
     monkeypatch.setattr(os, "access", lambda path, mode: "xdg" not in str(path))
     assert cache_root() == fallback(home)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OSError, match=f"no place for a cache: neither {home}/xdg nor {fallback(home)} can be written"):
+    with pytest.raises(
+        OSError,
+        match=f"no place for a cache: neither {home}/xdg nor {fallback(home)} can be written",
+    ):
         cache_root()
 
 
@@ -129,7 +136,12 @@ def test_one_in_tmp_that_belongs_to_somebody_else_is_not_ours(home: Path) -> Non
 
 # --- answers ------------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Any] = {"cells": [(1, "x = 1", [], None)], "limits": {"memory": 1}, "failure": "segfault", "folder": "f"}
+PARTS: dict[str, Any] = {
+    "cells": [(1, "x = 1", [], None)],
+    "limits": {"memory": 1},
+    "failure": "segfault",
+    "folder": "f",
+}
 
 
 def test_a_key_is_the_same_for_the_same_parts() -> None:
@@ -158,7 +170,11 @@ def test_any_other_part_makes_another_key(changes: dict[str, Any]) -> None:
     assert key_of(PARTS | changes) == key_of(PARTS | changes)
 
 
-@given(st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.floats() | st.lists(st.text())))
+@given(
+    st.dictionaries(
+        st.text(), st.none() | st.integers() | st.text() | st.floats() | st.lists(st.text())
+    )
+)
 def test_any_parts_have_a_key(parts: dict[str, Any]) -> None:
     assert key_of(parts) == key_of(dict(parts))
 
@@ -177,7 +193,18 @@ def test_an_answer_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b'{"answer": "fa', b"null", b"[]", b"3", b'"text"', b"\xff\xfe", b"\0" * 100, b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b'{"answer": "fa',
+        b"null",
+        b"[]",
+        b"3",
+        b'"text"',
+        b"\xff\xfe",
+        b"\0" * 100,
+        b"[" * 100_000,
+    ],
     ids=range(10),
 )
 def test_a_damaged_entry_is_none(tmp_path: Path, data: bytes) -> None:
@@ -222,7 +249,23 @@ def test_a_folder_is_claimed_and_released(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "/", "/etc", "../..", "a/b", "a/../../b", ".hidden", "a\0", "a b", "a\n", "-", "é" * 99]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "/etc",
+        "../..",
+        "a/b",
+        "a/../../b",
+        ".hidden",
+        "a\0",
+        "a b",
+        "a\n",
+        "-",
+        "é" * 99,
+    ],
 )
 def test_a_name_that_is_no_runs_gets_nowhere(tmp_path: Path, name: str) -> None:
     """A verdict names the run, and anybody may write one: what it names is removed in the end."""
@@ -245,7 +288,9 @@ def test_what_cannot_be_written_is_removed_as_well() -> None:
     with tempfile.TemporaryDirectory() as open_to_all:
         os.chmod(open_to_all, 0o777)
         argv = [sys.executable, "-c", program, f"{open_to_all}/run"]
-        done = subprocess.run(argv, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            argv, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -259,7 +304,9 @@ def folder(root: Path, name: str, days: float, owner: object = None) -> Path:
     directory = root / "folders" / name
     (directory / "before").mkdir(parents=True)
     if owner is not None:
-        (directory / "owner.json").write_text(owner if isinstance(owner, str) else json.dumps(owner))
+        (directory / "owner.json").write_text(
+            owner if isinstance(owner, str) else json.dumps(owner)
+        )
     return aged(directory, days)
 
 
@@ -281,7 +328,10 @@ def test_old_folders_of_nobody_are_removed(tmp_path: Path) -> None:
         folder(tmp_path, "old", old),
         folder(tmp_path, "old-dead", old, dead),
         folder(tmp_path, "old-gone", old, {"pid": 2**22 + 1, "started": 5}),
-        *(folder(tmp_path, f"old-{n}", old, text) for n, text in enumerate(("", "{", "[]", "3", '{"pid": "x"}', '{"pid": 1}'))),
+        *(
+            folder(tmp_path, f"old-{n}", old, text)
+            for n, text in enumerate(("", "{", "[]", "3", '{"pid": "x"}', '{"pid": 1}'))
+        ),
         folder(tmp_path, "old-inf", old, '{"pid": Infinity, "started": 1}'),
     ]
     tidy(tmp_path)
@@ -298,7 +348,10 @@ def test_a_claimed_folder_is_ours_as_long_as_we_live(tmp_path: Path) -> None:
 
 def test_old_answers_are_removed(tmp_path: Path) -> None:
     found = TrialCache(tmp_path)
-    keys = {days: f"{n:02x}" + "0" * 62 for n, days in enumerate((0.0, TRIAL_DAYS - 0.1, TRIAL_DAYS + 0.1, 1000.0))}
+    keys = {
+        days: f"{n:02x}" + "0" * 62
+        for n, days in enumerate((0.0, TRIAL_DAYS - 0.1, TRIAL_DAYS + 0.1, 1000.0))
+    }
     for days, key in keys.items():
         found.put(key, {"days": days})
         aged(tmp_path / "trials" / key[:2] / f"{key}.json", days)
@@ -330,7 +383,10 @@ def test_whatever_else_is_there_stays_and_does_no_harm(tmp_path: Path) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(("pid", "started", "x")), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(("pid", "started", "x")), inner, max_size=3)
+    ),
 )
 
 

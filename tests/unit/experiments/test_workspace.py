@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 
 from safe_exec.experiments import workspace as folders
-from safe_exec.experiments.workspace import NoView, Snapshot, View, Views, added, reopen, take, views_of
+from safe_exec.experiments.workspace import (
+    NoView,
+    Snapshot,
+    View,
+    Views,
+    added,
+    reopen,
+    take,
+    views_of,
+)
 from safe_exec.keeper import file_tree, mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
 from tests.support import wait_until
@@ -48,14 +57,25 @@ def fill(work: Path) -> None:
     (work / "to_data").symlink_to("data")
 
 
-NAMES = ["dangling", "data", "data/deep", "data/deep/a.csv", "link", "notes.txt", "run.sh", "to_data"]
+NAMES = [
+    "dangling",
+    "data",
+    "data/deep",
+    "data/deep/a.csv",
+    "link",
+    "notes.txt",
+    "run.sh",
+    "to_data",
+]
 
 
 def names_below(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path, _ in walk(folder)]
 
 
-def way(monkeypatch: pytest.MonkeyPatch, found: str | None, *, overlays: bool = True) -> list[tuple[Any, ...]]:
+def way(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, *, overlays: bool = True
+) -> list[tuple[Any, ...]]:
     """Namespaces as they may be found on a system; the questions whether something can be overlaid."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(mounts, "namespaces", lambda: found)
@@ -135,8 +155,12 @@ def test_what_goes_meanwhile_is_left_out(place: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_leaves_no_half_of_a_folder(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(file_tree, "_copy_file", failing(file_tree._copy_file, "run.sh", OSError(number, "full")))
+def test_a_full_disk_leaves_no_half_of_a_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(
+        file_tree, "_copy_file", failing(file_tree._copy_file, "run.sh", OSError(number, "full"))
+    )
     with pytest.raises(OSError, match="full"):
         kept(place)
 
@@ -151,7 +175,11 @@ def test_a_copy_is_the_same_in_all_that_shows(place: Path) -> None:
     assert names_below(made) == NAMES
     for name in (".", *NAMES):
         of, copied = (work / name).lstat(), (made / name).lstat()
-        assert (copied.st_mode, copied.st_uid, copied.st_gid) == (of.st_mode, of.st_uid, of.st_gid), name
+        assert (copied.st_mode, copied.st_uid, copied.st_gid) == (
+            of.st_mode,
+            of.st_uid,
+            of.st_gid,
+        ), name
         assert stat.S_ISLNK(of.st_mode) or copied.st_mtime_ns == of.st_mtime_ns, name
     assert (made / "data" / "deep" / "a.csv").read_text() == "1,2\n"
     assert os.readlink(made / "dangling") == "/nowhere/at/all"
@@ -223,7 +251,9 @@ def test_our_own_documents_are_no_part_of_it(place: Path) -> None:
     (work / "nb.ipynb").write_text("{}")
     snapshot = kept(place, ours=ours)
     assert snapshot.copy is not None
-    assert list(snapshot.entries or ()) == names_below(snapshot.copy) == sorted([*NAMES, "nb.ipynb"])
+    assert (
+        list(snapshot.entries or ()) == names_below(snapshot.copy) == sorted([*NAMES, "nb.ipynb"])
+    )
 
 
 @pytest.mark.parametrize("behind_a_link", [False, True])
@@ -250,7 +280,13 @@ def test_where_the_copy_goes_is_no_part_of_it(place: Path, behind_a_link: bool) 
     ],
 )
 def test_how_much_is_kept(
-    *, place: Path, monkeypatch: pytest.MonkeyPatch, constant: str, value: int, copied: bool, noted: bool
+    *,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    constant: str,
+    value: int,
+    copied: bool,
+    noted: bool,
 ) -> None:
     """By the bytes of its files and by the number of entries."""
     monkeypatch.setattr(folders, constant, value)
@@ -301,7 +337,12 @@ def test_what_did_not_change_is_copied_once(place: Path) -> None:
     assert first.copy is not None and second.copy is not None
     shared = {name for name in names if (first.copy / name).samefile(second.copy / name)}
     assert shared == {"same"}
-    assert [(second.copy / name).read_text() for name in names] == ["before", "behind", "behind", "before"]
+    assert [(second.copy / name).read_text() for name in names] == [
+        "before",
+        "behind",
+        "behind",
+        "before",
+    ]
     assert (second.copy / "touched").stat().st_mode & 0o777 == 0o600
     file_tree.remove_tree(first.copy)
     assert (second.copy / "same").read_text() == "before"
@@ -312,7 +353,10 @@ def test_what_did_not_change_is_copied_once(place: Path) -> None:
 def test_what_changed_just_before_a_copy_is_copied_again(place: Path) -> None:
     """It could change once more in the same tick of the clock, and would look the same."""
     (place / "work" / "fresh").write_text("a")
-    first, second = take(place / "work", there(place, "one")), take(place / "work", there(place, "two"))
+    first, second = (
+        take(place / "work", there(place, "one")),
+        take(place / "work", there(place, "two")),
+    )
     assert first.copy is not None and second.copy is not None
     assert not (first.copy / "fresh").samefile(second.copy / "fresh")
 
@@ -333,7 +377,12 @@ def test_an_earlier_copy_is_opened_again(place: Path) -> None:
     shutil.rmtree(place / "work" / "data")
     again = reopen(place / "work", place / "scratch")
     assert again is not None
-    assert (again.folder, again.copy, again.entries, again.tmp) == (first.folder, first.copy, None, None)
+    assert (again.folder, again.copy, again.entries, again.tmp) == (
+        first.folder,
+        first.copy,
+        None,
+        None,
+    )
     assert again.fingerprint() == first.fingerprint()
 
 
@@ -384,12 +433,16 @@ def test_a_fingerprint_of_a_large_folder_goes_by_names_sizes_and_times(
     assert mark(place) != before
 
 
-def test_a_fingerprint_of_what_could_not_be_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_of_what_could_not_be_noted(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folders, "NOTE_ENTRIES", 2)
     assert mark(place) == mark(place)
 
 
-def changed_by(place: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]) -> tuple[Snapshot, str | None]:
+def changed_by(
+    place: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> tuple[Snapshot, str | None]:
     """What a first run has changed, in the words of the refusal."""
     large(monkeypatch)
     way(monkeypatch, "root")
@@ -430,7 +483,9 @@ def test_changes_of_a_large_folder(
     )
 
 
-def test_a_content_put_back_with_its_time_is_a_change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_content_put_back_with_its_time_is_a_change(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A program may set a file's time of modification, not that of its last change."""
 
     def sly(work: Path) -> None:
@@ -469,7 +524,13 @@ BARE_GAP = "what it left in /dev/shm, and files of the folder that are named by 
         (None, False, (TMP_GAP, BARE_GAP)),
     ],
 )
-def test_gaps(place: Path, monkeypatch: pytest.MonkeyPatch, found: str | None, tmp: bool, gaps: tuple[str, ...]) -> None:
+def test_gaps(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    found: str | None,
+    tmp: bool,
+    gaps: tuple[str, ...],
+) -> None:
     way(monkeypatch, found)
     snapshot = kept(place)
     views = views_of(snapshot if tmp else replace(snapshot, tmp=None), ours=NONE)
@@ -486,8 +547,18 @@ def test_a_folder_in_shared_memory_keeps_it(place: Path, monkeypatch: pytest.Mon
 
 REFUSED = [
     ("it holds more than 2 files", {"NOTE_ENTRIES": 2}, "root", True),
-    ("it is too large to copy, and this system lets us make no mount namespace for an overlay", {"COPY_BYTES": 1}, None, True),
-    ("it is too large to copy, and its file system cannot be overlaid here", {"COPY_BYTES": 1}, "user", False),
+    (
+        "it is too large to copy, and this system lets us make no mount namespace for an overlay",
+        {"COPY_BYTES": 1},
+        None,
+        True,
+    ),
+    (
+        "it is too large to copy, and its file system cannot be overlaid here",
+        {"COPY_BYTES": 1},
+        "user",
+        False,
+    ),
 ]
 
 
@@ -542,9 +613,12 @@ def test_a_view_of_a_copy(place: Path, monkeypatch: pytest.MonkeyPatch, found: s
     else:
         tmp = {"kind": "bind", "source": str(directory / "tmp"), "target": str(place / "tmp")}
         bound = {"kind": "bind", "source": str(own), "target": str(snapshot.folder)}
-        assert view == View(cwd=snapshot.folder, directory=directory, mounts=(tmp, bound, SHM), user_namespace=found == "user"), (
-            "the folder after /tmp, which it may lie in"
-        )
+        assert view == View(
+            cwd=snapshot.folder,
+            directory=directory,
+            mounts=(tmp, bound, SHM),
+            user_namespace=found == "user",
+        ), "the folder after /tmp, which it may lie in"
 
 
 def test_each_trial_has_its_own_copy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +632,9 @@ def test_each_trial_has_its_own_copy(place: Path, monkeypatch: pytest.MonkeyPatc
         views.make("a", Path("/run/x"))
 
 
-def test_a_view_of_an_overlay_hides_what_is_new(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_of_an_overlay_hides_what_is_new(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large(monkeypatch)
     way(monkeypatch, "root")
     snapshot, work = kept(place), place / "work"
@@ -571,7 +647,9 @@ def test_a_view_of_an_overlay_hides_what_is_new(place: Path, monkeypatch: pytest
     assert names_below(upper) == ["data", "data/deep", "data/deep/b.csv", "new", "out.ipynb"]
     for name in ("data/deep/b.csv", "new", "out.ipynb"):
         white = (upper / name).lstat()
-        assert (stat.S_ISCHR(white.st_mode), white.st_rdev) == (True, os.makedev(0, 0)), "a whiteout is a device 0, 0"
+        assert (stat.S_ISCHR(white.st_mode), white.st_rdev) == (True, os.makedev(0, 0)), (
+            "a whiteout is a device 0, 0"
+        )
     assert view.mounts[-2] == {
         "kind": "overlay",
         "lower": str(work),
@@ -608,9 +686,11 @@ def test_in_tmp_is_what_was_there_before(place: Path, monkeypatch: pytest.Monkey
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o1777
     assert os.readlink(fresh / "link") == "file"
     assert (fresh / "file").read_text() == "", "a place to bind to"
-    assert [Path(mount["target"]).name for mount in view.mounts if "optional" in mount] == ["file", "folder", "pipe"], (
-        "others come and go"
-    )
+    assert [Path(mount["target"]).name for mount in view.mounts if "optional" in mount] == [
+        "file",
+        "folder",
+        "pipe",
+    ], "others come and go"
     assert list(bound(view.mounts).items()) == [
         (str(fresh / "file"), str(tmp / "file")),
         (str(fresh / "folder"), str(tmp / "folder")),
@@ -621,15 +701,21 @@ def test_in_tmp_is_what_was_there_before(place: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_tmp_with_too_much_in_it_stays_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tmp_with_too_much_in_it_stays_as_it_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     way(monkeypatch, "root")
-    view = views_of(replace(kept(place), tmp=None), ours=NONE).make("a", place / "tmp" / "safe-exec-abc")
+    view = views_of(replace(kept(place), tmp=None), ours=NONE).make(
+        "a", place / "tmp" / "safe-exec-abc"
+    )
     assert [mount["kind"] for mount in view.mounts] == ["bind", "tmpfs"]
     assert not (place / "scratch" / "trial-a" / "tmp").exists()
 
 
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_notebook_in_tmp_itself_keeps_its_sockets(place: Path, monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
+def test_a_notebook_in_tmp_itself_keeps_its_sockets(
+    place: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
     """What is mounted over the folder would hide the directory of the runtime, which is in it."""
     way(monkeypatch, "root")
     monkeypatch.setattr(folders, "TMP", place / "work")

@@ -41,7 +41,9 @@ def speak(inner: Enclosed, text: str | dict[str, Any]) -> None:
 def speak_as_another(inner: Enclosed, text: dict[str, Any]) -> int:
     """As another process that got hold of the socket; its id."""
     fd = inner._theirs.fileno()
-    other = subprocess.Popen([sys.executable, "-c", SPEAK, str(fd), json.dumps(text)], pass_fds=[fd])
+    other = subprocess.Popen(
+        [sys.executable, "-c", SPEAK, str(fd), json.dumps(text)], pass_fds=[fd]
+    )
     assert other.wait(30) == 0
     return other.pid
 
@@ -92,7 +94,9 @@ def test_it_goes_on_once_the_init_says_that_the_kernel_runs(inner: Enclosed) -> 
         (None, "sandbox", "bubblewrap ended"),
     ],
 )
-def test_why_the_kernel_was_not_executed(inner: Enclosed, said: dict[str, Any] | None, stage: str, words: str) -> None:
+def test_why_the_kernel_was_not_executed(
+    inner: Enclosed, said: dict[str, Any] | None, stage: str, words: str
+) -> None:
     inner.init = os.getpid()
     if said is not None:
         speak(inner, said)
@@ -103,7 +107,9 @@ def test_why_the_kernel_was_not_executed(inner: Enclosed, said: dict[str, Any] |
     assert (caught.value.stage, caught.value.message) == (stage, words)
 
 
-def test_the_directory_of_the_sockets_comes_from_the_init_alone(inner: Enclosed, tmp_path: Path) -> None:
+def test_the_directory_of_the_sockets_comes_from_the_init_alone(
+    inner: Enclosed, tmp_path: Path
+) -> None:
     theirs = os.open(tmp_path, os.O_PATH)
     socket.send_fds(inner._theirs, [b'{"who":"init"}'], [theirs])
     for _ in range(3):
@@ -111,7 +117,11 @@ def test_the_directory_of_the_sockets_comes_from_the_init_alone(inner: Enclosed,
     assert inner.meet() and os.readlink(f"/proc/self/fd/{inner.sockets}") == str(tmp_path)
     inner.status.setblocking(False)
     assert inner.ending() is None
-    held = [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path)]
+    held = [
+        fd
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path)
+    ]
     assert sorted(held) == sorted(map(str, (theirs, inner.sockets))), "what came later is closed"
     os.close(inner.sockets)
     os.close(theirs)
@@ -174,7 +184,14 @@ def disk_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     base.mkdir()
     (folder / "file").write_bytes(b"x" * 5000)
     (folder / "inner").mkdir()
-    return {"base": str(base), "folder": str(folder), "size": 1 << 20, "inodes": 1024, "owner": None, **changes}
+    return {
+        "base": str(base),
+        "folder": str(folder),
+        "size": 1 << 20,
+        "inodes": 1024,
+        "owner": None,
+        **changes,
+    }
 
 
 def test_where_there_are_no_overlays_the_folder_is_copied_and_has_room_besides(
@@ -183,13 +200,18 @@ def test_where_there_are_no_overlays_the_folder_is_copied_and_has_room_besides(
     bwrap.make_disk(disk_of(tmp_path))
     assert [mount["kind"] for mount in mounted] == ["tmpfs", "overlay", "unmount", "tmpfs"]
     assert mounted[0]["options"] == f"size={1 << 20},nr_inodes=1024,mode=0755"
-    assert mounted[-1]["options"] == f"size={(1 << 20) + 2 * 4096 + 4096},nr_inodes={1024 + 2 + 8},mode=0755"
+    assert (
+        mounted[-1]["options"]
+        == f"size={(1 << 20) + 2 * 4096 + 4096},nr_inodes={1024 + 2 + 8},mode=0755"
+    )
     base = tmp_path / "base"
     assert (base / "folder" / "file").stat().st_size == 5000
     assert [(base / name).stat().st_mode & 0o7777 for name in ("tmp", "home")] == [0o1777, 0o755]
 
 
-def test_for_another_user_it_is_always_a_copy(tmp_path: Path, mounted: list[dict[str, Any]]) -> None:
+def test_for_another_user_it_is_always_a_copy(
+    tmp_path: Path, mounted: list[dict[str, Any]]
+) -> None:
     bwrap.make_disk(disk_of(tmp_path, owner=os.getuid()))
     assert [mount["kind"] for mount in mounted] == ["tmpfs"]
     assert (tmp_path / "base" / "folder" / "file").stat().st_uid == os.getuid()
@@ -201,10 +223,14 @@ def test_an_overlay_costs_nothing_of_the_size(
     monkeypatch.setattr(mounts, "make", mounted.append)
     bwrap.make_disk(disk_of(tmp_path))
     assert [mount["kind"] for mount in mounted] == ["tmpfs", "overlay"]
-    assert mounted[1]["lower"] == str(tmp_path / "folder") and mounted[1]["target"] == str(tmp_path / "base" / "folder")
+    assert mounted[1]["lower"] == str(tmp_path / "folder") and mounted[1]["target"] == str(
+        tmp_path / "base" / "folder"
+    )
 
 
-def test_what_is_too_large_is_not_copied(tmp_path: Path, mounted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_is_not_copied(
+    tmp_path: Path, mounted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bwrap, "COPY_BYTES", 5000)
     with pytest.raises(OSError, match=r"too large to be copied .*--cwd") as caught:
         bwrap.make_disk(disk_of(tmp_path, owner=os.getuid()))

@@ -57,7 +57,9 @@ os.write(out, json.dumps(found).encode())
 
 def python(code: str, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, **more)
+    return subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, **more
+    )
 
 
 def plan(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -88,16 +90,21 @@ def test_the_kernel_gets_its_command_folder_and_environment(tmp_path: Path) -> N
     }
 
 
-def test_limits_are_taken_and_the_soft_one_on_files_is_no_higher_than_the_hard_one(tmp_path: Path) -> None:
+def test_limits_are_taken_and_the_soft_one_on_files_is_no_higher_than_the_hard_one(
+    tmp_path: Path,
+) -> None:
     rows = [[resource.RLIMIT_FSIZE, 1000, 2000], [resource.RLIMIT_NOFILE, 64, 64]]
     told = became(plan(tmp_path, rlimits=rows, open_files_soft=128))
     assert (told["fsize"], told["files"]) == ([1000, 2000], [64, 64])
-    assert became(plan(tmp_path, rlimits=[[resource.RLIMIT_NOFILE, 256, 256]], open_files_soft=100))["files"] == [100, 256]
+    assert became(
+        plan(tmp_path, rlimits=[[resource.RLIMIT_NOFILE, 256, 256]], open_files_soft=100)
+    )["files"] == [100, 256]
 
 
 def test_signals_that_the_keeper_ignores_are_the_kernels_own(tmp_path: Path) -> None:
     ignoring = (
-        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n" + BECOME
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        + BECOME
     )
     told = json.loads(python(ignoring, json.dumps(plan(tmp_path))).stdout)
     assert told["int"] is True and told["pipe"] == str(int(signal.SIG_DFL))
@@ -112,13 +119,17 @@ def test_without_walls_nothing_is_given_up(tmp_path: Path) -> None:
 
 
 def test_with_walls_there_are_no_core_dumps(tmp_path: Path) -> None:
-    assert became(plan(tmp_path, walls={"uid": None, "seccomp": None, "landlock": None, "core": True}))["core"] == [0, 0]
+    assert became(
+        plan(tmp_path, walls={"uid": None, "seccomp": None, "landlock": None, "core": True})
+    )["core"] == [0, 0]
 
 
 def test_a_filter_takes_the_way_to_new_privileges(tmp_path: Path) -> None:
     import base64
 
-    allow = base64.b64encode(b"\x06\x00\x00\x00\x00\x00\xff\x7f").decode()  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
+    allow = base64.b64encode(
+        b"\x06\x00\x00\x00\x00\x00\xff\x7f"
+    ).decode()  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
     assert became(plan(tmp_path, walls={"seccomp": allow}))["nnp"] == ["1"]
 
 
@@ -132,7 +143,10 @@ def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None
         "assert ctypes.CDLL(None).prctl(47, 2, 21, 0, 0) == 0\n"  # PR_CAP_AMBIENT_RAISE, CAP_SYS_ADMIN
     )
     walls = {"capabilities_dropped": True, "uid": uid}
-    done = python(raised + BECOME, json.dumps(plan(tmp_path, cwd="/", argv=["/bin/cat", "/proc/self/status"], walls=walls)))
+    done = python(
+        raised + BECOME,
+        json.dumps(plan(tmp_path, cwd="/", argv=["/bin/cat", "/proc/self/status"], walls=walls)),
+    )
     assert done.returncode == 0, done.stderr
     status = dict(line.split(":\t") for line in done.stdout.splitlines() if ":\t" in line)
     sets = {name: int(value, 16) for name, value in status.items() if name.startswith("Cap")}
@@ -151,13 +165,19 @@ def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None
         ({"walls": {"seccomp": "!"}}, "sandbox "),
     ],
 )
-def test_what_went_wrong_is_told_with_its_stage(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_went_wrong_is_told_with_its_stage(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
     done = python(BECOME, json.dumps(plan(tmp_path, **changes)))
     assert done.returncode == 127 and done.stderr.startswith(said)
 
 
 def test_descriptors_are_high_up_and_stay_open() -> None:
-    found = json.loads(python(PLACE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))).stdout)
+    found = json.loads(
+        python(
+            PLACE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
+        ).stdout
+    )
     assert all(fd >= 4096 - child.ROOM for fd in found["placed"].values())
     page, facts = found["placed"]["page"], found["placed"]["facts"]
     assert found["argv"] == ["x", f"{page}:{facts}", str(page), "{other}"]
@@ -166,10 +186,18 @@ def test_descriptors_are_high_up_and_stay_open() -> None:
 
 
 def test_where_few_descriptors_are_allowed_they_are_as_high_as_they_go() -> None:
-    found = json.loads(python(PLACE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))).stdout)
+    found = json.loads(
+        python(
+            PLACE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        ).stdout
+    )
     assert all(child.BASE_DESCRIPTORS <= fd < 40 for fd in found["placed"].values())
 
 
 def test_refused_says_whose_fault_it_is() -> None:
     refused = child.Refused("command", "no such file")
-    assert (refused.stage, refused.message, str(refused)) == ("command", "no such file", "no such file")
+    assert (refused.stage, refused.message, str(refused)) == (
+        "command",
+        "no such file",
+        "no such file",
+    )

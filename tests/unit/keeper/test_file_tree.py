@@ -66,11 +66,20 @@ def copied(place: Path) -> tuple[Path, Path, Path]:
 # --- any tree ---------------------------------------------------------------------------------------------------
 
 names = st.sampled_from(["a", "b", "c", "dd", "é", "\udce9", "-x", " "])
-files = st.tuples(st.just("file"), st.binary(max_size=40), st.sampled_from([0o644, 0o600, 0o755, 0o444]))
-links = st.tuples(st.just("link"), st.sampled_from(["a", "../outside", "../outside/canary", "/etc/passwd", "nowhere", "."]))
+files = st.tuples(
+    st.just("file"), st.binary(max_size=40), st.sampled_from([0o644, 0o600, 0o755, 0o444])
+)
+links = st.tuples(
+    st.just("link"),
+    st.sampled_from(["a", "../outside", "../outside/canary", "/etc/passwd", "nowhere", "."]),
+)
 tree = st.recursive(
     files | links,
-    lambda inner: st.tuples(st.just("folder"), st.dictionaries(names, inner, max_size=3), st.sampled_from([0o755, 0o700])),
+    lambda inner: st.tuples(
+        st.just("folder"),
+        st.dictionaries(names, inner, max_size=3),
+        st.sampled_from([0o755, 0o700]),
+    ),
     max_leaves=10,
 )
 top = st.dictionaries(names, tree, max_size=4)
@@ -100,7 +109,9 @@ def test_a_copy_is_the_folder(place: Path, content: dict[str, tuple[object, ...]
     copy_tree(folder, copy)
     assert look(copy) == look(folder)
     assert {str(p): s.st_mtime_ns for p, s in walk(copy) if not stat.S_ISLNK(s.st_mode)} == {
-        str(copy / p.relative_to(folder)): s.st_mtime_ns for p, s in walk(folder) if not stat.S_ISLNK(s.st_mode)
+        str(copy / p.relative_to(folder)): s.st_mtime_ns
+        for p, s in walk(folder)
+        if not stat.S_ISLNK(s.st_mode)
     }
     assert (outside / "canary").read_text() == "alive"
 
@@ -127,19 +138,25 @@ def make_over(copy: Path, content: dict[str, tuple[object, ...]]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(top)
-def test_taking_back_what_did_not_change_touches_nothing(place: Path, content: dict[str, tuple[object, ...]]) -> None:
+def test_taking_back_what_did_not_change_touches_nothing(
+    place: Path, content: dict[str, tuple[object, ...]]
+) -> None:
     folder, copy, _ = fresh(place)
     make(folder, content)
     copy_tree(folder, copy)
     before = {str(path): (status.st_ino, status.st_ctime_ns) for path, status in walk(folder)}
     take_back(copy, folder)
-    assert {str(path): (status.st_ino, status.st_ctime_ns) for path, status in walk(folder)} == before
+    assert {
+        str(path): (status.st_ino, status.st_ctime_ns) for path, status in walk(folder)
+    } == before
 
 
 def test_a_walk_leaves_out_what_it_is_told_to_and_gives_parents_first(place: Path) -> None:
     folder, copy, _ = copied(place)
     assert [str(path.relative_to(folder)) for path, _ in walk(folder)] == ["a", "a/b", "c"]
-    assert [str(path.relative_to(folder)) for path, _ in walk(folder, but=frozenset({folder / "a"}))] == ["c"]
+    assert [
+        str(path.relative_to(folder)) for path, _ in walk(folder, but=frozenset({folder / "a"}))
+    ] == ["c"]
     assert list(walk(copy / "nonesuch")) == list(walk(copy / "c")) == []
 
 
@@ -167,7 +184,9 @@ def test_a_link_that_became_a_folder_is_not_followed(place: Path) -> None:
     assert not (folder / "way").is_symlink() and (folder / "way" / "canary").read_text() == "dead"
 
 
-def test_a_link_that_cannot_be_removed_is_not_written_through(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_cannot_be_removed_is_not_written_through(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, copy, outside = fresh(place)
     (folder / "way").symlink_to(outside)
     (copy / "way").mkdir(parents=True)
@@ -187,7 +206,9 @@ def test_a_link_that_cannot_be_removed_is_not_written_through(place: Path, monke
     assert (folder / "other").read_text() == "taken", "the rest is taken all the same"
 
 
-def test_a_file_that_is_a_link_by_the_time_it_is_read_is_not_followed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_a_link_by_the_time_it_is_read_is_not_followed(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, copy, outside = copied(place)
     (copy / "c").write_text("changed")
     seen = file_tree._seen
@@ -220,12 +241,25 @@ def both(place: Path, layered: bool) -> tuple[Path, Path, file_tree.Meanwhile]:
     """A folder of files, what a program works in, and what tells what others did; their names say who will change them."""
     folder, copy, _ = fresh(place)
     (folder / "in").mkdir()
-    for name in ("program", "others", "both", "nobody", "in/program", "in/both", "taken-away", "taken-away-both"):
+    for name in (
+        "program",
+        "others",
+        "both",
+        "nobody",
+        "in/program",
+        "in/both",
+        "taken-away",
+        "taken-away-both",
+    ):
         (folder / name).write_text("as it was")
     marks = copy_tree(folder, copy)
     since = max(status.st_ctime_ns for _, status in walk(folder))
     wait_until(lambda: file_tree.now() > since, 5, "another tick of the system's clock")
-    return folder, copy, file_tree.Meanwhile(since=since) if layered else file_tree.Meanwhile(marks=marks)
+    return (
+        folder,
+        copy,
+        file_tree.Meanwhile(since=since) if layered else file_tree.Meanwhile(marks=marks),
+    )
 
 
 @pytest.mark.parametrize("layered", [False, True], ids=["copy", "layer"])
@@ -240,7 +274,9 @@ def test_what_others_changed_meanwhile_stays(place: Path, layered: bool) -> None
     if layered:  # through a layer it is seen at once
         shutil.copy2(folder / "others", copy / "others")
     assert take_back(copy, folder, meanwhile) == ["both", "in/both", "taken-away-both"]
-    assert {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} == {
+    assert {
+        str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()
+    } == {
         **dict.fromkeys(("program", "in/program", "new"), "by the program"),
         **dict.fromkeys(("others", "both", "in/both", "taken-away-both"), "by others"),
         "nobody": "as it was",
@@ -262,7 +298,9 @@ def test_what_others_made_or_took_away_meanwhile_stays_so(place: Path) -> None:
     assert take_back(copy, folder, meanwhile) == []
     assert (folder / "made").read_text() == "by others" and (folder / "nobody").is_dir()
     assert not (folder / "others").exists() and not (folder / "in" / "both").exists()
-    assert (folder / "both").read_text() == (folder / "in" / "program").read_text() == "by the program", "nothing is lost by that"
+    assert (
+        (folder / "both").read_text() == (folder / "in" / "program").read_text() == "by the program"
+    ), "nothing is lost by that"
 
 
 def test_a_folder_that_others_made_a_link_meanwhile_is_not_followed(place: Path) -> None:
@@ -271,7 +309,9 @@ def test_a_folder_that_others_made_a_link_meanwhile_is_not_followed(place: Path)
     (folder / "in").symlink_to(folder.parent / "outside")
     (copy / "in" / "program").write_text("by the program")
     assert take_back(copy, folder, meanwhile) == ["in"]
-    assert (folder / "in").is_symlink() and sorted(os.listdir(folder.parent / "outside")) == ["canary"]
+    assert (folder / "in").is_symlink() and sorted(os.listdir(folder.parent / "outside")) == [
+        "canary"
+    ]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -302,7 +342,9 @@ def test_special_rights_are_dropped(place: Path, mode: int) -> None:
     (copy / "new").mkdir()
     (copy / "new").chmod(mode)
     take_back(copy, folder)
-    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in ("program", "c", "a", "new")} == {mode & 0o777}
+    assert {
+        stat.S_IMODE((folder / name).stat().st_mode) for name in ("program", "c", "a", "new")
+    } == {mode & 0o777}
 
 
 def test_at_no_time_is_a_copy_set_user_id(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +385,9 @@ def given_away(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
     return found
 
 
-def test_what_is_taken_back_belongs_to_whom_the_folder_does(place: Path, given_away: dict[str, tuple[int, int]]) -> None:
+def test_what_is_taken_back_belongs_to_whom_the_folder_does(
+    place: Path, given_away: dict[str, tuple[int, int]]
+) -> None:
     folder, copy, _ = copied(place)
     given_away.clear()
     (copy / "new").mkdir()
@@ -355,7 +399,9 @@ def test_what_is_taken_back_belongs_to_whom_the_folder_does(place: Path, given_a
     assert set(given_away.values()) == {(folder.stat().st_uid, folder.stat().st_gid)}
 
 
-def test_a_copy_for_another_user_is_all_his(place: Path, given_away: dict[str, tuple[int, int]]) -> None:
+def test_a_copy_for_another_user_is_all_his(
+    place: Path, given_away: dict[str, tuple[int, int]]
+) -> None:
     folder, copy, _ = copied(place)
     remove_tree(copy)
     given_away.clear()
@@ -388,7 +434,9 @@ SPECIAL = [a_pipe, a_socket, *([a_device] if IS_ROOT else [])]
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-def test_pipes_sockets_and_devices_do_not_come_back(place: Path, special: Callable[[Path], None]) -> None:
+def test_pipes_sockets_and_devices_do_not_come_back(
+    place: Path, special: Callable[[Path], None]
+) -> None:
     folder, copy, _ = copied(place)
     special(copy / "special")
     (copy / "c").unlink()
@@ -398,7 +446,9 @@ def test_pipes_sockets_and_devices_do_not_come_back(place: Path, special: Callab
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-def test_those_of_the_user_are_neither_copied_nor_removed(place: Path, special: Callable[[Path], None]) -> None:
+def test_those_of_the_user_are_neither_copied_nor_removed(
+    place: Path, special: Callable[[Path], None]
+) -> None:
     folder, copy, _ = fresh(place)
     special(folder / "special")
     (folder / "file").write_text("x")
@@ -409,7 +459,9 @@ def test_those_of_the_user_are_neither_copied_nor_removed(place: Path, special: 
     assert os.listdir(folder) == ["special"]
 
 
-def test_what_is_not_readable_counts_as_not_copied(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_readable_counts_as_not_copied(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, copy, _ = copied(place)
     (folder / "closed").write_text("x")
     (folder / "gone").write_text("x")
@@ -421,7 +473,9 @@ def test_what_is_not_readable_counts_as_not_copied(place: Path, monkeypatch: pyt
 # --- too long, too deep, too full -------------------------------------------------------------------------------
 
 
-def test_a_file_that_grows_while_it_is_copied_is_copied_as_long_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_grows_while_it_is_copied_is_copied_as_long_as_it_was(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A log that somebody writes on: to copy up to its end would never end."""
     log = place / "folder" / "log"
     log.parent.mkdir()
@@ -487,7 +541,9 @@ def test_folders_may_be_nested_deeper_than_python_or_paths_go(place: Path, depth
     assert not copy.exists() and not folder.exists()
 
 
-def test_a_file_that_could_not_be_written_stays_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_could_not_be_written_stays_as_it_was(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, copy, _ = copied(place)
     (copy / "c").write_text("changed")
     (copy / "a" / "b").write_text("changed, too")
@@ -543,7 +599,9 @@ def test_what_is_not_there_is_gone(place: Path) -> None:
     assert remove_tree(place / "nonesuch")
 
 
-def test_what_cannot_be_removed_does_not_hold_up_the_rest(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_does_not_hold_up_the_rest(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _, _ = copied(place)
     unlink = os.unlink
 

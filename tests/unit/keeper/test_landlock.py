@@ -53,7 +53,9 @@ def test_rules_stay_within_what_is_handled(abi: int) -> None:
     found = landlock.rules(abi, readable=["/a", "/b"], writable=["/b", "/c"])
     assert list(found) == ["/a", "/b", "/c"]
     assert found["/a"] == landlock.EXECUTE | landlock.READ_FILE | landlock.READ_DIR
-    assert found["/b"] == found["/c"] == HANDLED[abi][0] & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
+    assert (
+        found["/b"] == found["/c"] == HANDLED[abi][0] & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
+    )
 
 
 def test_walls_by_abi() -> None:
@@ -61,7 +63,14 @@ def test_walls_by_abi() -> None:
     assert all(landlock.describe(6).values()) and landlock.describe(6) == landlock.describe(7)
     grown = [{name for name, given in landlock.describe(abi).items() if given} for abi in range(7)]
     new = [sorted(after - before) for before, after in itertools.pairwise(grown)]
-    assert new == [["files"], [], ["truncation"], ["tcp"], ["devices"], ["abstract_sockets", "signals"]]
+    assert new == [
+        ["files"],
+        [],
+        ["truncation"],
+        ["tcp"],
+        ["devices"],
+        ["abstract_sockets", "signals"],
+    ]
 
 
 # --- all but ----------------------------------------------------------------------------------------------------
@@ -82,7 +91,12 @@ def listdir(path: str) -> list[str]:
 
 
 def all_but(*hidden: str) -> list[str]:
-    return landlock.all_but(hidden, listdir=listdir, islink=LINKS.__contains__, resolve=lambda path: LINKS.get(path, path))
+    return landlock.all_but(
+        hidden,
+        listdir=listdir,
+        islink=LINKS.__contains__,
+        resolve=lambda path: LINKS.get(path, path),
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,11 +106,28 @@ def all_but(*hidden: str) -> list[str]:
         (["/"], []),
         (["/home"], ["/etc", "/shut", "/usr"]),
         (["/home/me"], ["/etc", "/home/you", "/shut", "/usr"]),
-        (["/home/me/.ssh"], ["/etc", "/home/me/work", "/home/me/x y", "/home/you", "/shut", "/usr"]),
-        (["/home/me/link"], ["/etc", "/home/me/work", "/home/me/x y", "/home/you", "/shut", "/usr"]),  # the target is meant
+        (
+            ["/home/me/.ssh"],
+            ["/etc", "/home/me/work", "/home/me/x y", "/home/you", "/shut", "/usr"],
+        ),
+        (
+            ["/home/me/link"],
+            ["/etc", "/home/me/work", "/home/me/x y", "/home/you", "/shut", "/usr"],
+        ),  # the target is meant
         (["/home/me/.ssh", "/home"], ["/etc", "/shut", "/usr"]),
         (["/home/me", "/home/you"], ["/etc", "/shut", "/usr"]),
-        (["/home/me/to/come"], ["/etc", "/home/you", "/shut", "/usr", "/home/me/.ssh", "/home/me/work", "/home/me/x y"]),
+        (
+            ["/home/me/to/come"],
+            [
+                "/etc",
+                "/home/you",
+                "/shut",
+                "/usr",
+                "/home/me/.ssh",
+                "/home/me/work",
+                "/home/me/x y",
+            ],
+        ),
         (["/shut/in"], ["/etc", "/home", "/usr"]),
         (["//home"], ["/etc", "/shut", "/usr"]),
     ],
@@ -111,11 +142,15 @@ paths = st.lists(names, min_size=1, max_size=4).map(lambda parts: "/" + "/".join
 
 @settings(deadline=None)
 @given(st.lists(paths, min_size=1, max_size=4), paths)
-def test_what_is_opened_is_all_but_the_hidden_trees_and_what_lies_above(hidden: list[str], path: str) -> None:
+def test_what_is_opened_is_all_but_the_hidden_trees_and_what_lies_above(
+    hidden: list[str], path: str
+) -> None:
     def within(path: str, top: str) -> bool:
         return PurePosixPath(path).is_relative_to(top)
 
-    found = landlock.all_but(hidden, listdir=lambda _: ["a", "b", "c"], islink=lambda _: False, resolve=str)
+    found = landlock.all_but(
+        hidden, listdir=lambda _: ["a", "b", "c"], islink=lambda _: False, resolve=str
+    )
     opened = any(within(path, top) for top in found)
     closed = any(within(path, top) for top in hidden)
     above = any(within(top, path) for top in hidden)
@@ -140,7 +175,9 @@ USERS = pytest.mark.parametrize(
     "prefix",
     [
         pytest.param([], id="root", marks=pytest.mark.bed("landlock")),
-        pytest.param(ordinary_user(), id="user", marks=pytest.mark.bed("landlock", "ordinary-user")),
+        pytest.param(
+            ordinary_user(), id="user", marks=pytest.mark.bed("landlock", "ordinary-user")
+        ),
     ],
 )
 
@@ -216,7 +253,9 @@ print(tried(os.symlink, "x", other / "link"), tried(os.mkfifo, other / "fifo"), 
 @USERS
 def test_nothing_is_written_outside_the_writable_trees(top: Path, prefix: list[str]) -> None:
     assert inside("restrict()" + WRITES, top, prefix) == ["EACCES"] * 7 + ["ENOENT"]
-    assert (top / "other/file").read_text() == "in other" and [path.name for path in (top / "other").iterdir()] == ["file"]
+    assert (top / "other/file").read_text() == "in other" and [
+        path.name for path in (top / "other").iterdir()
+    ] == ["file"]
     assert inside(WRITES, top, prefix) == ["ok"] * 8
 
 
@@ -258,7 +297,9 @@ def test_what_is_missing_is_left_out(top: Path, prefix: list[str]) -> None:
 
 @pytest.mark.bed("root", "landlock")
 def test_no_device_of_the_disk_is_made(top: Path) -> None:
-    code = "import stat; print(tried(os.mknod, work / 'disk', stat.S_IFBLK | 0o600, os.makedev(8, 0)))"
+    code = (
+        "import stat; print(tried(os.mknod, work / 'disk', stat.S_IFBLK | 0o600, os.makedev(8, 0)))"
+    )
     assert inside("restrict()\n" + code, top, []) == ["EACCES"]
     assert inside(code, top, []) == ["ok"]
 
@@ -397,7 +438,17 @@ try:
 except OSError as error:
     print(error)
 """
-    assert inside(code, top, []) == ["[Errno", "24]", "cannot", "open", "/usr:", "Too", "many", "open", "files"]
+    assert inside(code, top, []) == [
+        "[Errno",
+        "24]",
+        "cannot",
+        "open",
+        "/usr:",
+        "Too",
+        "many",
+        "open",
+        "files",
+    ]
 
 
 def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +466,8 @@ def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rules_of_every_abi_hold_here(top: Path, prefix: list[str], abi: int) -> None:
     """A newer system takes what an older one would be told."""
     code = (
-        f"landlock.abi = lambda: {abi}\nrestrict()\n" + READS + 'print(tried((other / "new").touch), tried((work / "new").touch))'
+        f"landlock.abi = lambda: {abi}\nrestrict()\n"
+        + READS
+        + 'print(tried((other / "new").touch), tried((work / "new").touch))'
     )
     assert inside(code, top, prefix) == ["EACCES"] * 5 + ["ok", "EACCES", "ok"]

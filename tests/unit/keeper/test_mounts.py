@@ -36,7 +36,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def call(name: str, *arguments: Any, what: str) -> None:
         assert what
-        made.append((name, *(part.value if isinstance(part, ctypes.c_ulong) else part for part in arguments)))
+        made.append(
+            (
+                name,
+                *(part.value if isinstance(part, ctypes.c_ulong) else part for part in arguments),
+            )
+        )
 
     def write(path: Path, text: str) -> int:
         made.append((str(path), text))
@@ -80,7 +85,9 @@ def test_a_namespace_of_our_own_is_had_the_way_that_works(
     assert found == tried
 
 
-def test_anybody_else_stays_who_he_is(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anybody_else_stays_who_he_is(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The maps are written once the namespace is there, setgroups before the groups (user_namespaces(7))."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "getegid", lambda: 100)
@@ -107,12 +114,16 @@ def test_the_first_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, wrong: in
     monkeypatch.setattr(mounts, "_call", call)
     with pytest.raises(OSError, match="cannot make"):
         mounts.enter([BIND, TMPFS], user_namespace=False)
-    assert made == ["a mount namespace of its own", "bind mount on /", "bind mount on /c"][: wrong + 1]
+    assert (
+        made == ["a mount namespace of its own", "bind mount on /", "bind mount on /c"][: wrong + 1]
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EPERM])
 @pytest.mark.parametrize("optional", [True, False])
-def test_only_what_may_be_gone_may_be_missing(monkeypatch: pytest.MonkeyPatch, number: int, optional: bool) -> None:
+def test_only_what_may_be_gone_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch, number: int, optional: bool
+) -> None:
     made: list[str] = []
 
     def call(name: str, *_: object, what: str) -> None:
@@ -208,7 +219,12 @@ TIMEOUT = subprocess.TimeoutExpired("python", 10)
     ],
 )
 def test_namespaces_are_tried(
-    *, monkeypatch: pytest.MonkeyPatch, uid: int, ends: tuple[Any, ...], way: str | None, asked: list[str]
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    uid: int,
+    ends: tuple[Any, ...],
+    way: str | None,
+    asked: list[str],
 ) -> None:
     tried = Tried(*ends)
     monkeypatch.setattr(subprocess, "run", tried)
@@ -222,14 +238,20 @@ def test_elsewhere_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mounts.namespaces.__wrapped__() is None
 
 
-def test_an_overlay_is_tried_with_layers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_is_tried_with_layers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = Tried(0, 1)
     monkeypatch.setattr(subprocess, "run", tried)
     lower, scratch = tmp_path / "lower", tmp_path / "scratch"
     scratch.mkdir()
     assert mounts.overlays(lower, scratch, "user")
     assert not mounts.overlays(lower, scratch, "user"), "twice in the same place"
-    layers = {"upper": str(scratch / "upper"), "work": str(scratch / "work"), "target": str(scratch / "merged")}
+    layers = {
+        "upper": str(scratch / "upper"),
+        "work": str(scratch / "work"),
+        "target": str(scratch / "merged"),
+    }
     assert tried.asked[0] == ("user", [{"kind": "overlay", "lower": str(lower), **layers}])
     assert all((scratch / name).is_dir() for name in ("upper", "work", "merged"))
 
@@ -304,9 +326,13 @@ def as_root() -> list[str]:
 
 
 @pytest.mark.bed("user-namespaces")
-@pytest.mark.parametrize("who", [as_root, pytest.param(ordinary_user, marks=pytest.mark.bed("ordinary-user"))])
+@pytest.mark.parametrize(
+    "who", [as_root, pytest.param(ordinary_user, marks=pytest.mark.bed("ordinary-user"))]
+)
 @pytest.mark.parametrize("kind", ["bind", "overlay"])
-def test_a_view_is_seen_inside_and_not_outside(who: Callable[[], list[str]], kind: str, open_to_all: Path) -> None:
+def test_a_view_is_seen_inside_and_not_outside(
+    who: Callable[[], list[str]], kind: str, open_to_all: Path
+) -> None:
     argv = [*who(), sys.executable, "-c", INSIDE, str(ROOT), str(open_to_all), kind]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr

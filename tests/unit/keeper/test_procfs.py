@@ -16,7 +16,9 @@ WAITING = "import sys\nprint('ready', flush=True)\nsys.stdin.read()"
 
 def test_an_ignored_signal_is_seen() -> None:
     code = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{WAITING}"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         assert procfs.ignores(child.pid, signal.SIGINT) is True
@@ -30,7 +32,9 @@ def test_an_ignored_signal_is_seen() -> None:
 def test_a_signal_reaches_the_group_of_its_leader_only(leads: bool) -> None:
     """A process that leads no group is signalled alone: here the group would be that of the tests."""
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60'])\nprint(p.pid, flush=True)\nsys.exit(-p.wait())"
-    with subprocess.Popen([sys.executable, "-c", child], start_new_session=leads, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", child], start_new_session=leads, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         grandchild = int(parent.stdout.readline())
         procfs.signal_group(parent.pid, signal.SIGTERM)

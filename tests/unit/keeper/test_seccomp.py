@@ -70,7 +70,11 @@ def answer(arch: str, refusal: seccomp.Refusal, number: int, *arguments: int) ->
 
 
 def column(arch: str, numbers: seccomp.Numbers) -> dict[str, int]:
-    return {name: number for name, row in numbers.items() if (number := row[ARCHITECTURES.index(arch)]) is not None}
+    return {
+        name: number
+        for name, row in numbers.items()
+        if (number := row[ARCHITECTURES.index(arch)]) is not None
+    }
 
 
 def judged(arch: str, name: str) -> int:
@@ -100,7 +104,15 @@ def test_every_number(arch: str, refusal: seccomp.Refusal) -> None:
         ("clone", (0x80 | 17,), "allow"),  # CLONE_NEWTIME's bit is the signal's here
         *(
             ("clone", (flag | 17,), "refuse")
-            for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
+            for flag in (
+                0x20000,
+                0x2000000,
+                0x4000000,
+                0x8000000,
+                0x10000000,
+                0x20000000,
+                0x40000000,
+            )
         ),
         ("clone", (1 << 40 | 0x10000000,), "refuse"),
         ("clone", (17, 0x10000000), "allow"),  # that is the stack
@@ -114,11 +126,19 @@ def test_every_number(arch: str, refusal: seccomp.Refusal) -> None:
         *(("socket", (family, 3), "deny") for family in (15, 17, 38, 40, 44)),
         ("socket", (1 << 32 | 17, 3), "deny"),
         *(("socket", (family, 1), "allow") for family in (1, 2, 10, 16)),
-        *(("personality", (wish,), "allow") for wish in (0, 0xFFFFFFFF, 8, 0x40000, 0x40008, 0x20008)),
-        *(("personality", (wish,), "refuse") for wish in (0x400000, 0x440000, 0x100000, 6, 0xFFFFFFFE)),
+        *(
+            ("personality", (wish,), "allow")
+            for wish in (0, 0xFFFFFFFF, 8, 0x40000, 0x40008, 0x20008)
+        ),
+        *(
+            ("personality", (wish,), "refuse")
+            for wish in (0x400000, 0x440000, 0x100000, 6, 0xFFFFFFFE)
+        ),
     ],
 )
-def test_what_hangs_on_arguments(arch: str, refusal: seccomp.Refusal, name: str, arguments: tuple[int, ...], kind: str) -> None:
+def test_what_hangs_on_arguments(
+    arch: str, refusal: seccomp.Refusal, name: str, arguments: tuple[int, ...], kind: str
+) -> None:
     verdicts = {"allow": ALLOW, "deny": EPERM, "refuse": refused(refusal)}
     assert answer(arch, refusal, judged(arch, name), *arguments) == verdicts[kind]
 
@@ -139,22 +159,34 @@ def test_any_call_of_another_architecture_kills(
 
 @settings(deadline=None)
 @given(st.sampled_from(BOTH), st.one_of(st.integers(0, 600), words), st.lists(longs, max_size=6))
-def test_any_call_gets_a_verdict(which: tuple[str, seccomp.Refusal], number: int, arguments: list[int]) -> None:
+def test_any_call_gets_a_verdict(
+    which: tuple[str, seccomp.Refusal], number: int, arguments: list[int]
+) -> None:
     assert answer(*which, number, *arguments) in {ALLOW, EPERM, ENOSYS, refused(which[1])}
 
 
 @settings(deadline=None)
-@given(st.sampled_from(BOTH), st.sampled_from(list(seccomp.JUDGED)), st.lists(longs, min_size=6, max_size=6))
-def test_upper_halves_do_not_count(which: tuple[str, seccomp.Refusal], name: str, arguments: list[int]) -> None:
+@given(
+    st.sampled_from(BOTH),
+    st.sampled_from(list(seccomp.JUDGED)),
+    st.lists(longs, min_size=6, max_size=6),
+)
+def test_upper_halves_do_not_count(
+    which: tuple[str, seccomp.Refusal], name: str, arguments: list[int]
+) -> None:
     number = judged(which[0], name)
-    assert answer(*which, number, *arguments) == answer(*which, number, *(value & 0xFFFFFFFF for value in arguments))
+    assert answer(*which, number, *arguments) == answer(
+        *which, number, *(value & 0xFFFFFFFF for value in arguments)
+    )
 
 
 @settings(deadline=None)
 @given(st.sampled_from(REFUSALS), words)
 def test_x32_is_refused(refusal: seccomp.Refusal, number: int) -> None:
     if number & 0x40000000:
-        assert answer("x86_64", refusal, number) == (ALLOW if number == 0xFFFFFFFF else refused(refusal))
+        assert answer("x86_64", refusal, number) == (
+            ALLOW if number == 0xFFFFFFFF else refused(refusal)
+        )
 
 
 # --- numbers and files ------------------------------------------------------------------------------------------
@@ -171,24 +203,36 @@ def header(arch: str) -> dict[str, int]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_numbers_are_those_of_the_headers(arch: str) -> None:
     real = header(arch)
-    every = column(arch, seccomp.NEVER | seccomp.PROBED) | {name: judged(arch, name) for name in seccomp.JUDGED}
+    every = column(arch, seccomp.NEVER | seccomp.PROBED) | {
+        name: judged(arch, name) for name in seccomp.JUDGED
+    }
     every |= {"clone3": seccomp.CLONE3, "seccomp": seccomp.SECCOMP[arch]}
     assert len(set(every.values())) == len(every)
     if real:
         newer = max(real.values())
-        assert {name: number for name, number in every.items() if real.get(name) != number and number <= newer} == {}
-        missing = {name for name, row in seccomp.NEVER.items() if row[ARCHITECTURES.index(arch)] is None}
+        assert {
+            name: number
+            for name, number in every.items()
+            if real.get(name) != number and number <= newer
+        } == {}
+        missing = {
+            name for name, row in seccomp.NEVER.items() if row[ARCHITECTURES.index(arch)] is None
+        }
         assert missing & set(real) == set()
 
 
 @pytest.mark.parametrize(("arch", "refusal"), BOTH)
 def test_the_shipped_program_is_what_is_generated(arch: str, refusal: seccomp.Refusal) -> None:
     """Else: ``python -m safe_exec.keeper.seccomp``."""
-    assert (Path(seccomp.FILTERS) / f"{arch}-{refusal}.bpf").read_bytes() == seccomp.program(arch, refusal)
+    assert (Path(seccomp.FILTERS) / f"{arch}-{refusal}.bpf").read_bytes() == seccomp.program(
+        arch, refusal
+    )
 
 
 def test_no_other_program_is_shipped() -> None:
-    assert {path.name for path in Path(seccomp.FILTERS).iterdir()} == {f"{arch}-{refusal}.bpf" for arch, refusal in BOTH}
+    assert {path.name for path in Path(seccomp.FILTERS).iterdir()} == {
+        f"{arch}-{refusal}.bpf" for arch, refusal in BOTH
+    }
 
 
 def test_another_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +255,11 @@ def test_a_32_bit_program_is_told_that_there_is_none(monkeypatch: pytest.MonkeyP
 # --- in real processes ------------------------------------------------------------------------------------------
 
 USERS = pytest.mark.parametrize(
-    "prefix", [pytest.param([], id="root"), pytest.param(ordinary_user(), id="user", marks=pytest.mark.bed("ordinary-user"))]
+    "prefix",
+    [
+        pytest.param([], id="root"),
+        pytest.param(ordinary_user(), id="user", marks=pytest.mark.bed("ordinary-user")),
+    ],
 )
 
 START = """
@@ -264,9 +312,13 @@ SOFT_PROBES = {
 }
 
 
-def inside(refusal: str, code: str, prefix: list[str], *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def inside(
+    refusal: str, code: str, prefix: list[str], *, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     argv = [*prefix, sys.executable, "-c", START + code, str(ROOT), refusal]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, cwd="/")
+    return subprocess.run(
+        argv, capture_output=True, text=True, timeout=timeout, check=False, cwd="/"
+    )
 
 
 def succeeds(refusal: str, code: str, prefix: list[str]) -> None:
@@ -278,7 +330,9 @@ def succeeds(refusal: str, code: str, prefix: list[str]) -> None:
 def test_refused_calls_give_eperm(prefix: list[str]) -> None:
     every = PROBES | SOFT_PROBES
     done = inside("errno", "".join(f"print({probe})\n" for probe in every.values()), prefix)
-    assert dict(zip(every, map(int, done.stdout.split()), strict=True)) == dict.fromkeys(every, errno.EPERM), done.stderr
+    assert dict(zip(every, map(int, done.stdout.split()), strict=True)) == dict.fromkeys(
+        every, errno.EPERM
+    ), done.stderr
 
 
 @pytest.mark.bed("root")  # anybody else is refused most of them in any case
@@ -286,12 +340,18 @@ def test_without_the_filter_they_do_not() -> None:
     """Or the tests above would show nothing."""
     for name, probe in (PROBES | SOFT_PROBES).items():
         done = inside("none", f"found = {probe}\nprint(found, flush=True)\nos._exit(0)", [])
-        assert str(errno.EPERM) not in done.stdout.split() and done.stdout.split(), (name, done.stdout, done.stderr)
+        assert str(errno.EPERM) not in done.stdout.split() and done.stdout.split(), (
+            name,
+            done.stdout,
+            done.stderr,
+        )
 
 
 @pytest.mark.bed("ordinary-user")
 def test_without_the_filter_an_ordinary_user_may_be_traced() -> None:
-    assert inside("none", f"print({PROBES['ptrace']}, flush=True)\nos._exit(0)", ordinary_user()).stdout.split() == ["0"]
+    assert inside(
+        "none", f"print({PROBES['ptrace']}, flush=True)\nos._exit(0)", ordinary_user()
+    ).stdout.split() == ["0"]
 
 
 @USERS
@@ -345,7 +405,10 @@ def test_x32_calls_are_refused(refusal: str) -> None:
 def test_what_cannot_be_installed_is_named() -> None:
     code = "try:\n    seccomp.install(bytes(8))\nexcept OSError as error:\n    print(error)"
     done = inside("none", code, [])
-    assert done.stdout.strip() == "[Errno 22] cannot install the filter of system calls: Invalid argument", done.stderr
+    assert (
+        done.stdout.strip()
+        == "[Errno 22] cannot install the filter of system calls: Invalid argument"
+    ), done.stderr
 
 
 # --- what must go on working ------------------------------------------------------------------------------------
@@ -443,7 +506,9 @@ def cases() -> Iterator[tuple[str, list[str], str]]:
     ("name", "prefix", "refusal"),
     [
         pytest.param(
-            *c, id=f"{c[0]}-{c[2]}-{'user' if c[1] else 'root'}", marks=[pytest.mark.bed("ordinary-user")] if c[1] else []
+            *c,
+            id=f"{c[0]}-{c[2]}-{'user' if c[1] else 'root'}",
+            marks=[pytest.mark.bed("ordinary-user")] if c[1] else [],
         )
         for c in cases()
     ],

@@ -19,7 +19,16 @@ LOW, HIGH = 0x7F10_0000_1000, 0x7F10_0080_0000
 IDENT = HIGH - 0x900
 
 
-def x86(*, at: int = 336, pointer: int, ip: int, trap: int, error: int = 4, address: int = 0, fpstate: int = 1024) -> bytes:
+def x86(
+    *,
+    at: int = 336,
+    pointer: int,
+    ip: int,
+    trap: int,
+    error: int = 4,
+    address: int = 0,
+    fpstate: int = 1024,
+) -> bytes:
     """A piece of stack with the registers that the system saved ``at`` bytes from its lower end."""
     words = [0] * 24
     words[15:18] = pointer, ip, 0x10246
@@ -44,7 +53,10 @@ def test_a_signal_that_was_sent_and_an_address_that_is_not_told() -> None:
     sent = find(x86(pointer=MAIN_LOW, ip=0x400, trap=0, error=0), BASE, "x86_64")
     assert sent is not None and (sent.faulted, sent.address) == (False, None)
     general_protection = find(x86(pointer=MAIN_LOW, ip=0x400, trap=13, error=0), BASE, "x86_64")
-    assert general_protection is not None and (general_protection.faulted, general_protection.address) == (True, None)
+    assert general_protection is not None and (
+        general_protection.faulted,
+        general_protection.address,
+    ) == (True, None)
 
 
 def test_the_innermost_of_two_frames_and_no_stale_copy() -> None:
@@ -52,13 +64,17 @@ def test_the_innermost_of_two_frames_and_no_stale_copy() -> None:
     found = find(inner + outer, BASE, "x86_64")
     assert found is not None and found.stack_pointer == 1
     stale = x86(pointer=1, ip=0x400, trap=14, fpstate=1 << 40)
-    found = find(stale + x86(pointer=2, ip=0x500, trap=14, fpstate=len(stale) + 1024), BASE, "x86_64")
+    found = find(
+        stale + x86(pointer=2, ip=0x500, trap=14, fpstate=len(stale) + 1024), BASE, "x86_64"
+    )
     assert found is not None and found.stack_pointer == 2
 
 
 def test_arm() -> None:
     found = find(arm(pointer=LOW - 16, pc=0x400, address=LOW - 8, syndrome=True), BASE, "aarch64")
-    assert found == Registers(faulted=True, address=LOW - 8, stack_pointer=LOW - 16, instruction=0x400)
+    assert found == Registers(
+        faulted=True, address=LOW - 8, stack_pointer=LOW - 16, instruction=0x400
+    )
     sent = find(arm(pointer=LOW, pc=0x400, address=0x77, syndrome=False), BASE, "aarch64")
     assert sent is not None and (sent.faulted, sent.address) == (False, None)
 
@@ -66,7 +82,10 @@ def test_arm() -> None:
 @given(memory=st.binary(max_size=4096), machine=st.sampled_from(["x86_64", "aarch64"]))
 @settings(max_examples=50)
 def test_any_memory_is_read_without_an_error(memory: bytes, machine: str) -> None:
-    marks = {"x86_64": struct.pack("<4H", 0x33, 0, 0, 0x2B), "aarch64": struct.pack("<II", 0x46508001, 528)}
+    marks = {
+        "x86_64": struct.pack("<4H", 0x33, 0, 0, 0x2B),
+        "aarch64": struct.pack("<II", 0x46508001, 528),
+    }
     find(memory, BASE, machine)
     find(memory + marks[machine] + memory, BASE, machine)
 
@@ -102,35 +121,70 @@ NO_GUARD = LIGHT_GUARD
 SITES = [
     ("main-call", {"pointer": MAIN_LOW, "address": MAIN_LOW - 8}, True),
     ("main-small-frame", {"pointer": MAIN_LOW - 64, "address": MAIN_LOW - 32}, True),
-    ("main-frame-of-128-kib", {"pointer": MAIN_LOW - (100 << 10), "address": MAIN_LOW - (100 << 10) - 8}, True),
-    ("main-frame-touched-in-its-middle", {"pointer": MAIN_LOW - (9 << 20), "address": MAIN_LOW - (4 << 20)}, True),
+    (
+        "main-frame-of-128-kib",
+        {"pointer": MAIN_LOW - (100 << 10), "address": MAIN_LOW - (100 << 10) - 8},
+        True,
+    ),
+    (
+        "main-frame-touched-in-its-middle",
+        {"pointer": MAIN_LOW - (9 << 20), "address": MAIN_LOW - (4 << 20)},
+        True,
+    ),
     ("main-red-zone", {"pointer": MAIN_LOW + 64, "address": MAIN_LOW - 16}, True),
     ("main-null", {"pointer": MAIN_LOW + 512, "address": 0}, False),
     ("main-null-past-the-stack", {"pointer": MAIN_LOW - 8, "address": 0}, False),
-    ("main-wild-pointer", {"pointer": MAIN_LOW + (1 << 20), "address": MAIN_LOW - (1 << 20)}, False),
+    (
+        "main-wild-pointer",
+        {"pointer": MAIN_LOW + (1 << 20), "address": MAIN_LOW - (1 << 20)},
+        False,
+    ),
     ("main-pointer-to-below", {"pointer": MAIN_LOW + (1 << 20), "address": MAIN_LOW - 8}, False),
     ("main-beyond-the-upper-end", {"pointer": MAIN_LOW + 512, "address": MAIN_HIGH + 8}, False),
     ("main-address-not-told", {"pointer": MAIN_LOW - 8, "address": None}, False),
     ("main-on-a-stack-of-its-own", {"pointer": LOW, "address": LOW - 8, "maps": NO_GUARD}, False),
     ("main-on-a-guarded-stack-of-its-own", {"pointer": LOW, "address": LOW - 8}, True),
     ("thread-call", {"main": False, "pointer": LOW, "address": LOW - 8}, True),
-    ("thread-frame-past-the-guard", {"main": False, "pointer": LOW - (120 << 10), "address": LOW - (120 << 10) - 8}, True),
-    ("thread-of-unknown-name-in-its-guard", {"main": False, "pointer": LOW, "address": LOW - 8, "ident": None}, True),
+    (
+        "thread-frame-past-the-guard",
+        {"main": False, "pointer": LOW - (120 << 10), "address": LOW - (120 << 10) - 8},
+        True,
+    ),
+    (
+        "thread-of-unknown-name-in-its-guard",
+        {"main": False, "pointer": LOW, "address": LOW - 8, "ident": None},
+        True,
+    ),
     (
         "thread-of-unknown-name-past-its-guard",
         {"main": False, "pointer": LOW - (120 << 10), "address": LOW - (120 << 10), "ident": None},
         False,
     ),
-    ("thread-light-guard", {"main": False, "pointer": LOW + 64, "address": LOW + 56, "maps": LIGHT_GUARD}, True),
+    (
+        "thread-light-guard",
+        {"main": False, "pointer": LOW + 64, "address": LOW + 56, "maps": LIGHT_GUARD},
+        True,
+    ),
     ("thread-null", {"main": False, "pointer": LOW + PAGE, "address": 0}, False),
-    ("thread-write-to-a-guard-elsewhere", {"main": False, "pointer": HIGH - PAGE, "address": LOW - 8}, False),
+    (
+        "thread-write-to-a-guard-elsewhere",
+        {"main": False, "pointer": HIGH - PAGE, "address": LOW - 8},
+        False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("more", "overflow"), [row[1:] for row in SITES], ids=[row[0] for row in SITES])
+@pytest.mark.parametrize(
+    ("more", "overflow"), [row[1:] for row in SITES], ids=[row[0] for row in SITES]
+)
 def test_whether_a_thread_left_its_stack(more: dict[str, Any], overflow: bool) -> None:
     facts = {"main": True, "ident": IDENT, "maps": MAPS, **more}
-    registers = Registers(faulted=True, address=facts["address"], stack_pointer=facts["pointer"], instruction=0x40_0010)
+    registers = Registers(
+        faulted=True,
+        address=facts["address"],
+        stack_pointer=facts["pointer"],
+        instruction=0x40_0010,
+    )
     site = read_site(describe(registers, facts["maps"], main=facts["main"]), facts["ident"])
     assert site is not None
     assert site.overflow is overflow

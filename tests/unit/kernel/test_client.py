@@ -28,9 +28,13 @@ class Bench:
     """A client with one cell that runs, and messages as a kernel would send them."""
 
     def __init__(self, cell_cap: int | None = None, total_cap: int | None = None) -> None:
-        self.node = NB.v4.new_notebook(cells=[NB.v4.new_code_cell("first"), NB.v4.new_code_cell("second")])
+        self.node = NB.v4.new_notebook(
+            cells=[NB.v4.new_code_cell("first"), NB.v4.new_code_cell("second")]
+        )
         self.told: list[tuple[int, int]] = []
-        self.client = TrialClient(self.node, None, died=asyncio.Event(), on_output=lambda *told: self.told.append(told))
+        self.client = TrialClient(
+            self.node, None, died=asyncio.Event(), on_output=lambda *told: self.told.append(told)
+        )
         self.client.reset_execution_trackers()
         self.client.kernel_pid = KERNEL
         self.client.total_cap = total_cap
@@ -51,7 +55,14 @@ class Bench:
     def message(self, kind: str, content: dict[str, Any], pid: int = KERNEL) -> dict[str, Any]:
         self.serial += 1
         header = {"msg_id": f"session_{pid}_{self.serial}", "msg_type": kind}
-        return {"msg_type": kind, "header": header, "parent_header": {}, "metadata": {}, "content": content, "buffers": []}
+        return {
+            "msg_type": kind,
+            "header": header,
+            "parent_header": {},
+            "metadata": {},
+            "content": content,
+            "buffers": [],
+        }
 
     def send(self, kind: str, pid: int = KERNEL, **content: Any) -> dict[str, Any]:
         message = self.message(kind, content, pid)
@@ -67,7 +78,9 @@ class Bench:
 
     @property
     def text(self) -> str:
-        return "".join(part for o in self.cell.outputs for part in o.get("text", ""))  # a text, or a list of parts
+        return "".join(
+            part for o in self.cell.outputs for part in o.get("text", "")
+        )  # a text, or a list of parts
 
     @property
     def marks(self) -> int:
@@ -87,7 +100,11 @@ def test_text_is_cut_at_the_cap_with_one_mark() -> None:
     for _ in range(5):
         bench.prints("x" * 700)
     accounts = bench.client.accounts
-    assert bench.marks == 1 and bench.text.startswith("x" * 700) and 700 <= bench.text.count("x") <= 1000
+    assert (
+        bench.marks == 1
+        and bench.text.startswith("x" * 700)
+        and 700 <= bench.text.count("x") <= 1000
+    )
     assert (accounts.truncated, accounts.received, accounts.messages) == (True, 3500, 5)
     assert "this cell" in bench.text and "1000 B" in bench.text.replace("\xa0", " ")
 
@@ -136,7 +153,9 @@ def test_each_cell_has_a_cap_of_its_own() -> None:
     cap=st.integers(0, 3000),
     total=st.none() | st.integers(0, 3000),
 )
-def test_no_more_is_stored_than_the_caps_allow(texts: list[str], cap: int, total: int | None) -> None:
+def test_no_more_is_stored_than_the_caps_allow(
+    texts: list[str], cap: int, total: int | None
+) -> None:
     bench = Bench(cell_cap=cap, total_cap=total)
     for text in texts:
         bench.prints(text)
@@ -184,7 +203,9 @@ def test_very_many_pieces_of_a_stream_are_joined() -> None:
 
 def test_a_long_traceback_keeps_its_ends() -> None:
     bench = Bench(cell_cap=500_000)
-    bench.send("error", ename="E", evalue="v", traceback=[f"frame {n} " + "x" * 20000 for n in range(50)])
+    bench.send(
+        "error", ename="E", evalue="v", traceback=[f"frame {n} " + "x" * 20000 for n in range(50)]
+    )
     (error,) = bench.cell.outputs
     assert sum(map(len, error.traceback)) <= 2 * TRACEBACK_BYTES
     assert error.traceback[0].startswith("frame 0 ") and error.traceback[-1].startswith("frame 49 ")
@@ -194,7 +215,9 @@ def test_a_display_too_large_to_be_sent_is_marked_once() -> None:
     bench = Bench(cell_cap=1000)
     bench.client.cut_display(10**9)
     bench.client.cut_display(10**9)
-    assert bench.marks == 1 and bench.client.accounts.received == 2000, "each counts as a cell's worth, not as a flood"
+    assert bench.marks == 1 and bench.client.accounts.received == 2000, (
+        "each counts as a cell's worth, not as a flood"
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,10 +291,22 @@ def test_both_streams_and_a_display_come_back_in_order() -> None:
     display = dead.message("display_data", {"data": {"text/plain": "shown"}, "metadata": {}})
     parts = [display["header"], {}, {}, display["content"]]
     dead.inner.text(0, "one\n")
-    dead.inner.message([b"display_data", b"<IDS|MSG>", b"signature", *(json.dumps(part).encode() for part in parts)])
+    dead.inner.message(
+        [
+            b"display_data",
+            b"<IDS|MSG>",
+            b"signature",
+            *(json.dumps(part).encode() for part in parts),
+        ]
+    )
     dead.inner.text(1, "two\n")
     dead.recover(stderr="from C\n")
-    assert [o.get("text") or o.data["text/plain"] for o in dead.cell.outputs] == ["one\n", "shown", "two\n", "from C\n"]
+    assert [o.get("text") or o.data["text/plain"] for o in dead.cell.outputs] == [
+        "one\n",
+        "shown",
+        "two\n",
+        "from C\n",
+    ]
 
 
 def test_a_display_that_arrived_is_not_shown_twice() -> None:
@@ -318,7 +353,14 @@ def test_text_of_another_cell_stays_there() -> None:
         [b"<IDS|MSG>", b"s", b'{"msg_type": "display_data", "msg_id": "a"}', b"{}", b"{}", b"5"],
         [b"<IDS|MSG>", b"s", b'{"msg_type": "display_data", "msg_id": "a"}', b"{}", b"{}", b"{}"],
         [b"<IDS|MSG>", b"s", b'{"msg_type": "nonsense", "msg_id": "a"}', b"{}", b"{}", b"{}"],
-        [b"<IDS|MSG>", b"s", b'{"msg_type": "status", "msg_id": "a"}', b"{}", b"{}", b'{"execution_state": "idle"}'],
+        [
+            b"<IDS|MSG>",
+            b"s",
+            b'{"msg_type": "status", "msg_id": "a"}',
+            b"{}",
+            b"{}",
+            b'{"execution_state": "idle"}',
+        ],
     ],
 )
 def test_a_hostile_journal_does_not_stop_the_rest(frames: list[bytes]) -> None:

@@ -17,7 +17,14 @@ from jupyter_client.session import Session
 
 from safe_exec.kernel import connection as wire
 from safe_exec.kernel.channel import Channel, unpacked
-from safe_exec.kernel.connection import GREETING, Address, ConnectFailed, Connection, Received, connect
+from safe_exec.kernel.connection import (
+    GREETING,
+    Address,
+    ConnectFailed,
+    Connection,
+    Received,
+    connect,
+)
 
 ZMQ: Any = _zmq  # which has no types here
 LARGEST = 1 << 20
@@ -38,7 +45,9 @@ async def raw_peer(path: Path, first: bytes) -> AsyncIterator[tuple[Connection, 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        connecting = asyncio.create_task(connect(Address(host=str(path)), kind="SUB", identity=b"", largest=LARGEST))
+        connecting = asyncio.create_task(
+            connect(Address(host=str(path)), kind="SUB", identity=b"", largest=LARGEST)
+        )
         await asyncio.sleep(0.01)
         with listener.accept()[0] as theirs:
             theirs.setblocking(False)
@@ -66,7 +75,9 @@ def test_libzmq_is_understood_both_ways(tmp_path: Path, place: str) -> None:
                 peer.bind(f"ipc://{tmp_path}/{number}")
                 addresses.append(Address(host=f"{tmp_path}/{number}"))
             else:
-                addresses.append(Address(host="127.0.0.1", port=peer.bind_to_random_port("tcp://127.0.0.1")))
+                addresses.append(
+                    Address(host="127.0.0.1", port=peer.bind_to_random_port("tcp://127.0.0.1"))
+                )
         shell = await connect(addresses[0], kind="DEALER", identity=b"me", largest=LARGEST)
         iopub = await connect(addresses[1], kind="SUB", identity=b"", largest=LARGEST)
         sizes = (0, 1, 254, 255, 256, 65535, 65536, 300_000)
@@ -90,7 +101,8 @@ def test_libzmq_is_understood_both_ways(tmp_path: Path, place: str) -> None:
 
 def frames(*parts: bytes) -> bytes:
     return b"".join(
-        struct.pack(">BQ", wire.LONG | (wire.MORE if n < len(parts) - 1 else 0), len(part)) + part for n, part in enumerate(parts)
+        struct.pack(">BQ", wire.LONG | (wire.MORE if n < len(parts) - 1 else 0), len(part)) + part
+        for n, part in enumerate(parts)
     )
 
 
@@ -98,10 +110,20 @@ def test_what_is_too_large_is_let_go_by_and_the_next_is_whole(tmp_path: Path) ->
     async def test() -> None:
         async with raw_peer(tmp_path / "s", b"") as (connection, theirs):
             loop = asyncio.get_running_loop()
-            for parts in ((b"id", bytes(2 * LARGEST)), (b"id", *[bytes(70_000)] * 40), (b"id", *[b""] * 3000)):
-                sending = asyncio.create_task(loop.sock_sendall(theirs, frames(*parts) + frames(b"next")))
+            for parts in (
+                (b"id", bytes(2 * LARGEST)),
+                (b"id", *[bytes(70_000)] * 40),
+                (b"id", *[b""] * 3000),
+            ):
+                sending = asyncio.create_task(
+                    loop.sock_sendall(theirs, frames(*parts) + frames(b"next"))
+                )
                 large = await arrived(connection)
-                assert large.dropped > 0 and large.parts[0] == b"id" and sum(map(len, large.parts)) < wire.SMALL * 2
+                assert (
+                    large.dropped > 0
+                    and large.parts[0] == b"id"
+                    and sum(map(len, large.parts)) < wire.SMALL * 2
+                )
                 assert (await arrived(connection)).parts == [b"next"]
                 await sending
 
@@ -113,7 +135,9 @@ def test_no_more_is_read_than_has_room(tmp_path: Path) -> None:
         async with raw_peer(tmp_path / "s", b"") as (connection, theirs):
             loop = asyncio.get_running_loop()
             total = 100
-            sending = asyncio.create_task(loop.sock_sendall(theirs, frames(bytes(LARGEST - 1000)) * total))
+            sending = asyncio.create_task(
+                loop.sock_sendall(theirs, frames(bytes(LARGEST - 1000)) * total)
+            )
             await asyncio.sleep(0.5)
             assert not sending.done() and connection._waiting_bytes <= wire.MOST_WAITING
             for _ in range(total):
@@ -125,9 +149,14 @@ def test_no_more_is_read_than_has_room(tmp_path: Path) -> None:
 
 def test_a_message_without_an_end_is_told_of_and_not_kept(tmp_path: Path) -> None:
     async def test() -> None:
-        async with raw_peer(tmp_path / "s", struct.pack(">BQ", wire.LONG, 2**64 - 1)) as (connection, theirs):
+        async with raw_peer(tmp_path / "s", struct.pack(">BQ", wire.LONG, 2**64 - 1)) as (
+            connection,
+            theirs,
+        ):
             loop = asyncio.get_running_loop()
-            sending = asyncio.create_task(loop.sock_sendall(theirs, bytes(wire.TOLD_EVERY + (8 << 20))))
+            sending = asyncio.create_task(
+                loop.sock_sendall(theirs, bytes(wire.TOLD_EVERY + (8 << 20)))
+            )
             told = await arrived(connection)
             assert told.parts == [] and wire.TOLD_EVERY < told.dropped < 2 * wire.TOLD_EVERY
             assert len(connection._inbox) <= wire.READ_BYTES
@@ -137,14 +166,22 @@ def test_a_message_without_an_end_is_told_of_and_not_kept(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "answer", [b"HTTP/1.1 400 Bad Request\r\n" + bytes(64), b"", GREETING[:32] + bytes(32), GREETING + b"\x00\x05ERROR"]
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n" + bytes(64),
+        b"",
+        GREETING[:32] + bytes(32),
+        GREETING + b"\x00\x05ERROR",
+    ],
 )
 def test_another_protocol_is_refused(tmp_path: Path, answer: bytes) -> None:
     async def test() -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "s"))
             listener.listen()
-            connecting = asyncio.create_task(connect(Address(host=str(tmp_path / "s")), kind="SUB", identity=b"", largest=None))
+            connecting = asyncio.create_task(
+                connect(Address(host=str(tmp_path / "s")), kind="SUB", identity=b"", largest=None)
+            )
             await asyncio.sleep(0.01)
             with listener.accept()[0] as theirs:
                 theirs.sendall(answer)
@@ -211,16 +248,25 @@ def test_a_signature_counts_once(session: Any) -> None:
 def test_large_texts_full_of_brackets_are_text(session: Any) -> None:
     text = b'[{,:\\"\\\\' * 400_000
     assert (
-        len(unpacked(session, signed(session, HEADER, b"{}", b"{}", b'{"text":"' + text + b'"}'))["content"]["text"])
+        len(
+            unpacked(session, signed(session, HEADER, b"{}", b"{}", b'{"text":"' + text + b'"}'))[
+                "content"
+            ]["text"]
+        )
         == 6 * 400_000
     )
 
 
-def test_a_channel_skips_what_is_no_message_and_lets_timers_run(session: Any, tmp_path: Path) -> None:
+def test_a_channel_skips_what_is_no_message_and_lets_timers_run(
+    session: Any, tmp_path: Path
+) -> None:
     async def test() -> None:
         async with raw_peer(tmp_path / "s", b"") as (connection, theirs):
             channel = Channel(session, connection)
-            good = [frames(b"t", *signed(session, HEADER, b'{"n":%d}' % n, b"{}", b"{}")) for n in range(500)]
+            good = [
+                frames(b"t", *signed(session, HEADER, b'{"n":%d}' % n, b"{}", b"{}"))
+                for n in range(500)
+            ]
             data = b"".join(frames(b"no", b"message") + part for part in good)
             sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(theirs, data))
             numbers = [(await channel.get_msg())["parent_header"]["n"] for _ in range(500)]

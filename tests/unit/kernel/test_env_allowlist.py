@@ -22,7 +22,18 @@ def test_what_may_be_a_secret_or_a_way_out_is_not_listed(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+    "name",
+    [
+        "PATH",
+        "HOME",
+        "LANG",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "VIRTUAL_ENV",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+    ],
 )
 def test_what_a_kernel_needs_is_listed(name: str) -> None:
     assert listed_environment({name: "x"}, ()) == {name: "x"}
@@ -48,14 +59,25 @@ def test_values_with_a_password_in_them_are_left_out(name: str, value: str, seen
 
 def test_a_variable_that_is_named_is_seen_whatever_it_holds() -> None:
     env = {"TOKEN": "x", "HTTP_PROXY": "http://ann:secret@proxy", "OTHER": "y"}
-    assert listed_environment(env, ("TOKEN", "HTTP_PROXY", "MISSING")) == {"TOKEN": "x", "HTTP_PROXY": "http://ann:secret@proxy"}
+    assert listed_environment(env, ("TOKEN", "HTTP_PROXY", "MISSING")) == {
+        "TOKEN": "x",
+        "HTTP_PROXY": "http://ann:secret@proxy",
+    }
 
 
 def test_names_are_whole_names() -> None:
-    assert listed_environment({"PATHS": "x", "MY_HOME": "x", "LCX": "x", "lc_all": "x", "_NUM_THREADS_": "x"}, ()) == {}
+    assert (
+        listed_environment(
+            {"PATHS": "x", "MY_HOME": "x", "LCX": "x", "lc_all": "x", "_NUM_THREADS_": "x"}, ()
+        )
+        == {}
+    )
 
 
-@given(st.dictionaries(st.text(max_size=12), st.text(max_size=12)), st.sets(st.text(max_size=12), max_size=4))
+@given(
+    st.dictionaries(st.text(max_size=12), st.text(max_size=12)),
+    st.sets(st.text(max_size=12), max_size=4),
+)
 def test_nothing_is_added_and_nothing_changed(env: dict[str, str], more: set[str]) -> None:
     found = listed_environment(env, more)
     assert found.items() <= env.items()

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.kernel.cell_code import CellCode
-from safe_exec.kernel.fault_report import dumps, fatal_part, main_stack, parse_fault, parse_threads, usual
+from safe_exec.kernel.fault_report import (
+    dumps,
+    fatal_part,
+    main_stack,
+    parse_fault,
+    parse_threads,
+    usual,
+)
 from safe_exec.model.evidence import FaultReport, Frame
 
 DUMPS = Path(__file__).parent / "dumps"
@@ -45,8 +52,12 @@ def test_a_fault_after_a_dump_that_was_asked_for(version: str) -> None:
     report = read(text, main)
     assert (report.title, report.main) == ("Segmentation fault", True)
     assert (report.stack_bytes, report.stack_limit) == (8 << 20, 16 << 20)
-    assert brief(report.stack)[1:] == [("inner", 14, 4), ("<module>", 16, 4)], "up to the cell, and nothing of what runs it"
-    assert report.stack[0].function == "string_at" and str(report.stack[0].file).endswith("ctypes/__init__.py")
+    assert brief(report.stack)[1:] == [("inner", 14, 4), ("<module>", 16, 4)], (
+        "up to the cell, and nothing of what runs it"
+    )
+    assert report.stack[0].function == "string_at" and str(report.stack[0].file).endswith(
+        "ctypes/__init__.py"
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -57,19 +68,26 @@ def test_a_dump_that_was_asked_for(version: str) -> None:
     assert parse_fault(asked, CELLS, main, None, None) is None
     worker, current = parse_threads(asked, CELLS)
     assert (worker.current, current.current, current.ident) == (False, True, main)
-    assert [frame.function for frame in worker.frames][-1] == "_bootstrap", "a thread without notebook code stays whole"
+    assert [frame.function for frame in worker.frames][-1] == "_bootstrap", (
+        "a thread without notebook code stays whole"
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_last_of_several_dumps(version: str) -> None:
     main, text = dump(version, "ask")
     asked, fatal = text[: text.index("Fatal")], text[text.index("Fatal") :]
-    assert brief(dumps(asked + fatal.partition("\n")[2], CELLS, main)[-1])[-2:] == [("inner", 14, 4), ("<module>", 16, 4)]
+    assert brief(dumps(asked + fatal.partition("\n")[2], CELLS, main)[-1])[-2:] == [
+        ("inner", 14, 4),
+        ("<module>", 16, 4),
+    ]
     assert dumps("", CELLS, main) == ()
 
 
 def stack(*rows: tuple[str, int, int | None]) -> tuple[Frame, ...]:
-    return tuple(Frame(function=name, line=line, file="f.py", cell=cell) for name, line, cell in rows)
+    return tuple(
+        Frame(function=name, line=line, file="f.py", cell=cell) for name, line, cell in rows
+    )
 
 
 FILLS = stack(("full", 386, None), ("load", 4, 1), ("<module>", 2, 4))
@@ -88,9 +106,19 @@ BEFORE = stack(("<module>", 1, 4))
         ([FILLS, FILLS, BEFORE], BEFORE),
         ([BEFORE, BEFORE, BEFORE, SUMS], SUMS),
     ],
-    ids=["one", "most", "deeper", "last", "most are in the cell", "another line", "the last line counts"],
+    ids=[
+        "one",
+        "most",
+        "deeper",
+        "last",
+        "most are in the cell",
+        "another line",
+        "the last line counts",
+    ],
 )
-def test_the_stack_that_says_where_the_time_went(stacks: list[tuple[Frame, ...]], found: tuple[Frame, ...]) -> None:
+def test_the_stack_that_says_where_the_time_went(
+    stacks: list[tuple[Frame, ...]], found: tuple[Frame, ...]
+) -> None:
     assert usual(stacks, 4) is found
 
 
@@ -101,7 +129,10 @@ def test_a_fault_in_a_thread(version: str) -> None:
     assert report.main is False
     assert brief(report.stack)[1:] == [("<lambda>", 7, 4)]
     inner = [row for row in brief(main_stack(text, CELLS, main)) if row[2] is not None]
-    assert inner in ([("inner", 8, 4), ("<module>", 16, 4)], [("inner", 9, 4), ("<module>", 16, 4)]), "start() or join()"
+    assert inner in (
+        [("inner", 8, 4), ("<module>", 16, 4)],
+        [("inner", 9, 4), ("<module>", 16, 4)],
+    ), "start() or join()"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -144,7 +175,11 @@ def test_names_of_threads_and_a_stack_of_c() -> None:
 
 def test_a_thread_whose_name_has_brackets_is_a_thread_of_its_own() -> None:
     threads = parse_threads(THREE_FOURTEEN, CELLS)
-    assert [hex(thread.ident) for thread in threads] == ["0x7f1111111111", "0x7f3333333333", "0x7f2222222222"]
+    assert [hex(thread.ident) for thread in threads] == [
+        "0x7f1111111111",
+        "0x7f3333333333",
+        "0x7f2222222222",
+    ]
 
 
 UNKNOWN = f"""\
@@ -193,8 +228,12 @@ def test_the_last_fatal_error_counts() -> None:
 def test_a_main_thread_that_is_not_known() -> None:
     _, text = dump("3.11", "thread")
     assert read(text, None).main is None
-    assert main_stack(text, CELLS, 12345) == (), "faulthandler prints at most 100 threads: the main one may be missing"
-    assert main_stack(text, CELLS, None)[-1].function == "<module>", "the main thread is printed last"
+    assert main_stack(text, CELLS, 12345) == (), (
+        "faulthandler prints at most 100 threads: the main one may be missing"
+    )
+    assert main_stack(text, CELLS, None)[-1].function == "<module>", (
+        "the main thread is printed last"
+    )
 
 
 # faulthandler escapes what is not ASCII (a real line of 3.11): the folder for temporary files may be called so.
@@ -203,7 +242,9 @@ ESCAPED = r'  File "/tmp/\xfcn\xef\u20ac\U0001f600/ipykernel_7/42.py", line 2 in
 
 def test_a_cell_in_a_folder_whose_name_is_not_ascii() -> None:
     text = f"Fatal Python error: Aborted\n\nCurrent thread 0x0000000000000009 (most recent call first):\n{ESCAPED}\n"
-    report = parse_fault(text, CellCode.of_files({"/tmp/ünï€😀/ipykernel_7/42.py": 4}), 9, None, None)
+    report = parse_fault(
+        text, CellCode.of_files({"/tmp/ünï€😀/ipykernel_7/42.py": 4}), 9, None, None
+    )
     assert report is not None and brief(report.stack) == [("<module>", 2, 4)]
 
 
@@ -215,7 +256,9 @@ def test_wherever_a_dump_is_cut_off_the_rest_is_true(version: str, mode: str) ->
     for cut in range(len(text)):
         for thread in parse_threads(text[:cut], NO_CELLS):
             assert thread.ident in whole
-            assert thread.frames == whole[thread.ident][: len(thread.frames)], text[max(0, cut - 30) : cut]
+            assert thread.frames == whole[thread.ident][: len(thread.frames)], text[
+                max(0, cut - 30) : cut
+            ]
 
 
 lines = st.sampled_from(
@@ -242,7 +285,12 @@ def test_anything_may_be_written_there(text: str) -> None:
 
 
 def test_frames_of_the_agent_are_left_out_and_those_of_a_users_own_agent_are_not() -> None:
-    rows = (("f", CELL), ("run_code_noted", "/x/safe_exec/agent/cells.py"), ("g", "/x/agent/cells.py"), ("<module>", CELL))
+    rows = (
+        ("f", CELL),
+        ("run_code_noted", "/x/safe_exec/agent/cells.py"),
+        ("g", "/x/agent/cells.py"),
+        ("<module>", CELL),
+    )
     text = "Current thread 0x01 (most recent call first):\n"
     text += "".join(f'  File "{file}", line 3 in {name}\n' for name, file in rows)
     (thread,) = parse_threads(text, CELLS)

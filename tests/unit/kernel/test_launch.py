@@ -15,13 +15,24 @@ from jupyter_client.provisioning import LocalProvisioner
 
 from safe_exec.kernel.launch import command, environment_of, extra_arguments, find_spec
 
-ARGV = ["python3", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}", "--x={resource_dir}", "{other}"]
+ARGV = [
+    "python3",
+    "-Xfrozen_modules=off",
+    "-m",
+    "ipykernel_launcher",
+    "-f",
+    "{connection_file}",
+    "--x={resource_dir}",
+    "{other}",
+]
 
 
 def install(folder: Path, name: str, **document: Any) -> Path:
     directory = folder / "kernels" / name
     directory.mkdir(parents=True)
-    (directory / "kernel.json").write_text(json.dumps({"argv": ARGV, "display_name": name, "language": "python"} | document))
+    (directory / "kernel.json").write_text(
+        json.dumps({"argv": ARGV, "display_name": name, "language": "python"} | document)
+    )
     return directory
 
 
@@ -49,7 +60,11 @@ def test_the_same_spec(places: list[Path], name: str) -> None:
     found = find_spec(name)
     assert found is not None
     known = KernelSpecManager().get_kernel_spec(name)
-    assert (found.directory, found.argv, found.document.get("env", {})) == (known.resource_dir, known.argv, known.env)
+    assert (found.directory, found.argv, found.document.get("env", {})) == (
+        known.resource_dir,
+        known.argv,
+        known.env,
+    )
 
 
 def test_the_kernel_at_hand_is_known() -> None:
@@ -88,7 +103,9 @@ def test_the_same_command(places: list[Path], tmp_path: Path, program: str) -> N
     extra = extra_arguments("python3")
     spec = find_spec("mine")
     assert spec is not None
-    assert command(spec, manager.connection_file, extra) == manager.format_kernel_cmd(extra_arguments=extra)
+    assert command(spec, manager.connection_file, extra) == manager.format_kernel_cmd(
+        extra_arguments=extra
+    )
 
 
 @pytest.mark.parametrize("name", ["python", "python2", "python3", "other"])

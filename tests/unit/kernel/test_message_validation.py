@@ -35,7 +35,10 @@ def test_wrong_entries_of_a_bundle_are_left_out() -> None:
         "text/plain": ["a", "b"],
         "image/png": "iVBOR w0=\n",
     }
-    content = {"data": {**kept, "image/jpeg": "<>", "text/latex": 5, "x" * 300: "y"}, "metadata": {}}
+    content = {
+        "data": {**kept, "image/jpeg": "<>", "text/latex": 5, "x" * 300: "y"},
+        "metadata": {},
+    }
     assert len(checked("display_data", content)) == 1
     assert content["data"] == kept
 
@@ -61,7 +64,17 @@ def test_counts_that_are(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "size"), [(5, 5), (-5, 0), (10**400, 2**40), (float("inf"), 0), (float("nan"), 0), ("x", 0), (None, 0), (2.5, 2)]
+    ("told", "size"),
+    [
+        (5, 5),
+        (-5, 0),
+        (10**400, 2**40),
+        (float("inf"), 0),
+        (float("nan"), 0),
+        ("x", 0),
+        (None, 0),
+        (2.5, 2),
+    ],
 )
 def test_sizes_that_are_told(told: Any, size: int) -> None:
     assert bounded_size(told) == size

@@ -46,7 +46,9 @@ def test_changes_of_a_real_process() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         before = resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (55, hard))[0]
         changes.note()
-        assert [(c.name, c.before, c.after) for c in changes.limits()] == [("RLIMIT_NOFILE", before, 55)]
+        assert [(c.name, c.before, c.after) for c in changes.limits()] == [
+            ("RLIMIT_NOFILE", before, 55)
+        ]
         executed = changes.executed
         assert executed is None
         child.stdin.write("go\n")
@@ -77,7 +79,14 @@ def test_told_actions_have_cells_and_names() -> None:
     assert (action.limit, action.value, action.cell, action.time) == ("RLIMIT_NOFILE", 64, 12, 1.5)
 
 
-values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+values = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2)
+)
 
 
 @given(st.fixed_dictionaries({"action": st.sampled_from(["signal", "limit", "lock", "x"]), "at": st.floats(), "cell": st.integers()},
@@ -85,7 +94,9 @@ values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 def test_any_claim_is_bounded(fact: dict[str, Any]) -> None:
     actions = OwnActions()
     for _ in range(100):
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):  # as whoever reads the facts does
+        with contextlib.suppress(
+            KeyError, TypeError, ValueError, OverflowError
+        ):  # as whoever reads the facts does
             actions.take(fact, [])
     found = actions.all(lambda _number: None, lambda _rows: ())
     assert len(found) <= 60

@@ -20,8 +20,14 @@ LAUNCH = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
     [
         (["/usr/bin/python", *LAUNCH], ["/usr/bin/python", *OURS, *LAUNCH]),
         (["python3.11", *LAUNCH], ["python3.11", *OURS, *LAUNCH]),
-        (["/opt/a b/python3", "-m", "ipykernel", "-f", "c"], ["/opt/a b/python3", *OURS, "-m", "ipykernel", "-f", "c"]),
-        (["python", "-Xfrozen_modules=off", *LAUNCH], ["python", "-Xfrozen_modules=off", *OURS, *LAUNCH]),
+        (
+            ["/opt/a b/python3", "-m", "ipykernel", "-f", "c"],
+            ["/opt/a b/python3", *OURS, "-m", "ipykernel", "-f", "c"],
+        ),
+        (
+            ["python", "-Xfrozen_modules=off", *LAUNCH],
+            ["python", "-Xfrozen_modules=off", *OURS, *LAUNCH],
+        ),
         (["python", "-I", "-E", *LAUNCH], ["python", "-I", "-E", *OURS, *LAUNCH]),
         # Not ours to wrap.
         (["bash", "-m", "ipykernel_launcher"], None),
@@ -45,7 +51,10 @@ def test_commands(cmd: list[str], wrapped: list[str] | None) -> None:
 def test_the_configuration_cannot_be_taken_for_a_place_holder() -> None:
     wrapped = wrap_command(["python", *LAUNCH], {"cut": None})
     assert wrapped is not None
-    filled = [part.replace("{page}", "7").replace("{facts}", "8").replace("{fault}", "9") for part in wrapped]
+    filled = [
+        part.replace("{page}", "7").replace("{facts}", "8").replace("{fault}", "9")
+        for part in wrapped
+    ]
     assert filled[2:6] == ["7", "8", "9", '{"cut": null}']
 
 
@@ -59,5 +68,7 @@ def test_the_configuration_cannot_be_taken_for_a_place_holder() -> None:
         (["ipykernel"], False),
     ],
 )
-def test_kernels_that_are_known_to_speak_over_sockets_of_the_file_system(cmd: list[str], ipc: bool) -> None:
+def test_kernels_that_are_known_to_speak_over_sockets_of_the_file_system(
+    cmd: list[str], ipc: bool
+) -> None:
     assert speaks_ipc(cmd) is ipc

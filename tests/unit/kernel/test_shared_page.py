@@ -56,7 +56,12 @@ def texts_of(outer: Page, cell: int) -> dict[str, str]:
 
 def test_a_page_is_dead_until_the_kernel_writes() -> None:
     outer = Page()
-    assert not outer.alive and list(outer.journal(0)) == [] and outer.history() == [] and outer.stack() == (0, [], False)
+    assert (
+        not outer.alive
+        and list(outer.journal(0)) == []
+        and outer.history() == []
+        and outer.stack() == (0, [], False)
+    )
     outer.close()
     with pages() as (_, alive):
         assert alive.alive
@@ -90,7 +95,9 @@ def test_notes_counts_samples_and_stacks() -> None:
         assert outer.stack() == (1, [("f", 3, "file", 1)], True)
 
 
-@pytest.mark.parametrize(("written", "consumed", "unread"), [(0, 0, 0), (10, 4, 6), (4, 10, 0), (1 << 40, 0, 65536)])
+@pytest.mark.parametrize(
+    ("written", "consumed", "unread"), [(0, 0, 0), (10, 4, 6), (4, 10, 0), (1 << 40, 0, 65536)]
+)
 def test_bytes_that_were_handed_on_and_not_taken(written: int, consumed: int, unread: int) -> None:
     with pages() as (inner, outer):
         inner.note_fd(1, written, consumed)
@@ -104,7 +111,12 @@ def test_header_fields_do_not_overlap() -> None:
         inner.note_line(3)
         inner.text(0, "abc")
         inner.note_counts()
-        assert (outer.note().line, outer.unread("stdout"), outer.unread("stderr"), outer.counts()) == (3, 4, 7, (3, 0))
+        assert (
+            outer.note().line,
+            outer.unread("stdout"),
+            outer.unread("stderr"),
+            outer.counts(),
+        ) == (3, 4, 7, (3, 0))
 
 
 def test_cells_are_told_apart() -> None:
@@ -179,10 +191,16 @@ def test_what_was_written_is_read_back(steps: list[Any]) -> None:
             else:
                 inner.message(step)
                 sent.append(tuple(step))
-        assert [record.frames for record in outer.journal(inner.cell) if isinstance(record, Message)] == sent
+        assert [
+            record.frames for record in outer.journal(inner.cell) if isinstance(record, Message)
+        ] == sent
         read = texts_of(outer, inner.cell)
         inner.note_counts()
-        assert [len(read[name]) for name in STREAMS] == [len(text) for text in wrote] == list(outer.counts())
+        assert (
+            [len(read[name]) for name in STREAMS]
+            == [len(text) for text in wrote]
+            == list(outer.counts())
+        )
         for name, text in zip(STREAMS, wrote, strict=True):
             assert all(a == b for a, b in zip(read[name], text, strict=True) if shown(b) == b)
 
@@ -204,11 +222,15 @@ def test_each_record_says_where_its_text_stood(steps: list[Any]) -> None:
         ends = dict.fromkeys(STREAMS, 0)
         for record in outer.journal(inner.cell):
             if isinstance(record, Text):
-                text = wrote[STREAMS.index(record.stream)][record.start : record.start + len(record.text)]
+                text = wrote[STREAMS.index(record.stream)][
+                    record.start : record.start + len(record.text)
+                ]
                 assert len(text) == len(record.text)
                 assert all(a == b for a, b in zip(record.text, text, strict=True) if shown(b) == b)
                 ends[record.stream] = record.start + len(record.text)
-        assert all(end in (0, len(text)) for end, text in zip(ends.values(), wrote, strict=True)), "what was written last is kept"
+        assert all(end in (0, len(text)) for end, text in zip(ends.values(), wrote, strict=True)), (
+            "what was written last is kept"
+        )
 
 
 offsets = st.integers(0, layout.PAGE_BYTES + 2 * SMALL - 64)
@@ -233,7 +255,9 @@ def test_garbage_never_raises(garbage: list[tuple[int, bytes]], cell: int) -> No
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 0xFFFFFFFF])
-@pytest.mark.parametrize("text", [b"", b"{", b'{"rows": 5}', b'{"rows": [[1]], "cell": 1}', b"[" * 4096, b"\xff" * 50])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b'{"rows": 5}', b'{"rows": [[1]], "cell": 1}', b"[" * 4096, b"\xff" * 50]
+)
 def test_a_stack_that_is_none_is_empty(length: int, text: bytes) -> None:
     with pages() as (inner, outer):
         inner.memory[layout.STACK_AT + 4 : layout.STACK_AT + 4 + len(text)] = text

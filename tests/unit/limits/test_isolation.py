@@ -24,7 +24,9 @@ CHOICES = ("folder", "repository", "system_calls")
 
 
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_empty_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
 
 
@@ -84,7 +86,9 @@ def test_every_key_can_be_written() -> None:
         hide=("/srv/data",),
         devices=("/dev/nvidia0",),
     )
-    assert all(getattr(found, name) != getattr(Isolation(), name) for name in KEYS), "each key says something here"
+    assert all(getattr(found, name) != getattr(Isolation(), name) for name in KEYS), (
+        "each key says something here"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "isolation:\n", "isolation: {}\n", "limits: {memory: 1G}\n"])
@@ -95,7 +99,12 @@ def test_a_file_that_says_nothing_walls_nothing_off(text: str) -> None:
 def test_files_are_laid_over_each_other_and_lists_are_added_to() -> None:
     Path("base.yaml").write_text("extends: ci\nisolation: {network: false, hide: [/a], env: [A]}\n")
     found = read("extends: base.yaml\nisolation: {network: true, hide: [/b], env: [B]}\n")
-    assert (found.network, found.hide, found.env, found.hide_home) == (True, ("/a", "/b"), ("A", "B"), True)
+    assert (found.network, found.hide, found.env, found.hide_home) == (
+        True,
+        ("/a", "/b"),
+        ("A", "B"),
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,14 +135,18 @@ def test_errors_name_file_line_and_the_nearest_name(line: str, said: str) -> Non
 
 
 def test_isolation_that_is_no_mapping() -> None:
-    assert error_of("isolation: [network]") == "own.yaml:1: isolation: expected a mapping of keys to values, found a list"
+    assert (
+        error_of("isolation: [network]")
+        == "own.yaml:1: isolation: expected a mapping of keys to values, found a list"
+    )
 
 
 # --- metadata and mappings --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "metadata", [{}, {"safe_exec": {}}, {"safe_exec": None}, {"safe_exec": "x"}, {"safe_exec": {"limits": {}}}]
+    "metadata",
+    [{}, {"safe_exec": {}}, {"safe_exec": None}, {"safe_exec": "x"}, {"safe_exec": {"limits": {}}}],
 )
 def test_metadata_that_says_nothing(metadata: dict[str, object]) -> None:
     assert of_metadata(metadata, "nb.ipynb") == {}
@@ -143,7 +156,10 @@ def test_metadata_that_says_nothing(metadata: dict[str, object]) -> None:
     ("found", "said"),
     [
         ([], "nb.ipynb: metadata.safe_exec.isolation: expected an object"),
-        ({"netwrok": False}, "nb.ipynb: metadata.safe_exec.isolation: unknown key 'netwrok'; did you mean network?"),
+        (
+            {"netwrok": False},
+            "nb.ipynb: metadata.safe_exec.isolation: unknown key 'netwrok'; did you mean network?",
+        ),
         ({"network": "no"}, "network: expected true or false"),
         ({"folder": 3}, "folder: expected one of write, read, copy, found '3'"),
         ({"hide": "/x"}, "hide: expected a list of words"),
@@ -159,9 +175,17 @@ def test_errors_of_metadata(found: object, said: str) -> None:
 
 
 def test_from_python_lists_may_be_tuples_and_words_may_be_of_the_model() -> None:
-    given_walls = {"hide": ("/a",), "env": ["A"], "folder": FolderUse.COPY, "network": False, "hide-home": True}
+    given_walls = {
+        "hide": ("/a",),
+        "env": ["A"],
+        "folder": FolderUse.COPY,
+        "network": False,
+        "hide-home": True,
+    }
     found = apply(Isolation(), of_mapping(given_walls, "walls"))
-    assert found == Isolation(hide=("/a",), env=("A",), folder=FolderUse.COPY, network=False, hide_home=True)
+    assert found == Isolation(
+        hide=("/a",), env=("A",), folder=FolderUse.COPY, network=False, hide_home=True
+    )
     with pytest.raises(UsageError, match=r"^walls: unknown key 'nework'; did you mean network"):
         of_mapping({"nework": False}, "walls")
 
@@ -225,17 +249,30 @@ def test_no_walls_leave_nothing_in_the_metadata() -> None:
 
 
 def test_every_source_beats_the_one_before() -> None:
-    notebook = {"safe_exec": {"isolation": {"network": False, "hide_home": False, "folder": "read", "env": ["SECRET"]}}}
+    notebook = {
+        "safe_exec": {
+            "isolation": {"network": False, "hide_home": False, "folder": "read", "env": ["SECRET"]}
+        }
+    }
     found = resolve(chosen="ci", metadata=notebook, machine_memory=MEMORY).isolation
     ci = load_profile("ci", machine_memory=MEMORY).isolation
     assert found == replace(ci, network=False, folder=FolderUse.READ)
-    opened = resolve(chosen="ci", metadata=notebook, machine_memory=MEMORY, walls={"network": True, "env": ("A",)}).isolation
+    opened = resolve(
+        chosen="ci",
+        metadata=notebook,
+        machine_memory=MEMORY,
+        walls={"network": True, "env": ("A",)},
+    ).isolation
     assert opened == replace(ci, folder=FolderUse.READ, env=("A",)), "options win both ways"
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_no_profile_lets_a_notebook_take_walls_down(name: str) -> None:
-    bare = {"safe_exec": {"isolation": {name: getattr(Isolation(), name) for name in (*FLAGS, *CHOICES)}}}
+    bare = {
+        "safe_exec": {
+            "isolation": {name: getattr(Isolation(), name) for name in (*FLAGS, *CHOICES)}
+        }
+    }
     found = resolve(chosen=name, metadata=json.loads(json.dumps(bare)), machine_memory=MEMORY)
     assert found.isolation == load_profile(name, machine_memory=MEMORY).isolation
 

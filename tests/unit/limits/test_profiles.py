@@ -34,7 +34,14 @@ from safe_exec.limits.profiles import (
     tighten,
 )
 from safe_exec.limits.project_file import ProjectLimits, matches
-from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, RepositoryUse, SystemCalls
+from safe_exec.model.limits import (
+    FolderUse,
+    Isolation,
+    LimitName,
+    Limits,
+    RepositoryUse,
+    SystemCalls,
+)
 
 ROOT = Path(__file__).parents[3]
 G = 2**30
@@ -79,7 +86,9 @@ def test_shipped_profiles_are_complete_and_commented(name: str) -> None:
     document = yaml.safe_load(text)
     assert set(document["limits"]) == set(LIMIT_NAMES)
     limits, _, walls = text.partition("\nlimits:\n")[2].partition("\nisolation:\n")
-    assert set(document.get("isolation", {})) <= {f.name for f in fields(Isolation)} and bool(walls) is (name != "default")
+    assert set(document.get("isolation", {})) <= {f.name for f in fields(Isolation)} and bool(
+        walls
+    ) is (name != "default")
     # What stands right above the section is its comment.
     for block in limits.rpartition("\n\n#")[0 if walls else 2].strip().split("\n\n"):
         *comment, last = block.splitlines()
@@ -92,23 +101,43 @@ def test_default_profile() -> None:
     profile = load_profile("default", machine_memory=MEMORY)
     assert (profile.loosenable, profile.firm, profile.name) == (True, False, "default")
     assert profile.limits.memory == 6 * G
-    assert (profile.limits.cell_timeout, profile.limits.timeout, profile.limits.file_size) == (600, 3600, None)
+    assert (profile.limits.cell_timeout, profile.limits.timeout, profile.limits.file_size) == (
+        600,
+        3600,
+        None,
+    )
 
 
 def test_ci_and_strict_profiles() -> None:
     ci, strict = (load_profile(name, machine_memory=MEMORY) for name in ("ci", "strict"))
-    assert (ci.limits.memory, ci.limits.cell_timeout, ci.loosenable, ci.firm) == (2 * G, 300, False, False)
-    assert (strict.limits.memory, strict.limits.cpus, strict.loosenable, strict.firm) == (G // 2, 1.0, False, True)
+    assert (ci.limits.memory, ci.limits.cell_timeout, ci.loosenable, ci.firm) == (
+        2 * G,
+        300,
+        False,
+        False,
+    )
+    assert (strict.limits.memory, strict.limits.cpus, strict.loosenable, strict.firm) == (
+        G // 2,
+        1.0,
+        False,
+        True,
+    )
 
 
 def test_what_the_profiles_wall_off() -> None:
     found = {name: load_profile(name, machine_memory=MEMORY) for name in shipped_profiles()}
     assert found["default"].isolation == Isolation()
     ci = Isolation(
-        hide_home=True, read_only_system=True, own_processes=True, listed_environment=True, system_calls=SystemCalls.REFUSE
+        hide_home=True,
+        read_only_system=True,
+        own_processes=True,
+        listed_environment=True,
+        system_calls=SystemCalls.REFUSE,
     )
     assert found["ci"].isolation == ci
-    strict = replace(ci, folder=FolderUse.COPY, repository=RepositoryUse.CLOSED, write_back=False, network=False)
+    strict = replace(
+        ci, folder=FolderUse.COPY, repository=RepositoryUse.CLOSED, write_back=False, network=False
+    )
     assert found["strict"].isolation == strict
     assert found["untrusted"].isolation == replace(strict, other_user=True, required=True)
     assert found["untrusted"].limits == found["strict"].limits
@@ -123,7 +152,9 @@ def test_unknown_profile_names_the_nearest() -> None:
 
 def test_importing_is_light() -> None:
     code = "import sys, safe_exec.limits.profiles, safe_exec.notebook.notebook; print({'yaml','nbformat','psutil'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "set()"
 
 
@@ -131,15 +162,23 @@ def test_importing_is_light() -> None:
 
 
 def test_a_file_is_laid_over_default() -> None:
-    profile = load_profile(write("my.yaml", "description: mine\nlimits:\n  memory: 4G\n"), machine_memory=MEMORY)
+    profile = load_profile(
+        write("my.yaml", "description: mine\nlimits:\n  memory: 4G\n"), machine_memory=MEMORY
+    )
     assert (profile.limits.memory, profile.limits.timeout) == (4 * G, 3600)
     assert (profile.name, profile.description, profile.loosenable) == ("my.yaml", "mine", False)
 
 
 def test_a_file_may_extend_a_profile_or_a_file() -> None:
     write("sub/base.yaml", "extends: strict\nlimits: {cell-timeout: 30s}\n")
-    profile = load_profile(write("my.yaml", "extends: sub/base.yaml\nlimits: {memory: 1G}\n"), machine_memory=None)
-    assert (profile.limits.memory, profile.limits.cell_timeout, profile.limits.processes) == (G, 30, 128)
+    profile = load_profile(
+        write("my.yaml", "extends: sub/base.yaml\nlimits: {memory: 1G}\n"), machine_memory=None
+    )
+    assert (profile.limits.memory, profile.limits.cell_timeout, profile.limits.processes) == (
+        G,
+        30,
+        128,
+    )
     assert profile.firm
 
 
@@ -163,19 +202,28 @@ def test_nothing_is_unlimited() -> None:
             "limits:\n  memroy: 1G",
             "my.yaml:2: unknown limit 'memroy'; did you mean memory? expected one of cell_output,",
         ),
-        ("limits:\n  memory: 12Q", "my.yaml:2: memory: '12Q' is not a size: bytes, or a number with K, M, G or T"),
+        (
+            "limits:\n  memory: 12Q",
+            "my.yaml:2: memory: '12Q' is not a size: bytes, or a number with K, M, G or T",
+        ),
         ("limits:\n\n  timeout: -5s", "my.yaml:3: timeout: '-5s' is negative; expected a duration"),
         ("limits:\n  cell-timeout: 1:30", "my.yaml:2: cell_timeout: '1:30' is not a duration"),
         ("limits:\n  memory: yes", "my.yaml:2: memory: True is not a size"),
         ("limits:\n  memory: .inf", "my.yaml:2: memory: '.inf' is not a size"),
         ("limits:\n  memory: [1]", "my.yaml:2: memory: expected one value, found a list"),
-        ("limits:\n  interrupt_grace: null", "my.yaml:2: interrupt_grace: None is not allowed here"),
+        (
+            "limits:\n  interrupt_grace: null",
+            "my.yaml:2: interrupt_grace: None is not allowed here",
+        ),
         ("limits:\n  memory: 1\n  memory: 2", "my.yaml:3: memory is given twice; keep one"),
         ("limits:\n  cell_timeout: 1\n  cell-timeout: 2", "my.yaml:3: cell_timeout is given twice"),
         ("limits: 5", "my.yaml:1: limits: expected a mapping of keys to values, found text"),
         ("- a", "my.yaml:1: the document: expected a mapping of keys to values, found a list"),
         ("memory: 1G", "my.yaml:1: memory stands at the top level; put it under limits:"),
-        ("limit: {}", "my.yaml:1: unknown section 'limit'; did you mean limits? expected one of description, extends"),
+        (
+            "limit: {}",
+            "my.yaml:1: unknown section 'limit'; did you mean limits? expected one of description, extends",
+        ),
         ("extends: cj", "my.yaml: extends: unknown profile 'cj'; did you mean ci?"),
         ("extends: [ci]", "my.yaml:1: extends: expected text, found a list"),
         ("firm: maybe", "my.yaml:1: firm: expected true or false, found text"),
@@ -185,8 +233,14 @@ def test_nothing_is_unlimited() -> None:
         ("a: 1\n---\nb: 2", "my.yaml:2:1: not valid YAML: "),
         ("a: \x07", "my.yaml: not valid YAML: "),
         ("? [1]\n: 2", "my.yaml:1: expected a word as key, found a sequence"),
-        ("a: !!python/name:os.system x", "my.yaml:1: the tag tag:yaml.org,2002:python/name:os.system is not supported"),
-        ("a: &x [1]\nb: [*x, *x]", "my.yaml:2: aliases (*x) are not supported; write the value out"),
+        (
+            "a: !!python/name:os.system x",
+            "my.yaml:1: the tag tag:yaml.org,2002:python/name:os.system is not supported",
+        ),
+        (
+            "a: &x [1]\nb: [*x, *x]",
+            "my.yaml:2: aliases (*x) are not supported; write the value out",
+        ),
         ("a: &x [*x]", "my.yaml:1: aliases (*x) are not supported"),
         ("[" * 100_000, "my.yaml:1: nested deeper than 20 levels"),
         ("- " * 100_000, "my.yaml:1: nested deeper than 20 levels"),
@@ -195,7 +249,9 @@ def test_nothing_is_unlimited() -> None:
     ids=lambda value: value[:30],
 )
 @pytest.mark.parametrize("libyaml", [True, False], ids=["libyaml", "python"])
-def test_errors_of_files(text: str, expected: str, libyaml: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_files(
+    text: str, expected: str, libyaml: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same with each parser; what is invalid in the file is PyYAML's wording."""
     if not libyaml:
         monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
@@ -234,7 +290,9 @@ def test_any_bytes_give_limits_or_one_line(data: bytes) -> None:
 
 
 def test_overrides() -> None:
-    found = parse_overrides({"memory": "25%", "cell-timeout": "5m", "cpus": 2}, where="x", machine_memory=MEMORY)
+    found = parse_overrides(
+        {"memory": "25%", "cell-timeout": "5m", "cpus": 2}, where="x", machine_memory=MEMORY
+    )
     assert found == {"memory": 2 * G, "cell_timeout": 300, "cpus": 2}
 
 
@@ -243,11 +301,23 @@ def test_overrides() -> None:
     [
         ({"memory": "x"}, "--safe-exec-", "--safe-exec-memory: 'x' is not a size"),
         ({"cell_timeout": "x"}, "--", "--cell-timeout: 'x' is not a duration"),
-        ({"memory": "50%"}, "a.yaml", "a.yaml: memory: '50%' of an unknown memory; give a size such as 2G"),
-        ({"memory": "150%"}, "a.yaml", "a.yaml: memory: '150%' is not a share of the machine's memory"),
+        (
+            {"memory": "50%"},
+            "a.yaml",
+            "a.yaml: memory: '50%' of an unknown memory; give a size such as 2G",
+        ),
+        (
+            {"memory": "150%"},
+            "a.yaml",
+            "a.yaml: memory: '150%' is not a share of the machine's memory",
+        ),
         ({"timeout": "50%"}, "a.yaml", "a.yaml: timeout: '50%' is not a duration"),
         ({"mem\nory": 1}, "--", r"options: unknown limit 'mem\\nory'; did you mean memory"),
-        ({"zzz": 1}, "nb", "nb: unknown limit 'zzz'; expected one of cell_output, cell_timeout, cpu_time"),
+        (
+            {"zzz": 1},
+            "nb",
+            "nb: unknown limit 'zzz'; expected one of cell_output, cell_timeout, cpu_time",
+        ),
     ],
 )
 def test_errors_of_figures(mapping: dict[str, object], where: str, expected: str) -> None:
@@ -258,7 +328,12 @@ def test_errors_of_figures(mapping: dict[str, object], where: str, expected: str
 
 @pytest.mark.parametrize(
     ("name", "value", "text"),
-    [("memory", 2 * G, "2.0 GiB"), ("timeout", 300.0, "5m"), ("cpus", 0.5, "0.5"), ("processes", None, "unlimited")],
+    [
+        ("memory", 2 * G, "2.0 GiB"),
+        ("timeout", 300.0, "5m"),
+        ("cpus", 0.5, "0.5"),
+        ("processes", None, "unlimited"),
+    ],
 )
 def test_format_limit(name: str, value: Figure, text: str) -> None:
     assert format_limit(name, value) == text
@@ -274,7 +349,9 @@ def figures(name: str) -> st.SearchStrategy[Figure]:
 
 
 overrides = st.fixed_dictionaries({}, optional={name: figures(name) for name in LIMIT_NAMES})
-all_limits = st.fixed_dictionaries({name: figures(name) for name in LIMIT_NAMES}).map(lambda d: apply(Limits(), d))
+all_limits = st.fixed_dictionaries({name: figures(name) for name in LIMIT_NAMES}).map(
+    lambda d: apply(Limits(), d)
+)
 
 
 @given(all_limits)
@@ -300,7 +377,9 @@ def test_apply_takes_all(limits: Limits, wanted: dict[str, Figure]) -> None:
 
 
 @given(all_limits, overrides, st.booleans())
-def test_merging_warns_of_what_is_ignored(limits: Limits, wanted: dict[str, Figure], loosenable: bool) -> None:
+def test_merging_warns_of_what_is_ignored(
+    limits: Limits, wanted: dict[str, Figure], loosenable: bool
+) -> None:
     merged, warnings = merge_notebook_limits(limits, wanted, loosenable=loosenable)
     assert merged == (apply(limits, wanted) if loosenable else tighten(limits, wanted)[0])
     assert len(warnings) == (0 if loosenable else len(tighten(limits, wanted)[1]))
@@ -325,7 +404,12 @@ ENTRY = "limits:\n- path: '*.ipynb'\n  "
 def test_nothing_said() -> None:
     found = resolved()
     assert found.limits == load_profile("default", machine_memory=MEMORY).limits
-    assert (found.profile, found.warnings, found.loosenable, found.fixed) == ("default", (), True, frozenset())
+    assert (found.profile, found.warnings, found.loosenable, found.fixed) == (
+        "default",
+        (),
+        True,
+        frozenset(),
+    )
     assert set(found.sources) == set(LIMIT_NAMES)
     assert set(found.sources.values()) == {"profile default"}
 
@@ -334,12 +418,17 @@ def test_every_source_beats_the_one_before() -> None:
     write("mine.yaml", "limits:\n  processes: 30\n  open_files: 30\n  cpus: 3\n  memory: 3G\n")
     project = ENTRY + "{path: '*', timeout: 20, processes: 20, open_files: 20, cpus: 2, memory: 2G}"
     project = project.replace("- path: '*.ipynb'\n  {", "- {")
-    notebook: dict[str, object] = {"safe_exec": {"limits": {"open_files": 10, "cpus": 1, "memory": "1G"}}}
+    notebook: dict[str, object] = {
+        "safe_exec": {"limits": {"open_files": 10, "cpus": 1, "memory": "1G"}}
+    }
     found = resolved(project, chosen="mine.yaml", metadata=notebook, options={"memory": "5G"})
     assert found.sources["cell_timeout"] == "profile default"
     assert (found.limits.timeout, found.sources["timeout"]) == (20, "safe-exec.yaml:2")
     assert (found.limits.processes, found.sources["processes"]) == (30, "mine.yaml:2")
-    assert (found.limits.open_files, found.sources["open_files"]) == (10, "metadata.safe_exec.limits")
+    assert (found.limits.open_files, found.sources["open_files"]) == (
+        10,
+        "metadata.safe_exec.limits",
+    )
     assert (found.limits.memory, found.sources["memory"]) == (5 * G, "--memory")
     assert (found.profile, set(found.fixed), found.warnings) == ("mine.yaml", {"memory"}, ())
 
@@ -347,12 +436,20 @@ def test_every_source_beats_the_one_before() -> None:
 @pytest.mark.parametrize(("memory", "expected"), [("1G", G), ("5G", 5 * G), ("none", None)])
 def test_options_win_both_ways(memory: str, expected: int | None) -> None:
     notebook: dict[str, object] = {"safe_exec": {"limits": {"memory": "1500M"}}}
-    assert resolved(chosen="ci", metadata=notebook, options={"memory": memory}).limits.memory == expected
+    assert (
+        resolved(chosen="ci", metadata=notebook, options={"memory": memory}).limits.memory
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("chosen", "memory", "warned"),
-    [(None, 64 * G, False), ("default", 64 * G, False), ("ci", 2 * G, True), ("strict", G // 2, True)],
+    [
+        (None, 64 * G, False),
+        ("default", 64 * G, False),
+        ("ci", 2 * G, True),
+        ("strict", G // 2, True),
+    ],
 )
 def test_notebooks_loosen_under_default_only(chosen: str | None, memory: int, warned: bool) -> None:
     found = resolved(chosen=chosen, metadata={"safe_exec": {"limits": {"memory": "64G"}}})
@@ -364,12 +461,22 @@ def test_notebooks_loosen_under_default_only(chosen: str | None, memory: int, wa
 
 def test_notebooks_do_not_loosen_a_users_file() -> None:
     write("mine.yaml", "limits: {memory: 1G}")
-    assert resolved(chosen="mine.yaml", metadata={"safe_exec": {"limits": {"memory": "2G"}}}).limits.memory == G
+    assert (
+        resolved(
+            chosen="mine.yaml", metadata={"safe_exec": {"limits": {"memory": "2G"}}}
+        ).limits.memory
+        == G
+    )
 
 
 def test_the_project_chooses_a_profile() -> None:
     found = resolved(ENTRY + "profile: ci\n  memory: 3G")
-    assert (found.profile, found.limits.processes, found.limits.memory, found.loosenable) == ("ci", 512, 3 * G, False)
+    assert (found.profile, found.limits.processes, found.limits.memory, found.loosenable) == (
+        "ci",
+        512,
+        3 * G,
+        False,
+    )
 
 
 def test_a_named_profile_beats_the_projects_but_not_its_figures() -> None:
@@ -381,22 +488,31 @@ def test_a_firm_profile_asked_for_is_not_loosened_by_the_project() -> None:
     text = ENTRY + "memory: 3G\n  timeout: 1m"
     found = resolved(text, chosen="strict")
     assert (found.limits.memory, found.limits.timeout) == (G // 2, 60)
-    assert found.warnings == ("safe-exec.yaml:3: memory 3.0 GiB ignored, 512 MiB holds: profile strict is firm",)
+    assert found.warnings == (
+        "safe-exec.yaml:3: memory 3.0 GiB ignored, 512 MiB holds: profile strict is firm",
+    )
     write("mine.yaml", "extends: strict\nlimits: {processes: 9}")
     assert resolved(text, chosen="mine.yaml").limits.memory == G // 2
     assert resolved(ENTRY + "profile: strict\n  memory: 3G").limits.memory == 3 * G
 
 
 @pytest.mark.parametrize(
-    ("timeout", "expected"), [(30, 30.0), ("2m", 120.0), (-1, None), (0, None), (None, None), (1200, 1200.0)]
+    ("timeout", "expected"),
+    [(30, 30.0), ("2m", 120.0), (-1, None), (0, None), (None, None), (1200, 1200.0)],
 )
 def test_nbclients_timeout(timeout: object, expected: float | None) -> None:
     found = resolved(metadata={"execution": {"timeout": timeout}})
-    assert (found.limits.cell_timeout, found.sources["cell_timeout"]) == (expected, "metadata.execution.timeout")
+    assert (found.limits.cell_timeout, found.sources["cell_timeout"]) == (
+        expected,
+        "metadata.execution.timeout",
+    )
 
 
 def test_our_own_metadata_beats_nbclients() -> None:
-    metadata: dict[str, object] = {"execution": {"timeout": 30}, "safe_exec": {"limits": {"cell-timeout": 40}}}
+    metadata: dict[str, object] = {
+        "execution": {"timeout": 30},
+        "safe_exec": {"limits": {"cell-timeout": 40}},
+    }
     assert resolved(metadata=metadata).limits.cell_timeout == 40
 
 
@@ -412,8 +528,14 @@ def test_nbclients_timeout_tightens_only_under_ci() -> None:
     [
         ({"safe_exec": "x"}, "nb: metadata.safe_exec: expected an object"),
         ({"safe_exec": {"limits": [1]}}, "nb: metadata.safe_exec.limits: expected an object"),
-        ({"safe_exec": {"limits": {"memory": "x"}}}, "nb: metadata.safe_exec.limits: memory: 'x' is not a size"),
-        ({"execution": {"timeout": "x"}}, "nb: metadata.execution.timeout: cell_timeout: 'x' is not a duration"),
+        (
+            {"safe_exec": {"limits": {"memory": "x"}}},
+            "nb: metadata.safe_exec.limits: memory: 'x' is not a size",
+        ),
+        (
+            {"execution": {"timeout": "x"}},
+            "nb: metadata.execution.timeout: cell_timeout: 'x' is not a duration",
+        ),
     ],
 )
 def test_errors_of_metadata(metadata: dict[str, object], expected: str) -> None:
@@ -422,7 +544,9 @@ def test_errors_of_metadata(metadata: dict[str, object], expected: str) -> None:
     assert str(caught.value).startswith(expected)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"safe_exec": None}, {"safe_exec": {}}, {"execution": 5}, {"execution": {}}])
+@pytest.mark.parametrize(
+    "metadata", [{}, {"safe_exec": None}, {"safe_exec": {}}, {"execution": 5}, {"execution": {}}]
+)
 def test_metadata_that_says_nothing(metadata: dict[str, object]) -> None:
     assert resolved(metadata=metadata) == resolved()
 
@@ -439,14 +563,20 @@ def test_a_cell_that_says_nothing() -> None:
 
 
 def test_a_cell_loosens_under_default() -> None:
-    limits, warnings = cell_limits(resolved(), cell(cell_timeout="1h", cell_output="1G"), where="cell 1")
+    limits, warnings = cell_limits(
+        resolved(), cell(cell_timeout="1h", cell_output="1G"), where="cell 1"
+    )
     assert (limits.cell_timeout, limits.cell_output, warnings) == (3600, G, ())
 
 
 def test_a_cell_only_tightens_elsewhere() -> None:
-    limits, warnings = cell_limits(resolved(chosen="ci"), cell(cell_timeout="1h", cell_output="1K"), where="cell 1")
+    limits, warnings = cell_limits(
+        resolved(chosen="ci"), cell(cell_timeout="1h", cell_output="1K"), where="cell 1"
+    )
     assert (limits.cell_timeout, limits.cell_output) == (300, 1024)
-    assert warnings == ("cell 1: cell_timeout 1h ignored, 5m holds: profile ci or an option allows no more",)
+    assert warnings == (
+        "cell 1: cell_timeout 1h ignored, 5m holds: profile ci or an option allows no more",
+    )
 
 
 def test_an_option_caps_cells() -> None:
@@ -456,7 +586,9 @@ def test_an_option_caps_cells() -> None:
 
 
 def test_a_cell_may_not_carry_other_limits() -> None:
-    with pytest.raises(LimitsError, match=r"^cell 1: memory: a cell may carry cell_output and cell_timeout only"):
+    with pytest.raises(
+        LimitsError, match=r"^cell 1: memory: a cell may carry cell_output and cell_timeout only"
+    ):
         cell_limits(resolved(), cell(memory="1G", cell_timeout=5), where="cell 1")
     with pytest.raises(LimitsError, match=r"^cell 1: metadata.safe_exec.limits: unknown limit 'x'"):
         cell_limits(resolved(), cell(x=1), where="cell 1")
@@ -507,9 +639,17 @@ def test_the_project_file_is_looked_for_up_to_the_repository(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("leads_to", "refused"),
-    [("../secret", True), ("/etc/hosts", True), (".git/config", True), ("other.yaml", False), ("sub/../other.yaml", False)],
+    [
+        ("../secret", True),
+        ("/etc/hosts", True),
+        (".git/config", True),
+        ("other.yaml", False),
+        ("sub/../other.yaml", False),
+    ],
 )
-def test_a_project_file_is_no_link_to_what_the_repository_does_not_hold(tmp_path: Path, leads_to: str, *, refused: bool) -> None:
+def test_a_project_file_is_no_link_to_what_the_repository_does_not_hold(
+    tmp_path: Path, leads_to: str, *, refused: bool
+) -> None:
     """What is wrong in the file is told with its words: of a secret, to whoever reads the log."""
     (tmp_path / "secret").write_text("hunter2")
     repository = tmp_path / "repo"
@@ -540,7 +680,9 @@ def test_the_first_match_wins() -> None:
 
 @pytest.mark.parametrize("text", ["", "limits:\n", "limits: []", "description: x"])
 def test_an_empty_project_file(text: str) -> None:
-    assert project_overrides(Path(write(PROJECT_FILE, text)), "a.ipynb", machine_memory=None) is None
+    assert (
+        project_overrides(Path(write(PROJECT_FILE, text)), "a.ipynb", machine_memory=None) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -550,7 +692,10 @@ def test_an_empty_project_file(text: str) -> None:
         ("limit: []", ":1: unknown section 'limit'; did you mean limits?"),
         ("limits:\n- memory: 1G", ":2: an entry needs path"),
         ("limits:\n- path: x\n  memroy: 1G", ":3: unknown limit 'memroy'; did you mean memory?"),
-        ("limits:\n- path: x\n  profile: cj", ":3: profile: unknown profile 'cj'; did you mean ci?"),
+        (
+            "limits:\n- path: x\n  profile: cj",
+            ":3: profile: unknown profile 'cj'; did you mean ci?",
+        ),
         ("limits:\n- path: /x", ":2: path: '/x' leaves the directory of the file"),
         ("limits:\n- path: a/../x", ":2: path: 'a/../x' leaves the directory of the file"),
         ("limits:\n- path: [x]", ":2: path: expected text, found a list"),

@@ -25,14 +25,34 @@ CONFLICT = f"<<<<<<< HEAD\n{NOTEBOOK}\n=======\n{NOTEBOOK}\n>>>>>>> topic\n"
         ("nb.ipynb", b"\0" * 512, ["an empty file"]),  # a file of which a crash kept the size alone
         ("nb.ipynb", CONFLICT.encode(), ["git merge conflict markers (line 1)", "nbdime"]),
         ("nb.ipynb", f"{{\n{CONFLICT}}}".encode(), ["git merge conflict markers (line 2)"]),
-        ("my nb.ipynb", CONFLICT.replace("\n", "\r\n").encode(), ["git checkout --ours 'my nb.ipynb'"]),
-        ("nb.ipynb", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ["a Git LFS pointer", "git lfs pull"]),
-        ("nb.ipynb", gzip.compress(NOTEBOOK.encode(), mtime=0), ["gzip", "gunzip -c nb.ipynb > nb.plain.ipynb"]),
+        (
+            "my nb.ipynb",
+            CONFLICT.replace("\n", "\r\n").encode(),
+            ["git checkout --ours 'my nb.ipynb'"],
+        ),
+        (
+            "nb.ipynb",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            ["a Git LFS pointer", "git lfs pull"],
+        ),
+        (
+            "nb.ipynb",
+            gzip.compress(NOTEBOOK.encode(), mtime=0),
+            ["gzip", "gunzip -c nb.ipynb > nb.plain.ipynb"],
+        ),
         ("nb.ipynb", b"PK\x03\x04", ["a zip archive", "unzip nb.ipynb"]),
         ("nb.ipynb", NOTEBOOK.encode("utf-16"), ["UTF-16", "iconv"]),
         ("nb.ipynb", b"\n<!DOCTYPE html>\n<html lang=en>", ["an HTML page", "Raw"]),
-        ("nb.ipynb", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', ["an HTML page"]),
-        ("nb.ipynb", b"# %%\nimport os\nprint(1)\n", ["Python source", "jupytext --to ipynb --from py nb.ipynb"]),
+        (
+            "nb.ipynb",
+            b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            ["an HTML page"],
+        ),
+        (
+            "nb.ipynb",
+            b"# %%\nimport os\nprint(1)\n",
+            ["Python source", "jupytext --to ipynb --from py nb.ipynb"],
+        ),
         ("nb.ipynb", NOTEBOOK[:-3].encode(), ["cut off in the middle"]),
         ("script.py", b"# %%\nprint(1)", ["a Python script", "python script.py", "jupytext"]),
         ("analysis.R", b"x <- 1", ["an R script", "Rscript"]),
@@ -56,7 +76,8 @@ def test_a_file_of_another_kind(name: str, data: bytes, words: list[str]) -> Non
         b"[1, 2",
         b"{",
         b"oops",
-        json.dumps({"cells": ["<<<<<<< HEAD\n=======\n>>>>>>> x"]}).encode() + b",",  # escaped: no line begins with it
+        json.dumps({"cells": ["<<<<<<< HEAD\n=======\n>>>>>>> x"]}).encode()
+        + b",",  # escaped: no line begins with it
     ],
 )
 def test_for_the_rest_the_parser_knows_the_place(data: bytes) -> None:
@@ -91,9 +112,18 @@ SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
         ({}, {}),
         ({"kernelspec": SPEC}, {"kernelspec": SPEC}),
         ({"kernelspec": {"name": "x"}}, {"kernelspec": {"name": "x", "display_name": "x"}}),
-        ({"kernelspec": {"name": "x", "display_name": None}}, {"kernelspec": {"name": "x", "display_name": "x"}}),
-        ({"kernelspec": {"name": "", "display_name": ""}}, {"kernelspec": {"name": "", "display_name": ""}}),
-        ({"kernelspec": {"language": "python"}}, {"kernelspec": {"language": "python", "name": "ran", "display_name": "ran"}}),
+        (
+            {"kernelspec": {"name": "x", "display_name": None}},
+            {"kernelspec": {"name": "x", "display_name": "x"}},
+        ),
+        (
+            {"kernelspec": {"name": "", "display_name": ""}},
+            {"kernelspec": {"name": "", "display_name": ""}},
+        ),
+        (
+            {"kernelspec": {"language": "python"}},
+            {"kernelspec": {"language": "python", "name": "ran", "display_name": "ran"}},
+        ),
         ({"kernelspec": {}}, {"kernelspec": {"name": "ran", "display_name": "ran"}}),
         ({"kernelspec": None}, {"kernelspec": {"name": "ran", "display_name": "ran"}}),
         ({"language_info": {"version": "3"}}, {"language_info": {"version": "3", "name": "R"}}),
@@ -103,6 +133,8 @@ SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
         ({"orig_nbformat": 0}, {}),
     ],
 )
-def test_metadata_is_made_complete(metadata: dict[str, object], complete: dict[str, object]) -> None:
+def test_metadata_is_made_complete(
+    metadata: dict[str, object], complete: dict[str, object]
+) -> None:
     complete_metadata(metadata, "ran", "R")
     assert metadata == complete

@@ -46,7 +46,13 @@ def names() -> list[str]:
 
 
 def code(source: object = "1", **more: Any) -> dict[str, Any]:
-    cell = {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
+    cell = {
+        "cell_type": "code",
+        "source": source,
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
     return cell | more
 
 
@@ -82,7 +88,11 @@ def test_reading() -> None:
     notebook = read(path)
     assert notebook.path == path
     assert notebook.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (notebook.kernel_name, notebook.language, notebook.original_format) == ("python3", "python", (4, 5))
+    assert (notebook.kernel_name, notebook.language, notebook.original_format) == (
+        "python3",
+        "python",
+        (4, 5),
+    )
     assert notebook.node.cells[0].source == "a = 1\na"
     assert notebook.node.cells[0].id == "x"
 
@@ -90,11 +100,21 @@ def test_reading() -> None:
 def test_it_is_what_nbformat_reads() -> None:
     outputs = [
         {"output_type": "stream", "name": "stdout", "text": ["a\n", "b"]},
-        {"output_type": "display_data", "metadata": {}, "data": {"text/plain": ["x\n"], "application/json": ["y"]}},
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"text/plain": ["x\n"], "application/json": ["y"]},
+        },
         {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["t"]},
     ]
     cell = code(outputs=outputs, id="a", metadata={"trusted": True})
-    text = {"cell_type": "markdown", "id": "b", "metadata": {}, "source": [], "attachments": {"f": {"text/x": ["1"]}}}
+    text = {
+        "cell_type": "markdown",
+        "id": "b",
+        "metadata": {},
+        "source": [],
+        "attachments": {"f": {"text/x": ["1"]}},
+    }
     path = save(document(cell, text, orig_nbformat=3))
     assert read(path).node == nbformat.read(path, as_version=4)
 
@@ -111,7 +131,17 @@ def test_metadata_that_says_no_kernel() -> None:
 
 
 def test_missing_ids_are_given_and_stay_the_same() -> None:
-    path = save(document(code(), code(), code(id="a"), code(id="a"), code(id=""), code(id=[1]), code(id="with space")))
+    path = save(
+        document(
+            code(),
+            code(),
+            code(id="a"),
+            code(id="a"),
+            code(id=""),
+            code(id=[1]),
+            code(id="with space"),
+        )
+    )
     ids = [cell.id for cell in read(path).node.cells]
     assert ids == [cell.id for cell in read(path).node.cells]
     assert len(set(ids)) == len(ids)
@@ -132,16 +162,31 @@ def test_what_executing_does_not_need_may_be_missing() -> None:
     broken = document(cell)
     del broken["nbformat_minor"]
     node = read(save(broken)).node
-    assert (node.cells[0].outputs, node.cells[0].execution_count, node.nbformat_minor) == ([], None, 0)
+    assert (node.cells[0].outputs, node.cells[0].execution_count, node.nbformat_minor) == (
+        [],
+        None,
+        0,
+    )
 
 
 def test_nbformat_3_is_upgraded() -> None:
     output = {"output_type": "pyout", "prompt_number": 1, "text": ["2"]}
     cells = [
         {"cell_type": "heading", "level": 2, "source": ["T"], "metadata": {}},
-        {"cell_type": "code", "input": ["1+1\n", "2"], "outputs": [output], "language": "python", "prompt_number": 1},
+        {
+            "cell_type": "code",
+            "input": ["1+1\n", "2"],
+            "outputs": [output],
+            "language": "python",
+            "prompt_number": 1,
+        },
     ]
-    old = {"nbformat": 3, "nbformat_minor": 0, "metadata": {"name": "n"}, "worksheets": [{"cells": cells}]}
+    old = {
+        "nbformat": 3,
+        "nbformat_minor": 0,
+        "metadata": {"name": "n"},
+        "worksheets": [{"cells": cells}],
+    }
     notebook = read(save(old))
     assert notebook.original_format == (3, 0)
     assert (notebook.node.nbformat, notebook.node.cells[0].source) == (4, "## T")
@@ -152,7 +197,9 @@ def test_nbformat_3_is_upgraded() -> None:
 
 
 def test_nbformat_2_is_upgraded() -> None:
-    cells = [{"cell_type": "code", "input": "1", "outputs": [], "language": "python", "prompt_number": 1}]
+    cells = [
+        {"cell_type": "code", "input": "1", "outputs": [], "language": "python", "prompt_number": 1}
+    ]
     notebook = read(save({"nbformat": 2, "metadata": {}, "worksheets": [{"cells": cells}]}))
     assert (notebook.original_format, notebook.node.cells[0].source) == ((2, 0), "1")
 
@@ -162,7 +209,9 @@ def test_a_byte_order_mark_is_no_obstacle() -> None:
 
 
 def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
-    node = node_of(code("print('\ud800', '\ude00\ud83d')", metadata={"k\udfff": 1}), code("'\U0001f600'"))
+    node = node_of(
+        code("print('\ud800', '\ude00\ud83d')", metadata={"k\udfff": 1}), code("'\U0001f600'")
+    )
     assert node.cells[0].source == "print('\ufffd', '\ufffd\ufffd')"
     assert node.cells[0].metadata == {"k\ufffd": 1}
     assert node.cells[1].source == "'\U0001f600'"
@@ -179,26 +228,62 @@ def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
         (b"{\xff}", "nb.ipynb: not a notebook: not UTF-8 text (byte 1)"),
         (b"PK\x03\x04", "nb.ipynb: a zip archive, not a notebook"),
         (b"[" * 100_000, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
-        (b'{"a":' * 300 + b"1" + b"}" * 300, "nb.ipynb: not a notebook: nested deeper than 200 levels"),
+        (
+            b'{"a":' * 300 + b"1" + b"}" * 300,
+            "nb.ipynb: not a notebook: nested deeper than 200 levels",
+        ),
         (b"9" * 5000, "nb.ipynb: not a notebook: it holds a number of thousands of digits"),
         (b"null", "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         (5, "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         ([document()], "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
         ({"cells": []}, "nb.ipynb: JSON, but not a notebook: no nbformat in it"),
-        ({"nbformat": 5}, "nb.ipynb: nbformat 5 is newer than this program; save the notebook as nbformat 4"),
-        ({"nbformat": "4"}, "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers"),
-        ({"nbformat": True}, "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers"),
-        ({"nbformat": 0}, "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers"),
-        ({"nbformat": 4, "metadata": {}}, "nb.ipynb: not a valid notebook: its cells must be a list"),
-        ({"nbformat": 4, "cells": []}, "nb.ipynb: not a valid notebook: its metadata must be an object"),
+        (
+            {"nbformat": 5},
+            "nb.ipynb: nbformat 5 is newer than this program; save the notebook as nbformat 4",
+        ),
+        (
+            {"nbformat": "4"},
+            "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers",
+        ),
+        (
+            {"nbformat": True},
+            "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers",
+        ),
+        (
+            {"nbformat": 0},
+            "nb.ipynb: not a notebook: nbformat and nbformat_minor must be whole numbers",
+        ),
+        (
+            {"nbformat": 4, "metadata": {}},
+            "nb.ipynb: not a valid notebook: its cells must be a list",
+        ),
+        (
+            {"nbformat": 4, "cells": []},
+            "nb.ipynb: not a valid notebook: its metadata must be an object",
+        ),
         ({"nbformat": 3}, "nb.ipynb: not a valid notebook of nbformat 3: it cannot be upgraded"),
-        ({"nbformat": 3, "worksheets": "x", "metadata": {}}, "nb.ipynb: not a valid notebook of nbformat 3"),
+        (
+            {"nbformat": 3, "worksheets": "x", "metadata": {}},
+            "nb.ipynb: not a valid notebook of nbformat 3",
+        ),
         ({"nbformat": 1}, "nb.ipynb: not a valid notebook of nbformat 1"),
         (document(5), "nb.ipynb: not a valid notebook: cell 0 (from 0): it must be an object"),
-        (document(code(), code(5)), "nb.ipynb: not a valid notebook: cell 1 (from 0): source must be text or a list"),
-        (document(code(["a", 5])), "nb.ipynb: not a valid notebook: cell 0 (from 0): source must be text"),
-        (document(code(cell_type="x")), "nb.ipynb: not a valid notebook: cell 0 (from 0): cell_type must be one of"),
-        (document(code(metadata=None)), "nb.ipynb: not a valid notebook: cell 0 (from 0): metadata must be an object"),
+        (
+            document(code(), code(5)),
+            "nb.ipynb: not a valid notebook: cell 1 (from 0): source must be text or a list",
+        ),
+        (
+            document(code(["a", 5])),
+            "nb.ipynb: not a valid notebook: cell 0 (from 0): source must be text",
+        ),
+        (
+            document(code(cell_type="x")),
+            "nb.ipynb: not a valid notebook: cell 0 (from 0): cell_type must be one of",
+        ),
+        (
+            document(code(metadata=None)),
+            "nb.ipynb: not a valid notebook: cell 0 (from 0): metadata must be an object",
+        ),
         *(
             (
                 document(code(metadata={"tags": tags})),
@@ -206,15 +291,30 @@ def test_lone_surrogates_are_replaced_and_pairs_kept() -> None:
             )
             for tags in (5, None, True, 1.5)
         ),
-        (document(code(attachments={"a": 1})), "nb.ipynb: not a valid notebook: cell 0 (from 0): attachments"),
-        (document(code(outputs={})), "nb.ipynb: not a valid notebook: cell 0 (from 0): outputs must be a list"),
+        (
+            document(code(attachments={"a": 1})),
+            "nb.ipynb: not a valid notebook: cell 0 (from 0): attachments",
+        ),
+        (
+            document(code(outputs={})),
+            "nb.ipynb: not a valid notebook: cell 0 (from 0): outputs must be a list",
+        ),
         (
             document(code(outputs=[5])),
             "nb.ipynb: not a valid notebook: cell 0 (from 0): output 0: it must be an object",
         ),
-        (document(code(outputs=[{"output_type": "stream", "text": 1}])), "nb.ipynb: not a valid notebook: cell 0"),
-        (document(code(outputs=[{"output_type": "display_data"}])), "nb.ipynb: not a valid notebook: cell 0"),
-        (document(code(outputs=[{"output_type": "error"}])), "nb.ipynb: not a valid notebook: cell 0"),
+        (
+            document(code(outputs=[{"output_type": "stream", "text": 1}])),
+            "nb.ipynb: not a valid notebook: cell 0",
+        ),
+        (
+            document(code(outputs=[{"output_type": "display_data"}])),
+            "nb.ipynb: not a valid notebook: cell 0",
+        ),
+        (
+            document(code(outputs=[{"output_type": "error"}])),
+            "nb.ipynb: not a valid notebook: cell 0",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -228,7 +328,10 @@ def test_what_is_no_file() -> None:
     save(document(), "analysis.ipynb")
     assert error_of("anlysis.ipynb") == "anlysis.ipynb: no such file; did you mean analysis.ipynb?"
     assert error_of("analysis.ipynb/x") == "analysis.ipynb/x: cannot be read: not a directory"
-    assert error_of(".") == ".: is a directory, not a notebook; run all notebooks in it: safe-exec batch ."
+    assert (
+        error_of(".")
+        == ".: is a directory, not a notebook; run all notebooks in it: safe-exec batch ."
+    )
     assert error_of("a\0b") == r"a\x00b: cannot be read: a file name cannot contain a NUL character"
     assert error_of("a\ud800b") == r"a\ud800b: cannot be read: its name is not UTF-8 text"
     assert error_of("a\nb") == r"a\nb: no such file"
@@ -256,7 +359,9 @@ def as_nobody(statement: str, folder: Path) -> str:
     code = f"import os; from safe_exec import files, errors; from safe_exec.notebook import notebook; os.chdir({str(folder)!r})\n"
     code += f"if os.geteuid() == 0: os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     code += f"try: {statement}\nexcept errors.UsageError as e: print(e)\nelse: print('fine')"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return run.stdout.strip()
 
 
@@ -268,16 +373,38 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-keys = st.sampled_from(["cell_type", "source", "metadata", "outputs", "id", "attachments", "output_type", "text", "data"])
-cell_like = st.dictionaries(keys, json_values | st.sampled_from(["code", "markdown", "raw"]), max_size=6)
+keys = st.sampled_from(
+    [
+        "cell_type",
+        "source",
+        "metadata",
+        "outputs",
+        "id",
+        "attachments",
+        "output_type",
+        "text",
+        "data",
+    ]
+)
+cell_like = st.dictionaries(
+    keys, json_values | st.sampled_from(["code", "markdown", "raw"]), max_size=6
+)
 
 
 @given(st.integers(1, 4), st.lists(cell_like | json_values, max_size=3), json_values)
 def test_any_json_is_read_or_refused(major: int, cells: list[Any], metadata: Any) -> None:
-    content = {"nbformat": major, "nbformat_minor": 5, "metadata": metadata, "cells": cells, "worksheets": cells}
+    content = {
+        "nbformat": major,
+        "nbformat_minor": 5,
+        "metadata": metadata,
+        "cells": cells,
+        "worksheets": cells,
+    }
     path = save(content)
     try:
         node = read(path).node
@@ -293,17 +420,37 @@ def test_any_json_is_read_or_refused(major: int, cells: list[Any], metadata: Any
 
 def test_code_cells() -> None:
     text = {"cell_type": "markdown", "source": "t", "metadata": {}}
-    node = node_of(text, code("1", id="a", metadata={"tags": ["x", 5]}), text, code("2", metadata={"tags": "x"}))
+    node = node_of(
+        text,
+        code("1", id="a", metadata={"tags": ["x", 5]}),
+        text,
+        code("2", metadata={"tags": "x"}),
+    )
     first, second = code_cells(node)
-    assert (first.index, first.code_index, first.id, first.source, first.tags) == (1, 0, "a", "1", ("x",))
+    assert (first.index, first.code_index, first.id, first.source, first.tags) == (
+        1,
+        0,
+        "a",
+        "1",
+        ("x",),
+    )
     assert (second.index, second.code_index, second.tags) == (3, 1, ())
     assert first.metadata == {"tags": ["x", 5]}
 
 
 STREAM = {"output_type": "stream", "name": "stdout", "text": "x"}
-OURS_ERROR = {"output_type": "error", "ename": f"{OUR_ERROR_PREFIX}: out_of_memory", "evalue": "", "traceback": []}
+OURS_ERROR = {
+    "output_type": "error",
+    "ename": f"{OUR_ERROR_PREFIX}: out_of_memory",
+    "evalue": "",
+    "traceback": [],
+}
 THEIR_ERROR = {"output_type": "error", "ename": "SafeExecError", "evalue": "", "traceback": []}
-OURS_DISPLAY = {"output_type": "display_data", "data": {}, "metadata": {"safe_exec": {"kind": "note"}}}
+OURS_DISPLAY = {
+    "output_type": "display_data",
+    "data": {},
+    "metadata": {"safe_exec": {"kind": "note"}},
+}
 THEIR_DISPLAY = {"output_type": "display_data", "data": {}, "metadata": {}}
 BANNER = {
     "cell_type": "markdown",
@@ -326,7 +473,9 @@ def annotated(node: Any) -> Any:
     return node
 
 
-limits_metadata = st.sampled_from([{}, {"safe_exec": {"limits": {"memory": "1G"}}}, {"tags": ["safe-exec"]}])
+limits_metadata = st.sampled_from(
+    [{}, {"safe_exec": {"limits": {"memory": "1G"}}}, {"tags": ["safe-exec"]}]
+)
 outputs = st.lists(st.sampled_from([STREAM, THEIR_ERROR, THEIR_DISPLAY]), max_size=3)
 cells = st.builds(lambda m, o: code(metadata=m, outputs=o), limits_metadata, outputs)
 
@@ -373,7 +522,10 @@ def test_banners(cell_type: str, metadata: dict[str, Any], gone: bool) -> None:
     [
         ({"safe_exec": {"result": 1}}, {}),
         ({"safe_exec": {}}, {}),
-        ({"safe_exec": {"result": 1, "limits": {"cpus": 1}}}, {"safe_exec": {"limits": {"cpus": 1}}}),
+        (
+            {"safe_exec": {"result": 1, "limits": {"cpus": 1}}},
+            {"safe_exec": {"limits": {"cpus": 1}}},
+        ),
         ({"safe_exec": "x"}, {"safe_exec": "x"}),
     ],
 )
@@ -421,7 +573,10 @@ def test_what_kernels_send_cannot_spoil_the_file() -> None:
     deep: Any = 1
     for _ in range(2000):
         deep = [deep]
-    data = {"application/json": {"nan": float("nan"), "deep": deep}, "text/plain": "\ud800 \ud83d\ude00"}
+    data = {
+        "application/json": {"nan": float("nan"), "deep": deep},
+        "text/plain": "\ud800 \ud83d\ude00",
+    }
     node.cells[0].outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
 
     def refuse(constant: str) -> None:
@@ -486,7 +641,9 @@ def test_writing_under_the_longest_name() -> None:
 
 @pytest.mark.parametrize("step", ["rename", "fsync"])
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(step: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(
+    step: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("f").write_text("old")
 
     def fail(*_: object, **__: object) -> None:
@@ -525,7 +682,9 @@ def test_paths_that_cannot_be_written() -> None:
     assert refusal("/dev/null") == "/dev/null: is a device; name a file to write"
     assert refusal("to_null") == "to_null: is a device; name a file to write"
     assert refusal("x" * 256).endswith(": cannot be written: file name too long")
-    assert refusal("a\0b") == r"a\x00b: cannot be written: a file name cannot contain a NUL character"
+    assert (
+        refusal("a\0b") == r"a\x00b: cannot be written: a file name cannot contain a NUL character"
+    )
     assert refusal("/proc/f").startswith("/proc/f: the directory /proc cannot be written: ")
 
 
@@ -560,7 +719,9 @@ def test_a_directory_that_is_closed_to_us(tmp_path: Path) -> None:
 
 
 @pytest.mark.bed("root")
-def test_a_file_of_another_user_in_a_sticky_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_user_in_a_sticky_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("f").write_text("")
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     check_writable("f")

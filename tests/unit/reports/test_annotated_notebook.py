@@ -33,7 +33,12 @@ from tests.unit.builders import (
     nothing_found,
 )
 
-SOURCES = ("import pandas", 'frame = load()\njoined = frame.merge(big, on="k")\njoined.head()', "stale()", "later()")
+SOURCES = (
+    "import pandas",
+    'frame = load()\njoined = frame.merge(big, on="k")\njoined.head()',
+    "stale()",
+    "later()",
+)
 NB: Any = nbformat  # which has no types
 ANSI = re.compile(r"\x1b\[(?:31|1|0)m")
 
@@ -62,7 +67,11 @@ def without_figures(notebook: NotebookNode) -> NotebookNode:
 
 
 def our_errors(cell: NotebookNode) -> list[NotebookNode]:
-    return [o for o in cell.get("outputs", []) if o.output_type == "error" and o.ename.startswith("SafeExec: ")]
+    return [
+        o
+        for o in cell.get("outputs", [])
+        if o.output_type == "error" and o.ename.startswith("SafeExec: ")
+    ]
 
 
 @pytest.mark.parametrize("minor", [0, 4, 5])
@@ -159,7 +168,9 @@ def test_cells_that_did_not_run_lose_their_outputs_and_others_keep_theirs() -> N
 
 
 def test_a_skipped_cell_keeps_its_outputs() -> None:
-    records = make_records(CellStatus.PASSED, CellStatus.KILLED, CellStatus.SKIPPED, CellStatus.NOT_RUN)
+    records = make_records(
+        CellStatus.PASSED, CellStatus.KILLED, CellStatus.SKIPPED, CellStatus.NOT_RUN
+    )
     annotated = annotate(make_notebook(), make_verdict(cells=records))
     assert [len(cell.outputs) for cell in annotated.cells[2:]] == [1, 2, 1, 0]
 
@@ -176,12 +187,17 @@ def test_an_exception_keeps_to_the_traceback_of_the_kernel() -> None:
 
 
 def test_a_run_without_a_cause_names_its_status() -> None:
-    annotated = annotate(make_notebook(), make_verdict(Status.CANCELLED, cause=None, warnings=("stopped by SIGTERM",)))
+    annotated = annotate(
+        make_notebook(),
+        make_verdict(Status.CANCELLED, cause=None, warnings=("stopped by SIGTERM",)),
+    )
     assert our_errors(annotated.cells[3])[0].ename == "SafeExec: cancelled"
     assert "- `stopped by SIGTERM`" in annotated.cells[0].source
 
 
-@pytest.mark.parametrize("crash", [None, make_crash(index=99), make_crash(index=0)], ids=["none", "beyond", "markdown"])
+@pytest.mark.parametrize(
+    "crash", [None, make_crash(index=99), make_crash(index=0)], ids=["none", "beyond", "markdown"]
+)
 def test_without_a_crash_cell_there_is_no_error_output(crash: Any) -> None:
     annotated = annotate(make_notebook(), make_verdict(crash_cell=crash))
     assert not any(our_errors(cell) for cell in annotated.cells)
@@ -206,20 +222,39 @@ def test_the_banner_names_the_culprits_and_how_to_see_it_again() -> None:
 
 
 def test_the_banner_says_what_a_search_did_not_come_to() -> None:
-    alone = make_culprits(make_culprit(1, Role.CRASH), look_first=2, minimal=False, stopped=Stopped.BUDGET, repro_notebook=None)
+    alone = make_culprits(
+        make_culprit(1, Role.CRASH),
+        look_first=2,
+        minimal=False,
+        stopped=Stopped.BUDGET,
+        repro_notebook=None,
+    )
     said = paragraphs(make_verdict(culprits=alone))
-    assert "**Culprits:** code cell 2 alone; reproduced 2 of 2; not known to be minimal: the budget ran out:" in said
+    assert (
+        "**Culprits:** code cell 2 alone; reproduced 2 of 2; not known to be minimal: the budget ran out:"
+        in said
+    )
     assert not any(part.startswith(("**Look first", "**Reproduce")) for part in said)
     found = nothing_found(Stopped.NOT_REPRODUCED)
-    assert "**Culprits:** none found; it did not happen again in 3 of 3 runs." in paragraphs(make_verdict(culprits=found))
+    assert "**Culprits:** none found; it did not happen again in 3 of 3 runs." in paragraphs(
+        make_verdict(culprits=found)
+    )
 
 
 def test_the_banner_lists_eight_culprits_beside_the_crash_cell() -> None:
     many = [make_culprit(i, Role.SETUP) for i in range(12)]
-    listing = next(part for part in paragraphs(make_verdict(culprits=make_culprits(*many))) if part.startswith("- "))
+    listing = next(
+        part
+        for part in paragraphs(make_verdict(culprits=make_culprits(*many)))
+        if part.startswith("- ")
+    )
     lines = listing.splitlines()
     assert len(lines) == 10
-    assert lines[7].startswith("- code cell 9 (setup)") and lines[8].startswith("- [code cell 2]") and lines[9] == "- and 3 more"
+    assert (
+        lines[7].startswith("- code cell 9 (setup)")
+        and lines[8].startswith("- [code cell 2]")
+        and lines[9] == "- and 3 more"
+    )
 
 
 def test_each_culprit_has_a_mark_and_all_but_the_crash_cell_say_so() -> None:
@@ -236,13 +271,25 @@ def test_each_culprit_has_a_mark_and_all_but_the_crash_cell_say_so() -> None:
         "metadata": {"safe_exec": {"result": {"role": "culprit"}}},
     }
     assert first.outputs[1:] == before.cells[1].outputs
-    assert first.metadata.safe_exec.result.culprit == {"role": "accumulator", "note": "+612 MiB kept", "look_first": True}
+    assert first.metadata.safe_exec.result.culprit == {
+        "role": "accumulator",
+        "note": "+612 MiB kept",
+        "look_first": True,
+    }
     assert first.metadata.safe_exec.result.status == "passed"
-    assert crash.metadata.safe_exec.result.culprit == {"role": "crash", "note": "asked for more", "look_first": False}
+    assert crash.metadata.safe_exec.result.culprit == {
+        "role": "crash",
+        "note": "asked for more",
+        "look_first": False,
+    }
     assert [output.output_type for output in crash.outputs] == ["stream", "error"]
     assert "culprit" not in other.metadata.safe_exec.result
     for ours, own in zip(annotated.cells[1:], before.cells, strict=True):
-        assert (ours.source, ours.id, ours.metadata.get("tags")) == (own.source, own.id, own.metadata.get("tags"))
+        assert (ours.source, ours.id, ours.metadata.get("tags")) == (
+            own.source,
+            own.id,
+            own.metadata.get("tags"),
+        )
 
 
 def test_a_culprit_without_a_note_is_told_by_its_role() -> None:
@@ -252,7 +299,9 @@ def test_a_culprit_without_a_note_is_told_by_its_role() -> None:
 
 
 def test_culprits_that_are_no_code_cells_are_passed_over() -> None:
-    found = make_culprits(make_culprit(index=0), make_culprit(index=99), make_culprit(1, Role.CRASH))
+    found = make_culprits(
+        make_culprit(index=0), make_culprit(index=99), make_culprit(1, Role.CRASH)
+    )
     annotated = annotate(make_notebook(), make_verdict(culprits=found))
     NB.validate(annotated)
     assert "safe_exec" not in annotated.cells[1].metadata
@@ -262,7 +311,9 @@ def test_a_rerun_takes_the_marks_of_culprits_away_and_nothing_of_the_users() -> 
     before = make_notebook()
     before.cells[1].metadata.safe_exec = NB.from_dict({"limits": {"memory": "2G"}})
     before.cells[1].metadata.tags = ["mine"]
-    before.cells[1].outputs.append(NB.v4.new_output("display_data", {"text/plain": "mine"}, metadata={"mine": 1}))
+    before.cells[1].outputs.append(
+        NB.v4.new_output("display_data", {"text/plain": "mine"}, metadata={"mine": 1})
+    )
     for cell in before.cells[3:]:
         cell.outputs, cell.execution_count = [], None
     annotated = annotate(before, make_verdict(culprits=make_culprits()))
@@ -284,7 +335,11 @@ def test_the_users_own_metadata_stays() -> None:
     notebook.cells[2].metadata.safe_exec = NB.from_dict({"limits": limits})
     notebook.cells[3].metadata.safe_exec = "mine"
     annotated = annotate(notebook, make_verdict())
-    assert annotated.metadata.safe_exec.limits == limits == annotated.cells[3].metadata.safe_exec.limits
+    assert (
+        annotated.metadata.safe_exec.limits
+        == limits
+        == annotated.cells[3].metadata.safe_exec.limits
+    )
     assert annotated.cells[4].metadata.safe_exec == "mine"
 
 
@@ -293,7 +348,9 @@ def test_an_output_however_deep_does_not_stop_the_report() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    dict.__setitem__(notebook.cells[2].outputs[0], "metadata", {"deep": deep})  # a NotebookNode would recurse
+    dict.__setitem__(
+        notebook.cells[2].outputs[0], "metadata", {"deep": deep}
+    )  # a NotebookNode would recurse
     annotated = annotate(notebook, make_verdict())
     assert annotated.cells[3].outputs[0] is notebook.cells[2].outputs[0]
     assert len(notebook.cells[2].outputs) == 1
@@ -311,7 +368,9 @@ def test_what_is_added_is_what_is_stripped_before_a_run(verdict: Verdict) -> Non
 
 
 def test_a_notebook_without_cells() -> None:
-    annotated = annotate(NB.v4.new_notebook(), make_verdict(Status.START_FAILED, cells=(), limits=Limits()))
+    annotated = annotate(
+        NB.v4.new_notebook(), make_verdict(Status.START_FAILED, cells=(), limits=Limits())
+    )
     assert len(annotated.cells) == 1
     NB.validate(annotated)
 
@@ -381,19 +440,31 @@ def test_a_code_span_holds_whatever_it_is_given(words: str) -> None:
 @given(anything)
 def test_a_fence_holds_whatever_it_is_given(words: str) -> None:
     blocks = MARKDOWN.parse(f"{fenced(words)}\n\nafter")
-    assert [block.type for block in blocks] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert [block.type for block in blocks] == [
+        "fence",
+        "paragraph_open",
+        "inline",
+        "paragraph_close",
+    ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(anything.filter(lambda words: words.strip()))
 def test_nothing_from_the_kernel_gets_out_of_its_place(words: str) -> None:
-    cause = make_cause(summary=words, advice=words, evidence=(make_fact(fact=words, value=words, source=words),))
+    cause = make_cause(
+        summary=words, advice=words, evidence=(make_fact(fact=words, value=words, source=words),)
+    )
     crash = make_crash(source_line=words, id=words)
     notebook = make_notebook()
     notebook.cells[2].source = words
-    cells = (make_culprit(note=words, id=words, source_line=words), make_culprit(1, Role.CRASH, note=words, id=words))
+    cells = (
+        make_culprit(note=words, id=words, source_line=words),
+        make_culprit(1, Role.CRASH, note=words, id=words),
+    )
     culprits = make_culprits(*cells, repro_notebook=words)
-    annotated = annotate(notebook, make_verdict(cause=cause, crash_cell=crash, warnings=(words,), culprits=culprits))
+    annotated = annotate(
+        notebook, make_verdict(cause=cause, crash_cell=crash, warnings=(words,), culprits=culprits)
+    )
     NB.validate(annotated)
     annotated.cells[0].source.encode()
     assert set(tags(annotated.cells[0].source)) <= {"p", "strong", "em", "code", "ul", "li", "a"}
@@ -416,4 +487,7 @@ def test_the_banner_names_the_function_and_the_cell_of_each_line_further_in() ->
     load = Frame(function="load", line=5, cell=1, source_line="    return read(path)")
     crash = make_crash(stack=(load, Frame(function="<module>", line=2, cell=2)))
     banner = annotate(make_notebook(), make_verdict(crash_cell=crash)).cells[0].source
-    assert "in `load`, [code cell 1](#cell-id=second), line 5:\n\n```text\nreturn read(path)\n```" in banner
+    assert (
+        "in `load`, [code cell 1](#cell-id=second), line 5:\n\n```text\nreturn read(path)\n```"
+        in banner
+    )

@@ -18,7 +18,9 @@ TEXT = page("docs/reports.md")
 
 
 def test_the_files() -> None:
-    files = {name for row in rows(TEXT.partition("Statuses come")[0]) for name in CODE.findall(row[1])}
+    files = {
+        name for row in rows(TEXT.partition("Statuses come")[0]) for name in CODE.findall(row[1])
+    }
     assert {report.file for report in BATCH_REPORTS} - {"summary.json"} | {CODE_QUALITY} <= files
 
 

@@ -109,14 +109,18 @@ def test_a_line_is_one_line_of_utf8_whatever_is_in_it() -> None:
 
 
 def test_every_event_has_a_name_of_its_own() -> None:
-    kinds = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)]
+    kinds = [
+        kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
+    ]
     found = {event_name(kind) for kind in kinds}
     assert len(found) == len(kinds)
     assert {"kernel_ended", "usage_sampled", "limit_near"} <= found
     assert all("event" not in {field.name for field in dataclasses.fields(kind)} for kind in kinds)
 
 
-def test_a_checkpoint_at_the_end_of_each_cell_and_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_at_the_end_of_each_cell_and_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     with EventLog(tmp_path / "events.jsonl") as log:
@@ -147,7 +151,10 @@ def test_never_through_a_symbolic_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/events.jsonl", ".", "a\0b", "missing/new\nline"])
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputPathError, match="cannot be written") as refused, EventLog(tmp_path / name):
+    with (
+        pytest.raises(OutputPathError, match="cannot be written") as refused,
+        EventLog(tmp_path / name),
+    ):
         pass
     assert len(str(refused.value).splitlines()) == 1
 

@@ -22,7 +22,18 @@ def test_names_that_look_secret(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PATH", "HOME", "PWD", "OLDPWD", "GIT_AUTHOR_NAME", "KEYBOARD", "COMPASS_DIR", "LANG", "PASSENGERS"]
+    "name",
+    [
+        "PATH",
+        "HOME",
+        "PWD",
+        "OLDPWD",
+        "GIT_AUTHOR_NAME",
+        "KEYBOARD",
+        "COMPASS_DIR",
+        "LANG",
+        "PASSENGERS",
+    ],
 )
 def test_names_that_do_not(name: str) -> None:
     assert not is_secret_name(name)
@@ -44,7 +55,18 @@ def test_values_that_are_masked(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "short", "true", "enabled", "python3", "/run/user/1000/agent.sock", "~/.netrc", "100000", "out_of_memory"]
+    "value",
+    [
+        "",
+        "short",
+        "true",
+        "enabled",
+        "python3",
+        "/run/user/1000/agent.sock",
+        "~/.netrc",
+        "100000",
+        "out_of_memory",
+    ],
 )
 def test_values_that_are_not(value: str) -> None:
     assert mask_for({"A_TOKEN": value})(f"before {value} after") == f"before {value} after"
@@ -56,7 +78,9 @@ def test_a_number_is_a_password_and_no_token() -> None:
 
 
 def test_other_names_are_left_alone() -> None:
-    assert mask_for({"EDITOR": "some-editor-of-mine"})("some-editor-of-mine") == "some-editor-of-mine"
+    assert (
+        mask_for({"EDITOR": "some-editor-of-mine"})("some-editor-of-mine") == "some-editor-of-mine"
+    )
 
 
 def test_the_longest_goes_first() -> None:
@@ -69,16 +93,31 @@ def test_the_password_of_a_url_and_the_lines_of_a_key() -> None:
     mask = mask_for({"DATABASE_URL": "postgres://me:s3cr%2Fet9@host/db", "PRIVATE_KEY": key})
     assert mask("login s3cr/et9 failed") == f"login {MASK} failed"
     assert "MIIE" not in mask("seen MIIEvQIBADANBgkqhkiG short")
-    assert "MIIE" not in mask(repr(key)) and "MIIE" not in mask(key) and "MIIE" not in mask(" ".join(key.split()))
+    assert (
+        "MIIE" not in mask(repr(key))
+        and "MIIE" not in mask(key)
+        and "MIIE" not in mask(" ".join(key.split()))
+    )
 
 
 def test_everywhere_in_a_verdict_but_not_in_the_names_of_files() -> None:
     verdict = make_verdict(
-        stderr_tail="hunter22 said", command=("safe-exec", "hunter22"), cwd="/home/hunter22", warnings=("x hunter22",)
+        stderr_tail="hunter22 said",
+        command=("safe-exec", "hunter22"),
+        cwd="/home/hunter22",
+        warnings=("x hunter22",),
     )
     masked = Mask(("hunter22",)).everywhere(verdict)
-    assert (masked.stderr_tail, masked.command, masked.warnings) == (f"{MASK} said", ("safe-exec", MASK), (f"x {MASK}",))
-    assert masked.cwd == verdict.cwd and masked.status is verdict.status and masked.timeline == verdict.timeline
+    assert (masked.stderr_tail, masked.command, masked.warnings) == (
+        f"{MASK} said",
+        ("safe-exec", MASK),
+        (f"x {MASK}",),
+    )
+    assert (
+        masked.cwd == verdict.cwd
+        and masked.status is verdict.status
+        and masked.timeline == verdict.timeline
+    )
     assert Mask(("nothing",)).everywhere(verdict) == verdict
     assert Mask().everywhere(verdict) is verdict
 

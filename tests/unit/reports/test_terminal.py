@@ -21,7 +21,15 @@ import pytest
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
-from safe_exec.model.verdict import CauseKind, CellStatus, Environment, Role, Status, Stopped, Verdict
+from safe_exec.model.verdict import (
+    CauseKind,
+    CellStatus,
+    Environment,
+    Role,
+    Status,
+    Stopped,
+    Verdict,
+)
 from safe_exec.reports.progress import Progress, first_line
 from safe_exec.reports.terminal import Style, diagnosis, print_diagnosis
 from safe_exec.reports.text import common
@@ -70,16 +78,22 @@ def test_walls_that_do_not_stand_are_one_line() -> None:
     lost = "no bubblewrap: it is not installed"
     held = {
         Wall.HOME: Enforcement(by=Mechanism.LANDLOCK, hard=True, note="refused rather than hidden"),
-        Wall.NETWORK: Enforcement(by=Mechanism.LANDLOCK, hard=False, note=f"TCP only, loopback too; {lost}"),
+        Wall.NETWORK: Enforcement(
+            by=Mechanism.LANDLOCK, hard=False, note=f"TCP only, loopback too; {lost}"
+        ),
         Wall.PROCESSES: Enforcement(by=Mechanism.NONE, hard=False, note=lost),
         Wall.SYSTEM_CALLS: Enforcement(by=Mechanism.SECCOMP, hard=True),
-        Wall.USER: Enforcement(by=Mechanism.NONE, hard=False, note="only root can become somebody else"),
+        Wall.USER: Enforcement(
+            by=Mechanism.NONE, hard=False, note="only root can become somebody else"
+        ),
     }
     environment = Environment(python="3.11", platform="Linux", isolation=held)
     said = printed(make_verdict(Status.PASSED, environment=environment), Style(width=200))
     assert f"  weak wall   network (landlock holds a part), processes not held; {lost}\n" in said
     hard = {wall: Enforcement(by=Mechanism.BUBBLEWRAP, hard=True) for wall in Wall}
-    assert "weak" not in printed(make_verdict(Status.PASSED, environment=replace(environment, isolation=hard)))
+    assert "weak" not in printed(
+        make_verdict(Status.PASSED, environment=replace(environment, isolation=hard))
+    )
 
 
 def test_the_diagnosis_of_a_pass() -> None:
@@ -145,10 +159,14 @@ def test_colours_change_nothing_but_the_colours(verdict: Verdict) -> None:
 
 def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
     evil = "a\x1b]0;title\x07\u202eb\r\ud800"
-    cause = make_cause(CauseKind.EXCEPTION, summary=evil, advice=evil, evidence=(make_fact(fact=evil, value=evil),))
+    cause = make_cause(
+        CauseKind.EXCEPTION, summary=evil, advice=evil, evidence=(make_fact(fact=evil, value=evil),)
+    )
     culprits = make_culprits(make_culprit(note=evil, source_line=evil), repro_notebook=evil)
     crash, written = make_crash(source_line=evil), {"notebook": evil}
-    verdict = make_verdict(cause=cause, crash_cell=crash, warnings=(evil,), outputs=written, culprits=culprits)
+    verdict = make_verdict(
+        cause=cause, crash_cell=crash, warnings=(evil,), outputs=written, culprits=culprits
+    )
     assert set(printed(verdict)).isdisjoint("\x1b\x07\u202e\r\ud800")
 
 
@@ -174,23 +192,38 @@ NARROW = """\
 def searched(*cells: object, **changes: object) -> Verdict:
     repro = "/home/me/project/analysis.repro.ipynb"
     cause = make_cause(evidence=(), advice="")
-    return make_verdict(cause=cause, outputs={"repro": repro}, culprits=make_culprits(*cells, **changes))  # type: ignore[arg-type]
+    return make_verdict(
+        cause=cause,
+        outputs={"repro": repro},
+        culprits=make_culprits(*cells, **changes),  # type: ignore[arg-type]
+    )
 
 
 def test_the_diagnosis_with_culprits() -> None:
     assert printed(searched()) == SEARCHED
     assert NARROW in printed(searched(), Style(width=60))
-    assert "    1 | big = load_everything()                     +612 MiB kept" in printed(searched(), Style(encoding="ascii"))
+    assert "    1 | big = load_everything()                     +612 MiB kept" in printed(
+        searched(), Style(encoding="ascii")
+    )
 
 
 def test_a_long_note_of_a_culprit_goes_below_its_line() -> None:
-    said = printed(searched(make_culprit(note="defines frame, which code cell 7 uses, and much more")), Style(width=60))
-    assert "    1 │ big = load_everything()\n        defines frame, which code cell 7 uses, and much more\n" in said
+    said = printed(
+        searched(make_culprit(note="defines frame, which code cell 7 uses, and much more")),
+        Style(width=60),
+    )
+    assert (
+        "    1 │ big = load_everything()\n        defines frame, which code cell 7 uses, and much more\n"
+        in said
+    )
 
 
 def test_a_crash_cell_alone() -> None:
     said = printed(searched(make_culprit(1, Role.CRASH), look_first=2, cached=3, trials=1))
-    assert "  caused by   code cell 2 alone                     reproduced 2/2 · 1 trial + 3 cached · 14.2 s\n  why" in said
+    assert (
+        "  caused by   code cell 2 alone                     reproduced 2/2 · 1 trial + 3 cached · 14.2 s\n  why"
+        in said
+    )
 
 
 def test_no_more_than_eight_culprits_beside_the_crash_cell() -> None:
@@ -231,7 +264,9 @@ def test_a_set_that_may_be_too_large(stopped: Stopped | None, said: str) -> None
         (Stopped.CANCELLED, (0, 0), "stopped by the user before any culprits were found"),
     ],
 )
-def test_a_search_that_found_nothing(stopped: Stopped, reproduced: tuple[int, int], said: str) -> None:
+def test_a_search_that_found_nothing(
+    stopped: Stopped, reproduced: tuple[int, int], said: str
+) -> None:
     lines = printed(make_verdict(culprits=nothing_found(stopped, reproduced))).splitlines()
     assert lines[2] == f"  search      {said} · 6 trials · 14.2 s"
     assert not any("reproduce  " in line or "caused by" in line for line in lines)
@@ -242,10 +277,15 @@ def test_a_search_that_found_nothing(stopped: Stopped, reproduced: tuple[int, in
     [
         ({"passed": 3}, "it did not happen again in 3 of 3 runs"),
         ({"memory_error": 3}, "it ended another way in 3 of 3 runs: memory error 3"),
-        ({"memory_error": 2, "passed": 1}, "it ended another way in 2 of 3 runs: memory error 2, passed 1"),
+        (
+            {"memory_error": 2, "passed": 1},
+            "it ended another way in 2 of 3 runs: memory error 2, passed 1",
+        ),
     ],
 )
-def test_a_search_without_a_result_says_how_its_runs_ended(endings: dict[str, int], text: str) -> None:
+def test_a_search_without_a_result_says_how_its_runs_ended(
+    endings: dict[str, int], text: str
+) -> None:
     found = dataclasses.replace(nothing_found(Stopped.NOT_REPRODUCED), endings=endings)
     assert f"search      {text} · 6 trials" in printed(make_verdict(culprits=found))
 
@@ -259,15 +299,29 @@ def test_a_failure_with_several_forms_says_how_often_each_was_seen() -> None:
     ("path", "command"),
     [
         ("/home/me/project/a.repro.ipynb", "safe-exec run a.repro.ipynb"),
-        ("/home/me/project/sub/a.repro.ipynb", "safe-exec run sub/a.repro.ipynb --cwd /home/me/project"),
-        ("/elsewhere/a.repro.ipynb", "safe-exec run /elsewhere/a.repro.ipynb --cwd /home/me/project"),
-        ("/home/me/project/my 'own'; rm -r.ipynb", """safe-exec run 'my '"'"'own'"'"'; rm -r.ipynb'"""),
+        (
+            "/home/me/project/sub/a.repro.ipynb",
+            "safe-exec run sub/a.repro.ipynb --cwd /home/me/project",
+        ),
+        (
+            "/elsewhere/a.repro.ipynb",
+            "safe-exec run /elsewhere/a.repro.ipynb --cwd /home/me/project",
+        ),
+        (
+            "/home/me/project/my 'own'; rm -r.ipynb",
+            """safe-exec run 'my '"'"'own'"'"'; rm -r.ipynb'""",
+        ),
         ("/home/me/project/-x.ipynb", "safe-exec run ./-x.ipynb"),
-        ("/home/me/project/" + "long" * 30 + " name.ipynb", f"safe-exec run '{'long' * 30} name.ipynb'"),
+        (
+            "/home/me/project/" + "long" * 30 + " name.ipynb",
+            f"safe-exec run '{'long' * 30} name.ipynb'",
+        ),
     ],
 )
 def test_the_command_to_see_it_again_is_there_to_be_copied(path: str, command: str) -> None:
-    assert printed(searched(repro_notebook=path), Style(width=60)).endswith(f"\n  reproduce   {command}\n")
+    assert printed(searched(repro_notebook=path), Style(width=60)).endswith(
+        f"\n  reproduce   {command}\n"
+    )
 
 
 class FakeTerminal(io.StringIO):
@@ -291,7 +345,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     return FakeTerminal()
 
 
-def test_colours_on_a_terminal_only_and_never_with_no_color(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_on_a_terminal_only_and_never_with_no_color(
+    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert Style.of(terminal) == Style(width=100, colour=True)
     assert not Style.of(io.StringIO()).colour
     monkeypatch.setenv("NO_COLOR", "1")
@@ -304,7 +360,9 @@ def test_colours_on_a_terminal_only_and_never_with_no_color(terminal: FakeTermin
 # --- progress ---------------------------------------------------------------------------------------------------
 
 
-def finished(code_index: int, seconds: float, status: CellStatus = CellStatus.PASSED) -> events.CellFinished:
+def finished(
+    code_index: int, seconds: float, status: CellStatus = CellStatus.PASSED
+) -> events.CellFinished:
     return events.CellFinished(
         time=9.0,
         index=code_index + 1,
@@ -324,7 +382,9 @@ def sampled(time: float, cpu: float = 1.0) -> events.UsageSampled:
 def a_run() -> list[events.Event]:
     limits = {"memory": GIB}
     return [
-        events.RunStarted(time=0.0, run_id="r", notebook="a.ipynb", kernel="python3", code_cells=2, limits=limits),
+        events.RunStarted(
+            time=0.0, run_id="r", notebook="a.ipynb", kernel="python3", code_cells=2, limits=limits
+        ),
         events.KernelStarted(time=0.1, pid=7),
         events.KernelReady(time=0.4),
         events.CellStarted(time=0.5, index=1, code_index=0, source="quick()"),
@@ -444,7 +504,9 @@ def test_the_terminal_is_left_as_it_was_even_by_an_error(terminal: FakeTerminal)
 def trial_finished(
     number: int, time: float, left: int, best: tuple[int, ...], answer: str = "fail"
 ) -> events.SearchTrialFinished:
-    return events.SearchTrialFinished(time=time, number=number, answer=answer, seconds=2.5, left=left, best=best)
+    return events.SearchTrialFinished(
+        time=time, number=number, answer=answer, seconds=2.5, left=left, best=best
+    )
 
 
 def a_search(budget: float = 60.0) -> list[events.Event]:
@@ -495,7 +557,10 @@ def test_the_end_of_a_search_that_did_not_come_to_one() -> None:
     end = events.SearchFinished(time=24.2, cells=(), minimal=False)
     assert plainly([*a_search()[:9], end])[-1] == "no culprits found · 1 trial · 14.2 s"
     end = events.SearchFinished(time=24.2, cells=(4, 12), minimal=False)
-    assert plainly([*a_search()[:-1], end])[-1] == "culprits: code cells 3 + 7 · not known to be minimal · 6 trials · 14.2 s"
+    assert (
+        plainly([*a_search()[:-1], end])[-1]
+        == "culprits: code cells 3 + 7 · not known to be minimal · 6 trials · 14.2 s"
+    )
 
 
 def test_cells_that_nobody_saw_run_are_counted() -> None:
@@ -515,17 +580,24 @@ def test_live_progress_of_a_search(terminal: FakeTerminal, monkeypatch: pytest.M
     assert "search  trial 1 · 7 cells left" in first and "Ctrl-C keeps the best so far" in first
     assert "searching for" not in first
     last = drawn(terminal, a_search()[:-3])
-    assert "search  trial 5 · 2 cells left · best: code cells 3 + 7" in last[last.rindex("search  ") :]
+    assert (
+        "search  trial 5 · 2 cells left · best: code cells 3 + 7" in last[last.rindex("search  ") :]
+    )
     assert "s of 60 s" in last
     over = drawn(terminal, a_search())
     assert "search  code cells 3 + 7" in over and "Ctrl-C" not in over[over.rindex("search  ") :]
 
 
-def test_live_progress_of_a_search_on_a_narrow_terminal(terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_progress_of_a_search_on_a_narrow_terminal(
+    terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     last = drawn(terminal, a_search()[:-1])
     line = last[last.rindex("search  ") :]
-    assert "trial 6 · 2 cells left" in line and "        best: code cells 3 + 7 · Ctrl-C keeps it" in line
+    assert (
+        "trial 6 · 2 cells left" in line
+        and "        best: code cells 3 + 7 · Ctrl-C keeps it" in line
+    )
 
 
 def test_the_seconds_of_a_search_go_on_between_its_events(terminal: FakeTerminal) -> None:
@@ -540,7 +612,9 @@ def test_the_seconds_of_a_search_go_on_between_its_events(terminal: FakeTerminal
 
     asyncio.run(searching())
     seconds = [int(spent) for spent in re.findall(r"(\d+) s of 60 s", terminal.getvalue())]
-    assert len(seconds) > 2 and seconds == sorted(seconds) and seconds[-1] >= 12, "the last event was after 2 s"
+    assert len(seconds) > 2 and seconds == sorted(seconds) and seconds[-1] >= 12, (
+        "the last event was after 2 s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -562,10 +636,14 @@ print("rich" in sys.modules)
 
 def python(code: str, stderr: int) -> str:
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, check=True, text=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=stderr, check=True, text=True
+    ).stdout
 
 
-def test_rich_is_imported_only_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rich_is_imported_only_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with (tmp_path / "stderr").open("w") as log:
         assert python(IMPORTED, log.fileno()) == "False\n"

@@ -134,13 +134,21 @@ def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
         (SCHEMA["$defs"]["culprit"]["properties"]["role"], Role),
     ],
 )
-def test_the_words_of_the_schema_are_those_of_the_model(where: dict[str, Any], words: type[Status]) -> None:
+def test_the_words_of_the_schema_are_those_of_the_model(
+    where: dict[str, Any], words: type[Status]
+) -> None:
     assert where["enum"] == [word.value for word in words]
 
 
 def test_words_that_may_be_missing_are_those_of_the_model() -> None:
-    assert SCHEMA["$defs"]["cause"]["properties"]["activity"]["enum"] == [*(a.value for a in Activity), None]
-    assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [*(s.value for s in Stopped), None]
+    assert SCHEMA["$defs"]["cause"]["properties"]["activity"]["enum"] == [
+        *(a.value for a in Activity),
+        None,
+    ]
+    assert SCHEMA["$defs"]["culprits"]["properties"]["stopped"]["enum"] == [
+        *(s.value for s in Stopped),
+        None,
+    ]
 
 
 OPTIONAL: dict[type, set[str]] = {
@@ -181,7 +189,10 @@ def test_the_fields_of_the_schema_are_those_of_the_model(where: dict[str, Any], 
 
 def test_every_status_has_its_exit_code_in_the_schema() -> None:
     ties = next(rule["oneOf"] for rule in SCHEMA["allOf"] if "oneOf" in rule)
-    said = {tie["properties"]["status"]["const"]: tie["properties"]["exit_code"]["const"] for tie in ties}
+    said = {
+        tie["properties"]["status"]["const"]: tie["properties"]["exit_code"]["const"]
+        for tie in ties
+    }
     assert said == {status.value: status.exit_code for status in Status}
 
 
@@ -191,7 +202,10 @@ BROKEN = [
     ("no such status", {"status": "crashed"}),
     ("a further key", {"mood": "bad"}),
     ("a local time", {"started": "2026-01-01T12:00:00+02:00"}),
-    ("a limit with a unit", {"limits": {**to_document(make_verdict())["limits"], "memory": "1 GiB"}}),
+    (
+        "a limit with a unit",
+        {"limits": {**to_document(make_verdict())["limits"], "memory": "1 GiB"}},
+    ),
     ("a kernel that died of nothing", {"cause": None}),
     ("a positive signal", {"cause": {**plain(make_cause()), "signal": 9}}),
     ("a signal and an exit code", {"cause": {**plain(make_cause()), "exit_code": 137}}),
@@ -199,17 +213,38 @@ BROKEN = [
     ("line 0", {"crash_cell": {**plain(make_crash()), "line": 0}}),
     ("no such limit", {"enforcement": {"patience": {"by": "none", "hard": False, "note": ""}}}),
     ("nothing, and hard", {"enforcement": {"memory": {"by": "none", "hard": True, "note": ""}}}),
-    ("no such wall", {"environment": {**ENVIRONMENT, "isolation": {"moat": {"by": "none", "hard": False, "note": ""}}}}),
-    ("no wall, and hard", {"environment": {**ENVIRONMENT, "isolation": {"home": {"by": "none", "hard": True, "note": ""}}}}),
+    (
+        "no such wall",
+        {
+            "environment": {
+                **ENVIRONMENT,
+                "isolation": {"moat": {"by": "none", "hard": False, "note": ""}},
+            }
+        },
+    ),
+    (
+        "no wall, and hard",
+        {
+            "environment": {
+                **ENVIRONMENT,
+                "isolation": {"home": {"by": "none", "hard": True, "note": ""}},
+            }
+        },
+    ),
     ("no such use of the folder", {"isolation": {**plain(Isolation()), "folder": "burn"}}),
     ("a wall less", {"isolation": {k: v for k, v in plain(Isolation()).items() if k != "network"}}),
     ("no host", {"remote_hosts": [None]}),
     ("a flag that is a number", {"allow_errors": 1}),
-    ("too long a timeline", {"timeline": {"seconds": [0.0] * 501, "memory": [], "cpu": [], "cell": []}}),
+    (
+        "too long a timeline",
+        {"timeline": {"seconds": [0.0] * 501, "memory": [], "cpu": [], "cell": []}},
+    ),
 ]
 
 
-@pytest.mark.parametrize("change", [change for _, change in BROKEN], ids=[name for name, _ in BROKEN])
+@pytest.mark.parametrize(
+    "change", [change for _, change in BROKEN], ids=[name for name, _ in BROKEN]
+)
 def test_the_schema_refuses(change: dict[str, Any]) -> None:
     assert errors_of({**to_document(make_verdict()), **change})
 
@@ -231,7 +266,14 @@ WRONG_CULPRITS = [
     ("less than none", {"reproduced": [-1, 2]}),
     ("no such end", {"stopped": "tired"}),
     ("no such role", {"cells": [{**plain(make_culprits().cells[0]), "role": "victim"}]}),
-    ("a cell without a line", {"cells": [{k: v for k, v in plain(make_culprits().cells[0]).items() if k != "source_line"}]}),
+    (
+        "a cell without a line",
+        {
+            "cells": [
+                {k: v for k, v in plain(make_culprits().cells[0]).items() if k != "source_line"}
+            ]
+        },
+    ),
     ("nothing, and yet done", {"cells": []}),
     ("nothing, and no less", {"cells": [], "stopped": "budget"}),
     ("no time", {"seconds": None}),
@@ -241,7 +283,9 @@ WRONG_CULPRITS = [
 ]
 
 
-@pytest.mark.parametrize("change", [change for _, change in WRONG_CULPRITS], ids=[name for name, _ in WRONG_CULPRITS])
+@pytest.mark.parametrize(
+    "change", [change for _, change in WRONG_CULPRITS], ids=[name for name, _ in WRONG_CULPRITS]
+)
 def test_the_schema_refuses_culprits_with(change: dict[str, Any]) -> None:
     document = to_document(make_verdict(culprits=make_culprits()))
     assert errors_of(document) == []
@@ -295,10 +339,22 @@ def test_the_text_is_utf8_indented_and_ends_with_a_newline() -> None:
         ({"usage": {"oom_kills": "one"}}, "verdict.usage.oom_kills: expected int, found str"),
         ({"notebook": {"path": "x"}}, "verdict.notebook: .*missing"),
         ({"cells": {}}, "verdict.cells: expected list, found dict"),
-        ({"culprits": {**plain(make_culprits()), "reproduced": [2]}}, "reproduced: expected 2 counts, found 1"),
-        ({"culprits": {**plain(make_culprits()), "trials": None}}, "verdict.culprits.trials: expected int, found NoneType"),
-        ({"culprits": {**plain(make_culprits()), "stopped": "tired"}}, "'tired' is not a valid Stopped"),
-        ({"cause": {**plain(make_cause()), "evidence": [{**plain(make_fact()), "value": []}]}}, "evidence.0..value: "),
+        (
+            {"culprits": {**plain(make_culprits()), "reproduced": [2]}},
+            "reproduced: expected 2 counts, found 1",
+        ),
+        (
+            {"culprits": {**plain(make_culprits()), "trials": None}},
+            "verdict.culprits.trials: expected int, found NoneType",
+        ),
+        (
+            {"culprits": {**plain(make_culprits()), "stopped": "tired"}},
+            "'tired' is not a valid Stopped",
+        ),
+        (
+            {"cause": {**plain(make_cause()), "evidence": [{**plain(make_fact()), "value": []}]}},
+            "evidence.0..value: ",
+        ),
     ],
 )
 def test_reading_back_names_what_does_not_fit(change: dict[str, Any], said: str) -> None:
@@ -355,7 +411,12 @@ records = st.builds(
 culprits = st.builds(
     Culprits,
     cells=st.lists(
-        st.builds(Culprit, index=st.integers(0, 99), code_index=st.integers(0, 99), source_line=st.none() | texts),
+        st.builds(
+            Culprit,
+            index=st.integers(0, 99),
+            code_index=st.integers(0, 99),
+            source_line=st.none() | texts,
+        ),
         min_size=1,
         max_size=3,
     ).map(tuple),
@@ -369,10 +430,13 @@ culprits = st.builds(
 )
 enforcements = st.dictionaries(
     st.sampled_from(LimitName),
-    st.builds(Enforcement, by=st.sampled_from(Mechanism).filter(lambda by: by is not Mechanism.NONE)),
+    st.builds(
+        Enforcement, by=st.sampled_from(Mechanism).filter(lambda by: by is not Mechanism.NONE)
+    ),
 )
 walls = st.dictionaries(
-    st.sampled_from(Wall), st.builds(Enforcement, by=st.sampled_from(Mechanism), hard=st.just(value=False), note=texts)
+    st.sampled_from(Wall),
+    st.builds(Enforcement, by=st.sampled_from(Mechanism), hard=st.just(value=False), note=texts),
 )
 isolations = st.builds(
     Isolation,
@@ -395,7 +459,9 @@ verdicts = st.builds(
     limits=st.builds(Limits, memory=counts, cpus=amounts, cell_timeout=amounts, output=counts),
     enforcement=enforcements,
     usage=st.builds(Usage, wall_seconds=amounts, memory_peak=counts),
-    environment=st.builds(Environment, packages=st.none() | st.dictionaries(texts, texts, max_size=2), isolation=walls),
+    environment=st.builds(
+        Environment, packages=st.none() | st.dictionaries(texts, texts, max_size=2), isolation=walls
+    ),
     isolation=isolations,
     allow_errors=st.booleans(),
     remote_hosts=st.lists(texts, max_size=2).map(tuple),

@@ -16,7 +16,15 @@ import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model.limits import FolderUse, Isolation, Limits, Mechanism, SystemCalls
 from safe_exec.sandbox import enclosure
-from safe_exec.sandbox.enclosure import Birth, demand_narrow, enclose, homes, parts_beside, settled, visible
+from safe_exec.sandbox.enclosure import (
+    Birth,
+    demand_narrow,
+    enclose,
+    homes,
+    parts_beside,
+    settled,
+    visible,
+)
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.planner import build_plan
 
@@ -48,7 +56,9 @@ def link(path: Path, to: Path) -> Path:
 def venv(prefix: Path, base: Path) -> Path:
     """A virtual environment as venv makes it: links and a file that names the base."""
     found = link(prefix / "bin" / "python", base)
-    (prefix / "pyvenv.cfg").write_text(f"home = {base.parent}\ninclude-system-site-packages = false\n")
+    (prefix / "pyvenv.cfg").write_text(
+        f"home = {base.parent}\ninclude-system-site-packages = false\n"
+    )
     (prefix / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
     return found
 
@@ -63,17 +73,27 @@ def seen(argv0: Path | str, **env: str) -> set[Path]:
 def test_the_own_home_comes_first_and_none_lies_in_an_earlier_one(home: Path) -> None:
     found = homes()
     assert found[0] == home.resolve()
-    assert all(not later.is_relative_to(earlier) for n, earlier in enumerate(found) for later in found[n + 1 :])
+    assert all(
+        not later.is_relative_to(earlier)
+        for n, earlier in enumerate(found)
+        for later in found[n + 1 :]
+    )
     assert all(path.is_dir() and path.is_absolute() and path != Path("/") for path in found)
 
 
 @pytest.mark.parametrize("value", ["/", "", "/nonesuch/home"])
 def test_a_home_that_is_none_is_not_hidden(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", value)
-    assert Path("/") not in homes() and Path("/nonesuch/home") not in homes() and Path.cwd() not in homes()
+    assert (
+        Path("/") not in homes()
+        and Path("/nonesuch/home") not in homes()
+        and Path.cwd() not in homes()
+    )
 
 
-def test_a_home_behind_a_link_is_hidden_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_behind_a_link_is_hidden_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "real").mkdir()
     monkeypatch.setenv("HOME", str(link(tmp_path / "link", tmp_path / "real")))
     assert homes()[0] == (tmp_path / "real").resolve()
@@ -84,7 +104,11 @@ def test_a_home_behind_a_link_is_hidden_where_it_is(tmp_path: Path, monkeypatch:
 
 def test_this_interpreter_and_this_package_are_visible(home: Path) -> None:
     found = seen(sys.executable)
-    assert {Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(safe_exec.__file__).parent} <= found
+    assert {
+        Path(sys.prefix),
+        Path(sys.base_prefix).resolve(),
+        Path(safe_exec.__file__).parent,
+    } <= found
     assert all(path.is_absolute() and path.exists() for path in found)
 
 
@@ -100,7 +124,9 @@ def test_chains_of_links_are_followed(home: Path) -> None:
     real = program(home / "uv" / "cpython-3.12" / "bin" / "python3.12")
     middle = link(home / "tools" / "py" / "bin" / "python3", real)
     python = venv(home / "work" / "venv", middle)
-    assert {home / "uv" / "cpython-3.12", home / "tools" / "py", home / "work" / "venv"} <= seen(python)
+    assert {home / "uv" / "cpython-3.12", home / "tools" / "py", home / "work" / "venv"} <= seen(
+        python
+    )
 
 
 def test_links_that_go_round_end(home: Path) -> None:
@@ -113,7 +139,9 @@ def test_packages_installed_for_development_are_visible(home: Path) -> None:
     python = venv(home / "venv", program(home / "base" / "bin" / "python3"))
     site = home / "venv" / "lib" / "python3.11" / "site-packages"
     (home / "src" / "mine").mkdir(parents=True)
-    (site / "mine.pth").write_text(f"{home}/src/mine\n# a comment\nimport sys; sys.path\nrelative/folder\n/nonesuch\n{home}\n")
+    (site / "mine.pth").write_text(
+        f"{home}/src/mine\n# a comment\nimport sys; sys.path\nrelative/folder\n/nonesuch\n{home}\n"
+    )
     (site / "bad.pth").mkdir()
     found = seen(python)
     assert home / "src" / "mine" in found
@@ -138,7 +166,9 @@ def test_packages_that_a_finder_finds_are_visible(home: Path) -> None:
     (home / "src" / "single.py").touch()
     for name, source in FINDERS.items():
         (site / name).write_text(source.format(home=home))
-        (site / f"{name}.pth").write_text(f"import {name.removesuffix('.py')}; {name.removesuffix('.py')}.install()\n")
+        (site / f"{name}.pth").write_text(
+            f"import {name.removesuffix('.py')}; {name.removesuffix('.py')}.install()\n"
+        )
     (site / "_unused.py").write_text(f"PLACE = '{home}/src/secret'\n")
     (site / "builtin.pth").write_text("import os; import nonesuch\n")
     found = seen(python)
@@ -164,7 +194,9 @@ def test_an_environment_made_of_a_whole_home_shows_its_parts_alone(home: Path) -
     assert {home / "bin", home / "lib", home / "pyvenv.cfg"} <= found and home not in found
 
 
-def test_a_command_without_a_path_is_looked_for_where_the_kernel_will(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_without_a_path_is_looked_for_where_the_kernel_will(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (home / "project" / "nb").mkdir(parents=True)
     monkeypatch.chdir(home / "project" / "nb")
     program(home / "R" / "bin" / "R")
@@ -178,7 +210,9 @@ def test_a_command_without_a_path_is_looked_for_where_the_kernel_will(home: Path
 @pytest.mark.parametrize("name", ["PYTHONPATH", "JUPYTER_PATH", "R_LIBS", "LD_LIBRARY_PATH"])
 def test_search_paths_are_visible_but_not_homes(home: Path, name: str) -> None:
     (home / "lib").mkdir()
-    value = os.pathsep.join([f"{home}/lib", str(home), str(home.parent), "/", "", ".", "relative", "/nonesuch"])
+    value = os.pathsep.join(
+        [f"{home}/lib", str(home), str(home.parent), "/", "", ".", "relative", "/nonesuch"]
+    )
     found = seen("/bin/sh", **{name: value})
     assert home / "lib" in found
     assert not {home, home.parent, Path("/"), Path.cwd(), Path("/nonesuch")} & found
@@ -196,8 +230,12 @@ def test_what_is_visible_behind_a_link_is_so_under_both_names(home: Path) -> Non
 def test_paths_are_settled(home: Path, tmp_path: Path) -> None:
     (home / "out").mkdir()
     link(tmp_path / "way", home / "out")
-    found = settled(Isolation(writable=("~/out", str(tmp_path / "way")), hide=("~/out", "/nonesuch", "~/none")))
-    assert found.writable == (str(home / "out"), str(tmp_path / "way")), "a link is opened by its own name too"
+    found = settled(
+        Isolation(writable=("~/out", str(tmp_path / "way")), hide=("~/out", "/nonesuch", "~/none"))
+    )
+    assert found.writable == (str(home / "out"), str(tmp_path / "way")), (
+        "a link is opened by its own name too"
+    )
     assert found.hide == (str(home / "out"),)
     assert settled(Isolation()) == Isolation()
 
@@ -244,12 +282,23 @@ BUBBLEWRAP = Machine(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="
 
 
 def told(
-    home: Path, machine: Machine, isolation: Isolation, *, cwd: Path | None = None, disk: int | None = None
+    home: Path,
+    machine: Machine,
+    isolation: Isolation,
+    *,
+    cwd: Path | None = None,
+    disk: int | None = None,
 ) -> dict[str, Any]:
     folder = cwd or home / "project"
     folder.mkdir(exist_ok=True)
     plan = build_plan(Limits(disk=disk), machine, "id", isolation)
-    birth = Birth(plan=plan, argv=[sys.executable], env={"A": "b"}, cwd=folder, runtime=home.parent / "runtime")
+    birth = Birth(
+        plan=plan,
+        argv=[sys.executable],
+        env={"A": "b"},
+        cwd=folder,
+        runtime=home.parent / "runtime",
+    )
     found: dict[str, Any] = json.loads(json.dumps(enclose(birth).request))
     return found
 
@@ -278,11 +327,15 @@ def test_without_bubblewrap_there_is_no_enclosure(home: Path) -> None:
         (Isolation(hide_home=True), None, None, None),
     ],
 )
-def test_the_disk(home: Path, isolation: Isolation, asked: int | None, size: int | None, back: bool | None) -> None:
+def test_the_disk(
+    home: Path, isolation: Isolation, asked: int | None, size: int | None, back: bool | None
+) -> None:
     disk = told(home, BUBBLEWRAP, isolation, disk=asked)["enclosure"]["disk"]
     assert (disk and disk["size"], disk and disk["write_back"]) == (size, back)
     if disk is not None:
-        assert disk["inodes"] >= enclosure.LEAST_INODES and disk["base"] == str(home.parent / "runtime" / "disk")
+        assert disk["inodes"] >= enclosure.LEAST_INODES and disk["base"] == str(
+            home.parent / "runtime" / "disk"
+        )
 
 
 def test_without_a_tmp_of_its_own_there_is_a_directory_that_goes_with_the_run(home: Path) -> None:
@@ -327,7 +380,12 @@ def test_landlock_hides_homes_whether_or_not_the_system_may_be_written(
 @pytest.mark.parametrize("use", [FolderUse.READ, FolderUse.COPY])
 @pytest.mark.parametrize("system", [True, False])
 def test_landlock_makes_no_copy_so_the_folder_is_only_read(
-    home: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, use: FolderUse, *, system: bool
+    home: Path,
+    files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    use: FolderUse,
+    *,
+    system: bool,
 ) -> None:
     monkeypatch.setattr(enclosure, "visible", lambda *_: ())
     found = told(home, LANDLOCK, Isolation(folder=use, read_only_system=system))
@@ -335,7 +393,9 @@ def test_landlock_makes_no_copy_so_the_folder_is_only_read(
     assert opened(found, files["project/data"], "readable")
 
 
-def test_landlock_hides_a_part_of_the_folder(home: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_landlock_hides_a_part_of_the_folder(
+    home: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(enclosure, "visible", lambda *_: ())
     found = told(home, LANDLOCK, replace(WALLED, hide=(str(home / "project" / "secret"),)))
     for what in ("readable", "writable"):
@@ -346,7 +406,12 @@ def test_landlock_hides_a_part_of_the_folder(home: Path, files: dict[str, Path],
 def test_parts_beside(home: Path, files: dict[str, Path]) -> None:
     project = str(home / "project")
     link(home / "project" / "way", home / "project" / "secret")
-    assert parts_beside(project, []) == parts_beside(project, ["/srv"]) == parts_beside(project, [project]) == [project]
+    assert (
+        parts_beside(project, [])
+        == parts_beside(project, ["/srv"])
+        == parts_beside(project, [project])
+        == [project]
+    )
     assert parts_beside(project, [f"{project}/secret"]) == [f"{project}/data"]
     assert parts_beside(project, [f"{project}/secret/key"]) == [f"{project}/data"]
     assert parts_beside("/nonesuch", ["/nonesuch/x"]) == []

@@ -52,7 +52,9 @@ def test_landlock_leaves_tmp_the_machines_own() -> None:
 
 def test_a_wall_that_nothing_holds_takes_nothing_away() -> None:
     seen = facts(Machine(uid=1000), replace(CI, network=False, hide=("/srv",)))
-    assert seen == IsolationFacts(home="/home/me", folder="/home/me/project", writable=("/home/me/project",))
+    assert seen == IsolationFacts(
+        home="/home/me", folder="/home/me/project", writable=("/home/me/project",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,14 @@ def test_a_wall_that_nothing_holds_takes_nothing_away() -> None:
         (Isolation(folder=FolderUse.COPY), 5, False),
     ],
 )
-def test_files_in_the_folder_are_kept_or_discarded(isolation: Isolation, disk: int | None, *, is_kept: bool) -> None:
+def test_files_in_the_folder_are_kept_or_discarded(
+    isolation: Isolation, disk: int | None, *, is_kept: bool
+) -> None:
     seen = facts(BUBBLEWRAP, isolation, disk=disk)
-    assert ("/home/me/project" in seen.writable, "/home/me/project" in seen.discarded) == (is_kept, not is_kept)
+    assert ("/home/me/project" in seen.writable, "/home/me/project" in seen.discarded) == (
+        is_kept,
+        not is_kept,
+    )
 
 
 def test_a_folder_that_is_only_read_is_neither() -> None:

@@ -15,7 +15,15 @@ from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Me
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.host.cgroup_delegation import Scope
 from safe_exec.sandbox.mechanisms import rlimits, watchdog
-from safe_exec.sandbox.plan import REQUIRE_ALL, RUNNER_LIMITS, CgroupWork, Offer, SpawnPlan, fold, require
+from safe_exec.sandbox.plan import (
+    REQUIRE_ALL,
+    RUNNER_LIMITS,
+    CgroupWork,
+    Offer,
+    SpawnPlan,
+    fold,
+    require,
+)
 from safe_exec.sandbox.planner import Required, build_plan, parse_required
 
 L, M = LimitName, Mechanism
@@ -28,7 +36,10 @@ V1 = {name: Path(f"/cg/{name}") for name in ("memory", "pids", "cpu", "cpuacct")
 ROOT_V1 = Machine(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
 ROOT_V2 = Machine(v2=Path("/cg"), v2_controllers=frozenset({"memory", "pids", "cpu"}), swap_total=1)
 BY_SYSTEMD = Scope(
-    slice="app.slice", directory=Path("/cg/app.slice"), controllers=ROOT_V2.v2_controllers, runtime=Path("/run/user/1")
+    slice="app.slice",
+    directory=Path("/cg/app.slice"),
+    controllers=ROOT_V2.v2_controllers,
+    runtime=Path("/run/user/1"),
 )
 SCOPED = Machine(uid=1, scope=BY_SYSTEMD, v1=V1, swap_total=1)
 ROOT_BARE = Machine(uid=0)
@@ -57,11 +68,41 @@ def holding(mechanism: Mechanism, *names: LimitName, rows: bool = False) -> Offe
 
 
 TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
-    ("v2", ROOT_V2, {L.MEMORY: M.CGROUP_V2, L.PROCESSES: M.CGROUP_V2, L.CPUS: M.CGROUP_V2, L.CPU_TIME: M.RLIMIT}),
-    ("scope", SCOPED, {L.MEMORY: M.SYSTEMD, L.PROCESSES: M.SYSTEMD, L.CPUS: M.SYSTEMD, L.CPU_TIME: M.RLIMIT}),
-    ("v1", ROOT_V1, {L.MEMORY: M.CGROUP_V1, L.PROCESSES: M.CGROUP_V1, L.CPUS: M.CGROUP_V1, L.CPU_TIME: M.RLIMIT}),
-    ("root", ROOT_BARE, {L.MEMORY: M.RLIMIT, L.PROCESSES: M.WATCHDOG, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT}),
-    ("user", USER_BARE, {L.MEMORY: M.RLIMIT, L.PROCESSES: M.RLIMIT, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT}),
+    (
+        "v2",
+        ROOT_V2,
+        {
+            L.MEMORY: M.CGROUP_V2,
+            L.PROCESSES: M.CGROUP_V2,
+            L.CPUS: M.CGROUP_V2,
+            L.CPU_TIME: M.RLIMIT,
+        },
+    ),
+    (
+        "scope",
+        SCOPED,
+        {L.MEMORY: M.SYSTEMD, L.PROCESSES: M.SYSTEMD, L.CPUS: M.SYSTEMD, L.CPU_TIME: M.RLIMIT},
+    ),
+    (
+        "v1",
+        ROOT_V1,
+        {
+            L.MEMORY: M.CGROUP_V1,
+            L.PROCESSES: M.CGROUP_V1,
+            L.CPUS: M.CGROUP_V1,
+            L.CPU_TIME: M.RLIMIT,
+        },
+    ),
+    (
+        "root",
+        ROOT_BARE,
+        {L.MEMORY: M.RLIMIT, L.PROCESSES: M.WATCHDOG, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT},
+    ),
+    (
+        "user",
+        USER_BARE,
+        {L.MEMORY: M.RLIMIT, L.PROCESSES: M.RLIMIT, L.CPUS: M.NONE, L.CPU_TIME: M.RLIMIT},
+    ),
     (
         "watchdog",
         WATCH_ALONE,
@@ -79,20 +120,29 @@ TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
 ]
 
 
-@pytest.mark.parametrize(("machine", "by"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(
+    ("machine", "by"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
 def test_who_holds_what(machine: Machine, by: dict[LimitName, Mechanism]) -> None:
     held = plan_for(machine).enforcement
     assert {name: held[name].by for name in by} == by
     assert list(held) == list(LimitName), "each limit that is set is written down, in order"
     assert {held[name].by for name in RUNNER_LIMITS} == {M.RUNNER}
-    assert all(not held[name].hard for name in held if held[name].by in (M.RUNNER, M.WATCHDOG, M.NONE))
+    assert all(
+        not held[name].hard for name in held if held[name].by in (M.RUNNER, M.WATCHDOG, M.NONE)
+    )
     assert all(held[name].note for name in held if held[name].by is M.NONE)
 
 
 @pytest.mark.parametrize("machine", [row[1] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_what_is_not_limited_is_not_held(machine: Machine) -> None:
     plan = plan_for(machine, Limits(start_timeout=None))
-    assert (dict(plan.enforcement), plan.rlimits, plan.watch, plan.open_files_soft) == ({}, (), frozenset(), None)
+    assert (dict(plan.enforcement), plan.rlimits, plan.watch, plan.open_files_soft) == (
+        {},
+        (),
+        frozenset(),
+        None,
+    )
     assert plan.cgroup.writes == ()
 
 
@@ -100,7 +150,10 @@ def test_the_first_offer_holds() -> None:
     offers = [holding(M.CGROUP_V2, L.MEMORY), holding(M.RLIMIT, L.MEMORY, L.OPEN_FILES, rows=True)]
     limits = Limits(memory=1, open_files=7, start_timeout=None)
     plan = fold(limits, offers)
-    assert {name: held.by for name, held in plan.enforcement.items()} == {L.MEMORY: M.CGROUP_V2, L.OPEN_FILES: M.RLIMIT}
+    assert {name: held.by for name, held in plan.enforcement.items()} == {
+        L.MEMORY: M.CGROUP_V2,
+        L.OPEN_FILES: M.RLIMIT,
+    }
     assert plan.rlimits == ((7, 1, 2),), "the rows of the limit that it holds, not of the other"
     turned = fold(limits, offers[::-1])
     assert turned.enforcement[L.MEMORY].by is M.RLIMIT and len(turned.rlimits) == 2
@@ -108,7 +161,9 @@ def test_the_first_offer_holds() -> None:
 
 def test_without_offers_all_is_held_by_none_but_what_the_runner_holds() -> None:
     plan = fold(LIMITS, [])
-    assert {name for name, held in plan.enforcement.items() if held.by is not M.NONE} == set(RUNNER_LIMITS)
+    assert {name for name, held in plan.enforcement.items() if held.by is not M.NONE} == set(
+        RUNNER_LIMITS
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,23 +211,36 @@ def test_rows_of_an_ordinary_user() -> None:
     [
         (USER_BARE, 50, False),
         (replace(USER_BARE, bubblewrap="/usr/bin/bwrap"), 50, False),
-        (replace(USER_BARE, bubblewrap="/usr/bin/bwrap", counts_in_namespaces=True), 20 + rlimits.INIT_TASKS, True),
+        (
+            replace(USER_BARE, bubblewrap="/usr/bin/bwrap", counts_in_namespaces=True),
+            20 + rlimits.INIT_TASKS,
+            True,
+        ),
     ],
-    ids=["no walls", "a system that counts each user once, or a set-user-id bubblewrap", "a user namespace of its own"],
+    ids=[
+        "no walls",
+        "a system that counts each user once, or a set-user-id bubblewrap",
+        "a user namespace of its own",
+    ],
 )
 def test_the_processes_of_an_ordinary_user_are_held_where_they_are_counted_alone(
     machine: Machine, count: int, hard: bool
 ) -> None:
     plan = build_plan(LIMITS, machine, "id", Isolation(own_processes=True))
     assert rows_of(plan)[resource.RLIMIT_NPROC] == (count, count)
-    assert (plan.enforcement[L.PROCESSES].by, plan.enforcement[L.PROCESSES].hard) == (M.RLIMIT, hard)
+    assert (plan.enforcement[L.PROCESSES].by, plan.enforcement[L.PROCESSES].hard) == (
+        M.RLIMIT,
+        hard,
+    )
     assert L.PROCESSES in plan.watch
 
 
 def test_without_walls_a_namespace_that_could_be_had_changes_nothing() -> None:
     machine = replace(USER_BARE, bubblewrap="/usr/bin/bwrap", counts_in_namespaces=True)
     plan = build_plan(Limits(processes=20), machine, "id")
-    assert rows_of(plan)[resource.RLIMIT_NPROC] == (50, 50) and not plan.enforcement[L.PROCESSES].hard
+    assert (
+        rows_of(plan)[resource.RLIMIT_NPROC] == (50, 50) and not plan.enforcement[L.PROCESSES].hard
+    )
 
 
 def test_rows_of_root_leave_out_what_root_is_exempt_from() -> None:
@@ -181,13 +249,19 @@ def test_rows_of_root_leave_out_what_root_is_exempt_from() -> None:
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
 def test_a_control_group_spares_the_weaker_rows(machine: Machine) -> None:
-    assert set(rows_of(plan_for(machine))) == {resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU}
+    assert set(rows_of(plan_for(machine))) == {
+        resource.RLIMIT_NOFILE,
+        resource.RLIMIT_FSIZE,
+        resource.RLIMIT_CPU,
+    }
 
 
 @pytest.mark.parametrize("mechanism", [M.RLIMIT, M.WATCHDOG])
 def test_a_mechanism_that_may_not_be_used_offers_nothing(mechanism: Mechanism) -> None:
     machine = Machine(allowed=frozenset(Mechanism) - {mechanism})
-    offer = rlimits.offer(LIMITS, machine) if mechanism is M.RLIMIT else watchdog.offer(LIMITS, machine)
+    offer = (
+        rlimits.offer(LIMITS, machine) if mechanism is M.RLIMIT else watchdog.offer(LIMITS, machine)
+    )
     assert offer is None
 
 
@@ -196,8 +270,12 @@ def test_swap_never_extends_the_memory(machine: Machine) -> None:
     work = plan_for(machine).cgroup
     written = dict((*work.writes, *work.writes_where_present))
     swap = {path: value for path, value in written.items() if "swap" in path}
-    assert list(swap.values()) == (["0"] if machine is ROOT_V2 else []), "version 1 is given a machine without swap"
-    assert not any("oom.group" in path or "oom_control" in path for path in written), "a killed worker takes nobody with it"
+    assert list(swap.values()) == (["0"] if machine is ROOT_V2 else []), (
+        "version 1 is given a machine without swap"
+    )
+    assert not any("oom.group" in path or "oom_control" in path for path in written), (
+        "a killed worker takes nobody with it"
+    )
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
@@ -205,7 +283,12 @@ def test_every_group_that_is_written_to_is_made_and_joined(machine: Machine) -> 
     work = plan_for(machine).cgroup
     made = set(work.dirs)
     assert len(work.dirs) == len(made)
-    for path in (*work.joins, *(path for path, _ in work.writes), *work.kill_files, *work.counter_files):
+    for path in (
+        *work.joins,
+        *(path for path, _ in work.writes),
+        *work.kill_files,
+        *work.counter_files,
+    ):
         assert str(Path(path).parent) in made
     assert {str(Path(path).parent) for path in work.joins} == made
     assert {Path(path).name for path in made} == {"safe-exec-id"}
@@ -213,15 +296,33 @@ def test_every_group_that_is_written_to_is_made_and_joined(machine: Machine) -> 
 
 def test_the_request_to_the_keeper_is_json() -> None:
     request = json.loads(json.dumps(plan_for(ROOT_V1).as_request()))
-    wanted = {"cgroup_dirs", "cgroup_writes", "cgroup_joins", "kill_files", "counter_files", "rlimits", "open_files_soft"}
+    wanted = {
+        "cgroup_dirs",
+        "cgroup_writes",
+        "cgroup_joins",
+        "kill_files",
+        "counter_files",
+        "rlimits",
+        "open_files_soft",
+    }
     assert wanted <= set(request)
 
 
 def test_walls_are_carried_out_only_where_they_stand() -> None:
     plan = build_plan(LIMITS, WALLS, "id")
-    assert (plan.enclosed, plan.disk, plan.shm, plan.landlock) == ("/usr/bin/bwrap", 8 * MIB, MIB, False)
+    assert (plan.enclosed, plan.disk, plan.shm, plan.landlock) == (
+        "/usr/bin/bwrap",
+        8 * MIB,
+        MIB,
+        False,
+    )
     without = build_plan(LIMITS, ROOT_V1, "id", Isolation(hide_home=True))
-    assert (without.enclosed, without.disk, without.shm, without.landlock) == (None, None, None, False)
+    assert (without.enclosed, without.disk, without.shm, without.landlock) == (
+        None,
+        None,
+        None,
+        False,
+    )
     assert set(without.walls) == {Wall.HOME} and without.walls[Wall.HOME].by is M.NONE
 
 
@@ -232,7 +333,9 @@ def test_a_run_without_walls_and_sizes_is_not_enclosed(machine: Machine) -> None
 
 
 def test_work_is_put_together_in_order() -> None:
-    both = CgroupWork(dirs=("a",), writes=(("a/x", "1"),)).plus(CgroupWork(dirs=("b",), kill_files=("b/k",)))
+    both = CgroupWork(dirs=("a",), writes=(("a/x", "1"),)).plus(
+        CgroupWork(dirs=("b",), kill_files=("b/k",))
+    )
     assert both == CgroupWork(dirs=("a", "b"), writes=(("a/x", "1"),), kill_files=("b/k",))
 
 
@@ -254,7 +357,9 @@ def test_control_groups_satisfy_all_that_can_be_required(machine: Machine) -> No
         (ROOT_V2, L.CELL_TIMEOUT, ("--require cell_timeout", "runner")),
     ],
 )
-def test_less_than_the_systems_kernel_is_refused(machine: Machine, name: LimitName, words: tuple[str, ...]) -> None:
+def test_less_than_the_systems_kernel_is_refused(
+    machine: Machine, name: LimitName, words: tuple[str, ...]
+) -> None:
     with pytest.raises(EnforcementError) as caught:
         require(plan_for(machine), [name])
     assert all(word in str(caught.value) for word in words)
@@ -278,7 +383,9 @@ def test_less_than_the_systems_kernel_is_refused(machine: Machine, name: LimitNa
 def test_names_that_are_required(text: str, required: Required) -> None:
     found = parse_required(text, LIMITS)
     assert found == required
-    assert list(map(type, found.names)) == list(map(type, required.names)), "a limit and a wall have one name"
+    assert list(map(type, found.names)) == list(map(type, required.names)), (
+        "a limit and a wall have one name"
+    )
 
 
 def test_all_means_what_is_set() -> None:
@@ -299,7 +406,11 @@ LANDLOCKED = Machine(uid=1000, bubblewrap_why_not="not permitted", landlock=7)
 
 @pytest.mark.parametrize(
     ("machine", "weak"),
-    [(WALLS, ()), (LANDLOCKED, ("network", "processes")), (USER_BARE, ("home", "network", "processes"))],
+    [
+        (WALLS, ()),
+        (LANDLOCKED, ("network", "processes")),
+        (USER_BARE, ("home", "network", "processes")),
+    ],
 )
 def test_walls_that_are_required_must_stand(machine: Machine, weak: tuple[str, ...]) -> None:
     plan = build_plan(LIMITS, machine, "id", replace(WALLED, required=True))
@@ -308,7 +419,10 @@ def test_walls_that_are_required_must_stand(machine: Machine, weak: tuple[str, .
         return
     with pytest.raises(EnforcementError) as caught:
         require(plan, [])
-    assert f"do not stand here: {', '.join(weak)} (no bubblewrap: {machine.bubblewrap_why_not})" in str(caught.value)
+    assert (
+        f"do not stand here: {', '.join(weak)} (no bubblewrap: {machine.bubblewrap_why_not})"
+        in str(caught.value)
+    )
     require(build_plan(LIMITS, machine, "id", WALLED), [])
 
 
@@ -330,15 +444,23 @@ def test_in_a_scope_the_keeper_stands_beside_the_kernel() -> None:
         "/cg/app.slice/safe-exec-id.scope/keeper",
     )
     assert work.hand_on.controllers == ("memory", "pids", "cpu")
-    assert work.hand_on.born[:3] == ("systemd-run", "--user", "--scope") and work.hand_on.born[-1] == "--"
-    assert {"--collect", "--unit=safe-exec-id.scope", "--slice=app.slice", "Delegate=yes"} <= set(work.hand_on.born)
+    assert (
+        work.hand_on.born[:3] == ("systemd-run", "--user", "--scope")
+        and work.hand_on.born[-1] == "--"
+    )
+    assert {"--collect", "--unit=safe-exec-id.scope", "--slice=app.slice", "Delegate=yes"} <= set(
+        work.hand_on.born
+    )
     assert work.hand_on.environment["XDG_RUNTIME_DIR"] == "/run/user/1"
 
 
 def test_a_group_that_hands_on_already_is_only_used() -> None:
     assert plan_for(ROOT_V2).cgroup.hand_on is None
     stepping = plan_for(replace(ROOT_V2, v2_step_down=True)).cgroup
-    assert stepping.hand_on is not None and (stepping.hand_on.leaf, stepping.hand_on.born) == ("/cg/safe-exec", ())
+    assert stepping.hand_on is not None and (stepping.hand_on.leaf, stepping.hand_on.born) == (
+        "/cg/safe-exec",
+        (),
+    )
 
 
 def test_without_systemd_among_the_mechanisms_no_scope_is_asked_for() -> None:

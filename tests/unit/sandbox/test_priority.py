@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_exec.sandbox import priority
-from safe_exec.sandbox.priority import ALL_WEIGH, CROWD, LATE_LOOKS, LATE_SECONDS, MOST_NICE, PriorityGuard, nice_for
+from safe_exec.sandbox.priority import (
+    ALL_WEIGH,
+    CROWD,
+    LATE_LOOKS,
+    LATE_SECONDS,
+    MOST_NICE,
+    PriorityGuard,
+    nice_for,
+)
 from tests.support import wait_until
 
 CROWDED = """
@@ -42,7 +50,9 @@ def test_a_crowd_weighs_no_more_than_a_few_threads(runnable: int, processors: in
     ],
     ids=["in time", "now and then", "late", "still late"],
 )
-def test_it_looks_for_a_crowd_only_when_it_is_late(delays: list[float], asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_looks_for_a_crowd_only_when_it_is_late(
+    delays: list[float], asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks: list[int] = []
 
     def nobody(root: int) -> list[int]:
@@ -56,16 +66,28 @@ def test_it_looks_for_a_crowd_only_when_it_is_late(delays: list[float], asked: i
 
 
 def test_real_threads_get_a_nice_value_once_and_nobody_else() -> None:
-    with subprocess.Popen([sys.executable, "-c", CROWDED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", CROWDED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None and parent.stdin is not None
         children = [int(pid) for pid in parent.stdout.readline().split()]
         nice = os.getpriority(os.PRIO_PROCESS, 0)
-        wait_until(lambda: set(children) <= set(priority.runnable_threads(os.getpid())), 30, "all of them run")
+        wait_until(
+            lambda: set(children) <= set(priority.runnable_threads(os.getpid())),
+            30,
+            "all of them run",
+        )
         guard = PriorityGuard(os.getpid(), processors=1)
         guard.looked(1.0)
         assert guard.looked(1.0) >= len(children)
-        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in children} == {max(nice, nice_for(len(children), 1))}
-        assert os.getpriority(os.PRIO_PROCESS, parent.pid) == os.getpriority(os.PRIO_PROCESS, 0) == nice
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in children} == {
+            max(nice, nice_for(len(children), 1))
+        }
+        assert (
+            os.getpriority(os.PRIO_PROCESS, parent.pid)
+            == os.getpriority(os.PRIO_PROCESS, 0)
+            == nice
+        )
         guard.looked(1.0)
         assert guard.looked(1.0) == 0, "they have it already"
         parent.stdin.close()

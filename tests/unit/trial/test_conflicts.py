@@ -31,7 +31,11 @@ BWRAP = IsolationFacts(
     network=False,
 )
 LANDLOCK = dataclasses.replace(
-    BWRAP, by=Mechanism.LANDLOCK, home="/run/se/home", writable=(WORK, "/srv/out", "/tmp", "/dev"), discarded=("/run/se",)
+    BWRAP,
+    by=Mechanism.LANDLOCK,
+    home="/run/se/home",
+    writable=(WORK, "/srv/out", "/tmp", "/dev"),
+    discarded=("/run/se",),
 )
 FILES = {
     "/home/me/data": 0o040755,
@@ -54,7 +58,11 @@ FILES = {
     "/dev/ttyUSB0": 0o020660,
     "/home/me/venv/lib/python3.12/site-packages": 0o040755,
 }
-LINKS = {f"{WORK}/linked": "/home/me/data", "/home/me/out": "/opt/data", f"{WORK}/away.py": "/home/me/repo/src/mymod.py"}
+LINKS = {
+    f"{WORK}/linked": "/home/me/data",
+    "/home/me/out": "/opt/data",
+    f"{WORK}/away.py": "/home/me/repo/src/mymod.py",
+}
 
 
 class Fake(Lookup):
@@ -85,10 +93,26 @@ class Fake(Lookup):
         return FILES.get(path, stat.S_IFDIR | 0o755 if is_parent else None)
 
 
-def find(kind: NeedKind, name: str, facts: IsolationFacts = BWRAP, lookup: Lookup | None = None, **changes: Any) -> Any:
-    sight = {key: changes.pop(key) for key in ("cwd", "sys_path", "search", "other_user") if key in changes}
-    need = Need(kind=kind, name=name, line="x", **{"number": errno.ENOENT, "exact": True, **changes})
-    found = conflicts([need], Sight(facts=facts, env={"HOME": HOME, "PATH": "/usr/bin:/home/me/bin"}, **sight), lookup or Fake())
+def find(
+    kind: NeedKind,
+    name: str,
+    facts: IsolationFacts = BWRAP,
+    lookup: Lookup | None = None,
+    **changes: Any,
+) -> Any:
+    sight = {
+        key: changes.pop(key)
+        for key in ("cwd", "sys_path", "search", "other_user")
+        if key in changes
+    }
+    need = Need(
+        kind=kind, name=name, line="x", **{"number": errno.ENOENT, "exact": True, **changes}
+    )
+    found = conflicts(
+        [need],
+        Sight(facts=facts, env={"HOME": HOME, "PATH": "/usr/bin:/home/me/bin"}, **sight),
+        lookup or Fake(),
+    )
     return found[0] if found else None
 
 
@@ -161,7 +185,11 @@ def test_a_place_that_is_read_only_in_there(name: str, number: int, allow: str) 
 
 def test_a_place_that_is_hidden_and_was_to_be_written() -> None:
     conflict = find(P, "../results/t.csv", writes=True)
-    assert (conflict.access, conflict.allow, conflict.writes) == (Access.HIDDEN, ("/home/me/repo/results",), True)
+    assert (conflict.access, conflict.allow, conflict.writes) == (
+        Access.HIDDEN,
+        ("/home/me/repo/results",),
+        True,
+    )
     assert find(P, "../results/t.csv", writes=False) is None
     assert find(P, "../results/t.csv", writes=None) is None
     assert find(P, "../missing/t.csv", writes=True) is None, "outside its directory is missing, too"
@@ -184,7 +212,9 @@ def test_what_we_may_not_write_ourselves_is_no_conflict(name: str) -> None:
         ("/home/me/data/none.csv", errno.EACCES, None, None),
     ],
 )
-def test_landlock_refuses(name: str, number: int, access: Access | None, writes: bool | None) -> None:
+def test_landlock_refuses(
+    name: str, number: int, access: Access | None, writes: bool | None
+) -> None:
     conflict = find(P, name, LANDLOCK, number=number)
     assert (conflict and conflict.access, conflict and conflict.writes) == (access, writes)
 
@@ -222,9 +252,24 @@ def test_variables() -> None:
     [
         ("mymod", {"sys_path": ("../src",)}, "/home/me/repo/src/mymod.py", ("/home/me/repo/src",)),
         ("pkg", {"sys_path": ("../src",)}, "/home/me/repo/src/pkg", ("/home/me/repo/src",)),
-        ("pkg.part", {"sys_path": ("../src",)}, "/home/me/repo/src/pkg/part.py", ("/home/me/repo/src",)),
-        ("mymod", {"cwd": "/home/me/repo/src"}, "/home/me/repo/src/mymod.py", ("/home/me/repo/src",)),
-        ("away", {"sys_path": ("",)}, "/home/me/repo/src/mymod.py", ("/home/me/repo/src/mymod.py",)),
+        (
+            "pkg.part",
+            {"sys_path": ("../src",)},
+            "/home/me/repo/src/pkg/part.py",
+            ("/home/me/repo/src",),
+        ),
+        (
+            "mymod",
+            {"cwd": "/home/me/repo/src"},
+            "/home/me/repo/src/mymod.py",
+            ("/home/me/repo/src",),
+        ),
+        (
+            "away",
+            {"sys_path": ("",)},
+            "/home/me/repo/src/mymod.py",
+            ("/home/me/repo/src/mymod.py",),
+        ),
     ],
 )
 def test_modules(name: str, more: dict[str, Any], path: str, allow: tuple[str, ...]) -> None:
@@ -265,7 +310,13 @@ def test_without_walls_around_files_all_is_in_reach() -> None:
 
 @pytest.mark.parametrize(
     ("uid", "gid", "mode", "may"),
-    [(0, 0, 0o100200, True), (7, 0, 0o100720, True), (7, 7, 0o100772, True), (7, 7, 0o100770, False), (0, 7, 0o100577, False)],
+    [
+        (0, 0, 0o100200, True),
+        (7, 0, 0o100720, True),
+        (7, 7, 0o100772, True),
+        (7, 7, 0o100770, False),
+        (0, 7, 0o100577, False),
+    ],
 )
 def test_root_without_capabilities_goes_by_the_mode(
     monkeypatch: pytest.MonkeyPatch, uid: int, gid: int, mode: int, *, may: bool

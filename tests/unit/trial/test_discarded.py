@@ -121,7 +121,9 @@ def test_where_nobody_else_may_read_anything_the_mode_says_nothing() -> None:
 
 MAKERS: list[Callable[[str], object]] = [
     lambda top: tempfile.NamedTemporaryFile(dir=top, delete=False).close(),
-    lambda top: tempfile.NamedTemporaryFile(dir=top, delete=False, suffix="_report.csv", prefix="daily_").close(),
+    lambda top: tempfile.NamedTemporaryFile(
+        dir=top, delete=False, suffix="_report.csv", prefix="daily_"
+    ).close(),
     lambda top: os.close(tempfile.mkstemp(dir=top, prefix="x")[0]),
     lambda top: Path(tempfile.mkdtemp(dir=top, prefix="demo-"), "inner.csv").write_text("x"),
     lambda top: Path(tempfile.mkdtemp(dir=top), "a").mkdir(),
@@ -215,7 +217,9 @@ def test_many_directories_take_few_descriptors(tmp_path: Path) -> None:
 
 def test_a_name_may_be_anything(tmp_path: Path) -> None:
     for name in (b"bad\xff", b"\x1b[31mred", b"new\nline"):
-        os.close(os.open(os.path.join(os.fsencode(tmp_path), name), os.O_CREAT | os.O_WRONLY, 0o644))
+        os.close(
+            os.open(os.path.join(os.fsencode(tmp_path), name), os.O_CREAT | os.O_WRONLY, 0o644)
+        )
     assert names(listed(tmp_path)) == {"bad\udcff", "\x1b[31mred", "new\nline"}
 
 
@@ -237,7 +241,9 @@ def places(machine: Machine, isolation: Isolation, **limits: Any) -> dict[str, s
     """The path of each place by the name that it is told by."""
     plan = build_plan(Limits(**limits), machine, "id", isolation)
     inside = inside_places(plan, PATHS) if plan.enclosed else []
-    return {str(place["name"]): str(place["path"]) for place in (*inside, *outside_places(plan, PATHS))}
+    return {
+        str(place["name"]): str(place["path"]) for place in (*inside, *outside_places(plan, PATHS))
+    }
 
 
 DISK = {"~": "/tmp/run/disk/home", "/tmp": "/tmp/run/disk/tmp"}
@@ -259,10 +265,17 @@ MEMORY = {"~": "/home/me", "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
             {},
             {**DISK, ".": "/tmp/run/disk/folder"},
         ),
-        (BUBBLEWRAP, Isolation(write_back=False), {"disk": 5}, {"/tmp": "/tmp/run/disk/tmp", ".": "/tmp/run/disk/folder"}),
         (
             BUBBLEWRAP,
-            Isolation(hide_home=True, read_only_system=True, writable=("/tmp",), show=("/home/me",)),
+            Isolation(write_back=False),
+            {"disk": 5},
+            {"/tmp": "/tmp/run/disk/tmp", ".": "/tmp/run/disk/folder"},
+        ),
+        (
+            BUBBLEWRAP,
+            Isolation(
+                hide_home=True, read_only_system=True, writable=("/tmp",), show=("/home/me",)
+            ),
             {},
             {"/dev/shm": "/dev/shm"},
         ),
@@ -271,7 +284,9 @@ MEMORY = {"~": "/home/me", "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
         (Machine(uid=1000), CI, {}, {}),
     ],
 )
-def test_places(machine: Machine, isolation: Isolation, limits: dict[str, int], expected: dict[str, str]) -> None:
+def test_places(
+    machine: Machine, isolation: Isolation, limits: dict[str, int], expected: dict[str, str]
+) -> None:
     assert places(machine, isolation, **limits) == expected
 
 
@@ -287,13 +302,21 @@ KEPT = IsolationFacts(folder="/r/nb", repository="/r", writable=("/r/nb", "/r"))
 
 
 def said(
-    *groups: DiscardedFiles, facts: IsolationFacts | None = KEPT, more: int = 0, is_complete: bool = True, **options: bool
+    *groups: DiscardedFiles,
+    facts: IsolationFacts | None = KEPT,
+    more: int = 0,
+    is_complete: bool = True,
+    **options: bool,
 ) -> str:
-    found = Discarded(groups=groups, files=sum(group.files for group in groups) + more, is_complete=is_complete)
+    found = Discarded(
+        groups=groups, files=sum(group.files for group in groups) + more, is_complete=is_complete
+    )
     return discarded_warning(found, facts, writable_helps=options.get("writable_helps", True)) or ""
 
 
-def group(place: str = "/tmp", name: str = "a.csv", files: int = 1, size: int = 3) -> DiscardedFiles:
+def group(
+    place: str = "/tmp", name: str = "a.csv", files: int = 1, size: int = 3
+) -> DiscardedFiles:
     return DiscardedFiles(place=place, name=name, files=files, bytes=size)
 
 
@@ -310,9 +333,13 @@ def test_the_warning_names_files_and_ways_to_keep_them() -> None:
 
 def test_advice_is_true_under_the_runs_isolation() -> None:
     copied = IsolationFacts(folder="/r/nb", repository="/r", discarded=("/r/nb",))
-    assert "folder or" not in said(group(".", "x"), facts=copied) and "--writable" in said(group(".", "x"), facts=copied)
+    assert "folder or" not in said(group(".", "x"), facts=copied) and "--writable" in said(
+        group(".", "x"), facts=copied
+    )
     other_user = said(group(".", "x"), facts=copied, writable_helps=False)
-    assert other_user.endswith("copy of its folder, of which nothing comes back. Under this isolation no file is kept")
+    assert other_user.endswith(
+        "copy of its folder, of which nothing comes back. Under this isolation no file is kept"
+    )
 
 
 def test_the_rest_is_counted() -> None:

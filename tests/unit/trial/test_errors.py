@@ -37,10 +37,22 @@ def answered(ename: str, *traceback: str) -> dict[str, Any]:
         (answered("B"), [shown("A"), shown("B")], "B", False),  # what stopped the cell
         (answered("NoneType"), [shown("A")], "A", False),
         (answered("StdinNotImplementedError", *STDIN_IN_A_DEBUGGER), [shown("A")], "A", True),
-        (answered("StdinNotImplementedError", *STDIN_IN_A_DEBUGGER), [], "StdinNotImplementedError", False),
-        (answered("StdinNotImplementedError"), [shown("A")], "StdinNotImplementedError", False),  # %run, then input()
+        (
+            answered("StdinNotImplementedError", *STDIN_IN_A_DEBUGGER),
+            [],
+            "StdinNotImplementedError",
+            False,
+        ),
+        (
+            answered("StdinNotImplementedError"),
+            [shown("A")],
+            "StdinNotImplementedError",
+            False,
+        ),  # %run, then input()
     ],
 )
-def test_the_error_of_a_cell(reply: dict[str, Any], outputs: list[Any], ename: str | None, debugger: bool | None) -> None:
+def test_the_error_of_a_cell(
+    reply: dict[str, Any], outputs: list[Any], ename: str | None, debugger: bool | None
+) -> None:
     found = error_of(reply, outputs)
     assert (found and found.error.ename, found and found.debugger) == (ename, debugger)

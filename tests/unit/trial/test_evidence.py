@@ -140,7 +140,12 @@ TABLE: list[tuple[str, str, int | None, int | None]] = [
     ("ipython-9", NINE, 2, 3),
     ("ipython-9-syntax", NINE_SYNTAX, 3, 2),
     ("ipython-9-indentation", NINE_INDENTATION, 5, 3),
-    ("ipython-7-indentation", NINE_INDENTATION.replace("<tokenize>:3", '"<tokenize>", line 3'), 5, 3),
+    (
+        "ipython-7-indentation",
+        NINE_INDENTATION.replace("<tokenize>:3", '"<tokenize>", line 3'),
+        5,
+        3,
+    ),
     ("chained", NINE_CHAINED, 7, 4),
     ("recursion", NINE_RECURSION, 6, 2),
     ("library", DEEP_IN_A_LIBRARY, 12, 5),
@@ -150,7 +155,9 @@ TABLE: list[tuple[str, str, int | None, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "count", "line"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(
+    ("text", "count", "line"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
 def test_the_line_of_the_cell(text: str, count: int | None, line: int | None) -> None:
     assert line_in_traceback(text.split("\n"), count) == line
     assert line_in_traceback([text], count) == line

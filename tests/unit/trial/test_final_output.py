@@ -50,7 +50,9 @@ def test_the_keeper_notes_when_each_burst_came(clock: Clock) -> None:
 
 
 def session(**facts: Any) -> Any:
-    ended = SimpleNamespace(at=10.5, fault_at=facts.get("fault_at", 10.0), bursts=facts.get("bursts", ()))
+    ended = SimpleNamespace(
+        at=10.5, fault_at=facts.get("fault_at", 10.0), bursts=facts.get("bursts", ())
+    )
     accounts = SimpleNamespace(texts=facts.get("texts", ()))
     client = SimpleNamespace(residue=facts.get("residue", {}), accounts=accounts)
     return SimpleNamespace(ended=ended if facts.get("dead", True) else None, client=client)

@@ -18,12 +18,30 @@ MIB = 1 << 20
 
 def ledger(*kinds: str) -> Ledger:
     """A ledger of a notebook with cells of these kinds."""
-    cells = [SimpleNamespace(cell_type=kind, get=lambda name, n=n: f"id-{n}") for n, kind in enumerate(kinds or ("code",))]
+    cells = [
+        SimpleNamespace(cell_type=kind, get=lambda name, n=n: f"id-{n}")
+        for n, kind in enumerate(kinds or ("code",))
+    ]
     return Ledger.for_notebook(SimpleNamespace(cells=cells), 0.0)
 
 
-def end(book: Ledger, index: int, *, reading: Reading | None = None, oom: int | None = None, now: float = 2.0) -> None:
-    book.end(index, now, CellStatus.PASSED, reading=reading, oom_kills=oom, output_bytes=None, truncated=False)
+def end(
+    book: Ledger,
+    index: int,
+    *,
+    reading: Reading | None = None,
+    oom: int | None = None,
+    now: float = 2.0,
+) -> None:
+    book.end(
+        index,
+        now,
+        CellStatus.PASSED,
+        reading=reading,
+        oom_kills=oom,
+        output_bytes=None,
+        truncated=False,
+    )
 
 
 def test_only_code_cells_are_counted() -> None:
@@ -40,8 +58,18 @@ def test_what_a_cell_used_is_a_difference() -> None:
     book.sample(1.5, Reading(memory=300 * MIB, cpu_seconds=2.2, tasks=9), 0)
     end(book, 0, reading=Reading(memory=150 * MIB, cpu_seconds=2.5, tasks=3), now=3.0)
     record = book.records[0]
-    assert (record.seconds, record.cpu_seconds, record.memory_kept, record.memory_peak) == (2.0, 0.5, 50 * MIB, 300 * MIB)
-    assert (book.tasks_peak, book.memory_last, book.cpu_last, book.memory_peak) == (9, 150 * MIB, 2.5, 300 * MIB)
+    assert (record.seconds, record.cpu_seconds, record.memory_kept, record.memory_peak) == (
+        2.0,
+        0.5,
+        50 * MIB,
+        300 * MIB,
+    )
+    assert (book.tasks_peak, book.memory_last, book.cpu_last, book.memory_peak) == (
+        9,
+        150 * MIB,
+        2.5,
+        300 * MIB,
+    )
 
 
 def test_memory_given_back_is_kept_with_its_sign() -> None:
@@ -61,7 +89,9 @@ def test_memory_given_back_is_kept_with_its_sign() -> None:
         (Reading(memory=5, cpu_seconds=1.0), Reading()),
     ],
 )
-def test_a_difference_to_what_was_not_measured_is_null(before: Reading | None, after: Reading | None) -> None:
+def test_a_difference_to_what_was_not_measured_is_null(
+    before: Reading | None, after: Reading | None
+) -> None:
     book = ledger()
     book.begin(0, 1.0, before)
     end(book, 0, reading=after)
@@ -73,7 +103,12 @@ def test_nothing_measured_is_null_and_never_zero() -> None:
     book = ledger()
     book.begin(0, 1.0, None)
     end(book, 0)
-    assert (book.memory_peak, book.memory_last, book.cpu_last, book.tasks_peak) == (None, None, None, None)
+    assert (book.memory_peak, book.memory_last, book.cpu_last, book.tasks_peak) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert (book.records[0].memory_peak, book.records[0].output_bytes) == (None, None)
     assert (book.timeline().memory, book.timeline().cpu) == ((None,), (None,))
 
@@ -128,14 +163,27 @@ def test_a_sample_for_a_cell_that_is_no_code_changes_no_record() -> None:
     count=st.sampled_from([0, 1, 499, 500, 501, 999, 4001, 8100]),
     measured=st.booleans(),
 )
-def test_a_timeline_is_short_in_order_and_keeps_its_peak(peak: int, count: int, measured: bool) -> None:
+def test_a_timeline_is_short_in_order_and_keeps_its_peak(
+    peak: int, count: int, measured: bool
+) -> None:
     book = ledger()
     for n in range(count):
-        book.sample(n / 10, Reading(memory=(10**6 if n == peak % count else n % 7) if measured else None, cpu_seconds=n / 20), 0)
+        book.sample(
+            n / 10,
+            Reading(
+                memory=(10**6 if n == peak % count else n % 7) if measured else None,
+                cpu_seconds=n / 20,
+            ),
+            0,
+        )
     line = book.timeline()
-    assert len(line.seconds) == len(line.memory) == len(line.cpu) == len(line.cell) <= TIMELINE_POINTS
+    assert (
+        len(line.seconds) == len(line.memory) == len(line.cpu) == len(line.cell) <= TIMELINE_POINTS
+    )
     assert list(line.seconds) == sorted(line.seconds)
-    assert len(line.seconds) == count or len(line.seconds) > TIMELINE_POINTS // 4, "thinned, not emptied"
+    assert len(line.seconds) == count or len(line.seconds) > TIMELINE_POINTS // 4, (
+        "thinned, not emptied"
+    )
     if count and measured:
         assert max(m for m in line.memory if m is not None) == 10**6
     if not measured:

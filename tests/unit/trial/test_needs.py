@@ -27,9 +27,17 @@ OUTPUTS = [
     ("\u201ccannot open file '../data/d.csv': No such file or directory\u201d", P, "../data/d.csv"),
     ("  cannot open file '/root/x.csv': No such file or directory", P, "/root/x.csv"),
     ("head: can't open '/root/x.csv'", P, "/root/x.csv"),
-    ("ERROR: Could not install packages due to an OSError: [Errno 30] Read-only file system: '/v/lib/p.py'", P, "/v/lib/p.py"),
+    (
+        "ERROR: Could not install packages due to an OSError: [Errno 30] Read-only file system: '/v/lib/p.py'",
+        P,
+        "/v/lib/p.py",
+    ),
     ("\x1b[31mERROR: [Errno 30] Read-only file system: '/v/lib/p.py'\x1b[0m", P, "/v/lib/p.py"),
-    ("error: failed to create directory `/v/lib/q`: Read-only file system (os error 30)", P, "/v/lib/q"),
+    (
+        "error: failed to create directory `/v/lib/q`: Read-only file system (os error 30)",
+        P,
+        "/v/lib/q",
+    ),
     ("fatal: repository '/home/me/repo' does not exist", P, "/home/me/repo"),
     ("/bin/bash: line 1: mytool: command not found", G, "mytool"),
     ("/bin/sh: 1: my-tool: not found", G, "my-tool"),
@@ -39,12 +47,18 @@ OUTPUTS = [
     ("Error in library(foo) : there is no package called \u2018foo\u2019", M, "foo"),
     ("bash: MY_TOKEN: unbound variable", V, "MY_TOKEN"),
     ("curl: (6) Could not resolve host: example.org", H, "example.org"),
-    ("fatal: unable to access 'https://github.com/a/b/': Could not resolve host: github.com", H, "github.com"),
+    (
+        "fatal: unable to access 'https://github.com/a/b/': Could not resolve host: github.com",
+        H,
+        "github.com",
+    ),
     ("wget: unable to resolve host address \u2018example.org\u2019", H, "example.org"),
 ]
 
 
-@pytest.mark.parametrize(("line", "kind", "name"), OUTPUTS, ids=[line[:40] for line, _, _ in OUTPUTS])
+@pytest.mark.parametrize(
+    ("line", "kind", "name"), OUTPUTS, ids=[line[:40] for line, _, _ in OUTPUTS]
+)
 def test_a_program_names_what_it_could_not_have(line: str, kind: NeedKind, name: str) -> None:
     needs = needs_of_output(f"before\n{line}\nafter", REMOVED, 4)
     assert [need.name for need in needs if need.kind is kind and need.exact] == [name]
@@ -52,7 +66,15 @@ def test_a_program_names_what_it_could_not_have(line: str, kind: NeedKind, name:
 
 
 @pytest.mark.parametrize(
-    "line", ["saved /home/me/x.csv", "reading '/home/me/x.csv'", "MY_TOKEN", "A is not set", "wrote ~/report.html", ""]
+    "line",
+    [
+        "saved /home/me/x.csv",
+        "reading '/home/me/x.csv'",
+        "MY_TOKEN",
+        "A is not set",
+        "wrote ~/report.html",
+        "",
+    ],
 )
 def test_an_output_that_speaks_of_no_refusal_needs_nothing(line: str) -> None:
     assert needs_of_output(line, REMOVED, 0) == []
@@ -88,18 +110,29 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ename", "evalue", "kind", "name"), ERRORS, ids=[row[1][:40] for row in ERRORS])
-def test_an_error_names_what_it_could_not_have(ename: str, evalue: str, kind: NeedKind, name: str) -> None:
+@pytest.mark.parametrize(
+    ("ename", "evalue", "kind", "name"), ERRORS, ids=[row[1][:40] for row in ERRORS]
+)
+def test_an_error_names_what_it_could_not_have(
+    ename: str, evalue: str, kind: NeedKind, name: str
+) -> None:
     needs = needs_of_error(CellError(ename=ename, evalue=evalue), (), REMOVED)
     assert name in [need.name for need in needs if need.kind is kind]
 
 
 def test_attributes_come_before_words() -> None:
-    error = CellError(ename="FileNotFoundError", evalue="[Errno 2] No such file or directory: '../d.csv'")
+    error = CellError(
+        ename="FileNotFoundError", evalue="[Errno 2] No such file or directory: '../d.csv'"
+    )
     row = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("../d.csv",), writes=False)
     first = needs_of_error(error, (row,), ())[0]
     assert first == Need(
-        kind=P, name="../d.csv", line=f"FileNotFoundError: {error.evalue}", number=errno.ENOENT, exact=True, writes=False
+        kind=P,
+        name="../d.csv",
+        line=f"FileNotFoundError: {error.evalue}",
+        number=errno.ENOENT,
+        exact=True,
+        writes=False,
     )
 
 
@@ -112,13 +145,18 @@ def test_a_name_without_a_slash_may_be_a_program() -> None:
 def test_a_key_of_another_dictionary_is_no_variable() -> None:
     error = CellError(ename="KeyError", evalue="'MY_TOKEN'")
     assert needs_of_error(error, (Raised(type="KeyError"),), REMOVED) == []
-    assert [need.name for need in needs_of_error(error, (Raised(type="KeyError", variable="MY_TOKEN"),), REMOVED)] == ["MY_TOKEN"]
+    assert [
+        need.name
+        for need in needs_of_error(error, (Raised(type="KeyError", variable="MY_TOKEN"),), REMOVED)
+    ] == ["MY_TOKEN"]
 
 
 def test_an_error_that_was_only_being_handled_comes_last() -> None:
     handled = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("/root/a",), remote=True)
     cause = Raised(type="FileNotFoundError", number=errno.ENOENT, files=("/root/b",))
-    needs = needs_of_error(CellError(ename="ValueError", evalue="bad"), (Raised(type="ValueError"), handled, cause), ())
+    needs = needs_of_error(
+        CellError(ename="ValueError", evalue="bad"), (Raised(type="ValueError"), handled, cause), ()
+    )
     assert [(need.name, need.remote) for need in needs] == [("/root/b", False), ("/root/a", True)]
 
 
@@ -129,9 +167,13 @@ def test_an_error_of_another_kind_names_no_path() -> None:
 
 def test_sqlite_names_no_file_itself() -> None:
     row = Raised(type="OperationalError", files=("/root/x.db",))
-    needs = needs_of_error(CellError(ename="OperationalError", evalue="unable to open database file"), (row,), ())
+    needs = needs_of_error(
+        CellError(ename="OperationalError", evalue="unable to open database file"), (row,), ()
+    )
     assert [(need.name, need.number) for need in needs] == [("/root/x.db", errno.ENOENT)]
-    needs = needs_of_error(CellError(ename="OperationalError", evalue="no such table: x"), (row,), ())
+    needs = needs_of_error(
+        CellError(ename="OperationalError", evalue="no such table: x"), (row,), ()
+    )
     assert needs == []
 
 
@@ -152,7 +194,9 @@ def test_a_variable_that_is_none(sources: list[str], line: str, names: list[str]
     needs = needs_of_none(error, sources, [line], REMOVED)
     assert [need.name for need in needs] == names
     assert not any(need.exact for need in needs)
-    assert needs_of_none(CellError(ename="TypeError", evalue="other"), sources, [line], REMOVED) == []
+    assert (
+        needs_of_none(CellError(ename="TypeError", evalue="other"), sources, [line], REMOVED) == []
+    )
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

@@ -9,9 +9,7 @@ from safe_exec.trial.scripts import header_line, script_line
 
 PYTHON = 'Traceback (most recent call last):\n  File "<stdin>", line 5, in <module>\n  File "<stdin>", line 4, in f\nZeroDivisionError: x\n'
 PYTHON_SYNTAX = "  File \"<stdin>\", line 2\n    if x\n        ^\nSyntaxError: expected ':'\n"
-IN_A_LIBRARY = (
-    'Traceback (most recent call last):\n  File "<stdin>", line 3, in <module>\n  File "/lib/x.py", line 99, in f\nError\n'
-)
+IN_A_LIBRARY = 'Traceback (most recent call last):\n  File "<stdin>", line 3, in <module>\n  File "/lib/x.py", line 99, in f\nError\n'
 SCRIPT = "a\n\nb\nc\nd"
 
 
@@ -47,7 +45,13 @@ def test_the_line_of_a_script(source: str, text: str, line: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [("%%time\na", 1), ("\n\n%%time\n\n%%bash\na", 5), ("a\n%%time", None), ("", None), ("  %%time\na", 1)],
+    [
+        ("%%time\na", 1),
+        ("\n\n%%time\n\n%%bash\na", 5),
+        ("a\n%%time", None),
+        ("", None),
+        ("  %%time\na", 1),
+    ],
 )
 def test_the_innermost_magic(source: str, line: int | None) -> None:
     assert header_line(source.splitlines()) == line

@@ -68,7 +68,9 @@ def why_not(
     kept: bool = True,
     trouble: str = "",
 ) -> str | None:
-    prepared: Any = SimpleNamespace(job=SimpleNamespace(bisect=bisect), node=node(reproduction=reproduction))
+    prepared: Any = SimpleNamespace(
+        job=SimpleNamespace(bisect=bisect), node=node(reproduction=reproduction)
+    )
     request: Any = SimpleNamespace(cancellation=SimpleNamespace(signals=list(signals)))
     keeping: Any = SimpleNamespace(snapshot=object() if kept else None, trouble=trouble)
     return searching._why_not(prepared, verdict, request, keeping)
@@ -94,7 +96,11 @@ REASONS: dict[str, tuple[Verdict, dict[str, Any], str | None]] = {
         "no cell was running when it happened",
     ),
     "cancelled meanwhile": (DIED, {"signals": (15,)}, ""),
-    "cancelled meanwhile, though asked for": (DIED, {"signals": (15,), "bisect": Bisect.ALWAYS}, ""),
+    "cancelled meanwhile, though asked for": (
+        DIED,
+        {"signals": (15,), "bisect": Bisect.ALWAYS},
+        "",
+    ),
     "a reproduction": (DIED, {"reproduction": True}, ""),
     "a reproduction that talked": (TALKED, {"reproduction": True}, ""),
     "a reproduction, and asked for": (DIED, {"reproduction": True, "bisect": Bisect.ALWAYS}, None),
@@ -106,7 +112,11 @@ REASONS: dict[str, tuple[Verdict, dict[str, Any], str | None]] = {
         {"kept": False, "trouble": "no room"},
         "the folder could not be kept as it was: no room",
     ),
-    "nobody began to keep it": (DIED, {"kept": False}, "the folder could not be kept as it was: it was not begun"),
+    "nobody began to keep it": (
+        DIED,
+        {"kept": False},
+        "the folder could not be kept as it was: it was not begun",
+    ),
     "not kept, though asked for": (
         DIED,
         {"kept": False, "trouble": "no room", "bisect": Bisect.ALWAYS},
@@ -191,7 +201,11 @@ def test_trouble_is_told_and_ends_nothing(prepared: Any, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(trial_cache, "cache_root", full)
         keeping = keep(prepared)
-    assert (keeping.snapshot, keeping.trouble, keeping.directories) == (None, "[Errno 28] no room", ())
+    assert (keeping.snapshot, keeping.trouble, keeping.directories) == (
+        None,
+        "[Errno 28] no room",
+        (),
+    )
 
 
 @pytest.mark.parametrize("of", ["..", "/etc", "a/b"])
@@ -258,12 +272,34 @@ def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 DOCUMENT = json.loads(verdict_json.dumps(make_verdict()))
 ODD: st.SearchStrategy[Any] = st.sampled_from(
-    [None, True, -1, 10**400, 1.5, math.inf, math.nan, "", "x", "\ud800", [], [None], [[]], {}, {"": None}]
+    [
+        None,
+        True,
+        -1,
+        10**400,
+        1.5,
+        math.inf,
+        math.nan,
+        "",
+        "x",
+        "\ud800",
+        [],
+        [None],
+        [[]],
+        {},
+        {"": None},
+    ]
 )
 
 
 def spots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(spot for key, item in inner for spot in spots(item, (*path, key)))]
 
 
@@ -274,7 +310,9 @@ def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=150, deadline=None)
 @given(spot=st.sampled_from(spots(DOCUMENT)), value=ODD, drop=st.booleans())
-def test_whatever_a_verdict_holds_it_is_read_or_refused(anywhere: Path, spot: tuple[Any, ...], value: Any, drop: bool) -> None:
+def test_whatever_a_verdict_holds_it_is_read_or_refused(
+    anywhere: Path, spot: tuple[Any, ...], value: Any, drop: bool
+) -> None:
     document = json.loads(json.dumps(DOCUMENT))
     holder = document
     for key in spot[:-1]:
@@ -305,7 +343,9 @@ def test_a_number_too_large_for_any_is_refused(tmp_path: Path) -> None:
 
 
 def verdict_of(path: Path | str, cwd: Path | str) -> Verdict:
-    info = NotebookInfo(path=str(path), sha256=None, kernel="python3", language="python", cells=1, code_cells=1)
+    info = NotebookInfo(
+        path=str(path), sha256=None, kernel="python3", language="python", cells=1, code_cells=1
+    )
     return dataclasses.replace(make_verdict(), notebook=info, cwd=str(cwd))
 
 
@@ -328,7 +368,10 @@ def test_where_a_notebook_is_looked_for(
     for name in there:
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path / "here")
-    verdict, path = verdict_of("sub/nb.ipynb", tmp_path / "run"), tmp_path / "verdicts" / "nb.verdict.json"
+    verdict, path = (
+        verdict_of("sub/nb.ipynb", tmp_path / "run"),
+        tmp_path / "verdicts" / "nb.verdict.json",
+    )
     if found is not None:
         assert (tmp_path / "here" / find_notebook(verdict, path)).resolve() == tmp_path / found
         return
@@ -339,21 +382,30 @@ def test_where_a_notebook_is_looked_for(
     )
 
 
-def test_a_notebook_beside_a_verdict_that_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_beside_a_verdict_that_is_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nb.ipynb").touch()
-    assert find_notebook(verdict_of("/gone/nb.ipynb", "/gone"), Path("nb.verdict.json")) == tmp_path / "nb.ipynb"
+    assert (
+        find_notebook(verdict_of("/gone/nb.ipynb", "/gone"), Path("nb.verdict.json"))
+        == tmp_path / "nb.ipynb"
+    )
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "/", "nb.ipynb/"])
-def test_a_name_that_is_none_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_name_that_is_none_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nb.ipynb").mkdir()
     with pytest.raises(UsageError):
         find_notebook(verdict_of(name, tmp_path), tmp_path / "v.json")
 
 
-def test_the_reproduction_goes_where_the_folder_was_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reproduction_goes_where_the_folder_was_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A notebook moves its folder away and puts a link in its place: nothing is written where the link leads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, outside = tmp_path / "nb", tmp_path / "outside"
@@ -365,4 +417,6 @@ def test_the_reproduction_goes_where_the_folder_was_held(tmp_path: Path, monkeyp
         folder.rename(tmp_path / "moved")
         folder.symlink_to(outside)
         assert keeping.write_reproduction(b"it") == tmp_path / "moved" / "nb.repro.ipynb"
-    assert (tmp_path / "moved" / "nb.repro.ipynb").read_bytes() == b"it" and os.listdir(outside) == []
+    assert (tmp_path / "moved" / "nb.repro.ipynb").read_bytes() == b"it" and os.listdir(
+        outside
+    ) == []

@@ -29,7 +29,9 @@ from safe_exec.units import format_seconds
 _MARK = "<!-- data -->"
 
 # Nothing that ends the block it stands in or begins another (HTML 13.1.2, "script" data), and no line end but JSON's own.
-_ESCAPED = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_ESCAPED = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+)
 
 
 def write(batch: Batch, path: Path) -> None:
@@ -58,7 +60,15 @@ def _head(batch: Batch) -> dict[str, Any]:
         "exit_code": batch.exit_code,
         "command": common.code_line(shlex.join(batch.command)),
         "version": batch.safe_exec_version,
-        "remarks": [words for words in (f"limits {batch.limits}" if batch.limits else "", shard, _interrupted(batch)) if words],
+        "remarks": [
+            words
+            for words in (
+                f"limits {batch.limits}" if batch.limits else "",
+                shard,
+                _interrupted(batch),
+            )
+            if words
+        ],
     }
 
 
@@ -73,13 +83,17 @@ def _block(name: str, value: object) -> str:
 
 def as_data(value: object) -> str:
     """``value`` as JSON that may stand within a script element, whatever text is in it. All of it is ASCII."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPED)
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(
+        _ESCAPED
+    )
 
 
 def _frame(batch: Batch) -> tuple[str, str]:
     """The page before and after its data."""
     style, script = _file("page.css"), _file("page.js")
-    bad = any(batch_text.outcome(entry) in (Outcome.FAILED, Outcome.ERROR) for entry in batch.entries)
+    bad = any(
+        batch_text.outcome(entry) in (Outcome.FAILED, Outcome.ERROR) for entry in batch.entries
+    )
     policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
     page = _file("page.html")
     for name, value in {

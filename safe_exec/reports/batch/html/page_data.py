@@ -44,7 +44,9 @@ def row(told: Told) -> dict[str, Any]:
         "outcome": told.outcome.value,
         "status": batch_text.status_words(entry.status),
         "what": common.clip(batch_text.in_short(told), common.HEADLINE_WIDTH),
-        "cause": batch_text.kind(told).replace("_", " ") if told.outcome in (Outcome.FAILED, Outcome.ERROR) else "",
+        "cause": batch_text.kind(told).replace("_", " ")
+        if told.outcome in (Outcome.FAILED, Outcome.ERROR)
+        else "",
         "flaky": entry.flaky,
         "attempts": entry.attempts,
         "seconds": entry.seconds,
@@ -67,13 +69,19 @@ def detail(told: Told, batch: Batch, base: Path) -> dict[str, Any]:
     if verdict is not None:
         shown |= _run(verdict, len(batch.entries))
         if verdict.status is not Status.PASSED:
-            shown |= _failure(told, verdict) | {"command": batch_text.reproduce_command(told, batch)}
+            shown |= _failure(told, verdict) | {
+                "command": batch_text.reproduce_command(told, batch)
+            }
     return shown
 
 
 def _files(told: Told, base: Path) -> Iterator[dict[str, str]]:
     """Links to what was written, where it lies below the page. They begin with ``./``, so no name can be a scheme."""
-    written = {"annotated notebook": told.entry.notebook, "verdict": told.entry.verdict, "reproduction": told.entry.repro}
+    written = {
+        "annotated notebook": told.entry.notebook,
+        "verdict": told.entry.verdict,
+        "reproduction": told.entry.repro,
+    }
     for name, path in written.items():
         seen = batch_text.relative(path, base) if path is not None else "/"
         if not seen.startswith("/"):
@@ -105,7 +113,10 @@ def timeline(samples: Timeline, most: int) -> dict[str, Any]:
     width = -(-len(points) // most) or 1
     runs = [points[start : start + width] for start in range(0, len(points), width)]
     kept = [max(run, key=lambda point: -1 if point[1] is None else point[1]) for run in runs]
-    return {"seconds": [round(seconds, 3) for seconds, _ in kept], "memory": [memory for _, memory in kept]}
+    return {
+        "seconds": [round(seconds, 3) for seconds, _ in kept],
+        "memory": [memory for _, memory in kept],
+    }
 
 
 def _cell(record: CellRecord) -> dict[str, Any]:
@@ -113,7 +124,9 @@ def _cell(record: CellRecord) -> dict[str, Any]:
         "n": record.code_index + 1,
         "status": record.status.value.replace("_", " "),
         "start": record.started,
-        "end": record.started + record.seconds if record.started is not None and record.seconds is not None else None,
+        "end": record.started + record.seconds
+        if record.started is not None and record.seconds is not None
+        else None,
         "time": _seconds(record.seconds),
         "cpu": _seconds(record.cpu_seconds),
         "peak": _size(record.memory_peak),
@@ -140,9 +153,19 @@ def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
     for name in LimitName:
         value, held = verdict.limits.of(name), verdict.enforcement.get(name)
         if value is not None:
-            by = "" if held is None else "nothing holds it" if held.by is Mechanism.NONE else held.by.value
+            by = (
+                ""
+                if held is None
+                else "nothing holds it"
+                if held.by is Mechanism.NONE
+                else held.by.value
+            )
             note = common.one_line(held.note) if held is not None else ""
-            yield name.value.replace("_", " "), common.quantity(name, value), "; ".join(part for part in (by, note) if part)
+            yield (
+                name.value.replace("_", " "),
+                common.quantity(name, value),
+                "; ".join(part for part in (by, note) if part),
+            )
 
 
 def _environment(verdict: Verdict) -> Iterator[tuple[str, str]]:
@@ -177,7 +200,9 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "crash": _crash(crash, verdict, sources.get(crash.index)) if crash is not None else None,
         "culprits": _culprits(verdict, sources),
-        "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]] if crash is not None else [],
+        "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]]
+        if crash is not None
+        else [],
         "stderr": _tail(common.printable(verdict.stderr_tail)),
     }
     if cause is not None:
@@ -188,7 +213,9 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
             "evidence": [
                 {
                     "fact": common.fact_name(fact),
-                    "value": common.clip(common.fact_value(fact.fact, fact.value), common.HEADLINE_WIDTH),
+                    "value": common.clip(
+                        common.fact_value(fact.fact, fact.value), common.HEADLINE_WIDTH
+                    ),
                     "source": common.one_line(fact.source),
                     "origin": fact.origin.value,
                 }
@@ -200,7 +227,11 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
 
 def _sources(told: Told, verdict: Verdict) -> dict[int, Placed]:
     """The sources of crash cell and culprits, from the notebook's file if it is still the one that was run."""
-    wanted = {culprit.index for culprit in verdict.culprits.cells} if verdict.culprits is not None else set()
+    wanted = (
+        {culprit.index for culprit in verdict.culprits.cells}
+        if verdict.culprits is not None
+        else set()
+    )
     wanted |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
     read = read_as_run(told.entry.source, verdict.notebook.sha256) if wanted else None
     return placed(read, wanted) if read is not None else {}
@@ -210,7 +241,9 @@ def _crash(crash: CrashCell, verdict: Verdict, found: Placed | None) -> dict[str
     return {
         "n": crash.code_index + 1,
         "moment": common.moment(verdict),
-        "source": code(found.source if found is not None else None, crash.source_line, crash.line, MOST_LINES),
+        "source": code(
+            found.source if found is not None else None, crash.source_line, crash.line, MOST_LINES
+        ),
     }
 
 
@@ -224,7 +257,10 @@ def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | 
         "outcome": culprits.outcome(found),
         "figures": culprits.figures(found),
         "all": [culprit.code_index + 1 for culprit in found.cells],
-        "cells": [_culprit(culprit, first, sources.get(culprit.index)) for culprit in found.cells[-MOST_CULPRITS:]],
+        "cells": [
+            _culprit(culprit, first, sources.get(culprit.index))
+            for culprit in found.cells[-MOST_CULPRITS:]
+        ],
         "cut": max(len(found.cells) - MOST_CULPRITS, 0),
     }
 
@@ -235,11 +271,15 @@ def _culprit(culprit: Culprit, first: Culprit | None, found: Placed | None) -> d
         "role": culprit.role.value,
         "note": culprits.note(culprit),
         "first": culprit is first,
-        "source": code(found.source if found is not None else None, culprit.source_line, None, MOST_LINES // 5),
+        "source": code(
+            found.source if found is not None else None, culprit.source_line, None, MOST_LINES // 5
+        ),
     }
 
 
-def code(source: str | None, source_line: str | None, line: int | None, most: int) -> dict[str, Any] | None:
+def code(
+    source: str | None, source_line: str | None, line: int | None, most: int
+) -> dict[str, Any] | None:
     """Lines of source to be shown: ``first`` is the number of the first, ``marked`` that of the one it is about.
 
     At most ``most`` lines around that one, fewer where they are long; ``cut`` says how many were left out. Where the source is not
@@ -248,13 +288,25 @@ def code(source: str | None, source_line: str | None, line: int | None, most: in
     if source is None:
         if not source_line:
             return None
-        return {"first": line, "marked": line, "lines": _shown([source_line]), "cut": 0, "alone": True}
+        return {
+            "first": line,
+            "marked": line,
+            "lines": _shown([source_line]),
+            "cut": 0,
+            "alone": True,
+        }
     lines = source.split("\n")
     start = max(0, min((line or 1) - 1 - most // 2, len(lines) - most))
     kept = _shown(lines[start : start + most])
     if most > 1 and sum(map(len, kept)) > most * USUAL_WIDTH:
         return code(source, source_line, line, most // 2)
-    return {"first": start + 1, "marked": line, "lines": kept, "cut": len(lines) - len(kept), "alone": False}
+    return {
+        "first": start + 1,
+        "marked": line,
+        "lines": kept,
+        "cut": len(lines) - len(kept),
+        "alone": False,
+    }
 
 
 def _shown(lines: Sequence[str]) -> list[str]:

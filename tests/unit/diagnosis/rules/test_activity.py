@@ -16,11 +16,45 @@ A = Activity
 Facts = dict[str, Any]
 
 # How long the sampling thread waited for the interpreter, in seconds.
-FORCED = (0.0052, 0.0053, 0.0052, 0.0054, 0.0052, 0.0053) * 8  # Python code gives way after 5 ms, when asked
-CROWDED = (0.0053, 0.008, 0.0119, 0.0053, 0.0106, 0.0066, 0.0202, 0.0091) * 6  # the same with two such kernels on two processors
+FORCED = (
+    0.0052,
+    0.0053,
+    0.0052,
+    0.0054,
+    0.0052,
+    0.0053,
+) * 8  # Python code gives way after 5 ms, when asked
+CROWDED = (
+    0.0053,
+    0.008,
+    0.0119,
+    0.0053,
+    0.0106,
+    0.0066,
+    0.0202,
+    0.0091,
+) * 6  # the same with two such kernels on two processors
 AT_ONCE = (0.0002, 0.0003, 0.0002, 0.0002) * 12  # the interpreter was free
-NOW_AND_THEN = (0.0002, 0.0039, 0.0002, 0.0002, 0.0018, 0.0002) * 10  # free, but the processor was not
-LATE = (0.0002, 0.0041, 0.0159, 0.0002, 0.0037, 0.008, 0.0058, 0.0111, 0.0002, 0.0028) * 6  # the same, in a crowd
+NOW_AND_THEN = (
+    0.0002,
+    0.0039,
+    0.0002,
+    0.0002,
+    0.0018,
+    0.0002,
+) * 10  # free, but the processor was not
+LATE = (
+    0.0002,
+    0.0041,
+    0.0159,
+    0.0002,
+    0.0037,
+    0.008,
+    0.0058,
+    0.0111,
+    0.0002,
+    0.0028,
+) * 6  # the same, in a crowd
 HELD = (0.406, 0.026, 0.404, 0.392)  # native code kept it for 0.4 s at a time
 
 
@@ -33,7 +67,15 @@ def frame(place: str) -> Frame:
 def seen(*places: str, **facts: Any) -> Facts:
     """A main thread at rest, unless changed; ``places`` are its frames, innermost first, above the cell's own."""
     stack = tuple(frame(place) for place in (*places, "<module>@cell"))
-    rest = {"state": "S", "cpu_share": 0.0, "syscall": None, "stack": stack, "gil_waits": AT_ONCE, "lines": 1, "starved": False}
+    rest = {
+        "state": "S",
+        "cpu_share": 0.0,
+        "syscall": None,
+        "stack": stack,
+        "gil_waits": AT_ONCE,
+        "lines": 1,
+        "starved": False,
+    }
     return {**rest, "children": 0, "children_cpu_share": 0.0, "reads_terminal": False, **facts}
 
 
@@ -57,22 +99,50 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
     ("a loop over many lines", busy(gil_waits=AT_ONCE, lines=30), A.PYTHON_LOOP),
     ("a loop on a busy machine", busy(gil_waits=CROWDED, cpu_share=0.7), A.PYTHON_LOOP),
     ("a comprehension", busy("<genexpr>@cell", gil_waits=FORCED, lines=2), A.PYTHON_LOOP),
-    ("sum(range(10**12)): nobody else gets a turn", busy(gil_waits=(), lines=0, starved=True), A.NATIVE_CODE),
-    ("starved from the first look on", busy(gil_waits=(), starved=True, cpu_share=0.03, runnable=1.0, window=1.2), None),
-    ("starved, with one turn", busy(gil_waits=HELD, cpu_share=0.05, runnable=0.9, window=1.2, lines=1), None),
-    ("a loop that got little time", busy(gil_waits=CROWDED, cpu_share=0.04, runnable=1.0, window=1.2, lines=5), A.PYTHON_LOOP),
+    (
+        "sum(range(10**12)): nobody else gets a turn",
+        busy(gil_waits=(), lines=0, starved=True),
+        A.NATIVE_CODE,
+    ),
+    (
+        "starved from the first look on",
+        busy(gil_waits=(), starved=True, cpu_share=0.03, runnable=1.0, window=1.2),
+        None,
+    ),
+    (
+        "starved, with one turn",
+        busy(gil_waits=HELD, cpu_share=0.05, runnable=0.9, window=1.2, lines=1),
+        None,
+    ),
+    (
+        "a loop that got little time",
+        busy(gil_waits=CROWDED, cpu_share=0.04, runnable=1.0, window=1.2, lines=5),
+        A.PYTHON_LOOP,
+    ),
     (
         "native code that got a little time",
         busy(starved=True, gil_waits=(), cpu_share=0.3, runnable=1.0, window=0.4),
         A.NATIVE_CODE,
     ),
-    ("10**10**9 from the very start", busy(gil_waits=(0.0002, 0.0003), starved=True), A.NATIVE_CODE),
-    ("re.match that goes back for ever", busy("match@/usr/lib/python3.11/re.py", gil_waits=(), starved=True), A.NATIVE_CODE),
+    (
+        "10**10**9 from the very start",
+        busy(gil_waits=(0.0002, 0.0003), starved=True),
+        A.NATIVE_CODE,
+    ),
+    (
+        "re.match that goes back for ever",
+        busy("match@/usr/lib/python3.11/re.py", gil_waits=(), starved=True),
+        A.NATIVE_CODE,
+    ),
     ("pbkdf2_hmac lets the interpreter go", busy(gil_waits=AT_ONCE), A.NATIVE_CODE),
     ("pbkdf2_hmac on a busy machine", busy(gil_waits=NOW_AND_THEN, cpu_share=0.6), A.NATIVE_CODE),
     ("numba without the interpreter", busy(gil_waits=AT_ONCE, lines=1), A.NATIVE_CODE),
     ("numpy with threads", busy(gil_waits=AT_ONCE, cpu_share=7.9), A.NATIVE_CODE),
-    ("another program in the same process", busy(gil_waits=(), lines=None, starved=None), A.NATIVE_CODE),
+    (
+        "another program in the same process",
+        busy(gil_waits=(), lines=None, starved=None),
+        A.NATIVE_CODE,
+    ),
     # Stopped, whatever else.
     ("SIGSTOP", seen(state="T", syscall=None), A.STOPPED),
     ("under a debugger", seen(state="t", cpu_share=0.9), A.STOPPED),
@@ -81,7 +151,11 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
     ("an old libc's sleep", seen(syscall="nanosleep"), A.SLEEPING),
     ("sleep by select", seen("sleep@cell", syscall="pselect6"), A.SLEEPING),
     ("signal.pause", seen(syscall="pause"), A.SLEEPING),
-    ("sleeps of 10 ms in a loop", seen(syscall="clock_nanosleep", cpu_share=0.02, lines=2), A.SLEEPING),
+    (
+        "sleeps of 10 ms in a loop",
+        seen(syscall="clock_nanosleep", cpu_share=0.02, lines=2),
+        A.SLEEPING,
+    ),
     ("asyncio.sleep", awaits("tasks.sleep"), A.SLEEPING),
     # Input and output.
     ("recv of a socket", seen(syscall="recvfrom"), A.WAITING_IO),
@@ -90,20 +164,44 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
     ("urlopen", seen("readinto@/usr/lib/python3.11/socket.py", syscall="recvfrom"), A.WAITING_IO),
     ("connect", seen(syscall="connect"), A.WAITING_IO),
     ("select on a socket", seen(syscall="pselect6"), A.WAITING_IO),
-    ("selectors", seen("select@/usr/lib/python3.11/selectors.py", syscall="epoll_wait"), A.WAITING_IO),
+    (
+        "selectors",
+        seen("select@/usr/lib/python3.11/selectors.py", syscall="epoll_wait"),
+        A.WAITING_IO,
+    ),
     ("read of a pipe", seen(syscall="read"), A.WAITING_IO),
     ("write to a full pipe", seen(syscall="write"), A.WAITING_IO),
     ("open of a FIFO", seen(syscall="openat"), A.WAITING_IO),
     ("a disk that does not answer", seen(syscall="pread64", state="D"), A.WAITING_IO),
     ("StreamReader.read", awaits("streams._wait_for_data"), A.WAITING_IO),
-    ("multiprocessing's Connection.recv", seen(f"_recv@{MULTI}/connection.py", syscall="read"), A.WAITING_IO),
+    (
+        "multiprocessing's Connection.recv",
+        seen(f"_recv@{MULTI}/connection.py", syscall="read"),
+        A.WAITING_IO,
+    ),
     # Locks, queues, threads.
     ("Lock.acquire", seen(syscall="futex"), A.WAITING_LOCK),
     ("Event.wait", seen(THREADING, syscall="futex"), A.WAITING_LOCK),
-    ("Queue.get", seen(THREADING, "get@/usr/lib/python3.11/queue.py", syscall="futex"), A.WAITING_LOCK),
-    ("Thread.join", seen("_wait_for_tstate_lock@/usr/lib/python3.11/threading.py", syscall="futex"), A.WAITING_LOCK),
-    ("Future.result", seen(THREADING, "result@/usr/lib/python3.11/concurrent/futures/_base.py", syscall="futex"), A.WAITING_LOCK),
-    ("Pool.map", seen(THREADING, f"get@{MULTI}/pool.py", syscall="futex", children=2), A.WAITING_CHILD),
+    (
+        "Queue.get",
+        seen(THREADING, "get@/usr/lib/python3.11/queue.py", syscall="futex"),
+        A.WAITING_LOCK,
+    ),
+    (
+        "Thread.join",
+        seen("_wait_for_tstate_lock@/usr/lib/python3.11/threading.py", syscall="futex"),
+        A.WAITING_LOCK,
+    ),
+    (
+        "Future.result",
+        seen(THREADING, "result@/usr/lib/python3.11/concurrent/futures/_base.py", syscall="futex"),
+        A.WAITING_LOCK,
+    ),
+    (
+        "Pool.map",
+        seen(THREADING, f"get@{MULTI}/pool.py", syscall="futex", children=2),
+        A.WAITING_CHILD,
+    ),
     ("a lock where calls cannot be read", seen(THREADING), A.WAITING_LOCK),
     ("asyncio.Event", awaits("locks.wait"), A.WAITING_LOCK),
     ("asyncio.Lock", awaits("locks.acquire"), A.WAITING_LOCK),
@@ -113,16 +211,41 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
     # Children.
     ("os.system", seen(syscall="wait4", children=1), A.WAITING_CHILD),
     ("os.waitid", seen(syscall="waitid", children=1), A.WAITING_CHILD),
-    ("subprocess.run", seen(f"_try_wait@{SUBPROCESS}", f"_wait@{SUBPROCESS}", syscall="wait4", children=1), A.WAITING_CHILD),
     (
-        "subprocess.run with captured output",
-        seen("select@/usr/lib/python3.11/selectors.py", f"_communicate@{SUBPROCESS}", syscall="poll", children=1),
+        "subprocess.run",
+        seen(f"_try_wait@{SUBPROCESS}", f"_wait@{SUBPROCESS}", syscall="wait4", children=1),
         A.WAITING_CHILD,
     ),
-    ("check_output", seen(f"communicate@{SUBPROCESS}", syscall="read", children=1), A.WAITING_CHILD),
-    ("a child that computes", seen(syscall="wait4", children=1, children_cpu_share=1.0), A.WAITING_CHILD),
-    ("Process.join", seen(f"poll@{MULTI}/popen_fork.py", syscall="wait4", children=1), A.WAITING_CHILD),
-    ("Process.join with a timeout", seen(f"wait@{MULTI}/popen_fork.py", syscall="poll", children=1), A.WAITING_CHILD),
+    (
+        "subprocess.run with captured output",
+        seen(
+            "select@/usr/lib/python3.11/selectors.py",
+            f"_communicate@{SUBPROCESS}",
+            syscall="poll",
+            children=1,
+        ),
+        A.WAITING_CHILD,
+    ),
+    (
+        "check_output",
+        seen(f"communicate@{SUBPROCESS}", syscall="read", children=1),
+        A.WAITING_CHILD,
+    ),
+    (
+        "a child that computes",
+        seen(syscall="wait4", children=1, children_cpu_share=1.0),
+        A.WAITING_CHILD,
+    ),
+    (
+        "Process.join",
+        seen(f"poll@{MULTI}/popen_fork.py", syscall="wait4", children=1),
+        A.WAITING_CHILD,
+    ),
+    (
+        "Process.join with a timeout",
+        seen(f"wait@{MULTI}/popen_fork.py", syscall="poll", children=1),
+        A.WAITING_CHILD,
+    ),
     ("asyncio's Process.wait", awaits("base_subprocess._wait", children=1), A.WAITING_CHILD),
     ("asyncio's communicate", awaits("subprocess.communicate", children=1), A.WAITING_CHILD),
     # Not to be told.
@@ -132,18 +255,58 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
 
 # Looks that tell the truth only with what an absolute share of one processor does not say.
 BUSY_MACHINE: list[tuple[str, Facts, Activity | None]] = [
-    ("two loops on one processor", busy(gil_waits=CROWDED, cpu_share=0.31, runnable=1.0), A.PYTHON_LOOP),
-    ("a loop under --cpus 0.3", busy(gil_waits=CROWDED, cpu_share=0.3, runnable=1.0), A.PYTHON_LOOP),
-    ("native code under --cpus 0.3", busy(gil_waits=(), cpu_share=0.3, starved=True, runnable=1.0), A.NATIVE_CODE),
-    ("pbkdf2_hmac in a crowd", busy(gil_waits=NOW_AND_THEN, cpu_share=0.43, runnable=0.95), A.NATIVE_CODE),
+    (
+        "two loops on one processor",
+        busy(gil_waits=CROWDED, cpu_share=0.31, runnable=1.0),
+        A.PYTHON_LOOP,
+    ),
+    (
+        "a loop under --cpus 0.3",
+        busy(gil_waits=CROWDED, cpu_share=0.3, runnable=1.0),
+        A.PYTHON_LOOP,
+    ),
+    (
+        "native code under --cpus 0.3",
+        busy(gil_waits=(), cpu_share=0.3, starved=True, runnable=1.0),
+        A.NATIVE_CODE,
+    ),
+    (
+        "pbkdf2_hmac in a crowd",
+        busy(gil_waits=NOW_AND_THEN, cpu_share=0.43, runnable=0.95),
+        A.NATIVE_CODE,
+    ),
     ("np.convolve in a crowd", busy(gil_waits=LATE, cpu_share=0.35, runnable=1.0), A.NATIVE_CODE),
     ("bytes(b) of 256 MiB again and again", busy(gil_waits=HELD, runnable=1.0), A.NATIVE_CODE),
-    ("await asyncio.sleep(0) again and again", busy(gil_waits=AT_ONCE, awaiting="tasks.__sleep0", runnable=0.9), A.PYTHON_LOOP),
-    ("sleep beside a busy thread", seen(syscall="clock_nanosleep", cpu_share=1.0, gil_waits=FORCED, runnable=0.0), A.SLEEPING),
-    ("recv beside a busy thread", seen(syscall="recvfrom", cpu_share=1.0, gil_waits=FORCED, runnable=0.05), A.WAITING_IO),
-    ("join of a busy thread", seen(THREADING, syscall="futex", cpu_share=1.0, gil_waits=FORCED, runnable=0.0), A.WAITING_LOCK),
-    ("a lock beside a busy thread", seen(syscall="futex", cpu_share=1.0, gil_waits=FORCED, runnable=0.0), A.WAITING_LOCK),
-    ("native threads at work for the main one", seen(syscall="futex", cpu_share=3.8, runnable=0.0), A.NATIVE_CODE),
+    (
+        "await asyncio.sleep(0) again and again",
+        busy(gil_waits=AT_ONCE, awaiting="tasks.__sleep0", runnable=0.9),
+        A.PYTHON_LOOP,
+    ),
+    (
+        "sleep beside a busy thread",
+        seen(syscall="clock_nanosleep", cpu_share=1.0, gil_waits=FORCED, runnable=0.0),
+        A.SLEEPING,
+    ),
+    (
+        "recv beside a busy thread",
+        seen(syscall="recvfrom", cpu_share=1.0, gil_waits=FORCED, runnable=0.05),
+        A.WAITING_IO,
+    ),
+    (
+        "join of a busy thread",
+        seen(THREADING, syscall="futex", cpu_share=1.0, gil_waits=FORCED, runnable=0.0),
+        A.WAITING_LOCK,
+    ),
+    (
+        "a lock beside a busy thread",
+        seen(syscall="futex", cpu_share=1.0, gil_waits=FORCED, runnable=0.0),
+        A.WAITING_LOCK,
+    ),
+    (
+        "native threads at work for the main one",
+        seen(syscall="futex", cpu_share=3.8, runnable=0.0),
+        A.NATIVE_CODE,
+    ),
 ]
 
 # The call alone misleads: what it is made for says what is waited for.
@@ -155,12 +318,23 @@ WHAT_FOR: list[tuple[str, Facts, Activity | None]] = [
     ),
     (
         "!sleep 100",
-        seen("select_ignore_interrupts@pexpect/utils.py", "select@pexpect/pty_spawn.py", syscall="pselect6", children=1),
+        seen(
+            "select_ignore_interrupts@pexpect/utils.py",
+            "select@pexpect/pty_spawn.py",
+            syscall="pselect6",
+            children=1,
+        ),
         A.WAITING_CHILD,
     ),
     (
         "%%bash",
-        seen(THREADING, "result@futures/_base.py", "in_thread@IPython/core/magics/script.py", syscall="futex", children=2),
+        seen(
+            THREADING,
+            "result@futures/_base.py",
+            "in_thread@IPython/core/magics/script.py",
+            syscall="futex",
+            children=2,
+        ),
         A.WAITING_CHILD,
     ),
     ("fcntl.flock", seen(syscall="flock"), A.WAITING_LOCK),
@@ -173,7 +347,9 @@ WHAT_FOR: list[tuple[str, Facts, Activity | None]] = [
 EVERY = [*TABLE, *BUSY_MACHINE, *WHAT_FOR]
 
 
-@pytest.mark.parametrize(("facts", "activity"), [row[1:] for row in EVERY], ids=[row[0] for row in EVERY])
+@pytest.mark.parametrize(
+    ("facts", "activity"), [row[1:] for row in EVERY], ids=[row[0] for row in EVERY]
+)
 def test_what_it_was_doing(facts: Facts, activity: Activity | None) -> None:
     assert activity_of(Looked(**facts)) is activity
 
@@ -182,7 +358,9 @@ def test_every_activity_is_in_the_table() -> None:
     assert {activity for _, _, activity in EVERY} == {*Activity, None}
 
 
-@pytest.mark.parametrize("facts", [facts for _, facts, _ in TABLE], ids=[name for name, *_ in TABLE])
+@pytest.mark.parametrize(
+    "facts", [facts for _, facts, _ in TABLE], ids=[name for name, *_ in TABLE]
+)
 def test_a_stopped_process_is_stopped_whatever_it_did(facts: Facts) -> None:
     assert activity_of(Looked(**{**facts, "state": "T"})) is A.STOPPED
 
@@ -199,7 +377,9 @@ places = st.builds(Frame, function=st.text(max_size=5), line=st.none() | st.inte
         cpu_share=st.none() | st.floats(0, 100),
         syscall=st.none() | st.sampled_from(["futex", "read", "poll", "wait4", "-1", "7"]),
         stack=st.lists(places, max_size=4).map(tuple),
-        gil_waits=st.lists(st.floats(), max_size=9).map(tuple),  # the kernel process wrote them: anything
+        gil_waits=st.lists(st.floats(), max_size=9).map(
+            tuple
+        ),  # the kernel process wrote them: anything
         lines=st.none() | st.integers(0, 99),
         awaiting=st.none() | st.text(max_size=9),
         children=st.none() | st.integers(0, 9),
@@ -216,7 +396,17 @@ def test_any_look_has_an_answer(looked: Looked) -> None:
 
 def other(**facts: Any) -> Looked:
     """The main thread of a kernel in which no code of ours runs."""
-    return Looked(**{"state": "S", "cpu_share": 0.0, "syscall": None, "stack": (), "children": 0, "fitted": False, **facts})
+    return Looked(
+        **{
+            "state": "S",
+            "cpu_share": 0.0,
+            "syscall": None,
+            "stack": (),
+            "children": 0,
+            "fitted": False,
+            **facts,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +419,10 @@ def other(**facts: Any) -> Looked:
         (other(syscall="epoll_wait", runnable=0.0), None),
         (other(syscall="pselect6", runnable=0.0), None),
         (other(syscall="futex", runnable=0.0), None),
-        (other(syscall="pselect6", runnable=0.0, children=1, children_cpu_share=0.9), A.WAITING_CHILD),
+        (
+            other(syscall="pselect6", runnable=0.0, children=1, children_cpu_share=0.9),
+            A.WAITING_CHILD,
+        ),
         (other(syscall="wait4", runnable=0.0, children=1), A.WAITING_CHILD),
         (other(syscall="clock_nanosleep", runnable=0.0), A.SLEEPING),
         (other(syscall="recvfrom", runnable=0.0), A.WAITING_IO),

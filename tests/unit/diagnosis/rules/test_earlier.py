@@ -24,15 +24,21 @@ from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CauseKind, CellRecord, CellStatus, Confidence
 
 MIB = 1 << 20
-CELLS = tuple(CellRecord(index=2 * n, code_index=n, id=None, status=CellStatus.PASSED) for n in range(4))
-FAILED = CellFailed(cell=6, error=CellError(ename="FileNotFoundError", evalue="result.txt", traceback=()))
+CELLS = tuple(
+    CellRecord(index=2 * n, code_index=n, id=None, status=CellStatus.PASSED) for n in range(4)
+)
+FAILED = CellFailed(
+    cell=6, error=CellError(ename="FileNotFoundError", evalue="result.txt", traceback=())
+)
 KILLED = Died(cell=6, exit=ExitStatus(9))
 
 
 def context(ending: Ending, **facts: Any) -> Context:
     error = getattr(ending, "error", None)
     evidence = Evidence(**{"error": error, "exit": getattr(ending, "exit", None), **facts})
-    return Context(ending=ending, evidence=evidence, limits=Limits(memory=100 * MIB), cells=CELLS, current=6)
+    return Context(
+        ending=ending, evidence=evidence, limits=Limits(memory=100 * MIB), cells=CELLS, current=6
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,19 +50,35 @@ def context(ending: Ending, **facts: Any) -> Context:
     ],
     ids=["error", "timeout", "death"],
 )
-def test_a_worker_killed_earlier_is_named_and_changes_neither_kind_nor_confidence(ending: Ending, kind: CauseKind) -> None:
+def test_a_worker_killed_earlier_is_named_and_changes_neither_kind_nor_confidence(
+    ending: Ending, kind: CauseKind
+) -> None:
     plain = find_cause(context(ending, oom_kills=3, oom_kills_cell=0))
-    cause = find_cause(context(ending, oom_kills=3, oom_kills_cell=0, oom_kills_earlier=((0, 1), (4, 2))))
+    cause = find_cause(
+        context(ending, oom_kills=3, oom_kills_cell=0, oom_kills_earlier=((0, 1), (4, 2)))
+    )
     assert plain is not None and cause is not None
-    assert (cause.kind, cause.confidence) == (plain.kind, plain.confidence) == (kind, cause.confidence)
-    assert "3 processes" in cause.summary and "killed for memory in code cell 1 and code cell 3" in cause.summary
-    assert cause.advice.startswith("Look at code cell 1 and code cell 3 first") and cause.advice.endswith(plain.advice)
-    assert [fact.value for fact in cause.evidence if "killed by the system in" in fact.fact] == [1, 2]
+    assert (
+        (cause.kind, cause.confidence) == (plain.kind, plain.confidence) == (kind, cause.confidence)
+    )
+    assert (
+        "3 processes" in cause.summary
+        and "killed for memory in code cell 1 and code cell 3" in cause.summary
+    )
+    assert cause.advice.startswith(
+        "Look at code cell 1 and code cell 3 first"
+    ) and cause.advice.endswith(plain.advice)
+    assert [fact.value for fact in cause.evidence if "killed by the system in" in fact.fact] == [
+        1,
+        2,
+    ]
 
 
 def test_one_worker_is_one() -> None:
     cause = find_cause(context(FAILED, oom_kills=1, oom_kills_cell=0, oom_kills_earlier=((0, 1),)))
-    assert cause is not None and "a process that the notebook had started was killed" in cause.summary
+    assert (
+        cause is not None and "a process that the notebook had started was killed" in cause.summary
+    )
 
 
 def test_where_all_cells_ran_the_kill_itself_is_the_cause_and_is_named_once() -> None:
@@ -82,7 +104,13 @@ def test_the_advice_speaks_of_the_processes_that_had_the_memory(
     assert cause is not None and cause.kind is CauseKind.OUT_OF_MEMORY
     assert ("processes that the notebook had started" in cause.advice) == speaks
     assert ("load and keep less" in cause.advice) != speaks
-    assert any(fact.fact == "memory of child processes" and fact.value == children for fact in cause.evidence) == speaks
+    assert (
+        any(
+            fact.fact == "memory of child processes" and fact.value == children
+            for fact in cause.evidence
+        )
+        == speaks
+    )
 
 
 def test_a_kill_by_what_may_have_been_counted_twice_is_not_certain() -> None:
@@ -91,7 +119,12 @@ def test_a_kill_by_what_may_have_been_counted_twice_is_not_certain() -> None:
     assert sure is not None and doubtful is not None
     assert (sure.confidence, doubtful.confidence) == (Confidence.CERTAIN, Confidence.LIKELY)
     assert "counted twice" in doubtful.summary and "counted twice" not in sure.summary
-    assert dataclasses.replace(doubtful, confidence=sure.confidence, summary=sure.summary, evidence=sure.evidence) == sure
+    assert (
+        dataclasses.replace(
+            doubtful, confidence=sure.confidence, summary=sure.summary, evidence=sure.evidence
+        )
+        == sure
+    )
 
 
 def test_a_kernel_that_passes_a_limit_at_its_start_says_which() -> None:

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_exec.diagnosis.rules.last_message import KEPT_CHARACTERS, SHOWN_CHARACTERS, clean, last_message
+from safe_exec.diagnosis.rules.last_message import (
+    KEPT_CHARACTERS,
+    SHOWN_CHARACTERS,
+    clean,
+    last_message,
+)
 from safe_exec.model.evidence import Channel, Evidence, OutputBurst
 
 D, ERR, OUT = Channel.DESCRIPTOR, Channel.STDERR, Channel.STDOUT
@@ -63,17 +68,32 @@ def test_lines_that_may_be_a_message(text: str, lines: list[str]) -> None:
 
 CHOICES = {
     "native": ([(D, "mine\n", 0.0)], (D, ["mine"])),
-    "native-and-the-same-in-the-cell": ([(D, "mine\n", 0.0), (ERR, "step 1\nmine\n", 0.1)], (D, ["mine"])),
+    "native-and-the-same-in-the-cell": (
+        [(D, "mine\n", 0.0), (ERR, "step 1\nmine\n", 0.1)],
+        (D, ["mine"]),
+    ),
     "the-last-burst": ([(D, "old\n", 3.0), (D, "new\n", 0.1)], (D, ["new"])),
-    "before-a-slow-stack-trace": ([(D, "why\n", 3.0), (D, "    @     0x7f00aa  f()\n", 0.1)], (D, ["why"])),
+    "before-a-slow-stack-trace": (
+        [(D, "why\n", 3.0), (D, "    @     0x7f00aa  f()\n", 0.1)],
+        (D, ["why"]),
+    ),
     "native-of-long-ago": ([(D, "loaded\n", 60.0)], None),
     "python-after-native": (
         [(D, "loaded\n", 0.5), (ERR, "loaded\n", 0.5), (ERR, "cannot go on\n", 0.0)],
         (ERR, ["cannot go on"]),
     ),
-    "native-after-python": ([(ERR, "step 1\n", 0.5), (ERR, "mine\n", 0.0), (D, "mine\n", 0.0)], (D, ["mine"])),
-    "native-that-the-cell-did-not-get": ([(ERR, "step 1\n", 0.0), (D, "mine\n", 0.0)], (D, ["mine"])),
-    "python": ([(ERR, "step 1\n\nlicence expired\nsee the manual\n", 0.0)], (ERR, ["licence expired", "see the manual"])),
+    "native-after-python": (
+        [(ERR, "step 1\n", 0.5), (ERR, "mine\n", 0.0), (D, "mine\n", 0.0)],
+        (D, ["mine"]),
+    ),
+    "native-that-the-cell-did-not-get": (
+        [(ERR, "step 1\n", 0.0), (D, "mine\n", 0.0)],
+        (D, ["mine"]),
+    ),
+    "python": (
+        [(ERR, "step 1\n\nlicence expired\nsee the manual\n", 0.0)],
+        (ERR, ["licence expired", "see the manual"]),
+    ),
     "python-of-long-ago": ([(ERR, "step 1\n", 30.0)], None),
     "only-a-warning": ([(ERR, "/a.py:1: UserWarning: old\n  f()\n", 0.0)], None),
     "stdout": ([(OUT, "a\nb\nc\nno opset 22\n", 0.0)], (OUT, ["b", "c", "no opset 22"])),
@@ -83,7 +103,9 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("bursts", "expected"), CHOICES.values(), ids=CHOICES)
-def test_the_message_that_came_last(bursts: list[tuple[Channel, str, float]], expected: tuple[Channel, list[str]] | None) -> None:
+def test_the_message_that_came_last(
+    bursts: list[tuple[Channel, str, float]], expected: tuple[Channel, list[str]] | None
+) -> None:
     message = last_message(evidence(*bursts))
     assert (None if message is None else (message.channel, list(message.lines))) == expected
 
@@ -96,7 +118,9 @@ def test_what_is_shown_is_the_beginning_and_the_end() -> None:
 
 
 @given(text=st.text(max_size=300), channel=st.sampled_from(Channel), age=st.floats(0, 20))
-def test_any_output_gives_printable_lines_of_bounded_size(text: str, channel: Channel, age: float) -> None:
+def test_any_output_gives_printable_lines_of_bounded_size(
+    text: str, channel: Channel, age: float
+) -> None:
     message = last_message(evidence((channel, text * 20, age)))
     if message is not None:
         assert len(message.text) <= SHOWN_CHARACTERS

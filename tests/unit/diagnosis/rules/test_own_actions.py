@@ -16,16 +16,31 @@ from safe_exec.model.observed import ChangedLimit
 from safe_exec.model.verdict import Cause, CauseKind, CellRecord, CellStatus, Origin
 
 K = CauseKind
-CELLS = tuple(CellRecord(index=n, code_index=n, id=None, status=CellStatus.PASSED) for n in range(4))
-STOP = (Frame(function="stop", line=3, file="cell", cell=1), Frame(function="<module>", line=1, file="cell", cell=3))
+CELLS = tuple(
+    CellRecord(index=n, code_index=n, id=None, status=CellStatus.PASSED) for n in range(4)
+)
+STOP = (
+    Frame(function="stop", line=3, file="cell", cell=1),
+    Frame(function="<module>", line=1, file="cell", cell=3),
+)
 TOP = (Frame(function="<module>", line=2, file="cell", cell=3),)
 LIBRARY = (Frame(function="terminate", line=90, file="/lib/psutil.py"),)
-LOOP = Looked(state="R", cpu_share=1.0, syscall=None, stack=TOP, gil_waits=(0.0052,) * 40, lines=1, runnable=1.0)
+LOOP = Looked(
+    state="R",
+    cpu_share=1.0,
+    syscall=None,
+    stack=TOP,
+    gil_waits=(0.0052,) * 40,
+    lines=1,
+    runnable=1.0,
+)
 STOPPED = Looked(state="T", cpu_share=0.0, syscall=None, stack=())
 MIB = 1 << 20
 
 
-def action(kind: str = "signal", call: str = "os.kill", *, stack: tuple[Frame, ...] = STOP, **facts: Any) -> OwnAction:
+def action(
+    kind: str = "signal", call: str = "os.kill", *, stack: tuple[Frame, ...] = STOP, **facts: Any
+) -> OwnAction:
     rest = {"time": 99.9, "cell": 3, "target": "process" if kind == "signal" else None}
     return OwnAction(kind=kind, call=call, stack=stack, **{**rest, **facts})
 
@@ -44,14 +59,26 @@ def timed_out() -> TimedOut:
 
 def cause_of(ending: Ending, *actions: OwnAction, **facts: Any) -> Cause:
     evidence = Evidence(
-        exit=getattr(ending, "exit", None), error=getattr(ending, "error", None), died_at=100.0, own_actions=actions, **facts
+        exit=getattr(ending, "exit", None),
+        error=getattr(ending, "error", None),
+        died_at=100.0,
+        own_actions=actions,
+        **facts,
     )
-    cause = find_cause(Context(ending=ending, evidence=evidence, limits=Limits(), cells=CELLS, current=3))
+    cause = find_cause(
+        Context(ending=ending, evidence=evidence, limits=Limits(), cells=CELLS, current=3)
+    )
     assert cause is not None
     return cause
 
 
-TERM, KILL, SEGV, INT, STOP_SIGNAL = signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGINT, signal.SIGSTOP
+TERM, KILL, SEGV, INT, STOP_SIGNAL = (
+    signal.SIGTERM,
+    signal.SIGKILL,
+    signal.SIGSEGV,
+    signal.SIGINT,
+    signal.SIGSTOP,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +95,9 @@ TERM, KILL, SEGV, INT, STOP_SIGNAL = signal.SIGTERM, signal.SIGKILL, signal.SIGS
         (KILL, action("symbol", "the C function kill()"), K.KILLED, ("most likely sent by the C function kill()",)),
     ],
 )  # fmt: skip
-def test_who_sent_a_signal(number: int, sent: OwnAction, kind: CauseKind, texts: tuple[str, ...]) -> None:
+def test_who_sent_a_signal(
+    number: int, sent: OwnAction, kind: CauseKind, texts: tuple[str, ...]
+) -> None:
     cause, plain = cause_of(died(number), sent), cause_of(died(number))
     assert (cause.kind, cause.confidence, cause.signal) == (kind, plain.confidence, -number)
     assert all(text in cause.summary + cause.advice for text in texts), cause
@@ -103,12 +132,17 @@ def test_a_keyboard_interrupt_of_ones_own() -> None:
     cause = cause_of(failed("KeyboardInterrupt"), action(signal=INT))
     assert cause.kind is K.EXCEPTION
     assert cause.summary.startswith("KeyboardInterrupt: os.kill() in stop()")
-    assert "os.kill" not in cause_of(failed("KeyboardInterrupt"), action(signal=INT, cell=1)).summary
+    assert (
+        "os.kill" not in cause_of(failed("KeyboardInterrupt"), action(signal=INT, cell=1)).summary
+    )
 
 
 def test_a_kernel_that_stopped_itself() -> None:
     cause = cause_of(timed_out(), action(signal=STOP_SIGNAL), looked=STOPPED)
-    assert "os.kill() in stop() (code cell 2, line 3, called from code cell 4) sent SIGSTOP" in cause.summary
+    assert (
+        "os.kill() in stop() (code cell 2, line 3, called from code cell 4) sent SIGSTOP"
+        in cause.summary
+    )
 
 
 def test_another_program_in_the_kernels_place() -> None:
@@ -143,11 +177,15 @@ SET = action("limit", "resource.setrlimit", limit="RLIMIT_AS", value=2000 * MIB)
         (failed("MemoryError"), ChangedLimit(name="RLIMIT_CORE", before=None, after=0), K.MEMORY_ERROR, False),
     ],
 )  # fmt: skip
-def test_a_limit_of_its_own(ending: Ending, limit: ChangedLimit, kind: CauseKind, names: bool) -> None:
+def test_a_limit_of_its_own(
+    ending: Ending, limit: ChangedLimit, kind: CauseKind, names: bool
+) -> None:
     cause = cause_of(ending, SET, changed_limits=(limit,))
     assert cause.kind is kind
     assert (limit.name in cause.summary) is names
-    assert (limit.name in [fact.fact for fact in cause.evidence if fact.origin is Origin.OUTSIDE]) is names
+    assert (
+        limit.name in [fact.fact for fact in cause.evidence if fact.origin is Origin.OUTSIDE]
+    ) is names
     if names:
         assert "--" not in cause.advice
     assert "overcommits" not in cause.advice
@@ -155,7 +193,9 @@ def test_a_limit_of_its_own(ending: Ending, limit: ChangedLimit, kind: CauseKind
 
 def test_a_limit_that_was_only_told_counts_for_a_kernel_that_died() -> None:
     assert "RLIMIT_AS" not in cause_of(failed("MemoryError"), SET).summary
-    xcpu = cause_of(died(signal.SIGXCPU), action("limit", "resource.setrlimit", limit="RLIMIT_CPU", value=2))
+    xcpu = cause_of(
+        died(signal.SIGXCPU), action("limit", "resource.setrlimit", limit="RLIMIT_CPU", value=2)
+    )
     assert xcpu.kind is K.CPU_TIME
     assert "RLIMIT_CPU in stop()" in xcpu.summary
 
@@ -177,7 +217,9 @@ def trace(cell: int, call: str = "sys.settrace") -> OwnAction:
         ((trace(1),), ("threading.settrace",), False),
     ],
 )
-def test_a_trace_function_that_was_left_on(actions: tuple[OwnAction, ...], tracing: tuple[str, ...], says: bool) -> None:
+def test_a_trace_function_that_was_left_on(
+    actions: tuple[OwnAction, ...], tracing: tuple[str, ...], says: bool
+) -> None:
     cause = cause_of(timed_out(), *actions, looked=LOOP, tracing=tracing)
     assert ("had left on" in cause.summary) is says
     waits = cause_of(timed_out(), *actions, looked=STOPPED, tracing=tracing)

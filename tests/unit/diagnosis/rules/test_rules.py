@@ -49,7 +49,16 @@ from safe_exec.model.evidence import (
     Volume,
 )
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
-from safe_exec.model.verdict import Activity, Cause, CauseKind, CellRecord, CellStatus, Confidence, Origin, Status
+from safe_exec.model.verdict import (
+    Activity,
+    Cause,
+    CauseKind,
+    CellRecord,
+    CellStatus,
+    Confidence,
+    Origin,
+    Status,
+)
 
 K, C = CauseKind, Confidence
 MIB = 1 << 20
@@ -97,15 +106,24 @@ DIED = Died(cell=2, exit=by(9))
 LATE = TimedOut(cell=2, whole=False, allowed=3.0, answered=True)
 LATE_WHOLE = TimedOut(cell=2, whole=True, allowed=9.0, answered=False)
 SLEEPS = seen(syscall="clock_nanosleep")
-FULL = FaultReport(title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB)
+FULL = FaultReport(
+    title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB
+)
 SHALLOW = dataclasses.replace(FULL, stack_bytes=MIB // 4)
 IN_THREAD = dataclasses.replace(FULL, main=False)
-NULL = FaultSite(faulted=True, main=True, address=0, stack_pointer=0x7FFC0000, stack_bytes=MIB, overflow=False)
+NULL = FaultSite(
+    faulted=True, main=True, address=0, stack_pointer=0x7FFC0000, stack_bytes=MIB, overflow=False
+)
 PAST_THE_STACK = dataclasses.replace(NULL, address=0x7FFBFFF8, overflow=True)
 SENT = dataclasses.replace(NULL, faulted=False, address=None)
 HANDLERS = frozenset({2, 4, 6, 7, 8})
 """What a Python process still catches after it has died of SIGSEGV: SIGINT, and the fault handler's other four."""
-FORKING = Place(cell=2, line=1, source="traceback", stack=(Frame(function="_execute_child", line=1, file="subprocess.py"),))
+FORKING = Place(
+    cell=2,
+    line=1,
+    source="traceback",
+    stack=(Frame(function="_execute_child", line=1, file="subprocess.py"),),
+)
 
 
 BY_BUBBLEWRAP = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note="empty")
@@ -114,9 +132,16 @@ WALLS = {
     Wall.SYSTEM: BY_BUBBLEWRAP,
     Wall.ENVIRONMENT: Enforcement(by=Mechanism.RUNNER, hard=True, note="listed"),
 }
-TAKEN = IsolationFacts(by=Mechanism.BUBBLEWRAP, folder="/home/me/work", hidden_homes=("/home/me",), read_only=True)
+TAKEN = IsolationFacts(
+    by=Mechanism.BUBBLEWRAP, folder="/home/me/work", hidden_homes=("/home/me",), read_only=True
+)
 VARIABLE = IsolationConflict(
-    kind=NeedKind.VARIABLE, name="A_TOKEN", access=Access.HIDDEN, line="KeyError: 'A_TOKEN'", exact=True, cell=2
+    kind=NeedKind.VARIABLE,
+    name="A_TOKEN",
+    access=Access.HIDDEN,
+    line="KeyError: 'A_TOKEN'",
+    exact=True,
+    cell=2,
 )
 MENTIONED = dataclasses.replace(VARIABLE, exact=False)
 HIDDEN_FILE = IsolationConflict(
@@ -132,7 +157,9 @@ HIDDEN_FILE = IsolationConflict(
 NO_SPACE = raised("OSError", "[Errno 28] No space left on device")
 NOT_ENOUGH = "Not enough free space to write 32000000 bytes after offset 0"
 WRITING = "1%\ncp: error writing 'big': No space left on device\n"
-FULL_DISK = Volume(places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, before=16 * MIB, own=True)
+FULL_DISK = Volume(
+    places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, before=16 * MIB, own=True
+)
 FULL_BEFORE = dataclasses.replace(FULL_DISK, before=0)
 EMPTY_DISK = dataclasses.replace(FULL_DISK, free=16 * MIB)
 ROOMY = dataclasses.replace(FULL_DISK, size=100 << 30, free=50 << 30, before=None, own=False)
@@ -142,11 +169,20 @@ DUCKDB_DISK = "Out of Memory Error: failed to offload data block of size 256.0 K
 JVM = 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space\n'
 UNREACHED = raised("URLError", "<urlopen error [Errno 101] Network is unreachable>")
 HOST = IsolationConflict(
-    kind=NeedKind.HOST, name="example.org", access=Access.HIDDEN, line="Could not resolve host: example.org", exact=True, cell=2
+    kind=NeedKind.HOST,
+    name="example.org",
+    access=Access.HIDDEN,
+    line="Could not resolve host: example.org",
+    exact=True,
+    cell=2,
 )
 CURL = dataclasses.replace(HOST, in_output=True)
-PIP = dataclasses.replace(CURL, cell=1, line="WARNING: Retrying after NameResolutionError: /simple/x/")
-PRINTED = dataclasses.replace(HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True)
+PIP = dataclasses.replace(
+    CURL, cell=1, line="WARNING: Retrying after NameResolutionError: /simple/x/"
+)
+PRINTED = dataclasses.replace(
+    HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True
+)
 NOT_INSTALLED = IsolationConflict(
     kind=NeedKind.PATH,
     name="/venv/lib/python3.12/site-packages/fieldpkg.py",
@@ -182,27 +218,55 @@ class Row:
         status = self.ending.exit if isinstance(self.ending, Died | StartFailed) else None
         evidence = Evidence(**{"error": error, "exit": status, **self.seen})
         return Context(
-            ending=self.ending, evidence=evidence, limits=self.limits, language=self.language, current=2, walls=self.walls
+            ending=self.ending,
+            evidence=evidence,
+            limits=self.limits,
+            language=self.language,
+            current=2,
+            walls=self.walls,
         )
 
 
-def dead(name: str, status: ExitStatus | None, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+def dead(
+    name: str,
+    status: ExitStatus | None,
+    kind: CauseKind,
+    confidence: Confidence = C.CERTAIN,
+    **facts: Any,
+) -> Row:
     limits = facts.pop("limits", LIMITS)
-    return Row(id=name, ending=Died(cell=2, exit=status), kind=kind, confidence=confidence, limits=limits, seen=facts)
+    return Row(
+        id=name,
+        ending=Died(cell=2, exit=status),
+        kind=kind,
+        confidence=confidence,
+        limits=limits,
+        seen=facts,
+    )
 
 
-def error(name: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
+def error(
+    name: str, raises: CellError, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any
+) -> Row:
     more = {key: facts.pop(key) for key in ("limits", "language", "walls") if key in facts}
     return Row(id=name, ending=failed(raises), kind=kind, confidence=confidence, seen=facts, **more)
 
 
-def late(name: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any) -> Row:
+def late(
+    name: str, kind: CauseKind, confidence: Confidence, activity: Activity | None, **facts: Any
+) -> Row:
     ending = facts.pop("ending", LATE)
-    return Row(id=name, ending=ending, kind=kind, confidence=confidence, activity=activity, seen=facts)
+    return Row(
+        id=name, ending=ending, kind=kind, confidence=confidence, activity=activity, seen=facts
+    )
 
 
-def hit(name: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any) -> Row:
-    return Row(id=name, ending=LimitHit(limit=limit, cell=2), kind=kind, confidence=confidence, seen=facts)
+def hit(
+    name: str, limit: LimitName, kind: CauseKind, confidence: Confidence = C.CERTAIN, **facts: Any
+) -> Row:
+    return Row(
+        id=name, ending=LimitHit(limit=limit, cell=2), kind=kind, confidence=confidence, seen=facts
+    )
 
 
 DEATHS = [
@@ -234,36 +298,77 @@ DEATHS = [
         oom_elsewhere=True,
         oom_bound=("/sys/fs/cgroup/box", 4 * MIB),
     ),
-    dead("oom-of-container", by(9), K.OUT_OF_MEMORY, C.LIKELY, oom_kills=1, oom_kills_cell=1, oom_elsewhere=True),
+    dead(
+        "oom-of-container",
+        by(9),
+        K.OUT_OF_MEMORY,
+        C.LIKELY,
+        oom_kills=1,
+        oom_kills_cell=1,
+        oom_elsewhere=True,
+    ),
     dead("oomd", by(9), K.OUT_OF_MEMORY, oomd_killed=True, oom_kills=0, oom_kills_cell=0),
     # SIGKILL without a counter that went up in this cell.
     dead("sigkill-uncounted", by(9), K.KILLED, C.LIKELY),
     dead("sigkill-counted-none", by(9), K.KILLED, oom_kills=0, oom_kills_cell=0),
-    dead("sigkill-after-a-worker-of-an-earlier-cell", by(9), K.KILLED, oom_kills=1, oom_kills_cell=0),
+    dead(
+        "sigkill-after-a-worker-of-an-earlier-cell", by(9), K.KILLED, oom_kills=1, oom_kills_cell=0
+    ),
     dead("keeper-killed", None, K.KILLED, C.LIKELY),
     # A worker's death in the same cell does not explain another signal or a status.
-    dead("segfault-beside-a-killed-worker", by(11), K.SEGFAULT, C.LIKELY, oom_kills=1, oom_kills_cell=1),
+    dead(
+        "segfault-beside-a-killed-worker",
+        by(11),
+        K.SEGFAULT,
+        C.LIKELY,
+        oom_kills=1,
+        oom_kills_cell=1,
+    ),
     dead("exit-beside-a-killed-worker", exit_code(1), K.EXIT, oom_kills=1, oom_kills_cell=1),
     # Processor time.
-    dead("cpu-watched", by(9), K.CPU_TIME, termination=TerminationReason.CPU_TIME, cpu_seconds=10.2),
+    dead(
+        "cpu-watched", by(9), K.CPU_TIME, termination=TerminationReason.CPU_TIME, cpu_seconds=10.2
+    ),
     dead("cpu-soft", by(signal.SIGXCPU), K.CPU_TIME, kernel_cpu_seconds=10.0),
     dead("cpu-soft-with-core", by(signal.SIGXCPU, core=True), K.CPU_TIME, kernel_cpu_seconds=10.0),
     dead("cpu-hard", by(9), K.CPU_TIME, kernel_cpu_seconds=12.0),
     dead("cpu-of-its-own", by(signal.SIGXCPU), K.CPU_TIME, kernel_cpu_seconds=1.0, limits=BARE),
     dead("sigkill-long-before-its-cpu-time", by(9), K.KILLED, C.LIKELY, kernel_cpu_seconds=3.0),
     dead(
-        "segfault-after-a-killed-worker", by(11), K.SEGFAULT, C.LIKELY, oom_kills=1, oom_kills_cell=0, oom_kills_earlier=((0, 1),)
+        "segfault-after-a-killed-worker",
+        by(11),
+        K.SEGFAULT,
+        C.LIKELY,
+        oom_kills=1,
+        oom_kills_cell=0,
+        oom_kills_earlier=((0, 1),),
     ),
-    dead("oom-after-much-cpu", by(9), K.OUT_OF_MEMORY, kernel_cpu_seconds=12.0, oom_kills=1, oom_kills_cell=1),
+    dead(
+        "oom-after-much-cpu",
+        by(9),
+        K.OUT_OF_MEMORY,
+        kernel_cpu_seconds=12.0,
+        oom_kills=1,
+        oom_kills_cell=1,
+    ),
     # Other limits that come as signals.
     dead("file-size-signal", by(signal.SIGXFSZ), K.FILE_TOO_LARGE),
     dead("seccomp", by(signal.SIGSYS, core=True), K.BAD_SYSTEM_CALL),
     # Faults.
     dead("segfault", by(11, core=True), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=NULL)),
     dead("segfault-by-the-size-of-the-stack-alone", by(11), K.SEGFAULT, C.LIKELY, fault=SHALLOW),
-    dead("segfault-with-a-full-stack", by(11), K.SEGFAULT, fault=dataclasses.replace(FULL, site=NULL)),
-    dead("segfault-that-was-sent", by(11), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=SENT)),
-    dead("large-frames", by(11), K.STACK_OVERFLOW, fault=dataclasses.replace(SHALLOW, site=PAST_THE_STACK)),
+    dead(
+        "segfault-with-a-full-stack", by(11), K.SEGFAULT, fault=dataclasses.replace(FULL, site=NULL)
+    ),
+    dead(
+        "segfault-that-was-sent", by(11), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=SENT)
+    ),
+    dead(
+        "large-frames",
+        by(11),
+        K.STACK_OVERFLOW,
+        fault=dataclasses.replace(SHALLOW, site=PAST_THE_STACK),
+    ),
     dead(
         "stack-overflow-in-a-thread",
         by(11),
@@ -278,8 +383,17 @@ DEATHS = [
     ),
     dead("no-report-though-armed", by(11), K.STACK_OVERFLOW, C.LIKELY, caught_signals=HANDLERS),
     dead("no-report-and-disarmed", by(11), K.SEGFAULT, C.LIKELY, caught_signals=frozenset({2})),
-    dead("no-report-and-its-own-handler", by(11), K.SEGFAULT, C.LIKELY, caught_signals=HANDLERS, handler_replaced=True),
-    dead("no-report-and-still-caught", by(11), K.SEGFAULT, C.LIKELY, caught_signals=HANDLERS | {11}),
+    dead(
+        "no-report-and-its-own-handler",
+        by(11),
+        K.SEGFAULT,
+        C.LIKELY,
+        caught_signals=HANDLERS,
+        handler_replaced=True,
+    ),
+    dead(
+        "no-report-and-still-caught", by(11), K.SEGFAULT, C.LIKELY, caught_signals=HANDLERS | {11}
+    ),
     dead("killed-and-armed", by(9), K.KILLED, C.LIKELY, caught_signals=HANDLERS | {11}),
     dead("segfault-unseen", by(11), K.SEGFAULT, C.LIKELY),
     dead("stack-overflow", by(11), K.STACK_OVERFLOW, fault=FULL),
@@ -296,7 +410,11 @@ DEATHS = [
     dead("os._exit(137)-is-no-sigkill", exit_code(137), K.EXIT, oom_kills=1, oom_kills_cell=1),
     dead("os._exit(139)-is-no-segfault", exit_code(139), K.EXIT, fault=SHALLOW),
     Row(id="asked", ending=Died(cell=2, exit=None, asked_to_exit=True), kind=K.EXIT),
-    Row(id="asked-then-left", ending=Died(cell=2, exit=exit_code(0), asked_to_exit=True), kind=K.EXIT),
+    Row(
+        id="asked-then-left",
+        ending=Died(cell=2, exit=exit_code(0), asked_to_exit=True),
+        kind=K.EXIT,
+    ),
     # Signals that ask.
     dead("sigterm", by(15), K.TERMINATED),
     dead("sighup", by(1), K.TERMINATED),
@@ -358,26 +476,98 @@ ERRORS = [
     error("system-exit", raised("SystemExit", "1"), K.EXCEPTION),
     error("keyboard-interrupt", raised("KeyboardInterrupt"), K.EXCEPTION),
     error("stdin", raised("StdinNotImplementedError", "raw_input was called"), K.STDIN, C.LIKELY),
-    error("worker", raised("BrokenProcessPool", "terminated abruptly"), K.WORKER_OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1),
-    error("worker-of-an-earlier-cell", raised("BrokenProcessPool", "x"), K.EXCEPTION, oom_kills=1, oom_kills_cell=0),
+    error(
+        "worker",
+        raised("BrokenProcessPool", "terminated abruptly"),
+        K.WORKER_OUT_OF_MEMORY,
+        oom_kills=1,
+        oom_kills_cell=1,
+    ),
+    error(
+        "worker-of-an-earlier-cell",
+        raised("BrokenProcessPool", "x"),
+        K.EXCEPTION,
+        oom_kills=1,
+        oom_kills_cell=0,
+    ),
     error("memory-error", raised("MemoryError"), K.MEMORY_ERROR, C.LIKELY),
-    error("memory-error-near-the-limit", raised("MemoryError"), K.MEMORY_ERROR, memory_peak=95 * MIB),
-    error("memory-error-without-a-limit", raised("MemoryError"), K.MEMORY_ERROR, C.LIKELY, memory_peak=95 * MIB, limits=BARE),
-    error("numpy-asks-for-little", raised("_ArrayMemoryError", "Unable to allocate 9.54 MiB"), K.MEMORY_ERROR, C.LIKELY),
-    error("numpy-memory-error", raised("_ArrayMemoryError", "Unable to allocate 74.5 GiB"), K.MEMORY_ERROR),
-    error("qualified-memory-error", raised("numpy.core._exceptions._ArrayMemoryError", "x"), K.MEMORY_ERROR, C.LIKELY),
-    error("errno-12", raised("OSError", "[Errno 12] Cannot allocate memory"), K.MEMORY_ERROR, C.LIKELY),
-    error("r-memory", raised("ERROR", "Error: cannot allocate vector of size 74.5 Gb"), K.MEMORY_ERROR, C.LIKELY, language="R"),
-    error("r-text-in-python", raised("ValueError", "cannot allocate vector of size 7 Gb"), K.EXCEPTION),
-    error("open-files", raised("OSError", "[Errno 24] Too many open files: 'a'"), K.TOO_MANY_OPEN_FILES, open_files=49),
-    error("open-files-closed-since", raised("OSError", "[Errno 24] Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY),
-    error("open-files-in-words", raised("gaierror", "oops: Too many open files"), K.TOO_MANY_OPEN_FILES, C.LIKELY, open_files=50),
+    error(
+        "memory-error-near-the-limit", raised("MemoryError"), K.MEMORY_ERROR, memory_peak=95 * MIB
+    ),
+    error(
+        "memory-error-without-a-limit",
+        raised("MemoryError"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        memory_peak=95 * MIB,
+        limits=BARE,
+    ),
+    error(
+        "numpy-asks-for-little",
+        raised("_ArrayMemoryError", "Unable to allocate 9.54 MiB"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+    ),
+    error(
+        "numpy-memory-error",
+        raised("_ArrayMemoryError", "Unable to allocate 74.5 GiB"),
+        K.MEMORY_ERROR,
+    ),
+    error(
+        "qualified-memory-error",
+        raised("numpy.core._exceptions._ArrayMemoryError", "x"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+    ),
+    error(
+        "errno-12", raised("OSError", "[Errno 12] Cannot allocate memory"), K.MEMORY_ERROR, C.LIKELY
+    ),
+    error(
+        "r-memory",
+        raised("ERROR", "Error: cannot allocate vector of size 74.5 Gb"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        language="R",
+    ),
+    error(
+        "r-text-in-python", raised("ValueError", "cannot allocate vector of size 7 Gb"), K.EXCEPTION
+    ),
+    error(
+        "open-files",
+        raised("OSError", "[Errno 24] Too many open files: 'a'"),
+        K.TOO_MANY_OPEN_FILES,
+        open_files=49,
+    ),
+    error(
+        "open-files-closed-since",
+        raised("OSError", "[Errno 24] Too many open files"),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+    ),
+    error(
+        "open-files-in-words",
+        raised("gaierror", "oops: Too many open files"),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+        open_files=50,
+    ),
     error("no-network", UNREACHED, K.NETWORK_BLOCKED, walls=NO_NETWORK, conflicts=(HOST,)),
     error("no-tcp", UNREACHED, K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP, conflicts=(HOST,)),
     error(
-        "no-route", UNREACHED, K.NETWORK_BLOCKED, C.LIKELY, walls=NO_NETWORK, conflicts=(dataclasses.replace(HOST, usable=False),)
+        "no-route",
+        UNREACHED,
+        K.NETWORK_BLOCKED,
+        C.LIKELY,
+        walls=NO_NETWORK,
+        conflicts=(dataclasses.replace(HOST, usable=False),),
     ),
-    error("curl", raised("CalledProcessError", "Command 'curl'"), K.NETWORK_BLOCKED, walls=NO_NETWORK, conflicts=(CURL,)),
+    error(
+        "curl",
+        raised("CalledProcessError", "Command 'curl'"),
+        K.NETWORK_BLOCKED,
+        walls=NO_NETWORK,
+        conflicts=(CURL,),
+    ),
     error(
         "r-no-network",
         raised("ERROR", "cannot open URL 'https://x'"),
@@ -386,7 +576,13 @@ ERRORS = [
         walls=NO_NETWORK,
         conflicts=(HOST,),
     ),
-    error("curl-and-another-error", raised("ZeroDivisionError", "x"), K.EXCEPTION, walls=NO_NETWORK, conflicts=(CURL,)),
+    error(
+        "curl-and-another-error",
+        raised("ZeroDivisionError", "x"),
+        K.EXCEPTION,
+        walls=NO_NETWORK,
+        conflicts=(CURL,),
+    ),
     error(
         "pip-without-a-network",
         raised("ModuleNotFoundError", "No module named 'x'"),
@@ -404,9 +600,28 @@ ERRORS = [
         walls=UNHELD,
         conflicts=(HOST,),
     ),
-    error("loopback-refuses", raised("ConnectionRefusedError", "[Errno 111] Connection refused"), K.EXCEPTION, walls=NO_NETWORK),
-    error("variable-removed", raised("KeyError", "'A_TOKEN'"), K.ISOLATION, conflicts=(VARIABLE,), walls=WALLS, isolation=TAKEN),
-    error("variable-mentioned", raised("E", "set A_TOKEN"), K.ISOLATION, C.LIKELY, conflicts=(MENTIONED,), walls=WALLS),
+    error(
+        "loopback-refuses",
+        raised("ConnectionRefusedError", "[Errno 111] Connection refused"),
+        K.EXCEPTION,
+        walls=NO_NETWORK,
+    ),
+    error(
+        "variable-removed",
+        raised("KeyError", "'A_TOKEN'"),
+        K.ISOLATION,
+        conflicts=(VARIABLE,),
+        walls=WALLS,
+        isolation=TAKEN,
+    ),
+    error(
+        "variable-mentioned",
+        raised("E", "set A_TOKEN"),
+        K.ISOLATION,
+        C.LIKELY,
+        conflicts=(MENTIONED,),
+        walls=WALLS,
+    ),
     error(
         "file-hidden",
         raised("FileNotFoundError", HIDDEN_FILE.line),
@@ -462,14 +677,45 @@ ERRORS = [
     error("disk-full-at-the-end", NO_SPACE, K.DISK_FULL, disk_free=0),
     error("disk-full-elsewhere", NO_SPACE, K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
     error("shm-full", NO_SPACE, K.DISK_FULL, volumes=(ROOMY, SHM_FULL)),
-    error("quota", raised("OSError", "[Errno 122] Disk quota exceeded"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
-    error("sqlite", raised("OperationalError", "database or disk is full"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
-    error("sqlite-qualified", raised("sqlite3.OperationalError", "database or disk is full"), K.DISK_FULL, volumes=(FULL_DISK,)),
-    error("tofile", raised("OSError", "4000000 requested and 2093056 written"), K.DISK_FULL, volumes=(FULL_DISK,)),
-    error("tofile-asks-first", raised("OSError", NOT_ENOUGH), K.DISK_FULL, volumes=(EMPTY_DISK,)),
-    error("tofile-asks-first-elsewhere", raised("OSError", NOT_ENOUGH), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
     error(
-        "polars-disk", raised("ComputeError", "underlying IO error: No space left on device (os error 28)"), K.DISK_FULL, C.LIKELY
+        "quota",
+        raised("OSError", "[Errno 122] Disk quota exceeded"),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "sqlite",
+        raised("OperationalError", "database or disk is full"),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "sqlite-qualified",
+        raised("sqlite3.OperationalError", "database or disk is full"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
+    ),
+    error(
+        "tofile",
+        raised("OSError", "4000000 requested and 2093056 written"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
+    ),
+    error("tofile-asks-first", raised("OSError", NOT_ENOUGH), K.DISK_FULL, volumes=(EMPTY_DISK,)),
+    error(
+        "tofile-asks-first-elsewhere",
+        raised("OSError", NOT_ENOUGH),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "polars-disk",
+        raised("ComputeError", "underlying IO error: No space left on device (os error 28)"),
+        K.DISK_FULL,
+        C.LIKELY,
     ),
     error(
         "duckdb-disk",
@@ -484,9 +730,20 @@ ERRORS = [
         volumes=(FULL_DISK,),
         raised=(Raised(type="ExportError"), Raised(type="OSError", number=28)),
     ),
-    error("program-disk", raised("CalledProcessError", "Command 'cp'"), K.DISK_FULL, volumes=(FULL_DISK,), last_words=WRITING),
     error(
-        "program-disk-elsewhere", raised("CalledProcessError", "x"), K.DISK_FULL, C.LIKELY, volumes=(ROOMY,), last_words=WRITING
+        "program-disk",
+        raised("CalledProcessError", "Command 'cp'"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
+        last_words=WRITING,
+    ),
+    error(
+        "program-disk-elsewhere",
+        raised("CalledProcessError", "x"),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(ROOMY,),
+        last_words=WRITING,
     ),
     error(
         "r-disk",
@@ -496,16 +753,50 @@ ERRORS = [
         volumes=(FULL_DISK,),
         last_words=WRITING,
     ),
-    error("hdf5-close", raised("RuntimeError", "Unable to synchronously close file"), K.DISK_FULL, volumes=(FULL_DISK,)),
-    error("hdf5-close-full-before", raised("RuntimeError", "Can't close file"), K.DISK_FULL, C.LIKELY, volumes=(FULL_BEFORE,)),
-    error("hdf5-close-with-room", raised("RuntimeError", "Unable to synchronously close file"), K.EXCEPTION, volumes=(ROOMY,)),
     error(
-        "pickle-cut-off", raised("UnpicklingError", "pickle data was truncated"), K.DISK_FULL, C.LIKELY, volumes=(FULL_BEFORE,)
+        "hdf5-close",
+        raised("RuntimeError", "Unable to synchronously close file"),
+        K.DISK_FULL,
+        volumes=(FULL_DISK,),
     ),
-    error("pickle-cut-off-with-room", raised("UnpicklingError", "pickle data was truncated"), K.EXCEPTION, volumes=(ROOMY,)),
-    error("no-words-but-full", raised("ExportError", "x"), K.DISK_FULL, C.LIKELY, volumes=(FULL_DISK,)),
-    error("no-words-and-full-before", raised("ExportError", "x"), K.EXCEPTION, volumes=(FULL_BEFORE,)),
-    error("logic-and-full", raised("ZeroDivisionError", "division by zero"), K.EXCEPTION, volumes=(FULL_DISK,)),
+    error(
+        "hdf5-close-full-before",
+        raised("RuntimeError", "Can't close file"),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(FULL_BEFORE,),
+    ),
+    error(
+        "hdf5-close-with-room",
+        raised("RuntimeError", "Unable to synchronously close file"),
+        K.EXCEPTION,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "pickle-cut-off",
+        raised("UnpicklingError", "pickle data was truncated"),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(FULL_BEFORE,),
+    ),
+    error(
+        "pickle-cut-off-with-room",
+        raised("UnpicklingError", "pickle data was truncated"),
+        K.EXCEPTION,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "no-words-but-full", raised("ExportError", "x"), K.DISK_FULL, C.LIKELY, volumes=(FULL_DISK,)
+    ),
+    error(
+        "no-words-and-full-before", raised("ExportError", "x"), K.EXCEPTION, volumes=(FULL_BEFORE,)
+    ),
+    error(
+        "logic-and-full",
+        raised("ZeroDivisionError", "division by zero"),
+        K.EXCEPTION,
+        volumes=(FULL_DISK,),
+    ),
     error(
         "another-number-and-full",
         raised("ConnectionResetError", "[Errno 104] Connection reset by peer"),
@@ -514,10 +805,28 @@ ERRORS = [
         raised=(Raised(type="ConnectionResetError", number=104),),
     ),
     dead("bus-error-of-a-full-shm", by(7), K.BUS_ERROR, volumes=(ROOMY, SHM_FULL)),
-    error("duckdb-memory", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, memory_peak=50 * MIB),
-    error("duckdb-memory-near-ours", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, C.LIKELY, memory_peak=99 * MIB),
-    error("duckdb-memory-unmeasured", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, C.LIKELY),
-    error("duckdb-temporary-files", raised("OutOfMemoryException", DUCKDB_DISK), K.DISK_FULL, memory_peak=MIB),
+    error(
+        "duckdb-memory",
+        raised("OutOfMemoryException", DUCKDB),
+        K.MEMORY_ERROR,
+        memory_peak=50 * MIB,
+    ),
+    error(
+        "duckdb-memory-near-ours",
+        raised("OutOfMemoryException", DUCKDB),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        memory_peak=99 * MIB,
+    ),
+    error(
+        "duckdb-memory-unmeasured", raised("OutOfMemoryException", DUCKDB), K.MEMORY_ERROR, C.LIKELY
+    ),
+    error(
+        "duckdb-temporary-files",
+        raised("OutOfMemoryException", DUCKDB_DISK),
+        K.DISK_FULL,
+        memory_peak=MIB,
+    ),
     error(
         "r-vectors",
         raised("ERROR", "vector memory limit of 16.0 Gb reached, see mem.maxVSize()"),
@@ -525,12 +834,27 @@ ERRORS = [
         language="R",
         memory_peak=0,
     ),
-    error("jvm-of-a-program", raised("CalledProcessError", "java"), K.MEMORY_ERROR, memory_peak=MIB, last_words=JVM),
+    error(
+        "jvm-of-a-program",
+        raised("CalledProcessError", "java"),
+        K.MEMORY_ERROR,
+        memory_peak=MIB,
+        last_words=JVM,
+    ),
     dead(
-        "polars-threshold", by(6), K.ABORT, stderr_tail="polars: memory usage exceeded POLARS_OOMKILL_THRESHOLD_MB or x, aborting"
+        "polars-threshold",
+        by(6),
+        K.ABORT,
+        stderr_tail="polars: memory usage exceeded POLARS_OOMKILL_THRESHOLD_MB or x, aborting",
     ),
     error("file-size", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE),
-    error("file-size-not-ours", raised("OSError", "[Errno 27] File too large"), K.FILE_TOO_LARGE, C.LIKELY, limits=BARE),
+    error(
+        "file-size-not-ours",
+        raised("OSError", "[Errno 27] File too large"),
+        K.FILE_TOO_LARGE,
+        C.LIKELY,
+        limits=BARE,
+    ),
     error(
         "fork-refused",
         raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"),
@@ -544,7 +868,12 @@ ERRORS = [
         C.LIKELY,
         place=FORKING,
     ),
-    error("thread-refused", raised("RuntimeError", "can't start new thread"), K.TOO_MANY_PROCESSES, C.LIKELY),
+    error(
+        "thread-refused",
+        raised("RuntimeError", "can't start new thread"),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+    ),
     error(
         "thread-refused-above",
         raised("RuntimeError", "can't start new thread"),
@@ -552,16 +881,46 @@ ERRORS = [
         process_refusals=1,
         process_bound=("/sys/fs/cgroup/box", 20),
     ),
-    error("bash-fork", raised("ERROR", "bash: fork: retry: no"), K.TOO_MANY_PROCESSES, C.LIKELY, language="bash"),
-    error("eagain-of-a-socket", raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"), K.EXCEPTION),
+    error(
+        "bash-fork",
+        raised("ERROR", "bash: fork: retry: no"),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+        language="bash",
+    ),
+    error(
+        "eagain-of-a-socket",
+        raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"),
+        K.EXCEPTION,
+    ),
     # Text alone, in an exception of the user's own, proves nothing.
-    error("says-disk", raised("MyError", "[Errno 28] No space left on device"), K.EXCEPTION, disk_free=10**9),
-    error("says-files", raised("MyError", "[Errno 24] Too many open files"), K.EXCEPTION, open_files=5),
+    error(
+        "says-disk",
+        raised("MyError", "[Errno 28] No space left on device"),
+        K.EXCEPTION,
+        disk_free=10**9,
+    ),
+    error(
+        "says-files", raised("MyError", "[Errno 24] Too many open files"), K.EXCEPTION, open_files=5
+    ),
     error("says-size", raised("ValueError", "[Errno 27] File too large"), K.EXCEPTION),
-    error("says-processes", raised("MyError", "[Errno 11] Resource temporarily unavailable"), K.EXCEPTION, process_refusals=3),
-    error("says-memory", raised("MyError", "MemoryError: [Errno 12] Cannot allocate memory"), K.EXCEPTION),
+    error(
+        "says-processes",
+        raised("MyError", "[Errno 11] Resource temporarily unavailable"),
+        K.EXCEPTION,
+        process_refusals=3,
+    ),
+    error(
+        "says-memory",
+        raised("MyError", "MemoryError: [Errno 12] Cannot allocate memory"),
+        K.EXCEPTION,
+    ),
     error("says-thread", raised("MyError", "can't start new thread"), K.EXCEPTION),
-    error("says-killed", raised("MyError", "Killed, exit status 137, oom_kill 1, SIGSEGV"), K.EXCEPTION),
+    error(
+        "says-killed",
+        raised("MyError", "Killed, exit status 137, oom_kill 1, SIGSEGV"),
+        K.EXCEPTION,
+    ),
     error("says-input", raised("MyError", "StdinNotImplementedError: raw_input"), K.EXCEPTION),
 ]
 
@@ -581,7 +940,9 @@ INSTALLED = {"bash": "bash", "conda-py": "python", "ir": "R", "python3": "python
         ({}, "R", "None of the installed kernels is for R"),
     ],
 )
-def test_a_kernel_that_is_not_installed(installed: dict[str, str], language: str | None, advice: str) -> None:
+def test_a_kernel_that_is_not_installed(
+    installed: dict[str, str], language: str | None, advice: str
+) -> None:
     context = Context(
         ending=StartFailed(reason="no kernel named 'x' is installed", installed=installed),
         evidence=Evidence(),
@@ -601,7 +962,11 @@ OTHERS = [
         kind=K.KERNEL_START_FAILED,
         seen={"termination": TerminationReason.MEMORY},
     ),
-    Row(id="start", ending=StartFailed(reason="the kernel did not answer", waited=60.0), kind=K.KERNEL_START_FAILED),
+    Row(
+        id="start",
+        ending=StartFailed(reason="the kernel did not answer", waited=60.0),
+        kind=K.KERNEL_START_FAILED,
+    ),
     Row(
         id="start-killed-for-memory",
         ending=StartFailed(reason="the kernel ended", exit=by(9)),
@@ -609,9 +974,27 @@ OTHERS = [
         seen={"oom_kills": 1, "termination": TerminationReason.MEMORY},
     ),
     Row(id="internal", ending=InternalError(message="no"), kind=K.UNKNOWN, confidence=C.GUESS),
-    hit("output", LimitName.CELL_OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
-    hit("output-in-all", LimitName.OUTPUT, K.OUTPUT_FLOOD, cell_output_bytes=16 * MIB, cell_output_received=16 * MIB),
-    hit("processes", LimitName.PROCESSES, K.TOO_MANY_PROCESSES, termination=TerminationReason.PROCESSES, exit=by(9)),
+    hit(
+        "output",
+        LimitName.CELL_OUTPUT,
+        K.OUTPUT_FLOOD,
+        cell_output_bytes=16 * MIB,
+        cell_output_received=16 * MIB,
+    ),
+    hit(
+        "output-in-all",
+        LimitName.OUTPUT,
+        K.OUTPUT_FLOOD,
+        cell_output_bytes=16 * MIB,
+        cell_output_received=16 * MIB,
+    ),
+    hit(
+        "processes",
+        LimitName.PROCESSES,
+        K.TOO_MANY_PROCESSES,
+        termination=TerminationReason.PROCESSES,
+        exit=by(9),
+    ),
     hit("disk", LimitName.DISK, K.DISK_FULL, termination=TerminationReason.DISK, exit=by(9)),
     hit("worker-unnoticed", LimitName.MEMORY, K.WORKER_OUT_OF_MEMORY, oom_kills=1),
     hit("nothing-fits", LimitName.OPEN_FILES, K.UNKNOWN, C.GUESS),
@@ -629,7 +1012,11 @@ def of(row: Row) -> Cause:
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
 def test_what_is_concluded(row: Row) -> None:
     cause = of(row)
-    assert (cause.kind, cause.confidence, cause.activity) == (row.kind, row.confidence, row.activity)
+    assert (cause.kind, cause.confidence, cause.activity) == (
+        row.kind,
+        row.confidence,
+        row.activity,
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
@@ -654,7 +1041,9 @@ def test_a_death_carries_its_raw_end(row: Row) -> None:
 
 @pytest.mark.parametrize("row", TIMES, ids=[row.id for row in TIMES])
 def test_our_own_signal_says_nothing_about_a_timeout(row: Row) -> None:
-    killed = dataclasses.replace(row, seen={**row.seen, "exit": by(9), "termination": TerminationReason.CELL_TIMEOUT})
+    killed = dataclasses.replace(
+        row, seen={**row.seen, "exit": by(9), "termination": TerminationReason.CELL_TIMEOUT}
+    )
     cause = of(killed)
     if cause.kind is not K.WORKER_OUT_OF_MEMORY:
         assert (cause.kind, cause.signal, cause.exit_code) == (row.kind, None, None)
@@ -675,9 +1064,20 @@ def test_every_ending_but_two_has_a_cause() -> None:
 
 
 @pytest.mark.parametrize("reason", [None, *TerminationReason])
-@pytest.mark.parametrize("ending", [Passed(), Cancelled(signal=2, cell=2)], ids=["passed", "cancelled"])
-def test_what_passed_or_was_cancelled_has_no_cause(ending: Ending, reason: TerminationReason | None) -> None:
-    evidence = Evidence(termination=reason, exit=by(9), oom_kills=1, oom_kills_cell=1, oomd_killed=True, looked=SLEEPS)
+@pytest.mark.parametrize(
+    "ending", [Passed(), Cancelled(signal=2, cell=2)], ids=["passed", "cancelled"]
+)
+def test_what_passed_or_was_cancelled_has_no_cause(
+    ending: Ending, reason: TerminationReason | None
+) -> None:
+    evidence = Evidence(
+        termination=reason,
+        exit=by(9),
+        oom_kills=1,
+        oom_kills_cell=1,
+        oomd_killed=True,
+        looked=SLEEPS,
+    )
     assert find_cause(Context(ending=ending, evidence=evidence, limits=LIMITS)) is None
 
 
@@ -690,8 +1090,14 @@ SAYINGS = (  # the last words of a cell that ran into nothing of the kind
 def test_what_was_printed_changes_nothing(row: Row) -> None:
     before = of(row)
     for text in SAYINGS:
-        after = of(dataclasses.replace(row, seen={**row.seen, "last_words": row.seen.get("last_words", "") + text}))
-        assert dataclasses.replace(after, summary="", evidence=()) == dataclasses.replace(before, summary="", evidence=())
+        after = of(
+            dataclasses.replace(
+                row, seen={**row.seen, "last_words": row.seen.get("last_words", "") + text}
+            )
+        )
+        assert dataclasses.replace(after, summary="", evidence=()) == dataclasses.replace(
+            before, summary="", evidence=()
+        )
 
 
 def test_last_words_of_a_library_are_shown() -> None:
@@ -702,11 +1108,19 @@ def test_last_words_of_a_library_are_shown() -> None:
     assert "free(): invalid pointer" in of(left).summary
 
 
-def test_the_reason_of_a_fatal_error_in_python_is_shown_rather_than_what_was_printed_before() -> None:
-    fatal = FaultReport(title="_PyErr_NormalizeException: Cannot recover from MemoryErrors", stack=(), main=True)
-    burst = OutputBurst(channel=Channel.DESCRIPTOR, text='ading.py", line 975 in run\nsome words\n', age=0.0)
+def test_the_reason_of_a_fatal_error_in_python_is_shown_rather_than_what_was_printed_before() -> (
+    None
+):
+    fatal = FaultReport(
+        title="_PyErr_NormalizeException: Cannot recover from MemoryErrors", stack=(), main=True
+    )
+    burst = OutputBurst(
+        channel=Channel.DESCRIPTOR, text='ading.py", line 975 in run\nsome words\n', age=0.0
+    )
     summary = of(dead("abort", by(6), K.ABORT, fault=fatal, final_output=(burst,))).summary
-    assert summary.endswith("fatal error in Python: _PyErr_NormalizeException: Cannot recover from MemoryErrors")
+    assert summary.endswith(
+        "fatal error in Python: _PyErr_NormalizeException: Cannot recover from MemoryErrors"
+    )
 
 
 def test_cells_that_fill_the_memory_are_named() -> None:
@@ -717,33 +1131,55 @@ def test_cells_that_fill_the_memory_are_named() -> None:
     killed = dead("oom", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1)
     context = dataclasses.replace(killed.context, cells=cells, current=4)
     cause = find_cause(context)
-    assert cause is not None and "code cell 1 kept 612" in cause.advice and "code cell 4" not in cause.advice
+    assert (
+        cause is not None
+        and "code cell 1 kept 612" in cause.advice
+        and "code cell 4" not in cause.advice
+    )
 
 
 def test_a_program_that_failed_is_told_with_its_last_line() -> None:
-    failed = CellError(ename="CalledProcessError", evalue="Command 'x' returned non-zero exit status 1.")
+    failed = CellError(
+        ename="CalledProcessError", evalue="Command 'x' returned non-zero exit status 1."
+    )
     row = error("program", failed, K.EXCEPTION, last_words="Traceback\nIndexError: no\n\n")
-    assert ("printed last", "IndexError: no") in [(fact.fact, fact.value) for fact in of(row).evidence]
-    plain = error("other", CellError(ename="ValueError", evalue="x"), K.EXCEPTION, last_words="printed")
+    assert ("printed last", "IndexError: no") in [
+        (fact.fact, fact.value) for fact in of(row).evidence
+    ]
+    plain = error(
+        "other", CellError(ename="ValueError", evalue="x"), K.EXCEPTION, last_words="printed"
+    )
     assert [fact.fact for fact in of(plain).evidence] == ["raised", "kernel process"]
 
 
 def test_who_called_os_exit_is_told() -> None:
     caller = (Frame(function="leave", line=4, file="/lib/x.py"),)
-    assert "os._exit() in leave (/lib/x.py, line 4)" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=caller)).summary
+    assert (
+        "os._exit() in leave (/lib/x.py, line 4)"
+        in of(dead("exit", exit_code(3), K.EXIT, exit_caller=caller)).summary
+    )
     for function, words in (
         ("leave", "leave, a cell, line 4"),
         ("<module>", "a cell, line 4"),
         ("<cell line: 4>", "a cell, line 4"),
     ):
         own = (Frame(function=function, line=4, file="<timed exec>", cell=7),)
-        assert f"os._exit() in {words}" in of(dead("exit", exit_code(3), K.EXIT, exit_caller=own)).summary
+        assert (
+            f"os._exit() in {words}"
+            in of(dead("exit", exit_code(3), K.EXIT, exit_caller=own)).summary
+        )
 
 
 def test_an_exit_that_was_asked_for_in_an_earlier_cell() -> None:
-    asked = (Frame(function="leave", line=9, file="/lib/x.py"), Frame(function="<module>", line=2, file="1.py", cell=7))
+    asked = (
+        Frame(function="leave", line=9, file="/lib/x.py"),
+        Frame(function="<module>", line=2, file="1.py", cell=7),
+    )
     summary = of(dead("exit", exit_code(0), K.EXIT, exit_request=asked)).summary
-    assert summary == "the kernel process left with exit status 0, as exit() or quit() in a cell, line 2 had asked it to"
+    assert (
+        summary
+        == "the kernel process left with exit status 0, as exit() or quit() in a cell, line 2 had asked it to"
+    )
     assert "had asked" not in of(dead("exit", exit_code(1), K.EXIT, exit_request=asked)).summary
 
 
@@ -751,22 +1187,40 @@ def test_an_exit_that_was_asked_for_in_an_earlier_cell() -> None:
 
 counts = st.none() | st.integers(0, 1 << 62)
 seconds = st.none() | st.floats(0, 1e12)
-claimed = st.floats()  # read from memory that the kernel process writes: not a number, infinite, anything
+claimed = (
+    st.floats()
+)  # read from memory that the kernel process writes: not a number, infinite, anything
 words = st.text(max_size=40)
 statuses = st.one_of(
     st.integers(0, 255).map(exit_code),
     st.integers(1, 64).map(by),
     st.integers(1, 64).map(lambda number: by(number, core=True)),
 )
-frames = st.builds(Frame, function=words, line=counts, file=st.none() | words, cell=st.none() | st.integers(0, 9))
+frames = st.builds(
+    Frame, function=words, line=counts, file=st.none() | words, cell=st.none() | st.integers(0, 9)
+)
 stacks = st.lists(frames, max_size=3).map(tuple)
 texts = st.one_of(
     words,
-    st.sampled_from([row.ending.error.evalue for row in ERRORS if isinstance(row.ending, CellFailed)]),
+    st.sampled_from(
+        [row.ending.error.evalue for row in ERRORS if isinstance(row.ending, CellFailed)]
+    ),
 )
-names = st.one_of(words, st.sampled_from([row.ending.error.ename for row in ERRORS if isinstance(row.ending, CellFailed)]))
+names = st.one_of(
+    words,
+    st.sampled_from(
+        [row.ending.error.ename for row in ERRORS if isinstance(row.ending, CellFailed)]
+    ),
+)
 cell_errors = st.builds(CellError, ename=names, evalue=texts)
-places = st.builds(Place, cell=st.integers(0, 9), line=st.integers(0, 99), source=words, stack=stacks, age=st.none() | claimed)
+places = st.builds(
+    Place,
+    cell=st.integers(0, 9),
+    line=st.integers(0, 99),
+    source=words,
+    stack=stacks,
+    age=st.none() | claimed,
+)
 looks = st.builds(
     Looked,
     state=st.none() | st.sampled_from(list("RSDTtZX")) | words,
@@ -823,7 +1277,9 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 
 def conflicts_of_fields() -> st.SearchStrategy[IsolationConflict]:
     """Any conflict there can be: only a variable and a host have no path, and an option always has a value."""
-    fields = {name: values_of(hint) for name, hint in typing.get_type_hints(IsolationConflict).items()}
+    fields = {
+        name: values_of(hint) for name, hint in typing.get_type_hints(IsolationConflict).items()
+    }
     paths = st.text("abc/. ", min_size=1, max_size=8).map("/".__add__)
     pathless = {NeedKind.VARIABLE, NeedKind.HOST}
 
@@ -852,11 +1308,18 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(hint)
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
-        return st.builds(hint, **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()})
+        return st.builds(
+            hint,
+            **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()},
+        )
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         several = arguments[-1] is Ellipsis
-        return st.lists(values_of(arguments[0]), max_size=3).map(tuple) if several else st.tuples(*map(values_of, arguments))
+        return (
+            st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+            if several
+            else st.tuples(*map(values_of, arguments))
+        )
     return st.one_of(*map(values_of, arguments))
 
 
@@ -869,10 +1332,20 @@ bools = st.none() | st.booleans()
 endings: st.SearchStrategy[Ending] = st.one_of(
     st.just(Passed()),
     st.builds(CellFailed, cell=cells_of, error=cell_errors),
-    st.builds(Died, cell=st.none() | cells_of, exit=st.none() | statuses, asked_to_exit=st.booleans()),
-    st.builds(TimedOut, cell=st.none() | cells_of, whole=st.booleans(), allowed=st.floats(0, 1e9), answered=bools),
+    st.builds(
+        Died, cell=st.none() | cells_of, exit=st.none() | statuses, asked_to_exit=st.booleans()
+    ),
+    st.builds(
+        TimedOut,
+        cell=st.none() | cells_of,
+        whole=st.booleans(),
+        allowed=st.floats(0, 1e9),
+        answered=bools,
+    ),
     st.builds(LimitHit, limit=st.sampled_from(LimitName), cell=st.none() | cells_of),
-    st.builds(StartFailed, reason=words.filter(str.strip), exit=st.none() | statuses, waited=seconds),
+    st.builds(
+        StartFailed, reason=words.filter(str.strip), exit=st.none() | statuses, waited=seconds
+    ),
     st.builds(Cancelled, signal=st.integers(1, 64), cell=st.none() | cells_of),
     st.builds(InternalError, message=words, cell=st.none() | cells_of),
 )
@@ -882,7 +1355,9 @@ languages = st.sampled_from([None, "python", "R", "bash"])
 
 @settings(deadline=None)
 @given(ending=endings, evidence=evidences, limits=limit_sets, language=languages)
-def test_whatever_was_observed_has_an_answer(ending: Ending, evidence: Evidence, limits: Limits, language: str | None) -> None:
+def test_whatever_was_observed_has_an_answer(
+    ending: Ending, evidence: Evidence, limits: Limits, language: str | None
+) -> None:
     cause = find_cause(Context(ending=ending, evidence=evidence, limits=limits, language=language))
     if isinstance(ending, Passed | Cancelled):
         assert cause is None
@@ -901,9 +1376,13 @@ def test_claims_from_inside_never_change_what_a_death_is(
     status: ExitStatus, evidence: Evidence, claim: dict[str, Any], limits: Limits
 ) -> None:
     ending = Died(cell=2, exit=status)
-    honest = dataclasses.replace(evidence, exit=status, **{name: getattr(Evidence(), name) for name in CLAIMS})
+    honest = dataclasses.replace(
+        evidence, exit=status, **{name: getattr(Evidence(), name) for name in CLAIMS}
+    )
     before = find_cause(Context(ending=ending, evidence=honest, limits=limits))
-    after = find_cause(Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits))
+    after = find_cause(
+        Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits)
+    )
     assert before is not None and after is not None
     said: dict[str, Any] = {"summary": "", "evidence": (), "advice": ""}
     assert dataclasses.replace(before, **said) == dataclasses.replace(after, **said)
@@ -920,5 +1399,7 @@ def test_an_exit_status_is_never_taken_for_a_signal(evidence: Evidence, code: in
         termination=None if evidence.termination in ours else evidence.termination,
         oomd_killed=None,
     )
-    cause = find_cause(Context(ending=Died(cell=2, exit=exit_code(code)), evidence=fair, limits=LIMITS))
+    cause = find_cause(
+        Context(ending=Died(cell=2, exit=exit_code(code)), evidence=fair, limits=LIMITS)
+    )
     assert cause is not None and (cause.kind, cause.exit_code) == (K.EXIT, code)

@@ -41,7 +41,14 @@ def frames(*places: str) -> tuple[Frame, ...]:
 
 def process(pid: int = 200, command: str = "sleep 1000", **facts: Any) -> ObservedProcess:
     """A child at rest, unless changed."""
-    rest = {"local_pid": pid, "parent": KERNEL, "state": "S", "cpu_share": 0.0, "age": 3.0, "syscall": "clock_nanosleep"}
+    rest = {
+        "local_pid": pid,
+        "parent": KERNEL,
+        "state": "S",
+        "cpu_share": 0.0,
+        "age": 3.0,
+        "syscall": "clock_nanosleep",
+    }
     return ObservedProcess(pid=pid, command=command, **{**rest, **facts})
 
 
@@ -51,14 +58,22 @@ def worker(pid: int, **facts: Any) -> ObservedProcess:
 
 
 def kernel(*processes: ObservedProcess, stack: tuple[str, ...] = (), **facts: Any) -> Looked:
-    rest: dict[str, Any] = {"state": "S", "cpu_share": 0.0, "syscall": "futex", "gil_waits": (0.0002,) * 9, "starved": False}
+    rest: dict[str, Any] = {
+        "state": "S",
+        "cpu_share": 0.0,
+        "syscall": "futex",
+        "gil_waits": (0.0002,) * 9,
+        "starved": False,
+    }
     children = sum(not other.adopted for other in processes)
     return Looked(stack=frames(*stack), processes=processes, children=children, **{**rest, **facts})
 
 
 def reading(*processes: ObservedProcess, **facts: Any) -> Looked:
     """A kernel that reads a pipe of which it holds no other end."""
-    return kernel(*processes, **{"syscall": "read", "targets": ("pipe:[1]",), "reads": ("pipe:[1]",), **facts})
+    return kernel(
+        *processes, **{"syscall": "read", "targets": ("pipe:[1]",), "reads": ("pipe:[1]",), **facts}
+    )
 
 
 FULL: dict[str, Any] = {
@@ -83,7 +98,12 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
     ),
     (
         "what a shell waits for",
-        kernel(process(201, "bash", syscall="wait4"), process(202, parent=201), syscall="wait4", awaited=201),
+        kernel(
+            process(201, "bash", syscall="wait4"),
+            process(202, parent=201),
+            syscall="wait4",
+            awaited=201,
+        ),
         A.WAITING_CHILD,
         202,
         B.SLEEPS,
@@ -97,7 +117,9 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
     ),
     (
         "a full pipe in a thread of the child (Queue)",
-        kernel(worker(200, **{**FULL, "syscall": "futex", "threads": 2}), syscall="wait4", awaited=200),
+        kernel(
+            worker(200, **{**FULL, "syscall": "futex", "threads": 2}), syscall="wait4", awaited=200
+        ),
         A.WAITING_CHILD,
         200,
         B.FULL_PIPE,
@@ -111,7 +133,9 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
     ),
     (
         "stdin is not closed",
-        kernel(process(command="sort", **STDIN), syscall="wait4", awaited=200, writes=("pipe:[2]",)),
+        kernel(
+            process(command="sort", **STDIN), syscall="wait4", awaited=200, writes=("pipe:[2]",)
+        ),
         A.WAITING_CHILD,
         200,
         B.INPUT,
@@ -136,10 +160,20 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
         200,
         B.FULL_PIPE,
     ),
-    ("SIGSTOP", kernel(process(state="T"), syscall="wait4", awaited=200), A.WAITING_CHILD, 200, B.STOPPED),
+    (
+        "SIGSTOP",
+        kernel(process(state="T"), syscall="wait4", awaited=200),
+        A.WAITING_CHILD,
+        200,
+        B.STOPPED,
+    ),
     (
         "%%bash with &",
-        kernel(process(adopted=True, parent=1, writes=("pipe:[1]",)), stack=(BASH,), reads=("pipe:[1]",)),
+        kernel(
+            process(adopted=True, parent=1, writes=("pipe:[1]",)),
+            stack=(BASH,),
+            reads=("pipe:[1]",),
+        ),
         A.WAITING_CHILD,
         200,
         B.HOLDS_OUTPUT,
@@ -158,7 +192,13 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
         202,
         B.HOLDS_OUTPUT,
     ),
-    ("os.popen().read() of an orphan", reading(process(**ORPHAN)), A.WAITING_CHILD, 200, B.HOLDS_OUTPUT),
+    (
+        "os.popen().read() of an orphan",
+        reading(process(**ORPHAN)),
+        A.WAITING_CHILD,
+        200,
+        B.HOLDS_OUTPUT,
+    ),
     (
         "bash in %%bash still lives",
         kernel(
@@ -192,7 +232,13 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
         200,
         B.IDLE,
     ),
-    ("a pool at rest", kernel(worker(200), worker(201), stack=(POOL,)), A.WAITING_CHILD, 200, B.IDLE),
+    (
+        "a pool at rest",
+        kernel(worker(200), worker(201), stack=(POOL,)),
+        A.WAITING_CHILD,
+        200,
+        B.IDLE,
+    ),
     (
         "a pool with a task that sleeps",
         kernel(worker(200), worker(201, syscall="clock_nanosleep"), stack=(POOL,)),
@@ -232,13 +278,21 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
     (
         "joblib's processes",
         kernel(
-            process(200, "python -m joblib.externals.loky.backend.popen_loky_posix"), stack=(LOKY,), syscall="clock_nanosleep"
+            process(200, "python -m joblib.externals.loky.backend.popen_loky_posix"),
+            stack=(LOKY,),
+            syscall="clock_nanosleep",
         ),
         A.WAITING_CHILD,
         200,
         B.SLEEPS,
     ),
-    ("joblib's threads", kernel(stack=(LOKY,), syscall="clock_nanosleep"), A.WAITING_LOCK, None, None),
+    (
+        "joblib's threads",
+        kernel(stack=(LOKY,), syscall="clock_nanosleep"),
+        A.WAITING_LOCK,
+        None,
+        None,
+    ),
     (
         "Queue.get() and the worker is dead",
         kernel(
@@ -260,7 +314,13 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
         None,
         None,
     ),
-    ("a spawned worker at rest", kernel(process(200, SPAWNED, syscall="read"), stack=(POOL,)), A.WAITING_CHILD, 200, B.IDLE),
+    (
+        "a spawned worker at rest",
+        kernel(process(200, SPAWNED, syscall="read"), stack=(POOL,)),
+        A.WAITING_CHILD,
+        200,
+        B.IDLE,
+    ),
     (
         "R's mclapply",
         kernel(
@@ -297,7 +357,11 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
     ),
     (
         "a child reads a terminal",
-        kernel(process(syscall="read", targets=("/dev/pts/3",), reads_terminal=True), syscall="wait4", awaited=200),
+        kernel(
+            process(syscall="read", targets=("/dev/pts/3",), reads_terminal=True),
+            syscall="wait4",
+            awaited=200,
+        ),
         A.WAITING_CHILD,
         200,
         B.TERMINAL,
@@ -305,8 +369,14 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("looked", "activity", "pid", "blockage"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_who_is_waited_for(looked: Looked, activity: Activity, pid: int | None, blockage: Blockage | None) -> None:
+@pytest.mark.parametrize(
+    ("looked", "activity", "pid", "blockage"),
+    [row[1:] for row in TABLE],
+    ids=[row[0] for row in TABLE],
+)
+def test_who_is_waited_for(
+    looked: Looked, activity: Activity, pid: int | None, blockage: Blockage | None
+) -> None:
     assert activity_of(looked) is activity
     if activity is A.WAITING_CHILD:
         blocker = find_blocker(looked)
@@ -324,7 +394,10 @@ def test_every_blockage_is_in_the_table_but_those_of_a_chain() -> None:
 def test_a_worker_that_died_is_said_to_have_died() -> None:
     gone = EndedChild(local_pid=7, command=FORKED, forked=True)
     looked = kernel(worker(200, age=1.0), worker(201), stack=(POOL,), ended=(gone,))
-    assert waiting_text.waited_for(looked) == "a worker process that ended before its work was done and was replaced"
+    assert (
+        waiting_text.waited_for(looked)
+        == "a worker process that ended before its work was done and was replaced"
+    )
     assert "BrokenProcessPool" in waiting_text.advice(looked, python=True)
 
 
@@ -333,7 +406,9 @@ def test_a_sleep_beside_a_stuck_child() -> None:
     assert activity_of(looked) is A.SLEEPING
     stuck = waiting.stuck_child(looked)
     assert stuck is not None
-    assert waiting_text.sentence_of(stuck).startswith("the child process `yes` (pid 200) is blocked writing to a full pipe")
+    assert waiting_text.sentence_of(stuck).startswith(
+        "the child process `yes` (pid 200) is blocked writing to a full pipe"
+    )
 
 
 def test_a_pipe_whose_other_end_only_the_kernel_holds() -> None:
@@ -348,10 +423,22 @@ def test_a_pipe_whose_other_end_only_the_kernel_holds() -> None:
     [
         (ObservedLock(path="/a.lock", kind="flock", own=True), {"syscall": "flock"}, True),
         (ObservedLock(path="/a.lock", kind="fcntl", holder=7), {"syscall": "fcntl"}, True),
-        (ObservedLock(path="/a.db", kind="sqlite"), {"syscall": "clock_nanosleep", "switches": 10.0}, True),
+        (
+            ObservedLock(path="/a.db", kind="sqlite"),
+            {"syscall": "clock_nanosleep", "switches": 10.0},
+            True,
+        ),
         # One long sleep is no busy handler, whatever stands open.
-        (ObservedLock(path="/a.db", kind="sqlite"), {"syscall": "clock_nanosleep", "switches": 0.0}, False),
-        (ObservedLock(path="/a.lock", kind="lock file"), {"syscall": "clock_nanosleep", "stack": (FILELOCK,)}, True),
+        (
+            ObservedLock(path="/a.db", kind="sqlite"),
+            {"syscall": "clock_nanosleep", "switches": 0.0},
+            False,
+        ),
+        (
+            ObservedLock(path="/a.lock", kind="lock file"),
+            {"syscall": "clock_nanosleep", "stack": (FILELOCK,)},
+            True,
+        ),
         (ObservedLock(path="/a.lock", kind="lock file"), {"syscall": "clock_nanosleep"}, False),
     ],
 )
@@ -379,10 +466,30 @@ AttributeError: Can't get attribute 'f' on <module '__main__' (built-in)>
 @pytest.mark.parametrize(
     ("text", "owner", "error", "advice"),
     [
-        (THREAD, "Thread-7 (_handle_results)", "TypeError: QualityError.__init__() missing", "__reduce__"),
-        (WORKER, "SpawnPoolWorker-2", "AttributeError: Can't get attribute 'f'", "module beside the notebook"),
-        (THREAD.replace("TypeError", "my.pkg.BadRow"), "Thread-7 (_handle_results)", "my.pkg.BadRow: ", "Mend that error"),
-        ("hello\n" + WORKER + "more\n" + THREAD, "Thread-7 (_handle_results)", "TypeError", "__reduce__"),
+        (
+            THREAD,
+            "Thread-7 (_handle_results)",
+            "TypeError: QualityError.__init__() missing",
+            "__reduce__",
+        ),
+        (
+            WORKER,
+            "SpawnPoolWorker-2",
+            "AttributeError: Can't get attribute 'f'",
+            "module beside the notebook",
+        ),
+        (
+            THREAD.replace("TypeError", "my.pkg.BadRow"),
+            "Thread-7 (_handle_results)",
+            "my.pkg.BadRow: ",
+            "Mend that error",
+        ),
+        (
+            "hello\n" + WORKER + "more\n" + THREAD,
+            "Thread-7 (_handle_results)",
+            "TypeError",
+            "__reduce__",
+        ),
     ],
 )
 def test_a_traceback_that_a_thread_printed(text: str, owner: str, error: str, advice: str) -> None:
@@ -395,14 +502,26 @@ def test_a_traceback_that_a_thread_printed(text: str, owner: str, error: str, ad
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Exception in thread", "Exception in thread T:\nTraceback (most recent call last):", "ValueError: 3"]
+    "text",
+    [
+        "",
+        "Exception in thread",
+        "Exception in thread T:\nTraceback (most recent call last):",
+        "ValueError: 3",
+    ],
 )
 def test_other_text_is_no_traceback(text: str) -> None:
     assert waiting_text.printed_traceback(text) is None
 
 
-texts = st.none() | st.tuples() | st.lists(st.sampled_from(["pipe:[1]", "pipe:[2]", "/a", "?"]), max_size=3).map(tuple)
-calls = st.none() | st.sampled_from(["read", "write", "futex", "poll", "wait4", "flock", "openat", "999"])
+texts = (
+    st.none()
+    | st.tuples()
+    | st.lists(st.sampled_from(["pipe:[1]", "pipe:[2]", "/a", "?"]), max_size=3).map(tuple)
+)
+calls = st.none() | st.sampled_from(
+    ["read", "write", "futex", "poll", "wait4", "flock", "openat", "999"]
+)
 pipes = st.lists(st.sampled_from(["pipe:[1]", "pipe:[2]"]), max_size=2).map(tuple)
 processes = st.builds(
     ObservedProcess, pid=st.integers(1, 9), local_pid=st.integers(1, 9), parent=st.integers(0, 9), command=st.text(max_size=9),
@@ -433,7 +552,9 @@ def test_whatever_stands_in_proc_there_is_a_sentence(
     awaited: int | None,
     python: bool,
 ) -> None:
-    looked = kernel(*others, syscall=syscall, targets=targets, reads=reads, writes=writes, awaited=awaited)
+    looked = kernel(
+        *others, syscall=syscall, targets=targets, reads=reads, writes=writes, awaited=awaited
+    )
     blocker = find_blocker(looked)
     assert (blocker is None) == (waiting.other_processes(looked) == [])
     assert isinstance(waiting_text.waited_for(looked), str)
@@ -443,13 +564,21 @@ def test_whatever_stands_in_proc_there_is_a_sentence(
 
 
 def cell(*outputs: tuple[str, str]) -> dict[str, Any]:
-    return {"outputs": [{"output_type": "stream", "name": name, "text": text} for name, text in outputs]}
+    return {
+        "outputs": [{"output_type": "stream", "name": name, "text": text} for name, text in outputs]
+    }
 
 
 def test_a_traceback_is_found_whole_whatever_cells_it_was_divided_between() -> None:
     first, second = THREAD[:60], THREAD[60:]
     cells = list(
-        enumerate([cell(("stdout", "20")), cell(("stdout", "20"), ("stderr", first)), cell(("stderr", second), ("stdout", "x"))])
+        enumerate(
+            [
+                cell(("stdout", "20")),
+                cell(("stdout", "20"), ("stderr", first)),
+                cell(("stderr", second), ("stdout", "x")),
+            ]
+        )
     )
     assert printed_traceback(cells, {}) == (1, THREAD)
     assert printed_traceback(cells[:1], {0: THREAD}) == (0, THREAD)

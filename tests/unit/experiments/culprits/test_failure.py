@@ -57,34 +57,61 @@ def cell_failed(name: str, text: str = "", cell: int = CELL) -> CellFailed:
 def test_a_failure_is_the_same_as_itself_and_no_other(kind: CauseKind) -> None:
     cause = make_cause(kind)
     failure = Failure.of(cause, CELL)
-    assert (failure.kind, failure.signal, failure.exit_code, failure.cell) == (kind, cause.signal, cause.exit_code, CELL)
+    assert (failure.kind, failure.signal, failure.exit_code, failure.cell) == (
+        kind,
+        cause.signal,
+        cause.exit_code,
+        CELL,
+    )
     assert not failure.moves
     assert failure.is_same(cause, CELL)
     assert not failure.is_same(None, CELL)
     assert not failure.is_same(cause, CELL - 1)
     assert not failure.is_same(cause, None)
-    assert not any(failure.is_same(make_cause(other), CELL) for other in CauseKind if other is not kind)
+    assert not any(
+        failure.is_same(make_cause(other), CELL) for other in CauseKind if other is not kind
+    )
 
 
 @pytest.mark.parametrize(
     ("first", "then", "same"),
     [
         # Signal and exit code are part of it, whatever the words say.
-        (make_cause(K.EXIT, exit_code=3), make_cause(K.EXIT, exit_code=3, summary="in other words"), True),
+        (
+            make_cause(K.EXIT, exit_code=3),
+            make_cause(K.EXIT, exit_code=3, summary="in other words"),
+            True,
+        ),
         (make_cause(K.EXIT, exit_code=3), make_cause(K.EXIT, exit_code=4), False),
         # A kernel that was asked to end left by itself in the run, and is killed at the end of a hasty trial.
-        (make_cause(K.EXIT, exit_code=0, evidence=ASKED), make_cause(K.EXIT, signal=-9, evidence=ASKED), True),
+        (
+            make_cause(K.EXIT, exit_code=0, evidence=ASKED),
+            make_cause(K.EXIT, signal=-9, evidence=ASKED),
+            True,
+        ),
         (make_cause(K.EXIT, exit_code=0, evidence=ASKED), make_cause(K.EXIT, exit_code=0), False),
         (make_cause(K.KILLED, signal=-9), make_cause(K.KILLED, signal=-15), False),
         (make_cause(K.BUS_ERROR), make_cause(K.BUS_ERROR, signal=None), False),
         # Overwritten memory: glibc finds it, or it is used first.
         (make_cause(K.SEGFAULT), aborted("free(): invalid pointer"), True),
         (aborted("corrupted size vs. prev_size"), make_cause(K.SEGFAULT), True),
-        (make_cause(K.SEGFAULT), aborted("terminate called after throwing an instance of 'x'"), False),
-        (aborted("terminate called after throwing an instance of 'x'"), make_cause(K.SEGFAULT), False),
+        (
+            make_cause(K.SEGFAULT),
+            aborted("terminate called after throwing an instance of 'x'"),
+            False,
+        ),
+        (
+            aborted("terminate called after throwing an instance of 'x'"),
+            make_cause(K.SEGFAULT),
+            False,
+        ),
         (make_cause(K.BUS_ERROR), aborted("free(): invalid pointer"), False),
         # A stack that nobody could look at may have been full.
-        (make_cause(K.STACK_OVERFLOW, signal=-11), make_cause(K.SEGFAULT, signal=-11, confidence=Confidence.LIKELY), True),
+        (
+            make_cause(K.STACK_OVERFLOW, signal=-11),
+            make_cause(K.SEGFAULT, signal=-11, confidence=Confidence.LIKELY),
+            True,
+        ),
         (make_cause(K.STACK_OVERFLOW, signal=-11), make_cause(K.SEGFAULT, signal=-11), False),
         (make_cause(K.SEGFAULT, signal=-11), make_cause(K.STACK_OVERFLOW, signal=-11), False),
         # Of an exception the name, and not what it says.
@@ -93,8 +120,16 @@ def test_a_failure_is_the_same_as_itself_and_no_other(kind: CauseKind) -> None:
         (raised("ValueError: 3"), raised("KeyError: 3"), False),
         (raised("ValueError: 3"), make_cause(K.EXCEPTION), False),
         # What is told by its kind may be raised by any name.
-        (raised("MemoryError: ", K.MEMORY_ERROR), raised("numpy._ArrayMemoryError: x", K.MEMORY_ERROR), True),
-        (raised("OSError: full", K.DISK_FULL), raised("sqlite3.OperationalError: full", K.DISK_FULL), True),
+        (
+            raised("MemoryError: ", K.MEMORY_ERROR),
+            raised("numpy._ArrayMemoryError: x", K.MEMORY_ERROR),
+            True,
+        ),
+        (
+            raised("OSError: full", K.DISK_FULL),
+            raised("sqlite3.OperationalError: full", K.DISK_FULL),
+            True,
+        ),
     ],
 )
 def test_what_is_the_same(first: Cause, then: Cause, same: bool) -> None:
@@ -107,7 +142,12 @@ def test_what_is_the_same(first: Cause, then: Cause, same: bool) -> None:
         *((aborted(f"python: {word} went wrong"), True) for word in HEAP_WORDS),
         (aborted("terminate called after throwing an instance of 'std::bad_alloc'"), False),
         (make_cause(K.ABORT), False),
-        (make_cause(K.ABORT, evidence=(make_fact(fact="stderr", value="free(): invalid pointer"),)), False),
+        (
+            make_cause(
+                K.ABORT, evidence=(make_fact(fact="stderr", value="free(): invalid pointer"),)
+            ),
+            False,
+        ),
         (make_cause(K.SEGFAULT, evidence=(make_fact(fact="last message", value="malloc"),)), False),
     ],
 )
@@ -152,7 +192,9 @@ def test_only_a_damaged_heap_moves(cause: Cause, moves: bool) -> None:
         (K.SEGFAULT, TimedOut(cell=CELL, whole=False, allowed=1.0), K.CELL_TIMEOUT, False),
     ],
 )
-def test_what_is_another_form(first: CauseKind, ending: Ending, then: CauseKind | None, akin: bool) -> None:
+def test_what_is_another_form(
+    first: CauseKind, ending: Ending, then: CauseKind | None, akin: bool
+) -> None:
     failure = Failure.of(make_cause(first), CELL)
     cause = None if then is None else make_cause(then)
     assert is_another_form(failure, ending, cause) is akin
@@ -220,7 +262,12 @@ def test_answers(name: str) -> None:
 def test_what_is_not_the_notebooks_doing_is_no_answer() -> None:
     assert is_ours(InternalError(message="x"))
     assert is_ours(StartFailed(reason="x"))
-    others: tuple[Ending, ...] = (Passed(), Died(cell=1, exit=None), cell_failed("E"), Cancelled(signal=2, cell=None))
+    others: tuple[Ending, ...] = (
+        Passed(),
+        Died(cell=1, exit=None),
+        cell_failed("E"),
+        Cancelled(signal=2, cell=None),
+    )
     assert not any(is_ours(ending) for ending in others)
 
 
@@ -256,7 +303,9 @@ def test_which_runs_are_searched(verdict: Verdict, always: bool) -> None:
         (Status.CELL_ERROR, K.NETWORK_BLOCKED, ""),
     ],
 )
-def test_a_plain_exception_is_searched_for_only_when_asked(status: Status, kind: CauseKind, reason: str | None) -> None:
+def test_a_plain_exception_is_searched_for_only_when_asked(
+    status: Status, kind: CauseKind, reason: str | None
+) -> None:
     verdict = make_verdict(status, kind)
     assert why_not_searched(verdict, always=False) == reason
     assert why_not_searched(verdict, always=True) is None

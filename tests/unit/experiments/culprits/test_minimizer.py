@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.experiments.culprits.minimizer import ALWAYS, CONFIRMATIONS, REPLAYS, drive, search
-from safe_exec.experiments.culprits.protocol import Answer, Ask, Problem, Reply, Result, Search, SearchCancelled
+from safe_exec.experiments.culprits.protocol import (
+    Answer,
+    Ask,
+    Problem,
+    Reply,
+    Result,
+    Search,
+    SearchCancelled,
+)
 from safe_exec.model.verdict import Stopped
 from tests.unit.ddmin import ddmin
 
@@ -47,7 +55,11 @@ class Oracle:
     @property
     def failed(self) -> list[Cells]:
         """The sets that were seen to fail, in the order they were."""
-        return [frozenset(ask.cells) for ask, reply in zip(self.asks, self.replies, strict=True) if reply.answer is Answer.FAIL]
+        return [
+            frozenset(ask.cells)
+            for ask, reply in zip(self.asks, self.replies, strict=True)
+            if reply.answer is Answer.FAIL
+        ]
 
     def counts(self, cells: tuple[int, ...]) -> tuple[int, int]:
         """Of how many runs of a set how many failed; one that was cut is none."""
@@ -68,7 +80,9 @@ def culprits(*cells: int) -> Says:
 
 def stops(requires: Mapping[int, Cells]) -> Callable[[Cells], int | None]:
     """At which cell a run ends, when cells need others before them."""
-    return lambda asked: next((cell for cell in sorted(asked) if not requires.get(cell, NONE) <= asked), None)
+    return lambda asked: next(
+        (cell for cell in sorted(asked) if not requires.get(cell, NONE) <= asked), None
+    )
 
 
 def missing(requires: Mapping[int, Cells], says: Says) -> Says:
@@ -79,7 +93,12 @@ def missing(requires: Mapping[int, Cells], says: Says) -> Says:
         cell = stop(asked)
         if cell is None:
             return says(asked)
-        return Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=cell, names=names_of(requires[cell] - asked))
+        return Reply(
+            answer=Answer.UNRESOLVED,
+            seconds=1.0,
+            stopped_at=cell,
+            names=names_of(requires[cell] - asked),
+        )
 
     return answer
 
@@ -124,7 +143,9 @@ def adds_up(kept: Mapping[int, int], base: int, limit: int) -> Says:
 
     def answer(asked: Cells) -> Reply:
         peak = base + sum(kept.get(cell, 0) for cell in asked)
-        return Reply(answer=Answer.FAIL if peak >= limit else Answer.PASS, seconds=1.0, peak=min(peak, limit))
+        return Reply(
+            answer=Answer.FAIL if peak >= limit else Answer.PASS, seconds=1.0, peak=min(peak, limit)
+        )
 
     return answer
 
@@ -154,7 +175,14 @@ ROWS = (
         method="search",
         sets=((29,), (29,)),
     ),
-    Row(name="the only cell", problem=Problem(cells=(4,)), says=culprits(4), trials=2, found=(4,), method="search"),
+    Row(
+        name="the only cell",
+        problem=Problem(cells=(4,)),
+        says=culprits(4),
+        trials=2,
+        found=(4,),
+        method="search",
+    ),
     Row(
         name="all of the slice",
         problem=TEN,
@@ -249,14 +277,18 @@ ROWS = (
     Row(
         name="what cells kept adds up, and nothing says how much",
         problem=HOARD,
-        says=lambda asked: Answer.FAIL if 200 + sum(KEPT.get(cell, 0) for cell in asked) >= 1000 else Answer.PASS,
+        says=lambda asked: (
+            Answer.FAIL if 200 + sum(KEPT.get(cell, 0) for cell in asked) >= 1000 else Answer.PASS
+        ),
         trials=9,
         found=(1, 3, 6, 9),
         method="search + amounts",
     ),
     Row(
         name="one cell kept nearly all, twenty-eight next to nothing",
-        problem=thirty(amounts={cell: 900.0 if cell == 7 else 5.0 for cell in range(29)}, limit=1000.0),
+        problem=thirty(
+            amounts={cell: 900.0 if cell == 7 else 5.0 for cell in range(29)}, limit=1000.0
+        ),
         says=adds_up({cell: 900 if cell == 7 else 5 for cell in range(29)}, 100, 1000),
         trials=3,
         found=(7, 29),
@@ -274,7 +306,9 @@ ROWS = (
     ),
     Row(
         name="a repaired cell brings what it is known to need",
-        problem=Problem(cells=tuple(range(10)), slice=cells_of(9), definers=definers, needs={5: cells_of(2)}),
+        problem=Problem(
+            cells=tuple(range(10)), slice=cells_of(9), definers=definers, needs={5: cells_of(2)}
+        ),
         says=missing(CHAIN, culprits(9)),
         trials=4,
         found=(2, 5, 9),
@@ -292,7 +326,9 @@ ROWS = (
     Row(
         name="what cannot be told is not taken for a failure",
         problem=TEN,
-        says=lambda asked: Answer.FAIL if asked >= {2, 9} and (5 in asked or 2 not in asked) else Answer.UNRESOLVED,
+        says=lambda asked: (
+            Answer.FAIL if asked >= {2, 9} and (5 in asked or 2 not in asked) else Answer.UNRESOLVED
+        ),
         trials=4,
         found=(2, 5, 9),
         method="slice",
@@ -347,7 +383,11 @@ ROWS = (
     Row(
         name="a trial that is cut ends it",
         problem=replace(TEN, budget=9.0),
-        says=lambda asked: Answer.FAIL if len(asked) > 2 else Reply(answer=Answer.UNRESOLVED, seconds=8.0, cut=True),
+        says=lambda asked: (
+            Answer.FAIL
+            if len(asked) > 2
+            else Reply(answer=Answer.UNRESOLVED, seconds=8.0, cut=True)
+        ),
         trials=2,
         found=(2, 5, 9),
         method="slice",
@@ -379,9 +419,15 @@ FORTY = frozenset(range(40))
     ("problem", "trials"),
     [
         # What only may have changed something, as good as never needed.
-        (Problem(cells=tuple(range(41)), slice=FORTY | {40}, changed=FORTY), {0: 18, 1: 20, 4: 27, 40: 75}),
+        (
+            Problem(cells=tuple(range(41)), slice=FORTY | {40}, changed=FORTY),
+            {0: 18, 1: 20, 4: 27, 40: 75},
+        ),
         # What came along with something else: needed as often as not.
-        (Problem(cells=tuple(range(41)), slice=cells_of(40), needs={40: FORTY}), {0: 24, 1: 26, 4: 26, 40: 62}),
+        (
+            Problem(cells=tuple(range(41)), slice=cells_of(40), needs={40: FORTY}),
+            {0: 24, 1: 26, 4: 26, 40: 62},
+        ),
         # What the crash cell uses: each alone.
         (Problem(cells=tuple(range(41)), slice=FORTY | {40}), {0: 42, 1: 43, 4: 46, 40: 42}),
     ],
@@ -389,13 +435,17 @@ FORTY = frozenset(range(40))
 )
 def test_what_is_hardly_needed_goes_in_chunks(problem: Problem, trials: Mapping[int, int]) -> None:
     """Of forty cells so many are needed: the trials that it takes."""
-    assert {count: len(solve(problem, culprits(*range(count), 40))[1].asks) for count in trials} == trials
+    assert {
+        count: len(solve(problem, culprits(*range(count), 40))[1].asks) for count in trials
+    } == trials
 
 
 def test_what_surely_stops_is_not_tried() -> None:
     """Each of ten cells prints what one of ten others defined."""
     requires = {10 + n: cells_of(n) for n in range(10)}
-    problem = Problem(cells=tuple(range(21)), slice=frozenset(range(21)), changed=frozenset(range(20)))
+    problem = Problem(
+        cells=tuple(range(21)), slice=frozenset(range(21)), changed=frozenset(range(20))
+    )
     says = missing(requires, culprits(4, 14, 20))
     blind, tried = solve(problem, says)
     told, tried_told = solve(replace(problem, surely_stops_at=stops(requires)), says)
@@ -410,7 +460,12 @@ def test_with_the_definitions_goes_what_would_stop_without_them() -> None:
     def stop(asked: Cells) -> int | None:
         return 7 if 7 in asked and not asked & {0, 1} else None
 
-    problem = Problem(cells=tuple(range(9)), slice=cells_of(8), needs={8: frozenset(range(8))}, surely_stops_at=stop)
+    problem = Problem(
+        cells=tuple(range(9)),
+        slice=cells_of(8),
+        needs={8: frozenset(range(8))},
+        surely_stops_at=stop,
+    )
     result, oracle = solve(problem, culprits(7, 8))
     assert all(stop(frozenset(cells)) is None for cells in oracle.sets)
     assert (result.cells, result.minimal, len(oracle.asks)) == ((1, 7, 8), True, 9)
@@ -431,7 +486,12 @@ TAUGHT: dict[str, tuple[Problem, Says, int, int]] = {
         13,
         9,
     ),
-    "two in a row, nobody suspected": (thirty(), missing({**HIDDEN, 20: cells_of(12)}, culprits(20, 29)), 22, 15),
+    "two in a row, nobody suspected": (
+        thirty(),
+        missing({**HIDDEN, 20: cells_of(12)}, culprits(20, 29)),
+        22,
+        15,
+    ),
     "ten prints of ten definitions": (
         Problem(cells=tuple(range(21)), slice=frozenset(range(21)), changed=frozenset(range(20))),
         missing({10 + n: cells_of(n) for n in range(10)}, culprits(4, 14, 20)),
@@ -463,12 +523,16 @@ def test_what_was_taught_holds_for_every_definer() -> None:
         cells=(0, 1, 2, 3),
         slice=frozenset(range(4)),
         changed=cells_of(0, 1),
-        definers=lambda name, before: tuple(cell for cell in (1, 0) if name == "v" and cell < before),
+        definers=lambda name, before: tuple(
+            cell for cell in (1, 0) if name == "v" and cell < before
+        ),
     )
 
     def says(asked: Cells) -> Reply | Answer:
         if 2 in asked and not asked & {0, 1}:
-            return Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=2, names=frozenset({"v"}))
+            return Reply(
+                answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=2, names=frozenset({"v"})
+            )
         return Answer.FAIL if asked >= {2, 3} else Answer.PASS
 
     result, oracle = solve(problem, says)
@@ -490,7 +554,9 @@ def test_one_name_of_two_that_has_a_definer_is_enough() -> None:
 
     def says(asked: Cells) -> Reply | Answer:
         if 5 in asked and 2 not in asked:
-            return Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=5, names=frozenset({"v2", "v77"}))
+            return Reply(
+                answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=5, names=frozenset({"v2", "v77"})
+            )
         return culprits(9)(asked)
 
     _, oracle = solve(replace(TEN, definers=definers), says)
@@ -508,7 +574,12 @@ def test_the_slice_that_passed_is_run_again_in_the_end() -> None:
     assert once.sets == [(29,), (3, 29), (3, 29)]
     assert oracle.sets == [*once.sets, (29,)]
     assert [ask.fresh for ask in oracle.asks] == [False, False, True, True]
-    assert (result.cells, result.minimal, result.reproduced, result.method) == ((3, 29), True, (2, 2), "search + growth")
+    assert (result.cells, result.minimal, result.reproduced, result.method) == (
+        (3, 29),
+        True,
+        (2, 2),
+        "search + growth",
+    )
 
 
 ONLY_PASS = Answer.PASS, Answer.FAIL, Answer.FAIL
@@ -518,9 +589,22 @@ ONLY_PASS = Answer.PASS, Answer.FAIL, Answer.FAIL
 def test_a_slice_that_fails_when_it_is_run_again_is_the_result() -> None:
     """The added cell is innocent; the slice, which has failed now, is confirmed as what comes and goes."""
     answers = iter(ONLY_PASS)
-    result, oracle = solve(thirty(suspicion={3: 2.0}, erratic=True), lambda _asked: next(answers, Answer.FAIL))
-    assert oracle.sets == [(29,), (3, 29), (3, 29), (29,), *[(3, 29)] * REPLAYS, *[(29,)] * (CONFIRMATIONS - 2)]
-    assert (result.cells, result.minimal, result.reproduced) == ((29,), True, (CONFIRMATIONS - 1, CONFIRMATIONS))
+    result, oracle = solve(
+        thirty(suspicion={3: 2.0}, erratic=True), lambda _asked: next(answers, Answer.FAIL)
+    )
+    assert oracle.sets == [
+        (29,),
+        (3, 29),
+        (3, 29),
+        (29,),
+        *[(3, 29)] * REPLAYS,
+        *[(29,)] * (CONFIRMATIONS - 2),
+    ]
+    assert (result.cells, result.minimal, result.reproduced) == (
+        (29,),
+        True,
+        (CONFIRMATIONS - 1, CONFIRMATIONS),
+    )
     assert (result.method, result.found) == ("search + growth, repeated", NONE)
 
 
@@ -544,7 +628,13 @@ def lacking(asked: Cells) -> Reply | Answer:
         (thirty(suspicion={3: 2.0}, definers=definers), lacking),
         (thirty(suspicion={3: 2.0}), lacking),
     ],
-    ids=["did not grow", "is all it takes", "surely stops", "taught that it stops", "stopped for a missing name"],
+    ids=[
+        "did not grow",
+        "is all it takes",
+        "surely stops",
+        "taught that it stops",
+        "stopped for a missing name",
+    ],
 )
 def test_a_slice_that_need_not_be_run_again_is_not(problem: Problem, says: Says) -> None:
     _, plain = solve(problem, says)
@@ -557,7 +647,12 @@ def test_no_time_for_another_look_at_the_slice_is_no_harm() -> None:
     problem = thirty(start_seconds=1.0, budget=3.5, suspicion={3: 2.0}, erratic=True)
     result, oracle = solve(problem, culprits(3, 29))
     assert oracle.sets == [(29,), (3, 29), (3, 29)]
-    assert (result.cells, result.minimal, result.stopped, result.reproduced) == ((3, 29), True, None, (2, 2))
+    assert (result.cells, result.minimal, result.stopped, result.reproduced) == (
+        (3, 29),
+        True,
+        None,
+        (2, 2),
+    )
 
 
 def test_cached_answers_cost_nothing() -> None:
@@ -583,7 +678,9 @@ def test_only_a_second_look_is_fresh() -> None:
 
 def akin(crash: int = 29) -> Reply:
     """A run that ended in the crash cell in a way akin to the failure."""
-    return Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=crash, another_form=True, ended="abort")
+    return Reply(
+        answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=crash, another_form=True, ended="abort"
+    )
 
 
 def in_turn(*forms: Reply | Answer, of: Says) -> Says:
@@ -595,7 +692,12 @@ def in_turn(*forms: Reply | Answer, of: Says) -> Says:
 def test_what_always_ends_in_another_form_is_the_failure() -> None:
     """The first run ended in one form, all that followed in the other: the same cells did both."""
     result, oracle = solve(thirty(suspicion={3: 2.0}), in_turn(akin(), of=culprits(3, 29)))
-    assert (result.cells, result.minimal, result.stopped, result.reproduced) == ((3, 29), True, None, (2, 2))
+    assert (result.cells, result.minimal, result.stopped, result.reproduced) == (
+        (3, 29),
+        True,
+        None,
+        (2, 2),
+    )
     assert result.several_forms
     assert result.endings == {"abort": 2}
     # The set with the suspect is not believed to be the failure before all cells were seen to end so.
@@ -603,7 +705,9 @@ def test_what_always_ends_in_another_form_is_the_failure() -> None:
 
 
 def test_a_set_that_ends_in_both_forms_shows_that_they_are_one_failure() -> None:
-    result, oracle = solve(thirty(suspicion={3: 2.0}), in_turn(akin(), Answer.FAIL, of=culprits(29)))
+    result, oracle = solve(
+        thirty(suspicion={3: 2.0}), in_turn(akin(), Answer.FAIL, of=culprits(29))
+    )
     assert oracle.sets == [(29,), (29,)]
     assert (result.cells, result.reproduced, result.several_forms) == ((29,), (2, 2), True)
 
@@ -619,14 +723,18 @@ def test_an_odd_run_of_the_slice_adds_no_innocent_cell() -> None:
 
 def test_a_slice_that_always_ends_in_another_way_is_run_twice() -> None:
     odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
-    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else odd)
+    result, oracle = solve(
+        thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else odd
+    )
     assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
     assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
 
 
 def test_a_smaller_set_that_only_ends_in_another_form_is_not_the_failure() -> None:
     """Without cell 3 it always ends so, with it never: they are two failures."""
-    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else akin())
+    result, oracle = solve(
+        thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else akin()
+    )
     assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
     assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
 
@@ -642,7 +750,11 @@ def test_a_form_that_counts_only_in_the_end_makes_the_set_smaller_after_all() ->
 def test_what_never_fails_says_how_it_ended() -> None:
     odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=9, ended="memory_error")
     result, _ = solve(TEN, lambda _asked: odd)
-    assert (result.cells, result.stopped, result.reproduced) == ((), Stopped.NOT_REPRODUCED, (0, 1 + REPLAYS))
+    assert (result.cells, result.stopped, result.reproduced) == (
+        (),
+        Stopped.NOT_REPRODUCED,
+        (0, 1 + REPLAYS),
+    )
     assert result.endings == {"memory_error": 1 + REPLAYS}
 
 
@@ -666,7 +778,9 @@ class World:
             return Answer.UNRESOLVED
         if self.seed is None:
             return Answer.FAIL if any(cause <= asked for cause in self.causes) else Answer.PASS
-        return random.Random(f"{self.seed} {sorted(asked)}").choice((Answer.FAIL, Answer.FAIL, Answer.PASS, Answer.UNRESOLVED))
+        return random.Random(f"{self.seed} {sorted(asked)}").choice(
+            (Answer.FAIL, Answer.FAIL, Answer.PASS, Answer.UNRESOLVED)
+        )
 
     def says(self, asked: Cells) -> Reply:
         luck = random.Random(f"{sorted(asked)}")
@@ -688,11 +802,18 @@ def worlds(draw: st.DrawFn, *, budget: bool = False) -> World:
     cells = tuple(sorted(draw(st.sets(st.integers(0, 30), min_size=1, max_size=8))))
     crash = cells[-1]
     some = st.frozensets(st.sampled_from(cells))
-    earlier = {cell: st.frozensets(st.sampled_from(cells[:n]), max_size=2) for n, cell in enumerate(cells) if n}
+    earlier = {
+        cell: st.frozensets(st.sampled_from(cells[:n]), max_size=2)
+        for n, cell in enumerate(cells)
+        if n
+    }
     requires = {cell: draw(few) for cell, few in earlier.items() if draw(st.integers(0, 2)) == 0}
     # Of what is really required, some is known for sure; what is thought to be needed may be anything.
     sure = {cell: needed for cell, needed in requires.items() if draw(st.booleans())}
-    causes = tuple(cause | {crash} for cause in draw(st.lists(st.frozensets(st.sampled_from(cells), max_size=4), max_size=2)))
+    causes = tuple(
+        cause | {crash}
+        for cause in draw(st.lists(st.frozensets(st.sampled_from(cells), max_size=4), max_size=2))
+    )
     size = st.sampled_from((0.0, 0.5, 1.0, 2.5, 40.0))
     part = {cell: draw(size) for cell in cells}
     base = draw(some)
@@ -728,7 +849,9 @@ def check_taught(problem: Problem, oracle: Oracle) -> None:
         assert not any(cell in cells and not cells & known for cell, known in taught), ask
         if reply.answer is Answer.UNRESOLVED and reply.stopped_at is not None and not reply.cut:
             cell = reply.stopped_at
-            of_names = (frozenset(problem.definers(name, cell)) & set(problem.cells) for name in reply.names)
+            of_names = (
+                frozenset(problem.definers(name, cell)) & set(problem.cells) for name in reply.names
+            )
             taught += [(cell, known) for known in of_names if known]
 
 
@@ -851,7 +974,11 @@ class Flaky:
 
     def oracle(self, rate: float, seed: int) -> Oracle:
         luck = random.Random(seed)
-        return Oracle(lambda asked: Answer.FAIL if self.causes <= asked and luck.random() < rate else Answer.PASS)
+        return Oracle(
+            lambda asked: (
+                Answer.FAIL if self.causes <= asked and luck.random() < rate else Answer.PASS
+            )
+        )
 
 
 ERRATIC = replace(TEN, erratic=True)
@@ -873,7 +1000,9 @@ def outcomes(flaky: Flaky, rate: float) -> Counter[str]:
         oracle = flaky.oracle(rate, seed)
         result = drive(search(flaky.problem), oracle)
         check_shape(flaky.problem, result, oracle)
-        assert set(result.cells) >= flaky.causes or not oracle.failed, "what failed has the causes in it"
+        assert set(result.cells) >= flaky.causes or not oracle.failed, (
+            "what failed has the causes in it"
+        )
         if result.stopped is not None:
             ends[result.stopped] += 1
         else:
@@ -907,7 +1036,9 @@ def test_what_never_fails_is_not_reproduced(name: str) -> None:
         (0.8, "two, one suspected", 77, 23),  # 83, 17
     ],
 )
-def test_what_comes_and_goes_is_mostly_found(rate: float, name: str, right: int, larger: int) -> None:
+def test_what_comes_and_goes_is_mostly_found(
+    rate: float, name: str, right: int, larger: int
+) -> None:
     """An innocent cell is called needed in up to a sixth of the runs at four in five, in up to a third at one in two.
 
     A PASS is believed after one look as long as nothing was seen to come and go, so a set without an innocent cell that
@@ -919,7 +1050,9 @@ def test_what_comes_and_goes_is_mostly_found(rate: float, name: str, right: int,
     assert ends["larger"] <= larger, ends
 
 
-@pytest.mark.parametrize("name", ["a part of the slice", "all of the slice", "the crash cell alone"])
+@pytest.mark.parametrize(
+    "name", ["a part of the slice", "all of the slice", "the crash cell alone"]
+)
 def test_a_second_look_at_the_slice_makes_fewer_of_them_too_large(name: str) -> None:
     """Where the slice has all it takes: what was added for one PASS of it is found out, mostly."""
     flaky = FLAKY[name]
@@ -939,7 +1072,11 @@ def test_one_failure_in_five_is_too_rare() -> None:
     answers = iter([Answer.PASS, Answer.PASS, Answer.PASS, Answer.FAIL, Answer.PASS, Answer.PASS])
     result, oracle = solve(TEN, lambda _asked: next(answers))
     assert (result.cells, result.stopped, result.minimal) == (TEN.cells, Stopped.TOO_RARE, False)
-    assert (result.reproduced, len(oracle.asks), result.method) == ((1, 5), 6, "slice + growth, repeated")
+    assert (result.reproduced, len(oracle.asks), result.method) == (
+        (1, 5),
+        6,
+        "slice + growth, repeated",
+    )
 
 
 def test_a_failure_that_came_once_and_never_again_is_too_rare() -> None:
@@ -953,7 +1090,9 @@ def test_a_failure_that_came_once_and_never_again_is_too_rare() -> None:
 def test_looks_that_do_not_fit_the_budget_are_too_rare(budget: float, stopped: Stopped) -> None:
     """Two of five after six seconds: six looks at each PASS take six more."""
     answers = iter([Answer.PASS, Answer.PASS, Answer.FAIL, Answer.FAIL])
-    result, _ = solve(thirty(start_seconds=1.0, budget=budget), lambda _asked: next(answers, Answer.PASS))
+    result, _ = solve(
+        thirty(start_seconds=1.0, budget=budget), lambda _asked: next(answers, Answer.PASS)
+    )
     assert (result.cells, result.stopped, result.reproduced) == (tuple(range(30)), stopped, (2, 5))
 
 
@@ -967,12 +1106,18 @@ def test_what_comes_and_goes_is_run_five_times_in_the_end() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(worlds(), st.integers(0, 1 << 16), st.sampled_from((0.2, 0.5, 0.8)))
-def test_whatever_comes_and_goes_what_is_found_was_seen_to_fail(world: World, seed: int, rate: float) -> None:
+def test_whatever_comes_and_goes_what_is_found_was_seen_to_fail(
+    world: World, seed: int, rate: float
+) -> None:
     luck = random.Random(seed)
 
     def says(asked: Cells) -> Reply:
         reply = world.says(asked)
-        return replace(reply, answer=Answer.PASS) if reply.answer is Answer.FAIL and luck.random() >= rate else reply
+        return (
+            replace(reply, answer=Answer.PASS)
+            if reply.answer is Answer.FAIL and luck.random() >= rate
+            else reply
+        )
 
     oracle = Oracle(says)
     result = drive(search(world.problem), oracle)
@@ -1037,7 +1182,11 @@ def test_what_seldom_fails_and_was_found_at_once_gives_way_to_all_that_ran() -> 
 def test_no_time_to_see_what_always_fails_leaves_what_was_seen() -> None:
     oracle = seldom_without_the_middle(repeat(Answer.FAIL))
     result = drive(search(replace(TRIPLE, budget=6.5 + REPLAYS)), oracle)
-    assert (result.cells, result.stopped, result.reproduced) == ((0, 2), Stopped.BUDGET, (2, 2 + REPLAYS))
+    assert (result.cells, result.stopped, result.reproduced) == (
+        (0, 2),
+        Stopped.BUDGET,
+        (2, 2 + REPLAYS),
+    )
 
 
 def shaky() -> Oracle:
@@ -1061,7 +1210,11 @@ def test_a_budget_that_ends_in_the_second_round_leaves_the_first_result() -> Non
     oracle = shaky()
 
     def last_is_cut(ask: Ask) -> Reply:
-        return oracle(ask) if ask.allowed >= 1 else Reply(answer=Answer.UNRESOLVED, seconds=ask.allowed, cut=True)
+        return (
+            oracle(ask)
+            if ask.allowed >= 1
+            else Reply(answer=Answer.UNRESOLVED, seconds=ask.allowed, cut=True)
+        )
 
     result = drive(search(replace(PAIR, budget=3.5 + REPLAYS)), last_is_cut)
     assert oracle.counts((0, 1)) == (1 + REPLAYS, 2 + REPLAYS)
@@ -1070,13 +1223,17 @@ def test_a_budget_that_ends_in_the_second_round_leaves_the_first_result() -> Non
 
 def test_found_has_what_an_added_cell_brought_along_and_not_what_was_left_out() -> None:
     """Cell 1 is suspected and needs cell 0; cell 0 is the culprit."""
-    problem = Problem(cells=(0, 1, 2), slice=cells_of(2), needs={1: cells_of(0)}, suspicion={1: 1.0})
+    problem = Problem(
+        cells=(0, 1, 2), slice=cells_of(2), needs={1: cells_of(0)}, suspicion={1: 1.0}
+    )
     result, _ = solve(problem, culprits(0, 2))
     assert result.cells == (0, 2)
     assert result.found == {0}
 
 
-@pytest.mark.parametrize("known", [definers, lambda _name, _before: ()], ids=["taught", "nobody is known to define it"])
+@pytest.mark.parametrize(
+    "known", [definers, lambda _name, _before: ()], ids=["taught", "nobody is known to define it"]
+)
 def test_a_missing_name_is_looked_at_once(known: Callable[[str, int], tuple[int, ...]]) -> None:
     """Two of five: six looks at each PASS. Cell 2 stops without cell 0, and names what it misses."""
     answers = iter([Answer.PASS, Answer.PASS, Answer.FAIL, Answer.FAIL, Answer.PASS, Answer.PASS])
@@ -1128,10 +1285,17 @@ def made_up(seed: int) -> Notebook:
     changes: dict[int, int] = {}
     prints: set[int] = set()
     for cell in range(SIZE):
-        kind = "define" if cell in (0, crash) else luck.choices(("define", "change", "print"), (5, 2, 3))[0]
+        kind = (
+            "define"
+            if cell in (0, crash)
+            else luck.choices(("define", "change", "print"), (5, 2, 3))[0]
+        )
         # Mostly what was defined of late.
         used = (
-            {defining[-min(len(defining), 1 + int(luck.expovariate(0.4)))] for _ in range(luck.choice((0, 1, 1, 2, 3)))}
+            {
+                defining[-min(len(defining), 1 + int(luck.expovariate(0.4)))]
+                for _ in range(luck.choice((0, 1, 1, 2, 3)))
+            }
             if defining
             else set()
         )
@@ -1142,7 +1306,10 @@ def made_up(seed: int) -> Notebook:
             changes[cell] = min(used)
         else:
             defining.append(cell)
-    seen = {cell: frozenset(used for used in needed if luck.random() < 0.9) for cell, needed in requires.items()}
+    seen = {
+        cell: frozenset(used for used in needed if luck.random() < 0.9)
+        for cell, needed in requires.items()
+    }
     needed = closure(cells_of(crash), seen)
     changed = frozenset(cell for cell, what in changes.items() if what in needed) - needed
     sliced = closure(needed | changed, seen)
@@ -1150,10 +1317,15 @@ def made_up(seed: int) -> Notebook:
     outside = [cell for cell in range(SIZE) if cell not in sliced and cell not in prints]
     hidden = luck.sample(outside, min(len(outside), luck.choices((0, 1, 2), (5, 4, 1))[0]))
     suspicion = {
-        cell: 0.0 if cell in prints else luck.choices((0.0, 1.0, 2.0, 3.0), (6, 2, 1, 1))[0] + luck.random() / 2
+        cell: 0.0
+        if cell in prints
+        else luck.choices((0.0, 1.0, 2.0, 3.0), (6, 2, 1, 1))[0] + luck.random() / 2
         for cell in range(SIZE)
     }
-    suspicion |= {cell: luck.choices((0.0, 1.0, 2.0, 3.0), (1, 2, 3, 4))[0] + luck.random() / 2 for cell in hidden}
+    suspicion |= {
+        cell: luck.choices((0.0, 1.0, 2.0, 3.0), (1, 2, 3, 4))[0] + luck.random() / 2
+        for cell in hidden
+    }
     return Notebook(
         problem=Problem(
             cells=tuple(range(SIZE)),
@@ -1189,13 +1361,20 @@ def test_far_fewer_trials_than_plain_ddmin() -> None:
         sizes.append(len(found))
 
         always = cells_of(SIZE - 1)
-        same, count = ddmin(range(SIZE - 1), lambda cells, says=notebook.says: says(cells) is Answer.FAIL, always=always)  # type: ignore[misc]
+        same, count = ddmin(
+            range(SIZE - 1),
+            lambda cells, says=notebook.says: says(cells) is Answer.FAIL,  # type: ignore[misc]
+            always=always,
+        )
         assert same == found
         plain.append(count)
         # And by ourselves, with nothing known.
         blind.append(len(solve(Problem(cells=notebook.problem.cells), notebook.says)[1].asks))
     medians = median(ours), median(blind), median(plain)
-    spread = {name: (min(of), max(of)) for name, of in {"ours": ours, "blind": blind, "ddmin": plain}.items()}
+    spread = {
+        name: (min(of), max(of))
+        for name, of in {"ours": ours, "blind": blind, "ddmin": plain}.items()
+    }
     told = f"median trials: ours {medians[0]}, ours with nothing known {medians[1]}, ddmin {medians[2]}; {spread}; sizes {median(sizes)}"
     assert medians[0] <= medians[2] / 5, told
     assert medians[0] <= 15, told

@@ -27,17 +27,33 @@ def source(**metadata: Any) -> Any:
     new = nbformat.v4
     cells = [
         new.new_markdown_cell("# title", id="m"),
-        new.new_code_cell("x = 1", id="a", execution_count=1, outputs=[new.new_output("stream", text="said")]),
-        new.new_code_cell("y = 2", id="b", execution_count=2, metadata={"tags": ["t"], "safe_exec": {"limits": {"timeout": 5}}}),
         new.new_code_cell(
-            "z = 3\ncrash(x)", id="c", execution_count=3, outputs=[new.new_output("error", ename="E", evalue="", traceback=[])]
+            "x = 1", id="a", execution_count=1, outputs=[new.new_output("stream", text="said")]
+        ),
+        new.new_code_cell(
+            "y = 2",
+            id="b",
+            execution_count=2,
+            metadata={"tags": ["t"], "safe_exec": {"limits": {"timeout": 5}}},
+        ),
+        new.new_code_cell(
+            "z = 3\ncrash(x)",
+            id="c",
+            execution_count=3,
+            outputs=[new.new_output("error", ename="E", evalue="", traceback=[])],
         ),
     ]
     return new.new_notebook(cells=cells, metadata=metadata)
 
 
 def built(node: Any, cells: tuple[int, ...] = (1, 3), **changes: Any) -> Any:
-    usual = {"limits": LIMITS, "kernel": "python3", "allow_errors": False, "origin": "nb.ipynb", "cause": make_cause()}
+    usual = {
+        "limits": LIMITS,
+        "kernel": "python3",
+        "allow_errors": False,
+        "origin": "nb.ipynb",
+        "cause": make_cause(),
+    }
     return build(node, cells, **{**usual, **changes})
 
 
@@ -72,7 +88,10 @@ def test_it_says_what_it_is_and_where_it_is_from() -> None:
     assert made.metadata == {
         "title": "mine",
         "kernelspec": {"name": "python3", "display_name": "python3"},
-        "safe_exec": {"limits": limits, "reproduces": {"notebook": "nb.ipynb", "cells": [1, 3], "cause": "out_of_memory"}},
+        "safe_exec": {
+            "limits": limits,
+            "reproduces": {"notebook": "nb.ipynb", "cells": [1, 3], "cause": "out_of_memory"},
+        },
         "execution": {"allow_errors": True},
     }
 
@@ -91,7 +110,9 @@ def test_it_says_what_it_is_and_where_it_is_from() -> None:
         ({"language_info": {"name": "python"}}, {}, {"language_info": {"name": "python"}}),
     ],
 )  # fmt: skip
-def test_metadata(metadata: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_metadata(
+    metadata: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
     node = source(**metadata)
     before = copy.deepcopy(node)
     made = built(node, **changes)
@@ -109,7 +130,12 @@ def test_limits_of_the_notebook_give_way_to_those_of_the_run() -> None:
 
 def test_a_cause_that_is_not_known() -> None:
     assert built(source(), cause=None).metadata["safe_exec"]["reproduces"]["cause"] is None
-    assert built(source(), cause=make_cause(CauseKind.SEGFAULT)).metadata["safe_exec"]["reproduces"]["cause"] == "segfault"
+    assert (
+        built(source(), cause=make_cause(CauseKind.SEGFAULT)).metadata["safe_exec"]["reproduces"][
+            "cause"
+        ]
+        == "segfault"
+    )
 
 
 @pytest.mark.parametrize("limits", [LIMITS, Limits(memory=5 * MIB), Limits()])
@@ -117,7 +143,10 @@ def test_run_without_options_it_has_the_limits_of_then(limits: Limits) -> None:
     """Where it may have them: its metadata is the notebook's word, which may loosen the default profile. Those of none too."""
     made = nbformat.reads(notebook.dumps(built(source(), limits=limits)).decode(), as_version=4)
     resolved = profiles.resolve(metadata=made.metadata, machine_memory=16 << 30)
-    assert {**resolved.limits.as_dict(), "interrupt_grace": 0} == {**limits.as_dict(), "interrupt_grace": 0}
+    assert {**resolved.limits.as_dict(), "interrupt_grace": 0} == {
+        **limits.as_dict(),
+        "interrupt_grace": 0,
+    }
 
 
 def test_built_of_itself_it_is_the_same() -> None:

@@ -40,7 +40,10 @@ class Notebook:
     def of(self) -> Found:
         at = self.markdown
         order = tuple(range(at, at + len(self.sources)))
-        frames = tuple(Frame(function="f", line=1, cell=None if cell is None else cell + at) for cell in self.stack)
+        frames = tuple(
+            Frame(function="f", line=1, cell=None if cell is None else cell + at)
+            for cell in self.stack
+        )
         return Found(
             cells=tuple(cell + at for cell in self.culprits),
             found=frozenset(cell + at for cell in self.found),
@@ -48,7 +51,13 @@ class Notebook:
             dependencies=Dependencies.of_sources(self.sources, language="python"),
             sources=dict(zip(order, self.sources, strict=True)),
             records={
-                index: CellRecord(index=index, code_index=n, id=f"id-{n}", status=CellStatus.PASSED, memory_kept=self.kept.get(n))
+                index: CellRecord(
+                    index=index,
+                    code_index=n,
+                    id=f"id-{n}",
+                    status=CellStatus.PASSED,
+                    memory_kept=self.kept.get(n),
+                )
                 for n, index in enumerate(order)
             },
             memory_limit=self.limit,
@@ -64,7 +73,10 @@ def roles(notebook: Notebook) -> list[tuple[Role, str]]:
 def defines(names: str, *users: int) -> tuple[Role, str]:
     """As the note says it; users count from 0 here and from 1 there."""
     cells = "code cell" if len(users) == 1 else "code cells"
-    return Role.DEFINITION, f"defines {names}, used by {cells} {', '.join(str(user + 1) for user in users)}"
+    return (
+        Role.DEFINITION,
+        f"defines {names}, used by {cells} {', '.join(str(user + 1) for user in users)}",
+    )
 
 
 def acts(called: str) -> str:
@@ -73,13 +85,22 @@ def acts(called: str) -> str:
 
 ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
     "the crash cell alone": (Notebook(sources=("x = 1", "crash()"), culprits=(1,)), [CRASH]),
-    "a definition": (Notebook(sources=("x = 1", "print(x)"), culprits=(0, 1)), [defines("`x`", 0 + 1), CRASH]),
+    "a definition": (
+        Notebook(sources=("x = 1", "print(x)"), culprits=(0, 1)),
+        [defines("`x`", 0 + 1), CRASH],
+    ),
     "a definition used by two": (
         Notebook(sources=("x = 1", "y = x", "z = 1", "f(x, y)"), culprits=(0, 1, 3)),
         [defines("`x`", 1, 3), defines("`y`", 3), CRASH],
     ),
-    "used by no culprit": (Notebook(sources=("x = 1", "y = x", "f()"), culprits=(0, 2)), [(Role.SETUP, UNSEEN), CRASH]),
-    "three names": (Notebook(sources=("a = b = c = 1", "f(c, b, a)"), culprits=(0, 1)), [defines("`a`, `b`, `c`", 1), CRASH]),
+    "used by no culprit": (
+        Notebook(sources=("x = 1", "y = x", "f()"), culprits=(0, 2)),
+        [(Role.SETUP, UNSEEN), CRASH],
+    ),
+    "three names": (
+        Notebook(sources=("a = b = c = 1", "f(c, b, a)"), culprits=(0, 1)),
+        [defines("`a`, `b`, `c`", 1), CRASH],
+    ),
     "four names": (
         Notebook(sources=("a = b = c = d = 1", "f(a, b, c, d)"), culprits=(0, 1)),
         [defines("`a`, `b`, `c` and more", 1), CRASH],
@@ -114,7 +135,11 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         [(Role.TRIGGER, acts("signal.alarm")), CRASH],
     ),
     "a trap found by trials": (
-        Notebook(sources=("import os\nos.environ['A'] = '1'", "f()"), culprits=(0, 1), found=frozenset({0})),
+        Notebook(
+            sources=("import os\nos.environ['A'] = '1'", "f()"),
+            culprits=(0, 1),
+            found=frozenset({0}),
+        ),
         [(Role.TRIGGER, "changes `os.environ`"), CRASH],
     ),
     "a trap whose module is used": (
@@ -122,7 +147,11 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         [defines("`os`", 1), CRASH],
     ),
     "the same, found by trials": (
-        Notebook(sources=("import os\nos.chdir('/')", "os.listdir()"), culprits=(0, 1), found=frozenset({0})),
+        Notebook(
+            sources=("import os\nos.chdir('/')", "os.listdir()"),
+            culprits=(0, 1),
+            found=frozenset({0}),
+        ),
         [(Role.TRIGGER, acts("os.chdir")), CRASH],
     ),
     "harmless, and found by trials": (
@@ -139,15 +168,25 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         [defines("`d`", 1, 2), (Role.SETUP, "changes `d`; `d` is used by code cell 3"), CRASH],
     ),
     "a method that may change its object": (
-        Notebook(sources=("con = connect()", "con.execute('create')", "con.df()"), culprits=(0, 1, 2)),
-        [defines("`con`", 1, 2), (Role.SETUP, "calls `con.execute()`; `con` is used by code cell 3"), CRASH],
+        Notebook(
+            sources=("con = connect()", "con.execute('create')", "con.df()"), culprits=(0, 1, 2)
+        ),
+        [
+            defines("`con`", 1, 2),
+            (Role.SETUP, "calls `con.execute()`; `con` is used by code cell 3"),
+            CRASH,
+        ],
     ),
     "a method that was found by trials": (
-        Notebook(sources=("b = open()", "b.release()", "g()"), culprits=(0, 1, 2), found=frozenset({1})),
+        Notebook(
+            sources=("b = open()", "b.release()", "g()"), culprits=(0, 1, 2), found=frozenset({1})
+        ),
         [defines("`b`", 1), (Role.TRIGGER, "calls `b.release()`"), CRASH],
     ),
     "a file": (
-        Notebook(sources=("a = 1", "a.tofile('x')", "g()"), culprits=(0, 1, 2), found=frozenset({1})),
+        Notebook(
+            sources=("a = 1", "a.tofile('x')", "g()"), culprits=(0, 1, 2), found=frozenset({1})
+        ),
         [defines("`a`", 1), (Role.TRIGGER, "writes a file (`a.tofile`)"), CRASH],
     ),
     "a function that sets a limit, and its call": (
@@ -169,17 +208,28 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         ],
     ),
     "a trace function that is left on, in a cell whose names are used": (
-        Notebook(sources=("import sys\ndef tidy(x): return x\nsys.settrace(print)", "tidy(1)"), culprits=(0, 1)),
+        Notebook(
+            sources=("import sys\ndef tidy(x): return x\nsys.settrace(print)", "tidy(1)"),
+            culprits=(0, 1),
+        ),
         [(Role.TRIGGER, acts("sys.settrace")), CRASH],
     ),
     "imports keep memory and accumulate nothing": (
-        Notebook(sources=("import pandas as pd", "f(pd)"), culprits=(0, 1), kept={0: 612 * MIB}, limit=GIB),
+        Notebook(
+            sources=("import pandas as pd", "f(pd)"),
+            culprits=(0, 1),
+            kept={0: 612 * MIB},
+            limit=GIB,
+        ),
         [defines("`pd`", 1), CRASH],
     ),
     # What was kept.
     "kept much": (
         Notebook(
-            sources=("x = 1", "y = 1", "f(x, y)"), culprits=(0, 1, 2), kept={0: 612 * MIB, 1: 10 * MIB, 2: 300 * MIB}, limit=GIB
+            sources=("x = 1", "y = 1", "f(x, y)"),
+            culprits=(0, 1, 2),
+            kept={0: 612 * MIB, 1: 10 * MIB, 2: 300 * MIB},
+            limit=GIB,
         ),
         [(Role.ACCUMULATOR, "+612 MiB kept"), defines("`y`", 2), CRASH],
     ),
@@ -188,7 +238,12 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         [defines("`x`", 1), CRASH],
     ),
     "a trap that kept much": (
-        Notebook(sources=("import signal\nsignal.alarm(1)", "f()"), culprits=(0, 1), kept={0: 612 * MIB}, limit=GIB),
+        Notebook(
+            sources=("import signal\nsignal.alarm(1)", "f()"),
+            culprits=(0, 1),
+            kept={0: 612 * MIB},
+            limit=GIB,
+        ),
         [(Role.ACCUMULATOR, "+612 MiB kept"), CRASH],
     ),
     "cells that are no code before": (
@@ -208,7 +263,9 @@ def test_a_culprit_says_which_cell_it_is() -> None:
     notebook = Notebook(sources=("x = 1", "# why\ny = 2", "f(y)"), culprits=(1, 2), markdown=2)
     first, last = culprits_of(notebook.of)
     note = "defines `y`, used by code cell 3"
-    assert first == Culprit(index=3, code_index=1, id="id-1", role=Role.DEFINITION, note=note, source_line="y = 2")
+    assert first == Culprit(
+        index=3, code_index=1, id="id-1", role=Role.DEFINITION, note=note, source_line="y = 2"
+    )
     assert (last.index, last.code_index, last.role) == (4, 2, Role.CRASH)
 
 
@@ -219,7 +276,10 @@ def test_a_language_that_is_not_known_has_no_reasons() -> None:
         cells=found.cells, found=found.found, order=found.order, dependencies=Dependencies.of_sources(notebook.sources, language="R"),
         sources=found.sources, records=found.records, memory_limit=None, crash=found.crash,
     )  # fmt: skip
-    assert [(culprit.role, culprit.note) for culprit in culprits_of(other)] == [(Role.SETUP, UNSEEN), CRASH]
+    assert [(culprit.role, culprit.note) for culprit in culprits_of(other)] == [
+        (Role.SETUP, UNSEEN),
+        CRASH,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +296,12 @@ def test_a_language_that_is_not_known_has_no_reasons() -> None:
 )
 def test_what_is_worth_naming(kept: int | None, limit: int | None, named: bool) -> None:
     """Eight MiB, and a twentieth of what there is."""
-    notebook = Notebook(sources=("x = 1", "f(x)"), culprits=(0, 1), kept={} if kept is None else {0: kept}, limit=limit)
+    notebook = Notebook(
+        sources=("x = 1", "f(x)"),
+        culprits=(0, 1),
+        kept={} if kept is None else {0: kept},
+        limit=limit,
+    )
     assert kept_by(notebook.of, 0) == (kept if named else None)
 
 
@@ -251,13 +316,20 @@ HOARD = Notebook(
     markdown=1,
 )
 TRAPS = Notebook(
-    sources=("import signal\nsignal.alarm(1)", "import atexit\natexit.register(id)", "y = 1", "f(y)"),
+    sources=(
+        "import signal\nsignal.alarm(1)",
+        "import atexit\natexit.register(id)",
+        "y = 1",
+        "f(y)",
+    ),
     culprits=(0, 1, 2, 3),
     kept={2: 900 * MIB},
     limit=GIB,
     markdown=1,
 )
-DEEP = Notebook(sources=("def f(): pass", "x = 2", "f()"), culprits=(0, 2), stack=(None, 0, 2), markdown=1)
+DEEP = Notebook(
+    sources=("def f(): pass", "x = 2", "f()"), culprits=(0, 2), stack=(None, 0, 2), markdown=1
+)
 
 FIRST: dict[str, tuple[Notebook, int | None, int]] = {
     # A notebook, by how much the crash cell grew, and the code cell to read first.
@@ -301,7 +373,12 @@ def test_the_first_line_that_says_something(source: str, line: str | None) -> No
 
 
 def test_the_cell_that_sets_an_engines_own_limit_is_read_first() -> None:
-    sources = ("con = connect()", "con.run('SET memory_limit = 1')", "con.run('CREATE TABLE t')", "con.run('SELECT 1')")
+    sources = (
+        "con = connect()",
+        "con.run('SET memory_limit = 1')",
+        "con.run('CREATE TABLE t')",
+        "con.run('SELECT 1')",
+    )
     notebook = Notebook(sources=sources, culprits=(0, 1, 2, 3), setting="memory_limit")
     culprits = culprits_of(notebook.of)
     assert (culprits[1].role, culprits[1].note) == (Role.TRIGGER, "sets memory_limit")
@@ -311,11 +388,20 @@ def test_the_cell_that_sets_an_engines_own_limit_is_read_first() -> None:
 
 
 def test_a_trigger_shows_the_line_that_sets_off() -> None:
-    notebook = Notebook(sources=("import signal\nx = 1\nsignal.alarm(1)\ny = 2", "f()"), culprits=(0, 1), found=frozenset({0}))
+    notebook = Notebook(
+        sources=("import signal\nx = 1\nsignal.alarm(1)\ny = 2", "f()"),
+        culprits=(0, 1),
+        found=frozenset({0}),
+    )
     assert culprits_of(notebook.of)[0].source_line == "signal.alarm(1)"
 
 
 def test_memory_that_ran_out_is_not_set_off_by_a_changed_object() -> None:
-    notebook = Notebook(sources=("d = 1", "d['x'] = 1", "f(d)"), culprits=(0, 1, 2), found=frozenset({1}), limit=GIB)
+    notebook = Notebook(
+        sources=("d = 1", "d['x'] = 1", "f(d)"), culprits=(0, 1, 2), found=frozenset({1}), limit=GIB
+    )
     assert look_first(notebook.of, culprits_of(notebook.of), GIB) == 2
-    assert look_first(dataclasses.replace(notebook, limit=None).of, culprits_of(notebook.of), None) == 1
+    assert (
+        look_first(dataclasses.replace(notebook, limit=None).of, culprits_of(notebook.of), None)
+        == 1
+    )

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.experiments.static_analysis.dependencies import CellFacts, Dependencies, imported_modules, read_cell
+from safe_exec.experiments.static_analysis.dependencies import (
+    CellFacts,
+    Dependencies,
+    imported_modules,
+    read_cell,
+)
 
 
 def names(text: str) -> frozenset[str]:
@@ -123,7 +128,9 @@ NAMES: list[tuple[str, dict[str, str]]] = [
 def test_names(source: str, expected: dict[str, str]) -> None:
     facts = read_cell(source)
     assert not facts.opaque
-    assert {key: getattr(facts, key) for key in expected} == {key: names(text) for key, text in expected.items()}
+    assert {key: getattr(facts, key) for key in expected} == {
+        key: names(text) for key, text in expected.items()
+    }
     assert facts.maybe_defines <= facts.defines
 
 
@@ -158,7 +165,14 @@ def test_what_may_bind_unseen(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["x = 1", "%matplotlib inline", "%load_ext autoreload\n%autoreload 2", "!pip install x", "%pip install x", "x.update(y)"],
+    [
+        "x = 1",
+        "%matplotlib inline",
+        "%load_ext autoreload\n%autoreload 2",
+        "!pip install x",
+        "%pip install x",
+        "x.update(y)",
+    ],
 )
 def test_what_binds_nothing_unseen(source: str) -> None:
     assert not read_cell(source).stars
@@ -230,7 +244,9 @@ READS: list[tuple[str, str]] = [
 
 
 def written(facts: CellFacts) -> str:
-    return " ".join(f"{read.name}@{read.line}{'' if read.before_effect else '*'}" for read in facts.reads)
+    return " ".join(
+        f"{read.name}@{read.line}{'' if read.before_effect else '*'}" for read in facts.reads
+    )
 
 
 @pytest.mark.parametrize(("source", "expected"), READS, ids=[source for source, _ in READS])
@@ -263,7 +279,9 @@ def test_suspicion(expected: int, source: str) -> None:
 
 
 def test_modules_of_former_cells_are_known() -> None:
-    assert imported_modules("from os import kill as k\nimport a.b, c.d as e\ndef f():\n  import g") == {
+    assert imported_modules(
+        "from os import kill as k\nimport a.b, c.d as e\ndef f():\n  import g"
+    ) == {
         "k": "os.kill",
         "a": "a",
         "e": "c.d",
@@ -271,7 +289,12 @@ def test_modules_of_former_cells_are_known() -> None:
     assert imported_modules("import a\na = 1") == {}
     assert imported_modules("x = = 1") == {}
     assert read_cell("k(1, 9)", {"k": "os.kill"}).suspicion == 3
-    assert notebook("from os import kill as k", "k(1, 9)", "k = print", "k(1, 9)").suspicions() == (1, 3, 1, 1)
+    assert notebook("from os import kill as k", "k(1, 9)", "k = print", "k(1, 9)").suspicions() == (
+        1,
+        3,
+        1,
+        1,
+    )
 
 
 # --- notebooks ----------------------------------------------------------------------------------------------------
@@ -329,7 +352,11 @@ SLICES: list[tuple[str, list[str], int, set[int], set[int] | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sources", "cell", "strong", "weak"), [row[1:] for row in SLICES], ids=[row[0] for row in SLICES])
+@pytest.mark.parametrize(
+    ("sources", "cell", "strong", "weak"),
+    [row[1:] for row in SLICES],
+    ids=[row[0] for row in SLICES],
+)
 def test_slices(sources: list[str], cell: int, strong: set[int], weak: set[int] | None) -> None:
     found = notebook(*sources)
     assert found.slice_of(cell) == strong
@@ -344,14 +371,20 @@ def test_needs_definers_and_dependents() -> None:
     assert found.definers("a", 6) == (3, 0, 5, 1)
     assert found.definers("a", 3) == (0, 1)
     assert found.definers("zz", 1) == ()
-    assert found.dependents(0) == {2, 4} and found.dependents(3) == {6} and found.dependents(6) == frozenset()
+    assert (
+        found.dependents(0) == {2, 4}
+        and found.dependents(3) == {6}
+        and found.dependents(6) == frozenset()
+    )
 
 
 @pytest.mark.parametrize("language", ["R", "julia", "", None])
 def test_other_languages_are_not_known(language: str | None) -> None:
     found = notebook("x = 1", "print(x)", "x = = 1", language=language)
     assert not found.known
-    assert found.needs(1) == frozenset() and found.slice_of(1) == {1} == found.slice_of(1, weak=True)
+    assert found.needs(1) == frozenset() and found.slice_of(1) == {1} == found.slice_of(
+        1, weak=True
+    )
     assert found.dependents(0) == frozenset() and found.definers("x", 2) == ()
     assert found.suspicions() == (1, 1, 1)
     assert found.surely_missing([1], crash=1, crash_line=1) is None
@@ -384,14 +417,26 @@ MISSING: list[tuple[str, list[str], list[int], int | None, tuple[int, str] | Non
     ("in a try", ["a = 1", "try:\n  a\nexcept NameError: pass\ncrash()"], [1], 4, None),
     ("in a function", ["a = 1", "def f(): a\ncrash()"], [1], 2, None),
     ("perhaps bound", ["if k:\n  a = 1", "a = 2", "print(a)"], [0, 2], 1, None),
-    ("bound by a function", ["def f():\n  global a\n  a = 1", "a = 1", "print(a)"], [0, 2], 1, None),
+    (
+        "bound by a function",
+        ["def f():\n  global a\n  a = 1", "a = 1", "print(a)"],
+        [0, 2],
+        1,
+        None,
+    ),
     ("bound by a loop", ["for a in []: pass", "a = 1", "print(a)"], [0, 2], 1, None),
     ("bound unseen", ["from m import *", "a = 1", "print(a)"], [0, 2], 1, None),
     ("bound in what cannot be read", ["%%cython\nx", "a = 1", "print(a)"], [0, 2], 1, None),
     ("bound by exec", ["exec(s)", "a = 1", "print(a)"], [0, 2], 1, None),
     ("bound by a magic", ["%load_ext x", "a = 1", "print(a)"], [0, 2], 1, None),
     ("a harmless magic", ["%matplotlib inline", "a = 1", "print(a)"], [0, 2], 1, (2, "a")),
-    ("found before what is unseen", ["a = 1", "b = a", "from m import *", "b"], [1, 2, 3], 1, (1, "a")),
+    (
+        "found before what is unseen",
+        ["a = 1", "b = a", "from m import *", "b"],
+        [1, 2, 3],
+        1,
+        (1, "a"),
+    ),
     ("errors that a magic may show only", ["a = 1", "%%time\nprint(a)"], [1], 2, None),
     ("a word that is a magic, too", ["ls = 1", "ls"], [1], 1, None),
     ("builtins", ["print = 1", "print(1)"], [1], 1, None),
@@ -399,12 +444,24 @@ MISSING: list[tuple[str, list[str], list[int], int | None, tuple[int, str] | Non
     ("bound by nobody in sight: given at the start", ["b = 1", "print(a)"], [1], 1, None),
     ("bound only later", ["print(a)", "a = 1"], [0], 1, None),
     ("a decorator's line", ["a = 1", "@d\ndef f(x=a): pass"], [1], 1, (1, "a")),
-    ("behind a context that may swallow", ["a = 1", "with s() as t, a: pass\ncrash()"], [1], 2, None),
+    (
+        "behind a context that may swallow",
+        ["a = 1", "with s() as t, a: pass\ncrash()"],
+        [1],
+        2,
+        None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("sources", "kept", "line", "expected"), [row[1:] for row in MISSING], ids=[row[0] for row in MISSING])
-def test_surely_missing(sources: list[str], kept: list[int], line: int | None, expected: tuple[int, str] | None) -> None:
+@pytest.mark.parametrize(
+    ("sources", "kept", "line", "expected"),
+    [row[1:] for row in MISSING],
+    ids=[row[0] for row in MISSING],
+)
+def test_surely_missing(
+    sources: list[str], kept: list[int], line: int | None, expected: tuple[int, str] | None
+) -> None:
     assert notebook(*sources).surely_missing(kept, crash=kept[-1], crash_line=line) == expected
 
 
@@ -433,7 +490,14 @@ def test_no_text_makes_it_raise(sources: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["%time " * 20000, "%%time\n" * 3000, "a" * 200_000, "x = [" + "1, " * 50_000 + "]\n!ls", "'" * 9999]
+    "text",
+    [
+        "%time " * 20000,
+        "%%time\n" * 3000,
+        "a" * 200_000,
+        "x = [" + "1, " * 50_000 + "]\n!ls",
+        "'" * 9999,
+    ],
 )
 def test_long_texts_take_no_time(text: str) -> None:
     begun = time.process_time()
@@ -459,14 +523,27 @@ STATEMENT = STRAIGHT | st.one_of(
     st.builds("if flip():\n    {} = 1".format, VARIABLE),
     st.builds("if flip():\n    {} = 1\nelse:\n    {} = {}".format, VARIABLE, VARIABLE, VARIABLE),
     st.builds("for {} in range(flip()): {} = 2".format, VARIABLE, VARIABLE),
-    st.builds("try:\n    {} = {}\nexcept NameError:\n    {} = 3".format, VARIABLE, VARIABLE, VARIABLE),
+    st.builds(
+        "try:\n    {} = {}\nexcept NameError:\n    {} = 3".format, VARIABLE, VARIABLE, VARIABLE
+    ),
     st.builds("flip() and ({} := {})".format, VARIABLE, VARIABLE),
     st.builds("del {}".format, VARIABLE),
-    st.builds("def {}(x={}): return {}() if x and flip() else {}".format, FUNCTION, VARIABLE, FUNCTION, VARIABLE),
+    st.builds(
+        "def {}(x={}): return {}() if x and flip() else {}".format,
+        FUNCTION,
+        VARIABLE,
+        FUNCTION,
+        VARIABLE,
+    ),
     st.builds("def {}():\n    global {}\n    {} = 1".format, FUNCTION, VARIABLE, VARIABLE),
     st.builds("{} = lambda: {}".format, FUNCTION, VARIABLE),
     st.builds("{} = {}".format, FUNCTION, FUNCTION),
-    st.builds("class K:\n    {} = {}\n    def m(self): return {}\nk = K()".format, VARIABLE, VARIABLE, VARIABLE),
+    st.builds(
+        "class K:\n    {} = {}\n    def m(self): return {}\nk = K()".format,
+        VARIABLE,
+        VARIABLE,
+        VARIABLE,
+    ),
     st.just("k.m()"),
     st.builds("{}()".format, FUNCTION),
     st.builds("show({}(), {})".format, FUNCTION, VARIABLE),
@@ -474,7 +551,9 @@ STATEMENT = STRAIGHT | st.one_of(
 
 
 def cells(statement: st.SearchStrategy[str]) -> st.SearchStrategy[list[str]]:
-    return st.lists(st.lists(statement, min_size=1, max_size=3).map("\n".join), min_size=2, max_size=7)
+    return st.lists(
+        st.lists(statement, min_size=1, max_size=3).map("\n".join), min_size=2, max_size=7
+    )
 
 
 def outcome(sources: list[str], kept: list[int], flips: list[bool]) -> tuple[int, str] | None:
@@ -491,16 +570,22 @@ def outcome(sources: list[str], kept: list[int], flips: list[bool]) -> tuple[int
     return None
 
 
-START = "a = b = c = d = 1\ndef f(): return 1\ng = h = f\nclass K:\n    def m(self): return 1\nk = K()"
+START = (
+    "a = b = c = d = 1\ndef f(): return 1\ng = h = f\nclass K:\n    def m(self): return 1\nk = K()"
+)
 """Every name has a value at first, or few programs would get far."""
 
 
-def claim(sources: list[str], flips: list[bool], data: st.DataObject) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:
+def claim(
+    sources: list[str], flips: list[bool], data: st.DataObject
+) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:
     """What is said to be missing, for some cells kept and some line of the crash, and what was when they ran."""
     crash = len(sources) - 1
     kept = [*sorted(data.draw(st.sets(st.integers(0, crash - 1)))), crash]
     line = data.draw(st.none() | st.integers(1, sources[crash].count("\n") + 1))
-    return notebook(*sources).surely_missing(kept, crash=crash, crash_line=line), outcome(sources, kept, flips)
+    return notebook(*sources).surely_missing(kept, crash=crash, crash_line=line), outcome(
+        sources, kept, flips
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -516,7 +601,9 @@ def test_where_something_is_surely_missing_nothing_gets_further(
     sources: list[str], flips: list[bool], data: st.DataObject
 ) -> None:
     sources = [START, *sources]
-    if outcome(sources, list(range(len(sources) - 1)), flips) is None:  # the whole notebook did get as far as the crash
+    if (
+        outcome(sources, list(range(len(sources) - 1)), flips) is None
+    ):  # the whole notebook did get as far as the crash
         said, seen = claim(sources, flips, data)
         assert said is None or (seen is not None and seen[0] <= said[0])
 

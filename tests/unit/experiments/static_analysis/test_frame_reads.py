@@ -48,10 +48,18 @@ READ: dict[str, tuple[str, int, str]] = {
     "a function's local": ("def f():\n  x = h\n  solve(x)", 3, "solve"),
     "a local that is bound later": ("def f():\n  solve(x)\n  x = 1", 2, "solve"),
     "a local import": ("def f():\n  import a.b, c as d\n  solve(a, d, c)", 3, "solve c"),
-    "a local function": ("def f():\n  def g(): pass\n  async def h(): pass\n  class C: pass\n  solve(g, h, C)", 5, "solve"),
+    "a local function": (
+        "def f():\n  def g(): pass\n  async def h(): pass\n  class C: pass\n  solve(g, h, C)",
+        5,
+        "solve",
+    ),
     "a loop's local": ("def f():\n  for x, (y, *z) in it:\n    solve(x, y, z)", 3, "solve"),
     "an error's name": ("def f():\n  try: pass\n  except E as e:\n    solve(e)", 4, "solve"),
-    "a pattern's names": ("def f(v):\n  match v:\n    case {'k': [a, *b], **c}:\n      solve(a, b, c, d)", 4, "solve d"),
+    "a pattern's names": (
+        "def f(v):\n  match v:\n    case {'k': [a, *b], **c}:\n      solve(a, b, c, d)",
+        4,
+        "solve d",
+    ),
     "a walrus": ("def f():\n  if (n := g()):\n    solve(n)", 3, "solve"),
     "a deleted local": ("def f():\n  solve(x)\n  del x", 2, "solve"),
     "said to be global": ("def f():\n  global x\n  x = solve(x, y)", 3, "solve y"),
@@ -71,7 +79,11 @@ READ: dict[str, tuple[str, int, str]] = {
     "in the finally of a try": ("try:\n  pass\nexcept E:\n  pass\nfinally:\n  solve()", 6, "solve"),
     "a try that lets all through": ("try:\n  solve()\nfinally:\n  a()", 2, "solve"),
     "a finally that returns": ("def f():\n  try:\n    solve()\n  finally:\n    return 1", 3, ""),
-    "a finally that goes on": ("for x in it:\n  try:\n    solve()\n  except E:\n    go()\n  finally:\n    continue", 5, ""),
+    "a finally that goes on": (
+        "for x in it:\n  try:\n    solve()\n  except E:\n    go()\n  finally:\n    continue",
+        5,
+        "",
+    ),
     "deep in a try": ("try:\n  if a:\n    for x in it:\n      solve()\nexcept E:\n  pass", 4, ""),
     "suppressed": ("with suppress(E):\n  solve()", 2, ""),
     "suppressed beside another": ("with open(p) as f, contextlib.suppress(E):\n  solve(f)", 2, ""),
@@ -95,7 +107,19 @@ def test_names_on_the_way(name: str) -> None:
 
 LINES = st.sampled_from(
     [line for source, _, _ in READ.values() for line in source.split("\n")]
-    + ["  " + line for line in ("x", "return f(x)", "yield", "raise E", "@d", "async with a: b", "else:", "finally: return")]
+    + [
+        "  " + line
+        for line in (
+            "x",
+            "return f(x)",
+            "yield",
+            "raise E",
+            "@d",
+            "async with a: b",
+            "else:",
+            "finally: return",
+        )
+    ]
 )
 DEEP: dict[str, Callable[[int], str]] = {
     "minus": lambda n: "-" * 30 * n + "b",
@@ -116,7 +140,9 @@ def test_whatever_the_cell_nothing_is_raised(source: str, line: int) -> None:
     statements_of(source, line)
     texts = [text for _, text in statements_of(source, None)]
     if texts:
-        assert ast.dump(ast.parse("\n".join(texts))) == ast.dump(ast.parse(source)), "nothing is lost but comments"
+        assert ast.dump(ast.parse("\n".join(texts))) == ast.dump(ast.parse(source)), (
+            "nothing is lost but comments"
+        )
         assert all(ast.parse(text).body for text in texts), "each can stand alone"
 
 
@@ -135,14 +161,38 @@ STATEMENTS: dict[str, tuple[str, int | None, list[tuple[int, str]]]] = {
     "one by one": ("a = 1\n\n# why\nb = 2", None, [(1, "a = 1"), (4, "b = 2")]),
     "up to the crash": ("a = 1\nb = 2\nc = 3", 2, [(1, "a = 1"), (2, "b = 2")]),
     "up to the end of the crashed one": ("a = [\n  1,\n]\nb = 2", 2, [(1, "a = [\n  1,\n]")]),
-    "a block is one": ("for x in y:\n  a\n\n  b\nc", None, [(1, "for x in y:\n  a\n\n  b"), (5, "c")]),
-    "decorated": ("a\n@d(\n 1)\n@e\ndef f():\n  pass\nb", 2, [(1, "a"), (2, "@d(\n 1)\n@e\ndef f():\n  pass")]),
+    "a block is one": (
+        "for x in y:\n  a\n\n  b\nc",
+        None,
+        [(1, "for x in y:\n  a\n\n  b"), (5, "c")],
+    ),
+    "decorated": (
+        "a\n@d(\n 1)\n@e\ndef f():\n  pass\nb",
+        2,
+        [(1, "a"), (2, "@d(\n 1)\n@e\ndef f():\n  pass")],
+    ),
     "two on one line": ("a; b\nc", None, [(1, "a; b"), (2, "c")]),
-    "two on the last line of one": ("a = [\n1]; b = [\n2]\nc", None, [(1, "a = [\n1]; b = [\n2]"), (4, "c")]),
+    "two on the last line of one": (
+        "a = [\n1]; b = [\n2]\nc",
+        None,
+        [(1, "a = [\n1]; b = [\n2]"), (4, "c")],
+    ),
     "after a backslash": ("a; \\\nb\nc", None, [(1, "a; \\\nb"), (3, "c")]),
-    "a text of several lines": ("a = '''\nb = 2\n'''\nc", None, [(1, "a = '''\nb = 2\n'''"), (4, "c")]),
-    "signs that end no line": ("a = '\x0c\x1c\u2028\x85'\nb", None, [(1, "a = '\x0c\x1c\u2028\x85'"), (2, "b")]),
-    "lines of Windows": ("a = 1\r\nif b:\r\n  c\r\nd", None, [(1, "a = 1"), (2, "if b:\n  c"), (4, "d")]),
+    "a text of several lines": (
+        "a = '''\nb = 2\n'''\nc",
+        None,
+        [(1, "a = '''\nb = 2\n'''"), (4, "c")],
+    ),
+    "signs that end no line": (
+        "a = '\x0c\x1c\u2028\x85'\nb",
+        None,
+        [(1, "a = '\x0c\x1c\u2028\x85'"), (2, "b")],
+    ),
+    "lines of Windows": (
+        "a = 1\r\nif b:\r\n  c\r\nd",
+        None,
+        [(1, "a = 1"), (2, "if b:\n  c"), (4, "d")],
+    ),
     "lines of old": ("a = 1\rb = 2", None, [(1, "a = 1"), (2, "b = 2")]),
     "only a comment": ("# nothing", None, []),
     "nothing": ("", None, []),

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from safe_exec.experiments.threshold.search import Bracket, Cancel, Ended, Fate, Question, Tried, Try, drive, search
+from safe_exec.experiments.threshold.search import (
+    Bracket,
+    Cancel,
+    Ended,
+    Fate,
+    Question,
+    Tried,
+    Try,
+    drive,
+    search,
+)
 
 INF = math.inf
 QUESTION = Question(given=INF, least=1, most=1e12, guess=64)
@@ -32,7 +42,9 @@ class World:
         if attempt.value < self.needs:
             return Tried(fate=self.below, seconds=min(self.seconds, attempt.allowed))
         cut = self.seconds > attempt.allowed
-        return Tried(fate=Fate.PASSED, seconds=min(self.seconds, attempt.allowed), peak=self.peak, cut=cut)
+        return Tried(
+            fate=Fate.PASSED, seconds=min(self.seconds, attempt.allowed), peak=self.peak, cut=cut
+        )
 
 
 def found(world: World, question: Question = QUESTION) -> Bracket:
@@ -65,7 +77,9 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "question", "runs"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("world", "question", "runs"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
 def test_so_many_runs(world: World, question: Question, runs: int) -> None:
     world = replace(world, values=[])
     bracket = found(world, question)
@@ -85,7 +99,12 @@ def test_the_first_run_is_with_the_value_as_given_and_the_next_from_the_peak() -
 
 def test_another_reason_ends_it_at_once() -> None:
     bracket = drive(search(replace(QUESTION, given=100)), scripted(Fate.UNRELATED))
-    assert (bracket.ended, bracket.runs, bracket.passes, bracket.fails) == (Ended.UNRELATED, 1, None, 100)
+    assert (bracket.ended, bracket.runs, bracket.passes, bracket.fails) == (
+        Ended.UNRELATED,
+        1,
+        None,
+        100,
+    )
 
 
 def test_what_may_be_for_want_of_it_gets_one_chance_with_more() -> None:
@@ -127,7 +146,12 @@ def test_the_budget_ends_it_with_what_is_known() -> None:
 
 def test_a_run_that_is_cut_says_nothing() -> None:
     bracket = found(World(1, 1, seconds=60), replace(QUESTION, budget=35))
-    assert (bracket.ended, bracket.runs, bracket.passes, bracket.fails) == (Ended.BUDGET, 0, None, None)
+    assert (bracket.ended, bracket.runs, bracket.passes, bracket.fails) == (
+        Ended.BUDGET,
+        0,
+        None,
+        None,
+    )
 
 
 def test_time_that_ends_while_the_answer_is_checked_does_not_take_it_away() -> None:
@@ -162,7 +186,11 @@ def test_a_value_that_passes_and_fails_is_told_and_given_up() -> None:
 
     bracket = drive(search(QUESTION), run)
     assert bracket.found and bracket.wavers
-    assert bracket.fails == pytest.approx(396) and bracket.passes is not None and 420 < bracket.passes < 440
+    assert (
+        bracket.fails == pytest.approx(396)
+        and bracket.passes is not None
+        and 420 < bracket.passes < 440
+    )
     assert len(seen) == 6
 
 
@@ -192,7 +220,9 @@ def questions(draw: st.DrawFn) -> Question:
         guess=draw(st.integers(1, 5_000)),
         precision=draw(st.sampled_from([0.001, 0.01, 0.05, 0.5, 1.0])),
         whole=whole,
-        fit=(lambda value: float(math.ceil(value))) if whole else (lambda value: max(grid, math.ceil(value / grid) * grid)),
+        fit=(lambda value: float(math.ceil(value)))
+        if whole
+        else (lambda value: max(grid, math.ceil(value / grid) * grid)),
         budget=draw(st.one_of(st.just(INF), st.floats(0, 60))),
     )
 
@@ -215,7 +245,9 @@ PEAKS = st.one_of(st.none(), st.floats(0, 30_000))
     peak=None,
 )
 @given(question=questions(), needs=st.floats(0.001, 12_000), peak=PEAKS)
-def test_the_bracket_is_right_for_any_threshold(question: Question, needs: float, peak: float | None) -> None:
+def test_the_bracket_is_right_for_any_threshold(
+    question: Question, needs: float, peak: float | None
+) -> None:
     question = replace(question, budget=INF)
     world = World(needs, peak)
     bracket = found(world, question)
@@ -224,7 +256,10 @@ def test_the_bracket_is_right_for_any_threshold(question: Question, needs: float
     assert bracket.fails is None or bracket.fails < needs
     assert len(world.values) < 120
     # The user's own value may lie above ``most``: it is asked first, and once more to confirm that it passes.
-    assert all(question.least <= value <= question.most or value == question.given for value in world.values[1:])
+    assert all(
+        question.least <= value <= question.most or value == question.given
+        for value in world.values[1:]
+    )
     if bracket.found:
         assert bracket.passes is not None and bracket.fails is not None
         near = (
@@ -235,14 +270,20 @@ def test_the_bracket_is_right_for_any_threshold(question: Question, needs: float
         between = question.fit(math.sqrt(bracket.passes * bracket.fails))
         assert near or not bracket.fails < between < bracket.passes
     elif bracket.ended is Ended.MOST:
-        assert needs > min(question.most, question.given) and (bracket.passes is None or bracket.passes > question.most)
+        assert needs > min(question.most, question.given) and (
+            bracket.passes is None or bracket.passes > question.most
+        )
     else:
         assert bracket.ended is Ended.LEAST and needs <= question.least
 
 
 @settings(deadline=None, max_examples=400)
-@given(question=questions(), needs=st.floats(0.001, 12_000), peak=PEAKS, seconds=st.floats(0.01, 90))
-def test_the_budget_is_never_exceeded(question: Question, needs: float, peak: float | None, seconds: float) -> None:
+@given(
+    question=questions(), needs=st.floats(0.001, 12_000), peak=PEAKS, seconds=st.floats(0.01, 90)
+)
+def test_the_budget_is_never_exceeded(
+    question: Question, needs: float, peak: float | None, seconds: float
+) -> None:
     world = World(needs, peak, seconds=seconds)
     bracket = found(world, question)
     assert bracket.seconds <= question.budget * (1 + 1e-9)
@@ -262,7 +303,9 @@ def test_whatever_the_answers_it_comes_to_an_end(question: Question, data: st.Da
         if not cut:
             answers.append((attempt.value, fate is Fate.PASSED))
         seconds = data.draw(st.floats(0, 2))
-        return Tried(fate=fate, seconds=min(seconds, attempt.allowed), peak=data.draw(PEAKS), cut=cut)
+        return Tried(
+            fate=fate, seconds=min(seconds, attempt.allowed), peak=data.draw(PEAKS), cut=cut
+        )
 
     bracket = drive(search(question), run)
     assert bracket.runs == len(answers)

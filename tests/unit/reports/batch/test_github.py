@@ -42,20 +42,36 @@ def commands(batch: Batch, base: Path | None = None) -> list[tuple[str, dict[str
 def test_one_error_for_each_notebook_that_failed(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     found = commands(batch)
-    failed = [entry.path for entry in batch.entries if entry.status not in ("passed", "not_run", "unchanged")]
+    failed = [
+        entry.path
+        for entry in batch.entries
+        if entry.status not in ("passed", "not_run", "unchanged")
+    ]
     assert [properties["file"] for name, properties, _ in found if name == "error"] == failed
-    assert [properties["file"] for name, properties, _ in found if name == "warning"] == ["flaky.ipynb"]
-    assert next(message for name, _, message in found if name == "notice").startswith(f"{len(failed)} notebooks failed")
+    assert [properties["file"] for name, properties, _ in found if name == "warning"] == [
+        "flaky.ipynb"
+    ]
+    assert next(message for name, _, message in found if name == "notice").startswith(
+        f"{len(failed)} notebooks failed"
+    )
 
 
 def test_an_annotation_stands_at_the_line_that_failed(tmp_path: Path) -> None:
     entry = make_entry(tmp_path, "docs/a, b: 100%.ipynb", make_verdict(culprits=make_culprits()))
     ((name, properties, message),) = commands(make_batch(tmp_path, [entry]))
-    assert name == "error" and properties["file"] == entry.path and properties["title"] == f"{entry.path}: out of memory"
+    assert (
+        name == "error"
+        and properties["file"] == entry.path
+        and properties["title"] == f"{entry.path}: out of memory"
+    )
     line = entry.source.read_text().splitlines()[int(properties["line"]) - 1]
     assert json.loads(line.strip().rstrip(",")) == 'joined = frame.merge(big, on="k")'
     assert message.splitlines()[0].startswith("kernel died in code cell 2 · out of memory")
-    assert "caused by code cells 1 + 2" in message and "next: give it more" in message and "evidence" not in message
+    assert (
+        "caused by code cells 1 + 2" in message
+        and "next: give it more" in message
+        and "evidence" not in message
+    )
 
 
 def test_without_a_known_line_the_cell_and_without_a_cell_the_file(tmp_path: Path) -> None:
@@ -64,8 +80,14 @@ def test_without_a_known_line_the_cell_and_without_a_cell_the_file(tmp_path: Pat
     beyond = make_entry(tmp_path, "c.ipynb", make_verdict(crash_cell=make_crash(line=99)))
     changed = make_entry(tmp_path, "d.ipynb", make_verdict())
     changed.source.write_text(changed.source.read_text() + "\n")
-    lines = [int(properties["line"]) for _, properties, _ in commands(make_batch(tmp_path, [no_line, no_cell, beyond, changed]))]
-    assert json.loads(no_line.source.read_text().splitlines()[lines[0] - 1].strip().rstrip(",")) == "small = 1\n"
+    lines = [
+        int(properties["line"])
+        for _, properties, _ in commands(make_batch(tmp_path, [no_line, no_cell, beyond, changed]))
+    ]
+    assert (
+        json.loads(no_line.source.read_text().splitlines()[lines[0] - 1].strip().rstrip(","))
+        == "small = 1\n"
+    )
     assert lines[1:] == [1, lines[0], 1]
 
 
@@ -95,13 +117,17 @@ def test_a_command_is_one_line_and_says_what_it_was_given(message: str, title: s
 def text_of(markdown: str) -> str:
     """All that a reader of the markdown sees as text, HTML left out."""
     tokens = [child for token in MARKDOWN.parse(markdown) for child in (token.children or [token])]
-    return "\n".join(token.content for token in tokens if token.type in ("text", "code_inline", "fence"))
+    return "\n".join(
+        token.content for token in tokens if token.type in ("text", "code_inline", "fence")
+    )
 
 
 def test_a_summary_has_all_notebooks_and_what_there_is_to_know(tmp_path: Path) -> None:
     entry = make_entry(tmp_path, "docs/a.ipynb", make_verdict(culprits=make_culprits()))
     passed = make_entry(tmp_path, "b.ipynb", make_verdict(Status.PASSED), flaky=True, attempts=2)
-    summary = github.summary(make_batch(tmp_path, [passed, entry, make_entry(tmp_path, "c.ipynb", None)]))
+    summary = github.summary(
+        make_batch(tmp_path, [passed, entry, make_entry(tmp_path, "c.ipynb", None)])
+    )
     said = text_of(summary)
     for words in (
         "1 failed · 1 passed · 1 skipped · 1 flaky",
@@ -131,8 +157,15 @@ ATTACKS = (
 @pytest.mark.parametrize("words", ATTACKS)
 def test_text_of_a_notebook_is_inert(tmp_path: Path, words: str) -> None:
     cause = make_cause(CauseKind.EXCEPTION, summary=words, advice=words)
-    verdict = make_verdict(Status.CELL_ERROR, cause=cause, crash_cell=make_crash(source_line=words), culprits=make_culprits())
-    entry = replace(make_entry(tmp_path, "a.ipynb", verdict), path=f"{words.replace('/', '')}.ipynb")
+    verdict = make_verdict(
+        Status.CELL_ERROR,
+        cause=cause,
+        crash_cell=make_crash(source_line=words),
+        culprits=make_culprits(),
+    )
+    entry = replace(
+        make_entry(tmp_path, "a.ipynb", verdict), path=f"{words.replace('/', '')}.ipynb"
+    )
     summary = github.summary(make_batch(tmp_path, [entry]))
     tokens = [child for token in MARKDOWN.parse(summary) for child in (token.children or [token])]
     html = "".join(token.content for token in tokens if token.type in ("html_inline", "html_block"))
@@ -140,7 +173,11 @@ def test_text_of_a_notebook_is_inert(tmp_path: Path, words: str) -> None:
     assert not {token.type for token in tokens} & {"link_open", "image"}
     assert html.count("<details>") == html.count("</details>") == 1
     table = summary.partition("<details>")[0]
-    assert [len(line.split("|")) for line in table.splitlines() if line.startswith("|")] == [7, 7, 7]
+    assert [len(line.split("|")) for line in table.splitlines() if line.startswith("|")] == [
+        7,
+        7,
+        7,
+    ]
 
 
 def test_every_verdict_can_be_summed_up(tmp_path: Path) -> None:
@@ -149,7 +186,9 @@ def test_every_verdict_can_be_summed_up(tmp_path: Path) -> None:
     assert all(entry.path.replace("_", "&#95;") in said for entry in batch.entries)
 
 
-def test_a_summary_is_never_longer_than_github_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_is_never_longer_than_github_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     whole = len(github.summary(batch).encode())
     for most in (20_000, 4_000, 1_000):

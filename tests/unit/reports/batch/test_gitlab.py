@@ -54,13 +54,22 @@ def written(batch: Batch, base: Path | None = None) -> list[dict[str, Any]]:
 def test_a_problem_for_each_notebook_that_failed(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     problems = written(batch)
-    failed = [entry.path for entry in batch.entries if entry.status not in ("passed", "not_run", "unchanged")]
+    failed = [
+        entry.path
+        for entry in batch.entries
+        if entry.status not in ("passed", "not_run", "unchanged")
+    ]
     assert [problem["location"]["path"] for problem in problems] == failed
     assert len({problem["fingerprint"] for problem in problems}) == len(problems)
 
 
 def test_none_is_a_list_too(tmp_path: Path) -> None:
-    assert written(make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", make_verdict(Status.PASSED))])) == []
+    assert (
+        written(
+            make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", make_verdict(Status.PASSED))])
+        )
+        == []
+    )
 
 
 def test_what_a_problem_says(tmp_path: Path) -> None:
@@ -84,7 +93,9 @@ def test_a_fingerprint_stays_when_cells_are_added_above(tmp_path: Path) -> None:
     entry = make_entry(tmp_path, "a.ipynb", verdict)
     (before,) = written(make_batch(tmp_path, [entry]))
     moved = replace(verdict, crash_cell=make_crash(index=3, code_index=2))
-    (after,) = written(make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", moved, ("new()", *SOURCES))]))
+    (after,) = written(
+        make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", moved, ("new()", *SOURCES))])
+    )
     assert before["fingerprint"] == after["fingerprint"]
     assert before["location"] != after["location"]
     for other in (

@@ -33,7 +33,10 @@ def result(suite: ET.Element) -> ET.Element | None:
 
 
 def properties(suite: ET.Element) -> dict[str, str]:
-    return {found.attrib["name"]: found.attrib["value"] for found in suite.iterfind("properties/property")}
+    return {
+        found.attrib["name"]: found.attrib["value"]
+        for found in suite.iterfind("properties/property")
+    }
 
 
 def test_every_notebook_is_a_case_in_a_suite_that_every_reader_takes(tmp_path: Path) -> None:
@@ -44,7 +47,11 @@ def test_every_notebook_is_a_case_in_a_suite_that_every_reader_takes(tmp_path: P
     parsed.update_statistics()
     kinds = [found.tag if found is not None else "passed" for found in map(result, root)]
     assert parsed.tests == len(batch.entries)
-    assert (parsed.failures, parsed.errors, parsed.skipped) == (kinds.count("failure"), kinds.count("error"), 2)
+    assert (parsed.failures, parsed.errors, parsed.skipped) == (
+        kinds.count("failure"),
+        kinds.count("error"),
+        2,
+    )
 
 
 def test_no_notebooks(tmp_path: Path) -> None:
@@ -65,11 +72,17 @@ def test_no_notebooks(tmp_path: Path) -> None:
     ],
 )
 def test_results(tmp_path: Path, status: Status, tag: str | None) -> None:
-    suite = written(make_batch(tmp_path, [make_entry(tmp_path, "a/b/c.ipynb", make_verdict(status))]))[0]
+    suite = written(
+        make_batch(tmp_path, [make_entry(tmp_path, "a/b/c.ipynb", make_verdict(status))])
+    )[0]
     found = result(suite)
     assert (found.tag if found is not None else None) == tag
     case = suite.find("testcase")
-    assert case is not None and case.attrib == {"name": "c.ipynb", "classname": "a/b", "time": "14.2"}
+    assert case is not None and case.attrib == {
+        "name": "c.ipynb",
+        "classname": "a/b",
+        "time": "14.2",
+    }
     assert properties(suite)["status"] == status.value
 
 
@@ -77,11 +90,21 @@ def test_results(tmp_path: Path, status: Status, tag: str | None) -> None:
     ("changes", "tag", "message"),
     [
         ({"status": "not_run"}, "skipped", "not run"),
-        ({"status": "unchanged"}, "skipped", "unchanged · passed before, and nothing it depends on has changed"),
-        ({"status": "refused", "error": "a.ipynb: not JSON"}, "error", "refused · a.ipynb: not JSON"),
+        (
+            {"status": "unchanged"},
+            "skipped",
+            "unchanged · passed before, and nothing it depends on has changed",
+        ),
+        (
+            {"status": "refused", "error": "a.ipynb: not JSON"},
+            "error",
+            "refused · a.ipynb: not JSON",
+        ),
     ],
 )
-def test_results_without_a_verdict(tmp_path: Path, changes: dict[str, str], tag: str, message: str) -> None:
+def test_results_without_a_verdict(
+    tmp_path: Path, changes: dict[str, str], tag: str, message: str
+) -> None:
     entry = replace(make_entry(tmp_path, "a.ipynb", None), **changes)  # type: ignore[arg-type]
     suite = written(make_batch(tmp_path, [entry]))[0]
     found = result(suite)
@@ -107,8 +130,16 @@ def test_what_a_failure_says(tmp_path: Path) -> None:
     ):
         assert words in found.text
     figures = properties(suite)
-    assert figures["memory_peak"] == str(GIB) and figures["cpu_seconds"] == "3.5" and figures["attempts"] == "3"
-    assert figures["culprits"] == "0 1" and figures["crash_line"] == "2" and figures["verdict"] == "a.ipynb.verdict.json"
+    assert (
+        figures["memory_peak"] == str(GIB)
+        and figures["cpu_seconds"] == "3.5"
+        and figures["attempts"] == "3"
+    )
+    assert (
+        figures["culprits"] == "0 1"
+        and figures["crash_line"] == "2"
+        and figures["verdict"] == "a.ipynb.verdict.json"
+    )
     assert suite.findtext("system-err") == "last words\n"
 
 
@@ -128,13 +159,19 @@ def test_the_command_to_reproduce_is_for_the_directory_of_the_batch(
     verdict = make_verdict(cwd=str(tmp_path / cwd))
     entry = make_entry(tmp_path, "docs/a.ipynb", verdict, repro=tmp_path / repro if repro else None)
     found = result(written(make_batch(tmp_path, [entry]))[0])
-    assert found is not None and found.text is not None and found.text.splitlines()[-1] == f"reproduce: {command}"
+    assert (
+        found is not None
+        and found.text is not None
+        and found.text.splitlines()[-1] == f"reproduce: {command}"
+    )
 
 
 def test_what_was_not_measured_is_no_property(tmp_path: Path) -> None:
     verdict = make_verdict()
     verdict = replace(verdict, usage=replace(verdict.usage, memory_peak=None, cpu_seconds=None))
-    figures = properties(written(make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", verdict)]))[0])
+    figures = properties(
+        written(make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", verdict)]))[0]
+    )
     assert not {"memory_peak", "cpu_seconds"} & set(figures) and "wall_seconds" in figures
 
 
@@ -142,11 +179,19 @@ def test_a_long_stderr_is_cut_and_says_so(tmp_path: Path) -> None:
     verdict = make_verdict(stderr_tail="x" * 60_000 + "the end")
     suite = written(make_batch(tmp_path, [make_entry(tmp_path, "a.ipynb", verdict)]))[0]
     said = suite.findtext("system-err") or ""
-    assert said.startswith("(the first 51815 characters are left out)\n") and said.endswith("the end")
+    assert said.startswith("(the first 51815 characters are left out)\n") and said.endswith(
+        "the end"
+    )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(st.text(st.characters(exclude_categories=()), max_size=60).filter(lambda words: "/" not in words))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
+)
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=60).filter(
+        lambda words: "/" not in words
+    )
+)
 def test_any_text_makes_a_valid_file(tmp_path: Path, words: str) -> None:
     cause = make_cause(summary=f"s{words}", advice=words)
     verdict = make_verdict(cause=cause, stderr_tail=words.encode("utf-8", "replace").decode())

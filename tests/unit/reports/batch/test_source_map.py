@@ -18,14 +18,23 @@ from safe_exec.reports.annotated_notebook import annotate
 from safe_exec.reports.batch import source_map
 from tests.unit.builders import make_verdict
 
-SOURCES = ("import os\n\nprint('ä\\n\u2028 \"quoted\"')\n", "x = 1", "", "def f():\r\n    return '''\n{[\n'''\n\nf()")
+SOURCES = (
+    "import os\n\nprint('ä\\n\u2028 \"quoted\"')\n",
+    "x = 1",
+    "",
+    "def f():\r\n    return '''\n{[\n'''\n\nf()",
+)
 
 
 def make_node(*sources: str) -> Any:
     cells: list[Any] = [nbformat.v4.new_markdown_cell('# "Title" {[\n\nsource: "no"')]
     for number, source in enumerate(sources):
         output = nbformat.v4.new_output("stream", text='"source": ["]}\n')
-        cells.append(nbformat.v4.new_code_cell(source, id=f"cell-{number}", outputs=[output], metadata={"source": ["x\n"]}))
+        cells.append(
+            nbformat.v4.new_code_cell(
+                source, id=f"cell-{number}", outputs=[output], metadata={"source": ["x\n"]}
+            )
+        )
     return nbformat.v4.new_notebook(cells=cells)
 
 
@@ -51,17 +60,26 @@ def check(text: str, sources: tuple[str, ...]) -> None:
         assert len(placed.lines) == len(words)
         for line, said in zip(placed.lines, words, strict=True):
             begins = (said.splitlines() or [""])[0]  # nbformat cuts at more than line feeds
-            assert any(json.dumps(begins, ensure_ascii=escape)[1:-1] in file[line - 1] for escape in (True, False))
+            assert any(
+                json.dumps(begins, ensure_ascii=escape)[1:-1] in file[line - 1]
+                for escape in (True, False)
+            )
 
 
 LAYOUTS = {
     "as nbformat writes it": nbformat.writes,
     "on one line": lambda node: json.dumps(json.loads(nbformat.writes(node))),
-    "without blanks": lambda node: json.dumps(json.loads(nbformat.writes(node)), separators=(",", ":")),
+    "without blanks": lambda node: json.dumps(
+        json.loads(nbformat.writes(node)), separators=(",", ":")
+    ),
     "each source in one piece": lambda node: json.dumps(one_text(node), indent=2),
     "in one piece on one line": lambda node: json.dumps(one_text(node)),
-    "indented with tabs, ascii": lambda node: json.dumps(json.loads(nbformat.writes(node)), indent="\t", ensure_ascii=True),
-    "with the line ends of another system": lambda node: nbformat.writes(node).replace("\n", "\r\n"),
+    "indented with tabs, ascii": lambda node: json.dumps(
+        json.loads(nbformat.writes(node)), indent="\t", ensure_ascii=True
+    ),
+    "with the line ends of another system": lambda node: nbformat.writes(node).replace(
+        "\n", "\r\n"
+    ),
 }
 
 
@@ -73,7 +91,11 @@ def test_every_line_is_found_in_every_layout(layout: str) -> None:
 def test_the_very_line() -> None:
     text = nbformat.writes(make_node("a = 1\nb = 2\nc = 3"))
     placed = source_map.placed(text, [1])[1]
-    assert [raw_lines(text)[line - 1].strip() for line in placed.lines] == ['"a = 1\\n",', '"b = 2\\n",', '"c = 3"']
+    assert [raw_lines(text)[line - 1].strip() for line in placed.lines] == [
+        '"a = 1\\n",',
+        '"b = 2\\n",',
+        '"c = 3"',
+    ]
 
 
 def test_a_line_in_several_pieces_stands_where_it_begins() -> None:
@@ -84,10 +106,17 @@ def test_a_line_in_several_pieces_stands_where_it_begins() -> None:
 
 @pytest.mark.parametrize(
     ("source", "said", "lines"),
-    [("[]", "", (3,)), ('""', "", (3,)), ('["a\\n"]', "a\n", (3, 3)), ('[ "a\\n",\n"b\\n"\n]', "a\nb\n", (3, 4, 4))],
+    [
+        ("[]", "", (3,)),
+        ('""', "", (3,)),
+        ('["a\\n"]', "a\n", (3, 3)),
+        ('[ "a\\n",\n"b\\n"\n]', "a\nb\n", (3, 4, 4)),
+    ],
 )
 def test_sources_at_the_edge(source: str, said: str, lines: tuple[int, ...]) -> None:
-    placed = source_map.placed(f'{{\n"cells": [\n{{"source": {source}, "metadata": {{}} }}\n]\n}}', [0])[0]
+    placed = source_map.placed(
+        f'{{\n"cells": [\n{{"source": {source}, "metadata": {{}} }}\n]\n}}', [0]
+    )[0]
     assert (placed.source, placed.lines) == (said, lines)
 
 
@@ -115,12 +144,26 @@ def test_of_two_members_with_one_name_the_last_counts() -> None:
 
 
 def test_nbformat_3() -> None:
-    code = {"cell_type": "code", "language": "python", "metadata": {}, "outputs": [], "prompt_number": 1}
+    code = {
+        "cell_type": "code",
+        "language": "python",
+        "metadata": {},
+        "outputs": [],
+        "prompt_number": 1,
+    }
     sheets = [
-        {"cells": [{"cell_type": "heading", "level": 1, "metadata": {}, "source": ["Title"]}, {**code, "input": ["a\n", "b"]}]},
+        {
+            "cells": [
+                {"cell_type": "heading", "level": 1, "metadata": {}, "source": ["Title"]},
+                {**code, "input": ["a\n", "b"]},
+            ]
+        },
         {"cells": [{**code, "input": "c"}], "metadata": {}},
     ]
-    text = json.dumps({"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0, "worksheets": sheets}, indent=1)
+    text = json.dumps(
+        {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0, "worksheets": sheets},
+        indent=1,
+    )
     found = source_map.placed(text, [0, 1, 2])
     assert [found[index].source for index in range(3)] == ["Title", "a\nb", "c"]
     assert [raw_lines(text)[line - 1].strip() for line in found[1].lines] == ['"a\\n",', '"b"']
@@ -145,12 +188,18 @@ def test_what_is_not_there_is_left_out() -> None:
     assert source_map.placed('{"nbformat": 4}', [0]) == {}
 
 
-TEXTS = st.lists(st.text(alphabet=st.sampled_from('ab"\\{}[],:\n\r\tä\u2028\U0001f600'), max_size=12), min_size=1, max_size=4)
+TEXTS = st.lists(
+    st.text(alphabet=st.sampled_from('ab"\\{}[],:\n\r\tä\u2028\U0001f600'), max_size=12),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(deadline=None)
 @given(TEXTS, st.sampled_from([None, 0, 1]), st.booleans(), st.booleans())
-def test_any_source_in_any_layout(sources: list[str], indent: int | None, whole: bool, ascii_only: bool) -> None:
+def test_any_source_in_any_layout(
+    sources: list[str], indent: int | None, whole: bool, ascii_only: bool
+) -> None:
     node = make_node(*sources)
     document = one_text(node) if whole else json.loads(nbformat.writes(node))
     check(json.dumps(document, indent=indent, ensure_ascii=ascii_only), tuple(sources))

@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.model.verdict import Activity, CauseKind, Confidence, Fact, Origin, Status, Usage, Verdict
+from safe_exec.model.verdict import (
+    Activity,
+    CauseKind,
+    Confidence,
+    Fact,
+    Origin,
+    Status,
+    Usage,
+    Verdict,
+)
 from safe_exec.reports.text import common
-from tests.unit.builders import every_verdict, make_cause, make_crash, make_fact, make_verdict, name_of
+from tests.unit.builders import (
+    every_verdict,
+    make_cause,
+    make_crash,
+    make_fact,
+    make_verdict,
+    name_of,
+)
 
 anything = st.text(st.characters(), max_size=40)  # lone surrogates among it
 REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
@@ -89,7 +105,10 @@ def test_cells_that_it_takes_together(indices: list[int], name: str) -> None:
 
 
 def test_a_path_as_seen_from_the_run() -> None:
-    seen = [common.path_seen(path, make_verdict()) for path in ("/home/me/project/a/b", "/home/me/projects/b", "c")]
+    seen = [
+        common.path_seen(path, make_verdict())
+        for path in ("/home/me/project/a/b", "/home/me/projects/b", "c")
+    ]
     assert seen == ["a/b", "/home/me/projects/b", "c"]
     assert common.path_seen("/a", make_verdict(cwd="/")) == "a"
 
@@ -97,9 +116,15 @@ def test_a_path_as_seen_from_the_run() -> None:
 @pytest.mark.parametrize(
     ("frame", "line"),
     [
-        (Frame(function="load", line=12, file="experiments/trial_cache.py"), "load (experiments/trial_cache.py:12)"),
+        (
+            Frame(function="load", line=12, file="experiments/trial_cache.py"),
+            "load (experiments/trial_cache.py:12)",
+        ),
         (Frame(function="<module>", line=3, file="/tmp/1.py", cell=1), "in code cell 1, line 3"),
-        (Frame(function="<cell line: 2>", line=3, file="/tmp/1.py", cell=2), "in code cell 2, line 3"),
+        (
+            Frame(function="<cell line: 2>", line=3, file="/tmp/1.py", cell=2),
+            "in code cell 2, line 3",
+        ),
         (
             Frame(function="load", line=3, file="<string>", cell=1, source_line="    x = 1"),
             "in `load`, code cell 1, line 3: x = 1",
@@ -127,7 +152,9 @@ def test_the_frames_below_the_line_that_is_shown() -> None:
     ]
     for stack, frames in cases:
         assert common.inner_frames(make_verdict(crash_cell=make_crash(stack=stack)), 3) == frames
-    assert common.inner_frames(make_verdict(crash_cell=make_crash(stack=(read, load, own))), 1) == [read]
+    assert common.inner_frames(make_verdict(crash_cell=make_crash(stack=(read, load, own))), 1) == [
+        read
+    ]
     assert common.inner_frames(make_verdict(crash_cell=None), 3) == []
 
 
@@ -138,26 +165,41 @@ HEADLINES = [
     (make_verdict(limits=Limits()), "kernel died in code cell 2 · out of memory · peak 1.0 GiB"),
     (make_verdict(limits=Limits(), usage=Usage()), "kernel died in code cell 2 · out of memory"),
     (
-        make_verdict(kind=CauseKind.SEGFAULT, cause=make_cause(CauseKind.SEGFAULT, confidence=Confidence.LIKELY)),
+        make_verdict(
+            kind=CauseKind.SEGFAULT,
+            cause=make_cause(CauseKind.SEGFAULT, confidence=Confidence.LIKELY),
+        ),
         "kernel died in code cell 2 · segfault (likely) · SIGSEGV",
     ),
     (make_verdict(kind=CauseKind.EXIT), "kernel died in code cell 2 · exit · exit status 3"),
     (make_verdict(kind=CauseKind.KILLED, crash_cell=None), "kernel died · killed · SIGKILL"),
-    (make_verdict(kind=CauseKind.CPU_TIME), "kernel died in code cell 2 · cpu time · limit 1m, used 3.5 s"),
+    (
+        make_verdict(kind=CauseKind.CPU_TIME),
+        "kernel died in code cell 2 · cpu time · limit 1m, used 3.5 s",
+    ),
     (
         make_verdict(Status.TIMEOUT, CauseKind.CELL_TIMEOUT),
         "timed out in code cell 2 · cell timeout · python loop · limit 30.0 s",
     ),
     (
-        make_verdict(Status.TIMEOUT, cause=make_cause(CauseKind.NOTEBOOK_TIMEOUT, activity=Activity.WAITING_LOCK)),
+        make_verdict(
+            Status.TIMEOUT,
+            cause=make_cause(CauseKind.NOTEBOOK_TIMEOUT, activity=Activity.WAITING_LOCK),
+        ),
         "timed out in code cell 2 · notebook timeout · waiting lock · limit 10m",
     ),
     (
-        make_verdict(Status.CELL_ERROR, cause=make_cause(CauseKind.EXCEPTION, summary="ValueError: no\n\x1b[1mway")),
+        make_verdict(
+            Status.CELL_ERROR,
+            cause=make_cause(CauseKind.EXCEPTION, summary="ValueError: no\n\x1b[1mway"),
+        ),
         r"error in code cell 2 · ValueError: no \x1b[1mway",
     ),
     (make_verdict(Status.LIMIT_EXCEEDED, CauseKind.TOO_MANY_PROCESSES), "limit 64, peak 3"),
-    (make_verdict(Status.START_FAILED), "kernel did not start · the summary of kernel_start_failed"),
+    (
+        make_verdict(Status.START_FAILED),
+        "kernel did not start · the summary of kernel_start_failed",
+    ),
     (make_verdict(Status.INTERNAL_ERROR, cause=None, crash_cell=None), "safe-exec failed"),
     (make_verdict(Status.CANCELLED, cause=None), "cancelled in code cell 2"),
 ]
@@ -180,7 +222,10 @@ def test_every_verdict_has_a_headline_and_a_moment(verdict: Verdict) -> None:
     [
         (make_verdict(), "line 2, running when the kernel was killed"),
         (make_verdict(kind=CauseKind.SEGFAULT), "line 2, running when the kernel died"),
-        (make_verdict(crash_cell=make_crash(line=None)), "line not known, running when the kernel was killed"),
+        (
+            make_verdict(crash_cell=make_crash(line=None)),
+            "line not known, running when the kernel was killed",
+        ),
         (make_verdict(Status.TIMEOUT), "line 2, running when its time was up"),
         (make_verdict(Status.CELL_ERROR), "line 2, raised the error"),
     ],

@@ -29,9 +29,13 @@ def root(tmp_path: Path) -> Path:
     return made
 
 
-def seen(root: Path, isolation: Isolation = CI, *, has_disk_limit: bool = False, home: Path | None = None) -> RepositoryAccess:
+def seen(
+    root: Path, isolation: Isolation = CI, *, has_disk_limit: bool = False, home: Path | None = None
+) -> RepositoryAccess:
     homes = (home or root.parent / "home",)
-    return repository_access(isolation, root / "notebooks", homes=homes, has_disk_limit=has_disk_limit)
+    return repository_access(
+        isolation, root / "notebooks", homes=homes, has_disk_limit=has_disk_limit
+    )
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -62,7 +66,10 @@ def test_there_is_nothing_to_open_where_nothing_is_closed(root: Path) -> None:
 @pytest.mark.parametrize("folder", [FolderUse.READ, FolderUse.COPY])
 def test_it_is_at_most_read_where_the_folder_is_not_written(root: Path, folder: FolderUse) -> None:
     assert seen(root, replace(CI, folder=folder)).use is RepositoryUse.READ
-    assert seen(root, replace(CI, folder=folder, repository=RepositoryUse.CLOSED)).use is RepositoryUse.CLOSED
+    assert (
+        seen(root, replace(CI, folder=folder, repository=RepositoryUse.CLOSED)).use
+        is RepositoryUse.CLOSED
+    )
 
 
 def test_it_is_at_most_read_where_a_disk_limit_could_not_count_it(root: Path) -> None:
@@ -81,11 +88,17 @@ def test_what_is_hidden_by_name_stays_hidden(root: Path) -> None:
 def test_a_home_that_is_a_repository_stays_closed(root: Path) -> None:
     for home in (root, root / "home"):
         found = seen(root, home=home)
-        assert not found.is_visible and "is a home directory" in found.warning and "--writable PATH" in found.warning
+        assert (
+            not found.is_visible
+            and "is a home directory" in found.warning
+            and "--writable PATH" in found.warning
+        )
         assert len(found.warning.splitlines()) == 1
 
 
-def test_as_root_the_homes_of_others_are_homes_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_root_the_homes_of_others_are_homes_too(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(access, "HOMES", root.parent)
     assert "is a home directory" in seen(root).warning
     monkeypatch.setattr(access, "HOMES", Path("/home"))
@@ -93,7 +106,9 @@ def test_as_root_the_homes_of_others_are_homes_too(root: Path, monkeypatch: pyte
     assert "is a home directory" in seen(root).warning
 
 
-@pytest.mark.parametrize("top", ["/", "/tmp", "/var/tmp", "/var", "/etc", "/run", "/usr", "/dev/shm/.."])
+@pytest.mark.parametrize(
+    "top", ["/", "/tmp", "/var/tmp", "/var", "/etc", "/run", "/usr", "/dev/shm/.."]
+)
 def test_a_part_of_the_system_stays_closed(monkeypatch: pytest.MonkeyPatch, top: str) -> None:
     monkeypatch.setattr(access, "find_root", lambda _folder: Path(os.path.normpath(top)))
     found = repository_access(CI, Path("/tmp/x"), homes=(), has_disk_limit=False)

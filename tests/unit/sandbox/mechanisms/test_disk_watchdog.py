@@ -38,7 +38,9 @@ os.wait()
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     argv = [sys.executable, "-c", HOLDER, str(tmp_path / "file")]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "held\n"
         yield process
@@ -49,10 +51,14 @@ def test_what_is_held_open_counts_once(holder: subprocess.Popen[str]) -> None:
     child = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
     found = held([holder.pid, child, 1 << 30])
     assert list(found.memory.values()) == [8 * MIB]
-    assert sum(found.removed.values()) == pytest.approx(4 * MIB, abs=64 << 10), "of files that are there directories tell"
+    assert sum(found.removed.values()) == pytest.approx(4 * MIB, abs=64 << 10), (
+        "of files that are there directories tell"
+    )
 
 
-def test_files_in_memory_count_as_memory_without_being_mapped(holder: subprocess.Popen[str]) -> None:
+def test_files_in_memory_count_as_memory_without_being_mapped(
+    holder: subprocess.Popen[str],
+) -> None:
     tree = ProcessTree(os.getpid())
     use = tree.read()
     assert use.memory > 8 * MIB
@@ -85,7 +91,9 @@ def test_it_tells_once_when_too_much_has_come(tmp_path: Path) -> None:
 
 
 def test_it_stops_when_told_to(tmp_path: Path) -> None:
-    watch = DiskWatch(os.getpid(), (str(tmp_path),), 2 * MIB, lambda _used: pytest.fail("nothing was written"))
+    watch = DiskWatch(
+        os.getpid(), (str(tmp_path),), 2 * MIB, lambda _used: pytest.fail("nothing was written")
+    )
     watch.start()
     watch.stop()
     assert not watch.is_alive()

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls, Wall
+from safe_exec.model.limits import (
+    FolderUse,
+    Isolation,
+    LimitName,
+    Limits,
+    Mechanism,
+    SystemCalls,
+    Wall,
+)
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import offer, put_up
@@ -43,7 +51,10 @@ TABLE: dict[str, tuple[Machine, Held]] = {
         {**dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)), W.USER: (M.KERNEL, HARD)},
     ),
     "nothing": (USER, NONE),
-    "nothing, root": (replace(USER, uid=0), NONE),  # another user may not even reach the interpreter
+    "nothing, root": (
+        replace(USER, uid=0),
+        NONE,
+    ),  # another user may not even reach the interpreter
     "landlock 1": (
         replace(USER, landlock=1),
         {**NONE, **FILES, W.SYSTEM: (M.LANDLOCK, SOFT), W.FOLDER: (M.LANDLOCK, SOFT)},
@@ -58,11 +69,19 @@ TABLE: dict[str, tuple[Machine, Held]] = {
     ),
     "no filter for this machine": (
         replace(BUBBLEWRAP, seccomp_why_not="there is none for riscv64"),
-        {**dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)), W.SYSTEM_CALLS: (M.NONE, SOFT), W.PRIVILEGES: (M.NONE, SOFT)},
+        {
+            **dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)),
+            W.SYSTEM_CALLS: (M.NONE, SOFT),
+            W.PRIVILEGES: (M.NONE, SOFT),
+        },
     ),
     "seccomp may not be used": (
         replace(BUBBLEWRAP, allowed=frozenset({M.BUBBLEWRAP})),
-        {**dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)), W.SYSTEM_CALLS: (M.NONE, SOFT), W.PRIVILEGES: (M.NONE, SOFT)},
+        {
+            **dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD)),
+            W.SYSTEM_CALLS: (M.NONE, SOFT),
+            W.PRIVILEGES: (M.NONE, SOFT),
+        },
     ),
 }
 
@@ -139,7 +158,9 @@ def test_the_two_refusals_are_told_apart() -> None:
 def test_sizes_take_bubblewrap(limits: Limits, held: set[LimitName]) -> None:
     found = offer(limits, BUBBLEWRAP)
     assert found is not None
-    assert set(found.holds) == held and all(one.hard and one.by is M.BUBBLEWRAP for one in found.holds.values())
+    assert set(found.holds) == held and all(
+        one.hard and one.by is M.BUBBLEWRAP for one in found.holds.values()
+    )
     assert put_up(Isolation(), limits, BUBBLEWRAP).enclosed is bool(held)
     assert offer(limits, USER) is None
     assert offer(limits, replace(BUBBLEWRAP, allowed=frozenset({M.LANDLOCK}))) is None

@@ -26,7 +26,9 @@ V2 = {
     "/sys/fs/cgroup/s/pids.peak": "17\n",
     "/sys/fs/cgroup/s/cpu.stat": "usage_usec 2500000\nuser_usec 2000000\nsystem_usec 500000\nnr_periods 0\n",
 }
-ALL = Counters(oom_kills=2, fork_refusals=3, memory_peak_raw=104857600, tasks_peak=17, cpu_seconds=2.5)
+ALL = Counters(
+    oom_kills=2, fork_refusals=3, memory_peak_raw=104857600, tasks_peak=17, cpu_seconds=2.5
+)
 NONE = Counters()
 
 
@@ -43,7 +45,10 @@ NONE = Counters()
         (dict.fromkeys(V2, "max\n"), NONE),
         ({"/a/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"}, NONE),  # before Linux 4.13
         ({"/a/memory.events": "oom_kill 0\n"}, Counters(oom_kills=0)),
-        ({"/a/cpu.stat": "nr_periods 0\nnr_throttled 0\n"}, NONE),  # the cpu controller of version 1
+        (
+            {"/a/cpu.stat": "nr_periods 0\nnr_throttled 0\n"},
+            NONE,
+        ),  # the cpu controller of version 1
         ({"/a/cpuacct.usage": "0\n"}, Counters(cpu_seconds=0.0)),
         ({"/a/memory.peak": "0\n"}, Counters(memory_peak_raw=0)),
         (
@@ -65,18 +70,26 @@ def test_any_text_is_a_counter_or_none(texts: dict[str, str | None]) -> None:
 
 def plan(*counter_files: Path) -> SpawnPlan:
     work = CgroupWork(counter_files=tuple(map(str, counter_files)))
-    return SpawnPlan(cgroup=work, rlimits=(), open_files_soft=None, watch=frozenset(), enforcement={})
+    return SpawnPlan(
+        cgroup=work, rlimits=(), open_files_soft=None, watch=frozenset(), enforcement={}
+    )
 
 
 @pytest.mark.parametrize(
     ("files", "stat", "memory"),
     [
         (("memory.events", "cpu.stat"), "anon 100\nfile 900\nkernel 7\nshmem 20\n", 120),
-        (("memory.oom_control", "cpuacct.usage"), "cache 900\nrss 1\nshmem 2\ntotal_rss 100\ntotal_shmem 20\n", 120),
+        (
+            ("memory.oom_control", "cpuacct.usage"),
+            "cache 900\nrss 1\nshmem 2\ntotal_rss 100\ntotal_shmem 20\n",
+            120,
+        ),
     ],
     ids=["v2", "v1"],
 )
-def test_memory_is_what_cannot_be_reclaimed(tmp_path: Path, files: tuple[str, str], stat: str, memory: int) -> None:
+def test_memory_is_what_cannot_be_reclaimed(
+    tmp_path: Path, files: tuple[str, str], stat: str, memory: int
+) -> None:
     (tmp_path / "memory.stat").write_text(stat)
     (tmp_path / "pids.current").write_text("4\n")
     (tmp_path / "cpu.stat").write_text("usage_usec 1500000\n")
@@ -86,7 +99,10 @@ def test_memory_is_what_cannot_be_reclaimed(tmp_path: Path, files: tuple[str, st
 
 
 def test_a_group_that_is_gone_reads_as_not_measured(tmp_path: Path) -> None:
-    meter = Meter(plan(tmp_path / "memory.events", tmp_path / "cpu.stat", tmp_path / "pids.events"), keeper_pid=1)
+    meter = Meter(
+        plan(tmp_path / "memory.events", tmp_path / "cpu.stat", tmp_path / "pids.events"),
+        keeper_pid=1,
+    )
     assert (meter.read(), meter.counters()) == (Reading(), Counters())
 
 
@@ -103,7 +119,9 @@ def test_the_bound_above_that_was_hit_is_the_nearest_whose_count_rose(tmp_path: 
         count(where, limit, 3)
     for name in ("memory.events", "cpu.stat", "pids.events"):
         (group / name).write_text("")
-    meter = Meter(plan(*(group / name for name in ("memory.events", "cpu.stat", "pids.events"))), keeper_pid=1)
+    meter = Meter(
+        plan(*(group / name for name in ("memory.events", "cpu.stat", "pids.events"))), keeper_pid=1
+    )
     assert meter.bound_hit() is None
     count(group, "4096", 4)
     assert meter.bound_hit() is None, "its own limit is no bound above"

@@ -22,7 +22,14 @@ from safe_exec.model.limits import LimitName, Limits
 from safe_exec.sandbox.mechanisms.watchdog import Watchdog
 from safe_exec.sandbox.usage.process_files import PAGE, Member, ProcessFiles
 from safe_exec.sandbox.usage.process_tree import ProcessTree
-from safe_exec.sandbox.usage.shared_pages import SMALL, SharedCount, count_once, estimate, lower_bound, upper_bound
+from safe_exec.sandbox.usage.shared_pages import (
+    SMALL,
+    SharedCount,
+    count_once,
+    estimate,
+    lower_bound,
+    upper_bound,
+)
 from tests.support import ROOT, ordinary_user, wait_until
 
 MIB = 1 << 20
@@ -126,19 +133,34 @@ def tree_of(files: ProcessFiles) -> ProcessTree:
 
 def test_pages_of_a_pool_count_once() -> None:
     use = tree_of(MadeUp(pool(12))).read()
-    assert (use.memory // MIB, use.least // MIB, use.most // MIB, use.tasks) == (90, 90, 13 * 90, 13)
+    assert (use.memory // MIB, use.least // MIB, use.most // MIB, use.tasks) == (
+        90,
+        90,
+        13 * 90,
+        13,
+    )
     assert not use.upper_bound and use.kernel_memory == 90 * MIB
 
 
 def test_where_nothing_can_be_shared_no_page_table_is_walked() -> None:
-    files = MadeUp({KEEPER: Process(1), KERNEL: Process(KEEPER, anonymous=900), 200: Process(KERNEL, anonymous=3)})
+    files = MadeUp(
+        {
+            KEEPER: Process(1),
+            KERNEL: Process(KEEPER, anonymous=900),
+            200: Process(KERNEL, anonymous=3),
+        }
+    )
     assert tree_of(files).read().memory == 903 * MIB
     assert files.shares_read == 0
 
 
-@pytest.mark.parametrize("gone", [FileNotFoundError(2, ""), ProcessLookupError(3, ""), PermissionError(13, "")], ids=str)
+@pytest.mark.parametrize(
+    "gone", [FileNotFoundError(2, ""), ProcessLookupError(3, ""), PermissionError(13, "")], ids=str
+)
 @pytest.mark.parametrize("state", [None, *ENDED])
-def test_a_process_that_ends_while_it_is_read_is_not_unreadable(gone: OSError, state: str | None) -> None:
+def test_a_process_that_ends_while_it_is_read_is_not_unreadable(
+    gone: OSError, state: str | None
+) -> None:
     files = MadeUp(pool(12))
 
     def ends(pid: int) -> None:
@@ -155,7 +177,8 @@ def test_a_process_that_ends_while_it_is_read_is_not_unreadable(gone: OSError, s
 def test_an_id_that_is_given_to_another_process_is_an_end_too() -> None:
     files = MadeUp(pool(12))
     files.on_share = lambda pid: (
-        pid == 205 and files.processes.update({205: Process(1, share=PermissionError(13, ""), started=9)})
+        pid == 205
+        and files.processes.update({205: Process(1, share=PermissionError(13, ""), started=9)})
     )
     use = tree_of(files).read()
     assert use.memory <= 90 * MIB and not use.upper_bound
@@ -220,13 +243,20 @@ def test_a_system_without_shares_gives_an_upper_bound() -> None:
     assert (use.memory, use.upper_bound) == (360 * MIB, True)
 
 
-members_lists = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 200)), min_size=1, max_size=8)
+members_lists = st.lists(
+    st.tuples(st.integers(0, 500), st.integers(0, 200)), min_size=1, max_size=8
+)
 
 
 @settings(deadline=None)
 @given(members_lists, st.integers(0, 300), st.integers(0, 4000), st.integers(0, 500))
-def test_bounds_hold_every_estimate(sizes: list[tuple[int, int]], open_files: int, last: int, before: int) -> None:
-    members = [Member(pid=n, parent=1, started=1, anonymous=a * MIB, shmem=s * MIB, size=1) for n, (a, s) in enumerate(sizes)]
+def test_bounds_hold_every_estimate(
+    sizes: list[tuple[int, int]], open_files: int, last: int, before: int
+) -> None:
+    members = [
+        Member(pid=n, parent=1, started=1, anonymous=a * MIB, shmem=s * MIB, size=1)
+        for n, (a, s) in enumerate(sizes)
+    ]
     least, most = lower_bound(members, open_files * MIB), upper_bound(members, open_files * MIB)
     assert max(member.anonymous for member in members) <= least <= most
     known = {member.key: before * MIB for member in members[::2]}
@@ -293,7 +323,9 @@ def test_processor_time_outlives_its_process() -> None:
     assert tree.read().cpu_seconds == 4.0
     del files.processes[200]
     assert tree.read().cpu_seconds == 4.0
-    files.processes[KERNEL].waited_ticks = 5 * second  # what the child used after it was seen last, or others that nobody saw
+    files.processes[KERNEL].waited_ticks = (
+        5 * second
+    )  # what the child used after it was seen last, or others that nobody saw
     assert tree.read().cpu_seconds == 6.0
 
 
@@ -303,7 +335,9 @@ def test_processor_time_outlives_its_process() -> None:
 def watched(files: ProcessFiles, **limits: int) -> tuple[Watchdog, list[tuple[LimitName, float]]]:
     passed: list[tuple[LimitName, float]] = []
     names = frozenset(LimitName(name) for name in limits)
-    watchdog = Watchdog(tree_of(files), Limits(**limits), names, lambda name, used: passed.append((name, used)))
+    watchdog = Watchdog(
+        tree_of(files), Limits(**limits), names, lambda name, used: passed.append((name, used))
+    )
     return watchdog, passed
 
 
@@ -345,7 +379,9 @@ def test_processes_are_counted_with_their_threads_and_zombies() -> None:
     watchdog, passed = watched(MadeUp(processes), processes=31)
     assert watchdog.look()
     assert passed == [(LimitName.PROCESSES, 32)]
-    assert watchdog.peaks.tasks == 32 and watchdog.peaks.memory is None, "where memory is not watched nothing is known of it"
+    assert watchdog.peaks.tasks == 32 and watchdog.peaks.memory is None, (
+        "where memory is not watched nothing is known of it"
+    )
 
 
 # --- real processes ---------------------------------------------------------------------------------------------
@@ -385,7 +421,12 @@ def run() -> Iterator[Callable[[str], int]]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(program: str) -> int:
-        process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         processes.append(process)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         return process.pid
@@ -401,9 +442,15 @@ def test_real_forks_count_once(run: Callable[[str], int]) -> None:
     assert 64 * MIB < use.memory < 110 * MIB and not use.upper_bound
 
 
-def test_a_process_whose_first_thread_has_ended_still_has_its_memory(run: Callable[[str], int]) -> None:
+def test_a_process_whose_first_thread_has_ended_still_has_its_memory(
+    run: Callable[[str], int],
+) -> None:
     pid = run(FIRST_THREAD_ENDS)
-    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 10, "its first thread ended")
+    wait_until(
+        lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z",
+        10,
+        "its first thread ended",
+    )
     assert ProcessTree(os.getpid(), pid).read().memory > 64 * MIB
 
 
@@ -428,7 +475,9 @@ def test_an_ordinary_user_counts_its_own_processes_once_and_those_that_hide_whol
     """Root reads everything, so this is another user's to see."""
     argv = [*ordinary_user(), sys.executable, "-c", AS_USER, FORKS, HIDDEN]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT)
-    (forks, most, exact), (with_hidden, _, bound) = [(a, b, c) for a, b, c in json.loads(done.stdout)]
+    (forks, most, exact), (with_hidden, _, bound) = [
+        (a, b, c) for a, b, c in json.loads(done.stdout)
+    ]
     assert 64 < forks < 110 and most > 5 * 64 and not exact
     assert forks + 64 <= with_hidden < forks + 90 and bound
 
@@ -438,7 +487,11 @@ def test_a_zombie_has_no_memory_and_is_a_task() -> None:
     if child == 0:
         os._exit(0)
     try:
-        wait_until(lambda: Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 10, "it has ended")
+        wait_until(
+            lambda: Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z",
+            10,
+            "it has ended",
+        )
         use = ProcessTree(os.getpid(), child).read()
         assert use.tasks >= 1 and use.kernel_memory == 0
     finally:
@@ -462,7 +515,9 @@ def test_children_that_end_while_they_are_counted_are_no_failure() -> None:
         "while not select.select([0], [], [], 0)[0]:\n"
         "    for child in [os.fork() or os._exit(0) for _ in range(6)]: os.waitpid(child, 0)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "ready\n"
         tree = ProcessTree(os.getpid(), process.pid)

@@ -33,7 +33,9 @@ def test_a_port_that_somebody_listens_on_is_not_taken(monkeypatch: pytest.Monkey
         assert sockets.quiet_ports(2) == free
 
 
-def test_where_there_is_no_such_range_the_choice_is_left_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_there_is_no_such_range_the_choice_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "range").write_text("1024\t65535\n")
     monkeypatch.setattr(sockets, "RANGE", tmp_path / "range")
     assert sockets.quiet_ports(5) == []

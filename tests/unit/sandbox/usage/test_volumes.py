@@ -22,7 +22,10 @@ class Figures:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figures]:
     """What is measured next; the last stays."""
     queue = [Figures(free=16)]
-    monkeypatch.setattr("safe_exec.sandbox.usage.volumes.os.fstatvfs", lambda _fd: queue.pop(0) if len(queue) > 1 else queue[0])
+    monkeypatch.setattr(
+        "safe_exec.sandbox.usage.volumes.os.fstatvfs",
+        lambda _fd: queue.pop(0) if len(queue) > 1 else queue[0],
+    )
     return queue
 
 
@@ -51,7 +54,9 @@ def test_without_an_inode_there_is_no_room(tmp_path: Path, figures: list[Figures
 
 def test_directories_of_one_file_system_are_one_volume(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    volumes = Volumes(os.getpid(), [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "missing"), str(tmp_path)])
+    volumes = Volumes(
+        os.getpid(), [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "missing"), str(tmp_path)]
+    )
     volumes.look()
     (volume,) = volumes.lowest()
     assert volume.places == (str(tmp_path), str(tmp_path / "a"))

@@ -70,7 +70,9 @@ def detail(batch: Batch, number: int = 0) -> dict[str, Any]:
     return found
 
 
-def failed(root: Path, verdict: Verdict, sources: tuple[str, ...] = SOURCES, **changes: Any) -> Entry:
+def failed(
+    root: Path, verdict: Verdict, sources: tuple[str, ...] = SOURCES, **changes: Any
+) -> Entry:
     return make_entry(root, "a.ipynb", verdict, sources, **changes)
 
 
@@ -79,11 +81,17 @@ def test_one_page_for_every_notebook_there_can_be(tmp_path: Path) -> None:
     document = written(batch)
     rows = document.data("batch")["rows"]
     assert [row["path"] for row in rows] == [entry.path for entry in batch.entries]
-    assert {f"notebook-{number}" for number in range(len(rows))} | {"batch", ""} == set(document.scripts)
+    assert {f"notebook-{number}" for number in range(len(rows))} | {"batch", ""} == set(
+        document.scripts
+    )
     assert [document.data(f"notebook-{number}")["headline"] for number in range(len(rows))]
     assert {row["outcome"] for row in rows} == {"passed", "failed", "error", "skipped"}
     unknown = next(row for row in rows if row["path"] == "gone.ipynb")
-    assert unknown["memory"] is None and unknown["seconds"] is None and unknown["what"] == "its verdict cannot be read any more"
+    assert (
+        unknown["memory"] is None
+        and unknown["seconds"] is None
+        and unknown["what"] == "its verdict cannot be read any more"
+    )
 
 
 def test_no_notebooks(tmp_path: Path) -> None:
@@ -100,35 +108,60 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
         assert not attributes.get("src")
         assert (attributes.get("href") or "#").startswith(("#", "data:,"))
     assert not re.search(r"url\(|@import|https?:", document.styles[0])
-    assert set(re.findall(r"https?://[^\"']+", document.scripts[""])) == {"http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\"']+", document.scripts[""])) == {
+        "http://www.w3.org/2000/svg"
+    }
 
 
 def test_only_this_style_and_this_script_may_be(tmp_path: Path) -> None:
     document = written(make_batch(tmp_path, []))
     policy = next(
-        a["content"] for tag, a in document.elements if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+        a["content"]
+        for tag, a in document.elements
+        if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy is not None
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    for rule, content in {"script-src": document.scripts[""], "style-src": document.styles[0]}.items():
-        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    for rule, content in {
+        "script-src": document.scripts[""],
+        "style-src": document.styles[0],
+    }.items():
+        assert (
+            rules[rule]
+            == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+        )
     assert rules["default-src"] == "'none'"
-    assert sum(tag == "script" and "type" not in attributes for tag, attributes in document.elements) == 1
-    assert not [name for _, attributes in document.elements for name in attributes if name.startswith("on") or name == "style"]
+    assert (
+        sum(tag == "script" and "type" not in attributes for tag, attributes in document.elements)
+        == 1
+    )
+    assert not [
+        name
+        for _, attributes in document.elements
+        for name in attributes
+        if name.startswith("on") or name == "style"
+    ]
 
 
 def test_the_script_makes_no_markup_of_text() -> None:
     script = (REPORTS / "page.js").read_text()
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|srcdoc|setTimeout\(['\"]", script
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|srcdoc|setTimeout\(['\"]",
+        script,
     )
 
 
 def test_text_of_notebooks_is_data(tmp_path: Path) -> None:
     verdict = make_verdict(
-        stderr_tail=ATTACK, culprits=make_culprits(make_culprit(note=ATTACK, source_line=ATTACK)), warnings=(ATTACK,)
+        stderr_tail=ATTACK,
+        culprits=make_culprits(make_culprit(note=ATTACK, source_line=ATTACK)),
+        warnings=(ATTACK,),
     )
-    entry = replace(failed(tmp_path, verdict, (ATTACK, ATTACK)), path=f"{ATTACK.replace('/', '')}.ipynb", error=ATTACK)
+    entry = replace(
+        failed(tmp_path, verdict, (ATTACK, ATTACK)),
+        path=f"{ATTACK.replace('/', '')}.ipynb",
+        error=ATTACK,
+    )
     batch = make_batch(tmp_path, [entry], command=(ATTACK,), limits=ATTACK)
     document = written(batch)
     clean = written(make_batch(tmp_path, [failed(tmp_path, make_verdict())]))
@@ -164,22 +197,32 @@ def test_the_source_of_crash_cell_and_culprits(tmp_path: Path) -> None:
         "cut": 0,
         "alone": False,
     }
-    assert [cell["source"]["lines"] for cell in shown["culprits"]["cells"]] == [[SOURCES[0]], SOURCES[1].split("\n")]
+    assert [cell["source"]["lines"] for cell in shown["culprits"]["cells"]] == [
+        [SOURCES[0]],
+        SOURCES[1].split("\n"),
+    ]
     assert [cell["first"] for cell in shown["culprits"]["cells"]] == [True, False]
 
 
-def test_of_a_notebook_that_has_changed_only_the_line_of_the_verdict_is_shown(tmp_path: Path) -> None:
+def test_of_a_notebook_that_has_changed_only_the_line_of_the_verdict_is_shown(
+    tmp_path: Path,
+) -> None:
     entry = failed(tmp_path, make_verdict(culprits=make_culprits()))
     entry.source.write_text("{}")
     shown = detail(make_batch(tmp_path, [entry]))
-    assert shown["crash"]["source"]["lines"] == ['joined = frame.merge(big, on="k")'] and shown["crash"]["source"]["alone"]
+    assert (
+        shown["crash"]["source"]["lines"] == ['joined = frame.merge(big, on="k")']
+        and shown["crash"]["source"]["alone"]
+    )
     entry = failed(tmp_path, make_verdict(crash_cell=make_crash(source_line=None)))
     entry.source.unlink()
     assert detail(make_batch(tmp_path, [entry]))["crash"]["source"] is None
 
 
 def test_characters_that_lie_about_code_are_written_out(tmp_path: Path) -> None:
-    shown = detail(make_batch(tmp_path, [failed(tmp_path, make_verdict(), ("x", "a\u202eb\n\x1b[31mred"))]))
+    shown = detail(
+        make_batch(tmp_path, [failed(tmp_path, make_verdict(), ("x", "a\u202eb\n\x1b[31mred"))])
+    )
     assert shown["crash"]["source"]["lines"] == ["a\\u202eb", "\\x1b[31mred"]
 
 
@@ -187,20 +230,30 @@ def test_a_long_cell_is_cut_around_its_line() -> None:
     source = "\n".join(f"line {number}" for number in range(1, 1001))
     for line, first in {1: 1, 500: 350, 1000: 701, None: 1}.items():
         shown = page_data.code(source, None, line, 300)
-        assert shown is not None and (shown["first"], len(shown["lines"]), shown["cut"]) == (first, 300, 700)
+        assert shown is not None and (shown["first"], len(shown["lines"]), shown["cut"]) == (
+            first,
+            300,
+            700,
+        )
         if line is not None:
             assert shown["lines"][line - first] == f"line {line}"
     wide = page_data.code("\n".join(["x" * 5000] * 1000), None, 500, 300)
     assert wide is not None and {len(words) for words in wide["lines"]} == {page_data.LINE_WIDTH}
     assert sum(map(len, wide["lines"])) <= 300 * page_data.USUAL_WIDTH
-    assert wide["first"] <= 500 < wide["first"] + len(wide["lines"]) and wide["cut"] + len(wide["lines"]) == 1000
+    assert (
+        wide["first"] <= 500 < wide["first"] + len(wide["lines"])
+        and wide["cut"] + len(wide["lines"]) == 1000
+    )
     one = page_data.code("x" * 5000, None, 1, 300)
     assert one is not None and len(one["lines"]) == 1
 
 
 def test_links_go_to_files_below_the_page_only(tmp_path: Path) -> None:
     entry = failed(
-        tmp_path, make_verdict(), notebook=tmp_path / "out" / "java script:a#b?.ipynb", repro=tmp_path / "elsewhere.ipynb"
+        tmp_path,
+        make_verdict(),
+        notebook=tmp_path / "out" / "java script:a#b?.ipynb",
+        repro=tmp_path / "elsewhere.ipynb",
     )
     files = detail(make_batch(tmp_path, [entry]))["files"]
     assert files == [
@@ -212,7 +265,9 @@ def test_links_go_to_files_below_the_page_only(tmp_path: Path) -> None:
 def test_a_timeline_keeps_its_peak_and_its_gaps() -> None:
     memory = tuple(None if n % 7 == 0 else n % 97 for n in range(500))
     memory = (*memory[:250], 1000, *memory[251:])
-    samples = Timeline(seconds=tuple(n / 10 for n in range(500)), memory=memory, cpu=(None,) * 500, cell=(0,) * 500)
+    samples = Timeline(
+        seconds=tuple(n / 10 for n in range(500)), memory=memory, cpu=(None,) * 500, cell=(0,) * 500
+    )
     for most in (80, 400, 1000):
         shown = page_data.timeline(samples, most)
         assert len(shown["seconds"]) == len(shown["memory"]) <= most
@@ -225,7 +280,11 @@ def test_a_timeline_keeps_its_peak_and_its_gaps() -> None:
 
 def test_much_is_cut_and_said(tmp_path: Path) -> None:
     many = tuple(make_culprit(n, note="x") for n in range(60))
-    verdict = make_verdict(culprits=make_culprits(*many), stderr_tail="y" * 60_000, cells=make_records(CellStatus.PASSED) * 900)
+    verdict = make_verdict(
+        culprits=make_culprits(*many),
+        stderr_tail="y" * 60_000,
+        cells=make_records(CellStatus.PASSED) * 900,
+    )
     shown = detail(make_batch(tmp_path, [failed(tmp_path, verdict)]))
     assert (len(shown["culprits"]["cells"]), shown["culprits"]["cut"]) == (20, 40)
     assert (len(shown["cells"]), shown["cells_cut"]) == (300, 600)
@@ -243,7 +302,9 @@ def test_of_five_hundred_notebooks_each_is_bounded(tmp_path: Path) -> None:
     one = failed(tmp_path, verdict, ("y = 1\n" * 5000,) * 3)
     sizes = {}
     for count in (1, 500):
-        batch = make_batch(tmp_path, [replace(one, path=f"{number}.ipynb") for number in range(count)])
+        batch = make_batch(
+            tmp_path, [replace(one, path=f"{number}.ipynb") for number in range(count)]
+        )
         sizes[count] = len(page.as_data(page_data.detail(Told.of(one), batch, tmp_path)))
     assert sizes[500] < 20_000, "ten megabytes for the page"
     assert sizes[500] < sizes[1], "of few notebooks more points are shown"
@@ -263,7 +324,12 @@ def test_the_page_is_made_piece_by_piece(tmp_path: Path) -> None:
 def test_a_notebook_is_told_without_a_verdict_of_another_version(tmp_path: Path) -> None:
     entry = failed(tmp_path, make_verdict())
     assert entry.verdict is not None
-    entry.verdict.write_text(entry.verdict.read_text().replace("safe-exec/verdict/1", "safe-exec/verdict/99"))
+    entry.verdict.write_text(
+        entry.verdict.read_text().replace("safe-exec/verdict/1", "safe-exec/verdict/99")
+    )
     assert Told.of(entry).verdict is None
-    assert detail(make_batch(tmp_path, [entry]))["headline"] == "kernel died · its verdict cannot be read any more"
+    assert (
+        detail(make_batch(tmp_path, [entry]))["headline"]
+        == "kernel died · its verdict cannot be read any more"
+    )
     assert source_map.file_line(Told.of(entry)) is None
