@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from msgspec import Struct
+
 from safe_exec.errors import UsageError
-from safe_exec.records import dataclass
 
 AUTO = "auto"
 RESERVE_BYTES = 256 << 20
@@ -18,8 +19,7 @@ START_BYTES = 512 << 20
 """What a kernel may take that has started and runs nothing yet; most take a tenth of it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class Room(Struct, frozen=True, kw_only=True):
     """What there is: ``jobs`` notebooks at a time, ``memory`` bytes for all of them together (``None``: not known, does not count)."""
 
     jobs: int

@@ -7,7 +7,6 @@ the same; that of a pass also holds the kernel's environment and the inputs that
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -19,6 +18,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import asdict
 
 from safe_exec._version import __version__
 from safe_exec.errors import NotebookError
@@ -42,7 +43,7 @@ def key_of_run(prepared: Prepared) -> str:
         {
             "sha256": prepared.notebook.sha256,
             "limits": prepared.resolved.limits.as_dict(),
-            "isolation": dataclasses.asdict(prepared.resolved.isolation),
+            "isolation": asdict(prepared.resolved.isolation),
             "kernel": prepared.kernel_name,
             "allow_errors": job.allow_errors,
             "required": [str(name) for name in prepared.required],

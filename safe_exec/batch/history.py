@@ -13,16 +13,17 @@ import os
 import time
 from pathlib import Path
 
+from msgspec import Struct
+from msgspec.structs import asdict
+
 from safe_exec.experiments.trial_cache import cache_root
 from safe_exec.files import write_atomically
-from safe_exec.records import asdict, dataclass
 
 KEPT_DAYS = 180
 _DAY = 86400.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True, kw_only=True):
     """``seconds``: what it took the last time it was run. ``passed``: the key of all that it depended on when it last passed."""
 
     seconds: float | None = None

@@ -9,7 +9,6 @@ system, so that no kill leaves a lock behind.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -19,9 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from msgspec import Struct
+from msgspec.structs import asdict
+
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
-from safe_exec.records import dataclass
 from safe_exec.reports.verdict_json import plain
 
 NAME = "journal.jsonl"
@@ -34,8 +35,7 @@ STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = (
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class Finished(Struct, frozen=True, kw_only=True):
     """What is on record of a notebook that was run to its end. Documents are paths below the output directory.
 
     ``key`` stands for all that the run depended on (:func:`fingerprint.key_of_run`). ``headline`` is the verdict in one line.
@@ -55,8 +55,7 @@ class Finished:
     repro: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Past:
+class Past(Struct, frozen=True, kw_only=True):
     """What a journal says: notebooks that were finished, the last word on each; whether the batch came to its end."""
 
     finished: Mapping[str, Finished]
@@ -160,7 +159,7 @@ class Journal:
 
     def finished(self, record: Finished) -> None:
         """A notebook is finished: on the disk when this returns."""
-        self._put(FINISHED, dataclasses.asdict(record), sync=True)
+        self._put(FINISHED, asdict(record), sync=True)
 
     def batch_finished(self, **facts: object) -> None:
         """All is done, reports included."""

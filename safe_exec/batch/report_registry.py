@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.batch.outcome import worst
 from safe_exec.files import one_line
 from safe_exec.model.verdict import Status
-from safe_exec.records import dataclass
 from safe_exec.reports.batch.results import Batch
 
 log = logging.getLogger("safe_exec")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchReport:
+class BatchReport(Struct, frozen=True, kw_only=True):
     """A file, and ``module:function`` that writes it: called with the batch and the path; may raise OSError.
 
     ``file`` is seen from the output directory.

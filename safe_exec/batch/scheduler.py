@@ -16,6 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from msgspec import Struct, field
+from msgspec.structs import replace
+
 from safe_exec._version import __version__
 from safe_exec.batch.admission import Room, admits_ahead, first_fitting, most_ahead
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
@@ -29,7 +32,6 @@ from safe_exec.errors import UsageError
 from safe_exec.files import HeldTree, one_line
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import FolderUse
-from safe_exec.records import dataclass, field, replace
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
 from safe_exec.sandbox.keeper_process import Nursery
 from safe_exec.workflows.prepare import Job, Prepared, prepare
@@ -61,8 +63,7 @@ class Watcher(Protocol):
         """Called every now and then."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True):
     """A batch as it was asked for. ``template`` is the job of every notebook but for its paths. ``limits`` is what ``--limits`` named."""
 
     chosen: tuple[Chosen, ...]
@@ -79,8 +80,7 @@ class Plan:
     limits: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Waiting:
+class _Waiting(Struct, frozen=True, kw_only=True):
     """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes. ``early``: its sandbox may be built before its turn."""
 
     task: Task

@@ -13,10 +13,11 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from msgspec import Struct, field
+
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
 from safe_exec.limits.project_file import matches
-from safe_exec.records import dataclass, field
 
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
@@ -24,8 +25,7 @@ SKIPPED_DIRECTORIES = frozenset({"node_modules"})
 GIT_SECONDS = 60
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chosen:
+class Chosen(Struct, frozen=True, kw_only=True):
     """A notebook of the batch. ``source`` is where it is opened, ``path`` how it is shown: relative to the root, with ``/``.
 
     ``documents`` is where its documents go below the output directory, without their endings.
@@ -36,8 +36,7 @@ class Chosen:
     documents: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class Selection(Struct, frozen=True, kw_only=True):
     """The notebooks in the order of their paths. ``ours`` counts those left out because safe-exec wrote them; ``notes`` are for the user."""
 
     root: Path
@@ -46,8 +45,7 @@ class Selection:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(kw_only=True)
-class _Found:
+class _Found(Struct, kw_only=True):
     """Files by their real path, so that two names of one file count once; the first name stays."""
 
     cwd: Path

@@ -14,6 +14,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
 from safe_exec.batch.history import History, Memory
 from safe_exec.batch.journal import Finished, Journal
@@ -26,7 +29,6 @@ from safe_exec.kernel.prestart import Early
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.records import dataclass, replace
 from safe_exec.reports.batch.results import REFUSED
 from safe_exec.reports.text.common import headline
 from safe_exec.trial.request import Cancellation
@@ -91,16 +93,14 @@ class Turn:
         return self._given
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+class Task(Struct, frozen=True, kw_only=True):
     """A notebook and the whole of what is asked of its run."""
 
     chosen: Chosen
     job: Job
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shared:
+class Shared(Struct, frozen=True, kw_only=True):
     """What all notebooks of a batch have in common. ``sink`` gives the events of a notebook, by its path, to whoever watches."""
 
     out: HeldTree

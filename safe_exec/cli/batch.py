@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+from msgspec.structs import replace
 
 from safe_exec.batch.admission import AUTO, parse_jobs, room_for
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
@@ -18,7 +19,6 @@ from safe_exec.batch.selection import Chosen, select
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
-from safe_exec.records import replace
 from safe_exec.reports.batch.progress import BatchProgress, line_of
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
 from safe_exec.reports.terminal import Style

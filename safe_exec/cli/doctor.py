@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from safe_exec._version import __version__
 from safe_exec.cli import tables
 from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls
-from safe_exec.records import asdict, dataclass
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
 from safe_exec.sandbox.advice.limits import Remedy, advise, swap_state, weak_limits
@@ -55,8 +56,7 @@ WIDTH = 100
 """Columns that are enough: a longer line is harder to read, and commands are not broken at any width."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True, kw_only=True):
     """All that doctor says. ``dead_runs`` is a count, or why there is none."""
 
     machine: Machine

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from safe_exec.cli import tables
 from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
 from safe_exec.experiments.compare import Difference, compares_peaks
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.records import replace
 from safe_exec.reports import progress
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.reports.terminal import Style

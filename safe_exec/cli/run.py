@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import Early
 from safe_exec.model.limits import FolderUse, LimitName
 from safe_exec.model.verdict import Verdict
-from safe_exec.records import replace
 from safe_exec.sandbox.planner import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
 from safe_exec.workflows.prepare import Bisect, Job, Prepared, command_line, prepare, refuse_same

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 
+from msgspec import Struct, field
+
 from safe_exec.model.ending import Died, Ending, StartFailed
 from safe_exec.model.evidence import Evidence, Frame
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Wall
@@ -17,15 +19,13 @@ from safe_exec.model.verdict import (
     FactValue,
     Origin,
 )
-from safe_exec.records import dataclass, field
 from safe_exec.units import format_size
 
 KEPT_WORTH_NAMING = 8 << 20
 """A cell that kept less than this is not named as one that fills the memory."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Context:
+class Context(Struct, frozen=True, kw_only=True):
     """One trial as the rules see it: how it ended, what was observed, under which limits."""
 
     ending: Ending

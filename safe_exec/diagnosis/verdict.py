@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from safe_exec._version import __version__
 from safe_exec.diagnosis.rules import Context, find_cause
 from safe_exec.diagnosis.rules.isolation import unexplained
@@ -37,7 +39,6 @@ from safe_exec.model.verdict import (
     Usage,
     Verdict,
 )
-from safe_exec.records import replace
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from msgspec import Struct
+
 from safe_exec.experiments.culprits.failure import Failure
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import CauseKind, Culprit, Verdict
-from safe_exec.records import dataclass
 
 PEAK_SHARE = 0.1
 """Peaks that are no further apart are the same."""
@@ -21,8 +22,7 @@ MEMORY = frozenset(
 Value = str | int | float | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True, kw_only=True):
     """Something that is not as it was. ``decides``: it makes another failure of it."""
 
     what: str
@@ -31,8 +31,7 @@ class Difference:
     decides: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
+class Agreement(Struct, frozen=True, kw_only=True):
     """Two runs compared. ``cell`` is the ``code_index`` of the cell in the notebook of then in which it happened here."""
 
     failure: tuple[Difference, ...]

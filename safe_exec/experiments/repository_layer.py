@@ -14,9 +14,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.files import write_atomically
 from safe_exec.keeper import mounts
-from safe_exec.records import dataclass
 
 MOST_ENTRIES = 5000
 PASSED_OVER = frozenset({".git", "node_modules", "__pycache__", ".ipynb_checkpoints"})
@@ -29,8 +30,7 @@ Mark = tuple[int, int, int]
 """Kind and mode, size, and time of the last change (st_ctime), which nobody sets back."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryNotes:
+class RepositoryNotes(Struct, frozen=True, kw_only=True):
     """A repository before the first run, without the folder. ``entries`` is ``None`` for one with too many."""
 
     root: Path
@@ -110,8 +110,7 @@ def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
 # --- the layer of a trial ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryLayer:
+class RepositoryLayer(Struct, frozen=True, kw_only=True):
     """How trials see the repository: without the entries in ``new``, and writing to a layer of their own."""
 
     root: Path

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.workspace import Views
 from safe_exec.model.ending import Cancelled, InternalError, TimedOut
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import LimitName, Limits
-from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest, TrialResult
@@ -69,8 +71,7 @@ def enclosed(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class Change(Struct, frozen=True, kw_only=True):
     """What is different in one run. ``limits`` are those of the run, ``cell_limits`` those of each cell.
 
     ``allowed`` seconds may be spent on the run, ``deadline`` is when it is given up for being slow.
@@ -80,11 +81,10 @@ class Change:
     cell_limits: Callable[[Any], Limits]
     allowed: float = float("inf")
     deadline: float = float("inf")
-    sink: EventSink = field(default=lambda _event: None)
+    sink: EventSink = lambda _event: None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ran:
+class Ran(Struct, frozen=True, kw_only=True):
     """What came of one run. ``request`` is what was asked with the limits as they are known to the user.
 
     ``cut``: it was ended since no more time was allowed; ``slow``: since its deadline was over. ``seconds`` is wall time, start included.

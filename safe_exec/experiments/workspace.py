@@ -13,6 +13,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.experiments.repository_layer import (
     RepositoryLayer,
     RepositoryNotes,
@@ -22,7 +25,6 @@ from safe_exec.experiments.repository_layer import (
 )
 from safe_exec.keeper import mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
-from safe_exec.records import dataclass, field, replace
 
 COPY_BYTES = 32 << 20
 COPY_ENTRIES = 2000
@@ -36,8 +38,7 @@ TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
 SHM = Path("/dev/shm")  # noqa: S108
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True):
     """What tells whether a file is still the same: changes of content show in ``ctime_ns`` whatever a program sets."""
 
     mode: int
@@ -46,8 +47,7 @@ class Entry:
     ctime_ns: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True, kw_only=True):
     """A folder before the first run. ``copy`` is ``None`` for a large one, ``entries`` for one too large to be noted.
 
     ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many. ``taken_ns`` is when it was
@@ -191,8 +191,7 @@ def _names_in_tmp() -> frozenset[str] | None:
 # --- what a trial sees ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
+class View(Struct, frozen=True, kw_only=True):
     """Where a trial runs and what is mounted for it; ``directory`` holds all that it writes and is to be removed after it."""
 
     cwd: Path
@@ -201,8 +200,7 @@ class View:
     user_namespace: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Views:
+class Views(Struct, frozen=True, kw_only=True):
     """Makes views of one snapshot. ``way`` is as in :func:`mounts.namespaces`; ``new`` are the paths that an overlay hides.
 
     ``gaps`` say in a few words what a trial may still see of an earlier one.
@@ -212,7 +210,7 @@ class Views:
     way: str | None
     overlay: bool
     new: tuple[str, ...] = ()
-    gaps: tuple[str, ...] = field(default=())
+    gaps: tuple[str, ...] = ()
     repository: RepositoryLayer | None = None
 
     def make(self, name: str, runtime: Path) -> View:

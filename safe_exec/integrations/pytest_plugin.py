@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from safe_exec.records import dataclass, field
 
 if TYPE_CHECKING:
     from safe_exec.model.verdict import Verdict
@@ -392,8 +391,7 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
     return [(name, value) for name, value in found.items() if value is not None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Crash:
+class Crash(Struct, frozen=True, kw_only=True):
     """What pytest's short summary and JUnit's message are made from."""
 
     path: str

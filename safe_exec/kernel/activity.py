@@ -11,13 +11,14 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.keeper import procfs
 from safe_exec.kernel import file_locks, processes
 from safe_exec.kernel.blocked import Call, blocked_call
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.evidence import Frame, Looked
 from safe_exec.model.observed import EndedChild
-from safe_exec.records import dataclass
 
 WINDOW_SECONDS = 0.4
 LONGEST_SECONDS = 1.2
@@ -28,8 +29,7 @@ LOOKS = 20
 STARVED_SECONDS = 0.25
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
+class Subject(Struct, frozen=True, kw_only=True):
     """The kernel to look at.
 
     ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it answered: that of the main thread, and those of

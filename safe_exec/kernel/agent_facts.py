@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from safe_exec.kernel.cell_code import CellCode, source_of
 from safe_exec.kernel.message_validation import bounded_size
 from safe_exec.kernel.own_actions import OwnActions
 from safe_exec.model.evidence import Frame, Raised
-from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
@@ -40,8 +41,7 @@ Rows = list[tuple[str, int, str, int]]
 """Frames as told: function, line, file, number of the cell inside."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RaisedTold:
+class RaisedTold(Struct, frozen=True, kw_only=True):
     """The exceptions that a cell ended with, and where it looked for names that are not absolute: ``search`` is its PATH."""
 
     errors: tuple[Raised, ...] = ()

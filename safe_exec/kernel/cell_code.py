@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec import Struct
+
 from safe_exec.agent import sources
 from safe_exec.kernel.fault_report import escaped
-from safe_exec.records import dataclass
 
 MOST_SOURCES = 20_000
 LONGEST_MAP = 500
@@ -21,8 +22,7 @@ IDENTITY = [[1, 1]]
 """The line map of code whose lines are those of the cell."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class Source(Struct, frozen=True, kw_only=True):
     """Code of a cell, by the cell's number inside.
 
     ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each code

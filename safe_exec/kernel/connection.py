@@ -15,7 +15,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
-from safe_exec.records import dataclass
+from msgspec import Struct
 
 GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -46,8 +46,7 @@ class ConnectFailed(OSError):  # noqa: N818 - says what happened
     """No connection could be made, or what stands there does not speak the protocol."""
 
 
-@dataclass(slots=True)
-class Received:
+class Received(Struct):
     """One message. ``dropped`` counts the bytes of one that was too large: then ``parts`` are its first, small ones."""
 
     parts: list[bytes]
@@ -336,8 +335,7 @@ def _frame(body: bytes, flags: int) -> bytes:
 # --- connecting -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Address:
+class Address(Struct, frozen=True, kw_only=True):
     """Where a kernel listens: a path (``port`` is 0), or a host and a port."""
 
     host: str

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from safe_exec.kernel.fault_site import read_site
 from safe_exec.model.evidence import FaultReport, Frame
-from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from safe_exec.kernel.cell_code import CellCode
@@ -28,8 +29,7 @@ LONGEST = 500
 """faulthandler cuts a file name off there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Thread:
+class Thread(Struct, frozen=True, kw_only=True):
     """One thread of a dump: its identifier, whether it is the one that faulted or answered, its frames innermost first."""
 
     ident: int

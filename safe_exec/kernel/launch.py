@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.agent import bootstrap, layout
 from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.kernel.env_allowlist import listed_environment
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.limits import LimitName, Limits
-from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
 from safe_exec.sandbox.sandbox import Sandbox
 
@@ -92,8 +94,7 @@ def speaks_ipc(cmd: Sequence[str]) -> bool:
     return "-m" in cmd and any(part in MODULES for part in cmd)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
+class Spec(Struct, frozen=True, kw_only=True):
     """A kernelspec as it stands in its ``kernel.json``, and the directory of that file."""
 
     directory: str
@@ -105,8 +106,7 @@ class Spec:
         return list(self.document["argv"])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launched:
+class Launched(Struct, frozen=True, kw_only=True):
     """A kernel process that runs in its sandbox, and how to reach it."""
 
     spec: Spec
@@ -116,8 +116,7 @@ class Launched:
     cwd: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
+class Launch(Struct, frozen=True, kw_only=True):
     """What is to be started, and where."""
 
     spec: Spec
@@ -125,7 +124,12 @@ class Launch:
     plan: SpawnPlan
     limits: Limits
     cwd: str
-    env: Mapping[str, str] = field(repr=False)
+    env: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        # Without the environment, which may hold secrets.
+        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n != "env")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 # --- the kernelspec ---------------------------------------------------------------------------------------------

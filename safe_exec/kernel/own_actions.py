@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from safe_exec.model.evidence import Frame, OwnAction
-from safe_exec.records import replace
 
 MOST_ACTIONS = 60
 LONGEST_TEXT = 300

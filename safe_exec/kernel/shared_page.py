@@ -14,8 +14,9 @@ import os
 import struct
 from collections.abc import Iterator
 
+from msgspec import Struct
+
 from safe_exec.agent import layout
-from safe_exec.records import dataclass
 
 MOST_FRAMES = 64
 MOST_RECORDS = 20_000
@@ -23,8 +24,7 @@ MOST_RECORDS = 20_000
 SIZE = layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
+class Note(Struct, frozen=True, kw_only=True):
     """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine); whether the cell is done."""
 
     cell: int
@@ -33,8 +33,7 @@ class Note:
     finished: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True, kw_only=True):
     """What the sampling thread saw: ``wait`` is how long it waited for the interpreter, ``place`` a hash of where."""
 
     cell: int
@@ -45,8 +44,7 @@ class Sample:
     place: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
+class Text(Struct, frozen=True, kw_only=True):
     """A run of text written to a stream of a cell: its first character is number ``start`` of that stream in the cell."""
 
     stream: str
@@ -55,8 +53,7 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class Message(Struct, frozen=True, kw_only=True):
     """A message that was about to be queued: its raw frames."""
 
     cell: int

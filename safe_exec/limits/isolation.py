@@ -9,14 +9,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits.values import nearest
 from safe_exec.limits.yaml_source import Value
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse, SystemCalls
-from safe_exec.records import fields, replace
 
-KEYS = tuple(f.name for f in fields(Isolation))
+KEYS = Isolation.__struct_fields__
 _LISTS = ("env", "writable", "show", "hide", "devices")
 _PATHS = ("writable", "show", "hide")
 _CHOICES: Mapping[str, type[FolderUse | RepositoryUse | SystemCalls]] = {
@@ -152,9 +153,9 @@ def as_metadata(isolation: Isolation) -> dict[str, Any]:
     """The walls that are up, for the metadata of a reproduction."""
     bare = Isolation()
     found = {
-        f.name: getattr(isolation, f.name)
-        for f in fields(Isolation)
-        if getattr(isolation, f.name) != getattr(bare, f.name)
+        name: getattr(isolation, name)
+        for name in KEYS
+        if getattr(isolation, name) != getattr(bare, name)
     }
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in found.items()

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, field
+
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits import isolation
@@ -32,7 +34,6 @@ from safe_exec.limits.values import (
 )
 from safe_exec.limits.yaml_source import Value, load
 from safe_exec.model.limits import Isolation, Limits
-from safe_exec.records import dataclass, field
 
 __all__ = [
     "CELL_LIMITS",
@@ -64,8 +65,7 @@ CELL_LIMITS = frozenset({"cell_timeout", "cell_output"})
 """The limits that a single cell may carry; the others hold for a process or for the whole run."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
+class Profile(Struct, frozen=True, kw_only=True):
     """A named set of limits.
 
     ``loosenable``: a notebook may loosen them. ``firm``: not even a ``safe-exec.yaml`` may, where the profile was asked
@@ -81,8 +81,7 @@ class Profile:
     isolation: Isolation = field(default_factory=Isolation)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resolved:
+class Resolved(Struct, frozen=True, kw_only=True):
     """The limits of one run. ``sources`` says for each limit where its figure was written.
 
     ``loosenable``: cells may loosen what they may carry, but for the limits in ``fixed``, which options have set.
@@ -97,8 +96,7 @@ class Resolved:
     isolation: Isolation = field(default_factory=Isolation)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Document:
+class _Document(Struct, frozen=True, kw_only=True):
     """One limits file as it stands, without what it extends."""
 
     name: str

@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from msgspec import Struct
+
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits.repository import find_root, is_root
 from safe_exec.limits.values import Layer, nearest, parse_layer
 from safe_exec.limits.yaml_source import Value, load
-from safe_exec.records import dataclass
 
 PROJECT_FILE = "safe-exec.yaml"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProjectLimits:
+class ProjectLimits(Struct, frozen=True, kw_only=True):
     """What a project file says of one notebook: a shipped profile or ``None``, and figures over it."""
 
     file: Path

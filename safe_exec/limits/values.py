@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from msgspec import Struct, field
+from msgspec.structs import replace
+
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
 from safe_exec.limits.yaml_source import Value
 from safe_exec.model.limits import Limits
-from safe_exec.records import dataclass, field, fields, replace
 from safe_exec.units import (
     UnitError,
     format_seconds,
@@ -31,7 +33,7 @@ from safe_exec.units import (
 Figure = int | float | None
 """A limit in bytes, seconds or as a count; ``None`` is unlimited."""
 
-LIMIT_NAMES = tuple(f.name for f in fields(Limits))
+LIMIT_NAMES = Limits.__struct_fields__
 """Every key that may stand under ``limits:``; ``-`` is taken for ``_``."""
 
 _PARSERS: Mapping[str, Callable[[object], Figure]] = {
@@ -52,8 +54,7 @@ _PARSERS: Mapping[str, Callable[[object], Figure]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class Layer(Struct, frozen=True, kw_only=True):
     """What one source says: figures by the names of limits, and for each where it is written."""
 
     values: Mapping[str, Figure] = field(default_factory=dict)

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line, read_regular
-from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     import yaml
@@ -25,8 +26,7 @@ _TAGS = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Value:
+class Value(Struct, frozen=True, kw_only=True):
     """One value of a file. ``data`` is ``None``, a bool, text, a tuple of values, or a mapping of text to values.
 
     ``where`` is ``FILE:LINE``, the line counted from 1; that of a mapping's value is its key's.

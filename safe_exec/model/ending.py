@@ -8,12 +8,12 @@ import signal
 from collections.abc import Mapping
 from enum import StrEnum
 
+from msgspec import Struct
+
 from safe_exec.model.limits import LimitName
-from safe_exec.records import dataclass
 
 
-@dataclass(frozen=True)
-class ExitStatus:
+class ExitStatus(Struct, frozen=True):
     """The raw wait status of a process (``waitpid(2)``): an exit code or a signal, never both."""
 
     raw: int
@@ -58,8 +58,7 @@ _DEBUGGER = re.compile(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellError:
+class CellError(Struct, frozen=True, kw_only=True):
     """An exception that a cell raised, as the kernel reported it."""
 
     ename: str
@@ -72,21 +71,18 @@ class CellError:
         return _DEBUGGER.search(_COLOURS.sub("", "\n".join(self.traceback))) is not None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passed:
+class Passed(Struct, frozen=True, kw_only=True):
     """Every cell ran and the kernel was alive at the end."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellFailed:
+class CellFailed(Struct, frozen=True, kw_only=True):
     """A cell raised; the kernel was alive. ``cell`` is an index over all cells."""
 
     cell: int
     error: CellError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Died:
+class Died(Struct, frozen=True, kw_only=True):
     """The kernel ended, or asked to (``asked_to_exit``), before our shutdown request.
 
     ``cell`` is the cell that ran when it happened; for a kernel that only asked, the cell that did. ``exit`` is
@@ -98,8 +94,7 @@ class Died:
     asked_to_exit: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimedOut:
+class TimedOut(Struct, frozen=True, kw_only=True):
     """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
 
     ``answered`` says whether the cell ended at the interrupt, ``None`` where none was sent or the kernel itself ended at it; ``error``
@@ -113,16 +108,14 @@ class TimedOut:
     error: CellError | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LimitHit:
+class LimitHit(Struct, frozen=True, kw_only=True):
     """We ended the run for ``limit``."""
 
     limit: LimitName
     cell: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartFailed:
+class StartFailed(Struct, frozen=True, kw_only=True):
     """The kernel never became ready.
 
     ``installed`` is there if no kernel of that name is: the kernels that are, by name, each with its language.
@@ -134,16 +127,14 @@ class StartFailed:
     installed: Mapping[str, str] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cancelled:
+class Cancelled(Struct, frozen=True, kw_only=True):
     """The user or the system stopped us with ``signal``."""
 
     signal: int
     cell: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class InternalError:
+class InternalError(Struct, frozen=True, kw_only=True):
     """The sandbox could not be built as asked, or safe-exec itself failed.
 
     ``refused``: nothing failed; the machine cannot hold a limit that was required.

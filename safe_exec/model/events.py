@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from msgspec import Struct
+
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import Enforcement, LimitName
 from safe_exec.model.verdict import CellStatus, Status
-from safe_exec.records import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(Struct, frozen=True, kw_only=True):
     """Something that happened ``time`` seconds after the run began."""
 
     time: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunStarted(Event):
+class RunStarted(Event, frozen=True, kw_only=True):
     """The notebook is read and its limits are known."""
 
     run_id: str
@@ -31,27 +30,23 @@ class RunStarted(Event):
     limits: Mapping[str, int | float | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SandboxBuilt(Event):
+class SandboxBuilt(Event, frozen=True, kw_only=True):
     """The enclosure stands; what holds each limit is settled."""
 
     enforcement: Mapping[LimitName, Enforcement]
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelStarted(Event):
+class KernelStarted(Event, frozen=True, kw_only=True):
     """The kernel process exists, inside its limits."""
 
     pid: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelReady(Event):
+class KernelReady(Event, frozen=True, kw_only=True):
     """The kernel answered for the first time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellStarted(Event):
+class CellStarted(Event, frozen=True, kw_only=True):
     """A code cell was sent. ``index`` counts all cells, ``code_index`` the code cells, both from 0."""
 
     index: int
@@ -59,16 +54,14 @@ class CellStarted(Event):
     source: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputReceived(Event):
+class OutputReceived(Event, frozen=True, kw_only=True):
     """``size`` bytes of output of a cell came in (gathered, not one event a message)."""
 
     index: int
     size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class UsageSampled(Event):
+class UsageSampled(Event, frozen=True, kw_only=True):
     """Unreclaimable memory in bytes, processor seconds and processes of the sandbox; ``None``: not measured."""
 
     index: int | None
@@ -77,8 +70,7 @@ class UsageSampled(Event):
     processes: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LimitNear(Event):
+class LimitNear(Event, frozen=True, kw_only=True):
     """More than nine tenths of a limit are used; once for each limit."""
 
     limit: LimitName
@@ -86,8 +78,7 @@ class LimitNear(Event):
     allowed: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class LimitReached(Event):
+class LimitReached(Event, frozen=True, kw_only=True):
     """A limit was reached."""
 
     limit: LimitName
@@ -95,30 +86,26 @@ class LimitReached(Event):
     allowed: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interrupted(Event):
+class Interrupted(Event, frozen=True, kw_only=True):
     """The kernel was asked to interrupt the cell."""
 
     index: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Killed(Event):
+class Killed(Event, frozen=True, kw_only=True):
     """We are about to kill the tree, for this reason."""
 
     reason: TerminationReason
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelEnded(Event):
+class KernelEnded(Event, frozen=True, kw_only=True):
     """The kernel process ended; ``status`` is its raw wait status where it is known."""
 
     status: int | None
     expected: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellFinished(Event):
+class CellFinished(Event, frozen=True, kw_only=True):
     """A code cell ended."""
 
     index: int
@@ -130,31 +117,27 @@ class CellFinished(Event):
     memory_kept: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Warned(Event):
+class Warned(Event, frozen=True, kw_only=True):
     """Something the user should know that does not end the run."""
 
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchStarted(Event):
+class SearchStarted(Event, frozen=True, kw_only=True):
     """The search for culprits begins: ``cells`` code cells may be among them, ``budget`` seconds may be spent."""
 
     cells: int
     budget: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchTrialStarted(Event):
+class SearchTrialStarted(Event, frozen=True, kw_only=True):
     """Trial ``number`` (from 1) of the search runs the cells with these indexes."""
 
     number: int
     cells: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchTrialFinished(Event):
+class SearchTrialFinished(Event, frozen=True, kw_only=True):
     """A trial of the search ended; ``answer`` is ``fail`` (the same failure), ``pass`` or ``unresolved``.
 
     ``left`` is how many cells may still be among the culprits, ``best`` the smallest set so far that fails.
@@ -167,16 +150,14 @@ class SearchTrialFinished(Event):
     best: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchFinished(Event):
+class SearchFinished(Event, frozen=True, kw_only=True):
     """The search is over; ``cells`` are the culprits' indexes."""
 
     cells: tuple[int, ...]
     minimal: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFinished(Event):
+class RunFinished(Event, frozen=True, kw_only=True):
     """The run is over and the verdict is written."""
 
     status: Status

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from msgspec import Struct
+
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
 from safe_exec.model.limits import Mechanism, RepositoryUse
 from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, ObservedProcess
-from safe_exec.records import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frame:
+class Frame(Struct, frozen=True, kw_only=True):
     """One frame of a stack, innermost first.
 
     ``cell`` is the index of the notebook cell whose code it runs; ``line`` counts within that cell then, and
@@ -25,8 +25,7 @@ class Frame:
     source_line: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FaultSite:
+class FaultSite(Struct, frozen=True, kw_only=True):
     """The processor's state at a fatal signal, read from outside while the fault handler was held up.
 
     ``faulted`` is false for a signal that was sent: no instruction failed. ``address`` is the one whose
@@ -45,8 +44,7 @@ class FaultSite:
     library_offset: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FaultReport:
+class FaultReport(Struct, frozen=True, kw_only=True):
     """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
 
     ``stack`` is the thread that faulted; ``main`` says whether that is the main thread. ``stack_bytes`` is the size
@@ -62,8 +60,7 @@ class FaultReport:
     site: FaultSite | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Struct, frozen=True, kw_only=True):
     """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
 
     cell: int
@@ -73,8 +70,7 @@ class Place:
     age: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Looked:
+class Looked(Struct, frozen=True, kw_only=True):
     """What the kernel was seen to do in a short window before a timeout was acted on.
 
     ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``runnable`` the share of
@@ -125,8 +121,7 @@ class Channel(StrEnum):
     STDOUT = "stdout"
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputBurst:
+class OutputBurst(Struct, frozen=True, kw_only=True):
     """Text that came in one go. ``age`` is seconds from its last piece to the end of the kernel."""
 
     channel: Channel
@@ -134,8 +129,7 @@ class OutputBurst:
     age: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class IsolationFacts:
+class IsolationFacts(Struct, frozen=True, kw_only=True):
     """The places, variables and hosts that isolation took from one run. Recorded outside, as the walls are built.
 
     Paths are absolute, without links, and as the kernel sees them. ``by`` holds the walls around files: bubblewrap hides (ENOENT) and
@@ -180,8 +174,7 @@ class Access(StrEnum):
     HIDDEN = "hidden"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Raised:
+class Raised(Struct, frozen=True, kw_only=True):
     """The attributes of an exception that a cell raised, or of one that it came from. The kernel's word.
 
     ``number`` is the error number, ``files`` the names that it is about, ``host`` the one that was
@@ -200,8 +193,7 @@ class Raised:
     remote: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class IsolationConflict:
+class IsolationConflict(Struct, frozen=True, kw_only=True):
     """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away.
 
     ``name`` is the thing as the kernel named it in ``line``; all else was checked outside. ``path`` is
@@ -226,8 +218,7 @@ class IsolationConflict:
     in_output: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Volume:
+class Volume(Struct, frozen=True, kw_only=True):
     """A file system that the kernel can write to: its bytes, and the lowest free ones that were seen.
 
     ``places`` are its directories as the kernel sees them. ``before`` are the bytes that were free as
@@ -241,8 +232,7 @@ class Volume:
     own: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessCount:
+class ProcessCount(Struct, frozen=True, kw_only=True):
     """Processes and threads of the sandbox at one moment, and how many may be.
 
     ``of_user`` is all that its user runs and how many the system lets that be, where it counts those. ``refused`` is how many more
@@ -261,8 +251,7 @@ class ProcessCount:
         return tasks >= allowed and self.refused != 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnAction:
+class OwnAction(Struct, frozen=True, kw_only=True):
     """What the notebook did to its own process, as the kernel told it before it happened: its word.
 
     ``kind``: ``signal`` (with ``target`` process, group, everybody or parent), ``limit`` (its name, and the
@@ -286,8 +275,7 @@ class OwnAction:
     child: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Evidence(Struct, frozen=True, kw_only=True):
     """All that was observed of one trial and may bear on its cause. No opinions.
 
     Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from safe_exec.records import dataclass, fields
+from msgspec import Struct
 
 
 class Mechanism(StrEnum):
@@ -44,8 +44,7 @@ class LimitName(StrEnum):
     SHM = "shm"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(Struct, frozen=True, kw_only=True):
     """What the user allows one notebook; ``None`` is unlimited.
 
     ``disk`` is what may be written to the folder, /tmp and scratch together, ``shm`` to /dev/shm. ``memory`` covers the kernel and all its
@@ -88,7 +87,7 @@ class Limits:
 
     def as_dict(self) -> dict[str, int | float | None]:
         """Every limit by its name, in bytes, seconds and counts."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 class FolderUse(StrEnum):
@@ -115,8 +114,7 @@ class SystemCalls(StrEnum):
     KILL = "kill"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Isolation:
+class Isolation(Struct, frozen=True, kw_only=True):
     """What a notebook may reach, beside its limits. The defaults wall off nothing.
 
     ``hide_home``: home directories are empty but for what the kernel's interpreter needs. ``read_only_system``: nothing may be
@@ -160,8 +158,7 @@ class Wall(StrEnum):
     USER = "user"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Enforcement:
+class Enforcement(Struct, frozen=True, kw_only=True):
     """What holds one limit or wall: ``hard`` means the operating system's kernel does, with no way past it."""
 
     by: Mechanism

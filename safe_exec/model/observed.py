@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from safe_exec.model.ending import ExitStatus
-from safe_exec.records import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObservedProcess:
+class ObservedProcess(Struct, frozen=True, kw_only=True):
     """A process of the sandbox beside the kernel, as /proc showed it when the kernel's time was up.
 
     ``pid`` and ``parent`` are ids outside, ``local_pid`` is the one that the notebook knows. ``command`` is shortened and has no secrets in it.
@@ -42,8 +42,7 @@ class ObservedProcess:
     reads_terminal: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndedChild:
+class EndedChild(Struct, frozen=True, kw_only=True):
     """A child of the kernel, or one of theirs, that was seen alive while the cell ran and has ended since; ``forked`` as above.
 
     ``exit`` is ``None`` where its parent has read the status: only a process that the keeper had adopted tells it.
@@ -55,8 +54,7 @@ class EndedChild:
     exit: ExitStatus | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObservedLock:
+class ObservedLock(Struct, frozen=True, kw_only=True):
     """A lock on a file, and who holds it. ``kind``: flock, fcntl, sqlite, or lock file for one that is only tried for again and again.
 
     ``holder`` is a process by its local id, ``None`` where it cannot be told; ``own`` whether that is the kernel itself.
@@ -69,8 +67,7 @@ class ObservedLock:
     own: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChangedLimit:
+class ChangedLimit(Struct, frozen=True, kw_only=True):
     """A soft resource limit of the kernel's process that is not what it was when the kernel was ready; ``None``: unlimited."""
 
     name: str

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+from msgspec import Struct, field
+
 from safe_exec.model.evidence import Frame, IsolationFacts
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Wall
-from safe_exec.records import dataclass, field
 
 VERDICT_SCHEMA = "safe-exec/verdict/1"
 
@@ -105,8 +106,7 @@ class Origin(StrEnum):
 FactValue = str | int | float | bool | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fact:
+class Fact(Struct, frozen=True, kw_only=True):
     """One piece of evidence that a cause rests on; ``source`` names where it was read."""
 
     fact: str
@@ -115,8 +115,7 @@ class Fact:
     origin: Origin
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cause:
+class Cause(Struct, frozen=True, kw_only=True):
     """What we conclude. ``signal`` is negative (-9 for SIGKILL), as subprocess gives it."""
 
     kind: CauseKind
@@ -129,8 +128,7 @@ class Cause:
     exit_code: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CrashCell:
+class CrashCell(Struct, frozen=True, kw_only=True):
     """The cell that ran when it happened; ``line`` counts from 1 within the cell."""
 
     index: int
@@ -152,8 +150,7 @@ class CellStatus(StrEnum):
     SKIPPED = "skipped"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellRecord:
+class CellRecord(Struct, frozen=True, kw_only=True):
     """The figures of one code cell. ``started`` is seconds since the run began."""
 
     index: int
@@ -193,8 +190,7 @@ class Stopped(StrEnum):
     TOO_RARE = "too_rare"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Culprit:
+class Culprit(Struct, frozen=True, kw_only=True):
     """One cell of the set. ``note`` says in a few words what it did, from evidence (``+612 MiB kept``).
 
     ``source_line`` is the first line of the cell that says something, at most 200 characters of it.
@@ -208,8 +204,7 @@ class Culprit:
     source_line: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Culprits:
+class Culprits(Struct, frozen=True, kw_only=True):
     """The result of a culprit search.
 
     ``cells`` in order, the crash cell last; empty where nothing reproduced. ``minimal``: without any one of them it no
@@ -233,8 +228,7 @@ class Culprits:
     stopped: Stopped | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
+class Timeline(Struct, frozen=True, kw_only=True):
     """Samples of the whole run, four columns of the same length; ``cell`` is -1 between cells."""
 
     seconds: tuple[float, ...] = ()
@@ -243,8 +237,7 @@ class Timeline:
     cell: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
+class Usage(Struct, frozen=True, kw_only=True):
     """What the whole run used. ``memory_upper_bound``: its memory, that of its cells and of the timeline may have been less.
 
     So it is where processes could not be looked into: pages that they share with others count for each of them.
@@ -260,8 +253,7 @@ class Usage:
     memory_upper_bound: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class NotebookInfo:
+class NotebookInfo(Struct, frozen=True, kw_only=True):
     """The notebook that was run."""
 
     path: str
@@ -272,8 +264,7 @@ class NotebookInfo:
     code_cells: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
+class Environment(Struct, frozen=True, kw_only=True):
     """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python.
 
     ``isolation_facts`` is ``None`` without isolation.
@@ -287,8 +278,7 @@ class Environment:
     isolation_facts: IsolationFacts | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Struct, frozen=True, kw_only=True):
     """The whole answer. ``culprits`` is ``None`` where no search was made.
 
     ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on

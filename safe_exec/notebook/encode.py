@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
 
-from safe_exec.records import dataclass
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -83,8 +83,7 @@ def dumps(node: NotebookNode) -> bytes:
     return b"".join(Encoded(node))
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(Struct, frozen=True):
     """The file of a notebook in pieces, as nbformat writes it, whatever a kernel has put into the outputs. May be gone through again.
 
     Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply is left out: the file must be JSON that
@@ -115,15 +114,13 @@ def _bytes(text: str) -> bytes:
         return result.encode()
 
 
-@dataclass(frozen=True, slots=True)
-class _Lines:
+class _Lines(Struct, frozen=True):
     """A text that is written as a list of its lines."""
 
     text: str | list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Whole:
+class _Whole(Struct, frozen=True):
     """A text in parts that is written as one."""
 
     parts: list[str]

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from msgspec import Struct
+
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
 from safe_exec.notebook.encode import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
 from safe_exec.notebook.guess import guess, guess_json
 from safe_exec.notebook.validate import problems
-from safe_exec.records import dataclass
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -65,8 +66,7 @@ _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Notebook:
+class Notebook(Struct, frozen=True, kw_only=True):
     """A notebook as read. ``node`` is of nbformat 4; ``sha256`` is of the bytes of the file, in hex.
 
     ``original_format`` is (major, minor) as the file says it.
@@ -80,8 +80,7 @@ class Notebook:
     original_format: tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodeCell:
+class CodeCell(Struct, frozen=True, kw_only=True):
     """A code cell. ``index`` counts all cells from 0, ``code_index`` the code cells. ``metadata`` is the node's own."""
 
     index: int
@@ -100,8 +99,7 @@ class OutputPaths(NamedTuple):
     repro: Path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scan:
+class Scan(Struct, frozen=True, kw_only=True):
     """What the metadata of a notebook says, before anybody has checked the notebook as a whole. ``cells`` are without our banners."""
 
     metadata: Mapping[str, Any]
@@ -120,8 +118,7 @@ def read(path: Path | str) -> Notebook:
     return Source.of(Path(path)).notebook()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class Source(Struct, frozen=True, kw_only=True):
     """A file that holds JSON and says that it is a notebook."""
 
     path: Path

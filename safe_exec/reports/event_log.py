@@ -8,7 +8,6 @@ checkpoint on the disk.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -86,9 +85,7 @@ class EventLog:
 def line_of(event: Event) -> bytes:
     """The line of one event: ``{"event": "cell_started", "time": 0.42, ...}`` and a newline."""
     document: dict[str, Any] = {"event": event_name(type(event))}
-    document.update(
-        (field.name, plain(getattr(event, field.name))) for field in dataclasses.fields(event)
-    )
+    document.update((name, plain(getattr(event, name))) for name in event.__struct_fields__)
     return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

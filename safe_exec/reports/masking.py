@@ -7,12 +7,14 @@ reports unreadable. Outputs of cells are the notebook's own and are never masked
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
@@ -101,14 +103,14 @@ class Mask:
             return type(value)(map(self._masked, value))
         if isinstance(value, Mapping):
             return {key: self._masked(item) for key, item in value.items()}
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, Struct):
             pairs = [
-                (f.name, getattr(value, f.name))
-                for f in dataclasses.fields(value)
-                if f.name not in _KEPT and f.init
+                (name, getattr(value, name))
+                for name in value.__struct_fields__
+                if name not in _KEPT
             ]
             changed = {name: new for name, old in pairs if (new := self._masked(old)) != old}
-            return dataclasses.replace(value, **changed) if changed else value
+            return replace(value, **changed) if changed else value
         return value
 
 

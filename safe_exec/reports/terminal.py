@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
+from msgspec import Struct
+
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.records import dataclass
 from safe_exec.reports.text import common, culprits
 
 _PLAIN_WIDTH = 110
@@ -40,8 +41,7 @@ LEAST_ROOM = 20
 """Columns that a line of source needs to say anything."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Style:
+class Style(Struct, frozen=True, kw_only=True):
     """What a stream can show: ``width`` in columns, colours or not, and the encoding that all has to fit in."""
 
     width: int = _PLAIN_WIDTH

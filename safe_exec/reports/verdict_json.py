@@ -6,7 +6,6 @@ this file is its JSON Schema. Numbers are bytes and seconds; ``null`` is "not me
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import types
@@ -16,6 +15,8 @@ from enum import Enum
 from functools import cache
 from importlib import resources
 from typing import Any
+
+from msgspec import Struct, StructMeta
 
 from safe_exec.model.verdict import VERDICT_SCHEMA, Verdict
 
@@ -83,8 +84,8 @@ def plain(value: object) -> Any:
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -119,7 +120,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return {
             _read(arguments[0], k, where): _read(arguments[1], v, f"{where}.{k}") for k, v in pairs
         }
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, StructMeta):
         return _read_fields(hint, _expect(dict, value, where), where)
     if issubclass(hint, Enum):
         return hint(value)

@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 import safe_exec
 from safe_exec.errors import SandboxError
 from safe_exec.model.evidence import IsolationFacts
@@ -31,7 +34,6 @@ from safe_exec.model.limits import (
     SystemCalls,
     Wall,
 )
-from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.host.repository import SYSTEM, repository_access
 from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of, inside_places, outside_places
 from safe_exec.sandbox.mechanisms import bubblewrap
@@ -214,8 +216,7 @@ def _text(path: Path) -> str:
 # --- what the keeper is told ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Birth:
+class Birth(Struct, frozen=True, kw_only=True):
     """A kernel that is about to be started: its plan, command, environment and folder, and the directory of its sockets."""
 
     plan: SpawnPlan
@@ -239,8 +240,7 @@ class Birth:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Enclosure:
+class Enclosure(Struct, frozen=True, kw_only=True):
     """The part of the keeper's request that puts up the walls, the facts of what they take away, and warnings for the user."""
 
     request: dict[str, Any]

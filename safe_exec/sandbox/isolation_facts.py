@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.keeper.discarded_files import FOLDER as OF_FOLDER
 from safe_exec.keeper.discarded_files import HOME as OF_HOME
 from safe_exec.keeper.discarded_files import SHM as OF_SHM
 from safe_exec.keeper.discarded_files import TMP as OF_TMP
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Mechanism, RepositoryUse, Wall
-from safe_exec.records import dataclass
 from safe_exec.sandbox.host.repository import RepositoryAccess
 from safe_exec.sandbox.plan import SpawnPlan
 
@@ -22,8 +23,7 @@ TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - named, not used
 LANDLOCK_WRITABLE = (TMP, "/dev")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelPaths:
+class KernelPaths(Struct, frozen=True, kw_only=True):
     """The paths around one kernel, without links. ``homes`` are those to hide, ``readable`` those that stay visible in hidden places.
 
     ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets; ``interpreters`` are among the ``readable``.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import Struct, field
+from msgspec.structs import asdict
+
 from safe_exec.errors import EnforcementError
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
-from safe_exec.records import asdict, dataclass, field
 
 RUNNER_LIMITS = (
     LimitName.CELL_TIMEOUT,
@@ -30,8 +32,7 @@ REQUIRE_ALL = (
 """What ``--require all`` stands for."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HandOn:
+class HandOn(Struct, frozen=True, kw_only=True):
     """A group that holds processes of ours and is to hand controllers on: they go into ``leaf`` first (no internal processes).
 
     ``born`` is what the keeper is started by, with ``environment``, so that it stands in that group from the start; empty where the
@@ -45,8 +46,7 @@ class HandOn:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CgroupWork:
+class CgroupWork(Struct, frozen=True, kw_only=True):
     """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
 
     ``memory_file`` says how much memory is charged now.
@@ -75,8 +75,7 @@ class CgroupWork:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
+class Offer(Struct, frozen=True, kw_only=True):
     """What one mechanism can hold of the limits that are set, and what the keeper has to do for it.
 
     ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that the watchdog in
@@ -89,8 +88,7 @@ class Offer:
     rlimits: Mapping[LimitName, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpawnPlan:
+class SpawnPlan(Struct, frozen=True, kw_only=True):
     """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit.
 
     ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with ``user_namespace`` in one of both kinds.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.errors import UsageError
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
-from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.mechanisms import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.mechanisms import isolation as walls
@@ -73,8 +75,7 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
     return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Required:
+class Required(Struct, frozen=True, kw_only=True):
     """What ``--require`` names. ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has it."""
 
     names: tuple[LimitName | Wall, ...] = ()

@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, field
+
 from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.keeper import procfs
 from safe_exec.model.ending import ExitStatus, TerminationReason
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.platforms import refuse_elsewhere
-from safe_exec.records import dataclass, field
 from safe_exec.sandbox import stale_runs
 from safe_exec.sandbox.keeper_process import Born
 from safe_exec.sandbox.plan import HandOn, SpawnPlan
@@ -42,8 +43,7 @@ LEAVE_SECONDS = 15.0
 NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None, "discarded": []}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelExit:
+class KernelExit(Struct, frozen=True, kw_only=True):
     """The end of the kernel process as the keeper saw it. ``cpu_seconds`` is the kernel process and children it waited for.
 
     ``status`` is ``None`` where the keeper was killed and nobody could read it. ``fault_at`` is when
@@ -68,8 +68,7 @@ class KernelExit:
     disk_free: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiscardedFiles:
+class DiscardedFiles(Struct, frozen=True, kw_only=True):
     """Files that went with the sandbox: one by its path in a place (``/tmp``), or all that lay in one directory there."""
 
     place: str
@@ -78,8 +77,7 @@ class DiscardedFiles:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Discarded:
+class Discarded(Struct, frozen=True, kw_only=True):
     """The largest of the files that went with the sandbox. ``files`` is the number of all; ``is_complete``: none was left uncounted."""
 
     groups: tuple[DiscardedFiles, ...] = ()
@@ -87,8 +85,7 @@ class Discarded:
     is_complete: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Departure:
+class Departure(Struct, frozen=True, kw_only=True):
     """What could not be removed: processes that would not die, paths that would not go."""
 
     alive: tuple[int, ...] = ()

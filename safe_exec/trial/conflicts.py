@@ -14,9 +14,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.model.evidence import Access, IsolationConflict, IsolationFacts, NeedKind
 from safe_exec.model.limits import Mechanism
-from safe_exec.records import dataclass, field, replace
 from safe_exec.trial.needs import Need
 
 MOST_LOOKUPS = 300
@@ -120,8 +122,7 @@ class Reach:
         return self._tops[path]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sight:
+class Sight(Struct, frozen=True, kw_only=True):
     """The names as a cell sees them: where it looked for relative ones, and its own home, which may not be the user's.
 
     ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's own word; ``env`` is the environment outside. ``other_user``: the kernel runs
@@ -129,12 +130,17 @@ class Sight:
     """
 
     facts: IsolationFacts
-    env: Mapping[str, str] = field(repr=False)
+    env: Mapping[str, str]
     cwd: str | None = None
     sys_path: tuple[str, ...] = ()
     search: str = ""
     other_user: bool = False
     r_version: str | None = None
+
+    def __repr__(self) -> str:
+        # Without the environment, which may hold secrets.
+        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n != "env")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def r_libraries(self) -> tuple[str, ...]:
         """The user's own library of R packages, where R looks for it (``?.libPaths``)."""

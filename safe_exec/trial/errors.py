@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from msgspec import Struct
+
 from safe_exec.model.ending import CellError
-from safe_exec.records import dataclass
 
 NO_ERROR = "NoneType"
 """What ipykernel 7 answers where showing a result failed: it names the type of an error that there is not."""
 NOBODY_TYPES = "StdinNotImplementedError"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundError:
+class FoundError(Struct, frozen=True, kw_only=True):
     """The error, and whether a debugger was started after it that asked for input."""
 
     error: CellError

@@ -12,6 +12,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from safe_exec.kernel.fault_report import (
     dumps,
     fatal_part,
@@ -22,7 +24,6 @@ from safe_exec.kernel.fault_report import (
 )
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
 from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
-from safe_exec.records import replace
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
 from safe_exec.trial import own_process
 from safe_exec.trial.final_output import final_output

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.model.verdict import CellRecord, CellStatus, Timeline
-from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.usage.meter import Counters, Reading
 
 TIMELINE_POINTS = 500
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
+class _Sample(Struct, frozen=True, kw_only=True):
     seconds: float
     memory: int | None
     cpu: float | None

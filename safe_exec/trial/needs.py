@@ -10,9 +10,11 @@ import errno
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
-from safe_exec.records import dataclass, replace
 
 MOST_NEEDS = 60
 MOST_LINES = 400
@@ -109,8 +111,7 @@ _WRITES = re.compile(
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class Need(Struct, frozen=True, kw_only=True):
     """One thing that was asked for and refused, as it was named.
 
     ``number`` is the error number. ``exact``: an attribute of the exception, or the one thing that the

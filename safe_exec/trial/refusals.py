@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
 from safe_exec.model.evidence import IsolationConflict, Place, Raised
 from safe_exec.model.limits import Mechanism, Wall
-from safe_exec.records import replace
 from safe_exec.trial.conflicts import Sight, conflicts
 from safe_exec.trial.needs import Need, may_write, needs_of_error, needs_of_none, needs_of_output
 

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, field
+
 from safe_exec.model import events
 from safe_exec.model.ending import Ending
 from safe_exec.model.evidence import Evidence, Place
 from safe_exec.model.limits import Limits
-from safe_exec.records import dataclass, field
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.trial.metrics import Ledger
@@ -41,8 +42,7 @@ class Cancellation:
             listener()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialRequest:
+class TrialRequest(Struct, frozen=True, kw_only=True):
     """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
 
     ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
@@ -72,8 +72,7 @@ class TrialRequest:
     heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialResult:
+class TrialResult(Struct, frozen=True, kw_only=True):
     """What was observed. ``node`` is the notebook with the outputs gathered; ``fitted``: code of ours ran in the kernel."""
 
     ending: Ending

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 
+from msgspec.structs import replace
+
 from safe_exec.kernel.session import KernelSession
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Looked, ProcessCount
 from safe_exec.model.limits import LimitName
-from safe_exec.records import replace
 from safe_exec.trial.metrics import Ledger
 from safe_exec.trial.request import TrialRequest
 

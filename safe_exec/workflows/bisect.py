@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from msgspec.structs import replace
+
 from safe_exec.files import HeldFolder
 from safe_exec.model.verdict import Cause, Verdict
 from safe_exec.notebook import notebook
-from safe_exec.records import replace
 from safe_exec.sandbox.keeper_process import Nursery
 from safe_exec.workflows.prepare import Bisect, Prepared
 

@@ -15,12 +15,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, field
+from msgspec.structs import replace
+
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
 from safe_exec.files import HeldTree, check_writable
 from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import notebook
-from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.capabilities import Machine, Rehearsal, detect, look_for_walls
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
@@ -43,8 +45,7 @@ class Bisect(StrEnum):
     NEVER = "never"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Job(Struct, frozen=True, kw_only=True):
     """What the user asked for.
 
     ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None``
@@ -80,8 +81,7 @@ class Job:
     tree: HeldTree | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True, kw_only=True):
     """A job that can run: everything was read and checked, nothing has been written."""
 
     job: Job

@@ -11,12 +11,14 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.errors import SandboxError
 from safe_exec.experiments.threshold.scales import SCALES, Scale
 from safe_exec.experiments.threshold.search import Bracket, Cancel, Fate, Search, Tried, Try, search
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.model.verdict import Cause, CrashCell
-from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.workflows.prepare import Prepared
 from safe_exec.workflows.scratch import set_aside
@@ -31,8 +33,7 @@ MOST_PROCESSES = 1 << 15
 UNKNOWN_MEMORY = 1 << 40
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shot:
+class Shot(Struct, frozen=True, kw_only=True):
     """One run with one value (infinity: without a limit): what became of it, and of what it died."""
 
     value: float
@@ -50,8 +51,7 @@ class Shot:
         return self.fate is Fate.PASSED and not self.cut
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probed:
+class Probed(Struct, frozen=True, kw_only=True):
     """The whole answer. ``held`` is what holds the limit here; ``warnings`` are lines."""
 
     scale: Scale
@@ -59,7 +59,7 @@ class Probed:
     bracket: Bracket
     shots: tuple[Shot, ...]
     held: Enforcement | None = None
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def passing(self) -> Shot | None:
         """The run with the smallest value with which it always passed."""

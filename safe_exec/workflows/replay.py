@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.diagnosis.verdict import conclude
 from safe_exec.errors import SandboxError, UsageError
 from safe_exec.experiments.compare import Agreement, compare
@@ -12,13 +14,11 @@ from safe_exec.experiments.culprits.reproduction import is_reproduction
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Culprit, Verdict
-from safe_exec.records import dataclass
 from safe_exec.workflows.prepare import Bisect, Job, Prepared, prepare
 from safe_exec.workflows.scratch import set_aside
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replay:
+class Replay(Struct, frozen=True, kw_only=True):
     """What is to be run again: the job, and the cells it holds where it is a reproduction."""
 
     then: Verdict
@@ -26,8 +26,7 @@ class Replay:
     cells: tuple[Culprit, ...] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replayed:
+class Replayed(Struct, frozen=True, kw_only=True):
     """What came of it."""
 
     replay: Replay

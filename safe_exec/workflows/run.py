@@ -14,6 +14,9 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.errors import EnforcementError, SafeExecError
 from safe_exec.files import HeldFolder, HeldSpace, one_line
 from safe_exec.limits import profiles
@@ -23,7 +26,6 @@ from safe_exec.model.events import Event, EventSink
 from safe_exec.model.evidence import Evidence
 from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import notebook
-from safe_exec.records import dataclass, replace
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import build_plan
@@ -47,8 +49,7 @@ _SENT_SECONDS = 0.001
 SEARCH_WARNING = "no search for the culprits"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class First:
+class First(Struct, frozen=True, kw_only=True):
     """The first run: what was asked of the trial, and what came of it."""
 
     request: TrialRequest

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from safe_exec.errors import SandboxError
-from safe_exec.records import dataclass
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.stale_runs import sweep
 from safe_exec.workflows.prepare import Prepared
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from safe_exec.trial.request import Cancellation
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Aside:
+class Aside(Struct, frozen=True, kw_only=True):
     """A notebook that is ready to be run as often as one likes. ``gaps`` say what a run may still see of an earlier one."""
 
     prepared: Prepared

@@ -233,8 +233,8 @@ def test_events_of_a_timeout(tmp_path: Path) -> None:
     seen: list[Event] = []
     path = make_notebook(tmp_path / "nb.ipynb", "while True:\n    pass")
     safe_exec.run(path, options={"cell_timeout": 0.5}, on_event=seen.append)
-    kinds = [type(event) for event in seen]
-    order = [
+    kinds: list[type[Event]] = [type(event) for event in seen]
+    order: list[type[Event]] = [
         events.CellStarted,
         events.LimitReached,
         events.Interrupted,

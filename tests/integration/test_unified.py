@@ -13,10 +13,10 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.model.limits import LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import Machine, detect, memory_and_swap

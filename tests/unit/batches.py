@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from msgspec.structs import replace
 
 from safe_exec.model.verdict import NotebookInfo, Status, Verdict
 from safe_exec.reports import verdict_json

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+import msgspec.structs
 
 from safe_exec.model.evidence import Frame, IsolationFacts
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
@@ -70,7 +71,7 @@ _SIGNALS = {
 def make_fact(**changes: Any) -> Fact:
     """A fact read outside the kernel."""
     fact = Fact(fact="oom_kills", value=1, source="memory.oom_control", origin=Origin.OUTSIDE)
-    return dataclasses.replace(fact, **changes)
+    return msgspec.structs.replace(fact, **changes)
 
 
 def make_cause(kind: CauseKind = CauseKind.OUT_OF_MEMORY, **changes: Any) -> Cause:
@@ -91,7 +92,7 @@ def make_cause(kind: CauseKind = CauseKind.OUT_OF_MEMORY, **changes: Any) -> Cau
         signal=-_SIGNALS[kind] if kind in _SIGNALS else None,
         exit_code=3 if kind is CauseKind.EXIT else None,
     )
-    return dataclasses.replace(cause, **changes)
+    return msgspec.structs.replace(cause, **changes)
 
 
 def make_crash(**changes: Any) -> CrashCell:
@@ -110,7 +111,7 @@ def make_crash(**changes: Any) -> CrashCell:
         source_line=source,
         stack=stack,
     )
-    return dataclasses.replace(crash, **changes)
+    return msgspec.structs.replace(crash, **changes)
 
 
 def make_culprit(code_index: int = 0, role: Role = Role.ACCUMULATOR, **changes: Any) -> Culprit:
@@ -123,7 +124,7 @@ def make_culprit(code_index: int = 0, role: Role = Role.ACCUMULATOR, **changes: 
         note="+612 MiB kept",
         source_line="big = load_everything()",
     )
-    return dataclasses.replace(culprit, **changes)
+    return msgspec.structs.replace(culprit, **changes)
 
 
 def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
@@ -140,7 +141,7 @@ def make_culprits(*cells: Culprit, **changes: Any) -> Culprits:
         seconds=14.2,
         repro_notebook="/home/me/project/analysis.repro.ipynb",
     )
-    return dataclasses.replace(found, **changes)
+    return msgspec.structs.replace(found, **changes)
 
 
 def nothing_found(stopped: Stopped, reproduced: tuple[int, int] = (0, 3)) -> Culprits:
@@ -153,7 +154,7 @@ def nothing_found(stopped: Stopped, reproduced: tuple[int, int] = (0, 3)) -> Cul
         repro_notebook=None,
         stopped=stopped,
     )
-    return dataclasses.replace(found, cells=())
+    return msgspec.structs.replace(found, cells=())
 
 
 NAMES = ("second", "third", "fourth", "fifth")
@@ -246,7 +247,7 @@ def make_verdict(
             "verdict": "/tmp/analysis.verdict.json",
         },
     )
-    return dataclasses.replace(verdict, **changes)
+    return msgspec.structs.replace(verdict, **changes)
 
 
 def _cell_statuses(status: Status) -> tuple[CellStatus, ...]:

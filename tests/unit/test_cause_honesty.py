@@ -14,13 +14,13 @@ isolation: ``HELPS`` says when. A new option in an advice needs a row there.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+import msgspec.structs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,23 +126,23 @@ def contexts(draw: st.DrawFn) -> Context:
     if draw(st.booleans()):
         base = draw(st.sampled_from(ROWS)).context
         names = draw(st.sets(st.sampled_from(sorted(FIELDS)), max_size=3))
-        evidence = dataclasses.replace(
+        evidence = msgspec.structs.replace(
             base.evidence, **{name: draw(FIELDS[name]) for name in names}
         )
         ending = base.ending
     else:
         ending, evidence = draw(endings), draw(evidences)
     if isinstance(ending, CellFailed | TimedOut):  # as a trial puts it there
-        evidence = dataclasses.replace(evidence, error=ending.error)
+        evidence = msgspec.structs.replace(evidence, error=ending.error)
     if isinstance(ending, Died | StartFailed) and ending.exit is not None:
-        evidence = dataclasses.replace(evidence, exit=ending.exit)
+        evidence = msgspec.structs.replace(evidence, exit=ending.exit)
     kills = (evidence.oom_kills or 0, evidence.oom_kills_cell or 0)
-    evidence = dataclasses.replace(evidence, oom_kills=max(kills) or evidence.oom_kills)
+    evidence = msgspec.structs.replace(evidence, oom_kills=max(kills) or evidence.oom_kills)
     if not evidence.oom_elsewhere:
-        evidence = dataclasses.replace(evidence, oom_bound=None)
+        evidence = msgspec.structs.replace(evidence, oom_bound=None)
     limits = draw(limit_sets)
     if isinstance(ending, LimitHit):  # no limit is hit that the run does not have
-        limits = dataclasses.replace(limits, **{ending.limit.value: values[ending.limit]})
+        limits = msgspec.structs.replace(limits, **{ending.limit.value: values[ending.limit]})
     return Context(
         ending=ending,
         evidence=evidence,
@@ -173,8 +173,8 @@ def check_certain(context: Context) -> None:
     evidence = only_claims(context.evidence)
     ending = context.ending
     if isinstance(ending, Died):
-        ending = dataclasses.replace(ending, exit=None)
-    told = dataclasses.replace(
+        ending = msgspec.structs.replace(ending, exit=None)
+    told = msgspec.structs.replace(
         context, ending=ending, evidence=evidence, limits=Limits(), walls={}, enforcement={}
     )
     alone = find_cause(told)
@@ -290,7 +290,7 @@ def test_no_advice_names_an_option_that_would_not_help(context: Context) -> None
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
 def test_no_row_s_advice_names_an_option_that_would_not_help(row: Any, bare: bool) -> None:
     context = row.context
-    check_advice(dataclasses.replace(context, limits=Limits()) if bare else context)
+    check_advice(msgspec.structs.replace(context, limits=Limits()) if bare else context)
 
 
 def test_the_table_names_options_that_exist() -> None:

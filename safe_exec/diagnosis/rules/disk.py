@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import signal
 
+from msgspec import Struct
+
 from safe_exec.diagnosis.context import (
     Context,
     exit_facts,
@@ -19,7 +21,6 @@ from safe_exec.diagnosis.context import (
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.evidence import Volume
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.records import dataclass
 from safe_exec.units import format_size
 
 SCARCE_BYTES = 4 << 20
@@ -71,8 +72,7 @@ LOGIC_ERRORS = frozenset(
 """Errors of Python's own that no full disk raises."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Claim:
+class _Claim(Struct, frozen=True, kw_only=True):
     """What the words say: ``text`` and where it was read, and the bytes that were to be written where it says how many."""
 
     text: str

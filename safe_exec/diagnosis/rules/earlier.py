@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from safe_exec.diagnosis.context import Context, outside
 from safe_exec.model.ending import CellFailed, Died, TimedOut
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, Fact
-from safe_exec.records import replace
 
 
 def with_killed_workers(context: Context, cause: Cause) -> Cause:

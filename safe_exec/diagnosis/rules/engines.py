@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import signal
 
+from msgspec import Struct
+
 from safe_exec.diagnosis.context import (
     Context,
     exit_facts,
@@ -18,15 +20,13 @@ from safe_exec.diagnosis.context import (
 )
 from safe_exec.model.ending import CellFailed, Died
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.records import dataclass
 from safe_exec.units import format_size
 
 REACHED = 0.95
 """From this share of the run's own memory limit on it cannot be told whose limit it was."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Engine:
+class Engine(Struct, frozen=True, kw_only=True):
     """An engine, the words in which it reports its own limit, and what to do.
 
     A group ``limit`` of the pattern is the limit. ``noun`` is what ran out; ``setting`` the word by which a notebook sets it.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from msgspec import Struct
+
 from safe_exec.diagnosis.context import inside
 from safe_exec.model.evidence import Channel, Evidence, OutputBurst
 from safe_exec.model.verdict import Fact
-from safe_exec.records import dataclass
 
 NATIVE_SECONDS = 10.0
 """Native code seldom writes: its last message may be so old, as some write a stack trace or wait before they abort."""
@@ -57,8 +58,7 @@ _MOST_HEX = 3
 _TRACEBACK = "Traceback (most recent call last):"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class Message(Struct, frozen=True, kw_only=True):
     """Lines, the channel they came by, and the seconds from the last of them to the end."""
 
     lines: tuple[str, ...]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import signal
 
+from msgspec.structs import replace
+
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.model.ending import CellFailed, Died, LimitHit, TerminationReason, TimedOut
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.records import replace
 from safe_exec.units import format_size
 
 NO_OVERCOMMIT = 2

@@ -9,12 +9,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 
+from msgspec.structs import replace
+
 from safe_exec.diagnosis.context import Context, inside, outside, signal_name
 from safe_exec.model.ending import CellFailed, Died, TimedOut
 from safe_exec.model.evidence import OwnAction
 from safe_exec.model.observed import ChangedLimit
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Fact
-from safe_exec.records import replace
 from safe_exec.units import format_size
 
 SIGNAL_SECONDS = 2.0

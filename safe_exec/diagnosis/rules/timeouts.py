@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 
+from msgspec.structs import replace
+
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
 from safe_exec.diagnosis.rules import hangs, waiting
 from safe_exec.diagnosis.rules.waiting import MULTIPLEXERS, SLEEPS
@@ -14,7 +16,6 @@ from safe_exec.model.ending import Died, TerminationReason, TimedOut
 from safe_exec.model.evidence import Looked
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
-from safe_exec.records import replace
 from safe_exec.units import format_seconds, format_size
 
 STARVED_SECONDS = 0.1

@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
+from msgspec import Struct
+
 from safe_exec.model.evidence import Frame, Looked
 from safe_exec.model.observed import ObservedLock, ObservedProcess
-from safe_exec.records import dataclass
 
 AT_WORK = 0.5
 """Processor seconds per second, from which a process computes."""
@@ -98,8 +99,7 @@ ORDER = (
 """The most telling first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blocker:
+class Blocker(Struct, frozen=True, kw_only=True):
     """The process that a kernel waits for, as far as it can be told, and why it does not end."""
 
     process: ObservedProcess

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from safe_exec.diagnosis.rules.waiting import (
     WRITES,
     Blockage,
@@ -17,7 +19,6 @@ from safe_exec.diagnosis.rules.waiting import (
 )
 from safe_exec.model.evidence import Looked
 from safe_exec.model.observed import ObservedLock, ObservedProcess
-from safe_exec.records import dataclass
 from safe_exec.units import format_size
 
 
@@ -251,8 +252,7 @@ _ERROR = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Traceback:
+class Traceback(Struct, frozen=True, kw_only=True):
     """A traceback in a cell's output: of which thread or process, and its last line."""
 
     owner: str

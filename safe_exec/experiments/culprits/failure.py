@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 
+from msgspec import Struct
+
 from safe_exec.experiments.culprits.protocol import Answer
 from safe_exec.model.ending import (
     CellFailed,
@@ -23,7 +25,6 @@ from safe_exec.model.ending import (
     TimedOut,
 )
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
-from safe_exec.records import dataclass
 
 LIMIT_ERRORS = frozenset(
     {
@@ -83,8 +84,7 @@ ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True, kw_only=True):
     """The failure that is searched for. ``error`` is the name of the exception where it is nothing more than that.
 
     ``missing`` are the names that a NameError missed.

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import Struct, field
+from msgspec.structs import replace
+
 from safe_exec.diagnosis.rules.engines import SETTING
 from safe_exec.experiments.culprits import reproduction
 from safe_exec.experiments.culprits.failure import MEMORY
@@ -33,7 +36,6 @@ from safe_exec.limits.isolation import as_metadata
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
-from safe_exec.records import dataclass, field, replace
 
 ERRATIC = MEMORY | {
     CauseKind.SEGFAULT,
@@ -50,19 +52,17 @@ SHRINK_FROM = 5
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
+class Given(Struct, frozen=True, kw_only=True):
     """What the first run left: its verdict, the stripped notebook, and the seconds that may be spent."""
 
     verdict: Verdict
     node: Any
     budget: float
-    sink: EventSink = field(default=lambda _event: None)
+    sink: EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Investigated:
+class Investigated(Struct, frozen=True, kw_only=True):
     """The culprits, the reproduction where there is one, and what the user should know."""
 
     culprits: Culprits

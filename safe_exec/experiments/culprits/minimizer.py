@@ -22,6 +22,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 
+from msgspec import Struct, field
+
 from safe_exec.experiments.culprits.probdd import chunk_of, learn, odds_of
 from safe_exec.experiments.culprits.protocol import (
     Answer,
@@ -33,7 +35,6 @@ from safe_exec.experiments.culprits.protocol import (
     SearchCancelled,
 )
 from safe_exec.model.verdict import Stopped
-from safe_exec.records import dataclass, field
 
 DOUBT = 0.05
 """A PASS of a failure that comes and goes is believed when the odds of being wrong are below this."""
@@ -60,8 +61,7 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
         self.stopped = stopped
 
 
-@dataclass(slots=True)
-class _Tally:
+class _Tally(Struct):
     """The runs of one set; ``forms`` are those among the others that ended in a way akin to the failure."""
 
     fails: int = 0

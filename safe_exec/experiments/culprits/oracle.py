@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from safe_exec._version import __version__
 from safe_exec.experiments.culprits import failure as failures
@@ -26,7 +28,6 @@ from safe_exec.experiments.workspace import Views
 from safe_exec.model.ending import Cancelled, TimedOut
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import Cause, CauseKind
-from safe_exec.records import asdict, dataclass, replace
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 
@@ -46,8 +47,7 @@ SearchFailed = NoTrial
 """Trials cannot be run; the text says why."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
+class Subject(Struct, frozen=True, kw_only=True):
     """What is searched: a stripped notebook, what its cells took (seconds by index), the failure, and how to run it.
 
     ``environment`` is what else the answers depend on (kernel, its packages, versions).
@@ -61,8 +61,7 @@ class Subject:
     cause_of: CauseOf
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trialled:
+class Trialled(Struct, frozen=True, kw_only=True):
     """One trial as it is remembered: the reply, and what happened in a few words."""
 
     reply: Reply
@@ -70,8 +69,7 @@ class Trialled:
     cached: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Started:
+class _Started(Struct, frozen=True, kw_only=True):
     """A trial whose kernel is on its way, and the request that made its sandbox."""
 
     trial: Trial

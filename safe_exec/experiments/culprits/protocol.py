@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from enum import StrEnum
 
+from msgspec import Struct, field
+
 from safe_exec.model.verdict import Stopped
-from safe_exec.records import dataclass, field
 
 PASSED = "passed"
 """How a run ended that had no cause to end."""
@@ -25,8 +26,7 @@ class SearchCancelled(Exception):  # noqa: N818 - no error: thrown into a search
     """Thrown into the generator: it returns the best so far."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True, kw_only=True):
     """A question: do exactly these cells, in order, fail? At most ``allowed`` seconds may be spent on the answer.
 
     ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``left`` is how many cells are
@@ -40,8 +40,7 @@ class Ask:
     best: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True, kw_only=True):
     """An answer and what it cost in seconds (0 from a cache).
 
     ``stopped_at`` is the cell at which an unresolved trial ended and ``names`` those it missed. ``peak`` is how much of the
@@ -67,8 +66,7 @@ def _nobody(_name: str, _before: int) -> tuple[int, ...]:
     return ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True, kw_only=True):
     """What is known before the first trial.
 
     ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice, ``changed`` the cells
@@ -98,8 +96,7 @@ class Problem:
         return self.cells[-1]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
+class Result(Struct, frozen=True, kw_only=True):
     """The set found, in order; empty where nothing failed again.
 
     ``reproduced``: of how many runs of this very set how many failed, (k, n). ``found`` are the cells that only trials showed to be

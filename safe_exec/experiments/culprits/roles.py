@@ -5,6 +5,9 @@ from __future__ import annotations
 import builtins
 from collections.abc import Mapping
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.experiments.static_analysis.dependencies import Dependencies, imported_modules
 from safe_exec.experiments.static_analysis.effects import (
     Effect,
@@ -14,7 +17,6 @@ from safe_exec.experiments.static_analysis.effects import (
     is_imports_only,
 )
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Role
-from safe_exec.records import dataclass, replace
 from safe_exec.units import format_size
 
 WORTH_NAMING = 8 << 20
@@ -28,8 +30,7 @@ LINE_LENGTH = 200
 UNSEEN = "must run before; why is not visible"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class Found(Struct, frozen=True, kw_only=True):
     """The result of a search in the cells' own indexes: the set, and those of it that only trials showed to be needed.
 
     ``order`` are the indexes of all cells that ``dependencies`` counts from 0, in its order. ``setting`` is the word by which a notebook

@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from safe_exec.experiments.static_analysis.ipython_syntax import (
     CellFacts,
     Read,
@@ -24,7 +26,6 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
     words,
 )
 from safe_exec.experiments.static_analysis.names import USUAL, names_in
-from safe_exec.records import replace
 
 __all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
 

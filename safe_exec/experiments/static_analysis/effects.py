@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 
+from msgspec import Struct
+
 from safe_exec.experiments.static_analysis.dependencies import is_trap, writes_file
 from safe_exec.experiments.static_analysis.ipython_syntax import (
     imports,
@@ -18,7 +20,6 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
     words,
 )
 from safe_exec.experiments.static_analysis.names import LEAVES_RECEIVER, USUAL
-from safe_exec.records import dataclass
 
 _IN_PLACE = words(
     "add append clear discard extend fill insert pop popitem put remove resize reverse setdefault sort update"
@@ -55,8 +56,7 @@ class EffectKind(IntEnum):
     CALL = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Effect:
+class Effect(Struct, frozen=True, kw_only=True):
     """One effect. ``text`` says it in a few words, ``name`` is the notebook's name that it concerns.
 
     ``is_input``: it prepares what later cells read, such as an environment variable. ``on_all_code``: it slows or limits whatever runs later.

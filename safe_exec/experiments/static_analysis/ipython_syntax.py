@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 
-from safe_exec.records import dataclass, field
+from msgspec import Struct, field
 
 Names = frozenset[str]
 
@@ -20,8 +20,7 @@ _FILTERS = threading.Lock()
 """The filters of warnings belong to the whole process: of two threads that set them aside, the later one would put the wrong ones back."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Read:
+class Read(Struct, frozen=True, kw_only=True):
     """A name that is surely evaluated, at the line where its top-level statement begins.
 
     ``before_effect``: before anything that begins on that line could run foreign code.
@@ -32,8 +31,7 @@ class Read:
     before_effect: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Carried:
+class Carried(Struct, frozen=True, kw_only=True):
     """What a name bound or changed in a cell takes along: names its object was made of, and facts of its functions' bodies."""
 
     sources: Names
@@ -43,8 +41,7 @@ class Carried:
     touches: Names
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CellFacts:
+class CellFacts(Struct, frozen=True, kw_only=True):
     """One cell. ``late_``: in functions' bodies, which run when called. The names of other scopes are not the notebook's.
 
     ``uses``: read, not surely bound before in this cell; ``at_once``: the same in a lambda handed to a call, which may run
@@ -112,8 +109,7 @@ _LEXEME = re.compile(
 )
 
 
-@dataclass(kw_only=True, slots=True)
-class Special:
+class Special(Struct, kw_only=True):
     """A magic, shell or help line: Python that it runs, names that it reads, how far it reaches."""
 
     code: ast.Module = field(default_factory=lambda: ast.Module(body=[], type_ignores=[]))
@@ -123,8 +119,7 @@ class Special:
     suspicion: int = 0
 
 
-@dataclass(kw_only=True, slots=True)
-class Cell:
+class Cell(Struct, kw_only=True):
     """A cell's Python, each special line replaced by a name that stands for it; ``guarded``: errors may not get out."""
 
     text: str

@@ -10,6 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from msgspec import Struct, field
+
 from safe_exec.experiments.static_analysis.ipython_syntax import (
     Carried,
     Cell,
@@ -21,7 +23,6 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
     root,
     words,
 )
-from safe_exec.records import dataclass, field
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
@@ -70,8 +71,7 @@ _HISTORY = re.compile(r"_{1,3}|_\d+|Out|_oh")
 _SUPPRESSES = {"suppress", "raises", "assertRaises"}
 
 
-@dataclass(kw_only=True, slots=True)
-class _Scope:
+class _Scope(Struct, kw_only=True):
     """Names of a function, a comprehension (its own, yet a walrus in it binds outside) or a class (not seen from functions)."""
 
     names: set[str]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from msgspec import Struct
+
 from safe_exec.experiments.threshold.search import Fate, Question
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind
-from safe_exec.records import dataclass
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
@@ -34,8 +35,7 @@ MAYBE = frozenset(
 """How programs may end for want of nearly anything: a library that does not look whether malloc gave it something."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
+class Scale(Struct, frozen=True, kw_only=True):
     """One limit that can be probed.
 
     ``causes`` are its own: what it ends a run with. ``units`` are what its values are rounded to, the finest first; ``guess`` is where to

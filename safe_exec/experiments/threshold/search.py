@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Generator
 from enum import StrEnum
 
-from safe_exec.records import dataclass
+from msgspec import Struct
 
 CLIMBS = 3
 """How often a value that passed and then failed is given up for a higher one."""
@@ -50,16 +50,14 @@ class Cancel(Exception):  # noqa: N818 - no error: thrown into a search to end i
     """Thrown into the generator: it returns the bracket so far."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Try:
+class Try(Struct, frozen=True, kw_only=True):
     """A question: does a run with this value pass? At most ``allowed`` seconds may be spent. Infinity is no limit at all."""
 
     value: float
     allowed: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
+class Tried(Struct, frozen=True, kw_only=True):
     """An answer, and what it cost. ``peak`` is the most that the run used; ``cut``: ended since it took longer than was allowed."""
 
     fate: Fate
@@ -68,8 +66,7 @@ class Tried:
     cut: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class Question(Struct, frozen=True, kw_only=True):
     """What is looked for. The first run is with ``given``; no other leaves ``least`` to ``most``, which can be set.
 
     ``precision`` is relative; ``whole`` values are found to 1. ``fit`` gives the next value, at or above, that can be set. ``guess`` is where
@@ -86,8 +83,7 @@ class Question:
     budget: float = math.inf
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bracket:
+class Bracket(Struct, frozen=True, kw_only=True):
     """What is known in the end.
 
     From ``passes`` on every run passed (infinity: without a limit), up to ``fails`` every run failed, ``None`` where none did.

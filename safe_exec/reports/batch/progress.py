@@ -12,8 +12,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from msgspec import Struct
+
 from safe_exec.model import events
-from safe_exec.records import dataclass
 from safe_exec.reports.batch.results import UNCHANGED, Entry
 from safe_exec.reports.progress import Situation, quietly, start_live
 from safe_exec.reports.terminal import Style, is_terminal
@@ -28,8 +29,7 @@ _GOOD = ("passed", UNCHANGED)
 _MOST_PATH = 60
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Running:
+class _Running(Struct, frozen=True, kw_only=True):
     """A notebook that runs."""
 
     now: Situation

@@ -12,9 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from safe_exec.errors import UsageError
 from safe_exec.files import read_regular
-from safe_exec.records import dataclass
 
 MOST_BYTES = 64 << 20
 """No verdict is as long."""
@@ -26,8 +27,7 @@ NOT_RUN = "not_run"
 """Not run: the batch ended before its turn came."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True):
     """One notebook of a batch.
 
     ``path`` is the one shown: relative to the batch's root, with ``/``. ``status`` is the verdict's, or ``refused``, ``unchanged``,
@@ -60,8 +60,7 @@ class Entry:
         return document if isinstance(document, Mapping) else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class Batch(Struct, frozen=True, kw_only=True):
     """A batch that is over. ``entries`` are in the order of their paths.
 
     ``root`` is the directory that paths are relative to, ``out`` the one that everything was written to. ``seconds`` is the wall time

@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from safe_exec.errors import NotebookError
 from safe_exec.files import read_regular
 from safe_exec.notebook.notebook import METADATA_KEY, is_banner
-from safe_exec.records import dataclass
 from safe_exec.reports.batch.text import Told
 
 MOST_BYTES = 16 << 20
@@ -28,8 +29,7 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^\s,\]}]+")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True, kw_only=True):
     """The source of a cell, and for each of its lines, as line feeds part them, the line of the file where it stands, from 1."""
 
     source: str

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.records import dataclass
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
 from safe_exec.reports.text import common, culprits
 from safe_exec.reports.verdict_json import from_document
@@ -49,8 +50,7 @@ _OUTCOMES: dict[str, Outcome] = {
 _WORDS = {REFUSED: "refused", UNCHANGED: "unchanged", NOT_RUN: "not run"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Told:
+class Told(Struct, frozen=True, kw_only=True):
     """A notebook of a batch and its verdict, where there is one that can be read."""
 
     entry: Entry

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from safe_exec.records import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
+class Way(Struct, frozen=True, kw_only=True):
     """``what`` is done by ``steps``, commands or lines of a file, with ``# ...`` between them where place or user change.
 
     ``note`` is what it costs, or when it holds.

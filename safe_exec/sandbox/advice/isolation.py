@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec import Struct
+
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
-from safe_exec.records import dataclass
 from safe_exec.sandbox.advice.fix import Way
 from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, Machine
 from safe_exec.sandbox.host.facts import Container, Surroundings
@@ -26,8 +27,7 @@ BY_NAMESPACES = (Wall.HOME, Wall.SYSTEM, Wall.FOLDER, Wall.HIDDEN, Wall.NETWORK,
 SIZES = (LimitName.DISK, LimitName.SHM)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WallRemedy:
+class WallRemedy(Struct, frozen=True, kw_only=True):
     """Why some walls (and sizes of file systems) are weak here, and the ways to mend it, the best first."""
 
     walls: tuple[Wall, ...]

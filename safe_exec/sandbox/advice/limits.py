@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from msgspec import Struct
+
 from safe_exec.model.limits import LimitName, Mechanism
-from safe_exec.records import dataclass
 from safe_exec.sandbox.advice.containers import container_ways
 from safe_exec.sandbox.advice.fix import Way, hand_on
 from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, Machine
@@ -21,8 +22,7 @@ BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCES
 """The limits that control groups hold for all processes together, and the controller for each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Remedy:
+class Remedy(Struct, frozen=True, kw_only=True):
     """Why some limits are weak here, and the ways to mend it, the best first."""
 
     limits: tuple[LimitName, ...]

@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
+from msgspec import Struct, field
+from msgspec.structs import replace
+
 from safe_exec.keeper import landlock, procfs, seccomp
 from safe_exec.model.limits import Mechanism
-from safe_exec.records import dataclass, field, replace
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host import cgroup_delegation
 from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST
@@ -33,8 +35,7 @@ NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
+class Machine(Struct, frozen=True, kw_only=True):
     """What can hold limits here.
 
     ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified

@@ -22,8 +22,9 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.keeper import procfs
-from safe_exec.records import dataclass
 
 CONTROLLERS = ("memory", "pids", "cpu")
 NEEDED = frozenset({"memory", "pids"})
@@ -33,8 +34,7 @@ LEAF = "safe-exec"
 SCOPE_SECONDS = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True, kw_only=True):
     """The unified tree as this process sees it: where it is mounted, and the directory of the group that we are in."""
 
     top: Path
@@ -48,8 +48,7 @@ class Tree:
             directory = directory.parent
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scope:
+class Scope(Struct, frozen=True, kw_only=True):
     """A scope that systemd makes for each sandbox: below the slice at ``directory``, by the user's own systemd or the system's.
 
     ``runtime`` is where the user's is reached (XDG_RUNTIME_DIR).
@@ -102,8 +101,7 @@ class Scope:
         return self.directory / f"{name}.scope"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ground:
+class Ground(Struct, frozen=True, kw_only=True):
     """A group below which ours may be made; ``None`` and why, where there is none.
 
     ``step_down``: it is our own, and its processes, ours alone, must first go into a group below. ``borrowed``: it is a unit of

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
-from safe_exec.records import dataclass
+from msgspec import Struct
+
 from safe_exec.sandbox import stale_runs
 
 
@@ -37,8 +38,7 @@ class CgroupTree(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True, kw_only=True):
     """What the advice depends on.
 
     ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
@@ -70,8 +70,7 @@ class Surroundings:
     no_user_namespaces: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Mounts:
+class _Mounts(Struct, frozen=True, kw_only=True):
     tree: CgroupTree
     unified: Path | None
     read_only: bool

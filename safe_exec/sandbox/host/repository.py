@@ -13,18 +13,18 @@ import pwd
 from collections.abc import Iterable
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.files import one_line
 from safe_exec.limits.repository import GIT, find_root
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse
-from safe_exec.records import dataclass
 
 HOMES = Path("/home")
 SYSTEM = tuple(map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr")))  # noqa: S108
 STAYS_CLOSED = "only the notebook's folder is left open (--show PATH or --writable PATH opens more)"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryAccess:
+class RepositoryAccess(Struct, frozen=True, kw_only=True):
     """The root of the repository, ``None`` without one, and its use in this run. ``warning`` says why less is open than was asked for."""
 
     root: Path | None = None

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.model.limits import FolderUse, Isolation
-from safe_exec.records import dataclass
 
 OLDEST = (0, 5, 0)
 """``--size`` and ``--perms`` for tmpfs."""
@@ -30,8 +31,7 @@ OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 DEVICES = ("/dev/fuse", "/dev/kvm")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True, kw_only=True):
     """What the walls are put around: paths as the notebook sees them.
 
     ``folder`` is its working directory, ``runtime`` that of its sockets, with ``given`` in it to read (the connection file); ``homes`` are to be
@@ -190,8 +190,7 @@ Openings = Mapping[Path, tuple[str, ...]]
 """The mount that opens a path: option, source, target."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cover:
+class Cover(Struct, frozen=True, kw_only=True):
     """A place that is empty for the kernel. ``stays_writable``: a home, /tmp or /dev/shm of its own rather than a mere lid."""
 
     path: Path

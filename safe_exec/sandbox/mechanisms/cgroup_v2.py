@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.records import dataclass
 from safe_exec.sandbox.host import cgroup_delegation
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer
@@ -18,8 +19,7 @@ from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer
 PERIOD_US = 100_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
+class _Place(Struct, frozen=True, kw_only=True):
     """A group for ours to stand in, and who gives it."""
 
     by: Mechanism

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from msgspec import Struct, field
+
 from safe_exec.model.limits import (
     Enforcement,
     FolderUse,
@@ -19,7 +21,6 @@ from safe_exec.model.limits import (
     SystemCalls,
     Wall,
 )
-from safe_exec.records import dataclass, field
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import Offer
@@ -31,8 +32,7 @@ LANDLOCK_TRUNCATE = 3
 NOT_ALLOWED = "it is not among the mechanisms allowed"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WallPlan:
+class WallPlan(Struct, frozen=True, kw_only=True):
     """Who holds which wall, and what the keeper is to put up: ``enclosed`` in bubblewrap, or else what ``landlock`` can."""
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import Offer
 from safe_exec.sandbox.priority import PriorityGuard
@@ -43,8 +45,7 @@ def offer(limits: Limits, machine: Machine) -> Offer | None:
     return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peaks:
+class Peaks(Struct, frozen=True, kw_only=True):
     """The highest figures seen: bytes where memory is watched, tasks. ``upper_bound``: the memory may be less.
 
     ``children`` are the bytes that processes other than the kernel's had at the peak; shared memory is nobody's.

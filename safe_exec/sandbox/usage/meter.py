@@ -9,16 +9,16 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from msgspec import Struct
+
 from safe_exec.model.evidence import ProcessCount
-from safe_exec.records import dataclass
 from safe_exec.sandbox.mechanisms import rlimits
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.usage.process_files import ProcessFiles
 from safe_exec.sandbox.usage.process_tree import ProcessTree
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True, kw_only=True):
     """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks; ``None``: not measured.
 
     ``children_memory`` is the part of the memory that processes other than the kernel's have; shared memory is nobody's.
@@ -32,8 +32,7 @@ class Reading:
     upper_bound: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counters:
+class Counters(Struct, frozen=True, kw_only=True):
     """What the system counted: kills for memory, refused forks, the highest charge (page cache included).
 
     ``limit_hits``: how often the group's own memory limit left nothing but to kill (version 2 alone tells that apart).
@@ -47,8 +46,7 @@ class Counters:
     cpu_seconds: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bound:
+class Bound(Struct, frozen=True, kw_only=True):
     """A memory limit in bytes on a group above a sandbox; ``hits``: how often it had left nothing but to kill."""
 
     group: Path

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable
 
-from safe_exec.records import dataclass, field
+from msgspec import Struct, field
 
 BLOCK = 512
 """The unit of ``st_blocks`` (stat(2))."""
@@ -20,8 +20,7 @@ REMOVED = " (deleted)"
 _INODE = tuple[int, int]
 
 
-@dataclass(slots=True)
-class Held:
+class Held(Struct):
     """Bytes by inode, so that what several processes hold counts once: ``memory`` and ``removed`` files of a disk."""
 
     memory: dict[_INODE, int] = field(default_factory=dict)

@@ -12,8 +12,9 @@ import os
 import platform
 import time
 
+from msgspec import Struct
+
 from safe_exec.keeper.procfs import TICKS
-from safe_exec.records import dataclass
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 DEAD = "ZX"
@@ -26,8 +27,7 @@ def _path(pid: int, task: int, name: str) -> str:
     return f"{pid}/task/{task}/{name}" if task else f"{pid}/{name}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class Member(Struct, frozen=True, kw_only=True):
     """One process as last read.
 
     ``started`` is in clock ticks since boot, ``cpu`` and ``cpu_waited`` (of children that it has waited for) in seconds, all memory

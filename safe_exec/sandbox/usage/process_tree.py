@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from safe_exec.keeper.procfs import TICKS
-from safe_exec.records import dataclass, replace
 from safe_exec.sandbox.usage.open_files import held
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 from safe_exec.sandbox.usage.shared_pages import (
@@ -38,8 +40,7 @@ VFORK_BYTES = 256 << 10
 """By so much the figures of one address space may differ when read one after the other."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TreeUse:
+class TreeUse(Struct, frozen=True, kw_only=True):
     """What the processes use: bytes (unreclaimable), seconds, tasks.
 
     ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at all.

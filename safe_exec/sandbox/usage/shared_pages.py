@@ -11,15 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from safe_exec.records import dataclass
+from msgspec import Struct
+
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 
 SMALL = 16 << 20
 """Bytes that may be counted twice without being worth a walk through page tables."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SharedCount:
+class SharedCount(Struct, frozen=True, kw_only=True):
     """The memory of some processes in bytes, each page once; when it was counted and how long that took (seconds).
 
     ``departed`` is what processes gave up while others were still being read: pages they shared count more in

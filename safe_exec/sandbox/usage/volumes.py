@@ -10,8 +10,9 @@ import contextlib
 import os
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from safe_exec.model.evidence import Volume
-from safe_exec.records import replace
 
 
 class Volumes:

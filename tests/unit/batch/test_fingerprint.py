@@ -7,11 +7,11 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.batch import worker
 from safe_exec.batch.fingerprint import Kernels, declared_inputs, inputs_of, key_of_pass, key_of_run

@@ -7,12 +7,13 @@ import os
 import re
 import secrets
 import subprocess
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from safe_exec.cli import doctor, tables
 from safe_exec.cli.doctor import (
@@ -76,8 +77,7 @@ MOVE_DOWN = "xargs -rn1 < /sys/fs/cgroup/cgroup.procs > /sys/fs/cgroup/init/cgro
 HAND_ON = 'echo "+memory +pids +cpu" > /sys/fs/cgroup/cgroup.subtree_control'
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(msgspec.Struct, frozen=True, kw_only=True):
     """A place, the limits that are weak there, and what must (not) be among the steps, in that order."""
 
     machine: Machine
@@ -85,7 +85,7 @@ class Case:
     weak: tuple[LimitName, ...] = (MEMORY, CPUS, PROCESSES)
     steps: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 CASES = {
@@ -576,7 +576,7 @@ def doctor_of(case: Case, **changes: object) -> Diagnosis:
         kernels=("python3",),
         dead_runs=0,
     )
-    return replace(found, **changes)  # type: ignore[arg-type]
+    return replace(found, **changes)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

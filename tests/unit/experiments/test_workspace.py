@@ -10,11 +10,11 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.experiments import workspace as folders
 from safe_exec.experiments.workspace import (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.errors import LimitsError, UsageError
 from safe_exec.limits import isolation
@@ -278,7 +279,7 @@ def test_no_profile_lets_a_notebook_take_walls_down(name: str) -> None:
 
 
 def test_the_keys_are_those_of_the_model() -> None:
-    assert set(KEYS) == {f.name for f in fields(Isolation)} == {*FLAGS, *LISTS, *CHOICES}
+    assert set(KEYS) == set(Isolation.__struct_fields__) == {*FLAGS, *LISTS, *CHOICES}
     assert set(isolation._ORDER) | {*FLAGS, *LISTS} == set(KEYS)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.errors import LimitsError
 from safe_exec.limits import values
@@ -72,7 +72,7 @@ def error_of(name: str) -> str:
 
 
 def test_every_limit_has_a_parser_and_a_name() -> None:
-    assert set(LIMIT_NAMES) == set(values._PARSERS) == {f.name for f in fields(Limits)}
+    assert set(LIMIT_NAMES) == set(values._PARSERS) == set(Limits.__struct_fields__)
     assert {name.value for name in LimitName} == set(LIMIT_NAMES) - {"interrupt_grace"}
 
 
@@ -86,7 +86,7 @@ def test_shipped_profiles_are_complete_and_commented(name: str) -> None:
     document = yaml.safe_load(text)
     assert set(document["limits"]) == set(LIMIT_NAMES)
     limits, _, walls = text.partition("\nlimits:\n")[2].partition("\nisolation:\n")
-    assert set(document.get("isolation", {})) <= {f.name for f in fields(Isolation)} and bool(
+    assert set(document.get("isolation", {})) <= set(Isolation.__struct_fields__) and bool(
         walls
     ) is (name != "default")
     # What stands right above the section is its comment.

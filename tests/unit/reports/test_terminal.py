@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import io
 import math
 import os
@@ -13,10 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec.structs
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
@@ -286,7 +286,7 @@ def test_a_search_that_found_nothing(
 def test_a_search_without_a_result_says_how_its_runs_ended(
     endings: dict[str, int], text: str
 ) -> None:
-    found = dataclasses.replace(nothing_found(Stopped.NOT_REPRODUCED), endings=endings)
+    found = msgspec.structs.replace(nothing_found(Stopped.NOT_REPRODUCED), endings=endings)
     assert f"search      {text} · 6 trials" in printed(make_verdict(culprits=found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from msgspec import Struct
 
 from safe_exec.model.evidence import Frame, IsolationFacts
 from safe_exec.model.limits import (
@@ -94,8 +94,8 @@ def errors_of(document: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(document)]
 
 
-def names(kind: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
+def names(kind: type[Struct]) -> set[str]:
+    return set(kind.__struct_fields__)
 
 
 def test_the_schema_is_a_schema() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall

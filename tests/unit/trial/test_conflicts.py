@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import stat
 from typing import Any
 
+import msgspec.structs
 import pytest
 
 from safe_exec.model.evidence import Access, IsolationFacts, NeedKind
@@ -30,7 +30,7 @@ BWRAP = IsolationFacts(
     removed_variables=("MY_TOKEN",),
     network=False,
 )
-LANDLOCK = dataclasses.replace(
+LANDLOCK = msgspec.structs.replace(
     BWRAP,
     by=Mechanism.LANDLOCK,
     home="/run/se/home",
@@ -227,7 +227,7 @@ def test_the_kernels_home_is_not_the_users() -> None:
 
 
 def test_what_is_shown_is_not_in_the_kernels_own_home() -> None:
-    shown = dataclasses.replace(LANDLOCK, readable=("/home/me/data",))
+    shown = msgspec.structs.replace(LANDLOCK, readable=("/home/me/data",))
     conflict = find(P, "/run/se/home/data/d.csv", shown)
     assert (conflict.path, conflict.allow, conflict.moved) == ("/home/me/data/d.csv", (), True)
     assert find(P, "/home/me/data/d.csv", shown) is None
@@ -292,14 +292,16 @@ def test_programs() -> None:
 @pytest.mark.parametrize("route", [True, False])
 def test_hosts(*, route: bool) -> None:
     assert find(NeedKind.HOST, "example.org", lookup=Fake(route=route)).usable is route
-    assert find(NeedKind.HOST, "example.org", dataclasses.replace(BWRAP, network=True)) is None
+    assert find(NeedKind.HOST, "example.org", msgspec.structs.replace(BWRAP, network=True)) is None
 
 
 def test_devices_and_the_places_of_other_programs() -> None:
     assert find(P, "/dev/ttyUSB0").access is Access.HIDDEN
     assert Reach(BWRAP).to("/dev/null") is Access.OPEN
     assert Reach(BWRAP).to("/run/docker.sock") is Access.HIDDEN
-    assert Reach(dataclasses.replace(BWRAP, read_only=False)).to("/run/docker.sock") is Access.OPEN
+    assert (
+        Reach(msgspec.structs.replace(BWRAP, read_only=False)).to("/run/docker.sock") is Access.OPEN
+    )
 
 
 def test_without_walls_around_files_all_is_in_reach() -> None:

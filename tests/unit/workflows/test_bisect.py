@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import json
 import math
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec.structs
 import nbformat
 import pytest
 from hypothesis import given, settings
@@ -346,7 +346,7 @@ def verdict_of(path: Path | str, cwd: Path | str) -> Verdict:
     info = NotebookInfo(
         path=str(path), sha256=None, kernel="python3", language="python", cells=1, code_cells=1
     )
-    return dataclasses.replace(make_verdict(), notebook=info, cwd=str(cwd))
+    return msgspec.structs.replace(make_verdict(), notebook=info, cwd=str(cwd))
 
 
 @pytest.mark.parametrize(

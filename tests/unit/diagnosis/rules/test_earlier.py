@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import msgspec.structs
 import pytest
 
 from safe_exec.diagnosis.rules import Context, find_cause
@@ -120,7 +120,7 @@ def test_a_kill_by_what_may_have_been_counted_twice_is_not_certain() -> None:
     assert (sure.confidence, doubtful.confidence) == (Confidence.CERTAIN, Confidence.LIKELY)
     assert "counted twice" in doubtful.summary and "counted twice" not in sure.summary
     assert (
-        dataclasses.replace(
+        msgspec.structs.replace(
             doubtful, confidence=sure.confidence, summary=sure.summary, evidence=sure.evidence
         )
         == sure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import math
 import signal
@@ -10,6 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+import msgspec.structs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,13 +110,13 @@ SLEEPS = seen(syscall="clock_nanosleep")
 FULL = FaultReport(
     title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB
 )
-SHALLOW = dataclasses.replace(FULL, stack_bytes=MIB // 4)
-IN_THREAD = dataclasses.replace(FULL, main=False)
+SHALLOW = msgspec.structs.replace(FULL, stack_bytes=MIB // 4)
+IN_THREAD = msgspec.structs.replace(FULL, main=False)
 NULL = FaultSite(
     faulted=True, main=True, address=0, stack_pointer=0x7FFC0000, stack_bytes=MIB, overflow=False
 )
-PAST_THE_STACK = dataclasses.replace(NULL, address=0x7FFBFFF8, overflow=True)
-SENT = dataclasses.replace(NULL, faulted=False, address=None)
+PAST_THE_STACK = msgspec.structs.replace(NULL, address=0x7FFBFFF8, overflow=True)
+SENT = msgspec.structs.replace(NULL, faulted=False, address=None)
 HANDLERS = frozenset({2, 4, 6, 7, 8})
 """What a Python process still catches after it has died of SIGSEGV: SIGINT, and the fault handler's other four."""
 FORKING = Place(
@@ -143,7 +144,7 @@ VARIABLE = IsolationConflict(
     exact=True,
     cell=2,
 )
-MENTIONED = dataclasses.replace(VARIABLE, exact=False)
+MENTIONED = msgspec.structs.replace(VARIABLE, exact=False)
 HIDDEN_FILE = IsolationConflict(
     kind=NeedKind.PATH,
     name="../d.csv",
@@ -160,9 +161,9 @@ WRITING = "1%\ncp: error writing 'big': No space left on device\n"
 FULL_DISK = Volume(
     places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, before=16 * MIB, own=True
 )
-FULL_BEFORE = dataclasses.replace(FULL_DISK, before=0)
-EMPTY_DISK = dataclasses.replace(FULL_DISK, free=16 * MIB)
-ROOMY = dataclasses.replace(FULL_DISK, size=100 << 30, free=50 << 30, before=None, own=False)
+FULL_BEFORE = msgspec.structs.replace(FULL_DISK, before=0)
+EMPTY_DISK = msgspec.structs.replace(FULL_DISK, free=16 * MIB)
+ROOMY = msgspec.structs.replace(FULL_DISK, size=100 << 30, free=50 << 30, before=None, own=False)
 SHM_FULL = Volume(places=("/dev/shm",), size=64 * MIB, free=0, before=64 * MIB, own=True)
 DUCKDB = "Out of Memory Error: failed to allocate data of size 16.0 MiB (56.4 MiB/57.2 MiB used)\n\nPossible solutions:"
 DUCKDB_DISK = "Out of Memory Error: failed to offload data block of size 256.0 KiB (9.4 MiB/9.5 MiB used).\nThis limit was set by"
@@ -176,11 +177,11 @@ HOST = IsolationConflict(
     exact=True,
     cell=2,
 )
-CURL = dataclasses.replace(HOST, in_output=True)
-PIP = dataclasses.replace(
+CURL = msgspec.structs.replace(HOST, in_output=True)
+PIP = msgspec.structs.replace(
     CURL, cell=1, line="WARNING: Retrying after NameResolutionError: /simple/x/"
 )
-PRINTED = dataclasses.replace(
+PRINTED = msgspec.structs.replace(
     HIDDEN_FILE, line="cat: ../d.csv: No such file or directory", in_output=True
 )
 NOT_INSTALLED = IsolationConflict(
@@ -197,8 +198,7 @@ NOT_INSTALLED = IsolationConflict(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What was observed, and what is to be concluded from it."""
 
     id: str
@@ -208,8 +208,8 @@ class Row:
     activity: Activity | None = None
     limits: Limits = LIMITS
     language: str | None = "python"
-    seen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    walls: Mapping[Wall, Enforcement] = dataclasses.field(default_factory=dict)
+    seen: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    walls: Mapping[Wall, Enforcement] = msgspec.field(default_factory=dict)
 
     @property
     def context(self) -> Context:
@@ -355,31 +355,41 @@ DEATHS = [
     dead("file-size-signal", by(signal.SIGXFSZ), K.FILE_TOO_LARGE),
     dead("seccomp", by(signal.SIGSYS, core=True), K.BAD_SYSTEM_CALL),
     # Faults.
-    dead("segfault", by(11, core=True), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=NULL)),
+    dead(
+        "segfault", by(11, core=True), K.SEGFAULT, fault=msgspec.structs.replace(SHALLOW, site=NULL)
+    ),
     dead("segfault-by-the-size-of-the-stack-alone", by(11), K.SEGFAULT, C.LIKELY, fault=SHALLOW),
     dead(
-        "segfault-with-a-full-stack", by(11), K.SEGFAULT, fault=dataclasses.replace(FULL, site=NULL)
+        "segfault-with-a-full-stack",
+        by(11),
+        K.SEGFAULT,
+        fault=msgspec.structs.replace(FULL, site=NULL),
     ),
     dead(
-        "segfault-that-was-sent", by(11), K.SEGFAULT, fault=dataclasses.replace(SHALLOW, site=SENT)
+        "segfault-that-was-sent",
+        by(11),
+        K.SEGFAULT,
+        fault=msgspec.structs.replace(SHALLOW, site=SENT),
     ),
     dead(
         "large-frames",
         by(11),
         K.STACK_OVERFLOW,
-        fault=dataclasses.replace(SHALLOW, site=PAST_THE_STACK),
+        fault=msgspec.structs.replace(SHALLOW, site=PAST_THE_STACK),
     ),
     dead(
         "stack-overflow-in-a-thread",
         by(11),
         K.STACK_OVERFLOW,
-        fault=dataclasses.replace(IN_THREAD, site=dataclasses.replace(PAST_THE_STACK, main=False)),
+        fault=msgspec.structs.replace(
+            IN_THREAD, site=msgspec.structs.replace(PAST_THE_STACK, main=False)
+        ),
     ),
     dead(
         "null-in-a-thread",
         by(11),
         K.SEGFAULT,
-        fault=dataclasses.replace(IN_THREAD, site=dataclasses.replace(NULL, main=False)),
+        fault=msgspec.structs.replace(IN_THREAD, site=msgspec.structs.replace(NULL, main=False)),
     ),
     dead("no-report-though-armed", by(11), K.STACK_OVERFLOW, C.LIKELY, caught_signals=HANDLERS),
     dead("no-report-and-disarmed", by(11), K.SEGFAULT, C.LIKELY, caught_signals=frozenset({2})),
@@ -559,7 +569,7 @@ ERRORS = [
         K.NETWORK_BLOCKED,
         C.LIKELY,
         walls=NO_NETWORK,
-        conflicts=(dataclasses.replace(HOST, usable=False),),
+        conflicts=(msgspec.structs.replace(HOST, usable=False),),
     ),
     error(
         "curl",
@@ -1041,7 +1051,7 @@ def test_a_death_carries_its_raw_end(row: Row) -> None:
 
 @pytest.mark.parametrize("row", TIMES, ids=[row.id for row in TIMES])
 def test_our_own_signal_says_nothing_about_a_timeout(row: Row) -> None:
-    killed = dataclasses.replace(
+    killed = msgspec.structs.replace(
         row, seen={**row.seen, "exit": by(9), "termination": TerminationReason.CELL_TIMEOUT}
     )
     cause = of(killed)
@@ -1091,11 +1101,11 @@ def test_what_was_printed_changes_nothing(row: Row) -> None:
     before = of(row)
     for text in SAYINGS:
         after = of(
-            dataclasses.replace(
+            msgspec.structs.replace(
                 row, seen={**row.seen, "last_words": row.seen.get("last_words", "") + text}
             )
         )
-        assert dataclasses.replace(after, summary="", evidence=()) == dataclasses.replace(
+        assert msgspec.structs.replace(after, summary="", evidence=()) == msgspec.structs.replace(
             before, summary="", evidence=()
         )
 
@@ -1129,7 +1139,7 @@ def test_cells_that_fill_the_memory_are_named() -> None:
         for n, kept in enumerate((612 * MIB, None, 1000, 20 * MIB), 1)
     )
     killed = dead("oom", by(9), K.OUT_OF_MEMORY, oom_kills=1, oom_kills_cell=1)
-    context = dataclasses.replace(killed.context, cells=cells, current=4)
+    context = msgspec.structs.replace(killed.context, cells=cells, current=4)
     cause = find_cause(context)
     assert (
         cause is not None
@@ -1306,8 +1316,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.none()
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return st.sampled_from(hint)
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
+    if isinstance(hint, msgspec.StructMeta):
         return st.builds(
             hint,
             **{name: values_of(of_field) for name, of_field in typing.get_type_hints(hint).items()},
@@ -1376,16 +1385,16 @@ def test_claims_from_inside_never_change_what_a_death_is(
     status: ExitStatus, evidence: Evidence, claim: dict[str, Any], limits: Limits
 ) -> None:
     ending = Died(cell=2, exit=status)
-    honest = dataclasses.replace(
+    honest = msgspec.structs.replace(
         evidence, exit=status, **{name: getattr(Evidence(), name) for name in CLAIMS}
     )
     before = find_cause(Context(ending=ending, evidence=honest, limits=limits))
     after = find_cause(
-        Context(ending=ending, evidence=dataclasses.replace(honest, **claim), limits=limits)
+        Context(ending=ending, evidence=msgspec.structs.replace(honest, **claim), limits=limits)
     )
     assert before is not None and after is not None
     said: dict[str, Any] = {"summary": "", "evidence": (), "advice": ""}
-    assert dataclasses.replace(before, **said) == dataclasses.replace(after, **said)
+    assert msgspec.structs.replace(before, **said) == msgspec.structs.replace(after, **said)
     assert STATUS_OF[type(ending)] is Status.KERNEL_DIED and after.kind is not K.EXCEPTION
 
 
@@ -1393,7 +1402,7 @@ def test_claims_from_inside_never_change_what_a_death_is(
 @given(evidence=evidences, code=st.integers(0, 255))
 def test_an_exit_status_is_never_taken_for_a_signal(evidence: Evidence, code: int) -> None:
     ours = (TerminationReason.MEMORY, TerminationReason.CPU_TIME)
-    fair = dataclasses.replace(
+    fair = msgspec.structs.replace(
         evidence,
         exit=exit_code(code),
         termination=None if evidence.termination in ours else evidence.termination,

@@ -6,13 +6,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from statistics import median
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.experiments.culprits.minimizer import ALWAYS, CONFIRMATIONS, REPLAYS, drive, search
 from safe_exec.experiments.culprits.protocol import (
@@ -135,7 +137,7 @@ class Row:
 
 
 def thirty(**known: object) -> Problem:
-    return replace(Problem(cells=tuple(range(30)), slice=cells_of(29)), **known)  # type: ignore[arg-type]
+    return replace(Problem(cells=tuple(range(30)), slice=cells_of(29)), **known)
 
 
 def adds_up(kept: Mapping[int, int], base: int, limit: int) -> Says:
@@ -965,8 +967,7 @@ def test_cancelled_at_any_moment_it_gives_the_best_so_far(world: World) -> None:
 # --- failures that come and go ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Flaky:
+class Flaky(msgspec.Struct, frozen=True):
     """A failure that comes at a rate when all its cells are there."""
 
     problem: Problem

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field, replace
-
+import msgspec
+import msgspec.structs
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.experiments.culprits.roles import Found, culprits_of, first_line, kept_by, look_first
 from safe_exec.experiments.static_analysis.dependencies import Dependencies
@@ -19,8 +19,7 @@ UNSEEN = "must run before; why is not visible"
 CRASH = (Role.CRASH, "running when it happened")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Notebook:
+class Notebook(msgspec.Struct, frozen=True, kw_only=True):
     """Code cells, all of which ran; the last one crashed. ``markdown`` cells come before the code cells.
 
     ``culprits`` count the code cells, ``found`` are those that only trials showed to be needed.
@@ -29,7 +28,7 @@ class Notebook:
     sources: tuple[str, ...]
     culprits: tuple[int, ...]
     found: frozenset[int] = frozenset()
-    kept: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = msgspec.field(default_factory=dict)
     limit: int | None = None
     markdown: int = 0
     stack: tuple[int | None, ...] = ()
@@ -402,6 +401,6 @@ def test_memory_that_ran_out_is_not_set_off_by_a_changed_object() -> None:
     )
     assert look_first(notebook.of, culprits_of(notebook.of), GIB) == 2
     assert (
-        look_first(dataclasses.replace(notebook, limit=None).of, culprits_of(notebook.of), None)
+        look_first(msgspec.structs.replace(notebook, limit=None).of, culprits_of(notebook.of), None)
         == 1
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.experiments.threshold.search import (
     Bracket,
@@ -27,15 +28,14 @@ QUESTION = Question(given=INF, least=1, most=1e12, guess=64)
 COUNTS = replace(QUESTION, whole=True, most=32768)
 
 
-@dataclass
-class World:
+class World(msgspec.Struct):
     """A notebook that needs ``needs`` of a limit, and is seen to use ``peak`` of it."""
 
     needs: float
     peak: float | None = None
     below: Fate = Fate.STRUCK
     seconds: float = 1.0
-    values: list[float] = field(default_factory=list)
+    values: list[float] = msgspec.field(default_factory=list)
 
     def run(self, attempt: Try) -> Tried:
         self.values.append(attempt.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -11,6 +10,7 @@ import pytest
 import xmlschema
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.model.verdict import Status
 from safe_exec.reports.batch import junit
@@ -105,7 +105,7 @@ def test_results(tmp_path: Path, status: Status, tag: str | None) -> None:
 def test_results_without_a_verdict(
     tmp_path: Path, changes: dict[str, str], tag: str, message: str
 ) -> None:
-    entry = replace(make_entry(tmp_path, "a.ipynb", None), **changes)  # type: ignore[arg-type]
+    entry = replace(make_entry(tmp_path, "a.ipynb", None), **changes)
     suite = written(make_batch(tmp_path, [entry]))[0]
     found = result(suite)
     assert found is not None and (found.tag, found.attrib["message"]) == (tag, message)

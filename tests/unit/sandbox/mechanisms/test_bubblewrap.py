@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.model.limits import FolderUse, Isolation
 from safe_exec.sandbox.mechanisms.bubblewrap import (

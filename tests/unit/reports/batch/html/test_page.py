@@ -7,13 +7,13 @@ import hashlib
 import html
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.model.verdict import CellStatus, Timeline, Verdict
 from safe_exec.reports.batch import source_map
