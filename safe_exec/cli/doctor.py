@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from msgspec import Struct
-from msgspec.structs import asdict
+from msgspec import Struct, to_builtins
 
 from safe_exec._version import __version__
 from safe_exec.cli import tables
@@ -296,10 +295,10 @@ def as_document(found: Diagnosis) -> dict[str, Any]:
         },
         "limits": tables.enforcement_document(found.plan.enforcement),
         "weak": [name.value for name in found.weak],
-        "remedies": [asdict(remedy) for remedy in found.remedies],
+        "remedies": [to_builtins(remedy) for remedy in found.remedies],
         "walls": tables.enforcement_document(found.plan.walls),
         "weak_walls": [wall.value for wall in weak_walls(found.plan.walls)],
-        "wall_remedies": [asdict(remedy) for remedy in found.wall_remedies],
+        "wall_remedies": [to_builtins(remedy) for remedy in found.wall_remedies],
         "groups": {
             "v2": None if found.machine.v2 is None else str(found.machine.v2),
             "scope": None if found.machine.scope is None else str(found.machine.scope.directory),

@@ -391,7 +391,8 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
     return [(name, value) for name, value in found.items() if value is not None]
 
 
-class Crash(Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crash:
     """What pytest's short summary and JUnit's message are made from."""
 
     path: str

@@ -9,7 +9,7 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from msgspec.structs import fields
 from pathlib import Path
 from typing import Any
 

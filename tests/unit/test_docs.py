@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import click
+import msgspec.structs
 import pytest
 import yaml
 
@@ -329,7 +329,7 @@ def test_keys_of_isolation() -> None:
     assert {wall for row in table for wall in CODE.findall(row[4])} == {str(wall) for wall in Wall}
     bare = {
         field.name: said_of(field.default)
-        for field in dataclasses.fields(Isolation)
+        for field in msgspec.structs.fields(Isolation)
         if field.default != ()
     }
     assert {row[0].strip("`"): row[2].strip("`") for row in table if row[2]} == bare

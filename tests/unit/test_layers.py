@@ -32,7 +32,6 @@ STANDARD_LIBRARY_ONLY = (
     "safe_exec.keeper",
     "safe_exec.agent",
     "safe_exec.sandbox.keeper_process",
-    "safe_exec.kernel.shared_page",
 )
 """Packages and modules that run beside or in a kernel, or before anything else is imported."""
 

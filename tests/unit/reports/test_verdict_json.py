@@ -337,7 +337,7 @@ def test_the_text_is_utf8_indented_and_ends_with_a_newline() -> None:
         ({"status": "crashed"}, "'crashed' is not a valid Status"),
         ({"cwd": 3}, "verdict.cwd: expected str, found int"),
         ({"usage": {"oom_kills": "one"}}, "verdict.usage.oom_kills: expected int, found str"),
-        ({"notebook": {"path": "x"}}, "verdict.notebook: .*missing"),
+        ({"notebook": {"path": "x"}}, "verdict.notebook: .*[Mm]issing"),
         ({"cells": {}}, "verdict.cells: expected list, found dict"),
         (
             {"culprits": {**plain(make_culprits()), "reproduced": [2]}},
