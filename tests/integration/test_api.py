@@ -9,11 +9,11 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Iterator
-from msgspec.structs import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import fields
 
 import safe_exec
 from safe_exec import Limits, Status, Verdict

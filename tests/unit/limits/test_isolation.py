@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from msgspec.structs import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 from safe_exec.errors import LimitsError, UsageError
 from safe_exec.limits import isolation
