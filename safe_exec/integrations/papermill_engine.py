@@ -34,7 +34,7 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         nb_man: Any,
         kernel_name: str,
         *,
-        input_path: str | None = None,
+        input_path: str | Any | None = None,
         log_output: bool = False,
         stdout_file: TextIO | None = None,
         stderr_file: TextIO | None = None,
@@ -79,7 +79,7 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
 
 def _prepared(
     node: Any,
-    input_path: str | None,
+    input_path: str | Any | None,
     kernel: str,
     *,
     walls: Mapping[str, object] | None,
@@ -95,7 +95,8 @@ def _prepared(
 
     path = (
         Path(input_path)
-        if input_path and os.path.isfile(input_path)
+        # papermill hands over the notebook itself where the caller gave one instead of a path.
+        if isinstance(input_path, str) and os.path.isfile(input_path)
         else Path.cwd() / "notebook.ipynb"
     )
     source = notebook.Source.of_data(path, notebook.dumps(node))

@@ -27,16 +27,19 @@ def place_descriptors(
 
     High up, since programs that close "all" descriptors stop at 256, 512 or 1024, and the fault handler's must
     survive them. Done before RLIMIT_NOFILE is set: an open descriptor above the limit stays valid.
+    ``stdout`` and ``stderr`` in ``given`` take the place of the keeper's own pipe.
     """
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.dup2(stderr_fd, 1)
-    os.dup2(stderr_fd, 2)
+    os.dup2(given.get("stdout", stderr_fd), 1)
+    os.dup2(given.get("stderr", stderr_fd), 2)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     floor = max(BASE_DESCRIPTORS, min(hard, HIGHEST) - ROOM)
     placed: dict[str, int] = {}
     for name, fd in given.items():
+        if name in ("stdout", "stderr"):
+            continue
         high = fcntl.fcntl(fd, fcntl.F_DUPFD, floor)
         os.set_inheritable(high, True)
         placed[name] = high

@@ -262,12 +262,16 @@ def spawn(
     env: Mapping[str, str],
     cwd: str,
     config: Mapping[str, object],
+    streams: Mapping[str, int] | None = None,
 ) -> tuple[Channels, bool]:
     """Have the keeper spawn the kernel; our channels to it, and whether ``inside`` is in it.
 
-    Raises KernelStartError and SandboxError.
+    ``streams`` are descriptors for the process's own ``stdout`` and ``stderr``; without them the
+    keeper reads both. Raises KernelStartError and SandboxError.
     """
-    channels, fitted = begin_spawn(sandbox, plan, cmd, env=env, cwd=cwd, config=config)
+    channels, fitted = begin_spawn(
+        sandbox, plan, cmd, env=env, cwd=cwd, config=config, streams=streams
+    )
     await_birth(sandbox, channels)
     return channels, fitted
 
@@ -289,6 +293,7 @@ def begin_spawn(
     env: Mapping[str, str],
     cwd: str,
     config: Mapping[str, object],
+    streams: Mapping[str, int] | None = None,
 ) -> tuple[Channels, bool]:
     """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
     channels = Channels()
@@ -320,7 +325,7 @@ def begin_spawn(
             env=environment,
             cwd=cwd,
             walls=_walls(sandbox, plan, argv, environment, cwd, removed=removed),
-            pass_fds=channels.pass_fds if wrapped else {},
+            pass_fds={**(channels.pass_fds if wrapped else {}), **(streams or {})},
             dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
             discarded=discarded,
         )

@@ -11,15 +11,23 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
+from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets.config import Application
 
-from safe_exec.files import one_line
 from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
+from safe_exec.kernel.local_parity import (
+    PORTS,
+    demand_command,
+    give_keys,
+    refuse_other_machines,
+    standard_streams,
+)
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.sandbox import keeper_process, stale_runs
@@ -37,8 +45,6 @@ if TYPE_CHECKING:
     from safe_exec.sandbox.mechanisms.disk_watchdog import DiskWatch
 
 log = logging.getLogger("safe_exec")
-
-LONGEST_WORDS = 300
 
 
 class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
@@ -62,9 +68,18 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
         self._told = False
+        self._prepared = False
+        self.ports_cached = False
+        self.pid: int | None = None
+        self.pgid: int | None = None
+        self.ip: str | None = None
+        self.cwd: str | None = None
+        self.stdout: IO[bytes] | None = None
+        self.stderr: IO[bytes] | None = None
 
     def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
         """Use what ``safe-exec run`` has built already instead of building it here."""
+        self._prepared = True
         self.limits, self.plan, self.sandbox = limits, plan, sandbox
         self.run_id = sandbox.run_id
 
@@ -76,20 +91,40 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return self.sandbox is not None and self.sandbox.kernel_pid is not None
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        """Write the connection file and make up the command; nothing runs yet."""
+        """Write the connection file and make up the command; nothing runs yet.
+
+        Raises RuntimeError, as jupyter_client's own provisioner does, for an address that is not
+        this machine's and for encryption that is required and cannot be had.
+        """
+        encryption = kwargs.pop("transport_encryption", None)
         kwargs = await super().pre_launch(**kwargs)
         km = self.parent
         extra = kwargs.pop("extra_arguments", [])
-        if self.plan is None:
-            self._build_for_others()
-        km.write_connection_file()
+        if not self._prepared:
+            await self._build_for_others()
+            refuse_other_machines(km)
+            self._cache_ports(km)
+            give_keys(km, encryption)
+        session = kwargs["env"].get("JPY_SESSION_NAME", "")
+        km.write_connection_file(**({"jupyter_session": session} if session else {}))
         self.connection_info = km.get_connection_info()
         kwargs["cmd"] = km.format_kernel_cmd(extra_arguments=extra)
         return kwargs
 
-    def _build_for_others(self) -> None:
+    def _cache_ports(self, km: Any) -> None:
+        """Take the ports from the cache that all managers of this process share."""
+        if km.cache_ports and not self.ports_cached:
+            cache = LocalPortCache.instance()
+            for name in PORTS:
+                setattr(km, name, cache.find_available_port(km.ip))
+            self.ports_cached = True
+
+    async def _build_for_others(self) -> None:
         from safe_exec.limits.profiles import resolve_simple  # only other tools come this way
 
+        if self.sandbox is not None:  # a manager that is started twice has one kernel, the last
+            await self.kill()
+            await self.cleanup(restart=True)
         stale_runs.sweep()  # of servers that were killed together with their keepers
         self.run_id = keeper_process.new_run_id()  # a restarted kernel's sandbox is another one
         self._told = False
@@ -100,16 +135,70 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.sandbox = Sandbox(self.run_id, hand_on=self.plan.cgroup.hand_on)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        """Have the keeper start the kernel inside its limits."""
+        """Have the keeper start the kernel inside its limits.
+
+        ``stdout`` and ``stderr`` are as for subprocess.Popen: the kernel process inherits ours
+        without them, and the reading ends of pipes stand in attributes of these names. Raises
+        FileNotFoundError for a command or directory that does not exist.
+        """
         assert self.sandbox is not None and self.plan is not None
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
-        headless = self.on_limit is not None
-        config = inside_config(self.limits, headless=headless)
-        self.channels, self.fitted = spawn(
-            self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config
-        )
+        config = inside_config(self.limits, headless=self._prepared)
+        if self._prepared:
+            self.channels, self.fitted = spawn(
+                self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config
+            )
+        else:
+            self._spawn_for_others(cmd, env, cwd, config, kwargs)
         self._start_watchdog(cwd)
+        self.pid = self.pgid = self.sandbox.kernel_pid  # the kernel leads a session of its own
+        self.cwd, self.ip = cwd, getattr(self.parent, "ip", None)
         return self.connection_info
+
+    def _spawn_for_others(
+        self,
+        cmd: list[str],
+        env: Mapping[str, str],
+        cwd: str,
+        config: Mapping[str, object],
+        wishes: Mapping[str, Any],
+    ) -> None:
+        assert self.sandbox is not None and self.plan is not None
+        try:
+            demand_command(cmd, env, cwd)
+            with standard_streams(wishes.get("stdout"), wishes.get("stderr")) as streams:
+                self.channels, self.fitted = spawn(
+                    self.sandbox,
+                    self.plan,
+                    cmd,
+                    env=env,
+                    cwd=cwd,
+                    config=config,
+                    streams=streams.given,
+                )
+                self.stdout, self.stderr = streams.readers()
+        except BaseException:
+            self.sandbox.leave()
+            self.sandbox = None
+            raise
+
+    def resolve_path(self, path_str: str) -> str | None:
+        """The absolute path of a file that exists, taken from the kernel's directory."""
+        path = Path(path_str).expanduser()
+        if not path.is_absolute() and self.cwd is not None:
+            path = (Path(self.cwd) / path).resolve()
+        return path.as_posix() if path.exists() else None
+
+    async def get_provisioner_info(self) -> dict[str, Any]:
+        """The facts by which another process of the same tool knows this kernel again."""
+        info: dict[str, Any] = await super().get_provisioner_info()
+        return info | {"pid": self.pid, "pgid": self.pgid, "ip": self.ip}
+
+    async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
+        """Take over the facts of ``get_provisioner_info``; the kernel's keeper stays another's."""
+        await super().load_provisioner_info(provisioner_info)
+        self.pid, self.pgid = provisioner_info["pid"], provisioner_info["pgid"]
+        self.ip = provisioner_info["ip"]
 
     def adopt(self, launched: Launched) -> None:
         """Take over a kernel that was started ahead of everything else."""
@@ -191,6 +280,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     async def send_signal(self, signum: int) -> None:
         """Send a signal to the kernel's process group, as jupyter_client's own provisioner does: an interrupt is for its children too."""
+        if getattr(self.parent, "shutting_down", False):
+            # A shutdown begins with an interrupt, which ends a kernel that is not up yet.
+            self._asked_for()
         if self.sandbox is not None:
             self.sandbox.signal(signum, group=True)
 
@@ -207,7 +299,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.signal(signal.SIGTERM)
 
     async def cleanup(self, restart: bool = False) -> None:
-        """Take the sandbox down."""
+        """Take the sandbox down, and give ports back unless a restart follows."""
+        if self.ports_cached and not restart:
+            for name in PORTS:
+                LocalPortCache.instance().return_port(self.connection_info[name])
+            self.ports_cached = False
         if self.sandbox is None:
             return
         self.stop_watching()
@@ -217,9 +313,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._tell_ending()
         if self.channels is not None:
             self.channels.close()
-        self.sandbox = None
-        if restart:
-            self.plan = None
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.sandbox = self.stdout = self.stderr = None
 
     async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
         """Somebody asked the kernel to end: how it does is not news."""
@@ -249,15 +346,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 else ""
             )
             why += f", {killed} process(es) killed for memory in its control group{limit}"
-        # An interpreter that cannot run the kernel at all exits with 1, and nobody else shows what it said.
-        words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
         status = ended.status if ended.status is not None else "its keeper"
-        said = (
-            f"; last on its stderr: {one_line(words[-1])[:LONGEST_WORDS]}"
-            if words and str(status) == "exit status 1"
-            else ""
-        )
         # An application's own log where there is one: traitlets' other logger says nothing to anybody.
         (self.log if Application.initialized() else log).error(
-            "kernel ended with %s%s%s", status, why, said
+            "kernel ended with %s%s", status, why
         )

@@ -261,6 +261,26 @@ def test_from_python_with_limits_as_arguments_and_a_loop_that_runs(
     assert done.returncode == 1 and "memory: 'much' is not a size" in done.stderr
 
 
+def test_a_notebook_object_is_an_input_too(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "call.py").write_text(
+        "import nbformat.v4 as v4, papermill\n"
+        "node = v4.new_notebook(cells=[v4.new_code_cell('print(6 * 7)')])\n"
+        "node.metadata.kernelspec = {'name': 'python3', 'display_name': 'x', 'language': 'python'}\n"
+        "papermill.execute_notebook(node, 'out.ipynb', engine_name='safe-exec', progress_bar=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "call.py"],
+        cwd=tmp_path,
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "out.ipynb").cells[0].outputs[0].text == "42\n"
+
+
 def test_ctrl_c_is_recorded_and_ends_the_kernel(tmp_path: Path, mark: str) -> None:
     make_notebook(
         tmp_path / "nb.ipynb", "1", "open('began', 'w').close()\nimport time\ntime.sleep(600)", "2"
