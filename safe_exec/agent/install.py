@@ -49,5 +49,4 @@ def fit(inside):
         fitted=inside.fitted,
         missing=missing,
         main=inside.main,
-        uid=os.getuid(),
     )

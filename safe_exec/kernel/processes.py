@@ -34,7 +34,6 @@ MOST_DESCRIPTORS = 4096
 LONGEST_COMMAND = 120
 SYS_PIDFD_GETFD = 438
 """The same number on every architecture (Linux 5.6)."""
-F_GETPIPE_SZ = 1032
 WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
 
 _SECRET_OPTION = re.compile(

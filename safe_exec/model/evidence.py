@@ -327,16 +327,13 @@ class Evidence(Struct, frozen=True, kw_only=True):
     cell_seconds: float | None = None
     cell_output_bytes: int | None = None
     cell_output_received: int | None = None
-    cell_messages: int | None = None
     cell_output_age: float | None = None
     cell_output_truncated: bool = False
     output_bytes: int | None = None
     exit_caller: tuple[Frame, ...] = ()
     exit_request: tuple[Frame, ...] = ()
     remote_hosts: tuple[str, ...] = ()
-    signals_to_runner: tuple[int, ...] = ()
     signals_to_keeper: tuple[int, ...] = ()
-    kernel_uid: int | None = None
     stderr_tail: str = ""
     disk_free: int | None = None
     open_files: int | None = None

@@ -67,17 +67,13 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Notebook(Struct, frozen=True, kw_only=True):
-    """A notebook as read. ``node`` is of nbformat 4; ``sha256`` is of the bytes of the file, in hex.
-
-    ``original_format`` is (major, minor) as the file says it.
-    """
+    """A notebook as read. ``node`` is of nbformat 4; ``sha256`` is of the bytes of the file, in hex."""
 
     path: Path
     node: NotebookNode
     sha256: str
     kernel_name: str | None
     language: str | None
-    original_format: tuple[int, int]
 
 
 class CodeCell(Struct, frozen=True, kw_only=True):
@@ -177,7 +173,6 @@ class Source(Struct, frozen=True, kw_only=True):
             sha256=sha256,
             kernel_name=kernel,
             language=language,
-            original_format=self.version,
         )
 
 

@@ -101,7 +101,6 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         cell_seconds=current.seconds if current else None,
         cell_output_bytes=current.output_bytes if current else None,
         cell_output_received=client.accounts.received if client else None,
-        cell_messages=client.accounts.messages if client else None,
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,
         output_bytes=None
@@ -110,9 +109,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         exit_caller=session.told.frames(session.told.exit_caller),
         exit_request=_exit_request(state),
         remote_hosts=tuple(session.told.hosts),
-        signals_to_runner=tuple(state.signals),
         signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
-        kernel_uid=session.told.hello.get("uid"),
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=state.open_files,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from safe_exec.experiments.culprits.protocol import Problem
 
-NEEDED = {"slice": 0.9, "changed": 0.25, "found": 0.95, "other": 0.4}
+NEEDED = {"slice": 0.9, "found": 0.95, "other": 0.4}
 """How likely a cell of a failing set is needed, by how it came in: guesses that only order the work."""
 FEW = 4
 """So many cells are tried one by one at once: chunks would save nothing."""
@@ -24,8 +24,6 @@ def odds_of(problem: Problem, cells: Iterable[int], found: frozenset[int]) -> di
     def came_by(cell: int) -> str:
         if cell in found:
             return "found"
-        if cell in problem.changed:
-            return "changed"
         return "slice" if cell in problem.slice else "other"
 
     return {cell: NEEDED[came_by(cell)] for cell in cells if cell != problem.crash}

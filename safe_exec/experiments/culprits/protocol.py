@@ -69,8 +69,7 @@ def _nobody(_name: str, _before: int) -> tuple[int, ...]:
 class Problem(Struct, frozen=True, kw_only=True):
     """What is known before the first trial.
 
-    ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice, ``changed`` the cells
-    that are in it only because they may change something. ``needs`` are the direct dependencies of each cell.
+    ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice. ``needs`` are the direct dependencies of each cell.
     ``surely_stops_at`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``suspicion``
     orders the rest. ``amounts`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
     what each cell took, ``start_seconds`` a kernel's start and end. ``erratic``: failures of this kind often come and go.
@@ -78,7 +77,6 @@ class Problem(Struct, frozen=True, kw_only=True):
 
     cells: tuple[int, ...]
     slice: frozenset[int] = frozenset()
-    changed: frozenset[int] = frozenset()
     needs: Mapping[int, frozenset[int]] = field(default_factory=dict)
     definers: Callable[[str, int], tuple[int, ...]] = _nobody
     surely_stops_at: Callable[[frozenset[int]], int | None] = _nothing_is_sure

@@ -363,14 +363,6 @@ class Dependencies:
             todo.extend(new)
         return frozenset(found)
 
-    def dependents(self, cell: int) -> frozenset[int]:
-        """Cells after ``cell`` that depend on it, directly or not."""
-        found = {cell}
-        for later in range(cell + 1, len(self.facts)):
-            if not found.isdisjoint(self.needs(later)):
-                found.add(later)
-        return frozenset(found - {cell})
-
     def surely_missing(
         self, kept: Iterable[int], *, crash: int, crash_line: int | None
     ) -> tuple[int, str] | None:

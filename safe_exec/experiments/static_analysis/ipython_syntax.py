@@ -57,7 +57,6 @@ class CellFacts(Struct, frozen=True, kw_only=True):
     own: Names = frozenset()
     calls: Names = frozenset()
     mutates: Names = frozenset()
-    late_mutates: Names = frozenset()
     touches: Names = frozenset()
     carried: Mapping[str, Carried] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()

@@ -396,7 +396,6 @@ def names_in(
         own=frozenset(now["own"]),
         calls=frozenset(now["calls"]),
         mutates=frozenset(now["mutates"]),
-        late_mutates=frozenset(late["mutates"]),
         touches=frozenset(now["touches"]),
         carried={
             name: Carried(**{k: frozenset(bag[k]) for k in keys})

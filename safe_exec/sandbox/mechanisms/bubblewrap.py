@@ -28,7 +28,6 @@ HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
 NEEDED_RUN = ("/run/systemd/resolve", "/run/resolvconf", "/run/netns")
 OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 """What bubblewrap's own /dev has of the machine's."""
-DEVICES = ("/dev/fuse", "/dev/kvm")
 
 
 class Surroundings(Struct, frozen=True, kw_only=True):

@@ -88,11 +88,7 @@ def test_reading() -> None:
     notebook = read(path)
     assert notebook.path == path
     assert notebook.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (notebook.kernel_name, notebook.language, notebook.original_format) == (
-        "python3",
-        "python",
-        (4, 5),
-    )
+    assert (notebook.kernel_name, notebook.language) == ("python3", "python")
     assert notebook.node.cells[0].source == "a = 1\na"
     assert notebook.node.cells[0].id == "x"
 
@@ -188,7 +184,6 @@ def test_nbformat_3_is_upgraded() -> None:
         "worksheets": [{"cells": cells}],
     }
     notebook = read(save(old))
-    assert notebook.original_format == (3, 0)
     assert (notebook.node.nbformat, notebook.node.cells[0].source) == (4, "## T")
     assert notebook.node.cells[1].source == "1+1\n2"
     assert notebook.node.cells[1].outputs[0].data == {"text/plain": "2"}
@@ -201,7 +196,7 @@ def test_nbformat_2_is_upgraded() -> None:
         {"cell_type": "code", "input": "1", "outputs": [], "language": "python", "prompt_number": 1}
     ]
     notebook = read(save({"nbformat": 2, "metadata": {}, "worksheets": [{"cells": cells}]}))
-    assert (notebook.original_format, notebook.node.cells[0].source) == ((2, 0), "1")
+    assert notebook.node.cells[0].source == "1"
 
 
 def test_a_byte_order_mark_is_no_obstacle() -> None:

@@ -203,15 +203,6 @@ ROWS = (
         method="slice",
     ),
     Row(
-        name="a part of the slice, of which one may only have changed something",
-        problem=replace(TEN, changed=cells_of(5)),
-        says=culprits(2, 9),
-        trials=4,
-        found=(2, 9),
-        method="slice",
-        sets=((2, 5, 9), (2, 9), (9,), (2, 9)),
-    ),
-    Row(
         name="one outside of the slice, the only suspect",
         problem=thirty(suspicion={3: 2.5}),
         says=culprits(3, 29),
@@ -420,11 +411,6 @@ FORTY = frozenset(range(40))
 @pytest.mark.parametrize(
     ("problem", "trials"),
     [
-        # What only may have changed something, as good as never needed.
-        (
-            Problem(cells=tuple(range(41)), slice=FORTY | {40}, changed=FORTY),
-            {0: 18, 1: 20, 4: 27, 40: 75},
-        ),
         # What came along with something else: needed as often as not.
         (
             Problem(cells=tuple(range(41)), slice=cells_of(40), needs={40: FORTY}),
@@ -433,7 +419,7 @@ FORTY = frozenset(range(40))
         # What the crash cell uses: each alone.
         (Problem(cells=tuple(range(41)), slice=FORTY | {40}), {0: 42, 1: 43, 4: 46, 40: 42}),
     ],
-    ids=["changed", "needed by the crash cell", "slice"],
+    ids=["needed by the crash cell", "slice"],
 )
 def test_what_is_hardly_needed_goes_in_chunks(problem: Problem, trials: Mapping[int, int]) -> None:
     """Of forty cells so many are needed: the trials that it takes."""
@@ -445,15 +431,13 @@ def test_what_is_hardly_needed_goes_in_chunks(problem: Problem, trials: Mapping[
 def test_what_surely_stops_is_not_tried() -> None:
     """Each of ten cells prints what one of ten others defined."""
     requires = {10 + n: cells_of(n) for n in range(10)}
-    problem = Problem(
-        cells=tuple(range(21)), slice=frozenset(range(21)), changed=frozenset(range(20))
-    )
+    problem = Problem(cells=tuple(range(21)), slice=frozenset(range(21)))
     says = missing(requires, culprits(4, 14, 20))
     blind, tried = solve(problem, says)
     told, tried_told = solve(replace(problem, surely_stops_at=stops(requires)), says)
     assert blind.cells == told.cells == (4, 14, 20)
     assert all(stops(requires)(frozenset(cells)) is None for cells in tried_told.sets)
-    assert (len(tried.asks), len(tried_told.asks)) == (25, 15)
+    assert (len(tried.asks), len(tried_told.asks)) == (38, 22)
 
 
 def test_with_the_definitions_goes_what_would_stop_without_them() -> None:
@@ -495,16 +479,16 @@ TAUGHT: dict[str, tuple[Problem, Says, int, int]] = {
         15,
     ),
     "ten prints of ten definitions": (
-        Problem(cells=tuple(range(21)), slice=frozenset(range(21)), changed=frozenset(range(20))),
+        Problem(cells=tuple(range(21)), slice=frozenset(range(21))),
         missing({10 + n: cells_of(n) for n in range(10)}, culprits(4, 14, 20)),
-        25,
-        22,
+        38,
+        32,
     ),
     "the definitions of the crash cell": (
-        Problem(cells=tuple(range(10)), slice=frozenset(range(10)), changed=frozenset(range(9))),
+        Problem(cells=tuple(range(10)), slice=frozenset(range(10))),
         missing({9: cells_of(2, 5)}, culprits(9)),
+        13,
         11,
-        9,
     ),
 }
 
@@ -524,7 +508,6 @@ def test_what_was_taught_holds_for_every_definer() -> None:
     problem = Problem(
         cells=(0, 1, 2, 3),
         slice=frozenset(range(4)),
-        changed=cells_of(0, 1),
         definers=lambda name, before: tuple(
             cell for cell in (1, 0) if name == "v" and cell < before
         ),
@@ -822,7 +805,6 @@ def worlds(draw: st.DrawFn, *, budget: bool = False) -> World:
     problem = Problem(
         cells=cells,
         slice=draw(st.sampled_from((base, base | {crash}, NONE))),
-        changed=draw(some),
         needs={cell: draw(few) for cell, few in earlier.items() if draw(st.integers(0, 2)) == 0},
         definers=draw(st.sampled_from((definers, lambda _name, _before: ()))),
         surely_stops_at=stops(sure),
@@ -1331,7 +1313,6 @@ def made_up(seed: int) -> Notebook:
         problem=Problem(
             cells=tuple(range(SIZE)),
             slice=sliced,
-            changed=changed,
             needs=seen,
             definers=definers,
             surely_stops_at=stops(seen),

@@ -75,9 +75,9 @@ NAMES: list[tuple[str, dict[str, str]]] = [
      {"defines": "f", "uses": "c e g", "late_uses": "i j f"}),
     ("f = lambda a, b=c: a + b + d", {"defines": "f", "uses": "c", "late_uses": "d", "at_once": ""}),
     ("y = map(lambda a: a + d, x)", {"defines": "y", "uses": "map x", "late_uses": "d", "at_once": "d"}),
-    ("def f():\n  global n, m\n  n += 1\n  m = 2", {"defines": "f n m", "maybe_defines": "n m", "late_uses": "n", "late_mutates": "n m"}),
-    ("def f():\n  n = 0\n  def g():\n    nonlocal n\n    n += k\n  return g", {"defines": "f", "late_uses": "k", "late_mutates": ""}),
-    ("def f():\n  x.append(1)\n  y[0] = 1\n  z = []\n  z.append(2)", {"late_uses": "x y", "late_mutates": "x y", "mutates": ""}),
+    ("def f():\n  global n, m\n  n += 1\n  m = 2", {"defines": "f n m", "maybe_defines": "n m", "late_uses": "n"}),
+    ("def f():\n  n = 0\n  def g():\n    nonlocal n\n    n += k\n  return g", {"defines": "f", "late_uses": "k"}),
+    ("def f():\n  x.append(1)\n  y[0] = 1\n  z = []\n  z.append(2)", {"late_uses": "x y", "mutates": ""}),
     ("def f():\n  import a\n  for b in c: d = [b for e in g]\n  return a, b, d", {"defines": "f", "late_uses": "c g"}),
     ("def f():\n  try: pass\n  except E as e: print(e)", {"late_uses": "E print"}),
     ("async def f(): await g()", {"defines": "f", "late_uses": "g"}),
@@ -365,17 +365,12 @@ def test_slices(sources: list[str], cell: int, strong: set[int], weak: set[int] 
     assert found.slice_of(cell) <= found.slice_of(cell, weak=True)
 
 
-def test_needs_definers_and_dependents() -> None:
+def test_needs_and_definers() -> None:
     found = notebook("a = 1", "from x import *", "b = a", "a = 2", "print(b)", "x = = 1", "a")
     assert found.needs(2) == {0} and found.needs(4) == {2} and found.needs(6) == {3}
     assert found.definers("a", 6) == (3, 0, 5, 1)
     assert found.definers("a", 3) == (0, 1)
     assert found.definers("zz", 1) == ()
-    assert (
-        found.dependents(0) == {2, 4}
-        and found.dependents(3) == {6}
-        and found.dependents(6) == frozenset()
-    )
 
 
 @pytest.mark.parametrize("language", ["R", "julia", "", None])
@@ -385,7 +380,7 @@ def test_other_languages_are_not_known(language: str | None) -> None:
     assert found.needs(1) == frozenset() and found.slice_of(1) == {1} == found.slice_of(
         1, weak=True
     )
-    assert found.dependents(0) == frozenset() and found.definers("x", 2) == ()
+    assert found.definers("x", 2) == ()
     assert found.suspicions() == (1, 1, 1)
     assert found.surely_missing([1], crash=1, crash_line=1) is None
 
@@ -483,7 +478,6 @@ def test_no_text_makes_it_raise(sources: list[str]) -> None:
         strong, weak = found.slice_of(cell), found.slice_of(cell, weak=True)
         assert cell in strong <= weak <= set(range(cell + 1))
         assert found.needs(cell) <= set(range(cell))
-        assert all(later > cell for later in found.dependents(cell))
         found.surely_missing([cell], crash=cell, crash_line=1)
         lines = len(sources[cell].replace("\r\n", "\n").replace("\r", "\n").split("\n"))
         assert all(1 <= read.line <= lines for read in found.facts[cell].reads)
