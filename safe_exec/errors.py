@@ -1,4 +1,4 @@
-"""Every error a user can meet: one line that says what, where and how to mend it, and the exit code it ends with.
+"""Every error a user can meet: one line that says what, where and how to fix it, and the exit code it ends with.
 
 Imports nothing of safe-exec. Only ``__main__`` exits.
 """
@@ -60,6 +60,6 @@ class KernelMissingError(KernelStartError):
     """No kernel of that name is installed; ``installed`` are those that are, each with its language."""
 
     def __init__(self, name: str, installed: Mapping[str, str]) -> None:
-        known = ", ".join(sorted(installed)) or "none"
-        super().__init__(f"no kernel named {name!r} is installed; installed: {known}")
+        names = ", ".join(sorted(installed)) or "none"
+        super().__init__(f"no kernel named {name!r} is installed; installed: {names}")
         self.installed = installed

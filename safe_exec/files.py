@@ -152,9 +152,9 @@ def _check_parent(path: Path) -> None:
     try:
         _create_and_forget(parent)
     except OSError as problem:
-        where, reason = one_line(parent), _system_text(problem)
+        directory, reason = one_line(parent), _system_text(problem)
         raise OutputPathError(
-            f"{name}: the directory {where} cannot be written: {reason}; choose another"
+            f"{name}: the directory {directory} cannot be written: {reason}; choose another"
         ) from None
 
 
@@ -233,20 +233,20 @@ def _replace(directory: int, name: str, pieces: Iterable[bytes]) -> None:
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def _now(path: Path, descriptor: int) -> Path:
+def _current_path(path: Path, descriptor: int) -> Path:
     """Where a directory is by now that was ``path`` when it was opened; one that was removed has no other place."""
-    held = os.fstat(descriptor)
+    status = os.fstat(descriptor)
     with suppress(OSError):
-        if os.path.samestat(os.stat(path), held):
+        if os.path.samestat(os.stat(path), status):
             return path
     with suppress(OSError):
-        found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if os.path.samestat(os.stat(found), held):
-            return found
+        current = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.samestat(os.stat(current), status):
+            return current
     return path
 
 
-class HeldTree:
+class OutputRoot:
     """A directory held open from before anything else runs, and all below it reached from there, through no link.
 
     Several notebooks write below one directory, which lies in the folder of some of them maybe: one may move it away while another
@@ -259,14 +259,14 @@ class HeldTree:
         self._fd = os.open(top, _FOLDER | os.O_NOFOLLOW)
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """Where the directory is by now."""
-        return _now(self.top, self._fd)
+        return _current_path(self.top, self._fd)
 
-    def now(self, path: Path) -> Path:
+    def current_path(self, path: Path) -> Path:
         """Where a document below ``top`` goes by now: its folder is made. Raises OutputPathError."""
         try:
-            with contextlib.closing(HeldFolder(path, self)) as folder:
+            with contextlib.closing(OutputDirectory(path, self)) as folder:
                 return folder.path
         except OSError as problem:
             raise OutputPathError(
@@ -275,16 +275,16 @@ class HeldTree:
 
     def open(self, folder: Path) -> int:
         """A descriptor of a directory that was to be below ``top``; made, with all on the way, where it is not there. Raises OSError."""
-        held = os.dup(self._fd)
+        descriptor = os.dup(self._fd)
         for name in folder.relative_to(self.top).parts:
-            outer = held
+            outer = descriptor
             try:
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=outer)
-                held = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=outer)
+                descriptor = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=outer)
             finally:
                 os.close(outer)
-        return held
+        return descriptor
 
     def close(self) -> None:
         """Let go of it."""
@@ -297,13 +297,13 @@ class HeldTree:
         self.close()
 
 
-class HeldFolder:
+class OutputDirectory:
     """The folder of a document to come, held open from before anything else runs: it may be moved, or something put in its place.
 
     Raises OSError when the folder cannot be opened.
     """
 
-    def __init__(self, path: Path, tree: HeldTree | None = None) -> None:
+    def __init__(self, path: Path, tree: OutputRoot | None = None) -> None:
         """``path`` is the document's, in ``tree`` if there is one."""
         self._path = path.absolute()
         parent = self._path.parent
@@ -312,9 +312,9 @@ class HeldFolder:
     @property
     def path(self) -> Path:
         """Where the document is by now: the path that was asked for, unless the folder was moved."""
-        return _now(self._path.parent, self._fd) / self._path.name
+        return _current_path(self._path.parent, self._fd) / self._path.name
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove what stands there, if it is a file or a link. Raises OSError."""
         os.unlink(self._path.name, dir_fd=self._fd)
 
@@ -323,18 +323,18 @@ class HeldFolder:
         _replace(self._fd, self._path.name, (data,) if isinstance(data, bytes) else data)
         _sync_directory(self._fd)
 
-    def sibling(self, word: str) -> HeldFolder:
+    def sibling(self, word: str) -> OutputDirectory:
         """Another document in the folder: the same name with a word in it."""
-        found = copy(self)
-        found._path = self._path.with_name(f"{self._path.stem}.{word}{self._path.suffix}")  # noqa: SLF001
-        return found
+        other = copy(self)
+        other._path = self._path.with_name(f"{self._path.stem}.{word}{self._path.suffix}")  # noqa: SLF001
+        return other
 
     def close(self) -> None:
         """Let go of the folder."""
         os.close(self._fd)
 
 
-class HeldSpace:
+class ReservedSpace:
     """Room on a disk that is held for documents to come: a notebook that fills its disk must not cost us the verdict.
 
     The file has no name (O_TMPFILE, since Linux 3.11), so nobody sees it and it goes with its descriptor. Where a file

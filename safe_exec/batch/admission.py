@@ -19,7 +19,7 @@ START_BYTES = 512 << 20
 """What a kernel may take that has started and runs nothing yet; most take a tenth of it."""
 
 
-class Room(Struct, frozen=True, kw_only=True):
+class Capacity(Struct, frozen=True, kw_only=True):
     """What there is: ``jobs`` notebooks at a time, ``memory`` bytes for all of them together (``None``: not known, does not count)."""
 
     jobs: int
@@ -37,43 +37,51 @@ def parse_jobs(text: str, cpus: int) -> int:
     return int(text)
 
 
-def room_for(jobs: int, available: int | None) -> Room:
+def room_for(jobs: int, available: int | None) -> Capacity:
     """The room on a machine with ``available`` bytes of memory that nobody uses yet."""
-    return Room(jobs=jobs, memory=None if available is None else max(0, available - RESERVE_BYTES))
+    return Capacity(
+        jobs=jobs, memory=None if available is None else max(0, available - RESERVE_BYTES)
+    )
 
 
-def admits(room: Room, running: Sequence[int | None], wanted: int | None, ahead: int = 0) -> bool:
+def admits(
+    capacity: Capacity, running: Sequence[int | None], requested: int | None, ahead: int = 0
+) -> bool:
     """Whether one with the memory limit ``wanted`` may start beside those that run, given by theirs, and ``ahead`` kernels that only wait."""
     if not running:
         return True
-    if len(running) >= room.jobs:
+    if len(running) >= capacity.jobs:
         return False
-    if room.memory is None:
+    if capacity.memory is None:
         return True
-    known = [limit for limit in (*running, wanted) if limit is not None]
-    return len(known) == len(running) + 1 and sum(known) + ahead * START_BYTES <= room.memory
+    limits = [limit for limit in (*running, requested) if limit is not None]
+    return len(limits) == len(running) + 1 and sum(limits) + ahead * START_BYTES <= capacity.memory
 
 
-def most_ahead(room: Room) -> int:
+def most_ahead(capacity: Capacity) -> int:
     """How many kernels may wait: half as many as run keep all processors busy, and as many do no better."""
-    return (room.jobs + 1) // 2
+    return (capacity.jobs + 1) // 2
 
 
-def admits_ahead(room: Room, running: Sequence[int | None], ahead: int) -> bool:
+def admits_ahead(capacity: Capacity, running: Sequence[int | None], ahead: int) -> bool:
     """Whether one more kernel may be started for a notebook whose turn comes later, beside ``ahead`` others that wait: it only starts."""
-    if ahead >= most_ahead(room):
+    if ahead >= most_ahead(capacity):
         return False
-    known = [limit for limit in running if limit is not None]
-    return room.memory is None or (
-        len(known) == len(running) and sum(known) + (ahead + 1) * START_BYTES <= room.memory
+    limits = [limit for limit in running if limit is not None]
+    return capacity.memory is None or (
+        len(limits) == len(running) and sum(limits) + (ahead + 1) * START_BYTES <= capacity.memory
     )
 
 
 def first_fitting(
-    room: Room, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0
+    capacity: Capacity, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0
 ) -> int | None:
     """The number of the first in line that may start now."""
     return next(
-        (number for number, wanted in enumerate(waiting) if admits(room, running, wanted, ahead)),
+        (
+            number
+            for number, requested in enumerate(waiting)
+            if admits(capacity, running, requested, ahead)
+        ),
         None,
     )

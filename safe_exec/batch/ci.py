@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safe_exec.batch.report_registry import BatchReport
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 
 CODE_QUALITY = "codequality.json"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -43,7 +43,7 @@ def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
     )
 
 
-def append_summary(batch: Batch, path: Path) -> None:
+def append_summary(batch: BatchResult, path: Path) -> None:
     """Adds the summary of the batch to that of the job: the file is GitHub's, and other commands write to it too. Raises OSError."""
     from safe_exec.reports.batch import github
 
@@ -51,14 +51,14 @@ def append_summary(batch: Batch, path: Path) -> None:
         file.write(github.summary(batch))
 
 
-def write_code_quality(batch: Batch, path: Path) -> None:
+def write_code_quality(batch: BatchResult, path: Path) -> None:
     """Writes GitLab's report; its paths are those of the checkout. Raises OSError."""
     from safe_exec.reports.batch import gitlab
 
     gitlab.write(batch, path, _checkout("CI_PROJECT_DIR"))
 
 
-def github_lines(batch: Batch) -> Iterator[str]:
+def github_lines(batch: BatchResult) -> Iterator[str]:
     """The lines that GitHub reads from standard output; their paths are those of the checkout."""
     from safe_exec.reports.batch import github
 

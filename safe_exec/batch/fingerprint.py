@@ -26,7 +26,7 @@ from safe_exec.errors import NotebookError
 from safe_exec.experiments.trial_cache import key_of
 from safe_exec.files import one_line
 from safe_exec.notebook.notebook import METADATA_KEY
-from safe_exec.workflows.prepare import Prepared
+from safe_exec.workflows.prepare import PreparedJob
 
 ASK_SECONDS = 30
 _PIECE = 1 << 20
@@ -36,30 +36,30 @@ _ASK = (
 )
 
 
-def key_of_run(prepared: Prepared) -> str:
+def key_of_run(prepared: PreparedJob) -> str:
     """Of content, limits, walls, kernel and options; of nothing that is outside the notebook's file and this call."""
     job = prepared.job
     return key_of(
         {
             "sha256": prepared.notebook.sha256,
-            "limits": prepared.resolved.limits.as_dict(),
-            "isolation": asdict(prepared.resolved.isolation),
+            "limits": prepared.limits.values.as_dict(),
+            "isolation": asdict(prepared.limits.isolation),
             "kernel": prepared.kernel_name,
             "allow_errors": job.allow_errors,
-            "required": [str(name) for name in prepared.required],
+            "required": [str(name) for name in prepared.limits.required],
             "mechanisms": job.mechanisms,
             "cwd": None if job.cwd is None else str(job.cwd),
         }
     )
 
 
-def key_of_pass(prepared: Prepared, kernels: Kernels, inputs: Mapping[str, str | None]) -> str:
+def key_of_pass(prepared: PreparedJob, kernels: Kernels, inputs: Mapping[str, str | None]) -> str:
     """The same, and the kernel's environment and the declared inputs as they were before the run (:func:`inputs_of`)."""
     return key_of(
         {
             "run": key_of_run(prepared),
             "version": __version__,
-            "cwd": str(prepared.cwd),
+            "cwd": str(prepared.paths.cwd),
             "environment": kernels.environment(prepared.kernel_name),
             "inputs": inputs,
         }
@@ -69,34 +69,34 @@ def key_of_pass(prepared: Prepared, kernels: Kernels, inputs: Mapping[str, str |
 # --- inputs -----------------------------------------------------------------------------------------------------
 
 
-def declared_inputs(metadata: Mapping[str, Any], where: object) -> tuple[str, ...]:
+def declared_inputs(metadata: Mapping[str, Any], error_prefix: object) -> tuple[str, ...]:
     """The patterns of ``metadata.safe_exec.inputs``. Raises NotebookError where they are no list of texts."""
     ours = metadata.get(METADATA_KEY)
-    found = ours.get("inputs") if isinstance(ours, Mapping) else None
-    if found is None:
+    patterns = ours.get("inputs") if isinstance(ours, Mapping) else None
+    if patterns is None:
         return ()
-    if not isinstance(found, list) or not all(
-        isinstance(pattern, str) and pattern for pattern in found
+    if not isinstance(patterns, list) or not all(
+        isinstance(pattern, str) and pattern for pattern in patterns
     ):
         raise NotebookError(
-            f'{one_line(where)}: metadata.safe_exec.inputs: expected a list of patterns such as ["data/*.csv"]'
+            f'{one_line(error_prefix)}: metadata.safe_exec.inputs: expected a list of patterns such as ["data/*.csv"]'
         )
-    return tuple(found)
+    return tuple(patterns)
 
 
-def inputs_of(prepared: Prepared) -> dict[str, str | None]:
+def inputs_of(prepared: PreparedJob) -> dict[str, str | None]:
     """A hash of each file that the patterns match, by its path; a directory stands for all below it.
 
     A pattern that matches nothing is in it by itself: the first file that comes is a change.
     """
     folder = prepared.job.path.absolute().parent
-    found: dict[str, str | None] = {}
+    hashes: dict[str, str | None] = {}
     for pattern in declared_inputs(prepared.node.metadata, prepared.job.path):
         hits = glob.glob(pattern, root_dir=folder, recursive=True, include_hidden=True)
-        found |= {
+        hashes |= {
             path: _hash_of(folder / path) for hit in hits for path in _files(folder, hit)
         } or {pattern: None}
-    return found
+    return hashes
 
 
 def _files(folder: Path, hit: str) -> list[str]:
@@ -130,15 +130,15 @@ class Kernels:
     """The environments of kernels, each asked once. Any thread may ask."""
 
     def __init__(self) -> None:
-        self._known: dict[str, str] = {}
+        self._environments: dict[str, str] = {}
         self._turn = threading.Lock()
 
     def environment(self, name: str) -> str:
         """What a kernel is now: its command and, of a Python one, version and packages; of others the program's file."""
         with self._turn:
-            if name not in self._known:
-                self._known[name] = _environment_of(name)
-            return self._known[name]
+            if name not in self._environments:
+                self._environments[name] = _environment_of(name)
+            return self._environments[name]
 
 
 def _environment_of(name: str) -> str:
@@ -154,9 +154,9 @@ def _environment_of(name: str) -> str:
     program = (
         sys.executable if re.fullmatch(r"python(3(\.[0-9]+)?)?", spec.argv[0]) else spec.argv[0]
     )
-    said = _packages_of(program) if speaks_ipc(spec.argv) else None
+    packages = _packages_of(program) if speaks_ipc(spec.argv) else None
     return json.dumps(
-        [spec.argv, spec.env, said if said is not None else _file_of(program)],
+        [spec.argv, spec.env, packages if packages is not None else _file_of(program)],
         sort_keys=True,
         default=str,
     )
@@ -165,7 +165,7 @@ def _environment_of(name: str) -> str:
 def _packages_of(python: str) -> str | None:
     try:
         # Not from the directory that we are in: it may be the notebooks' own, and Python imports from there first.
-        done = subprocess.run(
+        process = subprocess.run(
             [python, "-c", _ASK],
             capture_output=True,
             text=True,
@@ -175,7 +175,7 @@ def _packages_of(python: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return process.stdout
 
 
 def _file_of(program: str) -> list[object]:

@@ -23,7 +23,7 @@ KEPT_DAYS = 180
 _DAY = 86400.0
 
 
-class Memory(Struct, frozen=True, kw_only=True):
+class RunHistory(Struct, frozen=True, kw_only=True):
     """``seconds``: what it took the last time it was run. ``passed``: the key of all that it depended on when it last passed."""
 
     seconds: float | None = None
@@ -45,20 +45,22 @@ class History:
             return cls(directory)
         return cls(None)
 
-    def get(self, notebook: Path) -> Memory:
+    def get(self, notebook: Path) -> RunHistory:
         """What is known of a notebook."""
         try:
-            found = json.loads(self._file(notebook).read_bytes())
-            return Memory(seconds=_number(found["seconds"]), passed=_word(found["passed"]))
+            document = json.loads(self._file(notebook).read_bytes())
+            return RunHistory(
+                seconds=_number(document["seconds"]), passed=_word(document["passed"])
+            )
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return Memory()
+            return RunHistory()
 
-    def put(self, notebook: Path, memory: Memory) -> None:
+    def put(self, notebook: Path, record: RunHistory) -> None:
         """Remember."""
         with contextlib.suppress(OSError):
             write_atomically(
                 self._file(notebook),
-                json.dumps({"path": ascii(str(notebook)), **asdict(memory)}).encode(),
+                json.dumps({"path": ascii(str(notebook)), **asdict(record)}).encode(),
             )
 
     def tidy(self) -> None:

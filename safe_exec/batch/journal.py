@@ -35,7 +35,7 @@ STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = (
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Finished(Struct, frozen=True, kw_only=True):
+class JournalRecord(Struct, frozen=True, kw_only=True):
     """What is on record of a notebook that was run to its end. Documents are paths below the output directory.
 
     ``key`` stands for all that the run depended on (:func:`fingerprint.key_of_run`). ``headline`` is the verdict in one line.
@@ -55,17 +55,17 @@ class Finished(Struct, frozen=True, kw_only=True):
     repro: str | None = None
 
 
-class Past(Struct, frozen=True, kw_only=True):
+class PreviousBatch(Struct, frozen=True, kw_only=True):
     """What a journal says: notebooks that were finished, the last word on each; whether the batch came to its end."""
 
-    finished: Mapping[str, Finished]
+    finished: Mapping[str, JournalRecord]
     complete: bool
     empty: bool
 
 
-def read(path: Path) -> Past:
+def read(path: Path) -> PreviousBatch:
     """The journal in ``path``; an empty past where there is none. Lines that are none are left out: a kill may cut one short."""
-    finished: dict[str, Finished] = {}
+    finished: dict[str, JournalRecord] = {}
     complete, empty = False, True
     try:
         lines = path.read_bytes().split(b"\n")
@@ -77,24 +77,24 @@ def read(path: Path) -> Past:
         empty = empty and kind is None
         if kind == FINISHED:
             with contextlib.suppress(TypeError):  # of a version that knew other fields: run again
-                found = Finished(
+                record = JournalRecord(
                     **{key: value for key, value in event.items() if key not in ("event", "time")}
                 )
-                finished[found.path] = found
+                finished[record.path] = record
         elif kind == STARTED:
             finished.pop(
                 str(event.get("path")), None
             )  # begun once more, for a change: it is finished when that is
         complete = kind == BATCH_FINISHED if kind is not None else complete
-    return Past(finished=finished, complete=complete, empty=empty)
+    return PreviousBatch(finished=finished, complete=complete, empty=empty)
 
 
 def _event_of(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        event = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return event if isinstance(event, dict) else {}
 
 
 class Journal:
@@ -107,7 +107,7 @@ class Journal:
     def __init__(self, out: Path, *, resume: bool) -> None:
         self.path = out / NAME
         self.resume = resume
-        self.past = Past(finished={}, complete=False, empty=True)
+        self.past = PreviousBatch(finished={}, complete=False, empty=True)
         self.trouble: OSError | None = None
         self._fd = -1
         self._turn = threading.Lock()
@@ -123,9 +123,9 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
-            where = one_line(self.path.parent)
+            directory = one_line(self.path.parent)
             raise UsageError(
-                f"{where}: another batch writes there now; wait for it or choose another --out"
+                f"{directory}: another batch writes there now; wait for it or choose another --out"
             ) from None
         self.past = read(self.path)
         if self.resume:
@@ -157,7 +157,7 @@ class Journal:
         """A notebook is about to run."""
         self._put(STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
 
-    def finished(self, record: Finished) -> None:
+    def finished(self, record: JournalRecord) -> None:
         """A notebook is finished: on the disk when this returns."""
         self._put(FINISHED, asdict(record), sync=True)
 

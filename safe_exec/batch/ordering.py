@@ -32,12 +32,12 @@ def longest_first(
 
 def parse_shard(text: str) -> tuple[int, int]:
     """``--shard K/N``, K from 1. Raises UsageError."""
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(
             f"--shard: expected K/N such as 1/4, with K from 1 to N, found {text[:40]!r}"
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def cut(paths: Sequence[str], seconds: Mapping[str, float], shards: int) -> list[list[str]]:
@@ -45,23 +45,25 @@ def cut(paths: Sequence[str], seconds: Mapping[str, float], shards: int) -> list
 
     A notebook that ``seconds`` does not know counts as long as the median of those it knows.
     """
-    known = [seconds[path] for path in paths if path in seconds]
-    usual = median(known) if known else 1.0
+    durations = [seconds[path] for path in paths if path in seconds]
+    usual = median(durations) if durations else 1.0
     loads = [0.0] * shards
-    found: list[list[str]] = [[] for _ in range(shards)]
+    shard_paths: list[list[str]] = [[] for _ in range(shards)]
     for path in sorted(paths, key=lambda path: (-seconds.get(path, usual), path)):
-        least = min(range(shards), key=lambda number: (loads[number], len(found[number]), number))
+        least = min(
+            range(shards), key=lambda number: (loads[number], len(shard_paths[number]), number)
+        )
         loads[least] += seconds.get(path, usual)
-        found[least].append(path)
-    return found
+        shard_paths[least].append(path)
+    return shard_paths
 
 
 def read_timings(files: Sequence[Path]) -> dict[str, float]:
     """Seconds by path, from the ``summary.json`` of earlier batches; the last file that knows a notebook counts. Raises UsageError."""
-    found: dict[str, float] = {}
+    timings: dict[str, float] = {}
     for file in files:
-        found |= _timings_of(file, read_regular(file, most=_MOST_BYTES, error=UsageError))
-    return found
+        timings |= _timings_of(file, read_regular(file, most=_MOST_BYTES, error=UsageError))
+    return timings
 
 
 def _timings_of(file: Path, data: bytes) -> dict[str, float]:
@@ -69,10 +71,10 @@ def _timings_of(file: Path, data: bytes) -> dict[str, float]:
     try:
         document: Any = json.loads(data)
         rows = [(str(row["path"]), row["seconds"]) for row in document["notebooks"]]
-        found = {path: float(seconds) for path, seconds in rows if seconds is not None}
+        timings = {path: float(seconds) for path, seconds in rows if seconds is not None}
         schema = document["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise wrong from None
     if schema != SUMMARY_SCHEMA:
         raise wrong
-    return found
+    return timings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from safe_exec.model.verdict import Status
-from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
 
 REFUSED_CODE = 2
 SEVERITY = (
@@ -30,27 +30,27 @@ def worst(codes: Iterable[int]) -> int:
     return max(codes, key=SEVERITY.index, default=0)
 
 
-def exit_code(entries: Iterable[Entry], *, cancelled: bool) -> int:
+def exit_code(results: Iterable[NotebookResult], *, cancelled: bool) -> int:
     """The exit code of a batch. What was not run, or needed not be, has none."""
     if cancelled:
         return Status.CANCELLED.exit_code
-    return worst(entry.exit_code for entry in entries if entry.exit_code is not None)
+    return worst(result.exit_code for result in results if result.exit_code is not None)
 
 
-def counts_in_order(entries: Iterable[Entry]) -> dict[str, int]:
+def counts_in_order(results: Iterable[NotebookResult]) -> dict[str, int]:
     """How many of each status, in the order of :data:`STATUSES`, without those that do not occur."""
-    every = [entry.status for entry in entries]
+    every = [result.status for result in results]
     return {status: every.count(status) for status in STATUSES if status in every}
 
 
-def summary_line(batch: Batch) -> str:
+def summary_line(batch: BatchResult) -> str:
     """``batch: 40 notebooks: 38 passed (1 flaky), 1 cell_error, 1 kernel_died in 12.3 s; exit code 3``."""
-    flaky = sum(entry.flaky for entry in batch.entries)
+    flaky = sum(result.flaky for result in batch.results)
     parts = []
-    for status, count in counts_in_order(batch.entries).items():
+    for status, count in counts_in_order(batch.results).items():
         note = f" ({flaky} flaky)" if flaky and status == Status.PASSED else ""
         parts.append(f"{count} {status}{note}")
-    count = len(batch.entries)
-    what = f"{count} notebook{'' if count == 1 else 's'}"
-    said = f": {', '.join(parts)}" if parts else ""
-    return f"batch: {what}{said} in {batch.seconds:.1f} s; exit code {batch.exit_code}"
+    count = len(batch.results)
+    total = f"{count} notebook{'' if count == 1 else 's'}"
+    breakdown = f": {', '.join(parts)}" if parts else ""
+    return f"batch: {total}{breakdown} in {batch.seconds:.1f} s; exit code {batch.exit_code}"

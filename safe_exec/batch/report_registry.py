@@ -12,7 +12,7 @@ from msgspec import Struct
 from safe_exec.batch.outcome import worst
 from safe_exec.files import one_line
 from safe_exec.model.verdict import Status
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 
 log = logging.getLogger("safe_exec")
 
@@ -26,11 +26,11 @@ class BatchReport(Struct, frozen=True, kw_only=True):
     file: str
     writer: str
 
-    def function(self) -> Callable[[Batch, Path], None]:
+    def function(self) -> Callable[[BatchResult, Path], None]:
         """The function, imported now: a report costs nothing until it is written."""
         module, _, name = self.writer.partition(":")
-        found: Callable[[Batch, Path], None] = getattr(import_module(module), name)
-        return found
+        writer: Callable[[BatchResult, Path], None] = getattr(import_module(module), name)
+        return writer
 
 
 BATCH_REPORTS = (
@@ -40,7 +40,7 @@ BATCH_REPORTS = (
 )
 
 
-def write_all(batch: Batch, more: Iterable[BatchReport] = ()) -> int:
+def write_all(batch: BatchResult, more: Iterable[BatchReport] = ()) -> int:
     """Write every report, and ``more``; the exit code of the batch, or 7 where that is worse and one could not be written."""
     code = batch.exit_code
     for report in (*BATCH_REPORTS, *more):

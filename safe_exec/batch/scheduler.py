@@ -20,21 +20,29 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
-from safe_exec.batch.admission import Room, admits_ahead, first_fitting, most_ahead
+from safe_exec.batch.admission import Capacity, admits_ahead, first_fitting, most_ahead
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
 from safe_exec.batch.history import History
-from safe_exec.batch.journal import Finished, Journal
+from safe_exec.batch.journal import Journal, JournalRecord
 from safe_exec.batch.ordering import longest_first
 from safe_exec.batch.outcome import exit_code
-from safe_exec.batch.selection import Chosen
-from safe_exec.batch.worker import Shared, Stops, Task, Turn, beside_others, refused, run_task
+from safe_exec.batch.selection import SelectedNotebook
+from safe_exec.batch.worker import (
+    BatchContext,
+    NotebookTask,
+    SignalBroadcast,
+    StartGate,
+    beside_others,
+    refused,
+    run_task,
+)
 from safe_exec.errors import UsageError
-from safe_exec.files import HeldTree, one_line
+from safe_exec.files import OutputRoot, one_line
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import FolderUse
-from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.sandbox.keeper_process import Nursery
-from safe_exec.workflows.prepare import Job, Prepared, prepare
+from safe_exec.workflows.prepare import Job, PreparedJob, prepare
 from safe_exec.workflows.run import signals
 
 log = logging.getLogger("safe_exec")
@@ -44,19 +52,19 @@ LOOK_AHEAD = 32
 DRAW_SECONDS = 0.2
 
 
-class Watcher(Protocol):
+class BatchListener(Protocol):
     """Whoever shows the batch while it runs. Events come on the threads of the notebooks, all else on the main one."""
 
     def begin(self, total: int, jobs: int) -> None:
         """So many notebooks, so many at a time."""
 
-    def note(self, words: str) -> None:
+    def note(self, text: str) -> None:
         """Something that the user should know."""
 
     def sink(self, path: str, attempt: int) -> EventSink:
         """The watcher's end of a notebook's events."""
 
-    def finished(self, entry: Entry, headline: str) -> None:
+    def finished(self, result: NotebookResult, headline: str) -> None:
         """A notebook came to its end, or needs not be run; ``headline`` is its verdict in one line."""
 
     def draw(self) -> None:
@@ -66,10 +74,10 @@ class Watcher(Protocol):
 class Plan(Struct, frozen=True, kw_only=True):
     """A batch as it was asked for. ``template`` is the job of every notebook but for its paths. ``limits`` is what ``--limits`` named."""
 
-    chosen: tuple[Chosen, ...]
+    notebooks: tuple[SelectedNotebook, ...]
     root: Path
     out: Path
-    room: Room
+    capacity: Capacity
     template: Job
     command: tuple[str, ...]
     retries: int = 0
@@ -80,202 +88,216 @@ class Plan(Struct, frozen=True, kw_only=True):
     limits: str | None = None
 
 
-class _Waiting(Struct, frozen=True, kw_only=True):
+class _QueuedNotebook(Struct, frozen=True, kw_only=True):
     """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes. ``early``: its sandbox may be built before its turn."""
 
-    task: Task
+    task: NotebookTask
     memory: int | None
-    early: bool
-    turn: Turn = field(default_factory=Turn)
+    prestarts: bool
+    gate: StartGate = field(default_factory=StartGate)
 
 
-class _Run:
+class _Scheduler:
     """The state of a batch that runs."""
 
-    def __init__(self, plan: Plan, tree: HeldTree, journal: Journal, watcher: Watcher) -> None:
+    def __init__(
+        self, plan: Plan, tree: OutputRoot, journal: Journal, watcher: BatchListener
+    ) -> None:
         self.plan, self.tree, self.watcher = plan, tree, watcher
-        self.stops = Stops()
+        self.broadcast = SignalBroadcast()
         self.history = History.of_user()
-        self.shared = Shared(
+        self.context = BatchContext(
             out=tree,
-            jobs=plan.room.jobs,
+            jobs=plan.capacity.jobs,
             retries=plan.retries,
             journal=journal,
             history=self.history,
             kernels=Kernels(),
-            stops=self.stops,
+            broadcast=self.broadcast,
             sink=watcher.sink,
         )
         self.past = journal.past.finished if plan.resume else {}
-        self.entries: dict[str, Entry] = {}
+        self.results: dict[str, NotebookResult] = {}
         self.todo = self._in_order()
-        self.waiting: list[_Waiting] = []
-        self.ready: dict[asyncio.Future[Finished | None], _Waiting] = {}
-        self.running: dict[asyncio.Future[Finished | None], _Waiting] = {}
+        self.waiting: list[_QueuedNotebook] = []
+        self.ready: dict[asyncio.Future[JournalRecord | None], _QueuedNotebook] = {}
+        self.running: dict[asyncio.Future[JournalRecord | None], _QueuedNotebook] = {}
         self.failed = False
 
-    def _in_order(self) -> list[Chosen]:
+    def _in_order(self) -> list[SelectedNotebook]:
         """Those still to be looked at, the longest first."""
-        by_path = {chosen.path: chosen for chosen in self.plan.chosen}
+        by_path = {notebook.path: notebook for notebook in self.plan.notebooks}
         seconds, sizes = {}, {}
-        for path, chosen in by_path.items():
-            known = self.history.get(chosen.source).seconds
-            if known is not None:
-                seconds[path] = known
+        for path, notebook in by_path.items():
+            duration = self.history.get(notebook.source).seconds
+            if duration is not None:
+                seconds[path] = duration
             with contextlib.suppress(OSError):
-                sizes[path] = chosen.source.stat().st_size
+                sizes[path] = notebook.source.stat().st_size
         return [by_path[path] for path in longest_first(list(by_path), seconds, sizes)]
 
     @property
     def stopped(self) -> bool:
         """Whether nothing more is to be started."""
-        return bool(self.stops.signals) or (self.plan.fail_fast and self.failed)
+        return bool(self.broadcast.signals) or (self.plan.fail_fast and self.failed)
 
     # --- the run ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run all; when this returns every notebook has an entry and nothing is under way."""
         with ThreadPoolExecutor(
-            self.plan.room.jobs + most_ahead(self.plan.room), "notebook"
+            self.plan.capacity.jobs + most_ahead(self.plan.capacity), "notebook"
         ) as pool:
             try:
                 while True:
-                    while not self.stopped and (found := await self._next()) is not None:
-                        self._start(found, pool)
-                    while not self.stopped and (ahead := await self._next_ahead()) is not None:
-                        self.ready[self._submit(ahead, pool)] = ahead
+                    while not self.stopped and (queued := await self._next()) is not None:
+                        self._start(queued, pool)
+                    while not self.stopped and (candidate := await self._next_ahead()) is not None:
+                        self.ready[self._submit(candidate, pool)] = candidate
                     if self.stopped:
                         self._refuse()
                     if not self.running and not self.ready:
                         break
-                    done, _ = await asyncio.wait(
+                    finished_futures, _ = await asyncio.wait(
                         [*self.running, *self.ready], return_when=asyncio.FIRST_COMPLETED
                     )
-                    for future in done:
+                    for future in finished_futures:
                         self._take(future)
             except BaseException:
                 # Whatever went wrong here: no thread may be left with a kernel, and the pool waits for them.
                 self._refuse()
-                self.stops.arrive(signal.SIGTERM)
+                self.broadcast.receive(signal.SIGTERM)
                 raise
-        for chosen in (*(found.task.chosen for found in self.waiting), *self.todo):
-            self.entries[chosen.path] = _not_run(chosen, NOT_RUN)
+        for notebook in (*(queued.task.notebook for queued in self.waiting), *self.todo):
+            self.results[notebook.path] = _not_run(notebook, NOT_RUN)
 
-    def _submit(self, found: _Waiting, pool: ThreadPoolExecutor) -> asyncio.Future[Finished | None]:
+    def _submit(
+        self, queued: _QueuedNotebook, pool: ThreadPoolExecutor
+    ) -> asyncio.Future[JournalRecord | None]:
         return asyncio.get_running_loop().run_in_executor(
-            pool, run_task, found.task, self.shared, found.turn
+            pool, run_task, queued.task, self.context, queued.gate
         )
 
-    def _start(self, found: _Waiting, pool: ThreadPoolExecutor) -> None:
+    def _start(self, queued: _QueuedNotebook, pool: ThreadPoolExecutor) -> None:
         """Let it run; one that was got ready is on a thread already."""
-        found.turn.give()
-        future = next((future for future, ready in self.ready.items() if ready is found), None)
+        queued.gate.open()
+        future = next((future for future, ready in self.ready.items() if ready is queued), None)
         if future is None:
-            future = self._submit(found, pool)
+            future = self._submit(queued, pool)
         else:
             del self.ready[future]
-        self.running[future] = found
+        self.running[future] = queued
 
     def _refuse(self) -> None:
         """None of those that are ready is going to run."""
-        for found in self.ready.values():
-            found.turn.refuse()
+        for queued in self.ready.values():
+            queued.gate.refuse()
 
-    def _take(self, future: asyncio.Future[Finished | None]) -> None:
+    def _take(self, future: asyncio.Future[JournalRecord | None]) -> None:
         """What became of one that ran, or was got ready."""
-        found = self.running.pop(future, None) or self.ready.pop(future)
+        queued = self.running.pop(future, None) or self.ready.pop(future)
         record = future.result()
         if record is None:
-            self.entries[found.task.chosen.path] = _not_run(found.task.chosen, NOT_RUN)
+            self.results[queued.task.notebook.path] = _not_run(queued.task.notebook, NOT_RUN)
         else:
-            self._finish(found.task.chosen, record)
+            self._finish(queued.task.notebook, record)
 
-    async def _next(self) -> _Waiting | None:
+    async def _next(self) -> _QueuedNotebook | None:
         """The first in line that may start now."""
         while True:
-            limits = [found.memory for found in self.running.values()]
+            limits = [queued.memory for queued in self.running.values()]
             line = [*self.ready.values(), *self.waiting]
             at = first_fitting(
-                self.plan.room, limits, [found.memory for found in line], len(self.ready)
+                self.plan.capacity, limits, [queued.memory for queued in line], len(self.ready)
             )
             if at is not None:
-                found = line[at]
+                queued = line[at]
                 if at >= len(self.ready):
                     del self.waiting[at - len(self.ready)]
-                return found
-            full = len(self.running) >= self.plan.room.jobs or len(self.waiting) >= LOOK_AHEAD
+                return queued
+            full = len(self.running) >= self.plan.capacity.jobs or len(self.waiting) >= LOOK_AHEAD
             if full or not self.todo or self.stopped:
                 return None
             await self._look_at(self.todo.pop(0))
 
-    async def _next_ahead(self) -> _Waiting | None:
+    async def _next_ahead(self) -> _QueuedNotebook | None:
         """The first in line, whose kernel may start by now though its turn has not come."""
         if not admits_ahead(
-            self.plan.room, [found.memory for found in self.running.values()], len(self.ready)
+            self.plan.capacity, [queued.memory for queued in self.running.values()], len(self.ready)
         ):
             return None
         while not self.waiting and self.todo and not self.stopped:
             await self._look_at(self.todo.pop(0))
-        return self.waiting.pop(0) if self.waiting and self.waiting[0].early else None
+        return self.waiting.pop(0) if self.waiting and self.waiting[0].prestarts else None
 
-    async def _look_at(self, chosen: Chosen) -> None:
+    async def _look_at(self, notebook: SelectedNotebook) -> None:
         """Read a notebook: it waits from now on, or needs not be run, or cannot be."""
-        task = Task(chosen=chosen, job=job_of(self.plan, chosen, self.tree))
+        task = NotebookTask(notebook=notebook, job=job_of(self.plan, notebook, self.tree))
         try:
-            found = await asyncio.to_thread(self._survey, task)
+            outcome = await asyncio.to_thread(self._survey, task)
         except UsageError as error:
-            self._finish(chosen, refused(task, error))
+            self._finish(notebook, refused(task, error))
             return
-        if isinstance(found, _Waiting):
-            self.waiting.append(found)
-        elif isinstance(found, Finished):
-            self._finish(chosen, found)
+        if isinstance(outcome, _QueuedNotebook):
+            self.waiting.append(outcome)
+        elif isinstance(outcome, JournalRecord):
+            self._finish(notebook, outcome)
         else:
-            self._show(found, "passed before, and nothing has changed")
+            self._show(outcome, "passed before, and nothing has changed")
 
-    def _survey(self, task: Task) -> _Waiting | Finished | Entry:
+    def _survey(self, task: NotebookTask) -> _QueuedNotebook | JournalRecord | NotebookResult:
         prepared = prepare(task.job)
         inputs = inputs_of(prepared)  # wrong ones are found before anything runs
-        done = self.past.get(task.chosen.path)
-        if done is not None and done.key == key_of_run(prepared) and _stands(done, self.tree.place):
-            return done
+        record = self.past.get(task.notebook.path)
+        if (
+            record is not None
+            and record.key == key_of_run(prepared)
+            and _stands(record, self.tree.path)
+        ):
+            return record
         if self.plan.only_changed and self._passed_before(task, prepared, inputs):
-            return _not_run(task.chosen, UNCHANGED)
-        limits = prepared.resolved.limits
+            return _not_run(task.notebook, UNCHANGED)
+        limits = prepared.limits.values
         # A copy of the folder is made with the sandbox: what others write there until its turn comes would not be in it.
-        early = limits.disk is None and prepared.resolved.isolation.folder is not FolderUse.COPY
-        job = beside_others(task.job, limits, self.plan.room.jobs + most_ahead(self.plan.room))
-        return _Waiting(task=replace(task, job=job), memory=limits.memory, early=early)
+        prestarts = limits.disk is None and prepared.limits.isolation.folder is not FolderUse.COPY
+        job = beside_others(
+            task.job, limits, self.plan.capacity.jobs + most_ahead(self.plan.capacity)
+        )
+        return _QueuedNotebook(
+            task=replace(task, job=job), memory=limits.memory, prestarts=prestarts
+        )
 
-    def _passed_before(self, task: Task, prepared: Prepared, inputs: dict[str, str | None]) -> bool:
-        known = self.history.get(task.chosen.source).passed
-        return known is not None and known == key_of_pass(prepared, self.shared.kernels, inputs)
+    def _passed_before(
+        self, task: NotebookTask, prepared: PreparedJob, inputs: dict[str, str | None]
+    ) -> bool:
+        key = self.history.get(task.notebook.source).passed
+        return key is not None and key == key_of_pass(prepared, self.context.kernels, inputs)
 
-    def _finish(self, chosen: Chosen, record: Finished) -> None:
+    def _finish(self, notebook: SelectedNotebook, record: JournalRecord) -> None:
         self.failed = self.failed or record.exit_code != 0
-        self._show(_entry_of(record, chosen, self.tree.place), record.headline)
+        self._show(_entry_of(record, notebook, self.tree.path), record.headline)
 
-    def _show(self, entry: Entry, headline: str) -> None:
-        self.entries[entry.path] = entry
-        self.watcher.finished(entry, headline)
+    def _show(self, result: NotebookResult, headline: str) -> None:
+        self.results[result.path] = result
+        self.watcher.finished(result, headline)
 
 
-def job_of(plan: Plan, chosen: Chosen, tree: HeldTree) -> Job:
+def job_of(plan: Plan, notebook: SelectedNotebook, tree: OutputRoot) -> Job:
     """The job of one notebook: it runs in its own folder, and its documents go below the output directory, which is held."""
-    base = plan.out / chosen.documents
+    base = plan.out / notebook.documents
     return replace(
         plan.template,
-        path=chosen.source,
+        path=notebook.source,
         output=base.with_name(f"{base.name}.out.ipynb"),
         verdict=base.with_name(f"{base.name}.verdict.json"),
         repro=base.with_name(f"{base.name}.repro.ipynb"),
-        beside=(plan.out,),
+        own_paths=(plan.out,),
         tree=tree,
         command=plan.command,
     )
 
 
-def _stands(record: Finished, out: Path) -> bool:
+def _stands(record: JournalRecord, out: Path) -> bool:
     """Whether the documents of a finished notebook are still there."""
     return record.verdict is not None and all(
         (out / name).is_file()
@@ -284,9 +306,9 @@ def _stands(record: Finished, out: Path) -> bool:
     )
 
 
-def _entry_of(record: Finished, chosen: Chosen, out: Path) -> Entry:
-    return Entry(
-        path=chosen.path,
+def _entry_of(record: JournalRecord, notebook: SelectedNotebook, out: Path) -> NotebookResult:
+    return NotebookResult(
+        path=notebook.path,
         status=record.status,
         exit_code=record.exit_code,
         seconds=record.seconds,
@@ -296,24 +318,24 @@ def _entry_of(record: Finished, chosen: Chosen, out: Path) -> Entry:
         verdict=out / record.verdict if record.verdict is not None else None,
         notebook=out / record.notebook if record.notebook is not None else None,
         repro=out / record.repro if record.repro is not None else None,
-        source=chosen.source,
+        source=notebook.source,
     )
 
 
-def _moved(entry: Entry, before: Path, now: Path) -> Entry:
+def _moved(result: NotebookResult, old_root: Path, new_root: Path) -> NotebookResult:
     """The entry, whose documents moved with the output directory."""
-    documents = {name: getattr(entry, name) for name in ("verdict", "notebook", "repro")}
+    documents = {name: getattr(result, name) for name in ("verdict", "notebook", "repro")}
     moved = {
-        name: now / path.relative_to(before)
+        name: new_root / path.relative_to(old_root)
         for name, path in documents.items()
-        if path and path.is_relative_to(before)
+        if path and path.is_relative_to(old_root)
     }
-    return replace(entry, **moved) if now != before else entry
+    return replace(result, **moved) if new_root != old_root else result
 
 
-def _not_run(chosen: Chosen, status: str) -> Entry:
-    return Entry(
-        path=chosen.path,
+def _not_run(notebook: SelectedNotebook, status: str) -> NotebookResult:
+    return NotebookResult(
+        path=notebook.path,
         status=status,
         exit_code=None,
         seconds=None,
@@ -323,52 +345,55 @@ def _not_run(chosen: Chosen, status: str) -> Entry:
         verdict=None,
         notebook=None,
         repro=None,
-        source=chosen.source,
+        source=notebook.source,
     )
 
 
-async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]) -> Batch:
+async def run_batch(
+    plan: Plan, watcher: BatchListener, report: Callable[[BatchResult], int]
+) -> BatchResult:
     """Run a batch; ``report`` writes what is written of it in the end, and returns an exit code that may be worse.
 
     Whatever ends it, SIGKILL excepted, every notebook has its documents and all reports are written when this returns. Raises UsageError,
     before anything is run, where the output directory cannot be used.
     """
     started, began = datetime.now(UTC), time.monotonic()
-    with HeldTree(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
-        run = _Run(plan, tree, journal, watcher)
-        with signals(run.stops.arrive):
+    with OutputRoot(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
+        run = _Scheduler(plan, tree, journal, watcher)
+        with signals(run.broadcast.receive):
             journal.batch_started(
                 version=__version__,
                 command=plan.command,
                 root=str(plan.root),
-                notebooks=len(plan.chosen),
+                notebooks=len(plan.notebooks),
             )
             if not plan.resume and not journal.past.empty and not journal.past.complete:
                 watcher.note(
                     f"the batch before in {one_line(plan.out)} was not finished; this one begins anew (--resume goes on with it)"
                 )
-            watcher.begin(len(plan.chosen), plan.room.jobs)
+            watcher.begin(len(plan.notebooks), plan.capacity.jobs)
             drawing = asyncio.create_task(_draw_forever(watcher))
             try:
                 await run.run()
             finally:
                 drawing.cancel()
-            entries = tuple(
-                _moved(run.entries[chosen.path], plan.out, tree.place) for chosen in plan.chosen
+            results = tuple(
+                _moved(run.results[notebook.path], plan.out, tree.path)
+                for notebook in plan.notebooks
             )
-            cancelled = bool(run.stops.signals)
-            batch = Batch(
-                entries=entries,
+            cancelled = bool(run.broadcast.signals)
+            batch = BatchResult(
+                results=results,
                 root=plan.root,
-                out=tree.place,
+                out=tree.path,
                 started=started,
                 seconds=time.monotonic() - began,
-                exit_code=exit_code(entries, cancelled=cancelled),
+                exit_code=exit_code(results, cancelled=cancelled),
                 command=plan.command,
                 safe_exec_version=__version__,
                 limits=plan.limits,
                 shard=plan.shard,
-                jobs=plan.room.jobs,
+                jobs=plan.capacity.jobs,
                 cancelled=cancelled,
                 resumed=plan.resume and not journal.past.empty,
             )
@@ -379,7 +404,7 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
                     one_line(batch.out),
                 )
             batch = replace(batch, exit_code=report(batch))
-            if not cancelled and not any(entry.status == NOT_RUN for entry in entries):
+            if not cancelled and not any(result.status == NOT_RUN for result in results):
                 journal.batch_finished(exit_code=batch.exit_code)
             if journal.trouble is not None:
                 log.error(
@@ -391,7 +416,7 @@ async def run_batch(plan: Plan, watcher: Watcher, report: Callable[[Batch], int]
     return batch
 
 
-async def _draw_forever(watcher: Watcher) -> None:
+async def _draw_forever(watcher: BatchListener) -> None:
     while True:
         watcher.draw()
         await asyncio.sleep(DRAW_SECONDS)

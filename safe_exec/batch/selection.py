@@ -25,7 +25,7 @@ SKIPPED_DIRECTORIES = frozenset({"node_modules"})
 GIT_SECONDS = 60
 
 
-class Chosen(Struct, frozen=True, kw_only=True):
+class SelectedNotebook(Struct, frozen=True, kw_only=True):
     """A notebook of the batch. ``source`` is where it is opened, ``path`` how it is shown: relative to the root, with ``/``.
 
     ``documents`` is where its documents go below the output directory, without their endings.
@@ -40,12 +40,12 @@ class Selection(Struct, frozen=True, kw_only=True):
     """The notebooks in the order of their paths. ``ours`` counts those left out because safe-exec wrote them; ``notes`` are for the user."""
 
     root: Path
-    chosen: tuple[Chosen, ...]
+    notebooks: tuple[SelectedNotebook, ...]
     ours: int = 0
     notes: tuple[str, ...] = ()
 
 
-class _Found(Struct, kw_only=True):
+class _FileSet(Struct, kw_only=True):
     """Files by their real path, so that two names of one file count once; the first name stays."""
 
     cwd: Path
@@ -73,38 +73,38 @@ def select(
 
     Raises UsageError for what is not there, a pattern that matches nothing, and arguments that name no notebook at all.
     """
-    found = _Found(cwd=cwd)
+    selection = _FileSet(cwd=cwd)
     for argument in arguments:
-        _take(argument, found, out)
+        _take(argument, selection, out)
     for line in listed:
         if (
             line.endswith(SUFFIX) or (cwd / line).is_dir()
         ):  # `git diff --name-only` names other files, too
-            _take(line, found, out)
-    if arguments and not found.files:
-        left = (
-            f" but {len(found.ours)} that safe-exec wrote (`safe-exec run` runs one of them)"
-            if found.ours
+            _take(line, selection, out)
+    if arguments and not selection.files:
+        hint = (
+            f" but {len(selection.ours)} that safe-exec wrote (`safe-exec run` runs one of them)"
+            if selection.ours
             else ""
         )
-        raise UsageError(f"{' '.join(map(one_line, arguments))}: no notebook there{left}")
-    paths = {real: _plain(path, cwd) for real, path in found.files.items()}
+        raise UsageError(f"{' '.join(map(one_line, arguments))}: no notebook there{hint}")
+    paths = {real: _plain(path, cwd) for real, path in selection.files.items()}
     root = _root(paths.values(), cwd)
-    shown = {real: PurePosixPath(path.relative_to(root)).as_posix() for real, path in paths.items()}
-    kept = sorted(
+    names = {real: PurePosixPath(path.relative_to(root)).as_posix() for real, path in paths.items()}
+    included = sorted(
         (path, real)
-        for real, path in shown.items()
+        for real, path in names.items()
         if not any(excluded(pattern, path) for pattern in exclude)
     )
-    documents = document_stems([path for path, _ in kept])
+    documents = document_stems([path for path, _ in included])
     return Selection(
         root=root,
-        chosen=tuple(
-            Chosen(source=found.files[real], path=path, documents=documents[path])
-            for path, real in kept
+        notebooks=tuple(
+            SelectedNotebook(source=selection.files[real], path=path, documents=documents[path])
+            for path, real in included
         ),
-        ours=len(found.ours),
-        notes=tuple(found.notes),
+        ours=len(selection.ours),
+        notes=tuple(selection.notes),
     )
 
 
@@ -127,7 +127,7 @@ def excluded(pattern: str, path: str) -> bool:
 def document_stems(paths: Sequence[str]) -> dict[str, str]:
     """Where each notebook's documents go: its path without ``.ipynb``, or with it where two would meet (``a.ipynb``, ``a.IPYNB``)."""
     stems: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for path in sorted(paths, key=lambda path: (not path.endswith(SUFFIX), path)):
         stem = (
             path[: -len(SUFFIX)]
@@ -135,8 +135,8 @@ def document_stems(paths: Sequence[str]) -> dict[str, str]:
             else path
         )
         names = (stem, path, *(f"{path}-{number}" for number in range(2, len(paths) + 2)))
-        stems[path] = next(name for name in names if name not in taken)
-        taken.add(stems[path])
+        stems[path] = next(name for name in names if name not in used)
+        used.add(stems[path])
     return stems
 
 
@@ -172,42 +172,42 @@ def _root(paths: Iterable[Path], cwd: Path) -> Path:
 # --- arguments --------------------------------------------------------------------------------------------------
 
 
-def _take(argument: str, found: _Found, out: Path) -> None:
+def _take(argument: str, selection: _FileSet, out: Path) -> None:
     path = Path(argument)
-    if (found.cwd / path).is_dir():
-        _take_walked(_walk(found.cwd, path, out), found)
-    elif os.path.lexists(found.cwd / path):
-        found.add(path)
+    if (selection.cwd / path).is_dir():
+        _take_walked(_walk(selection.cwd, path, out), selection)
+    elif os.path.lexists(selection.cwd / path):
+        selection.add(path)
     elif glob.has_magic(argument):
-        _take_pattern(argument, found, out)
+        _take_pattern(argument, selection, out)
     else:
         raise UsageError(f"{one_line(argument)}: no such file or directory")
 
 
-def _take_pattern(pattern: str, found: _Found, out: Path) -> None:
-    hits = [Path(hit) for hit in sorted(glob.glob(pattern, root_dir=found.cwd, recursive=True))]
+def _take_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
+    hits = [Path(hit) for hit in sorted(glob.glob(pattern, root_dir=selection.cwd, recursive=True))]
     if not hits:
         raise UsageError(f"{one_line(pattern)}: matches nothing")
-    files = [hit for hit in hits if hit.suffix == SUFFIX and (found.cwd / hit).is_file()]
-    for folder in (hit for hit in hits if "**" not in pattern and (found.cwd / hit).is_dir()):
-        files += _walk(found.cwd, folder, out)
-    _take_walked([file for file in files if _is_meant(file, found.cwd, out)], found)
+    files = [hit for hit in hits if hit.suffix == SUFFIX and (selection.cwd / hit).is_file()]
+    for folder in (hit for hit in hits if "**" not in pattern and (selection.cwd / hit).is_dir()):
+        files += _walk(selection.cwd, folder, out)
+    _take_walked([file for file in files if _is_meant(file, selection.cwd, out)], selection)
 
 
 def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
     """Whether a walk would have come to a file that a pattern matches; where we are in the output directory, that says nothing."""
-    within = os.path.realpath(out)
-    inside = "" if Path(os.path.realpath(cwd)).is_relative_to(within) else within
+    real_out = os.path.realpath(out)
+    inside = "" if Path(os.path.realpath(cwd)).is_relative_to(real_out) else real_out
     folders = [folder for folder in file.parents if folder.name not in ("", "..")]
     return all(_is_walked(str(cwd / folder), folder.name, inside) for folder in folders)
 
 
-def _take_walked(files: Iterable[Path], found: _Found) -> None:
+def _take_walked(files: Iterable[Path], selection: _FileSet) -> None:
     every = list(files)
-    ignored = ignored_by_git([found.cwd / file for file in every], found.notes)
+    ignored = ignored_by_git([selection.cwd / file for file in every], selection.notes)
     for file in every:
-        if found.cwd / file not in ignored:
-            found.add(file)
+        if selection.cwd / file not in ignored:
+            selection.add(file)
 
 
 def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
@@ -267,19 +267,19 @@ def _repository_of(folder: Path) -> Path | None:
 def _ask_git(git: str, repository: Path, files: Sequence[Path], notes: list[str]) -> set[Path]:
     real = {os.path.join(os.path.realpath(file.parent), file.name): file for file in files}
     argv = [git, *WITHOUT_PROGRAMS, "-C", str(repository), "check-ignore", "-z", "--stdin"]
-    asked = b"".join(os.fsencode(path) + b"\0" for path in real)
+    request = b"".join(os.fsencode(path) + b"\0" for path in real)
     try:
         env = {**os.environ, **WITHOUT_HOSTS}
-        done = subprocess.run(
-            argv, input=asked, capture_output=True, timeout=GIT_SECONDS, check=False, env=env
+        process = subprocess.run(
+            argv, input=request, capture_output=True, timeout=GIT_SECONDS, check=False, env=env
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         notes.append(
             f"{one_line(repository)}: git could not say what it ignores: {one_line(error)}"
         )
         return set()
-    if done.returncode not in (0, 1):  # 1: it ignores none of them
-        said = one_line(os.fsdecode(done.stderr).strip().partition("\n")[0])
-        notes.append(f"{one_line(repository)}: git could not say what it ignores: {said}")
+    if process.returncode not in (0, 1):  # 1: it ignores none of them
+        message = one_line(os.fsdecode(process.stderr).strip().partition("\n")[0])
+        notes.append(f"{one_line(repository)}: git could not say what it ignores: {message}")
         return set()
-    return {real[path] for path in map(os.fsdecode, done.stdout.split(b"\0")) if path in real}
+    return {real[path] for path in map(os.fsdecode, process.stdout.split(b"\0")) if path in real}

@@ -15,12 +15,12 @@ from msgspec.structs import replace
 
 from safe_exec.batch.admission import AUTO, parse_jobs, room_for
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
-from safe_exec.batch.selection import Chosen, select
+from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
 from safe_exec.reports.batch.progress import BatchProgress, line_of
-from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.host.capabilities import (
     cpus_available,
@@ -146,12 +146,12 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     jobs = parse_jobs(options["jobs"], cpus_available())
     listed = _listed(sys.stdin) if STDIN in paths else []
     arguments = [path for path in paths if path != STDIN]
-    found = select(arguments, listed=listed, exclude=options["exclude"], cwd=cwd, out=cwd / out)
+    selection = select(arguments, listed=listed, exclude=options["exclude"], cwd=cwd, out=cwd / out)
     plan = Plan(
-        chosen=_of_shard(found.chosen, shard, timings),
-        root=found.root,
+        notebooks=_of_shard(selection.notebooks, shard, timings),
+        root=selection.root,
         out=_made(cwd / out),
-        room=room_for(jobs, memory_available()),
+        capacity=room_for(jobs, memory_available()),
         template=_template(options, jobs),
         command=command_line(),
         **{
@@ -161,8 +161,8 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         shard=shard,
     )
     notes = [
-        *found.notes,
-        *([f"left out: {found.ours} that safe-exec wrote"] if found.ours else []),
+        *selection.notes,
+        *([f"left out: {selection.ours} that safe-exec wrote"] if selection.ours else []),
     ]
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
         for note in notes:
@@ -183,13 +183,13 @@ def _listed(stream: TextIO) -> list[str]:
 
 
 def _of_shard(
-    chosen: Sequence[Chosen], shard: tuple[int, int] | None, timings: dict[str, float]
-) -> tuple[Chosen, ...]:
+    notebooks: Sequence[SelectedNotebook], shard: tuple[int, int] | None, timings: dict[str, float]
+) -> tuple[SelectedNotebook, ...]:
     if shard is None:
-        return tuple(chosen)
+        return tuple(notebooks)
     number, shards = shard
-    mine = set(cut([found.path for found in chosen], timings, shards)[number - 1])
-    return tuple(found for found in chosen if found.path in mine)
+    mine = set(cut([notebook.path for notebook in notebooks], timings, shards)[number - 1])
+    return tuple(notebook for notebook in notebooks if notebook.path in mine)
 
 
 def _made(out: Path) -> Path:
@@ -214,32 +214,32 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
 # --- what is shown at the end -----------------------------------------------------------------------------------
 
 
-def _show(batch: Batch, stream: TextIO, *, quiet: bool) -> None:
+def _show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
     """What did not pass, where everything is, and the line for scripts, which comes last."""
     from safe_exec.batch.outcome import summary_line
 
     style = Style.of(stream)
     if not quiet:
-        for entry in batch.entries:
-            if entry.status not in ("passed", UNCHANGED, NOT_RUN) or entry.flaky:
+        for result in batch.results:
+            if result.status not in ("passed", UNCHANGED, NOT_RUN) or result.flaky:
                 click.echo(
                     style.paint(
-                        "warn" if entry.flaky else "bad",
-                        style.fit(line_of(entry, _headline(entry))),
+                        "warn" if result.flaky else "bad",
+                        style.fit(line_of(result, _headline(result))),
                     ),
                     file=stream,
                 )
         click.echo(style.fit(f"wrote {one_line(batch.out)}"), file=stream)
-        if batch.cancelled or any(entry.status == NOT_RUN for entry in batch.entries):
+        if batch.cancelled or any(result.status == NOT_RUN for result in batch.results):
             click.echo("go on with --resume", file=stream)
     click.echo(summary_line(batch), file=stream)
 
 
-def _headline(entry: Entry) -> str:
+def _headline(result: NotebookResult) -> str:
     from safe_exec.reports.text.common import headline
     from safe_exec.reports.verdict_json import from_document
 
-    document = entry.document()
+    document = result.document()
     try:
         return headline(from_document(document)) if document is not None else ""
     except (ValueError, KeyError):  # overwritten by somebody since

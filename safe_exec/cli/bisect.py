@@ -16,7 +16,7 @@ from safe_exec.files import read_regular
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal, verdict_json
-from safe_exec.workflows.prepare import Bisect, Job, Prepared, command_line, prepare
+from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, prepare
 from safe_exec.workflows.run import bisect_job, run_job
 
 MOST_BYTES = 1 << 30
@@ -46,15 +46,29 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
     seconds = parse_budget(budget)
     with progress.Progress(
         sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
-    ) as shown:
+    ) as listener:
         path = target if target.suffix == ".json" else notebook.default_outputs(target).verdict
-        found = read_verdict(path) if target.suffix == ".json" or path.exists() else None
-        if found is None or (target.suffix != ".json" and not _is_of(found, target)):
-            verdict = asyncio.run(run_job(prepare(_job_anew(target, seconds)), (shown,)))
+        earlier_verdict = read_verdict(path) if target.suffix == ".json" or path.exists() else None
+        if earlier_verdict is None or (
+            target.suffix != ".json" and not _is_of(earlier_verdict, target)
+        ):
+            verdict = asyncio.run(
+                run_job(prepare(_job_with_first_run(target, seconds)), (listener,))
+            )
         else:
-            if found.status is Status.PASSED or found.crash_cell is None or found.cause is None:
-                raise UsageError(f"{path}: nothing to search for: the run {_ended(found)}")
-            verdict = asyncio.run(bisect_job(reprepared(found, path, seconds), found, (shown,)))
+            if (
+                earlier_verdict.status is Status.PASSED
+                or earlier_verdict.crash_cell is None
+                or earlier_verdict.cause is None
+            ):
+                raise UsageError(
+                    f"{path}: nothing to search for: the run {_ended(earlier_verdict)}"
+                )
+            verdict = asyncio.run(
+                bisect_job(
+                    prepare_again(earlier_verdict, path, seconds), earlier_verdict, (listener,)
+                )
+            )
     if as_json:
         sys.stdout.buffer.write(verdict_json.dumps(verdict))
     elif not quiet:
@@ -66,7 +80,7 @@ def _ended(verdict: Verdict) -> str:
     return "passed" if verdict.status is Status.PASSED else "ended with no cell to blame"
 
 
-def _job_anew(path: Path, seconds: float | None) -> Job:
+def _job_with_first_run(path: Path, seconds: float | None) -> Job:
     return Job(path=path, bisect=Bisect.ALWAYS, bisect_budget=seconds, command=command_line())
 
 
@@ -84,10 +98,10 @@ def _is_of(verdict: Verdict, path: Path) -> bool:
     return verdict.notebook.sha256 == notebook.read(path).sha256 and verdict.cause is not None
 
 
-def reprepared(verdict: Verdict, path: Path, seconds: float | None) -> Prepared:
+def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> PreparedJob:
     """The job of an earlier run, checked again. Raises UsageError where its notebook is gone or has changed."""
     source = find_notebook(verdict, path)
-    outputs = {name: Path(found) for name, found in verdict.outputs.items()}
+    outputs = {name: Path(output) for name, output in verdict.outputs.items()}
     prepared = prepare(
         Job(
             path=source,
@@ -112,11 +126,15 @@ def reprepared(verdict: Verdict, path: Path, seconds: float | None) -> Prepared:
 
 def find_notebook(verdict: Verdict, path: Path) -> Path:
     """The notebook of a verdict: by the path it names, in the folder of its run, or beside the verdict. Raises UsageError."""
-    named = Path(verdict.notebook.path)
-    for candidate in (named, Path(verdict.cwd) / named.name, path.absolute().parent / named.name):
+    recorded_path = Path(verdict.notebook.path)
+    for candidate in (
+        recorded_path,
+        Path(verdict.cwd) / recorded_path.name,
+        path.absolute().parent / recorded_path.name,
+    ):
         with contextlib.suppress(OSError):
             if candidate.is_file():
                 return candidate
     raise UsageError(
-        f"{path}: its notebook {named} is not there; run from the folder of then, or put both side by side"
+        f"{path}: its notebook {recorded_path} is not there; run from the folder of then, or put both side by side"
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 
 from safe_exec._version import __version__
 from safe_exec.cli import tables
@@ -59,7 +59,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     """All that doctor says. ``dead_runs`` is a count, or why there is none."""
 
     machine: Machine
-    around: Surroundings
+    host: Surroundings
     plan: SpawnPlan
     remedies: tuple[Remedy, ...]
     wall_remedies: tuple[WallRemedy, ...]
@@ -79,7 +79,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 
 @click.command(
     "doctor",
-    short_help="Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
+    short_help="Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
 )
 @click.option(
     "--limits",
@@ -97,27 +97,27 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
     Exit codes: 0 when the system's kernel can hold memory, cpus, processes, open_files and file_size (with --limits,
     those of them that are set there), so that `safe-exec run --require all` would run; 1 when it cannot; 2 bad usage.
     """
-    found = diagnose(profile, mechanisms)
+    diagnosis = diagnose(profile, mechanisms)
     if as_json:
-        click.echo(json.dumps(as_document(found), indent=2))
+        click.echo(json.dumps(as_document(diagnosis), indent=2))
     else:
         style = Style.of(sys.stdout)
-        tables.write(report(found, style), style)
-    return found.exit_code
+        tables.write(report(diagnosis, style), style)
+    return diagnosis.exit_code
 
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
     """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
     machine = look_for_walls(detect(_allowed(mechanisms)), version=True)
-    around = look()
-    limits, isolation = _asked(profile, machine)
+    host = look()
+    limits, isolation = _requested_limits(profile, machine)
     plan = build_plan(limits, machine, "doctor", isolation)
     return Diagnosis(
         machine=machine,
-        around=around,
+        host=host,
         plan=plan,
-        remedies=advise(machine, around, plan),
-        wall_remedies=advise_walls(machine, around, plan.walls, plan.enforcement),
+        remedies=advise(machine, host, plan),
+        wall_remedies=advise_walls(machine, host, plan.walls, plan.enforcement),
         kernels=_kernels(),
         dead_runs=_dead_runs(),
     )
@@ -127,13 +127,13 @@ def _allowed(text: str | None) -> frozenset[Mechanism]:
     return parse_mechanisms(None if text is None else [part.strip() for part in text.split(",")])
 
 
-def _asked(profile: str | None, machine: Machine) -> tuple[Limits, Isolation]:
+def _requested_limits(profile: str | None, machine: Machine) -> tuple[Limits, Isolation]:
     if profile is None:
         return EVERY_LIMIT, EVERY_WALL
     from safe_exec.limits.profiles import load_profile
 
-    found = load_profile(profile, machine_memory=machine.memory_total)
-    return found.limits, found.isolation
+    profile_limits = load_profile(profile, machine_memory=machine.memory_total)
+    return profile_limits.limits, profile_limits.isolation
 
 
 def _kernels() -> tuple[str, ...]:
@@ -154,60 +154,64 @@ def _dead_runs() -> int | str:
 # --- in words ---------------------------------------------------------------------------------------------------
 
 
-def report(found: Diagnosis, style: Style) -> Iterator[str]:
+def report(diagnosis: Diagnosis, style: Style) -> Iterator[str]:
     """The diagnosis line by line: place, limits, what else there is to know, how to mend what is weak."""
     style = Style(width=min(style.width, WIDTH), colour=style.colour, encoding=style.encoding)
-    yield style.paint("bold", f"safe-exec {__version__} on {place(found.machine, found.around)}")
+    yield style.paint(
+        "bold", f"safe-exec {__version__} on {place(diagnosis.machine, diagnosis.host)}"
+    )
     yield ""
-    yield from tables.table(_rows(found.plan), style)
+    yield from tables.table(_rows(diagnosis.plan), style)
     yield ""
-    if found.plan.walls:
+    if diagnosis.plan.walls:
         yield style.paint("bold", "walls")
-        yield from tables.table(tables.wall_rows(found.plan.walls), style)
+        yield from tables.table(tables.wall_rows(diagnosis.plan.walls), style)
         yield ""
-    for label, words in facts(found):
-        yield from tables.labelled(label, words, style)
-    for remedy in found.remedies:
+    for label, text in facts(diagnosis):
+        yield from tables.labelled(label, text, style)
+    for remedy in diagnosis.remedies:
         yield ""
         yield from tables.remedy(
-            [name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.ways, style
+            [name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.fixes, style
         )
-    for wall_remedy in found.wall_remedies:
+    for wall_remedy in diagnosis.wall_remedies:
         yield ""
-        yield from tables.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.ways, style)
+        yield from tables.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.fixes, style)
 
 
-def place(machine: Machine, around: Surroundings) -> str:
+def place(machine: Machine, host: Surroundings) -> str:
     """Where we are: system, user, control groups, and what surrounds us."""
     system = platform.system() if machine.platform == sys.platform else machine.platform
     parts = [
-        f"{system} {around.release}".strip(),
-        "root" if machine.uid == 0 else f"user {around.user}",
+        f"{system} {host.release}".strip(),
+        "root" if machine.uid == 0 else f"user {host.user}",
     ]
     trees = {
         CgroupTree.V2: "cgroup v2",
         CgroupTree.V1: "cgroup v1",
         CgroupTree.HYBRID: "cgroup v1 beside v2",
     }
-    parts.append(trees.get(around.tree, "no control groups"))
-    if around.container is not Container.NONE:
+    parts.append(trees.get(host.tree, "no control groups"))
+    if host.container is not Container.NONE:
         parts.append(
             "a container"
-            if around.container is Container.OTHER
-            else f"{around.container.value} container"
+            if host.container is Container.OTHER
+            else f"{host.container.value} container"
         )
-    if around.wsl is not None:
-        parts.append(f"WSL {around.wsl}")
-    if around.github:
+    if host.wsl is not None:
+        parts.append(f"WSL {host.wsl}")
+    if host.github:
         parts.append("GitHub Actions")
     return " · ".join(parts)
 
 
 def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for name, held in plan.enforcement.items():
-        if held.by is not Mechanism.RUNNER:
-            rows.append((tables.mark(held), name.value, *tables.held_columns(held)))
+    for name, enforcement in plan.enforcement.items():
+        if enforcement.by is not Mechanism.RUNNER:
+            rows.append(
+                (tables.mark(enforcement), name.value, *tables.enforcement_columns(enforcement))
+            )
     ours = [name for name in RUNNER_LIMITS if name in plan.enforcement]
     runner = "by safe-exec itself, which waits and takes the output"
     for number, name in enumerate(ours):
@@ -215,34 +219,34 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
     return rows
 
 
-def facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
+def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     """What else there is to know, each with its label."""
-    groups = _groups(found.machine)
+    groups = _groups(diagnosis.machine)
     if groups:
         yield "groups", groups
-    yield "swap", swap_state(found.machine, found.plan)
-    if found.machine.uid == 0 and found.machine.platform.startswith("linux"):
+    yield "swap", swap_state(diagnosis.machine, diagnosis.plan)
+    if diagnosis.machine.uid == 0 and diagnosis.machine.platform.startswith("linux"):
         yield (
             "root",
             "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted",
         )
-    yield "kernels", ", ".join(found.kernels) or "none is installed: pip install ipykernel"
-    yield "bubblewrap", _bubblewrap(found.machine)
-    abi = found.machine.landlock
+    yield "kernels", ", ".join(diagnosis.kernels) or "none is installed: pip install ipykernel"
+    yield "bubblewrap", _bubblewrap(diagnosis.machine)
+    abi = diagnosis.machine.landlock
     yield (
         "landlock",
         f"version {abi}; it stands in where bubblewrap cannot work"
         if abi
         else "not offered by this system",
     )
-    lost = found.machine.seccomp_why_not
-    yield "seccomp", f"no filter: {lost}" if lost else "a filter for this machine is shipped"
-    if isinstance(found.dead_runs, str):
-        yield "left over", found.dead_runs
-    elif found.dead_runs:
+    reason = diagnosis.machine.seccomp_why_not
+    yield "seccomp", f"no filter: {reason}" if reason else "a filter for this machine is shipped"
+    if isinstance(diagnosis.dead_runs, str):
+        yield "left over", diagnosis.dead_runs
+    elif diagnosis.dead_runs:
         yield (
             "left over",
-            f"{found.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them",
+            f"{diagnosis.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them",
         )
 
 
@@ -250,8 +254,8 @@ def _groups(machine: Machine) -> str:
     """Where the control groups of a run will stand; empty where there are none."""
     scope = machine.scope
     if scope is not None and machine.may(Mechanism.SYSTEMD):
-        whose = "the system's" if scope.runtime is None else "the user's"
-        return f"each kernel in a scope that {whose} systemd makes in {scope.slice}"
+        owner = "the system's" if scope.runtime is None else "the user's"
+        return f"each kernel in a scope that {owner} systemd makes in {scope.slice}"
     if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
         stepped = (
             ", which is safe-exec's alone: it moves one group down first"
@@ -276,41 +280,57 @@ def _bubblewrap(machine: Machine) -> str:
 # --- as JSON ----------------------------------------------------------------------------------------------------
 
 
-def as_document(found: Diagnosis) -> dict[str, Any]:
+def as_document(diagnosis: Diagnosis) -> dict[str, Any]:
     """The diagnosis as JSON values. ``hard``: the system's kernel holds it."""
-    around = found.around
+    host = diagnosis.host
     return {
         "schema": "safe-exec/doctor/1",
         "safe_exec_version": __version__,
-        "exit_code": found.exit_code,
+        "exit_code": diagnosis.exit_code,
         "place": {
-            "platform": found.machine.platform,
-            "release": around.release,
-            "uid": found.machine.uid,
-            "cgroups": around.tree.value,
-            "container": around.container.value,
-            "wsl": around.wsl,
-            "github": around.github,
-            "systemd": around.systemd,
+            "platform": diagnosis.machine.platform,
+            "release": host.release,
+            "uid": diagnosis.machine.uid,
+            "cgroups": host.tree.value,
+            "container": host.container.value,
+            "wsl": host.wsl,
+            "github": host.github,
+            "systemd": host.systemd,
         },
-        "limits": tables.enforcement_document(found.plan.enforcement),
-        "weak": [name.value for name in found.weak],
-        "remedies": [to_builtins(remedy) for remedy in found.remedies],
-        "walls": tables.enforcement_document(found.plan.walls),
-        "weak_walls": [wall.value for wall in weak_walls(found.plan.walls)],
-        "wall_remedies": [to_builtins(remedy) for remedy in found.wall_remedies],
+        "limits": tables.enforcement_document(diagnosis.plan.enforcement),
+        "weak": [name.value for name in diagnosis.weak],
+        "remedies": [_remedy_document(remedy) for remedy in diagnosis.remedies],
+        "walls": tables.enforcement_document(diagnosis.plan.walls),
+        "weak_walls": [wall.value for wall in weak_walls(diagnosis.plan.walls)],
+        "wall_remedies": [
+            {"walls": remedy.walls, **_remedy_document(remedy)}
+            for remedy in diagnosis.wall_remedies
+        ],
         "groups": {
-            "v2": None if found.machine.v2 is None else str(found.machine.v2),
-            "scope": None if found.machine.scope is None else str(found.machine.scope.directory),
+            "v2": None if diagnosis.machine.v2 is None else str(diagnosis.machine.v2),
+            "scope": None
+            if diagnosis.machine.scope is None
+            else str(diagnosis.machine.scope.directory),
         },
-        "swap": {"bytes": found.machine.swap_total, "state": swap_state(found.machine, found.plan)},
+        "swap": {
+            "bytes": diagnosis.machine.swap_total,
+            "state": swap_state(diagnosis.machine, diagnosis.plan),
+        },
         "bubblewrap": {
-            "version": found.machine.bubblewrap_version,
-            "works": found.machine.bubblewrap is not None,
-            "why_not": found.machine.bubblewrap_why_not,
+            "version": diagnosis.machine.bubblewrap_version,
+            "works": diagnosis.machine.bubblewrap is not None,
+            "why_not": diagnosis.machine.bubblewrap_why_not,
         },
-        "landlock": found.machine.landlock,
-        "seccomp": not found.machine.seccomp_why_not,
-        "kernels": list(found.kernels),
-        "dead_runs": found.dead_runs if isinstance(found.dead_runs, int) else None,
+        "landlock": diagnosis.machine.landlock,
+        "seccomp": not diagnosis.machine.seccomp_why_not,
+        "kernels": list(diagnosis.kernels),
+        "dead_runs": diagnosis.dead_runs if isinstance(diagnosis.dead_runs, int) else None,
+    }
+
+
+def _remedy_document(remedy: Remedy | WallRemedy) -> dict[str, Any]:
+    return {
+        "limits": remedy.limits,
+        "why": remedy.why,
+        "ways": [{"what": fix.what, "steps": fix.steps, "note": fix.note} for fix in remedy.fixes],
     }

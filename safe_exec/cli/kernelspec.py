@@ -83,21 +83,21 @@ def install(
     Whatever starts it needs safe-exec in its own environment; the environment of the kernel does not. Another of the same
     name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
     """
-    config, held = _configured(
+    config, limits_in_force = _configured(
         limits, {key.value: options[key.value] for key in HELD if options[key.value] is not None}
     )
     from jupyter_client.kernelspec import KernelSpecManager
 
     manager = KernelSpecManager()
     folder, document = _of_kernel(manager, kernel)
-    said = ", ".join(
+    summary = ", ".join(
         [
             Path(limits).stem,
             *(f"{key.replace('_', '-')} {config[key]}" for key in config if key != "limits"),
         ]
     )
     document["display_name"] = (
-        display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {said})"
+        display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {summary})"
     )
     metadata = document["metadata"] = dict(document.get("metadata") or {})
     metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
@@ -112,7 +112,7 @@ def install(
         raise OutputPathError(
             f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix"
         ) from None
-    _tell(document["display_name"], chosen, place / chosen, held)
+    _tell(document["display_name"], chosen, place / chosen, limits_in_force)
     return 0
 
 
@@ -134,13 +134,13 @@ def _of_kernel(manager: KernelSpecManager, kernel: str) -> tuple[Path, dict[str,
     from jupyter_client.kernelspec import NoSuchKernel
 
     try:
-        found = manager.get_kernel_spec(kernel)
+        spec = manager.get_kernel_spec(kernel)
     except NoSuchKernel:
         names = sorted(manager.find_kernel_specs())
         raise UsageError(
             f"no kernel named {kernel!r} is installed; installed: {', '.join(names) or 'none'} (choose with --kernel)"
         ) from None
-    return Path(found.resource_dir), found.to_dict()
+    return Path(spec.resource_dir), spec.to_dict()
 
 
 def _checked_name(name: str) -> str:
@@ -186,26 +186,26 @@ def _install(
     import shutil
 
     with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / name
+        copy = Path(scratch) / name
         if folder.is_dir():
-            shutil.copytree(folder, made)
+            shutil.copytree(folder, copy)
         else:
-            made.mkdir()
-        (made / "kernel.json").write_text(json.dumps(document, indent=1) + "\n")
+            copy.mkdir()
+        (copy / "kernel.json").write_text(json.dumps(document, indent=1) + "\n")
         prefix = place.parent.parent.parent
         if place == prefix / "share" / "jupyter" / "kernels":
-            manager.install_kernel_spec(str(made), name, prefix=str(prefix))
+            manager.install_kernel_spec(str(copy), name, prefix=str(prefix))
         else:
-            manager.install_kernel_spec(str(made), name, user=True)
+            manager.install_kernel_spec(str(copy), name, user=True)
 
 
-def _tell(display_name: str, name: str, path: Path, held: Limits) -> None:
+def _tell(display_name: str, name: str, path: Path, limits: Limits) -> None:
     from safe_exec.limits.profiles import format_limit
 
     figures = [
-        f"{key.value.replace('_', ' ')} {format_limit(key.value, held.of(key))}"
+        f"{key.value.replace('_', ' ')} {format_limit(key.value, limits.of(key))}"
         for key in HELD
-        if held.of(key) is not None
+        if limits.of(key) is not None
     ]
     click.echo(f"{display_name}: installed as {name}")
     click.echo(f"  in        {path}")

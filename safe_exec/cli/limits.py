@@ -48,7 +48,7 @@ def command() -> None:
 def show(profile: str, as_json: bool) -> int:
     """Show every limit of a profile or file [default], where its figure was written, and what would hold it here.
 
-    Then its isolation: what is asked for, and what each wall is held by here; what nothing holds, with how to mend it.
+    Then its isolation: what is asked for, and what each wall is held by here; what nothing holds, with how to fix it.
     """
     machine = detect()
     resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
@@ -81,8 +81,8 @@ def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Ite
 
 def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     value = getattr(resolved.limits, name)
-    held = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
-    sign, by = (tables.mark(held), held.by.value) if held else ("", "")
+    enforcement = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
+    sign, by = (tables.mark(enforcement), enforcement.by.value) if enforcement else ("", "")
     return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
 
 
@@ -95,18 +95,18 @@ def _walls(
         walls.setdefault(
             "repository", isolation.repository.value
         )  # the walls close around it, so its use is worth a line
-    asked = [(key, _word(value)) for key, value in walls.items()]
+    requested = [(key, _word(value)) for key, value in walls.items()]
     yield ""
     yield style.paint("bold", "isolation") + (
-        "" if asked else ": none, the notebook may reach what you may"
+        "" if requested else ": none, the notebook may reach what you may"
     )
-    yield from tables.table(asked, style) if asked else ()
+    yield from tables.table(requested, style) if requested else ()
     if plan.walls:
         yield ""
         yield from tables.table(tables.wall_rows(plan.walls), style)
     for remedy in remedies:
         yield ""
-        yield from tables.remedy(remedy.names, remedy.why, remedy.ways, style)
+        yield from tables.remedy(remedy.names, remedy.why, remedy.fixes, style)
 
 
 def _word(value: object) -> str:
@@ -136,11 +136,12 @@ def list_profiles() -> int:
     """List the profiles that ship, for --limits and for the extends of a file of your own."""
     style = Style.of(sys.stdout)
     memory, _ = memory_and_swap()
-    found = [
+    profiles_by_name = [
         profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()
     ]
     tables.write(
-        tables.table([(profile.name, profile.description) for profile in found], style), style
+        tables.table([(profile.name, profile.description) for profile in profiles_by_name], style),
+        style,
     )
     return 0
 
@@ -165,8 +166,8 @@ def errors_of(file: Path) -> list[str]:
     try:
         _read_whole(file)
     except LimitsError as first:
-        rest = [str(error) for error in _errors_of_figures(file)]
-        return rest if str(first) in rest else [str(first), *rest]
+        errors = [str(error) for error in _errors_of_figures(file)]
+        return errors if str(first) in errors else [str(first), *errors]
     return []
 
 

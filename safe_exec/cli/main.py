@@ -19,7 +19,7 @@ COMMANDS = {
     "bisect": "Search for the culprits of a failure, with more time or where `run` did not.",
     "probe": "Find by trial how much of a limit a notebook needs, and what it dies of with less.",
     "replay": "Run what a verdict says again, and say whether this machine agrees.",
-    "doctor": "Say, limit by limit, what this machine can enforce, and how to mend what it cannot.",
+    "doctor": "Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
     "kernelspec": "Make a kernel for other Jupyter tools that is born inside limits.",
 }

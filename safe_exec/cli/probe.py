@@ -23,8 +23,8 @@ from safe_exec.model.limits import LimitName
 from safe_exec.reports.masking import mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.units import UnitError, parse_percent
-from safe_exec.workflows.prepare import Bisect, Job, Prepared, prepare
-from safe_exec.workflows.probe import Probed, probe
+from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
+from safe_exec.workflows.probe import ProbeReport, probe
 
 NOT_FOUND, CANCELLED = 1, 130
 FINEST = 0.001
@@ -92,19 +92,19 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
     with RunLines(
         sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())
     ) as lines:
-        found = asyncio.run(
+        report = asyncio.run(
             probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines)
         )
     mask = mask_for({**os.environ, **(prepared.job.env or {})})
-    _show(mask.everywhere(found), prepared, options, as_json=as_json, quiet=quiet)
-    return exit_code(found)
+    _show(mask.everywhere(report), prepared, options, as_json=as_json, quiet=quiet)
+    return exit_code(report)
 
 
-def exit_code(found: Probed) -> int:
+def exit_code(report: ProbeReport) -> int:
     """0 for a bracket, 130 for one that was stopped, 1 for none."""
-    if found.bracket.ended is Ended.CANCELLED:
+    if report.bracket.ended is Ended.CANCELLED:
         return CANCELLED
-    return 0 if found.bracket.found else NOT_FOUND
+    return 0 if report.bracket.found else NOT_FOUND
 
 
 def parse_precision(text: str) -> float:
@@ -151,36 +151,46 @@ NAMES = {"env_names": "env", "devices": "device"}
 def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
     """The ``run`` that does what the run with this value did, to be typed into a shell."""
     name = f"./{path}" if str(path).startswith("-") else str(path)
-    words = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
-    for key, given in options.items():
+    arguments = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
+    for key, option_value in options.items():
         option = NAMES.get(key, key).replace("_", "-")
-        if key == probed.value or given is None:
+        if key == probed.value or option_value is None:
             continue
-        if isinstance(given, tuple):
-            words += [word for item in given for word in (f"--{option}", str(item))]
-        elif isinstance(given, bool):
-            words += [f"--{option}"] if given else [f"--no-{option}"] if key == "network" else []
+        if isinstance(option_value, tuple):
+            arguments += [word for item in option_value for word in (f"--{option}", str(item))]
+        elif isinstance(option_value, bool):
+            arguments += (
+                [f"--{option}"] if option_value else [f"--no-{option}"] if key == "network" else []
+            )
         else:
-            words += [f"--{option}", str(given)]
-    return shlex.join(words)
+            arguments += [f"--{option}", str(option_value)]
+    return shlex.join(arguments)
 
 
 def _show(
-    found: Probed, prepared: Prepared, options: Mapping[str, Any], *, as_json: bool, quiet: bool
+    probe_report: ProbeReport,
+    prepared: PreparedJob,
+    options: Mapping[str, Any],
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    path, failing = prepared.job.path, found.failing()
-    again = None
+    path, failing = prepared.job.path, probe_report.failing()
+    command = None
     if failing is not None:
-        again = reproduce_command(
-            path, options, found.scale.name, found.scale.written(failing.value)
+        command = reproduce_command(
+            path, options, probe_report.scale.name, probe_report.scale.written(failing.value)
         )
     if as_json:
         sys.stdout.write(
             json.dumps(
-                as_document(found, str(path), again), indent=2, ensure_ascii=False, allow_nan=False
+                as_document(probe_report, str(path), command),
+                indent=2,
+                ensure_ascii=False,
+                allow_nan=False,
             )
             + "\n"
         )
     elif not quiet:
         style = Style.of(sys.stdout)
-        tables.write(report(found, str(path), again, style), style)
+        tables.write(report(probe_report, str(path), command, style), style)

@@ -16,7 +16,7 @@ from safe_exec.reports.terminal import Style, is_terminal
 from safe_exec.reports.text import common
 from safe_exec.reports.verdict_json import plain
 from safe_exec.units import format_seconds
-from safe_exec.workflows.probe import Probed, Shot
+from safe_exec.workflows.probe import ProbeReport, ProbeRun
 
 SCHEMA = "safe-exec/probe/1"
 _CLEAR = "\r\x1b[K"
@@ -28,8 +28,8 @@ def quantity(scale: Scale, value: float) -> str:
     """A value for people; it is exact where the three digits they like would not show the precision."""
     if math.isinf(value):
         return "no limit"
-    said = common.quantity(scale.name, value)
-    return said if scale.unit != "seconds" or value >= 10 else f"{round(value, 3):g} s"  # noqa: PLR2004 - 1.2 s is too coarse
+    text = common.quantity(scale.name, value)
+    return text if scale.unit != "seconds" or value >= 10 else f"{round(value, 3):g} s"  # noqa: PLR2004 - 1.2 s is too coarse
 
 
 # --- while it runs ----------------------------------------------------------------------------------------------
@@ -59,16 +59,16 @@ class RunLines:
     def begins(self, number: int, value: float) -> None:
         """Run ``number`` begins."""
         if self._live:
-            words = f"run {number}{common.SEPARATOR}{self._with(value)}{common.SEPARATOR}Ctrl-C keeps what is known"
-            self._write(f"{_CLEAR}{self._style.fit(common.clip(words, self._style.width - 1))}")
+            text = f"run {number}{common.SEPARATOR}{self._with(value)}{common.SEPARATOR}Ctrl-C keeps what is known"
+            self._write(f"{_CLEAR}{self._style.fit(common.clip(text, self._style.width - 1))}")
 
-    def ended(self, number: int, shot: Shot) -> None:
+    def ended(self, number: int, run: ProbeRun) -> None:
         """Run ``number`` is over."""
         parts = (
             f"run {number}",
-            self._with(shot.value),
-            what_became(shot),
-            format_seconds(shot.seconds),
+            self._with(run.value),
+            what_became(run),
+            format_seconds(run.seconds),
         )
         line = self._style.fit(common.SEPARATOR.join(part for part in parts if part))
         self._write(f"{_CLEAR if self._live else ''}{line}\n")
@@ -76,26 +76,26 @@ class RunLines:
     def _with(self, value: float) -> str:
         return f"{self._scale.name.value.replace('_', ' ')} {quantity(self._scale, value)}"
 
-    def _write(self, words: str) -> None:
+    def _write(self, text: str) -> None:
         if self._silent:
             return
         try:
-            self._stream.write(words)
+            self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
             self._silent = True
 
 
-def what_became(shot: Shot) -> str:
+def what_became(run: ProbeRun) -> str:
     """``passed``, or what it died of and where."""
-    if shot.cut:
+    if run.cut:
         return "not finished: the budget is over"
-    if shot.passed or shot.cause is None:
+    if run.passed or run.cause is None:
         return "passed"
-    kind = common.kind_words(shot.cause)
-    if shot.slow:
+    kind = common.kind_words(run.cause)
+    if run.slow:
         kind = "gave up: more than ten times as long as the run that passed"
-    crash = shot.crash_cell
+    crash = run.crash_cell
     if crash is None:
         return kind
     return f"{kind} in {common.cell_name(crash.code_index)}" + (
@@ -106,30 +106,30 @@ def what_became(shot: Shot) -> str:
 # --- afterwards -------------------------------------------------------------------------------------------------
 
 
-def report(found: Probed, path: str, again: str | None, style: Style) -> Iterator[str]:
+def report(probe: ProbeReport, path: str, command: str | None, style: Style) -> Iterator[str]:
     """The answer line by line. ``again`` is the command that makes it fail."""
-    name = found.scale.name.value.replace("_", " ")
+    name = probe.scale.name.value.replace("_", " ")
     title = f"{name} of {common.one_line(Path(path).name)}"
-    missing = "" if found.bracket.found else f": {_why_not(found)}"
+    missing = "" if probe.bracket.found else f": {_why_not(probe)}"
     yield style.paint("bold", common.clip(title, style.width)) + missing
-    yield from _sides(found, style)
-    yield from _crash(found, style)
-    yield from tables.labelled("", common.SEPARATOR.join(_figures(found)), style)
-    yield from _notes(found, style)
-    advice = advised(found)
+    yield from _sides(probe, style)
+    yield from _crash(probe, style)
+    yield from tables.labelled("", common.SEPARATOR.join(_figures(probe)), style)
+    yield from _notes(probe, style)
+    advice = advised(probe)
     if advice is not None:
         yield from tables.labelled(
-            "use", f"{found.scale.option} {advice}   {_over(found.scale)}", style
+            "use", f"{probe.scale.option} {advice}   {_over(probe.scale)}", style
         )
-    if again is not None:
+    if command is not None:
         # In one piece however long it is: it is there to be copied.
-        yield f"  {style.paint('dim', 'reproduce')}{' ' * (_LABEL - len('reproduce'))}{common.code_line(again)}"
+        yield f"  {style.paint('dim', 'reproduce')}{' ' * (_LABEL - len('reproduce'))}{common.code_line(command)}"
 
 
-def _sides(found: Probed, style: Style) -> Iterator[str]:
-    scale, passing, failing = found.scale, found.passing(), found.failing()
-    shown = [quantity(scale, shot.value) for shot in (passing, failing) if shot is not None]
-    width = max(map(common.display_width, shown), default=0)
+def _sides(probe: ProbeReport, style: Style) -> Iterator[str]:
+    scale, passing, failing = probe.scale, probe.passing(), probe.failing()
+    values = [quantity(scale, run.value) for run in (passing, failing) if run is not None]
+    width = max(map(common.display_width, values), default=0)
     if passing is not None:
         peak = (
             f"   {'used' if scale.unit == 'seconds' else 'peak'} {quantity(scale, passing.peak)}"
@@ -143,68 +143,68 @@ def _sides(found: Probed, style: Style) -> Iterator[str]:
             f"{quantity(scale, failing.value).ljust(width)}   {what_became(failing)}",
             style,
         )
-        if failing.cause is not None and not _of_its_own(found, failing):
+        if failing.cause is not None and not _of_its_own(probe, failing):
             yield from tables.labelled("", failing.cause.summary, style)
 
 
-def _side(label: str, words: str, style: Style) -> Iterator[str]:
+def _side(label: str, text: str, style: Style) -> Iterator[str]:
     """One side, its blanks kept; below each other where the line is too short for both parts."""
-    if len(_BLANK) + common.display_width(words) <= style.width:
-        yield f"  {style.paint('dim', label)}{' ' * (_LABEL - len(label))}{words.rstrip()}"
+    if len(_BLANK) + common.display_width(text) <= style.width:
+        yield f"  {style.paint('dim', label)}{' ' * (_LABEL - len(label))}{text.rstrip()}"
     else:
-        yield from tables.labelled(label, words, style)
+        yield from tables.labelled(label, text, style)
 
 
-def _of_its_own(found: Probed, shot: Shot) -> bool:
+def _of_its_own(probe: ProbeReport, run: ProbeRun) -> bool:
     """Whether a run failed as runs do that lack what is probed."""
-    return shot.cause is not None and shot.cause.kind in found.scale.causes
+    return run.cause is not None and run.cause.kind in probe.scale.causes
 
 
-def _crash(found: Probed, style: Style) -> Iterator[str]:
-    failing = found.failing()
+def _crash(probe: ProbeReport, style: Style) -> Iterator[str]:
+    failing = probe.failing()
     crash = failing.crash_cell if failing is not None else None
     if crash is not None and crash.source_line is not None:
         head = f"{crash.code_index + 1:>7} │ "
         yield head + common.clip(common.code_line(crash.source_line), style.width - len(head))
 
 
-def _figures(found: Probed) -> Iterator[str]:
-    yield common.counted(len(found.shots), "run")
-    yield format_seconds(sum(shot.seconds for shot in found.shots))
-    if found.bracket.found:
-        yield "to 1" if found.scale.whole else f"to {found.precision * 100:.3g} %"
+def _figures(probe: ProbeReport) -> Iterator[str]:
+    yield common.counted(len(probe.runs), "run")
+    yield format_seconds(sum(run.seconds for run in probe.runs))
+    if probe.bracket.found:
+        yield "to 1" if probe.scale.whole else f"to {probe.precision * 100:.3g} %"
 
 
-def _notes(found: Probed, style: Style) -> Iterator[str]:
-    if found.bracket.wavers:
+def _notes(probe: ProbeReport, style: Style) -> Iterator[str]:
+    if probe.bracket.wavers:
         yield from tables.labelled(
             "wavers", "between these two it passed at one time and failed at another", style
         )
-    failing = found.failing()
+    failing = probe.failing()
     if (
-        found.bracket.passes is not None
+        probe.bracket.passes is not None
         and failing is not None
         and failing.cause
-        and not _of_its_own(found, failing)
+        and not _of_its_own(probe, failing)
     ):
         yield from tables.labelled(
             "note",
             f"it does not die of this limit itself just below, but of {failing.cause.kind.value}",
             style,
         )
-    weak = weak_hold(found.held)
+    weak = weak_hold(probe.enforcement)
     if weak:
         yield from tables.labelled("weak limit", weak, style)
-    for warning in found.warnings:
+    for warning in probe.warnings:
         yield from tables.labelled("warning", warning, style)
 
 
-def weak_hold(held: Enforcement | None) -> str:
+def weak_hold(enforcement: Enforcement | None) -> str:
     """What to know of a limit that the system's kernel does not hold."""
-    if held is None or held.hard or held.by is Mechanism.RUNNER:
+    if enforcement is None or enforcement.hard or enforcement.by is Mechanism.RUNNER:
         return ""
-    return f"only the {held.by.value} holds it" + (
-        f"; {common.one_line(held.note)}" if held.note else ""
+    return f"only the {enforcement.by.value} holds it" + (
+        f"; {common.one_line(enforcement.note)}" if enforcement.note else ""
     )
 
 
@@ -214,23 +214,23 @@ def _over(scale: Scale) -> str:
     return f"({scale.margin * 100:.0f} % above what it needs)"
 
 
-def advised(found: Probed) -> str | None:
+def advised(probe: ProbeReport) -> str | None:
     """The value to set, as the option takes it."""
-    passes = found.bracket.passes
-    if passes is None or math.isinf(passes) or not found.bracket.found:
+    passes = probe.bracket.passes
+    if passes is None or math.isinf(passes) or not probe.bracket.found:
         return None
-    return found.scale.written(found.scale.advised(passes))
+    return probe.scale.written(probe.scale.advised(passes))
 
 
-def _why_not(found: Probed) -> str:
-    name = found.scale.name.value.replace("_", " ")
-    match found.bracket.ended:
+def _why_not(probe: ProbeReport) -> str:
+    name = probe.scale.name.value.replace("_", " ")
+    match probe.bracket.ended:
         case Ended.UNRELATED:
             return f"it fails for another reason, which another limit on {name} does not change"
         case Ended.MOST:
             return (
                 "it fails with all that there is"
-                if found.bracket.passes is None
+                if probe.bracket.passes is None
                 else "it passes only without a limit"
             )
         case Ended.LEAST:
@@ -245,30 +245,30 @@ def _why_not(found: Probed) -> str:
 # --- as JSON ----------------------------------------------------------------------------------------------------
 
 
-def as_document(found: Probed, path: str, again: str | None) -> dict[str, Any]:
+def as_document(probe: ProbeReport, path: str, command: str | None) -> dict[str, Any]:
     """The answer as JSON values: bytes, seconds, counts; a value of ``null`` is no limit, ``passes`` and ``fails`` of ``null`` not known."""
-    bracket, passing, failing = found.bracket, found.passing(), found.failing()
+    bracket, passing, failing = probe.bracket, probe.passing(), probe.failing()
     return {
         "schema": SCHEMA,
         "notebook": plain(path),
-        "limit": found.scale.name.value,
-        "unit": found.scale.unit,
-        "passes": _value(found.scale, bracket.passes),
-        "fails": _value(found.scale, bracket.fails),
+        "limit": probe.scale.name.value,
+        "unit": probe.scale.unit,
+        "passes": _value(probe.scale, bracket.passes),
+        "fails": _value(probe.scale, bracket.fails),
         "wavers": bracket.wavers,
         "found": bracket.found,
         "ended": bracket.ended.value if bracket.ended is not None else None,
-        "reason": None if bracket.found else _why_not(found),
-        "precision": 0 if found.scale.whole else found.precision,
+        "reason": None if bracket.found else _why_not(probe),
+        "precision": 0 if probe.scale.whole else probe.precision,
         "peak": passing.peak if passing is not None else None,
         "cause": plain(failing.cause) if failing is not None else None,
         "crash_cell": plain(failing.crash_cell) if failing is not None else None,
-        "advised": advised(found),
-        "reproduce": plain(again),
-        "enforcement": plain(found.held),
-        "runs": [_run(found.scale, shot) for shot in found.shots],
-        "seconds": sum(shot.seconds for shot in found.shots),
-        "warnings": [plain(warning) for warning in found.warnings],
+        "advised": advised(probe),
+        "reproduce": plain(command),
+        "enforcement": plain(probe.enforcement),
+        "runs": [_run(probe.scale, run) for run in probe.runs],
+        "seconds": sum(run.seconds for run in probe.runs),
+        "warnings": [plain(warning) for warning in probe.warnings],
     }
 
 
@@ -276,16 +276,16 @@ def _value(scale: Scale, value: float | None) -> int | float | None:
     return None if value is None else scale.limit(value)
 
 
-def _run(scale: Scale, shot: Shot) -> dict[str, Any]:
-    crash = shot.crash_cell
+def _run(scale: Scale, run: ProbeRun) -> dict[str, Any]:
+    crash = run.crash_cell
     return {
-        "value": _value(scale, shot.value),
-        "passed": shot.passed,
-        "cut": shot.cut,
-        "seconds": shot.seconds,
-        "peak": shot.peak,
-        "cause": shot.cause.kind.value if shot.cause is not None else None,
-        "summary": plain(shot.cause.summary) if shot.cause is not None else None,
+        "value": _value(scale, run.value),
+        "passed": run.passed,
+        "cut": run.cut,
+        "seconds": run.seconds,
+        "peak": run.peak,
+        "cause": run.cause.kind.value if run.cause is not None else None,
+        "summary": plain(run.cause.summary) if run.cause is not None else None,
         "code_index": crash.code_index if crash is not None else None,
         "line": crash.line if crash is not None else None,
     }

@@ -25,7 +25,7 @@ from safe_exec.reports.text import common
 from safe_exec.reports.verdict_json import plain
 from safe_exec.units import format_size
 from safe_exec.workflows.prepare import command_line
-from safe_exec.workflows.replay import Replayed, prepare_replay, replay
+from safe_exec.workflows.replay import ReplayResult, prepare_replay, replay
 
 SCHEMA = "safe-exec/replay/1"
 DIFFERS, CANCELLED = 1, 130
@@ -53,100 +53,104 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
 
     Exit codes: 0 the same failure, 1 another one or none, 2 bad usage, 130 stopped.
     """
-    then = read_verdict(verdict)
-    if then.cause is None or then.status in _NOTHING_TO_REPLAY:
+    original = read_verdict(verdict)
+    if original.cause is None or original.status in _NOTHING_TO_REPLAY:
         raise UsageError(
-            f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(then.status, 'it names no cause')}"
+            f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(original.status, 'it names no cause')}"
         )
-    source, reproduction = source_of(then, verdict)
-    asked = prepare_replay(then, source, reproduction=reproduction, command=command_line())
+    source, reproduction = source_of(original, verdict)
+    request = prepare_replay(original, source, reproduction=reproduction, command=command_line())
     with progress.Progress(
         sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
-    ) as shown:
-        mask = mask_for({**os.environ, **(asked.prepared.job.env or {})})
-        done = masked(asyncio.run(replay(asked, lambda event: shown(mask.everywhere(event)))), mask)
+    ) as listener:
+        mask = mask_for({**os.environ, **(request.prepared.job.env or {})})
+        result = masked(
+            asyncio.run(replay(request, lambda event: listener(mask.everywhere(event)))), mask
+        )
     if as_json:
-        document = as_document(done, str(verdict))
+        document = as_document(result, str(verdict))
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     elif not quiet:
         style = Style.of(sys.stdout)
-        tables.write(report(done, style), style)
-    return exit_code(done)
+        tables.write(report(result, style), style)
+    return exit_code(result)
 
 
-def masked(done: Replayed, mask: Mask) -> Replayed:
+def masked(result: ReplayResult, mask: Mask) -> ReplayResult:
     """Without the secrets of the environment."""
     return replace(
-        done,
-        here=mask.everywhere(done.here),
-        agreement=mask.everywhere(done.agreement),
-        warnings=mask.everywhere(done.warnings),
+        result,
+        rerun=mask.everywhere(result.rerun),
+        agreement=mask.everywhere(result.agreement),
+        warnings=mask.everywhere(result.warnings),
     )
 
 
-def exit_code(done: Replayed) -> int:
+def exit_code(result: ReplayResult) -> int:
     """0 where both agree."""
-    if done.here.status is Status.CANCELLED:
+    if result.rerun.status is Status.CANCELLED:
         return CANCELLED
-    return 0 if done.agreement.same else DIFFERS
+    return 0 if result.agreement.same else DIFFERS
 
 
-def source_of(then: Verdict, path: Path) -> tuple[Path, bool]:
+def source_of(original: Verdict, path: Path) -> tuple[Path, bool]:
     """What to run, and whether that is the reproduction: by the path it was written to, or beside the verdict. Raises UsageError."""
-    written = then.culprits.repro_notebook if then.culprits is not None else None
+    written = original.culprits.repro_notebook if original.culprits is not None else None
     if written is not None:
-        named = Path(written)
-        for candidate in (named, path.absolute().parent / named.name):
+        recorded_path = Path(written)
+        for candidate in (recorded_path, path.absolute().parent / recorded_path.name):
             if candidate.is_file():
                 return candidate, True
-    return find_notebook(then, path), False
+    return find_notebook(original, path), False
 
 
 # --- in words ---------------------------------------------------------------------------------------------------
 
 
-def report(done: Replayed, style: Style) -> Iterator[str]:
+def report(result: ReplayResult, style: Style) -> Iterator[str]:
     """The comparison line by line."""
-    found, here = done.agreement, done.here
-    if here.status is Status.CANCELLED:
+    agreement, rerun = result.agreement, result.rerun
+    if rerun.status is Status.CANCELLED:
         yield f"{style.paint('bad', '✗')} {style.paint('bold', 'stopped before it could be told')}"
         return
-    sign = style.paint("good", "✓") if found.same else style.paint("bad", "✗")
-    words = (
-        f"the same here: {same_words(done)}" if found.same else f"not the same: {here_words(done)}"
+    sign = style.paint("good", "✓") if agreement.same else style.paint("bad", "✗")
+    title = (
+        f"the same here: {same_words(result)}"
+        if agreement.same
+        else f"not the same: {here_words(result)}"
     )
-    yield f"{sign} {style.paint('bold', common.clip(words, common.HEADLINE_WIDTH))}"
-    around = () if found.same else found.environment
-    if found.failure or around:
-        yield from _rows((*found.failure, *around[:MOST_ROWS]), style)
-    if len(around) > MOST_ROWS:
-        yield f"  and {len(around) - MOST_ROWS} more (--json)"
-    yield from tables.labelled("ran", _ran(done), style)
-    for warning in done.warnings:
+    yield f"{sign} {style.paint('bold', common.clip(title, common.HEADLINE_WIDTH))}"
+    differences = () if agreement.same else agreement.environment
+    if agreement.failure or differences:
+        yield from _rows((*agreement.failure, *differences[:MOST_ROWS]), style)
+    if len(differences) > MOST_ROWS:
+        yield f"  and {len(differences) - MOST_ROWS} more (--json)"
+    yield from tables.labelled("ran", _ran(result), style)
+    for warning in result.warnings:
         yield from tables.labelled("warning", warning, style)
 
 
-def same_words(done: Replayed) -> str:
+def same_words(result: ReplayResult) -> str:
     """``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
-    then, here = done.replay.then, done.here
-    parts = [_kind_and_cell(here, done.agreement.cell)]
+    original, rerun = result.replay.original, result.rerun
+    parts = [_kind_and_cell(rerun, result.agreement.cell)]
     if (
-        not any(difference.what == "line" for difference in done.agreement.failure)
-        and then.crash_cell
-        and then.crash_cell.line
+        not any(difference.what == "line" for difference in result.agreement.failure)
+        and original.crash_cell
+        and original.crash_cell.line
     ):
-        parts.append(f"line {then.crash_cell.line}")
-    a, b = then.usage.memory_peak, here.usage.memory_peak
-    if a and b and compares_peaks(then, whole=done.replay.cells is None):
+        parts.append(f"line {original.crash_cell.line}")
+    a, b = original.usage.memory_peak, rerun.usage.memory_peak
+    if a and b and compares_peaks(original, whole=result.replay.cells is None):
         parts.append(f"peak {format_size(b)} ({format_size(a)} then)")
     return ", ".join(parts)
 
 
-def here_words(done: Replayed) -> str:
+def here_words(result: ReplayResult) -> str:
     """What happened here instead."""
-    if done.here.cause is None:
+    if result.rerun.cause is None:
         return "it passed here"
-    return f"{_kind_and_cell(done.here, done.agreement.cell)} here"
+    return f"{_kind_and_cell(result.rerun, result.agreement.cell)} here"
 
 
 def _kind_and_cell(verdict: Verdict, code_index: int | None) -> str:
@@ -173,41 +177,41 @@ def shown(difference: Difference, side: str) -> str:
         return format_size(value)
     if difference.what == "signal":
         return common.signal_name(value)
-    words = common.one_line(str(value))
-    return words.replace("_", " ") if difference.what in ("cause", "status") else words
+    text = common.one_line(str(value))
+    return text.replace("_", " ") if difference.what in ("cause", "status") else text
 
 
-def _ran(done: Replayed) -> str:
-    name = common.one_line(done.replay.prepared.job.path.name)
-    cells = done.replay.cells
-    held = (
+def _ran(result: ReplayResult) -> str:
+    name = common.one_line(result.replay.prepared.job.path.name)
+    cells = result.replay.cells
+    subject = (
         f"{name}{common.SEPARATOR}{common.cell_sum(c.code_index for c in cells)} of the notebook"
         if cells
         else name
     )
-    return f"{held}, in a copy of its folder"
+    return f"{subject}, in a copy of its folder"
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------
 
 
-def as_document(done: Replayed, path: str) -> dict[str, Any]:
+def as_document(result: ReplayResult, path: str) -> dict[str, Any]:
     """The comparison as JSON values."""
-    found = done.agreement
+    agreement = result.agreement
     return {
         "schema": SCHEMA,
         "verdict": plain(path),
-        "notebook": plain(str(done.replay.prepared.job.path)),
-        "reproduction": done.replay.cells is not None,
-        "same": found.same and done.here.status is not Status.CANCELLED,
-        "then": _side(done.replay.then),
-        "here": _side(done.here),
-        "differs": [plain(difference) for difference in found.failure],
+        "notebook": plain(str(result.replay.prepared.job.path)),
+        "reproduction": result.replay.cells is not None,
+        "same": agreement.same and result.rerun.status is not Status.CANCELLED,
+        "then": _side(result.replay.original),
+        "here": _side(result.rerun),
+        "differs": [plain(difference) for difference in agreement.failure],
         "environment": [
             {"what": d.what, "then": plain(d.then), "here": plain(d.here)}
-            for d in found.environment
+            for d in agreement.environment
         ],
-        "warnings": [plain(warning) for warning in done.warnings],
+        "warnings": [plain(warning) for warning in result.warnings],
     }
 
 

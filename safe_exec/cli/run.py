@@ -18,7 +18,7 @@ from safe_exec.model.limits import FolderUse, LimitName
 from safe_exec.model.verdict import Verdict
 from safe_exec.sandbox.planner import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
-from safe_exec.workflows.prepare import Bisect, Job, Prepared, command_line, prepare, refuse_same
+from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, prepare, refuse_same
 
 if TYPE_CHECKING:
     from safe_exec.model.events import EventSink
@@ -171,15 +171,15 @@ def command(
     After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
     hosts: a search runs cells again. Ctrl-C then keeps the best so far.
     """
-    with Early() as ahead:
+    with Early() as kernel:
         # One look and all input is checked: from here on whatever happens ends in a verdict.
-        prepared = prepare(replace(job_of(notebook, options), output=out), ahead)
+        prepared = prepare(replace(job_of(notebook, options), output=out), kernel)
         if events is not None:
             refuse_same(
                 {
                     "the notebook": notebook,
-                    "-o": prepared.output,
-                    "--verdict": prepared.verdict,
+                    "-o": prepared.paths.notebook,
+                    "--verdict": prepared.paths.verdict,
                     "--events": events,
                 }
             )
@@ -272,7 +272,7 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
     return seconds
 
 
-def _run(prepared: Prepared, events: Path | None, *, quiet: bool) -> Verdict:
+def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool) -> Verdict:
     import asyncio  # all of this while the kernel starts
 
     from safe_exec.reports import progress

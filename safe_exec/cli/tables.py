@@ -9,45 +9,49 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text.common import display_width, one_line
-from safe_exec.sandbox.advice.fix import Way
+from safe_exec.sandbox.advice.fix import Fix
 
 HARD, SOFT, NOTHING, PLAIN = "✓", "~", "✗", "·"
 _COLOURS = {HARD: "good", SOFT: "warn", NOTHING: "bad", PLAIN: "dim"}
 _GAP = "  "
 
 
-def mark(held: Enforcement) -> str:
+def mark(enforcement: Enforcement) -> str:
     """The sign of how a limit is held: by the system's kernel, more weakly, by nothing, or by the runner as it must be."""
-    if held.by is Mechanism.NONE:
+    if enforcement.by is Mechanism.NONE:
         return NOTHING
-    if held.by is Mechanism.RUNNER:
+    if enforcement.by is Mechanism.RUNNER:
         return PLAIN
-    return HARD if held.hard else SOFT
+    return HARD if enforcement.hard else SOFT
 
 
-def held_columns(held: Enforcement) -> tuple[str, str, str]:
+def enforcement_columns(enforcement: Enforcement) -> tuple[str, str, str]:
     """By what, how hard, and the note."""
-    if held.by is Mechanism.NONE:
-        return "nothing", "", held.note
-    return held.by.value, "hard" if held.hard else "soft", held.note
+    if enforcement.by is Mechanism.NONE:
+        return "nothing", "", enforcement.note
+    return enforcement.by.value, "hard" if enforcement.hard else "soft", enforcement.note
 
 
 def wall_rows(walls: Mapping[Wall, Enforcement]) -> list[tuple[str, ...]]:
     """A row for each wall: what would hold it, and what that means."""
     # What the runner holds of walls (the environment) it holds before the kernel starts: there is no way past it.
     return [
-        (HARD if held.hard else mark(held), wall.value, *held_columns(held))
-        for wall, held in walls.items()
+        (
+            HARD if enforcement.hard else mark(enforcement),
+            wall.value,
+            *enforcement_columns(enforcement),
+        )
+        for wall, enforcement in walls.items()
     ]
 
 
 def enforcement_document(
-    held: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement],
+    enforcement_by_name: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement],
 ) -> dict[str, dict[str, object]]:
     """What holds each limit or wall, as JSON values."""
     return {
-        name.value: {"by": found.by.value, "hard": found.hard, "note": found.note}
-        for name, found in held.items()
+        name.value: {"by": enforcement.by.value, "hard": enforcement.hard, "note": enforcement.note}
+        for name, enforcement in enforcement_by_name.items()
     }
 
 
@@ -64,35 +68,37 @@ def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> It
             cell + " " * (width - display_width(cell))
             for cell, width in zip(row, widths, strict=False)
         ]
-        left = len(indent) + sum(widths) + len(_GAP) * len(widths)
+        indent_width = len(indent) + sum(widths) + len(_GAP) * len(widths)
         painted = [
             style.paint(signs[cell.strip()], cell) if cell.strip() in signs else cell
             for cell in fixed
         ]
-        last = textwrap.wrap(row[-1], max(style.width - left, 24), break_on_hyphens=False) or [""]
+        last = textwrap.wrap(
+            row[-1], max(style.width - indent_width, 24), break_on_hyphens=False
+        ) or [""]
         yield (indent + _GAP.join((*painted, last[0]))).rstrip()
-        yield from (" " * left + line for line in last[1:])
+        yield from (" " * indent_width + line for line in last[1:])
 
 
-def labelled(label: str, words: str, style: Style, width: int = 12) -> Iterator[str]:
+def labelled(label: str, text: str, style: Style, width: int = 12) -> Iterator[str]:
     """A line under a label in the left margin, wrapped."""
-    lines = textwrap.wrap(one_line(words), max(style.width - width - 2, 24), break_on_hyphens=False)
+    lines = textwrap.wrap(one_line(text), max(style.width - width - 2, 24), break_on_hyphens=False)
     for row, line in enumerate(lines):
         name = label if row == 0 else ""
         yield f"  {style.paint('dim', name)}{' ' * (width - len(name))}{line}"
 
 
-def remedy(names: Sequence[str], why: str, ways: Sequence[Way], style: Style) -> Iterator[str]:
+def remedy(names: Sequence[str], reason: str, fixes: Sequence[Fix], style: Style) -> Iterator[str]:
     """Why something is weak, and what mends it."""
-    label = style.paint("warn", f"to mend {', '.join(names)}")
-    yield f"  {label}: {why}"
-    for number, way in enumerate(ways):
-        either = "or " if number and not way.what.startswith("or ") else ""
-        yield f"    {either}{way.what}{':' if way.steps else ''}"
+    label = style.paint("warn", f"to fix {', '.join(names)}")
+    yield f"  {label}: {reason}"
+    for number, fix in enumerate(fixes):
+        either = "or " if number and not fix.what.startswith("or ") else ""
+        yield f"    {either}{fix.what}{':' if fix.steps else ''}"
         # Commands are never wrapped: they are there to be copied.
-        yield from (f"      {style.paint('bold', step)}" for step in way.steps)
-        if way.note:
-            yield f"      {style.paint('dim', f'({way.note})')}"
+        yield from (f"      {style.paint('bold', step)}" for step in fix.steps)
+        if fix.note:
+            yield f"      {style.paint('dim', f'({fix.note})')}"
 
 
 def write(lines: Iterable[str], style: Style) -> None:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
@@ -29,7 +30,7 @@ from safe_exec.model.ending import (
     TimedOut,
 )
 from safe_exec.model.evidence import Frame, Place
-from safe_exec.model.limits import Limits
+from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import (
     Cause,
     CrashCell,
@@ -43,7 +44,6 @@ from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
     from safe_exec.trial.request import TrialResult
-    from safe_exec.workflows.prepare import Prepared
 
 STATUS_OF: Mapping[type[Any], Status] = {
     Passed: Status.PASSED,
@@ -84,36 +84,55 @@ def context_of(
     )
 
 
-def conclude(
-    prepared: Prepared, result: TrialResult, plan: SpawnPlan, *, allow_errors: bool
-) -> Verdict:
-    """The verdict of one run."""
-    limits, ledger, evidence = prepared.resolved.limits, result.ledger, result.evidence
-    language = _language(result.node) or prepared.notebook.language  # the kernel's own word first
-    context = context_of(result, limits, plan, language)
+class RunInfo(Struct, frozen=True, kw_only=True):
+    """The facts of a run that its trial does not know: its request, its notebook, its start.
+
+    ``language`` is the one that the notebook's metadata name. ``warnings`` come from its limits.
+    """
+
+    run_id: str
+    started_at: datetime
+    command: tuple[str, ...]
+    cwd: Path
+    path: Path
+    sha256: str
+    kernel_name: str
+    language: str | None
+    limits: Limits
+    isolation: Isolation
+    allow_errors: bool
+    warnings: tuple[str, ...]
+
+
+def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict:
+    """Build the verdict of one run from its trial."""
+    ledger, evidence = result.ledger, result.evidence
+    # A kernel names its language in kernel_info; the notebook's metadata may be out of date.
+    language = _language(result.node) or run.language
+    context = context_of(result, run.limits, plan, language)
     cause = find_cause(context)
     info = NotebookInfo(
-        path=str(prepared.job.path),
-        sha256=prepared.notebook.sha256,
-        kernel=prepared.kernel_name,
+        path=str(run.path),
+        sha256=run.sha256,
+        kernel=run.kernel_name,
         language=language,
-        cells=len(prepared.node.cells),
+        cells=len(result.node.cells),
         code_cells=len(ledger.records),
     )
     return Verdict(
         safe_exec_version=__version__,
-        run_id=prepared.run_id,
-        started=_utc(prepared.started_at),
+        run_id=run.run_id,
+        started=_utc(run.started_at),
         finished=_utc(datetime.now(UTC)),
-        command=prepared.job.command or ("safe_exec.run", str(prepared.job.path)),
-        cwd=str(prepared.cwd),
+        command=run.command or ("safe_exec.run", str(run.path)),
+        cwd=str(run.cwd),
         status=STATUS_OF[type(result.ending)],
         notebook=info,
         cause=cause,
         crash_cell=crash_cell(result.ending, result.place, result.node),
         cells=tuple(ledger.records.values()),
-        limits=limits,
-        isolation=prepared.resolved.isolation,
+        limits=run.limits,
+        isolation=run.isolation,
         enforcement=plan.enforcement,
         timeline=ledger.timeline(),
         usage=Usage(
@@ -129,13 +148,13 @@ def conclude(
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
         warnings=(
-            *prepared.resolved.warnings,
+            *run.warnings,
             *result.warnings,
             *unexplained(context, cause),
             *_reasons(result.ending),
-            *_not_known(prepared.kernel_name, result),
+            *_not_known(run.kernel_name, result),
         ),
-        allow_errors=allow_errors,
+        allow_errors=run.allow_errors,
         remote_hosts=evidence.remote_hosts,
     )
 

@@ -19,7 +19,7 @@ from papermill.log import logger
 if TYPE_CHECKING:
     from safe_exec.model.events import Event
     from safe_exec.model.verdict import Verdict
-    from safe_exec.workflows.prepare import Prepared
+    from safe_exec.workflows.prepare import PreparedJob
 
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
 """Names a profile or a limits file where no argument does: papermill's command line hands an engine no options."""
@@ -44,7 +44,7 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         options: Mapping[str, object] | None = None,
         require: str | None = None,
         walls: Mapping[str, object] | None = None,
-        **rest: Any,
+        **unused_options: Any,
     ) -> None:
         """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
 
@@ -52,19 +52,19 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         engine. Raises UsageError for limits that are wrong, PlatformError on anything but Linux, KeyboardInterrupt where we were
         stopped, and SafeExecError where the notebook has no cell that could carry the error.
         """
-        given = dict(options or {})
-        seconds = execution_timeout or rest.get("timeout")
+        engine_options = dict(options or {})
+        seconds = execution_timeout or unused_options.get("timeout")
         if seconds:
-            given["cell_timeout"] = seconds
+            engine_options["cell_timeout"] = seconds
         if start_timeout:
-            given["start_timeout"] = start_timeout
+            engine_options["start_timeout"] = start_timeout
         chosen = limits or os.environ.get(PROFILE_VARIABLE) or None
         prepared = _prepared(
             nb_man.nb,
             input_path,
             kernel_name,
             limits=chosen,
-            options=given,
+            options=engine_options,
             require=require,
             walls=walls,
         )
@@ -83,8 +83,8 @@ def _prepared(
     kernel: str,
     *,
     walls: Mapping[str, object] | None,
-    **asked: Any,
-) -> Prepared:
+    **options: Any,
+) -> PreparedJob:
     """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
     from safe_exec.platforms import refuse_elsewhere
 
@@ -108,18 +108,18 @@ def _prepared(
         bisect=Bisect.NEVER,
         writes=False,
         walls=checked,
-        **asked,
+        **options,
     )
     return prepare(job, source=source)
 
 
-def _run(prepared: Prepared, relay: Relay) -> Verdict:
+def _run(prepared: PreparedJob, relay: Relay) -> Verdict:
     from safe_exec.workflows.run import run_undocumented
 
-    found: tuple[Verdict, Any] = _finished(
+    outcome: tuple[Verdict, Any] = _finished(
         run_undocumented(prepared, (relay.event,), relay.message)
     )
-    return found[0]
+    return outcome[0]
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -128,13 +128,13 @@ def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(asyncio.run(coroutine)))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(asyncio.run(coroutine)))
     thread.start()
     thread.join()
-    if not found:
+    if not results:
         raise RuntimeError("the run ended without a verdict; its own error stands above")
-    return found[0]
+    return results[0]
 
 
 class Relay:
@@ -209,12 +209,12 @@ class Relay:
         ):
             logger.info("".join(content["data"]["text/plain"]))
 
-    def _log_stream(self, name: str, words: str) -> None:
+    def _log_stream(self, name: str, text: str) -> None:
         if self.log_output:
-            (logger.warning if name == "stderr" else logger.info)(words)
+            (logger.warning if name == "stderr" else logger.info)(text)
         file = self.files.get(name)
         if file is not None:
-            file.write(words)
+            file.write(text)
             file.flush()
 
     # --- at its end ---------------------------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ class Relay:
         """Say what came of it. A cell that carries an error makes papermill save, and raise its own exception."""
         from safe_exec.model.verdict import Status
 
-        for words in verdict.warnings:
-            logger.warning(words)
+        for warning in verdict.warnings:
+            logger.warning(warning)
         if verdict.status is Status.PASSED:
             self._catch_up(len(self.nb_man.nb.cells))
             return

@@ -153,8 +153,8 @@ def _settings(config: pytest.Config) -> Settings:
     refuse_elsewhere()
     from safe_exec.cli.run import parse_budget, walls_of
 
-    given = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
-    options = {name: value for name, value in given.items() if value is not None}
+    values = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
+    options = {name: value for name, value in values.items() if value is not None}
     if "output" in options:
         options.setdefault("cell_output", options["output"])  # as the command takes it
     out = config.getoption("safe_exec_out")
@@ -176,9 +176,9 @@ def _settings(config: pytest.Config) -> Settings:
 
 def _isolation_options(config: pytest.Config) -> dict[str, Any]:
     """The options of isolation, by the names that those of the command have."""
-    given = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
+    paths = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
     flags = {name: config.getoption(f"safe_exec_{name}") for name in ("network", "read_only")}
-    return {**given, **flags, "env_names": given["env"], "devices": given["device"]}
+    return {**paths, **flags, "env_names": paths["env"], "devices": paths["device"]}
 
 
 def _working_directory(text: str | None, base: Path) -> Path | None:
@@ -223,8 +223,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if settings is None:
         return []
     own = "".join(f", {name.replace('_', '-')} {value}" for name, value in settings.options.items())
-    what = "documents" if settings.keeps else "documents of failures"
-    return [f"safe-exec: limits {settings.limits or 'default'}{own}; {what} in {settings.out}"]
+    documents = "documents" if settings.keeps else "documents of failures"
+    return [f"safe-exec: limits {settings.limits or 'default'}{own}; {documents} in {settings.out}"]
 
 
 # --- collecting ---------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Fil
     """A file of one test for each notebook."""
     if parent.config.stash.get(SETTINGS, None) is None or file_path.suffix != SUFFIX:
         return None
-    made: NotebookFile = NotebookFile.from_parent(parent, path=file_path)
-    return made
+    file: NotebookFile = NotebookFile.from_parent(parent, path=file_path)
+    return file
 
 
 def is_collected(path: Path) -> bool:
@@ -291,9 +291,9 @@ class NotebookItem(pytest.Item):
         if verdict.status is not Status.PASSED:
             self._point_at(verdict)
             raise NotebookFailed(verdict)
-        lost = [words for words in verdict.warnings if words.startswith(NOT_KEPT)]
-        for words in lost:
-            self.warn(FilesNotKept(f"{self.nodeid}: {words}"))
+        file_warnings = [warning for warning in verdict.warnings if warning.startswith(NOT_KEPT)]
+        for warning in file_warnings:
+            self.warn(FilesNotKept(f"{self.nodeid}: {warning}"))
         if not self._settings.keeps:
             for path in verdict.outputs.values():
                 Path(path).unlink(missing_ok=True)
@@ -371,7 +371,7 @@ class NotebookItem(pytest.Item):
 def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
     """Figures of a run by name, bytes and seconds; what was not measured is left out."""
     cause, crash, culprits = verdict.cause, verdict.crash_cell, verdict.culprits
-    found: dict[str, str | int | float | None] = {
+    figures: dict[str, str | int | float | None] = {
         "status": verdict.status.value,
         "exit_code": verdict.exit_code,
         "cause": cause.kind.value if cause else None,
@@ -388,7 +388,7 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
         "memory_peak": verdict.usage.memory_peak,
         "memory_limit": verdict.limits.memory,
     }
-    return [(name, value) for name, value in found.items() if value is not None]
+    return [(name, value) for name, value in figures.items() if value is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -417,7 +417,7 @@ class Headlines:
         ):
             return
         path, line, _ = report.location
-        said = Diagnosis(report.longrepr)
-        headline = said.partition("\n")[0].removeprefix("✗ ")
-        said.reprcrash = Crash(path=path, lineno=(line or 0) + 1, message=headline)
-        report.longrepr = said
+        text = Diagnosis(report.longrepr)
+        headline = text.partition("\n")[0].removeprefix("✗ ")
+        text.reprcrash = Crash(path=path, lineno=(line or 0) + 1, message=headline)
+        report.longrepr = text

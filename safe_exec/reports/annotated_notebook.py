@@ -123,11 +123,11 @@ def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
 
 def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
     """Marks each culprit in its metadata and, but for the crash cell with its error, for every viewer to see."""
-    found = verdict.culprits
-    if found is None:
+    search = verdict.culprits
+    if search is None:
         return
     others = culprits.others(verdict)
-    for culprit in found.cells:
+    for culprit in search.cells:
         cell = notebook.cells[culprit.index] if culprit.index < len(notebook.cells) else None
         if cell is None or cell.cell_type != "code":
             continue
@@ -136,7 +136,7 @@ def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
             mark = {
                 "role": culprit.role,
                 "note": culprit.note,
-                "look_first": culprit.index == found.look_first,
+                "look_first": culprit.index == search.look_first,
             }
             ours.setdefault(_RESULT_KEY, _node({}))[_CULPRIT_ROLE] = _node(plain(mark))
         if culprit in others:
@@ -145,12 +145,12 @@ def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
 
 def _culprit_output(culprit: Culprit) -> NotebookNode:
     role, note = culprit.role.value, culprits.note(culprit)
-    shown = {
+    data = {
         "text/markdown": f"**safe-exec: culprit** ({role}): {inert(note)}",
         "text/plain": f"safe-exec: culprit ({role}): {note}",
     }
     metadata = {METADATA_KEY: {_RESULT_KEY: {"role": _CULPRIT_ROLE}}}
-    return _node({"output_type": "display_data", "data": shown, "metadata": metadata})
+    return _node({"output_type": "display_data", "data": data, "metadata": metadata})
 
 
 # --- the error output -------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
         yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
 
 
-def _red(words: str) -> str:
-    return f"{_RED}{words}{_PLAIN}"
+def _red(text: str) -> str:
+    return f"{_RED}{text}{_PLAIN}"
 
 
 def _block(title: str, lines: list[str]) -> Iterator[str]:
@@ -234,8 +234,8 @@ def _source_lines(source: str, line: int | None) -> Iterator[str]:
     if line is None or not 1 <= line <= len(lines):
         return
     first = max(1, line - _CONTEXT_LINES)
-    for number, words in enumerate(lines[first - 1 : line + _CONTEXT_LINES], start=first):
-        code = common.clip(common.printable(words), _SOURCE_WIDTH)
+    for number, source_line in enumerate(lines[first - 1 : line + _CONTEXT_LINES], start=first):
+        code = common.clip(common.printable(source_line), _SOURCE_WIDTH)
         yield _red(f"----> {number} {code}") if number == line else f"{number:>7} {code}"
 
 
@@ -258,9 +258,9 @@ def _banner(notebook: NotebookNode, verdict: Verdict) -> NotebookNode:
     return cell
 
 
-def _unused_id(taken: set[str | None]) -> str:
+def _unused_id(ids: set[str | None]) -> str:
     number, name = 1, _BANNER_ID
-    while name in taken:
+    while name in ids:
         number, name = number + 1, f"{_BANNER_ID}-{number + 1}"
     return name
 
@@ -270,9 +270,9 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
     if verdict.cause is not None and not common.headline_has_summary(verdict):
         yield f"**Why:** {inert(verdict.cause.summary)}"
     if verdict.crash_cell is not None:
-        yield from _where(verdict.crash_cell, verdict)
+        yield from _location(verdict.crash_cell, verdict)
     if verdict.culprits is not None:
-        yield from _who(verdict.culprits, verdict)
+        yield from _culprit_paragraphs(verdict.culprits, verdict)
     facts = common.evidence_lines(verdict)
     if facts:
         yield "**Evidence:**\n\n" + "\n".join(f"- {_fact(line)}" for line in facts)
@@ -280,13 +280,13 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield f"**Next:** {inert(verdict.cause.advice)}"
     if verdict.cause is None and verdict.warnings:
         yield "**Warnings:**\n\n" + "\n".join(
-            f"- {code_span(common.one_line(words))}" for words in verdict.warnings
+            f"- {code_span(common.one_line(warning))}" for warning in verdict.warnings
         )
-    yield from _missed(verdict)
+    yield from _cells_not_run(verdict)
     yield "*Written by safe-exec, which takes this cell away when it runs the notebook again.*"
 
 
-def _where(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
+def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
     """The line of the crash cell, and those of other functions of the notebook that it had called."""
     yield _quoted(f"**Where:** {_linked(crash)}, {common.moment(verdict)}", crash.source_line)
     records = {record.index: record for record in verdict.cells}
@@ -301,11 +301,11 @@ def _where(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
             yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
 
 
-def _quoted(words: str, source_line: str | None) -> str:
+def _quoted(label: str, source_line: str | None) -> str:
     return (
-        f"{words}:\n\n{fenced(common.clip(common.code_line(source_line), _SOURCE_WIDTH))}"
+        f"{label}:\n\n{fenced(common.clip(common.code_line(source_line), _SOURCE_WIDTH))}"
         if source_line
-        else words
+        else label
     )
 
 
@@ -315,24 +315,24 @@ def _linked(cell: CrashCell | CellRecord | Culprit) -> str:
     return f"[{name}](#cell-id={cell.id})" if cell.id and _CELL_ID.fullmatch(cell.id) else name
 
 
-def _who(found: Culprits, verdict: Verdict) -> Iterator[str]:
+def _culprit_paragraphs(search: Culprits, verdict: Verdict) -> Iterator[str]:
     """The culprits, each with what it did, or why no search could tell; and how to see it again."""
-    outcome = culprits.outcome(found)
-    if not found.cells:
+    outcome = culprits.outcome(search)
+    if not search.cells:
         yield f"**Culprits:** none found; {outcome}."
         return
-    again, runs = found.reproduced
-    checked = f"reproduced {again} of {runs}" if runs else ""
-    said = "; ".join(part for part in (culprits.names(found), checked, outcome) if part)
+    failures, runs = search.reproduced
+    checked = f"reproduced {failures} of {runs}" if runs else ""
+    summary = "; ".join(part for part in (culprits.names(search), checked, outcome) if part)
     others = culprits.others(verdict)
-    shown = [
+    listed_cells = [
         *others[: culprits.MOST_SHOWN],
-        *(culprit for culprit in found.cells if culprit not in others),
+        *(culprit for culprit in search.cells if culprit not in others),
     ]
-    lines = [f"- {_linked(c)} ({c.role.value}): {inert(culprits.note(c))}" for c in shown]
+    lines = [f"- {_linked(c)} ({c.role.value}): {inert(culprits.note(c))}" for c in listed_cells]
     if len(others) > culprits.MOST_SHOWN:
         lines.append(f"- and {len(others) - culprits.MOST_SHOWN} more")
-    yield f"**Culprits:** {said}:\n\n" + "\n".join(lines)
+    yield f"**Culprits:** {summary}:\n\n" + "\n".join(lines)
     first = culprits.look_first(verdict)
     if first is not None:
         yield f"**Look first:** {_linked(first)}"
@@ -342,11 +342,11 @@ def _who(found: Culprits, verdict: Verdict) -> Iterator[str]:
 
 
 def _fact(line: str) -> str:
-    said, _, value = line.partition(": ")
-    return f"{inert(said)}: {code_span(value)}" if value else code_span(line)
+    label, _, value = line.partition(": ")
+    return f"{inert(label)}: {code_span(value)}" if value else code_span(line)
 
 
-def _missed(verdict: Verdict) -> Iterator[str]:
-    missed = common.not_run(verdict)
-    if missed:
-        yield f"{common.cell_names(missed).capitalize()} did not run; earlier outputs of theirs are cleared."
+def _cells_not_run(verdict: Verdict) -> Iterator[str]:
+    records = common.not_run(verdict)
+    if records:
+        yield f"{common.cell_names(records).capitalize()} did not run; earlier outputs of theirs are cleared."

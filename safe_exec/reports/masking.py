@@ -116,13 +116,13 @@ class Mask:
 
 def mask_for(environment: Mapping[str, str]) -> Mask:
     """The mask for the secrets of an environment."""
-    found = [
+    secrets = [
         secret
         for name, value in environment.items()
         if is_secret_name(name)
         for secret in secrets_in(name, value)
     ]
-    return Mask(tuple(found))
+    return Mask(tuple(secrets))
 
 
 def is_secret_name(name: str) -> bool:

@@ -39,8 +39,8 @@ class _Search:
     def __init__(self, started: events.SearchStarted, code_indices: dict[int, int]) -> None:
         self._began, self._budget = started.time, started.budget
         self._code_indices = code_indices
-        self._left = started.cells
-        self._told = started.time
+        self._cells_left = started.cells
+        self._last_news = started.time
         self._trial = 0
         self._best: tuple[int, ...] = ()
         self.running = True
@@ -53,10 +53,10 @@ class _Search:
             case events.SearchTrialFinished():
                 # Worth a line: a smaller set, or a sign of life after a while.
                 self.news = (
-                    event.best != self._best or event.time - self._told >= _SEARCH_LINE_SECONDS
+                    event.best != self._best or event.time - self._last_news >= _SEARCH_LINE_SECONDS
                 )
-                self._told = event.time if self.news else self._told
-                self._trial, self._left, self._best = event.number, event.left, event.best
+                self._last_news = event.time if self.news else self._last_news
+                self._trial, self._cells_left, self._best = event.number, event.left, event.best
             case events.SearchFinished():
                 self._best, self.running = event.cells, False
 
@@ -67,21 +67,21 @@ class _Search:
         return common.SEPARATOR.join(part for part in (self.stage(), self.best()) if part)
 
     def stage(self) -> str:
-        return f"trial {max(1, self._trial)}{common.SEPARATOR}{common.counted(self._left, 'cell')} left"
+        return f"trial {max(1, self._trial)}{common.SEPARATOR}{common.counted(self._cells_left, 'cell')} left"
 
     def best(self) -> str:
         return f"best: {self._names(self._best)}" if self._best else ""
 
-    def spent(self, now: float) -> str:
+    def elapsed(self, time: float) -> str:
         """``12 s of 60 s``."""
-        spent = _whole(max(0.0, now - self._began))
-        return f"{spent} of {_whole(self._budget)}" if math.isfinite(self._budget) else spent
+        elapsed = _whole(max(0.0, time - self._began))
+        return f"{elapsed} of {_whole(self._budget)}" if math.isfinite(self._budget) else elapsed
 
     def result(self, event: events.SearchFinished) -> str:
         minimal = "" if event.minimal or not event.cells else "not known to be minimal"
-        found = f"culprits: {self._names(event.cells)}" if event.cells else "no culprits found"
+        outcome = f"culprits: {self._names(event.cells)}" if event.cells else "no culprits found"
         parts = (
-            found,
+            outcome,
             minimal,
             common.counted(self._trial, "trial"),
             format_seconds(max(0.0, event.time - self._began)),
@@ -91,9 +91,11 @@ class _Search:
     def _names(self, indices: Iterable[int]) -> str:
         """The cells with these indexes as people call them; those of the first run are known."""
         code = [self._code_indices.get(index) for index in indices]
-        known = [index for index in code if index is not None]
+        numbers = [index for index in code if index is not None]
         return (
-            common.cell_sum(known) if len(known) == len(code) else common.counted(len(code), "cell")
+            common.cell_sum(numbers)
+            if len(numbers) == len(code)
+            else common.counted(len(code), "cell")
         )
 
 
@@ -145,8 +147,8 @@ class Situation:
         if event.cpu_seconds is None:
             return
         if self._cpu_sample is not None and event.time > self._cpu_sample[0]:
-            then, used = self._cpu_sample
-            self.cpu_share = max(0.0, event.cpu_seconds - used) / (event.time - then)
+            previous_time, used = self._cpu_sample
+            self.cpu_share = max(0.0, event.cpu_seconds - used) / (event.time - previous_time)
         self._cpu_sample = (event.time, event.cpu_seconds)
 
     def cell_of(self, code_index: int) -> str:
@@ -179,8 +181,8 @@ class Situation:
         In a search the time spent of its budget; ``since`` is how long ago the last event was.
         """
         if self.search is not None:
-            return self.search.spent(self.time + since) if self.search.running else ""
-        return "  ".join(part for part in (format_seconds(self.spent()), self.usage()) if part)
+            return self.search.elapsed(self.time + since) if self.search.running else ""
+        return "  ".join(part for part in (format_seconds(self.elapsed()), self.usage()) if part)
 
     def usage(self) -> str:
         """Memory against its limit, processors in use; only what was measured."""
@@ -189,7 +191,7 @@ class Situation:
             parts.append(f"cpu {self.cpu_share:.0%}")
         return "  ".join(part for part in parts if part)
 
-    def spent(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the cell began, or the run where none has."""
         return max(0.0, self.time - (self.cell.time if self.cell is not None else 0.0))
 
@@ -209,31 +211,31 @@ def first_line(source: str) -> str:
     return next((line for line in lines if line and not line.startswith("#")), lines[0])
 
 
-def notable(event: events.Event, now: Situation) -> str | None:
+def notable(event: events.Event, situation: Situation) -> str | None:
     """The line that stays on the screen for ``event``, with a terminal or without; ``None`` for none."""
     match event:
         case events.LimitNear():
             name, used, allowed = _amounts(event.limit, event.used, event.allowed)
-            return f"{name} near its limit in {now.where()}: {used} of {allowed}"
+            return f"{name} near its limit in {situation.where()}: {used} of {allowed}"
         case events.LimitReached():
             name, used, allowed = _amounts(event.limit, event.used, event.allowed)
-            return f"{name} limit reached in {now.where()}: {used or 'all'} of {allowed}"
+            return f"{name} limit reached in {situation.where()}: {used or 'all'} of {allowed}"
         case events.Interrupted():
-            return f"interrupting {now.where()} after {format_seconds(now.spent())}"
+            return f"interrupting {situation.where()} after {format_seconds(situation.elapsed())}"
         case events.Killed() if event.reason is not TerminationReason.SHUTDOWN:
             return f"ending the kernel: {event.reason.value.replace('_', ' ')}"
         case events.KernelEnded(expected=False) if (
-            not now.killed
+            not situation.killed
         ):  # it is no news that our own kill worked
-            how = (
+            outcome = (
                 str(ExitStatus(event.status))
                 if event.status is not None
                 else "exit status not known"
             )
             return (
-                f"the kernel died in {now.where()}: {how}"
-                if now.cell is not None
-                else f"the kernel died: {how}"
+                f"the kernel died in {situation.where()}: {outcome}"
+                if situation.cell is not None
+                else f"the kernel died: {outcome}"
             )
     return None
 
@@ -247,30 +249,30 @@ def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str,
     )
 
 
-def plain_line(event: events.Event, now: Situation) -> str | None:
+def plain_line(event: events.Event, situation: Situation) -> str | None:
     """What a log without a terminal gets besides: the start of the kernel, cells that were slow or did not pass, the search."""
     match event:
         case events.KernelReady():
-            return f"kernel {common.one_line(now.kernel)} ready after {format_seconds(event.time)}"
+            return f"kernel {common.one_line(situation.kernel)} ready after {format_seconds(event.time)}"
         case events.CellFinished():
             slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS
             return (
-                _finished(event, now)
+                _finished(event, situation)
                 if slow or event.status in (CellStatus.FAILED, CellStatus.KILLED)
                 else None
             )
         case events.SearchStarted():
             budget = f" (budget {_whole(event.budget)})" if math.isfinite(event.budget) else ""
             return f"searching for the culprits among {common.counted(event.cells, 'code cell')}{budget}"
-        case events.SearchTrialFinished() if now.search is not None and now.search.news:
-            return common.SEPARATOR.join((now.doing(), now.figures()))
-        case events.SearchFinished() if now.search is not None:
-            return now.search.result(event)
+        case events.SearchTrialFinished() if situation.search is not None and situation.search.news:
+            return common.SEPARATOR.join((situation.doing(), situation.figures()))
+        case events.SearchFinished() if situation.search is not None:
+            return situation.search.result(event)
     return None
 
 
-def _finished(event: events.CellFinished, now: Situation) -> str:
-    parts = [f"{now.cell_of(event.code_index)} {event.status.value}"]
+def _finished(event: events.CellFinished, situation: Situation) -> str:
+    parts = [f"{situation.cell_of(event.code_index)} {event.status.value}"]
     if event.seconds is not None:
         parts.append(format_seconds(event.seconds))
     if event.memory_peak is not None:
@@ -292,11 +294,11 @@ class Progress:
         self._stream = stream
         self._style = Style.of(stream)
         self._clock = clock
-        self._now = Situation()
+        self._situation = Situation()
         self._silent = quiet
         self._live: Live | None = None
         self._drawn = float("-inf")
-        self._heard = 0.0
+        self._last_event = 0.0
         self._ticking = False
 
     def __enter__(self) -> Self:
@@ -316,18 +318,18 @@ class Progress:
 
     def __call__(self, event: events.Event) -> None:
         """Show an event; a stream that is gone silences the progress and nothing else."""
-        self._now.take(event)
-        self._heard = self._clock()
+        self._situation.take(event)
+        self._last_event = self._clock()
         if not self._silent and not quietly(lambda: self._show(event)):
             self._silent = True
         self._keep_ticking()
 
     def _show(self, event: events.Event) -> None:
-        line = notable(event, self._now)
+        line = notable(event, self._situation)
         if self._live is not None:
             self._draw(self._live, line)
             return
-        line = line or plain_line(event, self._now)
+        line = line or plain_line(event, self._situation)
         if line is not None:
             self._stream.write(f"{self._style.fit(line)}\n")
             self._stream.flush()
@@ -343,7 +345,7 @@ class Progress:
 
     def _keep_ticking(self) -> None:
         """Has the event loop, where there is one, draw the line of a search again and again."""
-        search = self._now.search
+        search = self._situation.search
         if (
             self._ticking
             or self._silent
@@ -367,14 +369,14 @@ class Progress:
     def _status_line(self, width: int) -> Text:
         from rich.text import Text
 
-        figures = self._style.fit(self._now.figures(self._clock() - self._heard))
+        figures = self._style.fit(self._situation.figures(self._clock() - self._last_event))
         room = max(0, width - common.display_width(figures) - 3)
-        doing, below = self._style.fit(self._now.doing()), ""
-        if self._now.search is not None and self._now.search.running:
+        doing, below = self._style.fit(self._situation.doing()), ""
+        if self._situation.search is not None and self._situation.search.running:
             below = "Ctrl-C keeps the best so far"
             if common.display_width(doing) > room:  # a narrow terminal: the best set goes below
-                doing = f"search  {self._now.search.stage()}"
-                best = self._now.search.best()
+                doing = f"search  {self._situation.search.stage()}"
+                best = self._situation.search.best()
                 below = f"{best}{common.SEPARATOR}Ctrl-C keeps it" if best else below
             below = f"\n{_SEARCH_INDENT}{self._style.fit(below)}"
         doing = common.clip(self._style.fit(doing), room)

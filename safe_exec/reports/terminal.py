@@ -60,9 +60,9 @@ class Style(Struct, frozen=True, kw_only=True):
             encoding=getattr(stream, "encoding", None) or "utf-8",
         )
 
-    def paint(self, colour: str, words: str) -> str:
+    def paint(self, colour: str, text: str) -> str:
         """``words`` in one of our colours, where there are any."""
-        return f"{_COLOURS[colour]}{words}{_RESET}" if self.colour and words else words
+        return f"{_COLOURS[colour]}{text}{_RESET}" if self.colour and text else text
 
     def fit(self, line: str) -> str:
         """``line`` with what the encoding lacks replaced: our signs by ASCII ones, the rest by escapes."""
@@ -79,9 +79,9 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def _can_encode(encoding: str, words: str) -> bool:
+def _can_encode(encoding: str, text: str) -> bool:
     try:
-        words.encode(encoding)
+        text.encode(encoding)
     except UnicodeEncodeError:
         return False
     return True
@@ -92,8 +92,10 @@ def _can_encode(encoding: str, words: str) -> bool:
 
 def print_diagnosis(verdict: Verdict, stream: TextIO, style: Style | None = None) -> None:
     """Writes the diagnosis of ``verdict`` to ``stream``; without ``style``, as the stream can show it."""
-    shown = style or Style.of(stream)
-    stream.write("".join(f"{shown.fit(line)}\n" for line in diagnosis(verdict, shown)))
+    style_in_use = style or Style.of(stream)
+    stream.write(
+        "".join(f"{style_in_use.fit(line)}\n" for line in diagnosis(verdict, style_in_use))
+    )
     stream.flush()
 
 
@@ -148,25 +150,25 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
     yield _noted(head, len(head), common.clip(code, room), note, style)
 
 
-def _noted(head: str, head_width: int, words: str, note: str, style: Style) -> str:
+def _noted(head: str, head_width: int, text: str, note: str, style: Style) -> str:
     """One line with its note in the column of the notes, or behind the words where they are longer."""
     room = style.width - head_width - common.display_width(note) - 2
     pad = min(
-        room, max(_NOTE_COLUMN - head_width, common.display_width(words))
-    ) - common.display_width(words)
-    return f"{head}{words}{' ' * pad}  {style.paint('dim', note)}"
+        room, max(_NOTE_COLUMN - head_width, common.display_width(text))
+    ) - common.display_width(text)
+    return f"{head}{text}{' ' * pad}  {style.paint('dim', note)}"
 
 
 def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
     """Which cells it takes and what each of them did, or why no search could tell."""
-    found = verdict.culprits
-    if found is None:
+    search = verdict.culprits
+    if search is None:
         return
-    figures, outcome = culprits.figures(found), culprits.outcome(found)
-    if not found.cells:
+    figures, outcome = culprits.figures(search), culprits.outcome(search)
+    if not search.cells:
         yield from _entry("search", [f"{outcome}{common.SEPARATOR}{figures}"], style)
         return
-    names = culprits.names(found)
+    names = culprits.names(search)
     if _INDENT + common.display_width(names) + 2 + common.display_width(figures) <= style.width:
         yield _noted(_margin("caused by", style), _INDENT, names, figures, style)
     else:
@@ -181,14 +183,14 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
         yield f"{'':>5} │ and {len(others) - culprits.MOST_SHOWN} more"
     first = culprits.look_first(verdict)
     if first is not None:
-        said = f"{common.cell_name(first.code_index)}{common.SEPARATOR}{first.role.value}: {culprits.note(first)}"
-        yield from _entry("look first", [said], style)
+        summary = f"{common.cell_name(first.code_index)}{common.SEPARATOR}{first.role.value}: {culprits.note(first)}"
+        yield from _entry("look first", [summary], style)
 
 
 def _entry(label: str, items: list[str], style: Style, colour: str = "dim") -> Iterator[str]:
     """Items under one label in the left margin, wrapped; nothing at all where there are none."""
-    for number, words in enumerate(words for words in map(common.one_line, items) if words):
-        lines = textwrap.wrap(words, max(style.width - _INDENT, 20), break_on_hyphens=False)
+    for number, text in enumerate(text for text in map(common.one_line, items) if text):
+        lines = textwrap.wrap(text, max(style.width - _INDENT, 20), break_on_hyphens=False)
         for row, line in enumerate(lines):
             yield _margin(label if number == row == 0 else "", style, colour) + line
 

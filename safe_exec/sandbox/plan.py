@@ -201,7 +201,7 @@ def require_walls(plan: SpawnPlan) -> None:
         names = ", ".join(wall.value.replace("_", " ") for wall in weak)
         why = plan.walls[weak[-1]].note.rpartition("; ")[2]
         raise EnforcementError(
-            f"walls are required that do not stand here: {names} ({why}); `safe-exec doctor` says how to mend it, --require none runs all the same"
+            f"walls are required that do not stand here: {names} ({why}); `safe-exec doctor` says how to fix it, --require none runs all the same"
         )
 
 
@@ -216,5 +216,5 @@ def require(plan: SpawnPlan, names: Sequence[LimitName | Wall]) -> None:
         if not held.hard:
             by = "nothing" if held.by is Mechanism.NONE else f"the {held.by} alone"
             raise EnforcementError(
-                f"--require {name}: here {by} could hold it, not the system's kernel; `safe-exec doctor` says how to mend it"
+                f"--require {name}: here {by} could hold it, not the system's kernel; `safe-exec doctor` says how to fix it"
             )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
-from safe_exec.files import HeldFolder
+from safe_exec.files import OutputDirectory
 from safe_exec.model.verdict import Cause, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.sandbox.keeper_process import Nursery
-from safe_exec.workflows.prepare import Bisect, Prepared
+from safe_exec.workflows.prepare import Bisect, PreparedJob
 
 if TYPE_CHECKING:
     from safe_exec.experiments.culprits.finder import Investigated
@@ -30,13 +30,13 @@ BUDGET_RUNS = 3.0
 MOST_HOSTS = 3
 
 
-class Keeping:
+class FolderSnapshot:
     """Keeps what a search needs of the folder before the first run: begun while the kernel starts, done before the first cell runs.
 
     A context manager: what was kept is gone at its end, unless a search may go on from it.
     """
 
-    def __init__(self, prepared: Prepared, *, of: str | None = None) -> None:
+    def __init__(self, prepared: PreparedJob, *, of: str | None = None) -> None:
         """``of`` is the run whose copy is to be used again, where it is still there."""
         self.prepared = prepared
         self.run_id = of or prepared.run_id
@@ -45,10 +45,10 @@ class Keeping:
         self.keep = False
         self._scratch: Path | None = None
         self._task: asyncio.Task[None] | None = None
-        self._place: HeldFolder | None = None
+        self._place: OutputDirectory | None = None
         if prepared.job.bisect is not Bisect.NEVER:
             with contextlib.suppress(OSError):  # said when there is something to write
-                self._place = HeldFolder(prepared.repro, prepared.job.tree)
+                self._place = OutputDirectory(prepared.paths.repro, prepared.job.tree)
             self._claim()
 
     def _claim(self) -> None:
@@ -73,10 +73,10 @@ class Keeping:
         from safe_exec.experiments.workspace import reopen, take
 
         try:
-            self.snapshot = reopen(self.prepared.cwd, scratch) or take(
-                self.prepared.cwd,
+            self.snapshot = reopen(self.prepared.paths.cwd, scratch) or take(
+                self.prepared.paths.cwd,
                 scratch,
-                ours=_ours(self.prepared),
+                ours=_documents_of(self.prepared),
                 repository=repository_of(self.prepared),
             )
         except OSError as error:  # no room, say: the run goes on without
@@ -84,7 +84,7 @@ class Keeping:
 
     def write_reproduction(self, data: bytes) -> Path:
         """Write it into the folder that was there before anything ran; where it is by now. Raises OSError."""
-        place = self._place or HeldFolder(self.prepared.repro, self.prepared.job.tree)
+        place = self._place or OutputDirectory(self.prepared.paths.repro, self.prepared.job.tree)
         place.write(data)
         return place.path
 
@@ -106,23 +106,25 @@ class Keeping:
 
 
 async def search_after(
-    prepared: Prepared,
+    prepared: PreparedJob,
     verdict: Verdict,
     request: TrialRequest,
-    keeping: Keeping,
+    folder: FolderSnapshot,
     write: Callable[[Verdict], Verdict],
 ) -> Verdict:
     """Search after a first run, if that is what one does after such a run; the verdict with what came of it."""
-    reason = _why_not(prepared, verdict, request, keeping)
+    reason = _why_not(prepared, verdict, request, folder)
     if reason is not None:
-        keeping.keep = bool(reason) and keeping.snapshot is not None
-        return _warned(verdict, f"no search for the culprits: {reason}") if reason else verdict
+        folder.keep = bool(reason) and folder.snapshot is not None
+        return (
+            _with_warning(verdict, f"no search for the culprits: {reason}") if reason else verdict
+        )
     write(verdict)
-    return await search(prepared, verdict, request, keeping)
+    return await search(prepared, verdict, request, folder)
 
 
 def _why_not(
-    prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping
+    prepared: PreparedJob, verdict: Verdict, request: TrialRequest, folder: FolderSnapshot
 ) -> str | None:
     from safe_exec.experiments.culprits.failure import why_not_searched
     from safe_exec.experiments.culprits.reproduction import is_reproduction
@@ -135,34 +137,36 @@ def _why_not(
         return ""
     hosts = verdict.remote_hosts
     if hosts and not always:
-        named = ", ".join(hosts[:MOST_HOSTS]) + (" and others" if len(hosts) > MOST_HOSTS else "")
-        return f"the notebook talked to {named}, and a search runs its cells again; `safe-exec bisect` does it all the same"
+        host_names = ", ".join(hosts[:MOST_HOSTS]) + (
+            " and others" if len(hosts) > MOST_HOSTS else ""
+        )
+        return f"the notebook talked to {host_names}, and a search runs its cells again; `safe-exec bisect` does it all the same"
     return (
         None
-        if keeping.snapshot is not None
-        else f"the folder could not be kept as it was: {keeping.trouble or 'it was not begun'}"
+        if folder.snapshot is not None
+        else f"the folder could not be kept as it was: {folder.trouble or 'it was not begun'}"
     )
 
 
 async def search(
-    prepared: Prepared, verdict: Verdict, request: TrialRequest, keeping: Keeping
+    prepared: PreparedJob, verdict: Verdict, request: TrialRequest, folder: FolderSnapshot
 ) -> Verdict:
     """Search as in :func:`_search`; the folder is kept for ``bisect`` while a search is under way and after one that is not at its end."""
-    if keeping.snapshot is None:
-        return _warned(
-            verdict, f"no search for the culprits: the folder cannot be copied: {keeping.trouble}"
+    if folder.snapshot is None:
+        return _with_warning(
+            verdict, f"no search for the culprits: the folder cannot be copied: {folder.trouble}"
         )
-    keeping.keep = True
-    verdict = await _search(prepared, verdict, request, keeping, keeping.snapshot)
-    keeping.keep = verdict.culprits is not None and not verdict.culprits.minimal
+    folder.keep = True
+    verdict = await _search(prepared, verdict, request, folder, folder.snapshot)
+    folder.keep = verdict.culprits is not None and not verdict.culprits.minimal
     return verdict
 
 
 async def _search(
-    prepared: Prepared,
+    prepared: PreparedJob,
     verdict: Verdict,
     request: TrialRequest,
-    keeping: Keeping,
+    folder: FolderSnapshot,
     snapshot: Snapshot,
 ) -> Verdict:
     """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
@@ -175,10 +179,10 @@ async def _search(
         tidy(cache_root())
     try:
         views = views_of(
-            snapshot, ours=_ours(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
+            snapshot, ours=_documents_of(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
         )
         oracle = Oracle(_subject(prepared, verdict, request), views, TrialCache(cache_root()))
-        given = Given(
+        problem = Given(
             verdict=verdict,
             node=notebook.strip_annotations(prepared.notebook.node),
             budget=budget_of(prepared.job.bisect_budget, verdict),
@@ -187,47 +191,44 @@ async def _search(
         )
         with Nursery():
             try:
-                found = await Investigation(given, oracle).run()
+                outcome = await Investigation(problem, oracle).run()
             finally:
                 await oracle.close()
     except (NoView, SearchFailed, OSError) as trouble:
-        return _warned(verdict, f"no search for the culprits: {trouble}")
-    return _with(keeping, verdict, found)
+        return _with_warning(verdict, f"no search for the culprits: {trouble}")
+    return _with_culprits(folder, verdict, outcome)
 
 
-def repository_of(prepared: Prepared) -> Path | None:
+def repository_of(prepared: PreparedJob) -> Path | None:
     """The root of the repository that the notebook may write to behind its walls."""
     from safe_exec.sandbox.enclosure import written_repository
 
-    resolved = prepared.resolved
+    limits = prepared.limits
     return written_repository(
-        resolved.isolation, prepared.cwd, has_disk_limit=resolved.limits.disk is not None
+        limits.isolation, prepared.paths.cwd, has_disk_limit=limits.values.disk is not None
     )
 
 
-def _ours(prepared: Prepared) -> frozenset[Path]:
+def _documents_of(prepared: PreparedJob) -> frozenset[Path]:
     """The documents of a run."""
     from safe_exec.experiments.trial_cache import cache_root
 
-    documents = [
-        path.resolve()
-        for path in (prepared.output, prepared.verdict, prepared.repro, *prepared.job.beside)
-    ]
+    documents = [path.resolve() for path in (*prepared.paths.documents, *prepared.job.own_paths)]
     with contextlib.suppress(OSError):  # no cache, nothing of it in the folder
         documents.append(cache_root())
     return frozenset(documents)
 
 
-def budget_of(asked: float | None, verdict: Verdict) -> float:
+def budget_of(requested_seconds: float | None, verdict: Verdict) -> float:
     """The seconds that a search may take."""
     return (
-        asked
-        if asked is not None
+        requested_seconds
+        if requested_seconds is not None
         else max(LEAST_BUDGET, BUDGET_RUNS * (verdict.usage.wall_seconds or 0.0))
     )
 
 
-def _subject(prepared: Prepared, verdict: Verdict, request: TrialRequest) -> Any:
+def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> Any:
     from safe_exec.experiments.culprits.failure import Failure
     from safe_exec.experiments.culprits.oracle import Subject
 
@@ -245,7 +246,7 @@ def _subject(prepared: Prepared, verdict: Verdict, request: TrialRequest) -> Any
             "packages": verdict.environment.packages,
             "platform": verdict.environment.platform,
         },
-        cause_of=lambda result, asked: cause_of_trial(result, asked, verdict),
+        cause_of=lambda result, trial_request: cause_of_trial(result, trial_request, verdict),
     )
 
 
@@ -256,19 +257,19 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
     return cause_of(result, request.limits, request.plan, verdict.notebook.language)
 
 
-def _with(keeping: Keeping, verdict: Verdict, found: Investigated) -> Verdict:
+def _with_culprits(folder: FolderSnapshot, verdict: Verdict, outcome: Investigated) -> Verdict:
     """The verdict with the culprits; the reproduction is written."""
     verdict = replace(
-        verdict, culprits=found.culprits, warnings=(*verdict.warnings, *found.warnings)
+        verdict, culprits=outcome.culprits, warnings=(*verdict.warnings, *outcome.warnings)
     )
-    if found.reproduction is None:
+    if outcome.reproduction is None:
         return verdict
     try:
-        written = keeping.write_reproduction(notebook.dumps(found.reproduction))
+        written = folder.write_reproduction(notebook.dumps(outcome.reproduction))
     except OSError as error:
-        return _warned(verdict, f"the reproduction could not be written: {error}")
-    return replace(verdict, culprits=replace(found.culprits, repro_notebook=str(written)))
+        return _with_warning(verdict, f"the reproduction could not be written: {error}")
+    return replace(verdict, culprits=replace(outcome.culprits, repro_notebook=str(written)))
 
 
-def _warned(verdict: Verdict, words: str) -> Verdict:
-    return replace(verdict, warnings=(*verdict.warnings, words))
+def _with_warning(verdict: Verdict, warning: str) -> Verdict:
+    return replace(verdict, warnings=(*verdict.warnings, warning))

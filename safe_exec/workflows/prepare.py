@@ -1,6 +1,7 @@
-"""What the user asked for, read and checked before anything runs or is written. May import notebook, profiles and the sandbox's plan.
+"""Prepare a job: read the notebook, resolve its limits, check its output paths.
 
-With an error from here nothing has been written: exit code 2.
+Three pure steps, each with a frozen result. ``PreparedJob`` holds the three results. Nothing is
+written before all three have succeeded, so every error raised here means exit code 2 and no files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
-from safe_exec.files import HeldTree, check_writable
+from safe_exec.files import OutputRoot, check_writable
 from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import notebook
@@ -27,7 +28,7 @@ from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.capabilities import Machine, Rehearsal, detect, look_for_walls
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import put_up
-from safe_exec.sandbox.plan import require
+from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ DEFAULT_KERNEL = "python3"
 
 
 class Bisect(StrEnum):
-    """Whether a search for the culprits follows a run that failed."""
+    """Whether a search for the culprits follows a failed run."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -46,15 +47,16 @@ class Bisect(StrEnum):
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """What the user asked for.
+    """A request to run one notebook.
 
-    ``isolation`` counts beside ``limits`` that are no profile; ``walls`` are changes to either. ``bisect_budget`` is in seconds; ``None``
-    for what the length of the first run makes of it.
-
-    ``output``, ``verdict`` and ``repro`` (the reproduction) stand beside the notebook where nothing is said.
-    ``writes``: documents are written; without it their paths need not be writable. ``machine`` is one that was looked at before (what it
-    says of memory is what a percentage refers to). ``beside`` are files and directories that belong to us, wherever they lie: no part of
-    the folder that the notebook starts from. ``tree`` is the directory in which all documents lie, where others write into it too.
+    ``limits`` is the name of a profile, the path of a limits file, or ready-made limits; only
+    ready-made limits are combined with ``isolation``. ``options`` and ``walls`` override both.
+    ``output``, ``verdict`` and ``repro`` (the reproduction) default to paths beside the notebook;
+    with ``writes`` false they need not be writable. ``tree`` is the directory that holds all
+    documents if other runs write there too. ``own_paths`` are files and directories of safe-exec
+    itself, which are left out of copies of the notebook's folder. ``machine`` holds capabilities
+    that were detected before; a percentage limit refers to its memory. ``bisect_budget`` is in
+    seconds; ``None`` derives it from the duration of the first run.
     """
 
     path: Path
@@ -77,116 +79,183 @@ class Job(Struct, frozen=True, kw_only=True):
     bisect_budget: float | None = None
     writes: bool = True
     machine: Machine | None = None
-    beside: tuple[Path, ...] = ()
-    tree: HeldTree | None = None
+    own_paths: tuple[Path, ...] = ()
+    tree: OutputRoot | None = None
 
 
-class Prepared(Struct, frozen=True, kw_only=True):
-    """A job that can run: everything was read and checked, nothing has been written."""
+class NotebookHeader(Struct, frozen=True, kw_only=True):
+    """The parts of a notebook that its limits and its kernel depend on.
+
+    ``parsed`` is the whole notebook if the header could not be read without parsing all of it.
+    """
+
+    metadata: Mapping[str, Any]
+    cells: tuple[Mapping[str, Any], ...]
+    kernel_name: str | None
+    parsed: notebook.Notebook | None = None
+
+
+class JobLimits(Struct, frozen=True, kw_only=True):
+    """The limits and walls of a job, the host's capabilities, and the names from ``--require``."""
+
+    resolved: profiles.Resolved
+    machine: Machine
+    required: tuple[LimitName | Wall, ...] = ()
+
+    @property
+    def values(self) -> Limits:
+        """The limits of the whole notebook."""
+        return self.resolved.limits
+
+    @property
+    def isolation(self) -> Isolation:
+        """The isolation that was requested."""
+        return self.resolved.isolation
+
+    def plan(self, run_id: str) -> SpawnPlan:
+        """The mechanism for each limit and wall of a run."""
+        return build_plan(self.values, self.machine, run_id, self.isolation)
+
+
+class JobPaths(Struct, frozen=True, kw_only=True):
+    """Output paths (annotated notebook, verdict, reproduction) and the working directory."""
+
+    notebook: Path
+    verdict: Path
+    repro: Path
+    cwd: Path
+
+    @property
+    def documents(self) -> tuple[Path, Path, Path]:
+        """All output paths."""
+        return self.notebook, self.verdict, self.repro
+
+
+class PreparedJob(Struct, frozen=True, kw_only=True):
+    """A job that can run: all input was read and checked, and nothing has been written.
+
+    ``node`` is the notebook without the annotations of earlier runs; the run fills in its outputs.
+    ``started`` is a reading of the monotonic clock. ``kernel`` is a kernel that is starting.
+    """
 
     job: Job
     notebook: notebook.Notebook
     node: Any
-    resolved: profiles.Resolved
-    machine: Machine
-    required: tuple[LimitName | Wall, ...]
-    output: Path
-    verdict: Path
-    repro: Path
-    cwd: Path
     kernel_name: str
+    limits: JobLimits
+    paths: JobPaths
     run_id: str
     started: float
     started_at: datetime
-    early: Early | None = None
+    kernel: Early | None = None
+
+    def plan(self) -> SpawnPlan:
+        """The mechanism for each limit and wall."""
+        return self.limits.plan(self.run_id)
 
 
 def prepare(
-    job: Job, early: Early | None = None, source: notebook.Source | None = None
-) -> Prepared:
+    job: Job, kernel: Early | None = None, source: notebook.Source | None = None
+) -> PreparedJob:
     """Read and check all input and every output path.
 
-    In the sandbox of ``early`` the kernel is started as soon as its limits are known, while the notebook is read whole and checked.
-    ``source`` is a notebook that somebody else has read. Raises UsageError and its kinds: with them nothing has been written.
+    ``source`` is a notebook that was read before. The kernel of ``kernel`` starts as soon as its
+    limits are known. Raises UsageError and its subclasses; nothing has been written then.
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     source = source or notebook.Source.of(job.path)
     with _rehearsal(job) as rehearsal:
-        scan = source.scan()
-        whole = source.notebook() if scan is None else None
-        machine = job.machine or detect(parse_mechanisms(job.mechanisms))
-        metadata, cells = (scan.metadata, scan.cells) if scan else _of_node(whole)
-        resolved = _resolve(job, metadata, machine)
-        needed = is_needed(
-            resolved.isolation,
-            disk=resolved.limits.disk is not None,
-            shm=resolved.limits.shm is not None,
-        )
-        if needed and not machine.looked_for_walls:
-            machine = look_for_walls(machine, rehearsal)
-    warnings = _check_cells(resolved, cells, job.path)
-    required = _required(job, resolved, machine)
-    asked = (
-        resolved.isolation
-        if required.isolation is None
-        else replace(resolved.isolation, required=required.isolation)
-    )
-    resolved = replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=asked)
-    paths = notebook.default_outputs(job.path)
-    output, verdict, repro = (
-        job.output or paths.out,
-        job.verdict or paths.verdict,
-        job.repro or paths.repro,
-    )
-    refuse_same(
-        {"the notebook": job.path, "-o": output, "--verdict": verdict, "the reproduction": repro}
-    )
-    for path in (output, verdict) if job.writes else ():
-        check_writable(path if job.tree is None else job.tree.now(path))
-    cwd = job.cwd or job.path.absolute().parent
-    if not cwd.is_dir():
-        raise UsageError(f"{cwd}: no such directory to run in (--cwd)")
-    if early is not None and scan is not None:
-        kernel_name = job.kernel or scan.kernel_name or DEFAULT_KERNEL
-        env = dict(job.env if job.env is not None else os.environ)
-        plan = build_plan(resolved.limits, machine, early.run_id, resolved.isolation)
-        limits = replace(resolved.limits, cell_output=largest_output(resolved, cells))
-        with contextlib.suppress(EnforcementError):  # a run that is refused says so in its verdict
-            require(plan, required.names)
-            early.launch(kernel_name, plan=plan, limits=limits, cwd=cwd, env=env)
-    read = whole or source.notebook()
-    return Prepared(
+        header = read_header(source)
+        limits = resolve_limits(job, header, rehearsal)
+    paths = check_outputs(job)
+    if kernel is not None and header.parsed is None:
+        # A kernel takes longer to start than the rest of this function: validating the notebook,
+        # the slowest step left, happens while it starts.
+        _start_kernel(kernel, job, header, limits, paths.cwd)
+    document = header.parsed or source.notebook()
+    return PreparedJob(
         job=job,
-        notebook=read,
-        node=notebook.strip_annotations(read.node),
-        resolved=resolved,
-        machine=machine,
-        required=required.names,
-        output=output,
-        verdict=verdict,
-        repro=repro,
-        cwd=cwd,
-        kernel_name=job.kernel or read.kernel_name or DEFAULT_KERNEL,
-        run_id=early.run_id if early is not None else keeper_process.new_run_id(),
+        notebook=document,
+        node=notebook.strip_annotations(document.node),
+        kernel_name=job.kernel or document.kernel_name or DEFAULT_KERNEL,
+        limits=limits,
+        paths=paths,
+        run_id=kernel.run_id if kernel is not None else keeper_process.new_run_id(),
         started=started,
         started_at=started_at,
-        early=early,
+        kernel=kernel,
     )
 
 
-def begun_now(prepared: Prepared) -> Prepared:
-    """The same, whose time begins to run: it had to wait for others."""
+def start_clock(prepared: PreparedJob) -> PreparedJob:
+    """The same job with its time starting at this moment, after it waited for other notebooks."""
     return replace(prepared, started=time.monotonic(), started_at=datetime.now(UTC))
 
 
+# --- step 1: read the notebook ------------------------------------------------------------------
+
+
+def read_header(source: notebook.Source) -> NotebookHeader:
+    """Read metadata and cells, without validating the notebook if that is possible."""
+    scan = source.scan()
+    if scan is not None:
+        return NotebookHeader(
+            metadata=scan.metadata, cells=scan.cells, kernel_name=scan.kernel_name
+        )
+    parsed = source.notebook()
+    node = notebook.strip_annotations(parsed.node)
+    return NotebookHeader(
+        metadata=node.metadata,
+        cells=tuple(node.cells),
+        kernel_name=parsed.kernel_name,
+        parsed=parsed,
+    )
+
+
+# --- step 2: resolve the limits -----------------------------------------------------------------
+
+
+def resolve_limits(
+    job: Job, header: NotebookHeader, rehearsal: Rehearsal | None = None
+) -> JobLimits:
+    """Combine profile, project file, metadata and options; detect what this host can enforce.
+
+    Raises LimitsError and UsageError.
+    """
+    machine = job.machine or detect(parse_mechanisms(job.mechanisms))
+    resolved = _resolve(job, header.metadata, machine)
+    needs_bubblewrap = is_needed(
+        resolved.isolation,
+        disk=resolved.limits.disk is not None,
+        shm=resolved.limits.shm is not None,
+    )
+    if needs_bubblewrap and not machine.looked_for_walls:
+        machine = look_for_walls(machine, rehearsal)
+    warnings = _check_cells(resolved, header.cells, job.path)
+    required = _required(job, resolved, machine)
+    requested = resolved.isolation
+    if required.isolation is not None:
+        requested = replace(requested, required=required.isolation)
+    return JobLimits(
+        resolved=replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=requested),
+        machine=machine,
+        required=required.names,
+    )
+
+
 def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
-    """Bubblewrap tried while the notebook is read, where by its own words the job will need it. What else asks for walls waits for it later."""
-    named = (
+    """Test bubblewrap in the background if the job's own options ask for it.
+
+    If only the notebook or a limits file asks for it, the test runs later, in the foreground.
+    """
+    has_profile_with_walls = (
         isinstance(job.limits, str)
         and job.limits in profiles.shipped_profiles()
         and job.limits != profiles.DEFAULT_PROFILE
     )
-    likely = named or job.isolation or job.walls or {"disk", "shm"} & job.options.keys()
+    likely = (
+        has_profile_with_walls or job.isolation or job.walls or {"disk", "shm"} & job.options.keys()
+    )
     return (
         Rehearsal()
         if job.machine is None and likely and sys.platform.startswith("linux")
@@ -194,49 +263,18 @@ def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
     )
 
 
-def _of_node(
-    read: notebook.Notebook | None,
-) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
-    assert read is not None
-    node = notebook.strip_annotations(read.node)
-    return node.metadata, tuple(node.cells)
-
-
-def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]]) -> int | None:
-    """The most that any cell may put out, in bytes: cells may have caps of their own."""
-    caps = [
-        profiles.cell_limits(resolved, cell["metadata"], where="cell")[0].cell_output
-        for cell in cells
-        if cell["cell_type"] == "code"
-    ]
-    known = [cap for cap in caps if cap is not None]
-    return max(known) if known and len(known) == len(caps) else None
-
-
-def refuse_same(paths: Mapping[str, Path]) -> None:
-    """Refuse to write two documents to one file, or over the notebook. Raises OutputPathError."""
-    seen: dict[Path, str] = {}
-    for name, path in paths.items():
-        real = path.absolute().parent.resolve() / path.name
-        if real in seen:
-            raise OutputPathError(
-                f"{path}: {seen[real]} and {name} are the same file; give {name} another one"
-            )
-        seen[real] = name
-
-
 def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
-        given = profiles.parse_overrides(
+        overrides = profiles.parse_overrides(
             job.options, where="--", machine_memory=machine.memory_total
         )
         return profiles.Resolved(
-            limits=profiles.apply(job.limits, given),
+            limits=profiles.apply(job.limits, overrides),
             profile="custom",
             warnings=(),
             sources={},
             loosenable=False,
-            fixed=frozenset(given),
+            fixed=frozenset(overrides),
             isolation=isolation.apply(job.isolation or Isolation(), job.walls),
         )
     file = profiles.find_project_file(job.path)
@@ -259,7 +297,8 @@ def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profile
 def _check_cells(
     resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]], path: Path
 ) -> tuple[str, ...]:
-    """A cell's own limits are input too: wrong ones are found before anything runs. Warnings of those that do not count."""
+    """Check the limits in the metadata of cells; return warnings about those that are ignored."""
+    # A wrong limit in the last cell must not surface after an hour of computing.
     warnings: list[str] = []
     for index, cell in enumerate(cells):
         warnings += profiles.cell_limits(resolved, cell["metadata"], where=f"{path}, cell {index}")[
@@ -269,31 +308,107 @@ def _check_cells(
 
 
 def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Required:
-    """What must hold for anything to be run. Raises LimitsError for what is not even asked for."""
+    """Parse ``--require``. Raises LimitsError for a limit that is not set or a wall not requested."""
     if job.require is None:
         return Required()
     try:
         required = parse_required(job.require, resolved.limits)
     except ValueError as error:
         raise LimitsError(f"--require: {error}") from error
-    asked = put_up(resolved.isolation, resolved.limits, machine).walls
+    walls = put_up(resolved.isolation, resolved.limits, machine).walls
     for name in required.names:
         if isinstance(name, Wall):
-            if name not in asked:
+            if name not in walls:
                 raise LimitsError(
-                    f"--require {name}: no such wall is asked for; choose a profile with it (--limits)"
+                    f"--require {name}: this wall is not requested; choose a profile with it (--limits)"
                 )
         elif resolved.limits.of(name) is None:
             raise LimitsError(
                 f"--require {name}: no limit is set for it; set one (--{name.replace('_', '-')})"
             )
-    if required.isolation and not asked:
+    if required.isolation and not walls:
         raise LimitsError(
-            "--require walls: no wall is asked for; choose a profile with some (--limits)"
+            "--require walls: no wall is requested; choose a profile with some (--limits)"
         )
     return required
 
 
+def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]]) -> int | None:
+    """The largest output limit of any cell, in bytes; ``None`` if a cell has no limit."""
+    caps = [
+        profiles.cell_limits(resolved, cell["metadata"], where="cell")[0].cell_output
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    limits = [cap for cap in caps if cap is not None]
+    return max(limits) if limits and len(limits) == len(caps) else None
+
+
+# --- step 3: check the output paths -------------------------------------------------------------
+
+
+def check_outputs(job: Job) -> JobPaths:
+    """Check that every document can be written and that the working directory exists.
+
+    Raises OutputPathError and UsageError.
+    """
+    defaults = notebook.default_outputs(job.path)
+    paths = JobPaths(
+        notebook=job.output or defaults.out,
+        verdict=job.verdict or defaults.verdict,
+        repro=job.repro or defaults.repro,
+        cwd=job.cwd or job.path.absolute().parent,
+    )
+    refuse_same(
+        {
+            "the notebook": job.path,
+            "-o": paths.notebook,
+            "--verdict": paths.verdict,
+            "the reproduction": paths.repro,
+        }
+    )
+    # The reproduction is left out: most runs write none.
+    for path in (paths.notebook, paths.verdict) if job.writes else ():
+        check_writable(path if job.tree is None else job.tree.current_path(path))
+    if not paths.cwd.is_dir():
+        raise UsageError(f"{paths.cwd}: no such directory to run in (--cwd)")
+    return paths
+
+
+def refuse_same(paths: Mapping[str, Path]) -> None:
+    """Raise OutputPathError if two documents, or a document and the notebook, are one file."""
+    names: dict[Path, str] = {}
+    for name, path in paths.items():
+        # Only the folder is resolved: a symlink in place of the document is replaced, not followed.
+        real = path.absolute().parent.resolve() / path.name
+        if real in names:
+            raise OutputPathError(
+                f"{path}: {names[real]} and {name} are the same file; give {name} another one"
+            )
+        names[real] = name
+
+
+# --- the kernel ---------------------------------------------------------------------------------
+
+
+def _start_kernel(
+    kernel: Early, job: Job, header: NotebookHeader, limits: JobLimits, cwd: Path
+) -> None:
+    plan = limits.plan(kernel.run_id)
+    # The run itself reports a required limit that cannot be enforced, in its verdict.
+    with contextlib.suppress(EnforcementError):
+        require(plan, limits.required)
+        kernel.launch(
+            job.kernel or header.kernel_name or DEFAULT_KERNEL,
+            plan=plan,
+            limits=replace(
+                limits.values, cell_output=largest_output(limits.resolved, header.cells)
+            ),
+            cwd=cwd,
+            env=dict(job.env if job.env is not None else os.environ),
+        )
+
+
 def command_line() -> tuple[str, ...]:
-    """How this process was called, for the verdict."""
+    """The command line of this process, for the verdict."""
     return ("safe-exec", *sys.argv[1:])

@@ -20,8 +20,8 @@ from safe_exec.experiments.threshold.search import Bracket, Cancel, Fate, Search
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.model.verdict import Cause, CrashCell
 from safe_exec.sandbox.planner import build_plan
-from safe_exec.workflows.prepare import Prepared
-from safe_exec.workflows.scratch import set_aside
+from safe_exec.workflows.prepare import PreparedJob
+from safe_exec.workflows.scratch import open_scratch
 
 if TYPE_CHECKING:
     from safe_exec.experiments.rerun import Ran, Runs
@@ -33,7 +33,7 @@ MOST_PROCESSES = 1 << 15
 UNKNOWN_MEMORY = 1 << 40
 
 
-class Shot(Struct, frozen=True, kw_only=True):
+class ProbeRun(Struct, frozen=True, kw_only=True):
     """One run with one value (infinity: without a limit): what became of it, and of what it died."""
 
     value: float
@@ -51,44 +51,44 @@ class Shot(Struct, frozen=True, kw_only=True):
         return self.fate is Fate.PASSED and not self.cut
 
 
-class Probed(Struct, frozen=True, kw_only=True):
+class ProbeReport(Struct, frozen=True, kw_only=True):
     """The whole answer. ``held`` is what holds the limit here; ``warnings`` are lines."""
 
     scale: Scale
     precision: float
     bracket: Bracket
-    shots: tuple[Shot, ...]
-    held: Enforcement | None = None
+    runs: tuple[ProbeRun, ...]
+    enforcement: Enforcement | None = None
     warnings: tuple[str, ...] = ()
 
-    def passing(self) -> Shot | None:
+    def passing(self) -> ProbeRun | None:
         """The run with the smallest value with which it always passed."""
         return next(
-            (shot for shot in self.shots if shot.passed and shot.value == self.bracket.passes), None
+            (run for run in self.runs if run.passed and run.value == self.bracket.passes), None
         )
 
-    def failing(self) -> Shot | None:
+    def failing(self) -> ProbeRun | None:
         """The run just below; where it never passed, the last one."""
-        failed = [shot for shot in self.shots if not shot.passed and not shot.cut]
+        failed = [run for run in self.runs if not run.passed and not run.cut]
         if self.bracket.passes is None:
             return failed[-1] if failed else None
-        return next((shot for shot in failed if shot.value == self.bracket.fails), None)
+        return next((run for run in failed if run.value == self.bracket.fails), None)
 
 
-class Watch(Protocol):
+class ProbeListener(Protocol):
     """Is told of runs as they begin and end."""
 
     def begins(self, number: int, value: float) -> None:
         """Run ``number`` (from 1) begins."""
 
-    def ended(self, number: int, shot: Shot) -> None:
+    def ended(self, number: int, run: ProbeRun) -> None:
         """It is over."""
 
 
-class Gun(Protocol):
+class ProbeRunner(Protocol):
     """Runs the notebook with a value."""
 
-    async def shoot(self, attempt: Try) -> Shot:
+    async def run(self, attempt: Try) -> ProbeRun:
         """One run."""
 
     @property
@@ -97,31 +97,34 @@ class Gun(Protocol):
 
 
 async def probe(
-    prepared: Prepared, name: LimitName, *, precision: float, budget: float, watch: Watch
-) -> Probed:
+    prepared: PreparedJob, name: LimitName, *, precision: float, budget: float, watch: ProbeListener
+) -> ProbeReport:
     """Find the threshold of one limit. Raises SandboxError where nothing can be run or nothing here holds that limit."""
     from safe_exec.experiments.rerun import NoTrial
 
     scale = SCALES[name]
-    given = prepared.resolved.limits.of(name)
+    current_value = prepared.limits.values.of(name)
     question = scale.question(
-        given=given, most=most_of(name, prepared, budget), precision=precision, budget=budget
+        given=current_value,
+        most=most_of(name, prepared, budget),
+        precision=precision,
+        budget=budget,
     )
-    held = held_by(prepared, name, question.guess)
-    async with set_aside(prepared) as aside:
-        gun = Trials(prepared, aside.runs, scale)
+    enforcement = enforcement_of(prepared, name, question.guess)
+    async with open_scratch(prepared) as scratch:
+        runner = NotebookRunner(prepared, scratch.runs, scale)
         try:
-            bracket, shots = await drive(search(question), gun, watch)
+            bracket, runs = await drive(search(question), runner, watch)
         except NoTrial as trouble:
             raise SandboxError(str(trouble)) from trouble
-        gaps = aside.gaps
-    return Probed(
+        gaps = scratch.gaps
+    return ProbeReport(
         scale=scale,
         precision=precision,
         bracket=bracket,
-        shots=shots,
-        held=held,
-        warnings=(*prepared.resolved.warnings, *_gap(gaps)),
+        runs=runs,
+        enforcement=enforcement,
+        warnings=(*prepared.limits.resolved.warnings, *_gap(gaps)),
     )
 
 
@@ -129,30 +132,30 @@ def _gap(gaps: tuple[str, ...]) -> tuple[str, ...]:
     return (f"runs may have seen {' and '.join(gaps)}",) if gaps else ()
 
 
-def most_of(name: LimitName, prepared: Prepared, budget: float) -> float:
+def most_of(name: LimitName, prepared: PreparedJob, budget: float) -> float:
     """The most of a limit that there is to give."""
     match name:
         case LimitName.MEMORY:
-            return float(prepared.machine.memory_total or UNKNOWN_MEMORY)
+            return float(prepared.limits.machine.memory_total or UNKNOWN_MEMORY)
         case LimitName.OPEN_FILES:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # it is not raised
             return float(hard if hard != resource.RLIM_INFINITY else 1 << 20)
         case LimitName.PROCESSES:
             return float(MOST_PROCESSES)
         case LimitName.FILE_SIZE:
-            return float(shutil.disk_usage(prepared.cwd).free)
+            return float(shutil.disk_usage(prepared.paths.cwd).free)
     return budget  # of time: what does not fit is not known
 
 
-def held_by(prepared: Prepared, name: LimitName, value: float) -> Enforcement | None:
+def enforcement_of(prepared: PreparedJob, name: LimitName, value: float) -> Enforcement | None:
     """What holds the limit here, were it set. Raises SandboxError where nothing does."""
-    limits = with_value(prepared.resolved.limits, name, SCALES[name].limit(value))
-    held = build_plan(limits, prepared.machine, prepared.run_id).enforcement.get(name)
-    if held is not None and held.by is Mechanism.NONE:
+    limits = with_value(prepared.limits.values, name, SCALES[name].limit(value))
+    enforcement = build_plan(limits, prepared.limits.machine, prepared.run_id).enforcement.get(name)
+    if enforcement is not None and enforcement.by is Mechanism.NONE:
         raise SandboxError(
-            f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to mend it"
+            f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to fix it"
         )
-    return held
+    return enforcement
 
 
 def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
@@ -161,31 +164,33 @@ def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
     return replace(limits, **changed)
 
 
-async def drive(searching: Search, gun: Gun, watch: Watch) -> tuple[Bracket, tuple[Shot, ...]]:
+async def drive(
+    searching: Search, runner: ProbeRunner, watch: ProbeListener
+) -> tuple[Bracket, tuple[ProbeRun, ...]]:
     """Answer the search's questions until it is done; a signal ends it with what is known."""
-    shots: list[Shot] = []
+    runs: list[ProbeRun] = []
     try:
         attempt = next(searching)
         while True:
-            watch.begins(len(shots) + 1, attempt.value)
-            shot = await gun.shoot(attempt)
-            if gun.cancelled:
+            watch.begins(len(runs) + 1, attempt.value)
+            run = await runner.run(attempt)
+            if runner.cancelled:
                 attempt = searching.throw(Cancel())
                 continue
-            shots.append(shot)
-            watch.ended(len(shots), shot)
+            runs.append(run)
+            watch.ended(len(runs), run)
             attempt = searching.send(
-                Tried(fate=shot.fate, seconds=shot.seconds, peak=shot.peak, cut=shot.cut)
+                Tried(fate=run.fate, seconds=run.seconds, peak=run.peak, cut=run.cut)
             )
     except StopIteration as done:
         bracket: Bracket = done.value
-        return bracket, tuple(shots)
+        return bracket, tuple(runs)
 
 
-class Trials:
+class NotebookRunner:
     """Runs of the notebook itself."""
 
-    def __init__(self, prepared: Prepared, runs: Runs, scale: Scale) -> None:
+    def __init__(self, prepared: PreparedJob, runs: Runs, scale: Scale) -> None:
         self.prepared, self.runs, self.scale = prepared, runs, scale
         self._deadline = math.inf
         self._first = True
@@ -195,46 +200,49 @@ class Trials:
         """Whether a signal came."""
         return bool(self.runs.template.cancellation.signals)
 
-    async def shoot(self, attempt: Try) -> Shot:
+    async def run(self, attempt: Try) -> ProbeRun:
         """One run, cold. Raises NoTrial where not even the first can be run."""
         from safe_exec.experiments.rerun import Change, NoTrial, why_not_run
         from safe_exec.experiments.threshold.descriptors import Descriptors
         from safe_exec.model.ending import InternalError
 
         name, value = self.scale.name, self.scale.limit(attempt.value)
-        limits = with_value(self.prepared.resolved.limits, name, value)
-        seen = Descriptors(limits.open_files)
+        limits = with_value(self.prepared.limits.values, name, value)
+        descriptors = Descriptors(limits.open_files)
         change = Change(
             limits=limits,
             # The first run is with the limits as given, of the cells too.
             cell_limits=self.runs.template.cell_limits if self._first else self._of_cells(value),
             allowed=attempt.allowed,
             deadline=self._deadline,
-            sink=seen,
+            sink=descriptors,
         )
         ran = await self.runs.run(change)
         trouble = why_not_run(ran.result) if isinstance(ran.result.ending, InternalError) else None
         if trouble is not None and self._first:
             raise NoTrial(trouble)
         self._first = False
-        shot = self._judged(attempt, ran, seen)
-        if shot.passed and name not in TIMES:
+        run = self._to_probe_run(attempt, ran, descriptors)
+        if run.passed and name not in TIMES:
             self._deadline = min(self._deadline, SLOW_FACTOR * ran.seconds + SLOW_SECONDS)
-        return shot
+        return run
 
     def _of_cells(self, value: float | None) -> Callable[[Any], Limits]:
         """What a cell says of itself does not count for the limit that is probed: an option has set it."""
         own = self.runs.template.cell_limits
         return lambda cell: with_value(own(cell), self.scale.name, value)
 
-    def _judged(self, attempt: Try, ran: Ran, seen: Any) -> Shot:
+    def _to_probe_run(self, attempt: Try, ran: Ran, descriptors: Any) -> ProbeRun:
         from safe_exec.diagnosis.verdict import cause_of, crash_cell
         from safe_exec.experiments.rerun import peak_of
 
         result, request, name = ran.result, ran.request, self.scale.name
         cause = cause_of(result, request.limits, request.plan, self.prepared.notebook.language)
-        measured = {LimitName.OPEN_FILES: seen.most, LimitName.FILE_SIZE: seen.largest}
-        return Shot(
+        measured = {
+            LimitName.OPEN_FILES: descriptors.most,
+            LimitName.FILE_SIZE: descriptors.largest,
+        }
+        return ProbeRun(
             value=attempt.value,
             fate=self.scale.fate(cause),
             seconds=ran.seconds,

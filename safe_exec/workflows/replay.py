@@ -7,30 +7,31 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from safe_exec.diagnosis.verdict import conclude
+from safe_exec.diagnosis.verdict import build_verdict
 from safe_exec.errors import SandboxError, UsageError
 from safe_exec.experiments.compare import Agreement, compare
 from safe_exec.experiments.culprits.reproduction import is_reproduction
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Culprit, Verdict
-from safe_exec.workflows.prepare import Bisect, Job, Prepared, prepare
-from safe_exec.workflows.scratch import set_aside
+from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
+from safe_exec.workflows.run import run_info
+from safe_exec.workflows.scratch import open_scratch
 
 
 class Replay(Struct, frozen=True, kw_only=True):
     """What is to be run again: the job, and the cells it holds where it is a reproduction."""
 
-    then: Verdict
-    prepared: Prepared
+    original: Verdict
+    prepared: PreparedJob
     cells: tuple[Culprit, ...] | None
 
 
-class Replayed(Struct, frozen=True, kw_only=True):
+class ReplayResult(Struct, frozen=True, kw_only=True):
     """What came of it."""
 
     replay: Replay
-    here: Verdict
+    rerun: Verdict
     agreement: Agreement
     warnings: tuple[str, ...]
 
@@ -64,41 +65,41 @@ def prepare_replay(
         raise UsageError(
             f"{source}: not the reproduction that the verdict was written with; run `safe-exec bisect` again"
         )
-    return Replay(then=verdict, prepared=prepared, cells=cells)
+    return Replay(original=verdict, prepared=prepared, cells=cells)
 
 
-async def replay(asked: Replay, sink: EventSink) -> Replayed:
+async def replay(request: Replay, sink: EventSink) -> ReplayResult:
     """Run it once, in a copy of the folder, and compare. Raises SandboxError where it cannot be run."""
     from safe_exec.experiments.rerun import Change, NoTrial, why_not_run
     from safe_exec.model.ending import InternalError
 
-    prepared = asked.prepared
+    prepared = request.prepared
     sink(_started(prepared))
-    async with set_aside(prepared) as aside:
+    async with open_scratch(prepared) as scratch:
         try:
-            ran = await aside.runs.run(
-                Change(limits=prepared.resolved.limits, cell_limits=aside.cell_limits, sink=sink)
+            ran = await scratch.runs.run(
+                Change(limits=prepared.limits.values, cell_limits=scratch.cell_limits, sink=sink)
             )
         except NoTrial as trouble:
             raise SandboxError(str(trouble)) from trouble
-        gaps = aside.gaps
+        gaps = scratch.gaps
     if isinstance(ran.result.ending, InternalError):
         raise SandboxError(f"it could not be run here: {why_not_run(ran.result)}")
-    here = conclude(prepared, ran.result, ran.request.plan, allow_errors=ran.request.allow_errors)
-    return Replayed(
-        replay=asked,
-        here=here,
-        agreement=compare(asked.then, here, asked.cells),
-        warnings=(*here.warnings, *(f"the run may have seen {gap}" for gap in gaps)),
+    rerun = build_verdict(run_info(prepared, ran.request), ran.result, ran.request.plan)
+    return ReplayResult(
+        replay=request,
+        rerun=rerun,
+        agreement=compare(request.original, rerun, request.cells),
+        warnings=(*rerun.warnings, *(f"the run may have seen {gap}" for gap in gaps)),
     )
 
 
-def _started(prepared: Prepared) -> events.RunStarted:
+def _started(prepared: PreparedJob) -> events.RunStarted:
     return events.RunStarted(
         time=time.monotonic() - prepared.started,
         run_id=prepared.run_id,
         notebook=str(prepared.job.path),
         kernel=prepared.kernel_name,
         code_cells=sum(cell.cell_type == "code" for cell in prepared.node.cells),
-        limits=prepared.resolved.limits.as_dict(),
+        limits=prepared.limits.values.as_dict(),
     )

@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError, SafeExecError
-from safe_exec.files import HeldFolder, HeldSpace, one_line
+from safe_exec.files import OutputDirectory, ReservedSpace, one_line
 from safe_exec.limits import profiles
 from safe_exec.model import events
 from safe_exec.model.ending import InternalError
@@ -28,13 +28,13 @@ from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.plan import SpawnPlan, require
-from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.stale_runs import sweep
-from safe_exec.workflows.prepare import Bisect, Prepared, largest_output
+from safe_exec.workflows.prepare import Bisect, PreparedJob, largest_output
 
 if TYPE_CHECKING:
+    from safe_exec.diagnosis.verdict import RunInfo
     from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
-    from safe_exec.workflows.bisect import Keeping
+    from safe_exec.workflows.bisect import FolderSnapshot
 
 log = logging.getLogger("safe_exec")
 
@@ -49,7 +49,7 @@ _SENT_SECONDS = 0.001
 SEARCH_WARNING = "no search for the culprits"
 
 
-class First(Struct, frozen=True, kw_only=True):
+class FirstRun(Struct, frozen=True, kw_only=True):
     """The first run: what was asked of the trial, and what came of it."""
 
     request: TrialRequest
@@ -58,7 +58,7 @@ class First(Struct, frozen=True, kw_only=True):
 
 
 async def run_job(
-    prepared: Prepared,
+    prepared: PreparedJob,
     sinks: tuple[EventSink, ...] = (),
     *,
     cancellation: Cancellation | None = None,
@@ -69,119 +69,121 @@ async def run_job(
     With a ``cancellation`` of the caller's, who runs several at a time, signals are the caller's to take.
     """
     from safe_exec.trial.request import Cancellation
-    from safe_exec.workflows.bisect import Keeping
+    from safe_exec.workflows.bisect import FolderSnapshot
 
-    taken = signals if cancellation is None else _nothing_taken
+    handle_signals = signals if cancellation is None else _leave_signals
     cancellation = cancellation or Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks, _read_ahead()), _mask(prepared))
-    with taken(cancellation.arrive), Documents(prepared) as documents, Keeping(prepared) as keeping:
+    with (
+        handle_signals(cancellation.arrive),
+        Documents(prepared) as documents,
+        FolderSnapshot(prepared) as folder,
+    ):
         sweep()
         emit(_run_started(prepared))
-        held = HeldSpace(prepared.output.absolute().parent, HELD_BYTES)
+        reserved = ReservedSpace(prepared.paths.notebook.absolute().parent, HELD_BYTES)
         try:
-            first = await _first_run(prepared, emit, cancellation, keeping)
+            first = await _first_run(prepared, emit, cancellation, folder)
         finally:
-            held.release()
-        verdict = _conclude(prepared, first, documents.mask)
+            reserved.release()
+        verdict = _verdict_of(prepared, first, documents.mask)
         # What is known by now is on disk before anything else is run: a search may be killed.
-        so_far = partial(write, prepared, node=first.result.node, documents=documents)
+        write_partial = partial(write, prepared, node=first.result.node, documents=documents)
         if worth_a_search(verdict):
-            verdict = await _search(prepared, first, verdict, keeping, so_far)
+            verdict = await _search(prepared, first, verdict, folder, write_partial)
         verdict = write(prepared, verdict, first.result.node, documents)
         emit(_run_finished(prepared, verdict))
     return verdict
 
 
 async def run_undocumented(
-    prepared: Prepared,
+    prepared: PreparedJob,
     sinks: tuple[EventSink, ...] = (),
-    heard: Callable[[int, dict[str, Any]], None] | None = None,
+    on_message: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> tuple[Verdict, Any]:
     """First run and cause, for tools that write documents of their own; nothing is searched for. Verdict, notebook with its outputs.
 
     ``heard`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
     """
     from safe_exec.trial.request import Cancellation
-    from safe_exec.workflows.bisect import Keeping
+    from safe_exec.workflows.bisect import FolderSnapshot
 
     cancellation, mask = Cancellation(), _mask(prepared)
     emit = _fan_out((*prepared.job.sinks, *sinks), mask)
-    with signals(cancellation.arrive), Keeping(prepared) as keeping:
+    with signals(cancellation.arrive), FolderSnapshot(prepared) as folder:
         sweep()
         emit(_run_started(prepared))
-        first = await _first_run(prepared, emit, cancellation, keeping, heard)
-        verdict = mask.everywhere(_conclude(prepared, first, mask))
+        first = await _first_run(prepared, emit, cancellation, folder, on_message)
+        verdict = mask.everywhere(_verdict_of(prepared, first, mask))
         emit(_run_finished(prepared, verdict))
     return verdict, first.result.node
 
 
 async def bisect_job(
-    prepared: Prepared, verdict: Verdict, sinks: tuple[EventSink, ...] = ()
+    prepared: PreparedJob, verdict: Verdict, sinks: tuple[EventSink, ...] = ()
 ) -> Verdict:
     """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
     from safe_exec.trial.request import Cancellation
-    from safe_exec.workflows.bisect import Keeping, search
+    from safe_exec.workflows.bisect import FolderSnapshot, search
 
-    plan = build_plan(
-        prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
-    )
-    require(plan, prepared.required)
+    plan = prepared.plan()
+    require(plan, prepared.limits.required)
     cancellation = Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
     with (
         signals(cancellation.arrive),
         Documents(prepared) as documents,
-        Keeping(prepared, of=verdict.run_id) as keeping,
+        FolderSnapshot(prepared, of=verdict.run_id) as folder,
     ):
         sweep()
         emit(_run_started(prepared))
-        keeping.begin()
-        await keeping.done()
+        folder.begin()
+        await folder.done()
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
         bare = replace(
             verdict,
             culprits=None,
             warnings=tuple(w for w in verdict.warnings if not w.startswith(SEARCH_WARNING)),
         )
-        found = await search(prepared, bare, request, keeping)
-        found = write(prepared, found, _outputs_so_far(prepared), documents)
-        emit(_run_finished(prepared, found))
-    return found
+        verdict_with_culprits = await search(prepared, bare, request, folder)
+        verdict_with_culprits = write(
+            prepared, verdict_with_culprits, _outputs_so_far(prepared), documents
+        )
+        emit(_run_finished(prepared, verdict_with_culprits))
+    return verdict_with_culprits
 
 
-def _outputs_so_far(prepared: Prepared) -> Any:
+def _outputs_so_far(prepared: PreparedJob) -> Any:
     """The notebook with the outputs of the run before, where it is still there."""
     try:
-        return notebook.strip_annotations(notebook.read(prepared.output).node)
+        return notebook.strip_annotations(notebook.read(prepared.paths.notebook).node)
     except SafeExecError:
         return prepared.node
 
 
 async def _first_run(
-    prepared: Prepared,
+    prepared: PreparedJob,
     emit: EventSink,
     cancellation: Cancellation,
-    keeping: Keeping,
-    heard: Callable[[int, dict[str, Any]], None] | None = None,
-) -> First:
+    folder: FolderSnapshot,
+    on_message: Callable[[int, dict[str, Any]], None] | None = None,
+) -> FirstRun:
     from safe_exec.trial.metrics import Ledger
     from safe_exec.trial.request import TrialResult
     from safe_exec.trial.run import run_trial  # jupyter_client and zmq: the kernel starts meanwhile
 
-    early = prepared.early
-    plan = early.plan if early is not None else None
-    if early is None or plan is None:
-        plan = build_plan(
-            prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
-        )
+    kernel = prepared.kernel
+    plan = kernel.plan if kernel is not None else None
+    if kernel is None or plan is None:
+        plan = prepared.plan()
     else:
-        early.sandbox_for(plan).entrust(keeping.directories)
-    plan = replace(plan, orphans=keeping.directories)
+        kernel.sandbox_for(plan).entrust(folder.directories)
+    plan = replace(plan, orphans=folder.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
-    if heard is not None:
-        request = replace(request, heard=heard)
+    if on_message is not None:
+        request = replace(request, heard=on_message)
     try:
-        require(plan, prepared.required)
+        require(plan, prepared.limits.required)
     except EnforcementError as error:
         ledger = Ledger.for_notebook(prepared.node, prepared.started)
         ledger.close(time.monotonic() - prepared.started)
@@ -194,26 +196,26 @@ async def _first_run(
             hello={},
             warnings=(),
         )
-        return First(request=request, result=result, plan=plan)
-    keeping.begin()
+        return FirstRun(request=request, result=result, plan=plan)
+    folder.begin()
     warming = asyncio.create_task(_warm_up())
-    result = await run_trial(replace(request, before_cells=keeping.done, early=early))
+    result = await run_trial(replace(request, before_cells=folder.done, early=kernel))
     await warming
-    return First(request=request, result=result, plan=plan)
+    return FirstRun(request=request, result=result, plan=plan)
 
 
 async def _warm_up() -> None:
     """Do what would be done later anyway while there is nothing to do but wait for the kernel."""
     from nbformat import v4
 
-    from safe_exec.diagnosis import verdict as conclude  # noqa: F401
+    from safe_exec.diagnosis import verdict as _verdict  # noqa: F401
     from safe_exec.reports import annotated_notebook  # noqa: F401
 
     v4.new_output("stream", text="")  # reads and compiles the schema of notebooks: 30 ms
 
 
 def request_for(
-    prepared: Prepared, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink
+    prepared: PreparedJob, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink
 ) -> TrialRequest:
     """What a trial of the whole notebook is asked; trials of a search start from it."""
     from safe_exec.trial.request import TrialRequest
@@ -222,14 +224,14 @@ def request_for(
         run_id=prepared.run_id,
         node=node,
         kernel_name=prepared.kernel_name,
-        cwd=prepared.cwd,
-        limits=prepared.resolved.limits,
-        machine=prepared.machine,
+        cwd=prepared.paths.cwd,
+        limits=prepared.limits.values,
+        machine=prepared.limits.machine,
         plan=plan,
         cell_limits=lambda cell: profiles.cell_limits(
-            prepared.resolved, cell.metadata, where="cell"
+            prepared.limits.resolved, cell.metadata, where="cell"
         )[0],
-        largest_output=largest_output(prepared.resolved, prepared.node.cells),
+        largest_output=largest_output(prepared.limits.resolved, prepared.node.cells),
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,
@@ -238,15 +240,15 @@ def request_for(
     )
 
 
-def _allow_errors(prepared: Prepared) -> bool:
+def _allow_errors(prepared: PreparedJob) -> bool:
     """The option, or the notebook's ``metadata.execution.allow_errors`` as nbclient reads it."""
     execution = prepared.node.metadata.get("execution")
     own = execution.get("allow_errors") if isinstance(execution, Mapping) else None
     return prepared.job.allow_errors or own is True
 
 
-def _conclude(prepared: Prepared, first: First, mask: Mask) -> Verdict:
-    from safe_exec.diagnosis.verdict import conclude
+def _verdict_of(prepared: PreparedJob, first: FirstRun, mask: Mask) -> Verdict:
+    from safe_exec.diagnosis.verdict import build_verdict
 
     # Before texts are shortened: half a secret is no longer found.
     result = replace(
@@ -254,38 +256,61 @@ def _conclude(prepared: Prepared, first: First, mask: Mask) -> Verdict:
         ending=mask.everywhere(first.result.ending),
         evidence=mask.everywhere(first.result.evidence),
     )
-    return conclude(prepared, result, first.plan, allow_errors=first.request.allow_errors)
+    return build_verdict(run_info(prepared, first.request), result, first.plan)
+
+
+def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
+    """The facts of a run that its trial does not know."""
+    from safe_exec.diagnosis.verdict import RunInfo
+
+    return RunInfo(
+        run_id=prepared.run_id,
+        started_at=prepared.started_at,
+        command=prepared.job.command,
+        cwd=prepared.paths.cwd,
+        path=prepared.job.path,
+        sha256=prepared.notebook.sha256,
+        kernel_name=prepared.kernel_name,
+        language=prepared.notebook.language,
+        limits=prepared.limits.values,
+        isolation=prepared.limits.isolation,
+        allow_errors=request.allow_errors,
+        warnings=prepared.limits.resolved.warnings,
+    )
 
 
 async def _search(
-    prepared: Prepared,
-    first: First,
+    prepared: PreparedJob,
+    first: FirstRun,
     verdict: Verdict,
-    keeping: Keeping,
-    so_far: Callable[[Verdict], Verdict],
+    folder: FolderSnapshot,
+    write_partial: Callable[[Verdict], Verdict],
 ) -> Verdict:
     """The culprits, where the failure is one that is searched for."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
         return verdict
     from safe_exec.workflows.bisect import search_after
 
-    return await search_after(prepared, verdict, first.request, keeping, so_far)
+    return await search_after(prepared, verdict, first.request, folder, write_partial)
 
 
 class Documents:
     """Where the documents go, their folders held open from the start, and the mask for what they say. A context manager."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedJob) -> None:
         self.mask = _mask(prepared)
         self.warnings: list[str] = []
         self._run_id = prepared.run_id
         self._stack = contextlib.ExitStack()
-        self._folders: dict[str, HeldFolder] = {}
-        for name, path in (("notebook", prepared.output), ("verdict", prepared.verdict)):
+        self._folders: dict[str, OutputDirectory] = {}
+        for name, path in (
+            ("notebook", prepared.paths.notebook),
+            ("verdict", prepared.paths.verdict),
+        ):
             with contextlib.suppress(
                 OSError
             ):  # what became of it is said when there is something to write
-                folder = self._folders[name] = HeldFolder(path, prepared.job.tree)
+                folder = self._folders[name] = OutputDirectory(path, prepared.job.tree)
                 self._stack.callback(folder.close)
 
     def __enter__(self) -> Self:
@@ -314,67 +339,69 @@ class Documents:
             )
 
 
-def _mask(prepared: Prepared) -> Mask:
+def _mask(prepared: PreparedJob) -> Mask:
     """The mask for the secrets of our environment and of the kernel's."""
     return mask_for({**os.environ, **(prepared.job.env or {})})
 
 
-def write(prepared: Prepared, verdict: Verdict, node: Any, documents: Documents) -> Verdict:
+def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documents) -> Verdict:
     """The annotated notebook first, then the verdict, which says what was written. Here a verdict is finished: secrets are masked."""
     from safe_exec.reports import annotated_notebook, verdict_json
 
-    verdict = _with_outputs(documents.mask.everywhere(verdict), documents)
+    verdict = _with_output_paths(documents.mask.everywhere(verdict), documents)
     try:
         documents.put(
             "notebook", notebook.Encoded(annotated_notebook.annotate(node, verdict, documents.mask))
         )
     except (OSError, SafeExecError) as error:
-        verdict = _without(
+        verdict = _without_output(
             verdict, "notebook", f"the annotated notebook could not be written: {error}"
         )
     try:
         for _ in range(2):  # once more where it went by another name, which it says itself
-            said = len(documents.warnings)
-            verdict = _with_outputs(verdict, documents)
+            warning_count = len(documents.warnings)
+            verdict = _with_output_paths(verdict, documents)
             documents.put("verdict", verdict_json.dumps(verdict))
-            if len(documents.warnings) == said:
+            if len(documents.warnings) == warning_count:
                 break
     except OSError as error:
-        verdict = _without(verdict, "verdict", f"the verdict could not be written: {error}")
+        verdict = _without_output(verdict, "verdict", f"the verdict could not be written: {error}")
         # The one document that programs read: that it is missing is said even to those who want to hear nothing.
         log.error(  # noqa: TRY400
-            "%s: the verdict could not be written: %s", one_line(prepared.verdict), one_line(error)
+            "%s: the verdict could not be written: %s",
+            one_line(prepared.paths.verdict),
+            one_line(error),
         )
     return verdict
 
 
-def _with_outputs(verdict: Verdict, documents: Documents) -> Verdict:
+def _with_output_paths(verdict: Verdict, documents: Documents) -> Verdict:
     """The verdict that says which documents there are, but for one that is known not to be, and what became of their names."""
-    gone = {"notebook"} - verdict.outputs.keys() if verdict.outputs else set()
-    outputs = {name: path for name, path in documents.paths().items() if name not in gone}
+    missing = {"notebook"} - verdict.outputs.keys() if verdict.outputs else set()
+    outputs = {name: path for name, path in documents.paths().items() if name not in missing}
     if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
         outputs["repro"] = verdict.culprits.repro_notebook
-    fresh = [words for words in documents.warnings if words not in verdict.warnings]
+    fresh = [warning for warning in documents.warnings if warning not in verdict.warnings]
     return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, *fresh))
 
 
-def _without(verdict: Verdict, name: str, warning: str) -> Verdict:
+def _without_output(verdict: Verdict, name: str, warning: str) -> Verdict:
     outputs = {key: path for key, path in verdict.outputs.items() if key != name}
     return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, warning))
 
 
-def _run_started(prepared: Prepared) -> events.RunStarted:
+def _run_started(prepared: PreparedJob) -> events.RunStarted:
     return events.RunStarted(
         time=time.monotonic() - prepared.started,
         run_id=prepared.run_id,
         notebook=str(prepared.job.path),
         kernel=prepared.kernel_name,
         code_cells=sum(cell.cell_type == "code" for cell in prepared.node.cells),
-        limits=prepared.resolved.limits.as_dict(),
+        limits=prepared.limits.values.as_dict(),
     )
 
 
-def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
+def _run_finished(prepared: PreparedJob, verdict: Verdict) -> events.RunFinished:
     cause = verdict.cause.kind.value if verdict.cause else None
     return events.RunFinished(
         time=time.monotonic() - prepared.started, status=verdict.status, cause=cause
@@ -383,12 +410,12 @@ def _run_finished(prepared: Prepared, verdict: Verdict) -> events.RunFinished:
 
 def _read_ahead() -> EventSink:
     """Imports what concludes and writes while the kernel is at work on its first cell: after a death somebody waits."""
-    asked = False
+    scheduled = False
 
     def sink(event: Event) -> None:
-        nonlocal asked
-        if isinstance(event, events.CellStarted) and not asked:
-            asked = True
+        nonlocal scheduled
+        if isinstance(event, events.CellStarted) and not scheduled:
+            scheduled = True
             for number, name in enumerate(_NEEDED_LATER):
                 asyncio.get_running_loop().call_later(
                     _SENT_SECONDS * (1 + number), import_module, name
@@ -413,7 +440,7 @@ def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
     return emit
 
 
-def _nothing_taken(_arrive: Any) -> contextlib.AbstractContextManager[None]:
+def _leave_signals(_arrive: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -425,15 +452,15 @@ def signals(arrive: Any) -> Iterator[None]:
     under nohup the run goes on when the terminal is gone, and in the background of a script (`&`)
     when somebody presses Ctrl-C.
     """
-    loop, taken = asyncio.get_running_loop(), []
+    loop, handled = asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
             loop.add_signal_handler(number, arrive, number)
-            taken.append(number)
+            handled.append(number)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             loop.remove_signal_handler(number)

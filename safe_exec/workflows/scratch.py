@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from safe_exec.errors import SandboxError
-from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.stale_runs import sweep
-from safe_exec.workflows.prepare import Prepared
+from safe_exec.workflows.prepare import PreparedJob
 from safe_exec.workflows.run import request_for, signals
 
 if TYPE_CHECKING:
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
     from safe_exec.trial.request import Cancellation
 
 
-class Aside(Struct, frozen=True, kw_only=True):
+class ScratchRuns(Struct, frozen=True, kw_only=True):
     """A notebook that is ready to be run as often as one likes. ``gaps`` say what a run may still see of an earlier one."""
 
-    prepared: Prepared
+    prepared: PreparedJob
     runs: Runs
     cancellation: Cancellation
 
@@ -43,7 +42,7 @@ class Aside(Struct, frozen=True, kw_only=True):
 
 
 @contextlib.asynccontextmanager
-async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
+async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
     """Keep the folder as it is now, and run in copies of it. Signals end the run under way and are told to whoever asks.
 
     Raises SandboxError where the folder cannot be kept.
@@ -55,7 +54,7 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
     from safe_exec.workflows.bisect import repository_of
 
     cancellation = Cancellation()
-    ours = frozenset(path.resolve() for path in (prepared.output, prepared.verdict, prepared.repro))
+    ours = frozenset(path.resolve() for path in prepared.paths.documents)
     with signals(cancellation.arrive), contextlib.ExitStack() as stack:
         sweep()
         try:
@@ -63,15 +62,13 @@ async def set_aside(prepared: Prepared) -> AsyncIterator[Aside]:
             scratch = claim_folder(cache_root(), prepared.run_id)
             stack.callback(release_folder, scratch)
             snapshot = await asyncio.to_thread(
-                take, prepared.cwd, scratch, ours=ours, repository=repository_of(prepared)
+                take, prepared.paths.cwd, scratch, ours=ours, repository=repository_of(prepared)
             )
             views = views_of(snapshot, ours=ours, insist=True)
         except OSError as error:
             raise SandboxError(
-                f"{prepared.cwd}: the folder cannot be kept as it is: {error}"
+                f"{prepared.paths.cwd}: the folder cannot be kept as it is: {error}"
             ) from error
-        plan = build_plan(
-            prepared.resolved.limits, prepared.machine, prepared.run_id, prepared.resolved.isolation
-        )
+        plan = prepared.plan()
         template = request_for(prepared, plan, prepared.node, cancellation, lambda _event: None)
-        yield Aside(prepared=prepared, runs=Runs(template, views), cancellation=cancellation)
+        yield ScratchRuns(prepared=prepared, runs=Runs(template, views), cancellation=cancellation)

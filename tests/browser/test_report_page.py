@@ -24,7 +24,7 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.reports.batch.html import page as html_page
-from safe_exec.reports.batch.results import Entry
+from safe_exec.reports.batch.results import NotebookResult
 from tests.unit.batches import SOURCES, make_batch, make_entry
 from tests.unit.builders import (
     GIB,
@@ -86,7 +86,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Show]:
     """Shows a page of these notebooks; in the end nothing may have been fetched, logged or popped up."""
     made: list[Seen] = []
 
-    def shown(entries: list[Entry], address: str = "", **context: Any) -> Seen:
+    def shown(entries: list[NotebookResult], address: str = "", **context: Any) -> Seen:
         batch = make_batch(tmp_path, entries)
         file = batch.out / "report.html"
         html_page.write(batch, file)
@@ -145,7 +145,7 @@ def verdict_of(
     return make_verdict(status, **given | changes)
 
 
-def mixed(root: Path) -> list[Entry]:
+def mixed(root: Path) -> list[NotebookResult]:
     """A notebook of each kind."""
     oom = verdict_of(
         4.0,

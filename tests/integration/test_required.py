@@ -115,8 +115,8 @@ def test_where_they_stand_it_runs_and_what_comes_after_it_must_have_them_too(
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (("--require", "walls"), "no wall is asked for"),
-        (("--require", "network"), "no such wall is asked for"),
+        (("--require", "walls"), "no wall is requested"),
+        (("--require", "network"), "this wall is not requested"),
         (("--require", "wall"), "own_processes"),
     ],
 )

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.verdict import NotebookInfo, Status, Verdict
 from safe_exec.reports import verdict_json
-from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
 from tests.unit.builders import every_verdict, make_verdict
 
 SOURCES = (
@@ -39,7 +39,7 @@ def write_notebook(path: Path, sources: Sequence[str] = SOURCES) -> str:
 
 def make_entry(
     root: Path, path: str, verdict: Verdict | None, sources: Sequence[str] = SOURCES, **changes: Any
-) -> Entry:
+) -> NotebookResult:
     """A notebook that was run: the notebook under ``root``, its verdict under ``root/out``."""
     sha256 = write_notebook(root / path, sources)
     written = None
@@ -55,7 +55,7 @@ def make_entry(
         written = root / "out" / f"{path}.verdict.json"
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_bytes(verdict_json.dumps(replace(verdict, notebook=info)))
-    entry = Entry(
+    entry = NotebookResult(
         path=path,
         status=verdict.status.value if verdict is not None else NOT_RUN,
         exit_code=verdict.exit_code if verdict is not None else None,
@@ -71,11 +71,11 @@ def make_entry(
     return replace(entry, **changes)
 
 
-def make_batch(root: Path, entries: Iterable[Entry], **changes: Any) -> Batch:
+def make_batch(root: Path, entries: Iterable[NotebookResult], **changes: Any) -> BatchResult:
     """A batch over ``entries`` that wrote under ``root/out``."""
     (root / "out").mkdir(exist_ok=True)
-    batch = Batch(
-        entries=tuple(entries),
+    batch = BatchResult(
+        results=tuple(entries),
         root=root,
         out=root / "out",
         started=STARTED,
@@ -87,7 +87,7 @@ def make_batch(root: Path, entries: Iterable[Entry], **changes: Any) -> Batch:
     return replace(batch, **changes)
 
 
-def every_entry(root: Path) -> list[Entry]:
+def every_entry(root: Path) -> list[NotebookResult]:
     """A notebook for every verdict there is, and of each state that has none."""
     found = [
         make_entry(root, f"some/folder/{n:02}.ipynb", verdict)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safe_exec.model.verdict import Verdict
 from safe_exec.reports.batch import text as batch_text
-from safe_exec.reports.batch.results import Batch, Entry
+from safe_exec.reports.batch.results import BatchResult, NotebookResult
 from safe_exec.reports.batch.source_map import file_line
-from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.batch.text import NotebookReport, Outcome
 from safe_exec.reports.text import common, culprits
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 from safe_exec.units import format_seconds, format_size
@@ -26,64 +26,66 @@ _ORDER = (Outcome.FAILED, Outcome.ERROR, Outcome.PASSED, Outcome.SKIPPED)
 _BAD = (Outcome.FAILED, Outcome.ERROR)
 
 
-def bad(batch: Batch) -> list[Entry]:
+def bad(batch: BatchResult) -> list[NotebookResult]:
     """The notebooks that somebody should look at, in order."""
-    return [entry for entry in batch.entries if batch_text.outcome(entry) in _BAD]
+    return [result for result in batch.results if batch_text.outcome(result) in _BAD]
 
 
 # --- annotations ------------------------------------------------------------------------------------------------
 
 
-def annotations(batch: Batch, base: Path | None = None) -> Iterator[str]:
+def annotations(batch: BatchResult, base: Path | None = None) -> Iterator[str]:
     """A workflow command for each notebook that failed, and a warning for each flaky one; paths as seen from ``base``, the checkout."""
     root = base or batch.root
     failed = bad(batch)
-    for entry in failed:
-        yield _error(Told.of(entry), batch, root)
-    for entry in batch.entries:
-        if entry.flaky:
-            path = batch_text.relative(entry.source, root)
+    for result in failed:
+        yield _error(NotebookReport.of(result), batch, root)
+    for result in batch.results:
+        if result.flaky:
+            path = batch_text.relative(result.source, root)
             yield command(
-                "warning", batch_text.flaky_words(entry), file=path, title="safe-exec: flaky"
+                "warning", batch_text.flaky_words(result), file=path, title="safe-exec: flaky"
             )
     if len(failed) > SHOWN_PER_STEP:
-        said = f"{len(failed)} notebooks failed. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
-        yield command("notice", said, title="safe-exec")
+        notice = f"{len(failed)} notebooks failed. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
+        yield command("notice", notice, title="safe-exec")
 
 
-def _error(told: Told, batch: Batch, root: Path) -> str:
-    headline, *rest = batch_text.lines(told, batch)
-    message = "\n".join([headline, *(line for line in rest if not line.startswith("evidence: "))])
-    file, line = batch_text.relative(told.entry.source, root), file_line(told) or 1
-    what = batch_text.cause_words(told) or batch_text.status_words(told.entry.status)
-    return command("error", message, file=file, line=line, title=f"{told.entry.path}: {what}")
+def _error(report: NotebookReport, batch: BatchResult, root: Path) -> str:
+    headline, *details = batch_text.lines(report, batch)
+    message = "\n".join(
+        [headline, *(line for line in details if not line.startswith("evidence: "))]
+    )
+    file, line = batch_text.relative(report.result.source, root), file_line(report) or 1
+    cause = batch_text.cause_words(report) or batch_text.status_words(report.result.status)
+    return command("error", message, file=file, line=line, title=f"{report.result.path}: {cause}")
 
 
 def command(name: str, message: str, **properties: str | int) -> str:
     """A workflow command, ``::error file=a.ipynb,line=3::message``: one line, whatever is in it."""
-    said = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items())
-    return f"::{name} {said}::{_data(common.printable(message))}"
+    attributes = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items())
+    return f"::{name} {attributes}::{_data(common.printable(message))}"
 
 
-def _data(words: str) -> str:
-    return words.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(words: str) -> str:
-    return _data(common.printable(words)).replace(":", "%3A").replace(",", "%2C")
+def _property(text: str) -> str:
+    return _data(common.printable(text)).replace(":", "%3A").replace(",", "%2C")
 
 
 # --- the summary of the job -------------------------------------------------------------------------------------
 
 
-def summary(batch: Batch) -> str:
+def summary(batch: BatchResult) -> str:
     """The batch in GitHub's markdown: a table of all notebooks, and of each that failed what there is to know. At most a megabyte."""
     head = f"### {_sign(batch)} safe-exec: {inert(batch_text.tally(batch))}\n\n"
     parts, room = (
         [head],
         MOST_BYTES - len(head.encode()) - 200,
     )  # for the two lines that say what was left out
-    for pieces, what in ((_table(batch), "notebooks"), (_details(batch), "details")):
+    for pieces, section in ((_table(batch), "notebooks"), (_details(batch), "details")):
         left_out = 0
         for piece in pieces:
             room -= len(piece.encode())
@@ -92,49 +94,54 @@ def summary(batch: Batch) -> str:
             else:
                 parts.append(piece)
         parts.append(
-            f"\n*{left_out} more {what} did not fit here; the HTML report has them all.*\n\n"
+            f"\n*{left_out} more {section} did not fit here; the HTML report has them all.*\n\n"
             if left_out
             else "\n"
         )
     return "".join(parts)
 
 
-def _sign(batch: Batch) -> str:
+def _sign(batch: BatchResult) -> str:
     return _SIGNS[Outcome.FAILED if bad(batch) else Outcome.PASSED]
 
 
-def _table(batch: Batch) -> Iterator[str]:
+def _table(batch: BatchResult) -> Iterator[str]:
     yield "| | notebook | what happened | time | memory peak |\n| --- | --- | --- | ---: | ---: |\n"
-    for entry in sorted(batch.entries, key=lambda entry: _ORDER.index(batch_text.outcome(entry))):
-        told = Told.of(entry)
-        peak = told.verdict.usage.memory_peak if told.verdict is not None else None
+    for result in sorted(
+        batch.results, key=lambda result: _ORDER.index(batch_text.outcome(result))
+    ):
+        report = NotebookReport.of(result)
+        peak = report.verdict.usage.memory_peak if report.verdict is not None else None
         cells = (
-            _SIGNS[told.outcome],
-            inert(entry.path),
+            _SIGNS[report.outcome],
+            inert(result.path),
             inert(
                 common.SEPARATOR.join(
                     part
-                    for part in (batch_text.status_words(entry.status), batch_text.in_short(told))
+                    for part in (
+                        batch_text.status_words(result.status),
+                        batch_text.in_short(report),
+                    )
                     if part
                 )
             ),
-            format_seconds(entry.seconds) if entry.seconds is not None else "",
+            format_seconds(result.seconds) if result.seconds is not None else "",
             format_size(peak) if peak is not None else "",
         )
         yield f"| {' | '.join(cells)} |\n"
 
 
-def _details(batch: Batch) -> Iterator[str]:
-    for entry in bad(batch):
-        told = Told.of(entry)
-        if told.verdict is not None:
-            yield "\n\n".join([*_detail(told, told.verdict, batch), "</details>\n\n"])
+def _details(batch: BatchResult) -> Iterator[str]:
+    for result in bad(batch):
+        report = NotebookReport.of(result)
+        if report.verdict is not None:
+            yield "\n\n".join([*_detail(report, report.verdict, batch), "</details>\n\n"])
 
 
-def _detail(told: Told, verdict: Verdict, batch: Batch) -> Iterator[str]:
+def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Iterator[str]:
     # The blank line behind it makes what follows markdown again (CommonMark 4.6).
-    title = f"{told.entry.path}: {batch_text.headline(told)}"
-    yield f"<details><summary>{_SIGNS[told.outcome]} {html.escape(common.one_line(title))}</summary>"
+    title = f"{report.result.path}: {batch_text.headline(report)}"
+    yield f"<details><summary>{_SIGNS[report.outcome]} {html.escape(common.one_line(title))}</summary>"
     if verdict.crash_cell is not None:
         yield f"**Where:** {inert(batch_text.place(verdict))}"
         yield from _block([verdict.crash_cell.source_line or ""])
@@ -145,7 +152,7 @@ def _detail(told: Told, verdict: Verdict, batch: Batch) -> Iterator[str]:
         yield f"**Why:** {inert(verdict.cause.summary)}"
         yield "\n".join(f"- {inert(line)}" for line in common.evidence_lines(verdict))
         yield f"**Next:** {inert(verdict.cause.advice)}" if verdict.cause.advice else ""
-    yield f"**Reproduce:** {code_span(batch_text.reproduce_command(told, batch))}"
+    yield f"**Reproduce:** {code_span(batch_text.reproduce_command(report, batch))}"
 
 
 def _block(lines: Sequence[str]) -> Iterator[str]:
@@ -160,7 +167,7 @@ def _culprits(verdict: Verdict) -> Iterator[str]:
     others = culprits.others(verdict)
     for culprit in others[: culprits.MOST_SHOWN]:
         code = common.clip(common.code_line(culprit.source_line or ""), batch_text.SOURCE_WIDTH)
-        said = f": {code_span(code)}" if code else ""
-        yield f"- {common.cell_name(culprit.code_index)} ({culprit.role.value}), {inert(culprits.note(culprit))}{said}"
+        source = f": {code_span(code)}" if code else ""
+        yield f"- {common.cell_name(culprit.code_index)} ({culprit.role.value}), {inert(culprits.note(culprit))}{source}"
     if len(others) > culprits.MOST_SHOWN:
         yield f"- and {len(others) - culprits.MOST_SHOWN} more"

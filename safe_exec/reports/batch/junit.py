@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from safe_exec.files import write_pieces_atomically
 from safe_exec.model.verdict import Verdict
 from safe_exec.reports.batch import text as batch_text
-from safe_exec.reports.batch.results import Batch
-from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.batch.results import BatchResult
+from safe_exec.reports.batch.text import NotebookReport, Outcome
 from safe_exec.reports.text import common, culprits
 
 if TYPE_CHECKING:
@@ -34,19 +34,19 @@ STDERR_WIDTH = 8192
 _FORBIDDEN = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def write(batch: Batch, path: Path) -> None:
+def write(batch: BatchResult, path: Path) -> None:
     """Writes the whole of a batch as JUnit XML to ``path``, atomically. Raises OSError."""
     write_pieces_atomically(path, _document(batch))
 
 
-def _document(batch: Batch) -> Iterator[bytes]:
+def _document(batch: BatchResult) -> Iterator[bytes]:
     yield b"<?xml version='1.0' encoding='utf-8'?>\n<testsuites>"
     host = socket.gethostname() or "localhost"
-    for number, entry in enumerate(batch.entries):
-        suite = _suite(Told.of(entry), batch)
+    for number, result in enumerate(batch.results):
+        suite = _suite(NotebookReport.of(result), batch)
         suite.hostname = host
         # What Ant's schema asks of an aggregate: a running number, and the package.
-        _set(suite, {"id": str(number), "package": clean(_folder(entry.path))})
+        _set(suite, {"id": str(number), "package": clean(_folder(result.path))})
         yield b"\n"
         yield suite.tostring()
     yield b"\n</testsuites>\n"
@@ -57,21 +57,21 @@ def _set(suite: TestSuite, attributes: dict[str, str]) -> None:
         suite._elem.set(name, value)  # noqa: SLF001 - the attributes of an aggregate, which junitparser has no names for
 
 
-def _suite(told: Told, batch: Batch) -> TestSuite:
+def _suite(report: NotebookReport, batch: BatchResult) -> TestSuite:
     from junitparser import SystemErr, SystemOut, TestSuite
 
-    suite = TestSuite(clean(told.entry.path))
-    suite.timestamp = _moment(told.verdict, batch)
-    properties = dict(_properties(told, batch))
+    suite = TestSuite(clean(report.result.path))
+    suite.timestamp = _moment(report.verdict, batch)
+    properties = dict(_properties(report, batch))
     for name, value in properties.items():
         suite.add_property(name, clean(value))
-    suite.add_testcase(_case(told, batch))
-    suite.append(SystemOut(clean(batch_text.headline(told))))
-    suite.append(SystemErr(clean(_stderr(told.verdict))))
+    suite.add_testcase(_case(report, batch))
+    suite.append(SystemOut(clean(batch_text.headline(report))))
+    suite.append(SystemErr(clean(_stderr(report.verdict))))
     return suite
 
 
-def _moment(verdict: Verdict | None, batch: Batch) -> str:
+def _moment(verdict: Verdict | None, batch: BatchResult) -> str:
     """When it started: the schema takes neither parts of a second nor a time zone."""
     return (
         verdict.started[:19] if verdict is not None else batch.started.strftime("%Y-%m-%dT%H:%M:%S")
@@ -83,28 +83,32 @@ def _folder(path: str) -> str:
     return TOP_FOLDER if folder == "." else folder
 
 
-def _case(told: Told, batch: Batch) -> TestCase:
+def _case(report: NotebookReport, batch: BatchResult) -> TestCase:
     from junitparser import Error, Failure, Skipped, TestCase
 
-    entry = told.entry
-    case = TestCase(clean(PurePosixPath(entry.path).name), clean(_folder(entry.path)))
-    case.time = round(entry.seconds or 0.0, 3)
-    if told.outcome is Outcome.SKIPPED:
-        case.result = [Skipped(clean(_message(told)))]  # Ant's schema knows no type of these
-    elif told.outcome is not Outcome.PASSED:
-        result = (Failure if told.outcome is Outcome.FAILED else Error)(
-            clean(_message(told)), batch_text.kind(told)
+    result = report.result
+    case = TestCase(clean(PurePosixPath(result.path).name), clean(_folder(result.path)))
+    case.time = round(result.seconds or 0.0, 3)
+    if report.outcome is Outcome.SKIPPED:
+        case.result = [Skipped(clean(_message(report)))]  # Ant's schema knows no type of these
+    elif report.outcome is not Outcome.PASSED:
+        failure = (Failure if report.outcome is Outcome.FAILED else Error)(
+            clean(_message(report)), batch_text.kind(report)
         )
-        result.text = clean("\n".join(batch_text.lines(told, batch)))
-        case.result = [result]
+        failure.text = clean("\n".join(batch_text.lines(report, batch)))
+        case.result = [failure]
     return case
 
 
-def _message(told: Told) -> str:
+def _message(report: NotebookReport) -> str:
     """One line: what happened, and which cells it takes."""
-    found = told.verdict.culprits if told.verdict is not None else None
-    who = f"caused by {culprits.names(found)}" if found is not None and found.cells else ""
-    return common.SEPARATOR.join(part for part in (batch_text.headline(told), who) if part)
+    search = report.verdict.culprits if report.verdict is not None else None
+    culprit_cells = (
+        f"caused by {culprits.names(search)}" if search is not None and search.cells else ""
+    )
+    return common.SEPARATOR.join(
+        part for part in (batch_text.headline(report), culprit_cells) if part
+    )
 
 
 def _stderr(verdict: Verdict | None) -> str:
@@ -113,16 +117,16 @@ def _stderr(verdict: Verdict | None) -> str:
     return f"(the first {cut} characters are left out)\n{tail[cut:]}" if cut > 0 else tail
 
 
-def _properties(told: Told, batch: Batch) -> Iterator[tuple[str, str]]:
+def _properties(report: NotebookReport, batch: BatchResult) -> Iterator[tuple[str, str]]:
     """Figures by name, for scripts: plain numbers in bytes and seconds. What was not measured is left out."""
-    entry, verdict = told.entry, told.verdict
-    yield "status", entry.status
-    yield "attempts", str(entry.attempts)
-    yield "flaky", "true" if entry.flaky else "false"
+    result, verdict = report.result, report.verdict
+    yield "status", result.status
+    yield "attempts", str(result.attempts)
+    yield "flaky", "true" if result.flaky else "false"
     for name, path in {
-        "verdict": entry.verdict,
-        "notebook": entry.notebook,
-        "reproduction": entry.repro,
+        "verdict": result.verdict,
+        "notebook": result.notebook,
+        "reproduction": result.repro,
     }.items():
         if path is not None:
             yield name, batch_text.relative(path, batch.out)
@@ -147,8 +151,8 @@ def _properties(told: Told, batch: Batch) -> Iterator[tuple[str, str]]:
         yield "culprits", " ".join(str(culprit.code_index) for culprit in verdict.culprits.cells)
 
 
-def clean(words: str) -> str:
+def clean(text: str) -> str:
     r"""``words`` with the characters that XML cannot hold written out: ESC as ``\x1b``."""
     return _FORBIDDEN.sub(
-        lambda found: found[0].encode("unicode_escape").decode(), words.replace("\r\n", "\n")
+        lambda match: match[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n")
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from msgspec import Struct
 
 from safe_exec.model import events
-from safe_exec.reports.batch.results import UNCHANGED, Entry
+from safe_exec.reports.batch.results import UNCHANGED, NotebookResult
 from safe_exec.reports.progress import Situation, quietly, start_live
 from safe_exec.reports.terminal import Style, is_terminal
 from safe_exec.reports.text import common
@@ -32,7 +32,7 @@ _MOST_PATH = 60
 class _Running(Struct, frozen=True, kw_only=True):
     """A notebook that runs."""
 
-    now: Situation
+    situation: Situation
     since: float
     attempt: int
 
@@ -50,7 +50,7 @@ class BatchProgress:
         self._live: Live | None = None
         self._turn = threading.Lock()
         self._running: dict[str, _Running] = {}
-        self._total = self._done = self._bad = 0
+        self._total = self._finished_count = self._bad = 0
         self._began = clock()
 
     def __enter__(self) -> Self:
@@ -73,26 +73,26 @@ class BatchProgress:
         self._total, self._began = total, self._clock()
         self._say(f"{common.counted(total, 'notebook')}, {jobs} at a time", "dim")
 
-    def note(self, words: str) -> None:
+    def note(self, text: str) -> None:
         """Something that the user should know."""
-        self._say(f"note: {common.one_line(words)}", "")
+        self._say(f"note: {common.one_line(text)}", "")
 
     def sink(self, path: str, attempt: int) -> events.EventSink:
         """Takes the events of a notebook, on whatever thread it runs."""
-        found = _Running(now=Situation(), since=self._clock(), attempt=attempt)
+        notebook = _Running(situation=Situation(), since=self._clock(), attempt=attempt)
         with self._turn:
-            self._running[path] = found
-        return found.now.take
+            self._running[path] = notebook
+        return notebook.situation.take
 
-    def finished(self, entry: Entry, headline: str) -> None:
+    def finished(self, result: NotebookResult, headline: str) -> None:
         """A notebook came to its end."""
         with self._turn:
-            self._running.pop(entry.path, None)
-        self._done += 1
-        good = entry.status in _GOOD
+            self._running.pop(result.path, None)
+        self._finished_count += 1
+        good = result.status in _GOOD
         self._bad += not good
-        count = f"[{self._done:>{len(str(self._total))}}/{self._total}]"
-        self._say(f"{count} {line_of(entry, headline)}", "" if good else "bad")
+        count = f"[{self._finished_count:>{len(str(self._total))}}/{self._total}]"
+        self._say(f"{count} {line_of(result, headline)}", "" if good else "bad")
 
     def draw(self) -> None:
         """Draw the table anew."""
@@ -125,30 +125,34 @@ class BatchProgress:
         table = Table.grid(padding=(0, 2))
         with self._turn:
             running = dict(self._running)
-        for path, found in running.items():
-            again = f" (attempt {found.attempt})" if found.attempt > 1 else ""
-            name = common.clip(common.one_line(path), _MOST_PATH) + again
-            seconds = format_seconds(self._clock() - found.since)
-            cells = (name, found.now.doing(), seconds, found.now.usage())
+        for path, notebook in running.items():
+            attempt = f" (attempt {notebook.attempt})" if notebook.attempt > 1 else ""
+            name = common.clip(common.one_line(path), _MOST_PATH) + attempt
+            seconds = format_seconds(self._clock() - notebook.since)
+            cells = (name, notebook.situation.doing(), seconds, notebook.situation.usage())
             table.add_row(
                 *(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells)
             )
         bad = f", {self._bad} not passed" if self._bad else ""
-        spent = format_seconds(self._clock() - self._began)
+        elapsed = format_seconds(self._clock() - self._began)
         table.add_row(
-            Text(self._style.fit(f"{self._done} of {self._total} done{bad}"), style="bold"),
+            Text(
+                self._style.fit(f"{self._finished_count} of {self._total} done{bad}"), style="bold"
+            ),
             Text(""),
-            Text(spent),
+            Text(elapsed),
         )
         return table
 
 
-def line_of(entry: Entry, headline: str) -> str:
+def line_of(result: NotebookResult, headline: str) -> str:
     """A finished notebook in one line: ``✗ docs/a.ipynb: kernel died in code cell 3 · out of memory``."""
-    sign = "✓" if entry.status in _GOOD else "✗"
-    said = [headline or common.one_line(entry.error or entry.status.replace("_", " "))]
-    if entry.flaky:
-        said.append(f"flaky: attempt {entry.attempts}")
-    elif entry.attempts > 1:
-        said.append(f"the same in {entry.attempts} attempts" if entry.status not in _GOOD else "")
-    return f"{sign} {common.one_line(entry.path)}: {common.SEPARATOR.join(part for part in said if part)}"
+    sign = "✓" if result.status in _GOOD else "✗"
+    parts = [headline or common.one_line(result.error or result.status.replace("_", " "))]
+    if result.flaky:
+        parts.append(f"flaky: attempt {result.attempts}")
+    elif result.attempts > 1:
+        parts.append(
+            f"the same in {result.attempts} attempts" if result.status not in _GOOD else ""
+        )
+    return f"{sign} {common.one_line(result.path)}: {common.SEPARATOR.join(part for part in parts if part)}"

@@ -27,7 +27,7 @@ NOT_RUN = "not_run"
 """Not run: the batch ended before its turn came."""
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class NotebookResult(Struct, frozen=True, kw_only=True):
     """One notebook of a batch.
 
     ``path`` is the one shown: relative to the batch's root, with ``/``. ``status`` is the verdict's, or ``refused``, ``unchanged``,
@@ -60,7 +60,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         return document if isinstance(document, Mapping) else None
 
 
-class Batch(Struct, frozen=True, kw_only=True):
+class BatchResult(Struct, frozen=True, kw_only=True):
     """A batch that is over. ``entries`` are in the order of their paths.
 
     ``root`` is the directory that paths are relative to, ``out`` the one that everything was written to. ``seconds`` is the wall time
@@ -68,7 +68,7 @@ class Batch(Struct, frozen=True, kw_only=True):
     notebooks could run at a time. ``cancelled``: somebody stopped it; ``resumed``: it went on from the journal of an earlier call.
     """
 
-    entries: tuple[Entry, ...]
+    results: tuple[NotebookResult, ...]
     root: Path
     out: Path
     started: datetime
@@ -84,4 +84,4 @@ class Batch(Struct, frozen=True, kw_only=True):
 
     def counts(self) -> dict[str, int]:
         """How many notebooks there are of each status, the most frequent first."""
-        return dict(Counter(entry.status for entry in self.entries).most_common())
+        return dict(Counter(entry.status for entry in self.results).most_common())

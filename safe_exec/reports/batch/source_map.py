@@ -19,7 +19,7 @@ from msgspec import Struct
 from safe_exec.errors import NotebookError
 from safe_exec.files import read_regular
 from safe_exec.notebook.notebook import METADATA_KEY, is_banner
-from safe_exec.reports.batch.text import Told
+from safe_exec.reports.batch.text import NotebookReport
 
 MOST_BYTES = 16 << 20
 """Larger files are not looked into: a batch that has run is not to take more memory for its reports than for running."""
@@ -45,41 +45,41 @@ def read_as_run(path: Path, sha256: str | None) -> str | None:
     return data.decode("utf-8-sig") if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
-def file_line(told: Told) -> int | None:
+def file_line(report: NotebookReport) -> int | None:
     """The line of the notebook's file, from 1, where the line that failed stands, or the first of its cell where that is not known.
 
     Nothing where no cell ran, or where the file is no longer the one that was run.
     """
-    verdict = told.verdict
+    verdict = report.verdict
     crash = verdict.crash_cell if verdict is not None else None
     text = (
-        read_as_run(told.entry.source, verdict.notebook.sha256)
+        read_as_run(report.result.source, verdict.notebook.sha256)
         if verdict is not None and crash is not None
         else None
     )
     if (
         crash is None
         or text is None
-        or (found := placed(text, {crash.index}).get(crash.index)) is None
+        or (cell := placed(text, {crash.index}).get(crash.index)) is None
     ):
         return None
     line = (crash.line or 1) - 1
-    return found.lines[line if line < len(found.lines) else 0]
+    return cell.lines[line if line < len(cell.lines) else 0]
 
 
-def placed(text: str, wanted: Collection[int]) -> dict[int, Placed]:
+def placed(text: str, indexes: Collection[int]) -> dict[int, Placed]:
     """The cells of the notebook ``text`` with these indexes, which count all cells but those that safe-exec added.
 
     Cells that are not there, or have no source, are left out. ``text`` is a notebook that could be read.
     """
-    found = {}
+    sources = {}
     for index, at in enumerate(_own_cells(text)):
-        if index in wanted:
+        if index in indexes:
             cell = _members(text, at)
             source = cell.get("source", cell.get("input"))  # the second: code cells of nbformat 3
             if source is not None:
-                found[index] = _placed(text, source)
-    return found
+                sources[index] = _placed(text, source)
+    return sources
 
 
 def _own_cells(text: str) -> Iterator[int]:
@@ -108,29 +108,29 @@ def _is_banner(text: str, at: int) -> bool:
 def _placed(text: str, at: int) -> Placed:
     """A source is a text, or a list of texts that are joined; each of them stands on one line of the file, as JSON has it."""
     parts = list(_items(text, at)) if text[at] == "[" else [at]
-    seen, line = at, text.count("\n", 0, at) + 1
-    said, lines = [], [0]
+    position, line = at, text.count("\n", 0, at) + 1
+    pieces, lines = [], [0]
     for part in parts:
-        line += text.count("\n", seen, part)
-        seen = part
-        words = _decoded(text, part)
-        said.append(words)
+        line += text.count("\n", position, part)
+        position = part
+        piece = _decoded(text, part)
+        pieces.append(piece)
         lines[-1] = lines[-1] or line
-        ends = words.count("\n")
+        ends = piece.count("\n")
         lines += [line] * ends
-        if ends and words.endswith("\n"):
+        if ends and piece.endswith("\n"):
             lines[-1] = 0  # begins with the next part
     lines[-1] = lines[-1] or line
-    return Placed(source="".join(said), lines=tuple(lines))
+    return Placed(source="".join(pieces), lines=tuple(lines))
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------
 
 
 def _after_blank(text: str, at: int) -> int:
-    found = _BLANK.match(text, at)
-    assert found is not None  # it matches nothing, too
-    return found.end()
+    match = _BLANK.match(text, at)
+    assert match is not None  # it matches nothing, too
+    return match.end()
 
 
 def _end(text: str, at: int) -> int:
@@ -145,10 +145,10 @@ def _end(text: str, at: int) -> int:
     raise _no_json(at)
 
 
-def _ended(found: re.Match[str] | None) -> int:
-    if found is None:
+def _ended(match: re.Match[str] | None) -> int:
+    if match is None:
         raise _no_json(0)
-    return found.end()
+    return match.end()
 
 
 def _no_json(at: int) -> ValueError:

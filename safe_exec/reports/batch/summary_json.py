@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from safe_exec.files import write_atomically
-from safe_exec.reports.batch.results import Batch, Entry
+from safe_exec.reports.batch.results import BatchResult, NotebookResult
 from safe_exec.reports.verdict_json import plain
 
 SUMMARY_SCHEMA = "safe-exec/batch/1"
 
 
-def write(batch: Batch, path: Path) -> None:
+def write(batch: BatchResult, path: Path) -> None:
     """Write the document, all of it or nothing. Raises OSError."""
     write_atomically(
         path,
@@ -28,7 +28,7 @@ def write(batch: Batch, path: Path) -> None:
     )
 
 
-def to_document(batch: Batch) -> dict[str, Any]:
+def to_document(batch: BatchResult) -> dict[str, Any]:
     """The batch as plain JSON values."""
     document: dict[str, Any] = plain(
         {
@@ -46,10 +46,10 @@ def to_document(batch: Batch) -> dict[str, Any]:
             "limits": batch.limits,
             "shard": batch.shard,
             "counts": batch.counts(),
-            "flaky": sum(entry.flaky for entry in batch.entries),
+            "flaky": sum(result.flaky for result in batch.results),
         }
     )
-    return document | {"notebooks": [plain(_row(entry, batch.out)) for entry in batch.entries]}
+    return document | {"notebooks": [plain(_row(result, batch.out)) for result in batch.results]}
 
 
 def load_schema() -> dict[str, Any]:
@@ -63,17 +63,17 @@ def load_schema() -> dict[str, Any]:
     return schema
 
 
-def _row(entry: Entry, out: Path) -> dict[str, Any]:
-    document = entry.document() or {}
+def _row(result: NotebookResult, out: Path) -> dict[str, Any]:
+    document = result.document() or {}
     cause, crash, culprits = (_part(document, name) for name in ("cause", "crash_cell", "culprits"))
     return {
-        "path": entry.path,
-        "status": entry.status,
-        "exit_code": entry.exit_code,
-        "seconds": entry.seconds,
-        "attempts": entry.attempts,
-        "flaky": entry.flaky,
-        "error": entry.error,
+        "path": result.path,
+        "status": result.status,
+        "exit_code": result.exit_code,
+        "seconds": result.seconds,
+        "attempts": result.attempts,
+        "flaky": result.flaky,
+        "error": result.error,
         "cause": cause.get("kind"),
         "summary": cause.get("summary"),
         "crash_cell": crash.get("code_index"),
@@ -81,15 +81,15 @@ def _row(entry: Entry, out: Path) -> dict[str, Any]:
         "culprits": [cell["code_index"] for cell in culprits["cells"]]
         if "cells" in culprits
         else None,
-        "verdict": _below(entry.verdict, out),
-        "notebook": _below(entry.notebook, out),
-        "repro": _below(entry.repro, out),
+        "verdict": _below(result.verdict, out),
+        "notebook": _below(result.notebook, out),
+        "repro": _below(result.repro, out),
     }
 
 
 def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = document.get(name)
-    return found if isinstance(found, Mapping) else {}
+    part = document.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _below(path: Path | None, out: Path) -> str | None:

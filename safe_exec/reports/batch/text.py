@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.reports.text import common, culprits
 from safe_exec.reports.verdict_json import from_document
 from safe_exec.units import format_seconds
@@ -50,33 +50,33 @@ _OUTCOMES: dict[str, Outcome] = {
 _WORDS = {REFUSED: "refused", UNCHANGED: "unchanged", NOT_RUN: "not run"}
 
 
-class Told(Struct, frozen=True, kw_only=True):
+class NotebookReport(Struct, frozen=True, kw_only=True):
     """A notebook of a batch and its verdict, where there is one that can be read."""
 
-    entry: Entry
+    result: NotebookResult
     verdict: Verdict | None
 
     @classmethod
-    def of(cls, entry: Entry) -> Told:
+    def of(cls, result: NotebookResult) -> NotebookReport:
         """Reads the verdict, now."""
-        document = entry.document()
+        document = result.document()
         try:
             verdict = None if document is None else from_document(document)
         except (
             ValueError
         ):  # of another version of safe-exec, which wrote it before a batch was resumed
             verdict = None
-        return cls(entry=entry, verdict=verdict)
+        return cls(result=result, verdict=verdict)
 
     @property
     def outcome(self) -> Outcome:
         """What the status comes to."""
-        return outcome(self.entry)
+        return outcome(self.result)
 
 
-def outcome(entry: Entry) -> Outcome:
+def outcome(result: NotebookResult) -> Outcome:
     """What the status of a notebook comes to."""
-    return _OUTCOMES[entry.status]
+    return _OUTCOMES[result.status]
 
 
 def status_words(status: str) -> str:
@@ -84,50 +84,50 @@ def status_words(status: str) -> str:
     return _WORDS.get(status) or common.status_words(Status(status))
 
 
-def kind(told: Told) -> str:
+def kind(report: NotebookReport) -> str:
     """The kind of the cause, or the status of a notebook without one: a name for a script."""
-    cause = told.verdict.cause if told.verdict is not None else None
-    return cause.kind.value if cause is not None else told.entry.status
+    cause = report.verdict.cause if report.verdict is not None else None
+    return cause.kind.value if cause is not None else report.result.status
 
 
-def cause_words(told: Told) -> str:
+def cause_words(report: NotebookReport) -> str:
     """The cause in a few words (``out of memory``), or nothing."""
-    cause = told.verdict.cause if told.verdict is not None else None
+    cause = report.verdict.cause if report.verdict is not None else None
     return common.kind_words(cause) if cause is not None else ""
 
 
-def headline(told: Told) -> str:
+def headline(report: NotebookReport) -> str:
     """What came of a notebook, in one line."""
-    entry = told.entry
-    if told.verdict is not None:
-        return common.headline(told.verdict)
-    why = _why_no_verdict(entry)
+    result = report.result
+    if report.verdict is not None:
+        return common.headline(report.verdict)
+    reason = _missing_verdict_reason(result)
     return common.clip(
         common.SEPARATOR.join(
-            part for part in (status_words(entry.status), common.one_line(why)) if part
+            part for part in (status_words(result.status), common.one_line(reason)) if part
         ),
         common.HEADLINE_WIDTH,
     )
 
 
-def _why_no_verdict(entry: Entry) -> str:
-    return entry.error or (
-        SAME if entry.status == UNCHANGED else UNREADABLE if entry.verdict is not None else ""
+def _missing_verdict_reason(result: NotebookResult) -> str:
+    return result.error or (
+        SAME if result.status == UNCHANGED else UNREADABLE if result.verdict is not None else ""
     )
 
 
-def flaky_words(entry: Entry) -> str:
+def flaky_words(result: NotebookResult) -> str:
     """What is to be said of a notebook that passed after it had not; else nothing."""
-    return f"flaky: passed at attempt {entry.attempts} after it had failed" if entry.flaky else ""
+    return f"flaky: passed at attempt {result.attempts} after it had failed" if result.flaky else ""
 
 
-def lines(told: Told, batch: Batch) -> Iterator[str]:
+def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
     """All that a person needs to begin with, as lines of plain text: headline, place, culprits, why, evidence, next step."""
-    yield headline(told)
-    verdict = told.verdict
-    if told.entry.flaky:
-        yield flaky_words(told.entry)
-    if verdict is None or told.outcome is Outcome.PASSED:
+    yield headline(report)
+    verdict = report.verdict
+    if report.result.flaky:
+        yield flaky_words(report.result)
+    if verdict is None or report.outcome is Outcome.PASSED:
         return
     yield from _place(verdict)
     yield from _culprits(verdict)
@@ -137,8 +137,8 @@ def lines(told: Told, batch: Batch) -> Iterator[str]:
         yield from (f"evidence: {line}" for line in common.evidence_lines(verdict))
         if verdict.cause.advice:
             yield f"next: {common.one_line(verdict.cause.advice)}"
-    yield from (f"warning: {common.one_line(words)}" for words in verdict.warnings)
-    yield f"reproduce: {reproduce_command(told, batch)}"
+    yield from (f"warning: {common.one_line(warning)}" for warning in verdict.warnings)
+    yield f"reproduce: {reproduce_command(report, batch)}"
 
 
 def place(verdict: Verdict) -> str:
@@ -165,15 +165,15 @@ def _code(source_line: str | None) -> Iterator[str]:
 
 def culprits_words(verdict: Verdict) -> str:
     """Which cells it takes, or why that is not known; nothing where nobody searched."""
-    found = verdict.culprits
-    if found is None:
+    search = verdict.culprits
+    if search is None:
         return ""
-    said = (
-        f"caused by {culprits.names(found)}" if found.cells else "",
-        culprits.outcome(found),
-        culprits.figures(found),
+    parts = (
+        f"caused by {culprits.names(search)}" if search.cells else "",
+        culprits.outcome(search),
+        culprits.figures(search),
     )
-    return common.SEPARATOR.join(part for part in said if part)
+    return common.SEPARATOR.join(part for part in parts if part)
 
 
 def _culprits(verdict: Verdict) -> Iterator[str]:
@@ -187,56 +187,58 @@ def _culprits(verdict: Verdict) -> Iterator[str]:
         yield f"  and {len(others) - culprits.MOST_SHOWN} more"
 
 
-def reproduce_command(told: Told, batch: Batch) -> str:
+def reproduce_command(report: NotebookReport, batch: BatchResult) -> str:
     """The command, to be typed into a shell where the batch ran, that makes it happen again; nothing where there is no verdict."""
-    entry = told.entry
-    if entry.repro is None:
+    result = report.result
+    if result.repro is None:
         return (
-            f"safe-exec replay {_seen(entry.verdict, batch)}" if entry.verdict is not None else ""
+            f"safe-exec replay {_shell_argument(result.verdict, batch)}"
+            if result.verdict is not None
+            else ""
         )
-    ran_in = Path(told.verdict.cwd) if told.verdict is not None else entry.source.parent
+    ran_in = Path(report.verdict.cwd) if report.verdict is not None else result.source.parent
     # What its cells open stands where the notebook ran.
-    where = "" if entry.repro.parent == ran_in else f" --cwd {_seen(ran_in, batch)}"
-    return f"safe-exec run {_seen(entry.repro, batch)}{where}"
+    cwd_option = "" if result.repro.parent == ran_in else f" --cwd {_shell_argument(ran_in, batch)}"
+    return f"safe-exec run {_shell_argument(result.repro, batch)}{cwd_option}"
 
 
-def _seen(path: Path, batch: Batch) -> str:
-    seen = relative(path, batch.root)
-    return common.code_line(shlex.quote(f"./{seen}" if seen.startswith("-") else seen))
+def _shell_argument(path: Path, batch: BatchResult) -> str:
+    argument = relative(path, batch.root)
+    return common.code_line(shlex.quote(f"./{argument}" if argument.startswith("-") else argument))
 
 
 def relative(path: Path, base: Path) -> str:
     """``path`` as seen from ``base``, where it lies below; else in full."""
-    found = os.path.relpath(path, base)
+    relative_path = os.path.relpath(path, base)
     return (
         str(path.absolute())
-        if found == os.pardir or found.startswith(f"{os.pardir}{os.sep}")
-        else found
+        if relative_path == os.pardir or relative_path.startswith(f"{os.pardir}{os.sep}")
+        else relative_path
     )
 
 
-def tally(batch: Batch) -> str:
+def tally(batch: BatchResult) -> str:
     """``3 failed · 1 error · 36 passed · 2 skipped · 1m 20s``."""
-    counts = Counter(map(outcome, batch.entries))
-    flaky = sum(entry.flaky for entry in batch.entries)
-    words = [
+    counts = Counter(map(outcome, batch.results))
+    flaky = sum(result.flaky for result in batch.results)
+    parts = [
         f"{counts[Outcome.FAILED]} failed" if counts[Outcome.FAILED] else "",
         common.counted(counts[Outcome.ERROR], "error") if counts[Outcome.ERROR] else "",
         f"{counts[Outcome.PASSED]} passed" if counts[Outcome.PASSED] else "",
         f"{counts[Outcome.SKIPPED]} skipped" if counts[Outcome.SKIPPED] else "",
         f"{flaky} flaky" if flaky else "",
-        "" if batch.entries else "no notebooks",
+        "" if batch.results else "no notebooks",
         format_seconds(batch.seconds),
     ]
-    return common.SEPARATOR.join(word for word in words if word)
+    return common.SEPARATOR.join(word for word in parts if word)
 
 
-def in_short(told: Told) -> str:
+def in_short(report: NotebookReport) -> str:
     """Where and why, for a column beside that of the status; figures have columns of their own."""
-    if told.outcome is Outcome.PASSED:
-        return flaky_words(told.entry)
-    if told.verdict is None:
-        return common.one_line(_why_no_verdict(told.entry))
-    crash = told.verdict.crash_cell
-    where = common.cell_name(crash.code_index) if crash is not None else ""
-    return common.SEPARATOR.join(part for part in (where, cause_words(told)) if part)
+    if report.outcome is Outcome.PASSED:
+        return flaky_words(report.result)
+    if report.verdict is None:
+        return common.one_line(_missing_verdict_reason(report.result))
+    crash = report.verdict.crash_cell
+    cell = common.cell_name(crash.code_index) if crash is not None else ""
+    return common.SEPARATOR.join(part for part in (cell, cause_words(report)) if part)

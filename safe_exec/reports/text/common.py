@@ -46,7 +46,7 @@ _HARMFUL = re.compile(
 def printable(text: str) -> str:
     r"""``text`` with every control, reordering or invisible character written out (ESC as ``\x1b``); lines are kept."""
     lines = text.replace("\r\n", "\n").expandtabs(4)
-    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), lines)
+    return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
 
 
 def one_line(text: str) -> str:
@@ -75,13 +75,13 @@ def clip(text: str, width: int) -> str:
     if display_width(text) <= width:
         return text
     room = width - 1
-    kept = []
+    characters = []
     for char in text:
         room -= _columns(char)
         if room < 0:
             break
-        kept.append(char)
-    return "".join(kept).rstrip() + "…" if width > 0 else ""
+        characters.append(char)
+    return "".join(characters).rstrip() + "…" if width > 0 else ""
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -101,10 +101,10 @@ def cell_names(code_indices: Iterable[int]) -> str:
 def cell_sum(code_indices: Iterable[int]) -> str:
     """Code cells that it takes together, long runs of them shortened: ``code cells 1 + 3 + 5-9``."""
     runs = _runs(code_indices)
-    named = (
+    parts = (
         [str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs
     )
-    return f"{_cell_word(runs)} {' + '.join(name for names in named for name in names)}"
+    return f"{_cell_word(runs)} {' + '.join(name for names in parts for name in names)}"
 
 
 def _runs(code_indices: Iterable[int]) -> list[list[int]]:
@@ -174,7 +174,7 @@ def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
     if crash is None:
         return []
     frames = [frame for frame in crash.stack if frame.cell is not None and frame.line is not None]
-    shown = next(
+    first_frame = next(
         (
             n
             for n, frame in enumerate(frames)
@@ -182,7 +182,7 @@ def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
         ),
         0,
     )
-    return frames[:shown][:most][::-1]
+    return frames[:first_frame][:most][::-1]
 
 
 def signal_name(number: int) -> str:
@@ -195,7 +195,7 @@ def signal_name(number: int) -> str:
 
 # --- what happened ----------------------------------------------------------------------------------------------
 
-_WHAT = {
+_STATUS_TEXT = {
     Status.PASSED: "passed",
     Status.CELL_ERROR: "error",
     Status.KERNEL_DIED: "kernel died",
@@ -238,29 +238,27 @@ _USED_WORD = {
 
 def status_words(status: Status) -> str:
     """A status in words: ``kernel died``."""
-    return _WHAT[status]
+    return _STATUS_TEXT[status]
 
 
 def kind_words(cause: Cause) -> str:
     """The kind of a cause in words, with our confidence where it is not certain."""
-    words = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
-    return (
-        words if cause.confidence is Confidence.CERTAIN else f"{words} ({cause.confidence.value})"
-    )
+    text = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
+    return text if cause.confidence is Confidence.CERTAIN else f"{text} ({cause.confidence.value})"
 
 
 def headline(verdict: Verdict) -> str:
     """The verdict in one line: ``kernel died in code cell 7 · out of memory · limit 1.0 GiB, peak 1.0 GiB``."""
-    parts = [_what_and_where(verdict), *_why(verdict), *_figures(verdict)]
+    parts = [_status_and_cell(verdict), *_why(verdict), *_figures(verdict)]
     return clip(SEPARATOR.join(part for part in parts if part), HEADLINE_WIDTH)
 
 
-def _what_and_where(verdict: Verdict) -> str:
-    what = _WHAT[verdict.status]
+def _status_and_cell(verdict: Verdict) -> str:
+    status = _STATUS_TEXT[verdict.status]
     return (
-        what
+        status
         if verdict.crash_cell is None
-        else f"{what} in {cell_name(verdict.crash_cell.code_index)}"
+        else f"{status} in {cell_name(verdict.crash_cell.code_index)}"
     )
 
 
@@ -292,12 +290,12 @@ def _figures(verdict: Verdict) -> list[str]:
         return []
     limit, used = measure
     allowed = verdict.limits.of(limit)
-    said = [] if allowed is None else [f"limit {quantity(limit, allowed)}"]
+    figures = [] if allowed is None else [f"limit {quantity(limit, allowed)}"]
     value = getattr(verdict.usage, used) if used is not None else None
     if used is not None and value is not None:
-        bound = at_most(verdict.usage) if used == "memory_peak" else ""
-        said.append(f"{_USED_WORD[used]} {bound}{quantity(limit, value)}")
-    return [", ".join(said)]
+        qualifier = at_most(verdict.usage) if used == "memory_peak" else ""
+        figures.append(f"{_USED_WORD[used]} {qualifier}{quantity(limit, value)}")
+    return [", ".join(figures)]
 
 
 def at_most(usage: Usage) -> str:
@@ -352,15 +350,15 @@ _MOMENT = {
 def moment(verdict: Verdict) -> str:
     """What the line of the crash cell has to do with it: ``line 3, running when the kernel was killed``."""
     cell = verdict.crash_cell
-    what = _MOMENT.get(verdict.status, "")
+    activity = _MOMENT.get(verdict.status, "")
     if (
         verdict.status is Status.KERNEL_DIED
         and verdict.cause is not None
         and _was_killed(verdict.cause)
     ):
-        what = "running when the kernel was killed"
+        activity = "running when the kernel was killed"
     line = f"line {cell.line}" if cell is not None and cell.line is not None else "line not known"
-    return f"{line}, {what}" if what else line
+    return f"{line}, {activity}" if activity else line
 
 
 def _was_killed(cause: Cause) -> bool:
@@ -378,11 +376,11 @@ _TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 
 def fact_line(fact: Fact) -> str:
     """One fact for a person: ``oom kills: 1 · memory.events``; what only the kernel itself says is marked so."""
-    said = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
+    text = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
     source = one_line(fact.source)
     if fact.origin is Origin.INSIDE:
         source = f"{source}, said by the kernel" if source else "said by the kernel"
-    return clip(f"{said}{SEPARATOR}{source}" if source else said, FACT_WIDTH)
+    return clip(f"{text}{SEPARATOR}{source}" if source else text, FACT_WIDTH)
 
 
 def fact_name(fact: Fact) -> str:
@@ -414,16 +412,20 @@ def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
 def weak_limits(verdict: Verdict) -> list[str]:
     """The limits that were set and that the operating system's kernel does not hold, each with what does instead."""
     lines = []
-    for name, held in verdict.enforcement.items():
+    for name, enforcement in verdict.enforcement.items():
         # Time and output are the runner's own to hold: that is no weakness.
-        if verdict.limits.of(name) is None or held.hard or held.by is Mechanism.RUNNER:
+        if (
+            verdict.limits.of(name) is None
+            or enforcement.hard
+            or enforcement.by is Mechanism.RUNNER
+        ):
             continue
         by = (
             "nothing holds it"
-            if held.by is Mechanism.NONE
-            else f"only the {held.by.value} holds it"
+            if enforcement.by is Mechanism.NONE
+            else f"only the {enforcement.by.value} holds it"
         )
-        note = f"; {one_line(held.note)}" if held.note else ""
+        note = f"; {one_line(enforcement.note)}" if enforcement.note else ""
         lines.append(f"{name.value.replace('_', ' ')}: {by}{note}")
     return lines
 
@@ -432,18 +434,20 @@ def weak_walls(verdict: Verdict) -> list[str]:
     """The walls that were asked for and that the operating system's kernel does not hold, in one line; ``doctor`` says more."""
     # To be another user is asked of root alone.
     weak = {
-        w: held
-        for w, held in verdict.environment.isolation.items()
-        if not held.hard and w is not Wall.USER
+        w: enforcement
+        for w, enforcement in verdict.environment.isolation.items()
+        if not enforcement.hard and w is not Wall.USER
     }
     names = [
         wall.value.replace("_", " ")
-        if held.by is Mechanism.NONE
-        else f"{wall.value} ({held.by.value} holds a part)"
-        for wall, held in weak.items()
+        if enforcement.by is Mechanism.NONE
+        else f"{wall.value} ({enforcement.by.value} holds a part)"
+        for wall, enforcement in weak.items()
     ]
     # What is held in part comes first in a note, then why it is no more.
-    reasons = dict.fromkeys(one_line(held.note.rpartition("; ")[2]) for held in weak.values())
+    reasons = dict.fromkeys(
+        one_line(enforcement.note.rpartition("; ")[2]) for enforcement in weak.values()
+    )
     return (
         ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)]
         if weak

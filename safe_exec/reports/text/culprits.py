@@ -35,10 +35,10 @@ _NONE_FOUND = {
 }
 
 
-def names(found: Culprits) -> str:
+def names(search: Culprits) -> str:
     """``code cells 3 + 7``, or ``code cell 7 alone``."""
-    said = common.cell_sum(culprit.code_index for culprit in found.cells)
-    return f"{said} alone" if len(found.cells) == 1 else said
+    cells = common.cell_sum(culprit.code_index for culprit in search.cells)
+    return f"{cells} alone" if len(search.cells) == 1 else cells
 
 
 def note(culprit: Culprit) -> str:
@@ -58,53 +58,55 @@ def others(verdict: Verdict) -> list[Culprit]:
 
 def look_first(verdict: Verdict) -> Culprit | None:
     """The culprit to read first, unless that is the crash cell."""
-    found = verdict.culprits
+    search = verdict.culprits
     return next(
-        (culprit for culprit in others(verdict) if found and culprit.index == found.look_first),
+        (culprit for culprit in others(verdict) if search and culprit.index == search.look_first),
         None,
     )
 
 
-def figures(found: Culprits) -> str:
+def figures(search: Culprits) -> str:
     """``reproduced 2/2 · 6 trials · 14.2 s``."""
-    again, runs = found.reproduced
-    checked = f"reproduced {again}/{runs}" if runs and found.cells else ""
-    if checked and len(found.endings.keys() - {PASSED}) > 1:
-        checked += f" ({endings(found)})"
-    earlier = f" + {found.cached} cached" if found.cached else ""
+    failures, runs = search.reproduced
+    checked = f"reproduced {failures}/{runs}" if runs and search.cells else ""
+    if checked and len(search.endings.keys() - {PASSED}) > 1:
+        checked += f" ({endings(search)})"
+    earlier = f" + {search.cached} cached" if search.cached else ""
     parts = (
         checked,
-        f"{common.counted(found.trials, 'trial')}{earlier}",
-        format_seconds(found.seconds),
+        f"{common.counted(search.trials, 'trial')}{earlier}",
+        format_seconds(search.seconds),
     )
     return common.SEPARATOR.join(part for part in parts if part)
 
 
-def endings(found: Culprits) -> str:
+def endings(search: Culprits) -> str:
     """``abort 3, passed 2``: how the runs ended."""
     return ", ".join(
         f"{common.one_line(kind).replace('_', ' ')} {count}"
-        for kind, count in sorted(found.endings.items())
+        for kind, count in sorted(search.endings.items())
     )
 
 
-def outcome(found: Culprits) -> str:
+def outcome(search: Culprits) -> str:
     """Why there are no culprits, or why there may be fewer; nothing where the set is minimal."""
-    if found.minimal:
+    if search.minimal:
         return ""
-    if found.cells:
-        return _NOT_MINIMAL[found.stopped] if found.stopped else "not known to be minimal"
-    again, runs = found.reproduced
-    if found.stopped is Stopped.NOT_REPRODUCED:
-        others = {kind: count for kind, count in found.endings.items() if kind != PASSED}
+    if search.cells:
+        return _NOT_MINIMAL[search.stopped] if search.stopped else "not known to be minimal"
+    failures, runs = search.reproduced
+    if search.stopped is Stopped.NOT_REPRODUCED:
+        others = {kind: count for kind, count in search.endings.items() if kind != PASSED}
         if not others:
             return "it did not happen again" + (
-                f" in {runs - again} of {common.counted(runs, 'run')}" if runs else ""
+                f" in {runs - failures} of {common.counted(runs, 'run')}" if runs else ""
             )
-        return f"it ended another way in {sum(others.values())} of {common.counted(runs, 'run')}: {endings(found)}"
-    if found.stopped is Stopped.TOO_RARE:
-        return f"it happened in {again} of {common.counted(runs, 'run')}: too rare for the budget"
-    return _NONE_FOUND[found.stopped] if found.stopped else "no culprits were found"
+        return f"it ended another way in {sum(others.values())} of {common.counted(runs, 'run')}: {endings(search)}"
+    if search.stopped is Stopped.TOO_RARE:
+        return (
+            f"it happened in {failures} of {common.counted(runs, 'run')}: too rare for the budget"
+        )
+    return _NONE_FOUND[search.stopped] if search.stopped else "no culprits were found"
 
 
 def reproduce_command(verdict: Verdict) -> str:
@@ -112,8 +114,10 @@ def reproduce_command(verdict: Verdict) -> str:
     path = verdict.culprits.repro_notebook if verdict.culprits is not None else None
     if not path:
         return ""
-    seen = common.path_seen(path, verdict)
-    command = f"safe-exec run {shlex.quote(f'./{seen}' if seen.startswith('-') else seen)}"
+    argument = common.path_seen(path, verdict)
+    command = (
+        f"safe-exec run {shlex.quote(f'./{argument}' if argument.startswith('-') else argument)}"
+    )
     if os.path.dirname(path) != verdict.cwd:  # what the cells open stands where the notebook ran
         command += f" --cwd {shlex.quote(verdict.cwd)}"
     return common.code_line(command)

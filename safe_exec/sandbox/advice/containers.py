@@ -12,7 +12,7 @@ May import model, machine, surroundings, ways. Sources:
 
 from __future__ import annotations
 
-from safe_exec.sandbox.advice.fix import Way, hand_on
+from safe_exec.sandbox.advice.fix import Fix, hand_on
 from safe_exec.sandbox.host.capabilities import V2_CONTROLLERS, Machine
 from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
 
@@ -21,17 +21,19 @@ _PRIVILEGED = (
 )
 
 
-def container_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+def container_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     """How to start this container so that it has groups of its own, and what to do in it then."""
     if around.tree is CgroupTree.V2 and not around.read_only:
         return (
-            Way(
+            Fix(
                 what="in the container, as root, before safe-exec",
                 steps=_move_down(machine, around),
             ),
         )
-    ways = [_start(what, command, note, machine, around) for what, command, note in _starts(around)]
-    return tuple(ways)
+    fixes = [
+        _start(what, command, note, machine, around) for what, command, note in _starts(around)
+    ]
+    return tuple(fixes)
 
 
 def _starts(around: Surroundings) -> tuple[tuple[str, str, str], ...]:
@@ -69,12 +71,12 @@ def _starts(around: Surroundings) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _start(what: str, command: str, note: str, machine: Machine, around: Surroundings) -> Way:
+def _start(what: str, command: str, note: str, machine: Machine, around: Surroundings) -> Fix:
     if around.tree is CgroupTree.V2:
         then = ("# then in it, as root, before safe-exec:", *_move_down(machine, around))
     else:  # version 1 lets any group have both processes and children, but only root may make them
         then = () if machine.uid == 0 else ("# and run safe-exec in it as root",)
-    return Way(what=what, steps=(command, *then), note=note)
+    return Fix(what=what, steps=(command, *then), note=note)
 
 
 def _move_down(machine: Machine, around: Surroundings) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One way to mend a weakness: what to do, in commands that can be pasted. Pure; imports nothing of ours."""
+"""One fix for a weakness: what to do, in commands that can be pasted. Pure; imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import Struct
 
 
-class Way(Struct, frozen=True, kw_only=True):
+class Fix(Struct, frozen=True, kw_only=True):
     """``what`` is done by ``steps``, commands or lines of a file, with ``# ...`` between them where place or user change.
 
     ``note`` is what it costs, or when it holds.

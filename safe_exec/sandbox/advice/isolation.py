@@ -1,4 +1,4 @@
-"""For each wall that is weakly held here, why, and the exact commands or settings that mend it.
+"""For each wall that is weakly held here, why, and the exact commands or settings that fix it.
 
 Pure: from a machine and its surroundings to advice, as in remedies. May import model, bubblewrap, machine, surroundings, ways. Sources:
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
-from safe_exec.sandbox.advice.fix import Way
+from safe_exec.sandbox.advice.fix import Fix
 from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, Machine
 from safe_exec.sandbox.host.facts import Container, Surroundings
 
@@ -28,16 +28,16 @@ SIZES = (LimitName.DISK, LimitName.SHM)
 
 
 class WallRemedy(Struct, frozen=True, kw_only=True):
-    """Why some walls (and sizes of file systems) are weak here, and the ways to mend it, the best first."""
+    """Why some walls (and sizes of file systems) are weak here, and the fixes, the best first."""
 
     walls: tuple[Wall, ...]
     limits: tuple[LimitName, ...]
     why: str
-    ways: tuple[Way, ...]
+    fixes: tuple[Fix, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it mends."""
+        """What it fixes."""
         return (*(wall.value for wall in self.walls), *(name.value for name in self.limits))
 
 
@@ -47,7 +47,7 @@ def advise_walls(
     walls: Mapping[Wall, Enforcement],
     enforcement: Mapping[LimitName, Enforcement],
 ) -> tuple[WallRemedy, ...]:
-    """All that can be mended here; empty where every wall is held as well as it can be."""
+    """All that can be fixed here; empty where every wall is held as well as it can be."""
     if not machine.platform.startswith("linux"):
         return ()  # what there is to say stands with the limits
     weak = [
@@ -64,8 +64,8 @@ def advise_walls(
             if allowed
             else "bubblewrap is not among the mechanisms allowed"
         )
-        ways = _ways(machine, around) if allowed else (_ALLOW,)
-        found.append(WallRemedy(walls=tuple(weak), limits=tuple(sizes), why=why, ways=ways))
+        fixes = _fixes(machine, around) if allowed else (_ALLOW,)
+        found.append(WallRemedy(walls=tuple(weak), limits=tuple(sizes), why=why, fixes=fixes))
     if not machine.may(Mechanism.SECCOMP) and Wall.SYSTEM_CALLS in walls:
         calls = tuple(wall for wall in (Wall.SYSTEM_CALLS, Wall.PRIVILEGES) if wall in walls)
         found.append(
@@ -73,22 +73,22 @@ def advise_walls(
                 walls=calls,
                 limits=(),
                 why="seccomp is not among the mechanisms allowed",
-                ways=(_ALLOW,),
+                fixes=(_ALLOW,),
             )
         )
     return tuple(found)
 
 
-_ALLOW = Way(what="leave --mechanisms away", steps=())
+_ALLOW = Fix(what="leave --mechanisms away", steps=())
 
 
-def _ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+def _fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     if machine.bubblewrap_why_not == NOT_INSTALLED or machine.bubblewrap_version is None:
         return (_install(machine, around),)
     if around.container is not Container.NONE:
         return _in_container(around)
     sudo = "" if machine.uid == 0 else "sudo "
-    found: list[Way] = []
+    found: list[Fix] = []
     if around.apparmor_userns and machine.uid != 0:
         found += [
             _apparmor_profile(),
@@ -101,7 +101,7 @@ def _ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
     return tuple(found) or (_newer(machine, around),)
 
 
-def _install(machine: Machine, around: Surroundings) -> Way:
+def _install(machine: Machine, around: Surroundings) -> Fix:
     commands = {
         "debian": "apt-get install bubblewrap",
         "fedora": "dnf install bubblewrap",
@@ -119,12 +119,12 @@ def _install(machine: Machine, around: Surroundings) -> Way:
         if around.container is not Container.NONE
         else ""
     )
-    return Way(what=f"install it{inside}", steps=(f"{sudo}{known}",))
+    return Fix(what=f"install it{inside}", steps=(f"{sudo}{known}",))
 
 
-def _newer(machine: Machine, around: Surroundings) -> Way:
+def _newer(machine: Machine, around: Surroundings) -> Fix:
     """It is there, and no setting that is known to us stands in its way."""
-    return Way(
+    return Fix(
         what="see what bubblewrap itself says, or install a newer one",
         steps=(
             "bwrap --ro-bind / / --dev /dev --proc /proc --unshare-pid --unshare-net true",
@@ -133,11 +133,11 @@ def _newer(machine: Machine, around: Surroundings) -> Way:
     )
 
 
-def _apparmor_profile() -> Way:
+def _apparmor_profile() -> Fix:
     """What Ubuntu's own profiles in /etc/apparmor.d look like (``flags=(unconfined)`` and ``userns,``)."""
     program = "/usr/bin/bwrap"
     profile = rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) {{\n  userns,\n}}\n"
-    return Way(
+    return Fix(
         what="let bubblewrap make user namespaces (Ubuntu 23.10 and later forbid it)",
         steps=(
             f"printf '{profile}' | sudo tee /etc/apparmor.d/bwrap",
@@ -147,8 +147,8 @@ def _apparmor_profile() -> Way:
     )
 
 
-def _sysctl(sudo: str, name: str, value: str) -> Way:
-    return Way(
+def _sysctl(sudo: str, name: str, value: str) -> Fix:
+    return Fix(
         what="let every program make them",
         steps=(
             f"{sudo}sysctl -w {name}={value}",
@@ -158,20 +158,20 @@ def _sysctl(sudo: str, name: str, value: str) -> Way:
     )
 
 
-def _in_container(around: Surroundings) -> tuple[Way, ...]:
+def _in_container(around: Surroundings) -> tuple[Fix, ...]:
     wider = "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
     workflow = "; in a workflow they belong under container: options:" if around.github else ""
     if around.container is Container.PODMAN:
         start = "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL --security-opt label=disable IMAGE"
         return (
-            Way(what="start the container so", steps=(start, *_on_the_host(around)), note=wider),
+            Fix(what="start the container so", steps=(start, *_on_the_host(around)), note=wider),
         )
     if around.container is Container.DOCKER:
         options = " ".join(
             f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")
         )
         what = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
-        gentle = Way(
+        gentle = Fix(
             what=what,
             steps=(f"docker run {options} IMAGE", *_on_the_host(around)),
             note=f"{wider}{workflow}",
@@ -179,19 +179,19 @@ def _in_container(around: Surroundings) -> tuple[Way, ...]:
         trusted = f"a privileged container can do to the host what root can: for notebooks that you trust{workflow}"
         return (
             gentle,
-            Way(what="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
+            Fix(what="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
         )
     if around.container is Container.KUBERNETES:
         unconfined = "securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, procMount: Unmasked}"
         return (
-            Way(
+            Fix(
                 what="in the container of the pod",
                 steps=(unconfined,),
                 note=f"procMount takes hostUsers: false; {wider}",
             ),
         )
     return (
-        Way(
+        Fix(
             what="start the container so that a process in it may make namespaces",
             steps=("# how is for its manager to say",),
         ),

@@ -1,7 +1,7 @@
-"""For each limit that is weakly held here, why, and the exact commands or settings that mend it.
+"""For each limit that is weakly held here, why, and the exact commands or settings that fix it.
 
 Pure: from a machine, its surroundings and a plan to advice. May import model, machine, plan, surroundings. Each way
-to mend names its source; nothing here is run. Commands are for a shell of the user who reads them.
+to fix names its source; nothing here is run. Commands are for a shell of the user who reads them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from safe_exec.model.limits import LimitName, Mechanism
-from safe_exec.sandbox.advice.containers import container_ways
-from safe_exec.sandbox.advice.fix import Way, hand_on
+from safe_exec.sandbox.advice.containers import container_fixes
+from safe_exec.sandbox.advice.fix import Fix, hand_on
 from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, Machine
 from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
@@ -23,11 +23,11 @@ BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCES
 
 
 class Remedy(Struct, frozen=True, kw_only=True):
-    """Why some limits are weak here, and the ways to mend it, the best first."""
+    """Why some limits are weak here, and the fixes, the best first."""
 
     limits: tuple[LimitName, ...]
     why: str
-    ways: tuple[Way, ...]
+    fixes: tuple[Fix, ...]
 
 
 def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
@@ -38,14 +38,14 @@ def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
 
 
 def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Remedy, ...]:
-    """All that can be mended here, the weightiest first; empty where every limit is held as well as it can be."""
+    """All that can be fixed here, the weightiest first; empty where every limit is held as well as it can be."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
         return (
             Remedy(
                 limits=weak,
                 why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}",
-                ways=_ELSEWHERE,
+                fixes=_ELSEWHERE,
             ),
         )
     grouped = tuple(name for name in weak if name in BY_GROUPS)
@@ -56,12 +56,12 @@ def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Rem
             Remedy(
                 limits=grouped,
                 why=_why(machine, around, grouped),
-                ways=_ways(machine, around, grouped),
+                fixes=_fixes(machine, around, grouped),
             )
         )
     if others:
         found.append(
-            Remedy(limits=others, why="rlimit is not among the mechanisms allowed", ways=(_ALLOW,))
+            Remedy(limits=others, why="rlimit is not among the mechanisms allowed", fixes=(_ALLOW,))
         )
     if (
         _cpu_not_delegated(machine, around)
@@ -69,10 +69,10 @@ def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Rem
         and not _has_groups(machine)
     ):
         why = f"the systemd of user {around.user} was given no cpu controller to hand on"
-        found.append(Remedy(limits=(LimitName.CPUS,), why=why, ways=(_delegate_cpu(machine),)))
+        found.append(Remedy(limits=(LimitName.CPUS,), why=why, fixes=(_delegate_cpu(machine),)))
     if _swap_extends(machine, plan):
         why = "this kernel does not account for swap, which extends the memory limit"
-        found.append(Remedy(limits=(LimitName.MEMORY,), why=why, ways=_SWAP))
+        found.append(Remedy(limits=(LimitName.MEMORY,), why=why, fixes=_SWAP))
     return tuple(found)
 
 
@@ -145,7 +145,7 @@ def _switched_off(around: Surroundings, weak: tuple[LimitName, ...]) -> bool:
     return all(BY_GROUPS[name] in around.disabled for name in weak)
 
 
-def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> tuple[Way, ...]:
+def _fixes(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> tuple[Fix, ...]:
     if not _may_use_groups(machine):
         return (_ALLOW,)
     if _switched_off(around, weak):
@@ -157,10 +157,10 @@ def _ways(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -
     if _has_groups(machine):
         return (_hand_on_the_rest(machine, around),)
     if _engine_in_charge(around):
-        return container_ways(machine, around)
+        return container_fixes(machine, around)
     if around.wsl is not None and (around.tree is not CgroupTree.V2 or not around.systemd):
         return _wsl_ways(machine, around)
-    return _root_ways(around) if machine.uid == 0 else _user_ways(machine, around)
+    return _root_fixes(around) if machine.uid == 0 else _user_fixes(machine, around)
 
 
 def _engine_in_charge(around: Surroundings) -> bool:
@@ -170,37 +170,37 @@ def _engine_in_charge(around: Surroundings) -> bool:
     return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
 
 
-def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Way:
+def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Fix:
     if machine.uid != 0:
         return (
             _delegate_cpu(machine)
             if _cpu_not_delegated(machine, around)
             else _scope(machine, around)
         )
-    return Way(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
+    return Fix(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
 
 
-def _root_ways(around: Surroundings) -> tuple[Way, ...]:
+def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
     """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
     if around.tree is CgroupTree.NONE:
         mount = f"mount -t cgroup2 none {around.mount}"
         return (
-            Way(
+            Fix(
                 what="mount the tree",
                 steps=(f"mkdir -p {around.mount}", mount, hand_on(around.mount, V2_CONTROLLERS)),
             ),
         )
     if around.read_only:
-        return (Way(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
+        return (Fix(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
     if around.tree is CgroupTree.V2:
         wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
-        return (Way(what="hand the controllers on", steps=(hand_on(around.mount, wanted),)),)
+        return (Fix(what="hand the controllers on", steps=(hand_on(around.mount, wanted),)),)
     steps = tuple(
         f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}"
         for name in V1_CONTROLLERS
     )
     return (
-        Way(
+        Fix(
             what="mount the controllers that are missing (a line that fails is there already)",
             steps=steps,
         ),
@@ -208,10 +208,10 @@ def _root_ways(around: Surroundings) -> tuple[Way, ...]:
     )
 
 
-def _user_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+def _user_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     """An ordinary user: in a scope of the user's own systemd, in a group that root gives away, or as root."""
     if around.tree is CgroupTree.V2 and around.systemd and around.systemd_run:
-        own: tuple[Way, ...] = (_scope(machine, around),)
+        own: tuple[Fix, ...] = (_scope(machine, around),)
     elif around.tree is CgroupTree.V2:
         own = (_given_v2(around),)
     elif around.tree in (CgroupTree.V1, CgroupTree.HYBRID):
@@ -222,7 +222,7 @@ def _user_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
     return (_sudo(around), *own) if around.github else (*own, _sudo(around))
 
 
-def _scope(machine: Machine, around: Surroundings) -> Way:
+def _scope(machine: Machine, around: Surroundings) -> Fix:
     """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
     where = "" if around.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
     run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
@@ -231,9 +231,9 @@ def _scope(machine: Machine, around: Surroundings) -> Way:
         what = (
             "have your own systemd run without a login too; safe-exec then gets its scopes from it"
         )
-        return Way(what=what, steps=(linger,))
+        return Fix(what=what, steps=(linger,))
     note = "" if around.linger else f"where you are not logged in (cron, a service), once: {linger}"
-    return Way(what="in a scope of your own systemd", steps=(run,), note=note)
+    return Fix(what="in a scope of your own systemd", steps=(run,), note=note)
 
 
 def _cpu_not_delegated(machine: Machine, around: Surroundings) -> bool:
@@ -241,10 +241,10 @@ def _cpu_not_delegated(machine: Machine, around: Surroundings) -> bool:
     return usable and around.user_controllers is not None and "cpu" not in around.user_controllers
 
 
-def _delegate_cpu(machine: Machine) -> Way:
+def _delegate_cpu(machine: Machine) -> Fix:
     """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
     folder = "/etc/systemd/system/user@.service.d"
-    return Way(
+    return Fix(
         what="have systemd delegate cpu to users",
         steps=(
             f"sudo mkdir -p {folder}",
@@ -256,7 +256,7 @@ def _delegate_cpu(machine: Machine) -> Way:
     )
 
 
-def _given_v2(around: Surroundings) -> Way:
+def _given_v2(around: Surroundings) -> Fix:
     """Delegation by hand (the kernel's admin-guide/cgroup-v2, Delegation): the shell in one group, room beside it."""
     group = around.mount / f"safe-exec-{around.user}"
     wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
@@ -266,7 +266,7 @@ def _given_v2(around: Surroundings) -> Way:
         hand_on(group, wanted),
         f"chown {around.user} {group} {group}/cgroup.procs {group}/shell {group}/shell/cgroup.procs",
     )
-    return Way(
+    return Fix(
         what="have root give you a group, and move this shell into it",
         steps=(
             *(f"sudo sh -c '{step}'" for step in as_root),
@@ -276,10 +276,10 @@ def _given_v2(around: Surroundings) -> Way:
     )
 
 
-def _given_v1(around: Surroundings) -> Way:
+def _given_v1(around: Surroundings) -> Fix:
     """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
     give = f"sudo mkdir -p $g && sudo chown -R {around.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
-    return Way(
+    return Fix(
         what="have root give you a group of each controller, and move this shell into them",
         steps=(
             f"for c in {' '.join(V1_CONTROLLERS)}; do",
@@ -291,9 +291,9 @@ def _given_v1(around: Surroundings) -> Way:
     )
 
 
-def _sudo(around: Surroundings) -> Way:
+def _sudo(around: Surroundings) -> Fix:
     on_github = "; hosted runners ask for no password" if around.github else ""
-    return Way(
+    return Fix(
         what="as root",
         steps=(f'sudo -E env "PATH=$PATH" {NOTEBOOK}',),
         note=f"the notebook then runs as root, and what it writes belongs to root{on_github}",
@@ -303,24 +303,24 @@ def _sudo(around: Surroundings) -> Way:
 # --- WSL --------------------------------------------------------------------------------------------------------
 
 
-def _wsl_ways(machine: Machine, around: Surroundings) -> tuple[Way, ...]:
+def _wsl_ways(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     if around.wsl == 1:
         steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
         return (
-            Way(
+            Fix(
                 what="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2",
                 steps=steps,
             ),
         )
     systemd = _wsl_systemd() if not around.systemd else None
     unified = _WSL_UNIFIED if around.tree is not CgroupTree.V2 else None
-    ways = [way for way in (unified, systemd) if way is not None]
-    return (*ways, _sudo(around)) if machine.uid != 0 else tuple(ways)
+    fixes = [fix for fix in (unified, systemd) if fix is not None]
+    return (*fixes, _sudo(around)) if machine.uid != 0 else tuple(fixes)
 
 
-def _wsl_systemd() -> Way:
+def _wsl_systemd() -> Fix:
     """Microsoft's "Advanced settings configuration in WSL": ``[boot] systemd`` of wsl.conf."""
-    return Way(
+    return Fix(
         what="have WSL start systemd, which gives each user groups; then ask doctor again",
         steps=(
             r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf",
@@ -330,7 +330,7 @@ def _wsl_systemd() -> Way:
     )
 
 
-_WSL_UNIFIED = Way(
+_WSL_UNIFIED = Fix(
     what="have WSL mount control groups version 2 alone; then ask doctor again",
     steps=(
         "wsl.exe --update",
@@ -346,25 +346,25 @@ _WSL_UNIFIED = Way(
 # --- what is the same everywhere --------------------------------------------------------------------------------
 
 _GRUB = "in /etc/default/grub add to GRUB_CMDLINE_LINUX"
-_ALLOW = Way(what="leave --mechanisms away", steps=())
-_ON_THE_HOST = Way(what="only the host of this container can switch it on", steps=())
-_UNIFIED = Way(
+_ALLOW = Fix(what="leave --mechanisms away", steps=())
+_ON_THE_HOST = Fix(what="only the host of this container can switch it on", steps=())
+_UNIFIED = Fix(
     what="boot with control groups version 2 alone; then ask doctor again",
     steps=(f"# {_GRUB}: systemd.unified_cgroup_hierarchy=1", "sudo update-grub && sudo reboot"),
 )
 _SWAP = (
-    Way(
+    Fix(
         what="account for swap",
         steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot"),
     ),
-    Way(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
+    Fix(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
 )
-_ELSEWHERE = (Way(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
+_ELSEWHERE = (Fix(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
 
 
-def _switch_on(controllers: Iterable[str]) -> Way:
+def _switch_on(controllers: Iterable[str]) -> Fix:
     names = " ".join(f"cgroup_enable={name}" for name in controllers)
-    return Way(
+    return Fix(
         what="switch it on",
         steps=(
             f"# {_GRUB} (on a Raspberry Pi: to /boot/firmware/cmdline.txt): {names}",

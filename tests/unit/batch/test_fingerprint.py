@@ -15,12 +15,12 @@ from msgspec.structs import replace
 
 from safe_exec.batch import worker
 from safe_exec.batch.fingerprint import Kernels, declared_inputs, inputs_of, key_of_pass, key_of_run
-from safe_exec.batch.history import KEPT_DAYS, History, Memory
+from safe_exec.batch.history import KEPT_DAYS, History, RunHistory
 from safe_exec.errors import NotebookError
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox.host import capabilities
 from safe_exec.trial.request import Cancellation
-from safe_exec.workflows.prepare import Job, Prepared, prepare
+from safe_exec.workflows.prepare import Job, PreparedJob, prepare
 from tests.support import make_notebook
 
 # --- history ----------------------------------------------------------------------------------------------------
@@ -28,11 +28,11 @@ from tests.support import make_notebook
 
 def test_what_is_put_is_got(tmp_path: Path) -> None:
     history = History(tmp_path)
-    assert history.get(tmp_path / "a.ipynb") == Memory()
-    memory = Memory(seconds=1.5, passed="key")
+    assert history.get(tmp_path / "a.ipynb") == RunHistory()
+    memory = RunHistory(seconds=1.5, passed="key")
     history.put(tmp_path / "a.ipynb", memory)
     assert history.get(tmp_path / "x" / ".." / "a.ipynb") == memory
-    assert history.get(tmp_path / "b.ipynb") == Memory()
+    assert history.get(tmp_path / "b.ipynb") == RunHistory()
 
 
 @pytest.mark.parametrize(
@@ -40,35 +40,35 @@ def test_what_is_put_is_got(tmp_path: Path) -> None:
 )
 def test_what_is_spoilt_is_forgotten(tmp_path: Path, text: str) -> None:
     history = History(tmp_path)
-    history.put(tmp_path / "a.ipynb", Memory(seconds=1.0, passed="k"))
+    history.put(tmp_path / "a.ipynb", RunHistory(seconds=1.0, passed="k"))
     next(tmp_path.glob("*.json")).write_text(text)
-    assert history.get(tmp_path / "a.ipynb") == Memory()
+    assert history.get(tmp_path / "a.ipynb") == RunHistory()
 
 
 def test_without_a_cache_nothing_is_remembered(tmp_path: Path) -> None:
     history = History(None)
-    history.put(tmp_path / "a.ipynb", Memory(seconds=1.0))
+    history.put(tmp_path / "a.ipynb", RunHistory(seconds=1.0))
     history.tidy()
-    assert history.get(tmp_path / "a.ipynb") == Memory()
+    assert history.get(tmp_path / "a.ipynb") == RunHistory()
 
 
 def test_what_is_old_is_forgotten(tmp_path: Path) -> None:
     history = History(tmp_path)
     for name in ("old", "new"):
-        history.put(tmp_path / name, Memory(seconds=1.0))
+        history.put(tmp_path / name, RunHistory(seconds=1.0))
     old = tmp_path / history._file(tmp_path / "old").name
     past = time.time() - (KEPT_DAYS + 1) * 86400
     os.utime(old, (past, past))
     history.tidy()
-    assert history.get(tmp_path / "old") == Memory() and history.get(tmp_path / "new") == Memory(
-        seconds=1.0
-    )
+    assert history.get(tmp_path / "old") == RunHistory() and history.get(
+        tmp_path / "new"
+    ) == RunHistory(seconds=1.0)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------
 
 
-def prepared(folder: Path, **job: Any) -> Prepared:
+def prepared(folder: Path, **job: Any) -> PreparedJob:
     return prepare(Job(path=folder / "n.ipynb", **job))
 
 
@@ -110,7 +110,8 @@ def test_the_key_of_a_pass_changes_with_inputs_and_kernel(
     before = key_of_pass(found, kernels, {})
     assert before == key_of_pass(found, kernels, {})
     assert before != key_of_pass(found, kernels, {"a": "hash"})
-    assert before != key_of_pass(replace(found, cwd=folder / "x"), kernels, {})
+    elsewhere = replace(found, paths=replace(found.paths, cwd=folder / "x"))
+    assert before != key_of_pass(elsewhere, kernels, {})
     monkeypatch.setattr(Kernels, "environment", lambda _self, _name: "another")
     assert before != key_of_pass(found, kernels, {})
 
@@ -170,21 +171,21 @@ def test_no_inputs(metadata: dict[str, Any]) -> None:
 
 
 def test_a_run_hears_of_signals_that_came_before_and_while_it_runs() -> None:
-    stops = worker.Stops()
+    broadcast = worker.SignalBroadcast()
 
     async def run() -> list[int]:
         cancellation = Cancellation()
-        with stops.told(cancellation):
+        with broadcast.subscribed(cancellation):
             assert cancellation.signals == [2]
-            stops.arrive(15)
+            broadcast.receive(15)
             await asyncio.sleep(0)
-        stops.arrive(1)
+        broadcast.receive(1)
         await asyncio.sleep(0)
         return cancellation.signals
 
-    stops.arrive(2)
+    broadcast.receive(2)
     assert asyncio.run(run()) == [2, 15], "and of none once it is over"
-    assert stops.signals == [2, 15, 1]
+    assert broadcast.signals == [2, 15, 1]
 
 
 def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.batch.journal import Finished, Journal, read
+from safe_exec.batch.journal import Journal, JournalRecord, read
 from safe_exec.errors import UsageError
 
 
-def record(path: str, key: str = "k", status: str = "passed") -> Finished:
-    return Finished(
+def record(path: str, key: str = "k", status: str = "passed") -> JournalRecord:
+    return JournalRecord(
         path=path,
         status=status,
         exit_code=0,

@@ -23,12 +23,12 @@ from safe_exec.model.verdict import Status
 from safe_exec.reports import verdict_json
 from safe_exec.reports.batch import summary_json
 from safe_exec.reports.batch.progress import BatchProgress, line_of
-from safe_exec.reports.batch.results import Batch, Entry
+from safe_exec.reports.batch.results import BatchResult, NotebookResult
 from tests.unit.builders import make_verdict
 
 
-def entry(out: Path, status: str = "passed", name: str = "a", **changes: Any) -> Entry:
-    found = Entry(
+def entry(out: Path, status: str = "passed", name: str = "a", **changes: Any) -> NotebookResult:
+    found = NotebookResult(
         path=f"docs/{name}.ipynb",
         status=status,
         exit_code=0,
@@ -44,9 +44,9 @@ def entry(out: Path, status: str = "passed", name: str = "a", **changes: Any) ->
     return replace(found, **changes)
 
 
-def batch(out: Path, *entries: Entry, **changes: Any) -> Batch:
-    found = Batch(
-        entries=entries,
+def batch(out: Path, *entries: NotebookResult, **changes: Any) -> BatchResult:
+    found = BatchResult(
+        results=entries,
         root=out.parent,
         out=out,
         started=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
@@ -135,8 +135,8 @@ def test_a_report_that_cannot_be_written_is_said_and_costs_no_other(
 ) -> None:
     written = []
 
-    def take(kind: str) -> Callable[[Batch, Path], None]:
-        def write(_batch: Batch, path: Path) -> None:
+    def take(kind: str) -> Callable[[BatchResult, Path], None]:
+        def write(_batch: BatchResult, path: Path) -> None:
             if kind == "full":
                 raise OSError(28, "No space left on device")
             written.append(path.name)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safe_exec.batch.admission import (
     RESERVE_BYTES,
     START_BYTES,
-    Room,
+    Capacity,
     admits,
     admits_ahead,
     first_fitting,
@@ -38,7 +38,7 @@ from safe_exec.model.verdict import (
     Status,
     Verdict,
 )
-from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, Batch, Entry
+from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
 from tests.unit.builders import make_verdict
 
 # --- admission --------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ LIMIT = st.none() | st.integers(1, 40)
 
 @given(st.integers(1, 6), st.none() | st.integers(0, 100), st.lists(LIMIT, max_size=30))
 def test_never_more_than_fits(jobs: int, memory: int | None, limits: list[int | None]) -> None:
-    room = Room(jobs=jobs, memory=memory)
+    room = Capacity(jobs=jobs, memory=memory)
     running: list[int | None] = []
     waiting = list(limits)
     while waiting or running:
@@ -65,14 +65,14 @@ def test_never_more_than_fits(jobs: int, memory: int | None, limits: list[int | 
 
 
 def test_one_always_runs() -> None:
-    assert admits(Room(jobs=1, memory=0), [], 1 << 40)
-    assert admits(Room(jobs=4, memory=0), [], None)
+    assert admits(Capacity(jobs=1, memory=0), [], 1 << 40)
+    assert admits(Capacity(jobs=4, memory=0), [], None)
 
 
 def test_one_without_a_limit_runs_alone() -> None:
-    room = Room(jobs=4, memory=1000)
+    room = Capacity(jobs=4, memory=1000)
     assert not admits(room, [1], None) and not admits(room, [None], 1)
-    assert admits(Room(jobs=4, memory=None), [None], None), (
+    assert admits(Capacity(jobs=4, memory=None), [None], None), (
         "where memory is not known it does not count"
     )
 
@@ -85,7 +85,7 @@ def test_one_without_a_limit_runs_alone() -> None:
 def test_kernels_that_only_wait_fit_beside_all_limits(
     jobs: int, memory: int | None, running: list[int | None]
 ) -> None:
-    room = Room(jobs=jobs, memory=memory)
+    room = Capacity(jobs=jobs, memory=memory)
     ahead = 0
     while admits_ahead(room, running, ahead):
         ahead += 1
@@ -98,15 +98,15 @@ def test_kernels_that_only_wait_fit_beside_all_limits(
 
 
 def test_what_waits_counts_when_the_next_one_is_to_run() -> None:
-    room = Room(jobs=3, memory=4 * START_BYTES)
+    room = Capacity(jobs=3, memory=4 * START_BYTES)
     assert admits(room, [START_BYTES], 2 * START_BYTES, ahead=1)
     assert not admits(room, [START_BYTES], 2 * START_BYTES, ahead=2)
     assert admits(room, [], 1 << 50, ahead=2), "one always runs"
 
 
 def test_a_small_one_may_pass_a_large_one_that_does_not_fit() -> None:
-    assert first_fitting(Room(jobs=3, memory=100), [60], [50, 41, 40]) == 2
-    assert first_fitting(Room(jobs=1, memory=100), [60], [1]) is None
+    assert first_fitting(Capacity(jobs=3, memory=100), [60], [50, 41, 40]) == 2
+    assert first_fitting(Capacity(jobs=1, memory=100), [60], [1]) is None
 
 
 def test_room_leaves_something_for_ourselves() -> None:
@@ -277,8 +277,8 @@ def test_what_passed_is_not_tried_again() -> None:
 # --- exit code and last line ------------------------------------------------------------------------------------
 
 
-def entry(status: str, code: int | None, *, flaky: bool = False) -> Entry:
-    return Entry(
+def entry(status: str, code: int | None, *, flaky: bool = False) -> NotebookResult:
+    return NotebookResult(
         path="a.ipynb",
         status=status,
         exit_code=code,
@@ -335,8 +335,8 @@ def test_the_last_line_can_be_parsed(statuses: list[tuple[str, bool]], seconds: 
     entries = tuple(
         entry(status, 0, flaky=flaky and status == "passed") for status, flaky in statuses
     )
-    batch = Batch(
-        entries=entries,
+    batch = BatchResult(
+        results=entries,
         root=Path(),
         out=Path(),
         started=datetime.now(UTC),
@@ -363,8 +363,8 @@ def test_the_last_line() -> None:
         entry("passed", 0, flaky=True),
         entry(NOT_RUN, None),
     )
-    batch = Batch(
-        entries=entries,
+    batch = BatchResult(
+        results=entries,
         root=Path(),
         out=Path(),
         started=datetime.now(UTC),

@@ -46,7 +46,8 @@ def chosen(
     cwd: Path | None = None,
 ) -> list[str]:
     return [
-        one.path for one in found(tree, *arguments, exclude=exclude, listed=listed, cwd=cwd).chosen
+        one.path
+        for one in found(tree, *arguments, exclude=exclude, listed=listed, cwd=cwd).notebooks
     ]
 
 
@@ -266,7 +267,11 @@ def test_what_a_partial_clone_lacks_is_not_fetched(tree: Path) -> None:
 def test_git_that_fails_leaves_nothing_out_and_says_so(tree: Path) -> None:
     (tree / ".git").mkdir()  # looks like a repository, and is none
     result = found(tree, ".")
-    assert [one.path for one in result.chosen] == ["a.ipynb", "docs/c.ipynb", "docs/deep/d.ipynb"]
+    assert [one.path for one in result.notebooks] == [
+        "a.ipynb",
+        "docs/c.ipynb",
+        "docs/deep/d.ipynb",
+    ]
     assert "git could not say" in result.notes[0]
 
 
@@ -277,7 +282,7 @@ def test_without_git_nothing_is_left_out_and_it_is_said(
     (tree / ".gitignore").write_text("a.ipynb\n")
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     result = found(tree, ".")
-    assert "a.ipynb" in [one.path for one in result.chosen]
+    assert "a.ipynb" in [one.path for one in result.notebooks]
     assert "git is not installed" in result.notes[0]
 
 
@@ -287,8 +292,8 @@ def test_without_git_nothing_is_left_out_and_it_is_said(
 def test_a_notebook_elsewhere_moves_the_root_to_what_all_have_in_common(tree: Path) -> None:
     result = found(tree, "../a.ipynb", "c.ipynb", cwd=tree / "docs")
     assert result.root == tree
-    assert [one.path for one in result.chosen] == ["a.ipynb", "docs/c.ipynb"]
-    assert [one.source for one in result.chosen] == [Path("../a.ipynb"), Path("c.ipynb")]
+    assert [one.path for one in result.notebooks] == ["a.ipynb", "docs/c.ipynb"]
+    assert [one.source for one in result.notebooks] == [Path("../a.ipynb"), Path("c.ipynb")]
 
 
 def test_up_through_a_link_leads_where_the_system_says(tree: Path) -> None:
@@ -296,7 +301,7 @@ def test_up_through_a_link_leads_where_the_system_says(tree: Path) -> None:
     (tree / "x" / "link").symlink_to(tree / "docs" / "deep")
     (tree / "x" / "c.ipynb").write_text("{}")
     result = found(tree, "x/link/../c.ipynb")
-    assert [one.path for one in result.chosen] == ["docs/c.ipynb"]
+    assert [one.path for one in result.notebooks] == ["docs/c.ipynb"]
 
 
 def test_documents_of_two_never_meet() -> None:
@@ -316,4 +321,4 @@ def test_documents_never_meet(paths: list[str]) -> None:
 def test_a_name_that_is_no_text_is_carried_along(tree: Path) -> None:
     raw = os.fsencode(tree) + b"/docs/\xff.ipynb"
     Path(os.fsdecode(raw)).write_text("{}")
-    assert any(os.fsencode(one.path) == b"docs/\xff.ipynb" for one in found(tree, ".").chosen)
+    assert any(os.fsencode(one.path) == b"docs/\xff.ipynb" for one in found(tree, ".").notebooks)

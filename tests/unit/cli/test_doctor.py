@@ -81,7 +81,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """A place, the limits that are weak there, and what must (not) be among the steps, in that order."""
 
     machine: Machine
-    around: Surroundings
+    host: Surroundings
     weak: tuple[LimitName, ...] = (MEMORY, CPUS, PROCESSES)
     steps: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
@@ -91,57 +91,57 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 CASES = {
     "root on v1": Case(
         machine=replace(ROOT, v1=V1),
-        around=Surroundings(user="root", tree=CgroupTree.HYBRID),
+        host=Surroundings(user="root", tree=CgroupTree.HYBRID),
         weak=(),
         never=("sudo",),
     ),
     "root on v2": Case(
         machine=replace(ROOT, v2=Path("/sys/fs/cgroup/system.slice"), v2_controllers=V2_ALL),
-        around=replace(SYSTEMD, user="root"),
+        host=replace(SYSTEMD, user="root"),
         weak=(),
     ),
     "root on v2 where cpu is not handed on": Case(
         machine=replace(ROOT, v2=Path("/sys/fs/cgroup"), v2_controllers=V2_ALL - {"cpu"}),
-        around=replace(SYSTEMD, user="root", systemd=False),
+        host=replace(SYSTEMD, user="root", systemd=False),
         weak=(CPUS,),
         steps=(HAND_ON,),
     ),
     "root on v2 where nothing is handed on": Case(
         machine=ROOT,
-        around=Surroundings(user="root", tree=CgroupTree.V2, controllers=V2_ALL),
+        host=Surroundings(user="root", tree=CgroupTree.V2, controllers=V2_ALL),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=(HAND_ON,),
         never=("sudo", "xargs"),
     ),
     "root on v1 without pids": Case(
         machine=replace(ROOT, v1={k: v for k, v in V1.items() if k != "pids"}),
-        around=Surroundings(user="root", tree=CgroupTree.V1),
+        host=Surroundings(user="root", tree=CgroupTree.V1),
         weak=(PROCESSES,),
         steps=("mount -t cgroup -o pids cgroup /sys/fs/cgroup/pids",),
     ),
     "root without any control groups": Case(
         machine=ROOT,
-        around=Surroundings(user="root"),
+        host=Surroundings(user="root"),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("mount -t cgroup2 none /sys/fs/cgroup", HAND_ON),
     ),
     "user with a systemd session": Case(
         machine=USER,
-        around=SYSTEMD,
+        host=SYSTEMD,
         steps=(SCOPE, SUDO),
         never=("enable-linger", "delegate.conf", "XDG_RUNTIME_DIR"),
     ),
     "user with a systemd session, not lingering": Case(
-        machine=USER, around=replace(SYSTEMD, linger=False), steps=(SCOPE, SUDO), notes=(LINGER,)
+        machine=USER, host=replace(SYSTEMD, linger=False), steps=(SCOPE, SUDO), notes=(LINGER,)
     ),
     "user after su": Case(
         machine=USER,
-        around=replace(SYSTEMD, runtime_dir=False),
+        host=replace(SYSTEMD, runtime_dir=False),
         steps=(f"XDG_RUNTIME_DIR=/run/user/1000 {SCOPE}",),
     ),
     "user whose systemd does not run": Case(
         machine=USER,
-        around=replace(
+        host=replace(
             SYSTEMD, user_manager=False, runtime_dir=False, linger=False, user_controllers=None
         ),
         steps=(LINGER, SUDO),
@@ -149,7 +149,7 @@ CASES = {
     ),
     "user whose systemd has no cpu controller": Case(
         machine=USER,
-        around=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
+        host=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
         steps=(
             SCOPE,
             r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee /etc/systemd/system/user@.service.d/delegate",
@@ -158,36 +158,36 @@ CASES = {
     ),
     "user in a scope without the cpu controller": Case(
         machine=replace(USER, v2=Path("/sys/fs/cgroup/app.slice"), v2_controllers=V2_ALL - {"cpu"}),
-        around=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
+        host=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
         weak=(CPUS,),
         steps=("delegate.conf", "sudo systemctl daemon-reload"),
         never=(SCOPE,),
     ),
     "user who gets scopes without the cpu controller": Case(
         machine=replace(USER, scope=replace(USERS_SCOPE, controllers=V2_ALL - {"cpu"})),
-        around=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
+        host=replace(SYSTEMD, user_controllers=frozenset({"memory", "pids"})),
         weak=(CPUS,),
         steps=("delegate.conf", "sudo systemctl daemon-reload"),
         never=(SCOPE,),
     ),
-    "user who gets scopes": Case(machine=replace(USER, scope=USERS_SCOPE), around=SYSTEMD, weak=()),
+    "user who gets scopes": Case(machine=replace(USER, scope=USERS_SCOPE), host=SYSTEMD, weak=()),
     "user whose systemd cannot be reached": Case(
         machine=replace(
             USER, v2_why_not="not ours", scope_why_not="no systemd of user 1000 is running"
         ),
-        around=SYSTEMD,
+        host=SYSTEMD,
         steps=(SCOPE,),
     ),
     "user in a slice without the cpu controller": Case(
         machine=replace(USER, v2=Path("/sys/fs/cgroup/app.slice"), v2_controllers=V2_ALL - {"cpu"}),
-        around=SYSTEMD,
+        host=SYSTEMD,
         weak=(CPUS,),
         steps=(SCOPE,),
         never=("delegate.conf",),
     ),
     "user without anything on v2": Case(
         machine=USER,
-        around=Surroundings(user="ann", tree=CgroupTree.V2, controllers=V2_ALL),
+        host=Surroundings(user="ann", tree=CgroupTree.V2, controllers=V2_ALL),
         steps=(
             "sudo sh -c 'mkdir -p /sys/fs/cgroup/safe-exec-ann/shell'",
             f"sudo sh -c '{HAND_ON}'",
@@ -198,7 +198,7 @@ CASES = {
     ),
     "user without anything on v1": Case(
         machine=USER,
-        around=Surroundings(user="ann", tree=CgroupTree.HYBRID),
+        host=Surroundings(user="ann", tree=CgroupTree.HYBRID),
         steps=(
             "for c in memory pids cpu cpuacct; do",
             "g=/sys/fs/cgroup/$c/safe-exec-ann",
@@ -209,7 +209,7 @@ CASES = {
     ),
     "user on v1 with systemd": Case(
         machine=USER,
-        around=replace(SYSTEMD, tree=CgroupTree.HYBRID),
+        host=replace(SYSTEMD, tree=CgroupTree.HYBRID),
         steps=(
             "for c in memory",
             "systemd.unified_cgroup_hierarchy=1",
@@ -220,7 +220,7 @@ CASES = {
     ),
     "docker on v2": Case(
         machine=ROOT,
-        around=IN_DOCKER,
+        host=IN_DOCKER,
         weak=(MEMORY, CPUS, PROCESSES),
         steps=(
             "docker run --security-opt writable-cgroups=true IMAGE",
@@ -235,66 +235,66 @@ CASES = {
     ),
     "docker on v2, an ordinary user": Case(
         machine=USER,
-        around=replace(IN_DOCKER, user="ann"),
+        host=replace(IN_DOCKER, user="ann"),
         steps=("chown ann /sys/fs/cgroup /sys/fs/cgroup/cgroup.procs",),
     ),
     "docker on v2, groups writable already": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, read_only=False),
+        host=replace(IN_DOCKER, read_only=False),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=(MOVE_DOWN, HAND_ON),
         never=("docker run",),
     ),
     "docker on v1": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, tree=CgroupTree.V1),
+        host=replace(IN_DOCKER, tree=CgroupTree.V1),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("docker run --privileged IMAGE",),
         never=("writable-cgroups", "xargs"),
     ),
     "docker with systemd in it": Case(
         machine=USER,
-        around=replace(SYSTEMD, container=Container.DOCKER),
+        host=replace(SYSTEMD, container=Container.DOCKER),
         steps=(SCOPE,),
         never=("docker",),
     ),
     "docker in a github workflow": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, github=True),
+        host=replace(IN_DOCKER, github=True),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("--privileged",),
         notes=("container: options:",),
     ),
     "podman on v2": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, container=Container.PODMAN),
+        host=replace(IN_DOCKER, container=Container.PODMAN),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("podman run --security-opt unmask=/sys/fs/cgroup IMAGE", MOVE_DOWN, HAND_ON),
         never=("docker", "--privileged"),
     ),
     "podman on v1": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, container=Container.PODMAN, tree=CgroupTree.V1),
+        host=replace(IN_DOCKER, container=Container.PODMAN, tree=CgroupTree.V1),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("sudo podman run --privileged IMAGE",),
         never=("unmask",),
     ),
     "kubernetes": Case(
         machine=ROOT,
-        around=replace(IN_DOCKER, container=Container.KUBERNETES),
+        host=replace(IN_DOCKER, container=Container.KUBERNETES),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("securityContext: {privileged: true}", MOVE_DOWN),
     ),
     "github runner": Case(
         machine=USER,
-        around=replace(SYSTEMD, github=True, user_manager=False, runtime_dir=False, linger=False),
+        host=replace(SYSTEMD, github=True, user_manager=False, runtime_dir=False, linger=False),
         steps=(SUDO, LINGER),
         never=(SCOPE,),
         notes=("no password",),
     ),
     "wsl 2 with mixed groups and no systemd": Case(
         machine=USER,
-        around=Surroundings(user="ann", wsl=2, tree=CgroupTree.HYBRID),
+        host=Surroundings(user="ann", wsl=2, tree=CgroupTree.HYBRID),
         steps=(
             "wsl.exe --update",
             "[wsl2]",
@@ -306,27 +306,27 @@ CASES = {
         ),
     ),
     "wsl 2 with systemd on v2": Case(
-        machine=USER, around=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)
+        machine=USER, host=replace(SYSTEMD, wsl=2), steps=(SCOPE,), never=("wsl",)
     ),
     "wsl 1": Case(
         machine=USER,
-        around=Surroundings(user="ann", wsl=1),
+        host=Surroundings(user="ann", wsl=1),
         steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",),
     ),
     "macOS": Case(
         machine=Machine(platform="darwin", uid=501),
-        around=Surroundings(user="ann"),
+        host=Surroundings(user="ann"),
         weak=(MEMORY, CPUS, PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE),
     ),
     "memory controller switched off": Case(
         machine=replace(ROOT, v1={k: v for k, v in V1.items() if k != "memory"}),
-        around=Surroundings(user="root", tree=CgroupTree.HYBRID, disabled=frozenset({"memory"})),
+        host=Surroundings(user="root", tree=CgroupTree.HYBRID, disabled=frozenset({"memory"})),
         weak=(MEMORY,),
         steps=("cgroup_enable=memory", "reboot"),
     ),
     "without mechanisms": Case(
         machine=replace(ROOT, v1=V1, allowed=frozenset({Mechanism.WATCHDOG})),
-        around=Surroundings(user="root", tree=CgroupTree.HYBRID),
+        host=Surroundings(user="root", tree=CgroupTree.HYBRID),
         weak=(MEMORY, CPUS, PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE),
         never=("sudo", "mount"),
     ),
@@ -334,7 +334,7 @@ CASES = {
 
 
 def remedies_of(case: Case) -> tuple[Remedy, ...]:
-    return advise(case.machine, case.around, build_plan(EVERY_LIMIT, case.machine, "test"))
+    return advise(case.machine, case.host, build_plan(EVERY_LIMIT, case.machine, "test"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -345,7 +345,7 @@ def test_weak_limits_and_their_remedies(case: Case) -> None:
     assert {name for remedy in remedies for name in remedy.limits} == set(case.weak), (
         "each weakness has a remedy, no more"
     )
-    steps = [step for remedy in remedies for way in remedy.ways for step in way.steps]
+    steps = [step for remedy in remedies for fix in remedy.fixes for step in fix.steps]
     rest = iter(steps)
     for wanted in case.steps:
         assert any(wanted in step for step in rest), (
@@ -353,7 +353,7 @@ def test_weak_limits_and_their_remedies(case: Case) -> None:
         )
     text = "\n".join(steps)
     assert not [unwanted for unwanted in case.never if unwanted in text]
-    notes = "\n".join(way.note for remedy in remedies for way in remedy.ways)
+    notes = "\n".join(fix.note for remedy in remedies for fix in remedy.fixes)
     assert not [note for note in case.notes if note not in notes]
 
 
@@ -361,17 +361,17 @@ def test_weak_limits_and_their_remedies(case: Case) -> None:
 def test_every_remedy_says_why_and_what(case: Case) -> None:
     for remedy in remedies_of(case):
         assert remedy.why
-        assert remedy.ways
-        assert all(way.what for way in remedy.ways)
+        assert remedy.fixes
+        assert all(fix.what for fix in remedy.fixes)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_command_is_one_that_a_shell_can_read(case: Case) -> None:
     for remedy in remedies_of(case):
-        for way in remedy.ways:
+        for fix in remedy.fixes:
             script = "\n".join(
                 step
-                for step in way.steps
+                for step in fix.steps
                 if step not in ("[wsl2]", "securityContext: {privileged: true}")
             )
             checked = subprocess.run(
@@ -407,7 +407,7 @@ def test_swap_that_is_not_accounted_for_is_a_weakness(tmp_path: Path) -> None:
     plan = build_plan(EVERY_LIMIT, machine, "test")
     (remedy,) = advise(machine, Surroundings(tree=CgroupTree.V1), plan)
     assert remedy.limits == (MEMORY,)
-    assert "swapaccount=1" in remedy.ways[0].steps[0]
+    assert "swapaccount=1" in remedy.fixes[0].steps[0]
     assert swap_state(machine, plan) == "may extend the memory limit"
 
 
@@ -569,10 +569,10 @@ def doctor_of(case: Case, **changes: object) -> Diagnosis:
     plan = build_plan(EVERY_LIMIT, case.machine, "test", EVERY_WALL)
     found = Diagnosis(
         machine=case.machine,
-        around=case.around,
+        host=case.host,
         plan=plan,
-        remedies=advise(case.machine, case.around, plan),
-        wall_remedies=advise_walls(case.machine, case.around, plan.walls, plan.enforcement),
+        remedies=advise(case.machine, case.host, plan),
+        wall_remedies=advise_walls(case.machine, case.host, plan.walls, plan.enforcement),
         kernels=("python3",),
         dead_runs=0,
     )
@@ -596,11 +596,11 @@ def test_the_report_has_each_limit_once_and_never_breaks_a_command(case: Case) -
         assert (
             sum(re.match(rf"  [✓~✗·]  {name.value} ", line) is not None for line in lines) == count
         )
-    ways = [
-        *(way for remedy in found.remedies for way in remedy.ways),
-        *(way for r in found.wall_remedies for way in r.ways),
+    fixes = [
+        *(fix for remedy in found.remedies for fix in remedy.fixes),
+        *(fix for r in found.wall_remedies for fix in r.fixes),
     ]
-    for step in (step for way in ways for step in way.steps):
+    for step in (step for fix in fixes for step in fix.steps):
         assert f"      {step}" in lines
 
 
@@ -662,7 +662,7 @@ def test_what_else_there_is_to_know() -> None:
     ],
 )
 def test_the_place_is_named(name: str, said: str) -> None:
-    assert said in place(CASES[name].machine, CASES[name].around)
+    assert said in place(CASES[name].machine, CASES[name].host)
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_no_bubblewrap_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     found = doctor.diagnose()
     assert (found.machine.bubblewrap, found.machine.bubblewrap_version) == (None, None)
     assert "install the package bubblewrap" in found.machine.bubblewrap_why_not
-    assert any("install it" in way.what for remedy in found.wall_remedies for way in remedy.ways)
+    assert any("install it" in fix.what for remedy in found.wall_remedies for fix in remedy.fixes)
 
 
 def test_the_walls_of_a_profile_alone() -> None:
@@ -829,7 +829,7 @@ def test_elsewhere_than_on_linux_nothing_is_looked_for() -> None:
     )
 
 
-# --- what mends walls -------------------------------------------------------------------------------------------
+# --- what fixes walls -------------------------------------------------------------------------------------------
 
 REFUSED = "bwrap: setting up uid map: Permission denied"
 HAVE = replace(USER, bubblewrap_version="0.9.0", bubblewrap_why_not=REFUSED)
@@ -933,17 +933,17 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("machine", "around", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES
+    ("machine", "host", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES
 )
 def test_what_mends_walls(
-    machine: Machine, around: Surroundings, wanted: list[str], never: list[str]
+    machine: Machine, host: Surroundings, wanted: list[str], never: list[str]
 ) -> None:
     plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
-    found = advise_walls(machine, around, plan.walls, plan.enforcement)
+    found = advise_walls(machine, host, plan.walls, plan.enforcement)
     assert {Wall.HOME, Wall.NETWORK, Wall.PROCESSES} <= set(found[0].walls)
     assert set(found[0].limits) == {LimitName.DISK, LimitName.SHM}
     assert found[0].why
-    steps = [step for remedy in found for way in remedy.ways for step in way.steps]
+    steps = [step for remedy in found for fix in remedy.fixes for step in fix.steps]
     rest = iter(steps)
     for want in wanted:
         assert any(want in step for step in rest), (

@@ -94,13 +94,13 @@ def test_show_says_how_to_mend_what_nothing_holds(
     assert re.search(
         r"^  ✗  processes +nothing +no bubblewrap: it is not installed", shown, re.MULTILINE
     )
-    assert "to mend" in shown and "install it" in shown
+    assert "to fix" in shown and "install it" in shown
 
 
 def test_show_of_a_profile_without_walls() -> None:
     shown = call("show").stdout
     assert "isolation: none, the notebook may reach what you may" in shown
-    assert "to mend" not in shown.partition("isolation: none")[2]
+    assert "to fix" not in shown.partition("isolation: none")[2]
 
 
 def test_show_as_json_has_the_walls() -> None:

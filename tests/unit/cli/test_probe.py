@@ -38,8 +38,8 @@ from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest
 from safe_exec.workflows import probe as probing
-from safe_exec.workflows.prepare import Prepared
-from safe_exec.workflows.probe import Probed, Shot, drive
+from safe_exec.workflows.prepare import PreparedJob
+from safe_exec.workflows.probe import ProbeReport, ProbeRun, drive
 from tests.support import make_notebook
 from tests.unit.builders import make_cause, make_crash
 
@@ -62,12 +62,12 @@ class Fake:
     def cancelled(self) -> bool:
         return len(self.values) == self.stop
 
-    async def shoot(self, attempt: Try) -> Shot:
+    async def run(self, attempt: Try) -> ProbeRun:
         self.values.append(attempt.value)
         if attempt.value >= self.needs:
-            return Shot(value=attempt.value, fate=Fate.PASSED, seconds=1.0, peak=self.peak)
+            return ProbeRun(value=attempt.value, fate=Fate.PASSED, seconds=1.0, peak=self.peak)
         cause = make_cause(self.kind)
-        return Shot(
+        return ProbeRun(
             value=attempt.value,
             fate=MEMORY.fate(cause),
             seconds=1.5,
@@ -86,19 +86,19 @@ class Told:
     def begins(self, number: int, value: float) -> None:
         self.lines.append((number, value, None))
 
-    def ended(self, number: int, shot: Shot) -> None:
+    def ended(self, number: int, shot: ProbeRun) -> None:
         self.lines.append((number, shot.value, shot.passed))
 
 
-def probed(fake: Fake | None = None, **question: Any) -> Probed:
+def probed(fake: Fake | None = None, **question: Any) -> ProbeReport:
     asked = MEMORY.question(given=1 << 30, most=1 << 34, precision=0.05, budget=600.0)
     changed: Question = replace(asked, **question)
     bracket, shots = asyncio.run(drive(search(changed), fake or Fake(), Told()))
     held = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
-    return Probed(scale=MEMORY, precision=0.05, bracket=bracket, shots=shots, held=held)
+    return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=shots, enforcement=held)
 
 
-def said(found: Probed, **style: Any) -> str:
+def said(found: ProbeReport, **style: Any) -> str:
     again = "safe-exec run analysis.ipynb --memory 396M"
     return "".join(
         f"{line}\n" for line in report(found, "some/where/analysis.ipynb", again, Style(**style))
@@ -183,7 +183,7 @@ def test_runs_are_told_of_and_kept() -> None:
 
 def test_a_signal_keeps_what_is_known() -> None:
     found = probed(Fake(stop=3))
-    assert found.bracket.ended is Ended.CANCELLED and len(found.shots) == 2
+    assert found.bracket.ended is Ended.CANCELLED and len(found.runs) == 2
     assert exit_code(found) == 130
     assert "stopped" in said(found) and "passes with 416 MiB" in said(found)
 
@@ -256,13 +256,13 @@ def test_the_most_and_the_least() -> None:
 
 def test_a_weak_limit_and_warnings() -> None:
     watched = Enforcement(by=Mechanism.WATCHDOG, hard=False, note="looked at every 20 ms")
-    words = said(replace(probed(), held=watched, warnings=("a warning",)))
+    words = said(replace(probed(), enforcement=watched, warnings=("a warning",)))
     assert (
         "weak limit  only the watchdog holds it; looked at every 20 ms\n  warning     a warning\n"
         in words
     )
     runner = Enforcement(by=Mechanism.RUNNER, hard=False)
-    assert "weak limit" not in said(replace(probed(), held=runner))
+    assert "weak limit" not in said(replace(probed(), enforcement=runner))
 
 
 def test_a_bracket_that_wavers_says_so() -> None:
@@ -290,11 +290,11 @@ def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
         replace(
             shot, crash_cell=crash, cause=replace(shot.cause, summary=evil) if shot.cause else None
         )
-        for shot in found.shots
+        for shot in found.runs
     )
     lines = list(
         report(
-            replace(found, shots=shots, warnings=(evil,)),
+            replace(found, runs=shots, warnings=(evil,)),
             f"{evil}.ipynb",
             f"safe-exec run {evil}",
             Style(),
@@ -323,10 +323,10 @@ def test_lines_of_progress() -> None:
 def test_quiet_and_broken_streams() -> None:
     stream = io.StringIO()
     with RunLines(stream, MEMORY, quiet=True) as lines:
-        lines.ended(1, Shot(value=1.0, fate=Fate.PASSED, seconds=1.0))
+        lines.ended(1, ProbeRun(value=1.0, fate=Fate.PASSED, seconds=1.0))
     assert stream.getvalue() == ""
     stream.close()
-    RunLines(stream, MEMORY).ended(1, Shot(value=1.0, fate=Fate.PASSED, seconds=1.0))
+    RunLines(stream, MEMORY).ended(1, ProbeRun(value=1.0, fate=Fate.PASSED, seconds=1.0))
 
 
 def test_the_document() -> None:
@@ -449,20 +449,20 @@ def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], words: str) -> No
 
 def test_the_command_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def probe(
-        prepared: Prepared,
+        prepared: PreparedJob,
         name: LimitName,
         *,
         precision: float,
         budget: float,
-        watch: probing.Watch,
-    ) -> Probed:
+        watch: probing.ProbeListener,
+    ) -> ProbeReport:
         assert (name, precision, budget) == (LimitName.MEMORY, 0.1, 90.0)
-        assert prepared.resolved.limits.memory == 1 << 30 and not prepared.job.writes
+        assert prepared.limits.values.memory == 1 << 30 and not prepared.job.writes
         asked = MEMORY.question(
-            given=prepared.resolved.limits.memory, most=1 << 34, precision=0.05, budget=budget
+            given=prepared.limits.values.memory, most=1 << 34, precision=0.05, budget=budget
         )
         bracket, shots = await drive(search(asked), Fake(), watch)
-        return Probed(scale=MEMORY, precision=0.05, bracket=bracket, shots=shots)
+        return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=shots)
 
     monkeypatch.setattr(probe_command, "probe", probe)
     path = make_notebook(tmp_path / "nb.ipynb", "1")

@@ -20,7 +20,7 @@ from safe_exec.model.verdict import CauseKind, Culprit, Fact, Origin, Role, Stat
 from safe_exec.notebook import notebook
 from safe_exec.reports import verdict_json
 from safe_exec.reports.terminal import Style
-from safe_exec.workflows.replay import Replay, Replayed, prepare_replay
+from safe_exec.workflows.replay import Replay, ReplayResult, prepare_replay
 from tests.support import make_notebook
 from tests.unit.builders import (
     GIB,
@@ -175,13 +175,13 @@ def test_what_is_different_around_it() -> None:
 
 def replayed(
     here: Verdict, then: Verdict = THEN, cells: tuple[Culprit, ...] | None = None
-) -> Replayed:
+) -> ReplayResult:
     prepared: Any = SimpleNamespace(job=SimpleNamespace(path=Path("analysis.ipynb")))
-    asked = Replay(then=then, prepared=prepared, cells=cells)
-    return Replayed(replay=asked, here=here, agreement=compare(then, here, cells), warnings=())
+    asked = Replay(original=then, prepared=prepared, cells=cells)
+    return ReplayResult(replay=asked, rerun=here, agreement=compare(then, here, cells), warnings=())
 
 
-def said(done: Replayed, **style: Any) -> str:
+def said(done: ReplayResult, **style: Any) -> str:
     return "".join(f"{line}\n" for line in report(done, Style(**style)))
 
 
@@ -295,7 +295,7 @@ def test_the_reproduction_is_run_where_there_is_one(tmp_path: Path) -> None:
     beside.write_bytes(notebook.dumps(made))
     assert source_of(verdict, file) == (beside, True)
     asked = prepare_replay(verdict, beside, reproduction=True, command=("safe-exec", "replay"))
-    assert asked.cells == CULPRITS and asked.prepared.resolved.limits == verdict.limits
+    assert asked.cells == CULPRITS and asked.prepared.limits.values == verdict.limits
 
 
 def test_a_file_that_is_no_reproduction_is_refused(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_folder_of_another_machine(tmp_path: Path) -> None:
     assert (
         prepare_replay(
             moved, tmp_path / "analysis.ipynb", reproduction=False, command=()
-        ).prepared.cwd
+        ).prepared.paths.cwd
         == tmp_path
     )
 

@@ -25,8 +25,8 @@ from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import CauseKind, NotebookInfo, Status, Usage, Verdict
 from safe_exec.reports import verdict_json
 from safe_exec.workflows import bisect as searching
-from safe_exec.workflows.bisect import LEAST_BUDGET, Keeping, budget_of
-from safe_exec.workflows.prepare import Bisect
+from safe_exec.workflows.bisect import LEAST_BUDGET, FolderSnapshot, budget_of
+from safe_exec.workflows.prepare import Bisect, JobPaths
 from tests.unit.builders import every_verdict, make_verdict, name_of
 
 # --- how long it may take -------------------------------------------------------------------------------------------------
@@ -142,21 +142,25 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "work" / "nb.out.ipynb").write_text("of an earlier run")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(folders, "TMP", tmp_path / "tmp")
-    names = {"output": "nb.out.ipynb", "verdict": "nb.verdict.json", "repro": "nb.repro.ipynb"}
+    work = tmp_path / "work"
     return SimpleNamespace(
-        job=SimpleNamespace(bisect=Bisect.AUTO, beside=(), tree=None),
+        job=SimpleNamespace(bisect=Bisect.AUTO, own_paths=(), tree=None),
         run_id="abc",
-        cwd=tmp_path / "work",
-        resolved=SimpleNamespace(isolation=Isolation(), limits=Limits()),
-        **{key: tmp_path / "work" / name for key, name in names.items()},
+        paths=JobPaths(
+            notebook=work / "nb.out.ipynb",
+            verdict=work / "nb.verdict.json",
+            repro=work / "nb.repro.ipynb",
+            cwd=work,
+        ),
+        limits=SimpleNamespace(isolation=Isolation(), values=Limits()),
     )
 
 
-def keep(prepared: Any, *, of: str | None = None, stay: bool = False) -> Keeping:
+def keep(prepared: Any, *, of: str | None = None, stay: bool = False) -> FolderSnapshot:
     """One run's keeping, to its end."""
 
-    async def through() -> Keeping:
-        with Keeping(prepared, of=of) as keeping:
+    async def through() -> FolderSnapshot:
+        with FolderSnapshot(prepared, of=of) as keeping:
             keeping.begin()
             await keeping.done()
             keeping.keep = stay
@@ -176,7 +180,7 @@ def test_what_was_kept_is_gone_in_the_end(prepared: Any) -> None:
 def test_a_later_search_goes_on_from_it(prepared: Any) -> None:
     first = keep(prepared, stay=True)
     assert first.snapshot is not None and first.snapshot.copy is not None
-    (prepared.cwd / "data").write_text("changed")
+    (prepared.paths.cwd / "data").write_text("changed")
     prepared.run_id = "def"
     second = keep(prepared, of="abc")
     assert second.snapshot is not None
@@ -412,8 +416,9 @@ def test_the_reproduction_goes_where_the_folder_was_held(
     folder.mkdir()
     outside.mkdir()
     job: Any = SimpleNamespace(bisect=Bisect.AUTO, tree=None)
-    prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", repro=folder / "nb.repro.ipynb")
-    with Keeping(prepared) as keeping:
+    paths = SimpleNamespace(repro=folder / "nb.repro.ipynb")
+    prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", paths=paths)
+    with FolderSnapshot(prepared) as keeping:
         folder.rename(tmp_path / "moved")
         folder.symlink_to(outside)
         assert keeping.write_reproduction(b"it") == tmp_path / "moved" / "nb.repro.ipynb"

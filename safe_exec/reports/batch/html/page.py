@@ -21,8 +21,8 @@ from typing import Any
 from safe_exec.files import write_pieces_atomically
 from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.html import page_data
-from safe_exec.reports.batch.results import Batch
-from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.batch.results import BatchResult
+from safe_exec.reports.batch.text import NotebookReport, Outcome
 from safe_exec.reports.text import common
 from safe_exec.units import format_seconds
 
@@ -34,24 +34,24 @@ _ESCAPED = str.maketrans(
 )
 
 
-def write(batch: Batch, path: Path) -> None:
+def write(batch: BatchResult, path: Path) -> None:
     """Writes the page to ``path``, atomically; files are linked as seen from its folder. Raises OSError."""
     write_pieces_atomically(path, (piece.encode() for piece in _pieces(batch, path.parent)))
 
 
-def _pieces(batch: Batch, base: Path) -> Iterator[str]:
-    before, after = _frame(batch)
-    yield before
+def _pieces(batch: BatchResult, base: Path) -> Iterator[str]:
+    head, tail = _frame(batch)
+    yield head
     rows = []
-    for number, entry in enumerate(batch.entries):
-        told = Told.of(entry)
-        rows.append(page_data.row(told))
-        yield _block(f"notebook-{number}", page_data.detail(told, batch, base))
+    for number, result in enumerate(batch.results):
+        report = NotebookReport.of(result)
+        rows.append(page_data.row(report))
+        yield _block(f"notebook-{number}", page_data.detail(report, batch, base))
     yield _block("batch", {**_head(batch), "rows": rows})
-    yield after
+    yield tail
 
 
-def _head(batch: Batch) -> dict[str, Any]:
+def _head(batch: BatchResult) -> dict[str, Any]:
     shard = f"shard {batch.shard[0]} of {batch.shard[1]}" if batch.shard is not None else ""
     return {
         "tally": batch_text.tally(batch),
@@ -61,20 +61,23 @@ def _head(batch: Batch) -> dict[str, Any]:
         "command": common.code_line(shlex.join(batch.command)),
         "version": batch.safe_exec_version,
         "remarks": [
-            words
-            for words in (
+            error
+            for error in (
                 f"limits {batch.limits}" if batch.limits else "",
                 shard,
                 _interrupted(batch),
             )
-            if words
+            if error
         ],
     }
 
 
-def _interrupted(batch: Batch) -> str:
-    said = ("stopped before its end" if batch.cancelled else "", "resumed" if batch.resumed else "")
-    return ", ".join(word for word in said if word)
+def _interrupted(batch: BatchResult) -> str:
+    notes = (
+        "stopped before its end" if batch.cancelled else "",
+        "resumed" if batch.resumed else "",
+    )
+    return ", ".join(word for word in notes if word)
 
 
 def _block(name: str, value: object) -> str:
@@ -88,11 +91,11 @@ def as_data(value: object) -> str:
     )
 
 
-def _frame(batch: Batch) -> tuple[str, str]:
+def _frame(batch: BatchResult) -> tuple[str, str]:
     """The page before and after its data."""
     style, script = _file("page.css"), _file("page.js")
     bad = any(
-        batch_text.outcome(entry) in (Outcome.FAILED, Outcome.ERROR) for entry in batch.entries
+        batch_text.outcome(result) in (Outcome.FAILED, Outcome.ERROR) for result in batch.results
     )
     policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
     page = _file("page.html")
@@ -103,8 +106,8 @@ def _frame(batch: Batch) -> tuple[str, str]:
         "script": script,
     }.items():
         page = page.replace(f"<!-- {name} -->", value)
-    before, _, after = page.partition(_MARK)
-    return before, after
+    head, _, tail = page.partition(_MARK)
+    return head, tail
 
 
 def _source(content: str) -> str:

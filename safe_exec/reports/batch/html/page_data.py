@@ -14,9 +14,9 @@ from urllib.parse import quote
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Status, Timeline, Verdict
 from safe_exec.reports.batch import text as batch_text
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
-from safe_exec.reports.batch.text import Outcome, Told
+from safe_exec.reports.batch.text import NotebookReport, Outcome
 from safe_exec.reports.text import common, culprits
 from safe_exec.units import format_seconds, format_size
 
@@ -34,23 +34,23 @@ ALL_POINTS = 60_000
 """Points of the timelines of all notebooks together: some 2 MiB."""
 
 
-def row(told: Told) -> dict[str, Any]:
+def row(report: NotebookReport) -> dict[str, Any]:
     """A row of the table. Numbers are there to sort by, bytes and seconds; null where not measured."""
-    entry, verdict = told.entry, told.verdict
+    result, verdict = report.result, report.verdict
     peak = verdict.usage.memory_peak if verdict is not None else None
     limit = verdict.limits.memory if verdict is not None else None
     return {
-        "path": common.one_line(entry.path),
-        "outcome": told.outcome.value,
-        "status": batch_text.status_words(entry.status),
-        "what": common.clip(batch_text.in_short(told), common.HEADLINE_WIDTH),
-        "cause": batch_text.kind(told).replace("_", " ")
-        if told.outcome in (Outcome.FAILED, Outcome.ERROR)
+        "path": common.one_line(result.path),
+        "outcome": report.outcome.value,
+        "status": batch_text.status_words(result.status),
+        "what": common.clip(batch_text.in_short(report), common.HEADLINE_WIDTH),
+        "cause": batch_text.kind(report).replace("_", " ")
+        if report.outcome in (Outcome.FAILED, Outcome.ERROR)
         else "",
-        "flaky": entry.flaky,
-        "attempts": entry.attempts,
-        "seconds": entry.seconds,
-        "time": _seconds(entry.seconds),
+        "flaky": result.flaky,
+        "attempts": result.attempts,
+        "seconds": result.seconds,
+        "time": _seconds(result.seconds),
         "memory": peak,
         "peak": _size(peak),
         "limit": _size(limit),
@@ -58,34 +58,34 @@ def row(told: Told) -> dict[str, Any]:
     }
 
 
-def detail(told: Told, batch: Batch, base: Path) -> dict[str, Any]:
+def detail(report: NotebookReport, batch: BatchResult, base: Path) -> dict[str, Any]:
     """What is seen of a notebook when it is opened; ``base`` is the folder of the page, from where files are linked."""
-    verdict = told.verdict
-    shown: dict[str, Any] = {
-        "headline": batch_text.headline(told),
-        "flaky": batch_text.flaky_words(told.entry),
-        "files": list(_files(told, base)),
+    verdict = report.verdict
+    data: dict[str, Any] = {
+        "headline": batch_text.headline(report),
+        "flaky": batch_text.flaky_words(report.result),
+        "files": list(_files(report, base)),
     }
     if verdict is not None:
-        shown |= _run(verdict, len(batch.entries))
+        data |= _run(verdict, len(batch.results))
         if verdict.status is not Status.PASSED:
-            shown |= _failure(told, verdict) | {
-                "command": batch_text.reproduce_command(told, batch)
+            data |= _failure(report, verdict) | {
+                "command": batch_text.reproduce_command(report, batch)
             }
-    return shown
+    return data
 
 
-def _files(told: Told, base: Path) -> Iterator[dict[str, str]]:
+def _files(report: NotebookReport, base: Path) -> Iterator[dict[str, str]]:
     """Links to what was written, where it lies below the page. They begin with ``./``, so no name can be a scheme."""
     written = {
-        "annotated notebook": told.entry.notebook,
-        "verdict": told.entry.verdict,
-        "reproduction": told.entry.repro,
+        "annotated notebook": report.result.notebook,
+        "verdict": report.result.verdict,
+        "reproduction": report.result.repro,
     }
     for name, path in written.items():
-        seen = batch_text.relative(path, base) if path is not None else "/"
-        if not seen.startswith("/"):
-            yield {"name": name, "href": f"./{quote(seen, errors='surrogateescape')}"}
+        href = batch_text.relative(path, base) if path is not None else "/"
+        if not href.startswith("/"):
+            yield {"name": name, "href": f"./{quote(href, errors='surrogateescape')}"}
 
 
 # --- any run ----------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def _run(verdict: Verdict, notebooks: int) -> dict[str, Any]:
         "limits": list(_limits(verdict)),
         "weak": [*common.weak_limits(verdict), *common.weak_walls(verdict)],
         "environment": list(_environment(verdict)),
-        "warnings": [common.one_line(words) for words in verdict.warnings],
+        "warnings": [common.one_line(warning) for warning in verdict.warnings],
     }
 
 
@@ -112,10 +112,10 @@ def timeline(samples: Timeline, most: int) -> dict[str, Any]:
     points = list(zip(samples.seconds, samples.memory, strict=True))
     width = -(-len(points) // most) or 1
     runs = [points[start : start + width] for start in range(0, len(points), width)]
-    kept = [max(run, key=lambda point: -1 if point[1] is None else point[1]) for run in runs]
+    peaks = [max(run, key=lambda point: -1 if point[1] is None else point[1]) for run in runs]
     return {
-        "seconds": [round(seconds, 3) for seconds, _ in kept],
-        "memory": [memory for _, memory in kept],
+        "seconds": [round(seconds, 3) for seconds, _ in peaks],
+        "memory": [memory for _, memory in peaks],
     }
 
 
@@ -145,22 +145,22 @@ def _usage(verdict: Verdict) -> Iterator[tuple[str, str]]:
         "killed for memory": str(usage.oom_kills) if usage.oom_kills is not None else "",
         "output": _size(usage.output_bytes),
     }
-    yield from ((name, said) for name, said in figures.items() if said)
+    yield from ((name, value) for name, value in figures.items() if value)
 
 
 def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
     """Each limit that was set: name, value, what holds it."""
     for name in LimitName:
-        value, held = verdict.limits.of(name), verdict.enforcement.get(name)
+        value, enforcement = verdict.limits.of(name), verdict.enforcement.get(name)
         if value is not None:
             by = (
                 ""
-                if held is None
+                if enforcement is None
                 else "nothing holds it"
-                if held.by is Mechanism.NONE
-                else held.by.value
+                if enforcement.by is Mechanism.NONE
+                else enforcement.by.value
             )
-            note = common.one_line(held.note) if held is not None else ""
+            note = common.one_line(enforcement.note) if enforcement is not None else ""
             yield (
                 name.value.replace("_", " "),
                 common.quantity(name, value),
@@ -169,18 +169,18 @@ def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
 
 
 def _environment(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    notebook, where = verdict.notebook, verdict.environment
+    notebook, environment = verdict.notebook, verdict.environment
     figures = {
         "kernel": notebook.kernel,
         "language": notebook.language,
-        "Python": where.python,
-        "platform": where.platform,
-        "control groups": where.cgroup,
+        "Python": environment.python,
+        "platform": environment.platform,
+        "control groups": environment.cgroup,
         "started": verdict.started,
         "run": verdict.run_id,
         "safe-exec": verdict.safe_exec_version,
     }
-    yield from ((name, common.one_line(said)) for name, said in figures.items() if said)
+    yield from ((name, common.one_line(value)) for name, value in figures.items() if value)
 
 
 def _seconds(seconds: float | None) -> str:
@@ -194,10 +194,10 @@ def _size(size: float | None) -> str:
 # --- a failure --------------------------------------------------------------------------------------------------
 
 
-def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
+def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
     cause, crash = verdict.cause, verdict.crash_cell
-    sources = _sources(told, verdict)
-    shown: dict[str, Any] = {
+    sources = _sources(report, verdict)
+    data: dict[str, Any] = {
         "crash": _crash(crash, verdict, sources.get(crash.index)) if crash is not None else None,
         "culprits": _culprits(verdict, sources),
         "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]]
@@ -206,7 +206,7 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
         "stderr": _tail(common.printable(verdict.stderr_tail)),
     }
     if cause is not None:
-        shown |= {
+        data |= {
             "why": "" if common.headline_has_summary(verdict) else common.one_line(cause.summary),
             "confidence": cause.confidence.value,
             "advice": common.one_line(cause.advice),
@@ -222,57 +222,60 @@ def _failure(told: Told, verdict: Verdict) -> dict[str, Any]:
                 for fact in cause.evidence
             ],
         }
-    return shown
+    return data
 
 
-def _sources(told: Told, verdict: Verdict) -> dict[int, Placed]:
+def _sources(report: NotebookReport, verdict: Verdict) -> dict[int, Placed]:
     """The sources of crash cell and culprits, from the notebook's file if it is still the one that was run."""
-    wanted = (
+    indexes = (
         {culprit.index for culprit in verdict.culprits.cells}
         if verdict.culprits is not None
         else set()
     )
-    wanted |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
-    read = read_as_run(told.entry.source, verdict.notebook.sha256) if wanted else None
-    return placed(read, wanted) if read is not None else {}
+    indexes |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
+    read = read_as_run(report.result.source, verdict.notebook.sha256) if indexes else None
+    return placed(read, indexes) if read is not None else {}
 
 
-def _crash(crash: CrashCell, verdict: Verdict, found: Placed | None) -> dict[str, Any]:
+def _crash(crash: CrashCell, verdict: Verdict, source: Placed | None) -> dict[str, Any]:
     return {
         "n": crash.code_index + 1,
         "moment": common.moment(verdict),
         "source": code(
-            found.source if found is not None else None, crash.source_line, crash.line, MOST_LINES
+            source.source if source is not None else None, crash.source_line, crash.line, MOST_LINES
         ),
     }
 
 
 def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | None:
-    found = verdict.culprits
-    if found is None:
+    search = verdict.culprits
+    if search is None:
         return None
     first = culprits.look_first(verdict)
     return {
-        "names": culprits.names(found) if found.cells else "",
-        "outcome": culprits.outcome(found),
-        "figures": culprits.figures(found),
-        "all": [culprit.code_index + 1 for culprit in found.cells],
+        "names": culprits.names(search) if search.cells else "",
+        "outcome": culprits.outcome(search),
+        "figures": culprits.figures(search),
+        "all": [culprit.code_index + 1 for culprit in search.cells],
         "cells": [
             _culprit(culprit, first, sources.get(culprit.index))
-            for culprit in found.cells[-MOST_CULPRITS:]
+            for culprit in search.cells[-MOST_CULPRITS:]
         ],
-        "cut": max(len(found.cells) - MOST_CULPRITS, 0),
+        "cut": max(len(search.cells) - MOST_CULPRITS, 0),
     }
 
 
-def _culprit(culprit: Culprit, first: Culprit | None, found: Placed | None) -> dict[str, Any]:
+def _culprit(culprit: Culprit, first: Culprit | None, source: Placed | None) -> dict[str, Any]:
     return {
         "n": culprit.code_index + 1,
         "role": culprit.role.value,
         "note": culprits.note(culprit),
         "first": culprit is first,
         "source": code(
-            found.source if found is not None else None, culprit.source_line, None, MOST_LINES // 5
+            source.source if source is not None else None,
+            culprit.source_line,
+            None,
+            MOST_LINES // 5,
         ),
     }
 
@@ -297,14 +300,14 @@ def code(
         }
     lines = source.split("\n")
     start = max(0, min((line or 1) - 1 - most // 2, len(lines) - most))
-    kept = _shown(lines[start : start + most])
-    if most > 1 and sum(map(len, kept)) > most * USUAL_WIDTH:
+    excerpt = _shown(lines[start : start + most])
+    if most > 1 and sum(map(len, excerpt)) > most * USUAL_WIDTH:
         return code(source, source_line, line, most // 2)
     return {
         "first": start + 1,
         "marked": line,
-        "lines": kept,
-        "cut": len(lines) - len(kept),
+        "lines": excerpt,
+        "cut": len(lines) - len(excerpt),
         "alone": False,
     }
 
@@ -313,6 +316,6 @@ def _shown(lines: Sequence[str]) -> list[str]:
     return [common.clip(common.printable(line).replace("\n", " "), LINE_WIDTH) for line in lines]
 
 
-def _tail(words: str) -> dict[str, Any]:
-    cut = max(len(words) - STDERR_WIDTH, 0)
-    return {"text": words[cut:], "cut": cut}
+def _tail(text: str) -> dict[str, Any]:
+    cut = max(len(text) - STDERR_WIDTH, 0)
+    return {"text": text[cut:], "cut": cut}

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.verdict import CauseKind, Status
 from safe_exec.reports.batch import github
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import every_entry, make_batch, make_entry
 from tests.unit.builders import make_cause, make_crash, make_culprits, make_verdict
 
@@ -35,7 +35,7 @@ def read(line: str) -> tuple[str, dict[str, str], str]:
     return found[1], {key: undo(value) for key, value in pairs.items()}, undo(found[3])
 
 
-def commands(batch: Batch, base: Path | None = None) -> list[tuple[str, dict[str, str], str]]:
+def commands(batch: BatchResult, base: Path | None = None) -> list[tuple[str, dict[str, str], str]]:
     return [read(line) for line in github.annotations(batch, base)]
 
 
@@ -44,7 +44,7 @@ def test_one_error_for_each_notebook_that_failed(tmp_path: Path) -> None:
     found = commands(batch)
     failed = [
         entry.path
-        for entry in batch.entries
+        for entry in batch.results
         if entry.status not in ("passed", "not_run", "unchanged")
     ]
     assert [properties["file"] for name, properties, _ in found if name == "error"] == failed
@@ -183,7 +183,7 @@ def test_text_of_a_notebook_is_inert(tmp_path: Path, words: str) -> None:
 def test_every_verdict_can_be_summed_up(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     said = github.summary(batch)
-    assert all(entry.path.replace("_", "&#95;") in said for entry in batch.entries)
+    assert all(entry.path.replace("_", "&#95;") in said for entry in batch.results)
 
 
 def test_a_summary_is_never_longer_than_github_takes(

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.verdict import CauseKind, Status
 from safe_exec.reports.batch import gitlab
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import SOURCES, every_entry, make_batch, make_entry
 from tests.unit.builders import make_crash, make_culprits, make_verdict
 
@@ -43,7 +43,7 @@ SCHEMA = {
 }
 
 
-def written(batch: Batch, base: Path | None = None) -> list[dict[str, Any]]:
+def written(batch: BatchResult, base: Path | None = None) -> list[dict[str, Any]]:
     path = batch.out / "codequality.json"
     gitlab.write(batch, path, base)
     problems: list[dict[str, Any]] = json.loads(path.read_text())
@@ -56,7 +56,7 @@ def test_a_problem_for_each_notebook_that_failed(tmp_path: Path) -> None:
     problems = written(batch)
     failed = [
         entry.path
-        for entry in batch.entries
+        for entry in batch.results
         if entry.status not in ("passed", "not_run", "unchanged")
     ]
     assert [problem["location"]["path"] for problem in problems] == failed

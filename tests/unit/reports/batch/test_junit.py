@@ -14,14 +14,14 @@ from msgspec.structs import replace
 
 from safe_exec.model.verdict import Status
 from safe_exec.reports.batch import junit
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import every_entry, make_batch, make_entry
 from tests.unit.builders import GIB, make_cause, make_culprits, make_verdict
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))
 
 
-def written(batch: Batch) -> ET.Element:
+def written(batch: BatchResult) -> ET.Element:
     path = batch.out / "junit.xml"
     junit.write(batch, path)
     SCHEMA.validate(path)
@@ -42,11 +42,11 @@ def properties(suite: ET.Element) -> dict[str, str]:
 def test_every_notebook_is_a_case_in_a_suite_that_every_reader_takes(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     root = written(batch)
-    assert [suite.attrib["name"] for suite in root] == [entry.path for entry in batch.entries]
+    assert [suite.attrib["name"] for suite in root] == [entry.path for entry in batch.results]
     parsed = junitparser.JUnitXml.fromfile(str(batch.out / "junit.xml"))
     parsed.update_statistics()
     kinds = [found.tag if found is not None else "passed" for found in map(result, root)]
-    assert parsed.tests == len(batch.entries)
+    assert parsed.tests == len(batch.results)
     assert (parsed.failures, parsed.errors, parsed.skipped) == (
         kinds.count("failure"),
         kinds.count("error"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from safe_exec.reports.batch.results import Batch, Entry
+from safe_exec.reports.batch.results import BatchResult, NotebookResult
 
 
-def entry(folder: Path, status: str = "passed", name: str = "a.ipynb") -> Entry:
-    return Entry(
+def entry(folder: Path, status: str = "passed", name: str = "a.ipynb") -> NotebookResult:
+    return NotebookResult(
         path=name,
         status=status,
         exit_code=0,
@@ -47,8 +47,8 @@ def test_no_file_is_no_document(tmp_path: Path) -> None:
 
 
 def test_statuses_are_counted_the_most_frequent_first(tmp_path: Path) -> None:
-    batch = Batch(
-        entries=tuple(entry(tmp_path, status) for status in ("timeout", "passed", "passed")),
+    batch = BatchResult(
+        results=tuple(entry(tmp_path, status) for status in ("timeout", "passed", "passed")),
         root=tmp_path,
         out=tmp_path,
         started=datetime.now(UTC),

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from safe_exec.model.verdict import CellStatus, Timeline, Verdict
 from safe_exec.reports.batch import source_map
 from safe_exec.reports.batch.html import page, page_data
-from safe_exec.reports.batch.results import Batch, Entry
-from safe_exec.reports.batch.text import Told
+from safe_exec.reports.batch.results import BatchResult, NotebookResult
+from safe_exec.reports.batch.text import NotebookReport
 from tests.unit.batches import SOURCES, every_entry, make_batch, make_entry
 from tests.unit.builders import make_crash, make_culprit, make_culprits, make_records, make_verdict
 
@@ -59,20 +59,20 @@ class Document(HTMLParser):
         return json.loads(self.scripts[name])
 
 
-def written(batch: Batch) -> Document:
+def written(batch: BatchResult) -> Document:
     path = batch.out / "report.html"
     page.write(batch, path)
     return Document(path.read_text("utf-8"))
 
 
-def detail(batch: Batch, number: int = 0) -> dict[str, Any]:
+def detail(batch: BatchResult, number: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = written(batch).data(f"notebook-{number}")
     return found
 
 
 def failed(
     root: Path, verdict: Verdict, sources: tuple[str, ...] = SOURCES, **changes: Any
-) -> Entry:
+) -> NotebookResult:
     return make_entry(root, "a.ipynb", verdict, sources, **changes)
 
 
@@ -80,7 +80,7 @@ def test_one_page_for_every_notebook_there_can_be(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, every_entry(tmp_path))
     document = written(batch)
     rows = document.data("batch")["rows"]
-    assert [row["path"] for row in rows] == [entry.path for entry in batch.entries]
+    assert [row["path"] for row in rows] == [entry.path for entry in batch.results]
     assert {f"notebook-{number}" for number in range(len(rows))} | {"batch", ""} == set(
         document.scripts
     )
@@ -305,7 +305,7 @@ def test_of_five_hundred_notebooks_each_is_bounded(tmp_path: Path) -> None:
         batch = make_batch(
             tmp_path, [replace(one, path=f"{number}.ipynb") for number in range(count)]
         )
-        sizes[count] = len(page.as_data(page_data.detail(Told.of(one), batch, tmp_path)))
+        sizes[count] = len(page.as_data(page_data.detail(NotebookReport.of(one), batch, tmp_path)))
     assert sizes[500] < 20_000, "ten megabytes for the page"
     assert sizes[500] < sizes[1], "of few notebooks more points are shown"
 
@@ -327,9 +327,9 @@ def test_a_notebook_is_told_without_a_verdict_of_another_version(tmp_path: Path)
     entry.verdict.write_text(
         entry.verdict.read_text().replace("safe-exec/verdict/1", "safe-exec/verdict/99")
     )
-    assert Told.of(entry).verdict is None
+    assert NotebookReport.of(entry).verdict is None
     assert (
         detail(make_batch(tmp_path, [entry]))["headline"]
         == "kernel died · its verdict cannot be read any more"
     )
-    assert source_map.file_line(Told.of(entry)) is None
+    assert source_map.file_line(NotebookReport.of(entry)) is None
