@@ -30,8 +30,19 @@ def load():
             sys.path_importer_cache.pop(path, None)
 
 
+def decline_free_threading():
+    """Exit with one line where threads run Python at the same time: stacks of a running thread cannot be read then."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():  # since Python 3.13
+        sys.exit(
+            "safe-exec: a kernel of a free-threaded Python ({}) is run with the global interpreter lock only:"
+            " set PYTHON_GIL=1, in the environment or in the kernelspec's env, or choose a kernel of the ordinary"
+            " build".format(sys.version.split()[0])
+        )
+
+
 def main(argv):
     """Fit everything; returns the name of the module to run."""
+    decline_free_threading()
     gc.disable()  # while modules are imported there is nothing to collect
     page, facts, fault, arguments = int(argv[0]), int(argv[1]), int(argv[2]), argv[6:]
     # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes it off the path while it imports, and so do we.

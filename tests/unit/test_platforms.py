@@ -1,4 +1,4 @@
-"""macOS and Windows, faked in a process of its own: modules and functions that these lack are gone, and every command says a clear sentence."""
+"""macOS and Windows, and a Python without its global lock, faked in a process of its own: modules and functions that these lack are gone, and every command says a clear sentence."""
 
 from __future__ import annotations
 
@@ -152,3 +152,52 @@ def test_pytest_starts_with_our_plugin_and_refuses_where_it_is_asked_for(
         done.stdout.startswith(f"notebooks are run on Linux only, and this is {name}: ")
         and way in done.stdout
     )
+
+
+NO_LOCK = """
+import sys
+sys._is_gil_enabled = lambda: False
+"""
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:  # before Python 3.13
+    import _xxsubinterpreters as interpreters
+interpreters.run_string(interpreters.create(), {code!r})
+"""
+ASK = """
+import sys
+sys.path[:0] = {path!r}
+from safe_exec.errors import PlatformError
+import safe_exec
+try:
+    safe_exec.run
+except PlatformError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "bisect", "probe", "replay", "batch"])
+def test_a_runner_without_the_interpreters_lock_declines(command: str, tmp_path: Path) -> None:
+    path = make_notebook(tmp_path / "nb.ipynb", "print('ran')")
+    code = f"{NO_LOCK}from safe_exec.cli import main as cli\nsys.exit(cli.call(sys.argv[2:]))"
+    done = faked("linux", command, path, code=code)
+    assert (done.returncode, done.stdout) == (7, "")
+    (line,) = done.stderr.splitlines()
+    assert "free-threaded" in line and "PYTHON_GIL=1" in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["nb.ipynb"]
+
+
+def test_python_without_the_interpreters_lock_declines() -> None:
+    done = faked("linux", code=NO_LOCK + ASK.format(path=[]))
+    assert done.returncode == 0, done.stderr
+    assert "free-threaded" in done.stdout and "PYTHON_GIL=1" in done.stdout
+
+
+def test_a_sub_interpreter_declines() -> None:
+    """A real one: there, pyzmq and psutil could not even be imported."""
+    done = faked("linux", code=SUBINTERPRETER.format(code=ASK.format(path=sys.path)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("safe-exec does not run in a sub-interpreter"), done.stderr
+    assert len(done.stdout.splitlines()) == 1

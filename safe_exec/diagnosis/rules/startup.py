@@ -25,6 +25,11 @@ TOO_LITTLE = (
 )
 
 
+DECLINED = "safe-exec: "
+"""Begins the line with which our own part of the kernel declines to start: reason, colon, remedy."""
+MOST_CHARACTERS = 500
+
+
 USUAL = ("python3", "ir", "bash")
 """Names that are chosen first among kernels of the same language."""
 
@@ -65,6 +70,9 @@ def start_failed(context: Context) -> Cause | None:
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )
     reason = ending.reason
+    if last and last[-1].startswith(DECLINED):
+        reason, _, advice = last[-1][len(DECLINED) : MOST_CHARACTERS].partition(": ")
+        advice = f"{advice[:1].upper()}{advice[1:]}."
     limit = (
         WATCHED.get(context.evidence.termination)
         if context.evidence.termination is not None

@@ -965,6 +965,20 @@ def test_a_kernel_that_is_not_installed(
     assert [fact.fact for fact in cause.evidence] == ["started"], "nobody waited for it"
 
 
+def test_a_kernel_that_declines_to_start_says_why_and_the_remedy() -> None:
+    line = "safe-exec: threads run Python at the same time: set PYTHON_GIL=1, or choose another kernel"
+    context = Context(
+        ending=StartFailed(reason="the kernel ended before it was ready", exit=by(1)),
+        evidence=Evidence(stderr_tail=f"a warning\n{line}\n"),
+        limits=Limits(),
+        language="python",
+    )
+    cause = find_cause(context)
+    assert cause is not None and cause.kind is K.KERNEL_START_FAILED
+    assert "threads run Python at the same time" in cause.summary
+    assert cause.advice == "Set PYTHON_GIL=1, or choose another kernel."
+
+
 OTHERS = [
     Row(
         id="start-past-its-memory",
