@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 from safe_exec.errors import PlatformError
 
@@ -56,6 +57,6 @@ def in_main_interpreter() -> bool:
     return True
 
 
-def _number(interpreter: object) -> int:
+def _number(interpreter: Any) -> int:
     """The number of an interpreter, which Python 3.13 hands out in a tuple."""
-    return int(interpreter[0] if isinstance(interpreter, tuple) else interpreter)  # type: ignore[call-overload]
+    return int(interpreter[0] if isinstance(interpreter, tuple) else interpreter)

@@ -172,6 +172,24 @@ def interpreter(version: str) -> Path | None:
     return None
 
 
+@cache
+def free_threaded_interpreter() -> Path | None:
+    """A free-threaded Python, whose lock is off: the system's or one of pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    names = [f"python{version}t" for version in reversed(PYTHONS)]
+    installed = [path for name in names for path in sorted(pyenv.glob(f"*/bin/{name}"))]
+    system = [Path(folder) / name for folder in ("/usr/bin", "/usr/local/bin") for name in names]
+    lock_is_off = "import ctypes, sqlite3, sys; sys.exit(sys._is_gil_enabled())"
+    for path in (*system, *installed):
+        if path.exists() and not _tried([str(path), "-c", lock_is_off]):
+            return path
+    return None
+
+
+def _free_threaded() -> str:
+    return "" if free_threaded_interpreter() else "neither the system nor pyenv has such a build"
+
+
 def _python(version: str) -> Callable[[], str]:
     return lambda: "" if interpreter(version) else "neither the system nor pyenv has it"
 
@@ -193,6 +211,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "R": _kernel("ir", "R"),
     "deno": _kernel("deno"),
     **{f"python{version}": _python(version) for version in PYTHONS},
+    "free-threaded": _free_threaded,
 }
 """Each bed with its probe, which says why the bed is not to be had here; empty where it is."""
 

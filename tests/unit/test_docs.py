@@ -122,8 +122,12 @@ def paragraph(text: str, start: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_path_of_a_machine(name: str) -> None:
+    # A short path of the checkout may be the end of a relative one: `../src`.
+    checkout = re.compile(rf"(?<![\w.]){re.escape(str(ROOT))}\b")
     found = [
-        line for line in page(name).splitlines() if MACHINE_PATH.search(line) or str(ROOT) in line
+        line
+        for line in page(name).splitlines()
+        if MACHINE_PATH.search(line) or checkout.search(line)
     ]
     assert found == []
 

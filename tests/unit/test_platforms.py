@@ -1,4 +1,5 @@
-"""macOS and Windows, and a Python without its global lock, faked in a process of its own: modules and functions that these lack are gone, and every command says a clear sentence."""
+"""macOS, Windows and a Python without its global lock, faked in a process of its own: modules and
+functions that these lack are gone, and every command says a clear sentence."""
 
 from __future__ import annotations
 

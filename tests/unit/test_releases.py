@@ -82,15 +82,40 @@ def test_a_root_is_entered_in_namespaces_that_end_with_it(tmp_path: Path) -> Non
     assert (tmp_path / "cache" / "pip").is_dir()
 
 
-def test_the_table_of_versions_keeps_rows_of_other_machines(tmp_path: Path) -> None:
+def document_of(*tables: str) -> str:
+    marks = "".join(
+        f"<!-- {name}: written by make versions-table -->\n<!-- /{name} -->\nbetween\n"
+        for name in tables
+    )
+    return f"before\n\n{marks}after\n"
+
+
+def test_the_tables_of_versions_keep_rows_of_other_machines(tmp_path: Path) -> None:
     document = tmp_path / "platforms.md"
-    document.write_text(f"before\n\n{versions.BEGIN}{versions.END}after\n")
-    old = versions.row("3.9", "6.20.2", "").replace(f"| {versions.RUNNER} ", "| 3.99 ", 1)
-    new = [versions.row("3.10", "7.0.0", ""), versions.row("3.9", "6.31.0", "6.*")]
-    versions.write(document, [old, *new, versions.row("3.10", "7.1.0", "")])
+    document.write_text(document_of("kernels", "libraries"))
+    kernels, libraries = versions.KERNELS, versions.LIBRARIES
+    old = kernels.row("3.9", "3.9", "6.20.2").replace(f"| {versions.RUNNER} ", "| 3.99 ", 1)
+    new = [kernels.row("3.10", "3.10", "7.0.0"), kernels.row("3.9-6", "3.9", "6.31.0")]
+    oldest = libraries.row("oldest", "0.10.0", "5.9.0", "8.3.0", "7.4.0")
+    versions.write(document, [old, *new, oldest, kernels.row("3.10", "3.10", "7.1.0")])
     versions.write(document, [new[0]])
     text = document.read_text()
-    assert [line for line in text.splitlines() if versions.TEST in line] == [new[1], new[0], old]
+    assert [line for line in text.splitlines() if kernels.test in line] == [new[1], new[0], old]
+    assert [line for line in text.splitlines() if libraries.test in line] == [oldest]
     assert text.startswith("before\n") and text.endswith("after\n")
     versions.write(document, [])
     assert document.read_text() == text
+
+
+def test_a_document_without_a_place_for_the_table_is_an_error(tmp_path: Path) -> None:
+    document = tmp_path / "platforms.md"
+    document.write_text(document_of("kernels"))
+    with pytest.raises(ValueError, match="libraries"):
+        versions.write(document, [])
+    assert document.read_text() == document_of("kernels")
+
+
+def test_lower_bounds_are_those_of_the_package() -> None:
+    bounds = versions.lower_bounds()
+    assert {"nbclient", "nbformat", "jupyter_client", "pyzmq"} <= bounds.keys()
+    assert all(version[0].isdigit() for version in bounds.values())

@@ -79,10 +79,11 @@ def test_real_threads_get_a_nice_value_once_and_nobody_else() -> None:
         )
         guard = PriorityGuard(os.getpid(), processors=1)
         guard.looked(1.0)
-        assert guard.looked(1.0) >= len(children)
-        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in children} == {
-            max(nice, nice_for(len(children), 1))
-        }
+        raised = guard.looked(1.0)
+        value = nice_for(len(children), 1)
+        # Tests that were started with nice(1) have children that are nice enough.
+        assert raised >= len(children) if nice < value else raised == 0
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in children} == {max(nice, value)}
         assert (
             os.getpriority(os.PRIO_PROCESS, parent.pid)
             == os.getpriority(os.PRIO_PROCESS, 0)

@@ -966,7 +966,9 @@ def test_a_kernel_that_is_not_installed(
 
 
 def test_a_kernel_that_declines_to_start_says_why_and_the_remedy() -> None:
-    line = "safe-exec: threads run Python at the same time: set PYTHON_GIL=1, or choose another kernel"
+    line = (
+        "safe-exec: threads run Python at the same time: set PYTHON_GIL=1, or choose another kernel"
+    )
     context = Context(
         ending=StartFailed(reason="the kernel ended before it was ready", exit=by(1)),
         evidence=Evidence(stderr_tail=f"a warning\n{line}\n"),
