@@ -68,14 +68,25 @@ def execute(plan: dict[str, Any], parent: int) -> None:
     signal.set_wakeup_fd(-1)
     # ipykernel leaves when this process is no longer its parent, and believes to be a user's own kernel without it.
     plan["env"]["JPY_PARENT_PID"] = str(parent)
-    os.chdir(plan["cwd"])
-    _harden(plan.get("walls") or {})
-
-
-def _harden(walls: dict[str, Any]) -> None:
-    """What a process can give up by itself: core dumps, its user, writing and reading elsewhere, system calls."""
+    walls = plan.get("walls") or {}
     if not walls:
+        _enter(plan["cwd"])
         return
+    _harden(walls, plan["cwd"])
+
+
+def _enter(folder: str) -> None:
+    try:
+        os.chdir(folder)
+    except PermissionError as error:
+        raise PermissionError(
+            f"the kernel's user ({os.geteuid()}) may not enter the notebook's folder {folder}: let others enter it and the"
+            " folders above it (chmod o+x), or run the notebook in another folder"
+        ) from error
+
+
+def _harden(walls: dict[str, Any], folder: str) -> None:
+    """What a process can give up by itself: core dumps, its user, writing and reading elsewhere, system calls."""
     # Imported before anything is given up: another user may not be able to read where they lie.
     if walls.get("capabilities_dropped"):
         from safe_exec.keeper import capabilities
@@ -87,6 +98,8 @@ def _harden(walls: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if walls.get("capabilities_dropped"):
         capabilities.give_up(for_uid=walls.get("uid"))
+    # Root without capabilities may not enter a private copy (mode 0700) that belongs to the kernel's user.
+    _enter(folder)
     if walls.get("landlock") is not None:
         landlock.restrict(**walls["landlock"])
     if walls.get("seccomp") is not None:

@@ -6,7 +6,8 @@ that place. SAFE_EXEC_CASES_PLACES=all runs each case in every place where its a
 
 A search for culprits takes longer than a run. Cases for it are drawn by a seed, as many as should
 fit into SAFE_EXEC_CASES_MINUTES at two at a time (ten, if it is not set; ``inf`` for all). pytest
-prints the seed, and SAFE_EXEC_CASES_SEED draws the same again.
+prints the seed, and SAFE_EXEC_CASES_SEED draws the same again. SAFE_EXEC_ANSWERS_MINUTES does the
+same for the runs without a search; cases whose answer depends on the version of Python always stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,38 @@ def check_files(case: Case, base: Path, outcome: Outcome) -> None:
             )
 
 
+# --- the draw -----------------------------------------------------------------------------------
+
+
+def drawn(
+    cases: list[Case], minutes: float, *, stay: Collection[str], seconds: Mapping[str, float]
+) -> list[Case]:
+    """Cases that stay in, and others by chance while there is time, in the order of the table.
+
+    ``minutes`` is the time for all at two at a time, ``seconds`` the time for one.
+    """
+
+    def cost_of(case: Case) -> float:
+        return seconds["timeout" if "timeout" in (case.expected["status"] or "") else "other"]
+
+    others = [case for case in cases if case.id not in stay]
+    random.Random(os.environ["SAFE_EXEC_CASES_SEED"]).shuffle(others)
+    chosen = [case for case in cases if case.id in stay]
+    while others and sum(map(cost_of, [*chosen, others[-1]])) <= 2 * 60 * minutes:
+        chosen.append(others.pop())
+    return [case for case in cases if case in chosen]
+
+
+ANSWERED = drawn(
+    RUNNABLE,
+    float(os.environ.get("SAFE_EXEC_ANSWERS_MINUTES", "inf")),
+    stay={case.id for case in RUNNABLE if case.alternatives or case.python},
+    seconds={"timeout": 8.0, "other": 3.0},
+)
+
+
 @pytest.mark.cases
-@pytest.mark.parametrize(("case", "place"), rows(RUNNABLE))
+@pytest.mark.parametrize(("case", "place"), rows(ANSWERED))
 def test_case(case: Case, place: Place, folder: Path) -> None:
     outcome = run_case(case, place, folder, "case.ipynb", *case.options, "--no-bisect")
     check_cause(case, outcome)
@@ -196,28 +227,12 @@ NOT_BLAMED_FIRST = {
 """Cases whose cell to look at first is none of those that a person would name, and why."""
 STAY_IN = tuple(NOT_BLAMED_FIRST)
 """Cases that are in every draw: whatever has failed in one is added here."""
-SECONDS = {"timeout": 35.0, "other": 12.0}
-"""What a case takes, roughly: run, search, reproduction."""
-
-
-def cost_of(case: Case) -> float:
-    return SECONDS["timeout" if "timeout" in (case.expected["status"] or "") else "other"]
-
-
-def drawn(cases: list[Case], seed: str, minutes: float) -> list[Case]:
-    """Those that stay in, and others by chance while there is time, in the order of the table."""
-    others = [case for case in cases if case.id not in STAY_IN]
-    random.Random(seed).shuffle(others)
-    chosen = [case for case in cases if case.id in STAY_IN]
-    while others and sum(map(cost_of, [*chosen, others[-1]])) <= 2 * 60 * minutes:
-        chosen.append(others.pop())
-    return [case for case in cases if case in chosen]
-
-
 DRAWN = drawn(
     SEARCHED,
-    os.environ["SAFE_EXEC_CASES_SEED"],
     float(os.environ.get("SAFE_EXEC_CASES_MINUTES", "10")),
+    stay=STAY_IN,
+    # The run, the search and the reproduction.
+    seconds={"timeout": 35.0, "other": 12.0},
 )
 
 

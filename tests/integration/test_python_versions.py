@@ -250,8 +250,8 @@ for _ in range(1000):  # it would run between two instructions
     pass
 """
     path = make_notebook(tmp_path / "nb.ipynb", cell)
-    done = run_notebook(path, "--profile", "untrusted")
+    done = run_notebook(path, "--limits", "untrusted")
     assert done.code == 0, done.stdout
-    (output,) = done.notebook.cells[0].outputs
+    (output,) = next(cell for cell in done.notebook.cells if cell.cell_type == "code").outputs
     refusal = "RuntimeError" if sys.version_info >= (3, 14) else "AttributeError"
     assert output["text"].split() == ["1", refusal]

@@ -23,7 +23,14 @@ CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safe-exec-beds" / "releases"
 )
 TIME_IS_UP = 124
-PASSED_ON = ("CI", "TERM", "SAFE_EXEC_BEDS", "SAFE_EXEC_CASES_MINUTES", "SAFE_EXEC_CASES_SEED")
+PASSED_ON = (
+    "CI",
+    "TERM",
+    "SAFE_EXEC_BEDS",
+    "SAFE_EXEC_ANSWERS_MINUTES",
+    "SAFE_EXEC_CASES_MINUTES",
+    "SAFE_EXEC_CASES_SEED",
+)
 """Variables of this process that the targets see; they see no others."""
 
 

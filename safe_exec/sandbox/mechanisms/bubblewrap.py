@@ -74,7 +74,8 @@ def arguments(
         *_places(isolation, around, openings, ways),
         *_sockets(around),
         *_close(isolation, around, [path for path, is_closed in ways.items() if is_closed]),
-        "--chdir", str(around.folder),
+        # The kernel's process goes to its folder itself, as the user that may enter it.
+        "--chdir", "/",
         "--",
     ]  # fmt: skip
 

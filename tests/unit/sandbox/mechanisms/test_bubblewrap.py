@@ -174,11 +174,11 @@ def test_no_mount_covers_the_folder_the_sockets_or_the_interpreter_again() -> No
         assert covering[-1].place == str(around.runtime)
 
 
-def test_it_starts_in_the_folder_and_ends_with_its_parent() -> None:
+def test_it_starts_where_everybody_may_be_and_ends_with_its_parent() -> None:
     for isolation, around in EVERY:
         found = made(isolation, around)
         assert found[0].option == "--die-with-parent"
-        assert found[-1] == Step("--chdir", (str(around.folder),))
+        assert found[-1] == Step("--chdir", ("/",))
 
 
 def test_nothing_hidden_comes_back() -> None:
