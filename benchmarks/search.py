@@ -23,7 +23,7 @@ from unittest.mock import patch
 import safe_exec
 from benchmarks.measure import notebook
 from safe_exec.experiments.culprits import finder, oracle
-from safe_exec.experiments.culprits.protocol import Answer, Ask
+from safe_exec.experiments.culprits.protocol import Outcome, Query
 from tests.unit.ddmin import ddmin
 
 MINUTES = 5.0
@@ -222,14 +222,14 @@ class Recorder(oracle.Oracle):
     known: dict[frozenset[int], tuple[bool, float]]
     seconds: float
 
-    async def answer(self, ask: Ask, **more: Any) -> Any:
+    async def answer(self, query: Query, **more: Any) -> Any:
         if not hasattr(self, "known"):
             self.known, self.seconds = {}, 0.0
-        found = await super().answer(ask, **more)
+        found = await super().answer(query, **more)
         self.seconds += found.reply.seconds
         if more.get("node") is None:
-            self.known[frozenset(ask.cells)] = (
-                found.reply.answer is Answer.FAIL,
+            self.known[frozenset(query.cells)] = (
+                found.reply.answer is Outcome.FAIL,
                 found.reply.seconds,
             )
         return found
@@ -242,7 +242,7 @@ class Both(finder.Investigation):
     ours: Effort
     plain: Effort
 
-    async def run(self) -> finder.Investigated:
+    async def run(self) -> finder.InvestigationResult:
         began = time.monotonic()
         found = await super().run()
         cells = tuple(culprit.index for culprit in found.culprits.cells)
@@ -264,7 +264,7 @@ class Both(finder.Investigation):
             if cells not in recorder.known:
                 if time.monotonic() > self.until:
                     raise OutOfTime
-                ask = Ask(cells=tuple(sorted(cells)), allowed=float("inf"), fresh=True)
+                ask = Query(cells=tuple(sorted(cells)), time_budget=float("inf"), fresh=True)
                 asyncio.run_coroutine_threadsafe(recorder.answer(ask), loop).result()
             failed, tried[cells] = recorder.known[cells]
             return failed

@@ -46,8 +46,8 @@ class Inside:
         self.dialled = None  # the host, or the path of a socket, that was connected to last
         self.told_error = None  # the id of the error whose attributes were told
         self.actions = OwnActions(self)
-        self.put = None
-        self.fitted = []
+        self.write_text = None
+        self.instrumented = []
         self.child = False
 
     def fact(self, **fields):

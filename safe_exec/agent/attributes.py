@@ -31,12 +31,12 @@ def tell_attributes(inside, error):
 
 def attributes_of(inside, error):
     """The exception and those that it came from (``__cause__``, ``__context__``, the parts of a group), the raised one first."""
-    rows, seen, waiting = [], set(), [(error, False)]
+    rows, visited, waiting = [], set(), [(error, False)]
     while waiting and len(rows) < MOST_ERRORS:
         current, remote = waiting.pop(0)
-        if current is None or id(current) in seen:
+        if current is None or id(current) in visited:
             continue
-        seen.add(id(current))
+        visited.add(id(current))
         rows.append(_row(inside, current, remote))
         waiting.append((BaseException.__cause__.__get__(current), remote))
         waiting.append((BaseException.__context__.__get__(current), True))

@@ -53,7 +53,7 @@ def main(argv):
     import json
     import os
 
-    install.fit(agent.Inside(page, facts, fault, json.loads(argv[3])))
+    install.patch_kernel(agent.Inside(page, facts, fault, json.loads(argv[3])))
     gc.enable()
     if placed:
         sys.path.insert(0, os.getcwd())

@@ -22,7 +22,7 @@ def first_line(code):
     return next((line for _, _, line in code.co_lines() if line), 1)
 
 
-def fit_shell(inside):
+def patch_shell(inside):
     """Know which cell runs, under which file name, and at which statement it is."""
     from IPython.core.interactiveshell import InteractiveShell
     from ipykernel.ipkernel import IPythonKernel
@@ -75,7 +75,7 @@ def fit_shell(inside):
     InteractiveShell.run_code = mark(run_code_noted)
     IPythonKernel.do_execute = mark(do_execute_noted)
     IPythonKernel.finish_metadata = finish_metadata_noted
-    inside.fitted.append("cells")
+    inside.instrumented.append("cells")
 
 
 def when_done(coroutine, call):
@@ -109,9 +109,9 @@ def finish(inside):
 def source_of(inside, name):
     """The source behind a file name that IPython gave to a text; ``None`` for a text that is not of the running cell."""
     page, cell = inside.page, inside.bodies.cell
-    known = inside.files.get(name)
-    if known is not None and known.cell == page.cell:
-        return known
+    registered = inside.files.get(name)
+    if registered is not None and registered.cell == page.cell:
+        return registered
     entry = linecache.cache.get(name)
     code = "".join(entry[2]) if entry is not None and len(entry) > 2 else cell
     # The first text of a request is the cell itself; later ones are run by magics, or by the cell's own code.
@@ -146,9 +146,9 @@ def syntax_line(inside, error):
     """The line of the cell where text of its own is no Python; 0 for other errors and other texts."""
     if not isinstance(error, SyntaxError) or not error.filename or not error.lineno:
         return 0
-    known = inside.bodies.names.get(error.filename)
-    if known is not None:
-        return line_of(known, error.lineno)
+    line_map = inside.bodies.names.get(error.filename)
+    if line_map is not None:
+        return line_of(line_map, error.lineno)
     source = source_of(inside, error.filename) if error.filename.endswith(".py") else None
     return line_of(source.line_map, error.lineno) if source is not None else 0
 

@@ -13,7 +13,7 @@ from .cells import syntax_line
 MOST_ROWS = 30
 
 
-def fit_errors(inside):
+def patch_errors(inside):
     """Tell where each shown error was raised, and who called ``exit()`` or ``quit()``."""
     from ipykernel.zmqshell import ZMQInteractiveShell
 
@@ -35,7 +35,7 @@ def fit_errors(inside):
 
     ZMQInteractiveShell._showtraceback = show_noted
     ZMQInteractiveShell.ask_exit = ask_exit_noted
-    inside.fitted.append("errors")
+    inside.instrumented.append("errors")
 
 
 def tell_shown(inside, error):

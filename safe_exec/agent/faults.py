@@ -40,14 +40,14 @@ def watch_handler(inside):
         (ctypes.c_void_p * 32)(),
     )  # the handler comes first; sigaction(2)
     sigaction(int(signal.SIGSEGV), None, current)
-    armed, seen = current[0], True
+    armed, is_armed = current[0], True
 
     def check():
-        nonlocal seen
+        nonlocal is_armed
         sigaction(int(signal.SIGSEGV), None, current)
-        if (current[0] == armed) is not seen:
-            seen = not seen
-            inside.fact(armed=seen)
+        if (current[0] == armed) is not is_armed:
+            is_armed = not is_armed
+            inside.fact(armed=is_armed)
 
     inside.check_handler = check
 

@@ -4,32 +4,32 @@ import _thread
 import os
 import sys
 
-from .cells import fit_shell
-from .shutdown import fit_shutdown
-from .errors import fit_errors
+from .cells import patch_shell
+from .shutdown import patch_shutdown
+from .errors import patch_errors
 from .faults import arm, watch, watch_handler
-from .interrupts import fit_interrupts
-from .lazy_imports import fit_client, fit_collector, fit_debugger
-from .output import fit_descriptors, fit_messages, fit_streams
+from .interrupts import patch_interrupts
+from .lazy_imports import patch_client, patch_collector, patch_debugger
+from .output import patch_descriptors, patch_messages, patch_streams
 from .sampler import sample_forever
-from .threads import fit_threads
+from .threads import patch_threads
 
 PARTS = (
-    fit_client,
-    fit_debugger,
-    fit_collector,
-    fit_shell,
-    fit_streams,
-    fit_messages,
-    fit_descriptors,
-    fit_shutdown,
-    fit_interrupts,
-    fit_errors,
-    fit_threads,
+    patch_client,
+    patch_debugger,
+    patch_collector,
+    patch_shell,
+    patch_streams,
+    patch_messages,
+    patch_descriptors,
+    patch_shutdown,
+    patch_interrupts,
+    patch_errors,
+    patch_threads,
 )
 
 
-def fit(inside):
+def patch_kernel(inside):
     """Put everything around ipykernel that fits the one at hand; what does not is told and left out."""
     arm(inside)
     watch(inside)
@@ -46,7 +46,7 @@ def fit(inside):
         python=sys.version.split()[0],
         executable=sys.executable,
         path=[p for p in sys.path if p][:20],
-        fitted=inside.fitted,
+        instrumented=inside.instrumented,
         missing=missing,
         main=inside.main,
     )

@@ -3,7 +3,7 @@
 import functools
 
 
-def fit_interrupts(inside):
+def patch_interrupts(inside):
     """Let the error of an interrupted ``%%bash`` be shown.
 
     IPython gives the script 0.1 s to end after an interrupt. One that takes longer, because it cleans up or ignores SIGINT, has no return code yet,
@@ -20,4 +20,4 @@ def fit_interrupts(inside):
         return text_of(error)
 
     CalledProcessError.__str__ = text
-    inside.fitted.append("interrupts")
+    inside.instrumented.append("interrupts")

@@ -50,7 +50,7 @@ def import_debugpy(debugger):
     counter = getattr(threading, "_counter", None)
     threading._counter = lambda: 0  # the thread that the import makes has been counted
     quiet = "PYDEVD_DISABLE_FILE_VALIDATION"
-    said = os.environ.get(quiet)
+    previous_value = os.environ.get(quiet)
     os.environ[quiet] = (
         "1"  # or else a warning comes that the terminal gets when a kernel starts, and no cell
     )
@@ -62,13 +62,13 @@ def import_debugpy(debugger):
             setattr(debugger, name, getattr(sys.modules[module], name))
     finally:
         threading._counter = counter
-        if said is None:
+        if previous_value is None:
             del os.environ[quiet]
         else:
-            os.environ[quiet] = said
+            os.environ[quiet] = previous_value
 
 
-def fit_client(inside):
+def patch_client(inside):
     """Import the part of jupyter_client that a kernel needs; the clients and managers when somebody asks for them."""
     if not inside.config.get("headless") or "jupyter_client" in sys.modules:
         return
@@ -102,7 +102,7 @@ def fit_client(inside):
     vars(package).update((name, getattr(connect, name)) for name in connect.__all__)
 
 
-def fit_debugger(inside):
+def patch_debugger(inside):
     """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
 
     ipykernel's debugger is made as ever, of classes that import what they need; what debugpy's import leaves behind stands
@@ -151,18 +151,18 @@ def fit_debugger(inside):
         load()
         return builtins.runfile(*args, **kwargs)
 
-    for made, name in (
+    for replacement, name in (
         (VariableExplorer, "VariableExplorer"),
         (debugpy_breakpointhook, "debugpy_breakpointhook"),
     ):
-        made.__qualname__ = name
+        replacement.__qualname__ = name
     VariableExplorer.__module__ = explorer.__module__
     debugger.VariableExplorer, sys.breakpointhook = VariableExplorer, debugpy_breakpointhook
     builtins.execfile, builtins.runfile = execfile, runfile
     os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # for children too
 
 
-def fit_collector(inside):
+def patch_collector(inside):
     """Have the garbage collector go through what the notebook made, and not each time through all that was there before it.
 
     That is two hundred thousand objects, none of them garbage, and a kernel that ends goes through them four times: half of the time
@@ -173,14 +173,14 @@ def fit_collector(inside):
 
     def whole(function):
         @functools.wraps(function)
-        def asked(*args, **kwargs):
+        def unfreezing(*args, **kwargs):
             gc.unfreeze()
             for name, real in real_ones.items():
                 if getattr(gc, name) is asking[name]:
                     setattr(gc, name, real)
             return function(*args, **kwargs)
 
-        return asked
+        return unfreezing
 
     real_ones = {
         name: getattr(gc, name) for name in ("get_objects", "get_referrers", "get_freeze_count")
@@ -188,8 +188,8 @@ def fit_collector(inside):
     asking = {name: whole(real) for name, real in real_ones.items()}
 
     def freeze():
-        for name, asked in asking.items():
-            setattr(gc, name, asked)
+        for name, unfreezing in asking.items():
+            setattr(gc, name, unfreezing)
         gc.freeze()
 
     inside.before_cells = freeze

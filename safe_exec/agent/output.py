@@ -24,7 +24,7 @@ WRITE_SOMETIMES = set(
     "isinstance str type TypeError write OSError sys __stderr__ print pub_thread len ValueError _subprocess_flush_pending "
     "schedule _flush format".split()
 )
-KEPT_TOPICS = (
+JOURNALED_TOPICS = (
     "display_data",
     "execute_result",
     "error",
@@ -52,7 +52,7 @@ def wiped_in_children():
     return memory
 
 
-def fit_streams(inside):
+def patch_streams(inside):
     """Journal writes before ipykernel buffers them, and stop buffering what is far beyond the cap anyway."""
     from ipykernel.iostream import OutStream
 
@@ -63,7 +63,7 @@ def fit_streams(inside):
     own = page.pid
     getpid = os.getpid
 
-    def put(stream, string, fd_bytes):
+    def write_text(stream, string, fd_bytes):
         parent = stream.parent_header
         if id(parent) not in headers and not current(inside, parent):
             if fd_bytes:
@@ -92,12 +92,12 @@ def fit_streams(inside):
                 settle_before_write(inside, stream)
         except (OSError, ValueError):  # the notebook has closed all descriptors
             stream._unread = nothing_unread
-        return put(stream, string, 0)
+        return write_text(stream, string, 0)
 
-    inside.put = put
+    inside.write_text = write_text
     OutStream._unread = staticmethod(nothing_unread)
     OutStream.write = write_noted
-    inside.fitted.append("streams")
+    inside.instrumented.append("streams")
     if WRITE_ALWAYS <= set(write.__code__.co_names) <= WRITE_ALWAYS | WRITE_SOMETIMES:
         try:
             ours = wiped_in_children()
@@ -107,10 +107,10 @@ def fit_streams(inside):
         ):  # an older system or Python: without the memory that it needs
             return
         OutStream._buffer_lock = property(lambda _stream: page.lock, lambda _stream, _own: None)
-        fit_quick_writes(OutStream, lambda stream: quick_write(inside, stream, write_noted, ours))
+        patch_quick_writes(OutStream, lambda stream: quick_write(inside, stream, write_noted, ours))
 
 
-def fit_quick_writes(stream_class, write_of):
+def patch_quick_writes(stream_class, write_of):
     """Give each stream a ``write`` of its own that does all in one go where all is plain."""
     init = stream_class.__init__
 
@@ -137,10 +137,10 @@ def quick_write(inside, stream, slow_write, ours):
     between the two writes of one print, of the text and of the newline, and most of what asking the pipe takes.
     """
     page, keys, live = inside.page, inside.keys, inside.live
-    lock, counts, where, record = page.lock, page.counts, page.memory.tell, page.memory.write
+    lock, counts, position, record = page.lock, page.counts, page.memory.tell, page.memory.write
     cut = inside.config.get("cut") or sys.maxsize
     index = 1 if stream.name == "stderr" else 0
-    header, now = stream._parent_header.get, time.monotonic
+    header, clock = stream._parent_header.get, time.monotonic
     last_end = threshold = 0.0
     after_text = False
     shortest_gap = shortest_poll = sys.float_info.max
@@ -151,7 +151,7 @@ def quick_write(inside, stream, slow_write, ours):
         nonlocal threshold, shortest_gap, shortest_poll, samples
         if stream._unread(0, 1):
             return True
-        shortest_poll = min(shortest_poll, now() - start)
+        shortest_poll = min(shortest_poll, clock() - start)
         if after_text and newline and gap < LONGEST_GAP:
             samples += 1
             shortest_gap = min(shortest_gap, gap)
@@ -162,7 +162,7 @@ def quick_write(inside, stream, slow_write, ours):
     @functools.wraps(type(stream).write)
     def write(string):
         nonlocal last_end, threshold, shortest_gap, after_text
-        start = now()
+        start = clock()
         gap = start - last_end
         try:
             if gap > threshold:
@@ -185,7 +185,9 @@ def quick_write(inside, stream, slow_write, ours):
         ):
             with lock:
                 plain = (
-                    index == page.last and counts[index] <= cut and where() + len(data) <= page.end
+                    index == page.last
+                    and counts[index] <= cut
+                    and position() + len(data) <= page.end
                 )
                 if plain:
                     record(data)
@@ -195,7 +197,7 @@ def quick_write(inside, stream, slow_write, ours):
                 if not stream._flush_pending:
                     stream._schedule_flush()
                 after_text = string != "\n"
-                last_end = now()
+                last_end = clock()
                 return len(string)
         return slow_write(stream, string)
 
@@ -212,14 +214,14 @@ def current(inside, parent):
     return False
 
 
-def fit_messages(inside):
+def patch_messages(inside):
     """Journal displays before they are queued; refuse those that no receiver would take."""
     from ipykernel.iostream import IOPubThread
 
     page = inside.page
     send = IOPubThread.send_multipart
     largest = inside.config.get("message") or sys.maxsize
-    kept = tuple(topic.encode() for topic in KEPT_TOPICS)
+    journaled_topics = tuple(topic.encode() for topic in JOURNALED_TOPICS)
 
     def send_noted(thread, msg, *args, **kwargs):
         if page.pid == os.getpid():
@@ -231,7 +233,7 @@ def fit_messages(inside):
                     cell=page.cell,
                 )
                 return None
-            if topic.endswith(kept) and inside.in_cell:
+            if topic.endswith(journaled_topics) and inside.in_cell:
                 page.message(msg)
         return send(thread, msg, *args, **kwargs)
 
@@ -246,10 +248,10 @@ def fit_messages(inside):
 
     IOPubThread.start = start_ready
     IOPubThread.send_multipart = send_noted
-    inside.fitted.append("messages")
+    inside.instrumented.append("messages")
 
 
-def fit_descriptors(inside):
+def patch_descriptors(inside):
     """Let what C code writes to descriptors 1 and 2 survive the process.
 
     ipykernel reads its pipe in a thread, and data read but not yet handed on when the process aborts is lost. So look at the
@@ -281,7 +283,7 @@ def fit_descriptors(inside):
                 if size <= 0 or not stream._should_watch:
                     break
                 data = os.read(peek_r, size)
-                inside.put(stream, data.decode(errors="replace"), size)
+                inside.write_text(stream, data.decode(errors="replace"), size)
                 os.read(stream._fid, size)
                 page.note_fd(index, 0, size)
                 os.write(stream._original_stdstream_copy, data)
@@ -297,7 +299,7 @@ def fit_descriptors(inside):
     watch_pipe_fd.__name__ = "_watch_pipe_fd"  # threads are named after what they run
     OutStream._watch_pipe_fd = watch_pipe_fd
     OutStream.flush = flush_all
-    inside.fitted.append("descriptors")
+    inside.instrumented.append("descriptors")
 
 
 def hand_over(inside, name, fd):
@@ -339,13 +341,15 @@ def settle(inside, stream):
         return
     index = 1 if stream.name == "stderr" else 0
     consumed = inside.page.fd_bytes[index]
-    before = consumed[1]  # first: what is taken from here on is in one of both figures at least
+    consumed_before = consumed[
+        1
+    ]  # first: what is taken from here on is in one of both figures at least
     try:
         waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0]
     except OSError:
         return
     deadline = time.monotonic() + 0.2
     turns = 0
-    while consumed[1] < before + waiting and time.monotonic() < deadline:
+    while consumed[1] < consumed_before + waiting and time.monotonic() < deadline:
         turns += 1
         time.sleep(0 if turns < 50 else 0.0005)  # at first only let the other thread have its turn

@@ -95,8 +95,8 @@ class OwnActions:
 
     def note_limit(self, args, frame):
         """A resource limit of this process."""
-        *who, number, limits = args
-        if limits is not None and (not who or who[0] in (0, os.getpid())):
+        *process_ids, number, limits = args
+        if limits is not None and (not process_ids or process_ids[0] in (0, os.getpid())):
             soft = limits[0] if isinstance(limits, (list, tuple)) and limits else None
             self.tell(
                 frame, action="limit", call="resource.setrlimit", number=int(number), value=soft

@@ -46,9 +46,9 @@ class Page:
             err_c,
         )
 
-    def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _now=time.monotonic):
+    def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _clock=time.monotonic):
         """The statement that is about to run."""
-        _pack(self.memory, 8, self.cell, line, self.pid, _now())
+        _pack(self.memory, 8, self.cell, line, self.pid, _clock())
 
     def finish(self):
         """The cell's code is done; its reply is not sent yet. The line stays: what it did may still end the process."""
@@ -68,18 +68,18 @@ class Page:
         if b"\0" in data:
             data = data.replace(b"\0", layout.NUL)
         with self.lock:
-            before = self.counts[stream]
-            self.counts[stream] = before + len(string)
+            characters_before = self.counts[stream]
+            self.counts[stream] = characters_before + len(string)
             if len(data) > 4096:
                 self.note_counts()
             if stream == self.last and self.memory.tell() + len(data) <= self.end:
                 self.memory.write(data)
                 return False
             if len(data) > layout.SEGMENT_BYTES // 2:
-                kept = data[-layout.SEGMENT_BYTES // 2 :].decode("utf-8", "ignore")
-                before += len(string) - len(kept.replace("\xc0\x80", "\0"))
-                data = kept.encode()
-            switched = self._append(layout.TEXT, stream, data, before)
+                tail = data[-layout.SEGMENT_BYTES // 2 :].decode("utf-8", "ignore")
+                characters_before += len(string) - len(tail.replace("\xc0\x80", "\0"))
+                data = tail.encode()
+            switched = self._append(layout.TEXT, stream, data, characters_before)
             self.last = stream
             return switched
 
@@ -98,7 +98,7 @@ class Page:
                 self._append(layout.MESSAGE, 0, data, 0)
                 self.last = None
 
-    def _append(self, kind, stream, data, before):
+    def _append(self, kind, stream, data, characters_before):
         memory = self.memory
         base = self.end - layout.SEGMENT_BYTES
         offset = memory.tell()
@@ -113,7 +113,9 @@ class Page:
             offset = base + 4
         elif offset > base + 4:
             struct.pack_into("<I", memory, self.start - layout.RECORD.size, offset - self.start)
-        layout.RECORD.pack_into(memory, offset, len(data), before, kind, stream, 0, self.cell)
+        layout.RECORD.pack_into(
+            memory, offset, len(data), characters_before, kind, stream, 0, self.cell
+        )
         self.start = offset + layout.RECORD.size
         memory.seek(self.start)
         memory.write(data)

@@ -12,11 +12,11 @@ SLOW_SAMPLE_SECONDS = 0.05
 
 def sample_forever(inside):
     """See where the main thread is, some fifty times a second, and how long we waited for the interpreter."""
-    page, now, slot, seen = inside.page, time.monotonic, 0, None
+    page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
     while True:
-        pause = SAMPLE_SECONDS if now() - started < 10 else SLOW_SAMPLE_SECONDS
-        wanted = now() + pause
+        pause = SAMPLE_SECONDS if clock() - started < 10 else SLOW_SAMPLE_SECONDS
+        due_time = clock() + pause
         time.sleep(pause)
         if inside.child:
             return
@@ -25,7 +25,7 @@ def sample_forever(inside):
         page.note_counts()
         inside.check_handler()
         if page.cell != cell:
-            cell, started = page.cell, now()
+            cell, started = page.cell, clock()
         frame = sys._current_frames().get(inside.main)
         rows = inside.frames(frame) if frame else []
         line = next((row[1] for row in rows if row[3] == cell), 0)
@@ -33,12 +33,12 @@ def sample_forever(inside):
         if awaiting:
             rows, line = awaiting
         place = hash((rows[0][:3], frame.f_lasti)) & 0xFFFFFFFFFFFFFFFF if rows and frame else 0
-        values = (cell, line, len(rows), now(), now() - wanted, time.process_time(), place, 0)
+        values = (cell, line, len(rows), clock(), clock() - due_time, time.process_time(), place, 0)
         SAMPLE.pack_into(page.memory, SAMPLE_AT, *values)
         SAMPLE.pack_into(page.memory, HISTORY_AT + slot * SAMPLE.size, *values)
         slot = (slot + 1) % HISTORY
-        if place != seen:
-            seen = place
+        if place != last_place:
+            last_place = place
             page.stack(json.dumps({"cell": cell, "rows": rows, "awaiting": bool(awaiting)}))
         frame = None
 

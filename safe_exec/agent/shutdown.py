@@ -30,7 +30,7 @@ async def terminate_children(kernel):
         await asyncio.sleep(seconds)
 
 
-def fit_shutdown(inside):
+def patch_shutdown(inside):
     """Let a kernel that is done end at once."""
     from ipykernel.iostream import IOPubThread
     from ipykernel.kernelapp import IPKernelApp

@@ -32,9 +32,9 @@ def map_cell(cell, code):
     """The line map of the code that IPython made of a whole cell; ``None`` for code of another text."""
     if cell.rstrip() == code.rstrip():
         return [[1, 1], [len(cell.splitlines()) + 1, 0]]
-    lines, made = cell.splitlines(), code.splitlines()
-    targets, matches = _pair(lines, made)
-    if not matches and len(lines) != len(made) and any(made):
+    lines, code_lines = cell.splitlines(), code.splitlines()
+    targets, matches = _pair(lines, code_lines)
+    if not matches and len(lines) != len(code_lines) and any(code_lines):
         return None
     return _compressed(targets, 0)
 
@@ -48,11 +48,11 @@ def map_body(cell, code):
     start = next((number for number, line in enumerate(lines) if line.strip()), 0)
     if start >= len(lines) or not _bare(lines[start]).startswith("%%"):
         return None
-    body, made = lines[start + 1 :], code.splitlines()
-    targets, matches = _pair(body, made)
-    written = sum(1 for line in made if line.strip())
-    whole = matches > 1 and matches == sum(1 for line in body if line.strip())
-    if not matches or (2 * matches < written and not whole):
+    body, code_lines = lines[start + 1 :], code.splitlines()
+    targets, matches = _pair(body, code_lines)
+    written = sum(1 for line in code_lines if line.strip())
+    is_whole_body = matches > 1 and matches == sum(1 for line in body if line.strip())
+    if not matches or (2 * matches < written and not is_whole_body):
         return None
     return _compressed(targets, start + 1)
 
@@ -62,35 +62,35 @@ def _bare(line):
     return _PROMPT.sub("", line, count=1).strip()
 
 
-def _pair(lines, made):
+def _pair(lines, code_lines):
     """For each line of code the index of its line of text, ``None`` where there is none; and how many are sure.
 
     Both are walked together. Where they differ, the walk goes on at the nearest line that both have.
     """
-    bare, code = [_bare(line) for line in lines], [_bare(line) for line in made]
+    bare, code = [_bare(line) for line in lines], [_bare(line) for line in code_lines]
     places = {}
     for number, line in enumerate(code):
         if line:
             places.setdefault(line, []).append(number)
     targets, matches, at = [], 0, 0
     while len(targets) < len(code) and at < len(bare):
-        now = len(targets)
-        if bare[at] == code[now]:
+        code_at = len(targets)
+        if bare[at] == code[code_at]:
             matches += bool(bare[at])
             targets.append(at)
             at += 1
         elif not bare[at]:
             at += 1
-        elif not code[now]:
+        elif not code[code_at]:
             targets.append(None)
-        elif _CALL in code[now] and _SPECIAL.match(bare[at]):
+        elif _CALL in code[code_at] and _SPECIAL.match(bare[at]):
             matches += 1
             targets.append(at)
             while at < len(bare) - 1 and lines[at].endswith("\\"):
                 at += 1
             at += 1
         else:
-            skipped, extra = _next_common(bare, code, places, at, now)
+            skipped, extra = _next_common(bare, code, places, at, code_at)
             targets += [
                 at + n if n < skipped else at + skipped - 1 if skipped else None
                 for n in range(extra)
@@ -99,22 +99,24 @@ def _pair(lines, made):
     return targets + [None] * (len(code) - len(targets)), matches
 
 
-def _next_common(bare, code, places, at, now):
+def _next_common(bare, code, places, at, code_at):
     """How many lines of text and of code to leave behind until both are at the same line again."""
     best = None
     for skipped in range(min(WINDOW, len(bare) - at)):
         line = bare[at + skipped]
         if best is not None and skipped >= sum(best):
             break
-        found = places.get(line, ()) if line else ()
-        later = bisect_right(found, now - 1)
-        if later < len(found) and (best is None or skipped + found[later] - now < sum(best)):
-            best = (skipped, found[later] - now)
+        candidates = places.get(line, ()) if line else ()
+        index = bisect_right(candidates, code_at - 1)
+        if index < len(candidates) and (
+            best is None or skipped + candidates[index] - code_at < sum(best)
+        ):
+            best = (skipped, candidates[index] - code_at)
     if best is not None:
         return best
     # Nothing in common from here on: a transformer that keeps lines leaves as many as there were.
-    rest = len(code) - now
-    return (rest, rest) if rest == len(bare) - at else (len(bare) - at, 0)
+    remaining = len(code) - code_at
+    return (remaining, remaining) if remaining == len(bare) - at else (len(bare) - at, 0)
 
 
 def _compressed(targets, offset):

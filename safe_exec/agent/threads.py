@@ -53,20 +53,20 @@ class SignalStacks:
         address = self.spare.pop() if self.spare else self.make()
         if address is None:
             return
-        before = StackT()
-        self.change(StackT(address, 0, STACK_BYTES), before)
-        if not before.flags & SS_DISABLE:
-            self.change(before, None)
+        previous = StackT()
+        self.change(StackT(address, 0, STACK_BYTES), previous)
+        if not previous.flags & SS_DISABLE:
+            self.change(previous, None)
             self.spare.append(address)
 
     def take(self):
         """Take it back at the end of the thread; one that is not ours stays."""
-        before = StackT()
-        self.change(self.nothing, before)
-        if before.address in self.addresses:
-            self.spare.append(before.address)
-        elif not before.flags & SS_DISABLE:
-            self.change(before, None)
+        previous = StackT()
+        self.change(self.nothing, previous)
+        if previous.address in self.addresses:
+            self.spare.append(previous.address)
+        elif not previous.flags & SS_DISABLE:
+            self.change(previous, None)
 
     def make(self):
         """Memory for one more; ``None`` where there is none, which is no reason for a thread not to start."""
@@ -84,7 +84,7 @@ class SignalStacks:
         return address
 
 
-def fit_threads(inside):
+def patch_threads(inside):
     """Give each new thread of ``threading`` an alternate signal stack.
 
     The two methods are the first and the last that a thread calls itself; a wrapper around the function
@@ -108,4 +108,4 @@ def fit_threads(inside):
         end(thread)
 
     Thread._set_native_id, Thread._delete = set_native_id, delete
-    inside.fitted.append("threads")
+    inside.instrumented.append("threads")

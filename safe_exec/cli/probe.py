@@ -18,7 +18,7 @@ from safe_exec.cli.probe_report import RunLines, as_document, report
 from safe_exec.cli.run import limit_options, parse_budget, wall_options, walls_of
 from safe_exec.errors import UsageError
 from safe_exec.experiments.threshold.scales import SCALES
-from safe_exec.experiments.threshold.search import Ended
+from safe_exec.experiments.threshold.search import StopReason
 from safe_exec.model.limits import LimitName
 from safe_exec.reports.masking import mask_for
 from safe_exec.reports.terminal import Style
@@ -93,7 +93,7 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
         sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())
     ) as lines:
         report = asyncio.run(
-            probe(prepared, name, precision=share, budget=seconds or 0.0, watch=lines)
+            probe(prepared, name, precision=share, budget=seconds or 0.0, observer=lines)
         )
     mask = mask_for({**os.environ, **(prepared.job.env or {})})
     _show(mask.everywhere(report), prepared, options, as_json=as_json, quiet=quiet)
@@ -102,7 +102,7 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
 
 def exit_code(report: ProbeReport) -> int:
     """0 for a bracket, 130 for one that was stopped, 1 for none."""
-    if report.bracket.ended is Ended.CANCELLED:
+    if report.bracket.ended is StopReason.CANCELLED:
         return CANCELLED
     return 0 if report.bracket.found else NOT_FOUND
 

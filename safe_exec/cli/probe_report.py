@@ -10,7 +10,7 @@ from typing import Any, Self, TextIO
 
 from safe_exec.cli import tables
 from safe_exec.experiments.threshold.scales import Scale
-from safe_exec.experiments.threshold.search import Ended
+from safe_exec.experiments.threshold.search import StopReason
 from safe_exec.model.limits import Enforcement, Mechanism
 from safe_exec.reports.terminal import Style, is_terminal
 from safe_exec.reports.text import common
@@ -172,7 +172,7 @@ def _figures(probe: ProbeReport) -> Iterator[str]:
     yield common.counted(len(probe.runs), "run")
     yield format_seconds(sum(run.seconds for run in probe.runs))
     if probe.bracket.found:
-        yield "to 1" if probe.scale.whole else f"to {probe.precision * 100:.3g} %"
+        yield "to 1" if probe.scale.is_integral else f"to {probe.precision * 100:.3g} %"
 
 
 def _notes(probe: ProbeReport, style: Style) -> Iterator[str]:
@@ -225,19 +225,19 @@ def advised(probe: ProbeReport) -> str | None:
 def _why_not(probe: ProbeReport) -> str:
     name = probe.scale.name.value.replace("_", " ")
     match probe.bracket.ended:
-        case Ended.UNRELATED:
+        case StopReason.UNRELATED:
             return f"it fails for another reason, which another limit on {name} does not change"
-        case Ended.MOST:
+        case StopReason.MOST:
             return (
                 "it fails with all that there is"
                 if probe.bracket.passes is None
                 else "it passes only without a limit"
             )
-        case Ended.LEAST:
+        case StopReason.LEAST:
             return "it passes with the least that can be set"
-        case Ended.BUDGET:
+        case StopReason.BUDGET:
             return "the budget ran out (--budget)"
-        case Ended.CANCELLED:
+        case StopReason.CANCELLED:
             return "stopped; what is known so far"
     return "it passes and fails by chance"
 
@@ -259,7 +259,7 @@ def as_document(probe: ProbeReport, path: str, command: str | None) -> dict[str,
         "found": bracket.found,
         "ended": bracket.ended.value if bracket.ended is not None else None,
         "reason": None if bracket.found else _why_not(probe),
-        "precision": 0 if probe.scale.whole else probe.precision,
+        "precision": 0 if probe.scale.is_integral else probe.precision,
         "peak": passing.peak if passing is not None else None,
         "cause": plain(failing.cause) if failing is not None else None,
         "crash_cell": plain(failing.crash_cell) if failing is not None else None,

@@ -141,7 +141,7 @@ def same_words(result: ReplayResult) -> str:
     ):
         parts.append(f"line {original.crash_cell.line}")
     a, b = original.usage.memory_peak, rerun.usage.memory_peak
-    if a and b and compares_peaks(original, whole=result.replay.cells is None):
+    if a and b and compares_peaks(original, whole_notebook=result.replay.cells is None):
         parts.append(f"peak {format_size(b)} ({format_size(a)} then)")
     return ", ".join(parts)
 

@@ -44,8 +44,8 @@ class Context(Struct, frozen=True, kw_only=True):
 
     def human(self, index: int | None) -> str:
         """``code cell 3``, counted from 1 as a reader of the notebook counts."""
-        found = next((c for c in self.cells if c.index == index), None)
-        return f"code cell {found.code_index + 1}" if found else "a cell"
+        record = next((c for c in self.cells if c.index == index), None)
+        return f"code cell {record.code_index + 1}" if record else "a cell"
 
     def frame(self, frame: Frame) -> str:
         """``copy_block, code cell 3, line 2``; of a library's code the file and its line."""
@@ -61,12 +61,12 @@ class Context(Struct, frozen=True, kw_only=True):
 
     def accumulators(self) -> str:
         """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
-        kept = [
+        large_cells = [
             c
             for c in self.cells
             if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current
         ]
-        most = sorted(kept, key=lambda c: -(c.memory_kept or 0))[:3]
+        most = sorted(large_cells, key=lambda c: -(c.memory_kept or 0))[:3]
         most.sort(key=lambda c: c.index)
         return ", ".join(
             f"{self.human(c.index)} kept {format_size(c.memory_kept or 0)}" for c in most

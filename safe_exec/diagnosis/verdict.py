@@ -29,7 +29,7 @@ from safe_exec.model.ending import (
     StartFailed,
     TimedOut,
 )
-from safe_exec.model.evidence import Frame, Place
+from safe_exec.model.evidence import CellLocation, Frame
 from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import (
     Cause,
@@ -77,7 +77,7 @@ def context_of(
         evidence=result.evidence,
         limits=limits,
         enforcement=plan.enforcement,
-        cells=tuple(result.ledger.records.values()),
+        cells=tuple(result.metrics.records.values()),
         current=getattr(result.ending, "cell", None),
         language=language,
         walls=plan.walls,
@@ -106,7 +106,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
 
 def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict:
     """Build the verdict of one run from its trial."""
-    ledger, evidence = result.ledger, result.evidence
+    metrics, evidence = result.metrics, result.evidence
     # A kernel names its language in kernel_info; the notebook's metadata may be out of date.
     language = _language(result.node) or run.language
     context = context_of(result, run.limits, plan, language)
@@ -117,7 +117,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         kernel=run.kernel_name,
         language=language,
         cells=len(result.node.cells),
-        code_cells=len(ledger.records),
+        code_cells=len(metrics.records),
     )
     return Verdict(
         safe_exec_version=__version__,
@@ -129,14 +129,14 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         status=STATUS_OF[type(result.ending)],
         notebook=info,
         cause=cause,
-        crash_cell=crash_cell(result.ending, result.place, result.node),
-        cells=tuple(ledger.records.values()),
+        crash_cell=crash_cell(result.ending, result.location, result.node),
+        cells=tuple(metrics.records.values()),
         limits=run.limits,
         isolation=run.isolation,
         enforcement=plan.enforcement,
-        timeline=ledger.timeline(),
+        timeline=metrics.timeline(),
         usage=Usage(
-            wall_seconds=ledger.wall_seconds,
+            wall_seconds=metrics.wall_seconds,
             cpu_seconds=evidence.cpu_seconds,
             memory_peak=evidence.memory_peak,
             memory_peak_raw=evidence.memory_peak_raw,
@@ -172,12 +172,12 @@ def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
     """What is missing of a failure in a kernel in which no code of ours runs."""
     ending = result.ending
     if (
-        result.fitted
+        result.instrumented
         or getattr(ending, "cell", None) is None
         or isinstance(ending, Passed | Cancelled)
     ):
         return ()
-    missing = "no stack" if result.place is not None else "neither line nor stack"
+    missing = "no stack" if result.location is not None else "neither line nor stack"
     return (f"kernel {kernel} is not ipykernel: {missing} is known",)
 
 
@@ -190,13 +190,13 @@ def _language(node: Any) -> str | None:
     return str(name) if name else None
 
 
-def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | None:
+def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> CrashCell | None:
     """The cell that ran when it happened, with the line where it is known."""
     index = getattr(ending, "cell", None)
     if index is None or isinstance(ending, Passed) or node.cells[index].cell_type != "code":
         return None
     cell = node.cells[index]
-    line = place.line if place is not None and place.cell == index else None
+    line = location.line if location is not None and location.cell == index else None
     lines = cell.source.splitlines()
     if line is not None and not 1 <= line <= len(lines):
         line = None
@@ -207,8 +207,8 @@ def crash_cell(ending: Ending, place: Place | None, node: Any) -> CrashCell | No
         execution_count=cell.get("execution_count"),
         line=line,
         source_line=lines[line - 1] if line is not None else None,
-        stack=tuple(_with_source(frame, node) for frame in without_plumbing(place.stack))
-        if place is not None
+        stack=tuple(_with_source(frame, node) for frame in without_plumbing(location.stack))
+        if location is not None
         else (),
     )
 
@@ -255,7 +255,7 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
 
 def installed_packages(paths: list[str]) -> dict[str, str]:
     """Names and versions of what is installed on the kernel's path, from the names of its ``.dist-info`` folders."""
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     for path in paths:
         try:
             names = [
@@ -265,5 +265,5 @@ def installed_packages(paths: list[str]) -> dict[str, str]:
             continue
         for name in names[:3000]:
             package, _, version = name.removesuffix(".dist-info").partition("-")
-            found.setdefault(package, version)
-    return dict(sorted(found.items()))
+            packages.setdefault(package, version)
+    return dict(sorted(packages.items()))

@@ -44,53 +44,60 @@ class Agreement(Struct, frozen=True, kw_only=True):
         return not any(difference.decides for difference in self.failure)
 
 
-def compare(then: Verdict, here: Verdict, cells: Sequence[Culprit] | None = None) -> Agreement:
-    """Compare a run with one of before that failed. ``cells`` are those that ``here`` ran alone, where it ran a reproduction."""
-    cell = _code_index(here, cells)
+def compare(original: Verdict, rerun: Verdict, cells: Sequence[Culprit] | None = None) -> Agreement:
+    """Compare a run with one of before that failed. ``cells`` are those that ``rerun`` ran alone, where it ran a reproduction."""
+    cell = _code_index(rerun, cells)
     return Agreement(
-        failure=tuple(_failures(then, here, cells, cell)),
-        environment=tuple(environment_differences(then, here)),
+        failure=tuple(_failures(original, rerun, cells, cell)),
+        environment=tuple(environment_differences(original, rerun)),
         cell=cell,
     )
 
 
-def _code_index(here: Verdict, cells: Sequence[Culprit] | None) -> int | None:
-    crash = here.crash_cell
+def _code_index(rerun: Verdict, cells: Sequence[Culprit] | None) -> int | None:
+    crash = rerun.crash_cell
     if crash is None or cells is None:
         return None if crash is None else crash.code_index
     return cells[crash.code_index].code_index if crash.code_index < len(cells) else None
 
 
 def _failures(
-    then: Verdict, here: Verdict, cells: Sequence[Culprit] | None, cell: int | None
+    original: Verdict, rerun: Verdict, cells: Sequence[Culprit] | None, cell: int | None
 ) -> Iterator[Difference]:
-    assert then.cause is not None
-    if here.cause is None:
+    assert original.cause is not None
+    if rerun.cause is None:
         yield Difference(
-            what="status", then=then.status.value, here=here.status.value, decides=True
+            what="status", then=original.status.value, here=rerun.status.value, decides=True
         )
         return
-    was, found = Failure.of(then.cause, 0), Failure.of(here.cause, 0)
-    another_form = was.has_form(here.cause)
-    for what, before, now in (
-        ("cause", was.kind.value, found.kind.value),
-        ("signal", was.signal, found.signal),
-        ("exit code", was.exit_code, found.exit_code),
+    original_failure, rerun_failure = Failure.of(original.cause, 0), Failure.of(rerun.cause, 0)
+    another_form = original_failure.has_form(rerun.cause)
+    for aspect, original_value, rerun_value in (
+        ("cause", original_failure.kind.value, rerun_failure.kind.value),
+        ("signal", original_failure.signal, rerun_failure.signal),
+        ("exit code", original_failure.exit_code, rerun_failure.exit_code),
     ):
-        if before != now:
-            yield Difference(what=what, then=before, here=now, decides=not another_form)
-    if was.kind is found.kind is CauseKind.EXCEPTION and was.error != found.error:
-        yield Difference(what="error", then=was.error, here=found.error, decides=True)
-    place = None if then.crash_cell is None else then.crash_cell.code_index
+        if original_value != rerun_value:
+            yield Difference(
+                what=aspect, then=original_value, here=rerun_value, decides=not another_form
+            )
+    if (
+        original_failure.kind is rerun_failure.kind is CauseKind.EXCEPTION
+        and original_failure.error != rerun_failure.error
+    ):
+        yield Difference(
+            what="error", then=original_failure.error, here=rerun_failure.error, decides=True
+        )
+    place = None if original.crash_cell is None else original.crash_cell.code_index
     if place != cell:
         # Heap corruption strikes where the heap happens to lie.
-        moved = was.moves and was.is_like(here.cause)
+        moved = original_failure.moves and original_failure.is_like(rerun.cause)
         yield Difference(
             what="code cell", then=_counted(place), here=_counted(cell), decides=not moved
         )
-    elif not _same_line(then, here, whole=cells is None):
-        yield Difference(what="line", then=_line(then), here=_line(here))
-    yield from _peaks(then, here, whole=cells is None)
+    elif not _same_line(original, rerun, whole_notebook=cells is None):
+        yield Difference(what="line", then=_line(original), here=_line(rerun))
+    yield from _peaks(original, rerun, whole_notebook=cells is None)
 
 
 def _counted(code_index: int | None) -> int | None:
@@ -102,51 +109,63 @@ def _line(verdict: Verdict) -> int | None:
     return verdict.crash_cell.line if verdict.crash_cell is not None else None
 
 
-def _same_line(then: Verdict, here: Verdict, *, whole: bool) -> bool:
+def _same_line(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> bool:
     """By its number, or by its text where the cell may have been made shorter; what is not known is no difference."""
-    a, b = then.crash_cell, here.crash_cell
+    a, b = original.crash_cell, rerun.crash_cell
     if a is None or b is None or a.line is None or b.line is None:
         return True
-    if whole or a.source_line is None or b.source_line is None:
+    if whole_notebook or a.source_line is None or b.source_line is None:
         return a.line == b.line
     return a.source_line.strip() == b.source_line.strip()
 
 
-def compares_peaks(then: Verdict, *, whole: bool) -> bool:
+def compares_peaks(original: Verdict, *, whole_notebook: bool) -> bool:
     """Whether the peaks of both should be alike: a reproduction does less, unless it is memory that runs out."""
-    return whole or (then.cause is not None and then.cause.kind in MEMORY)
+    return whole_notebook or (original.cause is not None and original.cause.kind in MEMORY)
 
 
-def _peaks(then: Verdict, here: Verdict, *, whole: bool) -> Iterator[Difference]:
-    a, b = then.usage.memory_peak, here.usage.memory_peak
-    if a and b and compares_peaks(then, whole=whole) and abs(a - b) > PEAK_SHARE * a:
+def _peaks(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> Iterator[Difference]:
+    a, b = original.usage.memory_peak, rerun.usage.memory_peak
+    if (
+        a
+        and b
+        and compares_peaks(original, whole_notebook=whole_notebook)
+        and abs(a - b) > PEAK_SHARE * a
+    ):
         yield Difference(what="memory peak", then=a, here=b)
 
 
 # --- where they ran ---------------------------------------------------------------------------------------------
 
 
-def environment_differences(then: Verdict, here: Verdict) -> Iterator[Difference]:
+def environment_differences(original: Verdict, rerun: Verdict) -> Iterator[Difference]:
     """What is different around two runs: versions, the system, what holds each limit."""
-    a, b = then.environment, here.environment
-    for what, before, now in (
-        ("safe-exec", then.safe_exec_version, here.safe_exec_version),
+    a, b = original.environment, rerun.environment
+    for aspect, original_value, rerun_value in (
+        ("safe-exec", original.safe_exec_version, rerun.safe_exec_version),
         ("python", a.python, b.python),
         ("platform", a.platform, b.platform),
-        ("kernel", then.notebook.kernel, here.notebook.kernel),
+        ("kernel", original.notebook.kernel, rerun.notebook.kernel),
     ):
-        if before != now:
-            yield Difference(what=what, then=before, here=now)
+        if original_value != rerun_value:
+            yield Difference(what=aspect, then=original_value, here=rerun_value)
     for name in LimitName:
-        held, holds = (found.enforcement.get(name) for found in (then, here))
-        by, by_now = held.by.value if held else None, holds.by.value if holds else None
-        if by != by_now:
-            yield Difference(what=f"{name.value} held by", then=by, here=by_now)
+        original_enforcement, rerun_enforcement = (
+            verdict.enforcement.get(name) for verdict in (original, rerun)
+        )
+        original_mechanism, rerun_mechanism = (
+            original_enforcement.by.value if original_enforcement else None,
+            rerun_enforcement.by.value if rerun_enforcement else None,
+        )
+        if original_mechanism != rerun_mechanism:
+            yield Difference(
+                what=f"{name.value} held by", then=original_mechanism, here=rerun_mechanism
+            )
     if a.packages is not None and b.packages is not None:
         yield from _packages(a.packages, b.packages)
 
 
-def _packages(then: Mapping[str, str], here: Mapping[str, str]) -> Iterator[Difference]:
-    for name in sorted(then.keys() | here.keys(), key=str.lower):
-        if then.get(name) != here.get(name):
-            yield Difference(what=name, then=then.get(name), here=here.get(name))
+def _packages(original: Mapping[str, str], rerun: Mapping[str, str]) -> Iterator[Difference]:
+    for name in sorted(original.keys() | rerun.keys(), key=str.lower):
+        if original.get(name) != rerun.get(name):
+            yield Difference(what=name, then=original.get(name), here=rerun.get(name))

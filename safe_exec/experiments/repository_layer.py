@@ -88,8 +88,8 @@ def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
     while todo:
         directory = todo.pop()
         try:
-            with os.scandir(directory) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(directory) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError:
             continue
         if directory != root and any(entry.name == ENVIRONMENT for entry in entries):
@@ -130,12 +130,12 @@ class RepositoryLayer(Struct, frozen=True, kw_only=True):
 
 
 def layer_of(
-    notes: RepositoryNotes, scratch: Path, way: str | None, *, ours: frozenset[Path]
+    notes: RepositoryNotes, scratch: Path, namespace_kind: str | None, *, ours: frozenset[Path]
 ) -> tuple[RepositoryLayer | None, tuple[str, ...]]:
     """The layer for trials, ``None`` where none can be made, and what they may still see of other runs."""
     probe = scratch / "repository-probe"
     probe.mkdir(exist_ok=True)
-    if way is None or not mounts.overlays(notes.root, probe, way):
+    if namespace_kind is None or not mounts.overlays(notes.root, probe, namespace_kind):
         return None, (NO_LAYER,)
     new, has_changed = _differences(notes, ours)
     return RepositoryLayer(root=notes.root, new=new), (CHANGED,) if has_changed else ()
@@ -151,10 +151,10 @@ def _differences(notes: RepositoryNotes, ours: frozenset[Path]) -> tuple[tuple[s
     for number, (name, mark) in enumerate(_walk(notes.root, but=ours | {notes.folder})):
         if number >= 2 * MOST_ENTRIES:
             return tuple(new), True
-        before = notes.entries.get(name)
-        if before is None:
+        old_mark = notes.entries.get(name)
+        if old_mark is None:
             new += [] if any(name.startswith(f"{other}/") for other in new) else [name]
         else:
             missing.discard(name)
-            has_changed = has_changed or (not stat.S_ISDIR(mark[0]) and before != mark)
+            has_changed = has_changed or (not stat.S_ISDIR(mark[0]) and old_mark != mark)
     return tuple(new), has_changed or bool(missing)

@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.experiments.culprits import failure as failures
-from safe_exec.experiments.workspace import Views
+from safe_exec.experiments.workspace import WorkspaceFactory
 from safe_exec.model.ending import Cancelled, InternalError, TimedOut
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import LimitName, Limits
@@ -29,13 +29,13 @@ SETTLE_SECONDS = 1.0
 """What a run may take beyond its time to be interrupted and taken down."""
 
 
-class NoTrial(Exception):  # noqa: N818 - told in a warning
+class RerunFailed(Exception):  # noqa: N818 - told in a warning
     """Trials cannot be run; the text says why."""
 
 
-def enclosed(
+def isolated_request(
     template: TrialRequest,
-    views: Views,
+    workspaces: WorkspaceFactory,
     *,
     node: Any | None = None,
     limits: Limits | None = None,
@@ -43,27 +43,27 @@ def enclosed(
 ) -> TrialRequest:
     """``template`` with a name, a sandbox, a folder and a copy of the notebook of its own, silent.
 
-    ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises NoTrial.
+    ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises RerunFailed.
     """
     run_id = keeper_process.new_run_id()
-    held = limits or template.limits
+    run_limits = limits or template.limits
     try:
-        view = views.make(run_id, Path(keeper_process.runtime_directory(run_id)))
+        workspace = workspaces.make(run_id, Path(keeper_process.runtime_directory(run_id)))
     except OSError as error:
-        raise NoTrial(f"the folder cannot be had as it was: {error}") from error
+        raise RerunFailed(f"the folder cannot be had as it was: {error}") from error
     plan = replace(
-        build_plan(held, template.machine, run_id, template.plan.isolation),
-        mounts=view.mounts,
-        user_namespace=view.user_namespace,
-        directories=(str(view.directory),),
+        build_plan(run_limits, template.machine, run_id, template.plan.isolation),
+        mounts=workspace.mounts,
+        user_namespace=workspace.user_namespace,
+        directories=(str(workspace.directory),),
         orphans=orphans,
     )
     return replace(
         template,
         run_id=run_id,
         node=copy.deepcopy(template.node if node is None else node),
-        cwd=view.cwd,
-        limits=held,
+        cwd=workspace.cwd,
+        limits=run_limits,
         plan=plan,
         sink=lambda _event: None,
         started=time.monotonic(),
@@ -71,20 +71,20 @@ def enclosed(
     )
 
 
-class Change(Struct, frozen=True, kw_only=True):
+class RerunOptions(Struct, frozen=True, kw_only=True):
     """What is different in one run. ``limits`` are those of the run, ``cell_limits`` those of each cell.
 
-    ``allowed`` seconds may be spent on the run, ``deadline`` is when it is given up for being slow.
+    ``time_budget`` seconds may be spent on the run, ``deadline`` is when it is given up for being slow.
     """
 
     limits: Limits
     cell_limits: Callable[[Any], Limits]
-    allowed: float = float("inf")
+    time_budget: float = float("inf")
     deadline: float = float("inf")
     sink: EventSink = lambda _event: None
 
 
-class Ran(Struct, frozen=True, kw_only=True):
+class RerunResult(Struct, frozen=True, kw_only=True):
     """What came of one run. ``request`` is what was asked with the limits as they are known to the user.
 
     ``cut``: it was ended since no more time was allowed; ``slow``: since its deadline was over. ``seconds`` is wall time, start included.
@@ -97,42 +97,47 @@ class Ran(Struct, frozen=True, kw_only=True):
     slow: bool = False
 
 
-class Runs:
+class Rerunner:
     """Whole runs of one notebook, one after the other, each with a kernel that starts cold; nothing is remembered."""
 
-    def __init__(self, template: TrialRequest, views: Views) -> None:
-        self.template, self.views = template, views
+    def __init__(self, template: TrialRequest, workspaces: WorkspaceFactory) -> None:
+        self.template, self.workspaces = template, workspaces
 
-    async def run(self, change: Change) -> Ran:
-        """Run it. Raises NoTrial where that cannot be done at all."""
-        began = time.monotonic()
+    async def run(self, options: RerunOptions) -> RerunResult:
+        """Run it. Raises RerunFailed where that cannot be done at all."""
+        start_time = time.monotonic()
         # Should we be killed, nobody else will look after what we hold of the folder.
-        request = enclosed(
+        request = isolated_request(
             self.template,
-            self.views,
-            limits=change.limits,
-            orphans=(str(self.views.snapshot.scratch),),
+            self.workspaces,
+            limits=options.limits,
+            orphans=(str(self.workspaces.snapshot.scratch),),
         )
-        request = replace(request, cell_limits=change.cell_limits, sink=change.sink)
+        request = replace(request, cell_limits=options.cell_limits, sink=options.sink)
         bounds = (
-            change.limits.timeout or float("inf"),
-            change.deadline,
-            max(SETTLE_SECONDS, change.allowed - SETTLE_SECONDS),
+            options.limits.timeout or float("inf"),
+            options.deadline,
+            max(SETTLE_SECONDS, options.time_budget - SETTLE_SECONDS),
         )
-        bound = min(bounds)
+        timeout = min(bounds)
         timed = replace(
-            request, limits=replace(request.limits, timeout=bound if bound < float("inf") else None)
+            request,
+            limits=replace(request.limits, timeout=timeout if timeout < float("inf") else None),
         )
         result = await run_trial(timed)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
-            raise NoTrial("a run was cancelled by nobody")
-        ours = isinstance(result.ending, TimedOut) and result.ending.whole and bound < bounds[0]
-        return Ran(
+            raise RerunFailed("a run was cancelled by nobody")
+        ours = (
+            isinstance(result.ending, TimedOut)
+            and result.ending.whole_notebook
+            and timeout < bounds[0]
+        )
+        return RerunResult(
             request=request,
             result=result,
-            seconds=min(time.monotonic() - began, change.allowed),
-            cut=ours and bound == bounds[2],
-            slow=ours and bound != bounds[2],
+            seconds=min(time.monotonic() - start_time, options.time_budget),
+            cut=ours and timeout == bounds[2],
+            slow=ours and timeout != bounds[2],
         )
 
 
@@ -140,17 +145,17 @@ def why_not_run(result: TrialResult) -> str | None:
     """Why a trial that failed by our doing rather than the notebook's could not be run; ``None`` for any other."""
     if not failures.is_ours(result.ending):
         return None
-    words = (
+    message = (
         result.ending.message
         if isinstance(result.ending, InternalError)
         else getattr(result.ending, "reason", None)
     )
-    return str(words or result.ending)
+    return str(message or result.ending)
 
 
 def peak_of(name: LimitName, result: TrialResult) -> float | None:
     """The most of a limit that a trial used, as far as it is measured at all."""
-    records = result.ledger.records.values()
+    records = result.metrics.records.values()
     match name:
         case LimitName.MEMORY:
             return result.evidence.memory_peak

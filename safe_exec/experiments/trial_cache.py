@@ -47,10 +47,10 @@ def cache_root() -> Path:
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
-            found = path.lstat()
+            status = path.lstat()
             if (
-                stat.S_ISDIR(found.st_mode)
-                and found.st_uid == os.geteuid()
+                stat.S_ISDIR(status.st_mode)
+                and status.st_uid == os.geteuid()
                 and os.access(path, os.W_OK)
             ):
                 return path
@@ -71,10 +71,10 @@ class TrialCache:
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer of an earlier trial."""
         try:
-            found = json.loads(self._path(key).read_text())
+            entry = json.loads(self._path(key).read_text())
         except (OSError, ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        return entry if isinstance(entry, dict) else None
 
     def put(self, key: str, answer: Mapping[str, Any]) -> None:
         """Keep an answer."""
@@ -113,23 +113,25 @@ def release_folder(directory: Path) -> None:
 
 def tidy(root: Path) -> None:
     """Remove what nobody will ask for any more: old answers, and folders of runs that are over for long."""
-    now = time.time()
+    current_time = time.time()
     for directory in _entries(root / "folders"):
         with contextlib.suppress(OSError):
-            if now - directory.stat().st_mtime > FOLDER_DAYS * _DAY and not _owned(directory):
+            if current_time - directory.stat().st_mtime > FOLDER_DAYS * _DAY and not _owned(
+                directory
+            ):
                 release_folder(directory)
     for shelf in _entries(root / "trials"):
         for path in _entries(shelf):
             with contextlib.suppress(OSError):
-                if now - path.stat().st_mtime > TRIAL_DAYS * _DAY:
+                if current_time - path.stat().st_mtime > TRIAL_DAYS * _DAY:
                     path.unlink()
 
 
 def _owned(directory: Path) -> bool:
     try:
         owner = json.loads((directory / _OWNER).read_text())
-        found = procfs.stat(int(owner["pid"]))
-        return found is not None and found.started == owner["started"]
+        process = procfs.stat(int(owner["pid"]))
+        return process is not None and process.started == owner["started"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 

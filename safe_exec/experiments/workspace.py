@@ -66,15 +66,15 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         """A hash of what the folder held: of the contents where there is a copy, else of names, sizes and times."""
         digest = hashlib.sha256()
         if self.copy is not None:
-            for path, found in walk(self.copy):
+            for path, status in walk(self.copy):
                 digest.update(
-                    f"{path.relative_to(self.copy)}\0{found.st_mode}\0{found.st_size}\0".encode(
+                    f"{path.relative_to(self.copy)}\0{status.st_mode}\0{status.st_size}\0".encode(
                         errors="surrogateescape"
                     )
                 )
-                if stat.S_ISREG(found.st_mode):
+                if stat.S_ISREG(status.st_mode):
                     digest.update(path.read_bytes())
-                elif stat.S_ISLNK(found.st_mode):
+                elif stat.S_ISLNK(status.st_mode):
                     digest.update(os.fsencode(os.readlink(path)))
         for name, entry in sorted((self.entries or {}).items() if self.copy is None else ()):
             digest.update(
@@ -107,33 +107,33 @@ def take(
 
 
 def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
-    folder, but, taken = folder.resolve(), ours | {scratch.resolve()}, now()
+    folder, but, start_ns = folder.resolve(), ours | {scratch.resolve()}, now()
     entries: dict[str, Entry] = {}
     total = 0
-    for path, found in walk(folder, but=but):
+    for path, status in walk(folder, but=but):
         if len(entries) >= NOTE_ENTRIES:
             return Snapshot(
                 folder=folder, scratch=scratch, copy=None, entries=None, tmp=_names_in_tmp()
             )
-        entries[str(path.relative_to(folder))] = _entry(found)
-        total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+        entries[str(path.relative_to(folder))] = _entry(status)
+        total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
         copy_tree(folder, copy, but=but, twins=_twins(_latest.get(folder), entries))
-    made = Snapshot(
+    snapshot = Snapshot(
         folder=folder,
         scratch=scratch,
         copy=copy,
         entries=entries,
         tmp=_names_in_tmp(),
-        taken_ns=taken,
+        taken_ns=start_ns,
     )
     if copy is not None:
-        _latest[folder] = made
+        _latest[folder] = snapshot
         for oldest in list(_latest)[:-MOST_FOLDERS]:
             _latest.pop(oldest, None)
-    return made
+    return snapshot
 
 
 _latest: dict[Path, Snapshot] = {}
@@ -171,12 +171,12 @@ def reopen(folder: Path, scratch: Path) -> Snapshot | None:
     )
 
 
-def _entry(found: os.stat_result) -> Entry:
+def _entry(status: os.stat_result) -> Entry:
     return Entry(
-        mode=found.st_mode,
-        size=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        ctime_ns=found.st_ctime_ns,
+        mode=status.st_mode,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
     )
 
 
@@ -191,7 +191,7 @@ def _names_in_tmp() -> frozenset[str] | None:
 # --- what a trial sees ------------------------------------------------------------------------------------------
 
 
-class View(Struct, frozen=True, kw_only=True):
+class Workspace(Struct, frozen=True, kw_only=True):
     """Where a trial runs and what is mounted for it; ``directory`` holds all that it writes and is to be removed after it."""
 
     cwd: Path
@@ -200,20 +200,20 @@ class View(Struct, frozen=True, kw_only=True):
     user_namespace: bool = False
 
 
-class Views(Struct, frozen=True, kw_only=True):
-    """Makes views of one snapshot. ``way`` is as in :func:`mounts.namespaces`; ``new`` are the paths that an overlay hides.
+class WorkspaceFactory(Struct, frozen=True, kw_only=True):
+    """Makes views of one snapshot. ``namespace_kind`` is as in :func:`mounts.namespaces`; ``new`` are the paths that an overlay hides.
 
     ``gaps`` say in a few words what a trial may still see of an earlier one.
     """
 
     snapshot: Snapshot
-    way: str | None
+    namespace_kind: str | None
     overlay: bool
     new: tuple[str, ...] = ()
     gaps: tuple[str, ...] = ()
     repository: RepositoryLayer | None = None
 
-    def make(self, name: str, runtime: Path) -> View:
+    def make(self, name: str, runtime: Path) -> Workspace:
         """A view for the trial ``name`` whose runtime directory (sockets) is ``runtime``. Raises OSError."""
         directory = self.snapshot.scratch / f"trial-{name}"
         directory.mkdir(mode=0o700)
@@ -228,19 +228,22 @@ class Views(Struct, frozen=True, kw_only=True):
             }
         else:
             mount = None
-        if self.way is None:
+        if self.namespace_kind is None:
             cwd = directory / "folder" if mount else self.snapshot.folder
-            return View(cwd=cwd, directory=directory)
+            return Workspace(cwd=cwd, directory=directory)
         # The folder comes after /tmp: where our cache lies within it, that hides what the others are mounted from.
         folder = self.snapshot.folder
-        made = [] if folder == TMP and mount else self._tmp(directory, runtime)
+        mount_list = [] if folder == TMP and mount else self._tmp(directory, runtime)
         if self.repository is not None:  # the folder lies in it, and is mounted over it
-            made.append(self.repository.mount(directory))
-        made += self._beside_runtime(mount, directory, runtime) if mount else []
+            mount_list.append(self.repository.mount(directory))
+        mount_list += self._beside_runtime(mount, directory, runtime) if mount else []
         if not folder.is_relative_to(SHM):
-            made.append({"kind": "tmpfs", "target": str(SHM), "options": "mode=1777"})
-        return View(
-            cwd=folder, directory=directory, mounts=tuple(made), user_namespace=self.way == "user"
+            mount_list.append({"kind": "tmpfs", "target": str(SHM), "options": "mode=1777"})
+        return Workspace(
+            cwd=folder,
+            directory=directory,
+            mounts=tuple(mount_list),
+            user_namespace=self.namespace_kind == "user",
         )
 
     def _beside_runtime(
@@ -255,11 +258,11 @@ class Views(Struct, frozen=True, kw_only=True):
             else directory / "folder" / runtime.relative_to(self.snapshot.folder)
         )
         place.mkdir(parents=True, exist_ok=True)
-        found = [{"kind": "bind", "source": str(runtime), "target": str(place)}, mount]
+        binds = [{"kind": "bind", "source": str(runtime), "target": str(place)}, mount]
         return (
-            [*found, {"kind": "bind", "source": str(place), "target": str(runtime)}]
+            [*binds, {"kind": "bind", "source": str(place), "target": str(runtime)}]
             if self.overlay
-            else found
+            else binds
         )
 
     def _layers(self, directory: Path) -> dict[str, str]:
@@ -285,14 +288,14 @@ class Views(Struct, frozen=True, kw_only=True):
         fresh = directory / "tmp"
         fresh.mkdir()
         fresh.chmod(0o1777)
-        found = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
+        binds = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
         if runtime.parent == TMP:  # the keeper makes it before it mounts anything
             (fresh / runtime.name).mkdir()
-            found.append(
+            binds.append(
                 {"kind": "bind", "source": str(runtime), "target": str(fresh / runtime.name)}
             )
         return [
-            *(mount for mount in found if mount),
+            *(mount for mount in binds if mount),
             {"kind": "bind", "source": str(fresh), "target": str(TMP)},
         ]
 
@@ -314,52 +317,73 @@ def _bound(source: Path, target: Path) -> dict[str, str] | None:
     return {"kind": "bind", "source": str(source), "target": str(target), "optional": "yes"}
 
 
-class NoView(Exception):  # noqa: N818 - an answer rather than an error
+class WorkspaceUnavailable(Exception):  # noqa: N818 - an answer rather than an error
     """Trials cannot be given the folder as it was; the text says why."""
 
 
-def views_of(snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False) -> Views:
-    """How trials get their folder here. ``ours`` are files that we write ourselves. Raises NoView with the reason.
+def workspace_factory(
+    snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False
+) -> WorkspaceFactory:
+    """How trials get their folder here. ``ours`` are files that we write ourselves. Raises WorkspaceUnavailable with the reason.
 
     With ``insist`` there is always a way, and its gaps say what could not be ruled out.
     """
-    way = mounts.namespaces()
+    namespace_kind = mounts.namespaces()
     gaps: tuple[str, ...] = (
-        () if way and snapshot.tmp is not None else ("files that an earlier trial left in /tmp",)
+        ()
+        if namespace_kind and snapshot.tmp is not None
+        else ("files that an earlier trial left in /tmp",)
     )
     gaps += (
         ()
-        if way
+        if namespace_kind
         else (
             "what it left in /dev/shm, and files of the folder that are named by their full path",
         )
     )
-    gaps += ("what it left in /dev/shm",) if way and snapshot.folder.is_relative_to(SHM) else ()
+    gaps += (
+        ("what it left in /dev/shm",)
+        if namespace_kind and snapshot.folder.is_relative_to(SHM)
+        else ()
+    )
     layer = None
     if snapshot.repository is not None:
         layer, more = layer_of(
-            snapshot.repository, snapshot.scratch, way, ours=ours | {snapshot.scratch.resolve()}
+            snapshot.repository,
+            snapshot.scratch,
+            namespace_kind,
+            ours=ours | {snapshot.scratch.resolve()},
         )
         gaps += more
     if snapshot.copy is not None:
-        return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps, repository=layer)
-    reason = _unfit(snapshot, ours, way)
-    if reason is None:
-        return Views(
+        return WorkspaceFactory(
             snapshot=snapshot,
-            way=way,
+            namespace_kind=namespace_kind,
+            overlay=False,
+            gaps=gaps,
+            repository=layer,
+        )
+    reason = _why_no_overlay(snapshot, ours, namespace_kind)
+    if reason is None:
+        return WorkspaceFactory(
+            snapshot=snapshot,
+            namespace_kind=namespace_kind,
             overlay=True,
             new=added(snapshot),
             gaps=gaps,
             repository=layer,
         )
     if not insist:
-        raise NoView(reason)
+        raise WorkspaceUnavailable(reason)
     gaps = (*gaps, f"files of the folder itself: {reason}")
-    return Views(snapshot=snapshot, way=way, overlay=False, gaps=gaps, repository=layer)
+    return WorkspaceFactory(
+        snapshot=snapshot, namespace_kind=namespace_kind, overlay=False, gaps=gaps, repository=layer
+    )
 
 
-def _unfit(snapshot: Snapshot, ours: frozenset[Path], way: str | None) -> str | None:
+def _why_no_overlay(
+    snapshot: Snapshot, ours: frozenset[Path], namespace_kind: str | None
+) -> str | None:
     """Why a large folder cannot be overlaid."""
     if snapshot.entries is None:
         return f"it holds more than {NOTE_ENTRIES} files"
@@ -368,37 +392,37 @@ def _unfit(snapshot: Snapshot, ours: frozenset[Path], way: str | None) -> str | 
     )
     if changed is not None:
         return f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and the first run changed {changed} in it"
-    if way is None:
+    if namespace_kind is None:
         return "it is too large to copy, and this system lets us make no mount namespace for an overlay"
     probe = snapshot.scratch / "probe"
     probe.mkdir(exist_ok=True)
-    if not mounts.overlays(snapshot.folder, probe, way):
+    if not mounts.overlays(snapshot.folder, probe, namespace_kind):
         return "it is too large to copy, and its file system cannot be overlaid here"
     return None
 
 
 def _changed(snapshot: Snapshot) -> Iterator[str]:
     """Files that are not what they were; directories change with what is in them."""
-    for name, before in (snapshot.entries or {}).items():
+    for name, old_entry in (snapshot.entries or {}).items():
         try:
-            now = _entry((snapshot.folder / name).lstat())
+            current_entry = _entry((snapshot.folder / name).lstat())
         except OSError:
             yield name
             continue
-        if now != before and not stat.S_ISDIR(before.mode):
+        if current_entry != old_entry and not stat.S_ISDIR(old_entry.mode):
             yield name
 
 
 def added(snapshot: Snapshot) -> tuple[str, ...]:
     """The paths that were not there before, without what is in new directories."""
-    known = snapshot.entries or {}
+    old_entries = snapshot.entries or {}
     new: set[Path] = set()
-    found: list[str] = []
+    names: list[str] = []
     for path, _ in walk(snapshot.folder, but=frozenset({snapshot.scratch.resolve()})):
         name = str(path.relative_to(snapshot.folder))
         if path.parent in new:
             new.add(path)
-        elif name not in known:
+        elif name not in old_entries:
             new.add(path)
-            found.append(name)
-    return tuple(found)
+            names.append(name)
+    return tuple(names)

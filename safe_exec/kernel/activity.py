@@ -17,7 +17,7 @@ from safe_exec.keeper import procfs
 from safe_exec.kernel import file_locks, processes
 from safe_exec.kernel.blocked import Call, blocked_call
 from safe_exec.kernel.shared_page import Page
-from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import EndedChild
 
 WINDOW_SECONDS = 0.4
@@ -29,7 +29,7 @@ LOOKS = 20
 STARVED_SECONDS = 0.25
 
 
-class Subject(Struct, frozen=True, kw_only=True):
+class ObservedKernel(Struct, frozen=True, kw_only=True):
     """The kernel to look at.
 
     ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it answered: that of the main thread, and those of
@@ -47,7 +47,7 @@ class Subject(Struct, frozen=True, kw_only=True):
     frames: Callable[[list[tuple[str, int, str, int]]], tuple[Frame, ...]]
 
 
-async def look(subject: Subject) -> Looked:
+async def observe(subject: ObservedKernel) -> ActivityObservation:
     """Watch for 0.4 s, then ask for the stacks."""
     pid = subject.pid
     before, members_before, rests = (
@@ -78,7 +78,7 @@ async def look(subject: Subject) -> Looked:
     stack, threads, awaiting = await _stacks(subject, main.state if main else None)
     waits, places, starved = _samples(subject, start_age=window)
     reads, writes = processes.pipes(pid)
-    return Looked(
+    return ActivityObservation(
         state=main.state if main else None,
         cpu_share=None if before is None or after is None else max(0.0, after - before) / window,
         syscall=call.name if call else None,
@@ -107,12 +107,12 @@ async def look(subject: Subject) -> Looked:
         processes=members,
         ended=subject.ended(),
         lock=lock,
-        fitted=subject.page is not None,
+        instrumented=subject.page is not None,
     )
 
 
 async def _stacks(
-    subject: Subject, state: str | None
+    subject: ObservedKernel, state: str | None
 ) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
     """The main thread's stack and those of others: asked for by a signal that C code answers, else what was sampled last."""
     rows, awaits = _sampled(subject)
@@ -134,7 +134,7 @@ async def _stacks(
     return subject.frames(rows), (), None
 
 
-def _sampled(subject: Subject) -> tuple[list[tuple[str, int, str, int]], bool]:
+def _sampled(subject: ObservedKernel) -> tuple[list[tuple[str, int, str, int]], bool]:
     if subject.page is None:
         return [], False
     cell, rows, awaits = subject.page.stack()
@@ -152,7 +152,7 @@ def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
 
 
 def _samples(
-    subject: Subject, start_age: float
+    subject: ObservedKernel, start_age: float
 ) -> tuple[tuple[float, ...], int | None, bool | None]:
     """Waits of the sampling thread in the window, distinct places, and whether it got no turn at all."""
     if subject.page is None or not subject.page.alive:

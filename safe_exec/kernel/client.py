@@ -43,7 +43,7 @@ BEGIN_SECONDS = 0.25
 LOOK_SECONDS = 0.02
 
 
-class Accounts:
+class OutputAccounting:
     """What one cell has put out: stored bytes against its caps, and all that was received."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.cell_cap: int | None = None
         self.total_cap: int | None = None
         self.total_stored = 0
-        self.accounts = Accounts()
+        self.accounts = OutputAccounting()
         self.asked_to_exit: int | None = None
         self.running: tuple[str, Any, int] | None = None
         self.replies: dict[int, dict[str, Any]] = {}
@@ -89,7 +89,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.before: int | None = None
         self.disbelieved: set[str] = set()
         self.residue: dict[str, str] = {}
-        self.heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
+        self.on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
     # --- death --------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def begin_cell(self, cell_cap: int | None) -> None:
         """Start the accounts of a cell."""
-        self.accounts = Accounts()
+        self.accounts = OutputAccounting()
         self.cell_cap = cell_cap
         self.disbelieved = set()
         note = self.note()
@@ -239,7 +239,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         elif not self._admit(kind, content, size, cell):
             return None
         output = super().process_message(msg, cell, cell_index)
-        self.heard(cell_index, msg)
+        self.on_message(cell_index, msg)
         return output
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:
     return next((frame.line for frame in stack if frame.cell == cell and frame.line), None)
 
 
-def usual(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
+def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
     """The last of some stacks, or one like it that says better where the time went: at the same line of ``cell``, in the code that most are in.
 
     Between two calls of the function that fills the memory the caller is seen for a moment. Where two cells' code is seen equally often, the

@@ -112,7 +112,7 @@ class Launched(Struct, frozen=True, kw_only=True):
     spec: Spec
     connection: Mapping[str, Any]
     channels: Channels
-    fitted: bool
+    instrumented: bool
     cwd: str
 
 
@@ -241,7 +241,7 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(connection, file)
-    channels, fitted = begin_spawn(
+    channels, instrumented = begin_spawn(
         sandbox,
         what.plan,
         command(what.spec, str(path), extra_arguments(what.kernel_name)),
@@ -250,7 +250,11 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
         config=inside_config(what.limits, headless=True),
     )
     return Launched(
-        spec=what.spec, connection=connection, channels=channels, fitted=fitted, cwd=what.cwd
+        spec=what.spec,
+        connection=connection,
+        channels=channels,
+        instrumented=instrumented,
+        cwd=what.cwd,
     )
 
 
@@ -269,11 +273,11 @@ def spawn(
     ``streams`` are descriptors for the process's own ``stdout`` and ``stderr``; without them the
     keeper reads both. Raises KernelStartError and SandboxError.
     """
-    channels, fitted = begin_spawn(
+    channels, instrumented = begin_spawn(
         sandbox, plan, cmd, env=env, cwd=cwd, config=config, streams=streams
     )
     await_birth(sandbox, channels)
-    return channels, fitted
+    return channels, instrumented
 
 
 def await_birth(sandbox: Sandbox, channels: Channels) -> None:

@@ -78,7 +78,7 @@ class ProcessChanges:
     def limits(self) -> tuple[ChangedLimit, ...]:
         """The soft limits that are not what they were."""
         return tuple(
-            ChangedLimit(name=name, before=before, after=self._now[name])
+            ChangedLimit(name=name, initial_value=before, current_value=self._now[name])
             for name, before in self._limits.items()
             if name in self._now and self._now[name] != before
         )

@@ -63,7 +63,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.run_id = keeper_process.new_run_id()
         self.sandbox: Sandbox | None = None
         self.channels: Channels | None = None
-        self.fitted = False
+        self.instrumented = False
         self.watchdog: Watchdog | None = None
         self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
@@ -145,7 +145,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
         config = inside_config(self.limits, headless=self._prepared)
         if self._prepared:
-            self.channels, self.fitted = spawn(
+            self.channels, self.instrumented = spawn(
                 self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config
             )
         else:
@@ -167,7 +167,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         try:
             demand_command(cmd, env, cwd)
             with standard_streams(wishes.get("stdout"), wishes.get("stderr")) as streams:
-                self.channels, self.fitted = spawn(
+                self.channels, self.instrumented = spawn(
                     self.sandbox,
                     self.plan,
                     cmd,
@@ -202,7 +202,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     def adopt(self, launched: Launched) -> None:
         """Take over a kernel that was started ahead of everything else."""
-        self.channels, self.fitted = launched.channels, launched.fitted
+        self.channels, self.instrumented = launched.channels, launched.instrumented
         self.connection_info = launched.connection
         self._start_watchdog(launched.cwd)
 

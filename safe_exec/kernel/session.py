@@ -23,7 +23,7 @@ from safe_exec.agent import layout
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
 from safe_exec.kernel import fault_report
-from safe_exec.kernel.activity import Subject
+from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import Told
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
@@ -212,7 +212,7 @@ class KernelSession:
         if self.sandbox.exit is not None:
             self._on_exit(self.sandbox.exit)
         loop.add_reader(self.sandbox.fileno(), self._pump)
-        if self.provisioner.fitted and self.provisioner.channels is not None:
+        if self.provisioner.instrumented and self.provisioner.channels is not None:
             loop.add_reader(self.provisioner.channels.facts.fileno(), self.take_facts)
         watchdog = self.provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
@@ -244,9 +244,9 @@ class KernelSession:
         return self.sandbox.kernel_pid if self.sandbox else None
 
     @property
-    def fitted(self) -> bool:
+    def instrumented(self) -> bool:
         """Whether ``inside`` is in the kernel."""
-        return self.provisioner is not None and self.provisioner.fitted
+        return self.provisioner is not None and self.provisioner.instrumented
 
     async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
         """Connect and wait until the kernel answers on shell and iopub both; its kernel_info.
@@ -393,7 +393,7 @@ class KernelSession:
         """What the kernel's own record has of a cell's stderr, sent or not: text of a thread may wait there for the next flush."""
         page = (
             self.provisioner.channels.page
-            if self.fitted and self.provisioner and self.provisioner.channels
+            if self.instrumented and self.provisioner and self.provisioner.channels
             else None
         )
         records = page.journal(number) if page is not None and number else ()
@@ -414,8 +414,8 @@ class KernelSession:
 
     def note(self) -> Note | None:
         """What the kernel's own page says runs or ran last; ``None`` for other kernels, and before the first cell."""
-        channels = self.provisioner.channels if self.fitted and self.provisioner else None
-        if channels is None or "cells" not in self.told.hello.get("fitted", ()):
+        channels = self.provisioner.channels if self.instrumented and self.provisioner else None
+        if channels is None or "cells" not in self.told.hello.get("instrumented", ()):
             return None
         note = channels.page.note()
         return note if note.cell else None
@@ -427,18 +427,18 @@ class KernelSession:
 
     def at_work(self, number: int) -> bool | None:
         """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
-        if not self.fitted or self.provisioner is None or self.provisioner.channels is None:
+        if not self.instrumented or self.provisioner is None or self.provisioner.channels is None:
             return None
         return number != 0 and not self.provisioner.channels.page.note().finished
 
-    def subject(self, number: int) -> Subject | None:
+    def subject(self, number: int) -> ObservedKernel | None:
         """What ``look`` needs to see what this kernel is doing."""
         if self.pid is None or self.sandbox is None:
             return None
         sandbox = self.sandbox
         page = (
             self.provisioner.channels.page
-            if self.fitted and self.provisioner and self.provisioner.channels
+            if self.instrumented and self.provisioner and self.provisioner.channels
             else None
         )
         already = len(sandbox.fault_text)
@@ -450,7 +450,7 @@ class KernelSession:
                 fresh, cells, main
             )
 
-        return Subject(
+        return ObservedKernel(
             pid=self.pid,
             keeper=sandbox.keeper_pid or 0,
             page=page,

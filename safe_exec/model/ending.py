@@ -95,14 +95,14 @@ class Died(Struct, frozen=True, kw_only=True):
 
 
 class TimedOut(Struct, frozen=True, kw_only=True):
-    """We ended a cell (``whole`` false) or the notebook (true) after ``allowed`` seconds.
+    """We ended a cell (``whole_notebook`` false) or the notebook (true) after ``allowed`` seconds.
 
     ``answered`` says whether the cell ended at the interrupt, ``None`` where none was sent or the kernel itself ended at it; ``error``
     is what the cell raised then.
     """
 
     cell: int | None
-    whole: bool
+    whole_notebook: bool
     allowed: float
     answered: bool | None = None
     error: CellError | None = None

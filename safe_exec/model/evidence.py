@@ -60,7 +60,7 @@ class FaultReport(Struct, frozen=True, kw_only=True):
     site: FaultSite | None = None
 
 
-class Place(Struct, frozen=True, kw_only=True):
+class CellLocation(Struct, frozen=True, kw_only=True):
     """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
 
     cell: int
@@ -70,7 +70,7 @@ class Place(Struct, frozen=True, kw_only=True):
     age: float | None = None
 
 
-class Looked(Struct, frozen=True, kw_only=True):
+class ActivityObservation(Struct, frozen=True, kw_only=True):
     """What the kernel was seen to do in a short window before a timeout was acted on.
 
     ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``runnable`` the share of
@@ -82,7 +82,7 @@ class Looked(Struct, frozen=True, kw_only=True):
     ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
     kernel process, ``targets``, ``awaited``, ``reads`` and ``writes`` are those of the kernel, as in ``ObservedProcess``; ``switches`` is how often
     per second its main thread went to rest, ``threads`` are the stacks of its other threads, ``processes`` the other processes of the sandbox,
-    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``fitted`` whether code of ours runs in the
+    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``instrumented`` whether code of ours runs in the
     kernel: elsewhere the main thread need not be the one that runs cells.
     """
 
@@ -110,7 +110,7 @@ class Looked(Struct, frozen=True, kw_only=True):
     processes: tuple[ObservedProcess, ...] = ()
     ended: tuple[EndedChild, ...] = ()
     lock: ObservedLock | None = None
-    fitted: bool = True
+    instrumented: bool = True
 
 
 class Channel(StrEnum):
@@ -221,14 +221,14 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
 class Volume(Struct, frozen=True, kw_only=True):
     """A file system that the kernel can write to: its bytes, and the lowest free ones that were seen.
 
-    ``places`` are its directories as the kernel sees them. ``before`` are the bytes that were free as
+    ``places`` are its directories as the kernel sees them. ``free_at_start`` are the bytes that were free as
     the cell began. ``own``: it is the sandbox's own, and not the machine's.
     """
 
     places: tuple[str, ...]
     size: int
     free: int
-    before: int | None = None
+    free_at_start: int | None = None
     own: bool = False
 
 
@@ -279,7 +279,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     """All that was observed of one trial and may bear on its cause. No opinions.
 
     Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
-    the exceptions that it came from), ``place``, ``remote_hosts``, ``last_words`` (the end
+    the exceptions that it came from), ``location``, ``remote_hosts``, ``last_words`` (the end
     of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order),
     ``printed`` (text in the output of a cell, with the cell's index, that begins with the last traceback
     of a thread or a worker) and the Python stacks, which the kernel process says of itself; of
@@ -322,8 +322,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     fault: FaultReport | None = None
     caught_signals: frozenset[int] | None = None
     handler_replaced: bool = False
-    place: Place | None = None
-    looked: Looked | None = None
+    location: CellLocation | None = None
+    observation: ActivityObservation | None = None
     cell_seconds: float | None = None
     cell_output_bytes: int | None = None
     cell_output_received: int | None = None
@@ -358,7 +358,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
 CLAIMS = (
     "error",
     "raised",
-    "place",
+    "location",
     "remote_hosts",
     "own_actions",
     "tracing",
@@ -370,4 +370,4 @@ CLAIMS = (
     "handler_replaced",
     "printed",
 )
-"""The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``looked`` hold both."""
+"""The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``observation`` hold both."""

@@ -71,5 +71,5 @@ class ChangedLimit(Struct, frozen=True, kw_only=True):
     """A soft resource limit of the kernel's process that is not what it was when the kernel was ready; ``None``: unlimited."""
 
     name: str
-    before: int | None
-    after: int | None
+    initial_value: int | None
+    current_value: int | None

@@ -93,17 +93,17 @@ class Encoded(Struct, frozen=True):
     node: NotebookNode
 
     def __iter__(self) -> Iterator[bytes]:
-        held: list[str] = []
+        pieces: list[str] = []
         size = 0
         for part in _value(_for_a_file(self.node), "\n", DEEPEST):
-            held.append(part)
+            pieces.append(part)
             size += len(part)
             if size >= PIECE:
-                yield _bytes("".join(held))
-                held.clear()
+                yield _bytes("".join(pieces))
+                pieces.clear()
                 size = 0
-        held.append("\n")
-        yield _bytes("".join(held))
+        pieces.append("\n")
+        yield _bytes("".join(pieces))
 
 
 def _bytes(text: str) -> bytes:
@@ -139,17 +139,19 @@ def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(cell: Mapping[str, Any], budget: _Budget, *, ids: bool) -> dict[str, Any]:
-    made = {key: value for key, value in cell.items() if ids or key != "id"}
-    made["metadata"] = {key: value for key, value in cell["metadata"].items() if key != "trusted"}
-    if isinstance(made.get("source"), str):
-        made["source"] = _Lines(made["source"])
-    if "attachments" in made:
-        made["attachments"] = {
-            key: _bundle(value, _Lines) for key, value in made["attachments"].items()
+    encoded = {key: value for key, value in cell.items() if ids or key != "id"}
+    encoded["metadata"] = {
+        key: value for key, value in cell["metadata"].items() if key != "trusted"
+    }
+    if isinstance(encoded.get("source"), str):
+        encoded["source"] = _Lines(encoded["source"])
+    if "attachments" in encoded:
+        encoded["attachments"] = {
+            key: _bundle(value, _Lines) for key, value in encoded["attachments"].items()
         }
-    if made["cell_type"] == "code":
-        made["outputs"] = [_output(output, budget) for output in made["outputs"]]
-    return made
+    if encoded["cell_type"] == "code":
+        encoded["outputs"] = [_output(output, budget) for output in encoded["outputs"]]
+    return encoded
 
 
 def _output(output: Mapping[str, Any], budget: _Budget) -> Mapping[str, Any]:
@@ -177,7 +179,7 @@ class _Budget:
     """
 
     def __init__(self, node: Mapping[str, Any]) -> None:
-        self._left = _MOST_LINES
+        self._remaining_lines = _MOST_LINES
         self._counts = _characters(node) > _MOST_LINES  # else they cannot be so many
 
     def marked(self, text: str | list[str]) -> _Lines | _Whole | str:
@@ -185,9 +187,9 @@ class _Budget:
         parts = [text] if isinstance(text, str) else text
         if self._counts:
             lines = sum(_line_ends(part) for part in parts)
-            if lines > self._left:
+            if lines > self._remaining_lines:
                 return _Whole(parts)
-            self._left -= lines
+            self._remaining_lines -= lines
         return _Lines(text)
 
 
@@ -236,11 +238,11 @@ def _object(value: Mapping[Any, Any], indent: str, depth: int) -> Iterator[str]:
     if not value:
         yield "{}"
         return
-    before, inner = "{", indent + " "
+    separator, inner = "{", indent + " "
     for key in sorted(value):
-        yield f"{before}{inner}{encode_basestring(key if isinstance(key, str) else _scalar(key))}: "
+        yield f"{separator}{inner}{encode_basestring(key if isinstance(key, str) else _scalar(key))}: "
         yield from _value(value[key], inner, depth - 1)
-        before = ","
+        separator = ","
     yield indent + "}"
 
 
@@ -248,11 +250,11 @@ def _array(value: list[Any] | tuple[Any, ...], indent: str, depth: int) -> Itera
     if not value:
         yield "[]"
         return
-    before, inner = "[", indent + " "
+    separator, inner = "[", indent + " "
     for item in value:
-        yield before + inner
+        yield separator + inner
         yield from _value(item, inner, depth - 1)
-        before = ","
+        separator = ","
     yield indent + "]"
 
 
@@ -310,9 +312,9 @@ class _Block(str):
 def _lines(text: str | list[str], indent: str) -> Iterator[str]:
     """The list of the lines of a text."""
     between = f",{indent} "
-    before = f"[{indent} "
+    separator = f"[{indent} "
     for lines in _split([text] if isinstance(text, str) else text):
-        yield before
+        yield separator
         if isinstance(lines, _Whole):
             yield from _whole(lines)
         else:
@@ -322,8 +324,8 @@ def _lines(text: str | list[str], indent: str) -> Iterator[str]:
                     for line in lines
                 ]
             )
-        before = between
-    yield f"{indent}]" if before is between else "[]"
+        separator = between
+    yield f"{indent}]" if separator is between else "[]"
 
 
 def _block(lines: _Block, between: str) -> str:
@@ -332,21 +334,21 @@ def _block(lines: _Block, between: str) -> str:
 
 def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
     """The lines of a text in parts, as ``splitlines(True)`` gives them, many at a time; one that goes over several parts alone."""
-    begun: list[str] = []
+    partial_line: list[str] = []
     for part in _slices(parts):
         lines = _divided(part)
-        if begun:
-            begun.append(lines.pop(0))
-            if begun[-1][-1] not in _LINE_ENDS:
+        if partial_line:
+            partial_line.append(lines.pop(0))
+            if partial_line[-1][-1] not in _LINE_ENDS:
                 continue
-            yield _Whole(begun)
-            begun = []
+            yield _Whole(partial_line)
+            partial_line = []
         if lines and lines[-1][-1] not in _LINE_ENDS:
-            begun = [lines.pop()]
+            partial_line = [lines.pop()]
         if lines:
             yield lines
-    if begun:
-        yield _Whole(begun)
+    if partial_line:
+        yield _Whole(partial_line)
 
 
 def _divided(part: str) -> list[str]:
@@ -359,13 +361,13 @@ def _divided(part: str) -> list[str]:
 
 def _slices(parts: list[str]) -> Iterator[str]:
     """The same text in parts that are not large, none of them empty or ending where one must not: in a line end or a surrogate pair."""
-    kept = ""
+    carry = ""
     for part in parts:
         for at in range(0, len(part), PIECE):
-            whole, kept = kept + part[at : at + PIECE], ""
-            if whole[-1] == "\r" or "\ud800" <= whole[-1] <= "\udbff":
-                whole, kept = whole[:-1], whole[-1]
-            if whole:
-                yield whole
-    if kept:
-        yield kept
+            piece, carry = carry + part[at : at + PIECE], ""
+            if piece[-1] == "\r" or "\ud800" <= piece[-1] <= "\udbff":
+                piece, carry = piece[:-1], piece[-1]
+            if piece:
+                yield piece
+    if carry:
+        yield carry

@@ -77,8 +77,8 @@ def guess(path: Path, data: bytes) -> str | None:
     kind = _by_content(data) or _by_name(path) or _by_source(data) or _cut_off(data)
     if kind is None:
         return None
-    what, remedy = kind
-    return f"{what}, not a notebook; {remedy.format(file=shlex.quote(path.name), stem=shlex.quote(path.stem))}"
+    description, remedy = kind
+    return f"{description}, not a notebook; {remedy.format(file=shlex.quote(path.name), stem=shlex.quote(path.stem))}"
 
 
 def guess_json(document: Any) -> str:
@@ -103,9 +103,9 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
         )
     if data.startswith(_LFS):
         return ("a Git LFS pointer", "fetch the notebook itself: git lfs pull")
-    for magic, what, remedy in _MAGIC:
+    for magic, description, remedy in _MAGIC:
         if data.startswith(magic):
-            return (what, remedy)
+            return (description, remedy)
     if _HTML.match(data):
         return (
             "an HTML page",

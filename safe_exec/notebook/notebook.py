@@ -270,17 +270,19 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
 
 def _give_ids(node: NotebookNode, seed: str) -> None:
     """Ids as nbformat's own reader would leave them: valid and different from 4.5 on, none before; but never random."""
-    seen: set[str] = set()
+    used_ids: set[str] = set()
     for index, cell in enumerate(node.cells):
         if node.nbformat_minor < IDS_SINCE:
             cell.pop("id", None)
             continue
-        found, attempt = cell.get("id"), 0
-        while not isinstance(found, str) or not _CELL_ID.fullmatch(found) or found in seen:
-            found = hashlib.sha256(f"{seed}:{index}:{attempt}".encode()).hexdigest()[:8]
+        cell_id, attempt = cell.get("id"), 0
+        while (
+            not isinstance(cell_id, str) or not _CELL_ID.fullmatch(cell_id) or cell_id in used_ids
+        ):
+            cell_id = hashlib.sha256(f"{seed}:{index}:{attempt}".encode()).hexdigest()[:8]
             attempt += 1
-        seen.add(found)
-        cell["id"] = found
+        used_ids.add(cell_id)
+        cell["id"] = cell_id
 
 
 def _kernel_of(metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -290,8 +292,8 @@ def _kernel_of(metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _section(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = metadata.get(key)
-    return found if isinstance(found, Mapping) else {}
+    section = metadata.get(key)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _word(value: object) -> str | None:

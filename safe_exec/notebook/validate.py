@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CELL_TYPES = ("code", "markdown", "raw")
-_USUAL: Mapping[str, Mapping[str, Any]] = {
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "stream": {"name": "stdout"},
     "display_data": {"metadata": {}},
     "execute_result": {"metadata": {}, "execution_count": None},
@@ -26,16 +26,16 @@ def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | Non
     ``kernel`` is the kernel that ran, ``language`` its language. Nothing that is valid is changed.
     """
     if "kernelspec" in metadata:
-        found = metadata["kernelspec"]
-        spec = dict(found) if isinstance(found, Mapping) else {}
+        section = metadata["kernelspec"]
+        spec = dict(section) if isinstance(section, Mapping) else {}
         if not isinstance(spec.get("name"), str):
             spec["name"] = kernel
         if not isinstance(spec.get("display_name"), str):
             spec["display_name"] = spec["name"]
         metadata["kernelspec"] = spec
     if "language_info" in metadata:
-        found = metadata["language_info"]
-        info = dict(found) if isinstance(found, Mapping) else {}
+        section = metadata["language_info"]
+        info = dict(section) if isinstance(section, Mapping) else {}
         if not isinstance(info.get("name"), str):
             info["name"] = language or kernel
         metadata["language_info"] = info
@@ -109,8 +109,8 @@ def _output_problems(output: Any) -> Iterator[str]:
         yield "data must be an object"
     if kind == "error" and not isinstance(output.get("ename"), str):
         yield "ename must be text"
-    for key, usual in _USUAL.get(kind, {}).items():
-        output.setdefault(key, copy.copy(usual))
+    for key, default in _DEFAULTS.get(kind, {}).items():
+        output.setdefault(key, copy.copy(default))
 
 
 def _is_text(value: object) -> bool:

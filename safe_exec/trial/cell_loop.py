@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from safe_exec.kernel.activity import look
+from safe_exec.kernel.activity import observe
 from safe_exec.model import events
 from safe_exec.model.ending import (
     CellError,
@@ -46,7 +46,7 @@ class CellLoop:
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
-        self.request, self.session, self.ledger = state.request, state.session, state.ledger
+        self.request, self.session, self.metrics = state.request, state.session, state.metrics
         self._last_reading: tuple[float, Reading] | None = None
 
     async def run(self) -> Ending:
@@ -59,7 +59,7 @@ class CellLoop:
             ):
                 continue
             if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
-                self.ledger.skip(index)
+                self.metrics.skip(index)
                 continue
             await self._run_cell(client, index, cell)
         client.set_widgets_metadata()
@@ -72,9 +72,9 @@ class CellLoop:
     def _worker_killed(self) -> Ending | None:
         """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
         if self.session.meter is not None:
-            self.ledger.counters = self.session.meter.counters()
-        if self.ledger.counters.oom_kills and not self.session.died.is_set():
-            return LimitHit(limit=LimitName.MEMORY, cell=self.ledger.cell_of_first_oom)
+            self.metrics.counters = self.session.meter.counters()
+        if self.metrics.counters.oom_kills and not self.session.died.is_set():
+            return LimitHit(limit=LimitName.MEMORY, cell=self.metrics.cell_of_first_oom)
         return None
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
@@ -111,10 +111,10 @@ class CellLoop:
 
     def _time_left(self, limits: Limits) -> float | None:
         """Seconds until the first of both wall times is over."""
-        left = [] if limits.cell_timeout is None else [limits.cell_timeout]
+        remaining = [] if limits.cell_timeout is None else [limits.cell_timeout]
         if self.request.limits.timeout is not None:
-            left.append(max(0.0, self.request.limits.timeout - self.state.now()))
-        return min(left) if left else None
+            remaining.append(max(0.0, self.request.limits.timeout - self.state.now()))
+        return min(remaining) if remaining else None
 
     async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
         """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
@@ -123,19 +123,19 @@ class CellLoop:
         if self.session.condemned is not None:  # for another limit, before its time was up
             await self.session.wait_dead(10.0)
             return
-        whole = (
+        whole_notebook = (
             self.request.limits.timeout is not None
             and self.state.now() >= self.request.limits.timeout
         )
-        allowed = self.request.limits.timeout if whole else limits.cell_timeout
-        name = LimitName.TIMEOUT if whole else LimitName.CELL_TIMEOUT
-        self.state.limit_reached(name, self.state.now() if whole else allowed)
+        allowed = self.request.limits.timeout if whole_notebook else limits.cell_timeout
+        name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
+        self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)
         await self._look(index)
         answered = await self._interrupt(execution, index, limits.interrupt_grace)
         if self.state.signals:
             return
         self.state.kill(
-            TerminationReason.NOTEBOOK_TIMEOUT if whole else TerminationReason.CELL_TIMEOUT
+            TerminationReason.NOTEBOOK_TIMEOUT if whole_notebook else TerminationReason.CELL_TIMEOUT
         )
         await self.session.wait_dead(10.0)
         await asyncio.wait({execution}, timeout=5.0)
@@ -144,7 +144,11 @@ class CellLoop:
         self._end(index, CellStatus.KILLED)
         raise Stop(
             TimedOut(
-                cell=index, whole=whole, allowed=allowed or 0.0, answered=answered, error=error
+                cell=index,
+                whole_notebook=whole_notebook,
+                allowed=allowed or 0.0,
+                answered=answered,
+                error=error,
             )
         )
 
@@ -156,8 +160,8 @@ class CellLoop:
         subject = self.session.subject(self.state.number(index))
         if subject is not None and not self.session.died.is_set():
             self.session.note_process()
-            self.state.looked_at = time.monotonic()
-            self.state.looked = await look(subject)
+            self.state.observed_at = time.monotonic()
+            self.state.observation = await observe(subject)
             # An interrupt has workers and threads print tracebacks that say nothing about the hang.
             cells = enumerate(self.request.node.cells[: index + 1])
             late = dict(self.session.late_text.by_cell) if self.session.late_text else {}
@@ -168,14 +172,16 @@ class CellLoop:
         self, execution: asyncio.Task[Any], index: int, grace: float
     ) -> bool | None:
         """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
-        if self.state.looked is not None and self.state.looked.state == "T":
+        if self.state.observation is not None and self.state.observation.state == "T":
             return False  # a stopped process takes no signal but SIGKILL and SIGCONT
         self.state.sink(events.Interrupted(time=self.state.now(), index=index))
         deadline = time.monotonic() + grace
         ignored = self.session.ignores_interrupt()
         self.session.interrupt()
-        while (left := deadline - time.monotonic()) > 0 and not execution.done():
-            await asyncio.wait({execution}, timeout=min(left, DEAF_SECONDS) if ignored else left)
+        while (remaining := deadline - time.monotonic()) > 0 and not execution.done():
+            await asyncio.wait(
+                {execution}, timeout=min(remaining, DEAF_SECONDS) if ignored else remaining
+            )
             if ignored and not execution.done() and not self.session.ignores_interrupt():
                 # The child of a system(3) has ended by the first one, which went past the kernel itself.
                 ignored = False
@@ -231,15 +237,15 @@ class CellLoop:
         client = self.session.client
         if client is None or index is None:
             return None
-        found = error_of(
+        cell_error = error_of(
             client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ())
         )
-        if found is not None and found.debugger:
+        if cell_error is not None and cell_error.debugger:
             self.state.warn_once(
-                f"code cell {self.ledger.code_index(index) + 1}: after the error a debugger waited for input"
+                f"code cell {self.metrics.code_index(index) + 1}: after the error a debugger waited for input"
                 " (%pdb on, or post_mortem()); there is nobody to type it"
             )
-        return found.error if found is not None else None
+        return cell_error.error if cell_error is not None else None
 
     def _may_raise(self, index: int, ename: str) -> bool:
         """Whether the run goes on after an error of the cell, as nbclient decides it."""
@@ -276,23 +282,23 @@ class CellLoop:
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
             if cell is None:  # it was found in the last look, after the last cell
-                cell = self.ledger.last_run
+                cell = self.metrics.last_run
             self.state.current = cell
             return LimitHit(limit=limit, cell=cell)
-        cell = index if index is not None else self.ledger.last_run
+        cell = index if index is not None else self.metrics.last_run
         return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
-        found = self.session.running_by_page()
-        if found is None or cell is None or found >= cell:
+        page_cell = self.session.running_by_page()
+        if page_cell is None or cell is None or page_cell >= cell:
             return cell
-        code_index = self.ledger.code_index(found) + 1
+        code_index = self.metrics.code_index(page_cell) + 1
         self.state.warnings.append(
             f"code cell {code_index} was said to be done while the kernel was still at work on it"
         )
-        self.state.current = found
-        return found
+        self.state.current = page_cell
+        return page_cell
 
     def _look_at_volumes(self) -> None:
         """Measure the free space before anything is cleaned up."""
@@ -304,8 +310,8 @@ class CellLoop:
     def _begin(self, index: int, cell: Any) -> None:
         if self.session.volumes is not None:
             self.session.volumes.begin()
-        self.ledger.begin(index, self.state.now(), self._reading_at_start())
-        code_index = self.ledger.code_index(index)
+        self.metrics.begin(index, self.state.now(), self._reading_at_start())
+        code_index = self.metrics.code_index(index)
         self.state.sink(
             events.CellStarted(
                 time=self.state.now(), index=index, code_index=code_index, source=cell.source
@@ -328,15 +334,15 @@ class CellLoop:
 
     def _end(self, index: int, status: CellStatus) -> None:
         client = self.session.client
-        record = self.ledger.end(index, self.state.now(), status, **self._reading_at_end(index))
+        record = self.metrics.end(index, self.state.now(), status, **self._reading_at_end(index))
         if client and client.accounts.truncated:
             self.state.warnings.append(
                 f"the output of code cell {record.code_index + 1} was cut at its limit"
             )
         if client and client.disbelieved:
-            what = " and ".join(sorted(client.disbelieved))
+            claims = " and ".join(sorted(client.disbelieved))
             self.state.warnings.append(
-                f"code cell {record.code_index + 1} was said to be done ({what}) while the kernel was still at work on it: not believed"
+                f"code cell {record.code_index + 1} was said to be done ({claims}) while the kernel was still at work on it: not believed"
             )
         self.state.sink(
             events.CellFinished(
@@ -380,7 +386,7 @@ class CellLoop:
             client is None
             or provisioner is None
             or provisioner.channels is None
-            or not self.session.fitted
+            or not self.session.instrumented
         ):
             return
         number = self.state.number(index)

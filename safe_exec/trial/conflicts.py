@@ -45,7 +45,7 @@ class Lookup:
 
     def __init__(self, *, bare_root: bool = False) -> None:
         """``bare_root``: the kernel is root without capabilities, to whom the modes of files apply."""
-        self.left = MOST_LOOKUPS
+        self.remaining_lookups = MOST_LOOKUPS
         self.bare_root = bare_root
 
     def exists(self, path: str) -> bool:
@@ -67,25 +67,25 @@ class Lookup:
         mode = self._mode(path)
         return mode is not None and bool(mode & stat.S_IROTH)
 
-    def may(self, path: str, how: int) -> bool:
+    def may(self, path: str, access_mode: int) -> bool:
         """Whether we ourselves may read (R_OK) or write (W_OK) it; a file system that is read-only outside too cannot be written."""
-        self.left -= 1
-        if self.left < 0 or not os.access(path, how):
+        self.remaining_lookups -= 1
+        if self.remaining_lookups < 0 or not os.access(path, access_mode):
             return False
-        return not self.bare_root or _may_bare_root(path, how)
+        return not self.bare_root or _may_bare_root(path, access_mode)
 
     def real(self, path: str) -> str:
         """The path without links."""
-        self.left -= 1
-        return os.path.realpath(path) if self.left >= 0 else path
+        self.remaining_lookups -= 1
+        return os.path.realpath(path) if self.remaining_lookups >= 0 else path
 
     def has_route(self) -> bool:
         """Whether this machine itself has a way to other hosts."""
         return any(_has_default_route(*table) for table in ROUTES)
 
     def _mode(self, path: str) -> int | None:
-        self.left -= 1
-        if self.left < 0:
+        self.remaining_lookups -= 1
+        if self.remaining_lookups < 0:
             return None
         try:
             return os.stat(path).st_mode
@@ -185,17 +185,17 @@ def conflicts(
         os.geteuid() == 0 and sight.facts.by is Mechanism.BUBBLEWRAP and sight.facts.read_only
     )
     finder = _Finder(sight, lookup or Lookup(bare_root=bare_root))
-    found: list[IsolationConflict] = []
+    results: list[IsolationConflict] = []
 
     def look() -> None:
         for need in needs:
-            if len(found) < MOST_CONFLICTS and (conflict := finder.find(need)) is not None:
-                found.append(conflict)
+            if len(results) < MOST_CONFLICTS and (conflict := finder.find(need)) is not None:
+                results.append(conflict)
 
     thread = threading.Thread(target=look, name="safe-exec-lookup", daemon=True)
     thread.start()
     thread.join(SECONDS)
-    return tuple(found)
+    return tuple(results)
 
 
 class _Finder:
@@ -379,11 +379,11 @@ def _has_default_route(table: str, destination: int, nowhere: str, mask: int, wi
     return any(row[destination] == nowhere and row[mask] == wide for row in routes)
 
 
-def _may_bare_root(path: str, how: int) -> bool:
+def _may_bare_root(path: str, access_mode: int) -> bool:
     """Whether the mode of a file gives root what it asks for (R_OK, W_OK and X_OK are the bits of a mode)."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return False
     shift = 6 if status.st_uid == 0 else 3 if status.st_gid == 0 else 0
-    return (status.st_mode >> shift) & how == how
+    return (status.st_mode >> shift) & access_mode == access_mode

@@ -21,19 +21,19 @@ def discarded_warning(
     """
     if not discarded.groups:
         return None
-    named = ", ".join(map(_in_words, discarded.groups[:MOST_NAMED]))
+    listing = ", ".join(map(_in_words, discarded.groups[:MOST_NAMED]))
     others = discarded.files - sum(group.files for group in discarded.groups[:MOST_NAMED])
     more = f" and {others} more" if others > 0 else "" if discarded.is_complete else " and more"
-    return f"{NOT_KEPT}: {named}{more}. {_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
+    return f"{NOT_KEPT}: {listing}{more}. {_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
 
 
 def _in_words(group: DiscardedFiles) -> str:
     path = group.name if group.place == "." else f"{group.place}/{group.name}"
-    shown = one_line(path)
-    if len(shown) > LONGEST_NAME:
-        shown = f"{shown[: LONGEST_NAME // 2]}…{shown[-LONGEST_NAME // 2 :]}"
+    label = one_line(path)
+    if len(label) > LONGEST_NAME:
+        label = f"{label[: LONGEST_NAME // 2]}…{label[-LONGEST_NAME // 2 :]}"
     size = format_size(group.bytes)
-    return f"{shown} ({size})" if group.files == 1 else f"{shown}/ ({group.files} files, {size})"
+    return f"{label} ({size})" if group.files == 1 else f"{label}/ ({group.files} files, {size})"
 
 
 def _why(discarded: Discarded) -> str:

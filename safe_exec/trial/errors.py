@@ -27,19 +27,19 @@ class FoundError(Struct, frozen=True, kw_only=True):
 
 def error_of(reply: Mapping[str, Any], outputs: Iterable[Mapping[str, Any]]) -> FoundError | None:
     """The error of a cell; ``None`` where it neither answered with one nor shows one."""
-    shown = next(
+    shown_error = next(
         (_error(output) for output in outputs if output.get("output_type") == "error"), None
     )
     if reply.get("status") != "error":
-        return None if shown is None else FoundError(error=shown)
-    answered = _error(reply)
-    if shown is None or answered.ename == shown.ename:
-        return FoundError(error=answered)
-    if answered.ename == NO_ERROR:
-        return FoundError(error=shown)
-    if answered.ename == NOBODY_TYPES and answered.in_debugger:
-        return FoundError(error=shown, debugger=True)
-    return FoundError(error=answered)
+        return None if shown_error is None else FoundError(error=shown_error)
+    reply_error = _error(reply)
+    if shown_error is None or reply_error.ename == shown_error.ename:
+        return FoundError(error=reply_error)
+    if reply_error.ename == NO_ERROR:
+        return FoundError(error=shown_error)
+    if reply_error.ename == NOBODY_TYPES and reply_error.in_debugger:
+        return FoundError(error=shown_error, debugger=True)
+    return FoundError(error=reply_error)
 
 
 def _error(content: Mapping[str, Any]) -> CellError:

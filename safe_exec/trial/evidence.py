@@ -19,11 +19,11 @@ from safe_exec.kernel.fault_report import (
     fatal_part,
     innermost_line,
     main_stack,
+    most_typical,
     parse_fault,
-    usual,
 )
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
-from safe_exec.model.evidence import Evidence, FaultReport, Frame, Place
+from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
 from safe_exec.trial import own_process
 from safe_exec.trial.final_output import final_output
@@ -53,59 +53,59 @@ _SYNTAX_LINE = re.compile(
 )
 
 
-def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
+def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellLocation | None]:
     """The evidence of a trial that is over, and the place in the current cell where it was."""
-    session, ledger, request = state.session, state.ledger, state.request
+    session, metrics, request = state.session, state.metrics, state.request
     ended = session.ended
     fault = _fault(state)
-    place = _place(state, ending, fault)
-    counters = ended.counters if ended else ledger.counters
-    ledger.counters = counters if ended else ledger.counters
+    location = _place(state, ending, fault)
+    counters = ended.counters if ended else metrics.counters
+    metrics.counters = counters if ended else metrics.counters
     kills = counters.oom_kills
     peak = _memory_peak(state, kills, counters.memory_peak_raw)
-    not_ours = elsewhere(counters, request.limits.memory)
-    bound = session.meter.bound_hit() if not_ours and session.meter else None
-    fewer = session.meter.tasks_bound(request.limits.processes) if session.meter else None
+    is_elsewhere = elsewhere(counters, request.limits.memory)
+    memory_bound = session.meter.bound_hit() if is_elsewhere and session.meter else None
+    process_bound = session.meter.tasks_bound(request.limits.processes) if session.meter else None
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
-    current = ledger.records.get(state.current) if state.current is not None else None
+    current = metrics.records.get(state.current) if state.current is not None else None
     raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
     return Evidence(
         exit=ended.status if ended else None,
         termination=ended.reason if ended else None,
         oom_kills=kills,
-        oom_kills_cell=ledger.oom_cell,
+        oom_kills_cell=metrics.oom_cell,
         oom_kills_earlier=tuple(
-            (cell, n) for cell, n in ledger.oom_by_cell.items() if cell != state.current
+            (cell, n) for cell, n in metrics.oom_by_cell.items() if cell != state.current
         ),
-        oom_elsewhere=not_ours,
-        oom_bound=(str(bound.group), bound.limit) if bound else None,
+        oom_elsewhere=is_elsewhere,
+        oom_bound=(str(memory_bound.group), memory_bound.limit) if memory_bound else None,
         oomd_killed=ended.oomd if ended else None,
         process_refusals=counters.fork_refusals,
-        process_bound=(str(fewer[0]), fewer[1]) if fewer else None,
+        process_bound=(str(process_bound[0]), process_bound[1]) if process_bound else None,
         memory_peak=peak,
         memory_peak_raw=counters.memory_peak_raw,
-        memory_last=ledger.memory_last,
+        memory_last=metrics.memory_last,
         memory_children=_children_memory(state),
-        memory_upper_bound=ledger.upper_bound or _watched(state).upper_bound,
+        memory_upper_bound=metrics.upper_bound or _watched(state).upper_bound,
         processes_at_timeout=state.tasks_at_timeout,
         processes_peak=counters.tasks_peak or _tasks_peak(state),
-        cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else ledger.cpu_last,
+        cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else metrics.cpu_last,
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
         error=error,
         fault=fault,
         handler_replaced=not session.told.armed,
         caught_signals=ended.caught_signals if ended else None,
-        place=place,
-        looked=state.looked,
+        location=location,
+        observation=state.observation,
         cell_seconds=current.seconds if current else None,
         cell_output_bytes=current.output_bytes if current else None,
         cell_output_received=client.accounts.received if client else None,
         cell_output_age=_age(client.accounts.last) if client else None,
         cell_output_truncated=client.accounts.truncated if client else False,
         output_bytes=None
-        if ledger.ready_at is None
-        else sum(r.output_bytes or 0 for r in ledger.records.values()),
+        if metrics.ready_at is None
+        else sum(r.output_bytes or 0 for r in metrics.records.values()),
         exit_caller=session.told.frames(session.told.exit_caller),
         exit_request=_exit_request(state),
         remote_hosts=tuple(session.told.hosts),
@@ -113,7 +113,7 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=state.open_files,
-        agent=session.fitted,
+        agent=session.instrumented,
         own_actions=own_process.actions(state),
         tracing=session.told.own_actions.tracing,
         changed_limits=session.changes.limits() if session.changes else (),
@@ -126,25 +126,25 @@ def gather(state: TrialState, ending: Ending) -> tuple[Evidence, Place | None]:
         printed=state.printed,
         isolation=session.sandbox.isolation if session.sandbox else None,
         raised=raised.errors if raised else (),
-        conflicts=isolation_conflicts(state, ending, place),
+        conflicts=isolation_conflicts(state, ending, location),
         volumes=session.volumes.lowest() if session.volumes else (),
         final_output=final_output(session),
-    ), place
+    ), location
 
 
 def _exit_request(state: TrialState) -> tuple[Frame, ...]:
     """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
-    told, client = state.session.told, state.session.client
-    asked = client.asked_to_exit if client is not None else None
+    facts, client = state.session.told, state.session.client
+    exiting_cell = client.asked_to_exit if client is not None else None
     rows = next(
         (
             rows
-            for number, (_, rows) in told.exit_requests.items()
-            if told.index_of(number) == asked
+            for number, (_, rows) in facts.exit_requests.items()
+            if facts.index_of(number) == exiting_cell
         ),
         [],
     )
-    return told.frames(rows)
+    return facts.frames(rows)
 
 
 def _recent_text(state: TrialState) -> str:
@@ -154,12 +154,12 @@ def _recent_text(state: TrialState) -> str:
     outputs = state.request.node.cells[state.current].get("outputs", [])
     texts = [o.get("text", "") for o in outputs[-20:] if o.get("output_type") == "stream"]
     parts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
-    found: list[str] = []
+    pieces: list[str] = []
     size = 0
     while parts and size < RECENT_CHARACTERS:
-        found.append(parts.pop()[-RECENT_CHARACTERS:])
-        size += len(found[-1])
-    return "".join(reversed(found))[-RECENT_CHARACTERS:]
+        pieces.append(parts.pop()[-RECENT_CHARACTERS:])
+        size += len(pieces[-1])
+    return "".join(reversed(pieces))[-RECENT_CHARACTERS:]
 
 
 def _fault(state: TrialState) -> FaultReport | None:
@@ -180,32 +180,33 @@ def _fault(state: TrialState) -> FaultReport | None:
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
     """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
-    seen, limit = state.ledger.memory_peak, state.request.limits.memory
+    peak, limit = state.metrics.memory_peak, state.request.limits.memory
     watched = _watched(state).memory
     if watched is not None:
-        seen = max(seen or 0, watched)
+        peak = max(peak or 0, watched)
     if kills and raw is not None and limit is not None and raw >= NEAR_LIMIT * limit:
         if state.current is not None:
-            state.ledger.raise_peak(state.current, raw)
-        return max(raw, seen or 0)
-    return seen
+            state.metrics.raise_peak(state.current, raw)
+        return max(raw, peak or 0)
+    return peak
 
 
 def _children_memory(state: TrialState) -> int | None:
     """What processes other than the kernel's had when the sandbox had most; ``None`` where it was not seen near that."""
-    watched, sampled = _watched(state), state.ledger.highest
-    seen = max(
+    watched, sampled = _watched(state), state.metrics.highest
+    highest = max(
         ((watched.memory, watched.children), (sampled.memory, sampled.children_memory)),
         key=lambda pair: pair[0] or 0,
     )
     limit = state.request.limits.memory
-    return seen[1] if limit is None or (seen[0] or 0) >= NEAR_PEAK * limit else None
+    return highest[1] if limit is None or (highest[0] or 0) >= NEAR_PEAK * limit else None
 
 
 def _tasks_peak(state: TrialState) -> int | None:
     """The most tasks that samples or the watchdog saw."""
     return max(
-        (n for n in (_watched(state).tasks, state.ledger.tasks_peak) if n is not None), default=None
+        (n for n in (_watched(state).tasks, state.metrics.tasks_peak) if n is not None),
+        default=None,
     )
 
 
@@ -234,8 +235,8 @@ def _disk_free(request: TrialRequest) -> int | None:
     if request.plan.disk is not None:
         return None
     try:
-        found = os.statvfs(request.cwd)
-        return found.f_bavail * found.f_frsize
+        filesystem = os.statvfs(request.cwd)
+        return filesystem.f_bavail * filesystem.f_frsize
     except OSError:
         return None
 
@@ -243,13 +244,13 @@ def _disk_free(request: TrialRequest) -> int | None:
 # --- the place --------------------------------------------------------------------------------------------------
 
 
-def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Place | None:
+def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> CellLocation | None:
     if isinstance(ending, Died) and ending.asked_to_exit:
         return _of_exit_request(state, ending.cell)
     if state.current is None or isinstance(ending, StartFailed):
         return None
     index = state.current
-    for place in (
+    for location in (
         _of_error(state, index, ending.error) if isinstance(ending, CellFailed) else None,
         _of_fault(state, index, fault),
         _of_look(state, index) if isinstance(ending, TimedOut) else None,
@@ -259,33 +260,37 @@ def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Plac
         _of_last_dump(state, index),
         _of_page(state, index),
     ):
-        if place is not None:
-            return _past_loop_header(place, state.request.node.cells[index].source)
+        if location is not None:
+            return _past_loop_header(location, state.request.node.cells[index].source)
     return _of_single_line(state, index)
 
 
-def _past_loop_header(place: Place, source: str) -> Place:
+def _past_loop_header(location: CellLocation, source: str) -> CellLocation:
     """The same place, but never on the first line of an endless loop with a body of one line.
 
     Python gives way to other threads and takes signals where a loop jumps back, and from 3.11 on that jump bears the line of
     ``while``: a look from outside finds it there, though ``while True`` does nothing itself.
     """
-    body = body_of_endless_loop(source, place.line) if place.source in ("dump", "sample") else None
+    body = (
+        body_of_endless_loop(source, location.line)
+        if location.source in ("dump", "sample")
+        else None
+    )
     if body is None:
-        return place
+        return location
     innermost = next(
         (
             number
-            for number, frame in enumerate(place.stack)
-            if frame.cell == place.cell and frame.line
+            for number, frame in enumerate(location.stack)
+            if frame.cell == location.cell and frame.line
         ),
         None,
     )
     stack = tuple(
         replace(frame, line=body) if number == innermost else frame
-        for number, frame in enumerate(place.stack)
+        for number, frame in enumerate(location.stack)
     )
-    return replace(place, line=body, stack=stack)
+    return replace(location, line=body, stack=stack)
 
 
 def body_of_endless_loop(source: str, line: int) -> int | None:
@@ -305,44 +310,46 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     return None
 
 
-def _of_exit_request(state: TrialState, index: int | None) -> Place | None:
+def _of_exit_request(state: TrialState, index: int | None) -> CellLocation | None:
     """Where ``exit()`` or ``quit()`` was called."""
-    told = state.session.told
-    for number, (line, rows) in told.exit_requests.items():
-        if line and index is not None and told.index_of(number) == index:
-            return Place(cell=index, line=line, source="exit request", stack=told.frames(rows))
+    facts = state.session.told
+    for number, (line, rows) in facts.exit_requests.items():
+        if line and index is not None and facts.index_of(number) == index:
+            return CellLocation(
+                cell=index, line=line, source="exit request", stack=facts.frames(rows)
+            )
     return None if index is None else _only_line(state, index)
 
 
-def _of_error(state: TrialState, index: int, error: CellError | None) -> Place | None:
-    told, number = state.session.told, state.number_now()
-    found = told.errors.get(number) or told.shown.get(number)
-    if found is not None:
-        line, rows = found
-        place = Place(cell=index, line=line, source="traceback", stack=told.frames(rows))
-        return _further_in(state, place, error)
+def _of_error(state: TrialState, index: int, error: CellError | None) -> CellLocation | None:
+    facts, number = state.session.told, state.number_now()
+    traceback_rows = facts.errors.get(number) or facts.shown.get(number)
+    if traceback_rows is not None:
+        line, rows = traceback_rows
+        location = CellLocation(cell=index, line=line, source="traceback", stack=facts.frames(rows))
+        return _further_in(state, location, error)
     client = state.session.client
     reply = client.replies.get(index, {}) if client else {}
     count = state.request.node.cells[index].get("execution_count")
     in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
-    return None if in_text is None else Place(cell=index, line=in_text, source="traceback")
+    return None if in_text is None else CellLocation(cell=index, line=in_text, source="traceback")
 
 
-def _further_in(state: TrialState, place: Place, error: CellError | None) -> Place:
+def _further_in(state: TrialState, location: CellLocation, error: CellError | None) -> CellLocation:
     """The same place, but the line of the script that a child ran, or of the call that started a debugger, where it is known."""
-    source = state.request.node.cells[place.cell].source
+    source = state.request.node.cells[location.cell].source
     if (
         error is not None
         and error.ename == "CalledProcessError"
-        and place.line == header_line(source.splitlines())
+        and location.line == header_line(source.splitlines())
     ):
         line = script_line(source, _recent_text(state))
         if line is not None:
-            frame = Frame(function="<module>", line=line, file="<stdin>", cell=place.cell)
-            return replace(place, line=line, stack=(frame, *place.stack))
+            frame = Frame(function="<module>", line=line, file="<stdin>", cell=location.cell)
+            return replace(location, line=line, stack=(frame, *location.stack))
     if error is not None and error.in_debugger:
-        return replace(place, line=line_of_debugger_call(source, place.line))
-    return place
+        return replace(location, line=line_of_debugger_call(source, location.line))
+    return location
 
 
 def line_of_debugger_call(source: str, line: int) -> int:
@@ -366,11 +373,11 @@ def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
     ]
     if lines:
         return lines[-1]
-    found = _SYNTAX_LINE.search(text) or _ARROW.search(text)
-    return int(found[found.lastindex or 0]) if found else None
+    match = _SYNTAX_LINE.search(text) or _ARROW.search(text)
+    return int(match[match.lastindex or 0]) if match else None
 
 
-def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place | None:
+def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> CellLocation | None:
     ended = state.session.ended
     if fault is None or ended is None:
         return None
@@ -382,16 +389,18 @@ def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> Place
         else main_stack(text, session.told.code, session.told.hello.get("main"))
     )
     line = innermost_line(stack, index)
-    return None if line is None else Place(cell=index, line=line, source="fault", stack=stack)
+    return (
+        None if line is None else CellLocation(cell=index, line=line, source="fault", stack=stack)
+    )
 
 
-def _of_look(state: TrialState, index: int) -> Place | None:
-    stack = state.looked.stack if state.looked else ()
+def _of_look(state: TrialState, index: int) -> CellLocation | None:
+    stack = state.observation.stack if state.observation else ()
     line = innermost_line(stack, index)
-    return None if line is None else Place(cell=index, line=line, source="dump", stack=stack)
+    return None if line is None else CellLocation(cell=index, line=line, source="dump", stack=stack)
 
 
-def _of_last_dump(state: TrialState, index: int) -> Place | None:
+def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
     """From a stack that was asked for shortly before the end (see the keeper): exact where the sampling thread is not.
 
     It must be of this cell and newer than the statement noted last.
@@ -413,15 +422,17 @@ def _of_last_dump(state: TrialState, index: int) -> Place | None:
     ):
         return None
     stacks = dumps(sandbox.fault_text, session.told.code, session.told.hello.get("main"))
-    stack = usual(stacks, index) if stacks else ()
+    stack = most_typical(stacks, index) if stacks else ()
     line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
     return (
-        None if line is None else Place(cell=index, line=line, source="dump", stack=stack, age=age)
+        None
+        if line is None
+        else CellLocation(cell=index, line=line, source="dump", stack=stack, age=age)
     )
 
 
-def _of_page(state: TrialState, index: int) -> Place | None:
+def _of_page(state: TrialState, index: int) -> CellLocation | None:
     """From the shared page: the statement noted last, made finer by a sample taken within it."""
     number = state.number_now()
     provisioner = state.session.provisioner
@@ -433,7 +444,7 @@ def _of_page(state: TrialState, index: int) -> Place | None:
     cell, rows, _ = page.stack()
     stack = state.session.told.frames(rows) if cell == number else ()
     if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
-        return Place(
+        return CellLocation(
             cell=index,
             line=sample.line,
             source="sample",
@@ -441,21 +452,23 @@ def _of_page(state: TrialState, index: int) -> Place | None:
             age=max(0.0, ended - sample.time),
         )
     if note.cell == number and note.line:
-        return Place(
+        return CellLocation(
             cell=index, line=note.line, source="statement", age=max(0.0, ended - note.time)
         )
     return None
 
 
-def _of_single_line(state: TrialState, index: int) -> Place | None:
+def _of_single_line(state: TrialState, index: int) -> CellLocation | None:
     """A cell of one line leaves no doubt, whatever the kernel."""
-    return _only_line(state, index) if state.number_now() or not state.session.fitted else None
+    return (
+        _only_line(state, index) if state.number_now() or not state.session.instrumented else None
+    )
 
 
-def _only_line(state: TrialState, index: int) -> Place | None:
+def _only_line(state: TrialState, index: int) -> CellLocation | None:
     lines = [
         n
         for n, line in enumerate(state.request.node.cells[index].source.splitlines(), 1)
         if line.strip()
     ]
-    return Place(cell=index, line=lines[0], source="only line") if len(lines) == 1 else None
+    return CellLocation(cell=index, line=lines[0], source="only line") if len(lines) == 1 else None

@@ -23,7 +23,7 @@ class _Sample(Struct, frozen=True, kw_only=True):
     cell: int
 
 
-class Ledger:
+class MetricsRecorder:
     """Takes figures while a trial runs; afterwards read only."""
 
     def __init__(self, records: dict[int, CellRecord], started: float) -> None:
@@ -46,7 +46,7 @@ class Ledger:
         self.wall_seconds: float | None = None
 
     @classmethod
-    def for_notebook(cls, node: Any, started: float) -> Ledger:
+    def for_notebook(cls, node: Any, started: float) -> MetricsRecorder:
         """A ledger with one record, not run, for each code cell."""
         records: dict[int, CellRecord] = {}
         for index, cell in enumerate(node.cells):
@@ -63,28 +63,28 @@ class Ledger:
         """The place of a cell among the code cells."""
         return self.records[index].code_index
 
-    def ready(self, now: float) -> None:
+    def ready(self, moment: float) -> None:
         """The kernel answered."""
-        self.ready_at = now
+        self.ready_at = moment
 
     def skip(self, index: int) -> None:
         """A cell that is not to be run."""
         self.records[index] = replace(self.records[index], status=CellStatus.SKIPPED)
 
-    def begin(self, index: int, now: float, reading: Reading | None) -> None:
+    def begin(self, index: int, moment: float, reading: Reading | None) -> None:
         """A cell begins."""
         self._at_start = reading
         self.last_run = index
         peak = reading.memory if reading else None
-        self.records[index] = replace(self.records[index], started=now, memory_peak=peak)
+        self.records[index] = replace(self.records[index], started=moment, memory_peak=peak)
         if reading:
             self._keep(reading)
 
-    def sample(self, now: float, reading: Reading, index: int | None) -> None:
+    def sample(self, moment: float, reading: Reading, index: int | None) -> None:
         """A look during the run."""
         cell = -1 if index is None else index
         self.samples.append(
-            _Sample(seconds=now, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell)
+            _Sample(seconds=moment, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell)
         )
         if len(self.samples) > 8 * TIMELINE_POINTS:
             self.samples = thin(self.samples, 4 * TIMELINE_POINTS)
@@ -106,7 +106,7 @@ class Ledger:
     def end(
         self,
         index: int,
-        now: float,
+        moment: float,
         status: CellStatus,
         *,
         reading: Reading | None,
@@ -124,19 +124,21 @@ class Ledger:
         self.oom_before = max(self.oom_before, oom_kills or 0)
         if reading:
             self._keep(reading)
-        after = reading or Reading()
+        end_reading = reading or Reading()
         self.records[index] = replace(
             record,
             status=status,
-            seconds=None if record.started is None else now - record.started,
-            cpu_seconds=_difference(after.cpu_seconds, start.cpu_seconds if start else None),
-            memory_peak=_most(record.memory_peak, after.memory),
-            memory_kept=_difference(after.memory, start.memory if start else None),
+            seconds=None if record.started is None else moment - record.started,
+            cpu_seconds=_difference(end_reading.cpu_seconds, start.cpu_seconds if start else None),
+            memory_peak=_most(record.memory_peak, end_reading.memory),
+            memory_kept=_difference(end_reading.memory, start.memory if start else None),
             output_bytes=output_bytes,
             output_truncated=truncated,
         )
         self.samples.append(
-            _Sample(seconds=now, memory=after.memory, cpu=after.cpu_seconds, cell=index)
+            _Sample(
+                seconds=moment, memory=end_reading.memory, cpu=end_reading.cpu_seconds, cell=index
+            )
         )
         return self.records[index]
 
@@ -152,16 +154,16 @@ class Ledger:
             self.records[index], memory_peak=_most(self.records[index].memory_peak, memory)
         )
 
-    def close(self, now: float) -> None:
+    def close(self, moment: float) -> None:
         """The run is over."""
-        self.wall_seconds = now
+        self.wall_seconds = moment
 
     @property
     def memory_peak(self) -> int | None:
         """The highest unreclaimable memory seen."""
-        seen = [s.memory for s in self.samples if s.memory is not None]
-        seen += [r.memory_peak for r in self.records.values() if r.memory_peak is not None]
-        return max(seen, default=None)
+        peaks = [s.memory for s in self.samples if s.memory is not None]
+        peaks += [r.memory_peak for r in self.records.values() if r.memory_peak is not None]
+        return max(peaks, default=None)
 
     def timeline(self) -> Timeline:
         """At most 500 points in order, the peaks kept."""
@@ -187,5 +189,5 @@ def _most(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else max(a, b)
 
 
-def _difference(after: Any, before: Any) -> Any:
-    return None if after is None or before is None else after - before
+def _difference(end: Any, start: Any) -> Any:
+    return None if end is None or start is None else end - start

@@ -138,18 +138,20 @@ def needs_of_error(
 ) -> list[Need]:
     """The needs that a cell's error names, the most exact first. ``removed`` are names of variables that the kernel does not have."""
     text = _ANSI.sub("", f"{error.ename}: {error.evalue}")
-    whole = number_in(text) or _BY_NAME.get(error.ename)
-    found = [need for row in raised for need in _of_attributes(row, _shown(text), whole)]
+    error_number = number_in(text) or _BY_NAME.get(error.ename)
+    needs = [need for row in raised for need in _of_attributes(row, _quotation(text), error_number)]
     # Of any other dictionary's KeyError the attributes say that it is no variable's.
     names = frozenset() if raised and error.ename == "KeyError" else frozenset(removed)
     for line in text.splitlines()[:MOST_LINES]:
-        found += _of_line(line[:LONGEST_LINE], names, number_in(line) or whole, is_error=True)
+        needs += _of_line(
+            line[:LONGEST_LINE], names, number_in(line) or error_number, is_error=True
+        )
     # The exceptions that it came from stand in the traceback alone.
-    found += [need for line in _lines_of(error.traceback) if (need := _host(line)) is not None]
+    needs += [need for line in _lines_of(error.traceback) if (need := _host(line)) is not None]
     host = next((row.host for row in raised if row.host), None)
     return _distinct(
         replace(need, name=host) if host and need.kind is NeedKind.HOST and not need.name else need
-        for need in found
+        for need in needs
     )
 
 
@@ -157,12 +159,12 @@ def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
     """The needs that lines of an output name; only lines that say that something was refused."""
     names = frozenset(removed)
     lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
-    found = [
+    needs = [
         need
         for line in lines
         for need in _of_line(line[:LONGEST_LINE], names, number_in(line), is_error=False)
     ]
-    return [replace(need, cell=cell, in_output=True) for need in _distinct(found)]
+    return [replace(need, cell=cell, in_output=True) for need in _distinct(needs)]
 
 
 def needs_of_none(
@@ -184,7 +186,7 @@ def needs_of_none(
                 target is not None and re.search(rf"\b{target}\b", text) is not None
             )
             if name in names and is_used:
-                needs.append(Need(kind=NeedKind.VARIABLE, name=name, line=_shown(match[0])))
+                needs.append(Need(kind=NeedKind.VARIABLE, name=name, line=_quotation(match[0])))
     return _distinct(needs)
 
 
@@ -199,11 +201,11 @@ def number_in(text: str) -> int | None:
         number = int(next(group for group in match.groups() if group)[:4])
         if number in REFUSALS:
             return number
-    return next((number for number, words in _WORDS if words.search(text)), None)
+    return next((number for number, pattern in _WORDS if pattern.search(text)), None)
 
 
-def _of_attributes(row: Raised, shown: str, number_of_text: int | None) -> Iterator[Need]:
-    line = row.type if row.remote else shown
+def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> Iterator[Need]:
+    line = row.type if row.remote else quotation
     if row.variable:
         yield Need(
             kind=NeedKind.VARIABLE, name=row.variable, line=line, exact=True, remote=row.remote
@@ -240,12 +242,16 @@ def _of_attributes(row: Raised, shown: str, number_of_text: int | None) -> Itera
 def _of_line(
     line: str, removed: frozenset[str], number: int | None, *, is_error: bool
 ) -> Iterator[Need]:
-    shown = _shown(line)
+    quotation = _quotation(line)
     for module in _MODULE.finditer(line):
-        yield Need(kind=NeedKind.MODULE, name=_first(module), line=shown, exact=True)
+        yield Need(kind=NeedKind.MODULE, name=_first(module), line=quotation, exact=True)
     for command in _COMMAND.finditer(line):
         yield Need(
-            kind=NeedKind.PROGRAM, name=_first(command), line=shown, number=errno.ENOENT, exact=True
+            kind=NeedKind.PROGRAM,
+            name=_first(command),
+            line=quotation,
+            number=errno.ENOENT,
+            exact=True,
         )
     if (host := _host(line)) is not None:
         yield host
@@ -256,20 +262,20 @@ def _of_line(
         paths = [name for name in names if _PATH_LIKE.search(name)]
         for name in names:
             exact = name == direct or paths == [name]
-            yield Need(kind=NeedKind.PATH, name=name, line=shown, number=number, exact=exact)
+            yield Need(kind=NeedKind.PATH, name=name, line=quotation, number=number, exact=exact)
     for name in removed.intersection(_NAME.findall(line)):
         about = _ABOUT_VARIABLES.search(line.replace(name, " ")) is not None
         if about or (is_error and "_" in name):
-            yield Need(kind=NeedKind.VARIABLE, name=name, line=shown, exact=about)
+            yield Need(kind=NeedKind.VARIABLE, name=name, line=quotation, exact=about)
 
 
 def _host(line: str) -> Need | None:
     if _NO_PACKAGE.search(line) is not None:
-        return Need(kind=NeedKind.HOST, name="", line=_shown(line))
+        return Need(kind=NeedKind.HOST, name="", line=_quotation(line))
     if UNREACHABLE.search(line) is None:
         return None
     host = _HOST.search(line)
-    return Need(kind=NeedKind.HOST, name=host[1] if host else "", line=_shown(line), exact=True)
+    return Need(kind=NeedKind.HOST, name=host[1] if host else "", line=_quotation(line), exact=True)
 
 
 def _lines_of(texts: Iterable[str]) -> list[str]:
@@ -280,8 +286,8 @@ def _lines_of(texts: Iterable[str]) -> list[str]:
 
 def _direct(line: str) -> str | None:
     """What stands right before the refusal, where that is a name alone."""
-    found = _BEFORE.search(line)
-    name = found[1].strip() if found else ""
+    match = _BEFORE.search(line)
+    name = match[1].strip() if match else ""
     if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(
         mark in name[1:-1] for mark in QUOTES
     ):
@@ -308,7 +314,7 @@ def _names(line: str) -> list[str]:
     ]
 
 
-def _shown(text: str) -> str:
+def _quotation(text: str) -> str:
     return " ".join(text.split())[:SHOWN_CHARACTERS]
 
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 def actions(state: TrialState) -> tuple[OwnAction, ...]:
     """What the notebook did to its process; after a timeout only what came before our interrupt."""
-    told = state.session.told
-    actions = told.own_actions.all(told.index_of, told.frames)
+    facts = state.session.told
+    actions = facts.own_actions.all(facts.index_of, facts.frames)
     return tuple(
-        action for action in actions if state.looked_at is None or action.time <= state.looked_at
+        action
+        for action in actions
+        if state.observed_at is None or action.time <= state.observed_at
     )
 
 
@@ -25,7 +27,9 @@ def command(state: TrialState) -> tuple[int, str] | None:
     """The line of the cell that a dead kernel ran, if it sends a signal and is no Python."""
     if state.current is None or not state.session.died.is_set():
         return None
-    return kill_command(state.request.node.cells[state.current].source, python=state.session.fitted)
+    return kill_command(
+        state.request.node.cells[state.current].source, python=state.session.instrumented
+    )
 
 
 def overcommit() -> int | None:

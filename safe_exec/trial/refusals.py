@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
-from safe_exec.model.evidence import IsolationConflict, Place, Raised
+from safe_exec.model.evidence import CellLocation, IsolationConflict, Raised
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.trial.conflicts import Sight, conflicts
 from safe_exec.trial.needs import Need, may_write, needs_of_error, needs_of_none, needs_of_output
@@ -23,34 +23,39 @@ OUTPUT_CHARACTERS = 1 << 16
 
 def raised_by(state: TrialState, error: CellError) -> RaisedTold | None:
     """The attributes of the error that the current cell ended with, as the kernel tells them; a cell may show several."""
-    told = state.session.told.raised.get(state.number_now(), ())
+    reported_errors = state.session.told.raised.get(state.number_now(), ())
     return next(
-        (one for one in reversed(told) if one.errors and one.errors[0].type == error.ename), None
+        (
+            one
+            for one in reversed(reported_errors)
+            if one.errors and one.errors[0].type == error.ename
+        ),
+        None,
     )
 
 
 def isolation_conflicts(
-    state: TrialState, ending: Ending, place: Place | None
+    state: TrialState, ending: Ending, location: CellLocation | None
 ) -> tuple[IsolationConflict, ...]:
     """What the cells asked for and isolation took away; nothing where there are no walls, or where the kernel did not live to the end."""
     facts = state.session.sandbox.isolation if state.session.sandbox else None
     if facts is None or not isinstance(ending, CellFailed | Passed):
         return ()
-    told = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
+    raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
     user = state.request.plan.walls.get(Wall.USER)
     language = state.request.node.metadata.get("language_info", {})
     sight = Sight(
         facts=facts,
         env=state.request.env,
-        cwd=told.cwd if told else None,
-        sys_path=told.sys_path if told else (),
-        search=told.search if told else "",
+        cwd=raised.cwd if raised else None,
+        sys_path=raised.sys_path if raised else (),
+        search=raised.search if raised else "",
         other_user=user is not None and user.by is not Mechanism.NONE,
         r_version=str(language.get("version", "")) if language.get("name") == "R" else None,
     )
     removed = facts.removed_variables
     needs = (
-        _of_error(state, ending.error, told.errors if told else (), place)
+        _of_error(state, ending.error, raised.errors if raised else (), location)
         if isinstance(ending, CellFailed)
         else []
     )
@@ -61,19 +66,19 @@ def isolation_conflicts(
 
 
 def _of_error(
-    state: TrialState, error: CellError, raised: tuple[Raised, ...], place: Place | None
+    state: TrialState, error: CellError, raised: tuple[Raised, ...], location: CellLocation | None
 ) -> list[Need]:
     facts = state.session.sandbox.isolation if state.session.sandbox else None
     assert state.current is not None
     source = state.request.node.cells[state.current].source.splitlines()
     line = (
-        source[place.line - 1]
-        if place is not None and 0 < place.line <= len(source)
+        source[location.line - 1]
+        if location is not None and 0 < location.line <= len(source)
         else "\n".join(source)
     )
     removed = facts.removed_variables if facts else ()
     needs = needs_of_error(error, raised, removed)
-    needs += needs_of_none(error, _sources(state), [line, *_lines(state, place)], removed)
+    needs += needs_of_none(error, _sources(state), [line, *_lines(state, location)], removed)
     return [replace(need, cell=state.current, may_write=may_write(line)) for need in needs]
 
 
@@ -83,9 +88,9 @@ def _sources(state: TrialState) -> list[str]:
     return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
-def _lines(state: TrialState, place: Place | None) -> Iterator[str]:
+def _lines(state: TrialState, location: CellLocation | None) -> Iterator[str]:
     """The lines of the notebook that a traceback goes through."""
-    for frame in place.stack if place is not None else ():
+    for frame in location.stack if location is not None else ():
         if (
             frame.cell is not None
             and frame.line is not None

@@ -12,11 +12,11 @@ from msgspec import Struct, field
 
 from safe_exec.model import events
 from safe_exec.model.ending import Ending
-from safe_exec.model.evidence import Evidence, Place
+from safe_exec.model.evidence import CellLocation, Evidence
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.trial.metrics import Ledger
+from safe_exec.trial.metrics import MetricsRecorder
 
 if TYPE_CHECKING:
     from safe_exec.kernel.prestart import Early
@@ -47,7 +47,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
 
     ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
     kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do. ``early`` is the
-    sandbox that was opened ahead. ``heard`` is called with each message that put something into a cell (its index, and what is kept of
+    sandbox that was opened ahead. ``on_message`` is called with each message that put something into a cell (its index, and what is kept of
     the message); it must not raise.
     """
 
@@ -69,17 +69,17 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     before_cells: Callable[[], Awaitable[None]] | None = None
     hasty: bool = False
     early: Early | None = None
-    heard: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
+    on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
 
 class TrialResult(Struct, frozen=True, kw_only=True):
-    """What was observed. ``node`` is the notebook with the outputs gathered; ``fitted``: code of ours ran in the kernel."""
+    """What was observed. ``node`` is the notebook with the outputs gathered; ``instrumented``: code of ours ran in the kernel."""
 
     ending: Ending
     evidence: Evidence
-    ledger: Ledger
+    metrics: MetricsRecorder
     node: Any
-    place: Place | None
+    location: CellLocation | None
     hello: Mapping[str, Any]
     warnings: tuple[str, ...]
-    fitted: bool = True
+    instrumented: bool = True

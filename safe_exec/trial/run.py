@@ -29,7 +29,7 @@ from safe_exec.model.ending import (
 )
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
-from safe_exec.trial.evidence import gather
+from safe_exec.trial.evidence import collect_evidence
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
 from safe_exec.trial.state import TrialState
@@ -83,7 +83,7 @@ class Trial:
         """The kernel is ready for the notebook."""
         if "language_info" in info:
             self.state.request.node.metadata["language_info"] = info["language_info"]
-        self.state.ledger.ready(self.state.now())
+        self.state.metrics.ready(self.state.now())
 
     async def run(self, request: TrialRequest | None = None) -> TrialResult:
         """Run; whatever happens, the tree is dead and everything removed when this returns.
@@ -125,13 +125,13 @@ class Trial:
     async def _finish(self, ending: Ending) -> TrialResult:
         """Collect the evidence while it is there, then take everything down."""
         if self.state.current is not None:
-            self.state.ledger.abandon(self.state.current)
+            self.state.metrics.abandon(self.state.current)
         ending = await self._settle(ending)
         self.session.take_facts()
         self._warn_of_messages()
         if isinstance(ending, Passed | CellFailed):
             self._warn_of_tracing()
-        evidence, place = gather(self.state, ending)
+        evidence, location = collect_evidence(self.state, ending)
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
         self.session.close()
@@ -141,16 +141,16 @@ class Trial:
             self.state.warnings.append(
                 f"left behind: processes {list(departure.alive)}, paths {list(departure.left)}; the next run tries again"
             )
-        self.state.ledger.close(self.state.now())
+        self.state.metrics.close(self.state.now())
         return TrialResult(
             ending=ending,
             evidence=evidence,
-            ledger=self.state.ledger,
+            metrics=self.state.metrics,
             node=self.state.request.node,
-            place=place,
+            location=location,
             hello=self.session.told.hello,
             warnings=tuple(self.state.warnings),
-            fitted=self.session.fitted,
+            instrumented=self.session.instrumented,
         )
 
     def _warn_of_sandbox(self) -> None:
@@ -168,15 +168,15 @@ class Trial:
 
     def _warn_of_tracing(self) -> None:
         """A trace function that a cell left on slows all that runs after it, and nothing shows that."""
-        told = self.session.told
-        for name in told.own_actions.tracing:
+        facts = self.session.told
+        for name in facts.own_actions.tracing:
             setters = [
                 a
-                for a in told.own_actions.all(told.index_of, told.frames)
+                for a in facts.own_actions.all(facts.index_of, facts.frames)
                 if a.kind == "trace" and a.call == name
             ]
             if setters and setters[-1].cell is not None:
-                number = self.state.ledger.code_index(setters[-1].cell) + 1
+                number = self.state.metrics.code_index(setters[-1].cell) + 1
                 self.state.warnings.append(
                     f"code cell {number} left a function of {name}() on, which slows all Python code after it"
                 )
@@ -225,9 +225,11 @@ class Trial:
         await self._read_last_counters()
         if not await self.session.may_be_asked_to_end():
             return await CellLoop(self.state).ending_by_death(None)
-        asked = self.session.client.asked_to_exit if self.session.client else None
-        if asked is not None:  # comes before an error that a later, quick cell may have raised
-            ending = Died(cell=asked, exit=None, asked_to_exit=True)
+        exiting_cell = self.session.client.asked_to_exit if self.session.client else None
+        if (
+            exiting_cell is not None
+        ):  # comes before an error that a later, quick cell may have raised
+            ending = Died(cell=exiting_cell, exit=None, asked_to_exit=True)
         if self.state.request.hasty:
             self.state.kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
@@ -250,7 +252,7 @@ class Trial:
     async def _read_last_counters(self) -> None:
         self.session.note_process()
         if self.session.meter is not None:
-            self.state.ledger.counters = self.session.meter.counters()
+            self.state.metrics.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):
             self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
 
@@ -269,7 +271,7 @@ class Trial:
         self.state.sink(
             events.SandboxBuilt(time=self.state.now(), enforcement=request.plan.enforcement)
         )
-        begun = time.monotonic()
+        start_time = time.monotonic()
         try:
             early = request.early
             self.session.open_sandbox(early.sandbox_for(request.plan) if early else None)
@@ -283,7 +285,7 @@ class Trial:
             self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid or 0))
             info = await self._connect()
         except KernelStartError as error:
-            return self._start_failed(error, time.monotonic() - begun)
+            return self._start_failed(error, time.monotonic() - start_time)
         if info is None:
             return Cancelled(
                 signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None
@@ -309,7 +311,7 @@ class Trial:
         )
         client.reset_execution_trackers()
         client.total_cap = self.state.request.limits.output
-        client.heard = self.state.request.heard
+        client.on_message = self.state.request.on_message
         connect = asyncio.create_task(
             self.session.connect(client, self.state.request.limits.start_timeout)
         )

@@ -59,7 +59,7 @@ class Sampler:
         state = self.state
         assert state.session.meter is not None
         reading = state.session.meter.read()
-        state.ledger.sample(state.now(), reading, state.current)
+        state.metrics.sample(state.now(), reading, state.current)
         if state.session.volumes is not None:
             state.session.volumes.look(own=True)
         for index, size in self._output.items():

@@ -37,13 +37,13 @@ def script_line(source: str, text: str) -> int | None:
 
 def header_line(lines: list[str]) -> int | None:
     """The line, from 1, of the innermost cell magic at the top of a cell."""
-    found = None
+    header_number = None
     for number, line in enumerate(lines, 1):
         if _HEADER.match(line):
-            found = number
+            header_number = number
         elif line.strip():
             break
-    return found
+    return header_number
 
 
 def _line_of_script(body: str, header: str, text: str) -> int | None:
@@ -51,14 +51,18 @@ def _line_of_script(body: str, header: str, text: str) -> int | None:
         numbers = message.findall(text)
         if numbers:
             return int(numbers[-1])
-    shown = list(_SHELL_MESSAGE.finditer(text))
-    if not shown:
+    messages = list(_SHELL_MESSAGE.finditer(text))
+    if not messages:
         return None
-    line, words = int(shown[-1][1]), shown[-1][2]
+    line, shell_message = int(messages[-1][1]), messages[-1][2]
     commands = [
         number
         for number, row in enumerate(body.splitlines(), 1)
         if row.strip() and not row.lstrip().startswith("#")
     ]
-    stops = _STOPS_AT_ERRORS.search(body) or _E_OPTION.search(header) or _ENDS_A_SHELL.search(words)
+    stops = (
+        _STOPS_AT_ERRORS.search(body)
+        or _E_OPTION.search(header)
+        or _ENDS_A_SHELL.search(shell_message)
+    )
     return line if stops or (commands and line == commands[-1]) else None

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from safe_exec.kernel.session import KernelSession
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
-from safe_exec.model.evidence import Looked, ProcessCount
+from safe_exec.model.evidence import ActivityObservation, ProcessCount
 from safe_exec.model.limits import LimitName
-from safe_exec.trial.metrics import Ledger
+from safe_exec.trial.metrics import MetricsRecorder
 from safe_exec.trial.request import TrialRequest
 
 MOST_BYTES_PER_SECOND = 20 << 30
@@ -27,7 +27,7 @@ class TrialState:
         self.request = request
         self.sink = request.sink
         self.signals = request.cancellation.signals
-        self.ledger = Ledger.for_notebook(request.node, request.started)
+        self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
         self.session = KernelSession(
             limits=replace(request.limits, cell_output=request.largest_output),
             plan=request.plan,
@@ -38,8 +38,8 @@ class TrialState:
         self.stopping = asyncio.Event()
         self.current: int | None = None
         self.limit: tuple[LimitName, int | None] | None = None
-        self.looked: Looked | None = None
-        self.looked_at: float | None = None
+        self.observation: ActivityObservation | None = None
+        self.observed_at: float | None = None
         self.printed: tuple[int, str] | None = None
         self.open_files: int | None = None
         self.tasks_at_timeout: ProcessCount | None = None
@@ -54,7 +54,7 @@ class TrialState:
     def take_on(self, request: TrialRequest) -> None:
         """The question for a kernel that was started before it was asked; the sandbox is the same."""
         self.request = request
-        self.ledger = Ledger.for_notebook(request.node, request.started)
+        self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
 
     # --- what is decided, once ----------------------------------------------------------------------------------
 
@@ -124,9 +124,9 @@ class TrialState:
             return None
         inside = 0
         provisioner = self.session.provisioner
-        if self.session.fitted and provisioner and provisioner.channels:
+        if self.session.instrumented and provisioner and provisioner.channels:
             inside = sum(provisioner.channels.page.counts())
-            record = self.ledger.records.get(self.current) if self.current is not None else None
+            record = self.metrics.records.get(self.current) if self.current is not None else None
             if (
                 record is None
                 or record.started is None

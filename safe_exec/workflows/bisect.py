@@ -20,7 +20,7 @@ from safe_exec.sandbox.keeper_process import Nursery
 from safe_exec.workflows.prepare import Bisect, PreparedJob
 
 if TYPE_CHECKING:
-    from safe_exec.experiments.culprits.finder import Investigated
+    from safe_exec.experiments.culprits.finder import InvestigationResult
     from safe_exec.experiments.workspace import Snapshot
     from safe_exec.trial.request import TrialRequest, TrialResult
 
@@ -170,19 +170,20 @@ async def _search(
     snapshot: Snapshot,
 ) -> Verdict:
     """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
-    from safe_exec.experiments.culprits.finder import Given, Investigation
-    from safe_exec.experiments.culprits.oracle import Oracle, SearchFailed
+    from safe_exec.experiments.culprits.finder import FirstRun, Investigation
+    from safe_exec.experiments.culprits.oracle import Oracle
+    from safe_exec.experiments.rerun import RerunFailed
     from safe_exec.experiments.trial_cache import TrialCache, cache_root, tidy
-    from safe_exec.experiments.workspace import NoView, views_of
+    from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
 
     with contextlib.suppress(OSError):
         tidy(cache_root())
     try:
-        views = views_of(
+        workspaces = workspace_factory(
             snapshot, ours=_documents_of(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
         )
-        oracle = Oracle(_subject(prepared, verdict, request), views, TrialCache(cache_root()))
-        problem = Given(
+        oracle = Oracle(_subject(prepared, verdict, request), workspaces, TrialCache(cache_root()))
+        problem = FirstRun(
             verdict=verdict,
             node=notebook.strip_annotations(prepared.notebook.node),
             budget=budget_of(prepared.job.bisect_budget, verdict),
@@ -194,7 +195,7 @@ async def _search(
                 outcome = await Investigation(problem, oracle).run()
             finally:
                 await oracle.close()
-    except (NoView, SearchFailed, OSError) as trouble:
+    except (WorkspaceUnavailable, RerunFailed, OSError) as trouble:
         return _with_warning(verdict, f"no search for the culprits: {trouble}")
     return _with_culprits(folder, verdict, outcome)
 
@@ -257,7 +258,9 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
     return cause_of(result, request.limits, request.plan, verdict.notebook.language)
 
 
-def _with_culprits(folder: FolderSnapshot, verdict: Verdict, outcome: Investigated) -> Verdict:
+def _with_culprits(
+    folder: FolderSnapshot, verdict: Verdict, outcome: InvestigationResult
+) -> Verdict:
     """The verdict with the culprits; the reproduction is written."""
     verdict = replace(
         verdict, culprits=outcome.culprits, warnings=(*verdict.warnings, *outcome.warnings)

@@ -15,8 +15,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.errors import SandboxError
+from safe_exec.experiments.driver import drive
 from safe_exec.experiments.threshold.scales import SCALES, Scale
-from safe_exec.experiments.threshold.search import Bracket, Cancel, Fate, Search, Tried, Try, search
+from safe_exec.experiments.threshold.search import (
+    Bracket,
+    ProbeCancelled,
+    ProbeOutcome,
+    ProbeQuery,
+    ProbeResult,
+    Search,
+    search,
+)
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.model.verdict import Cause, CrashCell
 from safe_exec.sandbox.planner import build_plan
@@ -24,7 +33,7 @@ from safe_exec.workflows.prepare import PreparedJob
 from safe_exec.workflows.scratch import open_scratch
 
 if TYPE_CHECKING:
-    from safe_exec.experiments.rerun import Ran, Runs
+    from safe_exec.experiments.rerun import Rerunner, RerunResult
 
 SLOW_FACTOR, SLOW_SECONDS = 10.0, 10.0
 """A run that takes so many times the one that passed, and so much more, fails: near its limit a program may only crawl."""
@@ -37,7 +46,7 @@ class ProbeRun(Struct, frozen=True, kw_only=True):
     """One run with one value (infinity: without a limit): what became of it, and of what it died."""
 
     value: float
-    fate: Fate
+    outcome: ProbeOutcome
     seconds: float
     peak: float | None = None
     cause: Cause | None = None
@@ -48,7 +57,7 @@ class ProbeRun(Struct, frozen=True, kw_only=True):
     @property
     def passed(self) -> bool:
         """Whether every cell ran."""
-        return self.fate is Fate.PASSED and not self.cut
+        return self.outcome is ProbeOutcome.PASSED and not self.cut
 
 
 class ProbeReport(Struct, frozen=True, kw_only=True):
@@ -88,7 +97,7 @@ class ProbeListener(Protocol):
 class ProbeRunner(Protocol):
     """Runs the notebook with a value."""
 
-    async def run(self, attempt: Try) -> ProbeRun:
+    async def run(self, query: ProbeQuery) -> ProbeRun:
         """One run."""
 
     @property
@@ -97,25 +106,30 @@ class ProbeRunner(Protocol):
 
 
 async def probe(
-    prepared: PreparedJob, name: LimitName, *, precision: float, budget: float, watch: ProbeListener
+    prepared: PreparedJob,
+    name: LimitName,
+    *,
+    precision: float,
+    budget: float,
+    observer: ProbeListener,
 ) -> ProbeReport:
     """Find the threshold of one limit. Raises SandboxError where nothing can be run or nothing here holds that limit."""
-    from safe_exec.experiments.rerun import NoTrial
+    from safe_exec.experiments.rerun import RerunFailed
 
     scale = SCALES[name]
     current_value = prepared.limits.values.of(name)
     question = scale.question(
-        given=current_value,
+        initial=current_value,
         most=most_of(name, prepared, budget),
         precision=precision,
         budget=budget,
     )
     enforcement = enforcement_of(prepared, name, question.guess)
     async with open_scratch(prepared) as scratch:
-        runner = NotebookRunner(prepared, scratch.runs, scale)
+        runner = NotebookRunner(prepared, scratch.rerunner, scale)
         try:
-            bracket, runs = await drive(search(question), runner, watch)
-        except NoTrial as trouble:
+            bracket, runs = await run_search(search(question), runner, observer)
+        except RerunFailed as trouble:
             raise SandboxError(str(trouble)) from trouble
         gaps = scratch.gaps
     return ProbeReport(
@@ -164,33 +178,31 @@ def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
     return replace(limits, **changed)
 
 
-async def drive(
-    searching: Search, runner: ProbeRunner, watch: ProbeListener
+async def run_search(
+    searching: Search, runner: ProbeRunner, observer: ProbeListener
 ) -> tuple[Bracket, tuple[ProbeRun, ...]]:
-    """Answer the search's questions until it is done; a signal ends it with what is known."""
+    """Run the notebook for each query of the search; a signal ends it with the bracket so far."""
     runs: list[ProbeRun] = []
-    try:
-        attempt = next(searching)
-        while True:
-            watch.begins(len(runs) + 1, attempt.value)
-            run = await runner.run(attempt)
-            if runner.cancelled:
-                attempt = searching.throw(Cancel())
-                continue
+
+    async def answer(query: ProbeQuery) -> ProbeResult:
+        observer.begins(len(runs) + 1, query.value)
+        run = await runner.run(query)
+        if not runner.cancelled:
             runs.append(run)
-            watch.ended(len(runs), run)
-            attempt = searching.send(
-                Tried(fate=run.fate, seconds=run.seconds, peak=run.peak, cut=run.cut)
-            )
-    except StopIteration as done:
-        bracket: Bracket = done.value
-        return bracket, tuple(runs)
+            observer.ended(len(runs), run)
+        return ProbeResult(outcome=run.outcome, seconds=run.seconds, peak=run.peak, cut=run.cut)
+
+    def cancellation() -> ProbeCancelled | None:
+        return ProbeCancelled() if runner.cancelled else None
+
+    bracket = await drive(searching, answer, cancellation=cancellation)
+    return bracket, tuple(runs)
 
 
 class NotebookRunner:
     """Runs of the notebook itself."""
 
-    def __init__(self, prepared: PreparedJob, runs: Runs, scale: Scale) -> None:
+    def __init__(self, prepared: PreparedJob, runs: Rerunner, scale: Scale) -> None:
         self.prepared, self.runs, self.scale = prepared, runs, scale
         self._deadline = math.inf
         self._first = True
@@ -200,31 +212,35 @@ class NotebookRunner:
         """Whether a signal came."""
         return bool(self.runs.template.cancellation.signals)
 
-    async def run(self, attempt: Try) -> ProbeRun:
-        """One run, cold. Raises NoTrial where not even the first can be run."""
-        from safe_exec.experiments.rerun import Change, NoTrial, why_not_run
+    async def run(self, query: ProbeQuery) -> ProbeRun:
+        """One run, cold. Raises RerunFailed where not even the first can be run."""
+        from safe_exec.experiments.rerun import RerunFailed, RerunOptions, why_not_run
         from safe_exec.experiments.threshold.descriptors import Descriptors
         from safe_exec.model.ending import InternalError
 
-        name, value = self.scale.name, self.scale.limit(attempt.value)
+        name, value = self.scale.name, self.scale.limit(query.value)
         limits = with_value(self.prepared.limits.values, name, value)
         descriptors = Descriptors(limits.open_files)
-        change = Change(
+        options = RerunOptions(
             limits=limits,
             # The first run is with the limits as given, of the cells too.
             cell_limits=self.runs.template.cell_limits if self._first else self._of_cells(value),
-            allowed=attempt.allowed,
+            time_budget=query.time_budget,
             deadline=self._deadline,
             sink=descriptors,
         )
-        ran = await self.runs.run(change)
-        trouble = why_not_run(ran.result) if isinstance(ran.result.ending, InternalError) else None
+        rerun_result = await self.runs.run(options)
+        trouble = (
+            why_not_run(rerun_result.result)
+            if isinstance(rerun_result.result.ending, InternalError)
+            else None
+        )
         if trouble is not None and self._first:
-            raise NoTrial(trouble)
+            raise RerunFailed(trouble)
         self._first = False
-        run = self._to_probe_run(attempt, ran, descriptors)
+        run = self._to_probe_run(query, rerun_result, descriptors)
         if run.passed and name not in TIMES:
-            self._deadline = min(self._deadline, SLOW_FACTOR * ran.seconds + SLOW_SECONDS)
+            self._deadline = min(self._deadline, SLOW_FACTOR * rerun_result.seconds + SLOW_SECONDS)
         return run
 
     def _of_cells(self, value: float | None) -> Callable[[Any], Limits]:
@@ -232,23 +248,25 @@ class NotebookRunner:
         own = self.runs.template.cell_limits
         return lambda cell: with_value(own(cell), self.scale.name, value)
 
-    def _to_probe_run(self, attempt: Try, ran: Ran, descriptors: Any) -> ProbeRun:
+    def _to_probe_run(
+        self, query: ProbeQuery, rerun_result: RerunResult, descriptors: Any
+    ) -> ProbeRun:
         from safe_exec.diagnosis.verdict import cause_of, crash_cell
         from safe_exec.experiments.rerun import peak_of
 
-        result, request, name = ran.result, ran.request, self.scale.name
+        result, request, name = rerun_result.result, rerun_result.request, self.scale.name
         cause = cause_of(result, request.limits, request.plan, self.prepared.notebook.language)
         measured = {
             LimitName.OPEN_FILES: descriptors.most,
             LimitName.FILE_SIZE: descriptors.largest,
         }
         return ProbeRun(
-            value=attempt.value,
-            fate=self.scale.fate(cause),
-            seconds=ran.seconds,
+            value=query.value,
+            outcome=self.scale.outcome(cause),
+            seconds=rerun_result.seconds,
             peak=measured[name] if name in measured else peak_of(name, result),
             cause=cause,
-            crash_cell=crash_cell(result.ending, result.place, result.node),
-            slow=ran.slow,
-            cut=ran.cut,
+            crash_cell=crash_cell(result.ending, result.location, result.node),
+            slow=rerun_result.slow,
+            cut=rerun_result.cut,
         )

@@ -70,22 +70,26 @@ def prepare_replay(
 
 async def replay(request: Replay, sink: EventSink) -> ReplayResult:
     """Run it once, in a copy of the folder, and compare. Raises SandboxError where it cannot be run."""
-    from safe_exec.experiments.rerun import Change, NoTrial, why_not_run
+    from safe_exec.experiments.rerun import RerunFailed, RerunOptions, why_not_run
     from safe_exec.model.ending import InternalError
 
     prepared = request.prepared
     sink(_started(prepared))
     async with open_scratch(prepared) as scratch:
         try:
-            ran = await scratch.runs.run(
-                Change(limits=prepared.limits.values, cell_limits=scratch.cell_limits, sink=sink)
+            rerun_result = await scratch.rerunner.run(
+                RerunOptions(
+                    limits=prepared.limits.values, cell_limits=scratch.cell_limits, sink=sink
+                )
             )
-        except NoTrial as trouble:
+        except RerunFailed as trouble:
             raise SandboxError(str(trouble)) from trouble
         gaps = scratch.gaps
-    if isinstance(ran.result.ending, InternalError):
-        raise SandboxError(f"it could not be run here: {why_not_run(ran.result)}")
-    rerun = build_verdict(run_info(prepared, ran.request), ran.result, ran.request.plan)
+    if isinstance(rerun_result.result.ending, InternalError):
+        raise SandboxError(f"it could not be run here: {why_not_run(rerun_result.result)}")
+    rerun = build_verdict(
+        run_info(prepared, rerun_result.request), rerun_result.result, rerun_result.request.plan
+    )
     return ReplayResult(
         replay=request,
         rerun=rerun,

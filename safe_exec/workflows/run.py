@@ -103,7 +103,7 @@ async def run_undocumented(
 ) -> tuple[Verdict, Any]:
     """First run and cause, for tools that write documents of their own; nothing is searched for. Verdict, notebook with its outputs.
 
-    ``heard`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
+    ``on_message`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
@@ -168,7 +168,7 @@ async def _first_run(
     folder: FolderSnapshot,
     on_message: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> FirstRun:
-    from safe_exec.trial.metrics import Ledger
+    from safe_exec.trial.metrics import MetricsRecorder
     from safe_exec.trial.request import TrialResult
     from safe_exec.trial.run import run_trial  # jupyter_client and zmq: the kernel starts meanwhile
 
@@ -181,18 +181,18 @@ async def _first_run(
     plan = replace(plan, orphans=folder.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     if on_message is not None:
-        request = replace(request, heard=on_message)
+        request = replace(request, on_message=on_message)
     try:
         require(plan, prepared.limits.required)
     except EnforcementError as error:
-        ledger = Ledger.for_notebook(prepared.node, prepared.started)
-        ledger.close(time.monotonic() - prepared.started)
+        metrics = MetricsRecorder.for_notebook(prepared.node, prepared.started)
+        metrics.close(time.monotonic() - prepared.started)
         result = TrialResult(
             ending=InternalError(message=str(error), refused=True),
             evidence=Evidence(),
-            ledger=ledger,
+            metrics=metrics,
             node=prepared.node,
-            place=None,
+            location=None,
             hello={},
             warnings=(),
         )

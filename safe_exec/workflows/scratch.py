@@ -18,7 +18,7 @@ from safe_exec.workflows.prepare import PreparedJob
 from safe_exec.workflows.run import request_for, signals
 
 if TYPE_CHECKING:
-    from safe_exec.experiments.rerun import Runs
+    from safe_exec.experiments.rerun import Rerunner
     from safe_exec.model.limits import Limits
     from safe_exec.trial.request import Cancellation
 
@@ -27,18 +27,18 @@ class ScratchRuns(Struct, frozen=True, kw_only=True):
     """A notebook that is ready to be run as often as one likes. ``gaps`` say what a run may still see of an earlier one."""
 
     prepared: PreparedJob
-    runs: Runs
+    rerunner: Rerunner
     cancellation: Cancellation
 
     @property
     def gaps(self) -> tuple[str, ...]:
         """What could not be kept apart."""
-        return self.runs.views.gaps
+        return self.rerunner.workspaces.gaps
 
     @property
     def cell_limits(self) -> Callable[[Any], Limits]:
         """The limits of each cell as the user set them."""
-        return self.runs.template.cell_limits
+        return self.rerunner.template.cell_limits
 
 
 @contextlib.asynccontextmanager
@@ -47,9 +47,9 @@ async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
 
     Raises SandboxError where the folder cannot be kept.
     """
-    from safe_exec.experiments.rerun import Runs
+    from safe_exec.experiments.rerun import Rerunner
     from safe_exec.experiments.trial_cache import cache_root, claim_folder, release_folder, tidy
-    from safe_exec.experiments.workspace import take, views_of
+    from safe_exec.experiments.workspace import take, workspace_factory
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import repository_of
 
@@ -64,11 +64,13 @@ async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
             snapshot = await asyncio.to_thread(
                 take, prepared.paths.cwd, scratch, ours=ours, repository=repository_of(prepared)
             )
-            views = views_of(snapshot, ours=ours, insist=True)
+            workspaces = workspace_factory(snapshot, ours=ours, insist=True)
         except OSError as error:
             raise SandboxError(
                 f"{prepared.paths.cwd}: the folder cannot be kept as it is: {error}"
             ) from error
         plan = prepared.plan()
         template = request_for(prepared, plan, prepared.node, cancellation, lambda _event: None)
-        yield ScratchRuns(prepared=prepared, runs=Runs(template, views), cancellation=cancellation)
+        yield ScratchRuns(
+            prepared=prepared, rerunner=Rerunner(template, workspaces), cancellation=cancellation
+        )

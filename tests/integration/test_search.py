@@ -129,7 +129,7 @@ class Background:
     """A run that goes on beside the test, with its event log."""
 
     def __init__(self, place: Place, path: Path, *options: str) -> None:
-        self.place, self.path, self.events = place, path, place.outside / "events.jsonl"
+        self.location, self.path, self.events = place, path, place.outside / "events.jsonl"
         argv = [
             *place.prefix,
             str(EXECUTABLE),

@@ -61,13 +61,15 @@ OBSERVATIONS = frozenset(
         "memory_children", "memory_upper_bound", "oom_kills_earlier", "replaced_by", "kill_command",
     }
 )  # fmt: skip
-"""Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``looked``
+"""Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``observation``
 that are not are in ``CLAIMED_PARTS``."""
 CLAIMED_PARTS: Mapping[str, frozenset[str]] = {
     "fault": frozenset({"title", "stack", "main"}),
-    "looked": frozenset({"stack", "gil_waits", "lines", "awaiting", "starved", "fitted"}),
+    "observation": frozenset(
+        {"stack", "gil_waits", "lines", "awaiting", "starved", "instrumented"}
+    ),
 }
-REQUIRED_PARTS = {"looked": {"state": None, "cpu_share": None, "syscall": None}, "fault": {}}
+REQUIRED_PARTS = {"observation": {"state": None, "cpu_share": None, "syscall": None}, "fault": {}}
 
 
 def only_claims(evidence: Evidence) -> Evidence:
@@ -236,8 +238,8 @@ HELPS: Mapping[str, Callable[[Context], bool]] = {
     "--cell-output": limited(LimitName.CELL_OUTPUT),
     "--output": limited(LimitName.OUTPUT),
     "--cpu-time": limited(LimitName.CPU_TIME),
-    "--cell-timeout": lambda c: isinstance(c.ending, TimedOut) and not c.ending.whole,
-    "--timeout": lambda c: isinstance(c.ending, TimedOut) and c.ending.whole,
+    "--cell-timeout": lambda c: isinstance(c.ending, TimedOut) and not c.ending.whole_notebook,
+    "--timeout": lambda c: isinstance(c.ending, TimedOut) and c.ending.whole_notebook,
     "--start-timeout": lambda c: isinstance(c.ending, StartFailed),
     "--network": walled(Wall.NETWORK),
     "--env": lambda c: any(n.kind is NeedKind.VARIABLE for n in c.evidence.conflicts),

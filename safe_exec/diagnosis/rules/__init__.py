@@ -53,13 +53,13 @@ RULES: tuple[Rule, ...] = (
     timeouts.replaced,
     timeouts.processes_exhausted,
     timeouts.waits_for_input,
-    timeouts.mute,
+    timeouts.unresponsive,
     timeouts.timed_out,
     # Errors of cells.
     engines.own_limit,
     memory.refused,
     network.blocked,
-    isolation.taken_away,
+    isolation.refused_access,
     disk.full,
     limits.raised,
     exceptions.stdin,
@@ -76,5 +76,7 @@ def find_cause(context: Context) -> Cause | None:
     for rule in RULES:
         cause = rule(context)
         if cause is not None:
-            return earlier.with_killed_workers(context, own_actions.amended(context, cause))
+            return earlier.with_killed_workers(
+                context, own_actions.with_own_actions(context, cause)
+            )
     return None

@@ -92,7 +92,7 @@ def stack_overflow(context: Context) -> Cause | None:
     )
     used = "" if site.stack_bytes is None else f" ({format_size(site.stack_bytes)} in use)"
     stack = f"the {limit}stack" if site.main else "the stack of a thread"
-    summary = f"stack overflow: {_where(fault)}{stack} had no room for another call{used}"
+    summary = f"stack overflow: {_location_text(fault)}{stack} had no room for another call{used}"
     advice = ADVICE[CauseKind.STACK_OVERFLOW] + (
         "" if site.main or not context.is_python else IN_THREAD
     )
@@ -153,7 +153,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
         outside("stack limit", fault.stack_limit, "/proc/PID/limits"),
         *_stack_facts(context, fault),
     )
-    summary = f"stack overflow: {_where(fault)}the {fault.stack_limit >> 20} MiB stack was full when the kernel crashed"
+    summary = f"stack overflow: {_location_text(fault)}the {fault.stack_limit >> 20} MiB stack was full when the kernel crashed"
     return make(
         context,
         CauseKind.STACK_OVERFLOW,
@@ -182,10 +182,10 @@ def fault(context: Context) -> Cause | None:
         *(_stack_facts(context, evidence.fault) if evidence.fault else ()),
         *((message.fact,) if message else ()),
     )
-    where = _where(evidence.fault) if evidence.fault else ""
+    location_text = _location_text(evidence.fault) if evidence.fault else ""
     if site is not None and not site.faulted and kind is not CauseKind.ABORT:
         text = f"{number.name} was sent to the kernel, and no instruction had failed: look for os.kill() or raise_signal()"
-    summary = f"{text}{f' ({where.rstrip(chr(32))})' if where else ''}"
+    summary = f"{text}{f' ({location_text.rstrip(chr(32))})' if location_text else ''}"
     if kind is CauseKind.ABORT and evidence.fault and evidence.fault.title not in SIGNAL_TITLES:
         # Py_FatalError names its reason, and aborts: nothing that was written before is nearer to it.
         summary += f"; fatal error in Python: {evidence.fault.title}"
@@ -204,7 +204,7 @@ def _died_of(context: Context, signals: tuple[int, ...]) -> bool:
     return isinstance(context.ending, Died) and status is not None and status.signal in signals
 
 
-def _where(fault: FaultReport) -> str:
+def _location_text(fault: FaultReport) -> str:
     if not fault.stack:
         return "in a thread without Python frames " if fault.main is False else ""
     frame = fault.stack[0]

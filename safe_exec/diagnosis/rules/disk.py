@@ -77,7 +77,7 @@ class _Claim(Struct, frozen=True, kw_only=True):
 
     text: str
     source: str
-    needed: int | None = None
+    required_bytes: int | None = None
 
 
 def full(context: Context) -> Cause | None:
@@ -95,14 +95,17 @@ def full(context: Context) -> Cause | None:
     filled = _was_filled(volume)
     if FAILED_WRITE.search(text):
         return _cause(
-            context, volume, Confidence.CERTAIN if filled else Confidence.LIKELY, _said(error)
+            context,
+            volume,
+            Confidence.CERTAIN if filled else Confidence.LIKELY,
+            _raised_fact(error),
         )
     if UNFINISHED.search(text) or (
         filled
         and error.ename.rpartition(".")[2] not in LOGIC_ERRORS
         and not _has_other_number(context)
     ):
-        return _cause(context, volume, Confidence.LIKELY, _said(error))
+        return _cause(context, volume, Confidence.LIKELY, _raised_fact(error))
     return None
 
 
@@ -123,14 +126,14 @@ def bus_error(context: Context) -> Cause | None:
 
 def _claim(context: Context, error: CellError) -> _Claim | None:
     """The words that say that a disk is full, and who says them."""
-    found = FULL.search(error.evalue) or (
+    match = FULL.search(error.evalue) or (
         FULL.search(error.ename) if context.language not in (None, "python") else None
     )
-    if found is not None:
+    if match is not None:
         return _Claim(
             text=f"{error.ename}: {error.evalue}"[:300],
             source="the cell's error",
-            needed=_needed(found),
+            required_bytes=_required_bytes(match),
         )
     if any(row.number in (28, 122) for row in context.evidence.raised):
         return _Claim(
@@ -144,13 +147,13 @@ def _claim(context: Context, error: CellError) -> _Claim | None:
     )
 
 
-def _needed(found: re.Match[str]) -> int | None:
-    text = found["needed"]
+def _required_bytes(match: re.Match[str]) -> int | None:
+    text = match["needed"]
     return int(text[:18]) if text else None
 
 
 def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None:
-    volume = _full_volume(context, claim.needed, scarce=True)
+    volume = _full_volume(context, claim.required_bytes, scarce=True)
     kind = error.ename.rpartition(".")[2]
     by_system = (
         kind in OS_ERRORS
@@ -172,7 +175,7 @@ def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None
 
 
 def _full_volume(
-    context: Context, needed: int | None = None, *, scarce: bool = False
+    context: Context, required_bytes: int | None = None, *, scarce: bool = False
 ) -> Volume | None:
     """The volume that has no room: the one with the least. ``scarce``: a little is left, as after a write that was undone."""
     evidence = context.evidence
@@ -182,15 +185,15 @@ def _full_volume(
             Volume(places=("the folder",), size=context.limits.disk or 0, free=evidence.disk_free)
         )
     candidates = [
-        volume for volume in volumes if volume.free < _least(volume, needed, scarce=scarce)
+        volume for volume in volumes if volume.free < _least(volume, required_bytes, scarce=scarce)
     ]
     return min(candidates, key=lambda volume: volume.free, default=None)
 
 
-def _least(volume: Volume, needed: int | None, *, scarce: bool) -> int:
+def _least(volume: Volume, required_bytes: int | None, *, scarce: bool) -> int:
     """The free bytes below which a volume counts as full."""
-    if needed is not None:
-        return needed
+    if required_bytes is not None:
+        return required_bytes
     return (
         SCARCE_BYTES
         if scarce
@@ -200,7 +203,7 @@ def _least(volume: Volume, needed: int | None, *, scarce: bool) -> int:
 
 def _was_filled(volume: Volume) -> bool:
     """Whether the cell itself took the space."""
-    return volume.before is not None and volume.before - volume.free >= FILLED_BYTES
+    return volume.free_at_start is not None and volume.free_at_start - volume.free >= FILLED_BYTES
 
 
 def _has_other_number(context: Context) -> bool:
@@ -208,7 +211,9 @@ def _has_other_number(context: Context) -> bool:
     return any(row.number is not None for row in context.evidence.raised if not row.remote)
 
 
-def _cause(context: Context, volume: Volume | None, confidence: Confidence, said: Fact) -> Cause:
+def _cause(
+    context: Context, volume: Volume | None, confidence: Confidence, claim_fact: Fact
+) -> Cause:
     name = _name(context, volume)
     summary = f"the disk is full: {name} could not take what was written"
     return make(
@@ -216,12 +221,12 @@ def _cause(context: Context, volume: Volume | None, confidence: Confidence, said
         CauseKind.DISK_FULL,
         summary,
         confidence,
-        (said, *_facts(context, volume)),
+        (claim_fact, *_facts(context, volume)),
         _advice(context, volume),
     )
 
 
-def _said(error: CellError) -> Fact:
+def _raised_fact(error: CellError) -> Fact:
     return inside("raised", f"{error.ename}: {error.evalue}"[:MOST_WORDS], "the cell's error")
 
 

@@ -18,9 +18,9 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
     kills = context.evidence.oom_kills_earlier
     if not kills or not isinstance(context.ending, CellFailed | TimedOut | Died):
         return cause
-    where = " and ".join(context.human(cell) for cell, _ in kills)
+    cell_names = " and ".join(context.human(cell) for cell, _ in kills)
     number = sum(count for _, count in kills)
-    who, was, it = (
+    subject, verb, possessive = (
         ("a process", "was", "its") if number == 1 else (f"{number} processes", "were", "their")
     )
     facts: tuple[Fact, ...] = tuple(
@@ -36,7 +36,7 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
     more = "" if elsewhere else context.if_limited(LimitName.MEMORY, ", or raise --memory")
     return replace(
         cause,
-        summary=f"{cause.summary}; earlier, {who} that the notebook had started {was} killed for memory in {where}",
+        summary=f"{cause.summary}; earlier, {subject} that the notebook had started {verb} killed for memory in {cell_names}",
         evidence=(*cause.evidence, *facts),
-        advice=f"Look at {where} first: {it} result is missing. Use fewer or smaller workers there{more}. {cause.advice}",
+        advice=f"Look at {cell_names} first: {possessive} result is missing. Use fewer or smaller workers there{more}. {cause.advice}",
     )

@@ -193,23 +193,25 @@ def own_limit(context: Context) -> Cause | None:
         texts.append((context.evidence.last_words, "output of the cell"))
     for text, source in texts:
         for engine in ENGINES:
-            words = engine.pattern.search(text)
-            if words is not None:
-                return _cause(context, engine, words, source)
+            match = engine.pattern.search(text)
+            if match is not None:
+                return _cause(context, engine, match, source)
     return None
 
 
-def _cause(context: Context, engine: Engine, words: re.Match[str], source: str) -> Cause:
-    limit = words.groupdict().get("limit")
+def _cause(context: Context, engine: Engine, match: re.Match[str], source: str) -> Cause:
+    limit = match.groupdict().get("limit")
     summary = f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a limit of its own, not one of this run"
-    quoted = " ".join(words[0].split())
-    said = inside("raised" if source == "the cell's error" else "printed", quoted[:300], source)
+    quoted = " ".join(match[0].split())
+    quote_fact = inside(
+        "raised" if source == "the cell's error" else "printed", quoted[:300], source
+    )
     setting = (
         (inside(SETTING, engine.setting, "the word by which a notebook sets this limit"),)
         if engine.setting
         else ()
     )
-    facts = (said, *_own_figures(context), *setting)
+    facts = (quote_fact, *_own_figures(context), *setting)
     return make(
         context, engine.kind, summary, _confidence(context), facts, _advice(context, engine)
     )
@@ -248,15 +250,15 @@ def aborted(context: Context) -> Cause | None:
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
         return None
-    words = POLARS_ABORTS.search(f"{evidence.stderr_tail}\n{evidence.last_words}")
-    if words is None:
+    match = POLARS_ABORTS.search(f"{evidence.stderr_tail}\n{evidence.last_words}")
+    if match is None:
         return None
     peak = "" if evidence.memory_peak is None else f" (peak {format_size(evidence.memory_peak)})"
     summary = f"abort: polars ended the kernel as its own memory threshold was passed{peak}; it is a limit of its own, not one of this run"
     advice = "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
     facts = (
         *exit_facts(evidence),
-        inside("last message", words[0], "stderr of the kernel process"),
+        inside("last message", match[0], "stderr of the kernel process"),
         *_own_figures(context),
     )
     facts = (

@@ -41,8 +41,8 @@ def exception(context: Context) -> Cause | None:
     if not error.ename:  # bash says its exit status and nothing else
         summary = f"the cell failed: {first}" if first else "the cell failed"
     # Certain is that a reply was an error and that the kernel lived; what the error says is the kernel's word.
-    said = inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
-    facts = (said, alive("after the error"), *_printed(context))
+    raised_fact = inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
+    facts = (raised_fact, alive("after the error"), *_printed(context))
     advice = "The kernel is fine; fix the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
 

@@ -47,14 +47,14 @@ def asked_to_exit(context: Context) -> Cause | None:
     """``exit()`` or ``quit()``: the reply asked the frontend to end the kernel, and the cells behind it ran before it did."""
     if not isinstance(context.ending, Died) or not context.ending.asked_to_exit:
         return None
-    where = context.human(context.ending.cell)
+    cell_name = context.human(context.ending.cell)
     facts = (inside("asked to exit", True, "payload of the execute reply"), alive("when it asked"))
-    summary = f"{where} called exit() or quit(), which ends the kernel"
-    later = [
+    summary = f"{cell_name} called exit() or quit(), which ends the kernel"
+    later_cells = [
         c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None
     ]
-    if later:
-        summary += f"; {context.human(later[-1].index)} still ran only because the kernel takes a moment to end"
+    if later_cells:
+        summary += f"; {context.human(later_cells[-1].index)} still ran only because the kernel takes a moment to end"
     advice = "Guard the rest of the notebook with an if, or raise an exception; exit() ends the kernel of everyone who runs this."
     return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, facts, advice)
 
@@ -71,9 +71,9 @@ def exited(context: Context) -> Cause | None:
     code = evidence.exit.exit_code
     facts = list(exit_facts(evidence))
     by = ""
-    asked = next((frame for frame in evidence.exit_request if frame.cell is not None), None)
-    if asked is not None and not evidence.exit_caller and code == 0:
-        place = f"{context.human(asked.cell)}, line {asked.line}"
+    exit_frame = next((frame for frame in evidence.exit_request if frame.cell is not None), None)
+    if exit_frame is not None and not evidence.exit_caller and code == 0:
+        place = f"{context.human(exit_frame.cell)}, line {exit_frame.line}"
         facts.append(inside("asked to exit", place, "noted before the call"))
         by = f", as exit() or quit() in {place} had asked it to"
     if evidence.exit_caller:
@@ -107,14 +107,14 @@ def signalled(context: Context) -> Cause | None:
         return _killed(context)
     name = signal_name(status.signal)
     alarm = status.signal in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
-    what = (
+    origin = (
         "a timer ran out that nobody had cancelled or handled"
         if alarm
         else "another process sent it, or native code of the notebook; none of its Python code was seen to"
         if context.evidence.agent
         else "somebody sent it, perhaps the notebook itself"
     )
-    summary = f"terminated by {name}: {what}"
+    summary = f"terminated by {name}: {origin}"
     advice = (
         "Look for signal.alarm() or setitimer() that is still armed when its handler is gone."
         if alarm
@@ -141,7 +141,7 @@ def _killed(context: Context) -> Cause:
                 "oom_kill of the control group",
             )
         )
-    source = evidence.place.source if evidence.place else ""
+    source = evidence.location.source if evidence.location else ""
     summary = (
         "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safe_exec.diagnosis.context import Context, inside, outside
 from safe_exec.diagnosis.rules import waiting, waiting_text
 from safe_exec.diagnosis.rules.own_actions import place_of
-from safe_exec.model.evidence import Looked
+from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock
 from safe_exec.model.verdict import Activity, Fact
 
@@ -39,27 +39,31 @@ ADVICE: dict[Activity | None, str] = {
 
 def doing_text(context: Context, activity: Activity) -> str:
     """``it was waiting for the child process ...``: the activity with what is known of it."""
-    looked = context.evidence.looked
-    if activity is Activity.NATIVE_CODE and looked is not None and not looked.fitted:
+    observation = context.evidence.observation
+    if (
+        activity is Activity.NATIVE_CODE
+        and observation is not None
+        and not observation.instrumented
+    ):
         return COMPUTING
-    if looked is None or activity in BUSY_ACTIVITIES:
+    if observation is None or activity in BUSY_ACTIVITIES:
         return DOING[activity]
-    return _lock_text(context, looked, activity) or _child_text(context, looked, activity)
+    return _lock_text(context, observation, activity) or _child_text(context, observation, activity)
 
 
-def _lock_text(context: Context, looked: Looked, activity: Activity) -> str:
+def _lock_text(context: Context, observation: ActivityObservation, activity: Activity) -> str:
     """What is waited for where it is no process; empty where it is one, or something else."""
-    if (lock := waiting.awaited_lock(looked)) is not None:
-        taken = _taken(context, lock)
-        return f"it was waiting for {waiting_text.lock_text(lock)}{f', taken {taken}' if taken else ''}"
-    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(looked):
+    if (lock := waiting.awaited_lock(observation)) is not None:
+        taken_text = _taken_text(context, lock)
+        return f"it was waiting for {waiting_text.lock_text(lock)}{f', taken {taken_text}' if taken_text else ''}"
+    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(observation):
         return "it was trying for the lock on a file again and again"
-    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(looked):
+    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(observation):
         return "it was reading a pipe whose other end nobody but the notebook itself holds"
     return ""
 
 
-def _taken(context: Context, lock: ObservedLock) -> str:
+def _taken_text(context: Context, lock: ObservedLock) -> str:
     """Where the notebook itself had asked for the same lock before; empty where that is not known."""
     if not lock.own:
         return ""
@@ -71,15 +75,15 @@ def _taken(context: Context, lock: ObservedLock) -> str:
     return place_of(context, calls[-2]) if len(calls) > 1 else ""
 
 
-def _child_text(context: Context, looked: Looked, activity: Activity) -> str:
+def _child_text(context: Context, observation: ActivityObservation, activity: Activity) -> str:
     if activity is Activity.WAITING_CHILD:
-        whom = waiting_text.waited_for(looked)
+        whom = waiting_text.waited_for(observation)
         return (f"it was waiting for {whom}" if whom else DOING[activity]) + _failure_text(context)
-    stuck = waiting.stuck_child(looked)
-    beside = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
+    stuck = waiting.stuck_child(observation)
+    stuck_text = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
     return (
         DOING[activity]
-        + beside
+        + stuck_text
         + (_failure_text(context) if activity is Activity.WAITING_LOCK else "")
     )
 
@@ -88,35 +92,39 @@ def _failure_text(context: Context) -> str:
     failure = _printed_failure(context)
     if failure is None:
         return ""
-    where, traceback = failure
+    cell, traceback = failure
     name = f"the thread {traceback.owner}" if traceback.thread else f"the worker {traceback.owner}"
-    return (
-        f"; {name} had failed before ({traceback.error}, in the output of {context.human(where)})"
-    )
+    return f"; {name} had failed before ({traceback.error}, in the output of {context.human(cell)})"
 
 
 def advice_text(context: Context, activity: Activity | None) -> str:
     """What helps against that activity; empty where nothing is known."""
-    looked = context.evidence.looked
-    if activity is Activity.NATIVE_CODE and looked is not None and not looked.fitted:
+    observation = context.evidence.observation
+    if (
+        activity is Activity.NATIVE_CODE
+        and observation is not None
+        and not observation.instrumented
+    ):
         return ADVICE[Activity.PYTHON_LOOP]
-    if looked is None or activity in (None, *BUSY_ACTIVITIES):
+    if observation is None or activity in (None, *BUSY_ACTIVITIES):
         return ADVICE.get(activity, "")
-    return _lock_advice(looked, activity) or _child_advice(context, looked, activity)
+    return _lock_advice(observation, activity) or _child_advice(context, observation, activity)
 
 
-def _lock_advice(looked: Looked, activity: Activity | None) -> str:
-    if (lock := waiting.awaited_lock(looked)) is not None:
+def _lock_advice(observation: ActivityObservation, activity: Activity | None) -> str:
+    if (lock := waiting.awaited_lock(observation)) is not None:
         return waiting_text.lock_advice(lock)
-    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(looked):
+    if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(observation):
         return "Find out who holds the lock; a file that is a lock by being there may be left over: remove it. Take the lock with a timeout."
-    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(looked):
+    if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(observation):
         return "Close the end that is written to (os.close) when all is written, in the notebook too: only then a reader sees the end."
     return ""
 
 
-def _child_advice(context: Context, looked: Looked, activity: Activity | None) -> str:
-    stuck = waiting.stuck_child(looked)
+def _child_advice(
+    context: Context, observation: ActivityObservation, activity: Activity | None
+) -> str:
+    stuck = waiting.stuck_child(observation)
     failure = _printed_failure(context)
     if (
         failure is not None
@@ -125,21 +133,21 @@ def _child_advice(context: Context, looked: Looked, activity: Activity | None) -
     ):
         return waiting_text.traceback_advice(failure[1])
     if activity is Activity.WAITING_CHILD or stuck is not None:
-        return waiting_text.advice(looked, python=context.is_python)
+        return waiting_text.advice(observation, python=context.is_python)
     return ADVICE.get(activity, "")
 
 
 def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
     """Who is waited for: what a reader has to know first."""
-    looked = context.evidence.looked
-    if looked is None or activity in BUSY_ACTIVITIES:
+    observation = context.evidence.observation
+    if observation is None or activity in BUSY_ACTIVITIES:
         return []
     facts = []
-    lock = waiting.awaited_lock(looked)
+    lock = waiting.awaited_lock(observation)
     blocker = (
-        waiting.find_blocker(looked)
+        waiting.find_blocker(observation)
         if activity is Activity.WAITING_CHILD
-        else waiting.stuck_child(looked)
+        else waiting.stuck_child(observation)
     )
     if blocker is not None:
         name = "background process" if blocker.process.adopted else "child process"
@@ -147,16 +155,18 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
     if lock is not None:
         facts.append(outside("file lock", lock.path, "/proc/locks"))
         facts.append(outside("lock held by", waiting_text.holder_text(lock), "/proc/locks"))
-    if looked.ended and activity is Activity.WAITING_CHILD:
+    if observation.ended and activity is Activity.WAITING_CHILD:
         facts.append(
-            outside("child processes that ended", len(looked.ended), "/proc, while the cell ran")
+            outside(
+                "child processes that ended", len(observation.ended), "/proc, while the cell ran"
+            )
         )
     if (failure := _printed_failure(context)) is not None:
-        where, traceback = failure
+        cell, traceback = failure
         name = "thread with an error" if traceback.thread else "process with an error"
         facts.append(
             inside(
-                name, f"{traceback.owner}: {traceback.error}", f"output of {context.human(where)}"
+                name, f"{traceback.owner}: {traceback.error}", f"output of {context.human(cell)}"
             )
         )
     return facts

@@ -30,7 +30,7 @@ NO_ROUTE_ADVICE = "Give it the data beside the notebook. This machine itself has
 WRITE_HERE = "Write into the notebook's folder."
 
 
-def taken_away(context: Context) -> Cause | None:
+def refused_access(context: Context) -> Cause | None:
     """The cell's error comes from something that isolation took away."""
     if not isinstance(context.ending, CellFailed) or context.evidence.error is None:
         return None
@@ -49,7 +49,7 @@ def taken_away(context: Context) -> Cause | None:
         CauseKind.ISOLATION,
         _summary(context, conflict),
         Confidence.CERTAIN if _is_certain(context, conflict) else Confidence.LIKELY,
-        (named(context, conflict), *_facts(context, conflict)),
+        (naming_fact(context, conflict), *_facts(context, conflict)),
         advice(conflict),
     )
 
@@ -63,11 +63,12 @@ def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
         return ()
     conflicts = [c for c in context.evidence.conflicts if c.in_output and c.exact][:MOST_WARNINGS]
     return tuple(
-        f"{context.human(c.cell)} printed {c.line!r}: {_taken(c)}. {advice(c)}" for c in conflicts
+        f"{context.human(c.cell)} printed {c.line!r}: {_conflict_text(c)}. {advice(c)}"
+        for c in conflicts
     )
 
 
-def _taken(conflict: IsolationConflict) -> str:
+def _conflict_text(conflict: IsolationConflict) -> str:
     if conflict.kind is NeedKind.HOST:
         return "isolation keeps the notebook from other hosts"
     if conflict.kind is NeedKind.VARIABLE:
@@ -96,8 +97,8 @@ def is_reason(context: Context, conflict: IsolationConflict) -> bool:
     names = [
         name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files
     ]
-    words = re.findall(r"[\w.-]+", conflict.line)
-    return any(name in words for name in names if name)
+    line_words = re.findall(r"[\w.-]+", conflict.line)
+    return any(name in line_words for name in names if name)
 
 
 def _is_of_installer(conflict: IsolationConflict) -> bool:
@@ -119,16 +120,16 @@ def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
     if not conflict.exact:
         return False
     wall = _wall(context, conflict)
-    held = context.walls.get(wall) if wall else None
-    if held is None or not held.hard:
+    enforcement = context.walls.get(wall) if wall else None
+    if enforcement is None or not enforcement.hard:
         return False
     if not conflict.in_output or conflict.cell == context.current:
         return True
-    found = PACKAGES.match(conflict.path or "")
+    match = PACKAGES.match(conflict.path or "")
     modules = {
         (row.module or "").partition(".")[0] for row in context.evidence.raised if row.module
     }
-    return found is not None and (found[2] or "").partition(".")[0] in modules
+    return match is not None and (match[2] or "").partition(".")[0] in modules
 
 
 def _wall(context: Context, conflict: IsolationConflict) -> Wall | None:
@@ -168,17 +169,17 @@ def _summary(context: Context, conflict: IsolationConflict) -> str:
         return f"isolation makes the kernel's environment read-only, so {cell} could not install packages into it"
     if conflict.writes:
         place = conflict.allow[0] if conflict.allow else conflict.path
-        how = (
+        obstacle = (
             f"hides the directory {place}"
             if conflict.access is Access.HIDDEN
             else f"makes the directory {place} read-only"
         )
-        return f"isolation {how}, so {cell} could not write {name}"
+        return f"isolation {obstacle}, so {cell} could not write {name}"
     if not conflict.usable and conflict.access is not Access.HIDDEN:
         return f"the kernel runs as another user, who may not read {name}; you may, but {cell} could not"
     noun = f"the {NOUNS[conflict.kind]} " if conflict.kind in NOUNS else ""
-    where = f" ({conflict.path})" if conflict.path and conflict.path != name else ""
-    return f"isolation hides {noun}{name}{where}: it exists outside the sandbox, but {cell} could not reach it"
+    path_text = f" ({conflict.path})" if conflict.path and conflict.path != name else ""
+    return f"isolation hides {noun}{name}{path_text}: it exists outside the sandbox, but {cell} could not reach it"
 
 
 def advice(conflict: IsolationConflict) -> str:
@@ -227,7 +228,7 @@ def _is_device(conflict: IsolationConflict) -> bool:
     return path.startswith("/dev/") and not path.startswith(shared_memory)
 
 
-def named(context: Context, conflict: IsolationConflict) -> Fact:
+def naming_fact(context: Context, conflict: IsolationConflict) -> Fact:
     """Where the kernel names it."""
     error = context.evidence.error
     if conflict.in_output or error is None:
@@ -254,11 +255,13 @@ def _facts(context: Context, conflict: IsolationConflict) -> tuple[Fact, ...]:
     else:
         facts.append(outside("exists outside", conflict.path, "stat(2) by safe-exec"))
     wall = _wall(context, conflict)
-    held = context.walls.get(wall) if wall else None
-    if held is not None and wall is not None and held.by is not Mechanism.NONE:
+    enforcement = context.walls.get(wall) if wall else None
+    if enforcement is not None and wall is not None and enforcement.by is not Mechanism.NONE:
         facts.append(
             outside(
-                "isolation", held.note or wall.value, f"isolation of this run, held by {held.by}"
+                "isolation",
+                enforcement.note or wall.value,
+                f"isolation of this run, held by {enforcement.by}",
             )
         )
     return tuple(facts)

@@ -72,11 +72,11 @@ class Message(Struct, frozen=True, kw_only=True):
         if len(lines) > SHOWN_LINES:
             lines = (*lines[: SHOWN_LINES - 2], "...", *lines[-1:])
         label = "last output" if self.channel is Channel.STDOUT else "last message"
-        shown = [
+        clipped_lines = [
             _clipped(line.strip(), SHOWN_LINE_CHARACTERS if len(lines) > 1 else SHOWN_CHARACTERS)
             for line in lines
         ]
-        return _clipped(f"{label}: {' / '.join(shown)}", SHOWN_CHARACTERS)
+        return _clipped(f"{label}: {' / '.join(clipped_lines)}", SHOWN_CHARACTERS)
 
     @property
     def fact(self) -> Fact:
@@ -101,8 +101,8 @@ def last_message(
     bursts = [burst for burst in evidence.final_output if burst.channel in channels]
     native, printed = _native(bursts), _printed(bursts, Channel.STDERR)
     if native is not None:
-        later = _after(printed, native)
-        return native if later is None else later
+        later_message = _after(printed, native)
+        return native if later_message is None else later_message
     return printed or _printed(bursts, Channel.STDOUT)
 
 
@@ -155,8 +155,8 @@ def clean(text: str) -> tuple[str, ...]:
 
 def _plain_lines(text: str) -> Iterator[str]:
     for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
-        shown = line.rstrip("\r").rpartition("\r")[2]  # a terminal shows what was written over it
-        yield _CONTROLS.sub("", _BAR.sub("", shown)).rstrip()
+        visible = line.rstrip("\r").rpartition("\r")[2]  # a terminal shows what was written over it
+        yield _CONTROLS.sub("", _BAR.sub("", visible)).rstrip()
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:

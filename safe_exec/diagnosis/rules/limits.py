@@ -37,14 +37,14 @@ def output_flood(context: Context) -> Cause | None:
         context.limits.cell_output or context.limits.output,
     )
     # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
-    seen = received is not None and cap is not None and received > cap
-    said = (
+    is_measured = received is not None and cap is not None and received > cap
+    output_fact = (
         outside("output of the cell", size, "bytes received")
-        if seen
+        if is_measured
         else inside("output of the cell", size, "the kernel's count")
     )
     facts = (
-        said,
+        output_fact,
         outside("bytes received of it", received, "messages"),
         outside("cap", context.limits.cell_output, "limits"),
     )
@@ -57,7 +57,7 @@ def output_flood(context: Context) -> Cause | None:
         context,
         CauseKind.OUTPUT_FLOOD,
         summary,
-        Confidence.CERTAIN if seen else Confidence.LIKELY,
+        Confidence.CERTAIN if is_measured else Confidence.LIKELY,
         facts,
         advice,
     )
@@ -130,12 +130,12 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
         return None
     lines = [*evidence.last_words.splitlines(), *evidence.stderr_tail.splitlines()]
-    said = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
-    if said is None or (evidence.fault is not None and evidence.fault.main):
+    message = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
+    if message is None or (evidence.fault is not None and evidence.fault.main):
         return None  # where Python code itself aborted, the words may be anything it printed
     facts = (
         *exit_facts(evidence),
-        inside("last message", said[:300], "stderr of the kernel process"),
+        inside("last message", message[:300], "stderr of the kernel process"),
         outside("open files allowed", context.limits.open_files, "RLIMIT_NOFILE"),
     )
     limit = (
@@ -234,7 +234,7 @@ def _by_text(context: Context, error: CellError) -> Cause | None:
     return None
 
 
-def _said(error: CellError) -> Fact:
+def _raised_fact(error: CellError) -> Fact:
     return inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
 
 
@@ -243,10 +243,13 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
     near = count is not None and limit is not None and count >= NEARLY * limit
     if not certain and not near:
         return None
-    facts = [_said(error), outside("open files allowed", limit, "RLIMIT_NOFILE of each process")]
+    facts = [
+        _raised_fact(error),
+        outside("open files allowed", limit, "RLIMIT_NOFILE of each process"),
+    ]
     if near:
         facts.append(outside("open files", count, "/proc/PID/fd after the error"))
-    held = f": {count} are open" if near else ""
+    count_text = f": {count} are open" if near else ""
     allowed = (
         ""
         if limit is None
@@ -255,7 +258,7 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
         else f": {limit} are allowed to each process"
     )
     confidence = Confidence.CERTAIN if certain and near else Confidence.LIKELY
-    summary = f"too many open files{held}{allowed}"
+    summary = f"too many open files{count_text}{allowed}"
     return make(
         context,
         CauseKind.TOO_MANY_OPEN_FILES,
@@ -269,7 +272,10 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:
     if not certain:
         return None
-    facts = (_said(error), outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"))
+    facts = (
+        _raised_fact(error),
+        outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE"),
+    )
     confidence = Confidence.CERTAIN if context.limits.file_size is not None else Confidence.LIKELY
     return make(
         context,
@@ -284,7 +290,7 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
     """EAGAIN comes from forks and threads, but from sockets too: the group's counter or the stack must say which."""
     refusals = context.evidence.process_refusals
-    place = context.evidence.place
+    location = context.evidence.location
     forks = any(
         frame.function
         in (
@@ -297,7 +303,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
             "start_new_thread",
             "spawn",
         )
-        for frame in (place.stack if place else ())
+        for frame in (location.stack if location else ())
     )
     says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
     # `os.fork()` in the cell itself leaves no frame: the count seen outside says that it was refused for the limit.
@@ -306,7 +312,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     if not (refusals or forks or says or at_limit) or not certain:
         return None
     facts = [
-        _said(error),
+        _raised_fact(error),
         outside("forks refused", refusals, "pids.events of the control group"),
         outside(
             "processes and threads at most",
@@ -315,10 +321,10 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         ),
         outside("processes allowed", context.limits.processes, "limits of this run"),
     ]
-    bound = context.evidence.process_bound
+    group_limit = context.evidence.process_bound
     allowed = "" if limit is None else f", {limit} are allowed"
-    if bound is not None:
-        group, fewest = bound
+    if group_limit is not None:
+        group, fewest = group_limit
         facts.append(outside("processes allowed there", f"{fewest} in {group}", "its pids.max"))
         allowed = f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
     summary = f"too many processes: a new process or thread was refused{allowed}"

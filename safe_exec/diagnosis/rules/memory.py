@@ -44,7 +44,7 @@ UNITS = {
 NEAR = 0.9
 
 
-def _amounts(context: Context) -> str:
+def _peak_of_limit(context: Context) -> str:
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if peak is None or limit is None:
         return ""
@@ -102,10 +102,10 @@ def _advice(context: Context) -> str:
             LimitName.MEMORY,
             " Or raise the limit with --memory, which covers the kernel and all its processes together.",
         )
-    kept = context.accumulators()
+    accumulators = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
     parts = [
-        f"{kept} before." if kept else "",
+        f"{accumulators} before." if accumulators else "",
         context.if_limited(
             LimitName.MEMORY, "Raise the limit with --memory, or load and keep less at a time."
         )
@@ -121,16 +121,16 @@ def watchdog_kill(context: Context) -> Cause | None:
         or context.evidence.termination is not TerminationReason.MEMORY
     ):
         return None
-    amounts = _amounts(context)
-    passed = "the sandbox passed its limit" + (f" ({amounts})" if amounts else "")
-    bound = context.evidence.memory_upper_bound
+    peak_of_limit = _peak_of_limit(context)
+    passed = "the sandbox passed its limit" + (f" ({peak_of_limit})" if peak_of_limit else "")
+    is_upper_bound = context.evidence.memory_upper_bound
     doubt = (
         "; some of its processes could not be looked into, so pages that they share may have been counted twice"
-        if bound
+        if is_upper_bound
         else ""
     )
     summary = f"out of memory: {passed} and was ended by safe-exec's watchdog{doubt}"
-    confidence = Confidence.LIKELY if bound else Confidence.CERTAIN
+    confidence = Confidence.LIKELY if is_upper_bound else Confidence.CERTAIN
     return make(
         context, CauseKind.OUT_OF_MEMORY, summary, confidence, _facts(context), _advice(context)
     )
@@ -149,7 +149,7 @@ def oom_kill(context: Context) -> Cause | None:
         return None
     if evidence.oom_elsewhere:
         return _not_our_limit(context)
-    summary = f"out of memory: {_amounts(context) or 'the memory limit was reached'}, and the system killed the kernel"
+    summary = f"out of memory: {_peak_of_limit(context) or 'the memory limit was reached'}, and the system killed the kernel"
     return make(
         context,
         CauseKind.OUT_OF_MEMORY,
@@ -162,23 +162,23 @@ def oom_kill(context: Context) -> Cause | None:
 
 def _not_our_limit(context: Context) -> Cause:
     advice = "Give the container or machine more memory, or set --memory below what it has, so that this run is stopped first."
-    bound = context.evidence.oom_bound
-    if bound is None:
-        where = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
+    group_limit = context.evidence.oom_bound
+    if group_limit is None:
+        reason = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
         facts: tuple[Fact, ...] = (
             outside(
                 "ran out in", "a group above the sandbox, or the machine", "counters of the groups"
             ),
         )
     else:
-        group, limit = bound
-        where = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
+        group, limit = group_limit
+        reason = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
         facts = (
             outside("ran out in", group, "its memory.events.local counted it"),
             outside("memory limit there", limit, "its memory.max"),
         )
-    summary = f"out of memory, but not by this run's limit: {where}"
-    confidence = Confidence.LIKELY if bound is None else Confidence.CERTAIN
+    summary = f"out of memory, but not by this run's limit: {reason}"
+    confidence = Confidence.LIKELY if group_limit is None else Confidence.CERTAIN
     return make(
         context, CauseKind.OUT_OF_MEMORY, summary, confidence, (*_facts(context), *facts), advice
     )
@@ -225,20 +225,20 @@ def worker_kill(context: Context) -> Cause | None:
             ),
         )
     hang = " and the cell waited for it for ever" if isinstance(context.ending, TimedOut) else ""
-    where = context.human(getattr(context.ending, "cell", None))
-    amounts = _amounts(context)
-    summary = f"a worker process was killed for memory in {where}{hang}" + (
-        f" ({amounts})" if amounts else ""
+    cell_name = context.human(getattr(context.ending, "cell", None))
+    peak_of_limit = _peak_of_limit(context)
+    summary = f"a worker process was killed for memory in {cell_name}{hang}" + (
+        f" ({peak_of_limit})" if peak_of_limit else ""
     )
     covers = ", or raise --memory: the limit covers the kernel and all its processes together"
     ours = "" if evidence.oom_elsewhere else context.if_limited(LimitName.MEMORY, covers)
     advice = f"Use fewer or smaller workers{ours}."
     confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
     cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
-    waited = isinstance(context.ending, TimedOut) and evidence.looked is not None
+    waited = isinstance(context.ending, TimedOut) and evidence.observation is not None
     return (
-        replace(cause, activity=activity_of(evidence.looked))
-        if waited and evidence.looked
+        replace(cause, activity=activity_of(evidence.observation))
+        if waited and evidence.observation
         else cause
     )
 
@@ -248,11 +248,11 @@ def refused(context: Context) -> Cause | None:
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
-    named = error.ename.rpartition(".")[2] in MEMORY_ERRORS
+    is_memory_error = error.ename.rpartition(".")[2] in MEMORY_ERRORS
     system = error.ename == "OSError" and error.evalue.startswith("[Errno 12]")
     foreign = context.language not in (None, "python") and REFUSED.search(error.evalue) is not None
     by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
-    if not (named or system or foreign or by_library):
+    if not (is_memory_error or system or foreign or by_library):
         return None
     facts = [
         inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
@@ -291,6 +291,6 @@ def _was_short(context: Context, message: str) -> bool:
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if limit is None:
         return False
-    wanted = ASKED_FOR.search(message)
-    request = float(wanted[1]) * UNITS[wanted[2]] if wanted else 0.0
+    match = ASKED_FOR.search(message)
+    request = float(match[1]) * UNITS[match[2]] if match else 0.0
     return request > limit or (peak is not None and peak >= NEAR * limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, make, outside
-from safe_exec.diagnosis.rules.isolation import advice, is_reason, named
+from safe_exec.diagnosis.rules.isolation import advice, is_reason, naming_fact
 from safe_exec.model.ending import CellFailed
 from safe_exec.model.evidence import NeedKind
 from safe_exec.model.limits import Mechanism, Wall
@@ -20,7 +20,7 @@ def blocked(context: Context) -> Cause | None:
     if conflict is None:
         return None
     facts = [
-        named(context, conflict),
+        naming_fact(context, conflict),
         outside("network", "off", f"isolation of this run, held by {wall.by}"),
     ]
     if not conflict.usable:
@@ -32,12 +32,12 @@ def blocked(context: Context) -> Cause | None:
     host = f" {conflict.name}" if conflict.name else ""
     cell = context.human(conflict.cell)
     summary = f"isolation keeps the notebook from other hosts, and {cell} wanted one{':' if host else ''}{host}"
-    known = (
+    is_certain = (
         wall.hard
         and conflict.usable
         and (not conflict.in_output or conflict.cell == context.current)
     )
-    confidence = Confidence.CERTAIN if known else Confidence.LIKELY
+    confidence = Confidence.CERTAIN if is_certain else Confidence.LIKELY
     return make(
         context, CauseKind.NETWORK_BLOCKED, summary, confidence, tuple(facts), advice(conflict)
     )

@@ -83,7 +83,7 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
 """Words by which an error of another kind is known to come from a limit."""
 
 
-def amended(context: Context, cause: Cause) -> Cause:
+def with_own_actions(context: Context, cause: Cause) -> Cause:
     """The cause with what the notebook itself had to do with it."""
     for amend in (
         _with_signal,
@@ -103,15 +103,19 @@ def place_of(context: Context, action: OwnAction) -> str:
     inner = frame or next(iter(action.stack), None)
     if inner is None:
         return f"in {context.human(action.cell)}"
-    where = (
+    location_text = (
         f"{context.human(inner.cell)}, line {inner.line}"
         if inner.cell is not None
         else f"{inner.file}, line {inner.line}"
     )
     if action.cell is not None and action.cell != inner.cell:
         called = any(frame.cell == action.cell for frame in action.stack)
-        where += f", {'called from' if called else 'while'} {context.human(action.cell)}{'' if called else ' ran'}"
-    return f"in {where}" if inner.function == "<module>" else f"in {inner.function}() ({where})"
+        location_text += f", {'called from' if called else 'while'} {context.human(action.cell)}{'' if called else ' ran'}"
+    return (
+        f"in {location_text}"
+        if inner.function == "<module>"
+        else f"in {inner.function}() ({location_text})"
+    )
 
 
 def _fact(context: Context, name: str, action: OwnAction) -> Fact:
@@ -303,11 +307,13 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
     if cause.kind is CauseKind.EXIT and context.evidence.exit_caller:
         return cause
     program = context.evidence.replaced_by or executed.text
-    said = f"os.exec*() {place_of(context, executed)} put `{program}` in the place of the kernel"
+    replacement = (
+        f"os.exec*() {place_of(context, executed)} put `{program}` in the place of the kernel"
+    )
     summary = (
-        said
+        replacement
         if cause.kind is CauseKind.UNRESPONSIVE
-        else f"{said}, and that program {_ending(cause)}"
+        else f"{replacement}, and that program {_ending(cause)}"
     )
     facts = (*cause.evidence, _fact(context, "executed by", executed))
     advice = "Start programs with subprocess.run(): os.exec*() ends the kernel without ending its process, and all variables are lost."
@@ -330,16 +336,16 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
         context.evidence.own_actions, lambda a: a.kind == "limit" and a.limit == limit.name
     )
     meaning = MEANINGS[limit.name]
-    where = f" {place_of(context, setter)}" if setter is not None else ""
+    location_text = f" {place_of(context, setter)}" if setter is not None else ""
     struck = cause.summary.partition(": the notebook's own code")[0]
-    summary = f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.after)} ({limit.name}{where})"
+    summary = f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.current_value)} ({limit.name}{location_text})"
     facts = [*cause.evidence]
     if any(changed.name == limit.name for changed in context.evidence.changed_limits):
-        before = _amount(limit.name, limit.before)
+        initial_amount = _amount(limit.name, limit.initial_value)
         facts.append(
             outside(
                 limit.name,
-                f"{_amount(limit.name, limit.after)}, at the start {before}",
+                f"{_amount(limit.name, limit.current_value)}, at the start {initial_amount}",
                 "/proc/PID/limits",
             )
         )
@@ -352,8 +358,10 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
 
 def _lowered(context: Context) -> list[ChangedLimit]:
     """The limits that are lower than at the start: seen outside, or told just before the end."""
-    seen = [
-        limit for limit in context.evidence.changed_limits if _is_lower(limit.after, limit.before)
+    observed_limits = [
+        limit
+        for limit in context.evidence.changed_limits
+        if _is_lower(limit.current_value, limit.initial_value)
     ]
     names = {limit.name for limit in context.evidence.changed_limits}
     last: dict[str, OwnAction] = {
@@ -362,17 +370,17 @@ def _lowered(context: Context) -> list[ChangedLimit]:
         if a.kind == "limit" and a.limit in MEANINGS
     }
     if not isinstance(context.ending, Died):
-        return seen  # the kernel was alive at the end: what was seen then counts
-    told = [
-        ChangedLimit(name=name, before=None, after=action.value)
+        return observed_limits  # the kernel was alive at the end: what was seen then counts
+    reported_limits = [
+        ChangedLimit(name=name, initial_value=None, current_value=action.value)
         for name, action in last.items()
         if name not in names and action.value is not None and action.value >= 0
     ]
-    return [*seen, *told]
+    return [*observed_limits, *reported_limits]
 
 
-def _is_lower(after: int | None, before: int | None) -> bool:
-    return after is not None and (before is None or after < before)
+def _is_lower(value: int | None, initial_value: int | None) -> bool:
+    return value is not None and (initial_value is None or value < initial_value)
 
 
 def _may_come_from(cause: Cause, limit: ChangedLimit) -> bool:
@@ -382,8 +390,8 @@ def _may_come_from(cause: Cause, limit: ChangedLimit) -> bool:
         return True
     if cause.kind is CauseKind.SEGFAULT and limit.name == "RLIMIT_STACK":
         return True
-    said = " ".join([cause.summary, *(str(fact.value) for fact in cause.evidence)])
-    return any(words in said for words in REFUSALS.get(limit.name, ()))
+    text = " ".join([cause.summary, *(str(fact.value) for fact in cause.evidence)])
+    return any(phrase in text for phrase in REFUSALS.get(limit.name, ()))
 
 
 def _amount(name: str, value: int | None) -> str:
@@ -413,12 +421,16 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
     if name is None:
         return cause
     setter = _last(context.evidence.own_actions, lambda a: a.kind == "trace" and a.call == name)
-    where = f" {place_of(context, setter)}" if setter is not None else ""
+    location_text = f" {place_of(context, setter)}" if setter is not None else ""
     often = "each line" if name == "sys.settrace" else "each call"
-    summary = f"{cause.summary}; a function that {name}(){where} had left on runs at {often} of Python code and slows it down"
+    summary = f"{cause.summary}; a function that {name}(){location_text} had left on runs at {often} of Python code and slows it down"
     facts = (
         *cause.evidence,
-        inside("left on", f"{name}{where}", "audit event, and the state at the start of the cell"),
+        inside(
+            "left on",
+            f"{name}{location_text}",
+            "audit event, and the state at the start of the cell",
+        ),
     )
     advice = f"Turn it off when it is no longer needed: {name}(None). {cause.advice}"
     return replace(cause, summary=summary, evidence=facts, advice=advice)

@@ -30,13 +30,13 @@ DECLINED = "safe-exec: "
 MOST_CHARACTERS = 500
 
 
-USUAL = ("python3", "ir", "bash")
+PREFERRED_KERNELS = ("python3", "ir", "bash")
 """Names that are chosen first among kernels of the same language."""
 
 
 def _is_held_by_rlimit(context: Context) -> bool:
-    held = context.enforcement.get(LimitName.MEMORY)
-    return held is not None and held.by is Mechanism.RLIMIT
+    enforcement = context.enforcement.get(LimitName.MEMORY)
+    return enforcement is not None and enforcement.by is Mechanism.RLIMIT
 
 
 def start_failed(context: Context) -> Cause | None:
@@ -65,7 +65,7 @@ def start_failed(context: Context) -> Cause | None:
         if asks_too_much
         else "Run it with --network, or under a profile that leaves the network on (ci); see `safe-exec limits`."
         if "listens on TCP" in ending.reason
-        else _instead(ending.installed, context.language)
+        else _advice_for_missing_kernel(ending.installed, context.language)
         if ending.installed is not None
         else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
     )
@@ -93,20 +93,24 @@ def start_failed(context: Context) -> Cause | None:
     )
 
 
-def _instead(installed: Mapping[str, str], language: str | None) -> str:
+def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | None) -> str:
     """What to do about a kernel that is not installed: another one of the same language, if there is one."""
     alike = sorted(
         name
         for name, spoken in installed.items()
         if language and spoken.lower() == language.lower()
     )
-    usual = next((name for name in alike if name in USUAL), alike[0] if alike else None)
-    if usual is not None:
+    preferred = next(
+        (name for name in alike if name in PREFERRED_KERNELS), alike[0] if alike else None
+    )
+    if preferred is not None:
         others = (
-            f" ({', '.join(name for name in alike if name != usual)} too)" if len(alike) > 1 else ""
+            f" ({', '.join(name for name in alike if name != preferred)} too)"
+            if len(alike) > 1
+            else ""
         )
         return (
-            f"Run it with an installed kernel of the same language: --kernel {usual}{others}."
+            f"Run it with an installed kernel of the same language: --kernel {preferred}{others}."
             " Or install the kernel that the notebook names, in the environment that safe-exec runs in."
         )
     if language is not None and language.lower() == "python":
@@ -130,10 +134,12 @@ def internal(context: Context) -> Cause | None:
         *checked,
         *(
             outside(
-                f"{name.value.replace('_', ' ')} held by", held.by.value, held.note or "enforcement"
+                f"{name.value.replace('_', ' ')} held by",
+                enforcement.by.value,
+                enforcement.note or "enforcement",
             )
-            for name, held in context.enforcement.items()
-            if not held.hard and f"--require {name.value}:" in ending.message
+            for name, enforcement in context.enforcement.items()
+            if not enforcement.hard and f"--require {name.value}:" in ending.message
         ),
     )
     if ending.refused:

@@ -13,7 +13,7 @@ from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outsi
 from safe_exec.diagnosis.rules import hangs, waiting
 from safe_exec.diagnosis.rules.waiting import MULTIPLEXERS, SLEEPS
 from safe_exec.model.ending import Died, TerminationReason, TimedOut
-from safe_exec.model.evidence import Looked
+from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_seconds, format_size
@@ -49,64 +49,68 @@ FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py
 SEARCHED_FRAMES = 8
 
 
-def activity_of(looked: Looked) -> Activity | None:
+def activity_of(observation: ActivityObservation) -> Activity | None:
     """What a kernel seen so was doing; ``None`` when it cannot be told."""
-    if looked.state in ("T", "t"):
+    if observation.state in ("T", "t"):
         return Activity.STOPPED
-    if computes(looked):
-        return _computing(looked) if not is_starved(looked) or _is_seen_at_work(looked) else None
-    if looked.awaiting:
-        return _awaiting(looked.awaiting)
-    return _waiting(looked)
+    if computes(observation):
+        return (
+            _computing(observation)
+            if not is_starved(observation) or _is_seen_at_work(observation)
+            else None
+        )
+    if observation.awaiting:
+        return _awaiting(observation.awaiting)
+    return _waiting(observation)
 
 
-def computes(looked: Looked) -> bool:
+def computes(observation: ActivityObservation) -> bool:
     """Whether the main thread is at work, or has native threads at work for it (a parallel library)."""
-    share = looked.cpu_share or 0.0
-    if looked.runnable is None or (not looked.fitted and share >= BUSY):
+    share = observation.cpu_share or 0.0
+    if observation.runnable is None or (not observation.instrumented and share >= BUSY):
         return share >= BUSY
-    if looked.runnable >= BUSY:
+    if observation.runnable >= BUSY:
         return True
-    innermost = (looked.stack[0].file or "").rpartition("/")[2] if looked.stack else ""
+    innermost = (observation.stack[0].file or "").rpartition("/")[2] if observation.stack else ""
     return (
         share >= MANY_THREADS
-        and looked.syscall in LOCKS
+        and observation.syscall in LOCKS
         and innermost not in FILES_OF_LOCKS
-        and _interpreter_free(looked)
+        and _interpreter_free(observation)
     )
 
 
-def is_starved(looked: Looked) -> bool:
+def is_starved(observation: ActivityObservation) -> bool:
     """Whether it had work to do and hardly got a processor: then a sampling thread without a turn says nothing of it."""
     if (
-        looked.runnable is None
-        or looked.runnable < BUSY
-        or looked.cpu_share is None
-        or looked.window is None
+        observation.runnable is None
+        or observation.runnable < BUSY
+        or observation.cpu_share is None
+        or observation.window is None
     ):
         return False
-    return looked.cpu_share * looked.window < STARVED_SECONDS
+    return observation.cpu_share * observation.window < STARVED_SECONDS
 
 
-def _is_seen_at_work(looked: Looked) -> bool:
+def _is_seen_at_work(observation: ActivityObservation) -> bool:
     """Whether Python code was seen in several places."""
-    return (looked.lines or 0) > SEEN_PLACES
+    return (observation.lines or 0) > SEEN_PLACES
 
 
-def _interpreter_free(looked: Looked) -> bool:
+def _interpreter_free(observation: ActivityObservation) -> bool:
     """Whether the sampling thread often got the interpreter at once: then nobody was running Python code."""
-    free = sum(1 for wait in looked.gil_waits if wait < FREE_SECONDS)
-    return free >= FREE_SHARE * len(looked.gil_waits)
+    free = sum(1 for wait in observation.gil_waits if wait < FREE_SECONDS)
+    return free >= FREE_SHARE * len(observation.gil_waits)
 
 
-def _computing(looked: Looked) -> Activity:
+def _computing(observation: ActivityObservation) -> Activity:
     """Python code yields the interpreter when asked; native code keeps it (the sampler starves) or has let it go (no wait)."""
-    if looked.awaiting:
+    if observation.awaiting:
         return Activity.PYTHON_LOOP
-    waits = sorted(looked.gil_waits)
-    if looked.starved or not waits or waits[len(waits) // 2] >= HELD_SECONDS:
+    waits = sorted(observation.gil_waits)
+    if observation.starved or not waits or waits[len(waits) // 2] >= HELD_SECONDS:
         return Activity.NATIVE_CODE
-    if (looked.lines or 0) > max(2, len(waits) // 4) or not _interpreter_free(looked):
+    if (observation.lines or 0) > max(2, len(waits) // 4) or not _interpreter_free(observation):
         return Activity.PYTHON_LOOP
     return Activity.NATIVE_CODE
 
@@ -122,28 +126,28 @@ def _awaiting(awaiting: str) -> Activity:
     return Activity.WAITING_IO
 
 
-def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
-    files = [(frame.file or "").rpartition("/")[2] for frame in looked.stack[:SEARCHED_FRAMES]]
-    call = looked.syscall
+def _waiting(observation: ActivityObservation) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
+    files = [(frame.file or "").rpartition("/")[2] for frame in observation.stack[:SEARCHED_FRAMES]]
+    call = observation.syscall
     # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
-    if waiting.waits_for_processes(looked):
+    if waiting.waits_for_processes(observation):
         return Activity.WAITING_CHILD
-    if waiting.awaited_lock(looked) is not None or waiting.polls_for_file_lock(looked):
+    if waiting.awaited_lock(observation) is not None or waiting.polls_for_file_lock(observation):
         return Activity.WAITING_LOCK
-    if not looked.fitted and (
-        (call in MULTIPLEXERS and looked.targets != ()) or call in ("futex", "futex_waitv")
+    if not observation.instrumented and (
+        (call in MULTIPLEXERS and observation.targets != ()) or call in ("futex", "futex_waitv")
     ):
         # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
-        return Activity.WAITING_CHILD if (looked.children_cpu_share or 0.0) >= BUSY else None
-    if call in SLEEPS or (call in MULTIPLEXERS and looked.targets == ()):
+        return Activity.WAITING_CHILD if (observation.children_cpu_share or 0.0) >= BUSY else None
+    if call in SLEEPS or (call in MULTIPLEXERS and observation.targets == ()):
         return (
             Activity.WAITING_LOCK
-            if any("joblib/" in (frame.file or "") for frame in looked.stack[:2])
+            if any("joblib/" in (frame.file or "") for frame in observation.stack[:2])
             else Activity.SLEEPING
         )
     if call in LOCKS:
         return Activity.WAITING_LOCK
-    if call in MULTIPLEXERS and looked.stack and looked.stack[0].function == "sleep":
+    if call in MULTIPLEXERS and observation.stack and observation.stack[0].function == "sleep":
         return Activity.SLEEPING
     if call is not None and call.replace("_", "").isalnum() and not call.lstrip("-").isdigit():
         return Activity.WAITING_IO
@@ -153,36 +157,38 @@ def _waiting(looked: Looked) -> Activity | None:  # noqa: PLR0911 - one return f
 
 
 def _facts(context: Context) -> tuple[Fact, ...]:
-    ending, looked = context.ending, context.evidence.looked
+    ending, observation = context.ending, context.evidence.observation
     assert isinstance(ending, TimedOut)
     facts = [
         outside("wall time allowed", ending.allowed, "limits of this run"),
-        *hangs.waiting_facts(context, activity_of(looked) if looked else None),
+        *hangs.waiting_facts(context, activity_of(observation) if observation else None),
     ]
-    if looked is not None:
+    if observation is not None:
         facts += [
-            outside("process state", looked.state, "/proc/PID/stat"),
+            outside("process state", observation.state, "/proc/PID/stat"),
             outside(
                 "processor share",
-                None if looked.cpu_share is None else round(looked.cpu_share, 2),
+                None if observation.cpu_share is None else round(observation.cpu_share, 2),
                 "/proc/PID/stat, 0.4 s",
             ),
         ]
-        if is_starved(looked) and looked.cpu_wait_share is not None:
+        if is_starved(observation) and observation.cpu_wait_share is not None:
             facts.append(
                 outside(
                     "waited for a processor",
-                    round(looked.cpu_wait_share, 2),
+                    round(observation.cpu_wait_share, 2),
                     "/proc/PID/schedstat, share",
                 )
             )
-        if looked.syscall and not looked.syscall.isdigit():
-            facts.append(outside("blocked in", looked.syscall, "/proc/PID/syscall"))
-        if looked.stack:
-            facts.append(inside("innermost frame", context.frame(looked.stack[0]), "stack dump"))
-        if looked.awaiting:
-            facts.append(inside("awaiting", looked.awaiting, "sampling thread"))
-    if looked is not None and looked.ignores_interrupt:
+        if observation.syscall and not observation.syscall.isdigit():
+            facts.append(outside("blocked in", observation.syscall, "/proc/PID/syscall"))
+        if observation.stack:
+            facts.append(
+                inside("innermost frame", context.frame(observation.stack[0]), "stack dump")
+            )
+        if observation.awaiting:
+            facts.append(inside("awaiting", observation.awaiting, "sampling thread"))
+    if observation is not None and observation.ignores_interrupt:
         facts.append(outside("ignored SIGINT", True, "/proc/PID/status"))
     if ending.answered is not None:
         facts.append(
@@ -196,11 +202,14 @@ def _facts(context: Context) -> tuple[Fact, ...]:
 def _timed(
     context: Context, kind: CauseKind, summary: str, confidence: Confidence, advice: str
 ) -> Cause:
-    looked = context.evidence.looked
+    observation = context.evidence.observation
     cause = make(context, kind, summary, confidence, _facts(context), advice)
     # The signal is ours: what the kernel died of after its time was up says nothing about why.
     return replace(
-        cause, activity=activity_of(looked) if looked else None, signal=None, exit_code=None
+        cause,
+        activity=activity_of(observation) if observation else None,
+        signal=None,
+        exit_code=None,
     )
 
 
@@ -258,18 +267,18 @@ def replaced(context: Context) -> Cause | None:
     return make(context, CauseKind.UNRESPONSIVE, summary, Confidence.CERTAIN, facts, advice)
 
 
-def mute(context: Context) -> Cause | None:
+def unresponsive(context: Context) -> Cause | None:
     """Alive and at rest, not at work on the cell, and no answer: its sockets or its loop are gone."""
-    looked = context.evidence.looked
+    observation = context.evidence.observation
     if (
         not isinstance(context.ending, TimedOut)
         or context.evidence.cell_active is not False
-        or looked is None
+        or observation is None
     ):
         return None
     if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
         return None  # it had no time to begin
-    if looked.state in ("T", "t") or computes(looked):
+    if observation.state in ("T", "t") or computes(observation):
         return None
     summary = "the kernel lives but does not answer: it is not at work on the cell"
     advice = "Look for code that closes sockets or descriptors, stops the event loop, or blocks a thread of the kernel itself."
@@ -278,10 +287,14 @@ def mute(context: Context) -> Cause | None:
 
 def waits_for_input(context: Context) -> Cause | None:
     """A child of the kernel reads a terminal: it waits for a person."""
-    looked = context.evidence.looked
-    if not isinstance(context.ending, TimedOut) or looked is None or not looked.reads_terminal:
+    observation = context.evidence.observation
+    if (
+        not isinstance(context.ending, TimedOut)
+        or observation is None
+        or not observation.reads_terminal
+    ):
         return None
-    if computes(looked) or (looked.children_cpu_share or 0) >= BUSY:
+    if computes(observation) or (observation.children_cpu_share or 0) >= BUSY:
         return None
     summary = "it waits for input from a terminal that nobody will type"
     advice = "Pass the answer on the command line or from a file (read < file, yes |, --yes)."
@@ -311,7 +324,7 @@ def processes_exhausted(context: Context) -> Cause | None:
         )
     if count.refused:
         facts.append(outside("forks refused", count.refused, "pids.events of the control group"))
-    where = "the notebook" if ending.whole else context.human(ending.cell)
+    subject = "the notebook" if ending.whole_notebook else context.human(ending.cell)
     refused = (
         f"; the system refused {count.refused} more"
         if count.refused
@@ -319,13 +332,15 @@ def processes_exhausted(context: Context) -> Cause | None:
     )
     others = " (what else the user runs counts too)" if count.of_user is not None else ""
     summary = (
-        f"{where} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
+        f"{subject} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
         f" in use{refused}{others}"
     )
     # A group above the sandbox may allow fewer processes than this run: raising our limit would not help then.
-    bound = context.evidence.process_bound
+    group_limit = context.evidence.process_bound
     option = (
-        context.if_limited(LimitName.PROCESSES, " than --processes allows") if bound is None else ""
+        context.if_limited(LimitName.PROCESSES, " than --processes allows")
+        if group_limit is None
+        else ""
     )
     allows = option or " than that"
     advice = (
@@ -341,15 +356,15 @@ def timed_out(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, TimedOut):
         return None
-    looked = context.evidence.looked
-    activity = activity_of(looked) if looked else None
+    observation = context.evidence.observation
+    activity = activity_of(observation) if observation else None
     doing = f"; {hangs.doing_text(context, activity)}" if activity else ""
-    if activity is None and looked is not None and is_starved(looked):
+    if activity is None and observation is not None and is_starved(observation):
         doing = "; it waited for a processor, so nothing can be said of what it was doing"
-    whole = "the notebook" if ending.whole else context.human(ending.cell)
-    summary = f"{whole} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
-    kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole else CauseKind.CELL_TIMEOUT
-    option = "--timeout" if ending.whole else "--cell-timeout"
+    subject = "the notebook" if ending.whole_notebook else context.human(ending.cell)
+    summary = f"{subject} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
+    kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole_notebook else CauseKind.CELL_TIMEOUT
+    option = "--timeout" if ending.whole_notebook else "--cell-timeout"
     advice = hangs.advice_text(context, activity)
     return _timed(
         context,
@@ -362,14 +377,18 @@ def timed_out(context: Context) -> Cause | None:
 
 def _resistance(context: Context, activity: Activity | None) -> str:
     """Why an interrupt did not end the cell, where one was sent and it did not."""
-    ending, looked = context.ending, context.evidence.looked
+    ending, observation = context.ending, context.evidence.observation
     if (
         not isinstance(ending, TimedOut)
         or ending.answered is not False
         or activity is Activity.STOPPED
     ):
         return ""
-    if looked is not None and looked.ignores_interrupt and activity is not Activity.WAITING_CHILD:
+    if (
+        observation is not None
+        and observation.ignores_interrupt
+        and activity is not Activity.WAITING_CHILD
+    ):
         return "; it ignores interrupts (SIGINT)"
     return "; an interrupt did not end it"
 

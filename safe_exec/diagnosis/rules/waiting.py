@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import ObservedLock, ObservedProcess
 
 AT_WORK = 0.5
@@ -109,82 +109,90 @@ class Blocker(Struct, frozen=True, kw_only=True):
 # --- whether it waits for processes ---------------------------------------------------------------------------------
 
 
-def other_processes(looked: Looked) -> list[ObservedProcess]:
+def other_processes(observation: ActivityObservation) -> list[ObservedProcess]:
     """The processes beside the kernel but Python's own helpers."""
-    return [process for process in looked.processes if not _HELPER.search(process.command)]
+    return [process for process in observation.processes if not _HELPER.search(process.command)]
 
 
-def waits_for_processes(looked: Looked) -> bool:
+def waits_for_processes(observation: ActivityObservation) -> bool:
     """Whether a kernel at rest waits for another process: a child, a worker of a pool, or one that holds a pipe."""
-    if looked.syscall in WAITS or _waits_for_shell(looked):
+    if observation.syscall in WAITS or _waits_for_shell(observation):
         return True
-    some = bool(looked.children or other_processes(looked) or looked.ended)
-    if some and _stands_in(looked.stack, FILES_OF_CHILDREN):
+    some = bool(observation.children or other_processes(observation) or observation.ended)
+    if some and _stands_in(observation.stack, FILES_OF_CHILDREN):
         return True
-    if some and _stands_in(looked.stack, FILES_OF_POOLS) and not _is_thread_pool(looked):
+    if some and _stands_in(observation.stack, FILES_OF_POOLS) and not _is_thread_pool(observation):
         return True
-    return (some and _waits_for_executor(looked)) or bool(_partners(looked))
+    return (some and _waits_for_executor(observation)) or bool(_partners(observation))
 
 
 def _stands_in(stack: Sequence[Frame], files: Sequence[str]) -> bool:
     return any((frame.file or "").endswith(tuple(files)) for frame in stack[:SEARCHED_FRAMES])
 
 
-def _is_thread_pool(looked: Looked) -> bool:
+def _is_thread_pool(observation: ActivityObservation) -> bool:
     """Multiprocessing's pool of threads runs its workers, of the same code, in the kernel itself."""
     return any(
         frame.function == "worker" and (frame.file or "").endswith("pool.py")
-        for stack in looked.threads
+        for stack in observation.threads
         for frame in stack
     )
 
 
-def _waits_for_executor(looked: Looked) -> bool:
+def _waits_for_executor(observation: ActivityObservation) -> bool:
     """The result of a future is waited for, and it can only come from an executor of processes."""
-    if not _stands_in(looked.stack, ("futures/_base.py",)):
+    if not _stands_in(observation.stack, ("futures/_base.py",)):
         return False
     at_work = any(
         frame.function == "run" and (frame.file or "").endswith("futures/thread.py")
-        for stack in looked.threads
+        for stack in observation.threads
         for frame in stack
     )
-    return not at_work and any(_stands_in(stack, FILES_OF_EXECUTORS) for stack in looked.threads)
-
-
-def _waits_for_shell(looked: Looked) -> bool:
-    """A kernel that drives a shell waits at a terminal whatever runs there: the shell itself says what it waits for."""
-    return not looked.fitted and any(
-        process.syscall in WAITS and not process.adopted for process in looked.processes
+    return not at_work and any(
+        _stands_in(stack, FILES_OF_EXECUTORS) for stack in observation.threads
     )
 
 
-def _partners(looked: Looked) -> list[ObservedProcess]:
+def _waits_for_shell(observation: ActivityObservation) -> bool:
+    """A kernel that drives a shell waits at a terminal whatever runs there: the shell itself says what it waits for."""
+    return not observation.instrumented and any(
+        process.syscall in WAITS and not process.adopted for process in observation.processes
+    )
+
+
+def _partners(observation: ActivityObservation) -> list[ObservedProcess]:
     """Those that hold the other end of a pipe that the kernel is blocked at."""
-    pipes = {target for target in looked.targets or () if target.startswith("pipe:")}
-    read = pipes & _own_reads(looked) if looked.syscall in (*READS, *MULTIPLEXERS) else frozenset()
+    pipes = {target for target in observation.targets or () if target.startswith("pipe:")}
+    read = (
+        pipes & _own_reads(observation)
+        if observation.syscall in (*READS, *MULTIPLEXERS)
+        else frozenset()
+    )
     written = (
-        pipes & _own_writes(looked) if looked.syscall in (*WRITES, *MULTIPLEXERS) else frozenset()
+        pipes & _own_writes(observation)
+        if observation.syscall in (*WRITES, *MULTIPLEXERS)
+        else frozenset()
     )
     return [
         process
-        for process in other_processes(looked)
+        for process in other_processes(observation)
         if read & set(process.writes) or written & set(process.reads)
     ]
 
 
-def reads_own_pipe(looked: Looked) -> bool:
+def reads_own_pipe(observation: ActivityObservation) -> bool:
     """Whether the kernel reads a pipe whose other end nobody holds but itself: it waits for its own writing."""
-    if looked.syscall not in READS or not looked.targets:
+    if observation.syscall not in READS or not observation.targets:
         return False
-    pipe = looked.targets[0]
-    held = any(pipe in process.writes for process in looked.processes)
-    return pipe.startswith("pipe:") and pipe in looked.writes and not held
+    pipe = observation.targets[0]
+    held_elsewhere = any(pipe in process.writes for process in observation.processes)
+    return pipe.startswith("pipe:") and pipe in observation.writes and not held_elsewhere
 
 
 # --- which one, and why it does not end -----------------------------------------------------------------------------
 
 
-def blockage_of(process: ObservedProcess, looked: Looked) -> Blockage:  # noqa: C901, PLR0911 - one return for each state
+def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> Blockage:  # noqa: C901, PLR0911 - one return for each state
     """Why a process does not end."""
     if process.state in "ZX":
         return Blockage.ENDED
@@ -200,7 +208,7 @@ def blockage_of(process: ObservedProcess, looked: Looked) -> Blockage:  # noqa: 
         return Blockage.FILE_LOCK
     if process.reads_terminal:
         return Blockage.TERMINAL
-    if process.syscall in READS and set(process.targets or ()) & _own_writes(looked):
+    if process.syscall in READS and set(process.targets or ()) & _own_writes(observation):
         return Blockage.INPUT
     if process.syscall in WAITS:
         return Blockage.CHILD
@@ -213,14 +221,14 @@ def blockage_of(process: ObservedProcess, looked: Looked) -> Blockage:  # noqa: 
     )
 
 
-def _own_writes(looked: Looked) -> frozenset[str]:
+def _own_writes(observation: ActivityObservation) -> frozenset[str]:
     """Pipes that the kernel only writes to. Of the queues of multiprocessing a process that forks holds both ends."""
-    return frozenset(looked.writes) - frozenset(looked.reads)
+    return frozenset(observation.writes) - frozenset(observation.reads)
 
 
-def _own_reads(looked: Looked) -> frozenset[str]:
+def _own_reads(observation: ActivityObservation) -> frozenset[str]:
     """Pipes that the kernel only reads: it sees their end when nobody else holds the other one any more."""
-    return frozenset(looked.reads) - frozenset(looked.writes)
+    return frozenset(observation.reads) - frozenset(observation.writes)
 
 
 def is_worker_command(command: str) -> bool:
@@ -233,31 +241,37 @@ def is_worker(process: ObservedProcess) -> bool:
     return process.forked or is_worker_command(process.command)
 
 
-def find_blocker(looked: Looked) -> Blocker | None:
+def find_blocker(observation: ActivityObservation) -> Blocker | None:
     """The process that is most likely waited for.
 
     The child that wait4 names; else whoever holds the pipe that the kernel reads or writes; else an orphan that holds a pipe which only the
     kernel reads; else the most telling of all children. Where what was named is at rest and another one is stuck for ever, that one.
     """
-    processes = other_processes(looked)
+    processes = other_processes(observation)
     if not processes:
         return None
-    named = [
+    awaited_children = [
         process
         for process in processes
-        if looked.awaited is not None and process.local_pid == looked.awaited
+        if observation.awaited is not None and process.local_pid == observation.awaited
     ]
-    partners = _partners(looked)
-    holders = [] if named or partners else _holders(looked)
+    partners = _partners(observation)
+    holders = [] if awaited_children or partners else _holders(observation)
     if holders:
         return Blocker(process=holders[0], blockage=Blockage.HOLDS_OUTPUT)
-    if partners and all(process.adopted for process in partners) and looked.syscall not in WRITES:
+    if (
+        partners
+        and all(process.adopted for process in partners)
+        and observation.syscall not in WRITES
+    ):
         return Blocker(process=partners[0], blockage=Blockage.HOLDS_OUTPUT)
     chosen = (
-        _most_telling(_family(named or partners, processes), looked) if named or partners else None
+        _most_telling(_family(awaited_children or partners, processes), observation)
+        if awaited_children or partners
+        else None
     )
     anybody = _most_telling(
-        [process for process in processes if not process.adopted] or processes, looked
+        [process for process in processes if not process.adopted] or processes, observation
     )
     if chosen is None or (
         anybody is not None and anybody.blockage in STUCK and chosen.blockage not in STUCK
@@ -266,27 +280,27 @@ def find_blocker(looked: Looked) -> Blocker | None:
     return chosen
 
 
-def stuck_child(looked: Looked) -> Blocker | None:
+def stuck_child(observation: ActivityObservation) -> Blocker | None:
     """A child that will not end by itself, whatever else the kernel is doing."""
     blocker = _most_telling(
-        [process for process in other_processes(looked) if not process.adopted], looked
+        [process for process in other_processes(observation) if not process.adopted], observation
     )
     return blocker if blocker is not None and blocker.blockage in STUCK else None
 
 
-def _holders(looked: Looked) -> list[ObservedProcess]:
+def _holders(observation: ActivityObservation) -> list[ObservedProcess]:
     """Orphans that hold a pipe which only the kernel reads, where no child of its holds it any more."""
-    reads = _own_reads(looked)
+    reads = _own_reads(observation)
     used = {
         pipe
-        for process in other_processes(looked)
+        for process in other_processes(observation)
         if not process.adopted and process.state not in "ZX"
         for pipe in process.writes
     }
     free = reads - used
     return [
         process
-        for process in other_processes(looked)
+        for process in other_processes(observation)
         if process.adopted and free & set(process.writes)
     ]
 
@@ -303,9 +317,12 @@ def _family(
     return family
 
 
-def _most_telling(processes: Sequence[ObservedProcess], looked: Looked) -> Blocker | None:
+def _most_telling(
+    processes: Sequence[ObservedProcess], observation: ActivityObservation
+) -> Blocker | None:
     blockers = [
-        Blocker(process=process, blockage=blockage_of(process, looked)) for process in processes
+        Blocker(process=process, blockage=blockage_of(process, observation))
+        for process in processes
     ]
     return min(
         blockers,
@@ -314,39 +331,41 @@ def _most_telling(processes: Sequence[ObservedProcess], looked: Looked) -> Block
     )
 
 
-def replaced_workers(looked: Looked) -> tuple[int, int]:
+def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
     """How many workers of a pool have ended while the cell ran, and how many took the place of others."""
-    gone = sum(child.forked or is_worker_command(child.command) for child in looked.ended)
+    ended_count = sum(
+        child.forked or is_worker_command(child.command) for child in observation.ended
+    )
     workers = [
         process
-        for process in other_processes(looked)
+        for process in other_processes(observation)
         if is_worker(process) and process.state not in "ZX"
     ]
     oldest = max((process.age for process in workers), default=0.0)
-    return gone, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
+    return ended_count, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
 
 
 # --- the lock on a file ---------------------------------------------------------------------------------------------
 
 
-def awaited_lock(looked: Looked) -> ObservedLock | None:
+def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
     """The lock on a file that the kernel waits for: blocked in a call for it, or trying again and again."""
-    lock = looked.lock
+    lock = observation.lock
     if lock is None or lock.kind in ("flock", "fcntl"):
         return lock
     if lock.kind == "sqlite":
-        return lock if (looked.switches or 0.0) >= RETRIES_PER_SECOND else None
-    return lock if polls_for_file_lock(looked) else None
+        return lock if (observation.switches or 0.0) >= RETRIES_PER_SECOND else None
+    return lock if polls_for_file_lock(observation) else None
 
 
 RETRIES_PER_SECOND = 4.0
 """SQLite tries again after 100 ms at most; a longer sleep is another one's."""
 
 
-def polls_for_file_lock(looked: Looked) -> bool:
+def polls_for_file_lock(observation: ActivityObservation) -> bool:
     """Whether a package for lock files is at it."""
     return any(
         package in (frame.file or "")
-        for frame in looked.stack[:SEARCHED_FRAMES]
+        for frame in observation.stack[:SEARCHED_FRAMES]
         for package in FILES_OF_FILE_LOCKS
     )

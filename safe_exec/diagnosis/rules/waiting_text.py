@@ -17,22 +17,22 @@ from safe_exec.diagnosis.rules.waiting import (
     other_processes,
     replaced_workers,
 )
-from safe_exec.model.evidence import Looked
+from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock, ObservedProcess
 from safe_exec.units import format_size
 
 
-def waited_for(looked: Looked) -> str:
+def waited_for(observation: ActivityObservation) -> str:
     """``the child process `sleep 300` (pid 77), which is sleeping``: whom the kernel waits for; empty where it cannot be told."""
-    blocker = find_blocker(looked)
+    blocker = find_blocker(observation)
     if blocker is None:
-        return _gone(looked)
+        return _ended_process_text(observation)
     blockage = blocker.blockage
-    gone, replaced = replaced_workers(looked)
-    if blockage is Blockage.IDLE and (gone or replaced):
-        return _gone(looked)
+    ended_count, replaced = replaced_workers(observation)
+    if blockage is Blockage.IDLE and (ended_count or replaced):
+        return _ended_process_text(observation)
     if blockage is Blockage.IDLE:
-        count = sum(is_worker(other) for other in other_processes(looked))
+        count = sum(is_worker(other) for other in other_processes(observation))
         return (
             f"its {count} worker processes, which have nothing to do"
             if count > 1
@@ -51,9 +51,9 @@ def sentence_of(blocker: Blocker) -> str:
     return f"{_name(blocker.process)} {_state(blocker.process, blocker.blockage)}"
 
 
-def _gone(looked: Looked) -> str:
-    gone, replaced = replaced_workers(looked)
-    count = max(gone, replaced)
+def _ended_process_text(observation: ActivityObservation) -> str:
+    ended_count, replaced = replaced_workers(observation)
+    count = max(ended_count, replaced)
     if count:
         fate = (
             " and was replaced"
@@ -66,7 +66,7 @@ def _gone(looked: Looked) -> str:
             "a worker process that ended" if count == 1 else f"{count} worker processes that ended"
         )
         return f"{ended} before its work was done{fate}"
-    child = looked.ended[-1] if looked.ended else None
+    child = observation.ended[-1] if observation.ended else None
     return (
         f"the child process `{child.command}` (pid {child.local_pid}), which has ended"
         if child
@@ -130,14 +130,14 @@ def _ending(process: ObservedProcess) -> str:
     return f"was killed by {status}" if status.signal is not None else f"has ended with {status}"
 
 
-def advice(looked: Looked, *, python: bool) -> str:
+def advice(observation: ActivityObservation, *, python: bool) -> str:
     """What helps; empty where nothing better can be said than to look at the child."""
-    blocker = find_blocker(looked)
+    blocker = find_blocker(observation)
     if blocker is None or blocker.blockage is Blockage.IDLE:
-        return _advice_for_lost_work(looked, python=python)
+        return _advice_for_lost_work(observation, python=python)
     process, blockage = blocker.process, blocker.blockage
     if blockage is Blockage.FULL_PIPE:
-        return _advice_for_full_pipe(process, looked, python=python)
+        return _advice_for_full_pipe(process, observation, python=python)
     if blockage is Blockage.HOLDS_OUTPUT:
         command = process.command if _is_plain(process.command) else "COMMAND"
         ways = (
@@ -171,7 +171,9 @@ def _lost_lock(process: ObservedProcess) -> str:
     return "Its only thread waits for a lock or a queue that only another thread could release: look at that program."
 
 
-def _advice_for_full_pipe(process: ObservedProcess, looked: Looked, *, python: bool) -> str:
+def _advice_for_full_pipe(
+    process: ObservedProcess, observation: ActivityObservation, *, python: bool
+) -> str:
     if not python:
         return "Read its output while it runs, or send it into a file."
     if is_worker(process):
@@ -179,25 +181,25 @@ def _advice_for_full_pipe(process: ObservedProcess, looked: Looked, *, python: b
             "It cannot end before the queue or pipe that it fills is read: take all items out (get(), recv()) before join(),"
             " or let it send less."
         )
-    if looked.syscall in WRITES:
+    if observation.syscall in WRITES:
         return "It does not read on before its own output is read: use communicate(input=...) or subprocess.run(input=..., capture_output=True)."
-    if process.full_pipe in looked.reads:
+    if process.full_pipe in observation.reads:
         return "Read its output before wait(): use communicate() or subprocess.run(capture_output=True), or send it into a file."
     return (
         "Something has to read its output while it runs, or it goes into a file (stdout=open(...))."
     )
 
 
-def _advice_for_lost_work(looked: Looked, *, python: bool) -> str:
-    gone, replaced = replaced_workers(looked)
-    if gone or replaced:
+def _advice_for_lost_work(observation: ActivityObservation, *, python: bool) -> str:
+    ended_count, replaced = replaced_workers(observation)
+    if ended_count or replaced:
         if not python:
             return "Find out why it ended."
         return (
             "multiprocessing.Pool waits for ever for the result of a worker that died: find out why it ended (os._exit, a crash, a kill),"
             " or use concurrent.futures.ProcessPoolExecutor, which raises BrokenProcessPool."
         )
-    if looked.processes:
+    if observation.processes:
         return "The workers are at rest and no result is on its way: look for an error of theirs in the cell's output; wait with a timeout."
     return "Look at the child process it waits for; give the call a timeout."
 
@@ -231,8 +233,8 @@ def holder_text(lock: ObservedLock) -> str | None:
 def lock_advice(lock: ObservedLock) -> str:
     """What helps against a lock that is not released."""
     if lock.kind == "sqlite":
-        whose = "Another connection of this notebook" if lock.own else "Another process"
-        return f"{whose} has a write transaction open on it: commit() or close() it before this statement."
+        owner = "Another connection of this notebook" if lock.own else "Another process"
+        return f"{owner} has a write transaction open on it: commit() or close() it before this statement."
     if lock.own:
         return (
             "It was taken before, by another open file that is still open: close that file (with open(...) as file: does), or release the lock,"
@@ -265,10 +267,10 @@ def printed_traceback(text: str) -> Traceback | None:
     last = None
     owner: tuple[str, bool] | None = None
     for line in text.splitlines():
-        if found := _THREAD.match(line):
-            owner = (found[1], True)
-        elif found := _PROCESS.match(line):
-            owner = (found[1], False)
+        if match := _THREAD.match(line):
+            owner = (match[1], True)
+        elif match := _PROCESS.match(line):
+            owner = (match[1], False)
         elif owner is not None and _ERROR.match(line):
             last = Traceback(owner=owner[0], error=line.strip()[:200], thread=owner[1])
             owner = None

@@ -14,7 +14,7 @@ import re
 
 from msgspec import Struct
 
-from safe_exec.experiments.culprits.protocol import Answer
+from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.model.ending import (
     CellFailed,
     Died,
@@ -103,10 +103,10 @@ class Failure(Struct, frozen=True, kw_only=True):
         """The failure of a run with this cause and crash cell."""
         return cls(
             kind=cause.kind,
-            signal=_how(cause)[0],
-            exit_code=_how(cause)[1],
+            signal=_signal_and_exit_code(cause)[0],
+            exit_code=_signal_and_exit_code(cause)[1],
             cell=cell,
-            error=_raised(cause),
+            error=_exception_name(cause),
             missing=tuple(
                 sorted(
                     {
@@ -117,7 +117,7 @@ class Failure(Struct, frozen=True, kw_only=True):
                     }
                 )
             ),
-            moves=_found_by_glibc(cause),
+            moves=_aborted_by_glibc(cause),
         )
 
     def is_same(self, cause: Cause | None, cell: int | None) -> bool:
@@ -130,39 +130,43 @@ class Failure(Struct, frozen=True, kw_only=True):
 
     def is_like(self, cause: Cause) -> bool:
         """Whether a cause is the failure's own: kind, signal or exit code, and the name of an exception."""
-        if (cause.kind, *_how(cause)) != (self.kind, self.signal, self.exit_code):
+        if (cause.kind, *_signal_and_exit_code(cause)) != (self.kind, self.signal, self.exit_code):
             return False
         return (
             self.kind not in (CauseKind.EXCEPTION, CauseKind.ISOLATION)
-            or _raised(cause) == self.error
+            or _exception_name(cause) == self.error
         )
 
     def has_form(self, cause: Cause) -> bool:
         """Whether a cause is the failure's own, or one that is known to be another form of it."""
         if self.is_like(cause):
             return True
-        if self.kind is CauseKind.SEGFAULT and _found_by_glibc(cause):
+        if self.kind is CauseKind.SEGFAULT and _aborted_by_glibc(cause):
             return True
         if self.moves and cause.kind is CauseKind.SEGFAULT:
             return True
         # Nobody could look at the stack of one of them: it may have been full, or not.
         unseen = cause.kind is CauseKind.SEGFAULT and cause.confidence is not Confidence.CERTAIN
-        return self.kind is CauseKind.STACK_OVERFLOW and unseen and _how(cause)[0] == self.signal
+        return (
+            self.kind is CauseKind.STACK_OVERFLOW
+            and unseen
+            and _signal_and_exit_code(cause)[0] == self.signal
+        )
 
 
-def _found_by_glibc(cause: Cause) -> bool:
+def _aborted_by_glibc(cause: Cause) -> bool:
     """Whether glibc found its heap damaged, and aborted."""
-    words = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
-    return cause.kind is CauseKind.ABORT and any(word in words for word in HEAP_WORDS)
+    message = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
+    return cause.kind is CauseKind.ABORT and any(word in message for word in HEAP_WORDS)
 
 
-def _how(cause: Cause) -> tuple[int | None, int | None]:
+def _signal_and_exit_code(cause: Cause) -> tuple[int | None, int | None]:
     """Signal and exit code. A kernel that was asked to end had the time to in the run, and is killed at the end of a hasty trial."""
-    asked = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
-    return (None, None) if asked else (cause.signal, cause.exit_code)
+    exit_requested = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
+    return (None, None) if exit_requested else (cause.signal, cause.exit_code)
 
 
-def _raised(cause: Cause) -> str | None:
+def _exception_name(cause: Cause) -> str | None:
     """The name of the exception, where there is one."""
     fact = next((str(fact.value) for fact in cause.evidence if fact.fact == "raised"), None)
     return fact.partition(":")[0] if fact is not None else None
@@ -190,21 +194,21 @@ def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
 
 def answer(
     failure: Failure, ending: Ending, cause: Cause | None
-) -> tuple[Answer, int | None, frozenset[str]]:
+) -> tuple[Outcome, int | None, frozenset[str]]:
     """What a trial says: the answer, the cell at which an unresolved one stopped, and the names it missed.
 
     A missing name teaches a dependency. Another death is recorded by whoever asked, and never followed.
     """
     cell = getattr(ending, "cell", None)
     if isinstance(ending, Passed):
-        return Answer.PASS, None, frozenset()
+        return Outcome.PASS, None, frozenset()
     missing = _missing(ending)
     # A NameError that the first run did not have comes from what was left out, whatever it is that is searched for.
     if failure.is_same(cause, cell) and not (
         failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)
     ):
-        return Answer.FAIL, None, frozenset()
-    return Answer.UNRESOLVED, cell, missing
+        return Outcome.FAIL, None, frozenset()
+    return Outcome.UNRESOLVED, cell, missing
 
 
 def is_another_form(failure: Failure, ending: Ending, cause: Cause | None) -> bool:

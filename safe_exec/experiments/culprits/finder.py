@@ -9,7 +9,7 @@ import ast
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from msgspec import Struct, field
@@ -21,17 +21,18 @@ from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
 from safe_exec.experiments.culprits.oracle import Oracle
 from safe_exec.experiments.culprits.protocol import (
-    Answer,
-    Ask,
+    Outcome,
     Problem,
+    Query,
     Reply,
     Result,
     Search,
     SearchCancelled,
 )
-from safe_exec.experiments.culprits.roles import Found, culprits_of, look_first
+from safe_exec.experiments.culprits.roles import CulpritSet, culprits_of, look_first
+from safe_exec.experiments.driver import drive
 from safe_exec.experiments.static_analysis.dependencies import Dependencies
-from safe_exec.experiments.static_analysis.frame_reads import is_caught, read_on_the_way
+from safe_exec.experiments.static_analysis.frame_reads import is_caught, names_read_at
 from safe_exec.limits.isolation import as_metadata
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
@@ -52,7 +53,7 @@ SHRINK_FROM = 5
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
-class Given(Struct, frozen=True, kw_only=True):
+class FirstRun(Struct, frozen=True, kw_only=True):
     """What the first run left: its verdict, the stripped notebook, and the seconds that may be spent."""
 
     verdict: Verdict
@@ -62,7 +63,7 @@ class Given(Struct, frozen=True, kw_only=True):
     started: float = field(default_factory=time.monotonic)
 
 
-class Investigated(Struct, frozen=True, kw_only=True):
+class InvestigationResult(Struct, frozen=True, kw_only=True):
     """The culprits, the reproduction where there is one, and what the user should know."""
 
     culprits: Culprits
@@ -73,9 +74,9 @@ class Investigated(Struct, frozen=True, kw_only=True):
 class Investigation:
     """One search; ``run()`` once."""
 
-    def __init__(self, given: Given, oracle: Oracle) -> None:
-        self.given, self.oracle = given, oracle
-        verdict = given.verdict
+    def __init__(self, first_run: FirstRun, oracle: Oracle) -> None:
+        self.first_run, self.oracle = first_run, oracle
+        verdict = first_run.verdict
         assert verdict.crash_cell is not None
         self.crash = verdict.crash_cell
         self.records = {record.index: record for record in verdict.cells}
@@ -85,81 +86,88 @@ class Investigation:
             if r.index <= self.crash.index and r.status in RAN and r.index != self.crash.index
         ]
         self.order = (*ran, self.crash.index)
-        self.sources = {index: str(given.node.cells[index].source) for index in self.order}
+        self.sources = {index: str(first_run.node.cells[index].source) for index in self.order}
         self.dependencies = Dependencies.of_sources(
             [self.sources[i] for i in self.order], language=verdict.notebook.language
         )
         self.number = 0
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
-    def now(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the run began, for events."""
-        return time.monotonic() - self.given.started
+        return time.monotonic() - self.first_run.started
 
-    async def run(self) -> Investigated:
-        """Search, shrink, and put the answer together. Raises SearchFailed when trials cannot be run."""
+    async def run(self) -> InvestigationResult:
+        """Search, shrink, and put the answer together. Raises RerunFailed when trials cannot be run."""
         problem = self.problem()
-        self.given.sink(
+        self.first_run.sink(
             events.SearchStarted(
-                time=self.now(), cells=len(problem.cells), budget=self.given.budget
+                time=self.elapsed(), cells=len(problem.cells), budget=self.first_run.budget
             )
         )
         result = await self.drive(search(problem), self.ask_cells)
         source = None
         if result.minimal and result.cells:
             source = await self.shrink(result)
-        made = self.reproduction(result, source) if result.cells else None
-        self.given.sink(
-            events.SearchFinished(time=self.now(), cells=result.cells, minimal=result.minimal)
+        document = self.reproduction(result, source) if result.cells else None
+        self.first_run.sink(
+            events.SearchFinished(time=self.elapsed(), cells=result.cells, minimal=result.minimal)
         )
-        return Investigated(
-            culprits=self.culprits(result), reproduction=made, warnings=self.warnings(result)
+        return InvestigationResult(
+            culprits=self.culprits(result), reproduction=document, warnings=self.warnings(result)
         )
 
     def problem(self) -> Problem:
         """What is known for free."""
-        at = dict(enumerate(self.order))
+        index_of = dict(enumerate(self.order))
         crash = len(self.order) - 1
         strong, weak = (
             self.dependencies.slice_of(crash),
             self.dependencies.slice_of(crash, weak=True),
         )
-        suspicions = self.dependencies.suspicions()
-        amounts, limit = self.amounts()
-        way = self.names_on_the_way()
+        side_effect_risks = self.dependencies.side_effect_risks()
+        resource_use, limit = self.resource_use()
+        frame_names = self.names_in_frames()
 
         def stops_at(cells: frozenset[int]) -> int | None:
-            kept = [n for n, index in at.items() if index in cells]
-            found = self.dependencies.surely_missing(kept, crash=crash, crash_line=self.crash.line)
-            if found is not None:
-                return at[found[0]]
-            return self.crash.index if self.dependencies.lack_any(kept, way) else None
+            positions = [n for n, index in index_of.items() if index in cells]
+            missing = self.dependencies.surely_missing(
+                positions, crash=crash, crash_line=self.crash.line
+            )
+            if missing is not None:
+                return index_of[missing[0]]
+            return self.crash.index if self.dependencies.lack_any(positions, frame_names) else None
 
-        def definers(name: str, before: int) -> tuple[int, ...]:
-            return tuple(at[n] for n in self.dependencies.definers(name, self.order.index(before)))
+        def definers(name: str, cell: int) -> tuple[int, ...]:
+            return tuple(
+                index_of[n] for n in self.dependencies.definers(name, self.order.index(cell))
+            )
 
         return Problem(
             cells=self.order,
-            slice=frozenset(at[n] for n in strong),
+            slice=frozenset(index_of[n] for n in strong),
             needs={
-                at[n]: frozenset(at[m] for m in self.dependencies.needs(n))
+                index_of[n]: frozenset(index_of[m] for m in self.dependencies.needs(n))
                 for n in range(len(self.order))
             },
             definers=definers,
-            surely_stops_at=stops_at,
-            suspicion={at[n]: s + (WEAK if n in weak else 0.0) for n, s in enumerate(suspicions)},
-            amounts=amounts,
+            predicted_stop=stops_at,
+            side_effect_risk={
+                index_of[n]: s + (WEAK if n in weak else 0.0)
+                for n, s in enumerate(side_effect_risks)
+            },
+            resource_use=resource_use,
             limit=limit,
             seconds={index: self.records[index].seconds or 0.0 for index in self.order},
             start_seconds=min(
                 (r.started for r in self.records.values() if r.started is not None), default=0.0
             ),
-            erratic=self.given.verdict.cause is not None
-            and self.given.verdict.cause.kind in ERRATIC,
-            budget=self.given.budget,
+            erratic=self.first_run.verdict.cause is not None
+            and self.first_run.verdict.cause.kind in ERRATIC,
+            budget=self.first_run.budget,
         )
 
-    def names_on_the_way(self) -> dict[int, frozenset[str]]:
+    def names_in_frames(self) -> dict[int, frozenset[str]]:
         """By place in the order, the names read at the lines of the crash's frames: what died there had all of them.
 
         Nothing where the crash cell may go on after an error, or where the place moves from run to run.
@@ -170,22 +178,22 @@ class Investigation:
             (self.crash.index, self.crash.line),
             *((frame.cell, frame.line) for frame in reversed(self.crash.stack)),
         ]
-        found: dict[int, frozenset[str]] = {}
+        names: dict[int, frozenset[str]] = {}
         for index, line in lines:
             if index is None or line is None:
                 continue  # a library's frame
             if index not in self.sources or is_caught(self.sources[index], line):
                 break  # what is missing further in may be caught here
-            place = self.order.index(index)
-            found[place] = found.get(place, frozenset()) | read_on_the_way(
+            position = self.order.index(index)
+            names[position] = names.get(position, frozenset()) | names_read_at(
                 self.sources[index], line
             )
-        return found
+        return names
 
-    def amounts(self) -> tuple[Mapping[int, float] | None, float | None]:
+    def resource_use(self) -> tuple[Mapping[int, float] | None, float | None]:
         """What each cell kept of what ran out, and how much there was of it."""
-        assert self.given.verdict.cause is not None
-        kind, limits = self.given.verdict.cause.kind, self.given.verdict.limits
+        assert self.first_run.verdict.cause is not None
+        kind, limits = self.first_run.verdict.cause.kind, self.first_run.verdict.limits
         if kind in MEMORY and limits.memory is not None:
             return {i: float(self.records[i].memory_kept or 0) for i in self.order}, float(
                 limits.memory
@@ -198,45 +206,44 @@ class Investigation:
 
     # --- driving ------------------------------------------------------------------------------------------------
 
-    async def drive(self, searching: Search, ask_oracle: Any) -> Result:
-        """Answer the search's questions until it is done; Ctrl-C keeps the best so far."""
-        try:
-            ask = next(searching)
-            while True:
-                reply = await ask_oracle(ask)
-                cancelled = bool(self.oracle.subject.request.cancellation.signals)
-                ask = searching.throw(SearchCancelled()) if cancelled else searching.send(reply)
-        except StopIteration as done:
-            result: Result = done.value
-            return result
+    async def drive(
+        self, searching: Search, ask_oracle: Callable[[Query], Awaitable[Reply]]
+    ) -> Result:
+        """Answer the search's queries until it returns; Ctrl-C keeps the best result so far."""
 
-    async def ask_cells(self, ask: Ask) -> Reply:
+        def cancellation() -> SearchCancelled | None:
+            signals = self.oracle.subject.request.cancellation.signals
+            return SearchCancelled() if signals else None
+
+        return await drive(searching, ask_oracle, cancellation=cancellation)
+
+    async def ask_cells(self, query: Query) -> Reply:
         """A trial of a set of cells; what is to be confirmed is run as the reproduction, by itself."""
         self.number += 1
-        self.given.sink(
-            events.SearchTrialStarted(time=self.now(), number=self.number, cells=ask.cells)
+        self.first_run.sink(
+            events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=query.cells)
         )
-        node = self.document(ask.cells, None) if ask.fresh else None
-        trialled = await self.oracle.answer(
-            ask, node=node, crash=len(ask.cells) - 1 if node is not None else None
+        node = self.document(query.cells, None) if query.fresh else None
+        answered = await self.oracle.answer(
+            query, node=node, crash=len(query.cells) - 1 if node is not None else None
         )
-        self.finished(ask, trialled.reply)
-        return trialled.reply
+        self.report_trial(query, answered.reply)
+        return answered.reply
 
-    def finished(self, ask: Ask, reply: Reply) -> None:
+    def report_trial(self, query: Query, reply: Reply) -> None:
         """Tell of a trial that is over."""
         best = (
-            ask.cells
-            if reply.answer is Answer.FAIL and len(ask.cells) < len(ask.best or self.order)
-            else ask.best
+            query.cells
+            if reply.answer is Outcome.FAIL and len(query.cells) < len(query.best or self.order)
+            else query.best
         )
-        self.given.sink(
+        self.first_run.sink(
             events.SearchTrialFinished(
-                time=self.now(),
+                time=self.elapsed(),
                 number=self.number,
                 answer=reply.answer.value,
                 seconds=reply.seconds,
-                left=ask.left,
+                left=query.undecided,
                 best=best,
             )
         )
@@ -246,45 +253,49 @@ class Investigation:
     async def shrink(self, result: Result) -> str | None:
         """Less of the crash cell that still does it: the same search over its statements; ``None`` for all of it."""
         statements = statements_of(self.sources[self.crash.index], self.crash.line)
-        left = self.given.budget - (time.monotonic() - self.began)
-        if len(statements) < SHRINK_FROM or self.crash.line is None or left <= 0:
+        budget = self.first_run.budget - (time.monotonic() - self.start_time)
+        if len(statements) < SHRINK_FROM or self.crash.line is None or budget <= 0:
             return None
         texts = [text for _, text in statements]
-        known = Dependencies.of_sources(texts, language=self.given.verdict.notebook.language)
+        dependencies = Dependencies.of_sources(
+            texts, language=self.first_run.verdict.notebook.language
+        )
         crash = len(texts) - 1
         problem = Problem(
             cells=tuple(range(len(texts))),
-            slice=known.slice_of(crash),
-            needs={n: known.needs(n) for n in range(len(texts))},
-            suspicion=dict(enumerate(map(float, known.suspicions()))),
+            slice=dependencies.slice_of(crash),
+            needs={n: dependencies.needs(n) for n in range(len(texts))},
+            side_effect_risk=dict(enumerate(map(float, dependencies.side_effect_risks()))),
             start_seconds=sum(self.records[i].seconds or 0.0 for i in result.cells),
-            budget=left,
+            budget=budget,
         )
 
-        async def ask_statements(ask: Ask) -> Reply:
+        async def ask_statements(query: Query) -> Reply:
             self.number += 1
-            node = self.document(result.cells, "\n".join(texts[n] for n in ask.cells))
-            self.given.sink(
-                events.SearchTrialStarted(time=self.now(), number=self.number, cells=result.cells)
+            node = self.document(result.cells, "\n".join(texts[n] for n in query.cells))
+            self.first_run.sink(
+                events.SearchTrialStarted(
+                    time=self.elapsed(), number=self.number, cells=result.cells
+                )
             )
-            trialled = await self.oracle.answer(ask, node=node, crash=len(result.cells) - 1)
-            self.finished(replace(ask, cells=result.cells, best=result.cells), trialled.reply)
-            return trialled.reply
+            answered = await self.oracle.answer(query, node=node, crash=len(result.cells) - 1)
+            self.report_trial(replace(query, cells=result.cells, best=result.cells), answered.reply)
+            return answered.reply
 
-        found = await self.drive(search(problem), ask_statements)
-        if not found.cells or len(found.cells) == len(texts) == len(
+        result_of_statements = await self.drive(search(problem), ask_statements)
+        if not result_of_statements.cells or len(result_of_statements.cells) == len(texts) == len(
             ast.parse(self.sources[self.crash.index]).body
         ):
             return None
-        return "\n".join(texts[n] for n in found.cells)
+        return "\n".join(texts[n] for n in result_of_statements.cells)
 
     # --- the answer ---------------------------------------------------------------------------------------------
 
     def document(self, cells: tuple[int, ...], source: str | None) -> Any:
         """The notebook that reproduces with these cells."""
-        verdict, request = self.given.verdict, self.oracle.subject.request
+        verdict, request = self.first_run.verdict, self.oracle.subject.request
         return reproduction.build(
-            self.given.node,
+            self.first_run.node,
             cells,
             limits=verdict.limits,
             kernel=request.kernel_name,
@@ -301,13 +312,15 @@ class Investigation:
 
     def culprits(self, result: Result) -> Culprits:
         """The result in the words of the verdict."""
-        assert self.given.verdict.cause is not None
+        assert self.first_run.verdict.cause is not None
         memory = (
-            self.given.verdict.limits.memory if self.given.verdict.cause.kind in MEMORY else None
+            self.first_run.verdict.limits.memory
+            if self.first_run.verdict.cause.kind in MEMORY
+            else None
         )
-        found = Found(
+        culprit_set = CulpritSet(
             cells=result.cells,
-            found=result.found,
+            dynamic_deps=result.dynamic_deps,
             order=self.order,
             dependencies=self.dependencies,
             sources=self.sources,
@@ -315,20 +328,21 @@ class Investigation:
             memory_limit=memory,
             crash=self.crash,
             setting=next(
-                (str(f.value) for f in self.given.verdict.cause.evidence if f.fact == SETTING), ""
+                (str(f.value) for f in self.first_run.verdict.cause.evidence if f.fact == SETTING),
+                "",
             ),
         )
-        cells = culprits_of(found)
+        cells = culprits_of(culprit_set)
         return Culprits(
             cells=cells,
             minimal=result.minimal,
             method=result.method,
-            look_first=look_first(found, cells, self.growth(memory)) if cells else None,
+            look_first=look_first(culprit_set, cells, self.growth(memory)) if cells else None,
             trials=self.oracle.trials,
             cached=self.oracle.cached,
             reproduced=result.reproduced,
             endings=result.endings,
-            seconds=time.monotonic() - self.began,
+            seconds=time.monotonic() - self.start_time,
             stopped=result.stopped,
         )
 
@@ -336,12 +350,12 @@ class Investigation:
         """By how much the crash cell grew, at least: what was left of the limit when it began."""
         if memory is None:
             return None
-        before = sum(max(0, self.records[index].memory_kept or 0) for index in self.order[:-1])
-        return max(0, memory - before)
+        kept_before = sum(max(0, self.records[index].memory_kept or 0) for index in self.order[:-1])
+        return max(0, memory - kept_before)
 
     def warnings(self, result: Result) -> tuple[str, ...]:
         """What the user should know of the search."""
-        gaps = self.oracle.views.gaps
+        gaps = self.oracle.workspaces.gaps
         warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:

@@ -1,7 +1,7 @@
 """The culprit search: the smallest set of cells, in order, that still fails the same way. Pure; imports problem and model.
 
 It knows cells as numbers, and a function from a set of cells to FAIL, PASS or UNRESOLVED, which it calls by yielding: :func:`search`
-is a generator that yields an :class:`Ask`, takes a :class:`Reply` and returns a :class:`Result`. Whoever drives it runs trials, looks
+is a generator that yields an :class:`Query`, takes a :class:`Reply` and returns a :class:`Result`. Whoever drives it runs trials, looks
 into a cache, or makes the answers up.
 
 In three steps. *Find* a small set that fails: the backward slice of the crash cell first, then more cells, most suspicious (or, for
@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 
 from msgspec import Struct, field
 
 from safe_exec.experiments.culprits.probdd import chunk_of, learn, odds_of
 from safe_exec.experiments.culprits.protocol import (
-    Answer,
-    Ask,
+    Outcome,
     Problem,
+    Query,
     Reply,
     Result,
     Search,
@@ -52,7 +52,7 @@ ODD_LOOKS = 2
 MOST_LARGER = 3
 """Larger sets that are looked at, before all cells."""
 
-_Step = Generator[Ask, Reply, bool]
+_Step = Generator[Query, Reply, bool]
 
 
 class _Stop(Exception):  # noqa: N818 - leaves the search from within
@@ -78,16 +78,16 @@ class _Searcher:
         self.all = frozenset(problem.cells)
         self.tallies: dict[frozenset[int], _Tally] = {}
         self.replies: dict[frozenset[int], Reply] = {}
-        self.spent = 0.0
+        self.elapsed = 0.0
         self.best: frozenset[int] | None = None
         self.repeats = 1
         self.rate: float | None = None
-        self.found: set[int] = set()
-        self.grew = False
-        self.left = len(problem.cells)
-        self.learned: dict[int, set[str]] = {}
-        self.first: frozenset[int] | None = None
-        self.luck: set[frozenset[int]] = set()
+        self.dynamic_deps: set[int] = set()
+        self.extended = False
+        self.undecided = len(problem.cells)
+        self.missing_names: dict[int, set[str]] = {}
+        self.initial_set: frozenset[int] | None = None
+        self.disregarded: set[frozenset[int]] = set()
         self.several_forms = False
 
     # --- asking -------------------------------------------------------------------------------------------------
@@ -95,54 +95,58 @@ class _Searcher:
     def fails(self, cells: frozenset[int]) -> _Step:
         """Whether a set fails: once is enough; that it does not takes as many runs as the rate asks for."""
         tally = self.tallies.setdefault(cells, _Tally())
-        if cells in self.luck or (not tally.fails and self.stops_at(cells) is not None):
+        if cells in self.disregarded or (not tally.fails and self.stops_at(cells) is not None):
             return False
-        while not tally.fails and tally.others < self.looks(cells) and not self.lacks_a_name(cells):
+        while (
+            not tally.fails
+            and tally.others < self.required_runs(cells)
+            and not self.lacks_a_name(cells)
+        ):
             yield from self.run(cells, fresh=tally.others > 0)
         return tally.fails > 0
 
-    def looks(self, cells: frozenset[int]) -> int:
+    def required_runs(self, cells: frozenset[int]) -> int:
         """How often a set must be seen not to fail before it is believed."""
         tally, reply = self.tallies.get(cells, _Tally()), self.replies.get(cells)
         reached = (
             reply is not None
-            and reply.answer is Answer.UNRESOLVED
+            and reply.answer is Outcome.UNRESOLVED
             and reply.stopped_at == self.problem.crash
         )
-        odd = tally.forms or (reached and cells == self.first)
+        odd = tally.forms or (reached and cells == self.initial_set)
         return max(self.repeats, ODD_LOOKS) if odd else self.repeats
 
     def stops_at(self, cells: frozenset[int]) -> int | None:
         """The cell at which a run of a set surely ends for a missing name: by its source, or as trials have taught."""
-        for cell in sorted(self.learned.keys() & cells):
-            for name in self.learned[cell]:
+        for cell in sorted(self.missing_names.keys() & cells):
+            for name in self.missing_names[cell]:
                 if not cells & set(self.problem.definers(name, cell)):
                     return cell
-        return self.problem.surely_stops_at(cells)
+        return self.problem.predicted_stop(cells)
 
     def lacks_a_name(self, cells: frozenset[int]) -> bool:
         """Whether a run of the set ended for a missing name: so will every other."""
         reply = self.replies.get(cells)
-        return reply is not None and reply.answer is Answer.UNRESOLVED and bool(reply.names)
+        return reply is not None and reply.answer is Outcome.UNRESOLVED and bool(reply.names)
 
     def run(self, cells: frozenset[int], *, fresh: bool) -> _Step:
         """One run of a set, counted. Raises _Stop when it would not fit the budget."""
-        allowed = self.problem.budget - self.spent
-        if self.cost(cells) > allowed:
+        time_budget = self.problem.budget - self.elapsed
+        if self.cost(cells) > time_budget:
             raise _Stop(Stopped.BUDGET)
-        reply = yield Ask(
+        reply = yield Query(
             cells=tuple(sorted(cells)),
-            allowed=allowed,
+            time_budget=time_budget,
             fresh=fresh,
-            left=self.left,
+            undecided=self.undecided,
             best=tuple(sorted(self.best or ())),
         )
-        self.spent += reply.seconds
+        self.elapsed += reply.seconds
         if reply.cut:
             raise _Stop(Stopped.BUDGET)
         self.replies[cells] = reply
-        if reply.answer is Answer.UNRESOLVED and reply.stopped_at is not None and reply.names:
-            self.learned.setdefault(reply.stopped_at, set()).update(
+        if reply.answer is Outcome.UNRESOLVED and reply.stopped_at is not None and reply.names:
+            self.missing_names.setdefault(reply.stopped_at, set()).update(
                 name
                 for name in reply.names
                 if set(self.problem.definers(name, reply.stopped_at)) & self.all
@@ -153,7 +157,7 @@ class _Searcher:
         """Count a run; whether it failed."""
         tally = self.tallies.setdefault(cells, _Tally())
         tally.endings[reply.ended] += 1
-        failed = reply.answer is Answer.FAIL or (self.several_forms and reply.another_form)
+        failed = reply.answer is Outcome.FAIL or (self.several_forms and reply.another_form)
         tally.fails += failed
         tally.others += not failed
         tally.forms += reply.another_form and not failed
@@ -181,34 +185,34 @@ class _Searcher:
             self.problem.seconds.get(cell, 0.0) for cell in cells
         )
 
-    def known_not_to(self, cells: frozenset[int]) -> bool:
+    def settled_as_passing(self, cells: frozenset[int]) -> bool:
         """Whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
-        if cells in self.luck:
+        if cells in self.disregarded:
             return True
-        settled = tally.others >= self.looks(cells) or (
+        settled = tally.others >= self.required_runs(cells) or (
             tally.others > 0 and self.lacks_a_name(cells)
         )
         return not tally.fails and (settled or self.stops_at(cells) is not None)
 
     # --- step one: a small set that fails -----------------------------------------------------------------------
 
-    def find(self) -> Generator[Ask, Reply, frozenset[int]]:
+    def find(self) -> Generator[Query, Reply, frozenset[int]]:
         """A set that fails. Raises _Stop when there is none to be had."""
         base = self.close({self.problem.crash, *(self.problem.slice & self.all)})
         base = yield from self.repair(base)
-        self.first = base
+        self.initial_set = base
         while not (yield from self.fails(base)):
-            rest = self.ranked(base)
-            if not rest:
+            candidates = self.ranked(base)
+            if not candidates:
                 yield from self.rate_of(base)
                 continue
-            self.grew = True
-            count = yield from self.shortest(base, rest)
-            if self.counts_by_now(base):
+            self.extended = True
+            count = yield from self.shortest(base, candidates)
+            if self.counts_as_failing(base):
                 continue
-            added = self.close({rest[count - 1]}) | base
-            self.found.add(rest[count - 1])
+            added = self.close({candidates[count - 1]}) | base
+            self.dynamic_deps.add(candidates[count - 1])
             base = added
         return base
 
@@ -223,7 +227,7 @@ class _Searcher:
                 waiting.extend(self.problem.needs.get(cell, frozenset()) & self.all)
         return frozenset(closed)
 
-    def repair(self, base: frozenset[int]) -> Generator[Ask, Reply, frozenset[int]]:
+    def repair(self, base: frozenset[int]) -> Generator[Query, Reply, frozenset[int]]:
         """Add the definitions that trials find missing, as long as they do."""
         while not (yield from self.fails(base)):
             reply = self.replies.get(base)
@@ -236,12 +240,12 @@ class _Searcher:
                 next(
                     (
                         c
-                        for c in self.problem.definers(name, before)
+                        for c in self.problem.definers(name, cell)
                         if c not in base and c in self.all
                     ),
                     None,
                 )
-                for name, before in missing.items()
+                for name, cell in missing.items()
             } - {None}
             if not more:
                 break
@@ -250,27 +254,34 @@ class _Searcher:
 
     def ranked(self, base: frozenset[int]) -> list[int]:
         """The cells outside of a set, those most likely to be needed first."""
-        amounts, suspicion = self.problem.amounts or {}, self.problem.suspicion
+        resource_use, side_effect_risk = (
+            self.problem.resource_use or {},
+            self.problem.side_effect_risk,
+        )
         worth = (self.problem.limit or 0) / 100
 
         def rank(cell: int) -> tuple[float, float, int]:
-            kept = amounts.get(cell, 0.0)
-            return (-kept if kept > worth else 0.0, -suspicion.get(cell, 0.0), -cell)
+            use = resource_use.get(cell, 0.0)
+            return (-use if use > worth else 0.0, -side_effect_risk.get(cell, 0.0), -cell)
 
         return sorted(self.all - base, key=rank)
 
-    def shortest(self, base: frozenset[int], rest: list[int]) -> Generator[Ask, Reply, int]:
-        """The smallest count of ``rest`` with which the set fails: up by steps until it does, then halving.
+    def shortest(self, base: frozenset[int], candidates: list[int]) -> Generator[Query, Reply, int]:
+        """The smallest count of ``candidates`` with which the set fails: up by steps until it does, then halving.
 
         Raises _Stop when not even the whole fails.
         """
-        known = next(
-            (n for n in range(1, len(rest)) if self.has_failed(self.with_first(base, rest, n))),
-            len(rest),
+        upper = next(
+            (
+                n
+                for n in range(1, len(candidates))
+                if self.has_failed(self.with_first(base, candidates, n))
+            ),
+            len(candidates),
         )
-        low, high, one_form = 0, known, not self.several_forms
-        for count in self.steps(base, rest, known):
-            if (yield from self.fails(self.with_first(base, rest, count))):
+        low, high, one_form = 0, upper, not self.several_forms
+        for count in self.steps(base, candidates, upper):
+            if (yield from self.fails(self.with_first(base, candidates, count))):
                 high = count
                 break
             low = count
@@ -281,39 +292,47 @@ class _Searcher:
             if (
                 one_form and self.several_forms
             ):  # what was taken for another failure above may have been this one
-                return 1 if self.counts_by_now(base) else (yield from self.shortest(base, rest))
+                return (
+                    1
+                    if self.counts_as_failing(base)
+                    else (yield from self.shortest(base, candidates))
+                )
             middle = (low + high) // 2
-            if (yield from self.fails(self.with_first(base, rest, middle))):
+            if (yield from self.fails(self.with_first(base, candidates, middle))):
                 high = middle
             else:
                 low = middle
         return high
 
-    def with_first(self, base: frozenset[int], rest: list[int], count: int) -> frozenset[int]:
-        return self.close({*base, *rest[:count]})
+    def with_first(self, base: frozenset[int], candidates: list[int], count: int) -> frozenset[int]:
+        return self.close({*base, *candidates[:count]})
 
-    def steps(self, base: frozenset[int], rest: list[int], known: int) -> list[int]:
+    def steps(self, base: frozenset[int], candidates: list[int], upper: int) -> list[int]:
         """The counts to try, each larger: a guess for what adds up, then whole classes of suspicion, at last all of them."""
-        classes = [math.floor(self.problem.suspicion.get(cell, 0.0)) for cell in rest]
-        ends = {n for n in range(1, len(rest)) if classes[n] < min(classes[:n])}
-        steps = {self.guess(base, rest), *ends, known} if len(rest) > 1 else {known}
-        return sorted(step for step in steps if 0 < step <= known)
+        classes = [math.floor(self.problem.side_effect_risk.get(cell, 0.0)) for cell in candidates]
+        ends = {n for n in range(1, len(candidates)) if classes[n] < min(classes[:n])}
+        steps = {self.guess(base, candidates), *ends, upper} if len(candidates) > 1 else {upper}
+        return sorted(step for step in steps if 0 < step <= upper)
 
-    def guess(self, base: frozenset[int], rest: list[int]) -> int:
+    def guess(self, base: frozenset[int], candidates: list[int]) -> int:
         """How many of the rest it may take: for what adds up, until what the base used and they kept fills the limit."""
-        reply, amounts, limit = self.replies.get(base), self.problem.amounts, self.problem.limit
-        if amounts is None or limit is None or reply is None or reply.peak is None:
+        reply, resource_use, limit = (
+            self.replies.get(base),
+            self.problem.resource_use,
+            self.problem.limit,
+        )
+        if resource_use is None or limit is None or reply is None or reply.peak is None:
             return 0
         total = reply.peak
-        for count, cell in enumerate(rest, 1):
-            total += max(0.0, amounts.get(cell, 0.0))
+        for count, cell in enumerate(candidates, 1):
+            total += max(0.0, resource_use.get(cell, 0.0))
             if total >= limit:
                 return count
         return 0
 
-    def counts_by_now(self, cells: frozenset[int]) -> bool:
+    def counts_as_failing(self, cells: frozenset[int]) -> bool:
         """Whether a set has failed after all, in a form that was not known to be one when it was run."""
-        return cells not in self.luck and self.has_failed(cells)
+        return cells not in self.disregarded and self.has_failed(cells)
 
     def has_failed(self, cells: frozenset[int]) -> bool:
         """Whether a run of a set has failed before."""
@@ -322,7 +341,7 @@ class _Searcher:
 
     # --- failures that come and go ------------------------------------------------------------------------------
 
-    def rate_of(self, cells: frozenset[int]) -> Generator[Ask, Reply, None]:
+    def rate_of(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
         """A set that should fail did not: run it again to see how often it does, and set how often a PASS must be seen.
 
         Raises _Stop when it never does, or too rarely for the budget.
@@ -330,7 +349,7 @@ class _Searcher:
         yield from self.replay(cells)
         self.expect(cells)
 
-    def replay(self, cells: frozenset[int]) -> Generator[Ask, Reply, None]:
+    def replay(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
         """Run a set some more times, to see how often it fails."""
         for _ in range(REPLAYS):
             yield from self.run(cells, fresh=True)
@@ -341,31 +360,31 @@ class _Searcher:
         if not tally.fails:
             raise _Stop(Stopped.NOT_REPRODUCED)
         self.rate = tally.fails / (tally.fails + tally.others)
-        wanted = math.ceil(math.log(DOUBT) / math.log(1 - self.rate)) if self.rate < 1 else 1
-        self.repeats = max(self.repeats + 1, wanted)
+        required_runs = math.ceil(math.log(DOUBT) / math.log(1 - self.rate)) if self.rate < 1 else 1
+        self.repeats = max(self.repeats + 1, required_runs)
         if (
             self.repeats > MOST_REPEATS
-            or self.repeats * self.cost(cells) > self.problem.budget - self.spent
+            or self.repeats * self.cost(cells) > self.problem.budget - self.elapsed
         ):
             raise _Stop(Stopped.TOO_RARE)
 
-    def steadier(self, cells: frozenset[int]) -> Generator[Ask, Reply, frozenset[int] | None]:
+    def steadier(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int] | None]:
         """A larger set that always fails, where this one seldom does: then it and what lies between them are taken for luck."""
         tally = self.tallies[cells]
         if tally.fails > SELDOM * (tally.fails + tally.others):
             return None
         failed = (
             more
-            for more, seen in self.tallies.items()
-            if more > cells and seen.fails and not seen.others
+            for more, runs in self.tallies.items()
+            if more > cells and runs.fails and not runs.others
         )
         between = {cells}
         for larger in (*sorted(failed, key=len)[:MOST_LARGER], self.all):
-            seen = self.tallies.setdefault(larger, _Tally())
-            while not seen.others and seen.fails < ALWAYS:
+            larger_tally = self.tallies.setdefault(larger, _Tally())
+            while not larger_tally.others and larger_tally.fails < ALWAYS:
                 yield from self.run(larger, fresh=True)
-            if not seen.others:
-                self.luck |= between
+            if not larger_tally.others:
+                self.disregarded |= between
                 self.best = larger
                 return larger
             between.add(larger)
@@ -373,19 +392,21 @@ class _Searcher:
 
     # --- step two: nothing that can be left out -----------------------------------------------------------------
 
-    def minimise(self, cells: frozenset[int]) -> Generator[Ask, Reply, frozenset[int]]:
+    def minimise(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int]]:
         """A 1-minimal subset that fails."""
-        odds = odds_of(self.problem, cells, frozenset(self.found))
+        odds = odds_of(self.problem, cells, frozenset(self.dynamic_deps))
         while True:
             loose = [
-                cell for cell in odds if cell in cells and not self.known_not_to(cells - {cell})
+                cell
+                for cell in odds
+                if cell in cells and not self.settled_as_passing(cells - {cell})
             ]
             if not loose:
                 return cells
-            self.left = len(loose)
+            self.undecided = len(loose)
             chunk = chunk_of(loose, odds)
             smaller = self.without(cells, chunk)
-            if smaller is None or self.known_not_to(smaller):
+            if smaller is None or self.settled_as_passing(smaller):
                 smaller = cells - set(chunk)
             if (yield from self.fails(smaller)):
                 cells = smaller
@@ -397,30 +418,30 @@ class _Searcher:
 
     def without(self, cells: frozenset[int], chunk: list[int]) -> frozenset[int] | None:
         """The set without a chunk and without what would surely stop for want of it; ``None`` where that is the crash cell."""
-        left = cells - set(chunk)
-        while (stop := self.stops_at(left)) is not None:
+        remaining = cells - set(chunk)
+        while (stop := self.stops_at(remaining)) is not None:
             if stop == self.problem.crash:
                 return None
-            left -= {stop}
-        return left
+            remaining -= {stop}
+        return remaining
 
     # --- step three ---------------------------------------------------------------------------------------------
 
     def confirm(self, cells: frozenset[int]) -> _Step:
         """Run the result again, from scratch; whether it failed as often as one that always fails does."""
-        wanted = CONFIRMATIONS if self.repeats > 1 else 2
+        required_runs = CONFIRMATIONS if self.repeats > 1 else 2
         tally = self.tallies[cells]
-        self.left, steady = 0, True
-        while tally.fails + tally.others < wanted:
+        self.undecided, steady = 0, True
+        while tally.fails + tally.others < required_runs:
             steady = (yield from self.run(cells, fresh=True)) and steady
         return steady or self.repeats > 1
 
     def slice_passes_again(self) -> _Step:
         """Whether the slice that did not fail does not fail again: all that was added to it rests on that one run."""
-        base = self.first
+        base = self.initial_set
         if (
             not self.problem.erratic
-            or not self.grew
+            or not self.extended
             or self.repeats > 1
             or base is None
             or self.stops_at(base) is not None
@@ -430,7 +451,7 @@ class _Searcher:
             return True
         return not (yield from self.run(base, fresh=True))
 
-    def whole(self) -> Generator[Ask, Reply, bool]:
+    def whole_notebook(self) -> Generator[Query, Reply, bool]:
         """All steps; whether the result in ``best`` is minimal."""
         cells = yield from self.find()
         while True:
@@ -464,7 +485,7 @@ def search(problem: Problem) -> Search:
     stopped: Stopped | None = None
     minimal = False
     try:
-        minimal = yield from searcher.whole()
+        minimal = yield from searcher.whole_notebook()
     except _Stop as stop:
         stopped = stop.stopped
     except SearchCancelled:
@@ -479,7 +500,7 @@ def search(problem: Problem) -> Search:
         stopped=stopped,
         reproduced=(tally.fails, tally.fails + tally.others),
         method=_method(searcher),
-        found=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
+        dynamic_deps=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
         endings=dict(tally.endings),
         several_forms=searcher.several_forms,
     )
@@ -487,17 +508,6 @@ def search(problem: Problem) -> Search:
 
 def _method(searcher: _Searcher) -> str:
     way = "slice" if len(searcher.problem.slice) > 1 else "search"
-    if searcher.grew:
-        way += " + amounts" if searcher.problem.amounts else " + growth"
+    if searcher.extended:
+        way += " + amounts" if searcher.problem.resource_use else " + growth"
     return way if searcher.rate is None else f"{way}, repeated"
-
-
-def drive(searching: Search, oracle: Callable[[Ask], Reply]) -> Result:
-    """Run a search to its end with a function that answers."""
-    try:
-        ask = next(searching)
-        while True:
-            ask = searching.send(oracle(ask))
-    except StopIteration as done:
-        result: Result = done.value
-        return result

@@ -21,10 +21,16 @@ from msgspec.structs import asdict, replace
 from safe_exec._version import __version__
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
-from safe_exec.experiments.culprits.protocol import PASSED, Answer, Ask, Reply
-from safe_exec.experiments.rerun import SETTLE_SECONDS, NoTrial, enclosed, peak_of, why_not_run
+from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
+from safe_exec.experiments.rerun import (
+    SETTLE_SECONDS,
+    RerunFailed,
+    isolated_request,
+    peak_of,
+    why_not_run,
+)
 from safe_exec.experiments.trial_cache import TrialCache, key_of
-from safe_exec.experiments.workspace import Views
+from safe_exec.experiments.workspace import WorkspaceFactory
 from safe_exec.model.ending import Cancelled, TimedOut
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import Cause, CauseKind
@@ -43,10 +49,6 @@ ROOM_BYTES = 1 << 30
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
 
-SearchFailed = NoTrial
-"""Trials cannot be run; the text says why."""
-
-
 class Subject(Struct, frozen=True, kw_only=True):
     """What is searched: a stripped notebook, what its cells took (seconds by index), the failure, and how to run it.
 
@@ -61,7 +63,7 @@ class Subject(Struct, frozen=True, kw_only=True):
     cause_of: CauseOf
 
 
-class Trialled(Struct, frozen=True, kw_only=True):
+class AnsweredQuery(Struct, frozen=True, kw_only=True):
     """One trial as it is remembered: the reply, and what happened in a few words."""
 
     reply: Reply
@@ -79,13 +81,15 @@ class _Started(Struct, frozen=True, kw_only=True):
 class Oracle:
     """Runs trials of one subject."""
 
-    def __init__(self, subject: Subject, views: Views, cache: TrialCache | None) -> None:
-        self.subject, self.views, self.cache = subject, views, cache
+    def __init__(
+        self, subject: Subject, workspaces: WorkspaceFactory, cache: TrialCache | None
+    ) -> None:
+        self.subject, self.workspaces, self.cache = subject, workspaces, cache
         self.trials = 0
         self.cached = 0
         self.others: Counter[str] = Counter()
         self.forms: Counter[str] = Counter()
-        self._folder = views.snapshot.fingerprint()
+        self._folder = workspaces.snapshot.fingerprint()
         self._next: _Started | None = None
 
     async def close(self) -> None:
@@ -95,37 +99,39 @@ class Oracle:
             await started.trial.discard()
 
     async def answer(
-        self, ask: Ask, *, node: Any | None = None, crash: int | None = None
-    ) -> Trialled:
+        self, query: Query, *, node: Any | None = None, crash: int | None = None
+    ) -> AnsweredQuery:
         """The answer for a set of cells; with ``node`` for the whole of another notebook, whose ``crash`` cell is the crash cell.
 
-        Raises SearchFailed when trials cannot be run, and asyncio's own when cancelled.
+        Raises RerunFailed when trials cannot be run, and asyncio's own when cancelled.
         """
-        key = self._key(ask, node)
-        known = None if ask.fresh or self.cache is None else self.cache.get(key)
-        if known is not None and (found := _remembered(known)) is not None:
+        key = self._key(query, node)
+        entry = None if query.fresh or self.cache is None else self.cache.get(key)
+        if entry is not None and (cached_query := _from_cache(entry)) is not None:
             self.cached += 1
-            return found
+            return cached_query
         self.trials += 1
-        trialled, keep = await self._run(ask, node, crash)
+        answered, keep = await self._run(query, node, crash)
         if keep and self.cache is not None:
-            self.cache.put(key, _kept(trialled))
-        return trialled
+            self.cache.put(key, _to_cache(answered))
+        return answered
 
     # --- one trial ----------------------------------------------------------------------------------------------
 
-    async def _run(self, ask: Ask, other: Any | None, crash: int | None) -> tuple[Trialled, bool]:
-        began = time.monotonic()
+    async def _run(
+        self, query: Query, other: Any | None, crash: int | None
+    ) -> tuple[AnsweredQuery, bool]:
+        start_time = time.monotonic()
         started, self._next = self._next or self._start(), None
-        request = self._request(started.request, ask, other)
+        request = self._request(started.request, query, other)
         result = await started.trial.run(request)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
-            raise SearchFailed("a trial was cancelled by nobody")
-        return self._judge(result, request, ask, crash, time.monotonic() - began)
+            raise RerunFailed("a trial was cancelled by nobody")
+        return self._judge(result, request, query, crash, time.monotonic() - start_time)
 
     def _start(self) -> _Started:
         """A kernel in a sandbox and a folder of its own, before anybody knows what it will run."""
-        request = enclosed(self.subject.request, self.views, node=self.subject.node)
+        request = isolated_request(self.subject.request, self.workspaces, node=self.subject.node)
         request = replace(request, before_cells=self._start_next)
         trial = Trial(request)
         trial.warm()
@@ -133,22 +139,22 @@ class Oracle:
 
     async def _start_next(self) -> None:
         """The next trial's kernel starts while the cells of this one run, where there is room for two."""
-        needed = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
+        required_bytes = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
         room = (
             os.cpu_count() or 1
-        ) >= TWO_PROCESSORS and psutil.virtual_memory().available > needed
+        ) >= TWO_PROCESSORS and psutil.virtual_memory().available > required_bytes
         if self._next is None and room:
             self._next = self._start()
 
-    def _request(self, template: TrialRequest, ask: Ask, other: Any | None) -> TrialRequest:
+    def _request(self, template: TrialRequest, query: Query, other: Any | None) -> TrialRequest:
         node = copy.deepcopy(self.subject.node if other is None else other)
         deadlines = (
             {id(cell): self._deadline(index) for index, cell in enumerate(node.cells)}
             if other is None
             else {}
         )
-        whole = template.limits.timeout
-        allowed = max(1.0, ask.allowed - SETTLE_SECONDS)
+        notebook_timeout = template.limits.timeout
+        time_budget = max(1.0, query.time_budget - SETTLE_SECONDS)
 
         def cell_limits(cell: Any) -> Limits:
             limits = template.cell_limits(cell)
@@ -162,9 +168,12 @@ class Oracle:
         return replace(
             template,
             node=node,
-            cells=frozenset(ask.cells) if other is None else None,
+            cells=frozenset(query.cells) if other is None else None,
             limits=replace(
-                template.limits, timeout=allowed if whole is None else min(whole, allowed)
+                template.limits,
+                timeout=time_budget
+                if notebook_timeout is None
+                else min(notebook_timeout, time_budget),
             ),
             cell_limits=cell_limits,
             started=time.monotonic(),
@@ -182,26 +191,26 @@ class Oracle:
         self,
         result: TrialResult,
         request: TrialRequest,
-        ask: Ask,
+        query: Query,
         crash: int | None,
         seconds: float,
-    ) -> tuple[Trialled, bool]:
+    ) -> tuple[AnsweredQuery, bool]:
         """The answer, and whether it may be remembered."""
         trouble = why_not_run(result)
         if trouble is not None:
-            raise SearchFailed(f"a trial could not be run: {trouble}")
+            raise RerunFailed(f"a trial could not be run: {trouble}")
         cause = self.subject.cause_of(result, request)
         failure = (
             self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
         )
         answer, stopped_at, names = failures.answer(failure, result.ending, cause)
-        another_form = answer is Answer.UNRESOLVED and failures.is_another_form(
+        another_form = answer is Outcome.UNRESOLVED and failures.is_another_form(
             failure, result.ending, cause
         )
-        cut = self._was_cut(result, request, ask)
+        cut = self._was_cut(result, request, query)
         happened = cause.summary if cause is not None else "passed"
         if (
-            answer is Answer.UNRESOLVED
+            answer is Outcome.UNRESOLVED
             and not cut
             and cause is not None
             and cause.kind is not CauseKind.EXCEPTION
@@ -209,7 +218,7 @@ class Oracle:
             (self.forms if another_form else self.others)[cause.kind.value] += 1
         reply = Reply(
             answer=answer,
-            seconds=min(seconds, ask.allowed),
+            seconds=min(seconds, query.time_budget),
             stopped_at=stopped_at,
             names=names,
             peak=self._peak(result),
@@ -217,36 +226,36 @@ class Oracle:
             another_form=another_form,
             ended=PASSED if cause is None else cause.kind.value,
         )
-        return Trialled(reply=reply, happened=happened), not cut and not isinstance(
+        return AnsweredQuery(reply=reply, happened=happened), not cut and not isinstance(
             result.ending, Cancelled
         )
 
-    def _was_cut(self, result: TrialResult, request: TrialRequest, ask: Ask) -> bool:
+    def _was_cut(self, result: TrialResult, request: TrialRequest, query: Query) -> bool:
         """Whether a trial ended for the search's budget and not for the notebook's own time."""
         if isinstance(result.ending, Cancelled):
             return True
-        whole = self.subject.request.limits.timeout
-        ours = whole is None or (request.limits.timeout or 0.0) < whole
+        notebook_timeout = self.subject.request.limits.timeout
+        ours = notebook_timeout is None or (request.limits.timeout or 0.0) < notebook_timeout
         return (
             isinstance(result.ending, TimedOut)
-            and result.ending.whole
+            and result.ending.whole_notebook
             and ours
-            and ask.allowed < float("inf")
+            and query.time_budget < float("inf")
         )
 
     def _peak(self, result: TrialResult) -> float | None:
         kind = self.subject.failure.kind
         if kind is CauseKind.NOTEBOOK_TIMEOUT:
-            return result.ledger.wall_seconds
+            return result.metrics.wall_seconds
         return peak_of(
             LimitName.CPU_TIME if kind is CauseKind.CPU_TIME else LimitName.MEMORY, result
         )
 
     # --- what an answer depends on ------------------------------------------------------------------------------
 
-    def _key(self, ask: Ask, node: Any | None) -> str:
+    def _key(self, query: Query, node: Any | None) -> str:
         of = self.subject.node if node is None else node
-        chosen = set(ask.cells)
+        chosen = set(query.cells)
         cells = [
             (
                 index,
@@ -273,8 +282,8 @@ class Oracle:
         )
 
 
-def _kept(trialled: Trialled) -> dict[str, Any]:
-    reply = trialled.reply
+def _to_cache(answered: AnsweredQuery) -> dict[str, Any]:
+    reply = answered.reply
     return {
         "answer": reply.answer.value,
         "seconds": reply.seconds,
@@ -283,22 +292,22 @@ def _kept(trialled: Trialled) -> dict[str, Any]:
         "peak": reply.peak,
         "another_form": reply.another_form,
         "ended": reply.ended,
-        "happened": trialled.happened,
+        "happened": answered.happened,
     }
 
 
-def _remembered(known: Mapping[str, Any]) -> Trialled | None:
+def _from_cache(entry: Mapping[str, Any]) -> AnsweredQuery | None:
     """What an entry of the cache says; ``None`` for one that is not ours. It costs nothing to ask again."""
     try:
         reply = Reply(
-            answer=Answer(known["answer"]),
+            answer=Outcome(entry["answer"]),
             seconds=0.0,
-            stopped_at=known["stopped_at"],
-            names=frozenset(known["names"]),
-            peak=known["peak"],
-            another_form=bool(known["another_form"]),
-            ended=str(known["ended"]),
+            stopped_at=entry["stopped_at"],
+            names=frozenset(entry["names"]),
+            peak=entry["peak"],
+            another_form=bool(entry["another_form"]),
+            ended=str(entry["ended"]),
         )
-        return Trialled(reply=reply, happened=str(known["happened"]), cached=True)
+        return AnsweredQuery(reply=reply, happened=str(entry["happened"]), cached=True)
     except (KeyError, ValueError, TypeError):
         return None

@@ -18,11 +18,13 @@ MOST = 0.99
 """Never certain by the odds alone: only a run without the very cell is."""
 
 
-def odds_of(problem: Problem, cells: Iterable[int], found: frozenset[int]) -> dict[int, float]:
-    """The odds to begin with of all cells but the crash cell; ``found`` were added since the set did not fail without them."""
+def odds_of(
+    problem: Problem, cells: Iterable[int], dynamic_deps: frozenset[int]
+) -> dict[int, float]:
+    """The odds to begin with of all cells but the crash cell; ``dynamic_deps`` were added since the set did not fail without them."""
 
     def came_by(cell: int) -> str:
-        if cell in found:
+        if cell in dynamic_deps:
             return "found"
         return "slice" if cell in problem.slice else "other"
 

@@ -14,7 +14,7 @@ PASSED = "passed"
 """How a run ended that had no cause to end."""
 
 
-class Answer(StrEnum):
+class Outcome(StrEnum):
     """What a trial of some cells showed, measured by the failure that is searched for."""
 
     FAIL = "fail"
@@ -26,17 +26,17 @@ class SearchCancelled(Exception):  # noqa: N818 - no error: thrown into a search
     """Thrown into the generator: it returns the best so far."""
 
 
-class Ask(Struct, frozen=True, kw_only=True):
-    """A question: do exactly these cells, in order, fail? At most ``allowed`` seconds may be spent on the answer.
+class Query(Struct, frozen=True, kw_only=True):
+    """A question: do exactly these cells, in order, fail? At most ``time_budget`` seconds may be spent on the answer.
 
-    ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``left`` is how many cells are
+    ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``undecided`` is how many cells are
     not settled yet, ``best`` the smallest set so far that failed.
     """
 
     cells: tuple[int, ...]
-    allowed: float
+    time_budget: float
     fresh: bool = False
-    left: int = 0
+    undecided: int = 0
     best: tuple[int, ...] = ()
 
 
@@ -44,11 +44,11 @@ class Reply(Struct, frozen=True, kw_only=True):
     """An answer and what it cost in seconds (0 from a cache).
 
     ``stopped_at`` is the cell at which an unresolved trial ended and ``names`` those it missed. ``peak`` is how much of the
-    scarce thing the trial used at most, in the unit of ``Problem.amounts``. ``cut``: ended since it took longer than was allowed.
+    scarce thing the trial used at most, in the unit of ``Problem.resource_use``. ``cut``: ended since it took longer than was allowed.
     ``another_form``: an unresolved trial ended in the crash cell in a way akin to the failure. ``ended`` says how the trial ended, in a word.
     """
 
-    answer: Answer
+    answer: Outcome
     seconds: float
     stopped_at: int | None = None
     names: frozenset[str] = frozenset()
@@ -58,11 +58,11 @@ class Reply(Struct, frozen=True, kw_only=True):
     ended: str = ""
 
 
-def _nothing_is_sure(_cells: frozenset[int]) -> int | None:
+def _no_prediction(_cells: frozenset[int]) -> int | None:
     return None
 
 
-def _nobody(_name: str, _before: int) -> tuple[int, ...]:
+def _no_definers(_name: str, _cell: int) -> tuple[int, ...]:
     return ()
 
 
@@ -70,18 +70,18 @@ class Problem(Struct, frozen=True, kw_only=True):
     """What is known before the first trial.
 
     ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice. ``needs`` are the direct dependencies of each cell.
-    ``surely_stops_at`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``suspicion``
-    orders the rest. ``amounts`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
+    ``predicted_stop`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``side_effect_risk``
+    orders the rest. ``resource_use`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
     what each cell took, ``start_seconds`` a kernel's start and end. ``erratic``: failures of this kind often come and go.
     """
 
     cells: tuple[int, ...]
     slice: frozenset[int] = frozenset()
     needs: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    definers: Callable[[str, int], tuple[int, ...]] = _nobody
-    surely_stops_at: Callable[[frozenset[int]], int | None] = _nothing_is_sure
-    suspicion: Mapping[int, float] = field(default_factory=dict)
-    amounts: Mapping[int, float] | None = None
+    definers: Callable[[str, int], tuple[int, ...]] = _no_definers
+    predicted_stop: Callable[[frozenset[int]], int | None] = _no_prediction
+    side_effect_risk: Mapping[int, float] = field(default_factory=dict)
+    resource_use: Mapping[int, float] | None = None
     limit: float | None = None
     seconds: Mapping[int, float] = field(default_factory=dict)
     start_seconds: float = 0.0
@@ -97,7 +97,7 @@ class Problem(Struct, frozen=True, kw_only=True):
 class Result(Struct, frozen=True, kw_only=True):
     """The set found, in order; empty where nothing failed again.
 
-    ``reproduced``: of how many runs of this very set how many failed, (k, n). ``found`` are the cells that only trials showed to be
+    ``reproduced``: of how many runs of this very set how many failed, (k, n). ``dynamic_deps`` are the cells that only trials showed to be
     needed. ``method`` names the way in a word or two. ``endings`` counts how the runs of this set ended (of all cells, if nothing failed).
     ``several_forms``: what was akin to the failure counted as the failure, since the same cells ended in both ways.
     """
@@ -107,9 +107,9 @@ class Result(Struct, frozen=True, kw_only=True):
     stopped: Stopped | None
     reproduced: tuple[int, int]
     method: str
-    found: frozenset[int] = frozenset()
+    dynamic_deps: frozenset[int] = frozenset()
     endings: Mapping[str, int] = field(default_factory=dict)
     several_forms: bool = False
 
 
-Search = Generator[Ask, Reply, Result]
+Search = Generator[Query, Reply, Result]

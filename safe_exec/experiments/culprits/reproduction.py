@@ -32,13 +32,13 @@ def build(
 
     ``crash_source`` stands in for the source of the crash cell, where less of it is enough. ``origin`` names the notebook it is from.
     """
-    made = copy.deepcopy(node)
-    made["cells"] = [copy.deepcopy(node.cells[index]) for index in cells]
-    for cell in made.cells:
+    document = copy.deepcopy(node)
+    document["cells"] = [copy.deepcopy(node.cells[index]) for index in cells]
+    for cell in document.cells:
         cell["outputs"], cell["execution_count"] = [], None
     if crash_source is not None:
-        made.cells[-1]["source"] = crash_source
-    metadata = made.metadata
+        document.cells[-1]["source"] = crash_source
+    metadata = document.metadata
     metadata.pop("widgets", None)
     spec = metadata.get("kernelspec")
     metadata["kernelspec"] = {
@@ -63,7 +63,7 @@ def build(
     execution.pop("timeout", None)
     execution["allow_errors"] = allow_errors
     metadata["execution"] = execution
-    return made
+    return document
 
 
 def is_reproduction(node: Any) -> bool:

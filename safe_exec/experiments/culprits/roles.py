@@ -30,7 +30,7 @@ LINE_LENGTH = 200
 UNSEEN = "must run before; why is not visible"
 
 
-class Found(Struct, frozen=True, kw_only=True):
+class CulpritSet(Struct, frozen=True, kw_only=True):
     """The result of a search in the cells' own indexes: the set, and those of it that only trials showed to be needed.
 
     ``order`` are the indexes of all cells that ``dependencies`` counts from 0, in its order. ``setting`` is the word by which a notebook
@@ -38,7 +38,7 @@ class Found(Struct, frozen=True, kw_only=True):
     """
 
     cells: tuple[int, ...]
-    found: frozenset[int]
+    dynamic_deps: frozenset[int]
     order: tuple[int, ...]
     dependencies: Dependencies
     sources: Mapping[int, str]
@@ -48,15 +48,15 @@ class Found(Struct, frozen=True, kw_only=True):
     setting: str = ""
 
 
-def culprits_of(found: Found) -> tuple[Culprit, ...]:
+def culprits_of(culprit_set: CulpritSet) -> tuple[Culprit, ...]:
     """One culprit for each cell of the set."""
-    return tuple(_culprit(found, index) for index in found.cells)
+    return tuple(_culprit(culprit_set, index) for index in culprit_set.cells)
 
 
-def _culprit(found: Found, index: int) -> Culprit:
-    record = found.records[index]
-    role, note, line = _role(found, index)
-    source = found.sources[index]
+def _culprit(culprit_set: CulpritSet, index: int) -> Culprit:
+    record = culprit_set.records[index]
+    role, note, line = _role(culprit_set, index)
+    source = culprit_set.sources[index]
     return Culprit(
         index=index,
         code_index=record.code_index,
@@ -67,27 +67,27 @@ def _culprit(found: Found, index: int) -> Culprit:
     )
 
 
-def _role(found: Found, index: int) -> tuple[Role, str, int | None]:
+def _role(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
     """The role, the note, and the line that the note is about, if it is about one."""
-    if index == found.crash.index:
+    if index == culprit_set.crash.index:
         return Role.CRASH, "running when it happened", None
-    if _sets(found, index):
+    if _sets(culprit_set, index):
         return (
             Role.TRIGGER,
-            f"sets {found.setting}",
-            _line_with(found.sources[index], found.setting),
+            f"sets {culprit_set.setting}",
+            _line_with(culprit_set.sources[index], culprit_set.setting),
         )
-    return _role_of_others(found, index)
+    return _role_of_others(culprit_set, index)
 
 
-def _role_of_others(found: Found, index: int) -> tuple[Role, str, int | None]:
-    kept = kept_by(found, index)
-    if kept is not None:
-        return Role.ACCUMULATOR, f"+{format_size(kept)} kept", None
-    used, effect = _uses(found, index), _effect(found, index)
-    by_trials = index in found.found
+def _role_of_others(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
+    kept_bytes = kept_by(culprit_set, index)
+    if kept_bytes is not None:
+        return Role.ACCUMULATOR, f"+{format_size(kept_bytes)} kept", None
+    used, effect = _uses(culprit_set, index), _effect(culprit_set, index)
+    by_trials = index in culprit_set.dynamic_deps
     if _sets_off(effect, by_trials=by_trials, used=used) or (
-        effect is None and not used and _suspicion(found, index) >= RISKY
+        effect is None and not used and _side_effect_risk(culprit_set, index) >= RISKY
     ):
         # A shell line or a magic has no effect that could be read.
         note, line = (effect.text, effect.line) if effect else ("runs a command or a magic", None)
@@ -109,16 +109,18 @@ def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
     return by_trials and (effect.kind is not EffectKind.CALL or not used)
 
 
-def _effect(found: Found, index: int) -> Effect | None:
+def _effect(culprit_set: CulpritSet, index: int) -> Effect | None:
     """What a cell does beyond binding names: the most telling that can be read, through functions that it calls."""
     modules: dict[str, str] = {}
     functions: dict[str, Effect] = {}
-    for earlier in (cell for cell in found.order if cell <= index):
-        functions |= functions_of(found.sources[earlier], modules)
-        modules |= imported_modules(found.sources[earlier])
-    effects = [_through(effect, functions) for effect in effects_of(found.sources[index], modules)]
+    for earlier in (cell for cell in culprit_set.order if cell <= index):
+        functions |= functions_of(culprit_set.sources[earlier], modules)
+        modules |= imported_modules(culprit_set.sources[earlier])
+    effects = [
+        _through(effect, functions) for effect in effects_of(culprit_set.sources[index], modules)
+    ]
     telling = [
-        _for_users(found, index, effect) for effect in effects if not _is_builtin_call(effect)
+        _for_users(culprit_set, index, effect) for effect in effects if not _is_builtin_call(effect)
     ]
     return min(telling, key=lambda effect: effect.kind, default=None)
 
@@ -135,62 +137,62 @@ def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
     return replace(inner, text=f"{effect.text}, which {inner.text}", line=effect.line)
 
 
-def _for_users(found: Found, index: int, effect: Effect) -> Effect:
+def _for_users(culprit_set: CulpritSet, index: int, effect: Effect) -> Effect:
     """With the culprits that use the object which it changed."""
     if effect.kind < EffectKind.OBJECT or effect.name is None:
         return effect
-    positions = {cell: found.order.index(cell) for cell in found.cells if cell > index}
-    facts = found.dependencies.facts
+    positions = {cell: culprit_set.order.index(cell) for cell in culprit_set.cells if cell > index}
+    facts = culprit_set.dependencies.facts
     users = [
         c for c, at in positions.items() if effect.name in facts[at].uses | facts[at].late_uses
     ]
     if not users:
         return effect
-    cells = ", ".join(str(found.records[cell].code_index + 1) for cell in users)
+    cells = ", ".join(str(culprit_set.records[cell].code_index + 1) for cell in users)
     return replace(
         effect,
         text=f"{effect.text}; `{effect.name}` is used by code cell{'s' if len(users) > 1 else ''} {cells}",
     )
 
 
-def _sets(found: Found, index: int) -> bool:
+def _sets(culprit_set: CulpritSet, index: int) -> bool:
     """Whether a cell sets the limit that was reached."""
-    return bool(found.setting) and found.setting in found.sources[index]
+    return bool(culprit_set.setting) and culprit_set.setting in culprit_set.sources[index]
 
 
-def kept_by(found: Found, index: int) -> int | None:
+def kept_by(culprit_set: CulpritSet, index: int) -> int | None:
     """What a cell kept, where memory is what ran out and it is worth naming."""
-    limit, kept = found.memory_limit, found.records[index].memory_kept
-    if limit is None or kept is None or kept < max(WORTH_NAMING, SHARE * limit):
+    limit, kept_bytes = culprit_set.memory_limit, culprit_set.records[index].memory_kept
+    if limit is None or kept_bytes is None or kept_bytes < max(WORTH_NAMING, SHARE * limit):
         return None
-    if is_imports_only(found.sources[index]):
+    if is_imports_only(culprit_set.sources[index]):
         return None  # modules, and no data
-    return kept
+    return kept_bytes
 
 
-def _suspicion(found: Found, index: int) -> int:
-    return found.dependencies.suspicions()[found.order.index(index)]
+def _side_effect_risk(culprit_set: CulpritSet, index: int) -> int:
+    return culprit_set.dependencies.side_effect_risks()[culprit_set.order.index(index)]
 
 
-def _uses(found: Found, index: int) -> str:
+def _uses(culprit_set: CulpritSet, index: int) -> str:
     """``defines `frame`, used by code cell 7``: the names that later culprits take from a cell."""
     names: list[str] = []
     users: list[int] = []
-    at = found.order.index(index)
-    culprits = frozenset(map(found.order.index, found.cells))
-    for later in (cell for cell in found.cells if cell > index):
-        position = found.order.index(later)
-        taken = sorted(_taken(found.dependencies, position, at, culprits))
-        if taken:
-            users.append(found.records[later].code_index + 1)
-            names += [name for name in taken if name not in names]
+    at = culprit_set.order.index(index)
+    culprits = frozenset(map(culprit_set.order.index, culprit_set.cells))
+    for user in (cell for cell in culprit_set.cells if cell > index):
+        position = culprit_set.order.index(user)
+        used_names = sorted(_taken(culprit_set.dependencies, position, at, culprits))
+        if used_names:
+            users.append(culprit_set.records[user].code_index + 1)
+            names += [name for name in used_names if name not in names]
     if not names:
         return ""
-    shown = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + (
+    names_text = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + (
         " and more" if len(names) > MOST_NAMES else ""
     )
     cells = "code cell" if len(users) == 1 else "code cells"
-    return f"defines {shown}, used by {cells} {', '.join(map(str, users))}"
+    return f"defines {names_text}, used by {cells} {', '.join(map(str, users))}"
 
 
 def _taken(
@@ -207,30 +209,32 @@ def _taken(
     }
 
 
-def look_first(found: Found, culprits: tuple[Culprit, ...], growth: int | None) -> int:
+def look_first(culprit_set: CulpritSet, culprits: tuple[Culprit, ...], growth: int | None) -> int:
     """The index of the cell to read first. ``growth`` is by how much the crash cell itself grew, in bytes, where that is known.
 
     The cell that set an engine's own limit, else what set it off, else what kept more than the crash
     cell asked for, else the cell whose code ran innermost, else the crash cell. Memory that ran out is
     not set off by a changed object or a file.
     """
-    setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(found, c.index)]
+    setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(culprit_set, c.index)]
     if setters:
         return setters[-1]
     triggers = [
         c.index
         for c in culprits
         if c.role is Role.TRIGGER
-        and (found.memory_limit is None or _acts_on_process(found, c.index))
+        and (culprit_set.memory_limit is None or _acts_on_process(culprit_set, c.index))
     ]
     if triggers:
         return triggers[-1]
-    kept = {c.index: kept_by(found, c.index) or 0 for c in culprits if c.role is Role.ACCUMULATOR}
-    largest = max(kept, key=lambda index: kept[index], default=None)
-    if largest is not None and kept[largest] > (growth or 0):
+    kept_bytes = {
+        c.index: kept_by(culprit_set, c.index) or 0 for c in culprits if c.role is Role.ACCUMULATOR
+    }
+    largest = max(kept_bytes, key=lambda index: kept_bytes[index], default=None)
+    if largest is not None and kept_bytes[largest] > (growth or 0):
         return largest
-    inner = next((frame.cell for frame in found.crash.stack if frame.cell is not None), None)
-    return inner if inner in found.cells and inner is not None else found.crash.index
+    inner = next((frame.cell for frame in culprit_set.crash.stack if frame.cell is not None), None)
+    return inner if inner in culprit_set.cells and inner is not None else culprit_set.crash.index
 
 
 def _line_with(source: str, text: str) -> int | None:
@@ -239,8 +243,8 @@ def _line_with(source: str, text: str) -> int | None:
     )
 
 
-def _acts_on_process(found: Found, index: int) -> bool:
-    effect = _effect(found, index)
+def _acts_on_process(culprit_set: CulpritSet, index: int) -> bool:
+    effect = _effect(culprit_set, index)
     return effect is not None and effect.kind is EffectKind.PROCESS and not effect.is_input
 
 

@@ -134,22 +134,28 @@ def _steps(node: ast.stmt) -> list[ast.AST | None]:
 
 def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> Iterator[Read]:
     """Each name once. What begins on the line where something else ends is one with it: a crash's line tells no more."""
-    done: set[str] = set()
+    skipped_names: set[str] = set()
     line = end = 0
     for node in body:
         first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
         quiet = first > end
         line, end = first if quiet else line, max(end, node.end_lineno or first)
         nodes = list(ast.walk(node))
-        here = [specials[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in specials]
-        done |= {n.target.id for n in nodes if isinstance(n, ast.NamedExpr)}
-        for name in () if here else (name for step in _steps(node) for name in _evaluated(step)):
-            if name and name not in done:
+        cell_specials = [
+            specials[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in specials
+        ]
+        skipped_names |= {n.target.id for n in nodes if isinstance(n, ast.NamedExpr)}
+        for name in (
+            () if cell_specials else (name for step in _steps(node) for name in _evaluated(step))
+        ):
+            if name and name not in skipped_names:
                 yield Read(name=name, line=line, before_effect=quiet)
-                done.add(name)
+                skipped_names.add(name)
             quiet = quiet and name != _EFFECT
-        done |= bound_in([node, *(part for special in here for part in special.code.body)])[0]
-        done |= {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
+        skipped_names |= bound_in(
+            [node, *(part for special in cell_specials for part in special.code.body)]
+        )[0]
+        skipped_names |= {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
 
 
 # --- how likely a cell sets a trap -----------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ def _is_inert(node: ast.stmt) -> bool:
     return isinstance(node, ast.Pass)
 
 
-def suspicion_of(
+def side_effect_risk_of(
     body: Sequence[ast.stmt],
     specials: Iterable[Special],
     modules: Mapping[str, str],
@@ -268,7 +274,7 @@ def suspicion_of(
         **modules,
         **{name: full for node in nodes for name, full in imports(node).items()},
     }
-    least = max((special.suspicion for special in specials), default=0)
+    least = max((special.side_effect_risk for special in specials), default=0)
     if any(is_trap(node, modules) for node in nodes):
         return 3
     if mutates or any(writes_file(node, modules) for node in nodes):
@@ -293,14 +299,18 @@ def _read(source: str, modules: Mapping[str, str]) -> tuple[CellFacts, dict[str,
     try:
         cell, tree = python_of(source)
         if tree is None:
-            return CellFacts(opaque=True, suspicion=max(cell.suspicion, 1)), {}
+            return CellFacts(opaque=True, side_effect_risk=max(cell.side_effect_risk, 1)), {}
         facts, imported = names_in(tree.body, cell, modules)
         mutates = not facts.mutates.isdisjoint(facts.uses)
-        suspicion = suspicion_of(tree.body, cell.specials.values(), modules, mutates=mutates)
+        side_effect_risk = side_effect_risk_of(
+            tree.body, cell.specials.values(), modules, mutates=mutates
+        )
         reads = () if cell.guarded else tuple(surely_read(tree.body, cell.specials))
     except RecursionError:  # nested deeper than can be followed
         return CellFacts(opaque=True), {}
-    return replace(facts, reads=reads, suspicion=max(cell.suspicion, suspicion)), imported
+    return replace(
+        facts, reads=reads, side_effect_risk=max(cell.side_effect_risk, side_effect_risk)
+    ), imported
 
 
 # --- a notebook ------------------------------------------------------------------------------------------------------
@@ -309,24 +319,24 @@ _GIVEN = frozenset(dir(builtins)) | {"get_ipython", "display", "exit", "quit", "
 
 
 class Dependencies:
-    """Which cells need which. ``known`` is false for what is not Python: then nothing is said of any cell."""
+    """Which cells need which. ``is_python`` is false for what is not Python: then nothing is said of any cell."""
 
-    def __init__(self, facts: Sequence[CellFacts], *, known: bool = True) -> None:
+    def __init__(self, facts: Sequence[CellFacts], *, is_python: bool = True) -> None:
         self.facts = tuple(facts)
-        self.known = known
+        self.is_python = is_python
         self._defining: dict[str, list[int]] = defaultdict(list)
         for index, cell in enumerate(self.facts):
             for name in cell.defines:
                 self._defining[name].append(index)
         self._memo: dict[tuple[int, bool], frozenset[int]] = {}
-        self._made: dict[tuple[str, int, bool], frozenset[int]] = {}
+        self._makers_memo: dict[tuple[str, int, bool], frozenset[int]] = {}
         self._changing: dict[bool, dict[str, list[int]]] = {}
 
     @classmethod
     def of_sources(cls, sources: Sequence[str], *, language: str | None) -> Dependencies:
         """Those of a notebook's code cells, in order; a notebook that does not name its language is not known."""
         if not (language or "").lower().startswith(("python", "ipython")):
-            return cls([CellFacts(opaque=True) for _ in sources], known=False)
+            return cls([CellFacts(opaque=True) for _ in sources], is_python=False)
         modules: dict[str, str] = {}
         facts = []
         for source in sources:
@@ -337,16 +347,16 @@ class Dependencies:
             facts.append(cell)
         return cls(facts)
 
-    def suspicions(self) -> tuple[int, ...]:
+    def side_effect_risks(self) -> tuple[int, ...]:
         """How likely each cell is to set a trap, from 0 to 3."""
-        return tuple(cell.suspicion if self.known else 1 for cell in self.facts)
+        return tuple(cell.side_effect_risk if self.is_python else 1 for cell in self.facts)
 
-    def definers(self, name: str, before: int) -> tuple[int, ...]:
-        """Cells before ``before`` that bind ``name``, latest first; then those that may do so unseen, latest first."""
-        visible = [index for index in reversed(self._defining.get(name, ())) if index < before]
+    def definers(self, name: str, position: int) -> tuple[int, ...]:
+        """Cells before ``position`` that bind ``name``, latest first; then those that may do so unseen, latest first."""
+        visible = [index for index in reversed(self._defining.get(name, ())) if index < position]
         return (
-            (*visible, *(index for index in self._unseen(before) if index not in visible))
-            if self.known
+            (*visible, *(index for index in self._unseen(position) if index not in visible))
+            if self.is_python
             else ()
         )
 
@@ -356,23 +366,23 @@ class Dependencies:
 
     def slice_of(self, cell: int, *, weak: bool = False) -> frozenset[int]:
         """The cell and all that it depends on, directly or not; with ``weak`` also through changes that are only possible."""
-        found, todo = {cell}, [cell]
+        members, todo = {cell}, [cell]
         while todo:
-            new = self._direct(todo.pop(), weak=weak) - found
-            found |= new
+            new = self._direct(todo.pop(), weak=weak) - members
+            members |= new
             todo.extend(new)
-        return frozenset(found)
+        return frozenset(members)
 
     def surely_missing(
-        self, kept: Iterable[int], *, crash: int, crash_line: int | None
+        self, subset: Iterable[int], *, crash: int, crash_line: int | None
     ) -> tuple[int, str] | None:
-        """Where a run of just ``kept`` surely ends in a ``NameError`` before the crash could happen again: cell and name.
+        """Where a run of just ``subset`` surely ends in a ``NameError`` before the crash could happen again: cell and name.
 
         Only names that a cell left out binds in sight are sure: any other came from elsewhere, for the whole notebook did
         run. A cell that may raise without ending the run is the caller's to rule out.
         """
-        bound: set[str] = set()
-        for index in sorted({index for index in kept if self.known and 0 <= index <= crash}):
+        bound_names: set[str] = set()
+        for index in sorted({index for index in subset if self.is_python and 0 <= index <= crash}):
             cell = self.facts[index]
             if cell.opaque or cell.stars:
                 return None
@@ -381,39 +391,41 @@ class Dependencies:
                 left_out = any(definer < index for definer in self._defining.get(name, ()))
                 if (
                     left_out
-                    and name not in bound
+                    and name not in bound_names
                     and name not in _GIVEN
                     and not name.startswith("_")
                 ):
                     return index, name
-            bound |= cell.defines
+            bound_names |= cell.defines
         return None
 
-    def lack_any(self, kept: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
-        """Whether just ``kept`` lack a name that one of them (``names``, by cell) is sure to read when it gets there.
+    def lack_any(self, subset: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
+        """Whether just ``subset`` lack a name that one of them (``names``, by cell) is sure to read when it gets there.
 
         As sure as :meth:`surely_missing`: some cell left out binds it in sight, none that is kept can have.
         """
-        cells = [index for index in kept if self.known]
+        cells = [index for index in subset if self.is_python]
         if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):
             return False
-        bound = frozenset().union(*(self.facts[index].defines for index in cells))
+        bound_names = frozenset().union(*(self.facts[index].defines for index in cells))
         left_out = {
             name
             for name, binders in self._defining.items()
             if any(binder < max(cells) for binder in binders)
         }
-        return any(names.get(index, frozenset()) & left_out - bound - _GIVEN for index in cells)
+        return any(
+            names.get(index, frozenset()) & left_out - bound_names - _GIVEN for index in cells
+        )
 
-    def _unseen(self, before: int) -> list[int]:
+    def _unseen(self, position: int) -> list[int]:
         return [
             i
-            for i in range(min(before, len(self.facts)) - 1, -1, -1)
+            for i in range(min(position, len(self.facts)) - 1, -1, -1)
             if self.facts[i].opaque or self.facts[i].stars
         ]
 
     def _direct(self, cell: int, *, weak: bool) -> frozenset[int]:
-        if not self.known:
+        if not self.is_python:
             return frozenset()
         if (cell, weak) not in self._memo:
             self._memo[cell, weak] = frozenset(self._find(cell, weak=weak))
@@ -422,43 +434,45 @@ class Dependencies:
     def _find(self, cell: int, *, weak: bool) -> set[int]:
         """Names that functions read are resolved where the functions may be called: here, not where they are written."""
         facts = self.facts[cell]
-        found = set(range(cell)) if weak and facts.history else set()
-        own = (facts.carried[name].uses for name in facts.own if name in facts.carried)
+        cells = set(range(cell)) if weak and facts.history else set()
+        own = (facts.captured[name].uses for name in facts.own if name in facts.captured)
         todo = [(name, cell) for name in facts.uses.union(facts.at_once, *own)]
-        done = set(todo)
+        visited = set(todo)
         while todo:
             name, at = todo.pop()
             makers = self._makers(name, at, weak=weak)
-            found |= makers if at == cell else set()
+            cells |= makers if at == cell else set()
             for maker in (*makers, at):
-                if carried := self.facts[maker].carried.get(name):
-                    new = {(n, cell) for n in carried.uses} | {(n, maker) for n in carried.sources}
-                    todo.extend(new - done)
-                    done |= new
-        return found
+                if captured := self.facts[maker].captured.get(name):
+                    new = {(n, cell) for n in captured.uses} | {
+                        (n, maker) for n in captured.sources
+                    }
+                    todo.extend(new - visited)
+                    visited |= new
+        return cells
 
     def _binders(self, name: str, at: int) -> tuple[list[int], bool]:
         """Cells before ``at`` that may have bound the name last, latest first, and whether the earliest of them surely did."""
-        found = []
+        binders = []
         for index in reversed(self._defining.get(name, ())):
             if index < at:
-                found.append(index)
+                binders.append(index)
                 if name not in self.facts[index].maybe_defines:
-                    return found, True
-        return found, False
+                    return binders, True
+        return binders, False
 
     def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
         """Cells that made the object which the name stands for when cell ``at`` begins."""
-        if (made := self._made.get((name, at, weak))) is None:
+        if (makers := self._makers_memo.get((name, at, weak))) is None:
             binders, certain = self._binders(name, at)
             first = binders[-1] if certain else -1
-            made = frozenset(
+            makers = frozenset(
                 index for index in self._changers(weak=weak).get(name, ()) if first < index < at
             ).union(binders)
             if not certain and name not in _GIVEN:
-                made = made.union(self._unseen(at)[:1])
-            self._made[name, at, weak] = made
-        return made
+                makers = makers.union(self._unseen(at)[:1])
+            self._makers_memo[name, at, weak] = makers
+        return makers
 
     def _changers(self, *, weak: bool) -> dict[str, list[int]]:
         if weak not in self._changing:
@@ -472,36 +486,39 @@ class Dependencies:
     def _changes(self, cell: int, *, weak: bool) -> set[str]:
         """Names whose objects the cell changes, through functions it calls, too; with ``weak``, through any it can get at."""
         facts = self.facts[cell]
-        found = set(facts.mutates | facts.touches if weak else facts.mutates)
+        names = set(facts.mutates | facts.passed_to_call if weak else facts.mutates)
         todo = [
             (name, cell)
             for name in (
                 facts.calls | facts.uses | facts.own | facts.at_once if weak else facts.calls
             )
         ]
-        done = set(todo)
+        visited = set(todo)
         while todo:
             name, at = todo.pop()
             for maker in (*self._binders(name, at)[0], at):
-                if carried := self.facts[maker].carried.get(name):
-                    found |= carried.mutates | carried.touches if weak else carried.mutates
+                if captured := self.facts[maker].captured.get(name):
+                    names |= (
+                        captured.mutates | captured.passed_to_call if weak else captured.mutates
+                    )
                     new = {
-                        (n, cell) for n in (carried.calls | carried.uses if weak else carried.calls)
+                        (n, cell)
+                        for n in (captured.calls | captured.uses if weak else captured.calls)
                     }
-                    new |= {(n, maker) for n in carried.sources} if weak else set()
-                    todo.extend(new - done)
-                    done |= new
-        return found
+                    new |= {(n, maker) for n in captured.sources} if weak else set()
+                    todo.extend(new - visited)
+                    visited |= new
+        return names
 
 
 def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
     """Reads that come before whatever the line does. Its statement may have begun on a line before."""
-    begun = max(
+    statement_line = max(
         (read.line for read in cell.reads if line is not None and read.line <= line), default=0
     )
-    here = cell.start if line is None else begun
+    first_line = cell.start if line is None else statement_line
     return [
         read
         for read in cell.reads
-        if read.line < here or (read.line == here and read.before_effect)
+        if read.line < first_line or (read.line == first_line and read.before_effect)
     ]

@@ -92,7 +92,7 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
     effects = [
         effect
         for statement in tree.body
-        for node in _now(statement)
+        for node in _immediate_nodes(statement)
         for effect in _effects(node, modules)
     ]
     return tuple(sorted(effects, key=lambda effect: effect.kind))
@@ -104,7 +104,7 @@ def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
     if tree is None:
         return {}
     modules = {**USUAL, **modules, **{k: v for n in ast.walk(tree) for k, v in imports(n).items()}}
-    found: dict[str, Effect] = {}
+    effects_by_function: dict[str, Effect] = {}
     for function in tree.body:
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             effects = [
@@ -114,16 +114,16 @@ def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
                 if e.kind <= EffectKind.FILE
             ]
             if effects:
-                found[function.name] = min(effects, key=lambda effect: effect.kind)
-    return found
+                effects_by_function[function.name] = min(effects, key=lambda effect: effect.kind)
+    return effects_by_function
 
 
-def _now(node: ast.AST) -> Iterator[ast.AST]:
+def _immediate_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """A statement's nodes but for the bodies of functions, which run when they are called."""
     yield node
     if not isinstance(node, _SCOPES):
         for child in ast.iter_child_nodes(node):
-            yield from _now(child)
+            yield from _immediate_nodes(child)
 
 
 def _effects(node: ast.AST, modules: Mapping[str, str]) -> Iterator[Effect]:
@@ -133,10 +133,10 @@ def _effects(node: ast.AST, modules: Mapping[str, str]) -> Iterator[Effect]:
     elif isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
         name = root(node)
         if name is not None and name in modules:
-            whole: ast.expr = node
-            while isinstance(whole, ast.Subscript):
-                whole = whole.value
-            changed = path(whole, modules) or modules[name]
+            target: ast.expr = node
+            while isinstance(target, ast.Subscript):
+                target = target.value
+            changed = path(target, modules) or modules[name]
             yield Effect(
                 kind=EffectKind.PROCESS,
                 line=line,

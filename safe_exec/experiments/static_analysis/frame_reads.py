@@ -28,7 +28,7 @@ def is_caught(source: str, line: int) -> bool:
         return True
 
 
-def read_on_the_way(source: str, line: int) -> frozenset[str]:
+def names_read_at(source: str, line: int) -> frozenset[str]:
     """Global names that the innermost statement at a line reads before it can do anything else; none where that is not sure."""
     try:
         return _read_in(ast.parse(source), line)

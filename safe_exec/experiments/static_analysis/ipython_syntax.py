@@ -31,21 +31,21 @@ class Read(Struct, frozen=True, kw_only=True):
     before_effect: bool
 
 
-class Carried(Struct, frozen=True, kw_only=True):
+class CapturedNames(Struct, frozen=True, kw_only=True):
     """What a name bound or changed in a cell takes along: names its object was made of, and facts of its functions' bodies."""
 
     sources: Names
     uses: Names
     calls: Names
     mutates: Names
-    touches: Names
+    passed_to_call: Names
 
 
 class CellFacts(Struct, frozen=True, kw_only=True):
     """One cell. ``late_``: in functions' bodies, which run when called. The names of other scopes are not the notebook's.
 
     ``uses``: read, not surely bound before in this cell; ``at_once``: the same in a lambda handed to a call, which may run
-    now; ``own``: read after the cell bound it itself; ``touches``: handed to a call, so perhaps changed; ``stars``: may
+    now; ``own``: read after the cell bound it itself; ``passed_to_call``: handed to a call, so perhaps changed; ``stars``: may
     bind names that are not visible; ``history``: reads former cells' outputs; ``start``: the first statement's line.
     """
 
@@ -57,14 +57,14 @@ class CellFacts(Struct, frozen=True, kw_only=True):
     own: Names = frozenset()
     calls: Names = frozenset()
     mutates: Names = frozenset()
-    touches: Names = frozenset()
-    carried: Mapping[str, Carried] = field(default_factory=dict)
+    passed_to_call: Names = frozenset()
+    captured: Mapping[str, CapturedNames] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
     start: int = 0
     opaque: bool = False
     stars: bool = False
     history: bool = False
-    suspicion: int = 1
+    side_effect_risk: int = 1
 
 
 def words(text: str) -> Names:
@@ -115,7 +115,7 @@ class Special(Struct, kw_only=True):
     uses: set[str] = field(default_factory=set)
     stars: bool = False
     binds: bool = True
-    suspicion: int = 0
+    side_effect_risk: int = 0
 
 
 class Cell(Struct, kw_only=True):
@@ -125,7 +125,7 @@ class Cell(Struct, kw_only=True):
     specials: dict[str, Special] = field(default_factory=dict)
     defines: set[str] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
-    suspicion: int = 0
+    side_effect_risk: int = 0
     guarded: bool = False
     binds: bool = True
     opaque: bool = False
@@ -154,42 +154,49 @@ def _interpolated(text: str) -> set[str]:
     )
 
 
-def _line_magic(name: str, rest: str) -> Special:
+def _line_magic(name: str, arguments: str) -> Special:
     if name in _RUNS_PYTHON:
-        code = parse(rest[_OPTIONS.match(rest).end() :].strip())  # type: ignore[union-attr]  # it matches nothing, too
+        code = parse(arguments[_OPTIONS.match(arguments).end() :].strip())  # type: ignore[union-attr]  # it matches nothing, too
         return (
             Special(code=code, binds=name in ("time", "prun"))
             if code
-            else Special(stars=True, suspicion=1)
+            else Special(stars=True, side_effect_risk=1)
         )
-    known = name in _BINDS_NOTHING or (name, rest.strip()) == ("load_ext", "autoreload")
-    return Special(uses=_interpolated(rest), stars=not known, suspicion=1 if name in _SHOWS else 3)
+    binds_nothing = name in _BINDS_NOTHING or (name, arguments.strip()) == (
+        "load_ext",
+        "autoreload",
+    )
+    return Special(
+        uses=_interpolated(arguments),
+        stars=not binds_nothing,
+        side_effect_risk=1 if name in _SHOWS else 3,
+    )
 
 
 def _special(text: str) -> Special:
     """What one escaped line does."""
     if text.startswith("%"):
-        name, _, rest = text.lstrip("% \t").partition(" ")
-        return _line_magic(name, rest)
+        name, _, arguments = text.lstrip("% \t").partition(" ")
+        return _line_magic(name, arguments)
     if text.startswith("!"):
-        return Special(uses=_interpolated(text), suspicion=3)
-    found = re.findall(_WORD, text)
+        return Special(uses=_interpolated(text), side_effect_risk=3)
+    names = re.findall(_WORD, text)
     return Special(
-        uses=set(found if text.startswith("/") else found[:1]),
-        suspicion=0 if text.startswith("?") else 1,
+        uses=set(names if text.startswith("/") else names[:1]),
+        side_effect_risk=0 if text.startswith("?") else 1,
     )
 
 
 def _logical_end(text: str, at: int) -> int:
     """Where the logical line that begins at ``at`` ends."""
     depth = 0
-    for found in _LEXEME.finditer(text, at):
-        if found[0] in "([{":
+    for lexeme in _LEXEME.finditer(text, at):
+        if lexeme[0] in "([{":
             depth += 1
-        elif found[0] in ")]}":
+        elif lexeme[0] in ")]}":
             depth -= 1
-        elif found[0] == "\n" and depth <= 0:
-            return found.end()
+        elif lexeme[0] == "\n" and depth <= 0:
+            return lexeme.end()
     return len(text)
 
 
@@ -202,15 +209,15 @@ def _replace_specials(cell: Cell) -> None:
     while at < len(text):
         start = _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
         name = f"{prefix}{len(cell.specials)}"
-        if found := _HELP.match(text, start):
-            cell.specials[name] = Special(uses=set(re.findall(_WORD, found[1])[:1]))
+        if match := _HELP.match(text, start):
+            cell.specials[name] = Special(uses=set(re.findall(_WORD, match[1])[:1]))
             out.append(text[at:start] + name)
-            at = found.end()
-        elif found := _ESCAPE.match(text, start) or _ASSIGNED.match(text, start):
-            end = _CONTINUED.match(text, found.end()).end()  # type: ignore[union-attr]  # it matches nothing, too
-            escaped = text[found.end(1) : end]
+            at = match.end()
+        elif match := _ESCAPE.match(text, start) or _ASSIGNED.match(text, start):
+            end = _CONTINUED.match(text, match.end()).end()  # type: ignore[union-attr]  # it matches nothing, too
+            escaped = text[match.end(1) : end]
             cell.specials[name] = _special(escaped.replace("\\\n", " "))
-            out.append(text[at:start] + found[1] + name + "\n" * escaped.count("\n"))
+            out.append(text[at:start] + match[1] + name + "\n" * escaped.count("\n"))
             at = end
         else:
             end = _logical_end(text, at)
@@ -222,19 +229,21 @@ def _replace_specials(cell: Cell) -> None:
 def _unwrap(source: str) -> Cell:
     """Takes cell magics off; each leaves an empty line."""
     cell = Cell(text=textwrap.dedent(re.sub(r"\r\n?", "\n", source)))
-    while found := _CELL_MAGIC.match(cell.text):
-        lead, name, line = found.groups()
-        cell.guarded, rest = True, cell.text[found.end() :]
+    while match := _CELL_MAGIC.match(cell.text):
+        lead, name, line = match.groups()
+        cell.guarded, body = True, cell.text[match.end() :]
         cell.uses |= _interpolated(line)
-        cell.text = "\n" * lead.count("\n") + rest
+        cell.text = "\n" * lead.count("\n") + body
         if name == "capture":
             cell.defines |= {word.rstrip(";") for word in line.split() if not word.startswith("-")}
         elif name in _PYTHON_CELLS:
             cell.binds = cell.binds and name not in ("timeit", "memit")
-            cell.text = "\n" * lead.count("\n") + line[_OPTIONS.match(line + " ").end() :] + rest  # type: ignore[union-attr]
+            cell.text = "\n" * lead.count("\n") + line[_OPTIONS.match(line + " ").end() :] + body  # type: ignore[union-attr]
         else:
             cell.defines |= set(re.findall(rf"--(?:out|err|proc)[ =]+({_WORD})", line))
-            cell.suspicion = 0 if name in _TEXT_CELLS else 2 if name in ("writefile", "file") else 3
+            cell.side_effect_risk = (
+                0 if name in _TEXT_CELLS else 2 if name in ("writefile", "file") else 3
+            )
             cell.opaque = name not in _TEXT_CELLS | _SHELL_CELLS | {"writefile", "file"}
             cell.text = ""
     return cell
@@ -293,7 +302,7 @@ def imports(node: ast.AST) -> dict[str, str]:
 
 def bound_in(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str], set[str]]:
     """Names bound in this scope by ``nodes``, and those declared global and nonlocal."""
-    bound: set[str] = set()
+    bound_names: set[str] = set()
     outer: dict[type[ast.AST], set[str]] = {ast.Global: set(), ast.Nonlocal: set()}
     stack = list(nodes)
     while stack:
@@ -304,24 +313,24 @@ def bound_in(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str], set[str]]:
                 | ast.MatchAs(name=str(name))
                 | ast.MatchStar(name=str(name))
             ):
-                bound.add(name)
+                bound_names.add(name)
             case ast.MatchMapping(rest=str(name)) | ast.ExceptHandler(name=str(name)):
-                bound.add(name)
+                bound_names.add(name)
             case (
                 ast.FunctionDef(name=name)
                 | ast.AsyncFunctionDef(name=name)
                 | ast.ClassDef(name=name)
             ):
-                bound.add(name)
+                bound_names.add(name)
                 continue
             case ast.Import() | ast.ImportFrom():
-                bound |= set(imports(node))
+                bound_names |= set(imports(node))
             case ast.Global(names=names) | ast.Nonlocal(names=names):
                 outer[type(node)] |= set(names)
             case ast.Lambda():
                 continue
             case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-                bound |= {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
+                bound_names |= {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
                 continue
         stack.extend(ast.iter_child_nodes(node))
-    return bound, outer[ast.Global], outer[ast.Nonlocal]
+    return bound_names, outer[ast.Global], outer[ast.Nonlocal]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from msgspec import Struct, field
 
 from safe_exec.experiments.static_analysis.ipython_syntax import (
-    Carried,
+    CapturedNames,
     Cell,
     CellFacts,
     Special,
@@ -91,15 +91,15 @@ class _Bag(defaultdict[str, set[str]]):
 
 
 class _NameReader(ast.NodeVisitor):
-    """Goes through a cell in the order of its evaluation; ``bound`` is what is surely bound by then."""
+    """Goes through a cell in the order of its evaluation; ``bound_names`` is what is surely bound by then."""
 
     def __init__(self, modules: Mapping[str, str], specials: Mapping[str, Special]) -> None:
         self.modules = {**USUAL, **modules}
         self.imported: dict[str, str] = {}
         self.specials = specials
-        self.bound: set[str] = set()
-        self.now, self.late = _Bag(), _Bag()
-        self.carried: dict[str, _Bag] = {}
+        self.bound_names: set[str] = set()
+        self.immediate, self.late = _Bag(), _Bag()
+        self.captured: dict[str, _Bag] = {}
         self.stars = any(special.stars for special in specials.values())
         self._scopes: list[_Scope] = []
         self._depth = 0
@@ -122,19 +122,19 @@ class _NameReader(ast.NodeVisitor):
                 return False
         return True
 
-    def _note(self, what: str, name: str | None) -> None:
+    def _note(self, usage: str, name: str | None) -> None:
         if name is None or not self._is_ours(name):
             return
         if self._depth:
-            self.late[what].add(name)
-            self._statement[what].add(name)
+            self.late[usage].add(name)
+            self._statement[usage].add(name)
         else:
-            self.now[what].add(name)
-            if what == "mutates":
+            self.immediate[usage].add(name)
+            if usage == "mutates":
                 self._carry(name)
 
     def _carry(self, name: str) -> None:
-        self.carried.setdefault(name, _Bag()).take(self._statement)
+        self.captured.setdefault(name, _Bag()).take(self._statement)
 
     def load(self, name: str) -> None:
         """A name is read."""
@@ -143,21 +143,21 @@ class _NameReader(ast.NodeVisitor):
         self.stars |= name in _NAMESPACES or self.modules.get(name) in _NAMESPACE_PATHS
         if not self._depth:
             self._statement["sources"].add(name)
-            if name in self.now["defines"]:
-                self.now["own"].add(name)
-        if self._depth or name not in self.bound:
+            if name in self.immediate["defines"]:
+                self.immediate["own"].add(name)
+        if self._depth or name not in self.bound_names:
             self._note("uses", name)
 
     def _bind(self, name: str) -> None:
         scope = next((s for s in reversed(self._scopes) if s.kind != "comprehension"), None)
         if scope is None:
-            self.now["defines"].add(name)
-            self.bound.add(name)
+            self.immediate["defines"].add(name)
+            self.bound_names.add(name)
             self.modules.pop(name, None)
             self.imported.pop(name, None)
             self._carry(name)
         elif name in scope.outer:
-            self.now["defines"].add(name)
+            self.immediate["defines"].add(name)
             self._note("mutates", name)
         elif scope.kind == "class":
             scope.names.add(name)
@@ -169,13 +169,13 @@ class _NameReader(ast.NodeVisitor):
 
     def _branches(self, *blocks: Sequence[ast.AST]) -> None:
         """One of the blocks runs: bound afterwards is what each of those that go on has bound."""
-        before, ends = set(self.bound), []
+        bound_before, ends = set(self.bound_names), []
         for block in blocks:
-            self.bound = set(before)
+            self.bound_names = set(bound_before)
             self._block(block)
             if not _leaves(block):
-                ends.append(self.bound)
-        self.bound = set.intersection(*ends) if ends else before
+                ends.append(self.bound_names)
+        self.bound_names = set.intersection(*ends) if ends else bound_before
 
     def visit(self, node: ast.AST) -> None:
         """Outside functions and classes each statement carries on its own."""
@@ -195,7 +195,7 @@ class _NameReader(ast.NodeVisitor):
         else:
             self.load(node.id)
             self._note("mutates", node.id)
-            self.bound.discard(node.id)
+            self.bound_names.discard(node.id)
 
     def visit_Attribute(self, node: ast.Attribute | ast.Subscript) -> None:
         self.generic_visit(node)
@@ -205,19 +205,19 @@ class _NameReader(ast.NodeVisitor):
             self._note("mutates", root(node))
 
     def visit_Call(self, node: ast.Call) -> None:
-        before = set(self._statement["uses"])
+        uses_before = set(self._statement["uses"])
         self.generic_visit(node)
         if not self._depth:
-            for name in self._statement["uses"] - before:
-                self.now["own" if name in self.bound else "at_once"].add(name)
+            for name in self._statement["uses"] - uses_before:
+                self.immediate["own" if name in self.bound_names else "at_once"].add(name)
         called, receiver = path(node.func, self.modules), root(node.func)
         self._note("calls", receiver)
         if isinstance(node.func, ast.Attribute):
-            self._note("touches", receiver)
+            self._note("passed_to_call", receiver)
         if called not in _LEAVES_ARGUMENTS:
             for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
                 for handed in _handed(argument):
-                    self._note("touches", handed)
+                    self._note("passed_to_call", handed)
         if called in _MUTATORS and node.args:
             self._note("mutates", root(node.args[0]))
         for keyword in node.keywords:
@@ -297,7 +297,7 @@ class _NameReader(ast.NodeVisitor):
         if node.name:
             self._bind(node.name)
         self._block(node.body)
-        self.bound.discard(node.name or "")
+        self.bound_names.discard(node.name or "")
 
     def visit_Match(self, node: ast.Match) -> None:
         self.visit(node.subject)
@@ -320,7 +320,7 @@ class _NameReader(ast.NodeVisitor):
 
     def visit_ListComp(self, node: _Comprehension) -> None:
         self.visit(node.generators[0].iter)
-        before = set(self.bound)
+        bound_before = set(self.bound_names)
         self._scopes.append(
             _Scope(names=bound_in(g.target for g in node.generators)[0], kind="comprehension")
         )
@@ -328,7 +328,7 @@ class _NameReader(ast.NodeVisitor):
             self._block([generator.iter if number else None, *generator.ifs])
         self._block([node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt])
         self._scopes.pop()
-        self.bound = before
+        self.bound_names = bound_before
 
     def visit_FunctionDef(self, node: _Function) -> None:
         args = node.args
@@ -341,9 +341,9 @@ class _NameReader(ast.NodeVisitor):
         self._block([*args.defaults, *args.kw_defaults, *(a.annotation for a in every)])
         if not isinstance(node, ast.Lambda):
             self._block([*node.decorator_list, node.returns])
-        bound, global_, nonlocal_ = bound_in(body)
+        local_names, global_, nonlocal_ = bound_in(body)
         own = {a.arg for a in every} | {p.name for p in getattr(node, "type_params", ())}
-        self._scopes.append(_Scope(names=(bound | own) - global_ - nonlocal_, outer=global_))
+        self._scopes.append(_Scope(names=(local_names | own) - global_ - nonlocal_, outer=global_))
         self._depth += 1
         self._block(body)
         self._depth -= 1
@@ -380,26 +380,26 @@ def _handed(node: ast.expr) -> Iterator[str | None]:
 def names_in(
     body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]
 ) -> tuple[CellFacts, dict[str, str]]:
-    """All facts but ``reads`` and ``suspicion``, and what the cell imported."""
+    """All facts but ``reads`` and ``side_effect_risk``, and what the cell imported."""
     names = _NameReader(modules, cell.specials)
     names.run(body, binds=cell.binds)
-    now, late = names.now, names.late
-    defines = now["defines"] | cell.defines
-    uses = now["uses"] | cell.uses
-    keys = ("sources", "uses", "calls", "mutates", "touches")
+    immediate, late = names.immediate, names.late
+    defines = immediate["defines"] | cell.defines
+    uses = immediate["uses"] | cell.uses
+    keys = ("sources", "uses", "calls", "mutates", "passed_to_call")
     facts = CellFacts(
         defines=frozenset(defines),
-        maybe_defines=frozenset(now["defines"] - names.bound),
+        maybe_defines=frozenset(immediate["defines"] - names.bound_names),
         uses=frozenset(uses),
         late_uses=frozenset(late["uses"]),
-        at_once=frozenset(now["at_once"]),
-        own=frozenset(now["own"]),
-        calls=frozenset(now["calls"]),
-        mutates=frozenset(now["mutates"]),
-        touches=frozenset(now["touches"]),
-        carried={
-            name: Carried(**{k: frozenset(bag[k]) for k in keys})
-            for name, bag in names.carried.items()
+        at_once=frozenset(immediate["at_once"]),
+        own=frozenset(immediate["own"]),
+        calls=frozenset(immediate["calls"]),
+        mutates=frozenset(immediate["mutates"]),
+        passed_to_call=frozenset(immediate["touches"]),
+        captured={
+            name: CapturedNames(**{k: frozenset(bag[k]) for k in keys})
+            for name, bag in names.captured.items()
             if any(bag.values())
         },
         start=min(

@@ -53,6 +53,6 @@ class Descriptors:
         # The mode of the link says how the file was opened (proc_pid_fd(5)).
         if not os.lstat(link).st_mode & _WRITABLE or os.readlink(link).startswith("/memfd:"):
             return
-        found = os.stat(link)
-        if stat.S_ISREG(found.st_mode):
-            self.largest = max(self.largest or 0, found.st_size)
+        status = os.stat(link)
+        if stat.S_ISREG(status.st_mode):
+            self.largest = max(self.largest or 0, status.st_size)

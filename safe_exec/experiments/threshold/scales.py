@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from safe_exec.experiments.threshold.search import Fate, Question
+from safe_exec.experiments.threshold.search import ProbeOutcome, ProbeProblem
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind
 
@@ -51,7 +51,7 @@ class Scale(Struct, frozen=True, kw_only=True):
     margin: float
 
     @property
-    def whole(self) -> bool:
+    def is_integral(self) -> bool:
         """Whether it counts things."""
         return self.unit == "count"
 
@@ -91,25 +91,25 @@ class Scale(Struct, frozen=True, kw_only=True):
         """What to set where the least that passed is ``value``."""
         return self.fit(value * (1 + self.margin), 0.05 if self.margin else 0.0)
 
-    def fate(self, cause: Cause | None) -> Fate:
+    def outcome(self, cause: Cause | None) -> ProbeOutcome:
         """How a run with this cause ended, as far as this limit is concerned."""
         if cause is None:
-            return Fate.PASSED
+            return ProbeOutcome.PASSED
         if cause.kind in self.causes:
-            return Fate.STRUCK
-        return Fate.OTHERWISE if cause.kind in MAYBE else Fate.UNRELATED
+            return ProbeOutcome.STRUCK
+        return ProbeOutcome.OTHERWISE if cause.kind in MAYBE else ProbeOutcome.UNRELATED
 
     def question(
-        self, *, given: float | None, most: float, precision: float, budget: float
-    ) -> Question:
+        self, *, initial: float | None, most: float, precision: float, budget: float
+    ) -> ProbeProblem:
         """What the search is asked."""
-        return Question(
-            given=math.inf if given is None else float(given),
+        return ProbeProblem(
+            initial=math.inf if initial is None else float(initial),
             least=self.least,
             most=max(most, self.least),
             guess=self.guess,
             precision=precision,
-            whole=self.whole,
+            is_integral=self.is_integral,
             fit=lambda value: self.fit(value, precision),
             budget=budget,
         )

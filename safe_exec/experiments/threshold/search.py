@@ -1,7 +1,7 @@
 """The threshold of a limit: the smallest value with which a run passes and the largest with which it fails. Pure; imports nothing of ours.
 
 It knows values as numbers, and a function from a value to passed or not, which it calls by yielding: :func:`search` is a generator
-that yields a :class:`Try`, takes a :class:`Tried` and returns a :class:`Bracket`.
+that yields a :class:`ProbeQuery`, takes a :class:`ProbeResult` and returns a :class:`Bracket`.
 
 In three steps. *A run that passes*: with the value as given, else with twice as much again and again, as long as it is this limit that
 ends the run. *Close in*: what that run used at most says where the threshold should be; one step above it and one below settle most
@@ -27,7 +27,7 @@ FACTOR = 2.0
 """By what to go up from a failure, and away from a mere guess."""
 
 
-class Fate(StrEnum):
+class ProbeOutcome(StrEnum):
     """How a run with some value ended."""
 
     PASSED = "passed"
@@ -36,7 +36,7 @@ class Fate(StrEnum):
     UNRELATED = "unrelated"  # failed in a way that more of it does not change
 
 
-class Ended(StrEnum):
+class StopReason(StrEnum):
     """Why there is no bracket, or a wider one than was asked for."""
 
     BUDGET = "budget"
@@ -46,39 +46,39 @@ class Ended(StrEnum):
     UNRELATED = "unrelated"  # it fails for another reason
 
 
-class Cancel(Exception):  # noqa: N818 - no error: thrown into a search to end it
+class ProbeCancelled(Exception):  # noqa: N818 - no error: thrown into a search to end it
     """Thrown into the generator: it returns the bracket so far."""
 
 
-class Try(Struct, frozen=True, kw_only=True):
-    """A question: does a run with this value pass? At most ``allowed`` seconds may be spent. Infinity is no limit at all."""
+class ProbeQuery(Struct, frozen=True, kw_only=True):
+    """A question: does a run with this value pass? At most ``time_budget`` seconds may be spent. Infinity is no limit at all."""
 
     value: float
-    allowed: float
+    time_budget: float
 
 
-class Tried(Struct, frozen=True, kw_only=True):
+class ProbeResult(Struct, frozen=True, kw_only=True):
     """An answer, and what it cost. ``peak`` is the most that the run used; ``cut``: ended since it took longer than was allowed."""
 
-    fate: Fate
+    outcome: ProbeOutcome
     seconds: float
     peak: float | None = None
     cut: bool = False
 
 
-class Question(Struct, frozen=True, kw_only=True):
-    """What is looked for. The first run is with ``given``; no other leaves ``least`` to ``most``, which can be set.
+class ProbeProblem(Struct, frozen=True, kw_only=True):
+    """What is looked for. The first run is with ``initial``; no other leaves ``least`` to ``most``, which can be set.
 
-    ``precision`` is relative; ``whole`` values are found to 1. ``fit`` gives the next value, at or above, that can be set. ``guess`` is where
+    ``precision`` is relative; ``is_integral`` values are found to 1. ``fit`` gives the next value, at or above, that can be set. ``guess`` is where
     to begin if a run that passes tells no peak. ``budget`` is in seconds.
     """
 
-    given: float
+    initial: float
     least: float
     most: float
     guess: float
     precision: float = 0.05
-    whole: bool = False
+    is_integral: bool = False
     fit: Callable[[float], float] = float
     budget: float = math.inf
 
@@ -95,7 +95,7 @@ class Bracket(Struct, frozen=True, kw_only=True):
     wavers: bool
     runs: int
     seconds: float
-    ended: Ended | None
+    ended: StopReason | None
 
     @property
     def found(self) -> bool:
@@ -103,13 +103,13 @@ class Bracket(Struct, frozen=True, kw_only=True):
         return self.ended is None and self.passes is not None and self.fails is not None
 
 
-Search = Generator[Try, Tried, Bracket]
-_Run = Generator[Try, Tried, Tried]
-_Part = Generator[Try, Tried, None]
+Search = Generator[ProbeQuery, ProbeResult, Bracket]
+_Run = Generator[ProbeQuery, ProbeResult, ProbeResult]
+_Part = Generator[ProbeQuery, ProbeResult, None]
 
 
 class _Stop(Exception):  # noqa: N818 - leaves the search from within
-    def __init__(self, ended: Ended) -> None:
+    def __init__(self, ended: StopReason) -> None:
         super().__init__(ended)
         self.ended = ended
 
@@ -117,56 +117,56 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 class _Searcher:
     """The state of one search. ``low`` failed (0: nothing did), ``high`` passed."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: ProbeProblem) -> None:
         self.question = question
         self.low, self.high = 0.0, math.inf
         self.peak: float | None = None
-        self.tried: dict[float, list[bool]] = {}
-        self.spent = self.longest = 0.0
+        self.result: dict[float, list[bool]] = {}
+        self.elapsed = self.longest = 0.0
 
-    def whole(self) -> _Part:
+    def is_integral(self) -> _Part:
         yield from self.find_a_pass()
         yield from self.close_in()
         yield from self.once_more()
 
     def run(self, value: float) -> _Run:
         """One run, counted. Raises _Stop when it would not fit the budget."""
-        allowed = self.question.budget - self.spent
-        if allowed <= 0 or self.longest > allowed:
-            raise _Stop(Ended.BUDGET)
-        tried = yield Try(value=value, allowed=allowed)
-        self.spent += tried.seconds
-        self.longest = max(self.longest, tried.seconds)
-        if tried.cut:
-            raise _Stop(Ended.BUDGET)
-        self.tried.setdefault(value, []).append(tried.fate is Fate.PASSED)
-        return tried
+        time_budget = self.question.budget - self.elapsed
+        if time_budget <= 0 or self.longest > time_budget:
+            raise _Stop(StopReason.BUDGET)
+        result = yield ProbeQuery(value=value, time_budget=time_budget)
+        self.elapsed += result.seconds
+        self.longest = max(self.longest, result.seconds)
+        if result.cut:
+            raise _Stop(StopReason.BUDGET)
+        self.result.setdefault(value, []).append(result.outcome is ProbeOutcome.PASSED)
+        return result
 
-    def ask(self, value: float) -> Generator[Try, Tried, bool]:
+    def ask(self, value: float) -> Generator[ProbeQuery, ProbeResult, bool]:
         """A run between the two sides, one of which it moves; whether it passed. Something passes with more: any failure counts."""
-        tried = yield from self.run(value)
-        if tried.fate is Fate.PASSED:
+        result = yield from self.run(value)
+        if result.outcome is ProbeOutcome.PASSED:
             self.high = value
         else:
             self.low = value
-        return tried.fate is Fate.PASSED
+        return result.outcome is ProbeOutcome.PASSED
 
     # --- a run that passes --------------------------------------------------------------------------------------
 
     def find_a_pass(self) -> _Part:
         """Up from the value as given until a run passes. Raises _Stop when none does, or more of it does not help."""
-        value, others = self.question.given, 0
-        while (tried := (yield from self.run(value))).fate is not Fate.PASSED:
-            others = others + 1 if tried.fate is Fate.OTHERWISE else 0
+        value, others = self.question.initial, 0
+        while (result := (yield from self.run(value))).outcome is not ProbeOutcome.PASSED:
+            others = others + 1 if result.outcome is ProbeOutcome.OTHERWISE else 0
             self.low = value
             at_most = value >= self.question.most
             # What may be for want of it is given one chance with more.
-            if tried.fate is Fate.UNRELATED or others > 1 or (others and at_most):
-                raise _Stop(Ended.UNRELATED)
+            if result.outcome is ProbeOutcome.UNRELATED or others > 1 or (others and at_most):
+                raise _Stop(StopReason.UNRELATED)
             if at_most:
-                raise _Stop(Ended.MOST)
+                raise _Stop(StopReason.MOST)
             value = min(self.question.most, self.question.fit(value * FACTOR))
-        self.high, self.peak = value, tried.peak
+        self.high, self.peak = value, result.peak
 
     # --- close in -----------------------------------------------------------------------------------------------
 
@@ -183,16 +183,18 @@ class _Searcher:
         """Where to begin, and how many of the smallest steps the first one is."""
         question = self.question
         if self.peak is not None and self.peak > 0:
-            return self.within(self.peak if question.whole else self.moved(self.peak, 1)), 1
+            return self.within(self.peak if question.is_integral else self.moved(self.peak, 1)), 1
         guess = self.within(question.guess)
-        return guess, guess if question.whole else math.log(FACTOR) / math.log1p(question.precision)
+        return guess, guess if question.is_integral else math.log(FACTOR) / math.log1p(
+            question.precision
+        )
 
     def within(self, value: float) -> float:
         return min(self.question.most, max(self.question.least, self.question.fit(value)))
 
     def moved(self, value: float, steps: float) -> float:
         """A value so many of the smallest steps up or down, as it can be set."""
-        if self.question.whole:
+        if self.question.is_integral:
             return value + steps
         try:
             return self.question.fit(value * math.exp(math.log1p(self.question.precision) * steps))
@@ -203,7 +205,7 @@ class _Searcher:
         """Up from what failed, until something passes or what passed before is next."""
         while not self.is_near():
             if self.low >= self.question.most:
-                raise _Stop(Ended.MOST)
+                raise _Stop(StopReason.MOST)
             value = min(self.question.most, self.moved(self.low, step))
             if not self.low < value < self.high or (yield from self.ask(value)):
                 return
@@ -214,7 +216,7 @@ class _Searcher:
         first = True
         while not self.is_near():
             if self.high <= self.question.least or math.isinf(step):
-                raise _Stop(Ended.LEAST)
+                raise _Stop(StopReason.LEAST)
             value = max(self.question.least, min(self.question.most, self.moved(self.high, -step)))
             if value >= self.high:
                 step *= 2  # a step that is finer than what can be set
@@ -234,14 +236,16 @@ class _Searcher:
     def middle(self) -> float:
         low, high = max(self.low, self.question.least), min(self.high, self.question.most)
         return (
-            (low + high) // 2 if self.question.whole else self.question.fit(math.sqrt(low * high))
+            (low + high) // 2
+            if self.question.is_integral
+            else self.question.fit(math.sqrt(low * high))
         )
 
     def is_near(self) -> bool:
         """Whether the two sides are as near as was asked for."""
         if not self.low or math.isinf(self.high):
             return False
-        if self.question.whole:
+        if self.question.is_integral:
             return self.high - self.low <= 1
         return self.high <= self.low * (1 + self.question.precision) * (1 + ROUNDING)
 
@@ -251,9 +255,9 @@ class _Searcher:
         """The value that passed, again; where it fails, a higher one in its place. What is known stays known if time runs out."""
         value, climbs = self.high, 0
         try:
-            while sum(self.tried.get(value, ())) < ENOUGH:
-                tried = yield from self.run(value)
-                if tried.fate is Fate.PASSED:
+            while sum(self.result.get(value, ())) < ENOUGH:
+                result = yield from self.run(value)
+                if result.outcome is ProbeOutcome.PASSED:
                     continue
                 if climbs == CLIMBS:
                     return
@@ -264,9 +268,9 @@ class _Searcher:
 
     # --- the answer ---------------------------------------------------------------------------------------------
 
-    def bracket(self, ended: Ended | None) -> Bracket:
-        passed = [value for value, runs in self.tried.items() if any(runs)]
-        failed = [value for value, runs in self.tried.items() if not all(runs)]
+    def bracket(self, ended: StopReason | None) -> Bracket:
+        passed = [value for value, runs in self.result.items() if any(runs)]
+        failed = [value for value, runs in self.result.items() if not all(runs)]
         least_pass, most_fail = min(passed, default=math.inf), max(failed, default=0.0)
         return Bracket(
             passes=min((value for value in passed if value > most_fail), default=None),
@@ -274,34 +278,23 @@ class _Searcher:
                 (value for value in failed if value < least_pass or not passed), default=None
             ),
             wavers=bool(passed) and least_pass <= most_fail,
-            runs=sum(map(len, self.tried.values())),
-            seconds=self.spent,
+            runs=sum(map(len, self.result.values())),
+            seconds=self.elapsed,
             ended=ended,
         )
 
 
-def search(question: Question) -> Search:
+def search(question: ProbeProblem) -> Search:
     """Search for the threshold. The same answers give the same questions.
 
     The sum of the seconds never exceeds the budget, if no run takes longer than it was allowed to.
     """
     searcher = _Searcher(question)
-    ended: Ended | None = None
+    ended: StopReason | None = None
     try:
-        yield from searcher.whole()
+        yield from searcher.is_integral()
     except _Stop as stop:
         ended = stop.ended
-    except Cancel:
-        ended = Ended.CANCELLED
+    except ProbeCancelled:
+        ended = StopReason.CANCELLED
     return searcher.bracket(ended)
-
-
-def drive(searching: Search, run: Callable[[Try], Tried]) -> Bracket:
-    """Run a search to its end with a function that answers."""
-    try:
-        attempt = next(searching)
-        while True:
-            attempt = searching.send(run(attempt))
-    except StopIteration as done:
-        bracket: Bracket = done.value
-        return bracket

@@ -66,7 +66,7 @@ class Volumes:
             replace(
                 volume,
                 places=tuple(self._places[device]),
-                before=self._before.get(device),
+                free_at_start=self._before.get(device),
                 own=device in self._own,
             )
             for device, volume in self._lowest.items()

@@ -24,10 +24,16 @@ from safe_exec.cli.probe_report import RunLines, as_document, report
 from safe_exec.cli.run import command as run_command
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.experiments import rerun
-from safe_exec.experiments.rerun import Change, Runs
+from safe_exec.experiments.rerun import Rerunner, RerunOptions
 from safe_exec.experiments.threshold.descriptors import Descriptors
 from safe_exec.experiments.threshold.scales import SCALES
-from safe_exec.experiments.threshold.search import Ended, Fate, Question, Try, search
+from safe_exec.experiments.threshold.search import (
+    ProbeOutcome,
+    ProbeProblem,
+    ProbeQuery,
+    StopReason,
+    search,
+)
 from safe_exec.limits.values import parse_overrides
 from safe_exec.model import events
 from safe_exec.model.ending import TimedOut
@@ -39,7 +45,7 @@ from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest
 from safe_exec.workflows import probe as probing
 from safe_exec.workflows.prepare import PreparedJob
-from safe_exec.workflows.probe import ProbeReport, ProbeRun, drive
+from safe_exec.workflows.probe import ProbeReport, ProbeRun, run_search
 from tests.support import make_notebook
 from tests.unit.builders import make_cause, make_crash
 
@@ -62,16 +68,18 @@ class Fake:
     def cancelled(self) -> bool:
         return len(self.values) == self.stop
 
-    async def run(self, attempt: Try) -> ProbeRun:
-        self.values.append(attempt.value)
-        if attempt.value >= self.needs:
-            return ProbeRun(value=attempt.value, fate=Fate.PASSED, seconds=1.0, peak=self.peak)
+    async def run(self, query: ProbeQuery) -> ProbeRun:
+        self.values.append(query.value)
+        if query.value >= self.needs:
+            return ProbeRun(
+                value=query.value, outcome=ProbeOutcome.PASSED, seconds=1.0, peak=self.peak
+            )
         cause = make_cause(self.kind)
         return ProbeRun(
-            value=attempt.value,
-            fate=MEMORY.fate(cause),
+            value=query.value,
+            outcome=MEMORY.outcome(cause),
             seconds=1.5,
-            peak=attempt.value,
+            peak=query.value,
             cause=cause,
             crash_cell=make_crash(index=4, code_index=2, source_line=f"    {SOURCE}"),
         )
@@ -86,16 +94,16 @@ class Told:
     def begins(self, number: int, value: float) -> None:
         self.lines.append((number, value, None))
 
-    def ended(self, number: int, shot: ProbeRun) -> None:
-        self.lines.append((number, shot.value, shot.passed))
+    def ended(self, number: int, run: ProbeRun) -> None:
+        self.lines.append((number, run.value, run.passed))
 
 
 def probed(fake: Fake | None = None, **question: Any) -> ProbeReport:
-    asked = MEMORY.question(given=1 << 30, most=1 << 34, precision=0.05, budget=600.0)
-    changed: Question = replace(asked, **question)
-    bracket, shots = asyncio.run(drive(search(changed), fake or Fake(), Told()))
+    asked = MEMORY.question(initial=1 << 30, most=1 << 34, precision=0.05, budget=600.0)
+    changed: ProbeProblem = replace(asked, **question)
+    bracket, runs = asyncio.run(run_search(search(changed), fake or Fake(), Told()))
     held = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
-    return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=shots, enforcement=held)
+    return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=runs, enforcement=held)
 
 
 def said(found: ProbeReport, **style: Any) -> str:
@@ -154,12 +162,18 @@ def test_what_to_set() -> None:
 
 def test_every_kind_of_cause_has_a_fate() -> None:
     for kind in CauseKind:
-        assert SCALES[LimitName.MEMORY].fate(make_cause(kind)) is not Fate.PASSED
-    fates = {kind: MEMORY.fate(make_cause(kind)) for kind in CauseKind}
-    assert fates[CauseKind.WORKER_OUT_OF_MEMORY] is fates[CauseKind.MEMORY_ERROR] is Fate.STRUCK
-    assert fates[CauseKind.SEGFAULT] is fates[CauseKind.KERNEL_START_FAILED] is Fate.OTHERWISE
-    assert fates[CauseKind.EXCEPTION] is fates[CauseKind.CELL_TIMEOUT] is Fate.UNRELATED
-    assert MEMORY.fate(None) is Fate.PASSED
+        assert SCALES[LimitName.MEMORY].outcome(make_cause(kind)) is not ProbeOutcome.PASSED
+    fates = {kind: MEMORY.outcome(make_cause(kind)) for kind in CauseKind}
+    assert (
+        fates[CauseKind.WORKER_OUT_OF_MEMORY]
+        is fates[CauseKind.MEMORY_ERROR]
+        is ProbeOutcome.STRUCK
+    )
+    assert (
+        fates[CauseKind.SEGFAULT] is fates[CauseKind.KERNEL_START_FAILED] is ProbeOutcome.OTHERWISE
+    )
+    assert fates[CauseKind.EXCEPTION] is fates[CauseKind.CELL_TIMEOUT] is ProbeOutcome.UNRELATED
+    assert MEMORY.outcome(None) is ProbeOutcome.PASSED
 
 
 def test_the_causes_of_two_limits_are_never_the_same() -> None:
@@ -172,18 +186,16 @@ def test_the_causes_of_two_limits_are_never_the_same() -> None:
 
 def test_runs_are_told_of_and_kept() -> None:
     told, fake = Told(), Fake()
-    asked = MEMORY.question(given=None, most=1 << 34, precision=0.05, budget=600.0)
-    bracket, shots = asyncio.run(drive(search(asked), fake, told))
+    asked = MEMORY.question(initial=None, most=1 << 34, precision=0.05, budget=600.0)
+    bracket, runs = asyncio.run(run_search(search(asked), fake, told))
     assert (bracket.passes, bracket.fails) == (416 * MIB, 397 * MIB)
-    assert (
-        [shot.value for shot in shots] == fake.values == [math.inf, 416 * MIB, 397 * MIB, 416 * MIB]
-    )
+    assert [run.value for run in runs] == fake.values == [math.inf, 416 * MIB, 397 * MIB, 416 * MIB]
     assert [line[2] for line in told.lines] == [None, True, None, True, None, False, None, True]
 
 
 def test_a_signal_keeps_what_is_known() -> None:
     found = probed(Fake(stop=3))
-    assert found.bracket.ended is Ended.CANCELLED and len(found.runs) == 2
+    assert found.bracket.ended is StopReason.CANCELLED and len(found.runs) == 2
     assert exit_code(found) == 130
     assert "stopped" in said(found) and "passes with 416 MiB" in said(found)
 
@@ -286,15 +298,15 @@ def test_nothing_from_outside_reaches_the_terminal_raw() -> None:
     evil = "a\x1b]0;title\x07\u202eb"
     found = probed(Fake(kind=CauseKind.SEGFAULT))
     crash = make_crash(source_line=evil)
-    shots = tuple(
+    runs = tuple(
         replace(
-            shot, crash_cell=crash, cause=replace(shot.cause, summary=evil) if shot.cause else None
+            run, crash_cell=crash, cause=replace(run.cause, summary=evil) if run.cause else None
         )
-        for shot in found.runs
+        for run in found.runs
     )
     lines = list(
         report(
-            replace(found, runs=shots, warnings=(evil,)),
+            replace(found, runs=runs, warnings=(evil,)),
             f"{evil}.ipynb",
             f"safe-exec run {evil}",
             Style(),
@@ -307,8 +319,8 @@ def test_lines_of_progress() -> None:
     stream = io.StringIO()
     with RunLines(stream, MEMORY) as lines:
         asyncio.run(
-            drive(
-                search(MEMORY.question(given=None, most=1 << 34, precision=0.05, budget=9.0)),
+            run_search(
+                search(MEMORY.question(initial=None, most=1 << 34, precision=0.05, budget=9.0)),
                 Fake(),
                 lines,
             )
@@ -323,10 +335,10 @@ def test_lines_of_progress() -> None:
 def test_quiet_and_broken_streams() -> None:
     stream = io.StringIO()
     with RunLines(stream, MEMORY, quiet=True) as lines:
-        lines.ended(1, ProbeRun(value=1.0, fate=Fate.PASSED, seconds=1.0))
+        lines.ended(1, ProbeRun(value=1.0, outcome=ProbeOutcome.PASSED, seconds=1.0))
     assert stream.getvalue() == ""
     stream.close()
-    RunLines(stream, MEMORY).ended(1, ProbeRun(value=1.0, fate=Fate.PASSED, seconds=1.0))
+    RunLines(stream, MEMORY).ended(1, ProbeRun(value=1.0, outcome=ProbeOutcome.PASSED, seconds=1.0))
 
 
 def test_the_document() -> None:
@@ -454,15 +466,15 @@ def test_the_command_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         *,
         precision: float,
         budget: float,
-        watch: probing.ProbeListener,
+        observer: probing.ProbeListener,
     ) -> ProbeReport:
         assert (name, precision, budget) == (LimitName.MEMORY, 0.1, 90.0)
         assert prepared.limits.values.memory == 1 << 30 and not prepared.job.writes
         asked = MEMORY.question(
-            given=prepared.limits.values.memory, most=1 << 34, precision=0.05, budget=budget
+            initial=prepared.limits.values.memory, most=1 << 34, precision=0.05, budget=budget
         )
-        bracket, shots = await drive(search(asked), Fake(), watch)
-        return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=shots)
+        bracket, runs = await run_search(search(asked), Fake(), observer)
+        return ProbeReport(scale=MEMORY, precision=0.05, bracket=bracket, runs=runs)
 
     monkeypatch.setattr(probe_command, "probe", probe)
     path = make_notebook(tmp_path / "nb.ipynb", "1")
@@ -504,7 +516,7 @@ def test_why_a_run_was_over(
     async def run_trial(request: TrialRequest) -> Any:
         asked.append(request)
         return SimpleNamespace(
-            ending=TimedOut(cell=0, whole=True, allowed=request.limits.timeout or 0.0)
+            ending=TimedOut(cell=0, whole_notebook=True, allowed=request.limits.timeout or 0.0)
         )
 
     limits = Limits(memory=MIB, timeout=timeout)
@@ -514,13 +526,15 @@ def test_why_a_run_was_over(
     )  # fmt: skip
     monkeypatch.setattr(rerun, "run_trial", run_trial)
     monkeypatch.setattr(
-        rerun, "enclosed", lambda request, _views, limits, orphans: replace(request, limits=limits)
+        rerun,
+        "isolated_request",
+        lambda request, _views, limits, orphans: replace(request, limits=limits),
     )
-    views: Any = SimpleNamespace(snapshot=SimpleNamespace(scratch=Path("scratch")))
-    change = Change(
-        limits=limits, cell_limits=lambda _: limits, deadline=times[0], allowed=times[1]
+    workspaces: Any = SimpleNamespace(snapshot=SimpleNamespace(scratch=Path("scratch")))
+    change = RerunOptions(
+        limits=limits, cell_limits=lambda _: limits, deadline=times[0], time_budget=times[1]
     )
-    ran = asyncio.run(Runs(template, views).run(change))
+    ran = asyncio.run(Rerunner(template, workspaces).run(change))
     assert asked[0].limits.timeout == bound
     assert ran.request.limits == limits  # what is told of it is what the user set
     assert (ran.slow, ran.cut) == (ended == "slow", ended == "cut")

@@ -6,7 +6,7 @@ import nbformat
 
 from safe_exec.diagnosis.verdict import crash_cell, without_plumbing
 from safe_exec.model.ending import CellError, CellFailed
-from safe_exec.model.evidence import Frame, Place
+from safe_exec.model.evidence import CellLocation, Frame
 
 MAGICS = Frame(function="time", line=1335, file="/lib/IPython/core/magics/execution.py")
 SHELL = Frame(function="run_cell", line=540, file="/lib/ipykernel/zmqshell.py")
@@ -33,7 +33,7 @@ def test_frames_of_cells_come_with_their_lines() -> None:
         Frame(function="f", line=3, cell=0),
         Frame(function="f", line=1, cell=7),
     )
-    place = Place(cell=0, line=2, source="traceback", stack=stack)
+    place = CellLocation(cell=0, line=2, source="traceback", stack=stack)
     crash = crash_cell(CellFailed(cell=0, error=CellError(ename="E", evalue="")), place, node)
     assert crash is not None and crash.source_line == "f()"
     assert [frame.source_line for frame in crash.stack] == [None, "f()", "%%time", None, None]

@@ -19,7 +19,7 @@ from safe_exec.experiments.repository_layer import (
     load,
     note,
 )
-from safe_exec.experiments.workspace import reopen, take, views_of
+from safe_exec.experiments.workspace import reopen, take, workspace_factory
 from safe_exec.keeper import mounts
 
 NONE: frozenset[Path] = frozenset()
@@ -121,7 +121,7 @@ def test_the_folder_lies_over_the_repository(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(folders, "TMP", root.parent / "tmp")
     scratch = root.parent / "scratch"
     snapshot = take(root / "nb", scratch, repository=root)
-    view = views_of(snapshot, ours=NONE).make("a", Path("/run/x"))
+    view = workspace_factory(snapshot, ours=NONE).make("a", Path("/run/x"))
     targets = [mount["target"] for mount in view.mounts]
     assert targets.index(str(root)) < targets.index(str(root / "nb"))
     kept = reopen(root / "nb", scratch)

@@ -18,14 +18,14 @@ from msgspec.structs import replace
 
 from safe_exec.experiments import workspace as folders
 from safe_exec.experiments.workspace import (
-    NoView,
     Snapshot,
-    View,
-    Views,
+    Workspace,
+    WorkspaceFactory,
+    WorkspaceUnavailable,
     added,
     reopen,
     take,
-    views_of,
+    workspace_factory,
 )
 from safe_exec.keeper import file_tree, mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
@@ -449,8 +449,8 @@ def changed_by(
     snapshot = kept(place)
     change(place / "work")
     try:
-        views_of(snapshot, ours=frozenset({place / "work" / "ours.json"}))
-    except NoView as reason:
+        workspace_factory(snapshot, ours=frozenset({place / "work" / "ours.json"}))
+    except WorkspaceUnavailable as reason:
         return snapshot, str(reason)
     return snapshot, None
 
@@ -533,16 +533,21 @@ def test_gaps(
 ) -> None:
     way(monkeypatch, found)
     snapshot = kept(place)
-    views = views_of(snapshot if tmp else replace(snapshot, tmp=None), ours=NONE)
-    assert views == Views(snapshot=views.snapshot, way=found, overlay=False, gaps=gaps)
+    workspaces = workspace_factory(snapshot if tmp else replace(snapshot, tmp=None), ours=NONE)
+    assert workspaces == WorkspaceFactory(
+        snapshot=workspaces.snapshot, namespace_kind=found, overlay=False, gaps=gaps
+    )
 
 
 def test_a_folder_in_shared_memory_keeps_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     way(monkeypatch, "root")
     monkeypatch.setattr(folders, "SHM", place)
-    views = views_of(kept(place), ours=NONE)
-    assert views.gaps == ("what it left in /dev/shm",)
-    assert [mount["kind"] for mount in views.make("a", Path("/run/x")).mounts] == ["bind", "bind"]
+    workspaces = workspace_factory(kept(place), ours=NONE)
+    assert workspaces.gaps == ("what it left in /dev/shm",)
+    assert [mount["kind"] for mount in workspaces.make("a", Path("/run/x")).mounts] == [
+        "bind",
+        "bind",
+    ]
 
 
 REFUSED = [
@@ -576,13 +581,16 @@ def test_what_cannot_be_given(
         monkeypatch.setattr(folders, name, value)
     way(monkeypatch, found, overlays=overlays)
     snapshot = kept(place)
-    with pytest.raises(NoView) as refused:
-        views_of(snapshot, ours=NONE)
+    with pytest.raises(WorkspaceUnavailable) as refused:
+        workspace_factory(snapshot, ours=NONE)
     assert str(refused.value) == reason
     # Whoever insists runs in the folder as it is, and is told so.
-    views = views_of(snapshot, ours=NONE, insist=True)
-    assert (views.overlay, views.gaps[-1]) == (False, f"files of the folder itself: {reason}")
-    view = views.make("a", Path("/run/x"))
+    workspaces = workspace_factory(snapshot, ours=NONE, insist=True)
+    assert (workspaces.overlay, workspaces.gaps[-1]) == (
+        False,
+        f"files of the folder itself: {reason}",
+    )
+    view = workspaces.make("a", Path("/run/x"))
     assert view.cwd == snapshot.folder
     assert str(snapshot.folder) not in [mount["target"] for mount in view.mounts]
 
@@ -592,8 +600,13 @@ def test_a_large_folder_is_overlaid(place: Path, monkeypatch: pytest.MonkeyPatch
     asked = way(monkeypatch, "user")
     snapshot = kept(place)
     (place / "work" / "new").touch()
-    views = views_of(snapshot, ours=NONE)
-    assert (views.overlay, views.new, views.way, views.gaps) == (True, ("new",), "user", ())
+    workspaces = workspace_factory(snapshot, ours=NONE)
+    assert (workspaces.overlay, workspaces.new, workspaces.namespace_kind, workspaces.gaps) == (
+        True,
+        ("new",),
+        "user",
+        (),
+    )
     assert asked == [(snapshot.folder, place / "scratch" / "probe", "user")]
 
 
@@ -602,18 +615,18 @@ def test_a_view_of_a_copy(place: Path, monkeypatch: pytest.MonkeyPatch, found: s
     way(monkeypatch, found)
     snapshot = kept(place)
     (place / "work" / "notes.txt").write_text("changed by the first run")
-    view = views_of(snapshot, ours=NONE).make("a", Path("/run/x"))
+    view = workspace_factory(snapshot, ours=NONE).make("a", Path("/run/x"))
     directory = place / "scratch" / "trial-a"
     own = directory / "folder"
     assert names_below(own) == NAMES
     assert (own / "notes.txt").read_text() == "notes"
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     if found is None:
-        assert view == View(cwd=own, directory=directory)
+        assert view == Workspace(cwd=own, directory=directory)
     else:
         tmp = {"kind": "bind", "source": str(directory / "tmp"), "target": str(place / "tmp")}
         bound = {"kind": "bind", "source": str(own), "target": str(snapshot.folder)}
-        assert view == View(
+        assert view == Workspace(
             cwd=snapshot.folder,
             directory=directory,
             mounts=(tmp, bound, SHM),
@@ -623,13 +636,13 @@ def test_a_view_of_a_copy(place: Path, monkeypatch: pytest.MonkeyPatch, found: s
 
 def test_each_trial_has_its_own_copy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     way(monkeypatch, None)
-    views = views_of(kept(place), ours=NONE)
-    first, second = views.make("a", Path("/run/x")), views.make("b", Path("/run/x"))
+    workspaces = workspace_factory(kept(place), ours=NONE)
+    first, second = workspaces.make("a", Path("/run/x")), workspaces.make("b", Path("/run/x"))
     (first.cwd / "notes.txt").write_text("changed by a trial")
     assert (second.cwd / "notes.txt").read_text() == "notes"
-    assert views.make("c", Path("/run/x")).cwd.joinpath("notes.txt").read_text() == "notes"
+    assert workspaces.make("c", Path("/run/x")).cwd.joinpath("notes.txt").read_text() == "notes"
     with pytest.raises(FileExistsError):
-        views.make("a", Path("/run/x"))
+        workspaces.make("a", Path("/run/x"))
 
 
 def test_a_view_of_an_overlay_hides_what_is_new(
@@ -642,7 +655,9 @@ def test_a_view_of_an_overlay_hides_what_is_new(
     (work / "new" / "a").touch()
     (work / "data" / "deep" / "b.csv").touch()
     (work / "out.ipynb").touch()
-    view = views_of(snapshot, ours=frozenset({work / "out.ipynb"})).make("a", Path("/run/x"))
+    view = workspace_factory(snapshot, ours=frozenset({work / "out.ipynb"})).make(
+        "a", Path("/run/x")
+    )
     upper = place / "scratch" / "trial-a" / "upper"
     assert names_below(upper) == ["data", "data/deep", "data/deep/b.csv", "new", "out.ipynb"]
     for name in ("data/deep/b.csv", "new", "out.ipynb"):
@@ -680,7 +695,7 @@ def test_in_tmp_is_what_was_there_before(place: Path, monkeypatch: pytest.Monkey
     (tmp / "gone").unlink()
     (tmp / "left by the first run").touch()
     runtime = tmp / "safe-exec-abc"
-    view = views_of(snapshot, ours=NONE).make("a", runtime)
+    view = workspace_factory(snapshot, ours=NONE).make("a", runtime)
     fresh = place / "scratch" / "trial-a" / "tmp"
     assert names_below(fresh) == ["file", "folder", "link", "pipe", "safe-exec-abc"]
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o1777
@@ -705,7 +720,7 @@ def test_a_tmp_with_too_much_in_it_stays_as_it_is(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way(monkeypatch, "root")
-    view = views_of(replace(kept(place), tmp=None), ours=NONE).make(
+    view = workspace_factory(replace(kept(place), tmp=None), ours=NONE).make(
         "a", place / "tmp" / "safe-exec-abc"
     )
     assert [mount["kind"] for mount in view.mounts] == ["bind", "tmpfs"]
@@ -722,7 +737,7 @@ def test_a_notebook_in_tmp_itself_keeps_its_sockets(
     if not copied:
         large(monkeypatch)
     runtime = place / "work" / "safe-exec-abc"
-    view = views_of(kept(place), ours=NONE).make("a", runtime)
+    view = workspace_factory(kept(place), ours=NONE).make("a", runtime)
     directory = place / "scratch" / "trial-a"
     stage = directory / ("folder/safe-exec-abc" if copied else "runtime")
     assert stage.is_dir()

@@ -17,9 +17,9 @@ from safe_exec.kernel.fault_report import (
     dumps,
     fatal_part,
     main_stack,
+    most_typical,
     parse_fault,
     parse_threads,
-    usual,
 )
 from safe_exec.model.evidence import FaultReport, Frame
 
@@ -119,7 +119,7 @@ BEFORE = stack(("<module>", 1, 4))
 def test_the_stack_that_says_where_the_time_went(
     stacks: list[tuple[Frame, ...]], found: tuple[Frame, ...]
 ) -> None:
-    assert usual(stacks, 4) is found
+    assert most_typical(stacks, 4) is found
 
 
 @pytest.mark.parametrize("version", VERSIONS)

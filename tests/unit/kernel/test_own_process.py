@@ -46,7 +46,7 @@ def test_changes_of_a_real_process() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         before = resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (55, hard))[0]
         changes.note()
-        assert [(c.name, c.before, c.after) for c in changes.limits()] == [
+        assert [(c.name, c.initial_value, c.current_value) for c in changes.limits()] == [
             ("RLIMIT_NOFILE", before, 55)
         ]
         executed = changes.executed

@@ -334,7 +334,7 @@ def test_lookups_are_counted() -> None:
     lookup = Lookup()
     needs = [Need(kind=P, name=f"/nowhere/{n}", line="x", number=errno.ENOENT) for n in range(1000)]
     assert conflicts(needs, Sight(facts=BWRAP, env={"HOME": HOME}), lookup) == ()
-    assert lookup.left <= 0
+    assert lookup.remaining_lookups <= 0
     assert not lookup.exists("/")
 
 

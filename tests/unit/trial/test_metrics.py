@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 from safe_exec.model.verdict import CellStatus
 from safe_exec.sandbox.usage.meter import Reading
-from safe_exec.trial.metrics import TIMELINE_POINTS, Ledger
+from safe_exec.trial.metrics import TIMELINE_POINTS, MetricsRecorder
 
 MIB = 1 << 20
 
 
-def ledger(*kinds: str) -> Ledger:
+def metrics(*kinds: str) -> MetricsRecorder:
     """A ledger of a notebook with cells of these kinds."""
     cells = [
         SimpleNamespace(cell_type=kind, get=lambda name, n=n: f"id-{n}")
         for n, kind in enumerate(kinds or ("code",))
     ]
-    return Ledger.for_notebook(SimpleNamespace(cells=cells), 0.0)
+    return MetricsRecorder.for_notebook(SimpleNamespace(cells=cells), 0.0)
 
 
 def end(
-    book: Ledger,
+    book: MetricsRecorder,
     index: int,
     *,
     reading: Reading | None = None,
@@ -45,7 +45,7 @@ def end(
 
 
 def test_only_code_cells_are_counted() -> None:
-    book = ledger("markdown", "code", "raw", "code")
+    book = metrics("markdown", "code", "raw", "code")
     assert [(r.index, r.code_index, r.id, r.status) for r in book.records.values()] == [
         (1, 0, "id-1", CellStatus.NOT_RUN),
         (3, 1, "id-3", CellStatus.NOT_RUN),
@@ -53,7 +53,7 @@ def test_only_code_cells_are_counted() -> None:
 
 
 def test_what_a_cell_used_is_a_difference() -> None:
-    book = ledger()
+    book = metrics()
     book.begin(0, 1.0, Reading(memory=100 * MIB, cpu_seconds=2.0, tasks=3))
     book.sample(1.5, Reading(memory=300 * MIB, cpu_seconds=2.2, tasks=9), 0)
     end(book, 0, reading=Reading(memory=150 * MIB, cpu_seconds=2.5, tasks=3), now=3.0)
@@ -73,7 +73,7 @@ def test_what_a_cell_used_is_a_difference() -> None:
 
 
 def test_memory_given_back_is_kept_with_its_sign() -> None:
-    book = ledger()
+    book = metrics()
     book.begin(0, 1.0, Reading(memory=100))
     end(book, 0, reading=Reading(memory=40))
     assert book.records[0].memory_kept == -60
@@ -92,7 +92,7 @@ def test_memory_given_back_is_kept_with_its_sign() -> None:
 def test_a_difference_to_what_was_not_measured_is_null(
     before: Reading | None, after: Reading | None
 ) -> None:
-    book = ledger()
+    book = metrics()
     book.begin(0, 1.0, before)
     end(book, 0, reading=after)
     record = book.records[0]
@@ -100,7 +100,7 @@ def test_a_difference_to_what_was_not_measured_is_null(
 
 
 def test_nothing_measured_is_null_and_never_zero() -> None:
-    book = ledger()
+    book = metrics()
     book.begin(0, 1.0, None)
     end(book, 0)
     assert (book.memory_peak, book.memory_last, book.cpu_last, book.tasks_peak) == (
@@ -127,7 +127,7 @@ def test_nothing_measured_is_null_and_never_zero() -> None:
 def test_kills_belong_to_the_cell_in_which_the_counter_went_up(
     counts: Sequence[int | None], in_cells: Sequence[int], first: int | None
 ) -> None:
-    book = ledger("code", "code", "code")
+    book = metrics("code", "code", "code")
     found = []
     for index, count in enumerate(counts):
         book.begin(index, float(index), None)
@@ -137,7 +137,7 @@ def test_kills_belong_to_the_cell_in_which_the_counter_went_up(
 
 
 def test_a_peak_that_a_counter_knows_only_raises() -> None:
-    book = ledger()
+    book = metrics()
     book.begin(0, 0.0, Reading(memory=10))
     book.raise_peak(0, 50)
     book.raise_peak(0, 20)
@@ -145,14 +145,14 @@ def test_a_peak_that_a_counter_knows_only_raises() -> None:
 
 
 def test_between_cells_is_minus_one() -> None:
-    book = ledger()
+    book = metrics()
     book.sample(0.5, Reading(memory=1), None)
     book.sample(0.6, Reading(memory=1), 0)
     assert book.timeline().cell == (-1, 0)
 
 
 def test_a_sample_for_a_cell_that_is_no_code_changes_no_record() -> None:
-    book = ledger("markdown")
+    book = metrics("markdown")
     book.sample(0.5, Reading(memory=1), 0)
     assert book.records == {}
 
@@ -166,7 +166,7 @@ def test_a_sample_for_a_cell_that_is_no_code_changes_no_record() -> None:
 def test_a_timeline_is_short_in_order_and_keeps_its_peak(
     peak: int, count: int, measured: bool
 ) -> None:
-    book = ledger()
+    book = metrics()
     for n in range(count):
         book.sample(
             n / 10,
@@ -191,7 +191,7 @@ def test_a_timeline_is_short_in_order_and_keeps_its_peak(
 
 
 def test_a_long_run_does_not_fill_our_memory() -> None:
-    book = ledger()
+    book = metrics()
     for n in range(20_000):
         book.sample(float(n), Reading(memory=n), None)
     assert len(book.samples) <= 8 * TIMELINE_POINTS

@@ -72,8 +72,8 @@ def why_not(
         job=SimpleNamespace(bisect=bisect), node=node(reproduction=reproduction)
     )
     request: Any = SimpleNamespace(cancellation=SimpleNamespace(signals=list(signals)))
-    keeping: Any = SimpleNamespace(snapshot=object() if kept else None, trouble=trouble)
-    return searching._why_not(prepared, verdict, request, keeping)
+    folder_snapshot: Any = SimpleNamespace(snapshot=object() if kept else None, trouble=trouble)
+    return searching._why_not(prepared, verdict, request, folder_snapshot)
 
 
 TALKED = make_verdict(remote_hosts=("db.example.org",))
@@ -160,21 +160,21 @@ def keep(prepared: Any, *, of: str | None = None, stay: bool = False) -> FolderS
     """One run's keeping, to its end."""
 
     async def through() -> FolderSnapshot:
-        with FolderSnapshot(prepared, of=of) as keeping:
-            keeping.begin()
-            await keeping.done()
-            keeping.keep = stay
-        return keeping
+        with FolderSnapshot(prepared, of=of) as folder_snapshot:
+            folder_snapshot.begin()
+            await folder_snapshot.done()
+            folder_snapshot.keep = stay
+        return folder_snapshot
 
     return asyncio.run(through())
 
 
 def test_what_was_kept_is_gone_in_the_end(prepared: Any) -> None:
-    keeping = keep(prepared)
-    assert keeping.snapshot is not None
-    assert (list(keeping.snapshot.entries or ()), keeping.trouble) == (["data"], "")
-    assert keeping.directories == (str(keeping.snapshot.scratch),)
-    assert not keeping.snapshot.scratch.exists()
+    folder_snapshot = keep(prepared)
+    assert folder_snapshot.snapshot is not None
+    assert (list(folder_snapshot.snapshot.entries or ()), folder_snapshot.trouble) == (["data"], "")
+    assert folder_snapshot.directories == (str(folder_snapshot.snapshot.scratch),)
+    assert not folder_snapshot.snapshot.scratch.exists()
 
 
 def test_a_later_search_goes_on_from_it(prepared: Any) -> None:
@@ -190,8 +190,12 @@ def test_a_later_search_goes_on_from_it(prepared: Any) -> None:
 
 def test_where_nobody_asks_nothing_is_kept(prepared: Any) -> None:
     prepared.job.bisect = Bisect.NEVER
-    keeping = keep(prepared)
-    assert (keeping.snapshot, keeping.directories, keeping.trouble) == (None, (), "")
+    folder_snapshot = keep(prepared)
+    assert (folder_snapshot.snapshot, folder_snapshot.directories, folder_snapshot.trouble) == (
+        None,
+        (),
+        "",
+    )
 
 
 def test_trouble_is_told_and_ends_nothing(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,12 +204,12 @@ def test_trouble_is_told_and_ends_nothing(prepared: Any, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(folders, "take", full)
-        keeping = keep(prepared)
-    assert (keeping.snapshot, keeping.trouble) == (None, "[Errno 28] no room")
+        folder_snapshot = keep(prepared)
+    assert (folder_snapshot.snapshot, folder_snapshot.trouble) == (None, "[Errno 28] no room")
     with monkeypatch.context() as patched:
         patched.setattr(trial_cache, "cache_root", full)
-        keeping = keep(prepared)
-    assert (keeping.snapshot, keeping.trouble, keeping.directories) == (
+        folder_snapshot = keep(prepared)
+    assert (folder_snapshot.snapshot, folder_snapshot.trouble, folder_snapshot.directories) == (
         None,
         "[Errno 28] no room",
         (),
@@ -214,9 +218,9 @@ def test_trouble_is_told_and_ends_nothing(prepared: Any, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("of", ["..", "/etc", "a/b"])
 def test_a_run_whose_name_is_a_path_is_not_gone_on_with(prepared: Any, of: str) -> None:
-    keeping = keep(prepared, of=of)
-    assert (keeping.snapshot, keeping.directories) == (None, ())
-    assert keeping.trouble == f"not the name of a run: {of!r}"
+    folder_snapshot = keep(prepared, of=of)
+    assert (folder_snapshot.snapshot, folder_snapshot.directories) == (None, ())
+    assert folder_snapshot.trouble == f"not the name of a run: {of!r}"
 
 
 # --- reading a verdict ------------------------------------------------------------------------------------------------------
@@ -418,10 +422,10 @@ def test_the_reproduction_goes_where_the_folder_was_held(
     job: Any = SimpleNamespace(bisect=Bisect.AUTO, tree=None)
     paths = SimpleNamespace(repro=folder / "nb.repro.ipynb")
     prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", paths=paths)
-    with FolderSnapshot(prepared) as keeping:
+    with FolderSnapshot(prepared) as folder_snapshot:
         folder.rename(tmp_path / "moved")
         folder.symlink_to(outside)
-        assert keeping.write_reproduction(b"it") == tmp_path / "moved" / "nb.repro.ipynb"
+        assert folder_snapshot.write_reproduction(b"it") == tmp_path / "moved" / "nb.repro.ipynb"
     assert (tmp_path / "moved" / "nb.repro.ipynb").read_bytes() == b"it" and os.listdir(
         outside
     ) == []

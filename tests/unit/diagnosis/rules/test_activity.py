@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.diagnosis.rules.timeouts import activity_of
-from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.verdict import Activity
 
 A = Activity
@@ -351,7 +351,7 @@ EVERY = [*TABLE, *BUSY_MACHINE, *WHAT_FOR]
     ("facts", "activity"), [row[1:] for row in EVERY], ids=[row[0] for row in EVERY]
 )
 def test_what_it_was_doing(facts: Facts, activity: Activity | None) -> None:
-    assert activity_of(Looked(**facts)) is activity
+    assert activity_of(ActivityObservation(**facts)) is activity
 
 
 def test_every_activity_is_in_the_table() -> None:
@@ -362,7 +362,7 @@ def test_every_activity_is_in_the_table() -> None:
     "facts", [facts for _, facts, _ in TABLE], ids=[name for name, *_ in TABLE]
 )
 def test_a_stopped_process_is_stopped_whatever_it_did(facts: Facts) -> None:
-    assert activity_of(Looked(**{**facts, "state": "T"})) is A.STOPPED
+    assert activity_of(ActivityObservation(**{**facts, "state": "T"})) is A.STOPPED
 
 
 files = st.none() | st.sampled_from(["threading.py", "a/b", ""])
@@ -371,8 +371,8 @@ places = st.builds(Frame, function=st.text(max_size=5), line=st.none() | st.inte
 
 @settings(deadline=None)
 @given(
-    looked=st.builds(
-        Looked,
+    observation=st.builds(
+        ActivityObservation,
         state=st.none() | st.sampled_from("RSDTtZ"),
         cpu_share=st.none() | st.floats(0, 100),
         syscall=st.none() | st.sampled_from(["futex", "read", "poll", "wait4", "-1", "7"]),
@@ -387,30 +387,30 @@ places = st.builds(Frame, function=st.text(max_size=5), line=st.none() | st.inte
         reads_terminal=st.none() | st.booleans(),
     )
 )
-def test_any_look_has_an_answer(looked: Looked) -> None:
-    found = activity_of(looked)
+def test_any_look_has_an_answer(observation: ActivityObservation) -> None:
+    found = activity_of(observation)
     assert found is None or isinstance(found, Activity)
-    if looked.state in ("T", "t"):
+    if observation.state in ("T", "t"):
         assert found is A.STOPPED
 
 
-def other(**facts: Any) -> Looked:
+def other(**facts: Any) -> ActivityObservation:
     """The main thread of a kernel in which no code of ours runs."""
-    return Looked(
+    return ActivityObservation(
         **{
             "state": "S",
             "cpu_share": 0.0,
             "syscall": None,
             "stack": (),
             "children": 0,
-            "fitted": False,
+            "instrumented": False,
             **facts,
         }
     )
 
 
 @pytest.mark.parametrize(
-    ("looked", "activity"),
+    ("observation", "activity"),
     [
         # Which thread runs the cells nobody knows: any that is at work computes.
         (other(syscall="epoll_wait", cpu_share=0.9, runnable=0.0), A.NATIVE_CODE),
@@ -429,5 +429,7 @@ def other(**facts: Any) -> Looked:
         (other(state="T", syscall="epoll_wait", runnable=0.0), A.STOPPED),
     ],
 )
-def test_a_kernel_without_code_of_ours(looked: Looked, activity: Activity | None) -> None:
-    assert activity_of(looked) is activity
+def test_a_kernel_without_code_of_ours(
+    observation: ActivityObservation, activity: Activity | None
+) -> None:
+    assert activity_of(observation) is activity

@@ -45,7 +45,10 @@ def context(ending: Ending, **facts: Any) -> Context:
     ("ending", "kind"),
     [
         (FAILED, CauseKind.EXCEPTION),
-        (TimedOut(cell=6, whole=False, allowed=3.0, answered=True), CauseKind.CELL_TIMEOUT),
+        (
+            TimedOut(cell=6, whole_notebook=False, allowed=3.0, answered=True),
+            CauseKind.CELL_TIMEOUT,
+        ),
         (Died(cell=6, exit=ExitStatus(11)), CauseKind.SEGFAULT),
     ],
     ids=["error", "timeout", "death"],

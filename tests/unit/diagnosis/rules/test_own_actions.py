@@ -10,7 +10,7 @@ import pytest
 from safe_exec.diagnosis.context import Context
 from safe_exec.diagnosis.rules import find_cause, own_actions
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, ExitStatus, TimedOut
-from safe_exec.model.evidence import Evidence, Frame, Looked, OwnAction
+from safe_exec.model.evidence import ActivityObservation, Evidence, Frame, OwnAction
 from safe_exec.model.limits import Limits
 from safe_exec.model.observed import ChangedLimit
 from safe_exec.model.verdict import Cause, CauseKind, CellRecord, CellStatus, Origin
@@ -25,7 +25,7 @@ STOP = (
 )
 TOP = (Frame(function="<module>", line=2, file="cell", cell=3),)
 LIBRARY = (Frame(function="terminate", line=90, file="/lib/psutil.py"),)
-LOOP = Looked(
+LOOP = ActivityObservation(
     state="R",
     cpu_share=1.0,
     syscall=None,
@@ -34,7 +34,7 @@ LOOP = Looked(
     lines=1,
     runnable=1.0,
 )
-STOPPED = Looked(state="T", cpu_share=0.0, syscall=None, stack=())
+STOPPED = ActivityObservation(state="T", cpu_share=0.0, syscall=None, stack=())
 MIB = 1 << 20
 
 
@@ -54,7 +54,7 @@ def failed(name: str, text: str = "") -> CellFailed:
 
 
 def timed_out() -> TimedOut:
-    return TimedOut(cell=3, whole=False, allowed=3.0, answered=True)
+    return TimedOut(cell=3, whole_notebook=False, allowed=3.0, answered=True)
 
 
 def cause_of(ending: Ending, *actions: OwnAction, **facts: Any) -> Cause:
@@ -138,7 +138,7 @@ def test_a_keyboard_interrupt_of_ones_own() -> None:
 
 
 def test_a_kernel_that_stopped_itself() -> None:
-    cause = cause_of(timed_out(), action(signal=STOP_SIGNAL), looked=STOPPED)
+    cause = cause_of(timed_out(), action(signal=STOP_SIGNAL), observation=STOPPED)
     assert (
         "os.kill() in stop() (code cell 2, line 3, called from code cell 4) sent SIGSTOP"
         in cause.summary
@@ -147,18 +147,20 @@ def test_a_kernel_that_stopped_itself() -> None:
 
 def test_another_program_in_the_kernels_place() -> None:
     executed = action("exec", "os.exec", text="sleep 9")
-    cause = cause_of(timed_out(), executed, looked=STOPPED, replaced_by="sleep 9")
+    cause = cause_of(timed_out(), executed, observation=STOPPED, replaced_by="sleep 9")
     assert (cause.kind, cause.activity) == (K.UNRESPONSIVE, None)
     assert cause.summary.startswith("os.exec*() in stop()") and "`sleep 9`" in cause.summary
     ended = cause_of(died(0), executed)
     assert ended.kind is K.EXIT
     assert "and that program left with exit status 0" in ended.summary
     # It failed, and the notebook went on.
-    assert "os.exec" not in cause_of(timed_out(), executed, looked=STOPPED).summary
+    assert "os.exec" not in cause_of(timed_out(), executed, observation=STOPPED).summary
     assert "os.exec" not in cause_of(died(0), executed, action("trace", "sys.settrace")).summary
 
 
-AS = ChangedLimit(name="RLIMIT_AS", before=None, after=2000 * MIB)
+NOFILE = ChangedLimit(name="RLIMIT_NOFILE", initial_value=4096, current_value=64)
+FSIZE = ChangedLimit(name="RLIMIT_FSIZE", initial_value=None, current_value=MIB)
+AS = ChangedLimit(name="RLIMIT_AS", initial_value=None, current_value=2000 * MIB)
 SET = action("limit", "resource.setrlimit", limit="RLIMIT_AS", value=2000 * MIB)
 
 
@@ -169,12 +171,12 @@ SET = action("limit", "resource.setrlimit", limit="RLIMIT_AS", value=2000 * MIB)
         (failed("RuntimeError", "can't start new thread"), AS, K.TOO_MANY_PROCESSES, True),
         (failed("ImportError", "x.so: failed to map segment from shared object"), AS, K.EXCEPTION, True),
         (failed("ValueError", "no such column"), AS, K.EXCEPTION, False),
-        (failed("OSError", "[Errno 24] Too many open files"), ChangedLimit(name="RLIMIT_NOFILE", before=4096, after=64), K.TOO_MANY_OPEN_FILES, True),
-        (failed("OSError", "[Errno 27] File too large"), ChangedLimit(name="RLIMIT_FSIZE", before=None, after=MIB), K.FILE_TOO_LARGE, True),
+        (failed("OSError", "[Errno 24] Too many open files"), NOFILE, K.TOO_MANY_OPEN_FILES, True),
+        (failed("OSError", "[Errno 27] File too large"), FSIZE, K.FILE_TOO_LARGE, True),
         (failed("OSError", "[Errno 24] Too many open files"), AS, K.TOO_MANY_OPEN_FILES, False),
-        (failed("MemoryError"), ChangedLimit(name="RLIMIT_AS", before=1000, after=2000), K.MEMORY_ERROR, False),  # it was raised
-        (failed("MemoryError"), ChangedLimit(name="RLIMIT_AS", before=1000, after=None), K.MEMORY_ERROR, False),
-        (failed("MemoryError"), ChangedLimit(name="RLIMIT_CORE", before=None, after=0), K.MEMORY_ERROR, False),
+        (failed("MemoryError"), ChangedLimit(name="RLIMIT_AS", initial_value=1000, current_value=2000), K.MEMORY_ERROR, False),  # it was raised
+        (failed("MemoryError"), ChangedLimit(name="RLIMIT_AS", initial_value=1000, current_value=None), K.MEMORY_ERROR, False),
+        (failed("MemoryError"), ChangedLimit(name="RLIMIT_CORE", initial_value=None, current_value=0), K.MEMORY_ERROR, False),
     ],
 )  # fmt: skip
 def test_a_limit_of_its_own(
@@ -220,9 +222,9 @@ def trace(cell: int, call: str = "sys.settrace") -> OwnAction:
 def test_a_trace_function_that_was_left_on(
     actions: tuple[OwnAction, ...], tracing: tuple[str, ...], says: bool
 ) -> None:
-    cause = cause_of(timed_out(), *actions, looked=LOOP, tracing=tracing)
+    cause = cause_of(timed_out(), *actions, observation=LOOP, tracing=tracing)
     assert ("had left on" in cause.summary) is says
-    waits = cause_of(timed_out(), *actions, looked=STOPPED, tracing=tracing)
+    waits = cause_of(timed_out(), *actions, observation=STOPPED, tracing=tracing)
     assert "had left on" not in waits.summary
 
 

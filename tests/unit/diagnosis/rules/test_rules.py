@@ -34,6 +34,8 @@ from safe_exec.model.ending import (
 from safe_exec.model.evidence import (
     CLAIMS,
     Access,
+    ActivityObservation,
+    CellLocation,
     Channel,
     Evidence,
     FaultReport,
@@ -41,10 +43,8 @@ from safe_exec.model.evidence import (
     Frame,
     IsolationConflict,
     IsolationFacts,
-    Looked,
     NeedKind,
     OutputBurst,
-    Place,
     ProcessCount,
     Raised,
     Volume,
@@ -98,14 +98,16 @@ def failed(error: CellError) -> CellFailed:
     return CellFailed(cell=2, error=error)
 
 
-def seen(**facts: Any) -> Looked:
+def seen(**facts: Any) -> ActivityObservation:
     """A main thread asleep in no call that is known, unless changed."""
-    return Looked(**{"state": "S", "cpu_share": 0.0, "syscall": None, "stack": (), **facts})
+    return ActivityObservation(
+        **{"state": "S", "cpu_share": 0.0, "syscall": None, "stack": (), **facts}
+    )
 
 
 DIED = Died(cell=2, exit=by(9))
-LATE = TimedOut(cell=2, whole=False, allowed=3.0, answered=True)
-LATE_WHOLE = TimedOut(cell=2, whole=True, allowed=9.0, answered=False)
+LATE = TimedOut(cell=2, whole_notebook=False, allowed=3.0, answered=True)
+LATE_WHOLE = TimedOut(cell=2, whole_notebook=True, allowed=9.0, answered=False)
 SLEEPS = seen(syscall="clock_nanosleep")
 FULL = FaultReport(
     title="Segmentation fault", stack=(), main=True, stack_bytes=8 * MIB, stack_limit=8 * MIB
@@ -119,7 +121,7 @@ PAST_THE_STACK = msgspec.structs.replace(NULL, address=0x7FFBFFF8, overflow=True
 SENT = msgspec.structs.replace(NULL, faulted=False, address=None)
 HANDLERS = frozenset({2, 4, 6, 7, 8})
 """What a Python process still catches after it has died of SIGSEGV: SIGINT, and the fault handler's other four."""
-FORKING = Place(
+FORKING = CellLocation(
     cell=2,
     line=1,
     source="traceback",
@@ -159,12 +161,14 @@ NO_SPACE = raised("OSError", "[Errno 28] No space left on device")
 NOT_ENOUGH = "Not enough free space to write 32000000 bytes after offset 0"
 WRITING = "1%\ncp: error writing 'big': No space left on device\n"
 FULL_DISK = Volume(
-    places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, before=16 * MIB, own=True
+    places=("/home/me/work", "/tmp"), size=16 * MIB, free=0, free_at_start=16 * MIB, own=True
 )
-FULL_BEFORE = msgspec.structs.replace(FULL_DISK, before=0)
+FULL_BEFORE = msgspec.structs.replace(FULL_DISK, free_at_start=0)
 EMPTY_DISK = msgspec.structs.replace(FULL_DISK, free=16 * MIB)
-ROOMY = msgspec.structs.replace(FULL_DISK, size=100 << 30, free=50 << 30, before=None, own=False)
-SHM_FULL = Volume(places=("/dev/shm",), size=64 * MIB, free=0, before=64 * MIB, own=True)
+ROOMY = msgspec.structs.replace(
+    FULL_DISK, size=100 << 30, free=50 << 30, free_at_start=None, own=False
+)
+SHM_FULL = Volume(places=("/dev/shm",), size=64 * MIB, free=0, free_at_start=64 * MIB, own=True)
 DUCKDB = "Out of Memory Error: failed to allocate data of size 16.0 MiB (56.4 MiB/57.2 MiB used)\n\nPossible solutions:"
 DUCKDB_DISK = "Out of Memory Error: failed to offload data block of size 256.0 KiB (9.4 MiB/9.5 MiB used).\nThis limit was set by"
 JVM = 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space\n'
@@ -436,15 +440,15 @@ DEATHS = [
 
 TIMES = [
     late("nothing-seen", K.CELL_TIMEOUT, C.CERTAIN, None),
-    late("sleeping", K.CELL_TIMEOUT, C.CERTAIN, Activity.SLEEPING, looked=SLEEPS),
-    late("sleeping-whole", K.NOTEBOOK_TIMEOUT, C.CERTAIN, Activity.SLEEPING, looked=SLEEPS, ending=LATE_WHOLE),
+    late("sleeping", K.CELL_TIMEOUT, C.CERTAIN, Activity.SLEEPING, observation=SLEEPS),
+    late("sleeping-whole", K.NOTEBOOK_TIMEOUT, C.CERTAIN, Activity.SLEEPING, observation=SLEEPS, ending=LATE_WHOLE),
     late("killed-by-us-then", K.CELL_TIMEOUT, C.CERTAIN, None, exit=by(9), termination=TerminationReason.CELL_TIMEOUT),
     late("worker-killed-and-hang", K.WORKER_OUT_OF_MEMORY, C.LIKELY, None, oom_kills=1, oom_kills_cell=1),
     late("worker-of-an-earlier-cell", K.CELL_TIMEOUT, C.CERTAIN, None, oom_kills=1, oom_kills_cell=0),
     late("full-of-processes", K.TOO_MANY_PROCESSES, C.LIKELY, None, processes_at_timeout=ProcessCount(tasks=64, allowed=64, refused=9)),
     late("full-by-rlimit", K.TOO_MANY_PROCESSES, C.LIKELY, None, processes_at_timeout=ProcessCount(tasks=64, allowed=64)),
     late(
-        "full-with-what-else-the-user-runs", K.TOO_MANY_PROCESSES, C.LIKELY, Activity.SLEEPING, looked=SLEEPS,
+        "full-with-what-else-the-user-runs", K.TOO_MANY_PROCESSES, C.LIKELY, Activity.SLEEPING, observation=SLEEPS,
         processes_at_timeout=ProcessCount(tasks=60, allowed=64, of_user=(94, 94)),
     ),
     late(
@@ -464,20 +468,20 @@ TIMES = [
         cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=60.0, cell_output_age=50.0,
     ),
     late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_output_received=5000, cell_seconds=3.0, cell_output_age=0.1),
-    late("exec", K.UNRESPONSIVE, C.CERTAIN, None, replaced_by="/bin/sleep 9", looked=SLEEPS),
-    late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, looked=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
-    late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, looked=seen(state="T"), cell_active=False),
+    late("exec", K.UNRESPONSIVE, C.CERTAIN, None, replaced_by="/bin/sleep 9", observation=SLEEPS),
+    late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, observation=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
+    late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, observation=seen(state="T"), cell_active=False),
     late(
         "not-begun-but-busy", K.CELL_TIMEOUT, C.CERTAIN, Activity.NATIVE_CODE,
-        looked=seen(state="R", cpu_share=1.0, starved=True), cell_active=False,
+        observation=seen(state="R", cpu_share=1.0, starved=True), cell_active=False,
     ),
     late(
         "reads-a-terminal", K.STDIN, C.LIKELY, Activity.WAITING_CHILD,
-        looked=seen(syscall="wait4", children=1, reads_terminal=True),
+        observation=seen(syscall="wait4", children=1, reads_terminal=True),
     ),
     late(
         "child-at-work-beside-a-terminal", K.CELL_TIMEOUT, C.CERTAIN, Activity.WAITING_CHILD,
-        looked=seen(syscall="wait4", children=1, reads_terminal=True, children_cpu_share=1.0),
+        observation=seen(syscall="wait4", children=1, reads_terminal=True, children_cpu_share=1.0),
     ),
 ]  # fmt: skip
 
@@ -876,7 +880,7 @@ ERRORS = [
         raised("BlockingIOError", "[Errno 11] Resource temporarily unavailable"),
         K.TOO_MANY_PROCESSES,
         C.LIKELY,
-        place=FORKING,
+        location=FORKING,
     ),
     error(
         "thread-refused",
@@ -1102,7 +1106,7 @@ def test_what_passed_or_was_cancelled_has_no_cause(
         oom_kills=1,
         oom_kills_cell=1,
         oomd_killed=True,
-        looked=SLEEPS,
+        observation=SLEEPS,
     )
     assert find_cause(Context(ending=ending, evidence=evidence, limits=LIMITS)) is None
 
@@ -1240,7 +1244,7 @@ names = st.one_of(
 )
 cell_errors = st.builds(CellError, ename=names, evalue=texts)
 places = st.builds(
-    Place,
+    CellLocation,
     cell=st.integers(0, 9),
     line=st.integers(0, 99),
     source=words,
@@ -1248,7 +1252,7 @@ places = st.builds(
     age=st.none() | claimed,
 )
 looks = st.builds(
-    Looked,
+    ActivityObservation,
     state=st.none() | st.sampled_from(list("RSDTtZX")) | words,
     cpu_share=seconds,
     syscall=st.none() | st.sampled_from(["read", "futex", "wait4", "epoll_wait", "select", "999"]),
@@ -1293,8 +1297,8 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     TerminationReason: st.sampled_from(TerminationReason),
     CellError: cell_errors,
     FaultReport: faults,
-    Place: places,
-    Looked: looks,
+    CellLocation: places,
+    ActivityObservation: looks,
     Frame: frames,
     OutputBurst: bursts,
     frozenset[int]: st.frozensets(st.sampled_from([2, 4, 6, 7, 8, 11])),
@@ -1363,7 +1367,7 @@ endings: st.SearchStrategy[Ending] = st.one_of(
     st.builds(
         TimedOut,
         cell=st.none() | cells_of,
-        whole=st.booleans(),
+        whole_notebook=st.booleans(),
         allowed=st.floats(0, 1e9),
         answered=bools,
     ),

@@ -12,7 +12,7 @@ from safe_exec.diagnosis.rules import waiting, waiting_text
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.diagnosis.rules.waiting import Blockage, find_blocker
 from safe_exec.model.ending import ExitStatus
-from safe_exec.model.evidence import Frame, Looked
+from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import EndedChild, ObservedLock, ObservedProcess
 from safe_exec.model.verdict import Activity
 from safe_exec.trial.printed import printed_traceback
@@ -57,7 +57,9 @@ def worker(pid: int, **facts: Any) -> ObservedProcess:
     return process(pid, FORKED, **{"forked": True, "syscall": "futex", **facts})
 
 
-def kernel(*processes: ObservedProcess, stack: tuple[str, ...] = (), **facts: Any) -> Looked:
+def kernel(
+    *processes: ObservedProcess, stack: tuple[str, ...] = (), **facts: Any
+) -> ActivityObservation:
     rest: dict[str, Any] = {
         "state": "S",
         "cpu_share": 0.0,
@@ -66,10 +68,12 @@ def kernel(*processes: ObservedProcess, stack: tuple[str, ...] = (), **facts: An
         "starved": False,
     }
     children = sum(not other.adopted for other in processes)
-    return Looked(stack=frames(*stack), processes=processes, children=children, **{**rest, **facts})
+    return ActivityObservation(
+        stack=frames(*stack), processes=processes, children=children, **{**rest, **facts}
+    )
 
 
-def reading(*processes: ObservedProcess, **facts: Any) -> Looked:
+def reading(*processes: ObservedProcess, **facts: Any) -> ActivityObservation:
     """A kernel that reads a pipe of which it holds no other end."""
     return kernel(
         *processes, **{"syscall": "read", "targets": ("pipe:[1]",), "reads": ("pipe:[1]",), **facts}
@@ -87,7 +91,7 @@ STDIN: dict[str, Any] = {"syscall": "read", "targets": ("pipe:[2]",), "reads": (
 ORPHAN: dict[str, Any] = {"adopted": True, "parent": 1, "writes": ("pipe:[1]",)}
 
 # Name, look, activity, the process waited for, why it does not end.
-TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
+TABLE: list[tuple[str, ActivityObservation, Activity, int | None, Blockage | None]] = [
     ("os.system", kernel(process(), syscall="wait4", awaited=200), A.WAITING_CHILD, 200, B.SLEEPS),
     (
         "the child that wait4 names",
@@ -328,13 +332,19 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
             syscall="pselect6",
             targets=("pipe:[1]",),
             reads=("pipe:[1]",),
-            fitted=False,
+            instrumented=False,
         ),
         A.WAITING_CHILD,
         200,
         B.SLEEPS,
     ),
-    ("R's Sys.sleep", kernel(syscall="pselect6", targets=(), fitted=False), A.SLEEPING, None, None),
+    (
+        "R's Sys.sleep",
+        kernel(syscall="pselect6", targets=(), instrumented=False),
+        A.SLEEPING,
+        None,
+        None,
+    ),
     (
         "a shell behind a terminal",
         kernel(
@@ -342,7 +352,7 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
             process(202, parent=201),
             syscall="pselect6",
             targets=("/dev/ptmx",),
-            fitted=False,
+            instrumented=False,
         ),
         A.WAITING_CHILD,
         202,
@@ -370,20 +380,20 @@ TABLE: list[tuple[str, Looked, Activity, int | None, Blockage | None]] = [
 
 
 @pytest.mark.parametrize(
-    ("looked", "activity", "pid", "blockage"),
+    ("observation", "activity", "pid", "blockage"),
     [row[1:] for row in TABLE],
     ids=[row[0] for row in TABLE],
 )
 def test_who_is_waited_for(
-    looked: Looked, activity: Activity, pid: int | None, blockage: Blockage | None
+    observation: ActivityObservation, activity: Activity, pid: int | None, blockage: Blockage | None
 ) -> None:
-    assert activity_of(looked) is activity
+    assert activity_of(observation) is activity
     if activity is A.WAITING_CHILD:
-        blocker = find_blocker(looked)
+        blocker = find_blocker(observation)
         assert blocker is not None
         assert (blocker.process.pid, blocker.blockage) == (pid, blockage)
-        assert waiting_text.waited_for(looked)
-        assert waiting_text.advice(looked, python=True)
+        assert waiting_text.waited_for(observation)
+        assert waiting_text.advice(observation, python=True)
 
 
 def test_every_blockage_is_in_the_table_but_those_of_a_chain() -> None:
@@ -393,18 +403,18 @@ def test_every_blockage_is_in_the_table_but_those_of_a_chain() -> None:
 
 def test_a_worker_that_died_is_said_to_have_died() -> None:
     gone = EndedChild(local_pid=7, command=FORKED, forked=True)
-    looked = kernel(worker(200, age=1.0), worker(201), stack=(POOL,), ended=(gone,))
+    observation = kernel(worker(200, age=1.0), worker(201), stack=(POOL,), ended=(gone,))
     assert (
-        waiting_text.waited_for(looked)
+        waiting_text.waited_for(observation)
         == "a worker process that ended before its work was done and was replaced"
     )
-    assert "BrokenProcessPool" in waiting_text.advice(looked, python=True)
+    assert "BrokenProcessPool" in waiting_text.advice(observation, python=True)
 
 
 def test_a_sleep_beside_a_stuck_child() -> None:
-    looked = kernel(process(command="yes", **FULL), syscall="clock_nanosleep")
-    assert activity_of(looked) is A.SLEEPING
-    stuck = waiting.stuck_child(looked)
+    observation = kernel(process(command="yes", **FULL), syscall="clock_nanosleep")
+    assert activity_of(observation) is A.SLEEPING
+    stuck = waiting.stuck_child(observation)
     assert stuck is not None
     assert waiting_text.sentence_of(stuck).startswith(
         "the child process `yes` (pid 200) is blocked writing to a full pipe"
@@ -443,9 +453,9 @@ def test_a_pipe_whose_other_end_only_the_kernel_holds() -> None:
     ],
 )
 def test_the_lock_on_a_file(lock: ObservedLock, facts: dict[str, Any], awaited: bool) -> None:
-    looked = kernel(lock=lock, **facts)
-    assert (waiting.awaited_lock(looked) is lock) is awaited
-    assert activity_of(looked) is (A.WAITING_LOCK if awaited else A.SLEEPING)
+    observation = kernel(lock=lock, **facts)
+    assert (waiting.awaited_lock(observation) is lock) is awaited
+    assert activity_of(observation) is (A.WAITING_LOCK if awaited else A.SLEEPING)
     assert lock.path in waiting_text.lock_text(lock)
     assert waiting_text.lock_advice(lock)
 
@@ -552,13 +562,13 @@ def test_whatever_stands_in_proc_there_is_a_sentence(
     awaited: int | None,
     python: bool,
 ) -> None:
-    looked = kernel(
+    observation = kernel(
         *others, syscall=syscall, targets=targets, reads=reads, writes=writes, awaited=awaited
     )
-    blocker = find_blocker(looked)
-    assert (blocker is None) == (waiting.other_processes(looked) == [])
-    assert isinstance(waiting_text.waited_for(looked), str)
-    assert waiting_text.advice(looked, python=python)
+    blocker = find_blocker(observation)
+    assert (blocker is None) == (waiting.other_processes(observation) == [])
+    assert isinstance(waiting_text.waited_for(observation), str)
+    assert waiting_text.advice(observation, python=python)
     if blocker is not None:
         assert waiting_text.fact_text(blocker)
 

@@ -13,7 +13,7 @@ from safe_exec.experiments.culprits.failure import (
     is_ours,
     why_not_searched,
 )
-from safe_exec.experiments.culprits.protocol import Answer
+from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.model.ending import (
     Cancelled,
     CellError,
@@ -186,10 +186,20 @@ def test_only_a_damaged_heap_moves(cause: Cause, moves: bool) -> None:
         (K.MEMORY_ERROR, Died(cell=CELL, exit=None), K.SEGFAULT, False),
         (K.DISK_FULL, cell_failed("MemoryError"), K.MEMORY_ERROR, False),
         # Time is over, whatever the kernel did.
-        (K.CELL_TIMEOUT, TimedOut(cell=CELL, whole=False, allowed=1.0), K.UNRESPONSIVE, True),
-        (K.CELL_TIMEOUT, TimedOut(cell=CELL - 1, whole=False, allowed=1.0), K.UNRESPONSIVE, False),
+        (
+            K.CELL_TIMEOUT,
+            TimedOut(cell=CELL, whole_notebook=False, allowed=1.0),
+            K.UNRESPONSIVE,
+            True,
+        ),
+        (
+            K.CELL_TIMEOUT,
+            TimedOut(cell=CELL - 1, whole_notebook=False, allowed=1.0),
+            K.UNRESPONSIVE,
+            False,
+        ),
         (K.CELL_TIMEOUT, Died(cell=CELL, exit=None), K.SEGFAULT, False),
-        (K.SEGFAULT, TimedOut(cell=CELL, whole=False, allowed=1.0), K.CELL_TIMEOUT, False),
+        (K.SEGFAULT, TimedOut(cell=CELL, whole_notebook=False, allowed=1.0), K.CELL_TIMEOUT, False),
     ],
 )
 def test_what_is_another_form(
@@ -206,49 +216,49 @@ OOM = make_cause(K.OUT_OF_MEMORY)
 MEMORY_ERROR = make_cause(K.MEMORY_ERROR)
 NAME_ERROR = "NameError: name 'x' is not defined"
 
-ANSWERS: dict[str, tuple[Cause, Ending, Cause | None, Answer, int | None, set[str]]] = {
+ANSWERS: dict[str, tuple[Cause, Ending, Cause | None, Outcome, int | None, set[str]]] = {
     # The first run's cause, how a trial ended and why, and what that answers.
-    "passed": (OOM, Passed(), None, Answer.PASS, None, set()),
-    "died the same way": (OOM, Died(cell=CELL, exit=None), OOM, Answer.FAIL, None, set()),
-    "died elsewhere": (OOM, Died(cell=2, exit=None), OOM, Answer.UNRESOLVED, 2, set()),
-    "died after the last cell": (OOM, Died(cell=None, exit=None), OOM, Answer.UNRESOLVED, None, set()),
-    "died another way": (OOM, Died(cell=CELL, exit=None), make_cause(K.SEGFAULT), Answer.UNRESOLVED, CELL, set()),
-    "nobody knows why": (OOM, Died(cell=CELL, exit=None), None, Answer.UNRESOLVED, CELL, set()),
-    "raised the same": (MEMORY_ERROR, cell_failed("MemoryError"), MEMORY_ERROR, Answer.FAIL, None, set()),
+    "passed": (OOM, Passed(), None, Outcome.PASS, None, set()),
+    "died the same way": (OOM, Died(cell=CELL, exit=None), OOM, Outcome.FAIL, None, set()),
+    "died elsewhere": (OOM, Died(cell=2, exit=None), OOM, Outcome.UNRESOLVED, 2, set()),
+    "died after the last cell": (OOM, Died(cell=None, exit=None), OOM, Outcome.UNRESOLVED, None, set()),
+    "died another way": (OOM, Died(cell=CELL, exit=None), make_cause(K.SEGFAULT), Outcome.UNRESOLVED, CELL, set()),
+    "nobody knows why": (OOM, Died(cell=CELL, exit=None), None, Outcome.UNRESOLVED, CELL, set()),
+    "raised the same": (MEMORY_ERROR, cell_failed("MemoryError"), MEMORY_ERROR, Outcome.FAIL, None, set()),
     "ran out of time": (
-        make_cause(K.CELL_TIMEOUT), TimedOut(cell=CELL, whole=False, allowed=1.0), make_cause(K.CELL_TIMEOUT), Answer.FAIL, None, set(),
+        make_cause(K.CELL_TIMEOUT), TimedOut(cell=CELL, whole_notebook=False, allowed=1.0), make_cause(K.CELL_TIMEOUT), Outcome.FAIL, None, set(),
     ),
     "ran out of our time": (
-        OOM, TimedOut(cell=1, whole=True, allowed=1.0), make_cause(K.NOTEBOOK_TIMEOUT), Answer.UNRESOLVED, 1, set(),
+        OOM, TimedOut(cell=1, whole_notebook=True, allowed=1.0), make_cause(K.NOTEBOOK_TIMEOUT), Outcome.UNRESOLVED, 1, set(),
     ),
     "hit the same limit": (
-        make_cause(K.OUTPUT_FLOOD), LimitHit(limit=LimitName.OUTPUT, cell=CELL), make_cause(K.OUTPUT_FLOOD), Answer.FAIL, None, set(),
+        make_cause(K.OUTPUT_FLOOD), LimitHit(limit=LimitName.OUTPUT, cell=CELL), make_cause(K.OUTPUT_FLOOD), Outcome.FAIL, None, set(),
     ),
-    "cancelled": (OOM, Cancelled(signal=2, cell=3), None, Answer.UNRESOLVED, 3, set()),
+    "cancelled": (OOM, Cancelled(signal=2, cell=3), None, Outcome.UNRESOLVED, 3, set()),
     "missed a name": (
-        OOM, cell_failed("NameError", "name 'big' is not defined", 3), raised("NameError: x"), Answer.UNRESOLVED, 3, {"big"},
+        OOM, cell_failed("NameError", "name 'big' is not defined", 3), raised("NameError: x"), Outcome.UNRESOLVED, 3, {"big"},
     ),
     "missed a name, with a hint": (
-        OOM, cell_failed("NameError", "name 'df' is not defined. Did you mean: 'pdf'?", 3), raised("x"), Answer.UNRESOLVED, 3, {"df"},
+        OOM, cell_failed("NameError", "name 'df' is not defined. Did you mean: 'pdf'?", 3), raised("x"), Outcome.UNRESOLVED, 3, {"df"},
     ),
     "a local name": (
         OOM, cell_failed("UnboundLocalError", "cannot access local variable 'n' where it is not associated with a value"),
-        raised("UnboundLocalError: n"), Answer.UNRESOLVED, CELL, set(),
+        raised("UnboundLocalError: n"), Outcome.UNRESOLVED, CELL, set(),
     ),
     "another error that speaks of names": (
-        OOM, cell_failed("ValueError", "name 'big' is not defined"), raised("ValueError: x"), Answer.UNRESOLVED, CELL, set(),
+        OOM, cell_failed("ValueError", "name 'big' is not defined"), raised("ValueError: x"), Outcome.UNRESOLVED, CELL, set(),
     ),
-    "the exception that is searched for": (raised("KeyError: 1"), cell_failed("KeyError"), raised("KeyError: 2"), Answer.FAIL, None, set()),
-    "an exception elsewhere": (raised("KeyError: 1"), cell_failed("KeyError", cell=1), raised("KeyError: 2"), Answer.UNRESOLVED, 1, set()),
+    "the exception that is searched for": (raised("KeyError: 1"), cell_failed("KeyError"), raised("KeyError: 2"), Outcome.FAIL, None, set()),
+    "an exception elsewhere": (raised("KeyError: 1"), cell_failed("KeyError", cell=1), raised("KeyError: 2"), Outcome.UNRESOLVED, 1, set()),
     "the name that was missing": (
-        raised(NAME_ERROR), cell_failed("NameError", "name 'x' is not defined"), raised(NAME_ERROR), Answer.FAIL, None, set(),
+        raised(NAME_ERROR), cell_failed("NameError", "name 'x' is not defined"), raised(NAME_ERROR), Outcome.FAIL, None, set(),
     ),
     "another name than was missing": (
         raised(NAME_ERROR), cell_failed("NameError", "name 'df' is not defined"), raised("NameError: name 'df' is not defined"),
-        Answer.UNRESOLVED, CELL, {"df"},
+        Outcome.UNRESOLVED, CELL, {"df"},
     ),
     "a damaged heap, found elsewhere": (
-        aborted("free(): invalid pointer"), Died(cell=1, exit=None), aborted("corrupted size vs. prev_size"), Answer.FAIL, None, set(),
+        aborted("free(): invalid pointer"), Died(cell=1, exit=None), aborted("corrupted size vs. prev_size"), Outcome.FAIL, None, set(),
     ),
 }  # fmt: skip
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from safe_exec.experiments.culprits.minimizer import ALWAYS, CONFIRMATIONS, REPLAYS, drive, search
+from safe_exec.experiments.culprits.minimizer import ALWAYS, CONFIRMATIONS, REPLAYS, search
 from safe_exec.experiments.culprits.protocol import (
-    Answer,
-    Ask,
+    Outcome,
     Problem,
+    Query,
     Reply,
     Result,
     Search,
@@ -28,9 +28,10 @@ from safe_exec.experiments.culprits.protocol import (
 )
 from safe_exec.model.verdict import Stopped
 from tests.unit.ddmin import ddmin
+from tests.unit.driving import drive_sync
 
 Cells = frozenset[int]
-Says = Callable[[Cells], Reply | Answer]
+Says = Callable[[Cells], Reply | Outcome]
 NONE: Cells = frozenset()
 
 
@@ -40,44 +41,44 @@ class Oracle:
 
     says: Says
     seconds: float = 1.0
-    asks: list[Ask] = field(default_factory=list)
+    asks: list[Query] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
 
-    def __call__(self, ask: Ask) -> Reply:
-        said = self.says(frozenset(ask.cells))
+    def __call__(self, query: Query) -> Reply:
+        said = self.says(frozenset(query.cells))
         reply = said if isinstance(said, Reply) else Reply(answer=said, seconds=self.seconds)
-        self.asks.append(ask)
+        self.asks.append(query)
         self.replies.append(reply)
         return reply
 
     @property
     def sets(self) -> list[tuple[int, ...]]:
-        return [ask.cells for ask in self.asks]
+        return [query.cells for query in self.asks]
 
     @property
     def failed(self) -> list[Cells]:
         """The sets that were seen to fail, in the order they were."""
         return [
-            frozenset(ask.cells)
-            for ask, reply in zip(self.asks, self.replies, strict=True)
-            if reply.answer is Answer.FAIL
+            frozenset(query.cells)
+            for query, reply in zip(self.asks, self.replies, strict=True)
+            if reply.answer is Outcome.FAIL
         ]
 
     def counts(self, cells: tuple[int, ...]) -> tuple[int, int]:
         """Of how many runs of a set how many failed; one that was cut is none."""
         runs = zip(self.asks, self.replies, strict=True)
-        answers = [reply.answer for ask, reply in runs if ask.cells == cells and not reply.cut]
-        return answers.count(Answer.FAIL), len(answers)
+        answers = [reply.answer for query, reply in runs if query.cells == cells and not reply.cut]
+        return answers.count(Outcome.FAIL), len(answers)
 
 
 def solve(problem: Problem, says: Says, *, seconds: float = 1.0) -> tuple[Result, Oracle]:
     oracle = Oracle(says, seconds)
-    return drive(search(problem), oracle), oracle
+    return drive_sync(search(problem), oracle), oracle
 
 
 def culprits(*cells: int) -> Says:
     """Fails with all of these cells."""
-    return lambda asked: Answer.FAIL if asked >= set(cells) else Answer.PASS
+    return lambda asked: Outcome.FAIL if asked >= set(cells) else Outcome.PASS
 
 
 def stops(requires: Mapping[int, Cells]) -> Callable[[Cells], int | None]:
@@ -91,12 +92,12 @@ def missing(requires: Mapping[int, Cells], says: Says) -> Says:
     """An oracle that ends where a cell that is needed is not there, and names what it defines."""
     stop = stops(requires)
 
-    def answer(asked: Cells) -> Reply | Answer:
+    def answer(asked: Cells) -> Reply | Outcome:
         cell = stop(asked)
         if cell is None:
             return says(asked)
         return Reply(
-            answer=Answer.UNRESOLVED,
+            answer=Outcome.UNRESOLVED,
             seconds=1.0,
             stopped_at=cell,
             names=names_of(requires[cell] - asked),
@@ -129,7 +130,7 @@ class Row:
     says: Says
     trials: int
     """All of them, the confirmation with them."""
-    found: tuple[int, ...]
+    dynamic_deps: tuple[int, ...]
     method: str = "search + growth"
     reproduced: tuple[int, int] = (2, 2)
     stopped: Stopped | None = None
@@ -146,7 +147,9 @@ def adds_up(kept: Mapping[int, int], base: int, limit: int) -> Says:
     def answer(asked: Cells) -> Reply:
         peak = base + sum(kept.get(cell, 0) for cell in asked)
         return Reply(
-            answer=Answer.FAIL if peak >= limit else Answer.PASS, seconds=1.0, peak=min(peak, limit)
+            answer=Outcome.FAIL if peak >= limit else Outcome.PASS,
+            seconds=1.0,
+            peak=min(peak, limit),
         )
 
     return answer
@@ -156,7 +159,7 @@ SLICE = cells_of(2, 5, 9)
 CHAIN = {5: cells_of(2), 9: cells_of(5)}
 TEN = Problem(cells=tuple(range(10)), slice=SLICE)
 KEPT = {1: 300, 2: 100, 3: 250, 4: 50, 6: 300}
-HOARD = Problem(cells=tuple(range(10)), slice=cells_of(9), amounts=KEPT, limit=1000)
+HOARD = Problem(cells=tuple(range(10)), slice=cells_of(9), resource_use=KEPT, limit=1000)
 
 ROWS = (
     Row(
@@ -164,7 +167,7 @@ ROWS = (
         problem=TEN,
         says=culprits(9),
         trials=4,
-        found=(9,),
+        dynamic_deps=(9,),
         method="slice",
         sets=((2, 5, 9), (5, 9), (9,), (9,)),
     ),
@@ -173,7 +176,7 @@ ROWS = (
         problem=thirty(),
         says=culprits(29),
         trials=2,
-        found=(29,),
+        dynamic_deps=(29,),
         method="search",
         sets=((29,), (29,)),
     ),
@@ -182,7 +185,7 @@ ROWS = (
         problem=Problem(cells=(4,)),
         says=culprits(4),
         trials=2,
-        found=(4,),
+        dynamic_deps=(4,),
         method="search",
     ),
     Row(
@@ -190,32 +193,32 @@ ROWS = (
         problem=TEN,
         says=culprits(2, 5, 9),
         trials=4,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="slice",
         sets=((2, 5, 9), (5, 9), (2, 9), (2, 5, 9)),
     ),
     Row(
         name="all of the slice, each cell of which surely stops without the one before",
-        problem=replace(TEN, surely_stops_at=stops(CHAIN)),
+        problem=replace(TEN, predicted_stop=stops(CHAIN)),
         says=missing(CHAIN, culprits(9)),
         trials=2,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="slice",
     ),
     Row(
         name="one outside of the slice, the only suspect",
-        problem=thirty(suspicion={3: 2.5}),
+        problem=thirty(side_effect_risk={3: 2.5}),
         says=culprits(3, 29),
         trials=3,
-        found=(3, 29),
+        dynamic_deps=(3, 29),
         sets=((29,), (3, 29), (3, 29)),
     ),
     Row(
         name="one outside of the slice, among three suspects",
-        problem=thirty(suspicion={3: 2.1, 7: 2.3, 12: 2.2}),
+        problem=thirty(side_effect_risk={3: 2.1, 7: 2.3, 12: 2.2}),
         says=culprits(3, 29),
         trials=6,
-        found=(3, 29),
+        dynamic_deps=(3, 29),
         sets=((29,), (3, 7, 12, 29), (7, 29), (7, 12, 29), (3, 29), (3, 29)),
     ),
     Row(
@@ -224,30 +227,30 @@ ROWS = (
         problem=thirty(),
         says=culprits(3, 29),
         trials=9,
-        found=(3, 29),
+        dynamic_deps=(3, 29),
     ),
     Row(
         # As before, and each class of the wrong suspects once.
         name="one outside of the slice, others suspected",
-        problem=thirty(suspicion={8: 3.0, 9: 2.0, 20: 1.0}),
+        problem=thirty(side_effect_risk={8: 3.0, 9: 2.0, 20: 1.0}),
         says=culprits(3, 29),
         trials=12,
-        found=(3, 29),
+        dynamic_deps=(3, 29),
     ),
     Row(
         name="two outside of the slice, both suspected",
-        problem=thirty(suspicion={3: 2.5, 17: 2.5}),
+        problem=thirty(side_effect_risk={3: 2.5, 17: 2.5}),
         says=culprits(3, 17, 29),
         trials=5,
-        found=(3, 17, 29),
+        dynamic_deps=(3, 17, 29),
         sets=((29,), (3, 17, 29), (17, 29), (3, 29), (3, 17, 29)),
     ),
     Row(
         name="two outside of the slice, one suspected",
-        problem=thirty(suspicion={17: 2.5}),
+        problem=thirty(side_effect_risk={17: 2.5}),
         says=culprits(3, 17, 29),
         trials=11,
-        found=(3, 17, 29),
+        dynamic_deps=(3, 17, 29),
     ),
     Row(
         # Five halvings for each of the two.
@@ -255,7 +258,7 @@ ROWS = (
         problem=thirty(),
         says=culprits(3, 17, 29),
         trials=16,
-        found=(3, 17, 29),
+        dynamic_deps=(3, 17, 29),
     ),
     Row(
         # 200 of its own, and 300, 300, 250: the first guess is right.
@@ -263,7 +266,7 @@ ROWS = (
         problem=HOARD,
         says=adds_up(KEPT, 200, 1000),
         trials=8,
-        found=(1, 3, 6, 9),
+        dynamic_deps=(1, 3, 6, 9),
         method="search + amounts",
         sets=((9,), (1, 3, 6, 9), (6, 9), (1, 6, 9), (3, 9), (3, 6, 9), (1, 3, 9), (1, 3, 6, 9)),
     ),
@@ -271,20 +274,20 @@ ROWS = (
         name="what cells kept adds up, and nothing says how much",
         problem=HOARD,
         says=lambda asked: (
-            Answer.FAIL if 200 + sum(KEPT.get(cell, 0) for cell in asked) >= 1000 else Answer.PASS
+            Outcome.FAIL if 200 + sum(KEPT.get(cell, 0) for cell in asked) >= 1000 else Outcome.PASS
         ),
         trials=9,
-        found=(1, 3, 6, 9),
+        dynamic_deps=(1, 3, 6, 9),
         method="search + amounts",
     ),
     Row(
         name="one cell kept nearly all, twenty-eight next to nothing",
         problem=thirty(
-            amounts={cell: 900.0 if cell == 7 else 5.0 for cell in range(29)}, limit=1000.0
+            resource_use={cell: 900.0 if cell == 7 else 5.0 for cell in range(29)}, limit=1000.0
         ),
         says=adds_up({cell: 900 if cell == 7 else 5 for cell in range(29)}, 100, 1000),
         trials=3,
-        found=(7, 29),
+        dynamic_deps=(7, 29),
         method="search + amounts",
         sets=((29,), (7, 29), (7, 29)),
     ),
@@ -293,7 +296,7 @@ ROWS = (
         problem=Problem(cells=tuple(range(10)), slice=cells_of(9), definers=definers),
         says=missing(CHAIN, culprits(9)),
         trials=4,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="search",
         sets=((9,), (5, 9), (2, 5, 9), (2, 5, 9)),
     ),
@@ -304,7 +307,7 @@ ROWS = (
         ),
         says=missing(CHAIN, culprits(9)),
         trials=4,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="search",
         sets=((9,), (2, 5, 9), (5, 9), (2, 5, 9)),
     ),
@@ -314,16 +317,18 @@ ROWS = (
         problem=thirty(),
         says=missing({29: cells_of(20)}, culprits(29)),
         trials=9,
-        found=(20, 29),
+        dynamic_deps=(20, 29),
     ),
     Row(
         name="what cannot be told is not taken for a failure",
         problem=TEN,
         says=lambda asked: (
-            Answer.FAIL if asked >= {2, 9} and (5 in asked or 2 not in asked) else Answer.UNRESOLVED
+            Outcome.FAIL
+            if asked >= {2, 9} and (5 in asked or 2 not in asked)
+            else Outcome.UNRESOLVED
         ),
         trials=4,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="slice",
     ),
     Row(
@@ -331,7 +336,7 @@ ROWS = (
         problem=TEN,
         says=culprits(77),
         trials=2 + REPLAYS,
-        found=(),
+        dynamic_deps=(),
         method="slice + growth",
         reproduced=(0, 1 + REPLAYS),
         stopped=Stopped.NOT_REPRODUCED,
@@ -339,9 +344,9 @@ ROWS = (
     Row(
         name="nothing is ever told",
         problem=TEN,
-        says=lambda _asked: Answer.UNRESOLVED,
+        says=lambda _asked: Outcome.UNRESOLVED,
         trials=2 + REPLAYS,
-        found=(),
+        dynamic_deps=(),
         method="slice + growth",
         reproduced=(0, 1 + REPLAYS),
         stopped=Stopped.NOT_REPRODUCED,
@@ -351,16 +356,16 @@ ROWS = (
         problem=thirty(start_seconds=1.0, budget=4.5),
         says=culprits(3, 29),
         trials=4,
-        found=tuple(range(30)),
+        dynamic_deps=tuple(range(30)),
         reproduced=(1, 1),
         stopped=Stopped.BUDGET,
     ),
     Row(
         name="no time for a second look at what is known to be minimal",
-        problem=thirty(start_seconds=1.0, budget=2.5, suspicion={3: 2.0}),
+        problem=thirty(start_seconds=1.0, budget=2.5, side_effect_risk={3: 2.0}),
         says=culprits(3, 29),
         trials=2,
-        found=(3, 29),
+        dynamic_deps=(3, 29),
         reproduced=(1, 1),
     ),
     Row(
@@ -368,7 +373,7 @@ ROWS = (
         problem=replace(TEN, seconds={5: 10.0}, budget=9.0),
         says=culprits(9),
         trials=0,
-        found=(),
+        dynamic_deps=(),
         method="slice",
         reproduced=(0, 0),
         stopped=Stopped.BUDGET,
@@ -377,12 +382,12 @@ ROWS = (
         name="a trial that is cut ends it",
         problem=replace(TEN, budget=9.0),
         says=lambda asked: (
-            Answer.FAIL
+            Outcome.FAIL
             if len(asked) > 2
-            else Reply(answer=Answer.UNRESOLVED, seconds=8.0, cut=True)
+            else Reply(answer=Outcome.UNRESOLVED, seconds=8.0, cut=True)
         ),
         trials=2,
-        found=(2, 5, 9),
+        dynamic_deps=(2, 5, 9),
         method="slice",
         reproduced=(1, 1),
         stopped=Stopped.BUDGET,
@@ -396,13 +401,13 @@ def test_so_many_trials(row: Row) -> None:
     assert row.sets is None or tuple(oracle.sets) == row.sets
     assert len(oracle.asks) == row.trials, oracle.sets
     assert (result.cells, result.method, result.reproduced, result.stopped) == (
-        row.found,
+        row.dynamic_deps,
         row.method,
         row.reproduced,
         row.stopped,
     )
     assert result.minimal == (row.stopped is None)
-    assert not row.found or result.found == set(result.cells) - row.problem.slice
+    assert not row.dynamic_deps or result.dynamic_deps == set(result.cells) - row.problem.slice
 
 
 FORTY = frozenset(range(40))
@@ -434,7 +439,7 @@ def test_what_surely_stops_is_not_tried() -> None:
     problem = Problem(cells=tuple(range(21)), slice=frozenset(range(21)))
     says = missing(requires, culprits(4, 14, 20))
     blind, tried = solve(problem, says)
-    told, tried_told = solve(replace(problem, surely_stops_at=stops(requires)), says)
+    told, tried_told = solve(replace(problem, predicted_stop=stops(requires)), says)
     assert blind.cells == told.cells == (4, 14, 20)
     assert all(stops(requires)(frozenset(cells)) is None for cells in tried_told.sets)
     assert (len(tried.asks), len(tried_told.asks)) == (38, 22)
@@ -450,7 +455,7 @@ def test_with_the_definitions_goes_what_would_stop_without_them() -> None:
         cells=tuple(range(9)),
         slice=cells_of(8),
         needs={8: frozenset(range(8))},
-        surely_stops_at=stop,
+        predicted_stop=stop,
     )
     result, oracle = solve(problem, culprits(7, 8))
     assert all(stop(frozenset(cells)) is None for cells in oracle.sets)
@@ -467,7 +472,7 @@ HIDDEN = {12: cells_of(4)}
 TAUGHT: dict[str, tuple[Problem, Says, int, int]] = {
     # A problem; what is so; the trials where a name tells nothing, and where it tells who defines it.
     "one that stops is tried no more": (
-        thirty(suspicion={12: 2.0, 20: 2.0}),
+        thirty(side_effect_risk={12: 2.0, 20: 2.0}),
         missing(HIDDEN, culprits(20, 29)),
         13,
         9,
@@ -513,12 +518,12 @@ def test_what_was_taught_holds_for_every_definer() -> None:
         ),
     )
 
-    def says(asked: Cells) -> Reply | Answer:
+    def says(asked: Cells) -> Reply | Outcome:
         if 2 in asked and not asked & {0, 1}:
             return Reply(
-                answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=2, names=frozenset({"v"})
+                answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=2, names=frozenset({"v"})
             )
-        return Answer.FAIL if asked >= {2, 3} else Answer.PASS
+        return Outcome.FAIL if asked >= {2, 3} else Outcome.PASS
 
     result, oracle = solve(problem, says)
     assert (result.cells, result.minimal) == ((1, 2, 3), True)
@@ -537,10 +542,10 @@ def test_a_name_that_no_cell_defines_teaches_nothing() -> None:
 def test_one_name_of_two_that_has_a_definer_is_enough() -> None:
     """Cell 5 misses something of cell 2, and something that nobody is known to define."""
 
-    def says(asked: Cells) -> Reply | Answer:
+    def says(asked: Cells) -> Reply | Outcome:
         if 5 in asked and 2 not in asked:
             return Reply(
-                answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=5, names=frozenset({"v2", "v77"})
+                answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=5, names=frozenset({"v2", "v77"})
             )
         return culprits(9)(asked)
 
@@ -553,12 +558,12 @@ def test_one_name_of_two_that_has_a_definer_is_enough() -> None:
 
 def test_the_slice_that_passed_is_run_again_in_the_end() -> None:
     """Where the failure is of a kind that comes and goes: all that was added rests on that one run."""
-    problem = thirty(suspicion={3: 2.0})
+    problem = thirty(side_effect_risk={3: 2.0})
     _, once = solve(problem, culprits(3, 29))
     result, oracle = solve(replace(problem, erratic=True), culprits(3, 29))
     assert once.sets == [(29,), (3, 29), (3, 29)]
     assert oracle.sets == [*once.sets, (29,)]
-    assert [ask.fresh for ask in oracle.asks] == [False, False, True, True]
+    assert [query.fresh for query in oracle.asks] == [False, False, True, True]
     assert (result.cells, result.minimal, result.reproduced, result.method) == (
         (3, 29),
         True,
@@ -567,7 +572,7 @@ def test_the_slice_that_passed_is_run_again_in_the_end() -> None:
     )
 
 
-ONLY_PASS = Answer.PASS, Answer.FAIL, Answer.FAIL
+ONLY_PASS = Outcome.PASS, Outcome.FAIL, Outcome.FAIL
 """The slice passes once, by bad luck; all that comes after fails."""
 
 
@@ -575,7 +580,7 @@ def test_a_slice_that_fails_when_it_is_run_again_is_the_result() -> None:
     """The added cell is innocent; the slice, which has failed now, is confirmed as what comes and goes."""
     answers = iter(ONLY_PASS)
     result, oracle = solve(
-        thirty(suspicion={3: 2.0}, erratic=True), lambda _asked: next(answers, Answer.FAIL)
+        thirty(side_effect_risk={3: 2.0}, erratic=True), lambda _asked: next(answers, Outcome.FAIL)
     )
     assert oracle.sets == [
         (29,),
@@ -590,16 +595,18 @@ def test_a_slice_that_fails_when_it_is_run_again_is_the_result() -> None:
         True,
         (CONFIRMATIONS - 1, CONFIRMATIONS),
     )
-    assert (result.method, result.found) == ("search + growth, repeated", NONE)
+    assert (result.method, result.dynamic_deps) == ("search + growth, repeated", NONE)
 
 
 def test_of_another_kind_the_slice_is_not_run_again() -> None:
     answers = iter(ONLY_PASS)
-    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda _asked: next(answers, Answer.FAIL))
+    result, oracle = solve(
+        thirty(side_effect_risk={3: 2.0}), lambda _asked: next(answers, Outcome.FAIL)
+    )
     assert (result.cells, oracle.sets) == ((3, 29), [(29,), (3, 29), (3, 29)])
 
 
-def lacking(asked: Cells) -> Reply | Answer:
+def lacking(asked: Cells) -> Reply | Outcome:
     """Cell 29 misses a name of cell 3, which nobody is known to define."""
     return missing({29: cells_of(3)}, culprits(29))(asked)
 
@@ -609,9 +616,9 @@ def lacking(asked: Cells) -> Reply | Answer:
     [
         (TEN, culprits(2, 5, 9)),
         (thirty(), culprits(29)),
-        (thirty(suspicion={3: 2.0}, surely_stops_at=stops({29: cells_of(3)})), lacking),
-        (thirty(suspicion={3: 2.0}, definers=definers), lacking),
-        (thirty(suspicion={3: 2.0}), lacking),
+        (thirty(side_effect_risk={3: 2.0}, predicted_stop=stops({29: cells_of(3)})), lacking),
+        (thirty(side_effect_risk={3: 2.0}, definers=definers), lacking),
+        (thirty(side_effect_risk={3: 2.0}), lacking),
     ],
     ids=[
         "did not grow",
@@ -629,7 +636,7 @@ def test_a_slice_that_need_not_be_run_again_is_not(problem: Problem, says: Says)
 
 
 def test_no_time_for_another_look_at_the_slice_is_no_harm() -> None:
-    problem = thirty(start_seconds=1.0, budget=3.5, suspicion={3: 2.0}, erratic=True)
+    problem = thirty(start_seconds=1.0, budget=3.5, side_effect_risk={3: 2.0}, erratic=True)
     result, oracle = solve(problem, culprits(3, 29))
     assert oracle.sets == [(29,), (3, 29), (3, 29)]
     assert (result.cells, result.minimal, result.stopped, result.reproduced) == (
@@ -645,17 +652,17 @@ def test_cached_answers_cost_nothing() -> None:
     problem = thirty(start_seconds=1.0, budget=2.0)
     result, oracle = solve(problem, culprits(3, 29), seconds=0.0)
     assert (result.cells, result.stopped, len(oracle.asks)) == ((3, 29), None, 9)
-    assert {ask.allowed for ask in oracle.asks} == {2.0}
+    assert {query.time_budget for query in oracle.asks} == {2.0}
 
 
 def test_what_was_spent_is_no_longer_allowed() -> None:
     _, oracle = solve(thirty(budget=100.0), culprits(3, 29), seconds=2.0)
-    assert [ask.allowed for ask in oracle.asks] == [100.0 - 2 * n for n in range(9)]
+    assert [query.time_budget for query in oracle.asks] == [100.0 - 2 * n for n in range(9)]
 
 
 def test_only_a_second_look_is_fresh() -> None:
     _, oracle = solve(thirty(), culprits(3, 29))
-    assert [ask.fresh for ask in oracle.asks] == [False] * 8 + [True]
+    assert [query.fresh for query in oracle.asks] == [False] * 8 + [True]
 
 
 # --- one failure with several forms, and one odd run --------------------------------------------------------------------
@@ -664,19 +671,19 @@ def test_only_a_second_look_is_fresh() -> None:
 def akin(crash: int = 29) -> Reply:
     """A run that ended in the crash cell in a way akin to the failure."""
     return Reply(
-        answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=crash, another_form=True, ended="abort"
+        answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=crash, another_form=True, ended="abort"
     )
 
 
-def in_turn(*forms: Reply | Answer, of: Says) -> Says:
+def in_turn(*forms: Reply | Outcome, of: Says) -> Says:
     """What fails shows these forms, one after the other, again and again."""
     shown = chain.from_iterable(repeat(forms))
-    return lambda asked: next(shown) if of(asked) is Answer.FAIL else of(asked)
+    return lambda asked: next(shown) if of(asked) is Outcome.FAIL else of(asked)
 
 
 def test_what_always_ends_in_another_form_is_the_failure() -> None:
     """The first run ended in one form, all that followed in the other: the same cells did both."""
-    result, oracle = solve(thirty(suspicion={3: 2.0}), in_turn(akin(), of=culprits(3, 29)))
+    result, oracle = solve(thirty(side_effect_risk={3: 2.0}), in_turn(akin(), of=culprits(3, 29)))
     assert (result.cells, result.minimal, result.stopped, result.reproduced) == (
         (3, 29),
         True,
@@ -691,7 +698,7 @@ def test_what_always_ends_in_another_form_is_the_failure() -> None:
 
 def test_a_set_that_ends_in_both_forms_shows_that_they_are_one_failure() -> None:
     result, oracle = solve(
-        thirty(suspicion={3: 2.0}), in_turn(akin(), Answer.FAIL, of=culprits(29))
+        thirty(side_effect_risk={3: 2.0}), in_turn(akin(), Outcome.FAIL, of=culprits(29))
     )
     assert oracle.sets == [(29,), (29,)]
     assert (result.cells, result.reproduced, result.several_forms) == ((29,), (2, 2), True)
@@ -699,17 +706,19 @@ def test_a_set_that_ends_in_both_forms_shows_that_they_are_one_failure() -> None
 
 def test_an_odd_run_of_the_slice_adds_no_innocent_cell() -> None:
     """The slice ended in the crash cell in another way: it is run again before anything is added to it."""
-    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
-    answers = iter((odd, Answer.FAIL, Answer.FAIL))
-    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda _asked: next(answers, Answer.FAIL))
+    odd = Reply(answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
+    answers = iter((odd, Outcome.FAIL, Outcome.FAIL))
+    result, oracle = solve(
+        thirty(side_effect_risk={3: 2.0}), lambda _asked: next(answers, Outcome.FAIL)
+    )
     assert result.cells == (29,)
     assert oracle.sets[:2] == [(29,), (29,)]
 
 
 def test_a_slice_that_always_ends_in_another_way_is_run_twice() -> None:
-    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
+    odd = Reply(answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=29, ended="exception")
     result, oracle = solve(
-        thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else odd
+        thirty(side_effect_risk={3: 2.0}), lambda asked: Outcome.FAIL if 3 in asked else odd
     )
     assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
     assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
@@ -718,7 +727,7 @@ def test_a_slice_that_always_ends_in_another_way_is_run_twice() -> None:
 def test_a_smaller_set_that_only_ends_in_another_form_is_not_the_failure() -> None:
     """Without cell 3 it always ends so, with it never: they are two failures."""
     result, oracle = solve(
-        thirty(suspicion={3: 2.0}), lambda asked: Answer.FAIL if 3 in asked else akin()
+        thirty(side_effect_risk={3: 2.0}), lambda asked: Outcome.FAIL if 3 in asked else akin()
     )
     assert (result.cells, result.minimal, result.several_forms) == ((3, 29), True, False)
     assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
@@ -726,14 +735,16 @@ def test_a_smaller_set_that_only_ends_in_another_form_is_not_the_failure() -> No
 
 def test_a_form_that_counts_only_in_the_end_makes_the_set_smaller_after_all() -> None:
     """The result ends in the other form when it is confirmed: so did the slice, which is the failure then."""
-    answers = iter((akin(), akin(), Answer.FAIL, akin()))
-    result, oracle = solve(thirty(suspicion={3: 2.0}), lambda _asked: next(answers, Answer.FAIL))
+    answers = iter((akin(), akin(), Outcome.FAIL, akin()))
+    result, oracle = solve(
+        thirty(side_effect_risk={3: 2.0}), lambda _asked: next(answers, Outcome.FAIL)
+    )
     assert oracle.sets == [(29,), (29,), (3, 29), (3, 29)]
     assert (result.cells, result.reproduced, result.several_forms) == ((29,), (2, 2), True)
 
 
 def test_what_never_fails_says_how_it_ended() -> None:
-    odd = Reply(answer=Answer.UNRESOLVED, seconds=1.0, stopped_at=9, ended="memory_error")
+    odd = Reply(answer=Outcome.UNRESOLVED, seconds=1.0, stopped_at=9, ended="memory_error")
     result, _ = solve(TEN, lambda _asked: odd)
     assert (result.cells, result.stopped, result.reproduced) == (
         (),
@@ -758,13 +769,13 @@ class World:
     """The other one answers by a number made of this and the set."""
     times: tuple[float, ...]
 
-    def answer(self, asked: Cells) -> Answer:
+    def answer(self, asked: Cells) -> Outcome:
         if stops(self.requires)(asked) is not None:
-            return Answer.UNRESOLVED
+            return Outcome.UNRESOLVED
         if self.seed is None:
-            return Answer.FAIL if any(cause <= asked for cause in self.causes) else Answer.PASS
+            return Outcome.FAIL if any(cause <= asked for cause in self.causes) else Outcome.PASS
         return random.Random(f"{self.seed} {sorted(asked)}").choice(
-            (Answer.FAIL, Answer.FAIL, Answer.PASS, Answer.UNRESOLVED)
+            (Outcome.FAIL, Outcome.FAIL, Outcome.PASS, Outcome.UNRESOLVED)
         )
 
     def says(self, asked: Cells) -> Reply:
@@ -807,9 +818,9 @@ def worlds(draw: st.DrawFn, *, budget: bool = False) -> World:
         slice=draw(st.sampled_from((base, base | {crash}, NONE))),
         needs={cell: draw(few) for cell, few in earlier.items() if draw(st.integers(0, 2)) == 0},
         definers=draw(st.sampled_from((definers, lambda _name, _before: ()))),
-        surely_stops_at=stops(sure),
-        suspicion={cell: draw(size) for cell in draw(some)},
-        amounts=draw(st.sampled_from((None, part))),
+        predicted_stop=stops(sure),
+        side_effect_risk={cell: draw(size) for cell in draw(some)},
+        resource_use=draw(st.sampled_from((None, part))),
         limit=draw(st.sampled_from((None, 100.0))),
         seconds=part if budget else {},
         start_seconds=draw(st.sampled_from((0.0, 1.0))),
@@ -828,10 +839,10 @@ def worlds(draw: st.DrawFn, *, budget: bool = False) -> World:
 def check_taught(problem: Problem, oracle: Oracle) -> None:
     """No set is run that an earlier trial showed to stop: with the cell that stopped, without any definer of what it missed."""
     taught: list[tuple[int, Cells]] = []
-    for ask, reply in zip(oracle.asks, oracle.replies, strict=True):
-        cells = frozenset(ask.cells)
-        assert not any(cell in cells and not cells & known for cell, known in taught), ask
-        if reply.answer is Answer.UNRESOLVED and reply.stopped_at is not None and not reply.cut:
+    for query, reply in zip(oracle.asks, oracle.replies, strict=True):
+        cells = frozenset(query.cells)
+        assert not any(cell in cells and not cells & known for cell, known in taught), query
+        if reply.answer is Outcome.UNRESOLVED and reply.stopped_at is not None and not reply.cut:
             cell = reply.stopped_at
             of_names = (
                 frozenset(problem.definers(name, cell)) & set(problem.cells) for name in reply.names
@@ -843,19 +854,19 @@ def check_shape(problem: Problem, result: Result, oracle: Oracle) -> None:
     """What holds of every result."""
     check_taught(problem, oracle)
     assert list(result.cells) == sorted(set(result.cells) & set(problem.cells))
-    for ask in oracle.asks:
-        assert list(ask.cells) == sorted(set(ask.cells) & set(problem.cells))
-        assert problem.crash in ask.cells
+    for query in oracle.asks:
+        assert list(query.cells) == sorted(set(query.cells) & set(problem.cells))
+        assert problem.crash in query.cells
     if result.cells:
         assert problem.crash in result.cells
-        assert result.found == set(result.cells) - problem.slice
+        assert result.dynamic_deps == set(result.cells) - problem.slice
         assert frozenset(result.cells) in oracle.failed
         assert result.reproduced == oracle.counts(result.cells)
     else:
         assert not result.minimal
         assert result.reproduced[0] == 0
     assert result.minimal == (result.stopped is None)
-    first_looks = [ask.cells for ask in oracle.asks if not ask.fresh]
+    first_looks = [query.cells for query in oracle.asks if not query.fresh]
     assert len(first_looks) == len(set(first_looks))
 
 
@@ -863,25 +874,25 @@ def check_shape(problem: Problem, result: Result, oracle: Oracle) -> None:
 @given(worlds())
 def test_without_a_budget_what_is_found_fails_and_is_minimal(world: World) -> None:
     oracle = world.oracle()
-    result = drive(search(world.problem), oracle)
+    result = drive_sync(search(world.problem), oracle)
     check_shape(world.problem, result, oracle)
     whole = frozenset(world.problem.cells)
     if not oracle.failed:
-        assert (result.stopped, world.answer(whole)) != (None, Answer.FAIL)
+        assert (result.stopped, world.answer(whole)) != (None, Outcome.FAIL)
         assert result.stopped is Stopped.NOT_REPRODUCED
         return
     found = frozenset(result.cells)
     assert (result.stopped, result.minimal) == (None, True)
-    assert world.answer(found) is Answer.FAIL
+    assert world.answer(found) is Outcome.FAIL
     for cell in found - {world.problem.crash}:
-        assert world.answer(found - {cell}) is not Answer.FAIL
+        assert world.answer(found - {cell}) is not Outcome.FAIL
 
 
 @settings(max_examples=200, deadline=None)
 @given(worlds())
 def test_the_number_of_trials_is_bounded(world: World) -> None:
     oracle = world.oracle()
-    drive(search(world.problem), oracle)
+    drive_sync(search(world.problem), oracle)
     count = len(world.problem.cells)
     assert len(oracle.asks) <= REPLAYS + 2 + count * (count + 1) + world.problem.erratic
 
@@ -890,7 +901,7 @@ def test_the_number_of_trials_is_bounded(world: World) -> None:
 @given(worlds())
 def test_the_same_answers_give_the_same_questions(world: World) -> None:
     oracles = world.oracle(), world.oracle()
-    results = [drive(search(world.problem), oracle) for oracle in oracles]
+    results = [drive_sync(search(world.problem), oracle) for oracle in oracles]
     assert results[0] == results[1]
     assert oracles[0].asks == oracles[1].asks
 
@@ -900,19 +911,19 @@ def test_the_same_answers_give_the_same_questions(world: World) -> None:
 def test_a_budget_is_never_exceeded(world: World) -> None:
     spent = 0.0
 
-    def within(ask: Ask) -> Reply:
+    def within(query: Query) -> Reply:
         nonlocal spent
-        assert ask.allowed == pytest.approx(world.problem.budget - spent)
-        reply = world.says(frozenset(ask.cells))
-        if reply.seconds > ask.allowed:
-            reply = Reply(answer=Answer.UNRESOLVED, seconds=ask.allowed, cut=True)
+        assert query.time_budget == pytest.approx(world.problem.budget - spent)
+        reply = world.says(frozenset(query.cells))
+        if reply.seconds > query.time_budget:
+            reply = Reply(answer=Outcome.UNRESOLVED, seconds=query.time_budget, cut=True)
         spent += reply.seconds
-        oracle.asks.append(ask)
+        oracle.asks.append(query)
         oracle.replies.append(reply)
         return reply
 
     oracle = world.oracle()
-    result = drive(search(world.problem), within)
+    result = drive_sync(search(world.problem), within)
     assert spent <= world.problem.budget + 1e-9
     check_shape(world.problem, result, oracle)
     assert result.stopped in (None, Stopped.BUDGET, Stopped.NOT_REPRODUCED)
@@ -924,9 +935,9 @@ def cancelled_after(problem: Problem, oracle: Oracle, replies: int) -> Result | 
     """Throws in place of an answer, after so many; ``None`` when there were no more questions."""
     searching: Search = search(problem)
     try:
-        ask = next(searching)
+        query = next(searching)
         for _ in range(replies):
-            ask = searching.send(oracle(ask))
+            query = searching.send(oracle(query))
         searching.throw(SearchCancelled())
     except StopIteration as done:
         result: Result = done.value
@@ -959,7 +970,7 @@ class Flaky(msgspec.Struct, frozen=True):
         luck = random.Random(seed)
         return Oracle(
             lambda asked: (
-                Answer.FAIL if self.causes <= asked and luck.random() < rate else Answer.PASS
+                Outcome.FAIL if self.causes <= asked and luck.random() < rate else Outcome.PASS
             )
         )
 
@@ -969,9 +980,11 @@ FLAKY = {
     "a part of the slice": Flaky(ERRATIC, cells_of(2, 9)),
     "all of the slice": Flaky(ERRATIC, SLICE),
     "the crash cell alone": Flaky(thirty(erratic=True), cells_of(29)),
-    "a suspect": Flaky(thirty(erratic=True, suspicion={3: 2.0, 4: 1.0}), cells_of(3, 29)),
+    "a suspect": Flaky(thirty(erratic=True, side_effect_risk={3: 2.0, 4: 1.0}), cells_of(3, 29)),
     "nobody suspected": Flaky(thirty(erratic=True), cells_of(3, 29)),
-    "two, one suspected": Flaky(thirty(erratic=True, suspicion={17: 2.0}), cells_of(3, 17, 29)),
+    "two, one suspected": Flaky(
+        thirty(erratic=True, side_effect_risk={17: 2.0}), cells_of(3, 17, 29)
+    ),
 }
 SEEDS = 100
 
@@ -981,7 +994,7 @@ def outcomes(flaky: Flaky, rate: float) -> Counter[str]:
     ends: Counter[str] = Counter()
     for seed in range(SEEDS):
         oracle = flaky.oracle(rate, seed)
-        result = drive(search(flaky.problem), oracle)
+        result = drive_sync(search(flaky.problem), oracle)
         check_shape(flaky.problem, result, oracle)
         assert set(result.cells) >= flaky.causes or not oracle.failed, (
             "what failed has the causes in it"
@@ -996,7 +1009,7 @@ def outcomes(flaky: Flaky, rate: float) -> Counter[str]:
 @pytest.mark.parametrize("name", FLAKY)
 def test_what_never_fails_is_not_reproduced(name: str) -> None:
     flaky = FLAKY[name]
-    result, oracle = solve(flaky.problem, lambda _asked: Answer.PASS)
+    result, oracle = solve(flaky.problem, lambda _asked: Outcome.PASS)
     assert (result.cells, result.stopped, result.minimal) == ((), Stopped.NOT_REPRODUCED, False)
     assert result.reproduced == (0, 1 + REPLAYS) == oracle.counts(flaky.problem.cells)
 
@@ -1052,7 +1065,9 @@ def test_what_hardly_comes_is_too_rare_or_not_seen_at_all(name: str) -> None:
 
 def test_one_failure_in_five_is_too_rare() -> None:
     """The slice passes, all pass, and of four replays one fails: twelve runs would not be enough to believe a PASS."""
-    answers = iter([Answer.PASS, Answer.PASS, Answer.PASS, Answer.FAIL, Answer.PASS, Answer.PASS])
+    answers = iter(
+        [Outcome.PASS, Outcome.PASS, Outcome.PASS, Outcome.FAIL, Outcome.PASS, Outcome.PASS]
+    )
     result, oracle = solve(TEN, lambda _asked: next(answers))
     assert (result.cells, result.stopped, result.minimal) == (TEN.cells, Stopped.TOO_RARE, False)
     assert (result.reproduced, len(oracle.asks), result.method) == (
@@ -1063,7 +1078,7 @@ def test_one_failure_in_five_is_too_rare() -> None:
 
 
 def test_a_failure_that_came_once_and_never_again_is_too_rare() -> None:
-    answers = iter([Answer.FAIL] + [Answer.PASS] * 100)
+    answers = iter([Outcome.FAIL] + [Outcome.PASS] * 100)
     result, oracle = solve(thirty(), lambda _asked: next(answers))
     assert (result.cells, result.stopped, result.reproduced) == ((29,), Stopped.TOO_RARE, (1, 6))
     assert oracle.sets == [*[(29,)] * 6, tuple(range(30))], "nor does all that ran fail always"
@@ -1072,9 +1087,9 @@ def test_a_failure_that_came_once_and_never_again_is_too_rare() -> None:
 @pytest.mark.parametrize(("budget", "stopped"), [(11.9, Stopped.TOO_RARE), (12.0, Stopped.BUDGET)])
 def test_looks_that_do_not_fit_the_budget_are_too_rare(budget: float, stopped: Stopped) -> None:
     """Two of five after six seconds: six looks at each PASS take six more."""
-    answers = iter([Answer.PASS, Answer.PASS, Answer.FAIL, Answer.FAIL])
+    answers = iter([Outcome.PASS, Outcome.PASS, Outcome.FAIL, Outcome.FAIL])
     result, _ = solve(
-        thirty(start_seconds=1.0, budget=budget), lambda _asked: next(answers, Answer.PASS)
+        thirty(start_seconds=1.0, budget=budget), lambda _asked: next(answers, Outcome.PASS)
     )
     assert (result.cells, result.stopped, result.reproduced) == (tuple(range(30)), stopped, (2, 5))
 
@@ -1082,7 +1097,7 @@ def test_looks_that_do_not_fit_the_budget_are_too_rare(budget: float, stopped: S
 def test_what_comes_and_goes_is_run_five_times_in_the_end() -> None:
     for seed in range(SEEDS):
         oracle = FLAKY["nobody suspected"].oracle(0.5, seed)
-        result = drive(search(FLAKY["nobody suspected"].problem), oracle)
+        result = drive_sync(search(FLAKY["nobody suspected"].problem), oracle)
         if result.minimal and result.method.endswith("repeated"):
             assert result.reproduced[1] >= CONFIRMATIONS
 
@@ -1097,13 +1112,13 @@ def test_whatever_comes_and_goes_what_is_found_was_seen_to_fail(
     def says(asked: Cells) -> Reply:
         reply = world.says(asked)
         return (
-            replace(reply, answer=Answer.PASS)
-            if reply.answer is Answer.FAIL and luck.random() >= rate
+            replace(reply, answer=Outcome.PASS)
+            if reply.answer is Outcome.FAIL and luck.random() >= rate
             else reply
         )
 
     oracle = Oracle(says)
-    result = drive(search(world.problem), oracle)
+    result = drive_sync(search(world.problem), oracle)
     check_shape(world.problem, result, oracle)
     assert result.stopped in (None, Stopped.NOT_REPRODUCED, Stopped.TOO_RARE)
     assert (result.stopped is Stopped.NOT_REPRODUCED) == (not oracle.failed)
@@ -1116,32 +1131,32 @@ def test_whatever_comes_and_goes_what_is_found_was_seen_to_fail(
 @pytest.mark.parametrize("cells", [(0,), (0, 1, 2)])
 def test_a_slice_that_is_all_that_ran_is_replayed(cells: tuple[int, ...]) -> None:
     """Passes once, fails ever after."""
-    answers = iter([Answer.PASS])
+    answers = iter([Outcome.PASS])
     problem = Problem(cells=cells, slice=frozenset(cells))
-    result, oracle = solve(problem, lambda _asked: next(answers, Answer.FAIL))
+    result, oracle = solve(problem, lambda _asked: next(answers, Outcome.FAIL))
     assert oracle.sets[: 1 + REPLAYS] == [cells] * (1 + REPLAYS)
     assert (result.cells, result.minimal, result.stopped) == (cells[-1:], True, None)
 
 
 TRIPLE = Problem(cells=(0, 1, 2), slice=cells_of(0, 1, 2))
-SELDOM = Answer.FAIL, Answer.PASS, Answer.PASS, Answer.FAIL, Answer.PASS, Answer.PASS
+SELDOM = Outcome.FAIL, Outcome.PASS, Outcome.PASS, Outcome.FAIL, Outcome.PASS, Outcome.PASS
 """How the triple without its middle fails: as if the middle only took the time in which something else happens."""
 
 
-def seldom_without_the_middle(whole: Iterator[Answer]) -> Oracle:
+def seldom_without_the_middle(whole: Iterator[Outcome]) -> Oracle:
     seldom = iter(SELDOM)
 
-    def says(asked: Cells) -> Answer:
+    def says(asked: Cells) -> Outcome:
         if asked == {0, 1, 2}:
             return next(whole)
-        return next(seldom) if asked == {0, 2} else Answer.PASS
+        return next(seldom) if asked == {0, 2} else Outcome.PASS
 
     return Oracle(says)
 
 
 def test_what_seldom_fails_gives_way_to_what_always_does() -> None:
-    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
-    result = drive(search(TRIPLE), oracle)
+    oracle = seldom_without_the_middle(repeat(Outcome.FAIL))
+    result = drive_sync(search(TRIPLE), oracle)
     first = [(0, 1, 2), (1, 2), (0, 2), (2,)]
     assert oracle.sets == [*first, *[(0, 2)] * (1 + REPLAYS), *[(0, 1, 2)] * (ALWAYS - 1)]
     assert (result.cells, result.minimal, result.stopped) == ((0, 1, 2), True, None)
@@ -1149,22 +1164,22 @@ def test_what_seldom_fails_gives_way_to_what_always_does() -> None:
 
 
 def test_what_seldom_fails_stays_where_what_it_came_from_comes_and_goes_too() -> None:
-    oracle = seldom_without_the_middle(chain([Answer.FAIL] * (ALWAYS - 1), repeat(Answer.PASS)))
-    result = drive(search(TRIPLE), oracle)
+    oracle = seldom_without_the_middle(chain([Outcome.FAIL] * (ALWAYS - 1), repeat(Outcome.PASS)))
+    result = drive_sync(search(TRIPLE), oracle)
     assert (result.cells, result.reproduced[0], result.method) == ((0, 2), 2, "slice, repeated")
 
 
 def test_what_seldom_fails_and_was_found_at_once_gives_way_to_all_that_ran() -> None:
     """The slice has no middle, and happens to fail: nothing larger was tried."""
-    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
-    result = drive(search(replace(TRIPLE, slice=cells_of(0, 2))), oracle)
+    oracle = seldom_without_the_middle(repeat(Outcome.FAIL))
+    result = drive_sync(search(replace(TRIPLE, slice=cells_of(0, 2))), oracle)
     assert oracle.sets == [(0, 2), (2,), *[(0, 2)] * (1 + REPLAYS), *[(0, 1, 2)] * ALWAYS, (1, 2)]
     assert (result.cells, result.minimal, result.reproduced) == ((0, 1, 2), True, (ALWAYS, ALWAYS))
 
 
 def test_no_time_to_see_what_always_fails_leaves_what_was_seen() -> None:
-    oracle = seldom_without_the_middle(repeat(Answer.FAIL))
-    result = drive(search(replace(TRIPLE, budget=6.5 + REPLAYS)), oracle)
+    oracle = seldom_without_the_middle(repeat(Outcome.FAIL))
+    result = drive_sync(search(replace(TRIPLE, budget=6.5 + REPLAYS)), oracle)
     assert (result.cells, result.stopped, result.reproduced) == (
         (0, 2),
         Stopped.BUDGET,
@@ -1174,7 +1189,9 @@ def test_no_time_to_see_what_always_fails_leaves_what_was_seen() -> None:
 
 def shaky() -> Oracle:
     """The pair fails, the second cell alone does not, the pair does not when it is confirmed, and does in all four replays."""
-    answers = iter([Answer.FAIL, Answer.PASS, Answer.PASS, *[Answer.FAIL] * REPLAYS, Answer.PASS])
+    answers = iter(
+        [Outcome.FAIL, Outcome.PASS, Outcome.PASS, *[Outcome.FAIL] * REPLAYS, Outcome.PASS]
+    )
     return Oracle(lambda _asked: next(answers))
 
 
@@ -1192,14 +1209,14 @@ def test_cancelled_in_the_second_round_it_has_the_first_result() -> None:
 def test_a_budget_that_ends_in_the_second_round_leaves_the_first_result() -> None:
     oracle = shaky()
 
-    def last_is_cut(ask: Ask) -> Reply:
+    def last_is_cut(query: Query) -> Reply:
         return (
-            oracle(ask)
-            if ask.allowed >= 1
-            else Reply(answer=Answer.UNRESOLVED, seconds=ask.allowed, cut=True)
+            oracle(query)
+            if query.time_budget >= 1
+            else Reply(answer=Outcome.UNRESOLVED, seconds=query.time_budget, cut=True)
         )
 
-    result = drive(search(replace(PAIR, budget=3.5 + REPLAYS)), last_is_cut)
+    result = drive_sync(search(replace(PAIR, budget=3.5 + REPLAYS)), last_is_cut)
     assert oracle.counts((0, 1)) == (1 + REPLAYS, 2 + REPLAYS)
     assert (result.cells, result.stopped) == ((0, 1), Stopped.BUDGET)
 
@@ -1207,11 +1224,11 @@ def test_a_budget_that_ends_in_the_second_round_leaves_the_first_result() -> Non
 def test_found_has_what_an_added_cell_brought_along_and_not_what_was_left_out() -> None:
     """Cell 1 is suspected and needs cell 0; cell 0 is the culprit."""
     problem = Problem(
-        cells=(0, 1, 2), slice=cells_of(2), needs={1: cells_of(0)}, suspicion={1: 1.0}
+        cells=(0, 1, 2), slice=cells_of(2), needs={1: cells_of(0)}, side_effect_risk={1: 1.0}
     )
     result, _ = solve(problem, culprits(0, 2))
     assert result.cells == (0, 2)
-    assert result.found == {0}
+    assert result.dynamic_deps == {0}
 
 
 @pytest.mark.parametrize(
@@ -1219,11 +1236,13 @@ def test_found_has_what_an_added_cell_brought_along_and_not_what_was_left_out() 
 )
 def test_a_missing_name_is_looked_at_once(known: Callable[[str, int], tuple[int, ...]]) -> None:
     """Two of five: six looks at each PASS. Cell 2 stops without cell 0, and names what it misses."""
-    answers = iter([Answer.PASS, Answer.PASS, Answer.FAIL, Answer.FAIL, Answer.PASS, Answer.PASS])
-    says = missing({2: cells_of(0)}, lambda _asked: next(answers, Answer.FAIL))
+    answers = iter(
+        [Outcome.PASS, Outcome.PASS, Outcome.FAIL, Outcome.FAIL, Outcome.PASS, Outcome.PASS]
+    )
+    says = missing({2: cells_of(0)}, lambda _asked: next(answers, Outcome.FAIL))
     problem = Problem(cells=(0, 1, 2, 3), slice=cells_of(0, 2, 3), definers=known)
-    oracle = Oracle(lambda asked: says(asked) if asked >= {2, 3} else Answer.PASS)
-    result = drive(search(problem), oracle)
+    oracle = Oracle(lambda asked: says(asked) if asked >= {2, 3} else Outcome.PASS)
+    result = drive_sync(search(problem), oracle)
     assert (result.cells, result.minimal) == ((0, 2, 3), True)
     stopped = Counter(cells for cells in oracle.sets if 2 in cells and 0 not in cells)
     assert set(stopped.values()) == {1}, stopped
@@ -1299,13 +1318,13 @@ def made_up(seed: int) -> Notebook:
     within = {cell for cell in sorted(sliced - needed) if luck.random() < 0.33}
     outside = [cell for cell in range(SIZE) if cell not in sliced and cell not in prints]
     hidden = luck.sample(outside, min(len(outside), luck.choices((0, 1, 2), (5, 4, 1))[0]))
-    suspicion = {
+    side_effect_risk = {
         cell: 0.0
         if cell in prints
         else luck.choices((0.0, 1.0, 2.0, 3.0), (6, 2, 1, 1))[0] + luck.random() / 2
         for cell in range(SIZE)
     }
-    suspicion |= {
+    side_effect_risk |= {
         cell: luck.choices((0.0, 1.0, 2.0, 3.0), (1, 2, 3, 4))[0] + luck.random() / 2
         for cell in hidden
     }
@@ -1315,8 +1334,8 @@ def made_up(seed: int) -> Notebook:
             slice=sliced,
             needs=seen,
             definers=definers,
-            surely_stops_at=stops(seen),
-            suspicion=suspicion,
+            predicted_stop=stops(seen),
+            side_effect_risk=side_effect_risk,
         ),
         requires=requires,
         culprits=frozenset({crash, *within, *hidden}),
@@ -1325,7 +1344,7 @@ def made_up(seed: int) -> Notebook:
 
 def is_minimal(notebook: Notebook, found: Cells) -> bool:
     def fails(cells: Cells) -> bool:
-        return notebook.says(cells) is Answer.FAIL
+        return notebook.says(cells) is Outcome.FAIL
 
     return fails(found) and not any(fails(found - {cell}) for cell in found - {SIZE - 1})
 
@@ -1345,7 +1364,7 @@ def test_far_fewer_trials_than_plain_ddmin() -> None:
         always = cells_of(SIZE - 1)
         same, count = ddmin(
             range(SIZE - 1),
-            lambda cells, says=notebook.says: says(cells) is Answer.FAIL,  # type: ignore[misc]
+            lambda cells, says=notebook.says: says(cells) is Outcome.FAIL,  # type: ignore[misc]
             always=always,
         )
         assert same == found

@@ -7,7 +7,13 @@ import msgspec.structs
 import pytest
 from msgspec.structs import replace
 
-from safe_exec.experiments.culprits.roles import Found, culprits_of, first_line, kept_by, look_first
+from safe_exec.experiments.culprits.roles import (
+    CulpritSet,
+    culprits_of,
+    first_line,
+    kept_by,
+    look_first,
+)
 from safe_exec.experiments.static_analysis.dependencies import Dependencies
 from safe_exec.model.evidence import Frame
 from safe_exec.model.verdict import CellRecord, CellStatus, Culprit, Role
@@ -22,12 +28,12 @@ CRASH = (Role.CRASH, "running when it happened")
 class Notebook(msgspec.Struct, frozen=True, kw_only=True):
     """Code cells, all of which ran; the last one crashed. ``markdown`` cells come before the code cells.
 
-    ``culprits`` count the code cells, ``found`` are those that only trials showed to be needed.
+    ``culprits`` count the code cells, ``dynamic_deps`` are those that only trials showed to be needed.
     """
 
     sources: tuple[str, ...]
     culprits: tuple[int, ...]
-    found: frozenset[int] = frozenset()
+    dynamic_deps: frozenset[int] = frozenset()
     kept: dict[int, int] = msgspec.field(default_factory=dict)
     limit: int | None = None
     markdown: int = 0
@@ -36,16 +42,16 @@ class Notebook(msgspec.Struct, frozen=True, kw_only=True):
     setting: str = ""
 
     @property
-    def of(self) -> Found:
+    def of(self) -> CulpritSet:
         at = self.markdown
         order = tuple(range(at, at + len(self.sources)))
         frames = tuple(
             Frame(function="f", line=1, cell=None if cell is None else cell + at)
             for cell in self.stack
         )
-        return Found(
+        return CulpritSet(
             cells=tuple(cell + at for cell in self.culprits),
-            found=frozenset(cell + at for cell in self.found),
+            dynamic_deps=frozenset(cell + at for cell in self.dynamic_deps),
             order=order,
             dependencies=Dependencies.of_sources(self.sources, language="python"),
             sources=dict(zip(order, self.sources, strict=True)),
@@ -137,7 +143,7 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         Notebook(
             sources=("import os\nos.environ['A'] = '1'", "f()"),
             culprits=(0, 1),
-            found=frozenset({0}),
+            dynamic_deps=frozenset({0}),
         ),
         [(Role.TRIGGER, "changes `os.environ`"), CRASH],
     ),
@@ -149,16 +155,16 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
         Notebook(
             sources=("import os\nos.chdir('/')", "os.listdir()"),
             culprits=(0, 1),
-            found=frozenset({0}),
+            dynamic_deps=frozenset({0}),
         ),
         [(Role.TRIGGER, acts("os.chdir")), CRASH],
     ),
     "harmless, and found by trials": (
-        Notebook(sources=("x = 1", "f()"), culprits=(0, 1), found=frozenset({0})),
+        Notebook(sources=("x = 1", "f()"), culprits=(0, 1), dynamic_deps=frozenset({0})),
         [(Role.SETUP, UNSEEN), CRASH],
     ),
     "found by trials, and used": (
-        Notebook(sources=("x = g()", "f(x)"), culprits=(0, 1), found=frozenset({0})),
+        Notebook(sources=("x = g()", "f(x)"), culprits=(0, 1), dynamic_deps=frozenset({0})),
         [defines("`x`", 1), CRASH],
     ),
     # Each kind of effect has words of its own.
@@ -178,13 +184,17 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
     ),
     "a method that was found by trials": (
         Notebook(
-            sources=("b = open()", "b.release()", "g()"), culprits=(0, 1, 2), found=frozenset({1})
+            sources=("b = open()", "b.release()", "g()"),
+            culprits=(0, 1, 2),
+            dynamic_deps=frozenset({1}),
         ),
         [defines("`b`", 1), (Role.TRIGGER, "calls `b.release()`"), CRASH],
     ),
     "a file": (
         Notebook(
-            sources=("a = 1", "a.tofile('x')", "g()"), culprits=(0, 1, 2), found=frozenset({1})
+            sources=("a = 1", "a.tofile('x')", "g()"),
+            culprits=(0, 1, 2),
+            dynamic_deps=frozenset({1}),
         ),
         [defines("`a`", 1), (Role.TRIGGER, "writes a file (`a.tofile`)"), CRASH],
     ),
@@ -197,7 +207,7 @@ ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
                 "f()",
             ),
             culprits=(0, 1, 2, 3),
-            found=frozenset({0, 1, 2}),
+            dynamic_deps=frozenset({0, 1, 2}),
         ),
         [
             defines("`resource`", 1, 2),
@@ -271,8 +281,8 @@ def test_a_culprit_says_which_cell_it_is() -> None:
 def test_a_language_that_is_not_known_has_no_reasons() -> None:
     notebook = Notebook(sources=("x <- 1", "f(x)"), culprits=(0, 1))
     found = notebook.of
-    other = Found(
-        cells=found.cells, found=found.found, order=found.order, dependencies=Dependencies.of_sources(notebook.sources, language="R"),
+    other = CulpritSet(
+        cells=found.cells, dynamic_deps=found.dynamic_deps, order=found.order, dependencies=Dependencies.of_sources(notebook.sources, language="R"),
         sources=found.sources, records=found.records, memory_limit=None, crash=found.crash,
     )  # fmt: skip
     assert [(culprit.role, culprit.note) for culprit in culprits_of(other)] == [
@@ -390,14 +400,17 @@ def test_a_trigger_shows_the_line_that_sets_off() -> None:
     notebook = Notebook(
         sources=("import signal\nx = 1\nsignal.alarm(1)\ny = 2", "f()"),
         culprits=(0, 1),
-        found=frozenset({0}),
+        dynamic_deps=frozenset({0}),
     )
     assert culprits_of(notebook.of)[0].source_line == "signal.alarm(1)"
 
 
 def test_memory_that_ran_out_is_not_set_off_by_a_changed_object() -> None:
     notebook = Notebook(
-        sources=("d = 1", "d['x'] = 1", "f(d)"), culprits=(0, 1, 2), found=frozenset({1}), limit=GIB
+        sources=("d = 1", "d['x'] = 1", "f(d)"),
+        culprits=(0, 1, 2),
+        dynamic_deps=frozenset({1}),
+        limit=GIB,
     )
     assert look_first(notebook.of, culprits_of(notebook.of), GIB) == 2
     assert (

@@ -88,12 +88,12 @@ NAMES: list[tuple[str, dict[str, str]]] = [
     ("class C:\n  a = 1\n  b = [a for _ in range(2)]", {"defines": "C", "uses": "range a"}),
     # Changes.
     ("x.a = 1\ny.b.c[0] = 2\nz[0] += 1", {"defines": "", "uses": "x y z", "mutates": "x y z"}),
-    ("x.append(y)", {"uses": "x y", "mutates": "x", "touches": "x y"}),
+    ("x.append(y)", {"uses": "x y", "mutates": "x", "passed_to_call": "x y"}),
     ("x.y.append(1)", {"uses": "x", "mutates": "x"}),
     ("await x.put(y)", {"uses": "x y", "mutates": "x"}),
-    ("x.head()", {"uses": "x", "mutates": "", "touches": "x"}),
-    ("print(frame.describe(), x, len(y))", {"mutates": "", "touches": "frame"}),
-    ("z = f(x, *y, k=v, [a, b])".replace(", [a, b])", ", q=[a, b])"), {"mutates": "", "touches": "x y v a b"}),
+    ("x.head()", {"uses": "x", "mutates": "", "passed_to_call": "x"}),
+    ("print(frame.describe(), x, len(y))", {"mutates": "", "passed_to_call": "frame"}),
+    ("z = f(x, *y, k=v, [a, b])".replace(", [a, b])", ", q=[a, b])"), {"mutates": "", "passed_to_call": "x y v a b"}),
     ("import time, heapq\ntime.sleep(1)\nheapq.heappush(h, 1)", {"mutates": "h", "defines": "time heapq"}),
     ("import random as r\nr.shuffle(x)\nsetattr(o, 'a', 1)\nnp.copyto(a, b)", {"mutates": "x o a"}),
     ("np.add(a, b, out=c)\ny = d.drop(inplace=True)", {"mutates": "c d"}),
@@ -143,7 +143,7 @@ def test_names(source: str, expected: dict[str, str]) -> None:
 )  # fmt: skip
 def test_what_cannot_be_read_is_opaque(source: str) -> None:
     facts = read_cell(source)
-    assert facts.opaque and facts.suspicion >= 1
+    assert facts.opaque and facts.side_effect_risk >= 1
     assert not facts.defines | facts.uses | facts.mutates and not facts.reads
 
 
@@ -275,7 +275,7 @@ def test_what_is_surely_read(source: str, expected: str) -> None:
     ],
 )  # fmt: skip
 def test_suspicion(expected: int, source: str) -> None:
-    assert read_cell(source).suspicion == expected
+    assert read_cell(source).side_effect_risk == expected
 
 
 def test_modules_of_former_cells_are_known() -> None:
@@ -288,8 +288,10 @@ def test_modules_of_former_cells_are_known() -> None:
     }
     assert imported_modules("import a\na = 1") == {}
     assert imported_modules("x = = 1") == {}
-    assert read_cell("k(1, 9)", {"k": "os.kill"}).suspicion == 3
-    assert notebook("from os import kill as k", "k(1, 9)", "k = print", "k(1, 9)").suspicions() == (
+    assert read_cell("k(1, 9)", {"k": "os.kill"}).side_effect_risk == 3
+    assert notebook(
+        "from os import kill as k", "k(1, 9)", "k = print", "k(1, 9)"
+    ).side_effect_risks() == (
         1,
         3,
         1,
@@ -376,12 +378,12 @@ def test_needs_and_definers() -> None:
 @pytest.mark.parametrize("language", ["R", "julia", "", None])
 def test_other_languages_are_not_known(language: str | None) -> None:
     found = notebook("x = 1", "print(x)", "x = = 1", language=language)
-    assert not found.known
+    assert not found.is_python
     assert found.needs(1) == frozenset() and found.slice_of(1) == {1} == found.slice_of(
         1, weak=True
     )
     assert found.definers("x", 2) == ()
-    assert found.suspicions() == (1, 1, 1)
+    assert found.side_effect_risks() == (1, 1, 1)
     assert found.surely_missing([1], crash=1, crash_line=1) is None
 
 
@@ -473,7 +475,7 @@ TEXTS = st.text(max_size=60) | st.lists(PIECES, max_size=20).map("".join)
 @given(st.lists(TEXTS, max_size=4))
 def test_no_text_makes_it_raise(sources: list[str]) -> None:
     found = notebook(*sources)
-    assert len(found.suspicions()) == len(sources)
+    assert len(found.side_effect_risks()) == len(sources)
     for cell in range(len(sources)):
         strong, weak = found.slice_of(cell), found.slice_of(cell, weak=True)
         assert cell in strong <= weak <= set(range(cell + 1))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.experiments.culprits.finder import statements_of
-from safe_exec.experiments.static_analysis.frame_reads import read_on_the_way
+from safe_exec.experiments.static_analysis.frame_reads import names_read_at
 
 # A cell, the line at which it crashed, and the global names that were read before.
 READ: dict[str, tuple[str, int, str]] = {
@@ -102,7 +102,7 @@ READ: dict[str, tuple[str, int, str]] = {
 @pytest.mark.parametrize("name", READ)
 def test_names_on_the_way(name: str) -> None:
     source, line, names = READ[name]
-    assert read_on_the_way(source, line) == frozenset(names.split())
+    assert names_read_at(source, line) == frozenset(names.split())
 
 
 LINES = st.sampled_from(
@@ -135,7 +135,7 @@ DEEP: dict[str, Callable[[int], str]] = {
 @settings(max_examples=300, deadline=None)
 @given(st.lists(LINES, max_size=8).map("\n".join) | st.text(), st.integers(-1, 9))
 def test_whatever_the_cell_nothing_is_raised(source: str, line: int) -> None:
-    names = read_on_the_way(source, line)
+    names = names_read_at(source, line)
     assert all(name.isidentifier() for name in names)
     statements_of(source, line)
     texts = [text for _, text in statements_of(source, None)]
@@ -150,7 +150,7 @@ def test_whatever_the_cell_nothing_is_raised(source: str, line: int) -> None:
 @pytest.mark.parametrize("depth", [90, 400, 900, 3000])
 def test_however_deep_nothing_is_raised(kind: str, depth: int) -> None:
     source = DEEP[kind](depth)
-    read_on_the_way(source, source.count("\n") + 1)
+    names_read_at(source, source.count("\n") + 1)
     statements_of(source, None)
 
 
