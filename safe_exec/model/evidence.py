@@ -296,7 +296,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     that its fault handler was no longer in place.
     ``oom_kills_earlier`` are cells before the current one (by index) in which processes were killed for memory, and how many.
     ``memory_children`` is the part of the peak that processes other than the kernel's had; ``memory_upper_bound``: pages that
-    several processes share may be in it more than once.
+    several processes share may be in it more than once. ``memory_maps`` are those of the kernel after the last cell, and how many
+    the system allows a process (vm.max_map_count).
     """
 
     exit: ExitStatus | None = None
@@ -337,6 +338,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     stderr_tail: str = ""
     disk_free: int | None = None
     open_files: int | None = None
+    memory_maps: tuple[int, int] | None = None
     cell_active: bool | None = None
     last_words: str = ""
     printed: tuple[int, str] | None = None

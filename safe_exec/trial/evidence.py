@@ -113,6 +113,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=state.open_files,
+        memory_maps=state.memory_maps,
         agent=session.instrumented,
         own_actions=own_process.actions(state),
         tracing=session.told.own_actions.tracing,

@@ -32,6 +32,16 @@ def command(state: TrialState) -> tuple[int, str] | None:
     )
 
 
+def memory_maps(pid: int) -> tuple[int, int] | None:
+    """The memory maps that a process has, and how many the system allows each process (vm.max_map_count)."""
+    try:
+        allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            return sum(1 for _ in maps), allowed
+    except (OSError, ValueError):
+        return None
+
+
 def overcommit() -> int | None:
     """How the system grants memory (vm.overcommit_memory): 0 by a rule of thumb, 1 always, 2 as much as there is."""
     try:

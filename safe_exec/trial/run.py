@@ -27,6 +27,7 @@ from safe_exec.model.ending import (
     StartFailed,
     TerminationReason,
 )
+from safe_exec.trial import own_process
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
 from safe_exec.trial.evidence import collect_evidence
@@ -255,6 +256,8 @@ class Trial:
             self.state.metrics.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):
             self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
+        if self.session.pid is not None:
+            self.state.memory_maps = own_process.memory_maps(self.session.pid)
 
     # --- signals ------------------------------------------------------------------------------------------------
 

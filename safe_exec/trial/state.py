@@ -42,6 +42,7 @@ class TrialState:
         self.observed_at: float | None = None
         self.printed: tuple[int, str] | None = None
         self.open_files: int | None = None
+        self.memory_maps: tuple[int, int] | None = None
         self.tasks_at_timeout: ProcessCount | None = None
         self.cell_active: bool | None = None
         self.loop: asyncio.AbstractEventLoop | None = None

@@ -59,6 +59,7 @@ OBSERVATIONS = frozenset(
         "conflicts", "volumes",
         "caught_signals", "agent", "overcommit", "died_at", "processes_at_timeout", "changed_limits",
         "memory_children", "memory_upper_bound", "oom_kills_earlier", "replaced_by", "kill_command",
+        "memory_maps",
     }
 )  # fmt: skip
 """Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``observation``

@@ -15,6 +15,7 @@ from safe_exec.diagnosis.rules import (
     memory,
     network,
     own_actions,
+    refusals,
     startup,
     timeouts,
 )
@@ -38,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     limits.file_too_large_signal,
     limits.bad_system_call,
     limits.aborted_for_descriptors,
+    refusals.died_without_threads,
     # Deaths.
     crashes.stack_overflow,
     crashes.unreported_overflow,
@@ -57,11 +59,16 @@ RULES: tuple[Rule, ...] = (
     timeouts.timed_out,
     # Errors of cells.
     engines.own_limit,
+    refusals.parser,
+    refusals.memory_maps,
     memory.refused,
+    refusals.inotify,
     network.blocked,
     isolation.refused_access,
     disk.full,
     limits.raised,
+    refusals.threads,
+    refusals.descriptors,
     exceptions.stdin,
     exceptions.exception,
     exceptions.unknown,

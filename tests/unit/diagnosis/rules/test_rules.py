@@ -94,6 +94,16 @@ def raised(ename: str, evalue: str = "") -> CellError:
     return CellError(ename=ename, evalue=evalue, traceback=())
 
 
+def wrote(text: str) -> OutputBurst:
+    """What native code wrote right before the end."""
+    return OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=0.1)
+
+
+NESTED = CellError(
+    ename="MemoryError", evalue="", traceback=("----> 2 value = eval(text)", "MemoryError: ")
+)
+
+
 def failed(error: CellError) -> CellFailed:
     return CellFailed(cell=2, error=error)
 
@@ -274,6 +284,41 @@ def hit(
 
 
 DEATHS = [
+    dead(
+        "library-without-a-thread",
+        by(signal.SIGABRT),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+        process_refusals=3,
+        final_output=(wrote("std::system_error\n  what():  Resource temporarily unavailable\n"),),
+    ),
+    dead(
+        "library-leaves-without-a-thread",
+        exit_code(1),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+        processes_peak=20,
+        final_output=(
+            wrote("libgomp: Thread creation failed: Resource temporarily unavailable\n"),
+        ),
+    ),
+    dead(
+        "thread-words-but-room-for-more",
+        exit_code(1),
+        K.EXIT,
+        processes_peak=5,
+        process_refusals=0,
+        final_output=(
+            wrote("libgomp: Thread creation failed: Resource temporarily unavailable\n"),
+        ),
+    ),
+    dead(
+        "refusals-but-other-words",
+        by(signal.SIGABRT),
+        K.ABORT,
+        process_refusals=3,
+        final_output=(wrote("free(): invalid pointer\n"),),
+    ),
     # Memory: what we did, what the system counted.
     dead(
         "abort-for-descriptors",
@@ -486,6 +531,94 @@ TIMES = [
 ]  # fmt: skip
 
 ERRORS = [
+    error(
+        "rust-threads-refused",
+        raised("PanicException", "ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }"),
+        K.TOO_MANY_PROCESSES,
+        C.LIKELY,
+        process_refusals=1,
+    ),
+    error(
+        "rust-threads-and-room-for-more",
+        raised("PanicException", "ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }"),
+        K.EXCEPTION,
+        process_refusals=0,
+        processes_peak=4,
+    ),
+    error(
+        "file-lock-is-no-thread",
+        raised("BlockingIOError", "unable to lock file, 'Resource temporarily unavailable'"),
+        K.EXCEPTION,
+        process_refusals=2,
+    ),
+    error(
+        "descriptor-did-not-arrive",
+        raised("RuntimeError", "received 0 items of ancdata"),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+        open_files=50,
+    ),
+    error(
+        "sqlite-without-a-descriptor",
+        raised("OperationalError", "unable to open database file"),
+        K.TOO_MANY_OPEN_FILES,
+        C.LIKELY,
+        open_files=48,
+    ),
+    error(
+        "sqlite-with-descriptors-left",
+        raised("OperationalError", "unable to open database file"),
+        K.EXCEPTION,
+        open_files=9,
+    ),
+    error(
+        "another-error-at-the-limit",
+        raised("ZeroDivisionError", "division by zero"),
+        K.EXCEPTION,
+        open_files=50,
+    ),
+    error(
+        "inotify-watches",
+        raised("OSError", "[Errno 28] inotify watch limit reached"),
+        K.EXCEPTION,
+        C.LIKELY,
+        volumes=(ROOMY,),
+    ),
+    error(
+        "inotify-instances",
+        raised("OSError", "[Errno 24] inotify instance limit reached"),
+        K.EXCEPTION,
+        C.LIKELY,
+        open_files=10,
+    ),
+    error(
+        "memory-maps",
+        raised("OSError", "[Errno 12] Cannot allocate memory"),
+        K.MEMORY_ERROR,
+        memory_maps=(65530, 65530),
+    ),
+    error(
+        "memory-maps-in-words",
+        raised("OSError", "Memory mapping file failed: Cannot allocate memory"),
+        K.MEMORY_ERROR,
+        memory_maps=(65000, 65530),
+    ),
+    error(
+        "few-memory-maps",
+        raised("OSError", "[Errno 12] Cannot allocate memory"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        memory_maps=(300, 65530),
+    ),
+    error(
+        "parser-of-python-3.14",
+        raised("MemoryError", "Parser stack overflowed - Python source too complex to parse"),
+        K.EXCEPTION,
+        C.LIKELY,
+        memory_peak=MIB,
+    ),
+    error("parser-by-its-line", NESTED, K.EXCEPTION, C.LIKELY, memory_peak=MIB),
+    error("parser-but-memory-was-short", NESTED, K.MEMORY_ERROR, memory_peak=99 * MIB),
     error("zero-division", raised("ZeroDivisionError", "division by zero"), K.EXCEPTION),
     error("system-exit", raised("SystemExit", "1"), K.EXCEPTION),
     error("keyboard-interrupt", raised("KeyboardInterrupt"), K.EXCEPTION),

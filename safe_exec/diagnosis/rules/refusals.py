@@ -1,0 +1,262 @@
+"""Requests that the system refused, reported in a library's own words: threads, descriptors, memory maps, inotify watches.
+
+Each library chooses its words, and the same error number stands for several limits. A measurement from
+outside decides which limit it was; the words only show that the failure has to do with it. Two errors
+look like a limit and are none of the run's: inotify's own limits (inotify(7)), and the depth of Python's
+parser, which raises MemoryError.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.rules.last_message import last_message
+from safe_exec.model.ending import CellError, CellFailed, Died
+from safe_exec.model.limits import LimitName
+from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+
+NEARLY = 0.9
+"""From this share of a limit on, it counts as reached: a failed call frees some of what it had taken."""
+MOST_WORDS = 300
+
+THREAD_REFUSED = re.compile(
+    # Rust's rayon and tokio, libgomp, OpenBLAS, libc++, Go, the JVM, TBB
+    r"ThreadPoolBuildError|[Tt]hread (?:creation|constructor) failed|pthread_create|newosproc"
+    r"|(?:could not|couldn't|can't|cannot|unable to|failed to) (?:create|start|spawn|launch)[^\n]{0,40}\b(?:thread|process|worker)",
+    re.IGNORECASE,
+)
+TRY_AGAIN = re.compile(r"Resource temporarily unavailable|\bEAGAIN\b|os error 11\b|\[Errno 11\]")
+"""EAGAIN (strerror(3)). Sockets, pipes and locks give it, too."""
+
+DESCRIPTOR_WANTED = re.compile(
+    r"items of ancdata"  # multiprocessing: a descriptor that was passed did not arrive (recvmsg(2), MSG_CTRUNC)
+    r"|(?:unable to|could not|couldn't|can't|cannot|failed to) (?:\w+ly )?(?:open|create|load|dup|accept|connect|map|start|initiali[sz]e)"
+    r"|\bepoll|\bsocket|\bpipe\b|\bdescriptors?\b|not open(?:ed)?\b|error opening",
+    re.IGNORECASE,
+)
+"""Words of SQLite, HDF5, GDAL, libraries of sockets and others, for a file or socket that could not be opened."""
+
+MAP_REFUSED = re.compile(r"memory|\bmmap|\bmap\b|\bmapp|alloc|\[Errno 12\]", re.IGNORECASE)
+INOTIFY = re.compile(r"inotify", re.IGNORECASE)
+WATCHES, INSTANCES = (
+    ("watches", "fs.inotify.max_user_watches"),
+    ("instances", "fs.inotify.max_user_instances"),
+)
+PARSER_WORDS = re.compile(
+    r"Parser stack overflowed|s_push: parser stack overflow|too complex to parse"
+)
+PARSER_CALL = re.compile(
+    r"\b(?:eval|exec|compile|literal_eval|parse|parse_expr|sympify|query)\s*\("
+)
+"""Calls that hand text to Python's parser (ast, sympy, pandas)."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED_AT = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
+"""The line that a traceback of IPython's points to."""
+
+
+# --- threads and processes --------------------------------------------------------------------------------------
+
+
+def died_without_threads(context: Context) -> Cause | None:
+    """The kernel ended because a library could not start a thread: its last message says so, and the limit was reached."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died) or evidence.exit is None:
+        return None
+    if evidence.termination is not None or context.ending.asked_to_exit or evidence.exit_caller:
+        return None
+    message = last_message(evidence)
+    text = "\n".join(message.lines) if message is not None else ""
+    if message is None or not (THREAD_REFUSED.search(text) or TRY_AGAIN.search(text)):
+        return None
+    if not _threads_were_refused(context):
+        return None
+    summary = (
+        f"too many processes: the kernel ended because a library could not start another thread"
+        f"{_allowed(context)}; {' '.join(message.text.split())}"
+    )
+    facts = (*exit_facts(evidence), message.fact, *_process_facts(context))
+    return make(
+        context,
+        CauseKind.TOO_MANY_PROCESSES,
+        summary,
+        Confidence.LIKELY,
+        facts,
+        _fewer_threads(context),
+    )
+
+
+def threads(context: Context) -> Cause | None:
+    """A cell error in which a library says that it could not start a thread."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    if not THREAD_REFUSED.search(error.evalue) or not _threads_were_refused(context):
+        return None
+    summary = f"too many processes: a library could not start another thread{_allowed(context)}"
+    facts = (_said(error), *_process_facts(context))
+    return make(
+        context,
+        CauseKind.TOO_MANY_PROCESSES,
+        summary,
+        Confidence.LIKELY,
+        facts,
+        _fewer_threads(context),
+    )
+
+
+def _threads_were_refused(context: Context) -> bool:
+    """Whether the control group counted refusals, or the run had nearly as many processes and threads as it may."""
+    evidence, allowed = context.evidence, context.limits.processes
+    if evidence.process_refusals:
+        return True
+    peak = evidence.processes_peak
+    return peak is not None and allowed is not None and peak >= NEARLY * allowed
+
+
+def _allowed(context: Context) -> str:
+    bound, allowed = context.evidence.process_bound, context.limits.processes
+    if bound is not None:
+        return f" ({bound[1]} are allowed in {bound[0]}, a group above the sandbox)"
+    return "" if allowed is None else f" ({allowed} processes and threads are allowed)"
+
+
+def _process_facts(context: Context) -> tuple[Fact, ...]:
+    evidence = context.evidence
+    return (
+        outside("forks refused", evidence.process_refusals, "pids.events of the control group"),
+        outside(
+            "processes and threads at most",
+            evidence.processes_peak,
+            "control group or the watchdog",
+        ),
+        outside("processes allowed", context.limits.processes, "limits of this run"),
+    )
+
+
+def _fewer_threads(context: Context) -> str:
+    bounded = context.evidence.process_bound is not None
+    more = "" if bounded else context.if_limited(LimitName.PROCESSES, "; or raise --processes")
+    return (
+        "Libraries start one thread for each processor unless told otherwise: set OMP_NUM_THREADS, OPENBLAS_NUM_THREADS,"
+        f" POLARS_MAX_THREADS or the like before they are imported, and end the threads of earlier cells{more}."
+    )
+
+
+# --- descriptors ------------------------------------------------------------------------------------------------
+
+
+def descriptors(context: Context) -> Cause | None:
+    """A cell error of a library that could not open something, while the kernel had nearly all descriptors in use."""
+    error = context.evidence.error
+    count, allowed = context.evidence.open_files, context.limits.open_files
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    if count is None or allowed is None or count < NEARLY * allowed:
+        return None
+    if not DESCRIPTOR_WANTED.search(error.evalue):
+        return None
+    facts = (
+        _said(error),
+        outside("open files", count, "/proc/PID/fd after the error"),
+        outside("open files allowed", allowed, "RLIMIT_NOFILE of each process"),
+    )
+    first = error.evalue.strip().split("\n", 1)[0][:120]
+    summary = f"too many open files: {count} are open of {allowed} allowed, and a library could not have another one ({first})"
+    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
+    return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
+
+
+# --- limits of the machine --------------------------------------------------------------------------------------
+
+
+def inotify(context: Context) -> Cause | None:
+    """Inotify has limits of its own: it reports a full disk (ENOSPC) and too many open files (EMFILE), and means neither."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
+    numbers = {row.number for row in context.evidence.raised}
+    text = f"{error.ename}: {error.evalue}"
+    full = errno.ENOSPC in numbers or "[Errno 28]" in text or "No space left" in text
+    many = errno.EMFILE in numbers or "[Errno 24]" in text or "Too many open files" in text
+    if not (full or many) or not _is_of_inotify(context, error):
+        return None
+    things, setting = WATCHES if full else INSTANCES
+    summary = (
+        f"the user has as many inotify {things} as this machine allows ({setting}):"
+        f" {'the disk is not full' if full else 'it is no limit on open files'}"
+    )
+    advice = (
+        f"Watch fewer directories, or stop earlier watchers (observer.stop()). All of a user's programs share {setting};"
+        " an administrator can raise it with sysctl. No option of safe-exec changes it."
+    )
+    facts = (
+        _said(error),
+        outside("kernel process", "alive after the error", "the keeper had no wait status"),
+    )
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, facts, advice)
+
+
+def _is_of_inotify(context: Context, error: CellError) -> bool:
+    place = context.evidence.place
+    files = [frame.file or "" for frame in place.stack[:3]] if place is not None else []
+    return INOTIFY.search(error.evalue) is not None or any(INOTIFY.search(file) for file in files)
+
+
+def memory_maps(context: Context) -> Cause | None:
+    """An allocation was refused, and the kernel had as many memory maps as the system allows a process (vm.max_map_count)."""
+    error, maps = context.evidence.error, context.evidence.memory_maps
+    if not isinstance(context.ending, CellFailed) or error is None or maps is None:
+        return None
+    count, allowed = maps
+    if count < NEARLY * allowed or not MAP_REFUSED.search(f"{error.ename} {error.evalue}"):
+        return None
+    summary = (
+        f"an allocation was refused: the kernel has {count} memory maps, and the system allows a process {allowed}"
+        " (vm.max_map_count); memory is not short"
+    )
+    facts = (
+        _said(error),
+        outside("memory maps", count, "/proc/PID/maps after the error"),
+        outside("memory maps allowed", allowed, "/proc/sys/vm/max_map_count"),
+    )
+    advice = (
+        "Map fewer files at a time: close what is no longer needed, merge small files, or read them instead of mapping them."
+        " An administrator can raise vm.max_map_count with sysctl. No option of safe-exec changes it."
+    )
+    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.CERTAIN, facts, advice)
+
+
+def parser(context: Context) -> Cause | None:
+    """Python's parser raises MemoryError for code that is nested too deeply; memory has nothing to do with it."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None or error.ename != "MemoryError":
+        return None
+    words = PARSER_WORDS.search(error.evalue) is not None
+    if not words and (error.evalue.strip() or not _is_of_parser(error)):
+        return None
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    if peak is not None and limit is not None and peak >= NEARLY * limit:
+        return None
+    summary = "Python's parser gave up: the code that it was given is nested too deeply. It says so with a MemoryError, but memory is not short"
+    facts = [_said(error)]
+    if peak is not None:
+        facts.append(outside("memory peak", peak, "control group or sum over processes"))
+    if limit is not None:
+        facts.append(outside("memory limit", limit, "limits of this run"))
+    advice = (
+        "Build the value in steps instead of one expression, or nest fewer parentheses and operators; text of such a depth"
+        " should not be evaluated as Python code."
+    )
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, tuple(facts), advice)
+
+
+def _is_of_parser(error: CellError) -> bool:
+    """Whether the innermost line of the traceback hands text to the parser."""
+    lines = _RAISED_AT.findall(_ANSI.sub("", "\n".join(error.traceback)))
+    return bool(lines) and PARSER_CALL.search(lines[-1]) is not None
+
+
+def _said(error: CellError) -> Fact:
+    return inside("raised", f"{error.ename}: {error.evalue}"[:MOST_WORDS], "the cell's error")
