@@ -199,8 +199,8 @@ def inotify(context: Context) -> Cause | None:
 
 
 def _is_of_inotify(context: Context, error: CellError) -> bool:
-    place = context.evidence.place
-    files = [frame.file or "" for frame in place.stack[:3]] if place is not None else []
+    location = context.evidence.location
+    files = [frame.file or "" for frame in location.stack[:3]] if location is not None else []
     return INOTIFY.search(error.evalue) is not None or any(INOTIFY.search(file) for file in files)
 
 
