@@ -1,6 +1,8 @@
-"""Many notebooks in one call.
+"""Run many notebooks in one call.
 
-Which ones (``selection``), in what order (``order``), how many at a time (``admission``), each on a thread of its own (``worker``), again or
-not (``retries``), on record (``journal``, ``history``, ``fingerprint``), and what it comes to (``outcome``, ``reports``). ``driver`` puts
-them together. May import pipeline and what is below; a notebook is run by the very function that ``run`` calls.
+``scheduler`` puts the other modules together: which notebooks run (``selection``), in what order
+(``ordering``), how many at a time (``admission``), each on its own thread (``worker``), whether a
+failure is tried again (``retry``), what is recorded (``journal``, ``history``, ``fingerprint``),
+and the result (``outcome``, ``report_registry``). Each notebook runs through the same function as
+``safe-exec run``.
 """

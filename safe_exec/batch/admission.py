@@ -1,7 +1,8 @@
-"""How many notebooks run at a time. Pure; imports errors only.
+"""Decide how many notebooks run at a time.
 
-What a notebook may use counts, not what it uses: a notebook is admitted while the memory limits of those that run, its own among them, fit
-into the memory that there is. One without a limit may use all of it, and runs alone; so does one that may use more than there is.
+Admission compares memory limits, not memory use: a notebook starts if its limit and the limits of
+the running notebooks fit into the available memory together. A notebook without a limit, or with
+one larger than the available memory, runs alone.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ from safe_exec.errors import UsageError
 
 AUTO = "auto"
 RESERVE_BYTES = 256 << 20
-"""Left free for ourselves and the keepers."""
+"""Memory left free for the runner and the keepers."""
 START_BYTES = 512 << 20
-"""What a kernel may take that has started and runs nothing yet; most take a tenth of it."""
+"""Memory of a kernel that has started and runs no cell yet; most kernels use a tenth of it."""
 
 
 class Capacity(Struct, frozen=True, kw_only=True):
-    """What there is: ``jobs`` notebooks at a time, ``memory`` bytes for all of them together (``None``: not known, does not count)."""
+    """The number of notebooks at a time, and the memory for all of them together in bytes.
+
+    ``memory`` is ``None`` if it could not be measured; it is not considered then.
+    """
 
     jobs: int
     memory: int | None
 
 
 def parse_jobs(text: str, cpus: int) -> int:
-    """``-j``: a number, or ``auto`` for that of the processors. Raises UsageError."""
+    """Parse ``-j``: a number, or ``auto`` for the number of processors. Raises UsageError."""
     if text == AUTO:
         return max(1, cpus)
+    # str.isdigit accepts digits of every script, and int() reads them.
     if not text.isascii() or not text.isdigit() or not int(text):
         raise UsageError(
             f"-j: expected a number of notebooks from 1 on, or {AUTO}, found {text[:40]!r}"
@@ -37,51 +42,67 @@ def parse_jobs(text: str, cpus: int) -> int:
     return int(text)
 
 
-def room_for(jobs: int, available: int | None) -> Capacity:
-    """The room on a machine with ``available`` bytes of memory that nobody uses yet."""
+def capacity_for(jobs: int, available: int | None) -> Capacity:
+    """Return the capacity of a machine with ``available`` bytes of free memory."""
     return Capacity(
         jobs=jobs, memory=None if available is None else max(0, available - RESERVE_BYTES)
     )
 
 
 def admits(
-    capacity: Capacity, running: Sequence[int | None], requested: int | None, ahead: int = 0
+    capacity: Capacity, running: Sequence[int | None], requested: int | None, prestarted: int = 0
 ) -> bool:
-    """Whether one with the memory limit ``wanted`` may start beside those that run, given by theirs, and ``ahead`` kernels that only wait."""
+    """Return whether a notebook with the memory limit ``requested`` may start.
+
+    ``running`` are the memory limits of the running notebooks. ``prestarted`` counts kernels that
+    have started but still wait for their notebook's turn.
+    """
+    # A notebook that exceeds the machine still has to run at some time: it runs alone.
     if not running:
         return True
     if len(running) >= capacity.jobs:
         return False
     if capacity.memory is None:
         return True
+    # A notebook without a limit can use all memory, so it neither joins others nor lets them join.
     limits = [limit for limit in (*running, requested) if limit is not None]
-    return len(limits) == len(running) + 1 and sum(limits) + ahead * START_BYTES <= capacity.memory
+    return (
+        len(limits) == len(running) + 1
+        and sum(limits) + prestarted * START_BYTES <= capacity.memory
+    )
 
 
-def most_ahead(capacity: Capacity) -> int:
-    """How many kernels may wait: half as many as run keep all processors busy, and as many do no better."""
+def max_prestarted(capacity: Capacity) -> int:
+    """Return how many kernels may start ahead of their notebook's turn."""
+    # Measured: with half as many waiting kernels as running ones all processors stay busy, and more
+    # waiting kernels gain nothing.
     return (capacity.jobs + 1) // 2
 
 
-def admits_ahead(capacity: Capacity, running: Sequence[int | None], ahead: int) -> bool:
-    """Whether one more kernel may be started for a notebook whose turn comes later, beside ``ahead`` others that wait: it only starts."""
-    if ahead >= most_ahead(capacity):
+def admits_prestart(capacity: Capacity, running: Sequence[int | None], prestarted: int) -> bool:
+    """Return whether one more kernel may start ahead of its notebook's turn."""
+    if prestarted >= max_prestarted(capacity):
         return False
+    # The notebook itself starts later, by ``admits``: here only the start of its kernel has to fit.
     limits = [limit for limit in running if limit is not None]
     return capacity.memory is None or (
-        len(limits) == len(running) and sum(limits) + (ahead + 1) * START_BYTES <= capacity.memory
+        len(limits) == len(running)
+        and sum(limits) + (prestarted + 1) * START_BYTES <= capacity.memory
     )
 
 
 def first_fitting(
-    capacity: Capacity, running: Sequence[int | None], waiting: Iterable[int | None], ahead: int = 0
+    capacity: Capacity,
+    running: Sequence[int | None],
+    waiting: Iterable[int | None],
+    prestarted: int = 0,
 ) -> int | None:
-    """The number of the first in line that may start now."""
+    """Return the index of the first waiting notebook that may start, by the rules of ``admits``."""
     return next(
         (
             number
             for number, requested in enumerate(waiting)
-            if admits(capacity, running, requested, ahead)
+            if admits(capacity, running, requested, prestarted)
         ),
         None,
     )

@@ -1,6 +1,6 @@
-"""What a batch tells the CI system that it runs under: annotations and a summary on GitHub, a report for GitLab.
+"""Report a batch to the CI system it runs under: GitHub Actions or GitLab CI.
 
-Here the environment is read; the formats themselves, in ``reports``, know nothing of it.
+Only this module reads the environment; the formats themselves, in ``reports``, do not.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
 def on_github() -> bool:
-    """Whether this is a job of GitHub Actions."""
+    """Return whether this process is part of a GitHub Actions job."""
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def on_gitlab() -> bool:
-    """Whether this is a job of GitLab CI."""
+    """Return whether this process is part of a GitLab CI job."""
     return bool(os.environ.get("GITLAB_CI"))
 
 
 def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
-    """What is written for them beside the reports that every batch has."""
+    """Return the reports that the CI system reads, beside those of every batch."""
     summary = os.environ.get(SUMMARY_VARIABLE, "") if github else ""
     return (
         *(
@@ -44,22 +44,23 @@ def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
 
 
 def append_summary(batch: BatchResult, path: Path) -> None:
-    """Adds the summary of the batch to that of the job: the file is GitHub's, and other commands write to it too. Raises OSError."""
+    """Append the batch's summary to the job's summary. Raises OSError."""
     from safe_exec.reports.batch import github
 
+    # GitHub gives all steps of a job one summary file, so it is appended to, never replaced.
     with path.open("a", encoding="utf-8") as file:
         file.write(github.summary(batch))
 
 
 def write_code_quality(batch: BatchResult, path: Path) -> None:
-    """Writes GitLab's report; its paths are those of the checkout. Raises OSError."""
+    """Write GitLab's code quality report, with paths relative to the checkout. Raises OSError."""
     from safe_exec.reports.batch import gitlab
 
     gitlab.write(batch, path, _checkout("CI_PROJECT_DIR"))
 
 
 def github_lines(batch: BatchResult) -> Iterator[str]:
-    """The lines that GitHub reads from standard output; their paths are those of the checkout."""
+    """Return the lines that GitHub reads from standard output; paths start at the checkout."""
     from safe_exec.reports.batch import github
 
     return github.annotations(batch, _checkout("GITHUB_WORKSPACE"))

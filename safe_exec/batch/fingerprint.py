@@ -1,8 +1,9 @@
-"""What a run depends on, as one key: two runs with the same key need not both be made. May import job and notebook.
+"""Fingerprint everything a run depends on.
 
-Two keys: that of a run (content, limits, walls, kernel, options) says whether a finished notebook of a batch that was cut short is still
-the same; that of a pass also holds the kernel's environment and the inputs that the notebook declares
-(``metadata.safe_exec.inputs``, patterns relative to its folder), and says whether one that passed before has to be run again.
+The key of a run covers content, limits, walls, kernel and options; ``--resume`` uses it to
+recognise finished notebooks. The key of a pass also covers the kernel's environment and the inputs
+that the notebook declares (``metadata.safe_exec.inputs``, patterns relative to its folder);
+``--only-changed`` uses it to skip notebooks that passed before.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from safe_exec.notebook.notebook import METADATA_KEY
 from safe_exec.workflows.prepare import PreparedJob
 
 ASK_SECONDS = 30
+# Inputs may be larger than the memory, so they are hashed in pieces.
 _PIECE = 1 << 20
 _ASK = (
     "import importlib.metadata as m, json, platform, sys; "
-    "print(json.dumps([sys.version, platform.platform(), sorted({(d.metadata['Name'] or '', d.version) for d in m.distributions()})]))"
+    "packages = sorted({(d.metadata['Name'] or '', d.version) for d in m.distributions()}); "
+    "print(json.dumps([sys.version, platform.platform(), packages]))"
 )
 
 
 def key_of_run(prepared: PreparedJob) -> str:
-    """Of content, limits, walls, kernel and options; of nothing that is outside the notebook's file and this call."""
+    """Return the key of content, limits, walls, kernel and options."""
     job = prepared.job
     return key_of(
         {
@@ -54,7 +57,8 @@ def key_of_run(prepared: PreparedJob) -> str:
 
 
 def key_of_pass(prepared: PreparedJob, kernels: Kernels, inputs: Mapping[str, str | None]) -> str:
-    """The same, and the kernel's environment and the declared inputs as they were before the run (:func:`inputs_of`)."""
+    """Return the key of a run, its kernel's environment and its inputs (see ``inputs_of``)."""
+    # The inputs are hashed before the run, because a notebook may overwrite its own inputs.
     return key_of(
         {
             "run": key_of_run(prepared),
@@ -66,11 +70,11 @@ def key_of_pass(prepared: PreparedJob, kernels: Kernels, inputs: Mapping[str, st
     )
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------
 
 
 def declared_inputs(metadata: Mapping[str, Any], error_prefix: object) -> tuple[str, ...]:
-    """The patterns of ``metadata.safe_exec.inputs``. Raises NotebookError where they are no list of texts."""
+    """Return the patterns of ``metadata.safe_exec.inputs``. Raises NotebookError."""
     ours = metadata.get(METADATA_KEY)
     patterns = ours.get("inputs") if isinstance(ours, Mapping) else None
     if patterns is None:
@@ -79,15 +83,16 @@ def declared_inputs(metadata: Mapping[str, Any], error_prefix: object) -> tuple[
         isinstance(pattern, str) and pattern for pattern in patterns
     ):
         raise NotebookError(
-            f'{one_line(error_prefix)}: metadata.safe_exec.inputs: expected a list of patterns such as ["data/*.csv"]'
+            f"{one_line(error_prefix)}: metadata.safe_exec.inputs: "
+            'expected a list of patterns such as ["data/*.csv"]'
         )
     return tuple(patterns)
 
 
 def inputs_of(prepared: PreparedJob) -> dict[str, str | None]:
-    """A hash of each file that the patterns match, by its path; a directory stands for all below it.
+    """Hash every file that matches a declared pattern; a directory stands for all files in it.
 
-    A pattern that matches nothing is in it by itself: the first file that comes is a change.
+    A pattern without a match is recorded as well, so the first matching file counts as a change.
     """
     folder = prepared.job.path.absolute().parent
     hashes: dict[str, str | None] = {}
@@ -110,9 +115,10 @@ def _files(folder: Path, hit: str) -> list[str]:
 
 
 def _hash_of(path: Path) -> str | None:
-    """``None`` for what cannot be read, or is no file: a pipe must not hold us up."""
+    """Return the SHA-256 of a file, or ``None`` if it cannot be read."""
     digest = hashlib.sha256()
     try:
+        # A pipe would block the batch, and a device may never end: only regular files are read.
         if not path.is_file():
             return None
         with path.open("rb") as file:
@@ -123,19 +129,20 @@ def _hash_of(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------
 
 
 class Kernels:
-    """The environments of kernels, each asked once. Any thread may ask."""
+    """The environments of kernels, each collected once. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._environments: dict[str, str] = {}
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def environment(self, name: str) -> str:
-        """What a kernel is now: its command and, of a Python one, version and packages; of others the program's file."""
-        with self._turn:
+        """Describe a kernel: its command, and its Python packages or the file of its program."""
+        # Held while the environment is collected, so that two threads never start two interpreters.
+        with self._lock:
             if name not in self._environments:
                 self._environments[name] = _environment_of(name)
             return self._environments[name]
@@ -150,10 +157,11 @@ def _environment_of(name: str) -> str:
         spec = KernelSpecManager().get_kernel_spec(name)
     except NoSuchKernel:
         return "none"
-    # As jupyter_client does: a bare name of Python is the one that we run in.
+    # jupyter_client replaces a bare `python` in a kernelspec by the interpreter it runs in.
     program = (
         sys.executable if re.fullmatch(r"python(3(\.[0-9]+)?)?", spec.argv[0]) else spec.argv[0]
     )
+    # Only Python can list its packages. For other kernels a new version is a new program file.
     packages = _packages_of(program) if speaks_ipc(spec.argv) else None
     return json.dumps(
         [spec.argv, spec.env, packages if packages is not None else _file_of(program)],
@@ -164,7 +172,8 @@ def _environment_of(name: str) -> str:
 
 def _packages_of(python: str) -> str | None:
     try:
-        # Not from the directory that we are in: it may be the notebooks' own, and Python imports from there first.
+        # Python imports from the working directory first, and that may be the notebooks' own
+        # folder, so the interpreter starts in the root directory.
         process = subprocess.run(
             [python, "-c", _ASK],
             capture_output=True,

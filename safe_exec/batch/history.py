@@ -1,7 +1,7 @@
-"""What this machine remembers of notebooks: how long each took, and what it was when it passed. Imports culprit's cache and files.
+"""Remember earlier runs of a notebook on this machine: its duration, and its key when it passed.
 
-One small JSON file for each notebook in the user's cache, replaced whole: batches that run at the same time do not disturb each other. A
-memory that cannot be read or written is an empty one: it saves time and decides nothing but that.
+Each notebook has one small JSON file in the user's cache. A missing or unreadable file counts as no
+history: history saves time and never changes a result.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _DAY = 86400.0
 
 
 class RunHistory(Struct, frozen=True, kw_only=True):
-    """``seconds``: what it took the last time it was run. ``passed``: the key of all that it depended on when it last passed."""
+    """``seconds`` is the duration of the last run; ``passed`` is the key of the last pass."""
 
     seconds: float | None = None
     passed: str | None = None
 
 
 class History:
-    """The memory of notebooks by their path."""
+    """The histories of notebooks, by their path."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
 
     @classmethod
     def of_user(cls) -> History:
-        """In the user's cache; one that remembers nothing where there is none to be had."""
+        """Open the history in the user's cache; without a cache it stays empty."""
         with contextlib.suppress(OSError):
             directory = cache_root() / "notebooks"
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -46,7 +46,8 @@ class History:
         return cls(None)
 
     def get(self, notebook: Path) -> RunHistory:
-        """What is known of a notebook."""
+        """Return what is known of a notebook."""
+        # Any error means no history: the file may be of another version, or cut short.
         try:
             document = json.loads(self._file(notebook).read_bytes())
             return RunHistory(
@@ -56,7 +57,8 @@ class History:
             return RunHistory()
 
     def put(self, notebook: Path, record: RunHistory) -> None:
-        """Remember."""
+        """Replace what is known of a notebook."""
+        # Best effort: a full disk or a read-only home costs the next batch some time, nothing else.
         with contextlib.suppress(OSError):
             write_atomically(
                 self._file(notebook),
@@ -64,7 +66,7 @@ class History:
             )
 
     def tidy(self) -> None:
-        """Forget what nobody has run for long."""
+        """Delete the histories of notebooks that have not run for half a year."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.directory) if self.directory is not None else ():
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > KEPT_DAYS * _DAY:
@@ -73,6 +75,7 @@ class History:
     def _file(self, notebook: Path) -> Path:
         if self.directory is None:
             raise FileNotFoundError("there is no cache")
+        # A hash, because a path may be longer than a file name can be.
         name = hashlib.sha256(os.fsencode(os.path.realpath(notebook))).hexdigest()
         return self.directory / f"{name}.json"
 

@@ -1,9 +1,10 @@
-"""What a batch has done, on disk while it does it: a batch that was killed goes on from here. Imports errors and what plain JSON takes.
+"""Record the progress of a batch on disk, so that a batch that was killed can resume.
 
-``journal.jsonl`` in the output directory: one line an event, only ever appended to. The line of a finished notebook is on the disk (fsync)
-before anything else is done for it, and after its documents are: what the journal calls finished is finished. A line that was cut short by
-a kill is none; the next one begins on a line of its own. The journal is locked (flock(2)) as long as a batch writes to it, by the
-system, so that no kill leaves a lock behind.
+``journal.jsonl`` in the output directory has one line per event and is only appended to. The line
+of a finished notebook is written after its documents and flushed with fsync, so a notebook that the
+journal calls finished is finished. A kill may leave a partial last line, which is ignored; the next
+event starts a new line. The writing batch holds a lock (flock(2)), which the system releases
+whatever ends the batch.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = (
     "batch_started",
     "batch_finished",
 )
+# O_APPEND: threads write whole lines. O_NOFOLLOW: a notebook may put a link in the journal's place.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class JournalRecord(Struct, frozen=True, kw_only=True):
-    """What is on record of a notebook that was run to its end. Documents are paths below the output directory.
+    """The record of a notebook that ran to its end.
 
-    ``key`` stands for all that the run depended on (:func:`fingerprint.key_of_run`). ``headline`` is the verdict in one line.
+    ``key`` is the fingerprint of the run (``fingerprint.key_of_run``); ``headline`` is its verdict
+    in one line. Documents are paths relative to the output directory.
     """
 
     path: str
@@ -56,7 +59,10 @@ class JournalRecord(Struct, frozen=True, kw_only=True):
 
 
 class PreviousBatch(Struct, frozen=True, kw_only=True):
-    """What a journal says: notebooks that were finished, the last word on each; whether the batch came to its end."""
+    """The content of a journal: the last record of each finished notebook.
+
+    ``complete`` is true if the batch came to its end.
+    """
 
     finished: Mapping[str, JournalRecord]
     complete: bool
@@ -64,7 +70,8 @@ class PreviousBatch(Struct, frozen=True, kw_only=True):
 
 
 def read(path: Path) -> PreviousBatch:
-    """The journal in ``path``; an empty past where there is none. Lines that are none are left out: a kill may cut one short."""
+    """Read a journal; a missing file gives an empty result."""
+    # A line that is not JSON was cut short by a kill.
     finished: dict[str, JournalRecord] = {}
     complete, empty = False, True
     try:
@@ -76,15 +83,15 @@ def read(path: Path) -> PreviousBatch:
         kind = event.get("event")
         empty = empty and kind is None
         if kind == FINISHED:
-            with contextlib.suppress(TypeError):  # of a version that knew other fields: run again
+            # A version of safe-exec with other fields wrote this line: the notebook runs again.
+            with contextlib.suppress(TypeError):
                 record = JournalRecord(
                     **{key: value for key, value in event.items() if key not in ("event", "time")}
                 )
                 finished[record.path] = record
         elif kind == STARTED:
-            finished.pop(
-                str(event.get("path")), None
-            )  # begun once more, for a change: it is finished when that is
+            # The notebook started again, after a change, and is finished when that run is.
+            finished.pop(str(event.get("path")), None)
         complete = kind == BATCH_FINISHED if kind is not None else complete
     return PreviousBatch(finished=finished, complete=complete, empty=empty)
 
@@ -98,10 +105,11 @@ def _event_of(line: bytes) -> dict[str, Any]:
 
 
 class Journal:
-    """The journal of a batch that runs; a context manager. Any thread may write.
+    """The journal of a running batch; a context manager. Safe to use from any thread.
 
-    On entry ``past`` is what it says so far; without ``resume`` it is emptied then. ``trouble`` is the first error on writing: the
-    batch goes on, but could not be resumed. Raises UsageError where another batch holds it, or it cannot be opened.
+    ``past`` is the content on entry; without ``resume`` the file is emptied after reading it.
+    ``trouble`` is the first error on writing: the batch continues, but cannot be resumed. Raises
+    UsageError if another batch holds the lock or the file cannot be opened.
     """
 
     def __init__(self, out: Path, *, resume: bool) -> None:
@@ -110,7 +118,7 @@ class Journal:
         self.past = PreviousBatch(finished={}, complete=False, empty=True)
         self.trouble: OSError | None = None
         self._fd = -1
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         try:
@@ -120,6 +128,7 @@ class Journal:
                 f"{one_line(self.path)}: cannot be written: {error.strerror}; choose another --out"
             ) from None
         try:
+            # The lock belongs to the open file: it disappears with the process, even after SIGKILL.
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
@@ -138,31 +147,32 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let go of it, and of the lock."""
+        """Close the file, which releases the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def _begin_a_line(self) -> None:
-        """What comes after a line that was cut short must not become a part of it."""
+        # A kill may have cut the last line short: without a line break the next event would be lost
+        # too.
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             self._write(b"\n", sync=False)
 
     def batch_started(self, **facts: object) -> None:
-        """A batch begins, or goes on."""
+        """Record the start of a batch, or of its continuation."""
         self._put(BATCH_STARTED, facts, sync=True)
 
     def started(self, path: str, *, attempt: int, run_id: str) -> None:
-        """A notebook is about to run."""
+        """Record the start of a notebook."""
         self._put(STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
 
     def finished(self, record: JournalRecord) -> None:
-        """A notebook is finished: on the disk when this returns."""
+        """Record a finished notebook; the record is on disk on return."""
         self._put(FINISHED, asdict(record), sync=True)
 
     def batch_finished(self, **facts: object) -> None:
-        """All is done, reports included."""
+        """Record the end of a batch, after its reports were written."""
         self._put(BATCH_FINISHED, facts, sync=True)
 
     def _put(self, event: str, facts: Mapping[str, object], *, sync: bool) -> None:
@@ -170,10 +180,12 @@ class Journal:
         self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n", sync=sync)
 
     def _write(self, data: bytes, *, sync: bool) -> None:
-        with self._turn:
+        with self._lock:
             try:
-                while data:  # a full disk takes a part
+                # A disk that is almost full accepts a part of the data.
+                while data:
                     data = data[os.write(self._fd, data) :]
+                # Without fsync a power failure may lose a record of a notebook that is finished.
                 if sync:
                     os.fsync(self._fd)
             except OSError as error:

@@ -1,7 +1,8 @@
-"""Which notebook comes first, and which shard it belongs to. Pure but for reading the summaries that timings come from.
+"""Order the notebooks of a batch and divide them into shards.
 
-The longest first: a long one that starts last is what everybody waits for. Shards are cut from timings that are the same everywhere
-(``--timings``), never from what one machine remembers: each of them must come to the same cut by itself.
+The longest notebooks start first: a long one that starts last would keep everybody waiting. Shards
+are divided by timings that all machines share (``--timings``), never by the history of one machine,
+because every shard has to compute the same division by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ _MOST_BYTES = 256 << 20
 def longest_first(
     paths: Sequence[str], seconds: Mapping[str, float], sizes: Mapping[str, int]
 ) -> list[str]:
-    """The order of starts. One whose time is not known may be the longest and comes before all others, a large file before a small."""
+    """Return the paths in the order of their starts.
+
+    A notebook without a known duration may be the longest, so it starts before all others.
+    """
+    # Among those of unknown duration the larger file goes first: it is the only hint there is.
     return sorted(
         paths,
         key=lambda path: (path in seconds, -seconds.get(path, 0.0), -sizes.get(path, 0), path),
@@ -31,7 +36,7 @@ def longest_first(
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``--shard K/N``, K from 1. Raises UsageError."""
+    """Parse ``--shard K/N``, with K from 1. Raises UsageError."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(
@@ -41,15 +46,19 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def cut(paths: Sequence[str], seconds: Mapping[str, float], shards: int) -> list[list[str]]:
-    """The notebooks of each shard: the longest to the shard that has the least so far (Graham 1969, LPT).
+    """Return the notebooks of each shard, by the LPT rule (Graham 1969).
 
-    A notebook that ``seconds`` does not know counts as long as the median of those it knows.
+    Each notebook, the longest first, goes to the shard with the smallest total so far. A notebook
+    that is missing in ``seconds`` counts as the median of the others.
     """
+    # The median, not the mean: one very long notebook must not make every unknown one look long.
     durations = [seconds[path] for path in paths if path in seconds]
     usual = median(durations) if durations else 1.0
     loads = [0.0] * shards
     shard_paths: list[list[str]] = [[] for _ in range(shards)]
     for path in sorted(paths, key=lambda path: (-seconds.get(path, usual), path)):
+        # Ties go to the shard with fewer notebooks, then to the lower number, so that every machine
+        # computes the same shards.
         least = min(
             range(shards), key=lambda number: (loads[number], len(shard_paths[number]), number)
         )
@@ -59,7 +68,7 @@ def cut(paths: Sequence[str], seconds: Mapping[str, float], shards: int) -> list
 
 
 def read_timings(files: Sequence[Path]) -> dict[str, float]:
-    """Seconds by path, from the ``summary.json`` of earlier batches; the last file that knows a notebook counts. Raises UsageError."""
+    """Read seconds by path from ``summary.json`` files; the last file wins. Raises UsageError."""
     timings: dict[str, float] = {}
     for file in files:
         timings |= _timings_of(file, read_regular(file, most=_MOST_BYTES, error=UsageError))
@@ -75,6 +84,7 @@ def _timings_of(file: Path, data: bytes) -> dict[str, float]:
         schema = document["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise wrong from None
+    # Any other JSON with a list called "notebooks" would silently give wrong shards.
     if schema != SUMMARY_SCHEMA:
         raise wrong
     return timings

@@ -1,4 +1,4 @@
-"""What a batch comes to: the worst exit code, and one line for scripts. Pure; imports model and the entries of reports."""
+"""Compute the outcome of a batch: the worst exit code, and one line for scripts."""
 
 from __future__ import annotations
 
@@ -19,32 +19,41 @@ SEVERITY = (
     Status.INTERNAL_ERROR.exit_code,
     Status.CANCELLED.exit_code,
 )
-"""Exit codes from good to bad: first what a notebook did, then that it could not be tried, that we failed, that we were stopped."""
+"""Exit codes from good to bad.
+
+First come the outcomes of notebooks, then input that could not be run, then failures of safe-exec
+itself, then an interruption by the user.
+"""
 
 STATUSES = (*(str(status) for status in Status), REFUSED, UNCHANGED, NOT_RUN)
-"""The statuses of a batch's notebooks."""
+"""Every status that a notebook of a batch can have."""
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The worst exit code; 0 for none."""
+    """Return the worst exit code, or 0 if there are none."""
+    # The position in SEVERITY counts: the codes themselves are not in order of severity.
     return max(codes, key=SEVERITY.index, default=0)
 
 
 def exit_code(results: Iterable[NotebookResult], *, cancelled: bool) -> int:
-    """The exit code of a batch. What was not run, or needed not be, has none."""
+    """Return the exit code of a batch; notebooks that did not run are not considered."""
+    # A batch that the user stopped says nothing about the notebooks that did not run.
     if cancelled:
         return Status.CANCELLED.exit_code
     return worst(result.exit_code for result in results if result.exit_code is not None)
 
 
 def counts_in_order(results: Iterable[NotebookResult]) -> dict[str, int]:
-    """How many of each status, in the order of :data:`STATUSES`, without those that do not occur."""
+    """Count the statuses that occur, in the order of ``STATUSES``."""
     every = [result.status for result in results]
     return {status: every.count(status) for status in STATUSES if status in every}
 
 
 def summary_line(batch: BatchResult) -> str:
-    """``batch: 40 notebooks: 38 passed (1 flaky), 1 cell_error, 1 kernel_died in 12.3 s; exit code 3``."""
+    """Return the last line of output, which scripts read.
+
+    ``batch: 40 notebooks: 38 passed (1 flaky), 1 cell_error, 1 kernel_died in 12.3 s; exit code 3``
+    """
     flaky = sum(result.flaky for result in batch.results)
     parts = []
     for status, count in counts_in_order(batch.results).items():

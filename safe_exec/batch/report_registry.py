@@ -1,4 +1,4 @@
-"""What is written of a batch once it is over. The list here is where a report is added."""
+"""List the reports of a batch, and write them. A new report is added to ``BATCH_REPORTS``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ log = logging.getLogger("safe_exec")
 
 
 class BatchReport(Struct, frozen=True, kw_only=True):
-    """A file, and ``module:function`` that writes it: called with the batch and the path; may raise OSError.
+    """A report file and the function that writes it.
 
-    ``file`` is seen from the output directory.
+    ``file`` is relative to the output directory. ``writer`` is ``module:function``, called with the
+    batch and the path; it may raise OSError.
     """
 
     file: str
     writer: str
 
     def function(self) -> Callable[[BatchResult, Path], None]:
-        """The function, imported now: a report costs nothing until it is written."""
+        """Import and return the function."""
+        # Imported here, not at the top: a report that is not written costs no import.
         module, _, name = self.writer.partition(":")
         writer: Callable[[BatchResult, Path], None] = getattr(import_module(module), name)
         return writer
@@ -41,12 +43,16 @@ BATCH_REPORTS = (
 
 
 def write_all(batch: BatchResult, more: Iterable[BatchReport] = ()) -> int:
-    """Write every report, and ``more``; the exit code of the batch, or 7 where that is worse and one could not be written."""
+    """Write every report and return the exit code of the batch.
+
+    The code is 7 if a report could not be written and no notebook ended worse.
+    """
     code = batch.exit_code
     for report in (*BATCH_REPORTS, *more):
         try:
             report.function()(batch, batch.out / report.file)
         except OSError as error:
+            # One report that cannot be written must not cost the others.
             log.error(  # noqa: TRY400
                 "%s: could not be written: %s", one_line(batch.out / report.file), one_line(error)
             )

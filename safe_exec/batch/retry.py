@@ -1,7 +1,7 @@
-"""Which failures are worth another try. Pure; imports model only.
+"""Decide which failures are tried again.
 
-Another try is for what may have come from around the notebook: the machine was busy, somebody sent a signal, a server kept it waiting. What the
-notebook does by itself it does again: an exception, a crash, its own limit, a loop.
+A retry helps if the failure may have come from outside the notebook: a busy machine, a signal, a
+slow server. Exceptions, crashes, endless loops and the notebook's own limits happen again.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 from safe_exec.model.verdict import Activity, CauseKind, Status, Verdict
 
 ALWAYS = frozenset({CauseKind.KILLED, CauseKind.TERMINATED})
-"""A signal from outside, with no limit of ours behind it."""
+"""Causes that are signals from outside, with no limit of this run behind them."""
 
+# The runner's clock starts a moment before the kernel does, so the measured wait is a little
+# shorter than the limit.
 NEARLY = 0.95
-"""The runner's clock and the kernel's wait begin a moment apart."""
+"""The share of the start timeout from which a start counts as timed out."""
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE})
+# A resource that kept the notebook waiting may answer next time. A computation does not get faster.
 WAITING = frozenset(
     {Activity.SLEEPING, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.WAITING_CHILD}
 )
-"""Out of time while it waited for something: what it waited for may come the next time. What computes does not get faster."""
+"""Activities whose time limit may hold on the next run."""
 
 ELSEWHERE = frozenset({"ran out in", "marked by"})
-"""Facts that say of a kill for memory that it was the machine, or a group above the sandbox, that had none left."""
+"""Names of facts that attribute an out-of-memory kill to the machine or to a parent cgroup."""
 
 
 def is_transient(verdict: Verdict) -> bool:
-    """Whether a failure can be one that another run does not have."""
+    """Return whether another run may succeed."""
     cause = verdict.cause
     if cause is None or verdict.status in (
         Status.PASSED,
@@ -39,12 +42,14 @@ def is_transient(verdict: Verdict) -> bool:
     if cause.kind in TIMES:
         return cause.activity in WAITING
     if cause.kind is CauseKind.OUT_OF_MEMORY:
+        # The notebook's own limit kills it again; memory that others used may be free next time.
         return any(fact.fact in ELSEWHERE for fact in cause.evidence)
     return cause.kind in ALWAYS
 
 
 def _ran_out_of_time_to_start(verdict: Verdict) -> bool:
-    """A kernel that is not installed, or that ended by itself while it started, does so again."""
+    # A kernel that is not installed, or that exits while starting, does so on every attempt. Only a
+    # start that ran out of time is tried again.
     facts = (
         {fact.fact: fact.value for fact in verdict.cause.evidence}
         if verdict.cause is not None

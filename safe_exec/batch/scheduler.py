@@ -1,6 +1,7 @@
-"""The whole of ``batch``: admit, run, record, report. May import pipeline and what is below.
+"""Run a batch: admit, run, record, report.
 
-The main thread only decides; each notebook runs on a thread of its own (``worker``). Signals are taken once, here, and told to every run.
+The main thread only decides; each notebook runs on its own thread (``worker``). Signals are handled
+once, here, and broadcast to every run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
-from safe_exec.batch.admission import Capacity, admits_ahead, first_fitting, most_ahead
+from safe_exec.batch.admission import Capacity, admits_prestart, first_fitting, max_prestarted
 from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
 from safe_exec.batch.history import History
 from safe_exec.batch.journal import Journal, JournalRecord
@@ -32,8 +33,8 @@ from safe_exec.batch.worker import (
     NotebookTask,
     SignalBroadcast,
     StartGate,
-    beside_others,
     refused,
+    reserve_for_others,
     run_task,
 )
 from safe_exec.errors import UsageError
@@ -48,31 +49,38 @@ from safe_exec.workflows.run import signals
 log = logging.getLogger("safe_exec")
 
 LOOK_AHEAD = 32
-"""How many of those that wait are looked at for one that fits, when the first does not."""
+"""How many waiting notebooks are considered if the first in line does not fit."""
 DRAW_SECONDS = 0.2
 
 
 class BatchListener(Protocol):
-    """Whoever shows the batch while it runs. Events come on the threads of the notebooks, all else on the main one."""
+    """The progress display of a batch.
+
+    Events arrive on the threads of the notebooks, all other calls on the main thread.
+    """
 
     def begin(self, total: int, jobs: int) -> None:
-        """So many notebooks, so many at a time."""
+        """Start with ``total`` notebooks, at most ``jobs`` at a time."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """Show a message to the user."""
 
     def sink(self, path: str, attempt: int) -> EventSink:
-        """The watcher's end of a notebook's events."""
+        """Return the sink for the events of one notebook."""
 
     def finished(self, result: NotebookResult, headline: str) -> None:
-        """A notebook came to its end, or needs not be run; ``headline`` is its verdict in one line."""
+        """Show a notebook that finished or was skipped, with its verdict in one line."""
 
     def draw(self) -> None:
-        """Called every now and then."""
+        """Redraw; called every 0.2 s."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """A batch as it was asked for. ``template`` is the job of every notebook but for its paths. ``limits`` is what ``--limits`` named."""
+    """A batch as the user requested it.
+
+    ``template`` is the job of every notebook except for its paths; ``limits`` is the value of
+    ``--limits``.
+    """
 
     notebooks: tuple[SelectedNotebook, ...]
     root: Path
@@ -89,7 +97,11 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class _QueuedNotebook(Struct, frozen=True, kw_only=True):
-    """A notebook that can run as soon as there is room; ``memory`` is its limit in bytes. ``early``: its sandbox may be built before its turn."""
+    """A notebook that runs as soon as there is capacity.
+
+    ``memory`` is its memory limit in bytes. ``prestarts`` is true if its sandbox may be built
+    before its turn.
+    """
 
     task: NotebookTask
     memory: int | None
@@ -98,12 +110,12 @@ class _QueuedNotebook(Struct, frozen=True, kw_only=True):
 
 
 class _Scheduler:
-    """The state of a batch that runs."""
+    """The state of a running batch."""
 
     def __init__(
-        self, plan: Plan, tree: OutputRoot, journal: Journal, watcher: BatchListener
+        self, plan: Plan, tree: OutputRoot, journal: Journal, listener: BatchListener
     ) -> None:
-        self.plan, self.tree, self.watcher = plan, tree, watcher
+        self.plan, self.tree, self.listener = plan, tree, listener
         self.broadcast = SignalBroadcast()
         self.history = History.of_user()
         self.context = BatchContext(
@@ -114,8 +126,9 @@ class _Scheduler:
             history=self.history,
             kernels=Kernels(),
             broadcast=self.broadcast,
-            sink=watcher.sink,
+            sink=listener.sink,
         )
+        # Without --resume the records of the previous batch are not trusted: limits may differ.
         self.past = journal.past.finished if plan.resume else {}
         self.results: dict[str, NotebookResult] = {}
         self.todo = self._in_order()
@@ -125,7 +138,7 @@ class _Scheduler:
         self.failed = False
 
     def _in_order(self) -> list[SelectedNotebook]:
-        """Those still to be looked at, the longest first."""
+        """Return all notebooks, the longest first."""
         by_path = {notebook.path: notebook for notebook in self.plan.notebooks}
         seconds, sizes = {}, {}
         for path, notebook in by_path.items():
@@ -138,21 +151,25 @@ class _Scheduler:
 
     @property
     def stopped(self) -> bool:
-        """Whether nothing more is to be started."""
+        """Whether no more notebooks may start."""
         return bool(self.broadcast.signals) or (self.plan.fail_fast and self.failed)
 
-    # --- the run ------------------------------------------------------------------------------------------------
+    # --- the run --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run all; when this returns every notebook has an entry and nothing is under way."""
+        """Run all notebooks; on return each has a result and nothing is running."""
         with ThreadPoolExecutor(
-            self.plan.capacity.jobs + most_ahead(self.plan.capacity), "notebook"
+            self.plan.capacity.jobs + max_prestarted(self.plan.capacity), "notebook"
         ) as pool:
             try:
                 while True:
                     while not self.stopped and (queued := await self._next()) is not None:
                         self._start(queued, pool)
-                    while not self.stopped and (candidate := await self._next_ahead()) is not None:
+                    # Kernels take about as long to start as a short notebook takes to run: the next
+                    # ones start while these run, and wait at their gates.
+                    while (
+                        not self.stopped and (candidate := await self._next_prestart()) is not None
+                    ):
                         self.ready[self._submit(candidate, pool)] = candidate
                     if self.stopped:
                         self._refuse()
@@ -164,7 +181,8 @@ class _Scheduler:
                     for future in finished_futures:
                         self._take(future)
             except BaseException:
-                # Whatever went wrong here: no thread may be left with a kernel, and the pool waits for them.
+                # The pool waits for its threads on exit, so each has to end: none may stay behind
+                # with a kernel.
                 self._refuse()
                 self.broadcast.receive(signal.SIGTERM)
                 raise
@@ -179,8 +197,8 @@ class _Scheduler:
         )
 
     def _start(self, queued: _QueuedNotebook, pool: ThreadPoolExecutor) -> None:
-        """Let it run; one that was got ready is on a thread already."""
         queued.gate.open()
+        # A notebook whose kernel started ahead of its turn already has a thread.
         future = next((future for future, ready in self.ready.items() if ready is queued), None)
         if future is None:
             future = self._submit(queued, pool)
@@ -189,21 +207,21 @@ class _Scheduler:
         self.running[future] = queued
 
     def _refuse(self) -> None:
-        """None of those that are ready is going to run."""
         for queued in self.ready.values():
             queued.gate.refuse()
 
     def _take(self, future: asyncio.Future[JournalRecord | None]) -> None:
-        """What became of one that ran, or was got ready."""
+        """Record the result of a notebook that ended, or that was refused at its gate."""
         queued = self.running.pop(future, None) or self.ready.pop(future)
         record = future.result()
+        # Without a record the gate was refused: nothing of the notebook ran.
         if record is None:
             self.results[queued.task.notebook.path] = _not_run(queued.task.notebook, NOT_RUN)
         else:
             self._finish(queued.task.notebook, record)
 
     async def _next(self) -> _QueuedNotebook | None:
-        """The first in line that may start now."""
+        """Remove and return the first waiting notebook that may start, reading more as needed."""
         while True:
             limits = [queued.memory for queued in self.running.values()]
             line = [*self.ready.values(), *self.waiting]
@@ -215,14 +233,15 @@ class _Scheduler:
                 if at >= len(self.ready):
                     del self.waiting[at - len(self.ready)]
                 return queued
+            # Reading a notebook takes time. Enough of them are read to find one that fits, no more.
             full = len(self.running) >= self.plan.capacity.jobs or len(self.waiting) >= LOOK_AHEAD
             if full or not self.todo or self.stopped:
                 return None
             await self._look_at(self.todo.pop(0))
 
-    async def _next_ahead(self) -> _QueuedNotebook | None:
-        """The first in line, whose kernel may start by now though its turn has not come."""
-        if not admits_ahead(
+    async def _next_prestart(self) -> _QueuedNotebook | None:
+        """Return the first waiting notebook if its kernel may start ahead of its turn."""
+        if not admits_prestart(
             self.plan.capacity, [queued.memory for queued in self.running.values()], len(self.ready)
         ):
             return None
@@ -231,7 +250,7 @@ class _Scheduler:
         return self.waiting.pop(0) if self.waiting and self.waiting[0].prestarts else None
 
     async def _look_at(self, notebook: SelectedNotebook) -> None:
-        """Read a notebook: it waits from now on, or needs not be run, or cannot be."""
+        """Read a notebook: queue it, or record that it is finished, unchanged or unusable."""
         task = NotebookTask(notebook=notebook, job=job_of(self.plan, notebook, self.tree))
         try:
             outcome = await asyncio.to_thread(self._survey, task)
@@ -247,21 +266,24 @@ class _Scheduler:
 
     def _survey(self, task: NotebookTask) -> _QueuedNotebook | JournalRecord | NotebookResult:
         prepared = prepare(task.job)
-        inputs = inputs_of(prepared)  # wrong ones are found before anything runs
+        # Input patterns are checked here, so that a wrong one is reported before anything runs.
+        inputs = inputs_of(prepared)
         record = self.past.get(task.notebook.path)
         if (
             record is not None
             and record.key == key_of_run(prepared)
-            and _stands(record, self.tree.path)
+            and _documents_exist(record, self.tree.path)
         ):
             return record
         if self.plan.only_changed and self._passed_before(task, prepared, inputs):
             return _not_run(task.notebook, UNCHANGED)
+        # A finished or unchanged notebook never gets here, so no kernel starts for it.
         limits = prepared.limits.values
-        # A copy of the folder is made with the sandbox: what others write there until its turn comes would not be in it.
+        # With a copied folder the sandbox copies the files when it is built. Built early, it would
+        # miss what other notebooks write until its turn.
         prestarts = limits.disk is None and prepared.limits.isolation.folder is not FolderUse.COPY
-        job = beside_others(
-            task.job, limits, self.plan.capacity.jobs + most_ahead(self.plan.capacity)
+        job = reserve_for_others(
+            task.job, limits, self.plan.capacity.jobs + max_prestarted(self.plan.capacity)
         )
         return _QueuedNotebook(
             task=replace(task, job=job), memory=limits.memory, prestarts=prestarts
@@ -270,20 +292,21 @@ class _Scheduler:
     def _passed_before(
         self, task: NotebookTask, prepared: PreparedJob, inputs: dict[str, str | None]
     ) -> bool:
+        # Compared last: collecting the packages of a kernel takes half a second.
         key = self.history.get(task.notebook.source).passed
         return key is not None and key == key_of_pass(prepared, self.context.kernels, inputs)
 
     def _finish(self, notebook: SelectedNotebook, record: JournalRecord) -> None:
         self.failed = self.failed or record.exit_code != 0
-        self._show(_entry_of(record, notebook, self.tree.path), record.headline)
+        self._show(_result_of(record, notebook, self.tree.path), record.headline)
 
     def _show(self, result: NotebookResult, headline: str) -> None:
         self.results[result.path] = result
-        self.watcher.finished(result, headline)
+        self.listener.finished(result, headline)
 
 
 def job_of(plan: Plan, notebook: SelectedNotebook, tree: OutputRoot) -> Job:
-    """The job of one notebook: it runs in its own folder, and its documents go below the output directory, which is held."""
+    """Return the job of one notebook; its documents go below the output directory."""
     base = plan.out / notebook.documents
     return replace(
         plan.template,
@@ -297,8 +320,8 @@ def job_of(plan: Plan, notebook: SelectedNotebook, tree: OutputRoot) -> Job:
     )
 
 
-def _stands(record: JournalRecord, out: Path) -> bool:
-    """Whether the documents of a finished notebook are still there."""
+def _documents_exist(record: JournalRecord, out: Path) -> bool:
+    # Somebody may have deleted documents since the earlier batch: such a notebook runs again.
     return record.verdict is not None and all(
         (out / name).is_file()
         for name in (record.verdict, record.notebook, record.repro)
@@ -306,7 +329,7 @@ def _stands(record: JournalRecord, out: Path) -> bool:
     )
 
 
-def _entry_of(record: JournalRecord, notebook: SelectedNotebook, out: Path) -> NotebookResult:
+def _result_of(record: JournalRecord, notebook: SelectedNotebook, out: Path) -> NotebookResult:
     return NotebookResult(
         path=notebook.path,
         status=record.status,
@@ -323,7 +346,7 @@ def _entry_of(record: JournalRecord, notebook: SelectedNotebook, out: Path) -> N
 
 
 def _moved(result: NotebookResult, old_root: Path, new_root: Path) -> NotebookResult:
-    """The entry, whose documents moved with the output directory."""
+    # The output directory may have been moved during the batch; results name its current path.
     documents = {name: getattr(result, name) for name in ("verdict", "notebook", "repro")}
     moved = {
         name: new_root / path.relative_to(old_root)
@@ -350,17 +373,20 @@ def _not_run(notebook: SelectedNotebook, status: str) -> NotebookResult:
 
 
 async def run_batch(
-    plan: Plan, watcher: BatchListener, report: Callable[[BatchResult], int]
+    plan: Plan, listener: BatchListener, report: Callable[[BatchResult], int]
 ) -> BatchResult:
-    """Run a batch; ``report`` writes what is written of it in the end, and returns an exit code that may be worse.
+    """Run a batch and return its result.
 
-    Whatever ends it, SIGKILL excepted, every notebook has its documents and all reports are written when this returns. Raises UsageError,
-    before anything is run, where the output directory cannot be used.
+    ``report`` writes the reports and returns an exit code that may be worse than the batch's own.
+    Whatever ends the batch, except SIGKILL, all documents and reports are written on return. Raises
+    UsageError before anything runs if the output directory cannot be used.
     """
     started, began = datetime.now(UTC), time.monotonic()
+    # The root is opened before anything runs: a notebook may move it away or replace it by a link.
+    # The fork server imports what keepers need once, for all of them.
     with OutputRoot(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
-        run = _Scheduler(plan, tree, journal, watcher)
-        with signals(run.broadcast.receive):
+        scheduler = _Scheduler(plan, tree, journal, listener)
+        with signals(scheduler.broadcast.receive):
             journal.batch_started(
                 version=__version__,
                 command=plan.command,
@@ -368,20 +394,22 @@ async def run_batch(
                 notebooks=len(plan.notebooks),
             )
             if not plan.resume and not journal.past.empty and not journal.past.complete:
-                watcher.note(
-                    f"the batch before in {one_line(plan.out)} was not finished; this one begins anew (--resume goes on with it)"
+                listener.note(
+                    f"the previous batch in {one_line(plan.out)} did not finish; "
+                    "this one starts from the beginning (--resume continues it)"
                 )
-            watcher.begin(len(plan.notebooks), plan.capacity.jobs)
-            drawing = asyncio.create_task(_draw_forever(watcher))
+            listener.begin(len(plan.notebooks), plan.capacity.jobs)
+            # Drawn by time, not by event: a notebook that computes emits no events.
+            drawing = asyncio.create_task(_draw_forever(listener))
             try:
-                await run.run()
+                await scheduler.run()
             finally:
                 drawing.cancel()
             results = tuple(
-                _moved(run.results[notebook.path], plan.out, tree.path)
+                _moved(scheduler.results[notebook.path], plan.out, tree.path)
                 for notebook in plan.notebooks
             )
-            cancelled = bool(run.broadcast.signals)
+            cancelled = bool(scheduler.broadcast.signals)
             batch = BatchResult(
                 results=results,
                 root=plan.root,
@@ -403,20 +431,22 @@ async def run_batch(
                     one_line(plan.out),
                     one_line(batch.out),
                 )
+            # Reports come before the journal's last line: a batch without reports is not complete.
             batch = replace(batch, exit_code=report(batch))
             if not cancelled and not any(result.status == NOT_RUN for result in results):
                 journal.batch_finished(exit_code=batch.exit_code)
             if journal.trouble is not None:
                 log.error(
-                    "%s: could not be written: %s; --resume will run more again",
+                    "%s: could not be written: %s; --resume will run more notebooks again",
                     one_line(journal.path),
                     journal.trouble.strerror,
                 )
-            run.history.tidy()
+            # Last, because the user waits for the reports, not for this.
+            scheduler.history.tidy()
     return batch
 
 
-async def _draw_forever(watcher: BatchListener) -> None:
+async def _draw_forever(listener: BatchListener) -> None:
     while True:
-        watcher.draw()
+        listener.draw()
         await asyncio.sleep(DRAW_SECONDS)

@@ -1,7 +1,8 @@
-"""Which notebooks a batch runs: files, folders, patterns, a list; each once, none that is not meant. Imports errors, files, project_file.
+"""Select the notebooks of a batch from files, folders, patterns and a list.
 
-In folders, and in what a pattern matches, hidden directories (``.git``, ``.ipynb_checkpoints``), virtual environments, ``node_modules`` and
-what git ignores are left out. What safe-exec itself writes is left out wherever it is named: a shell expands ``*.ipynb`` before we see it.
+Folders and patterns skip hidden directories (``.git``, ``.ipynb_checkpoints``), virtual
+environments, ``node_modules`` and everything that git ignores. Files that safe-exec writes are
+skipped even if they are named, because a shell expands ``*.ipynb`` before safe-exec sees it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ GIT_SECONDS = 60
 
 
 class SelectedNotebook(Struct, frozen=True, kw_only=True):
-    """A notebook of the batch. ``source`` is where it is opened, ``path`` how it is shown: relative to the root, with ``/``.
+    """A notebook of the batch.
 
-    ``documents`` is where its documents go below the output directory, without their endings.
+    ``source`` is the path to open, ``path`` the displayed one, relative to the root and with ``/``.
+    ``documents`` is the stem of its documents, relative to the output directory.
     """
 
     source: Path
@@ -37,7 +39,10 @@ class SelectedNotebook(Struct, frozen=True, kw_only=True):
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """The notebooks in the order of their paths. ``ours`` counts those left out because safe-exec wrote them; ``notes`` are for the user."""
+    """The notebooks in the order of their paths.
+
+    ``ours`` counts the skipped files that safe-exec wrote; ``notes`` are messages for the user.
+    """
 
     root: Path
     notebooks: tuple[SelectedNotebook, ...]
@@ -46,7 +51,7 @@ class Selection(Struct, frozen=True, kw_only=True):
 
 
 class _FileSet(Struct, kw_only=True):
-    """Files by their real path, so that two names of one file count once; the first name stays."""
+    """Files by their real path: a file with two names counts once, under the first name."""
 
     cwd: Path
     files: dict[str, Path] = field(default_factory=dict)
@@ -69,9 +74,10 @@ def select(
     cwd: Path,
     out: Path,
 ) -> Selection:
-    """The notebooks that ``arguments`` name, and those of a list (``listed``, from stdin). ``out`` itself is never walked.
+    """Select the notebooks that ``arguments`` and the lines of a list name; never walk ``out``.
 
-    Raises UsageError for what is not there, a pattern that matches nothing, and arguments that name no notebook at all.
+    ``listed`` comes from standard input. Raises UsageError for a missing file, for a pattern
+    without a match, and if no argument names a notebook.
     """
     selection = _FileSet(cwd=cwd)
     for argument in arguments:
@@ -79,7 +85,8 @@ def select(
     for line in listed:
         if (
             line.endswith(SUFFIX) or (cwd / line).is_dir()
-        ):  # `git diff --name-only` names other files, too
+            # `git diff --name-only` also lists files that are no notebooks.
+        ):
             _take(line, selection, out)
     if arguments and not selection.files:
         hint = (
@@ -87,7 +94,7 @@ def select(
             if selection.ours
             else ""
         )
-        raise UsageError(f"{' '.join(map(one_line, arguments))}: no notebook there{hint}")
+        raise UsageError(f"{' '.join(map(one_line, arguments))}: no notebooks found{hint}")
     paths = {real: _plain(path, cwd) for real, path in selection.files.items()}
     root = _root(paths.values(), cwd)
     names = {real: PurePosixPath(path.relative_to(root)).as_posix() for real, path in paths.items()}
@@ -109,12 +116,15 @@ def select(
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is one that safe-exec writes."""
+    """Return whether safe-exec writes files of this name."""
     return name.endswith(OURS)
 
 
 def excluded(pattern: str, path: str) -> bool:
-    """Whether ``--exclude pattern`` leaves ``path`` out: as in ``safe-exec.yaml``; a pattern without ``/`` fits a name at any depth."""
+    """Return whether ``--exclude pattern`` matches ``path``, as in ``safe-exec.yaml``.
+
+    A pattern without ``/`` matches a file or folder name at any depth.
+    """
     pattern = pattern.removeprefix("./")
     if "/" in pattern.rstrip("/"):
         return matches(pattern, path) or matches(f"{pattern.rstrip('/')}/", path)
@@ -125,7 +135,10 @@ def excluded(pattern: str, path: str) -> bool:
 
 
 def document_stems(paths: Sequence[str]) -> dict[str, str]:
-    """Where each notebook's documents go: its path without ``.ipynb``, or with it where two would meet (``a.ipynb``, ``a.IPYNB``)."""
+    """Return the stem of each notebook's documents: its path without ``.ipynb``.
+
+    The suffix stays if two notebooks would share a stem (``a.ipynb`` and ``a.IPYNB``).
+    """
     stems: dict[str, str] = {}
     used: set[str] = set()
     for path in sorted(paths, key=lambda path: (not path.endswith(SUFFIX), path)):
@@ -140,11 +153,13 @@ def document_stems(paths: Sequence[str]) -> dict[str, str]:
     return stems
 
 
-# --- paths ------------------------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------
 
 
 def _plain(path: Path, cwd: Path) -> Path:
-    """An absolute path without ``..``; through a symbolic link, ``..`` leads elsewhere than it looks."""
+    """Return an absolute path without ``..``."""
+    # Behind a symlink `..` is the parent of its target, so dropping it from the text may name
+    # another directory. The real path is used then.
     absolute = cwd / path
     plain = Path(os.path.normpath(absolute))
     return (
@@ -162,14 +177,15 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _root(paths: Iterable[Path], cwd: Path) -> Path:
-    """Where shown paths begin: here, or what all have in common where one lies elsewhere."""
+    """Return the directory that displayed paths are relative to."""
+    # The working directory, or the common parent if a notebook lies outside of it.
     every = list(paths)
     if all(path.is_relative_to(cwd) for path in every):
         return cwd
     return Path(os.path.commonpath([path.parent for path in every]))
 
 
-# --- arguments --------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------
 
 
 def _take(argument: str, selection: _FileSet, out: Path) -> None:
@@ -195,7 +211,8 @@ def _take_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
 
 
 def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
-    """Whether a walk would have come to a file that a pattern matches; where we are in the output directory, that says nothing."""
+    """Return whether a walk would have found a file that a pattern matched."""
+    # If the batch runs inside its output directory, being in there says nothing about a file.
     real_out = os.path.realpath(out)
     inside = "" if Path(os.path.realpath(cwd)).is_relative_to(real_out) else real_out
     folders = [folder for folder in file.parents if folder.name not in ("", "..")]
@@ -204,6 +221,7 @@ def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
 
 def _take_walked(files: Iterable[Path], selection: _FileSet) -> None:
     every = list(files)
+    # Only walks ask git: a file that the user names runs even if git ignores it.
     ignored = ignored_by_git([selection.cwd / file for file in every], selection.notes)
     for file in every:
         if selection.cwd / file not in ignored:
@@ -211,9 +229,11 @@ def _take_walked(files: Iterable[Path], selection: _FileSet) -> None:
 
 
 def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
-    """The notebooks below a folder. Links to directories are not followed: they may lead round in circles."""
+    """Yield the notebooks below a folder."""
+    # os.walk does not follow links to directories, which may form circles.
     inside = os.path.realpath(out)
     for top, names, files in os.walk(cwd / folder):
+        # Assigning to the list keeps os.walk from entering the other directories.
         names[:] = sorted(
             name for name in names if _is_walked(os.path.join(top, name), name, inside)
         )
@@ -225,23 +245,26 @@ def _is_walked(path: str, name: str, out: str) -> bool:
     hidden = name.startswith(".") or name in SKIPPED_DIRECTORIES
     return (
         not hidden
+        # Every virtual environment has this file (PEP 405); packages ship notebooks as examples.
         and not os.path.exists(os.path.join(path, "pyvenv.cfg"))
         and os.path.realpath(path) != out
     )
 
 
-# --- git --------------------------------------------------------------------------------------------------------
+# --- git ------------------------------------------------------------------------------------
 
 
-# A repository's own settings name programs, which git runs as whoever calls it; and who wrote the repository may be nobody to be trusted.
+# The settings of a repository can name programs that git runs with the rights of its caller, and
+# the author of the repository may not be trustworthy.
 WITHOUT_PROGRAMS = ("-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null")
-"""What git runs to read its index, but not for us."""
+"""Options that keep git from running the programs which repository settings name."""
 WITHOUT_HOSTS = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
-"""What it lacks of a partial clone stays away: to fetch it is to run what the settings of its remote say. Nothing is written."""
+"""Variables that keep git from contacting the remote of a partial clone, and from writing."""
 
 
 def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
-    """Those of ``files`` that git ignores. One call for each repository: a path in a submodule is an error to the one around it."""
+    """Return the files that git ignores, with one call per repository."""
+    # One call per repository, because git fails for a path that lies in a submodule.
     by_repository: dict[Path, list[Path]] = {}
     for file in files:
         repository = _repository_of(file.parent)
@@ -251,7 +274,7 @@ def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
         return set()
     git = shutil.which("git")
     if git is None:
-        notes.append("git is not installed: files that it would ignore are not left out")
+        notes.append("git is not installed: ignored files are not skipped")
         return set()
     ignored: set[Path] = set()
     for repository, inside in by_repository.items():
@@ -274,12 +297,11 @@ def _ask_git(git: str, repository: Path, files: Sequence[Path], notes: list[str]
             argv, input=request, capture_output=True, timeout=GIT_SECONDS, check=False, env=env
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        notes.append(
-            f"{one_line(repository)}: git could not say what it ignores: {one_line(error)}"
-        )
+        notes.append(f"{one_line(repository)}: git failed to list ignored files: {one_line(error)}")
         return set()
-    if process.returncode not in (0, 1):  # 1: it ignores none of them
+    # Exit status 1: none of the files is ignored.
+    if process.returncode not in (0, 1):
         message = one_line(os.fsdecode(process.stderr).strip().partition("\n")[0])
-        notes.append(f"{one_line(repository)}: git could not say what it ignores: {message}")
+        notes.append(f"{one_line(repository)}: git failed to list ignored files: {message}")
         return set()
     return {real[path] for path in map(os.fsdecode, process.stdout.split(b"\0")) if path in real}

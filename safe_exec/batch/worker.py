@@ -1,7 +1,8 @@
-"""One notebook of a batch, on a thread and an event loop of its own. May import pipeline and what is below.
+"""Run one notebook of a batch, on its own thread and event loop.
 
-A thread each, and not one loop for all: starting a keeper, taking a large tree down, writing documents and the search for culprits hold their
-loop up for moments, and a notebook's wall times must not depend on its neighbours' moments. What waits for the system lets other threads run.
+Notebooks do not share an event loop, because starting a keeper, ending a large process tree,
+writing documents and searching for culprits block a loop for moments, and the wall times of a
+notebook must not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -38,70 +39,74 @@ from safe_exec.workflows.run import run_job
 log = logging.getLogger("safe_exec")
 
 OWN_TASKS = 64
-"""Threads and keepers of ours beside each notebook, roughly."""
+"""A rough number of safe-exec's own threads and processes for each notebook."""
 
 
 class SignalBroadcast:
-    """Signals that came for the batch, and the runs that are to hear of them; each lives on a thread of its own."""
+    """Passes the signals of the batch on to every running notebook, each on its own thread."""
 
     def __init__(self) -> None:
         self.signals: list[int] = []
         self._live: list[tuple[Cancellation, asyncio.AbstractEventLoop]] = []
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def receive(self, number: int) -> None:
-        """A signal came: every run that is under way is told."""
-        with self._turn:
+        """Pass a signal on to all running notebooks."""
+        with self._lock:
             self.signals.append(number)
             for cancellation, loop in self._live:
                 loop.call_soon_threadsafe(cancellation.arrive, number)
 
     @contextlib.contextmanager
     def subscribed(self, cancellation: Cancellation) -> Iterator[None]:
-        """Within it a run of this thread's loop hears of all signals, of those that came before too."""
+        """Deliver all signals to a run of this thread's event loop, including earlier ones."""
         entry = (cancellation, asyncio.get_running_loop())
-        with self._turn:
+        with self._lock:
             self._live.append(entry)
             for number in self.signals:
                 cancellation.arrive(number)
         try:
             yield
         finally:
-            with self._turn:  # before its loop closes: a closed one takes no calls
+            # Unsubscribed before its loop closes: a closed loop raises on call_soon_threadsafe.
+            with self._lock:
                 self._live.remove(entry)
 
 
 class StartGate:
-    """Whether a notebook may run. It is got ready before, with a kernel that has started, so that no processor waits for the next one."""
+    """Holds back a notebook that is prepared, with its kernel started, until its turn comes."""
 
     def __init__(self) -> None:
         self._decided = threading.Event()
         self._allowed = False
 
     def open(self) -> None:
-        """It may run, now or as soon as it is ready."""
+        """Let the notebook run, immediately or as soon as it is prepared."""
         self._allowed = True
         self._decided.set()
 
     def refuse(self) -> None:
-        """It is not going to run, if it does not already."""
+        """Keep the notebook from running, if it has not started."""
         self._decided.set()
 
     def wait(self) -> bool:
-        """Whether it may run, once that is said."""
+        """Block until the gate is opened or refused; return whether the notebook may run."""
         self._decided.wait()
         return self._allowed
 
 
 class NotebookTask(Struct, frozen=True, kw_only=True):
-    """A notebook and the whole of what is asked of its run."""
+    """A notebook and the job that runs it."""
 
     notebook: SelectedNotebook
     job: Job
 
 
 class BatchContext(Struct, frozen=True, kw_only=True):
-    """What all notebooks of a batch have in common. ``sink`` gives the events of a notebook, by its path, to whoever watches."""
+    """State that all notebooks of a batch share.
+
+    ``sink`` takes a notebook's path and attempt and returns the sink for its events.
+    """
 
     out: OutputRoot
     jobs: int
@@ -114,14 +119,16 @@ class BatchContext(Struct, frozen=True, kw_only=True):
 
 
 def run_task(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalRecord | None:
-    """Get a notebook ready and run it when its turn comes, again where that may help; on record when this returns. Never raises.
+    """Prepare a notebook, run it when its gate opens, and retry it if that may help.
 
-    ``None``: its turn did not come, and nothing of it was run.
+    The record is in the journal on return. Returns ``None`` if the gate was refused. Never raises.
     """
     try:
         return _run(task, context, gate)
-    except UsageError as error:  # it was read before, and has changed since
+    # The notebook was valid when the scheduler read it, and has changed since.
+    except UsageError as error:
         return refused(task, error)
+    # One broken notebook must not end the batch: the error becomes its record.
     except Exception as error:
         log.exception("%s: safe-exec failed", one_line(task.notebook.path))
         message = (
@@ -133,13 +140,14 @@ def run_task(task: NotebookTask, context: BatchContext, gate: StartGate) -> Jour
 
 
 def refused(task: NotebookTask, error: UsageError) -> JournalRecord:
-    """What there is to say of a notebook that cannot be used."""
+    """Return the record of a notebook that cannot be used."""
     return _without_verdict(task, REFUSED, REFUSED_CODE, str(error))
 
 
 def _without_verdict(
     task: NotebookTask, status: str, exit_code: int, message: str
 ) -> JournalRecord:
+    # The record names the notebook already, so the prefix of the error message is dropped.
     return JournalRecord(
         path=task.notebook.path,
         status=status,
@@ -154,13 +162,16 @@ def _without_verdict(
 
 def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalRecord | None:
     for attempt in itertools.count(1):
+        # A retry must not find the documents of the attempt before.
         _remove_documents(task.job)
         is_retried = is_transient if attempt <= context.retries else _never
+        # The kernel starts while the notebook is read and while it waits for its turn.
         with Early() as kernel:
             prepared = prepare(task.job, kernel)
             key, inputs = key_of_run(prepared), inputs_of(prepared)
             if not gate.wait():
                 return None
+            # Waiting for other notebooks does not count as this notebook's time.
             prepared = start_clock(prepared)
             context.journal.started(task.notebook.path, attempt=attempt, run_id=prepared.run_id)
             verdict = asyncio.run(
@@ -174,7 +185,8 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
         if context.broadcast.signals or not is_retried(verdict):
             break
     record = _record(task, verdict, attempt, key, context.out.path)
-    if verdict.status is not Status.CANCELLED:  # that one is to be run again
+    # A cancelled notebook is not recorded, so --resume runs it again.
+    if verdict.status is not Status.CANCELLED:
         context.journal.finished(record)
         _remember(task, record, prepared, inputs, context)
     return record
@@ -187,14 +199,16 @@ def _remember(
     inputs: Mapping[str, str | None],
     context: BatchContext,
 ) -> None:
-    """For the order of later batches, and for those that run only what has changed."""
+    """Store duration and fingerprint for later batches (``--only-changed`` and their order)."""
     passed: str | None = None
+    # A flaky notebook is not skipped next time: its pass was luck.
     if record.status == Status.PASSED and not record.flaky:
         try:
             passed = key_of_pass(prepared, context.kernels, inputs)
-        except Exception:  # the notebook is finished and on record: that must not change any more
+        # The notebook is finished and recorded: an error from here on must not change its result.
+        except Exception:
             log.exception(
-                "%s: it cannot be told what it depends on; it will be run again",
+                "%s: its fingerprint cannot be computed; a later batch will run it again",
                 one_line(task.notebook.path),
             )
     context.history.put(task.notebook.source, RunHistory(seconds=record.seconds, passed=passed))
@@ -210,7 +224,7 @@ async def _attempt(
     broadcast: SignalBroadcast,
     is_retried: Callable[[Verdict], bool],
 ) -> Verdict:
-    """One run. What is going to be tried again anyhow is not searched before."""
+    """Run once; skip the search for culprits if the failure will be retried."""
     cancellation = Cancellation()
     with broadcast.subscribed(cancellation):
         return await run_job(
@@ -222,18 +236,21 @@ async def _attempt(
 
 
 def _remove_documents(job: Job) -> None:
-    """Those of an earlier run: they must not be taken for this one's."""
+    # Documents of an earlier run must not be mistaken for those of this one.
     for path in (job.output, job.verdict, job.repro):
         if path is not None:
             with (
                 contextlib.suppress(OSError),
                 contextlib.closing(OutputDirectory(path, job.tree)) as folder,
             ):
-                folder.remove()  # what stands there and is no file is found by prepare
+                # Anything else that blocks the path, such as a directory, is reported by prepare.
+                folder.remove()
 
 
-def beside_others(job: Job, limits: Limits, jobs: int) -> Job:
-    """RLIMIT_NPROC counts all tasks of a user (setrlimit(2)): those of the other notebooks must not be taken for this one's."""
+def reserve_for_others(job: Job, limits: Limits, jobs: int) -> Job:
+    """Reserve the user's process limit for the other notebooks of the batch."""
+    # RLIMIT_NPROC counts all tasks of a user (setrlimit(2)), so the tasks of other notebooks would
+    # use up the limit of this one.
     machine = job.machine
     if machine is None or machine.user_tasks is None or jobs == 1:
         return job
@@ -245,6 +262,7 @@ def _record(
     task: NotebookTask, verdict: Verdict, attempt: int, key: str, out: Path
 ) -> JournalRecord:
     documents = {name: Path(path) for name, path in verdict.outputs.items()}
+    # Paths are stored relative to the output directory, which may move between two batches.
     below = {
         name: str(path.relative_to(out))
         for name, path in documents.items()

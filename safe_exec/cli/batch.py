@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import click
 from msgspec.structs import replace
 
-from safe_exec.batch.admission import AUTO, parse_jobs, room_for
+from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.run import job_of, limit_options, wall_options
@@ -151,7 +151,7 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         notebooks=_of_shard(selection.notebooks, shard, timings),
         root=selection.root,
         out=_made(cwd / out),
-        capacity=room_for(jobs, memory_available()),
+        capacity=capacity_for(jobs, memory_available()),
         template=_template(options, jobs),
         command=command_line(),
         **{

@@ -533,8 +533,8 @@ def test_fail_fast_starts_no_more(place: Place) -> None:
     assert "go on with --resume" in done.stdout
     make_notebook(place.folder / "0.ipynb", "1")
     again = place.run("0.ipynb")
-    assert "the batch before in" in again.stderr and "was not finished" in again.stderr
-    assert "was not finished" not in place.run("0.ipynb").stderr
+    assert "the previous batch in" in again.stderr and "did not finish" in again.stderr
+    assert "did not finish" not in place.run("0.ipynb").stderr
 
 
 def test_shards_share_all_and_a_list_comes_on_stdin(place: Place) -> None:

@@ -193,11 +193,11 @@ def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:
         Limits(processes=100),
         Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=7)),
     )
-    assert worker.beside_others(job, limits, 1) is job
-    changed = worker.beside_others(job, limits, 3).machine
+    assert worker.reserve_for_others(job, limits, 1) is job
+    changed = worker.reserve_for_others(job, limits, 3).machine
     assert changed is not None and changed.user_tasks == 7 + 2 * (100 + worker.OWN_TASKS)
     unlimited = Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=None))
-    assert worker.beside_others(unlimited, limits, 3) is unlimited
+    assert worker.reserve_for_others(unlimited, limits, 3) is unlimited
 
 
 # --- what the machine has left ----------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from safe_exec.batch.admission import (
     START_BYTES,
     Capacity,
     admits,
-    admits_ahead,
+    admits_prestart,
+    capacity_for,
     first_fitting,
-    most_ahead,
+    max_prestarted,
     parse_jobs,
-    room_for,
 )
 from safe_exec.batch.ordering import cut, longest_first, parse_shard, read_timings
 from safe_exec.batch.outcome import SEVERITY, STATUSES, exit_code, summary_line, worst
@@ -87,9 +87,9 @@ def test_kernels_that_only_wait_fit_beside_all_limits(
 ) -> None:
     room = Capacity(jobs=jobs, memory=memory)
     ahead = 0
-    while admits_ahead(room, running, ahead):
+    while admits_prestart(room, running, ahead):
         ahead += 1
-        assert ahead <= most_ahead(room) <= jobs
+        assert ahead <= max_prestarted(room) <= jobs
         if memory is not None:
             assert None not in running, "one without a limit may use all there is"
             assert (
@@ -99,9 +99,9 @@ def test_kernels_that_only_wait_fit_beside_all_limits(
 
 def test_what_waits_counts_when_the_next_one_is_to_run() -> None:
     room = Capacity(jobs=3, memory=4 * START_BYTES)
-    assert admits(room, [START_BYTES], 2 * START_BYTES, ahead=1)
-    assert not admits(room, [START_BYTES], 2 * START_BYTES, ahead=2)
-    assert admits(room, [], 1 << 50, ahead=2), "one always runs"
+    assert admits(room, [START_BYTES], 2 * START_BYTES, prestarted=1)
+    assert not admits(room, [START_BYTES], 2 * START_BYTES, prestarted=2)
+    assert admits(room, [], 1 << 50, prestarted=2), "one always runs"
 
 
 def test_a_small_one_may_pass_a_large_one_that_does_not_fit() -> None:
@@ -110,9 +110,9 @@ def test_a_small_one_may_pass_a_large_one_that_does_not_fit() -> None:
 
 
 def test_room_leaves_something_for_ourselves() -> None:
-    assert room_for(2, RESERVE_BYTES + 5).memory == 5
-    assert room_for(2, 1).memory == 0
-    assert room_for(2, None).memory is None
+    assert capacity_for(2, RESERVE_BYTES + 5).memory == 5
+    assert capacity_for(2, 1).memory == 0
+    assert capacity_for(2, None).memory is None
 
 
 @pytest.mark.parametrize(("text", "jobs"), [("auto", 3), ("1", 1), ("16", 16)])

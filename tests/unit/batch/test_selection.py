@@ -106,7 +106,7 @@ def test_a_name_with_signs_of_patterns_is_a_name(tree: Path) -> None:
 
 def test_what_safe_exec_wrote_is_left_out_though_it_is_named(tree: Path) -> None:
     assert chosen(tree, "a.ipynb", "b.out.ipynb", "b.repro.ipynb") == ["a.ipynb"]
-    with pytest.raises(UsageError, match="no notebook there but 1 that safe-exec wrote"):
+    with pytest.raises(UsageError, match="no notebooks found but 1 that safe-exec wrote"):
         found(tree, "b.out.ipynb")
 
 
