@@ -1,1 +1,1 @@
-"""One file per job of a command: run, bisect, probe, replay."""
+"""One file per job of a command (run, bisect, probe, replay), and the steps they share."""

@@ -1,6 +1,8 @@
-"""The search as part of a run: keep the folder as it was, decide whether to search, search, and hand over the reproduction.
+"""Search for the culprits as part of a run.
 
-May import culprit, conclude and what is below. The pure search and its oracle know nothing of profiles, verdict files or commands.
+Before the run the notebook's folder is copied; afterwards this module decides whether to search,
+searches, and writes the reproduction. The search itself and its oracle know nothing of profiles,
+verdict files or commands.
 """
 
 from __future__ import annotations
@@ -26,18 +28,19 @@ if TYPE_CHECKING:
 
 LEAST_BUDGET = 60.0
 BUDGET_RUNS = 3.0
-"""What a search may cost by itself: a minute, or so many times the first run."""
+"""The default budget of a search: a minute, or three times the duration of the first run."""
 MOST_HOSTS = 3
 
 
 class FolderSnapshot:
-    """Keeps what a search needs of the folder before the first run: begun while the kernel starts, done before the first cell runs.
+    """A copy of the notebook's folder, made before the first run; a context manager.
 
-    A context manager: what was kept is gone at its end, unless a search may go on from it.
+    The copy starts while the kernel starts and ends before the first cell runs. It is deleted on
+    exit, unless ``keep`` is set because a later search may continue from it.
     """
 
     def __init__(self, prepared: PreparedJob, *, of: str | None = None) -> None:
-        """``of`` is the run whose copy is to be used again, where it is still there."""
+        """Prepare the copy; ``of`` names an earlier run whose copy is reused if it still exists."""
         self.prepared = prepared
         self.run_id = of or prepared.run_id
         self.snapshot: Snapshot | None = None
@@ -47,7 +50,8 @@ class FolderSnapshot:
         self._task: asyncio.Task[None] | None = None
         self._place: OutputDirectory | None = None
         if prepared.job.bisect is not Bisect.NEVER:
-            with contextlib.suppress(OSError):  # said when there is something to write
+            # The reproduction reports its own error when it is written.
+            with contextlib.suppress(OSError):
                 self._place = OutputDirectory(prepared.paths.repro, prepared.job.tree)
             self._claim()
 
@@ -61,35 +65,39 @@ class FolderSnapshot:
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """What is to be removed should we be killed during the first run."""
+        """Directories to delete if the runner is killed during the first run."""
         return () if self._scratch is None else (str(self._scratch),)
 
     def begin(self) -> None:
-        """Start, on a thread of its own."""
+        """Start copying, on another thread."""
         if self._scratch is not None:
+            # A thread: copying a large folder would delay the events of the starting kernel.
             self._task = asyncio.create_task(asyncio.to_thread(self._take, self._scratch))
 
     def _take(self, scratch: Path) -> None:
         from safe_exec.experiments.workspace import reopen, take
 
         try:
+            # An earlier search may have left a copy of the folder as it was before the first run.
             self.snapshot = reopen(self.prepared.paths.cwd, scratch) or take(
                 self.prepared.paths.cwd,
                 scratch,
                 ours=_documents_of(self.prepared),
                 repository=repository_of(self.prepared),
             )
-        except OSError as error:  # no room, say: the run goes on without
+        # Usually a full disk. The run goes on without a copy, and so without a search.
+        except OSError as error:
             self.trouble = str(error)
 
     def write_reproduction(self, data: bytes) -> Path:
-        """Write it into the folder that was there before anything ran; where it is by now. Raises OSError."""
+        """Write the reproduction and return its current path. Raises OSError."""
+        # The folder was opened before the run: the notebook may have moved it meanwhile.
         place = self._place or OutputDirectory(self.prepared.paths.repro, self.prepared.job.tree)
         place.write(data)
         return place.path
 
     async def done(self) -> None:
-        """Wait until the folder is kept."""
+        """Wait until the copy is complete."""
         if self._task is not None:
             await self._task
 
@@ -112,7 +120,11 @@ async def search_after(
     folder: FolderSnapshot,
     write: Callable[[Verdict], Verdict],
 ) -> Verdict:
-    """Search after a first run, if that is what one does after such a run; the verdict with what came of it."""
+    """Search after a first run, if the outcome of the run calls for it.
+
+    Returns the verdict with the culprits, or with a warning that says why there was no search.
+    """
+    # An empty reason means that nobody expects a search after such a run: no warning then.
     reason = _why_not(prepared, verdict, request, folder)
     if reason is not None:
         folder.keep = bool(reason) and folder.snapshot is not None
@@ -133,30 +145,36 @@ def _why_not(
     reason = why_not_searched(verdict, always=always)
     if reason is not None or request.cancellation.signals:
         return reason or ""
+    # A reproduction is the result of a search: searching it again would find the same cells.
     if is_reproduction(prepared.node) and not always:
         return ""
+    # Running cells again could send an e-mail twice or order a second time.
     hosts = verdict.remote_hosts
     if hosts and not always:
         host_names = ", ".join(hosts[:MOST_HOSTS]) + (
             " and others" if len(hosts) > MOST_HOSTS else ""
         )
-        return f"the notebook talked to {host_names}, and a search runs its cells again; `safe-exec bisect` does it all the same"
+        return (
+            f"the notebook talked to {host_names}, and a search runs its cells again; "
+            "start it with `safe-exec bisect`"
+        )
     return (
         None
         if folder.snapshot is not None
-        else f"the folder could not be kept as it was: {folder.trouble or 'it was not begun'}"
+        else f"the folder could not be copied: {folder.trouble or 'the copy was not started'}"
     )
 
 
 async def search(
     prepared: PreparedJob, verdict: Verdict, request: TrialRequest, folder: FolderSnapshot
 ) -> Verdict:
-    """Search as in :func:`_search`; the folder is kept for ``bisect`` while a search is under way and after one that is not at its end."""
+    """Search, and decide whether ``safe-exec bisect`` may continue from the copy of the folder."""
     if folder.snapshot is None:
         return _with_warning(
             verdict, f"no search for the culprits: the folder cannot be copied: {folder.trouble}"
         )
     folder.keep = True
+    # Kept during the search in case it is killed, and afterwards if it is not complete.
     verdict = await _search(prepared, verdict, request, folder, folder.snapshot)
     folder.keep = verdict.culprits is not None and not verdict.culprits.minimal
     return verdict
@@ -169,7 +187,10 @@ async def _search(
     folder: FolderSnapshot,
     snapshot: Snapshot,
 ) -> Verdict:
-    """Search, and write the reproduction; the verdict with the culprits, or with a warning that says why there are none."""
+    """Search, and write the reproduction.
+
+    Returns the verdict with the culprits, or with a warning that says why there are none.
+    """
     from safe_exec.experiments.culprits.finder import FirstRun, Investigation
     from safe_exec.experiments.culprits.oracle import Oracle
     from safe_exec.experiments.rerun import RerunFailed
@@ -190,6 +211,7 @@ async def _search(
             sink=request.sink,
             started=prepared.started,
         )
+        # Trials start keepers in quick succession; forking them saves an interpreter start each.
         with Nursery():
             try:
                 outcome = await Investigation(problem, oracle).run()
@@ -201,7 +223,7 @@ async def _search(
 
 
 def repository_of(prepared: PreparedJob) -> Path | None:
-    """The root of the repository that the notebook may write to behind its walls."""
+    """Return the repository that the notebook may write to despite its isolation."""
     from safe_exec.sandbox.enclosure import written_repository
 
     limits = prepared.limits
@@ -211,17 +233,18 @@ def repository_of(prepared: PreparedJob) -> Path | None:
 
 
 def _documents_of(prepared: PreparedJob) -> frozenset[Path]:
-    """The documents of a run."""
+    """Return the paths that belong to safe-exec, which are no part of the notebook's folder."""
     from safe_exec.experiments.trial_cache import cache_root
 
     documents = [path.resolve() for path in (*prepared.paths.documents, *prepared.job.own_paths)]
-    with contextlib.suppress(OSError):  # no cache, nothing of it in the folder
+    # Without a cache there is nothing of it in the folder.
+    with contextlib.suppress(OSError):
         documents.append(cache_root())
     return frozenset(documents)
 
 
 def budget_of(requested_seconds: float | None, verdict: Verdict) -> float:
-    """The seconds that a search may take."""
+    """Return the seconds that a search may take."""
     return (
         requested_seconds
         if requested_seconds is not None
@@ -252,7 +275,7 @@ def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> 
 
 
 def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict) -> Cause | None:
-    """The cause of a trial's ending, by the same rules as the run's."""
+    """Return the cause of a trial's ending, by the rules that the run uses."""
     from safe_exec.diagnosis.verdict import cause_of
 
     return cause_of(result, request.limits, request.plan, verdict.notebook.language)
@@ -261,7 +284,7 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
 def _with_culprits(
     folder: FolderSnapshot, verdict: Verdict, outcome: InvestigationResult
 ) -> Verdict:
-    """The verdict with the culprits; the reproduction is written."""
+    """Add the culprits to the verdict, and write the reproduction."""
     verdict = replace(
         verdict, culprits=outcome.culprits, warnings=(*verdict.warnings, *outcome.warnings)
     )

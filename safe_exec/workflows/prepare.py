@@ -77,6 +77,7 @@ class Job(Struct, frozen=True, kw_only=True):
     walls: Mapping[str, Any] = field(default_factory=dict)
     bisect: Bisect = Bisect.AUTO
     bisect_budget: float | None = None
+    # Replays and probes run in scratch folders and write no documents.
     writes: bool = True
     machine: Machine | None = None
     own_paths: tuple[Path, ...] = ()
@@ -222,6 +223,7 @@ def resolve_limits(
 
     Raises LimitsError and UsageError.
     """
+    # The machine comes first: a limit of "50%" refers to its memory.
     machine = job.machine or detect(parse_mechanisms(job.mechanisms))
     resolved = _resolve(job, header.metadata, machine)
     needs_bubblewrap = is_needed(
@@ -229,6 +231,7 @@ def resolve_limits(
         disk=resolved.limits.disk is not None,
         shm=resolved.limits.shm is not None,
     )
+    # Testing bubblewrap starts a process, so it happens only if a wall or a size limit needs it.
     if needs_bubblewrap and not machine.looked_for_walls:
         machine = look_for_walls(machine, rehearsal)
     warnings = _check_cells(resolved, header.cells, job.path)
@@ -237,6 +240,7 @@ def resolve_limits(
     if required.isolation is not None:
         requested = replace(requested, required=required.isolation)
     return JobLimits(
+        # Warnings about cells join those of the notebook, and end up in the verdict.
         resolved=replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=requested),
         machine=machine,
         required=required.names,
@@ -248,6 +252,7 @@ def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
 
     If only the notebook or a limits file asks for it, the test runs later, in the foreground.
     """
+    # The default profile is the only one that ships without walls.
     has_profile_with_walls = (
         isinstance(job.limits, str)
         and job.limits in profiles.shipped_profiles()
@@ -277,6 +282,7 @@ def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profile
             fixed=frozenset(overrides),
             isolation=isolation.apply(job.isolation or Isolation(), job.walls),
         )
+    # A project file (safe-exec.yaml) applies to limits by name only: others are complete.
     file = profiles.find_project_file(job.path)
     project = (
         profiles.project_overrides(file, job.path, machine_memory=machine.memory_total)
@@ -308,7 +314,7 @@ def _check_cells(
 
 
 def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Required:
-    """Parse ``--require``. Raises LimitsError for a limit that is not set or a wall not requested."""
+    """Parse ``--require``. Raises LimitsError for a limit or wall that was not requested."""
     if job.require is None:
         return Required()
     try:
@@ -320,7 +326,8 @@ def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Requir
         if isinstance(name, Wall):
             if name not in walls:
                 raise LimitsError(
-                    f"--require {name}: this wall is not requested; choose a profile with it (--limits)"
+                    f"--require {name}: this wall is not requested; "
+                    "choose a profile with it (--limits)"
                 )
         elif resolved.limits.of(name) is None:
             raise LimitsError(
@@ -335,6 +342,7 @@ def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Requir
 
 def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]]) -> int | None:
     """The largest output limit of any cell, in bytes; ``None`` if a cell has no limit."""
+    # The runner reserves buffers once, for the cell with the largest limit.
     caps = [
         profiles.cell_limits(resolved, cell["metadata"], where="cell")[0].cell_output
         for cell in cells
@@ -405,6 +413,7 @@ def _start_kernel(
                 limits.values, cell_output=largest_output(limits.resolved, header.cells)
             ),
             cwd=cwd,
+            # Only the Python API sets an environment; a command passes its own on.
             env=dict(job.env if job.env is not None else os.environ),
         )
 

@@ -1,6 +1,7 @@
-"""A limit probed: runs of a notebook with one value after the other, until its threshold is known.
+"""Probe a limit: run a notebook with one value after another until its threshold is known.
 
-May import aside, conclude, culprit and what is below. The search knows numbers, the runs know no limit in particular; here they meet.
+The search (``experiments.threshold``) only knows numbers, and the reruns (``experiments.rerun``)
+know no particular limit. This module connects them.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from safe_exec.workflows.scratch import open_scratch
 if TYPE_CHECKING:
     from safe_exec.experiments.rerun import Rerunner, RerunResult
 
+# Near its memory limit a program may only crawl, because the system keeps reclaiming pages.
 SLOW_FACTOR, SLOW_SECONDS = 10.0, 10.0
-"""A run that takes so many times the one that passed, and so much more, fails: near its limit a program may only crawl."""
+"""A run fails if it takes ten times as long as the one that passed, and ten seconds more."""
 TIMES = (LimitName.CELL_TIMEOUT, LimitName.TIMEOUT)
 MOST_PROCESSES = 1 << 15
 UNKNOWN_MEMORY = 1 << 40
 
 
 class ProbeRun(Struct, frozen=True, kw_only=True):
-    """One run with one value (infinity: without a limit): what became of it, and of what it died."""
+    """One run with one value of the limit; infinity stands for no limit."""
 
     value: float
     outcome: ProbeOutcome
@@ -61,7 +63,10 @@ class ProbeRun(Struct, frozen=True, kw_only=True):
 
 
 class ProbeReport(Struct, frozen=True, kw_only=True):
-    """The whole answer. ``held`` is what holds the limit here; ``warnings`` are lines."""
+    """The result of a probe.
+
+    ``enforcement`` is the mechanism that enforces the limit on this host.
+    """
 
     scale: Scale
     precision: float
@@ -71,13 +76,13 @@ class ProbeReport(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     def passing(self) -> ProbeRun | None:
-        """The run with the smallest value with which it always passed."""
+        """Return the run with the smallest value that always passed."""
         return next(
             (run for run in self.runs if run.passed and run.value == self.bracket.passes), None
         )
 
     def failing(self) -> ProbeRun | None:
-        """The run just below; where it never passed, the last one."""
+        """Return the run with the largest failing value; if none passed, the last run."""
         failed = [run for run in self.runs if not run.passed and not run.cut]
         if self.bracket.passes is None:
             return failed[-1] if failed else None
@@ -85,24 +90,24 @@ class ProbeReport(Struct, frozen=True, kw_only=True):
 
 
 class ProbeListener(Protocol):
-    """Is told of runs as they begin and end."""
+    """Receives the start and the end of every run."""
 
     def begins(self, number: int, value: float) -> None:
-        """Run ``number`` (from 1) begins."""
+        """Run ``number``, counted from 1, starts with ``value``."""
 
     def ended(self, number: int, run: ProbeRun) -> None:
-        """It is over."""
+        """Run ``number`` has ended."""
 
 
 class ProbeRunner(Protocol):
-    """Runs the notebook with a value."""
+    """Runs the notebook with one value."""
 
     async def run(self, query: ProbeQuery) -> ProbeRun:
-        """One run."""
+        """Run the notebook once."""
 
     @property
     def cancelled(self) -> bool:
-        """Whether the user has stopped us."""
+        """Whether the user stopped the probe."""
 
 
 async def probe(
@@ -113,7 +118,10 @@ async def probe(
     budget: float,
     observer: ProbeListener,
 ) -> ProbeReport:
-    """Find the threshold of one limit. Raises SandboxError where nothing can be run or nothing here holds that limit."""
+    """Find the threshold of one limit.
+
+    Raises SandboxError if the notebook cannot run or no mechanism here enforces the limit.
+    """
     from safe_exec.experiments.rerun import RerunFailed
 
     scale = SCALES[name]
@@ -143,37 +151,42 @@ async def probe(
 
 
 def _gap(gaps: tuple[str, ...]) -> tuple[str, ...]:
-    return (f"runs may have seen {' and '.join(gaps)}",) if gaps else ()
+    return (f"runs may have seen {' and '.join(gaps)} of earlier runs",) if gaps else ()
 
 
 def most_of(name: LimitName, prepared: PreparedJob, budget: float) -> float:
-    """The most of a limit that there is to give."""
+    """Return the largest value that this host offers for a limit."""
     match name:
         case LimitName.MEMORY:
             return float(prepared.limits.machine.memory_total or UNKNOWN_MEMORY)
         case LimitName.OPEN_FILES:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # it is not raised
+            # The runner does not raise its own hard limit, so it is the most a kernel can get.
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             return float(hard if hard != resource.RLIM_INFINITY else 1 << 20)
         case LimitName.PROCESSES:
             return float(MOST_PROCESSES)
         case LimitName.FILE_SIZE:
+            # A file cannot be larger than the free space it is written to.
             return float(shutil.disk_usage(prepared.paths.cwd).free)
-    return budget  # of time: what does not fit is not known
+    # A run longer than the budget of the probe could not be measured.
+    return budget
 
 
 def enforcement_of(prepared: PreparedJob, name: LimitName, value: float) -> Enforcement | None:
-    """What holds the limit here, were it set. Raises SandboxError where nothing does."""
+    """Return the mechanism that would enforce the limit. Raises SandboxError if there is none."""
     limits = with_value(prepared.limits.values, name, SCALES[name].limit(value))
+    # The plan for one value shows the mechanism for all of them.
     enforcement = build_plan(limits, prepared.limits.machine, prepared.run_id).enforcement.get(name)
     if enforcement is not None and enforcement.by is Mechanism.NONE:
         raise SandboxError(
-            f"{name.value}: nothing on this machine can hold this limit; `safe-exec doctor` says how to fix it"
+            f"{name.value}: no mechanism on this machine enforces this limit; "
+            "`safe-exec doctor` says how to fix it"
         )
     return enforcement
 
 
 def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
-    """The limits with one of them changed."""
+    """Return the limits with one of them replaced."""
     changed: dict[str, Any] = {name.value: value}
     return replace(limits, **changed)
 
@@ -181,12 +194,13 @@ def with_value(limits: Limits, name: LimitName, value: float | None) -> Limits:
 async def run_search(
     searching: Search, runner: ProbeRunner, observer: ProbeListener
 ) -> tuple[Bracket, tuple[ProbeRun, ...]]:
-    """Run the notebook for each query of the search; a signal ends it with the bracket so far."""
+    """Answer the search until it ends; a signal ends it with the result so far."""
     runs: list[ProbeRun] = []
 
     async def answer(query: ProbeQuery) -> ProbeResult:
         observer.begins(len(runs) + 1, query.value)
         run = await runner.run(query)
+        # An interrupted run says nothing about its value, so it is not recorded.
         if not runner.cancelled:
             runs.append(run)
             observer.ended(len(runs), run)
@@ -200,20 +214,21 @@ async def run_search(
 
 
 class NotebookRunner:
-    """Runs of the notebook itself."""
+    """Runs the notebook itself, in copies of its folder."""
 
     def __init__(self, prepared: PreparedJob, runs: Rerunner, scale: Scale) -> None:
         self.prepared, self.runs, self.scale = prepared, runs, scale
+        # Set by the first run that passes: the baseline for "too slow".
         self._deadline = math.inf
         self._first = True
 
     @property
     def cancelled(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return bool(self.runs.template.cancellation.signals)
 
     async def run(self, query: ProbeQuery) -> ProbeRun:
-        """One run, cold. Raises RerunFailed where not even the first can be run."""
+        """Run once, in a new kernel. Raises RerunFailed if even the first run cannot start."""
         from safe_exec.experiments.rerun import RerunFailed, RerunOptions, why_not_run
         from safe_exec.experiments.threshold.descriptors import Descriptors
         from safe_exec.model.ending import InternalError
@@ -223,7 +238,7 @@ class NotebookRunner:
         descriptors = Descriptors(limits.open_files)
         options = RerunOptions(
             limits=limits,
-            # The first run is with the limits as given, of the cells too.
+            # The first run uses the limits that the user gave, including the limits of cells.
             cell_limits=self.runs.template.cell_limits if self._first else self._of_cells(value),
             time_budget=query.time_budget,
             deadline=self._deadline,
@@ -232,6 +247,8 @@ class NotebookRunner:
         rerun_result = await self.runs.run(options)
         trouble = (
             why_not_run(rerun_result.result)
+            # Only the first run tells whether the notebook can run here. A later one that cannot start
+            # failed because of the value that is probed.
             if isinstance(rerun_result.result.ending, InternalError)
             else None
         )
@@ -244,7 +261,8 @@ class NotebookRunner:
         return run
 
     def _of_cells(self, value: float | None) -> Callable[[Any], Limits]:
-        """What a cell says of itself does not count for the limit that is probed: an option has set it."""
+        """Return the limits of cells, with the value of the probe in place of their own."""
+        # The user asked for this limit by an option, and options take precedence over cells.
         own = self.runs.template.cell_limits
         return lambda cell: with_value(own(cell), self.scale.name, value)
 
@@ -256,12 +274,14 @@ class NotebookRunner:
 
         result, request, name = rerun_result.result, rerun_result.request, self.scale.name
         cause = cause_of(result, request.limits, request.plan, self.prepared.notebook.language)
+        # Open files and file sizes are counted from events: the kernel keeps no peak of them.
         measured = {
             LimitName.OPEN_FILES: descriptors.most,
             LimitName.FILE_SIZE: descriptors.largest,
         }
         return ProbeRun(
             value=query.value,
+            # A failure that has nothing to do with the limit must not move the threshold.
             outcome=self.scale.outcome(cause),
             seconds=rerun_result.seconds,
             peak=measured[name] if name in measured else peak_of(name, result),

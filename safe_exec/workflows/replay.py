@@ -1,4 +1,4 @@
-"""The failure of a verdict, run again here. May import aside, conclude, culprit and what is below."""
+"""Run the notebook of a verdict again, and compare the outcomes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safe_exec.workflows.scratch import open_scratch
 
 
 class Replay(Struct, frozen=True, kw_only=True):
-    """What is to be run again: the job, and the cells it holds where it is a reproduction."""
+    """A verdict and the job that replays it; ``cells`` are those of a reproduction."""
 
     original: Verdict
     prepared: PreparedJob
@@ -28,7 +28,7 @@ class Replay(Struct, frozen=True, kw_only=True):
 
 
 class ReplayResult(Struct, frozen=True, kw_only=True):
-    """What came of it."""
+    """The original and the new outcome, and how far they agree."""
 
     replay: Replay
     rerun: Verdict
@@ -39,7 +39,10 @@ class ReplayResult(Struct, frozen=True, kw_only=True):
 def prepare_replay(
     verdict: Verdict, source: Path, *, reproduction: bool, command: tuple[str, ...]
 ) -> Replay:
-    """The job of a verdict, under the limits of then. Raises UsageError where the notebook is not the one of then."""
+    """Prepare to replay a verdict, with the limits of its run.
+
+    Raises UsageError if the notebook has changed since.
+    """
     cwd = Path(verdict.cwd)
     prepared = prepare(
         Job(
@@ -47,13 +50,16 @@ def prepare_replay(
             limits=verdict.limits,
             isolation=verdict.isolation,
             kernel=verdict.notebook.kernel,
+            # The verdict may come from another machine, where the folder had another path.
             cwd=cwd if cwd.is_dir() else None,
             allow_errors=verdict.allow_errors,
+            # One comparison is wanted, not an explanation of the failure.
             bisect=Bisect.NEVER,
             command=command,
             writes=False,
         )
     )
+    # A reproduction is a notebook of its own: its hash says nothing about the original.
     cells = verdict.culprits.cells if reproduction and verdict.culprits is not None else None
     if cells is None and prepared.notebook.sha256 != verdict.notebook.sha256:
         raise UsageError(
@@ -63,17 +69,19 @@ def prepare_replay(
         is_reproduction(prepared.node) and len(prepared.node.cells) == len(cells)
     ):
         raise UsageError(
-            f"{source}: not the reproduction that the verdict was written with; run `safe-exec bisect` again"
+            f"{source}: not the reproduction that belongs to the verdict; "
+            "run `safe-exec bisect` again"
         )
     return Replay(original=verdict, prepared=prepared, cells=cells)
 
 
 async def replay(request: Replay, sink: EventSink) -> ReplayResult:
-    """Run it once, in a copy of the folder, and compare. Raises SandboxError where it cannot be run."""
+    """Run once, in a copy of the folder, and compare. Raises SandboxError if it cannot run."""
     from safe_exec.experiments.rerun import RerunFailed, RerunOptions, why_not_run
     from safe_exec.model.ending import InternalError
 
     prepared = request.prepared
+    # The progress display needs the number of cells before the first of them starts.
     sink(_started(prepared))
     async with open_scratch(prepared) as scratch:
         try:

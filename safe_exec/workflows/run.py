@@ -1,4 +1,4 @@
-"""The whole of ``run``: first run, cause, search, verdict, reports. May import everything below commands."""
+"""Run a notebook: first run, cause, search for culprits, verdict, documents."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _NEEDED_LATER = (
     "safe_exec.reports.verdict_json",
 )
 _SENT_SECONDS = 0.001
-"""By then the first cell has been sent."""
+"""A delay after which the first cell has been sent."""
 SEARCH_WARNING = "no search for the culprits"
 
 
 class FirstRun(Struct, frozen=True, kw_only=True):
-    """The first run: what was asked of the trial, and what came of it."""
+    """The first run: its request, its plan and its result."""
 
     request: TrialRequest
     result: TrialResult
@@ -64,13 +64,16 @@ async def run_job(
     cancellation: Cancellation | None = None,
     worth_a_search: Callable[[Verdict], bool] = lambda _verdict: True,
 ) -> Verdict:
-    """First run, cause, search, verdict, reports. Signals end the run in order until all is written.
+    """Run the notebook and write its documents; return the verdict.
 
-    With a ``cancellation`` of the caller's, who runs several at a time, signals are the caller's to take.
+    A signal ends the run, but everything is still written. A caller that runs several notebooks
+    passes its own ``cancellation`` and handles signals itself. ``worth_a_search`` can decline the
+    search for culprits, depending on the verdict.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
 
+    # A batch handles signals once, for all its notebooks.
     handle_signals = signals if cancellation is None else _leave_signals
     cancellation = cancellation or Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks, _read_ahead()), _mask(prepared))
@@ -79,15 +82,18 @@ async def run_job(
         Documents(prepared) as documents,
         FolderSnapshot(prepared) as folder,
     ):
+        # Earlier runs whose runner and keeper were both killed may have left cgroups behind.
         sweep()
         emit(_run_started(prepared))
+        # A notebook that fills its disk must not keep the verdict from being written.
         reserved = ReservedSpace(prepared.paths.notebook.absolute().parent, HELD_BYTES)
         try:
             first = await _first_run(prepared, emit, cancellation, folder)
         finally:
             reserved.release()
         verdict = _verdict_of(prepared, first, documents.mask)
-        # What is known by now is on disk before anything else is run: a search may be killed.
+        # The first verdict is on disk before the search starts, which may run long and may be
+        # killed.
         write_partial = partial(write, prepared, node=first.result.node, documents=documents)
         if worth_a_search(verdict):
             verdict = await _search(prepared, first, verdict, folder, write_partial)
@@ -101,7 +107,7 @@ async def run_undocumented(
     sinks: tuple[EventSink, ...] = (),
     on_message: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> tuple[Verdict, Any]:
-    """First run and cause, for tools that write documents of their own; nothing is searched for. Verdict, notebook with its outputs.
+    """Run the notebook for a tool that writes its own documents; nothing is searched for.
 
     ``on_message`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
     """
@@ -122,7 +128,10 @@ async def run_undocumented(
 async def bisect_job(
     prepared: PreparedJob, verdict: Verdict, sinks: tuple[EventSink, ...] = ()
 ) -> Verdict:
-    """The search alone, after a run of before; its documents are written anew. Raises EnforcementError."""
+    """Search for the culprits of an earlier run, and write its documents again.
+
+    Raises EnforcementError.
+    """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot, search
 
@@ -140,6 +149,7 @@ async def bisect_job(
         folder.begin()
         await folder.done()
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
+        # Warnings about an earlier search are out of date after this one.
         bare = replace(
             verdict,
             culprits=None,
@@ -154,8 +164,9 @@ async def bisect_job(
 
 
 def _outputs_so_far(prepared: PreparedJob) -> Any:
-    """The notebook with the outputs of the run before, where it is still there."""
+    """Return the notebook with the outputs of the earlier run, if its document still exists."""
     try:
+        # The annotated notebook is the only place with the outputs of the earlier run.
         return notebook.strip_annotations(notebook.read(prepared.paths.notebook).node)
     except SafeExecError:
         return prepared.node
@@ -170,7 +181,9 @@ async def _first_run(
 ) -> FirstRun:
     from safe_exec.trial.metrics import MetricsRecorder
     from safe_exec.trial.request import TrialResult
-    from safe_exec.trial.run import run_trial  # jupyter_client and zmq: the kernel starts meanwhile
+
+    # Imports jupyter_client and zmq, which takes 100 ms, while the kernel starts.
+    from safe_exec.trial.run import run_trial
 
     kernel = prepared.kernel
     plan = kernel.plan if kernel is not None else None
@@ -178,6 +191,7 @@ async def _first_run(
         plan = prepared.plan()
     else:
         kernel.sandbox_for(plan).entrust(folder.directories)
+    # The keeper deletes the copy of the folder if it outlives the runner.
     plan = replace(plan, orphans=folder.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     if on_message is not None:
@@ -198,6 +212,7 @@ async def _first_run(
         )
         return FirstRun(request=request, result=result, plan=plan)
     folder.begin()
+    # A task beside the trial: the event loop is idle while the kernel starts.
     warming = asyncio.create_task(_warm_up())
     result = await run_trial(replace(request, before_cells=folder.done, early=kernel))
     await warming
@@ -205,19 +220,20 @@ async def _first_run(
 
 
 async def _warm_up() -> None:
-    """Do what would be done later anyway while there is nothing to do but wait for the kernel."""
+    """Import and compile what the end of the run needs, while the kernel starts."""
     from nbformat import v4
 
     from safe_exec.diagnosis import verdict as _verdict  # noqa: F401
     from safe_exec.reports import annotated_notebook  # noqa: F401
 
-    v4.new_output("stream", text="")  # reads and compiles the schema of notebooks: 30 ms
+    # Compiles the JSON schema of notebooks, which takes 30 ms.
+    v4.new_output("stream", text="")
 
 
 def request_for(
     prepared: PreparedJob, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink
 ) -> TrialRequest:
-    """What a trial of the whole notebook is asked; trials of a search start from it."""
+    """Return the request for a trial of the whole notebook; trials of a search modify it."""
     from safe_exec.trial.request import TrialRequest
 
     return TrialRequest(
@@ -241,7 +257,8 @@ def request_for(
 
 
 def _allow_errors(prepared: PreparedJob) -> bool:
-    """The option, or the notebook's ``metadata.execution.allow_errors`` as nbclient reads it."""
+    """Return whether cells may raise, by the option or by ``metadata.execution.allow_errors``."""
+    # Jupyter tools store the option there, so a notebook behaves alike in nbclient and here.
     execution = prepared.node.metadata.get("execution")
     own = execution.get("allow_errors") if isinstance(execution, Mapping) else None
     return prepared.job.allow_errors or own is True
@@ -250,7 +267,7 @@ def _allow_errors(prepared: PreparedJob) -> bool:
 def _verdict_of(prepared: PreparedJob, first: FirstRun, mask: Mask) -> Verdict:
     from safe_exec.diagnosis.verdict import build_verdict
 
-    # Before texts are shortened: half a secret is no longer found.
+    # Masked before texts are shortened: half a secret would not be recognised.
     result = replace(
         first.result,
         ending=mask.everywhere(first.result.ending),
@@ -260,7 +277,7 @@ def _verdict_of(prepared: PreparedJob, first: FirstRun, mask: Mask) -> Verdict:
 
 
 def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
-    """The facts of a run that its trial does not know."""
+    """Return the facts of a run that its trial does not know."""
     from safe_exec.diagnosis.verdict import RunInfo
 
     return RunInfo(
@@ -286,7 +303,7 @@ async def _search(
     folder: FolderSnapshot,
     write_partial: Callable[[Verdict], Verdict],
 ) -> Verdict:
-    """The culprits, where the failure is one that is searched for."""
+    """Search for the culprits if this failure is one to search for."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
         return verdict
     from safe_exec.workflows.bisect import search_after
@@ -295,9 +312,13 @@ async def _search(
 
 
 class Documents:
-    """Where the documents go, their folders held open from the start, and the mask for what they say. A context manager."""
+    """The output files of a run, in folders that are open from the start; a context manager.
+
+    ``mask`` hides the secrets in their texts.
+    """
 
     def __init__(self, prepared: PreparedJob) -> None:
+        # The caller prints the verdict itself, so it is masked here as well.
         self.mask = _mask(prepared)
         self.warnings: list[str] = []
         self._run_id = prepared.run_id
@@ -307,9 +328,8 @@ class Documents:
             ("notebook", prepared.paths.notebook),
             ("verdict", prepared.paths.verdict),
         ):
-            with contextlib.suppress(
-                OSError
-            ):  # what became of it is said when there is something to write
+            # A folder that cannot be opened is reported when its document is written.
+            with contextlib.suppress(OSError):
                 folder = self._folders[name] = OutputDirectory(path, prepared.job.tree)
                 self._stack.callback(folder.close)
 
@@ -320,32 +340,41 @@ class Documents:
         self._stack.close()
 
     def paths(self) -> dict[str, str]:
-        """Where each document is by now, or will be."""
+        """Return the current path of each document, whether it is written yet or not."""
         return {name: str(folder.path) for name, folder in self._folders.items()}
 
     def put(self, name: str, data: bytes | notebook.Encoded) -> None:
-        """Write a document; under a name beside its own, with a warning, where what stands there cannot be replaced. Raises OSError."""
+        """Write a document. Raises OSError.
+
+        If the existing file cannot be replaced, the document gets a similar name and a warning.
+        """
         if name not in self._folders:
             raise FileNotFoundError(errno.ENOENT, "the folder is gone")
         folder = self._folders[name]
         try:
             folder.write(data)
+        # Nobody is asked for a new path an hour into a run: the document goes beside the old one.
         except (IsADirectoryError, PermissionError) as error:
             other = folder.sibling(self._run_id)
             other.write(data)
             self._folders[name] = other
             self.warnings.append(
-                f"{folder.path.name} could not be replaced ({error.strerror}): see {other.path.name}"
+                f"{folder.path.name} could not be replaced ({error.strerror}): "
+                f"see {other.path.name}"
             )
 
 
 def _mask(prepared: PreparedJob) -> Mask:
-    """The mask for the secrets of our environment and of the kernel's."""
+    """Return the mask for the secrets in the environments of the runner and of the kernel."""
     return mask_for({**os.environ, **(prepared.job.env or {})})
 
 
 def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documents) -> Verdict:
-    """The annotated notebook first, then the verdict, which says what was written. Here a verdict is finished: secrets are masked."""
+    """Write the annotated notebook, then the verdict, and return the final verdict.
+
+    The verdict comes second because it names the documents that were written. Secrets are masked
+    here, so no other code writes a verdict.
+    """
     from safe_exec.reports import annotated_notebook, verdict_json
 
     verdict = _with_output_paths(documents.mask.everywhere(verdict), documents)
@@ -358,7 +387,8 @@ def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documen
             verdict, "notebook", f"the annotated notebook could not be written: {error}"
         )
     try:
-        for _ in range(2):  # once more where it went by another name, which it says itself
+        # Written twice if the first attempt changed its name: the verdict states its own path.
+        for _ in range(2):
             warning_count = len(documents.warnings)
             verdict = _with_output_paths(verdict, documents)
             documents.put("verdict", verdict_json.dumps(verdict))
@@ -366,7 +396,7 @@ def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documen
                 break
     except OSError as error:
         verdict = _without_output(verdict, "verdict", f"the verdict could not be written: {error}")
-        # The one document that programs read: that it is missing is said even to those who want to hear nothing.
+        # Programs read the verdict, so its absence is an error even with --quiet.
         log.error(  # noqa: TRY400
             "%s: the verdict could not be written: %s",
             one_line(prepared.paths.verdict),
@@ -376,8 +406,9 @@ def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documen
 
 
 def _with_output_paths(verdict: Verdict, documents: Documents) -> Verdict:
-    """The verdict that says which documents there are, but for one that is known not to be, and what became of their names."""
+    """Add the paths of all documents to the verdict, and warnings about changed names."""
     missing = {"notebook"} - verdict.outputs.keys() if verdict.outputs else set()
+    # A document that could not be written before is not listed again.
     outputs = {name: path for name, path in documents.paths().items() if name not in missing}
     if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
         outputs["repro"] = verdict.culprits.repro_notebook
@@ -409,7 +440,8 @@ def _run_finished(prepared: PreparedJob, verdict: Verdict) -> events.RunFinished
 
 
 def _read_ahead() -> EventSink:
-    """Imports what concludes and writes while the kernel is at work on its first cell: after a death somebody waits."""
+    """Import the code for verdict and documents while the first cell runs."""
+    # After a death the user waits for the diagnosis, so none of these imports may come then.
     scheduled = False
 
     def sink(event: Event) -> None:
@@ -417,6 +449,7 @@ def _read_ahead() -> EventSink:
         if isinstance(event, events.CellStarted) and not scheduled:
             scheduled = True
             for number, name in enumerate(_NEEDED_LATER):
+                # One module per tick: the messages of the running cell are handled in between.
                 asyncio.get_running_loop().call_later(
                     _SENT_SECONDS * (1 + number), import_module, name
                 )
@@ -425,10 +458,13 @@ def _read_ahead() -> EventSink:
 
 
 def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
-    """One sink for all, which hears of no secrets. One that raises is left out from then on: a broken progress display must not cost the run."""
+    """Combine event sinks into one, and mask the secrets in events."""
+    # A sink that raises gets no more events: a broken progress display must not cost the run.
+    # A copy, because sinks that raise are removed while events arrive.
     live = list(sinks)
 
     def emit(event: Event) -> None:
+        # Masked once for all sinks: events reach log files and terminals.
         event = mask.everywhere(event)
         for sink in tuple(live):
             try:
@@ -446,17 +482,20 @@ def _leave_signals(_arrive: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def signals(arrive: Any) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP are told to ``arrive`` until everything is written.
+    """Pass Ctrl-C, SIGTERM and SIGHUP to ``arrive`` until the block ends.
 
-    Elsewhere than on the main thread nothing is taken over. A signal that is ignored stays ignored:
-    under nohup the run goes on when the terminal is gone, and in the background of a script (`&`)
-    when somebody presses Ctrl-C.
+    Does nothing outside the main thread. A signal that is ignored stays ignored: under nohup the
+    run goes on after the terminal closes, and so does a background job of a script (``&``) on
+    Ctrl-C.
     """
     loop, handled = asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # nohup and `&` set these to be ignored on purpose.
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+            # asyncio refuses signal handlers outside the main thread, where tools like papermill
+            # may be.
             loop.add_signal_handler(number, arrive, number)
             handled.append(number)
     try:

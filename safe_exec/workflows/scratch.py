@@ -1,7 +1,4 @@
-"""Runs of a notebook that leave nothing beside it: each in a copy of its folder, no document written.
-
-May import pipeline, culprit and what is below. ``probe`` and ``replay`` run notebooks this way.
-"""
+"""Run a notebook in copies of its folder, without documents, for ``probe`` and ``replay``."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ScratchRuns(Struct, frozen=True, kw_only=True):
-    """A notebook that is ready to be run as often as one likes. ``gaps`` say what a run may still see of an earlier one."""
+    """A notebook that can run any number of times, each time in a new copy of its folder."""
 
     prepared: PreparedJob
     rerunner: Rerunner
@@ -32,20 +29,21 @@ class ScratchRuns(Struct, frozen=True, kw_only=True):
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """What could not be kept apart."""
+        """Locations where a run may see files of an earlier one."""
         return self.rerunner.workspaces.gaps
 
     @property
     def cell_limits(self) -> Callable[[Any], Limits]:
-        """The limits of each cell as the user set them."""
+        """The limits of each cell, as the user set them."""
         return self.rerunner.template.cell_limits
 
 
 @contextlib.asynccontextmanager
 async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
-    """Keep the folder as it is now, and run in copies of it. Signals end the run under way and are told to whoever asks.
+    """Copy the folder as it is at this moment, and run in copies of that copy.
 
-    Raises SandboxError where the folder cannot be kept.
+    A signal ends the current run; ``cancellation`` tells later ones. Raises SandboxError if the
+    folder cannot be copied.
     """
     from safe_exec.experiments.rerun import Rerunner
     from safe_exec.experiments.trial_cache import cache_root, claim_folder, release_folder, tidy
@@ -58,18 +56,21 @@ async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
     with signals(cancellation.arrive), contextlib.ExitStack() as stack:
         sweep()
         try:
+            # Copies can be large: those of searches that nobody continued are deleted first.
             tidy(cache_root())
             scratch = claim_folder(cache_root(), prepared.run_id)
             stack.callback(release_folder, scratch)
             snapshot = await asyncio.to_thread(
                 take, prepared.paths.cwd, scratch, ours=ours, repository=repository_of(prepared)
             )
+            # A copy that is not fully independent is accepted; ``gaps`` reports it.
             workspaces = workspace_factory(snapshot, ours=ours, insist=True)
         except OSError as error:
             raise SandboxError(
-                f"{prepared.paths.cwd}: the folder cannot be kept as it is: {error}"
+                f"{prepared.paths.cwd}: the folder cannot be copied: {error}"
             ) from error
         plan = prepared.plan()
+        # The events of these runs are reported by the caller, one line per run.
         template = request_for(prepared, plan, prepared.node, cancellation, lambda _event: None)
         yield ScratchRuns(
             prepared=prepared, rerunner=Rerunner(template, workspaces), cancellation=cancellation

@@ -272,7 +272,7 @@ def test_git_that_fails_leaves_nothing_out_and_says_so(tree: Path) -> None:
         "docs/c.ipynb",
         "docs/deep/d.ipynb",
     ]
-    assert "git could not say" in result.notes[0]
+    assert "git failed to list" in result.notes[0]
 
 
 def test_without_git_nothing_is_left_out_and_it_is_said(

@@ -79,7 +79,9 @@ def why_not(
 TALKED = make_verdict(remote_hosts=("db.example.org",))
 MANY = make_verdict(remote_hosts=("a", "b", "c", "d"))
 RAISED = make_verdict(Status.CELL_ERROR, CauseKind.EXCEPTION)
-TALK = "the notebook talked to {}, and a search runs its cells again; `safe-exec bisect` does it all the same"
+TALK = (
+    "the notebook talked to {}, and a search runs its cells again; start it with `safe-exec bisect`"
+)
 
 DIED = make_verdict(remote_hosts=())
 
@@ -110,17 +112,17 @@ REASONS: dict[str, tuple[Verdict, dict[str, Any], str | None]] = {
     "the folder was not kept": (
         DIED,
         {"kept": False, "trouble": "no room"},
-        "the folder could not be kept as it was: no room",
+        "the folder could not be copied: no room",
     ),
     "nobody began to keep it": (
         DIED,
         {"kept": False},
-        "the folder could not be kept as it was: it was not begun",
+        "the folder could not be copied: the copy was not started",
     ),
     "not kept, though asked for": (
         DIED,
         {"kept": False, "trouble": "no room", "bisect": Bisect.ALWAYS},
-        "the folder could not be kept as it was: no room",
+        "the folder could not be copied: no room",
     ),
 }
 
