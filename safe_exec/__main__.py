@@ -26,7 +26,7 @@ def main() -> None:
     ):
         from safe_exec.sandbox import keeper_process
 
-        keeper_process.begin()
+        keeper_process.prestart()
     from safe_exec.cli import main as cli
 
     code = cli.call(sys.argv[1:])

@@ -42,7 +42,7 @@ from safe_exec.files import OutputRoot, one_line
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import FolderUse
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
-from safe_exec.sandbox.keeper_process import Nursery
+from safe_exec.sandbox.keeper_process import ForkServer
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare
 from safe_exec.workflows.run import signals
 
@@ -384,7 +384,7 @@ async def run_batch(
     started, began = datetime.now(UTC), time.monotonic()
     # The root is opened before anything runs: a notebook may move it away or replace it by a link.
     # The fork server imports what keepers need once, for all of them.
-    with OutputRoot(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, Nursery():
+    with OutputRoot(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, ForkServer():
         scheduler = _Scheduler(plan, tree, journal, listener)
         with signals(scheduler.broadcast.receive):
             journal.batch_started(

@@ -26,7 +26,7 @@ from safe_exec.batch.retry import is_transient
 from safe_exec.batch.selection import SelectedNotebook
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.files import OutputDirectory, OutputRoot, one_line
-from safe_exec.kernel.prestart import Early
+from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Status, Verdict
@@ -166,7 +166,7 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
         _remove_documents(task.job)
         is_retried = is_transient if attempt <= context.retries else _never
         # The kernel starts while the notebook is read and while it waits for its turn.
-        with Early() as kernel:
+        with PrestartedKernel() as kernel:
             prepared = prepare(task.job, kernel)
             key, inputs = key_of_run(prepared), inputs_of(prepared)
             if not gate.wait():

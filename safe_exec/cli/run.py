@@ -13,7 +13,7 @@ import click
 from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
-from safe_exec.kernel.prestart import Early
+from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.model.limits import FolderUse, LimitName
 from safe_exec.model.verdict import Verdict
 from safe_exec.sandbox.planner import CHOOSABLE
@@ -171,7 +171,7 @@ def command(
     After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
     hosts: a search runs cells again. Ctrl-C then keeps the best so far.
     """
-    with Early() as kernel:
+    with PrestartedKernel() as kernel:
         # One look and all input is checked: from here on whatever happens ends in a verdict.
         prepared = prepare(replace(job_of(notebook, options), output=out), kernel)
         if events is not None:

@@ -39,11 +39,11 @@ def isolated_request(
     *,
     node: Any | None = None,
     limits: Limits | None = None,
-    orphans: tuple[str, ...] = (),
+    cleanup_if_runner_dies: tuple[str, ...] = (),
 ) -> TrialRequest:
     """``template`` with a name, a sandbox, a folder and a copy of the notebook of its own, silent.
 
-    ``node`` and ``limits`` stand in for those of the template, ``orphans`` are removed should we be killed. Raises RerunFailed.
+    ``node`` and ``limits`` stand in for those of the template, ``cleanup_if_runner_dies`` are removed should we be killed. Raises RerunFailed.
     """
     run_id = keeper_process.new_run_id()
     run_limits = limits or template.limits
@@ -56,7 +56,7 @@ def isolated_request(
         mounts=workspace.mounts,
         user_namespace=workspace.user_namespace,
         directories=(str(workspace.directory),),
-        orphans=orphans,
+        cleanup_if_runner_dies=cleanup_if_runner_dies,
     )
     return replace(
         template,
@@ -111,7 +111,7 @@ class Rerunner:
             self.template,
             self.workspaces,
             limits=options.limits,
-            orphans=(str(self.workspaces.snapshot.scratch),),
+            cleanup_if_runner_dies=(str(self.workspaces.snapshot.scratch),),
         )
         request = replace(request, cell_limits=options.cell_limits, sink=options.sink)
         bounds = (

@@ -120,7 +120,7 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
-        copy_tree(folder, copy, but=but, twins=_twins(_latest.get(folder), entries))
+        copy_tree(folder, copy, but=but, hardlink_candidates=_hardlink_candidates(_latest.get(folder), entries))
     snapshot = Snapshot(
         folder=folder,
         scratch=scratch,
@@ -140,7 +140,7 @@ _latest: dict[Path, Snapshot] = {}
 """The last copy of each folder: the notebooks of one folder share what did not change."""
 
 
-def _twins(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
+def _hardlink_candidates(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
     """The files of an earlier copy that are still the same, by path within the folder.
 
     Times of files have the grain of the system's clock tick: one that changed just before it was copied may have changed again in the same tick.

@@ -1,8 +1,8 @@
-"""The keeper's side of a kernel inside bubblewrap: start it, meet the init and the kernel, hear of the end. Standard library only.
+"""The keeper's side of a kernel inside bubblewrap: start it, meet init and kernel, read the ending.
 
-Who speaks is known by the credentials that the system puts on each message: the process ids arrive as they are out here, whatever namespace
-the speaker is in (unix(7), SCM_CREDENTIALS). That is how the keeper learns which process is the kernel, and why nobody but the init can say
-how the kernel ended.
+Linux puts the sender's credentials on each message of the status socket, with process ids as they
+are out here, whatever namespace the sender is in (unix(7), SCM_CREDENTIALS). So the keeper learns
+which process is the kernel, and only the init can report how the kernel ended. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,126 +19,149 @@ import stat
 import struct
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safe_exec.keeper import child, file_tree, mounts
+from safe_exec.keeper import child, file_tree, mounts, protocol
+from safe_exec.keeper.child import KernelCommand, SetupFailed
+from safe_exec.keeper.protocol import BwrapSetup, LimitedDisk
 
 SO_PASSCRED, SCM_CREDENTIALS = 16, 2
 MNT_DETACH = 2
 MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 _UCRED, _INT = struct.Struct("3i"), struct.Struct("i")
-MEET_SECONDS = 20.0
+START_SECONDS = 20.0
 MESSAGE_BYTES = 4096
 MOST_DESCRIPTORS = 8
 """In one message."""
 PAGE = 4096
 COPY_BYTES = 256 << 20
-BOOT = "import sys; sys.path.append(sys.argv[1]); from safe_exec.keeper.bwrap_init import main; main(*map(int, sys.argv[2:]))"
+SPARE_INODES = 8
+BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); from safe_exec.keeper.bwrap_init import main; "
+    "main(*map(int, sys.argv[2:]))"
+)
 
 
-class Enclosed:
-    """One bubblewrap and what is in it."""
+class ChildEnds(NamedTuple):
+    """Descriptors of the keeper's child: its stderr, the pipe for its failure, and the kernel's by name."""
 
-    def __init__(self) -> None:
-        self.status, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stderr: int
+    error: int
+    kernel: dict[str, int]
+
+
+class KernelEnding(NamedTuple):
+    """The kernel's raw wait status, its processor time and its mask of caught signals, from the init."""
+
+    status: int
+    cpu_seconds: float
+    caught_signals: int | None
+
+
+class Bubblewrap:
+    """One bubblewrap with its init and its kernel, by their process ids out here.
+
+    ``sockets`` is a descriptor of the directory of the kernel's sockets, ``discarded`` those of the
+    places whose files disappear with the sandbox. ``is_closed``: nobody can send a message any more.
+    """
+
+    def __init__(self, setup: BwrapSetup) -> None:
+        self._setup = setup
+        self.status, self._init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
-        self._go_r, self._go_w = os.pipe2(os.O_CLOEXEC)
-        self.bubblewrap = 0
-        self.init = 0
-        self.kernel = 0
+        self._release_r, self._release_w = os.pipe2(os.O_CLOEXEC)
+        self.pid = 0
+        self.init_pid = 0
+        self.kernel_pid = 0
         self.sockets = -1
         self.discarded: list[int] = []
-        self.over = False
+        self.is_closed = False
 
-    # --- in the keeper's child ----------------------------------------------------------------------------------
+    # --- in the keeper's child ------------------------------------------------------------------
 
-    def become_bubblewrap(
-        self, plan: dict[str, Any], stderr_fd: int, given: dict[str, int], error_fd: int
-    ) -> None:
+    def execute(self, command: KernelCommand, ends: ChildEnds) -> None:
         """Execute bubblewrap, with the init in it. Never returns."""
         try:
-            enclosure = plan["enclosure"]
-            placed = child.place_descriptors(
-                plan,
-                stderr_fd,
-                {
-                    **given,
-                    "status": self._theirs.fileno(),
-                    "go": self._go_r,
-                    "config": os.memfd_create("safe-exec"),
-                },
+            setup = self._setup
+            ours = {
+                "status": self._init_end.fileno(),
+                "release": self._release_r,
+                "config": os.memfd_create("safe-exec"),
+            }
+            argv, placed = child.place_descriptors(
+                command.argv, ends.stderr, {**ends.kernel, **ours}
             )
-            discarded = [place["path"] for place in enclosure["discarded"]]
-            _write_config(
-                placed["config"], {**plan, "sockets": enclosure["sockets"], "discarded": discarded}
-            )
-            _close_devices(enclosure["devices"])
-            inner = [enclosure["python"], "-I", "-S", "-c", BOOT, enclosure["root"]]
-            inner += [str(placed[name]) for name in ("status", "go", "config")]
-            argv = [*enclosure["argv"], *inner]
-            os.execve(argv[0], argv, {"PATH": os.defpath})  # noqa: S606 - bubblewrap, found and tried before
-        except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
-            child.tell(error_fd, "sandbox", error)
+            _write_config(placed["config"], command.with_argv(argv), setup)
+            _protect_devices(setup.devices)
+            init = [setup.python, "-I", "-S", "-c", BOOT, setup.package_root]
+            init += [str(placed[name]) for name in ours]
+            bwrap_argv = [*setup.argv, *init]
+            os.execve(bwrap_argv[0], bwrap_argv, {"PATH": os.defpath})  # noqa: S606 - bubblewrap, probed before
+        except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+            child.report_failure(ends.error, "sandbox", error)
 
-    # --- in the keeper ------------------------------------------------------------------------------------------
+    # --- in the keeper --------------------------------------------------------------------------
 
     def started(self, pid: int) -> None:
-        """The child is on its way; its ends of things are its own now."""
-        self.bubblewrap = pid
-        self._theirs.close()
-        os.close(self._go_r)
+        """Close the ends that belong to the child, which has its own copies."""
+        self.pid = pid
+        self._init_end.close()
+        os.close(self._release_r)
 
-    def meet(self) -> int:
-        """Wait for the kernel's process, which waits for us; its id out here. Raises Refused when bubblewrap ends before.
+    def await_kernel(self) -> int:
+        """Wait for the kernel's process, which then waits for ``release``; return its pid out here.
 
-        ``sockets`` is the directory of the kernel's sockets from then on, as a descriptor.
+        Raises SetupFailed if bubblewrap ends before.
         """
-        deadline = time.monotonic() + MEET_SECONDS
-        while not self.kernel:
-            if not select.select([self.status], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise child.Refused("sandbox", "nothing started inside bubblewrap")
+        deadline = time.monotonic() + START_SECONDS
+        while not self.kernel_pid:
+            if not self._wait_until(deadline):
+                raise SetupFailed("sandbox", "nothing started inside bubblewrap")
             message, pid = self.receive()
             if not message:
-                raise child.Refused("sandbox", "bubblewrap could not build it")
+                raise SetupFailed("sandbox", "bubblewrap could not build it")
             if message.get("who") == "init":
-                self.init = pid
+                self.init_pid = pid
             elif message.get("who") == "kernel":
-                self.kernel = pid
-        return self.kernel
+                self.kernel_pid = pid
+        return self.kernel_pid
 
-    def go(self) -> None:
-        """Let the kernel's process go on; wait until it has executed the kernel. Raises Refused when it could not."""
-        os.write(self._go_w, b"g")
-        os.close(self._go_w)
-        deadline = time.monotonic() + MEET_SECONDS
+    def release(self) -> None:
+        """Let the kernel's process go on, and wait until it has executed the kernel. Raises SetupFailed."""
+        os.write(self._release_w, b"g")
+        os.close(self._release_w)
+        deadline = time.monotonic() + START_SECONDS
         while True:
-            if not select.select([self.status], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise child.Refused("sandbox", "the kernel's process did not get to its command")
+            if not self._wait_until(deadline):
+                raise SetupFailed("sandbox", "the kernel's process did not get to its command")
             message, pid = self.receive()
-            if not message or pid == self.init:
+            if not message or pid == self.init_pid:
                 break
         if not message or "executed" not in message:
-            stage, _, words = str(message.get("failed", "sandbox bubblewrap ended")).partition(" ")
-            raise child.Refused(stage, words)
+            failure = str(message.get("failed", "sandbox bubblewrap ended"))
+            stage, _, text = failure.partition(" ")
+            raise SetupFailed(stage, text)
         self.status.setblocking(False)
 
+    def _wait_until(self, deadline: float) -> bool:
+        seconds = max(0.0, deadline - time.monotonic())
+        return bool(select.select([self.status], [], [], seconds)[0])
+
     def receive(self) -> tuple[dict[str, Any], int]:
-        """A message and who sent it, by process id out here; an empty one at the end, and for what is no message of ours."""
+        """Return a message and its sender's pid out here.
+
+        The message is empty at the end of the socket, and for anything that the init does not send.
+        """
         room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT.size)
         data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
-        pid = next(
-            (
-                _UCRED.unpack(found[: _UCRED.size])[0]
-                for _, kind, found in ancillary
-                if kind == SCM_CREDENTIALS
-            ),
-            0,
+        credentials = (
+            packed[: _UCRED.size] for _, kind, packed in ancillary if kind == SCM_CREDENTIALS
         )
-        self.over = not data and not pid
+        pid = next((_UCRED.unpack(packed)[0] for packed in credentials), 0)
+        self.is_closed = not data and not pid
         rights = b"".join(packed for _, kind, packed in ancillary if kind == socket.SCM_RIGHTS)
-        self._take_descriptors(
-            [fd for (fd,) in _INT.iter_unpack(rights[: len(rights) - len(rights) % _INT.size])]
-        )
+        complete = rights[: len(rights) - len(rights) % _INT.size]
+        self._take_descriptors([fd for (fd,) in _INT.iter_unpack(complete)])
         with contextlib.suppress(ValueError):
             message = json.loads(data)
             if isinstance(message, dict):
@@ -146,102 +169,91 @@ class Enclosed:
         return {}, pid
 
     def _take_descriptors(self, fds: list[int]) -> None:
-        """The first ones are the init's, the directory of the sockets before the others: it speaks before anything else lives in there."""
-        if fds and self.sockets < 0 and not self.init:
+        # The first ones are the init's: it sends them before anything else runs inside.
+        if fds and self.sockets < 0 and not self.init_pid:
             self.sockets, *self.discarded = fds
         else:
             for fd in fds:
                 os.close(fd)
 
-    def ending(self) -> dict[str, Any] | None:
-        """How the kernel ended, once the init has said so. What others say there is not heard; ``over`` when nobody can say any more."""
-        while not self.over:
+    def kernel_ending(self) -> KernelEnding | None:
+        """Return how the kernel ended, once the init has reported it; other senders are ignored."""
+        while not self.is_closed:
             try:
                 message, pid = self.receive()
             except BlockingIOError:
                 return None
             except ConnectionError:
-                self.over = True
+                self.is_closed = True
                 return None
-            if pid == self.init and "status" in message:
-                return message
+            if pid == self.init_pid and "status" in message:
+                return KernelEnding(message["status"], message["cpu"], message["caught"])
         return None
 
 
-def _close_devices(paths: list[str]) -> None:
-    """Devices that bubblewrap is to show, mounted read-only on themselves: its own mounts of them inherit that."""
+def _protect_devices(paths: tuple[str, ...]) -> None:
+    """Mount devices that bubblewrap shall show read-only on themselves; its own mounts inherit that."""
     if not paths:
         return
-    mounts.enter(
-        [{"kind": "bind", "source": path, "target": path} for path in paths], user_namespace=False
-    )
+    binds = [{"kind": "bind", "source": path, "target": path} for path in paths]
+    mounts.enter(binds, user_namespace=False)
     libc = ctypes.CDLL(None, use_errno=True)
     for path in paths:
-        kept = os.statvfs(path).f_flag & (
-            os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
-        )  # the same numbers in mount(2)
-        if (
-            libc.mount(
-                b"none",
-                os.fsencode(path),
-                None,
-                ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY | kept),
-                None,
-            )
-            != 0
-        ):
+        # A remount replaces all flags. These have the same numbers in statvfs(3) and mount(2).
+        flags = os.statvfs(path).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC)
+        flags |= MS_REMOUNT | MS_BIND | MS_RDONLY
+        if libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(flags), None) != 0:
             number = ctypes.get_errno()
             raise OSError(number, f"cannot mount {path} read-only: {os.strerror(number)}")
 
 
-def _write_config(fd: int, plan: dict[str, Any]) -> None:
-    wanted = ("argv", "env", "cwd", "rlimits", "open_files_soft", "walls", "sockets", "discarded")
+def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup) -> None:
+    # marshal is built in: the init would spend longer on importing json than on all else.
+    config = {
+        "command": protocol.as_plain(command),
+        "sockets": setup.sockets,
+        "discarded": [place.path for place in setup.discarded],
+    }
     with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(marshal.dumps({name: plan[name] for name in wanted}))
+        file.write(marshal.dumps(config))
 
 
-# --- a folder of limited size -----------------------------------------------------------------------------------
+# --- a folder of limited size -------------------------------------------------------------------
 
 
-def make_disk(disk: dict[str, Any]) -> file_tree.Meanwhile:
-    """The file system that a run writes to: its folder as it is, a /tmp, a home and a place for sockets. In a mount namespace of our own.
+def make_disk(disk: LimitedDisk) -> file_tree.ConcurrentChanges:
+    """Make the file system that a run writes to, in a mount namespace of our own.
 
-    The folder is the lower layer of an overlay, so that only what is written counts; where that cannot be, or all is to belong to another
-    user, it is a copy, for which there is room besides. Returns what will tell later what others made of the folder. Raises OSError with what
-    is too large.
+    It holds the folder as it is, a /tmp, a home and a directory for sockets. Returns what later tells
+    which files others changed in the folder. Raises OSError if the folder is too large to copy.
     """
-    owner, base = disk["owner"], Path(disk["base"])
-    folder = Path(disk["folder"])
-    meanwhile = file_tree.Meanwhile(since=file_tree.now())
-    copied = None if owner is None and _overlays(folder, base, disk) else _measure(folder)
-    if copied is not None:
-        size, entries = copied
-        _mount_disk(base, disk["size"] + size, disk["inodes"] + entries)
-        meanwhile = file_tree.Meanwhile(
-            marks=file_tree.copy_tree(folder, base / "folder", owner=owner)
-        )
+    owner, base, folder = disk.owner, Path(disk.base), Path(disk.folder)
+    changes = file_tree.ConcurrentChanges(since=file_tree.now())
+    # With the folder as the lower layer of an overlay only written data counts. Where there are no
+    # overlays, or another user shall own everything, the folder is copied, and the copy gets room
+    # of its own.
+    if owner is not None or not _mount_overlay(folder, base, disk):
+        size, entries = _measure(folder)
+        _mount_disk(base, disk.size + size, disk.inodes + entries)
+        copies = file_tree.copy_tree(folder, base / "folder", owner=owner)
+        changes = file_tree.ConcurrentChanges(copies=copies)
     for name, mode in (("tmp", 0o1777), ("home", 0o755), ("sockets", 0o755)):
-        made = base / name
-        made.mkdir()
-        made.chmod(mode)
+        directory = base / name
+        directory.mkdir()
+        directory.chmod(mode)
         if owner is not None:
-            os.chown(made, owner, owner)
-    return meanwhile
+            os.chown(directory, owner, owner)
+    return changes
 
 
 def _mount_disk(base: Path, size: int, inodes: int) -> None:
-    mounts.make(
-        {
-            "kind": "tmpfs",
-            "target": str(base),
-            "options": f"size={size},nr_inodes={inodes},mode=0755",
-        }
-    )
+    options = f"size={size},nr_inodes={inodes},mode=0755"
+    mounts.make({"kind": "tmpfs", "target": str(base), "options": options})
 
 
-def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
-    """Lay the folder under a layer of limited size; whether that can be had here."""
-    _mount_disk(base, disk["size"], disk["inodes"])
+def _mount_overlay(folder: Path, base: Path, disk: LimitedDisk) -> bool:
+    """Lay the folder under a layer of limited size; false if the file system cannot do that."""
+    _mount_disk(base, disk.size, disk.inodes)
     for name in ("upper", "work", "folder"):
         (base / name).mkdir()
     layers = {
@@ -259,13 +271,13 @@ def _overlays(folder: Path, base: Path, disk: dict[str, Any]) -> bool:
 
 
 def changed_files(base: str) -> str:
-    """Where the files are that a run has changed in its folder of limited size, beside others in a copy."""
+    """Return the directory of the files that a run changed; in a copy it holds all others too."""
     upper = os.path.join(base, "upper")
     return upper if os.path.isdir(upper) else os.path.join(base, "folder")
 
 
 def _measure(folder: Path) -> tuple[int, int]:
-    """What a copy of a folder takes: bytes in whole pages, and entries. Raises OSError where it is too much to copy."""
+    """Return the bytes (in whole pages) and inodes that a copy takes. Raises OSError if too large."""
     size = entries = 0
     for _, status in file_tree.walk(folder):
         entries += 1
@@ -273,13 +285,14 @@ def _measure(folder: Path) -> tuple[int, int]:
         if size > COPY_BYTES:
             raise OSError(
                 errno.EFBIG,
-                f"the folder {folder} is too large to be copied ({COPY_BYTES >> 20} MiB); run in a smaller one (--cwd)",
+                f"the folder {folder} is too large to be copied ({COPY_BYTES >> 20} MiB); "
+                "run in a smaller one (--cwd)",
             )
-    return size, entries + 8
+    return size, entries + SPARE_INODES
 
 
 def unmount(path: str) -> bool:
-    """Detach what is mounted on a path; whether nothing is any more."""
+    """Detach the mounts on a path and its overlay; true if nothing is mounted there any more."""
     libc = ctypes.CDLL(None, use_errno=True)
     for mounted in (os.path.join(path, "folder"), path):
         libc.umount2(os.fsencode(mounted), MNT_DETACH)

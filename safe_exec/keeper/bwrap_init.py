@@ -1,22 +1,23 @@
-"""The first process of ours inside bubblewrap: starts the kernel, keeps its raw wait status. Standard library only.
+"""The init: our first process inside bubblewrap, which starts the kernel and reaps it.
 
-bubblewrap reports SIGKILL as 137, the same as ``os._exit(137)``. So this process is the kernel's parent in there, and says over a socket how it
-ended, and what it used. The keeper knows who speaks by the credentials that the system puts on each message (unix(7), SCM_CREDENTIALS): a
-kernel that got hold of the socket would speak in its own name. It cannot get hold of it either: this process is not dumpable, so that nobody
-of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
+bubblewrap reports SIGKILL as 137, the same as ``os._exit(137)``. So this process is the kernel's
+parent inside, and reports its raw wait status and processor time on the status socket. Linux puts
+the sender's credentials on each message (unix(7), SCM_CREDENTIALS), so a kernel that got hold of the
+socket would speak in its own name. It cannot get hold of it: this process is not dumpable, so no
+other process of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
 
-With process ids of their own this is the first process in there: it buries orphans, and all in there dies with it. No signal from in there
-reaches it, SIGKILL and SIGSTOP included (pid_namespaces(7)).
+In a pid namespace of its own this is process 1: it reaps orphans, everything inside dies with it, and
+no signal from inside reaches it, not even SIGKILL and SIGSTOP (pid_namespaces(7)).
 
-Every kernel inside walls waits for it, so it imports what is written in C: json, signal and socket are made of enum and re, which take longer than
-the interpreter's own start.
-
-The kernel's process waits until the keeper has put it into its control groups. Neither this process nor bubblewrap is in them: they do not
-count against the notebook's limits, and cannot be killed for them.
+The kernel's process waits until the keeper has moved it to its cgroups. Neither this process nor
+bubblewrap is in them: they do not count against the notebook's limits and are not killed for them.
+Standard library only.
 """
 
 from __future__ import annotations
 
+# Every kernel behind walls waits for this process, so it imports modules written in C: json, signal
+# and socket need enum and re, which take longer to import than the interpreter takes to start.
 import _signal as signal  # type: ignore[import-not-found]
 import _socket as socket
 import ctypes
@@ -32,84 +33,88 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 MESSAGE_BYTES = 2000
 
 
-def main(status_fd: int, go_fd: int, config_fd: int) -> None:
-    """Start the kernel as the configuration says, wait for its end, tell it."""
+def main(status_fd: int, release_fd: int, config_fd: int) -> None:
+    """Start the kernel as the configuration says, wait for its end, report it."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for fd in (status_fd, go_fd, config_fd):
+    for fd in (status_fd, release_fd, config_fd):
         os.set_inheritable(fd, False)
     with os.fdopen(config_fd, "rb") as file:
         file.seek(0)
-        plan = marshal.load(file)  # noqa: S302 - the keeper wrote it, and nobody else has it
+        config = marshal.load(file)  # noqa: S302 - the keeper wrote it, and nobody else has it
+    command = config["command"]
     status = socket.socket(fileno=status_fd)
-    # Directories that are in no other view of the file system than ours: the one in which the kernel will bind its sockets, and those whose
-    # files go with us. The keeper lists them when all in here is dead; until it closes them these file systems stay.
+    # These directories exist only in our view of the file system: the one of the kernel's sockets,
+    # and those whose files disappear with us. The keeper lists the latter after everything in here is
+    # dead: a file system stays until its last descriptor is closed.
     directories = [
         os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        for path in (plan["sockets"], *plan["discarded"])
+        for path in (config["sockets"], *config["discarded"])
     ]
     rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in directories)
     status.sendmsg([b'{"who":"init"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for fd in directories:
         os.close(fd)
-    parent = os.getpid()
+    init_pid = os.getpid()
     error_r, error_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _become(plan, status, go_fd, error_w, parent)
-    os.close(go_fd)
+        _run_child(command, status, release_fd, error_w, init_pid)
+    os.close(release_fd)
     os.close(error_w)
-    if plan["walls"].get("capabilities_dropped"):
+    if command["walls"] is not None and command["walls"]["drop_capabilities"]:
         from safe_exec.keeper import capabilities
 
-        capabilities.give_up(for_uid=None)  # they were for the child alone
+        # Only the child needed them, to become another user.
+        capabilities.give_up(for_uid=None)
     with os.fdopen(error_r, "rb") as pipe:
-        trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
-    status.send(_failed(trouble) if trouble else b'{"executed":true}')
+        # The descriptor is closed on execution, so this ends when the child executes.
+        error = pipe.read()
+    status.send(_failure(error) if error else b'{"executed":true}')
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    _wait(pid, status)
+    _reap(pid, status)
 
 
-def _become(
-    plan: dict[str, Any], status: socket.socket, go_fd: int, error_fd: int, parent: int
+def _run_child(
+    command: dict[str, Any], status: socket.socket, release_fd: int, error_fd: int, init_pid: int
 ) -> None:
+    """Wait until the keeper releases this process, then become the kernel. Never returns."""
     from safe_exec.keeper import child
 
     try:
         os.setsid()
         status.send(b'{"who":"kernel"}')
         status.close()
-        if not os.read(go_fd, 1):  # the keeper is gone, or would not have us
+        # The end of the pipe means that the keeper is dead, or that the cgroups could not be joined.
+        if not os.read(release_fd, 1):
             os._exit(1)
-        os.close(go_fd)
-    except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
-        child.tell(error_fd, "sandbox", error)
-    child.run(plan, parent, error_fd)
+        os.close(release_fd)
+        kernel_command = child.command_from(command)
+    except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+        child.report_failure(error_fd, "sandbox", error)
+    child.run(kernel_command, init_pid, error_fd)
 
 
-def _wait(pid: int, status: socket.socket) -> None:
-    """Reap until the kernel has ended, then say how. Whatever else runs in here ends with us."""
+def _reap(pid: int, status: socket.socket) -> None:
+    """Reap processes until the kernel has ended, then report it; the rest in here dies with us."""
     while True:
         try:
-            # Looked at first and reaped afterwards: only a zombie still tells which signals it caught.
+            # Look first and reap afterwards: only a zombie still shows which signals it caught.
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
             caught = _caught_signals(pid) if dead is not None and dead.si_pid == pid else b"null"
-            ended, raw, usage = os.wait4(-1 if dead is None else dead.si_pid, 0)
+            reaped, raw, usage = os.wait4(-1 if dead is None else dead.si_pid, 0)
         except ChildProcessError:
             return
-        if ended == pid:
+        if reaped == pid:
             cpu = usage.ru_utime + usage.ru_stime
-            status.send(
-                b'{"status":%d,"cpu":%.6f,"maxrss":%d,"caught":%b}'
-                % (raw, cpu, usage.ru_maxrss, caught)
-            )
+            status.send(b'{"status":%d,"cpu":%.6f,"caught":%b}' % (raw, cpu, caught))
             return
 
 
 def _caught_signals(pid: int) -> bytes:
-    """The set of signals that have a handler, as a number in JSON (SigCgt in /proc/PID/status)."""
+    """The mask of signals with a handler as a JSON number (SigCgt in /proc/PID/status)."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             line = next(line for line in file if line.startswith(b"SigCgt:"))
@@ -118,10 +123,10 @@ def _caught_signals(pid: int) -> bytes:
         return b"null"
 
 
-def _failed(trouble: bytes) -> bytes:
+def _failure(error: bytes) -> bytes:
     import json
 
-    return json.dumps({"failed": trouble.decode("utf-8", "replace")[:MESSAGE_BYTES]}).encode()
+    return json.dumps({"failed": error.decode("utf-8", "replace")[:MESSAGE_BYTES]}).encode()
 
 
 if __name__ == "__main__":

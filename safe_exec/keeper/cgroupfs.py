@@ -1,6 +1,7 @@
-"""Control groups as files: made, written, read, removed. Standard library only; the keeper's part of them.
+"""Reads, writes and removes cgroups through their files. Standard library only.
 
-Which groups there are and what is written into them says the plan (``sandbox/mechanisms/cgroup_v1.py``, ``sandbox/mechanisms/cgroup_v2.py``).
+The plan says which cgroups there are and what they contain (``sandbox/mechanisms/cgroup_v1.py``,
+``sandbox/mechanisms/cgroup_v2.py``).
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 
-HAND_ON_SECONDS = 5.0
+DELEGATE_SECONDS = 5.0
 REMOVE_SECONDS = 1.0
 
 
 def write(path: str, value: str) -> None:
-    """Write to one file; an OSError names the file and the value."""
+    """Write a value to one file. Raises OSError that names both."""
     try:
         with open(path, "w") as handle:
             handle.write(value)
@@ -23,7 +25,7 @@ def write(path: str, value: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """What stands in one file; ``None`` where it cannot be read."""
+    """Return the content of one file, ``None`` if it cannot be read."""
     try:
         with open(path) as handle:
             return handle.read(65536)
@@ -31,30 +33,32 @@ def read(path: str) -> str | None:
         return None
 
 
-def hand_on(group: str, leaf: str, controllers: list[str]) -> None:
-    """Have a group hand controllers on, which it can once no process stands in it: all of them go into ``leaf``.
+def delegate_controllers(group: str, leaf: str, controllers: Iterable[str]) -> None:
+    """Move a cgroup's own processes to ``leaf``, then delegate controllers to its children.
 
-    Other keepers of the same runner may be at it too. What has ended meanwhile cannot be moved and need not be. The leaf stays: we are in
-    it. Of a scope systemd removes it with all the rest.
+    The leaf stays, since we are in it; systemd removes it with its scope. Raises OSError.
     """
+    # A cgroup that contains processes cannot delegate controllers (cgroups(7), "no internal
+    # processes" rule). Other keepers of the same runner may be doing the same at this moment.
     with contextlib.suppress(FileExistsError):
         os.mkdir(leaf)
-    deadline = time.monotonic() + HAND_ON_SECONDS
+    deadline = time.monotonic() + DELEGATE_SECONDS
     while pids := (read(f"{group}/cgroup.procs") or "").split():
         for pid in pids:
             try:
                 write(f"{leaf}/cgroup.procs", pid)
             except ProcessLookupError:
+                # It ended in the meantime, and need not be moved.
                 continue
         if time.monotonic() > deadline:
             raise OSError(
-                f"{group} does not get empty, {', '.join(pids)} stay: it cannot hand controllers on"
+                f"{group} cannot delegate controllers: processes {', '.join(pids)} stay in it"
             )
     write(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
 
 
-def oomd_killed(dirs: list[str]) -> bool | None:
-    """Whether systemd-oomd killed one of these groups: it says so in an extended attribute (systemd-oomd.service(8))."""
+def oomd_killed(dirs: Iterable[str]) -> bool | None:
+    """Whether systemd-oomd killed one of these cgroups: it sets an extended attribute (systemd-oomd.service(8))."""
     for path in dirs:
         for name in ("user.oomd_kill", "trusted.oomd_kill"):
             with contextlib.suppress(OSError):
@@ -63,7 +67,8 @@ def oomd_killed(dirs: list[str]) -> bool | None:
 
 
 def remove(path: str) -> bool:
-    """Remove one control group; it stays busy for a moment after its last process is gone."""
+    """Remove one cgroup; false if it is still busy after REMOVE_SECONDS."""
+    # A cgroup stays busy for a moment after its last process is gone.
     deadline = time.monotonic() + REMOVE_SECONDS
     while True:
         try:

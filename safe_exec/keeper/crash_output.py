@@ -1,9 +1,10 @@
-"""What a kernel process says on its way out: its own stderr, and the stacks of its fault handler. Standard library only.
+"""The output of a dying kernel process: its own stderr, and the stacks of its fault handler.
 
-A dying kernel waits at our door. The fault handler writes to a stream socket whose send buffer is as small as the system allows; after a
-few short writes it blocks until we read. So when the first byte shows up, the process still stands with its stack as it was: /proc tells how
-far the main thread's stack had grown, and the registers at the fault can be read (signal_frame.py). Both tell a stack overflow from another
-segmentation fault.
+A dying kernel waits for the keeper. The fault handler writes to a stream socket whose send buffer is
+as small as Linux allows, so it blocks after a few short writes until the keeper reads. When the first
+byte arrives, the process still has its stack: /proc shows how far the main thread's stack had grown,
+and the registers at the fault can be read (``signal_frame``). Both tell a stack overflow from another
+segmentation fault. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,79 +15,78 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
 
 from safe_exec.keeper import procfs, signal_frame
+from safe_exec.keeper.protocol import ProcessAtFault
 
 TAIL_BYTES = 64 * 1024
 FAULT_BYTES = 256 * 1024
 FATAL = b"Fatal Python error"
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
-PAUSE_SECONDS = 0.1
-"""What follows so soon was written in one go."""
+BURST_PAUSE_SECONDS = 0.1
+"""Writes that follow each other more closely than this are one burst."""
 BURSTS = 8
 BURST_BYTES = 8 * 1024
 NEXT_SECONDS = 0.002
 PIECE = 65536
 
 
-class LastWords:
-    """Takes in what comes; ``tell`` is called with each part of a fault report of a process that lives.
+class CrashOutput:
+    """Reads the kernel's stderr and fault socket.
 
-    Where ``alive`` is asked for: the process's id, ``None`` once it has ended.
+    ``on_fault`` is called with each piece of a fault report of a living process. Parameters named
+    ``living_pid`` are the kernel's process id, ``None`` after its end.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, on_fault: Callable[[str], None]) -> None:
         self.tail = b""
         self.bursts: list[tuple[float, bytes]] = []
         self.fault_text = b""
-        self.seen: dict[str, Any] = {}
-        self._tell = tell
+        self.process_at_fault: ProcessAtFault | None = None
+        self._on_fault = on_fault
         self._stderr = -1
         self._fault: socket.socket | None = None
-        self._channel: socket.socket | None = None
+        self._kernel_end: socket.socket | None = None
         self._dump_signal: int | None = None
 
     def open(self, dump_signal: int | None) -> tuple[int, socket.socket]:
-        """The kernel's ends: its stderr, and where its fault handler writes.
+        """Return the kernel's ends: its stderr, and the socket of its fault handler.
 
-        ``dump_signal`` is the one at which it writes stacks there without being about to die.
+        At ``dump_signal`` the kernel writes stacks to the socket without dying.
         """
         self._dump_signal = dump_signal
         self._stderr, stderr = os.pipe2(os.O_CLOEXEC)
         self._fault, fault = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        fault.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 1
-        )  # the system rounds up to its smallest
-        self._channel = fault.dup()
+        # Linux rounds up to its smallest buffer.
+        fault.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self._kernel_end = fault.dup()
         os.set_blocking(self._stderr, False)
         self._fault.setblocking(False)
         return stderr, fault
 
     def sources(self) -> tuple[int, ...]:
-        """The descriptors to wait on."""
-        return tuple(
-            fd for fd in (self._stderr, self._fault.fileno() if self._fault else -1) if fd >= 0
-        )
+        """The descriptors to wait for."""
+        fault = self._fault.fileno() if self._fault else -1
+        return tuple(fd for fd in (self._stderr, fault) if fd >= 0)
 
-    def read(self, fd: int, alive: int | None) -> None:
-        """Take what stands at one of them; at its end it is closed, and no source any more."""
+    def read(self, fd: int, living_pid: int | None) -> None:
+        """Read from one of the sources. At its end it is closed, and is a source no more."""
         if fd == self._stderr:
             self.read_stderr()
         else:
-            self.read_fault(alive)
+            self.read_fault(living_pid)
 
     def read_rest(self) -> None:
-        """All that a process which has ended left behind."""
-        self._close_channel()
+        """Read everything that a dead process has written."""
+        self._close_kernel_end()
         while self._fault is not None and self.read_fault(None):
             pass
         while self._stderr >= 0 and self.read_stderr():
             pass
 
     def read_stderr(self) -> bool:
-        """Keep the tail of what the kernel process writes to its own stdout and stderr; whether there was anything."""
+        """Read from the kernel's stderr and keep its tail; false if there was nothing."""
         try:
             data = os.read(self._stderr, PIECE)
         except BlockingIOError:
@@ -100,22 +100,20 @@ class LastWords:
         return True
 
     def _note_burst(self, data: bytes) -> None:
-        """Note when it came: what stands at the end may have been written long before it."""
+        # The last lines of stderr may be much older than the death: note when each burst came.
         now = time.monotonic()
-        if self.bursts and now - self.bursts[-1][0] <= PAUSE_SECONDS:
+        if self.bursts and now - self.bursts[-1][0] <= BURST_PAUSE_SECONDS:
             data = self.bursts.pop()[1] + data
         self.bursts = [*self.bursts, (now, data[-BURST_BYTES:])][-BURSTS:]
 
-    def read_fault(self, alive: int | None) -> bool:
-        """Take what the fault handler writes; whether there was anything.
-
-        At a fatal report look at the process first, while the full buffer holds it up.
-        """
+    def read_fault(self, living_pid: int | None) -> bool:
+        """Read from the fault handler; false if there was nothing."""
         assert self._fault is not None
         try:
-            if alive is not None and FATAL in self._fault.recv(PIECE, socket.MSG_PEEK):
-                self._look(alive)
-            data = self._fault.recv(PIECE) + self._close_behind()
+            # Inspect a dying process first: it is blocked only until its buffer is read.
+            if living_pid is not None and FATAL in self._fault.recv(PIECE, socket.MSG_PEEK):
+                self._inspect(living_pid)
+            data = self._fault.recv(PIECE) + self._read_following()
         except BlockingIOError:
             return False
         except ConnectionError:
@@ -124,76 +122,66 @@ class LastWords:
             self._fault.close()
             self._fault = None
             return False
-        # The end is what counts: stacks that were asked for stand before a fatal one.
+        # Stacks that we asked for come before a fatal one, so the end is what matters.
         self.fault_text = (self.fault_text + data)[-FAULT_BYTES:]
-        if alive is not None:
-            self._tell(data.decode("utf-8", "replace"))
+        if living_pid is not None:
+            self._on_fault(data.decode("utf-8", "replace"))
         return True
 
-    def _look(self, pid: int) -> None:
-        """See how the process stands; then let it write the rest at once.
-
-        The fault handler follows the stacks of threads that may be running meanwhile. The longer it is held up
-        among them, the likelier one changes under it, and it crashes itself (seen once in 15 on a busy machine).
-        """
-        if self._channel is None:
+    def _inspect(self, pid: int) -> None:
+        """Record the state of a process at its fault, then let it write the rest at once."""
+        if self._kernel_end is None:
             return
-        inode = os.fstat(self._channel.fileno()).st_ino
-        self.seen = {
-            "at": time.monotonic(),
-            **_see_stack(pid),
-            "site": signal_frame.read(pid, inode, self._dump_signal),
-        }
-        self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FAULT_BYTES)
-        self._close_channel()
+        inode = os.fstat(self._kernel_end.fileno()).st_ino
+        self.process_at_fault = ProcessAtFault(
+            at=time.monotonic(),
+            stack_bytes=procfs.status_bytes(pid, "VmStk"),
+            stack_limit=procfs.soft_limit(pid, "Max stack size"),
+            thread=signal_frame.read(pid, inode, self._dump_signal),
+        )
+        # The fault handler follows the stacks of threads that may still run. The longer it is held
+        # up among them, the likelier one changes under it and it crashes itself: seen once in 15
+        # deaths on a busy machine. With a large buffer it finishes at once.
+        self._kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FAULT_BYTES)
+        self._close_kernel_end()
 
-    def _close_channel(self) -> None:
-        """Close our copy of the kernel's end, which would keep us from seeing the end of the stream."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+    def _close_kernel_end(self) -> None:
+        # Our copy of the kernel's end would keep us from seeing the end of the stream.
+        if self._kernel_end is not None:
+            self._kernel_end.close()
+            self._kernel_end = None
 
-    def _close_behind(self) -> bytes:
-        """What is written next, one piece close behind the other, up to a fatal report that is still to be looked at.
-
-        The handler writes a few dozen bytes and waits until they are taken. To tell the runner of each, and to look at the memory between,
-        took longer than the rest of a death.
-        """
+    def _read_following(self) -> bytes:
+        """Read the writes that follow closely, up to a fatal report that is still to be inspected."""
+        # The handler writes a few dozen bytes and waits until they are read. Telling the runner of
+        # each write, and checking the memory in between, took longer than the rest of a death.
         assert self._fault is not None
-        found, deadline = b"", time.monotonic() + STACK_WAIT_SECONDS
+        data, deadline = b"", time.monotonic() + STACK_WAIT_SECONDS
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while (
-                len(found) < FAULT_BYTES
+                len(data) < FAULT_BYTES
                 and time.monotonic() < deadline
-                and _comes(self._fault, NEXT_SECONDS)
+                and _is_readable(self._fault, NEXT_SECONDS)
             ):
                 if FATAL in self._fault.recv(PIECE, socket.MSG_PEEK):
                     break
                 piece = self._fault.recv(PIECE)
                 if not piece:
                     break
-                found += piece
-        return found
+                data += piece
+        return data
 
-    def wait_for_stack(self, alive: int) -> None:
-        """Take a stack that was asked for, until nothing more comes for a moment."""
+    def wait_for_stack(self, living_pid: int) -> None:
+        """Read a stack that was asked for, until the handler pauses."""
         deadline = time.monotonic() + STACK_WAIT_SECONDS
         while (
             self._fault is not None
             and time.monotonic() < deadline
-            and _comes(self._fault, QUIET_SECONDS)
+            and _is_readable(self._fault, QUIET_SECONDS)
         ):
-            if not self.read_fault(alive):
+            if not self.read_fault(living_pid):
                 return
 
 
-def _comes(source: socket.socket, seconds: float) -> bool:
+def _is_readable(source: socket.socket, seconds: float) -> bool:
     return bool(select.select([source], [], [], seconds)[0])
-
-
-def _see_stack(pid: int) -> dict[str, int | None]:
-    """How far the main thread's stack has grown, and how far it may."""
-    return {
-        "stack": procfs.status_bytes(pid, "VmStk"),
-        "stack_limit": procfs.soft_limit(pid, "Max stack size"),
-    }

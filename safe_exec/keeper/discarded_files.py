@@ -18,6 +18,8 @@ import re
 import stat
 import time
 
+from safe_exec.keeper.protocol import Discarded, DiscardedGroup
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -126,20 +128,20 @@ class Listing:
             group[1] += status.st_size
             group[2] = name if group[0] == 1 and inner else None
 
-    def as_message(self) -> dict[str, Any]:
-        """What to tell the runner: the largest groups, and how many files there are in all."""
+    def as_message(self) -> Discarded:
+        """Return the message to the runner: the largest groups, and the number of all files."""
         largest = sorted(self._groups.items(), key=lambda item: item[1][1], reverse=True)[
             :MOST_GROUPS
         ]
-        groups = [
-            {"place": place, "name": only or top, "files": files, "bytes": size}
+        groups = tuple(
+            DiscardedGroup(place=place, name=only or top, files=files, bytes=size)
             for (place, top), (files, size, only) in largest
-        ]
-        return {
-            "groups": groups,
-            "files": sum(group[0] for group in self._groups.values()),
-            "complete": self.is_complete,
-        }
+        )
+        return Discarded(
+            groups=groups,
+            files=sum(group[0] for group in self._groups.values()),
+            is_complete=self.is_complete,
+        )
 
     def _files(
         self, root: int, kind: str, skip: frozenset[str]

@@ -1,6 +1,7 @@
-"""Copies of folders, made and taken back without following anything. Standard library only.
+"""Copies folders, writes changed copies back, and removes trees, without following any link.
 
-What a hostile program leaves is never walked by recursion, nor deeper than paths go: it may nest folders as deep as it likes.
+A hostile program may nest folders as deeply as it likes, so nothing here recurses. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -16,35 +17,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
-TAKEN = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
+COPIED_KINDS = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
 PIECE = 64 << 20
 CLOCK_REALTIME_COARSE = 5
-NO_FILE_ANY_MORE = frozenset({errno.ELOOP, errno.ESTALE, errno.ENXIO})
-"""By the time a file is opened it is a link, or a pipe or device."""
+REPLACED_ERRORS = frozenset({errno.ELOOP, errno.ESTALE, errno.ENXIO})
+"""Errors of opening a file that has become a link, a pipe or a device in the meantime."""
 
 
-Mark = tuple[object, ...]
-"""What tells whether an entry is the one that it was: kind and mode, of files size and time, of links where they lead."""
+Fingerprint = tuple[object, ...]
+"""Kind and mode of an entry; also size and time of a file, or the target of a link."""
 
 
-def mark(path: Path, status: os.stat_result) -> Mark:
-    """The mark of an entry. Raises OSError for a link that is gone."""
+def fingerprint(path: Path, status: os.stat_result) -> Fingerprint:
+    """Return what tells whether an entry has changed. Raises OSError for a link that is gone."""
     kind = stat.S_IFMT(status.st_mode)
     if stat.S_ISLNK(status.st_mode):
         return kind, os.readlink(path)
-    # A copy that was given to another user has lost the special bits by that alone.
+    # A change of owner clears the special bits (chown(2)), so a copy may have lost them.
     mode = stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS
-    return (
-        (kind, mode, status.st_size, status.st_mtime_ns)
-        if stat.S_ISREG(status.st_mode)
-        else (kind, mode)
-    )
+    if stat.S_ISREG(status.st_mode):
+        return kind, mode, status.st_size, status.st_mtime_ns
+    return kind, mode
 
 
 def walk(
     folder: Path, *, but: frozenset[Path] = frozenset()
 ) -> Iterator[tuple[Path, os.stat_result]]:
-    """All entries below a folder, parents first, links not followed; what cannot be read is left out."""
+    """Yield all readable entries below a folder, parents first, without following links."""
     levels = [_entries(folder)]
     while levels:
         entry = next(levels[-1], None)
@@ -64,10 +63,13 @@ def walk(
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return iter(sorted(found, key=lambda entry: entry.name))
+        with os.scandir(folder) as entries:
+            return iter(sorted(entries, key=lambda entry: entry.name))
     except OSError:
         return iter(())
+
+
+# --- copying ------------------------------------------------------------------------------------
 
 
 def copy_tree(
@@ -76,95 +78,95 @@ def copy_tree(
     *,
     but: frozenset[Path] = frozenset(),
     owner: int | None = None,
-    twins: Mapping[str, Path] | None = None,
-) -> dict[str, Mark]:
-    """Copy a folder with its times and modes; sockets, pipes and devices are left out, as is what cannot be read.
+    hardlink_candidates: Mapping[str, Path] | None = None,
+) -> dict[str, Fingerprint]:
+    """Copy a folder with its times and modes; return the fingerprints by path in the folder.
 
-    ``twins`` are earlier copies of files, by path in the folder: nobody writes to either, so they may be one file under two names.
-
-    Returns what was copied, by its path in the folder. All of it belongs to ``owner`` then, where one is given; where we are root, else,
-    to whom it belonged. Raises OSError for a disk that is full: a part of a folder is not the folder.
+    Sockets, pipes, devices and unreadable entries are left out. Everything belongs to ``owner``
+    afterwards; without one, and as root, it keeps its owners. ``hardlink_candidates`` are earlier
+    copies by path in the folder. Raises OSError if the disk is full.
     """
     target.mkdir(mode=0o700)
     directories: list[tuple[Path, Path]] = [(source, target)]
-    marks: dict[str, Mark] = {}
+    candidates = hardlink_candidates or {}
+    fingerprints: dict[str, Fingerprint] = {}
     for path, status in walk(source, but=but):
         name = str(path.relative_to(source))
-        made = target / name
-        if (twins and name in twins and _linked(twins[name], made)) or _copied(path, made, status):
-            marks[name] = mark(path, status)
+        copy = target / name
+        # Nobody writes to either copy, so they may be one file under two names.
+        is_linked = name in candidates and _link(candidates[name], copy)
+        if is_linked or _copy_entry(path, copy, status):
+            fingerprints[name] = fingerprint(path, status)
             if stat.S_ISDIR(status.st_mode):
-                directories.append((path, made))
-            _give(made, status, owner)
-    for path, made in reversed(
-        directories
-    ):  # last, and inner ones first: to fill a directory changes its times
+                directories.append((path, copy))
+            _set_owner(copy, status, owner)
+    # Filling a directory changes its times, so they come last, inner directories first.
+    for path, copy in reversed(directories):
         with contextlib.suppress(OSError):
-            shutil.copystat(path, made)
-    _give(target, os.stat(source), owner)
-    return marks
+            shutil.copystat(path, copy)
+    _set_owner(target, os.stat(source), owner)
+    return fingerprints
 
 
-def _linked(twin: Path, made: Path) -> bool:
+def _link(candidate: Path, copy: Path) -> bool:
     try:
-        os.link(twin, made, follow_symlinks=False)
-    except OSError:  # it is gone with its run, or may have no more names
+        os.link(candidate, copy, follow_symlinks=False)
+    except OSError:
+        # It was removed with its run, or it has reached its largest number of links.
         return False
     return True
 
 
-def _copied(path: Path, made: Path, status: os.stat_result) -> bool:
-    """Copy one entry; whether it was one that is copied."""
+def _copy_entry(path: Path, copy: Path, status: os.stat_result) -> bool:
+    """Copy one entry; false if its kind is not copied or it cannot be read."""
     try:
         if stat.S_ISDIR(status.st_mode):
-            made.mkdir()
+            copy.mkdir()
         elif stat.S_ISLNK(status.st_mode):
-            made.symlink_to(os.readlink(path))
+            copy.symlink_to(os.readlink(path))
         elif stat.S_ISREG(status.st_mode):
-            _copy_file(path, made)
-            shutil.copystat(path, made, follow_symlinks=False)
+            _copy_file(path, copy)
+            shutil.copystat(path, copy, follow_symlinks=False)
         else:
             return False
     except (PermissionError, FileNotFoundError):
         return False
     except OSError as error:
-        if error.errno not in NO_FILE_ANY_MORE:
+        if error.errno not in REPLACED_ERRORS:
             raise
         return False
     return True
 
 
-def _give(made: Path, status: os.stat_result, owner: int | None) -> None:
+def _set_owner(copy: Path, status: os.stat_result, owner: int | None) -> None:
     if os.geteuid() == 0:
         uid, gid = (status.st_uid, status.st_gid) if owner is None else (owner, owner)
         with contextlib.suppress(OSError):
-            os.chown(made, uid, gid, follow_symlinks=False)
+            os.chown(copy, uid, gid, follow_symlinks=False)
 
 
-# --- removing ---------------------------------------------------------------------------------------------------
+# --- removing -----------------------------------------------------------------------------------
 
 
 def remove_tree(path: str | Path) -> bool:
-    """Remove a directory and all below, what is read-only in it too (overlayfs leaves one without any right); whether it is gone.
-
-    What lies deeper is moved up first, so that no path gets long.
-    """
+    """Remove a directory and everything below it, read-only entries too; false if something remains."""
     top = os.fspath(path)
     if os.path.isdir(top) and not os.path.islink(top):
         numbers = itertools.count()
         stuck: set[str] = set()
         _open(top)
-        while below := [entry for entry in _entries(Path(top)) if entry.name not in stuck]:
-            for entry in below:
-                if not _removed(entry, top, numbers):
+        while entries := [entry for entry in _entries(Path(top)) if entry.name not in stuck]:
+            for entry in entries:
+                if not _remove_entry(entry, top, numbers):
                     stuck.add(entry.name)
         with contextlib.suppress(OSError):
             os.rmdir(top)
     return not os.path.lexists(top)
 
 
-def _removed(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
-    """Remove one entry right below ``top``; a directory's own directories come up beside it."""
+def _remove_entry(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
+    """Remove one entry of ``top``; the directories in it move up to ``top``."""
+    # Moving them up keeps paths short, however deep the tree is.
     try:
         if not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.path)
@@ -173,7 +175,7 @@ def _removed(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
         for inner in _entries(Path(entry.path)):
             if inner.is_dir(follow_symlinks=False):
                 _open(inner.path)
-                os.rename(inner.path, _free(top, numbers))
+                os.rename(inner.path, _free_name(top, numbers))
             else:
                 os.unlink(inner.path)
         os.rmdir(entry.path)
@@ -182,116 +184,129 @@ def _removed(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
     return True
 
 
-def _free(top: str, numbers: Iterator[int]) -> str:
-    return next(
-        place for n in numbers if not os.path.lexists(place := os.path.join(top, f"up-{n}"))
-    )
+def _free_name(top: str, numbers: Iterator[int]) -> str:
+    paths = (os.path.join(top, f"up-{number}") for number in numbers)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def _open(folder: str) -> None:
+    # overlayfs leaves a work directory without any permission bits.
     with contextlib.suppress(OSError):
         os.chmod(folder, 0o700)
 
 
-# --- taking back ------------------------------------------------------------------------------------------------
+# --- writing back -------------------------------------------------------------------------------
 
 
-class Meanwhile:
-    """Tells what others made of a folder while a program worked in a copy of it, or in a layer over it.
+class ConcurrentChanges:
+    """Tells which entries of a folder others changed while a program worked on a copy or in a layer.
 
-    Of a copy it is known what was copied (``marks``): whatever differs from that was changed by somebody. Under a layer others are seen through
-    it at once, and only what both have changed is in question: there the system's own time of the last change says so, which nobody
-    sets back (``since``, in nanoseconds; inode(7), st_ctime). Without either nobody else is thought of.
+    ``copies`` are the fingerprints of a copy: whatever differs from them was changed by others.
+    ``since`` is the start of an overlay, in nanoseconds: others' changes are visible through it at
+    once, so only entries that both sides changed are in question. Without either, nobody else is
+    assumed to write.
     """
 
-    def __init__(self, *, marks: dict[str, Mark] | None = None, since: int | None = None) -> None:
-        self._marks, self._since = marks, since
+    def __init__(
+        self, *, copies: dict[str, Fingerprint] | None = None, since: int | None = None
+    ) -> None:
+        self._copies, self._since = copies, since
 
     def is_untouched(self, name: str, path: Path, status: os.stat_result) -> bool:
-        """Whether the program has left this entry of the copy as it was."""
-        return self._marks is not None and self._marks.get(name) == mark(path, status)
+        """Whether the program left this entry of the copy unchanged."""
+        return self._copies is not None and self._copies.get(name) == fingerprint(path, status)
 
     def is_as_copied(self, name: str, status: os.stat_result) -> bool:
-        """Whether the program has left this file of the copy as it was; in a layer there is nothing that it has left."""
-        return self._marks is not None and self._marks.get(name) == mark(Path(name), status)
+        """Whether the program left this file of the copy unchanged; false for a layer."""
+        return self.is_untouched(name, Path(name), status)
 
     def is_new(self, name: str) -> bool:
-        """Whether an entry of the folder was made since, and so is in no copy."""
-        return self._marks is not None and name not in self._marks
+        """Whether an entry of the folder was made after the copy."""
+        return self._copies is not None and name not in self._copies
 
     def changed(self, name: str, path: Path, status: os.stat_result) -> bool:
-        """Whether others have changed this entry of the folder. What lies in directories has changes of its own."""
+        """Whether others changed this entry of the folder; a directory's entries count on their own."""
         if stat.S_ISDIR(status.st_mode):
-            return self._marks is not None and self._marks.get(name, (0,))[0] != stat.S_IFDIR
-        if self._marks is not None:
-            return self._marks.get(name) != mark(path, status)
+            return self._copies is not None and self._copies.get(name, (0,))[0] != stat.S_IFDIR
+        if self._copies is not None:
+            return self._copies.get(name) != fingerprint(path, status)
+        # Nobody can set the time of the last status change back (inode(7), st_ctime).
         return self._since is not None and status.st_ctime_ns > self._since
 
 
 def now() -> int:
-    """The time by which the system stamps changes: not as fine as time.time_ns(), and never before it."""
+    """Return the time that Linux stamps changes with, in nanoseconds."""
+    # time.time_ns() is finer, so a change right after it may bear an earlier stamp.
     return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
 
 
-def take_back(source: Path, target: Path, meanwhile: Meanwhile | None = None) -> list[str]:
-    """Make ``target`` what ``source`` has become: a copy of it in which a program has worked.
+def write_back(
+    source: Path, target: Path, concurrent_changes: ConcurrentChanges | None = None
+) -> list[str]:
+    """Make ``target`` equal to ``source``, a copy of it that a program has changed.
 
-    Whatever that program left is data: links are copied as links and never followed, set-user-id bits are dropped, devices, pipes and
-    sockets are left out, holes stay holes. Files that did not change are not touched, nor is what no copy has: devices, pipes, sockets,
-    files that cannot be read. What others changed ``meanwhile`` stays; returned are the names of what the program had changed too. A file
-    comes back whole or stays as it was. Raises OSError for what could not be taken, after all the rest.
+    Entries that others changed stay; returns the names of those that the program had changed too. A
+    file is written completely or not at all. Raises OSError for entries that could not be written,
+    after all others.
     """
-    meanwhile = meanwhile or Meanwhile()
+    # The program's files are hostile data: links are copied as links and never followed,
+    # set-user-id bits are dropped, devices, pipes and sockets are left out, holes stay holes. What no
+    # copy contains (devices, unreadable files) is not touched in the target either.
+    concurrent_changes = concurrent_changes or ConcurrentChanges()
     owner = os.stat(target)
-    found = ((str(path.relative_to(source)), status) for path, status in walk(source))
-    wanted = {name: status for name, status in found if stat.S_IFMT(status.st_mode) in TAKEN}
-    kept = _take_away(target, wanted, meanwhile)
-    troubles: list[OSError] = []
-    folders = {"."}  # that were seen to be folders: a link among the parents would lead elsewhere
-    touched = [
+    copied = {
+        str(path.relative_to(source)): status
+        for path, status in walk(source)
+        if stat.S_IFMT(status.st_mode) in COPIED_KINDS
+    }
+    disputed = _remove_deleted(target, copied, concurrent_changes)
+    errors: list[OSError] = []
+    # Directories that were verified: a link among the parents would lead out of the target.
+    folders = {"."}
+    changed = [
         name
-        for name, status in wanted.items()
-        if not meanwhile.is_untouched(name, source / name, status)
+        for name, status in copied.items()
+        if not concurrent_changes.is_untouched(name, source / name, status)
     ]
-    needed = {parent for name in touched for parent in _with_parents(name)}
-    for name, status in wanted.items():
-        if name not in needed or (os.path.dirname(name) or ".") not in folders:
+    required = {parent for name in changed for parent in _with_parents(name)}
+    for name, status in copied.items():
+        if name not in required or (os.path.dirname(name) or ".") not in folders:
             continue
-        if _is_disputed(name, source, target, status, meanwhile):
-            kept.append(name)
+        if _is_disputed(name, source, target, status, concurrent_changes):
+            disputed.append(name)
             continue
         try:
             if stat.S_ISDIR(status.st_mode):
-                _take_folder(target / name, owner)
+                _write_folder(target / name, owner)
                 folders.add(name)
             else:
-                _take(source / name, target / name, status, owner)
-        except OSError as trouble:
-            troubles.append(trouble)
-    for name in reversed(
-        [name for name in touched if name in folders]
-    ):  # last: one may not be written to any more
-        _settle(target / name, wanted[name])
-    if troubles:
-        more = f", and {len(troubles) - 1} more" if len(troubles) > 1 else ""
-        raise OSError(
-            troubles[0].errno, f"{troubles[0].filename or target}: {troubles[0].strerror}{more}"
-        )
-    return sorted(kept)
+                _write_entry(source / name, target / name, status, owner)
+        except OSError as error:
+            errors.append(error)
+    # Modes of directories come last: one may become read-only.
+    for name in reversed([name for name in changed if name in folders]):
+        _set_mode(target / name, copied[name])
+    if errors:
+        first, count = errors[0], len(errors) - 1
+        more = f", and {count} more" if count else ""
+        raise OSError(first.errno, f"{first.filename or target}: {first.strerror}{more}")
+    return sorted(disputed)
 
 
-def _take_away(target: Path, wanted: dict[str, os.stat_result], meanwhile: Meanwhile) -> list[str]:
-    """Remove what the program has removed; the names of what others have changed meanwhile, which stays."""
-    kept: list[str] = []
+def _remove_deleted(
+    target: Path, copied: dict[str, os.stat_result], concurrent_changes: ConcurrentChanges
+) -> list[str]:
+    """Remove entries that the program removed; return the names of those that others changed."""
+    disputed: list[str] = []
     for path, status in reversed(list(walk(target))):
         name = str(path.relative_to(target))
-        if name in wanted or meanwhile.is_new(name) or not _is_copied(path, status):
+        if name in copied or concurrent_changes.is_new(name) or not _is_copied(path, status):
             continue
-        if meanwhile.changed(name, path, status):
-            kept.append(name)
+        if concurrent_changes.changed(name, path, status):
+            disputed.append(name)
         else:
             _remove(path)
-    return kept
+    return disputed
 
 
 def _with_parents(name: str) -> Iterator[str]:
@@ -301,23 +316,27 @@ def _with_parents(name: str) -> Iterator[str]:
 
 
 def _is_disputed(
-    name: str, source: Path, target: Path, status: os.stat_result, meanwhile: Meanwhile
+    name: str,
+    source: Path,
+    target: Path,
+    status: os.stat_result,
+    concurrent_changes: ConcurrentChanges,
 ) -> bool:
-    """Whether both the program and others have made something else of an entry."""
-    place = target / name
-    before = _seen(place)
-    if before is None or (stat.S_ISDIR(status.st_mode) and stat.S_ISDIR(before.st_mode)):
+    """Whether the program and others changed an entry in different ways."""
+    path = target / name
+    current = _status(path)
+    if current is None or (stat.S_ISDIR(status.st_mode) and stat.S_ISDIR(current.st_mode)):
         return False
-    return not _same(source / name, place, status, before) and meanwhile.changed(
-        name, place, before
-    )
+    if _is_same(source / name, path, status, current):
+        return False
+    return concurrent_changes.changed(name, path, current)
 
 
 def _is_copied(path: Path, status: os.stat_result) -> bool:
-    """Whether a copy of the folder would have had this at all."""
+    """Whether a copy of the folder would contain this entry at all."""
     if stat.S_ISREG(status.st_mode):
         return os.access(path, os.R_OK, effective_ids=True)
-    return stat.S_IFMT(status.st_mode) in TAKEN
+    return stat.S_IFMT(status.st_mode) in COPIED_KINDS
 
 
 def _remove(path: Path) -> None:
@@ -328,60 +347,61 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _take_folder(place: Path, owner: os.stat_result) -> None:
-    before = _seen(place)
-    if before is not None and stat.S_ISDIR(before.st_mode):
+def _write_folder(path: Path, owner: os.stat_result) -> None:
+    current = _status(path)
+    if current is not None and stat.S_ISDIR(current.st_mode):
         return
-    if before is not None:
-        place.unlink()
-    place.mkdir(mode=0o700)
-    _give(place, owner, None)
+    if current is not None:
+        path.unlink()
+    path.mkdir(mode=0o700)
+    _set_owner(path, owner, None)
 
 
-def _take(path: Path, place: Path, status: os.stat_result, owner: os.stat_result) -> None:
-    """A file or a link, put together beside its place."""
-    before = _seen(place)
-    if before is not None and _same(path, place, status, before):
+def _write_entry(source: Path, path: Path, status: os.stat_result, owner: os.stat_result) -> None:
+    """Write a file or a link beside its path, then move it there."""
+    current = _status(path)
+    if current is not None and _is_same(source, path, status, current):
         return
-    if before is not None and stat.S_ISDIR(before.st_mode):
-        place.rmdir()  # what was in it is gone by now, but for what is not ours to remove
-    made = place.with_name(f".safe-exec-{os.urandom(6).hex()}")
+    if current is not None and stat.S_ISDIR(current.st_mode):
+        # Its entries are removed by now; those that others made keep it from being removed.
+        path.rmdir()
+    temporary = path.with_name(f".safe-exec-{os.urandom(6).hex()}")
     try:
         if stat.S_ISLNK(status.st_mode):
-            made.symlink_to(os.readlink(path))
+            temporary.symlink_to(os.readlink(source))
         else:
-            _copy_file(path, made)
-        _give(made, owner, None)
-        made.replace(place)
+            _copy_file(source, temporary)
+        _set_owner(temporary, owner, None)
+        temporary.replace(path)
     except OSError:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _seen(place: Path) -> os.stat_result | None:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return place.lstat()
+        return path.lstat()
     except FileNotFoundError:
         return None
 
 
-def _settle(place: Path, status: os.stat_result) -> None:
-    """A folder's mode."""
+def _set_mode(path: Path, status: os.stat_result) -> None:
     with contextlib.suppress(OSError):
-        if (place.lstat().st_mode ^ status.st_mode) & ~SPECIAL_BITS:
-            place.chmod(stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
+        if (path.lstat().st_mode ^ status.st_mode) & ~SPECIAL_BITS:
+            path.chmod(stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
 
 
-def _copy_file(path: Path, made: Path) -> None:
-    """Bytes, times and mode; neither links nor what else could be there by now is opened, and at no time is the copy set-user-id."""
+def _copy_file(path: Path, copy: Path) -> None:
+    """Copy bytes, times and mode of a regular file; the copy is never set-user-id."""
+    # The path may have become a link, a pipe or a device since it was listed. O_NONBLOCK keeps the
+    # open from waiting for a pipe's writer.
     source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ESTALE, "no file any more", str(path))
-        target = os.open(
-            made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        target = os.open(copy, flags, 0o600)
         try:
             _copy_data(source, target, status.st_size)
             os.fchmod(target, stat.S_IMODE(status.st_mode) & ~SPECIAL_BITS)
@@ -393,31 +413,34 @@ def _copy_file(path: Path, made: Path) -> None:
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
-    """What is there by now, and no holes: a file of a few bytes may be as long as a disk is large, and one that grows has no end."""
+    """Copy at most ``size`` bytes, without holes."""
+    # A sparse file of a few bytes may be longer than the disk, and a growing file has no end.
     end = 0
     while end < size:
         try:
-            at = os.lseek(source, end, os.SEEK_DATA)
+            start = os.lseek(source, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            break  # a hole up to the end
-        end = min(size, os.lseek(source, at, os.SEEK_HOLE))
-        os.lseek(target, at, os.SEEK_SET)
-        while at < end and (sent := os.sendfile(target, source, at, min(PIECE, end - at))):
-            at += sent
+            # ENXIO: only a hole remains (lseek(2)).
+            break
+        end = min(size, os.lseek(source, start, os.SEEK_HOLE))
+        os.lseek(target, start, os.SEEK_SET)
+        while start < end and (sent := os.sendfile(target, source, start, min(PIECE, end - start))):
+            start += sent
     os.ftruncate(target, size)
 
 
-def _same(path: Path, place: Path, status: os.stat_result, before: os.stat_result) -> bool:
-    """Whether an entry is what it was. A program may set a file's times back, but not to the nanosecond without meaning to."""
-    if stat.S_IFMT(status.st_mode) != stat.S_IFMT(before.st_mode):
+def _is_same(source: Path, path: Path, status: os.stat_result, current: os.stat_result) -> bool:
+    """Whether two entries are equal by kind, mode, size and time, or by the target of a link."""
+    # A program may reset a file's times, but not to the nanosecond by accident.
+    if stat.S_IFMT(status.st_mode) != stat.S_IFMT(current.st_mode):
         return False
     if stat.S_ISLNK(status.st_mode):
-        return os.readlink(path) == os.readlink(place)
-    # A copy that was given to another user has lost these bits by that alone, and the original may keep its own.
-    modes = {found.st_mode & ~SPECIAL_BITS for found in (status, before)}
+        return os.readlink(source) == os.readlink(path)
+    # A change of owner clears the special bits (chown(2)); the original may keep its own.
+    modes = {entry.st_mode & ~SPECIAL_BITS for entry in (status, current)}
     return len(modes) == 1 and (status.st_size, status.st_mtime_ns) == (
-        before.st_size,
-        before.st_mtime_ns,
+        current.st_size,
+        current.st_mtime_ns,
     )

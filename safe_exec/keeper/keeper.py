@@ -1,325 +1,351 @@
 """The keeper: a small process that owns one sandbox. Standard library only.
 
-Theory of operation. The runner starts one keeper per kernel, in a session of its own, and talks to it in JSON lines
-over a socket pair. The keeper
+Theory of operation. The runner starts one keeper for each kernel, in a session of its own, and
+exchanges messages with it over a socket pair (``protocol``). The keeper
 
-1. makes the control groups and writes their limits, having been told first what to remove again,
-2. forks; the child joins the groups, takes its rlimits, and only then executes the kernel: there is no moment in
-   which kernel code runs without its limits,
-3. is the child subreaper of all that comes from it: a daemon that forks twice to get away becomes our child,
-4. holds the raw wait status. The runner hears of the death at once (SIGCHLD through a wake-up descriptor), with the
-   counters of the control groups read before anything is removed,
-5. records why *we* kill before any signal is sent; the first reason stays,
-6. on the end of the socket, be it a request or the death of the runner, kills the tree, removes control groups and
-   the runtime directory, and leaves.
+1. makes the cgroups and writes their limits, after the runner has told it which file to remove last,
+2. forks. The child joins the cgroups, takes its rlimits, and only then executes the kernel: no kernel
+   code ever runs without its limits,
+3. is the child subreaper of everything that the kernel starts, so that a daemon that forks twice to
+   escape becomes the keeper's child,
+4. reads the raw wait status. It reports the death at once (SIGCHLD through a wake-up descriptor),
+   with the counters of the cgroups from before anything is removed,
+5. records the reason of a kill before it sends any signal; the first reason stays,
+6. at the end of the socket, whether the runner asked for it or died, kills the process tree, removes
+   the cgroups and the runtime directory, and exits.
 
-What a dying kernel says is taken in by ``lastwords``. Signals meant for the runner (Ctrl-C on a terminal, a SIGTERM to the whole session
-at shutdown) are noted and not obeyed: the keeper leaves last.
+``crash_output`` reads what a dying kernel writes. The keeper notes signals that are meant for the
+runner (Ctrl-C in a terminal, a SIGTERM to the whole session at shutdown), but does not obey them: it
+has to outlive the runner.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import select
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from safe_exec.keeper import bwrap, cgroupfs, child, file_tree, mounts, procfs
-from safe_exec.keeper.child import Refused
-from safe_exec.keeper.crash_output import LastWords
+from safe_exec.keeper import bwrap, cgroupfs, child, file_tree, mounts, procfs, protocol
+from safe_exec.keeper.bwrap import Bubblewrap, ChildEnds
+from safe_exec.keeper.child import SetupFailed
+from safe_exec.keeper.crash_output import CrashOutput
+from safe_exec.keeper.protocol import CgroupSetup, LimitedDisk, Spawn
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 KILL_SECONDS = 5.0
 NEAR = 0.85
-"""From this share of the memory limit on, stacks are asked for: the kernel may be killed without a word at any moment."""
+"""Stacks are dumped from this share of the memory limit on."""
 STACK_STEP = 0.04
 FASTEST_BYTES_PER_MS = 5 << 20
-"""No allocation fills memory faster (5 GB/s): so long memory cannot have come near its limit, and need not be looked at."""
-LOOK_MS = (2, 100)
-NAMED = 5
-"""Files that are named one by one."""
+"""No allocation fills memory faster than 5 GB/s, which bounds how soon memory can reach its limit."""
+MEMORY_CHECK_MS = (2, 100)
+MOST_NAMED = 5
+"""Files that a warning names one by one."""
 OOM_SHARE = 300
-"""Thousandths of the memory that ran out, which count as if the sandbox used them when the system chooses what to kill."""
+"""Thousandths of the available memory by which the OOM killer overrates the sandbox."""
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+RECEIVE_BYTES = 1 << 20
+MOST_DESCRIPTORS = 16
+"""In one piece of the control socket."""
 
 
 class Keeper:
-    """One sandbox: its kernel, its control groups, its runtime directory."""
+    """One sandbox: its kernel, its cgroups, its runtime directory."""
 
     def __init__(self, control: socket.socket, *, directory: str | None) -> None:
         self.control = control
         self.directory = directory
         self.note: str | None = None
-        self.inbox = b""
-        self.given: list[int] = []
-        self.plan: dict[str, Any] = {}
+        self.lines = protocol.LineBuffer()
+        self.kernel_fds: list[int] = []
+        self.plan: Spawn | None = None
         self.pid = 0
         self.exited = False
-        self.caught: int | None = None
+        self.caught_signals: int | None = None
         self.reason: str | None = None
-        self.words = LastWords(lambda text: self.say("fault", text=text))
-        self.signals: list[int] = []
-        self.asked_at = 0.0
-        self.made: list[str] = []
+        self.crash_output = CrashOutput(self.send_fault)
+        self.dumped_share = 0.0
+        self.made_cgroups: list[str] = []
         self.orphaned = True
-        self.inner: bwrap.Enclosed | None = None
-        self.disk: dict[str, Any] | None = None
-        self.meanwhile = file_tree.Meanwhile()
+        self.bubblewrap: Bubblewrap | None = None
+        self.disk: LimitedDisk | None = None
+        self.concurrent_changes = file_tree.ConcurrentChanges()
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    # --- talking ------------------------------------------------------------------------------------------------
+    @property
+    def cgroup(self) -> CgroupSetup:
+        """The cgroups of the plan; none before there is a plan."""
+        return CgroupSetup() if self.plan is None else self.plan.cgroup
 
-    def say(self, event: str, *, descriptors: tuple[int, ...] = (), **facts: Any) -> None:
-        """Send one line to the runner; a runner that is gone is noticed elsewhere, by the end of the socket."""
-        line = json.dumps({"event": event, "at": time.monotonic(), **facts}).encode() + b"\n"
+    # --- messages -------------------------------------------------------------------------------
+
+    def send(self, message: protocol.ToRunner, *, descriptors: tuple[int, ...] = ()) -> None:
+        """Send a message to the runner."""
+        line = protocol.encode(message)
+        # A dead runner is noticed by the end of the socket, not here.
         with contextlib.suppress(OSError):
             sent = socket.send_fds(self.control, [line], descriptors) if descriptors else 0
             self.control.sendall(line[sent:])
 
-    def hear(self) -> list[dict[str, Any]] | None:
-        """The requests that have come in; ``None`` at the end of the socket."""
+    def send_fault(self, text: str) -> None:
+        """Forward a piece of a fault report."""
+        self.send(protocol.Fault(text=text, at=time.monotonic()))
+
+    def receive(self) -> list[protocol.ToKeeper] | None:
+        """Return the requests that have arrived, ``None`` at the end of the socket."""
         try:
-            data, fds, _, _ = socket.recv_fds(self.control, 1 << 20, 16)
+            data, fds, _, _ = socket.recv_fds(self.control, RECEIVE_BYTES, MOST_DESCRIPTORS)
         except ConnectionError:
             return None
         for fd in fds:
             os.set_inheritable(fd, False)
-        self.given.extend(fds)
+        self.kernel_fds.extend(fds)
         if not data:
             return None
-        *lines, self.inbox = (self.inbox + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [protocol.decode(line, protocol.TO_KEEPER) for line in self.lines.feed(data)]
 
-    # --- the sandbox --------------------------------------------------------------------------------------------
+    # --- the sandbox ----------------------------------------------------------------------------
 
-    def build(self) -> None:
-        """Make the control groups and write their limits; each write that fails is an error with its path."""
-        if (way := self.plan["cgroup_hand_on"]) is not None:
-            cgroupfs.hand_on(way["group"], way["leaf"], way["controllers"])
-        for path in self.plan["cgroup_dirs"]:
+    def make_cgroups(self) -> None:
+        """Make the cgroups and write their limits. Raises OSError that names the file."""
+        if (delegation := self.cgroup.delegation) is not None:
+            cgroupfs.delegate_controllers(delegation.group, delegation.leaf, delegation.controllers)
+        for path in self.cgroup.dirs:
             os.mkdir(path)
-            self.made.append(path)
-        for path, value in self.plan["cgroup_writes"]:
+            self.made_cgroups.append(path)
+        for path, value in self.cgroup.writes:
             cgroupfs.write(path, value)
-        for path, value in self.plan["cgroup_writes_where_present"]:
+        for path, value in self.cgroup.optional_writes:
             if os.path.exists(path):
                 cgroupfs.write(path, value)
 
-    def spawn(self) -> None:
-        """Fork the kernel into the sandbox."""
-        stderr, fault = self.words.open(self.plan["dump_signal"])
+    def spawn(self, plan: Spawn) -> None:
+        """Fork the kernel into the sandbox. Raises SetupFailed, OSError and ValueError."""
+        stderr, fault = self.crash_output.open(plan.dump_signal)
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
-        self.plan["keeper"] = os.getpid()
-        self.give_away()
-        self.prepare_disk()
-        self.inner = bwrap.Enclosed() if self.plan.get("enclosure") else None
+        self.chown_runtime_dir(plan.owner)
+        self.prepare_disk(plan)
+        self.bubblewrap = None if plan.bwrap is None else Bubblewrap(plan.bwrap)
+        descriptors = dict(zip(plan.descriptor_names, self.kernel_fds, strict=True))
+        keeper_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            given = {
-                **dict(zip(self.plan["pass_names"], self.plan["pass_fds"], strict=True)),
-                "fault": fault.fileno(),
-            }
-            _become_child(self.plan, self.inner, stderr, given, error_w)
+            descriptors["fault"] = fault.fileno()
+            ends = ChildEnds(stderr=stderr, error=error_w, kernel=descriptors)
+            _run_child(plan, self.bubblewrap, keeper_pid, ends)
         os.close(stderr)
         os.close(error_w)
         fault.close()
-        for fd in self.plan["pass_fds"]:
+        for fd in self.kernel_fds:
             os.close(fd)
-        if self.inner is not None:
-            self.inner.started(pid)
+        if self.bubblewrap is not None:
+            self.bubblewrap.started(pid)
         with os.fdopen(error_r, "rb") as pipe:
-            trouble = pipe.read()  # ends when the child executes: the descriptor closes with it
-        if trouble:
-            stage, _, message = trouble.decode("utf-8", "replace").partition(" ")
-            raise Refused(stage, message)
-        self.pid = pid if self.inner is None else self.let_in(self.inner)
-        self.say(
-            "spawned", pid=self.pid, descriptors=() if self.inner is None else (self.inner.sockets,)
-        )
-        if self.inner is not None:
-            os.close(self.inner.sockets)
+            # The descriptor is closed on execution, so this ends when the child executes.
+            error = pipe.read()
+        if error:
+            stage, _, message = error.decode("utf-8", "replace").partition(" ")
+            raise SetupFailed(stage, message)
+        if self.bubblewrap is None:
+            self.pid = pid
+            self.send(protocol.Spawned(pid=pid))
+        else:
+            self.pid = self.join_cgroups(self.bubblewrap)
+            sockets = self.bubblewrap.sockets
+            self.send(protocol.Spawned(pid=self.pid), descriptors=(sockets,))
+            os.close(sockets)
 
-    def let_in(self, inner: bwrap.Enclosed) -> int:
-        """Put the kernel's process, which waits inside bubblewrap, into its control groups and let it go on."""
+    def join_cgroups(self, bubblewrap: Bubblewrap) -> int:
+        """Move the kernel's process, which waits inside bubblewrap, to its cgroups; return its pid."""
         try:
-            pid = inner.meet()
-            for path in self.plan["cgroup_joins"]:
+            pid = bubblewrap.await_kernel()
+            for path in self.cgroup.joins:
                 cgroupfs.write(path, str(pid))
-            inner.go()
-        except Refused as refused:
-            self.words.read_stderr()
-            words = self.words.tail.decode("utf-8", "replace").strip().splitlines()
-            raise Refused(refused.stage, ": ".join([refused.message, *words[-1:]])) from None
+            bubblewrap.release()
+        except SetupFailed as failure:
+            # bubblewrap states its own error on stderr.
+            self.crash_output.read_stderr()
+            output = self.crash_output.tail.decode("utf-8", "replace").strip().splitlines()
+            message = ": ".join([failure.message, *output[-1:]])
+            raise SetupFailed(failure.stage, message) from None
         return pid
 
-    def give_away(self) -> None:
-        """The directory of the sockets and the connection file, to the other user that the kernel will be."""
-        owner = self.plan.get("owner")
+    def chown_runtime_dir(self, owner: int | None) -> None:
+        """Give the sockets' directory and the connection file to the user that the kernel will be."""
         if owner is None or self.directory is None:
             return
         for path in (self.directory, *(entry.path for entry in os.scandir(self.directory))):
             os.chown(path, owner, owner, follow_symlinks=False)
 
-    def prepare_disk(self) -> None:
-        """The file system of limited size that a run writes to; in a mount namespace that is ours, so that it goes with us.
-
-        A trial of a search has a view of its own, and makes it in there: nothing of it comes back.
-        """
-        disk = (self.plan.get("enclosure") or {}).get("disk")
-        if disk is None or self.plan["mounts"]:
+    def prepare_disk(self, plan: Spawn) -> None:
+        """Mount the file system of limited size in our own mount namespace: it ends with us."""
+        disk = plan.bwrap.disk if plan.bwrap is not None else None
+        # A trial of a culprit search has mounts of its own. It makes the disk inside them, and none
+        # of its files come back.
+        if disk is None or plan.mounts:
             return
-        os.mkdir(disk["base"])
+        os.mkdir(disk.base)
         mounts.enter_own()
         self.disk = disk
-        self.meanwhile = bwrap.make_disk(disk)
+        self.concurrent_changes = bwrap.make_disk(disk)
 
-    # --- the loop -----------------------------------------------------------------------------------------------
+    # --- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the runner says finish or is gone.
-
-        What is no source any more is not waited on, whoever read its end: poll(2) returns at once for a descriptor that is closed.
-        """
+        """Serve until the runner sends Finish or dies."""
         poller = select.poll()
-        waited: set[int] = set()
+        registered: set[int] = set()
         while True:
-            sources = {self.control.fileno(), self.wake_r, *self.words.sources(), *self.news()}
-            for fd in waited - sources:
+            sources = {
+                self.control.fileno(),
+                self.wake_r,
+                *self.crash_output.sources(),
+                *self.status_sources(),
+            }
+            # Whoever read the end of a source closed it, and poll(2) returns at once for a closed
+            # descriptor: the keeper would spin.
+            for fd in registered - sources:
                 poller.unregister(fd)
-            for fd in sources - waited:
+            for fd in sources - registered:
                 poller.register(fd, select.POLLIN)
-            waited = sources
-            for fd, _ in poller.poll(self.look_at_memory()):
-                if fd == self.control.fileno() and self.serve() is False:
+            registered = sources
+            for fd, _ in poller.poll(self.check_memory()):
+                if fd == self.control.fileno() and not self.serve():
                     return
                 if fd == self.wake_r:
-                    self.wake()
-                elif fd in self.words.sources():
-                    self.words.read(fd, self.alive)
-                elif fd in self.news():
-                    self.hear_of_end()
+                    self.handle_signals()
+                elif fd in self.crash_output.sources():
+                    self.crash_output.read(fd, self.living_pid)
+                elif fd in self.status_sources():
+                    self.read_kernel_ending()
 
-    def news(self) -> tuple[int, ...]:
-        """Where the init inside bubblewrap will say how the kernel ended."""
-        awaited = self.inner is not None and self.pid and not self.exited and not self.inner.over
-        return (self.inner.status.fileno(),) if self.inner is not None and awaited else ()
+    def status_sources(self) -> tuple[int, ...]:
+        """The socket on which the init inside bubblewrap reports the kernel's end."""
+        if self.bubblewrap is None or not self.pid or self.exited or self.bubblewrap.is_closed:
+            return ()
+        return (self.bubblewrap.status.fileno(),)
 
     @property
-    def alive(self) -> int | None:
-        """The kernel's process, while it has not ended; 0 before it has begun."""
+    def living_pid(self) -> int | None:
+        """The kernel's process id: 0 before its start, ``None`` after its end."""
         return None if self.exited else self.pid
 
-    def hear_of_end(self) -> None:
-        """What the init inside bubblewrap says of the kernel's end."""
-        assert self.inner is not None
-        ending = self.inner.ending()
+    def read_kernel_ending(self) -> None:
+        """Read how the kernel ended from the init inside bubblewrap."""
+        assert self.bubblewrap is not None
+        ending = self.bubblewrap.kernel_ending()
         if ending is not None and not self.exited:
-            self.caught = ending["caught"]
-            self.report_exit(ending["status"], ending["cpu"], ending["maxrss"])
+            self.caught_signals = ending.caught_signals
+            self.report_exit(ending.status, ending.cpu_seconds)
 
     def serve(self) -> bool:
-        """Do what the runner asks; ``False`` when it asks us to leave, or is gone."""
-        requests = self.hear()
+        """Carry out the runner's requests; false if the keeper is to exit."""
+        requests = self.receive()
         if requests is None:
             return False
         for request in requests:
-            op = request["op"]
-            if op == "spawn":
-                self.start(request)
-            elif op == "signal" and self.pid and not self.exited:
-                send = procfs.signal_group if request["group"] else procfs.signal_one
-                send(self.pid, request["signum"])
-            elif op == "kill":
-                self.kill(request["reason"])
-            elif op == "note":
-                self.note = request["path"]
-            elif op == "entrust":
-                self.plan["orphans"] = request["orphans"]
-            elif op == "finish":
+            if isinstance(request, protocol.Finish):
                 self.orphaned = False
                 return False
+            self.carry_out(request)
         return True
 
-    def start(self, plan: dict[str, Any]) -> None:
-        """Build and spawn; what fails is told to the runner, which ends us."""
-        self.plan = {**plan, "pass_fds": self.given}
+    def carry_out(self, request: protocol.ToKeeper) -> None:
+        """Carry out one request."""
+        if isinstance(request, Spawn):
+            self.start(request)
+        elif isinstance(request, protocol.SendSignal):
+            if self.pid and not self.exited:
+                send = procfs.signal_group if request.group else procfs.signal_one
+                send(self.pid, request.number)
+        elif isinstance(request, protocol.Kill):
+            self.kill(request.reason)
+        elif isinstance(request, protocol.Note):
+            self.note = request.path
+        elif isinstance(request, protocol.AddCleanup) and self.plan is not None:
+            self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
+
+    def start(self, plan: Spawn) -> None:
+        """Build the sandbox and start the kernel, or report what failed; the runner ends us then."""
+        self.plan = plan
         try:
-            self.build()
-            self.spawn()
-        except Refused as refused:
-            self.say("failed", message=refused.message, command=refused.stage == "command")
+            self.make_cgroups()
+            self.spawn(plan)
+        except SetupFailed as failure:
+            command_failed = failure.stage == "command"
+            self.send(protocol.Failed(message=failure.message, command_failed=command_failed))
         except (OSError, ValueError) as error:
-            self.say("failed", message=str(error), command=False)
+            self.send(protocol.Failed(message=str(error), command_failed=False))
 
     def kill(self, reason: str) -> None:
-        """Record why, then kill the whole tree. A kernel that was dead before keeps its own ending."""
+        """Record the reason, then kill the process tree. A kernel that is dead keeps its own ending."""
         if self.reason is None and not self.exited:
             self.reason = reason
-            if reason in self.plan.get("stack_before", ()):
-                self.take_stack()
+            if self.plan is not None and reason in self.plan.stack_before:
+                self.dump_stack()
         self.kill_tree()
 
-    def look_at_memory(self) -> int | None:
-        """Milliseconds until memory should be looked at again. Near the limit a stack is asked for at each further step.
-
-        A kernel that the system kills for memory says nothing any more, and its sampling thread sees loops only at their
-        ends; this stack, taken by C code inside the page fault's return, is where the memory went.
-        """
-        path, limit = self.plan.get("memory_file"), self.plan.get("memory_limit")
+    def check_memory(self) -> int | None:
+        """Dump a stack at each step near the memory limit; milliseconds until the next check."""
+        path, limit = self.cgroup.memory_file, self.cgroup.memory_limit
         if not path or not limit or self.exited or not self.pid:
             return None
         text = cgroupfs.read(path)
         share = int(text) / limit if text and text.strip().isdigit() else 0.0
-        if share >= NEAR and share >= self.asked_at + STACK_STEP:
-            self.asked_at = share
-            self.ask_for_stack()
+        # A kernel that the OOM killer ends cannot report anything, and its sampling thread sees a
+        # loop only between two of its steps. C code writes this stack on the return from a page
+        # fault, so it shows where the memory went.
+        if share >= NEAR and share >= self.dumped_share + STACK_STEP:
+            self.dumped_share = share
+            self.request_stack()
         elif share < NEAR:
-            self.asked_at = 0.0
-        least, most = LOOK_MS
-        return int(max(least, min(most, (NEAR - share) * limit / FASTEST_BYTES_PER_MS)))
+            self.dumped_share = 0.0
+        shortest, longest = MEMORY_CHECK_MS
+        until_near = (NEAR - share) * limit / FASTEST_BYTES_PER_MS
+        return int(max(shortest, min(longest, until_near)))
 
-    def ask_for_stack(self) -> bool:
-        """Send the signal at which the inside dumps its stack, if it catches it by now; uncaught it would kill."""
-        number = self.plan["dump_signal"]
+    def request_stack(self) -> bool:
+        """Send the signal at which the agent dumps the kernel's stack; false if nothing handles it."""
+        number = self.plan.dump_signal if self.plan is not None else None
+        # Without a handler the signal would kill the kernel.
         if not number or self.exited or not procfs.catches(self.pid, number):
             return False
         procfs.signal_all([self.pid], number)
         return True
 
-    def take_stack(self) -> None:
-        """Ask for a last stack and take it; the main thread allocates nothing while it writes."""
-        if self.ask_for_stack():
-            self.words.wait_for_stack(self.pid)
+    def dump_stack(self) -> None:
+        """Read a last stack. The main thread allocates nothing while it writes one."""
+        if self.request_stack():
+            self.crash_output.wait_for_stack(self.pid)
 
     def kill_tree(self) -> list[int]:
-        """Kill all in the sandbox; the pids that would not die."""
-        for path in self.plan.get("kill_files", ()):
+        """Kill every process in the sandbox; return the pids that did not die."""
+        for path in self.cgroup.kill_files:
             with contextlib.suppress(OSError):
                 cgroupfs.write(path, "1")
         return procfs.kill_descendants(
             os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap
         )
 
-    def wake(self) -> None:
-        """Signals came: children to reap, or one meant for the runner, to be noted."""
+    def handle_signals(self) -> None:
+        """Reap dead children, and forward signals that were meant for the runner."""
         with contextlib.suppress(BlockingIOError):
             for number in os.read(self.wake_r, 4096):
                 if number != signal.SIGCHLD:
-                    self.signals.append(number)
-                    self.say("signal", signum=number)
+                    self.send(protocol.SignalReceived(number=number))
         self.reap()
 
     def reap(self) -> bool:
-        """Collect dead children, adopted ones too; whether any child is left, dead or alive."""
-        self.look_at_handlers()
+        """Reap dead children, adopted ones too; true if any child remains, dead or alive."""
+        self.note_signal_handlers()
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -327,188 +353,207 @@ class Keeper:
                 return False
             if pid == 0:
                 return True
-            if self.inner is None and pid == self.pid:
-                self.report_exit(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
-            elif self.inner is not None and pid == self.inner.bubblewrap and self.pid:
-                self.hear_of_end()
-                if not self.exited:  # the init was killed: nobody read the kernel's status
-                    self.report_exit(None, None, None)
+            if self.bubblewrap is None and pid == self.pid:
+                self.report_exit(status, usage.ru_utime + usage.ru_stime)
+            elif self.bubblewrap is not None and pid == self.bubblewrap.pid and self.pid:
+                self.read_kernel_ending()
+                # If the init was killed, nobody read the kernel's status.
+                if not self.exited:
+                    self.report_exit(None, None)
 
-    def look_at_handlers(self) -> None:
-        """Note which signals a kernel that has just ended still caught: once it is reaped nobody can tell."""
-        if self.inner is not None or not self.pid or self.exited:
+    def note_signal_handlers(self) -> None:
+        """Note which signals the kernel caught at its end: only a zombie still shows them."""
+        if self.bubblewrap is not None or not self.pid or self.exited:
             return
         with contextlib.suppress(ChildProcessError):
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                self.caught = procfs.caught_signals(self.pid)
+                self.caught_signals = procfs.caught_signals(self.pid)
 
-    def report_exit(self, status: int | None, cpu: float | None, maxrss: int | None) -> None:
-        """Tell the runner of the kernel's death with all that will not be there later."""
+    def report_exit(self, status: int | None, cpu_seconds: float | None) -> None:
+        """Report the kernel's death, with everything that cannot be read later."""
         self.exited = True
-        self.words.read_rest()
-        self.say(
-            "exited",
-            status=status,
-            reason=self.reason,
-            cpu=cpu,
-            maxrss=None if maxrss is None else maxrss * 1024,
-            counters={path: cgroupfs.read(path) for path in self.plan["counter_files"]},
-            fault=self.words.fault_text.decode("utf-8", "replace"),
-            fault_seen=self.words.seen,
-            caught=self.caught,
-            stderr=self.words.tail.decode("utf-8", "replace"),
-            bursts=[(at, data.decode("utf-8", "replace")) for at, data in self.words.bursts],
-            oomd=cgroupfs.oomd_killed(self.plan["cgroup_dirs"]),
-            disk_free=self.disk_free(),
+        self.crash_output.read_rest()
+        output = self.crash_output
+        self.send(
+            protocol.Exited(
+                at=time.monotonic(),
+                status=status,
+                reason=self.reason,
+                cpu_seconds=cpu_seconds,
+                counters={path: cgroupfs.read(path) for path in self.cgroup.counter_files},
+                fault_text=output.fault_text.decode("utf-8", "replace"),
+                fault=output.process_at_fault,
+                caught_signals=self.caught_signals,
+                stderr=output.tail.decode("utf-8", "replace"),
+                bursts=tuple((at, data.decode("utf-8", "replace")) for at, data in output.bursts),
+                oomd_killed=cgroupfs.oomd_killed(self.cgroup.dirs),
+                disk_free=self.disk_free(),
+            )
         )
 
-    # --- the end ------------------------------------------------------------------------------------------------
+    # --- the end --------------------------------------------------------------------------------
 
     def disk_free(self) -> int | None:
-        """What is left of the file system of limited size; nobody else can see it."""
+        """Return the free bytes of the limited disk, 0 if it has no inodes left."""
         if self.disk is None:
             return None
+        # Only this process sees the mount, so the runner cannot ask for itself.
         with contextlib.suppress(OSError):
-            found = os.statvfs(self.disk["base"])
-            return 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
+            stats = os.statvfs(self.disk.base)
+            return 0 if stats.f_files and not stats.f_favail else stats.f_bavail * stats.f_frsize
         return None
 
     def list_discarded(self) -> None:
-        """Tell the runner which files go with the sandbox. All in it is dead, and nothing of it has been removed.
+        """Tell the runner which files disappear with the sandbox.
 
-        Nobody asks that of a trial of a search, or when the runner is gone.
+        All its processes must be dead, and its file systems must still exist.
         """
-        inner = self.inner.discarded if self.inner is not None else []
-        if not self.pid or self.orphaned or self.plan["mounts"]:
+        # Nobody asks this about a trial of a culprit search, or after the runner's death.
+        if self.plan is None or not self.pid or self.orphaned or self.plan.mounts:
             return
-        from safe_exec.keeper import discarded_files  # the keeper starts faster without
+        # Seldom needed: without it the keeper starts faster.
+        from safe_exec.keeper import discarded_files
 
-        listing = discarded_files.Listing(
-            mode_tells=discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE
-        )
-        for place, fd in zip(
-            (self.plan.get("enclosure") or {}).get("discarded", ()), inner, strict=False
-        ):
-            with contextlib.suppress(OSError):  # a root that even we may not read
-                listing.add(place["name"], place["kind"], fd, skip=place["skip"])
-        for place in self.plan.get("discarded", ()):
-            disk = self.disk if place["kind"] == discarded_files.FOLDER else None
-            path = place["path"] if disk is None else bwrap.changed_files(disk["base"])
+        mode_tells = discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE
+        listing = discarded_files.Listing(mode_tells=mode_tells)
+        for place, fd in self.places_in_bubblewrap(self.plan):
+            # Not even root may read every root directory (FUSE).
+            with contextlib.suppress(OSError):
+                listing.add(place.name, place.kind, fd, skip=place.skip)
+        for place in self.plan.discarded:
+            disk = self.disk if place.kind == discarded_files.FOLDER else None
+            path = place.path if disk is None else bwrap.changed_files(disk.base)
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
-                    is_old = None if disk is None else self.meanwhile.is_as_copied
-                    listing.add(place["name"], place["kind"], fd, skip=place["skip"], is_old=is_old)
+                    is_old = None if disk is None else self.concurrent_changes.is_as_copied
+                    listing.add(place.name, place.kind, fd, skip=place.skip, is_old=is_old)
                 finally:
                     os.close(fd)
-        self.say("discarded", **listing.as_message())
+        self.send(listing.as_message())
 
-    def take_disk_back(self) -> None:
-        """What the run wrote into its copy of the folder, if it is to come back; then the file system goes."""
-        if self.disk is None:
+    def places_in_bubblewrap(self, plan: Spawn) -> Iterator[tuple[protocol.DiscardedPlace, int]]:
+        """Yield the places that exist only inside bubblewrap, each with a descriptor of it."""
+        if plan.bwrap is not None and self.bubblewrap is not None:
+            # If the init died early, it has sent fewer descriptors than there are places.
+            yield from zip(plan.bwrap.discarded, self.bubblewrap.discarded, strict=False)
+
+    def write_disk_back(self) -> None:
+        """Write the run's changes back to the folder if the plan says so, then unmount the disk."""
+        disk = self.disk
+        if disk is None:
             return
-        if self.disk["write_back"] and self.pid and not self.orphaned:
+        if disk.write_back and self.pid and not self.orphaned:
             try:
-                kept = file_tree.take_back(
-                    Path(self.disk["base"]) / "folder", Path(self.disk["folder"]), self.meanwhile
+                disputed = file_tree.write_back(
+                    Path(disk.base) / "folder", Path(disk.folder), self.concurrent_changes
                 )
-                if kept:
-                    more = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""
-                    what = "changed outside while the notebook ran, and left as it is there"
-                    self.say("trouble", message=f"{what}: {', '.join(kept[:NAMED])}{more}")
+                if disputed:
+                    rest = len(disputed) - MOST_NAMED
+                    names = ", ".join(disputed[:MOST_NAMED]) + (
+                        f" and {rest} more" if rest > 0 else ""
+                    )
+                    message = (
+                        f"changed outside while the notebook ran, and left as it is there: {names}"
+                    )
+                    self.send(protocol.Trouble(message=message))
             except OSError as error:
-                self.say("trouble", message=f"the folder could not be written back: {error}")
-        if not bwrap.unmount(self.disk["base"]):
-            self.directory = None  # better left lying than emptied through a mount
+                message = f"the folder could not be written back: {error}"
+                self.send(protocol.Trouble(message=message))
+        if not bwrap.unmount(disk.base):
+            # Removing the directory now would delete files through the mount.
+            self.directory = None
 
-    def leave(self) -> None:
-        """Kill what lives, remove what we made, tell what could not be."""
+    def shutdown(self) -> None:
+        """Kill what lives, remove what we made, and report what remains."""
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
-        alive = self.kill_tree()
+        surviving_pids = self.kill_tree()
         self.list_discarded()
-        for fd in self.inner.discarded if self.inner is not None else ():
+        for fd in self.bubblewrap.discarded if self.bubblewrap is not None else ():
             os.close(fd)
-        self.take_disk_back()
-        left = [path for path in reversed(self.made) if not cgroupfs.remove(path)]
+        self.write_disk_back()
+        remaining = [path for path in reversed(self.made_cgroups) if not cgroupfs.remove(path)]
         directories = [self.directory] if self.directory is not None else []
-        directories += [
-            *self.plan.get("directories", ()),
-            *(self.plan.get("orphans", ()) if self.orphaned else ()),
-        ]
-        left += [path for path in directories if not file_tree.remove_tree(path)]
-        if not left and not alive and self.note is not None:
+        if self.plan is not None:
+            directories += [
+                *self.plan.directories,
+                *(self.plan.cleanup_if_runner_dies if self.orphaned else ()),
+            ]
+        remaining += [path for path in directories if not file_tree.remove_tree(path)]
+        if not remaining and not surviving_pids and self.note is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.note)
-        self.say("left", alive=alive, left=left)
+        self.send(
+            protocol.CleanupResult(
+                surviving_pids=tuple(surviving_pids), remaining_paths=tuple(remaining)
+            )
+        )
 
 
-def _become_child(
-    plan: dict[str, Any],
-    inner: bwrap.Enclosed | None,
-    stderr_fd: int,
-    given: dict[str, int],
-    error_fd: int,
+def _run_child(
+    plan: Spawn,
+    bubblewrap: Bubblewrap | None,
+    keeper_pid: int,
+    ends: ChildEnds,
 ) -> None:
-    """In the child: enter the sandbox and execute the kernel, or bubblewrap with the kernel to be. Never returns.
-
-    ``given`` are the descriptors for the kernel, by name.
-    """
-    parent = plan["keeper"]
+    """In the child: enter the sandbox, execute the kernel, or bubblewrap around it. Never returns."""
+    command = plan.command
     try:
         os.setsid()
-        _go_first()
-        # Mounts first: the system's memory for them (hundreds, with a /tmp of its own) is ours, not the notebook's.
+        _raise_oom_score()
+        # Mounts come before the cgroups: Linux charges hundreds of them (with a /tmp of its own) to
+        # whoever makes them, and they are ours, not the notebook's.
         _enter_mounts(plan)
-        for path in plan["cgroup_joins"] if inner is None else ():
+        for path in plan.cgroup.joins if bubblewrap is None else ():
             cgroupfs.write(path, "0")
-        _die_with(parent)
-        if inner is not None:
-            inner.become_bubblewrap(plan, stderr_fd, given, error_fd)
-        child.place_descriptors(plan, stderr_fd, given)
-    except BaseException as error:  # noqa: BLE001 - told to the keeper; nothing may run on in this process
-        child.tell(error_fd, "sandbox", error)
-    child.run(plan, parent, error_fd)
+        _die_with_keeper(keeper_pid)
+        if bubblewrap is not None:
+            bubblewrap.execute(command, ends)
+        argv, _ = child.place_descriptors(command.argv, ends.stderr, ends.kernel)
+        command = command.with_argv(argv)
+    except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+        child.report_failure(ends.error, "sandbox", error)
+    child.run(command, keeper_pid, ends.error)
 
 
-def _enter_mounts(plan: dict[str, Any]) -> None:
-    if not plan["mounts"]:
+def _enter_mounts(plan: Spawn) -> None:
+    if not plan.mounts:
         return
-    mounts.enter(plan["mounts"], user_namespace=plan["user_namespace"])
-    disk = (plan.get("enclosure") or {}).get("disk")
-    if disk is not None:
-        os.mkdir(disk["base"])
-        bwrap.make_disk(disk)
+    mounts.enter(plan.mounts, user_namespace=plan.user_namespace)
+    if plan.bwrap is not None and plan.bwrap.disk is not None:
+        os.mkdir(plan.bwrap.disk.base)
+        bwrap.make_disk(plan.bwrap.disk)
 
 
-def _go_first() -> None:
-    """Where a limit above ours, or the machine, runs out: have the system kill the kernel, and not the runner, which is to tell of it.
-
-    It kills what uses most, so a batch in a container would go for one of its notebooks (proc_pid_oom_score_adj(5)). All of the sandbox
-    inherits this; among themselves nothing changes. It could be more, but then a small kernel would die for any large stranger. To
-    raise it takes no privilege; where /proc is read-only it stays what it was.
-    """
+def _raise_oom_score() -> None:
+    """Have Linux kill the kernel rather than the runner if the machine, or a cgroup above, runs out of memory."""
+    # The OOM killer takes the largest process, and a runner of many notebooks is larger than one of
+    # its kernels (proc_pid_oom_score_adj(5)). All processes of the sandbox inherit the score, so
+    # their order among each other stays. A higher score would sacrifice a small kernel for any large
+    # stranger. Raising it takes no privilege; with a read-only /proc it stays as it was.
     with contextlib.suppress(OSError, ValueError):
-        wish = Path("/proc/self/oom_score_adj")
-        wish.write_text(str(min(1000, int(wish.read_text()) + OOM_SHARE)))
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SHARE)))
 
 
-def _die_with(parent: int) -> None:
-    """Be killed with the keeper. After any change of credentials: they take the wish for a signal away (prctl(2))."""
+def _die_with_keeper(keeper_pid: int) -> None:
+    """Have Linux kill this process when the keeper dies."""
+    # A change of credentials clears the parent-death signal (prctl(2)), so set it afterwards.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the keeper died before the line above: nobody would end us
+    # The keeper may have died before the line above; then no signal will come.
+    if os.getppid() != keeper_pid:
         os._exit(1)
 
 
 def main(control_fd: int, directory: str, run_id: str) -> None:
-    """Run the keeper on the socket that the runner left at ``control_fd``.
+    """Run the keeper on the socket that the runner passed as ``control_fd``.
 
-    ``directory`` (empty: none) is made here and not by the runner: whenever the runner is killed, either there is nothing yet or there is
-    a keeper that removes it. By the name of the run it is known to those who look at the list of processes.
+    ``directory`` (empty for none) is made and removed by the keeper. ``run_id`` names the process in
+    lists of processes.
     """
-    os.set_inheritable(
-        control_fd, False
-    )  # else the kernel would hold it too, and could speak in our name
+    # The kernel must not inherit the socket: it could send messages in our name.
+    os.set_inheritable(control_fd, False)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_NAME, f"se-{run_id}".encode())
@@ -518,9 +563,11 @@ def main(control_fd: int, directory: str, run_id: str) -> None:
     for number in (*NOTED_SIGNALS, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
     try:
+        # The runner does not make the directory itself: if it is killed at any moment, either there
+        # is no directory yet, or there is a keeper that removes it.
         if keeper.directory is not None:
             os.mkdir(keeper.directory, 0o700)
-        keeper.say("ready", pid=os.getpid())
+        keeper.send(protocol.Ready(pid=os.getpid()))
         keeper.run()
     finally:
-        keeper.leave()
+        keeper.shutdown()

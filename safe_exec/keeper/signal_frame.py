@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import struct
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safe_exec.keeper import procfs
+from safe_exec.keeper.protocol import FaultingThread
 
 MACHINE = os.uname().machine if hasattr(os, "uname") else ""
 WRITE_CALL = {"x86_64": 1, "aarch64": 64}
@@ -75,8 +76,8 @@ class Mapping(NamedTuple):
     name: str
 
 
-def read(pid: int, channel: int, dump_signal: int | None) -> dict[str, Any]:
-    """The state of the thread that is writing a fatal report; empty where it cannot be read.
+def read(pid: int, channel: int, dump_signal: int | None) -> FaultingThread | None:
+    """Return the state of the thread that is writing a fatal report, ``None`` if it cannot be read.
 
     ``channel`` is the inode of the socket's end that the fault handler writes to. A thread that answers
     ``dump_signal`` writes there too, and is not the one that faulted. Waits at most WAIT_SECONDS for
@@ -87,14 +88,14 @@ def read(pid: int, channel: int, dump_signal: int | None) -> dict[str, Any]:
         try:
             writer = _writer(pid, channel, dump_signal)
             if writer is not None:
-                return _see(pid, *writer)
+                return _read_thread(pid, *writer)
         except OSError:
-            return {}  # it has ended, or the system does not let us look (Yama, a container)
+            return None  # it has ended, or the system does not let us look (Yama, a container)
         state = procfs.stat(pid)
         if state is None or state.state in "ZX":
-            return {}
+            return None
         time.sleep(PAUSE_SECONDS)
-    return {}
+    return None
 
 
 def _writer(pid: int, channel: int, dump_signal: int | None) -> tuple[int, int] | None:
@@ -117,12 +118,12 @@ def _is_channel(pid: int, fd: int, inode: int) -> bool:
     return os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]"
 
 
-def _see(pid: int, task: int, handler_sp: int) -> dict[str, Any]:
+def _read_thread(pid: int, task: int, handler_sp: int) -> FaultingThread | None:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
         memory = os.pread(file.fileno(), SEARCH_BYTES, handler_sp)
     registers = find(memory, handler_sp, MACHINE)
     if registers is None:
-        return {}
+        return None
     with open(f"/proc/{pid}/maps", errors="replace") as maps:
         mappings = parse_maps(maps.read(MAPS_BYTES))
     return describe(registers, mappings, main=task == pid)
@@ -190,8 +191,8 @@ def parse_maps(text: str) -> list[Mapping]:
     return mappings
 
 
-def describe(registers: Registers, mappings: list[Mapping], *, main: bool) -> dict[str, Any]:
-    """What the runner is told: the registers, and the mappings that they point into.
+def describe(registers: Registers, mappings: list[Mapping], *, main: bool) -> FaultingThread:
+    """Return the registers together with the mappings that they point into.
 
     ``stack`` is the writable mapping that holds the stack pointer, or the next one above it: a stack
     grows downwards, so after an overflow its own mapping lies above the pointer.
@@ -201,18 +202,18 @@ def describe(registers: Registers, mappings: list[Mapping], *, main: bool) -> di
     stack = next((m for m in mappings if m.high > lowest and "rw" in m.access), None)
     code = next((m for m in mappings if m.low <= registers.instruction < m.high), None)
     target = next((m for m in mappings if address is not None and m.low <= address < m.high), None)
-    return {
-        "main": main,
-        "faulted": registers.faulted,
-        "address": address,
-        "address_access": target.access if target else None,
-        "stack_pointer": pointer,
-        "stack": None if stack is None else [stack.low, stack.high],
-        "stack_is_main": stack is not None and stack.name == "[stack]",
-        "instruction": registers.instruction,
-        "library": None if code is None else code.name,
-        "library_offset": None if code is None else registers.instruction - code.low + code.offset,
-    }
+    return FaultingThread(
+        main=main,
+        faulted=registers.faulted,
+        address=address,
+        address_access=target.access if target else None,
+        stack_pointer=pointer,
+        stack=None if stack is None else (stack.low, stack.high),
+        stack_is_main=stack is not None and stack.name == "[stack]",
+        instruction=registers.instruction,
+        library=None if code is None else code.name,
+        library_offset=None if code is None else registers.instruction - code.low + code.offset,
+    )
 
 
 def _near(address: int, pointer: int) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.kernel.fault_site import read_site
 from safe_exec.model.evidence import FaultReport, Frame
 
@@ -126,11 +127,11 @@ def parse_fault(  # noqa: PLR0917 - the text, its key, and the figures that belo
     main: int | None,
     stack_bytes: int | None,
     stack_limit: int | None,
-    site: Mapping[str, Any] | None = None,
+    thread: FaultingThread | None = None,
 ) -> FaultReport | None:
     """The report of a fatal signal, ``None`` when nothing fatal was written.
 
-    ``site`` is what the keeper saw of the thread that wrote it.
+    ``thread`` is the one that wrote it, as the keeper read it.
     """
     part = fatal_part(text)
     if not part:
@@ -144,5 +145,5 @@ def parse_fault(  # noqa: PLR0917 - the text, its key, and the figures that belo
         main=None if current is None or main is None else current.ident == main,
         stack_bytes=stack_bytes,
         stack_limit=stack_limit,
-        site=read_site(site or {}, current.ident if current is not None else None),
+        site=read_site(thread, current.ident if current is not None else None),
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.model.evidence import FaultSite
 
 BELOW_POINTER = 256
@@ -13,41 +11,41 @@ PAGE = 4096
 NEAR_BYTES = 64 * 1024
 
 
-def read_site(seen: Mapping[str, Any], ident: int | None) -> FaultSite | None:
-    """The place of the fault as the keeper saw it (keeper/signal_frame.py); ``None`` where it could not look.
+def read_site(thread: FaultingThread | None, ident: int | None) -> FaultSite | None:
+    """Return the place of the fault, ``None`` if the keeper could not read the thread (keeper/signal_frame.py).
 
     ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made it is
     the address of its descriptor, which lies at the upper end of its own stack.
     """
-    if not seen:
+    if thread is None:
         return None
-    stack = seen["stack"]
+    stack = thread.stack
     return FaultSite(
-        faulted=bool(seen["faulted"]),
-        main=bool(seen["main"]),
-        address=seen["address"],
-        stack_pointer=seen["stack_pointer"],
+        faulted=thread.faulted,
+        main=thread.main,
+        address=thread.address,
+        stack_pointer=thread.stack_pointer,
         stack_bytes=None if stack is None else stack[1] - stack[0],
-        overflow=_overflowed(seen, ident),
-        library=seen["library"],
-        library_offset=seen["library_offset"],
+        overflow=_overflowed(thread, ident),
+        library=thread.library,
+        library_offset=thread.library_offset,
     )
 
 
-def _overflowed(seen: Mapping[str, Any], ident: int | None) -> bool:
+def _overflowed(thread: FaultingThread, ident: int | None) -> bool:
     """Whether the access that failed was one to the thread's stack, past its end.
 
     A stack grows downwards. The failing access is near the stack pointer or, for a large frame, between
     the pointer and the end of the stack. An overflow of a few frames may also stop in a guard that is
     part of the stack's own mapping (glibc 2.42 on Linux 6.13, MADV_GUARD_INSTALL).
     """
-    address, pointer, stack = seen["address"], seen["stack_pointer"], seen["stack"]
+    address, pointer, stack = thread.address, thread.stack_pointer, thread.stack
     if address is None or stack is None or address < pointer - BELOW_POINTER:
         return False
     low, high = stack
-    own = seen["stack_is_main"] if seen["main"] else ident is not None and low <= ident < high
-    guarded = seen["address_access"] is not None and seen["address_access"].startswith("---")
+    own = thread.stack_is_main if thread.main else ident is not None and low <= ident < high
+    guarded = thread.address_access is not None and thread.address_access.startswith("---")
     if address < low and pointer < low + PAGE:
         return bool(own or guarded)
-    in_guard = low <= address < high and "rw" in (seen["address_access"] or "")
-    return bool(in_guard and not seen["main"] and abs(address - pointer) <= NEAR_BYTES)
+    in_guard = low <= address < high and "rw" in (thread.address_access or "")
+    return bool(in_guard and not thread.main and abs(address - pointer) <= NEAR_BYTES)

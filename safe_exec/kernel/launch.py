@@ -14,18 +14,22 @@ import string
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.agent import bootstrap, layout
 from safe_exec.errors import SafeExecError, SandboxError
+from safe_exec.keeper.protocol import DiscardedPlace
 from safe_exec.kernel.env_allowlist import listed_environment
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.sandbox.plan import SpawnPlan, require_walls
-from safe_exec.sandbox.sandbox import Sandbox
+from safe_exec.sandbox.sandbox import Sandbox, WallSetup
+
+if TYPE_CHECKING:
+    from safe_exec.sandbox.enclosure import Enclosure
 
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 """ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
@@ -218,12 +222,12 @@ def extra_arguments(kernel_name: str) -> list[str]:
 def launch(sandbox: Sandbox, what: Launch) -> Launched:
     """Start a kernel over ipc and wait until its process is born. Raises KernelStartError and SandboxError."""
     launched = begin_launch(sandbox, what)
-    await_birth(sandbox, launched.channels)
+    await_kernel(sandbox, launched.channels)
     return launched
 
 
 def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
-    """Have a kernel started over ipc; ``await_birth`` says what came of it. Raises SandboxError."""
+    """Have a kernel started over ipc; ``await_kernel`` says what came of it. Raises SandboxError."""
     assert sandbox.directory is not None
     sandbox.wait_ready()
     connection = {
@@ -276,11 +280,11 @@ def spawn(
     channels, instrumented = begin_spawn(
         sandbox, plan, cmd, env=env, cwd=cwd, config=config, streams=streams
     )
-    await_birth(sandbox, channels)
+    await_kernel(sandbox, channels)
     return channels, instrumented
 
 
-def await_birth(sandbox: Sandbox, channels: Channels) -> None:
+def await_kernel(sandbox: Sandbox, channels: Channels) -> None:
     """Wait for the process of a kernel. Raises KernelStartError and SandboxError; its channels are closed then."""
     try:
         sandbox.await_kernel()
@@ -314,21 +318,20 @@ def begin_spawn(
         # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
         environment["HOME"] = str(sandbox.directory / "home")
         os.mkdir(environment["HOME"], 0o700)
-    discarded: list[dict[str, object]] = []
+    discarded: tuple[DiscardedPlace, ...] = ()
     if LimitName.DISK in plan.watch and sandbox.directory is not None:
         # Temporary files go where they are counted, and with the run.
         environment["TMPDIR"] = str(sandbox.directory / "tmp")
         os.mkdir(environment["TMPDIR"], 0o700)
-        discarded.append(
-            {"name": "$TMPDIR", "kind": "tmp", "path": environment["TMPDIR"], "skip": []}
-        )
+        discarded = (DiscardedPlace(name="$TMPDIR", kind="tmp", path=environment["TMPDIR"]),)
     try:
+        enclosure = _enclose(sandbox, plan, argv, environment, cwd, removed=removed)
         sandbox.spawn(
             plan,
             argv=argv,
-            env=environment,
-            cwd=cwd,
-            walls=_walls(sandbox, plan, argv, environment, cwd, removed=removed),
+            env=environment if enclosure is None else enclosure.env,
+            cwd=cwd if enclosure is None else enclosure.cwd,
+            walls=WallSetup() if enclosure is None else enclosure.setup,
             pass_fds={**(channels.pass_fds if wrapped else {}), **(streams or {})},
             dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
             discarded=discarded,
@@ -340,7 +343,7 @@ def begin_spawn(
     return channels, wrapped is not None
 
 
-def _walls(
+def _enclose(
     sandbox: Sandbox,
     plan: SpawnPlan,
     argv: Sequence[str],
@@ -348,8 +351,8 @@ def _walls(
     cwd: str,
     *,
     removed: tuple[str, ...],
-) -> Mapping[str, object] | None:
-    """The keeper's instructions for walls, ``None`` without walls. The facts of what they take away go into the sandbox.
+) -> Enclosure | None:
+    """Plan the walls, ``None`` without walls. The facts of what they take away go into the sandbox.
 
     ``removed`` are the names of variables that the kernel does not get.
     """
@@ -367,7 +370,7 @@ def _walls(
     )
     sandbox.isolation = replace(enclosure.facts, removed_variables=removed)
     sandbox.troubles += enclosure.warnings
-    return enclosure.request
+    return enclosure
 
 
 def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:

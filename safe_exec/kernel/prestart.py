@@ -11,26 +11,29 @@ from pathlib import Path
 from typing import Self
 
 from safe_exec.errors import SafeExecError
-from safe_exec.kernel.launch import Launch, Launched, await_birth, begin_launch, find_spec
+from safe_exec.kernel.launch import Launch, Launched, await_kernel, begin_launch, find_spec
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import Sandbox
 
 
-class Early:
+class PrestartedKernel:
     """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
 
     def __init__(self) -> None:
-        """Take the keeper that was begun, or start one; not where systemd is: there it may have to be born in a scope, and the plan says so."""
-        born = keeper_process.take()
-        self.run_id = born.run_id if born is not None else keeper_process.new_run_id()
+        """Claim the prestarted keeper, or start one."""
+        keeper = keeper_process.claim()
+        self.run_id = keeper.run_id if keeper is not None else keeper_process.new_run_id()
         self._directory = Path(
-            born.directory if born is not None else keeper_process.runtime_directory(self.run_id)
+            keeper.directory
+            if keeper is not None
+            else keeper_process.runtime_directory(self.run_id)
         )
         self._sandbox: Sandbox | None = None
-        if born is not None or not keeper_process.systemd_is_booted():
-            self._sandbox = Sandbox(self.run_id, directory=self._directory, born=born)
+        # With systemd the keeper may have to be started in a scope, and only the plan says so.
+        if keeper is not None or not keeper_process.systemd_is_booted():
+            self._sandbox = Sandbox(self.run_id, directory=self._directory, keeper=keeper)
         self.plan: SpawnPlan | None = None
         self._launched: Launched | None = None
         self._failure: SafeExecError | None = None
@@ -39,7 +42,7 @@ class Early:
         """The sandbox, with its keeper started by now."""
         if self._sandbox is None:
             self._sandbox = Sandbox(
-                self.run_id, directory=self._directory, hand_on=plan.cgroup.hand_on
+                self.run_id, directory=self._directory, delegation=plan.cgroup.delegation
             )
         return self._sandbox
 
@@ -70,7 +73,7 @@ class Early:
         if self._failure is not None:
             raise self._failure
         if self._launched is not None and self._sandbox is not None:
-            await_birth(self._sandbox, self._launched.channels)
+            await_kernel(self._sandbox, self._launched.channels)
         return self._launched
 
     def __enter__(self) -> Self:
@@ -78,6 +81,6 @@ class Early:
 
     def __exit__(self, *_: object) -> None:
         if self._sandbox is not None:
-            self._sandbox.leave()
+            self._sandbox.shutdown()
         if self._launched is not None:
             self._launched.channels.close()

@@ -132,7 +132,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         profile = os.environ.get("SAFE_EXEC_LIMITS")
         self.limits = resolve_simple(self._config, profile, machine_memory=machine.memory_total)
         self.plan = build_plan(self.limits, machine, self.run_id)
-        self.sandbox = Sandbox(self.run_id, hand_on=self.plan.cgroup.hand_on)
+        self.sandbox = Sandbox(self.run_id, delegation=self.plan.cgroup.delegation)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Have the keeper start the kernel inside its limits.
@@ -178,7 +178,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 )
                 self.stdout, self.stderr = streams.readers()
         except BaseException:
-            self.sandbox.leave()
+            self.sandbox.shutdown()
             self.sandbox = None
             raise
 
@@ -263,7 +263,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.sandbox is None:
             return 0
         if self.sandbox.exit is None and self.on_limit is None:
-            self.sandbox.pump()
+            self.sandbox.process_messages()
         ended = self.sandbox.exit
         if ended is None:
             return None
@@ -307,9 +307,13 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.sandbox is None:
             return
         self.stop_watching()
-        departure = self.sandbox.leave()
-        if departure.alive or departure.left:
-            log.warning("left behind: processes %s, paths %s", departure.alive, departure.left)
+        cleanup = self.sandbox.shutdown()
+        if cleanup.surviving_pids or cleanup.remaining_paths:
+            log.warning(
+                "left behind: processes %s, paths %s",
+                cleanup.surviving_pids,
+                cleanup.remaining_paths,
+            )
         self._tell_ending()
         if self.channels is not None:
             self.channels.close()
@@ -325,7 +329,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def _asked_for(self) -> None:
         """The end is wanted from now on; one that came before, and was not looked at yet, was not."""
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
-            self.sandbox.pump()
+            self.sandbox.process_messages()
         self._tell_ending()
         self._told = True
 

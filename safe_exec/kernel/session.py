@@ -22,6 +22,7 @@ from jupyter_client.manager import AsyncKernelManager
 from safe_exec.agent import layout
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
+from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel import fault_report
 from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import Told
@@ -38,7 +39,7 @@ from safe_exec.model.evidence import Frame, ProcessCount
 from safe_exec.model.limits import LimitName, Limits, Wall
 from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.sandbox.sandbox import Departure, KernelExit, Sandbox
+from safe_exec.sandbox.sandbox import KernelExit, Sandbox
 from safe_exec.sandbox.usage import sockets
 from safe_exec.sandbox.usage.meter import Meter
 from safe_exec.sandbox.usage.volumes import Volumes
@@ -104,7 +105,7 @@ class KernelSession:
         self.provisioner: SandboxProvisioner | None = None
         self.meter: Meter | None = None
         self.volumes: Volumes | None = None
-        self.departure = Departure()
+        self.cleanup = CleanupResult()
         self._channels: dict[str, Channel] = {}
         self._closed = False
 
@@ -114,7 +115,7 @@ class KernelSession:
         """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
         self.directory = Path(runtime_directory(self.run_id))
         self.sandbox = sandbox or Sandbox(
-            self.run_id, directory=self.directory, hand_on=self.plan.cgroup.hand_on
+            self.run_id, directory=self.directory, delegation=self.plan.cgroup.delegation
         )
 
     async def start(
@@ -220,7 +221,7 @@ class KernelSession:
 
     def _pump(self) -> None:
         assert self.sandbox is not None
-        self.sandbox.pump()
+        self.sandbox.process_messages()
         if len(self.sandbox.fault_text) > FAULT_CHARACTERS:  # no fault handler writes so much
             self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
@@ -486,9 +487,9 @@ class KernelSession:
             self.sandbox.kill(reason)
 
     @property
-    def condemned(self) -> TerminationReason | None:
+    def kill_reason(self) -> TerminationReason | None:
         """Why we have decided to kill the kernel, from the moment of the decision on; it may live a little longer."""
-        return self.sandbox.condemned if self.sandbox else None
+        return self.sandbox.kill_reason if self.sandbox else None
 
     def process_count(self) -> ProcessCount | None:
         """Processes and threads now, and how many are allowed, where the system's kernel refuses more."""
@@ -542,7 +543,7 @@ class KernelSession:
         return self.died.is_set()
 
     def close(self) -> None:
-        """End everything and remove everything. What could not be removed is in ``departure``. May be called again."""
+        """End everything and remove everything. What could not be removed is in ``cleanup``. May be called again."""
         if self._closed:
             return
         self._closed = True
@@ -558,7 +559,7 @@ class KernelSession:
         if self.sandbox is not None:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.sandbox.fileno())
-            self.departure = self.sandbox.leave()
+            self.cleanup = self.sandbox.shutdown()
         if self.provisioner is not None and self.provisioner.channels is not None:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.provisioner.channels.facts.fileno())

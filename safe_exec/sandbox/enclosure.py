@@ -23,6 +23,8 @@ from msgspec.structs import replace
 
 import safe_exec
 from safe_exec.errors import SandboxError
+from safe_exec.keeper.child import LandlockRules, Walls
+from safe_exec.keeper.protocol import BwrapSetup, LimitedDisk
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import (
     Enforcement,
@@ -38,6 +40,7 @@ from safe_exec.sandbox.host.repository import SYSTEM, repository_access
 from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of, inside_places, outside_places
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
+from safe_exec.sandbox.sandbox import WallSetup
 
 OTHER_UID = 1_060_660
 """The user that owns nothing: no distribution hands out ids up here (systemd, UIDs-GIDs.md), and no file is theirs."""
@@ -241,9 +244,11 @@ class Birth(Struct, frozen=True, kw_only=True):
 
 
 class Enclosure(Struct, frozen=True, kw_only=True):
-    """The part of the keeper's request that puts up the walls, the facts of what they take away, and warnings for the user."""
+    """The keeper's part of the walls, the kernel's environment and folder, and facts and warnings for the user."""
 
-    request: dict[str, Any]
+    setup: WallSetup
+    env: Mapping[str, str]
+    cwd: str
     facts: IsolationFacts
     warnings: tuple[str, ...] = ()
 
@@ -274,19 +279,21 @@ def enclose(birth: Birth) -> Enclosure:
         if birth.plan.landlock and birth.plan.isolation.read_only_system
         else {}
     )
-    request = {
-        "enclosure": _bubblewrap(birth, paths, birth.plan.enclosed)
-        if birth.plan.enclosed
-        else None,
-        "walls": _own_walls(birth, paths),
-        "owner": birth.owner,
-        "discarded": outside_places(birth.plan, paths),
-        "env": {**birth.env, **own_tmp},
-        # A link on the way to it may lie in what is hidden.
-        "cwd": str(birth.folder),
-    }
-    warnings = (paths.repository.warning,) if paths.repository.warning else ()
-    return Enclosure(request=request, facts=facts_of(birth.plan, paths), warnings=warnings)
+    program = birth.plan.enclosed
+    setup = WallSetup(
+        bwrap=_bubblewrap(birth, paths, program) if program else None,
+        walls=_own_walls(birth, paths),
+        owner=birth.owner,
+        discarded=outside_places(birth.plan, paths),
+    )
+    return Enclosure(
+        setup=setup,
+        env={**birth.env, **own_tmp},
+        # A link on the way to the folder may lie in a hidden directory.
+        cwd=str(birth.folder),
+        facts=facts_of(birth.plan, paths),
+        warnings=(paths.repository.warning,) if paths.repository.warning else (),
+    )
 
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
@@ -352,7 +359,7 @@ def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bo
     return access.root if access.use is RepositoryUse.WRITE else None
 
 
-def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any]:
+def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> BwrapSetup:
     disk, isolation = _disk(birth), birth.plan.isolation
     around = bubblewrap.Surroundings(
         folder=birth.folder,
@@ -361,7 +368,7 @@ def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any
         visible=paths.readable,
         files=frozenset(path for path in map(Path, isolation.hide) if not path.is_dir()),
         given=tuple(path for path in birth.runtime.glob("*") if path.is_file()),
-        disk=Path(disk["base"]) if disk else None,
+        disk=Path(disk.base) if disk else None,
         repository=paths.repository.root if paths.repository.is_visible else None,
         repository_is_writable=paths.repository.use is RepositoryUse.WRITE,
         interpreters=paths.interpreters,
@@ -370,56 +377,62 @@ def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> dict[str, Any
         ),
     )
     is_root = os.geteuid() == 0
-    return {
-        "argv": bubblewrap.arguments(
-            program, isolation, around, shm_bytes=birth.plan.shm, root=is_root
+    devices = bubblewrap.shared_devices(isolation, root=is_root)
+    return BwrapSetup(
+        argv=tuple(
+            bubblewrap.arguments(program, isolation, around, shm_bytes=birth.plan.shm, root=is_root)
         ),
-        "python": sys.executable,
-        "root": str(Path(safe_exec.__file__).parent.parent),
-        "sockets": str(birth.runtime),
-        "disk": disk,
-        "discarded": inside_places(birth.plan, paths),
-        "devices": [
-            path
-            for path in bubblewrap.shared_devices(isolation, root=is_root)
-            if os.path.exists(path)
-        ],
-    }
+        python=sys.executable,
+        package_root=str(Path(safe_exec.__file__).parent.parent),
+        sockets=str(birth.runtime),
+        disk=disk,
+        discarded=inside_places(birth.plan, paths),
+        devices=tuple(path for path in devices if os.path.exists(path)),
+    )
 
 
-def _disk(birth: Birth) -> dict[str, Any] | None:
+def _disk(birth: Birth) -> LimitedDisk | None:
     """The file system of limited size: asked for by a limit, or since the run is to work in a copy."""
     isolation = birth.plan.isolation
     if birth.plan.disk is None and isolation.folder is not FolderUse.COPY:
         return None
     size = birth.plan.disk if birth.plan.disk is not None else bubblewrap.TMP_BYTES
-    return {
-        "base": str(birth.runtime / "disk"),
-        "folder": str(birth.folder),
-        "size": size,
-        "inodes": max(LEAST_INODES, size // INODE_BYTES),
-        "write_back": isolation.write_back and isolation.folder is FolderUse.WRITE,
-        "owner": birth.owner,
-    }
+    return LimitedDisk(
+        base=str(birth.runtime / "disk"),
+        folder=str(birth.folder),
+        size=size,
+        inodes=max(LEAST_INODES, size // INODE_BYTES),
+        write_back=isolation.write_back and isolation.folder is FolderUse.WRITE,
+        owner=birth.owner,
+    )
 
 
-def _own_walls(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
-    """What the kernel's process gives up by itself before it executes the kernel."""
+def _own_walls(birth: Birth, paths: KernelPaths) -> Walls | None:
+    """Return what the kernel's process gives up by itself, ``None`` for nothing."""
     isolation = birth.plan.isolation
-    walls: dict[str, Any] = {} if birth.owner is None else {"uid": birth.owner}
-    if bubblewrap.drops_capabilities(isolation, root=os.geteuid() == 0):
-        walls["capabilities_dropped"] = True
-    if birth.plan.landlock:
-        walls["landlock"] = _landlock(birth, paths)
-    if birth.plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is Mechanism.SECCOMP:
-        from safe_exec.keeper import seccomp
+    drop_capabilities = bubblewrap.drops_capabilities(isolation, root=os.geteuid() == 0)
+    landlock = _landlock(birth, paths) if birth.plan.landlock else None
+    filter_program = _system_call_filter(birth.plan)
+    if birth.owner is None and not drop_capabilities and not landlock and not filter_program:
+        return None
+    return Walls(
+        uid=birth.owner,
+        drop_capabilities=drop_capabilities,
+        landlock=landlock,
+        seccomp=filter_program,
+    )
 
-        program = seccomp.load("errno" if isolation.system_calls is SystemCalls.REFUSE else "kill")
-        walls["seccomp"] = base64.b64encode(program).decode()
-    return walls
+
+def _system_call_filter(plan: SpawnPlan) -> str | None:
+    if plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is not Mechanism.SECCOMP:
+        return None
+    from safe_exec.keeper import seccomp
+
+    refuses = plan.isolation.system_calls is SystemCalls.REFUSE
+    return base64.b64encode(seccomp.load("errno" if refuses else "kill")).decode()
 
 
-def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
+def _landlock(birth: Birth, paths: KernelPaths) -> LandlockRules:
     """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
     isolation = birth.plan.isolation
     folder, repository = str(birth.folder), paths.repository
@@ -436,14 +449,12 @@ def _landlock(birth: Birth, paths: KernelPaths) -> dict[str, Any]:
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
     readable = [*map(str, paths.readable), *isolation.show, *roots, folder]
-    return {
-        "readable": [
-            *_all_but(hidden),
-            *(part for path in readable for part in parts_beside(path, hidden)),
-        ],
-        "writable": [part for path in writable for part in parts_beside(path, closed)],
-        "tcp": None if isolation.network else False,
-    }
+    opened = [part for path in readable for part in parts_beside(path, hidden)]
+    return LandlockRules(
+        readable=(*_all_but(hidden), *opened),
+        writable=tuple(part for path in writable for part in parts_beside(path, closed)),
+        tcp=None if isolation.network else False,
+    )
 
 
 def _all_but(closed: Sequence[str]) -> list[str]:

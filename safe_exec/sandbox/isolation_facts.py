@@ -14,6 +14,7 @@ from safe_exec.keeper.discarded_files import FOLDER as OF_FOLDER
 from safe_exec.keeper.discarded_files import HOME as OF_HOME
 from safe_exec.keeper.discarded_files import SHM as OF_SHM
 from safe_exec.keeper.discarded_files import TMP as OF_TMP
+from safe_exec.keeper.protocol import DiscardedPlace
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Mechanism, RepositoryUse, Wall
 from safe_exec.sandbox.host.repository import RepositoryAccess
@@ -121,41 +122,38 @@ def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tup
 
 # --- places whose files are gone after the run, for the keeper to list -------------------------------------------
 
-Place = dict[str, object]
-"""Its ``path``, the ``name`` that a person knows it by, its ``kind`` (keeper/discarded_files.py), and paths in it to ``skip``."""
 HOME_NAME, TMP_NAME = "~", "$TMPDIR"
 OURS = ("home", "tmp", "disk", "c.json")
 """What we make beside the sockets ourselves, where these lie in a directory of the machine's."""
 
 
-def inside_places(plan: SpawnPlan, paths: KernelPaths) -> list[Place]:
+def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
     """The places that are only there inside bubblewrap: file systems in memory, of its own."""
-    return [
+    return tuple(
         place
         for path, kind in _own(plan, paths)
         if kind == OF_SHM or not _has_disk(plan)
         for place in _place(plan, paths, path, kind)
-    ]
+    )
 
 
-def outside_places(plan: SpawnPlan, paths: KernelPaths) -> list[Place]:
+def outside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
     """The places that are directories out here as well: on the file system of limited size, and beside the sockets."""
     if not plan.enclosed:
-        return list(_beside_sockets(plan, paths))
+        return tuple(_beside_sockets(plan, paths))
     if not _has_disk(plan):
-        return []
+        return ()
     disk = paths.runtime / "disk"
     on_disk = {OF_TMP: disk / "tmp", OF_HOME: disk / "home"}
-    found = [
-        place
+    places = [
+        place._replace(path=str(on_disk[kind]))
         for path, kind in _own(plan, paths)
         if kind in on_disk
         for place in _place(plan, paths, path, kind)
     ]
-    found = [{**place, "path": str(on_disk[str(place["kind"])])} for place in found]
     if plan.isolation.folder is not FolderUse.READ and not is_folder_kept(plan):
-        found.append({"name": ".", "kind": OF_FOLDER, "path": str(disk / "folder"), "skip": []})
-    return found
+        places.append(DiscardedPlace(name=".", kind=OF_FOLDER, path=str(disk / "folder")))
+    return tuple(places)
 
 
 def _has_disk(plan: SpawnPlan) -> bool:
@@ -173,29 +171,25 @@ def _own(plan: SpawnPlan, paths: KernelPaths) -> Iterator[tuple[Path, str]]:
         yield Path(SHM), OF_SHM
 
 
-def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterator[Place]:
+def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterator[DiscardedPlace]:
     """One place, unless all of it was opened by name."""
     opened = [*map(Path, plan.isolation.writable), *map(Path, plan.isolation.show)]
     if any(path.is_relative_to(other) for other in opened):
         return
     mounted = [*paths.readable, *opened, *map(Path, plan.isolation.hide)]
-    skip = [str(other.relative_to(path)) for other in mounted if other.is_relative_to(path)]
+    skip = tuple(str(other.relative_to(path)) for other in mounted if other.is_relative_to(path))
     is_home = (
         kind == OF_HOME
         and paths.kernel_home is not None
         and Path(paths.kernel_home).resolve() == path
     )
-    yield {
-        "name": HOME_NAME if is_home else str(path),
-        "kind": kind,
-        "path": str(path),
-        "skip": skip,
-    }
+    name = HOME_NAME if is_home else str(path)
+    yield DiscardedPlace(name=name, kind=kind, path=str(path), skip=skip)
 
 
-def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[Place]:
+def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[DiscardedPlace]:
     """Landlock hides a home by giving another one, and /tmp is the machine's: only TMPDIR goes with the run."""
     if plan.landlock and plan.isolation.hide_home:
-        yield {"name": HOME_NAME, "kind": OF_HOME, "path": str(paths.runtime / "home"), "skip": []}
+        yield DiscardedPlace(name=HOME_NAME, kind=OF_HOME, path=str(paths.runtime / "home"))
     if plan.landlock and plan.isolation.read_only_system:
-        yield {"name": TMP_NAME, "kind": OF_TMP, "path": str(paths.runtime), "skip": list(OURS)}
+        yield DiscardedPlace(name=TMP_NAME, kind=OF_TMP, path=str(paths.runtime), skip=OURS)

@@ -1,7 +1,8 @@
-"""The process of a keeper is started here, before anything else of ours is imported where a run is sure to come.
+"""Starts the processes of keepers, before anything else of ours is imported if a run is sure to come.
 
-Its interpreter takes as long to start as ours does to read the command line. Where many are needed they are forked from one process that has
-imported all that they need (keeper/forkserver.py). Imports the standard library alone, and as little of it as can be.
+A keeper's interpreter takes as long to start as ours takes to read the command line. Where many are
+needed they are forked from one process that has imported all their modules (keeper/forkserver.py).
+This module imports the standard library only, and as little of it as possible.
 """
 
 from __future__ import annotations
@@ -18,44 +19,54 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-BOOT = "import os, sys; sys.path.append(sys.argv[2]); from safe_exec.keeper.{module} import main; main(int(sys.argv[1]), *sys.argv[3:]); os._exit(0)"
-"""All is put away by then: to take an interpreter apart takes as long as to remove a sandbox, and the runner waits for both."""
+# os._exit skips the interpreter's own end, which takes as long as removing a sandbox does; the runner
+# waits for both, and everything is cleaned up by then.
+BOOT = (
+    "import os, sys; sys.path.append(sys.argv[2]); from safe_exec.keeper.{module} import main; "
+    "main(int(sys.argv[1]), *sys.argv[3:]); os._exit(0)"
+)
 LONGEST_BASE = 60
 SIGKILL = 9
 
 
-class Born:
-    """A keeper's process, our end of the socket to it, and the directory that it makes."""
+class KeeperProcess:
+    """A keeper's process, our end of its socket, and the directory that it makes."""
 
     def __init__(
         self,
         run_id: str,
         *,
         directory: str,
-        born: Sequence[str] = (),
+        launcher: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it. ``born`` is the command by which it must be born in a place of its own. Raises OSError."""
+        """Start it. ``launcher`` is a command that starts it in another cgroup. Raises OSError."""
         self.run_id, self.directory = run_id, directory
-        self.control, theirs = socket.socketpair()
+        self.control, keeper_end = socket.socketpair()
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        with theirs:
-            if born or environment or not _fork_one(theirs, run_id, directory):
+        with keeper_end:
+            if launcher or environment or not _fork_keeper(keeper_end, run_id, directory):
                 self._process = _start(
-                    "keeper", theirs, directory, run_id, born=born, environment=environment
+                    "keeper",
+                    keeper_end,
+                    directory,
+                    run_id,
+                    launcher=launcher,
+                    environment=environment,
                 )
 
-    def is_known_as(self, pid: int) -> None:
-        """The keeper has said who it is, and waits for us: from now on its end can be seen."""
+    def attach_pid(self, pid: int) -> None:
+        """Note a forked keeper's pid, so that its end can be awaited. It must wait for us meanwhile."""
         if self._process is None and self._pidfd < 0:
             try:
                 self._pidfd = os.pidfd_open(pid)
             except OSError:
-                return  # it is gone already, or no descriptor is left; its socket tells of its end as well
+                # It has ended, or no descriptor is left. Its socket shows its end too.
+                return
 
     def kill(self) -> None:
-        """Kill it."""
+        """Send SIGKILL, if it is known where to."""
         if self._process is not None:
             self._process.kill()
         elif self._pidfd >= 0:
@@ -67,11 +78,12 @@ class Born:
                 return
 
     def wait(self) -> None:
-        """Wait until it is gone. One that never said who it is ends with its socket."""
+        """Wait until it has ended. A forked one whose pid was never attached ends with its socket."""
         if self._process is not None:
             self._process.wait()
         elif self._pidfd >= 0:
-            poll = select.poll()  # pidfd_open(2): readable when the process has ended
+            # A pidfd is readable once the process has ended (pidfd_open(2)).
+            poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             poll.poll()
             os.close(self._pidfd)
@@ -80,62 +92,63 @@ class Born:
 
 def _start(
     module: str,
-    theirs: socket.socket,
-    *words: str,
-    born: Sequence[str] = (),
+    keeper_end: socket.socket,
+    *arguments: str,
+    launcher: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return subprocess.Popen(
         [
-            *born,
+            *launcher,
             sys.executable,
             "-I",
             "-S",
             "-c",
             BOOT.format(module=module),
-            str(theirs.fileno()),
+            str(keeper_end.fileno()),
             root,
-            *words,
+            *arguments,
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
+        pass_fds=[keeper_end.fileno()],
         start_new_session=True,
         env={**os.environ, **(environment or {})},
     )
 
 
-class Nursery:
-    """Within it keepers are forked and not started, where nothing says how they must be born. A context manager; one may stand in another.
+class ForkServer:
+    """A context within which keepers are forked from one process, unless a launcher has to start them.
 
-    It does nothing where a process cannot be waited for by a descriptor (pidfd_open(2), Linux 5.3): a forked keeper is no child of ours.
+    Contexts may be nested. It has no effect before Linux 5.3: a forked keeper is not our child, so
+    only a pidfd can tell its end.
     """
 
     def __enter__(self) -> Self:
         global _depth  # noqa: PLW0603 - one for the process
-        with _turn:
+        with _lock:
             _depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _depth, _nursery  # noqa: PLW0603
-        with _turn:
+        global _depth, _fork_server  # noqa: PLW0603
+        with _lock:
             _depth -= 1
-            if _depth == 0 and _nursery is not None:
-                control, process = _nursery
-                _nursery = None
+            if _depth == 0 and _fork_server is not None:
+                control, process = _fork_server
+                _fork_server = None
                 control.close()
                 process.wait()
 
 
 _depth = 0
-_nursery: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
-"""Our end of the socket to it, and its process: there is none before the first keeper is wanted."""
-_turn = threading.Lock()
+# Our end of its socket, and its process: started when the first keeper is needed.
+_fork_server: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
+_lock = threading.Lock()
 
 
-def _knows_pidfds() -> bool:
+def _has_pidfds() -> bool:
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError):
@@ -143,69 +156,73 @@ def _knows_pidfds() -> bool:
     return True
 
 
-def _fork_one(theirs: socket.socket, run_id: str, directory: str) -> bool:
-    """Have a keeper forked for the other end of a socket; ``False`` where there is nobody to do so."""
-    global _nursery  # noqa: PLW0603
-    with _turn:
+def _fork_keeper(keeper_end: socket.socket, run_id: str, directory: str) -> bool:
+    """Have the fork server fork a keeper for the other end of a socket; false if there is none."""
+    global _fork_server  # noqa: PLW0603
+    with _lock:
         try:
-            if _nursery is None and _depth and _knows_pidfds():
-                _nursery = _open_nursery()
-            if _nursery is None:
+            if _fork_server is None and _depth and _has_pidfds():
+                _fork_server = _open_fork_server()
+            if _fork_server is None:
                 return False
             socket.send_fds(
-                _nursery[0],
+                _fork_server[0],
                 [f"{run_id}\0{directory}".encode("utf-8", "surrogateescape")],
-                [theirs.fileno()],
+                [keeper_end.fileno()],
             )
-        except OSError:  # it was killed: a keeper can be started as well
+        except OSError:
+            # The fork server was killed; a keeper can also be started.
             return False
     return True
 
 
-def _open_nursery() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+def _open_fork_server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    ours, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with server_end:
         try:
-            return ours, _start("forkserver", theirs)
+            return ours, _start("forkserver", server_end)
         except OSError:
             ours.close()
             raise
 
 
 def new_run_id() -> str:
-    """Twelve hexadecimal digits."""
+    """Return twelve random hexadecimal digits."""
     return os.urandom(6).hex()
 
 
 def runtime_directory(run_id: str) -> str:
-    """A path, short since a socket's may have 108 bytes (unix(7)), for the directory that the keeper makes."""
+    """Return the path of the directory that the keeper makes for a run."""
+    # The path of a socket in it has at most 108 bytes (unix(7)).
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
     return f"{base if usable else '/tmp'}/safe-exec-{run_id}"  # noqa: S108
 
 
 def systemd_is_booted() -> bool:
-    """Whether systemd is the init here (sd_booted(3))."""
+    """Whether systemd is the init of this system (sd_booted(3))."""
     return os.path.isdir("/run/systemd/system")
 
 
-_begun: Born | None = None
+_prestarted: KeeperProcess | None = None
 
 
-def begin() -> None:
-    """Start a keeper now: the command line may ask for it in a moment. Not where systemd is: there it may have to be born in a scope."""
-    global _begun  # noqa: PLW0603 - one process, one command line
+def prestart() -> None:
+    """Start a keeper that the command line will need in a moment."""
+    global _prestarted  # noqa: PLW0603 - one process, one command line
+    # With systemd the keeper may have to be started in a scope, and the plan is not made yet.
     if systemd_is_booted():
         return
     run_id = new_run_id()
     try:
-        _begun = Born(run_id, directory=runtime_directory(run_id))
+        _prestarted = KeeperProcess(run_id, directory=runtime_directory(run_id))
     except OSError:
-        return  # whoever starts one later meets the same, where it can be told
+        # The next attempt fails in the same way, where the error can be reported.
+        return
 
 
-def take() -> Born | None:
-    """The keeper that was begun."""
-    global _begun
-    found, _begun = _begun, None
-    return found
+def claim() -> KeeperProcess | None:
+    """Return the prestarted keeper, once."""
+    global _prestarted
+    keeper, _prestarted = _prestarted, None
+    return keeper

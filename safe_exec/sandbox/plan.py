@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct, field
-from msgspec.structs import asdict
 
 from safe_exec.errors import EnforcementError
+from safe_exec.keeper import protocol
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 
 RUNNER_LIMITS = (
@@ -32,21 +32,22 @@ REQUIRE_ALL = (
 """What ``--require all`` stands for."""
 
 
-class HandOn(Struct, frozen=True, kw_only=True):
-    """A group that holds processes of ours and is to hand controllers on: they go into ``leaf`` first (no internal processes).
+class Delegation(Struct, frozen=True, kw_only=True):
+    """A cgroup that contains our processes and shall delegate controllers.
 
-    ``born`` is what the keeper is started by, with ``environment``, so that it stands in that group from the start; empty where the
-    group is the runner's own.
+    The processes move to ``leaf`` first: a cgroup that contains processes cannot delegate controllers
+    (cgroups(7)). ``launcher`` and ``environment`` start the keeper in that cgroup; they are empty if
+    the runner is in it too.
     """
 
     group: str
     leaf: str
     controllers: tuple[str, ...]
-    born: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-class CgroupWork(Struct, frozen=True, kw_only=True):
+class CgroupPlan(Struct, frozen=True, kw_only=True):
     """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
 
     ``memory_file`` says how much memory is charged now.
@@ -59,11 +60,11 @@ class CgroupWork(Struct, frozen=True, kw_only=True):
     kill_files: tuple[str, ...] = ()
     counter_files: tuple[str, ...] = ()
     memory_file: str | None = None
-    hand_on: HandOn | None = None
+    delegation: Delegation | None = None
 
-    def plus(self, other: CgroupWork) -> CgroupWork:
+    def plus(self, other: CgroupPlan) -> CgroupPlan:
         """Both, one after the other."""
-        return CgroupWork(
+        return CgroupPlan(
             dirs=self.dirs + other.dirs,
             writes=self.writes + other.writes,
             writes_where_present=self.writes_where_present + other.writes_where_present,
@@ -71,7 +72,7 @@ class CgroupWork(Struct, frozen=True, kw_only=True):
             kill_files=self.kill_files + other.kill_files,
             counter_files=self.counter_files + other.counter_files,
             memory_file=self.memory_file or other.memory_file,
-            hand_on=self.hand_on or other.hand_on,
+            delegation=self.delegation or other.delegation,
         )
 
 
@@ -84,7 +85,7 @@ class Offer(Struct, frozen=True, kw_only=True):
 
     mechanism: Mechanism
     holds: Mapping[LimitName, Enforcement]
-    cgroup: CgroupWork = field(default_factory=CgroupWork)
+    cgroup: CgroupPlan = field(default_factory=CgroupPlan)
     rlimits: Mapping[LimitName, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
 
 
@@ -93,10 +94,10 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
 
     ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with ``user_namespace`` in one of both kinds.
     ``enclosed`` is the program bubblewrap where the kernel is to run inside it, ``disk`` and ``shm`` the sizes of its file systems.
-    ``directories`` are removed with the sandbox, ``orphans`` only when the runner is gone and nobody else will.
+    ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only when the runner is gone and nobody else will.
     """
 
-    cgroup: CgroupWork
+    cgroup: CgroupPlan
     rlimits: tuple[tuple[int, int, int], ...]
     open_files_soft: int | None
     watch: frozenset[LimitName]
@@ -111,26 +112,24 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
     disk: int | None = None
     shm: int | None = None
     directories: tuple[str, ...] = ()
-    orphans: tuple[str, ...] = ()
+    cleanup_if_runner_dies: tuple[str, ...] = ()
 
-    def as_request(self) -> dict[str, object]:
-        """The part that the keeper reads, as JSON values."""
-        cgroup = {
-            f"cgroup_{k}"
-            if k in ("dirs", "writes", "writes_where_present", "joins", "hand_on")
-            else k: v
-            for k, v in asdict(self.cgroup).items()
-        }
-        rest = {
-            "rlimits": self.rlimits,
-            "open_files_soft": self.open_files_soft,
-            "memory_limit": self.memory_limit,
-            "mounts": self.mounts,
-            "user_namespace": self.user_namespace,
-            "directories": self.directories,
-            "orphans": self.orphans,
-        }
-        return {**cgroup, **rest}
+    def cgroup_setup(self) -> protocol.CgroupSetup:
+        """Return the keeper's part of the cgroups."""
+        plan, delegation = self.cgroup, self.cgroup.delegation
+        return protocol.CgroupSetup(
+            delegation=None
+            if delegation is None
+            else protocol.Delegation(delegation.group, delegation.leaf, delegation.controllers),
+            dirs=plan.dirs,
+            writes=plan.writes,
+            optional_writes=plan.writes_where_present,
+            joins=plan.joins,
+            kill_files=plan.kill_files,
+            counter_files=plan.counter_files,
+            memory_file=plan.memory_file,
+            memory_limit=self.memory_limit,
+        )
 
 
 def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
@@ -156,7 +155,7 @@ def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
 def _carry_out(
     limits: Limits, offers: Sequence[Offer], enforcement: dict[LimitName, Enforcement]
 ) -> SpawnPlan:
-    cgroup = CgroupWork()
+    cgroup = CgroupPlan()
     rows: list[tuple[int, int, int]] = []
     watch: set[LimitName] = set()
     for offer in offers:

@@ -1,13 +1,12 @@
-"""The runner's end of a keeper: start it, tell it what to spawn, hear of the death the moment it happens.
+"""The runner's end of a keeper: start it, have the kernel spawned, learn of its death at once.
 
-May import model, errors, plan, leftovers, meter. Nothing here waits longer than it says, and no thread is started: ``fileno()``
-goes into an event loop or a poll.
+No method waits longer than its docstring says, and no thread is started: ``fileno()`` belongs in an
+event loop or a poll.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import socket
@@ -16,18 +15,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct, field
 
 from safe_exec.errors import KernelStartError, SandboxError
-from safe_exec.keeper import procfs
+from safe_exec.keeper import procfs, protocol
+from safe_exec.keeper.child import KernelCommand, Walls
+from safe_exec.keeper.protocol import (
+    BwrapSetup,
+    CleanupResult,
+    Discarded,
+    DiscardedPlace,
+    FaultingThread,
+    Spawn,
+)
 from safe_exec.model.ending import ExitStatus, TerminationReason
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.platforms import refuse_elsewhere
 from safe_exec.sandbox import stale_runs
-from safe_exec.sandbox.keeper_process import Born
-from safe_exec.sandbox.plan import HandOn, SpawnPlan
+from safe_exec.sandbox.keeper_process import KeeperProcess
+from safe_exec.sandbox.plan import Delegation, SpawnPlan
 from safe_exec.sandbox.usage.meter import Counters, parse_counters
 
 START_SECONDS = 20.0
@@ -38,17 +45,35 @@ STACK_BEFORE = (
     TerminationReason.PROCESSES,
     TerminationReason.DISK,
 )
-"""Kills by which the kernel is asked for its stack first: it is well, and only we know that it is over."""
-LEAVE_SECONDS = 15.0
-NO_WALLS: Mapping[str, object] = {"enclosure": None, "walls": {}, "owner": None, "discarded": []}
+"""Reasons for which the keeper asks the kernel for its stack before it kills it.
+
+Nothing else would show where the kernel was: it is well, and only we know that it must end.
+"""
+SHUTDOWN_SECONDS = 15.0
+RECEIVE_BYTES = 1 << 20
+HIGHEST_SIGNAL = 64
+
+
+class WallSetup(Struct, frozen=True, kw_only=True):
+    """The keeper's part of the walls around one kernel.
+
+    ``owner`` gets the runtime directory: the other user that the kernel is to be. ``discarded`` are
+    directories outside whose files disappear with the sandbox.
+    """
+
+    bwrap: BwrapSetup | None = None
+    walls: Walls | None = None
+    owner: int | None = None
+    discarded: tuple[DiscardedPlace, ...] = ()
 
 
 class KernelExit(Struct, frozen=True, kw_only=True):
-    """The end of the kernel process as the keeper saw it. ``cpu_seconds`` is the kernel process and children it waited for.
+    """The end of the kernel process, as the keeper observed it.
 
-    ``status`` is ``None`` where the keeper was killed and nobody could read it. ``fault_at`` is when
-    its fault handler began to report. ``bursts`` are the ends of what it wrote to its stderr, each with
-    the time of its last piece.
+    ``status`` is ``None`` if the keeper was killed and nobody could read it. ``at`` and ``fault_at``
+    (when its fault handler began to report) are monotonic times. ``cpu_seconds`` covers the kernel
+    process and the children it waited for. ``bursts`` are the ends of what it wrote to its stderr,
+    each with the time of its last piece.
     """
 
     status: ExitStatus | None
@@ -60,7 +85,7 @@ class KernelExit(Struct, frozen=True, kw_only=True):
     stack_bytes: int | None = None
     stack_limit: int | None = None
     fault_at: float | None = None
-    fault_site: Mapping[str, object] = field(default_factory=dict)
+    faulting_thread: FaultingThread | None = None
     caught_signals: frozenset[int] | None = None
     stderr: str = ""
     bursts: tuple[tuple[float, str], ...] = ()
@@ -68,34 +93,11 @@ class KernelExit(Struct, frozen=True, kw_only=True):
     disk_free: int | None = None
 
 
-class DiscardedFiles(Struct, frozen=True, kw_only=True):
-    """Files that went with the sandbox: one by its path in a place (``/tmp``), or all that lay in one directory there."""
-
-    place: str
-    name: str
-    files: int
-    bytes: int
-
-
-class Discarded(Struct, frozen=True, kw_only=True):
-    """The largest of the files that went with the sandbox. ``files`` is the number of all; ``is_complete``: none was left uncounted."""
-
-    groups: tuple[DiscardedFiles, ...] = ()
-    files: int = 0
-    is_complete: bool = True
-
-
-class Departure(Struct, frozen=True, kw_only=True):
-    """What could not be removed: processes that would not die, paths that would not go."""
-
-    alive: tuple[int, ...] = ()
-    left: tuple[str, ...] = ()
-
-
 class Sandbox:
-    """One keeper and what it keeps. ``sockets`` is the directory of the kernel's, where no path out here leads to it.
+    """One keeper and its kernel.
 
-    ``isolation`` is set by whoever has a kernel spawned behind walls.
+    ``sockets`` is a descriptor of the directory of the kernel's sockets if no path out here leads to
+    it. ``isolation`` is set by the caller that spawns a kernel behind walls.
     """
 
     def __init__(
@@ -103,48 +105,51 @@ class Sandbox:
         run_id: str,
         *,
         directory: Path | None = None,
-        hand_on: HandOn | None = None,
-        born: Born | None = None,
+        delegation: Delegation | None = None,
+        keeper: KeeperProcess | None = None,
     ) -> None:
-        """Start the keeper at once, or take one that was: its interpreter starts while the runner does other things.
+        """Start the keeper, or use one that was started: its interpreter starts in the background.
 
-        ``directory`` is made by the keeper, and removed by it. ``hand_on`` of the plan may say by what the keeper must be born.
+        The keeper makes and removes ``directory``. ``delegation`` says which command starts it.
         """
         refuse_elsewhere()
         self.run_id = run_id
         self.directory = directory
         self._note = stale_runs.note_path(run_id)
-        self._inbox = b""
-        if born is None:
-            command, more = (hand_on.born, hand_on.environment) if hand_on is not None else ((), {})
-            born = Born(run_id, directory=str(directory or ""), born=command, environment=more)
-        self._control, self._process = born.control, born
+        self._lines = protocol.LineBuffer()
+        if keeper is None:
+            keeper = KeeperProcess(
+                run_id,
+                directory=str(directory or ""),
+                launcher=delegation.launcher if delegation is not None else (),
+                environment=delegation.environment if delegation is not None else {},
+            )
+        self._control, self._keeper = keeper.control, keeper
         self._undo: Mapping[str, object] = {}
         self.keeper_pid: int | None = None
         self.kernel_pid: int | None = None
         self.sockets: int | None = None
         self.exit: KernelExit | None = None
-        self.departure: Departure | None = None
+        self.cleanup: CleanupResult | None = None
         self.isolation: IsolationFacts | None = None
-        self.discarded: Discarded = Discarded()
+        self.discarded = Discarded()
         self.signals_to_keeper: list[int] = []
         self.troubles: list[str] = []
         self.fault_text = ""
         self.fault_at = 0.0
-        self._trouble: str | None = None
-        self._command_failed = False
+        self._failure: protocol.Failed | None = None
         self._command = ""
-        self._lost = False
-        self._deciding = threading.Lock()
-        self._asked_to_end = False
-        self.condemned: TerminationReason | None = None
+        self._is_keeper_gone = False
+        self._decision_lock = threading.Lock()
+        self._is_ending = False
+        self.kill_reason: TerminationReason | None = None
         self.on_exit: Callable[[KernelExit], None] | None = None
 
     def fileno(self) -> int:
-        """For an event loop: readable when the keeper has something to say."""
+        """The keeper's socket: readable when there are messages to process."""
         return self._control.fileno()
 
-    # --- building -----------------------------------------------------------------------------------------------
+    # --- building -------------------------------------------------------------------------------
 
     def spawn(
         self,
@@ -155,65 +160,72 @@ class Sandbox:
         cwd: str,
         pass_fds: Mapping[str, int],
         dump_signal: int | None = None,
-        walls: Mapping[str, object] | None = None,
-        discarded: Sequence[Mapping[str, object]] = (),
+        walls: WallSetup | None = None,
+        discarded: Sequence[DiscardedPlace] = (),
     ) -> None:
-        """Have the kernel born inside; ``await_kernel`` says what came of it. ``pass_fds`` stand as ``{name}`` in ``argv``.
+        """Have the kernel spawned; ``await_kernel`` waits for it.
 
-        ``discarded`` are places whose files are to be listed before they go, besides those of the ``walls``.
-        Raises SandboxError where there is no keeper.
+        The numbers of ``pass_fds`` in the kernel replace ``{name}`` in ``argv``. ``discarded`` are
+        places whose files are listed before they disappear, besides those of the ``walls``. Raises
+        SandboxError if the keeper did not start.
         """
         self.wait_ready()
         self._write_note(plan)
-        request = plan.as_request() | {
-            "op": "spawn",
-            "argv": list(argv),
-            "env": dict(env),
-            "cwd": cwd,
-            "pass_fds": [],
-            "pass_names": list(pass_fds),
-            "dump_signal": dump_signal,
-            "stack_before": [reason.value for reason in STACK_BEFORE],
-            **(walls or NO_WALLS),
-        }
-        request["discarded"] = [*(walls or NO_WALLS)["discarded"], *discarded]  # type: ignore[misc]
-        self._send_descriptors(list(pass_fds.values()))
+        walls = walls or WallSetup()
         self._command = argv[0]
-        self._say(request)
+        request = Spawn(
+            command=KernelCommand(
+                argv=tuple(argv),
+                env=dict(env),
+                cwd=cwd,
+                rlimits=plan.rlimits,
+                open_files_soft=plan.open_files_soft,
+                walls=walls.walls,
+            ),
+            descriptor_names=tuple(pass_fds),
+            dump_signal=dump_signal,
+            stack_before=tuple(reason.value for reason in STACK_BEFORE),
+            cgroup=plan.cgroup_setup(),
+            mounts=tuple(dict(mount) for mount in plan.mounts),
+            user_namespace=plan.user_namespace,
+            bwrap=walls.bwrap,
+            owner=walls.owner,
+            discarded=(*walls.discarded, *discarded),
+            directories=plan.directories,
+            cleanup_if_runner_dies=plan.cleanup_if_runner_dies,
+        )
+        self._send(request, descriptors=tuple(pass_fds.values()))
 
     def await_kernel(self) -> int:
-        """Wait until the kernel that was asked for is born; its process id.
+        """Wait until the kernel has been executed; return its process id.
 
-        Raises SandboxError, naming what could not be made, and KernelStartError for a command that cannot be executed; the
-        keeper is gone then and everything removed.
+        Raises SandboxError that names what could not be made, and KernelStartError for a command
+        that cannot be executed. The keeper is gone then, and everything is removed.
         """
         self._wait_for(
-            lambda: self.kernel_pid is not None or self._trouble is not None,
+            lambda: self.kernel_pid is not None or self._failure is not None,
             "the kernel was not started",
         )
-        if self._trouble is not None or self.kernel_pid is None:
-            trouble = self._trouble or "the keeper ended"
-            self.leave()
-            if self._command_failed:
+        if self._failure is not None or self.kernel_pid is None:
+            message = self._failure.message if self._failure is not None else "the keeper ended"
+            self.shutdown()
+            if self._failure is not None and self._failure.command_failed:
                 raise KernelStartError(
-                    f"the kernel's command cannot be executed: {trouble} ({self._command})"
+                    f"the kernel's command cannot be executed: {message} ({self._command})"
                 )
-            raise SandboxError(f"the sandbox cannot be built: {trouble}")
+            raise SandboxError(f"the sandbox cannot be built: {message}")
         return self.kernel_pid
 
     def wait_ready(self) -> None:
-        """Wait until the keeper stands and has made its directory. Raises SandboxError."""
+        """Wait until the keeper runs and has made its directory. Raises SandboxError."""
         self._wait_for(lambda: self.keeper_pid is not None, "the keeper did not start")
 
-    def _send_descriptors(self, fds: list[int]) -> None:
-        socket.send_fds(self._control, [b'{"op":"descriptors"}\n'], fds)
-
-    def entrust(self, orphans: Sequence[str]) -> None:
-        """Directories to be removed should we be killed, which were not known yet when the kernel was spawned."""
-        if self._undo and orphans:
-            self._undo = {**self._undo, "orphans": list(orphans)}
+    def add_cleanup(self, directories: Sequence[str]) -> None:
+        """Have these directories removed if the runner dies, in place of those of the plan."""
+        if self._undo and directories:
+            self._undo = {**self._undo, "orphans": list(directories)}
             stale_runs.renew_note(self._note, self._undo)
-            self._say({"op": "entrust", "orphans": list(orphans)})
+            self._send(protocol.AddCleanup(cleanup_if_runner_dies=tuple(directories)))
 
     def _write_note(self, plan: SpawnPlan) -> None:
         assert self.keeper_pid is not None
@@ -225,23 +237,25 @@ class Sandbox:
             "owner_started": owner.started if owner else 0,
             "cgroup_dirs": list(plan.cgroup.dirs),
             "directories": [*([str(self.directory)] if self.directory else []), *plan.directories],
-            "orphans": list(plan.orphans),
+            "orphans": list(plan.cleanup_if_runner_dies),
         }
-        self._say(
-            {"op": "note", "path": str(self._note)}
-        )  # first: whenever we are killed, there is somebody who removes it
+        # The keeper learns of the note first: whenever we are killed, somebody removes it.
+        self._send(protocol.Note(path=str(self._note)))
         stale_runs.write_note(self._note, self._undo)
 
-    # --- talking ------------------------------------------------------------------------------------------------
+    # --- messages -------------------------------------------------------------------------------
 
-    def _say(self, request: Mapping[str, object]) -> None:
+    def _send(self, message: protocol.ToKeeper, *, descriptors: tuple[int, ...] = ()) -> None:
+        line = protocol.encode(message)
+        # A dead keeper is noticed by the end of the socket, not here.
         with contextlib.suppress(OSError):
-            self._control.sendall(json.dumps(request).encode() + b"\n")
+            sent = socket.send_fds(self._control, [line], descriptors) if descriptors else 0
+            self._control.sendall(line[sent:])
 
-    def pump(self) -> None:
-        """Take in what the keeper has said; call it when ``fileno()`` is readable."""
+    def process_messages(self) -> None:
+        """Process the keeper's messages; call it when ``fileno()`` is readable."""
         try:
-            data, fds = _received(self._control)
+            data, fds = _receive(self._control)
         except BlockingIOError:
             return
         except ConnectionError:
@@ -250,164 +264,155 @@ class Sandbox:
         if not data:
             self._keeper_gone()
             return
-        *lines, self._inbox = (self._inbox + data).split(b"\n")
-        for line in lines:
-            self._take(json.loads(line))
+        try:
+            for line in self._lines.feed(data):
+                self._process(protocol.decode(line, protocol.TO_RUNNER))
+        except protocol.ProtocolError as error:
+            # Nothing that this keeper sends can be relied on. Its end kills the kernel, and
+            # ``shutdown`` removes the rest.
+            self.troubles.append(f"the keeper sent a message that cannot be read: {error}")
+            self._keeper.kill()
+            self._keeper_gone()
 
-    def _take(self, said: dict[str, object]) -> None:
-        event = said["event"]
-        if event == "ready":
-            self.keeper_pid = int(str(said["pid"]))
-            self._process.is_known_as(self.keeper_pid)
-        elif event == "spawned":
-            self.kernel_pid = int(str(said["pid"]))
-        elif event == "failed":
-            self._trouble = str(said["message"])
-            self._command_failed = bool(said["command"])
-        elif event == "signal":
-            self.signals_to_keeper.append(int(str(said["signum"])))
-        elif event == "fault":
-            self.fault_text += str(said["text"])
-            self.fault_at = float(str(said["at"]))
-        elif event == "exited":
-            self._set_exit(_kernel_exit(said))
-        elif event == "trouble":
-            self.troubles.append(str(said["message"]))
-        elif event == "discarded":
-            self.discarded = _discarded(said)
-        elif event == "left":
-            self.departure = Departure(alive=tuple(said["alive"]), left=tuple(said["left"]))  # type: ignore[arg-type]
+    def _process(self, message: protocol.ToRunner) -> None:
+        match message:
+            case protocol.Ready():
+                self.keeper_pid = message.pid
+                self._keeper.attach_pid(message.pid)
+            case protocol.Spawned():
+                self.kernel_pid = message.pid
+            case protocol.Failed():
+                self._failure = message
+            case protocol.SignalReceived():
+                self.signals_to_keeper.append(message.number)
+            case protocol.Fault():
+                self.fault_text += message.text
+                self.fault_at = message.at
+            case protocol.Exited():
+                self._set_exit(_kernel_exit(message))
+            case protocol.Trouble():
+                self.troubles.append(message.message)
+            case protocol.Discarded():
+                self.discarded = message
+            case protocol.CleanupResult():
+                self.cleanup = message
 
-    def _set_exit(self, exit_: KernelExit) -> None:
+    def _set_exit(self, kernel_exit: KernelExit) -> None:
         if self.exit is None:
-            self.exit = exit_
+            self.exit = kernel_exit
             if self.on_exit is not None:
-                self.on_exit(exit_)
+                self.on_exit(kernel_exit)
 
     def _keeper_gone(self) -> None:
-        """The keeper ended without a word: somebody killed it, and the kernel with it by its parent-death signal."""
-        self._lost = True
-        if self.departure is None and self.kernel_pid is not None:
+        # A keeper that ends without a message was killed, and its parent-death signal killed the
+        # kernel with it.
+        self._is_keeper_gone = True
+        if self.cleanup is None and self.kernel_pid is not None:
             self._set_exit(KernelExit(status=None, at=time.monotonic()))
 
     def _wait_for(
-        self, done: Callable[[], bool], message: str, seconds: float = START_SECONDS
+        self, condition: Callable[[], bool], message: str, seconds: float = START_SECONDS
     ) -> None:
         deadline = time.monotonic() + seconds
-        while not done():
-            left = deadline - time.monotonic()
-            if self._lost or left <= 0:
+        while not condition():
+            remaining = deadline - time.monotonic()
+            if self._is_keeper_gone or remaining <= 0:
                 raise SandboxError(f"{message}; its own error message, if any, stands above")
-            if select.select([self._control], [], [], left)[0]:
-                self.pump()
+            if select.select([self._control], [], [], remaining)[0]:
+                self.process_messages()
 
-    # --- ending -------------------------------------------------------------------------------------------------
+    # --- ending ---------------------------------------------------------------------------------
 
     def signal(self, signum: int, *, group: bool = False) -> None:
         """Send a signal to the kernel process alone, or to its whole process group."""
-        self._say({"op": "signal", "signum": signum, "group": group})
+        self._send(protocol.SendSignal(number=int(signum), group=group))
 
     def kill(self, reason: TerminationReason) -> bool:
-        """Have the whole tree killed; the reason is recorded before the signal is sent, the first one stays.
+        """Have the whole process tree killed; false if the kernel was asked to end before.
 
-        ``condemned`` is that reason from now on, whatever the kernel does until the signal reaches it. Whether this was before it
-        was asked to end: later it is part of the shutdown, and no reason. May be called from any thread.
+        The keeper records the reason before it sends the signal; the first reason stays, and is
+        ``kill_reason`` from this call on. After the request to end a kill is part of the shutdown and
+        gives no reason. May be called from any thread.
         """
-        with self._deciding:
-            in_time = not self._asked_to_end
-            if in_time and self.condemned is None:
-                self.condemned = reason
-            self._say(
-                {"op": "kill", "reason": (reason if in_time else TerminationReason.SHUTDOWN).value}
-            )
+        with self._decision_lock:
+            in_time = not self._is_ending
+            if in_time and self.kill_reason is None:
+                self.kill_reason = reason
+            self._send(protocol.Kill((reason if in_time else TerminationReason.SHUTDOWN).value))
         return in_time
 
     def ask_to_end(self) -> bool:
-        """Say that the kernel is about to be asked to end; ``False`` where we have decided to kill it before."""
-        with self._deciding:
-            self._asked_to_end = self.condemned is None
-        return self._asked_to_end
+        """Note that the kernel is about to be asked to end; false if we have decided to kill it."""
+        with self._decision_lock:
+            self._is_ending = self.kill_reason is None
+        return self._is_ending
 
-    def leave(self) -> Departure:
-        """Kill what lives, remove everything, end the keeper; what could not be removed. May be called again."""
-        self._say({"op": "finish"})
+    def shutdown(self) -> CleanupResult:
+        """Kill what lives, remove everything, end the keeper. May be called again.
+
+        Waits SHUTDOWN_SECONDS for the keeper, then kills it and cleans up itself.
+        """
+        self._send(protocol.Finish())
         with contextlib.suppress(SandboxError):
-            self._wait_for(lambda: self.departure is not None, "", LEAVE_SECONDS)
-        if self.departure is None:
-            self._process.kill()
-            self.departure = self._clean_up_ourselves()
-        self._process.wait()
+            self._wait_for(lambda: self.cleanup is not None, "", SHUTDOWN_SECONDS)
+        if self.cleanup is None:
+            self._keeper.kill()
+            self.cleanup = self._clean_up()
+        self._keeper.wait()
         self._control.close()
         if self.sockets is not None:
             os.close(self.sockets)
             self.sockets = None
-        return self.departure
+        return self.cleanup
 
-    def _clean_up_ourselves(self) -> Departure:
+    def _clean_up(self) -> CleanupResult:
         if not self._undo:
-            return Departure()
-        self._process.wait()
-        left = stale_runs.clean(self._undo, orphaned=False)
-        if not left:
+            return CleanupResult()
+        self._keeper.wait()
+        remaining = stale_runs.clean(self._undo, orphaned=False)
+        if not remaining:
             self._note.unlink(missing_ok=True)
-        return Departure(left=tuple(left))
+        return CleanupResult(remaining_paths=tuple(remaining))
 
 
-def _discarded(said: dict[str, object]) -> Discarded:
-    groups: list[dict[str, object]] = said["groups"]  # type: ignore[assignment]
-    return Discarded(
-        groups=tuple(
-            DiscardedFiles(
-                place=str(group["place"]),
-                name=str(group["name"]),
-                files=int(str(group["files"])),
-                bytes=int(str(group["bytes"])),
-            )
-            for group in groups
-        ),
-        files=int(str(said["files"])),
-        is_complete=bool(said["complete"]),
-    )
-
-
-def _kernel_exit(said: dict[str, object]) -> KernelExit:
-    seen: dict[str, Any] = said["fault_seen"]  # type: ignore[assignment]
+def _kernel_exit(message: protocol.Exited) -> KernelExit:
+    fault = message.fault
     return KernelExit(
-        status=ExitStatus(int(str(said["status"]))) if said["status"] is not None else None,
-        reason=TerminationReason(str(said["reason"])) if said["reason"] else None,
-        at=float(str(said["at"])),
-        cpu_seconds=float(str(said["cpu"])) if said["cpu"] is not None else None,
-        counters=parse_counters(said["counters"]),  # type: ignore[arg-type]
-        fault=str(said["fault"]),
-        stack_bytes=seen.get("stack"),
-        stack_limit=seen.get("stack_limit"),
-        fault_at=seen.get("at"),
-        fault_site=seen.get("site") or {},
-        caught_signals=_signals(said["caught"]),
-        stderr=str(said["stderr"]),
-        bursts=tuple((float(at), str(text)) for at, text in said["bursts"]),  # type: ignore[attr-defined]
-        oomd=said["oomd"],  # type: ignore[arg-type]
-        disk_free=said["disk_free"],  # type: ignore[arg-type]
+        status=None if message.status is None else ExitStatus(message.status),
+        reason=TerminationReason(message.reason) if message.reason else None,
+        at=message.at,
+        cpu_seconds=message.cpu_seconds,
+        counters=parse_counters(message.counters),
+        fault=message.fault_text,
+        stack_bytes=fault.stack_bytes if fault is not None else None,
+        stack_limit=fault.stack_limit if fault is not None else None,
+        fault_at=fault.at if fault is not None else None,
+        faulting_thread=fault.thread if fault is not None else None,
+        caught_signals=_signals(message.caught_signals),
+        stderr=message.stderr,
+        bursts=message.bursts,
+        oomd=message.oomd_killed,
+        disk_free=message.disk_free,
     )
 
 
-def _signals(mask: object) -> frozenset[int] | None:
-    """The numbers in a set of signals as /proc tells it: bit N-1 for signal N."""
-    return (
-        frozenset(n for n in range(1, 65) if mask >> (n - 1) & 1) if isinstance(mask, int) else None
-    )
+def _signals(mask: int | None) -> frozenset[int] | None:
+    """Return the numbers in a set of signals as in /proc: bit N-1 for signal N."""
+    if mask is None:
+        return None
+    return frozenset(n for n in range(1, HIGHEST_SIGNAL + 1) if mask >> (n - 1) & 1)
 
 
-def _received(control: socket.socket) -> tuple[bytes, list[int]]:
-    """What stands in the socket and a descriptor that came along, never waiting: ``socket.recv_fds`` drops its flags before Python 3.12."""
+def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the bytes in the socket and at most one descriptor. Raises BlockingIOError if empty."""
+    # socket.recv_fds drops its flags before Python 3.12, so it would block.
     room = socket.CMSG_SPACE(struct.calcsize("i"))
-    data, ancillary, _, _ = control.recvmsg(
-        1 << 20, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    )
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    data, ancillary, _, _ = control.recvmsg(RECEIVE_BYTES, room, flags)
     rights = b"".join(
-        said
-        for level, kind, said in ancillary
+        packed
+        for level, kind, packed in ancillary
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
     )
-    whole = len(rights) - len(rights) % struct.calcsize("i")
-    return data, [fd for (fd,) in struct.iter_unpack("i", rights[:whole])]
+    complete = len(rights) - len(rights) % struct.calcsize("i")
+    return data, [fd for (fd,) in struct.iter_unpack("i", rights[:complete])]

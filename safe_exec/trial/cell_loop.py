@@ -79,7 +79,7 @@ class CellLoop:
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
         """Run one cell under its limits; raises Stop when the run ends with it."""
-        if self.state.stopping.is_set() or self.session.condemned is not None:
+        if self.state.stopping.is_set() or self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             await self._stop_for_death(None)
         self.state.current = index
@@ -120,7 +120,7 @@ class CellLoop:
         """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
         if self.state.stopping.is_set():
             return
-        if self.session.condemned is not None:  # for another limit, before its time was up
+        if self.session.kill_reason is not None:  # for another limit, before its time was up
             await self.session.wait_dead(10.0)
             return
         whole_notebook = (
@@ -226,7 +226,7 @@ class CellLoop:
         self._last_reading = self._read()
         if self._last_reading is not None:
             self.state.check_cpu_time(self._last_reading[1].cpu_seconds)
-        if self.session.condemned is not None:
+        if self.session.kill_reason is not None:
             if execution.done() and not execution.cancelled():
                 execution.exception()
             execution.cancel()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from safe_exec.files import one_line
+from safe_exec.keeper.protocol import Discarded, DiscardedGroup
 from safe_exec.model.evidence import IsolationFacts
-from safe_exec.sandbox.sandbox import Discarded, DiscardedFiles
 from safe_exec.units import format_size
 
 NOT_KEPT = "files that were not kept"
@@ -27,7 +27,7 @@ def discarded_warning(
     return f"{NOT_KEPT}: {listing}{more}. {_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
 
 
-def _in_words(group: DiscardedFiles) -> str:
+def _in_words(group: DiscardedGroup) -> str:
     path = group.name if group.place == "." else f"{group.place}/{group.name}"
     label = one_line(path)
     if len(label) > LONGEST_NAME:

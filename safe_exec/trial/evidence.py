@@ -171,7 +171,7 @@ def _fault(state: TrialState) -> FaultReport | None:
     main = session.told.hello.get("main")
     cells = session.told.code
     report = parse_fault(
-        ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.fault_site
+        ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.faulting_thread
     )
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.

@@ -19,7 +19,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.trial.metrics import MetricsRecorder
 
 if TYPE_CHECKING:
-    from safe_exec.kernel.prestart import Early
+    from safe_exec.kernel.prestart import PrestartedKernel
 
 
 class Cancellation:
@@ -68,7 +68,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     cancellation: Cancellation = field(default_factory=Cancellation)
     before_cells: Callable[[], Awaitable[None]] | None = None
     hasty: bool = False
-    early: Early | None = None
+    early: PrestartedKernel | None = None
     on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
 

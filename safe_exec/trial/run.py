@@ -137,10 +137,10 @@ class Trial:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
         self.session.close()
         self._warn_of_sandbox()
-        departure = self.session.departure
-        if departure.alive or departure.left:
+        cleanup = self.session.cleanup
+        if cleanup.surviving_pids or cleanup.remaining_paths:
             self.state.warnings.append(
-                f"left behind: processes {list(departure.alive)}, paths {list(departure.left)}; the next run tries again"
+                f"left behind: processes {list(cleanup.surviving_pids)}, paths {list(cleanup.remaining_paths)}; the next run tries again"
             )
         self.state.metrics.close(self.state.now())
         return TrialResult(

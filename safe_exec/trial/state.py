@@ -93,7 +93,7 @@ class TrialState:
                 self.loop.call_soon_threadsafe(self._watched_limit_passed, name, used)
 
     def _watched_limit_passed(self, name: LimitName, used: float) -> None:
-        if self.session.condemned is not None:
+        if self.session.kill_reason is not None:
             self.limit_reached(name, used)
         else:
             self.warn_once(

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from safe_exec.files import OutputDirectory
 from safe_exec.model.verdict import Cause, Verdict
 from safe_exec.notebook import notebook
-from safe_exec.sandbox.keeper_process import Nursery
+from safe_exec.sandbox.keeper_process import ForkServer
 from safe_exec.workflows.prepare import Bisect, PreparedJob
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ async def _search(
             started=prepared.started,
         )
         # Trials start keepers in quick succession; forking them saves an interpreter start each.
-        with Nursery():
+        with ForkServer():
             try:
                 outcome = await Investigation(problem, oracle).run()
             finally:

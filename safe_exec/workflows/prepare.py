@@ -32,7 +32,7 @@ from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
 
 if TYPE_CHECKING:
-    from safe_exec.kernel.prestart import Early
+    from safe_exec.kernel.prestart import PrestartedKernel
     from safe_exec.model.events import EventSink
 
 DEFAULT_KERNEL = "python3"
@@ -148,7 +148,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     run_id: str
     started: float
     started_at: datetime
-    kernel: Early | None = None
+    kernel: PrestartedKernel | None = None
 
     def plan(self) -> SpawnPlan:
         """The mechanism for each limit and wall."""
@@ -156,7 +156,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
 
 
 def prepare(
-    job: Job, kernel: Early | None = None, source: notebook.Source | None = None
+    job: Job, kernel: PrestartedKernel | None = None, source: notebook.Source | None = None
 ) -> PreparedJob:
     """Read and check all input and every output path.
 
@@ -400,7 +400,7 @@ def refuse_same(paths: Mapping[str, Path]) -> None:
 
 
 def _start_kernel(
-    kernel: Early, job: Job, header: NotebookHeader, limits: JobLimits, cwd: Path
+    kernel: PrestartedKernel, job: Job, header: NotebookHeader, limits: JobLimits, cwd: Path
 ) -> None:
     plan = limits.plan(kernel.run_id)
     # The run itself reports a required limit that cannot be enforced, in its verdict.

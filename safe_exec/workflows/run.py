@@ -190,9 +190,9 @@ async def _first_run(
     if kernel is None or plan is None:
         plan = prepared.plan()
     else:
-        kernel.sandbox_for(plan).entrust(folder.directories)
+        kernel.sandbox_for(plan).add_cleanup(folder.directories)
     # The keeper deletes the copy of the folder if it outlives the runner.
-    plan = replace(plan, orphans=folder.directories)
+    plan = replace(plan, cleanup_if_runner_dies=folder.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
     if on_message is not None:
         request = replace(request, on_message=on_message)

@@ -295,9 +295,10 @@ for pid in (1, os.getppid()):
             refused(os.readlink, f"/proc/{pid}/fd/{name}")
     except PermissionError:
         pass
-words = [{"status": 0, "cpu": 0, "maxrss": 1}, {"who": "init"}, {"who": "kernel"}, {"executed": True}, {"failed": "no"},
-         {"event": "exited", "status": 0, "reason": None, "cpu": 0, "maxrss": 0, "counters": {}, "fault": "", "fault_seen": {}, "stderr": "",
-          "oomd": None, "at": 1}, {"event": "left", "alive": [], "left": []}, {"op": "finish"}, {"op": "kill", "reason": "memory"}]
+words = [{"status": 0, "cpu": 0, "caught": None}, {"who": "init"}, {"who": "kernel"}, {"executed": True}, {"failed": "no"},
+         {"type": "exited", "at": 1.0, "status": 0, "reason": None, "cpu_seconds": 0.0, "counters": {}, "fault_text": "", "fault": None,
+          "caught_signals": None, "stderr": "", "bursts": [], "oomd_killed": None, "disk_free": None},
+         {"type": "cleaned_up", "surviving_pids": [], "remaining_paths": []}, {"type": "finish"}, {"type": "kill", "reason": "memory"}]
 for name in sorted(map(int, os.listdir("/proc/self/fd"))):
     if name <= 2:
         continue

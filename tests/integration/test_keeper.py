@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import select
 import socket
 import subprocess
@@ -12,6 +10,7 @@ import sys
 import psutil
 import pytest
 
+from safe_exec.keeper import protocol
 from tests.support import wait_until
 
 SECONDS = 30
@@ -20,11 +19,13 @@ LOOKS = 50
 # A keeper to whom the end of its kernel is told together with the end of all that the kernel wrote to: as on a busy machine.
 ALL_AT_ONCE = """
 import os, signal, socket, sys
+from safe_exec.keeper.child import KernelCommand
 from safe_exec.keeper.keeper import Keeper
+from safe_exec.keeper.protocol import Spawn
 
 keeper = Keeper(socket.socket(fileno=int(sys.argv[1])), directory=None)
-keeper.plan = {"counter_files": [], "cgroup_dirs": [], "mounts": []}
-stderr, fault = keeper.words.open(None)
+keeper.plan = Spawn(command=KernelCommand(argv=(), env={}, cwd="/"))
+stderr, fault = keeper.crash_output.open(None)
 keeper.pid = os.fork()
 if keeper.pid == 0:
     os.write(stderr, b"last words")
@@ -34,7 +35,7 @@ fault.close()
 os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
 os.write(keeper.wake_w, bytes([signal.SIGCHLD]))
 keeper.run()
-keeper.leave()
+keeper.shutdown()
 """
 
 
@@ -50,12 +51,10 @@ def test_a_keeper_that_hears_of_all_at_once_waits_afterwards() -> None:
         theirs.close()
         try:
             assert select.select([ours], [], [], SECONDS)[0]
-            exited = json.loads(ours.recv(1 << 16).split(b"\n")[0])
-            assert (
-                exited["event"],
-                os.waitstatus_to_exitcode(exited["status"]),
-                exited["stderr"],
-            ) == ("exited", 3, "last words")
+            line = ours.recv(1 << 16).split(b"\n")[0]
+            exited = protocol.decode(line, protocol.TO_RUNNER)
+            assert isinstance(exited, protocol.Exited)
+            assert (exited.status, exited.stderr) == (3 << 8, "last words")
             keeper = psutil.Process(process.pid)
             # One that looks at a closed descriptor again and again is running at nearly every look.
             wait_until(
@@ -63,7 +62,7 @@ def test_a_keeper_that_hears_of_all_at_once_waits_afterwards() -> None:
                 SECONDS,
                 f"the keeper sleeps at {LOOKS} looks in a row",
             )
-            ours.sendall(b'{"op": "finish"}\n')
+            ours.sendall(protocol.encode(protocol.Finish()))
             assert process.wait(SECONDS) == 0
         finally:
             process.kill()

@@ -79,15 +79,15 @@ def place() -> Iterator[Delegated]:
 @contextlib.contextmanager
 def started(plan: SpawnPlan, run_id: str, program: str) -> Iterator[Sandbox]:
     """A program in a sandbox, which leaves nothing behind."""
-    sandbox = Sandbox(run_id, hand_on=plan.cgroup.hand_on)
+    sandbox = Sandbox(run_id, delegation=plan.cgroup.delegation)
     try:
         argv = [sys.executable, "-I", "-S", "-c", program]
         sandbox.spawn(plan, argv=argv, env={"PATH": os.defpath}, cwd="/", pass_fds={})
         sandbox.await_kernel()
         yield sandbox
     finally:
-        departure = sandbox.leave()
-    assert (departure.alive, departure.left, groups_of(run_id)) == ((), (), [])
+        cleanup = sandbox.shutdown()
+    assert (cleanup.surviving_pids, cleanup.remaining_paths, groups_of(run_id)) == ((), (), [])
 
 
 def ended(sandbox: Sandbox) -> KernelExit:
@@ -95,7 +95,7 @@ def ended(sandbox: Sandbox) -> KernelExit:
 
     def has_ended() -> bool:
         if sandbox.exit is None and select.select([sandbox.fileno()], [], [], 0)[0]:
-            sandbox.pump()
+            sandbox.process_messages()
         return sandbox.exit is not None
 
     wait_until(has_ended, SECONDS, "the program ended")
@@ -328,7 +328,7 @@ def test_a_group_with_others_in_it_is_not_divided() -> None:
 
 
 def test_only_what_is_handed_on_is_promised() -> None:
-    with delegated(hand_on="+memory +pids") as place, inside(place):
+    with delegated(controllers="+memory +pids") as place, inside(place):
         plan = build_plan(Limits(memory=MIB, cpus=1.0, processes=9), machine(), "id")
     assert plan.enforcement[LimitName.MEMORY].by is Mechanism.CGROUP_V2
     assert plan.enforcement[LimitName.CPUS].by is Mechanism.NONE

@@ -44,7 +44,7 @@ class Delegated:
 
 @contextlib.contextmanager
 def delegated(
-    *, owner: int = 0, memory: int | None = None, hand_on: str = CONTROLLERS
+    *, owner: int = 0, memory: int | None = None, controllers: str = CONTROLLERS
 ) -> Iterator[Delegated]:
     """A group below the root's, which systemd knows nothing of, given to a user; ``memory`` bytes are all that it may use."""
     (TOP / "cgroup.subtree_control").write_text(CONTROLLERS)
@@ -55,7 +55,7 @@ def delegated(
         if memory is not None:
             (group / "memory.max").write_text(str(memory))
             (group / "memory.swap.max").write_text("0")
-        (group / "cgroup.subtree_control").write_text(hand_on)
+        (group / "cgroup.subtree_control").write_text(controllers)
         made.leaf.mkdir()
         for path in (
             group,

@@ -24,6 +24,7 @@ KEEPER = {
     "keeper",
     "mounts",
     "procfs",
+    "protocol",
     "signal_frame",
 }
 """Modules of ``safe_exec.keeper`` that a keeper loads at its start; it has to start in milliseconds."""

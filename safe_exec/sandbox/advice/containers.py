@@ -12,7 +12,7 @@ May import model, machine, surroundings, ways. Sources:
 
 from __future__ import annotations
 
-from safe_exec.sandbox.advice.fix import Fix, hand_on
+from safe_exec.sandbox.advice.fix import Fix, delegate_command
 from safe_exec.sandbox.host.capabilities import V2_CONTROLLERS, Machine
 from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
 
@@ -85,6 +85,6 @@ def _move_down(machine: Machine, around: Surroundings) -> tuple[str, ...]:
     steps = (
         f"mkdir -p {top}/init",
         f"xargs -rn1 < {top}/cgroup.procs > {top}/init/cgroup.procs || :",
-        hand_on(top, wanted),
+        delegate_command(top, wanted),
     )
     return steps if machine.uid == 0 else (*steps, f"chown {around.user} {top} {top}/cgroup.procs")

@@ -19,6 +19,6 @@ class Fix(Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
-def hand_on(group: Path | None, controllers: Iterable[str]) -> str:
+def delegate_command(group: Path | None, controllers: Iterable[str]) -> str:
     """The command by which a group of the unified tree hands controllers on to the groups below it."""
     return f'echo "{" ".join(f"+{name}" for name in controllers)}" > {group}/cgroup.subtree_control'

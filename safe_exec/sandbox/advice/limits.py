@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.sandbox.advice.containers import container_fixes
-from safe_exec.sandbox.advice.fix import Fix, hand_on
+from safe_exec.sandbox.advice.fix import Fix, delegate_command
 from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, Machine
 from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
@@ -155,7 +155,7 @@ def _fixes(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) 
             else (_ON_THE_HOST,)
         )
     if _has_groups(machine):
-        return (_hand_on_the_rest(machine, around),)
+        return (_delegate_the_rest(machine, around),)
     if _engine_in_charge(around):
         return container_fixes(machine, around)
     if around.wsl is not None and (around.tree is not CgroupTree.V2 or not around.systemd):
@@ -170,14 +170,14 @@ def _engine_in_charge(around: Surroundings) -> bool:
     return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
 
 
-def _hand_on_the_rest(machine: Machine, around: Surroundings) -> Fix:
+def _delegate_the_rest(machine: Machine, around: Surroundings) -> Fix:
     if machine.uid != 0:
         return (
             _delegate_cpu(machine)
             if _cpu_not_delegated(machine, around)
             else _scope(machine, around)
         )
-    return Fix(what="hand the rest on", steps=(hand_on(machine.v2, V2_CONTROLLERS),))
+    return Fix(what="hand the rest on", steps=(delegate_command(machine.v2, V2_CONTROLLERS),))
 
 
 def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
@@ -187,14 +187,14 @@ def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
         return (
             Fix(
                 what="mount the tree",
-                steps=(f"mkdir -p {around.mount}", mount, hand_on(around.mount, V2_CONTROLLERS)),
+                steps=(f"mkdir -p {around.mount}", mount, delegate_command(around.mount, V2_CONTROLLERS)),
             ),
         )
     if around.read_only:
         return (Fix(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
     if around.tree is CgroupTree.V2:
         wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
-        return (Fix(what="hand the controllers on", steps=(hand_on(around.mount, wanted),)),)
+        return (Fix(what="hand the controllers on", steps=(delegate_command(around.mount, wanted),)),)
     steps = tuple(
         f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}"
         for name in V1_CONTROLLERS
@@ -262,8 +262,8 @@ def _given_v2(around: Surroundings) -> Fix:
     wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
     as_root = (
         f"mkdir -p {group}/shell",
-        hand_on(around.mount, wanted),
-        hand_on(group, wanted),
+        delegate_command(around.mount, wanted),
+        delegate_command(group, wanted),
         f"chown {around.user} {group} {group}/cgroup.procs {group}/shell {group}/shell/cgroup.procs",
     )
     return Fix(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import Machine
-from safe_exec.sandbox.plan import CgroupWork, Offer
+from safe_exec.sandbox.plan import CgroupPlan, Offer
 
 PERIOD_US = 100_000
 
@@ -20,7 +20,7 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     """What the controllers that are writable here can hold; ``name`` is the directory of this sandbox."""
     if not machine.may(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
-    work = CgroupWork()
+    work = CgroupPlan()
     holds: dict[LimitName, Enforcement] = {}
     for part_work, part_holds in (
         _memory(limits, machine, name),
@@ -32,12 +32,12 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     return Offer(mechanism=Mechanism.CGROUP_V1, holds=holds, cgroup=work.plus(_kill(machine, name)))
 
 
-def _kill(machine: Machine, name: str) -> CgroupWork:
+def _kill(machine: Machine, name: str) -> CgroupPlan:
     """On a hybrid host a group of the unified tree without controllers still gives ``cgroup.kill`` (since 5.14)."""
     if machine.v2_plain is None:
-        return CgroupWork()
+        return CgroupPlan()
     group = machine.v2_plain / name
-    return CgroupWork(
+    return CgroupPlan(
         dirs=(str(group),),
         joins=(str(group / "cgroup.procs"),),
         kill_files=(str(group / "cgroup.kill"),),
@@ -46,9 +46,9 @@ def _kill(machine: Machine, name: str) -> CgroupWork:
 
 def _memory(
     limits: Limits, machine: Machine, name: str
-) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     if "memory" not in machine.v1:
-        return CgroupWork(), {}
+        return CgroupPlan(), {}
     group = machine.v1["memory"] / name
     writes: list[tuple[str, str]] = []
     held: dict[LimitName, Enforcement] = {}
@@ -57,7 +57,7 @@ def _memory(
         swap, note = _swap(machine, group, limits.memory)
         writes.extend(swap)
         held[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note=note)
-    return CgroupWork(
+    return CgroupPlan(
         dirs=(str(group),),
         writes=tuple(writes),
         joins=(str(group / "cgroup.procs"),),
@@ -81,9 +81,9 @@ def _swap(machine: Machine, group: Path, memory: int) -> tuple[list[tuple[str, s
 
 def _pids(
     limits: Limits, machine: Machine, name: str
-) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     if "pids" not in machine.v1:
-        return CgroupWork(), {}
+        return CgroupPlan(), {}
     group = machine.v1["pids"] / name
     held: dict[LimitName, Enforcement] = {}
     writes: tuple[tuple[str, str], ...] = ()
@@ -92,7 +92,7 @@ def _pids(
         held[LimitName.PROCESSES] = Enforcement(
             by=Mechanism.CGROUP_V1, hard=True, note="threads count"
         )
-    return CgroupWork(
+    return CgroupPlan(
         dirs=(str(group),),
         writes=writes,
         joins=(str(group / "cgroup.procs"),),
@@ -102,7 +102,7 @@ def _pids(
 
 def _cpu(
     limits: Limits, machine: Machine, name: str
-) -> tuple[CgroupWork, dict[LimitName, Enforcement]]:
+) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     groups = sorted({machine.v1[c] / name for c in ("cpu", "cpuacct") if c in machine.v1})
     held: dict[LimitName, Enforcement] = {}
     writes: tuple[tuple[str, str], ...] = ()
@@ -114,7 +114,7 @@ def _cpu(
             (str(group / "cpu.cfs_quota_us"), str(quota)),
         )
         held[LimitName.CPUS] = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
-    return CgroupWork(
+    return CgroupPlan(
         dirs=tuple(str(g) for g in groups),
         writes=writes,
         joins=tuple(str(g / "cgroup.procs") for g in groups),

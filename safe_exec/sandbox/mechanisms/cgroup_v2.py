@@ -14,7 +14,7 @@ from msgspec import Struct
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host import cgroup_delegation
 from safe_exec.sandbox.host.capabilities import Machine
-from safe_exec.sandbox.plan import CgroupWork, HandOn, Offer
+from safe_exec.sandbox.plan import CgroupPlan, Delegation, Offer
 
 PERIOD_US = 100_000
 
@@ -27,7 +27,7 @@ class _Place(Struct, frozen=True, kw_only=True):
     controllers: frozenset[str]
     note: str = ""
     leaf: str | None = None
-    born: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
 
 
 def _place(machine: Machine, name: str) -> _Place | None:
@@ -36,14 +36,14 @@ def _place(machine: Machine, name: str) -> _Place | None:
     if scope is not None and machine.may(Mechanism.SYSTEMD):
         whose = "the system's" if scope.runtime is None else "the user's"
         note = f"a scope of {whose} systemd"
-        born = scope.command(name)
+        launcher = scope.command(name)
         return _Place(
             by=Mechanism.SYSTEMD,
             parent=scope.group(name),
             controllers=scope.controllers,
             note=note,
             leaf="keeper",
-            born=born,
+            launcher=launcher,
         )
     if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
         leaf = cgroup_delegation.LEAF if machine.v2_step_down else None
@@ -74,9 +74,9 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
         hold(LimitName.PROCESSES, "pids.max", str(limits.processes), "threads count")
     if limits.cpus is not None and "cpu" in place.controllers:
         hold(LimitName.CPUS, "cpu.max", f"{max(1000, round(limits.cpus * PERIOD_US))} {PERIOD_US}")
-    hand_on = None
+    delegation = None
     if place.leaf is not None:
-        hand_on = HandOn(
+        delegation = Delegation(
             group=str(place.parent),
             leaf=str(place.parent / place.leaf),
             controllers=tuple(
@@ -84,11 +84,11 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
                 for controller in cgroup_delegation.CONTROLLERS
                 if controller in place.controllers
             ),
-            born=place.born,
-            environment=machine.scope.environment if place.born and machine.scope else {},
+            launcher=place.launcher,
+            environment=machine.scope.environment if place.launcher and machine.scope else {},
         )
-    work = CgroupWork(
-        hand_on=hand_on,
+    work = CgroupPlan(
+        delegation=delegation,
         dirs=(str(group),),
         writes=tuple(writes),
         # Absent where swap accounting is off.

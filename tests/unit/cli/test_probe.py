@@ -528,7 +528,7 @@ def test_why_a_run_was_over(
     monkeypatch.setattr(
         rerun,
         "isolated_request",
-        lambda request, _views, limits, orphans: replace(request, limits=limits),
+        lambda request, _views, limits, cleanup_if_runner_dies: replace(request, limits=limits),
     )
     workspaces: Any = SimpleNamespace(snapshot=SimpleNamespace(scratch=Path("scratch")))
     change = RerunOptions(

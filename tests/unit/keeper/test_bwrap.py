@@ -17,30 +17,43 @@ from typing import Any
 import pytest
 
 from safe_exec.keeper import bwrap, child, file_tree, mounts
-from safe_exec.keeper.bwrap import Enclosed
+from safe_exec.keeper.bwrap import Bubblewrap, KernelEnding
+from safe_exec.keeper.child import KernelCommand, Walls
+from safe_exec.keeper.protocol import BwrapSetup, DiscardedPlace, LimitedDisk
 
 SPEAK = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).send(sys.argv[2].encode())"
 
 
+SETUP = BwrapSetup(
+    argv=("/usr/bin/bwrap",),
+    python="/usr/bin/python3",
+    package_root="/srv",
+    sockets="/run/x",
+    disk=None,
+    discarded=(DiscardedPlace(name="~", kind="home", path="/home/me"),),
+    devices=(),
+)
+
+
 @pytest.fixture
-def inner() -> Iterator[Enclosed]:
-    found = Enclosed()
+def inner() -> Iterator[Bubblewrap]:
+    found = Bubblewrap(SETUP)
     yield found
     found.status.close()
-    found._theirs.close()
-    for fd in (found._go_r, found._go_w):
+    found._init_end.close()
+    for fd in (found._release_r, found._release_w):
         with contextlib.suppress(OSError):  # closed as it went on
             os.close(fd)
 
 
-def speak(inner: Enclosed, text: str | dict[str, Any]) -> None:
+def speak(inner: Bubblewrap, text: str | dict[str, Any]) -> None:
     """As this process."""
-    inner._theirs.send((text if isinstance(text, str) else json.dumps(text)).encode())
+    inner._init_end.send((text if isinstance(text, str) else json.dumps(text)).encode())
 
 
-def speak_as_another(inner: Enclosed, text: dict[str, Any]) -> int:
+def speak_as_another(inner: Bubblewrap, text: dict[str, Any]) -> int:
     """As another process that got hold of the socket; its id."""
-    fd = inner._theirs.fileno()
+    fd = inner._init_end.fileno()
     other = subprocess.Popen(
         [sys.executable, "-c", SPEAK, str(fd), json.dumps(text)], pass_fds=[fd]
     )
@@ -48,40 +61,40 @@ def speak_as_another(inner: Enclosed, text: dict[str, Any]) -> int:
     return other.pid
 
 
-def test_init_and_kernel_are_known_by_who_spoke(inner: Enclosed) -> None:
+def test_init_and_kernel_are_known_by_who_spoke(inner: Bubblewrap) -> None:
     speak(inner, {"who": "init"})
     kernel = speak_as_another(inner, {"who": "kernel"})
-    assert inner.meet() == kernel != os.getpid()
-    assert (inner.init, inner.kernel) == (os.getpid(), kernel)
+    assert inner.await_kernel() == kernel != os.getpid()
+    assert (inner.init_pid, inner.kernel_pid) == (os.getpid(), kernel)
 
 
 @pytest.mark.parametrize("last", ["", "no json", "[1]"])
-def test_an_end_before_the_kernel_was_met_is_refused(inner: Enclosed, last: str) -> None:
+def test_an_end_before_the_kernel_was_met_is_refused(inner: Bubblewrap, last: str) -> None:
     speak(inner, {"who": "init"})
     if last:
         speak(inner, last)
     else:
-        inner._theirs.shutdown(socket.SHUT_WR)
-    with pytest.raises(child.Refused) as caught:
-        inner.meet()
+        inner._init_end.shutdown(socket.SHUT_WR)
+    with pytest.raises(child.SetupFailed) as caught:
+        inner.await_kernel()
     assert caught.value.stage == "sandbox"
 
 
-def test_silence_is_refused(inner: Enclosed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bwrap, "MEET_SECONDS", 0.05)
-    with pytest.raises(child.Refused, match="nothing started"):
-        inner.meet()
-    inner.init = os.getpid()
-    with pytest.raises(child.Refused, match="did not get to its command"):
-        inner.go()
+def test_silence_is_refused(inner: Bubblewrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bwrap, "START_SECONDS", 0.05)
+    with pytest.raises(child.SetupFailed, match="nothing started"):
+        inner.await_kernel()
+    inner.init_pid = os.getpid()
+    with pytest.raises(child.SetupFailed, match="did not get to its command"):
+        inner.release()
 
 
-def test_it_goes_on_once_the_init_says_that_the_kernel_runs(inner: Enclosed) -> None:
-    inner.init = os.getpid()
+def test_it_goes_on_once_the_init_says_that_the_kernel_runs(inner: Bubblewrap) -> None:
+    inner.init_pid = os.getpid()
     speak_as_another(inner, {"failed": "command not heard"})
     speak(inner, {"executed": True})
-    inner.go()
-    assert os.read(inner._go_r, 10) == b"g"
+    inner.release()
+    assert os.read(inner._release_r, 10) == b"g"
     assert inner.status.getblocking() is False
 
 
@@ -95,28 +108,28 @@ def test_it_goes_on_once_the_init_says_that_the_kernel_runs(inner: Enclosed) -> 
     ],
 )
 def test_why_the_kernel_was_not_executed(
-    inner: Enclosed, said: dict[str, Any] | None, stage: str, words: str
+    inner: Bubblewrap, said: dict[str, Any] | None, stage: str, words: str
 ) -> None:
-    inner.init = os.getpid()
+    inner.init_pid = os.getpid()
     if said is not None:
         speak(inner, said)
     else:
-        inner._theirs.shutdown(socket.SHUT_WR)
-    with pytest.raises(child.Refused) as caught:
-        inner.go()
+        inner._init_end.shutdown(socket.SHUT_WR)
+    with pytest.raises(child.SetupFailed) as caught:
+        inner.release()
     assert (caught.value.stage, caught.value.message) == (stage, words)
 
 
 def test_the_directory_of_the_sockets_comes_from_the_init_alone(
-    inner: Enclosed, tmp_path: Path
+    inner: Bubblewrap, tmp_path: Path
 ) -> None:
     theirs = os.open(tmp_path, os.O_PATH)
-    socket.send_fds(inner._theirs, [b'{"who":"init"}'], [theirs])
+    socket.send_fds(inner._init_end, [b'{"who":"init"}'], [theirs])
     for _ in range(3):
-        socket.send_fds(inner._theirs, [b'{"who":"kernel"}'], [theirs])
-    assert inner.meet() and os.readlink(f"/proc/self/fd/{inner.sockets}") == str(tmp_path)
+        socket.send_fds(inner._init_end, [b'{"who":"kernel"}'], [theirs])
+    assert inner.await_kernel() and os.readlink(f"/proc/self/fd/{inner.sockets}") == str(tmp_path)
     inner.status.setblocking(False)
-    assert inner.ending() is None
+    assert inner.kernel_ending() is None
     held = [
         fd
         for fd in os.listdir("/proc/self/fd")
@@ -127,31 +140,41 @@ def test_the_directory_of_the_sockets_comes_from_the_init_alone(
     os.close(theirs)
 
 
-def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Enclosed) -> None:
-    inner.init = os.getpid()
+def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Bubblewrap) -> None:
+    inner.init_pid = os.getpid()
     inner.status.setblocking(False)
-    assert inner.ending() is None
-    speak_as_another(inner, {"status": 0, "cpu": 0, "maxrss": 0})
-    assert inner.ending() is None
+    assert inner.kernel_ending() is None
+    speak_as_another(inner, {"status": 0, "cpu": 0, "caught": None})
+    assert inner.kernel_ending() is None
     speak(inner, "rubbish")
     speak(inner, {"who": "init"})
-    speak(inner, {"status": 9, "cpu": 1.5, "maxrss": 7})
-    assert inner.ending() == {"status": 9, "cpu": 1.5, "maxrss": 7}
-    assert not inner.over
-    inner._theirs.shutdown(socket.SHUT_WR)
-    assert inner.ending() is None
-    assert inner.over, "nobody is to wait for more"
+    speak(inner, {"status": 9, "cpu": 1.5, "caught": 7})
+    assert inner.kernel_ending() == KernelEnding(status=9, cpu_seconds=1.5, caught_signals=7)
+    assert not inner.is_closed
+    inner._init_end.shutdown(socket.SHUT_WR)
+    assert inner.kernel_ending() is None
+    assert inner.is_closed, "nobody is to wait for more"
 
 
-def test_the_init_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
-    wanted: dict[str, Any] = {
-        "argv": ["x"], "env": {"A": "\udce9"}, "cwd": "/", "rlimits": [[1, 2, 3]], "open_files_soft": 5, "walls": {"uid": 7},
-        "sockets": "/run/x", "discarded": ["/home/me"],
-    }  # fmt: skip
+def test_the_init_gets_the_command_and_its_directories(tmp_path: Path) -> None:
+    command = KernelCommand(
+        argv=("x",),
+        env={"A": "\udce9"},
+        cwd="/",
+        rlimits=((1, 2, 3),),
+        open_files_soft=5,
+        walls=Walls(uid=7),
+    )
     fd = os.open(tmp_path / "config", os.O_RDWR | os.O_CREAT)
-    bwrap._write_config(fd, {**wanted, "cgroup_joins": ["/x"], "enclosure": {}, "keeper": 1})
-    assert marshal.loads(os.pread(fd, 9999, 0)) == wanted
+    bwrap._write_config(fd, command, SETUP)
+    config = marshal.loads(os.pread(fd, 9999, 0))
     os.close(fd)
+    assert (config["sockets"], config["discarded"]) == ("/run/x", ["/home/me"])
+    received = child.command_from(config["command"])
+    assert (list(received.argv), received.env, received.cwd) == (["x"], {"A": "\udce9"}, "/")
+    assert ([list(row) for row in received.rlimits], received.open_files_soft) == ([[1, 2, 3]], 5)
+    assert received.walls is not None
+    assert (received.walls.uid, received.walls.landlock, received.walls.seccomp) == (7, None, None)
 
 
 # --- a folder of limited size -----------------------------------------------------------------------------------
@@ -178,20 +201,20 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def disk_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+def disk_of(tmp_path: Path, owner: int | None = None) -> LimitedDisk:
     folder, base = tmp_path / "folder", tmp_path / "base"
     folder.mkdir()
     base.mkdir()
     (folder / "file").write_bytes(b"x" * 5000)
     (folder / "inner").mkdir()
-    return {
-        "base": str(base),
-        "folder": str(folder),
-        "size": 1 << 20,
-        "inodes": 1024,
-        "owner": None,
-        **changes,
-    }
+    return LimitedDisk(
+        base=str(base),
+        folder=str(folder),
+        size=1 << 20,
+        inodes=1024,
+        write_back=True,
+        owner=owner,
+    )
 
 
 def test_where_there_are_no_overlays_the_folder_is_copied_and_has_room_besides(

@@ -30,7 +30,7 @@ import json, os, sys
 from safe_exec.keeper import child as become
 r, w = os.pipe2(os.O_CLOEXEC)
 if os.fork() == 0:
-    become.run(json.loads(sys.argv[1]), 4242, w)
+    become.run(become.command_from(json.loads(sys.argv[1])), 4242, w)
 os.close(w)
 said = os.read(r, 4000).decode()
 _, status = os.wait()
@@ -40,14 +40,14 @@ sys.exit(os.waitstatus_to_exitcode(status))
 PLACE = """
 import json, os, sys
 from safe_exec.keeper import child as become
-plan = {"argv": ["x", "{page}:{facts}", "{page}", "{other}"]}
+argv = ("x", "{page}:{facts}", "{page}", "{other}")
 r, w = os.pipe()
 first, second = os.open("/", os.O_RDONLY), os.open("/dev", os.O_RDONLY)
 out = os.dup(1)
-placed = become.place_descriptors(plan, w, {"page": first, "facts": second})
+argv, placed = become.place_descriptors(argv, w, {"page": first, "facts": second})
 os.write(2, b"to the pipe")
 found = {
-    "placed": placed, "argv": plan["argv"], "null": os.readlink("/proc/self/fd/0"), "said": os.read(r, 100).decode(),
+    "placed": placed, "argv": argv, "null": os.readlink("/proc/self/fd/0"), "said": os.read(r, 100).decode(),
     "to": {name: os.readlink(f"/proc/self/fd/{fd}") for name, fd in placed.items()},
     "kept": [os.get_inheritable(fd) for fd in placed.values()],
 }
@@ -69,7 +69,13 @@ def plan(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "cwd": str(tmp_path),
         "rlimits": [],
         "open_files_soft": None,
+        "walls": None,
     }
+    return {**bare, **changes}
+
+
+def walls(**changes: Any) -> dict[str, Any]:
+    bare = {"uid": None, "drop_capabilities": False, "landlock": None, "seccomp": None}
     return {**bare, **changes}
 
 
@@ -112,16 +118,12 @@ def test_signals_that_the_keeper_ignores_are_the_kernels_own(tmp_path: Path) -> 
 
 def test_without_walls_nothing_is_given_up(tmp_path: Path) -> None:
     own = list(resource.getrlimit(resource.RLIMIT_CORE))
-    nothing: list[dict[str, Any] | None] = [{}, None]
-    for walls in nothing:
-        told = became(plan(tmp_path, walls=walls))
-        assert (told["core"], told["nnp"]) == (own, ["0"])
+    told = became(plan(tmp_path, walls=None))
+    assert (told["core"], told["nnp"]) == (own, ["0"])
 
 
 def test_with_walls_there_are_no_core_dumps(tmp_path: Path) -> None:
-    assert became(
-        plan(tmp_path, walls={"uid": None, "seccomp": None, "landlock": None, "core": True})
-    )["core"] == [0, 0]
+    assert became(plan(tmp_path, walls=walls()))["core"] == [0, 0]
 
 
 def test_a_filter_takes_the_way_to_new_privileges(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_a_filter_takes_the_way_to_new_privileges(tmp_path: Path) -> None:
     allow = base64.b64encode(
         b"\x06\x00\x00\x00\x00\x00\xff\x7f"
     ).decode()  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
-    assert became(plan(tmp_path, walls={"seccomp": allow}))["nnp"] == ["1"]
+    assert became(plan(tmp_path, walls=walls(seccomp=allow)))["nnp"] == ["1"]
 
 
 @pytest.mark.bed("root")
@@ -142,10 +144,12 @@ def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None
         "assert ctypes.CDLL(None).capset(ctypes.byref(_Header(0x20080522, 0)), sets) == 0\n"
         "assert ctypes.CDLL(None).prctl(47, 2, 21, 0, 0) == 0\n"  # PR_CAP_AMBIENT_RAISE, CAP_SYS_ADMIN
     )
-    walls = {"capabilities_dropped": True, "uid": uid}
+    root_walls = walls(drop_capabilities=True, uid=uid)
     done = python(
         raised + BECOME,
-        json.dumps(plan(tmp_path, cwd="/", argv=["/bin/cat", "/proc/self/status"], walls=walls)),
+        json.dumps(
+            plan(tmp_path, cwd="/", argv=["/bin/cat", "/proc/self/status"], walls=root_walls)
+        ),
     )
     assert done.returncode == 0, done.stderr
     status = dict(line.split(":\t") for line in done.stdout.splitlines() if ":\t" in line)
@@ -161,8 +165,8 @@ def test_no_set_of_capabilities_is_left(tmp_path: Path, uid: int | None) -> None
         ({"argv": ["/etc"]}, "command PermissionError: "),
         ({"cwd": "/nonesuch"}, "sandbox FileNotFoundError: "),
         ({"rlimits": [[999, 1, 1]]}, "sandbox ValueError: "),
-        ({"walls": {"seccomp": "AAAA"}}, "sandbox OSError: "),
-        ({"walls": {"seccomp": "!"}}, "sandbox "),
+        ({"walls": walls(seccomp="AAAA")}, "sandbox OSError: "),
+        ({"walls": walls(seccomp="!")}, "sandbox "),
     ],
 )
 def test_what_went_wrong_is_told_with_its_stage(
@@ -194,8 +198,8 @@ def test_where_few_descriptors_are_allowed_they_are_as_high_as_they_go() -> None
     assert all(child.BASE_DESCRIPTORS <= fd < 40 for fd in found["placed"].values())
 
 
-def test_refused_says_whose_fault_it_is() -> None:
-    refused = child.Refused("command", "no such file")
+def test_a_failed_setup_says_whose_fault_it_is() -> None:
+    refused = child.SetupFailed("command", "no such file")
     assert (refused.stage, refused.message, str(refused)) == (
         "command",
         "no such file",

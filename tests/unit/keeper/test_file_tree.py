@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safe_exec.keeper import file_tree
-from safe_exec.keeper.file_tree import copy_tree, remove_tree, take_back, walk
+from safe_exec.keeper.file_tree import copy_tree, remove_tree, walk, write_back
 from tests.support import wait_until
 
 IS_ROOT = os.geteuid() == 0
@@ -125,7 +125,7 @@ def test_what_is_taken_back_is_what_the_copy_became(
     folder, copy, outside = fresh(place)
     make(folder, before)
     make_over(copy, after)
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert look(folder) == look(copy)
     assert look(outside) == {"canary": (stat.S_IFREG | 0o644, b"alive")}
     assert not [path for path, _ in walk(folder) if ".safe-exec" in path.name]
@@ -145,7 +145,7 @@ def test_taking_back_what_did_not_change_touches_nothing(
     make(folder, content)
     copy_tree(folder, copy)
     before = {str(path): (status.st_ino, status.st_ctime_ns) for path, status in walk(folder)}
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert {
         str(path): (status.st_ino, status.st_ctime_ns) for path, status in walk(folder)
     } == before
@@ -167,7 +167,7 @@ def test_a_folder_that_became_a_link_is_not_written_through(place: Path) -> None
     folder, copy, outside = copied(place)
     shutil.rmtree(copy / "a")
     (copy / "a").symlink_to(outside)
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert os.readlink(folder / "a") == str(outside)
     assert sorted(os.listdir(outside)) == ["canary"]
 
@@ -179,7 +179,7 @@ def test_a_link_that_became_a_folder_is_not_followed(place: Path) -> None:
     (copy / "way").unlink()
     (copy / "way").mkdir()
     (copy / "way" / "canary").write_text("dead")
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert (outside / "canary").read_text() == "alive"
     assert not (folder / "way").is_symlink() and (folder / "way" / "canary").read_text() == "dead"
 
@@ -201,7 +201,7 @@ def test_a_link_that_cannot_be_removed_is_not_written_through(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(OSError, match="immutable"):
-        take_back(copy, folder)
+        write_back(copy, folder)
     assert (outside / "canary").read_text() == "alive"
     assert (folder / "other").read_text() == "taken", "the rest is taken all the same"
 
@@ -211,7 +211,7 @@ def test_a_file_that_is_a_link_by_the_time_it_is_read_is_not_followed(
 ) -> None:
     folder, copy, outside = copied(place)
     (copy / "c").write_text("changed")
-    seen = file_tree._seen
+    seen = file_tree._status
 
     def swap(path: Path) -> os.stat_result | None:
         if path == folder / "c":
@@ -219,9 +219,9 @@ def test_a_file_that_is_a_link_by_the_time_it_is_read_is_not_followed(
             (copy / "c").symlink_to(outside / "canary")
         return seen(path)
 
-    monkeypatch.setattr(file_tree, "_seen", swap)
+    monkeypatch.setattr(file_tree, "_status", swap)
     with pytest.raises(OSError, match="links"):
-        take_back(copy, folder)
+        write_back(copy, folder)
     assert (folder / "c").read_text() == "c"
 
 
@@ -230,14 +230,14 @@ def test_a_second_name_of_a_file_outside_is_not_written_through(place: Path) -> 
     (folder / "c").unlink()
     os.link(outside / "canary", folder / "c")
     (copy / "c").write_text("dead")
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert (outside / "canary").read_text() == "alive" and (folder / "c").read_text() == "dead"
 
 
 # --- what others change meanwhile -------------------------------------------------------------------------------
 
 
-def both(place: Path, layered: bool) -> tuple[Path, Path, file_tree.Meanwhile]:
+def both(place: Path, layered: bool) -> tuple[Path, Path, file_tree.ConcurrentChanges]:
     """A folder of files, what a program works in, and what tells what others did; their names say who will change them."""
     folder, copy, _ = fresh(place)
     (folder / "in").mkdir()
@@ -258,7 +258,9 @@ def both(place: Path, layered: bool) -> tuple[Path, Path, file_tree.Meanwhile]:
     return (
         folder,
         copy,
-        file_tree.Meanwhile(since=since) if layered else file_tree.Meanwhile(marks=marks),
+        file_tree.ConcurrentChanges(since=since)
+        if layered
+        else file_tree.ConcurrentChanges(copies=marks),
     )
 
 
@@ -273,7 +275,7 @@ def test_what_others_changed_meanwhile_stays(place: Path, layered: bool) -> None
         (folder / name).write_text("by others")
     if layered:  # through a layer it is seen at once
         shutil.copy2(folder / "others", copy / "others")
-    assert take_back(copy, folder, meanwhile) == ["both", "in/both", "taken-away-both"]
+    assert write_back(copy, folder, meanwhile) == ["both", "in/both", "taken-away-both"]
     assert {
         str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()
     } == {
@@ -295,7 +297,7 @@ def test_what_others_made_or_took_away_meanwhile_stays_so(place: Path) -> None:
     (folder / "in").rmdir()
     (copy / "both").write_text("by the program")
     (copy / "in" / "program").write_text("by the program")
-    assert take_back(copy, folder, meanwhile) == []
+    assert write_back(copy, folder, meanwhile) == []
     assert (folder / "made").read_text() == "by others" and (folder / "nobody").is_dir()
     assert not (folder / "others").exists() and not (folder / "in" / "both").exists()
     assert (
@@ -308,7 +310,7 @@ def test_a_folder_that_others_made_a_link_meanwhile_is_not_followed(place: Path)
     shutil.rmtree(folder / "in")
     (folder / "in").symlink_to(folder.parent / "outside")
     (copy / "in" / "program").write_text("by the program")
-    assert take_back(copy, folder, meanwhile) == ["in"]
+    assert write_back(copy, folder, meanwhile) == ["in"]
     assert (folder / "in").is_symlink() and sorted(os.listdir(folder.parent / "outside")) == [
         "canary"
     ]
@@ -321,10 +323,10 @@ def test_where_nobody_else_changes_anything_all_comes_back(
 ) -> None:
     folder, copy, _ = fresh(place)
     make(folder, before)
-    meanwhile = file_tree.Meanwhile(marks=copy_tree(folder, copy))
+    meanwhile = file_tree.ConcurrentChanges(copies=copy_tree(folder, copy))
     remove_tree(copy)
     make_over(copy, after)
-    assert take_back(copy, folder, meanwhile) == []
+    assert write_back(copy, folder, meanwhile) == []
     assert look(folder) == look(copy)
 
 
@@ -341,7 +343,7 @@ def test_special_rights_are_dropped(place: Path, mode: int) -> None:
     (copy / "a").chmod(mode)
     (copy / "new").mkdir()
     (copy / "new").chmod(mode)
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert {
         stat.S_IMODE((folder / name).stat().st_mode) for name in ("program", "c", "a", "new")
     } == {mode & 0o777}
@@ -354,7 +356,7 @@ def test_at_no_time_is_a_copy_set_user_id(place: Path, monkeypatch: pytest.Monke
     modes: list[int] = []
     monkeypatch.setattr(os, "fchmod", lambda fd, mode: modes.append(mode))
     monkeypatch.setattr(Path, "chmod", lambda _, mode: modes.append(mode))
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert modes and not [mode for mode in modes if mode & (stat.S_ISUID | stat.S_ISGID)]
 
 
@@ -366,7 +368,7 @@ def test_special_rights_that_the_user_gave_stay(place: Path) -> None:
     (folder / "tool").chmod(0o4755)
     copy_tree(folder, copy)
     (copy / "shared" / "new").write_text("x")
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert stat.S_IMODE((folder / "shared").stat().st_mode) == 0o2775
     assert stat.S_IMODE((folder / "tool").stat().st_mode) == 0o4755
 
@@ -393,7 +395,7 @@ def test_what_is_taken_back_belongs_to_whom_the_folder_does(
     (copy / "new").mkdir()
     (copy / "new" / "file").write_text("x")
     (copy / "link").symlink_to("c")
-    take_back(copy, folder)
+    write_back(copy, folder)
     names = {name if not name.startswith(".safe-exec") else "made" for name in given_away}
     assert names == {"new", "made"}, "what did not change stays whose it was"
     assert set(given_away.values()) == {(folder.stat().st_uid, folder.stat().st_gid)}
@@ -441,7 +443,7 @@ def test_pipes_sockets_and_devices_do_not_come_back(
     special(copy / "special")
     (copy / "c").unlink()
     special(copy / "c")
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert sorted(os.listdir(folder)) == ["a"]
 
 
@@ -455,7 +457,7 @@ def test_those_of_the_user_are_neither_copied_nor_removed(
     copy_tree(folder, copy)
     assert os.listdir(copy) == ["file"]
     (copy / "file").unlink()
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert os.listdir(folder) == ["special"]
 
 
@@ -466,7 +468,7 @@ def test_what_is_not_readable_counts_as_not_copied(
     (folder / "closed").write_text("x")
     (folder / "gone").write_text("x")
     monkeypatch.setattr(os, "access", lambda path, *_, **__: Path(path).name != "closed")
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert sorted(os.listdir(folder)) == ["a", "c", "closed"]
 
 
@@ -498,7 +500,7 @@ def test_holes_stay_holes(place: Path) -> None:
         file.seek(1 << 30)
         file.write(b"middle")
         file.truncate(1 << 40)
-    take_back(copy, folder)
+    write_back(copy, folder)
     status = (folder / "large").stat()
     assert status.st_size == 1 << 40 and status.st_blocks * 512 < 1 << 20
     with (folder / "large").open("rb") as file:
@@ -512,7 +514,7 @@ def test_content_comes_back_whole(place: Path, size: int, monkeypatch: pytest.Mo
     folder, copy, _ = copied(place)
     content = os.urandom(size)
     (copy / "c").write_bytes(content)
-    take_back(copy, folder)
+    write_back(copy, folder)
     assert (folder / "c").read_bytes() == content
     assert (folder / "c").stat().st_mtime_ns == (copy / "c").stat().st_mtime_ns
 
@@ -534,7 +536,7 @@ def test_folders_may_be_nested_deeper_than_python_or_paths_go(place: Path, depth
     folder, copy, outside = copied(place)
     nest(copy, depth)
     with contextlib.suppress(OSError):  # what no path leads to cannot be taken
-        take_back(copy, folder)
+        write_back(copy, folder)
     assert (folder / "d" / "d" / "d").is_dir()
     assert (folder / "c").read_text() == "c" and (outside / "canary").read_text() == "alive"
     assert remove_tree(copy) and remove_tree(folder)
@@ -553,7 +555,7 @@ def test_a_file_that_could_not_be_written_stays_as_it_was(
 
     monkeypatch.setattr(os, "sendfile", full)
     with pytest.raises(OSError, match=r"No space left.*, and 1 more") as caught:
-        take_back(copy, folder)
+        write_back(copy, folder)
     assert caught.value.errno == errno.ENOSPC
     assert look(folder) == {
         "a": (stat.S_IFDIR | 0o755, None),

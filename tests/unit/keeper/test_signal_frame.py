@@ -192,4 +192,4 @@ def test_whether_a_thread_left_its_stack(more: dict[str, Any], overflow: bool) -
 
 
 def test_nothing_seen_is_no_site() -> None:
-    assert read_site({}, IDENT) is None
+    assert read_site(None, IDENT) is None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -18,6 +16,7 @@ from safe_exec.model.limits import FolderUse, Isolation, Limits, Mechanism, Syst
 from safe_exec.sandbox import enclosure
 from safe_exec.sandbox.enclosure import (
     Birth,
+    Enclosure,
     demand_narrow,
     enclose,
     homes,
@@ -27,6 +26,7 @@ from safe_exec.sandbox.enclosure import (
 )
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.planner import build_plan
+from safe_exec.sandbox.sandbox import WallSetup
 
 Make = Callable[..., Path]
 
@@ -288,7 +288,7 @@ def told(
     *,
     cwd: Path | None = None,
     disk: int | None = None,
-) -> dict[str, Any]:
+) -> Enclosure:
     folder = cwd or home / "project"
     folder.mkdir(exist_ok=True)
     plan = build_plan(Limits(disk=disk), machine, "id", isolation)
@@ -299,21 +299,20 @@ def told(
         cwd=folder,
         runtime=home.parent / "runtime",
     )
-    found: dict[str, Any] = json.loads(json.dumps(enclose(birth).request))
-    return found
+    return enclose(birth)
 
 
 def test_the_folder_is_told_without_links(home: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     found = told(home, BUBBLEWRAP, WALLED, cwd=link(home / "way", tmp_path / "real"))
-    assert found["cwd"] == str(tmp_path / "real")
+    assert found.cwd == str(tmp_path / "real")
 
 
 def test_without_bubblewrap_there_is_no_enclosure(home: Path) -> None:
-    assert told(home, LANDLOCK, WALLED)["enclosure"] is None
-    assert told(home, Machine(), Isolation(listed_environment=True)) == {
-        "enclosure": None, "walls": {}, "owner": None, "env": {"A": "b"}, "cwd": str(home / "project"), "discarded": [],
-    }  # fmt: skip
+    assert told(home, LANDLOCK, WALLED).setup.bwrap is None
+    plain = told(home, Machine(), Isolation(listed_environment=True))
+    assert plain.setup == WallSetup()
+    assert (plain.env, plain.cwd) == ({"A": "b"}, str(home / "project"))
 
 
 @pytest.mark.parametrize(
@@ -330,29 +329,32 @@ def test_without_bubblewrap_there_is_no_enclosure(home: Path) -> None:
 def test_the_disk(
     home: Path, isolation: Isolation, asked: int | None, size: int | None, back: bool | None
 ) -> None:
-    disk = told(home, BUBBLEWRAP, isolation, disk=asked)["enclosure"]["disk"]
-    assert (disk and disk["size"], disk and disk["write_back"]) == (size, back)
+    bwrap = told(home, BUBBLEWRAP, isolation, disk=asked).setup.bwrap
+    assert bwrap is not None
+    disk = bwrap.disk
+    assert (disk and disk.size, disk and disk.write_back) == (size, back)
     if disk is not None:
-        assert disk["inodes"] >= enclosure.LEAST_INODES and disk["base"] == str(
-            home.parent / "runtime" / "disk"
-        )
+        assert disk.inodes >= enclosure.LEAST_INODES
+        assert disk.base == str(home.parent / "runtime" / "disk")
 
 
 def test_without_a_tmp_of_its_own_there_is_a_directory_that_goes_with_the_run(home: Path) -> None:
-    assert told(home, LANDLOCK, WALLED)["env"] == {"A": "b", "TMPDIR": str(home.parent / "runtime")}
-    assert told(home, BUBBLEWRAP, WALLED)["env"] == {"A": "b"}
+    assert told(home, LANDLOCK, WALLED).env == {"A": "b", "TMPDIR": str(home.parent / "runtime")}
+    assert told(home, BUBBLEWRAP, WALLED).env == {"A": "b"}
 
 
 def test_a_filter_is_handed_over_only_where_it_is_to_hold(home: Path) -> None:
     refused = Isolation(system_calls=SystemCalls.REFUSE)
-    assert told(home, Machine(), refused)["walls"]["seccomp"]
-    assert told(home, Machine(allowed=frozenset({Mechanism.RLIMIT})), refused)["walls"] == {}
-    assert told(home, Machine(seccomp_why_not="none"), refused)["walls"] == {}
+    walls = told(home, Machine(), refused).setup.walls
+    assert walls is not None and walls.seccomp
+    without = Machine(allowed=frozenset({Mechanism.RLIMIT})), Machine(seccomp_why_not="none")
+    assert [told(home, machine, refused).setup.walls for machine in without] == [None, None]
 
 
-def opened(found: dict[str, Any], path: Path, what: str) -> bool:
-    """Whether a rule opens a path."""
-    return any(path.is_relative_to(rule) for rule in found["walls"]["landlock"][what])
+def opened(found: Enclosure, path: Path, access: str) -> bool:
+    """Whether a rule opens a path for an access: readable or writable."""
+    assert found.setup.walls is not None and found.setup.walls.landlock is not None
+    return any(path.is_relative_to(rule) for rule in getattr(found.setup.walls.landlock, access))
 
 
 @pytest.fixture

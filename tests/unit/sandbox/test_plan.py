@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 from pathlib import Path
@@ -18,7 +17,7 @@ from safe_exec.sandbox.mechanisms import rlimits, watchdog
 from safe_exec.sandbox.plan import (
     REQUIRE_ALL,
     RUNNER_LIMITS,
-    CgroupWork,
+    CgroupPlan,
     Offer,
     SpawnPlan,
     fold,
@@ -294,18 +293,12 @@ def test_every_group_that_is_written_to_is_made_and_joined(machine: Machine) -> 
     assert {Path(path).name for path in made} == {"safe-exec-id"}
 
 
-def test_the_request_to_the_keeper_is_json() -> None:
-    request = json.loads(json.dumps(plan_for(ROOT_V1).as_request()))
-    wanted = {
-        "cgroup_dirs",
-        "cgroup_writes",
-        "cgroup_joins",
-        "kill_files",
-        "counter_files",
-        "rlimits",
-        "open_files_soft",
-    }
-    assert wanted <= set(request)
+def test_the_keeper_gets_the_cgroups_of_the_plan() -> None:
+    plan = plan_for(ROOT_V1)
+    setup = plan.cgroup_setup()
+    assert setup.delegation is None and setup.memory_limit == plan.memory_limit
+    for name in ("dirs", "writes", "joins", "kill_files", "counter_files", "memory_file"):
+        assert getattr(setup, name) == getattr(plan.cgroup, name) != ()
 
 
 def test_walls_are_carried_out_only_where_they_stand() -> None:
@@ -333,10 +326,10 @@ def test_a_run_without_walls_and_sizes_is_not_enclosed(machine: Machine) -> None
 
 
 def test_work_is_put_together_in_order() -> None:
-    both = CgroupWork(dirs=("a",), writes=(("a/x", "1"),)).plus(
-        CgroupWork(dirs=("b",), kill_files=("b/k",))
+    both = CgroupPlan(dirs=("a",), writes=(("a/x", "1"),)).plus(
+        CgroupPlan(dirs=("b",), kill_files=("b/k",))
     )
-    assert both == CgroupWork(dirs=("a", "b"), writes=(("a/x", "1"),), kill_files=("b/k",))
+    assert both == CgroupPlan(dirs=("a", "b"), writes=(("a/x", "1"),), kill_files=("b/k",))
 
 
 # --- required enforcement ---------------------------------------------------------------------------------------
@@ -438,26 +431,29 @@ def test_in_a_scope_the_keeper_stands_beside_the_kernel() -> None:
     """A group that hands controllers on holds no processes: the scope has one group for the keeper and one for the kernel."""
     work = plan_for(SCOPED).cgroup
     assert work.dirs == ("/cg/app.slice/safe-exec-id.scope/safe-exec-id",)
-    assert work.hand_on is not None
-    assert (work.hand_on.group, work.hand_on.leaf) == (
+    assert work.delegation is not None
+    assert (work.delegation.group, work.delegation.leaf) == (
         "/cg/app.slice/safe-exec-id.scope",
         "/cg/app.slice/safe-exec-id.scope/keeper",
     )
-    assert work.hand_on.controllers == ("memory", "pids", "cpu")
+    assert work.delegation.controllers == ("memory", "pids", "cpu")
     assert (
-        work.hand_on.born[:3] == ("systemd-run", "--user", "--scope")
-        and work.hand_on.born[-1] == "--"
+        work.delegation.launcher[:3] == ("systemd-run", "--user", "--scope")
+        and work.delegation.launcher[-1] == "--"
     )
     assert {"--collect", "--unit=safe-exec-id.scope", "--slice=app.slice", "Delegate=yes"} <= set(
-        work.hand_on.born
+        work.delegation.launcher
     )
-    assert work.hand_on.environment["XDG_RUNTIME_DIR"] == "/run/user/1"
+    assert work.delegation.environment["XDG_RUNTIME_DIR"] == "/run/user/1"
 
 
 def test_a_group_that_hands_on_already_is_only_used() -> None:
-    assert plan_for(ROOT_V2).cgroup.hand_on is None
+    assert plan_for(ROOT_V2).cgroup.delegation is None
     stepping = plan_for(replace(ROOT_V2, v2_step_down=True)).cgroup
-    assert stepping.hand_on is not None and (stepping.hand_on.leaf, stepping.hand_on.born) == (
+    assert stepping.delegation is not None and (
+        stepping.delegation.leaf,
+        stepping.delegation.launcher,
+    ) == (
         "/cg/safe-exec",
         (),
     )
@@ -465,4 +461,4 @@ def test_a_group_that_hands_on_already_is_only_used() -> None:
 
 def test_without_systemd_among_the_mechanisms_no_scope_is_asked_for() -> None:
     plan = plan_for(replace(SCOPED, allowed=frozenset(M) - {M.SYSTEMD}))
-    assert plan.cgroup.hand_on is None and plan.enforcement[L.MEMORY].by is not M.SYSTEMD
+    assert plan.cgroup.delegation is None and plan.enforcement[L.MEMORY].by is not M.SYSTEMD

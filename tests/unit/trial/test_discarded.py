@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from safe_exec.keeper import discarded_files as rules
 from safe_exec.keeper.discarded_files import FOLDER, HOME, SHM, TMP, Listing
+from safe_exec.keeper.protocol import Discarded, DiscardedGroup
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Isolation, Limits
 from safe_exec.sandbox.host.capabilities import Machine
 from safe_exec.sandbox.isolation_facts import KernelPaths, inside_places, outside_places
 from safe_exec.sandbox.planner import build_plan
-from safe_exec.sandbox.sandbox import Discarded, DiscardedFiles
 from safe_exec.trial.discarded import discarded_warning
 
 FILE, PRIVATE_FILE, DIRECTORY, PRIVATE_DIRECTORY = (
@@ -31,7 +31,7 @@ FILE, PRIVATE_FILE, DIRECTORY, PRIVATE_DIRECTORY = (
 )
 
 
-def listed(root: Path, kind: str = TMP, **options: Any) -> dict[str, Any]:
+def listed(root: Path, kind: str = TMP, **options: Any) -> Discarded:
     """What the runner is told of one place."""
     bounds = {name: options.pop(name) for name in ("seconds", "entries") if name in options}
     listing = Listing(mode_tells=options.pop("mode_tells", True), **bounds)
@@ -43,8 +43,8 @@ def listed(root: Path, kind: str = TMP, **options: Any) -> dict[str, Any]:
     return listing.as_message()
 
 
-def names(message: dict[str, Any]) -> set[str]:
-    return {group["name"] for group in message["groups"]}
+def names(message: Discarded) -> set[str]:
+    return {group.name for group in message.groups}
 
 
 # --- what is a loss ---------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ MAKERS: list[Callable[[str], object]] = [
 def test_nothing_of_tempfile_is_a_loss(tmp_path: Path, make: Callable[[str], object]) -> None:
     for _ in range(200):  # the names are random
         make(str(tmp_path))
-    assert listed(tmp_path) == {"groups": [], "files": 0, "complete": True}
+    assert listed(tmp_path) == Discarded(groups=(), files=0, is_complete=True)
 
 
 # --- walking ----------------------------------------------------------------------------------------------------
@@ -148,15 +148,15 @@ def test_a_directory_is_one_group_and_a_lone_file_has_its_path(tmp_path: Path) -
     (tmp_path / "one" / "inner" / "a.txt").write_text("hello")
     (tmp_path / "b.txt").write_text("hi")
     (tmp_path / "empty").mkdir()
-    assert listed(tmp_path) == {
-        "groups": [
-            {"place": "/tmp", "name": "out", "files": 3, "bytes": 300},
-            {"place": "/tmp", "name": "one/inner/a.txt", "files": 1, "bytes": 5},
-            {"place": "/tmp", "name": "b.txt", "files": 1, "bytes": 2},
-        ],
-        "files": 5,
-        "complete": True,
-    }
+    assert listed(tmp_path) == Discarded(
+        groups=(
+            DiscardedGroup(place="/tmp", name="out", files=3, bytes=300),
+            DiscardedGroup(place="/tmp", name="one/inner/a.txt", files=1, bytes=5),
+            DiscardedGroup(place="/tmp", name="b.txt", files=1, bytes=2),
+        ),
+        files=5,
+        is_complete=True,
+    )
 
 
 def test_no_link_is_followed_and_only_files_count(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_no_link_is_followed_and_only_files_count(tmp_path: Path) -> None:
     (place / "link").symlink_to(tmp_path / "secret")
     (place / "file-link").symlink_to(tmp_path / "secret" / "key")
     os.mkfifo(place / "pipe")
-    assert listed(place)["files"] == 0
+    assert listed(place).files == 0
 
 
 def test_mount_points_are_skipped(tmp_path: Path) -> None:
@@ -193,16 +193,16 @@ def test_a_deep_tree_ends(tmp_path: Path) -> None:
         Path("lost").touch()
     finally:
         os.chdir(top)
-    assert listed(tmp_path) == {"groups": [], "files": 0, "complete": False}
+    assert listed(tmp_path) == Discarded(groups=(), files=0, is_complete=False)
 
 
 def test_a_flood_is_cut_off(tmp_path: Path) -> None:
     for n in range(60):
         (tmp_path / f"file{n}").touch()
     message = listed(tmp_path, entries=20)
-    assert message["files"] == 20 and not message["complete"]
-    assert len(listed(tmp_path)["groups"]) == rules.MOST_GROUPS
-    assert not listed(tmp_path, seconds=0.0)["complete"]
+    assert message.files == 20 and not message.is_complete
+    assert len(listed(tmp_path).groups) == rules.MOST_GROUPS
+    assert not listed(tmp_path, seconds=0.0).is_complete
 
 
 def test_many_directories_take_few_descriptors(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_many_directories_take_few_descriptors(tmp_path: Path) -> None:
         (tmp_path / f"d{n}" / "x").touch()
     before = os.listdir("/proc/self/fd")
     message = listed(tmp_path)
-    assert message["files"] == rules.MOST_DIRECTORIES and not message["complete"]
+    assert message.files == rules.MOST_DIRECTORIES and not message.is_complete
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -241,9 +241,7 @@ def places(machine: Machine, isolation: Isolation, **limits: Any) -> dict[str, s
     """The path of each place by the name that it is told by."""
     plan = build_plan(Limits(**limits), machine, "id", isolation)
     inside = inside_places(plan, PATHS) if plan.enclosed else []
-    return {
-        str(place["name"]): str(place["path"]) for place in (*inside, *outside_places(plan, PATHS))
-    }
+    return {place.name: place.path for place in (*inside, *outside_places(plan, PATHS))}
 
 
 DISK = {"~": "/tmp/run/disk/home", "/tmp": "/tmp/run/disk/tmp"}
@@ -292,8 +290,8 @@ def test_places(
 
 def test_what_is_mounted_in_a_place_is_not_the_notebooks() -> None:
     plan = build_plan(Limits(), BUBBLEWRAP, "id", CI)
-    home = next(place for place in inside_places(plan, PATHS) if place["name"] == "~")
-    assert home["skip"] == ["venv/pyvenv.cfg"]
+    home = next(place for place in inside_places(plan, PATHS) if place.name == "~")
+    assert home.skip == ("venv/pyvenv.cfg",)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------
@@ -302,7 +300,7 @@ KEPT = IsolationFacts(folder="/r/nb", repository="/r", writable=("/r/nb", "/r"))
 
 
 def said(
-    *groups: DiscardedFiles,
+    *groups: DiscardedGroup,
     facts: IsolationFacts | None = KEPT,
     more: int = 0,
     is_complete: bool = True,
@@ -316,8 +314,8 @@ def said(
 
 def group(
     place: str = "/tmp", name: str = "a.csv", files: int = 1, size: int = 3
-) -> DiscardedFiles:
-    return DiscardedFiles(place=place, name=name, files=files, bytes=size)
+) -> DiscardedGroup:
+    return DiscardedGroup(place=place, name=name, files=files, bytes=size)
 
 
 def test_the_warning_names_files_and_ways_to_keep_them() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from safe_exec.keeper.crash_output import BURST_BYTES, BURSTS, LastWords
+from safe_exec.keeper.crash_output import BURST_BYTES, BURSTS, CrashOutput
 from safe_exec.model.evidence import Channel, OutputBurst
 from safe_exec.trial.final_output import final_output
 
@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_keeper_notes_when_each_burst_came(clock: Clock) -> None:
-    output = LastWords(lambda _text: None)
+    output = CrashOutput(lambda _text: None)
     stderr, fault = output.open(None)
     fault.close()
     for moment, data in ((100.0, b"one "), (100.05, b"burst\n"), (103.0, b"another\n")):

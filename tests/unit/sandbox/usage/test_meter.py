@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.sandbox.plan import CgroupWork, SpawnPlan
+from safe_exec.sandbox.plan import CgroupPlan, SpawnPlan
 from safe_exec.sandbox.usage.meter import Bound, Counters, Meter, Reading, parse_counters
 
 V1 = {
@@ -69,7 +69,7 @@ def test_any_text_is_a_counter_or_none(texts: dict[str, str | None]) -> None:
 
 
 def plan(*counter_files: Path) -> SpawnPlan:
-    work = CgroupWork(counter_files=tuple(map(str, counter_files)))
+    work = CgroupPlan(counter_files=tuple(map(str, counter_files)))
     return SpawnPlan(
         cgroup=work, rlimits=(), open_files_soft=None, watch=frozenset(), enforcement={}
     )

@@ -17,7 +17,7 @@ from safe_exec.keeper import procfs
 from safe_exec.model.limits import Isolation, Limits
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.capabilities import detect
-from safe_exec.sandbox.keeper_process import Nursery, new_run_id, runtime_directory
+from safe_exec.sandbox.keeper_process import ForkServer, new_run_id, runtime_directory
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.sandbox import Sandbox
 from tests.support import ROOT, groups_of, wait_until
@@ -38,15 +38,15 @@ def sandbox(program: str) -> Iterator[Sandbox]:
         made.await_kernel()
         yield made
     finally:
-        departure = made.leave()
-    assert (departure.alive, departure.left, groups_of(run_id)) == ((), (), [])
+        cleanup = made.shutdown()
+    assert (cleanup.surviving_pids, cleanup.remaining_paths, groups_of(run_id)) == ((), (), [])
     assert not Path(runtime_directory(run_id)).exists()
 
 
 def ended_with(made: Sandbox) -> int | None:
     def heard() -> bool:
         if made.exit is None and select.select([made.fileno()], [], [], 0)[0]:
-            made.pump()
+            made.process_messages()
         return made.exit is not None
 
     wait_until(heard, SECONDS, "the program ended")
@@ -60,20 +60,20 @@ def parent_of(pid: int) -> int:
     return found.ppid
 
 
-def nursery_pid() -> int:
-    assert keeper_process._nursery is not None
-    return keeper_process._nursery[1].pid
+def fork_server_pid() -> int:
+    assert keeper_process._fork_server is not None
+    return keeper_process._fork_server[1].pid
 
 
 def test_keepers_are_forked_within_it_and_started_without() -> None:
-    with Nursery():
-        assert keeper_process._nursery is None, "there is none before one is needed"
+    with ForkServer():
+        assert keeper_process._fork_server is None, "there is none before one is needed"
         mother = 0
         for _ in range(2):
             with sandbox("import os; os._exit(7)") as made:
                 assert made.keeper_pid is not None
-                assert mother in (0, nursery_pid())
-                mother = nursery_pid()
+                assert mother in (0, fork_server_pid())
+                mother = fork_server_pid()
                 assert parent_of(made.keeper_pid) == mother
                 assert os.getsid(made.keeper_pid) == made.keeper_pid
                 assert Path(f"/proc/{made.keeper_pid}/comm").read_text() == f"se-{made.run_id}\n"
@@ -85,20 +85,20 @@ def test_keepers_are_forked_within_it_and_started_without() -> None:
 
 
 def test_one_stands_in_another() -> None:
-    with Nursery():
-        with Nursery(), sandbox("import time; time.sleep(60)") as made:
-            mother = nursery_pid()
+    with ForkServer():
+        with ForkServer(), sandbox("import time; time.sleep(60)") as made:
+            mother = fork_server_pid()
             assert made.keeper_pid is not None and parent_of(made.keeper_pid) == mother
         with sandbox("import time; time.sleep(60)") as made:
             assert made.keeper_pid is not None and parent_of(made.keeper_pid) == mother
 
 
 def test_a_killed_nursery_costs_nothing() -> None:
-    with Nursery():
+    with ForkServer():
         with sandbox("import time; time.sleep(60)") as made:
-            os.kill(nursery_pid(), signal.SIGKILL)
-            assert keeper_process._nursery is not None
-            keeper_process._nursery[1].wait()
+            os.kill(fork_server_pid(), signal.SIGKILL)
+            assert keeper_process._fork_server is not None
+            keeper_process._fork_server[1].wait()
             made.signal(signal.SIGTERM)
             assert ended_with(made) == signal.SIGTERM
         with sandbox("import os; os._exit(9)") as made:
@@ -107,7 +107,7 @@ def test_a_killed_nursery_costs_nothing() -> None:
 
 
 def test_a_killed_keeper_is_noticed_and_what_it_made_is_removed() -> None:
-    with Nursery(), sandbox("import time; time.sleep(60)") as made:
+    with ForkServer(), sandbox("import time; time.sleep(60)") as made:
         assert made.keeper_pid is not None and made.kernel_pid is not None
         os.kill(made.keeper_pid, signal.SIGKILL)
         assert ended_with(made) is None
@@ -121,18 +121,18 @@ def test_a_killed_keeper_is_noticed_and_what_it_made_is_removed() -> None:
 def test_without_descriptors_of_processes_keepers_are_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keeper_process, "_knows_pidfds", lambda: False)
-    with Nursery(), sandbox("import os; os._exit(3)") as made:
-        assert keeper_process._nursery is None
+    monkeypatch.setattr(keeper_process, "_has_pidfds", lambda: False)
+    with ForkServer(), sandbox("import os; os._exit(3)") as made:
+        assert keeper_process._fork_server is None
         assert made.keeper_pid is not None and parent_of(made.keeper_pid) == os.getpid()
         assert ended_with(made) == 3 << 8
 
 
 LEFT_ALONE = """
 import os, sys, time
-from tests.integration.test_nursery import Nursery, nursery_pid, sandbox
-with Nursery(), sandbox("import time; time.sleep(600)") as made:
-    print(nursery_pid(), made.keeper_pid, made.kernel_pid, made.directory, flush=True)
+from tests.integration.test_fork_server import ForkServer, fork_server_pid, sandbox
+with ForkServer(), sandbox("import time; time.sleep(600)") as made:
+    print(fork_server_pid(), made.keeper_pid, made.kernel_pid, made.directory, flush=True)
     time.sleep(600)
 """
 
