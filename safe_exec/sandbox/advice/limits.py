@@ -187,14 +187,20 @@ def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
         return (
             Fix(
                 what="mount the tree",
-                steps=(f"mkdir -p {around.mount}", mount, delegate_command(around.mount, V2_CONTROLLERS)),
+                steps=(
+                    f"mkdir -p {around.mount}",
+                    mount,
+                    delegate_command(around.mount, V2_CONTROLLERS),
+                ),
             ),
         )
     if around.read_only:
         return (Fix(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
     if around.tree is CgroupTree.V2:
         wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
-        return (Fix(what="hand the controllers on", steps=(delegate_command(around.mount, wanted),)),)
+        return (
+            Fix(what="hand the controllers on", steps=(delegate_command(around.mount, wanted),)),
+        )
     steps = tuple(
         f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}"
         for name in V1_CONTROLLERS
