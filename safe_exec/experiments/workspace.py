@@ -120,7 +120,12 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     copy: Path | None = None
     if total <= COPY_BYTES and len(entries) <= COPY_ENTRIES:
         copy = scratch / "before"
-        copy_tree(folder, copy, but=but, hardlink_candidates=_hardlink_candidates(_latest.get(folder), entries))
+        copy_tree(
+            folder,
+            copy,
+            but=but,
+            hardlink_candidates=_hardlink_candidates(_latest.get(folder), entries),
+        )
     snapshot = Snapshot(
         folder=folder,
         scratch=scratch,
