@@ -384,7 +384,11 @@ async def run_batch(
     started, began = datetime.now(UTC), time.monotonic()
     # The root is opened before anything runs: a notebook may move it away or replace it by a link.
     # The fork server imports what keepers need once, for all of them.
-    with OutputRoot(plan.out) as tree, Journal(plan.out, resume=plan.resume) as journal, ForkServer():
+    with (
+        OutputRoot(plan.out) as tree,
+        Journal(plan.out, resume=plan.resume) as journal,
+        ForkServer(),
+    ):
         scheduler = _Scheduler(plan, tree, journal, listener)
         with signals(scheduler.broadcast.receive):
             journal.batch_started(
