@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -108,6 +109,8 @@ def run_case(
     env |= {key: value.format(base=base) for key, value in case.env.items()}
     if case.home or "user" in place:
         env["HOME"] = str(home)
+    # As in an environment that is activated: Debian has no `python` of its own, which `%%python` runs.
+    env.setdefault("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     prefix: list[str] = []
     if "user" in place:
         prefix = ordinary_user_with_namespaces()

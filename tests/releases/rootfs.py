@@ -52,21 +52,24 @@ def _base(release: str, cache: Path, mirror: str) -> Path:
     making = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
     try:
         root = making / "root"
-        _run(
-            "debootstrap",
-            "--variant=minbase",
-            f"--include={','.join(PACKAGES)}",
-            release,
-            str(root),
-            mirror,
-            stdout=subprocess.DEVNULL,
-        )
+        _debootstrap(release, root, mirror)
         shutil.rmtree(base, ignore_errors=True)
         root.rename(base)
         os.utime(base)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return base
+
+
+def _debootstrap(release: str, root: Path, mirror: str) -> None:
+    """Make a minimal Debian. One download that fails, fails the whole: so it is tried once more."""
+    packages = f"--include={','.join(PACKAGES)}"
+    command = ["debootstrap", "--variant=minbase", packages, release, str(root), mirror]
+    try:
+        _run(*command, stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError:
+        shutil.rmtree(root, ignore_errors=True)
+        _run(*command)
 
 
 def furnish(root: Path, pip: PipSettings) -> None:
