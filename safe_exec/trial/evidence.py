@@ -27,6 +27,7 @@ from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
 from safe_exec.trial import own_process
 from safe_exec.trial.final_output import final_output
+from safe_exec.trial.printed import without_colours
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
 from safe_exec.trial.scripts import header_line, script_line
 
@@ -41,7 +42,6 @@ NEAR_PEAK = 0.5
 RECENT_CHARACTERS = 65536
 DUMP_AGE = 1.0
 """Seconds before the end from which a stack still says where it was."""
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CELL_LINE = re.compile(
     r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)"
 )
@@ -149,7 +149,7 @@ def _exit_request(state: TrialState) -> tuple[Frame, ...]:
 
 
 def _recent_text(state: TrialState) -> str:
-    """The end of the text that the current cell put out, and of the process's own stderr."""
+    """The end of the text that the current cell put out, without colours."""
     if state.current is None:
         return ""
     outputs = state.request.node.cells[state.current].get("outputs", [])
@@ -160,7 +160,7 @@ def _recent_text(state: TrialState) -> str:
     while parts and size < RECENT_CHARACTERS:
         pieces.append(parts.pop()[-RECENT_CHARACTERS:])
         size += len(pieces[-1])
-    return "".join(reversed(pieces))[-RECENT_CHARACTERS:]
+    return without_colours("".join(reversed(pieces))[-RECENT_CHARACTERS:])
 
 
 def _fault(state: TrialState) -> FaultReport | None:
@@ -366,7 +366,7 @@ def line_of_debugger_call(source: str, line: int) -> int:
 
 def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
     """The last line of the cell ``In [count]`` that a rendered traceback names; the arrow where it names none."""
-    text = _ANSI.sub("", "\n".join(traceback))
+    text = without_colours("\n".join(traceback))
     lines = [
         int(line)
         for number, line in _CELL_LINE.findall(text)

@@ -9,6 +9,13 @@ from typing import Any
 LONGEST_TEXT = 8000
 BEGIN = re.compile(r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*):$", re.MULTILINE)
 """What threading and multiprocessing print before a traceback."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Python 3.13 and newer print tracebacks in colours where FORCE_COLOR is set, as ipykernel does."""
+
+
+def without_colours(text: str) -> str:
+    """A text without the sequences that colour it on a terminal."""
+    return _COLOURS.sub("", text)
 
 
 def printed_traceback(
@@ -23,7 +30,7 @@ def printed_traceback(
     text = ""
     for index, cell in cells:
         starts.append((len(text), index))
-        text += "".join(map(_text, cell.get("outputs", ()))) + late.get(index, "")
+        text += "".join(map(_text, cell.get("outputs", ()))) + without_colours(late.get(index, ""))
     last = next(reversed(list(BEGIN.finditer(text))), None)
     if last is None:
         return None
@@ -35,4 +42,4 @@ def _text(output: Any) -> str:
     if output.get("output_type") != "stream" or output.get("name") != "stderr":
         return ""
     text = output.get("text", "")
-    return text if isinstance(text, str) else "".join(text)
+    return without_colours(text if isinstance(text, str) else "".join(text))

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from safe_exec.trial.evidence import line_of_debugger_call
+from safe_exec.trial.printed import without_colours
 from safe_exec.trial.scripts import header_line, script_line
 
 PYTHON = 'Traceback (most recent call last):\n  File "<stdin>", line 5, in <module>\n  File "<stdin>", line 4, in f\nZeroDivisionError: x\n'
+COLOURED = (  # Python 3.13 with FORCE_COLOR
+    "Traceback (most recent call last):\n"
+    '  File \x1b[35m"<stdin>"\x1b[0m, line \x1b[35m3\x1b[0m, in \x1b[35m<module>\x1b[0m\n'
+    '  File \x1b[35m"<stdin>"\x1b[0m, line \x1b[35m2\x1b[0m, in \x1b[35mf\x1b[0m\n'
+    "\x1b[1;35mIndexError\x1b[0m: \x1b[35mlist index out of range\x1b[0m\n"
+)
 PYTHON_SYNTAX = "  File \"<stdin>\", line 2\n    if x\n        ^\nSyntaxError: expected ':'\n"
 IN_A_LIBRARY = 'Traceback (most recent call last):\n  File "<stdin>", line 3, in <module>\n  File "/lib/x.py", line 99, in f\nError\n'
 SCRIPT = "a\n\nb\nc\nd"
@@ -18,6 +25,7 @@ SCRIPT = "a\n\nb\nc\nd"
     [
         (f"%%python\n{SCRIPT}", PYTHON, 5),
         (f"%%python\n{SCRIPT}", PYTHON_SYNTAX, 3),
+        (f"%%python\n{SCRIPT}", without_colours(COLOURED), 3),
         (f"\n\n%%script python3 -u\n{SCRIPT}", PYTHON, 7),
         (f"%%capture\n%%python\n{SCRIPT}", IN_A_LIBRARY, 5),
         (f"%%python\n{SCRIPT}", "out\n" + PYTHON + PYTHON_SYNTAX, 3),

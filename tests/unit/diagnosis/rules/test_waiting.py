@@ -594,3 +594,18 @@ def test_a_traceback_is_found_whole_whatever_cells_it_was_divided_between() -> N
     assert printed_traceback(cells[:1], {0: THREAD}) == (0, THREAD)
     assert printed_traceback(cells[:1], {}) is None
     assert printed_traceback([(5, cell(("stderr", WORKER + THREAD)))], {}) == (5, THREAD)
+
+
+def test_a_coloured_traceback_is_read_as_a_plain_one() -> None:
+    """As Python 3.13 prints it under ipykernel, which sets FORCE_COLOR."""
+    coloured = (
+        "Exception in thread Thread-3 (work):\nTraceback (most recent call last):\n"
+        '  File \x1b[35m"x.py"\x1b[0m, line \x1b[35m4\x1b[0m, in \x1b[35mwork\x1b[0m\n'
+        "\x1b[1;35mZeroDivisionError\x1b[0m: \x1b[35mdivision by zero\x1b[0m\n"
+    )
+    for cells, late in (([(0, cell(("stderr", coloured)))], {}), ([(0, cell())], {0: coloured})):
+        text = printed_traceback(cells, late)
+        assert text is not None
+        traceback = waiting_text.printed_traceback(text[1])
+        assert traceback is not None
+        assert traceback.error == "ZeroDivisionError: division by zero"
