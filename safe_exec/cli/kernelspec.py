@@ -1,4 +1,7 @@
-"""``safe-exec kernelspec``: a kernel to choose in JupyterLab, and in whatever else starts kernels, that is born inside limits."""
+"""``safe-exec kernelspec``: a kernel to choose in JupyterLab, VS Code, and in whatever else starts kernels, that runs inside limits.
+
+Its command is `safe-exec kernel`; with --provisioner it is the kernel's own, and jupyter_client starts it through ours.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from safe_exec.cli.run import LIMIT_HELP
+from safe_exec.cli.kernel import NOT_HERE
+from safe_exec.cli.run import LIMIT_HELP, wall_options, walls_of
 from safe_exec.errors import OutputPathError, UsageError
 from safe_exec.model.limits import LimitName, Limits
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpecManager
 
 PROVISIONER = "safe-exec"
+METADATA_KEY = "safe_exec"
+"""Under this name the metadata of a kernelspec say that safe-exec wrote it, and over which kernel."""
 HELD = (
     LimitName.MEMORY,
     LimitName.CPUS,
@@ -28,7 +34,8 @@ HELD = (
     LimitName.OPEN_FILES,
     LimitName.FILE_SIZE,
 )
-"""What holds whoever runs the cells; wall times, output, disk and walls are for `safe-exec run`."""
+"""The limits of a kernel that runs behind the provisioner alone, where nobody looks at cells."""
+OFFERED = tuple(name for name in LimitName if name not in NOT_HERE)
 _NAME = re.compile(r"[a-z0-9._-]+")
 _ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
 """What a display name says of the kernel rather than of the language."""
@@ -41,8 +48,8 @@ def command() -> None:
     """Make a kernel for JupyterLab and other Jupyter tools that is born inside limits."""
 
 
-def _held_limits(function: Any) -> Any:
-    for name in reversed(HELD):
+def _offered_limits(function: Any) -> Any:
+    for name in reversed(OFFERED):
         metavar, text = LIMIT_HELP[name]
         function = click.option(
             f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text
@@ -57,7 +64,20 @@ def _held_limits(function: Any) -> Any:
     metavar="NAME|FILE",
     help="A profile or a YAML file of your own [default].",
 )
-@_held_limits
+@_offered_limits
+@wall_options
+@click.option("--require", metavar="LIMIT,...", help="Refuse to start unless these are enforced.")
+@click.option(
+    "--on-death",
+    type=click.Choice(["exit", "restart"]),
+    help="After the kernel died: end, or start a fresh one at once [exit].",
+)
+@click.option("--no-history", is_flag=True, help="Do not record sessions.")
+@click.option(
+    "--provisioner",
+    is_flag=True,
+    help="Limits by jupyter_client's provisioner alone: no isolation, cell times, or diagnosis.",
+)
 @click.option(
     "--kernel",
     default="python3",
@@ -78,29 +98,33 @@ def _held_limits(function: Any) -> Any:
 def install(
     limits: str, kernel: str, name: str | None, display_name: str | None, **options: Any
 ) -> int:
-    """Install a copy of a kernelspec whose kernels are born inside limits, whatever starts them.
+    """Install a copy of a kernelspec whose kernels run inside limits, whatever starts them.
 
-    Whatever starts it needs safe-exec in its own environment; the environment of the kernel does not. Another of the same
-    name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
+    Its command starts `safe-exec kernel` from this environment; the environment of the kernel needs no safe-exec. Another
+    of the same name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
     """
-    config, limits_in_force = _configured(
-        limits, {key.value: options[key.value] for key in HELD if options[key.value] is not None}
-    )
+    figures = {key.value: options[key.value] for key in OFFERED if options[key.value] is not None}
+    walls = walls_of(options)
+    if options["provisioner"]:
+        _refuse_beside_provisioner(figures, walls, options)
+    config, effective = _configured(limits, figures)
     from jupyter_client.kernelspec import KernelSpecManager
 
     manager = KernelSpecManager()
     folder, document = _of_kernel(manager, kernel)
-    summary = ", ".join(
-        [
-            Path(limits).stem,
-            *(f"{key.replace('_', '-')} {config[key]}" for key in config if key != "limits"),
-        ]
-    )
+    changes = [Path(limits).stem, *(f"{key.replace('_', '-')} {figures[key]}" for key in figures)]
     document["display_name"] = (
-        display_name or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {summary})"
+        display_name
+        or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {', '.join(changes)})"
     )
     metadata = document["metadata"] = dict(document.get("metadata") or {})
-    metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
+    if options["provisioner"]:
+        metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
+    else:
+        for key in ("kernel_provisioner", "supported_encryption"):
+            metadata.pop(key, None)
+        metadata[METADATA_KEY] = {"kernel": kernel}
+        document["argv"] = _command(kernel, config, options)
     chosen = _checked_name(
         name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}"
     )
@@ -112,8 +136,44 @@ def install(
         raise OutputPathError(
             f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix"
         ) from None
-    _tell(document["display_name"], chosen, place / chosen, limits_in_force)
+    _tell(
+        document["display_name"],
+        chosen,
+        place / chosen,
+        effective,
+        all_of=not options["provisioner"],
+    )
     return 0
+
+
+def _refuse_beside_provisioner(
+    figures: Mapping[str, str], walls: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Raise UsageError for options that the provisioner alone cannot enforce."""
+    wrong = [name for name in figures if LimitName(name) not in HELD] + list(walls)
+    wrong += [name for name in ("require", "on_death", "no_history") if options[name]]
+    if wrong:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise UsageError(f"--provisioner: it cannot enforce {names}; leave --provisioner out")
+
+
+def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
+    """The command of the kernelspec. -P: the client starts it in the notebook's folder, whose modules are not ours."""
+    argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
+    argv += ["--kernel", kernel]
+    for key, figure in config.items():
+        argv += [f"--{key.replace('_', '-')}", figure]
+    if options["network"] is not None:
+        argv.append("--network" if options["network"] else "--no-network")
+    argv += ["--read-only"] if options["read_only"] else []
+    for option in ("show", "writable", "hide", "env_names", "devices"):
+        for item in options[option]:
+            name = {"env_names": "env", "devices": "device"}.get(option, option)
+            argv += [f"--{name}", item if name == "env" else str(Path(item).absolute())]
+    for option in ("require", "on_death"):
+        argv += [f"--{option.replace('_', '-')}", options[option]] if options[option] else []
+    argv += ["--no-history"] if options["no_history"] else []
+    return argv
 
 
 def _configured(limits: str, own: Mapping[str, str]) -> tuple[dict[str, str], Limits]:
@@ -169,7 +229,11 @@ def _refuse_to_replace(path: Path) -> None:
     """Raises OutputPathError where somebody else's kernelspec stands."""
     try:
         document = json.loads((path / "kernel.json").read_bytes())
-        ours = document["metadata"]["kernel_provisioner"]["provisioner_name"] == PROVISIONER
+        metadata = document["metadata"]
+        ours = (
+            METADATA_KEY in metadata
+            or metadata["kernel_provisioner"]["provisioner_name"] == PROVISIONER
+        )
     except FileNotFoundError:
         ours = not path.exists()
     except (OSError, ValueError, KeyError, TypeError):
@@ -199,16 +263,19 @@ def _install(
             manager.install_kernel_spec(str(copy), name, user=True)
 
 
-def _tell(display_name: str, name: str, path: Path, limits: Limits) -> None:
+def _tell(display_name: str, name: str, path: Path, limits: Limits, *, all_of: bool) -> None:
     from safe_exec.limits.profiles import format_limit
 
     figures = [
         f"{key.value.replace('_', ' ')} {format_limit(key.value, limits.of(key))}"
-        for key in HELD
+        for key in (OFFERED if all_of else HELD)
         if limits.of(key) is not None
     ]
     click.echo(f"{display_name}: installed as {name}")
     click.echo(f"  in        {path}")
-    click.echo(f"  holds     {', '.join(figures) or 'nothing: no limit of these is set'}")
-    click.echo("  not here  wall times, output, disk and walls: they are for `safe-exec run`")
+    click.echo(f"  limits    {', '.join(figures) or 'none of these is set'}")
+    if all_of:
+        click.echo("  started   by its command: JupyterLab, VS Code, consoles, nbclient, papermill")
+    else:
+        click.echo("  not here  cell times, output, disk, isolation, diagnosis (--provisioner)")
     click.echo(f"  remove    jupyter kernelspec remove {name}")

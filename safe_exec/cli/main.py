@@ -21,7 +21,9 @@ COMMANDS = {
     "replay": "Run what a verdict says again, and say whether this machine agrees.",
     "doctor": "Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
-    "kernelspec": "Make a kernel for other Jupyter tools that is born inside limits.",
+    "kernel": "Be a kernel inside limits; Jupyter clients start it.",
+    "kernelspec": "Install a kernel that always runs inside limits, for JupyterLab, VS Code and others.",
+    "sessions": "List the recorded sessions of such kernels.",
 }
 ANYWHERE = ("doctor", "limits")
 """What runs no notebook; the other commands import what other systems than Linux lack."""

@@ -47,7 +47,7 @@ class Channel:
         self.first_refused = ""
         self.on_oversize: Callable[[int], None] = lambda _size: None
         self.overheard: Callable[[dict[str, Any]], None] = lambda _message: None
-        self._connection = connection
+        self.connection = connection
         self._arrived = asyncio.Event()
         self._back: list[dict[str, Any]] = []
         self._rested = 0.0
@@ -62,7 +62,7 @@ class Channel:
             if time.monotonic() - self._rested > TURN_SECONDS:
                 await asyncio.sleep(0)
                 self._rested = time.monotonic()
-            received = self._connection.take()
+            received = self.connection.take()
             if received is None:
                 await self._arrival(deadline)
                 continue
@@ -129,24 +129,24 @@ class Channel:
 
     def send(self, msg: dict[str, Any]) -> None:
         """Send a message of the session's; one that no kernel takes any more is lost."""
-        self._connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
+        self.connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
 
     def start(self) -> None:
         """Nothing to do: it is connected."""
 
     def stop(self) -> None:
         """Let go of the connection. May be called again."""
-        self._connection.close()
+        self.connection.close()
 
     close = stop
 
     def is_exhausted(self) -> bool:
         """Whether the other end is gone and all that it sent has been taken."""
-        return self._connection.exhausted and not self._back
+        return self.connection.exhausted and not self._back
 
     def is_alive(self) -> bool:
         """Whether the other end is there."""
-        return not self._connection.ended
+        return not self.connection.ended
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
         or not isinstance(header.get("msg_id"), str)
     ):
         raise Refused("its type or id is no text")
-    content = _stream(signed[4]) if header["msg_type"] == "stream" else None
+    content = stream_content(signed[4]) if header["msg_type"] == "stream" else None
     message = {
         "header": header | {"date": _date(header.get("date"))},
         "msg_id": header["msg_id"],
@@ -207,7 +207,7 @@ def _unpacked(session: Any, part: bytes) -> Any:
     return session.unpack(part)
 
 
-def _stream(part: bytes) -> dict[str, Any] | None:
+def stream_content(part: bytes) -> dict[str, Any] | None:
     """The content of a text as ipykernel sends it, whose structure need not be looked for; ``None`` for any other."""
     for name, head in _STREAMS:
         if part.startswith(head):

@@ -59,7 +59,7 @@ class Connection:
     def __init__(self, sock: socket.socket, *, largest: int | None) -> None:
         self._socket = sock
         self._loop = asyncio.get_running_loop()
-        self._largest = largest
+        self.largest = largest
         self._inbox = bytearray()
         self._body: bytearray | None = None
         self._filled = 0
@@ -203,7 +203,7 @@ class Connection:
     def _is_too_large(self, length: int) -> bool:
         if self._message.dropped or len(self._message.parts) >= MOST_PARTS:
             return True
-        return self._largest is not None and self._size + length > self._largest
+        return self.largest is not None and self._size + length > self.largest
 
     def _fill(self) -> bool:
         """Move what has come into the part that is under way; whether it is complete."""
@@ -271,7 +271,7 @@ class Connection:
         body = bytes(self._inbox[start : start + length])
         del self._inbox[: start + length]
         if body.startswith(b"\x04PING"):
-            self._write(_frame(b"\x04PONG" + body[7:23], COMMAND))
+            self.write(_frame(b"\x04PONG" + body[7:23], COMMAND))
         return True
 
     # --- writing ------------------------------------------------------------------------------------------------
@@ -280,14 +280,16 @@ class Connection:
         """Send a message, now or when there is room; whether it was taken on."""
         if self.ended or len(self._out) > MOST_UNSENT:
             return False
-        self._write(
-            b"".join(
-                _frame(part, MORE if n < len(parts) - 1 else 0) for n, part in enumerate(parts)
-            )
-        )
+        self.write(encode(parts))
         return True
 
-    def _write(self, data: bytes) -> None:
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for room in the socket."""
+        return len(self._out)
+
+    def write(self, data: bytes) -> None:
+        """Send an encoded message, now or when there is room, whatever waits already."""
         if not self._out:
             try:
                 data = data[self._socket.send(data) :]
@@ -320,6 +322,12 @@ class Connection:
         self._waiting.clear()
         self._inbox.clear()
         self._body = None
+
+
+def encode(parts: list[bytes]) -> bytes:
+    """A message as it goes over the wire."""
+    last = len(parts) - 1
+    return b"".join(_frame(part, MORE if n < last else 0) for n, part in enumerate(parts))
 
 
 def _frame(body: bytes, flags: int) -> bytes:
@@ -409,12 +417,9 @@ def _open(address: Address) -> socket.socket:
 async def _shake_hands(sock: socket.socket, kind: str, identity: bytes) -> bytes:
     """Greet, say what we are, and hear that the other end is ready; what it sent after that."""
     loop = asyncio.get_running_loop()
-    ready = b"\x05READY" + _property(b"Socket-Type", kind.encode())
-    if identity:
-        ready += _property(b"Identity", identity)
-    await loop.sock_sendall(sock, GREETING + _frame(ready, COMMAND))
+    await loop.sock_sendall(sock, GREETING + ready_command(kind, identity))
     data = bytearray()
-    while (end := _end_of_handshake(data)) is None:
+    while (end := end_of_handshake(data)) is None:
         piece = await loop.sock_recv(sock, COMMAND_BYTES)
         if not piece:
             raise ConnectionError("it was closed")
@@ -424,11 +429,32 @@ async def _shake_hands(sock: socket.socket, kind: str, identity: bytes) -> bytes
     return bytes(data[end:])
 
 
+def ready_command(kind: str, identity: bytes = b"") -> bytes:
+    """The command that says of what type a socket is, and who."""
+    ready = b"\x05READY" + _property(b"Socket-Type", kind.encode())
+    return _frame(ready + (_property(b"Identity", identity) if identity else b""), COMMAND)
+
+
+def ready_properties(frame: bytes) -> dict[bytes, bytes]:
+    """The properties in a READY command, their names in lower case. Raises ConnectionError."""
+    at = (9 if frame[0] & LONG else 2) + len(b"\x05READY")
+    properties: dict[bytes, bytes] = {}
+    while at < len(frame):
+        name = frame[at + 1 : at + 1 + frame[at]]
+        at += 1 + len(name)
+        length = int.from_bytes(frame[at : at + 4], "big")
+        if at + 4 + length > len(frame):
+            raise ConnectionError("a property that is cut off")
+        properties[name.lower()] = frame[at + 4 : at + 4 + length]
+        at += 4 + length
+    return properties
+
+
 def _property(name: bytes, value: bytes) -> bytes:
     return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
 
 
-def _end_of_handshake(data: bytearray) -> int | None:
+def end_of_handshake(data: bytearray) -> int | None:
     """Where the READY of the other end ends, ``None`` before it has all come. Raises ConnectionError for anything else."""
     if len(data) < GREETING_BYTES:
         return None

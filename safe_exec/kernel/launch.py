@@ -121,7 +121,10 @@ class Launched(Struct, frozen=True, kw_only=True):
 
 
 class Launch(Struct, frozen=True, kw_only=True):
-    """What is to be started, and where."""
+    """What is to be started, and where.
+
+    A kernel that shares the ``key`` of somebody else's connection file is one that people talk to.
+    """
 
     spec: Spec
     kernel_name: str
@@ -129,10 +132,12 @@ class Launch(Struct, frozen=True, kw_only=True):
     limits: Limits
     cwd: str
     env: Mapping[str, str]
+    key: str | None = None
 
     def __repr__(self) -> str:
-        # Without the environment, which may hold secrets.
-        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n != "env")
+        # Without the environment and the key: both are secrets.
+        secret = ("env", "key")
+        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n not in secret)
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -236,7 +241,7 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
             for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)
         },
         "ip": str(sandbox.directory / "k"),
-        "key": os.urandom(20).hex(),
+        "key": what.key or os.urandom(20).hex(),
         "transport": "ipc",
         "signature_scheme": "hmac-sha256",
         "kernel_name": what.kernel_name,
@@ -248,10 +253,14 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
     channels, instrumented = begin_spawn(
         sandbox,
         what.plan,
-        command(what.spec, str(path), extra_arguments(what.kernel_name)),
+        command(
+            what.spec,
+            str(path),
+            extra_arguments(what.kernel_name) if what.key is None else (),
+        ),
         env=environment_of(what.spec, what.env),
         cwd=what.cwd,
-        config=inside_config(what.limits, headless=True),
+        config=inside_config(what.limits, headless=what.key is None, marks=True),
     )
     return Launched(
         spec=what.spec,
@@ -373,9 +382,9 @@ def _enclose(
     return enclosure
 
 
-def inside_config(limits: Limits, *, headless: bool) -> dict[str, object]:
-    """What ``inside`` is told. Where other tools run the kernel nobody would mark what is missing: then nothing is held back."""
-    cap = limits.cell_output if headless else None
+def inside_config(limits: Limits, *, headless: bool, marks: bool) -> dict[str, object]:
+    """The agent's settings. It cuts output at its caps only where somebody ``marks`` what is missing."""
+    cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
     return {
         "cut": cut,

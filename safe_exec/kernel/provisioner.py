@@ -68,7 +68,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
         self._told = False
-        self._prepared = False
+        self._prepared = self.headless = False
         self.ports_cached = False
         self.pid: int | None = None
         self.pgid: int | None = None
@@ -79,7 +79,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
         """Use what ``safe-exec run`` has built already instead of building it here."""
-        self._prepared = True
+        self._prepared = self.headless = True
         self.limits, self.plan, self.sandbox = limits, plan, sandbox
         self.run_id = sandbox.run_id
 
@@ -143,7 +143,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         """
         assert self.sandbox is not None and self.plan is not None
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
-        config = inside_config(self.limits, headless=self._prepared)
+        config = inside_config(self.limits, headless=self.headless, marks=self._prepared)
         if self._prepared:
             self.channels, self.instrumented = spawn(
                 self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config

@@ -55,6 +55,8 @@ MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 """In this order: the subscription should stand when the first reply comes."""
+STDIN = {"stdin": "DEALER"}
+"""Somebody may type only where people talk to the kernel."""
 END_SECONDS = 1.0
 """A kernel that closes its sockets while we connect is most likely ending."""
 FAULT_CHARACTERS = 1 << 20
@@ -106,6 +108,8 @@ class KernelSession:
         self.meter: Meter | None = None
         self.volumes: Volumes | None = None
         self.cleanup = CleanupResult()
+        self.key: str | None = None
+        """The key of a client's connection file, for a kernel that people talk to."""
         self._channels: dict[str, Channel] = {}
         self._closed = False
 
@@ -140,6 +144,7 @@ class KernelSession:
                 limits=self.limits,
                 cwd=cwd,
                 env=env,
+                key=self.key,
             )
             launched = await _aside(partial(launch, self.sandbox, what))
         km = Manager(kernel_name=kernel_name)
@@ -167,6 +172,7 @@ class KernelSession:
         )
         provisioner.on_limit = self._on_limit
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
+        provisioner.headless = self.key is None
         km.provisioner = provisioner
         return provisioner
 
@@ -184,9 +190,10 @@ class KernelSession:
         else:
             for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
                 setattr(km, f"{name}_port", port)
-        await km.start_kernel(
-            cwd=cwd, env=dict(env), extra_arguments=extra_arguments(km.kernel_name)
-        )
+        if self.key is not None:
+            km.session.key = self.key.encode()
+        extra = extra_arguments(km.kernel_name) if self.key is None else []
+        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra)
 
     def _spec(self, km: Any, kernel_name: str) -> Any:
         try:
@@ -279,7 +286,7 @@ class KernelSession:
 
     async def _open_channels(self, kc: Any, deadline: float | None) -> None:
         """Connect once to each socket; never again, whatever is put in their places later."""
-        for name, kind in CHANNELS.items():
+        for name, kind in (CHANNELS if self.key is None else CHANNELS | STDIN).items():
             port = getattr(self.manager, f"{name}_port")
             ip = self.manager.transport == "ipc"
             address = (
@@ -298,6 +305,10 @@ class KernelSession:
                 raise KernelStartError(self._why_it_ended() if dead else str(error)) from error
             self._channels[name] = Channel(kc.session, connection)
             setattr(kc, f"_{name}_channel", self._channels[name])
+
+    def connections(self) -> dict[str, Connection]:
+        """The connections behind the channels, for a caller that passes frames on as they are."""
+        return {name: channel.connection for name, channel in self._channels.items()}
 
     def _sockets(self) -> str:
         """What the paths of the kernel's sockets begin with, as we reach them."""

@@ -1,4 +1,4 @@
-"""Kernels of other tools: a kernelspec that carries limits, used by the real `jupyter execute`, nbconvert, nbmake and a Jupyter server."""
+"""Kernels of other tools: a kernelspec with the provisioner, used by the real `jupyter execute`, nbconvert, nbmake and a Jupyter server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ DIED = "kernel ended with SIGKILL, 1 process(es) killed for memory in its contro
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with a kernelspec of ours."""
     prefix = tmp_path_factory.mktemp("prefix")
-    done = kernelspec("install", "--limits", "ci", "--memory", "300M", "--prefix", str(prefix))
+    done = kernelspec(
+        "install", "--provisioner", "--limits", "ci", "--memory", "300M", "--prefix", str(prefix)
+    )
     assert done.returncode == 0, done.stderr
     return prefix
 
@@ -82,11 +84,11 @@ def document(prefix: Path, name: str) -> Any:
 
 
 def test_the_kernelspec_carries_its_limits(tmp_path: Path) -> None:
-    done = kernelspec("install", "--limits", "ci", "--prefix", str(tmp_path))
+    done = kernelspec("install", "--provisioner", "--limits", "ci", "--prefix", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "Python 3 (safe-exec: ci): installed as python3-safe-exec-ci" in done.stdout
     assert (
-        "holds     memory 2.0 GiB, processes 512, open files 1024, file size 1.0 GiB" in done.stdout
+        "limits    memory 2.0 GiB, processes 512, open files 1024, file size 1.0 GiB" in done.stdout
     )
     made = document(tmp_path, KERNEL)
     assert made["display_name"] == "Python 3 (safe-exec: ci)"
@@ -109,7 +111,9 @@ def test_the_kernelspec_carries_its_limits(tmp_path: Path) -> None:
         "--name",
         "small-bash",
     )
-    done = kernelspec("install", *options, "--display-name", "Small", "--prefix", str(tmp_path))
+    done = kernelspec(
+        "install", "--provisioner", *options, "--display-name", "Small", "--prefix", str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     made = document(tmp_path, "small-bash")
     assert (made["display_name"], made["language"]) == ("Small", "bash")
@@ -135,6 +139,7 @@ def test_where_it_goes_and_what_it_does_not_replace(tmp_path: Path) -> None:
         ("--user", "--kernel", "absent"): "no kernel named 'absent' is installed",
         ("--user", "--limits", "absent"): "unknown profile 'absent'",
         ("--user", "--memory", "much"): "memory: 'much' is not a size",
+        ("--user", "--provisioner", "--cell-timeout", "5"): "it cannot enforce --cell-timeout",
     }.items():
         done = kernelspec("install", *arguments, env=home)
         assert (done.returncode, said in done.stderr) == (2, True), (arguments, done.stderr)

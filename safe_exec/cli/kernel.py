@@ -1,0 +1,91 @@
+"""``safe-exec kernel``: the command in a kernelspec, for any client that starts kernels by their command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safe_exec.cli.run import limit_options, wall_options, walls_of
+from safe_exec.model.limits import LimitName
+
+NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
+"""A session has no end of its own: only its cells have limits of time and output."""
+
+
+@click.command("kernel", short_help="Be a kernel: run one inside limits for a Jupyter client.")
+@click.option(
+    "-f",
+    "--connection-file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The connection file that the client has written.",
+)
+@click.option(
+    "--kernel",
+    default="python3",
+    metavar="NAME",
+    show_default=True,
+    help="The kernel to run inside limits.",
+)
+@click.option(
+    "--limits",
+    metavar="NAME|FILE",
+    help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
+)
+@limit_options
+@wall_options
+@click.option(
+    "--require",
+    metavar="LIMIT,...",
+    help="Refuse to start unless the system's kernel holds these limits and walls (or: all, walls, none).",
+)
+@click.option("--mechanisms", metavar="NAME,...", help="Use only these mechanisms, as `run` does.")
+@click.option(
+    "--on-death",
+    type=click.Choice(["exit", "restart"]),
+    default="exit",
+    show_default=True,
+    help="After the kernel died: end, so that the client restarts it, or start a fresh kernel at once.",
+)
+@click.option("--no-history", is_flag=True, help="Do not record the session.")
+def command(
+    connection_file: Path, kernel: str, on_death: str, no_history: bool, **options: Any
+) -> int:
+    """Run a kernel inside limits for whoever wrote the connection file.
+
+    Jupyter clients call this; `safe-exec kernelspec install` tells them to. When the kernel dies, the running cell gets the
+    diagnosis as its error.
+
+    Exit codes: 0 the client asked for the end, 2 bad usage, 3 the kernel died, 4 a cell's time was up and the kernel did not
+    answer, 5 another limit, 6 the kernel did not start, 7 safe-exec failed.
+    """
+    from safe_exec.errors import UsageError
+    from safe_exec.interactive.proxy import OnDeath
+    from safe_exec.interactive.start import KernelOptions, serve
+
+    figures = {
+        name.value: options[name.value] for name in LimitName if options[name.value] is not None
+    }
+    for name in NOT_HERE:
+        if name.value in figures:
+            raise UsageError(
+                f"--{name.value}: a session has no such limit; use --cell-{name.value}"
+            )
+    mechanisms = options["mechanisms"]
+    return serve(
+        KernelOptions(
+            connection_file=connection_file,
+            kernel=kernel,
+            limits=options["limits"],
+            figures=figures,
+            walls=walls_of(options),
+            require=options["require"],
+            mechanisms=None
+            if mechanisms is None
+            else tuple(part.strip() for part in mechanisms.split(",")),
+            on_death=OnDeath(on_death),
+            records=not no_history,
+        )
+    )

@@ -1,0 +1,193 @@
+"""The public side: the five sockets of a connection file, and who is connected to them.
+
+A message from a client is handed on only once its signature is verified; the heartbeat is answered
+at once, whatever the kernel does. Imports wire and sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from safe_exec.errors import UsageError
+from safe_exec.interactive.sockets import Listener, Peer, listen
+from safe_exec.interactive.wire import Author, Message, NotAMessage, Signer, parse
+from safe_exec.kernel.connection import encode
+
+KINDS = {"shell": "ROUTER", "iopub": "XPUB", "stdin": "ROUTER", "control": "ROUTER", "hb": "REP"}
+MOST_CONNECTION_BYTES = 64 << 10
+FLUSH_SECONDS = 0.001
+
+
+class ConnectionFile(Struct, frozen=True, kw_only=True):
+    """Where clients will connect, and the key that they sign with."""
+
+    path: Path
+    transport: str
+    ip: str
+    key: bytes
+    scheme: str
+    ports: Mapping[str, int]
+    document: Mapping[str, Any]
+
+
+def read_connection_file(path: Path) -> ConnectionFile:
+    """The connection file that a client has written. Raises UsageError, one line."""
+    try:
+        document = json.loads(path.read_bytes()[:MOST_CONNECTION_BYTES])
+        if document.get("curve_publickey"):
+            raise UsageError(
+                f"{path}: encrypted transport (CurveZMQ) is not supported by `safe-exec kernel`; set"
+                " transport_encryption to 'disabled', or install the kernel with --provisioner"
+            )
+        return ConnectionFile(
+            path=path,
+            transport=str(document.get("transport", "tcp")),
+            ip=str(document.get("ip", "127.0.0.1")),
+            key=str(document.get("key", "")).encode(),
+            scheme=str(document.get("signature_scheme") or "hmac-sha256"),
+            ports={name: int(document.get(f"{name}_port", 0)) for name in KINDS},
+            document=document,
+        )
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path}: not a connection file: {error}") from None
+
+
+class Front:
+    """The public sockets. ``on_message`` gets each valid message with its channel and client.
+
+    ``paused`` is asked before a message is taken from shell, control and stdin; ``resume`` takes
+    those that waited.
+    """
+
+    def __init__(
+        self,
+        file: ConnectionFile,
+        *,
+        on_message: Callable[[str, Peer, Message], None],
+        paused: Callable[[str], bool],
+    ) -> None:
+        """Listen. Raises UsageError for addresses that cannot be had."""
+        try:
+            self.signer = Signer(file.key, file.scheme)
+        except ValueError as error:
+            raise UsageError(f"{file.path}: {error}") from None
+        self.author = Author(self.signer)
+        self.rejected = 0
+        self.first_rejection = ""
+        self._on_message, self._paused = on_message, paused
+        self._listeners: dict[str, Listener] = {}
+        # A file of the user's own umask may be read by others, and with it the key.
+        with contextlib.suppress(OSError):
+            os.chmod(file.path, 0o600)
+        arrivals = {"iopub": self._subscribe, "hb": self._beat}
+        try:
+            for name, kind in KINDS.items():
+                sock = listen(file.transport, file.ip, file.ports[name])
+                take = arrivals.get(name) or self._taker(name)
+                self._listeners[name] = Listener(sock, kind, take)
+        except OSError as error:
+            self.close()
+            where = f"{file.transport}://{file.ip}, {name} port {file.ports[name]}"
+            taken = " (another kernel has it)" if error.errno == errno.EADDRINUSE else ""
+            raise UsageError(f"{where}: cannot listen: {error.strerror}{taken}") from None
+        self._write_ports(file)
+
+    def _write_ports(self, file: ConnectionFile) -> None:
+        """Tell clients the ports that the system chose."""
+        if all(file.ports.values()) or file.transport != "tcp":
+            return
+        document = {**file.document, "ip": file.ip, "transport": file.transport}
+        document |= {f"{name}_port": listener.port for name, listener in self._listeners.items()}
+        file.path.write_text(json.dumps(document, indent=1))
+
+    # --- from clients ---------------------------------------------------------------------------------------------
+
+    def _taker(self, name: str) -> Callable[[Peer], None]:
+        return lambda peer: self._take(name, peer)
+
+    def _take(self, name: str, peer: Peer) -> None:
+        while not self._paused(name) and (received := peer.connection.take()) is not None:
+            try:
+                message = parse([] if received.dropped else received.parts)
+                self.signer.verify(message)
+            except NotAMessage as error:
+                self.rejected += 1
+                self.first_rejection = self.first_rejection or str(error)
+                continue
+            peer.trust()
+            self._on_message(name, peer, message)
+
+    def resume(self) -> None:
+        """Take what has waited while we were paused."""
+        for name in ("control", "stdin", "shell"):
+            for peer in tuple(self._listeners[name].peers.values()):
+                self._take(name, peer)
+
+    def _subscribe(self, peer: Peer) -> None:
+        """A subscription is a frame that begins with 1, its end one with 0 (ZMTP 3.0); each is welcomed (JEP 65)."""
+        while (received := peer.connection.take()) is not None:
+            for frame in received.parts[:1]:
+                topic = frame[1:256]
+                if frame[:1] == b"\1" and len(peer.topics) < 100:  # noqa: PLR2004
+                    peer.topics.add(topic)
+                    content = {"subscription": topic.decode("utf-8", "replace")}
+                    welcome = self.author.frames("iopub_welcome", content)
+                    peer.send(encode([topic, *welcome] if topic else welcome))
+                elif frame[:1] == b"\0":
+                    peer.topics.discard(topic)
+
+    def _beat(self, peer: Peer) -> None:
+        while (received := peer.connection.take()) is not None:
+            if not received.dropped:
+                peer.send(encode(received.parts))
+
+    # --- to clients -----------------------------------------------------------------------------------------------
+
+    def reply(self, name: str, client: bytes, frames: list[bytes]) -> None:
+        """Send a message to one client, if it is still there."""
+        peer = self._listeners[name].peers.get(client)
+        if peer is not None:
+            peer.send(encode(frames))
+
+    def publish(self, frames: list[bytes]) -> None:
+        """Send a message to all subscribers."""
+        self._listeners["iopub"].publish(frames)
+
+    def announce(self, kind: str, content: Mapping[str, Any], parent: bytes = b"{}") -> None:
+        """Publish a message of our own."""
+        self.publish(
+            [f"kernel.safe-exec.{kind}".encode(), *self.author.frames(kind, content, parent)]
+        )
+
+    @property
+    def queued(self) -> int:
+        """The most bytes that wait for one subscriber."""
+        return self._listeners["iopub"].queued
+
+    def drop_slowest(self) -> None:
+        """Cut off the subscriber that takes nothing."""
+        self._listeners["iopub"].drop_slowest()
+
+    async def flush(self, seconds: float) -> None:
+        """Wait until the system has taken all that waits for clients, at most so long."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while any(listener.queued for listener in self._listeners.values()):
+            if asyncio.get_running_loop().time() > deadline:
+                return
+            await asyncio.sleep(FLUSH_SECONDS)
+
+    def close(self) -> None:
+        """Close all."""
+        for listener in self._listeners.values():
+            listener.close()

@@ -1,0 +1,343 @@
+"""One sandboxed kernel behind the proxy, from its start to its end: a trial whose cells come as people send them.
+
+The notebook of this trial grows by a cell with each request. Frames pass through; the accounts of
+the running cell are kept beside, so that a death can be diagnosed as ``run`` does. May import trial
+and kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nbformat.notebooknode import NotebookNode
+
+from safe_exec.errors import KernelStartError, SafeExecError, SandboxError
+from safe_exec.interactive.wire import Message, NotAMessage, parse
+from safe_exec.kernel.channel import stream_content
+from safe_exec.kernel.client import LAST_TEXT_CHARACTERS, TrialClient
+from safe_exec.kernel.connection import Connection
+from safe_exec.model.ending import Ending, InternalError, StartFailed, TerminationReason, TimedOut
+from safe_exec.model.limits import LimitName, Limits
+from safe_exec.model.verdict import CellRecord, CellStatus
+from safe_exec.trial.cell_loop import CellLoop
+from safe_exec.trial.evidence import collect_evidence
+from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.run import Trial
+from safe_exec.units import format_size
+
+if TYPE_CHECKING:
+    from safe_exec.trial.sampler import Sampler
+
+SAMPLE_AFTER_SECONDS = 0.1
+"""A cell that is over before costs no sample."""
+MOST_TEXT_CHARACTERS = 64 << 10
+"""Of a cell's text so much is kept, for the rules that read a last message."""
+KEPT_CELLS = 1000
+"""Cells of before whose source is kept; of older ones only the figures are."""
+LARGEST_REPLY_READ = 1 << 20
+OUTPUTS = ("stream", "display_data", "execute_result", "update_display_data", "error")
+CLOSED_SECONDS = 2.0
+QUIET_SECONDS = 0.01
+
+
+class Inner(Trial):
+    """One kernel. ``on_shell`` and its like get its messages; ``died`` of the session tells of its end."""
+
+    def __init__(
+        self,
+        request: TrialRequest,
+        *,
+        key: bytes,
+        on_message: Callable[[str, Message], None],
+    ) -> None:
+        super().__init__(request)
+        self.session.key = key.decode("utf-8", "replace")
+        self._on_message = on_message
+        self._cells = CellLoop(self.state)
+        self._links: dict[str, Connection] = {}
+        self._sampling: asyncio.Task[None] | None = None
+        self._stored = 0
+        self._cut = False
+        self.waits_for_input = False
+        self.recovered: list[dict[str, Any]] = []
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> Ending | None:
+        """Start the kernel and connect; an ending where it did not come up. Raises SandboxError."""
+        self.state.loop = asyncio.get_running_loop()
+        ending = await self._start()
+        if ending is None:
+            self._links = self.session.connections()
+            self.client.on_message = lambda _index, message: self.recovered.append(message)
+            for name, link in self._links.items():
+                link.on_arrival = lambda name=name: self._take(name)  # type: ignore[misc]
+                self._take(name)
+        return ending
+
+    @property
+    def client(self) -> TrialClient:
+        """The accounts of the running cell."""
+        assert self.session.client is not None
+        return self.session.client
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of each cell."""
+        return self.state.request.limits
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def send(self, channel: str, client: bytes, frames: list[bytes]) -> bool:
+        """Pass a client's message on; whether the kernel's socket has room for it."""
+        link = self._links.get(channel)
+        return link is not None and link.send([client, *frames])
+
+    @property
+    def congested(self) -> bool:
+        """Whether the kernel takes requests more slowly than they come."""
+        return any(link.unsent for link in self._links.values())
+
+    def resume(self) -> None:
+        """Take messages that waited for room among the clients."""
+        for name in self._links:
+            self._take(name)
+
+    hold: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether clients have no room for more; messages then wait in the kernel's own socket."""
+
+    def _take(self, name: str) -> None:
+        link = self._links[name]
+        while not (name == "iopub" and self.hold()):
+            received = link.take()
+            if received is None:
+                return
+            if received.dropped:
+                self.client.cut_display(received.dropped)
+                continue
+            try:
+                self._on_message(name, parse(received.parts))
+            except NotAMessage as error:
+                self.client._complain(str(error))  # noqa: SLF001 - one count of what was no message
+
+    # --- cells ------------------------------------------------------------------------------------------------------
+
+    def add_cell(self, source: str, metadata: dict[str, Any], cell_id: str | None) -> int:
+        """Append a cell to the trial's notebook; its index."""
+        cells, records = self.state.request.node.cells, self.state.metrics.records
+        index = len(cells)
+        code_index = sum(
+            1 for record in records.values() if record.status is not CellStatus.SKIPPED
+        )
+        cells.append(
+            NotebookNode(
+                cell_type="code",
+                source=source,
+                metadata=NotebookNode(metadata),
+                outputs=[],
+                execution_count=None,
+                **({"id": cell_id} if cell_id else {}),
+            )
+        )
+        records[index] = CellRecord(
+            index=index, code_index=code_index, id=cell_id, status=CellStatus.NOT_RUN
+        )
+        return index
+
+    def begin(self, index: int, msg_id: str) -> None:
+        """A cell begins to run."""
+        client, cell = self.client, self.state.request.node.cells[index]
+        self.state.current = index
+        client.running = (msg_id, cell, index)
+        client.sent[msg_id] = index
+        client.begin_cell(self.limits.cell_output)
+        client.clear_before_next_output = False
+        self._stored, self._cut, self.waits_for_input = 0, False, False
+        self._cells._begin(index, cell)  # noqa: SLF001 - one family of classes
+        self.session.history.begin_cell()
+        self._sampling = asyncio.get_running_loop().create_task(self._sample())
+
+    async def _sample(self) -> None:
+        await asyncio.sleep(SAMPLE_AFTER_SECONDS)
+        sampler: Sampler = self._sampler
+        await sampler.run()
+
+    def end(self, index: int, *, failed: bool, counts: bool) -> None:
+        """A cell has run. One that does not count (a silent request) is no cell of the session's afterwards."""
+        self._stop_sampling()
+        self._cells._end(index, CellStatus.FAILED if failed else CellStatus.PASSED)  # noqa: SLF001
+        self.state.current = None
+        node = self.state.request.node
+        cell = node.cells[index]
+        cell.outputs = [_tail(output) for output in cell.outputs[-1:]]
+        if not counts:
+            cell.cell_type = "raw"
+            self.state.metrics.skip(index)
+        if index >= KEPT_CELLS:
+            old = node.cells[index - KEPT_CELLS]
+            old.source, old.outputs = "", []
+
+    def _stop_sampling(self) -> None:
+        if self._sampling is not None:
+            self._sampling.cancel()
+            self._sampling = None
+
+    # --- accounts of output -----------------------------------------------------------------------------------------
+
+    def admit(self, message: Message) -> list[bytes] | None:
+        """The frames to publish of an output of the running cell; ``None`` for one beyond its cap."""
+        accounts, kind = self.client.accounts, message.kind
+        if kind not in OUTPUTS:
+            return message.frames
+        size = message.size
+        accounts.messages += 1
+        accounts.received += size
+        accounts.last = time.monotonic()
+        assert self.state.current is not None
+        self._sampler.note_output(self.state.current, size)
+        accounts.seen.append(message.id[:200])
+        if kind == "stream":
+            self._note_text(message)
+        elif kind == "error":
+            with contextlib.suppress(NotAMessage):
+                self._note_error(message.content())
+        cap = self.limits.cell_output
+        if cap is None or kind == "error" or self._stored + size <= cap:
+            self._stored += size
+            return message.frames
+        accounts.truncated = True
+        return None
+
+    def cut_mark(self) -> str | None:
+        """The words that stand in the place of what was cut; ``None`` when they were said."""
+        if self._cut:
+            return None
+        self._cut = self.client.accounts.marked = True
+        cap = format_size(self.limits.cell_output or 0)
+        return f"\n[safe-exec: output cut here; limit for this cell {cap}]\n"
+
+    def _note_text(self, message: Message) -> None:
+        """Count characters, for the recovery of those that a dead kernel never sent, and keep the end of the text."""
+        content = stream_content(message.content_frame)
+        if content is None:
+            return
+        name, text = content["name"], content["text"]
+        accounts = self.client.accounts
+        accounts.texts.append((accounts.last or 0.0, name, text[-LAST_TEXT_CHARACTERS:]))
+        if not self.client._of_a_child({"header": message.header}):  # noqa: SLF001
+            accounts.characters[name] += len(text)
+        cell = self.state.request.node.cells[self.state.current or 0]
+        last = cell.outputs[-1] if cell.outputs else None
+        if last is not None and last.get("name") == name:
+            last.text = (last.text + text)[-MOST_TEXT_CHARACTERS:]
+        else:
+            if len(cell.outputs) > 20:  # noqa: PLR2004
+                del cell.outputs[0]
+            cell.outputs.append(
+                NotebookNode(output_type="stream", name=name, text=text[-MOST_TEXT_CHARACTERS:])
+            )
+
+    def _note_error(self, content: dict[str, Any]) -> None:
+        cell = self.state.request.node.cells[self.state.current or 0]
+        traceback = [str(line)[:4096] for line in content.get("traceback") or ()][-50:]
+        cell.outputs.append(
+            NotebookNode(
+                output_type="error",
+                ename=str(content.get("ename"))[:200],
+                evalue=str(content.get("evalue"))[:4096],
+                traceback=traceback,
+            )
+        )
+
+    def note_reply(self, index: int, message: Message) -> dict[str, Any] | None:
+        """Take in the reply to a cell; its content, unless it is very large."""
+        if len(message.content_frame) > LARGEST_REPLY_READ:
+            return None
+        content = message.content()
+        self.client.replies = {index: content}  # the last one is all that evidence needs
+        self.client._look_for_exit(content, index)  # noqa: SLF001
+        return content
+
+    # --- the end of a cell's time -----------------------------------------------------------------------------------
+
+    async def over_time(self, index: int, done: asyncio.Task[Any]) -> TimedOut:
+        """Look, interrupt, and kill a kernel that does not answer within its grace time; how the cell timed out."""
+        limits = self.limits
+        self.state.limit_reached(LimitName.CELL_TIMEOUT, limits.cell_timeout)
+        await self._cells._look(index)  # noqa: SLF001
+        answered = await self._cells._interrupt(done, index, limits.interrupt_grace)  # noqa: SLF001
+        if not answered:
+            self.state.kill(TerminationReason.CELL_TIMEOUT)
+        return TimedOut(
+            cell=index,
+            whole_notebook=False,
+            allowed=limits.cell_timeout or 0.0,
+            answered=answered,
+            error=self._cells._error_of(index) if answered else None,  # noqa: SLF001
+        )
+
+    def forget_timeout(self) -> None:
+        """The kernel lives on after a cell's time was up: later endings are their own."""
+        self.state.limit = self.state.observation = self.state.observed_at = self.state.printed = (
+            None
+        )
+
+    # --- death ------------------------------------------------------------------------------------------------------
+
+    async def drained(self) -> None:
+        """Wait until nothing more comes from a dead kernel's sockets."""
+        deadline = time.monotonic() + CLOSED_SECONDS
+        count, since = -1, time.monotonic()
+        while time.monotonic() < min(deadline, since + QUIET_SECONDS):
+            for name in self._links:
+                self._take(name)
+            if all(link.exhausted for link in self._links.values()):
+                return
+            if count != self.client.accounts.messages:
+                count, since = self.client.accounts.messages, time.monotonic()
+            await asyncio.sleep(0.001)
+
+    async def ending_by_death(self, index: int | None) -> Ending:
+        """How a kernel ended that is dead; its last output stands in ``recovered``."""
+        self._stop_sampling()
+        return await self._cells.ending_by_death(index)
+
+    async def observe(self, ending: Ending) -> TrialResult:
+        """The facts of a trial that has come to an end, or of a cell that ran out of time."""
+        if self.state.current is not None:
+            self.state.metrics.abandon(self.state.current)
+        self.session.take_facts()
+        evidence, location = collect_evidence(self.state, ending)
+        return TrialResult(
+            ending=ending,
+            evidence=evidence,
+            metrics=self.state.metrics,
+            node=self.state.request.node,
+            location=location,
+            hello=self.session.told.hello,
+            warnings=tuple(self.state.warnings),
+            instrumented=self.session.instrumented,
+        )
+
+    def close(self) -> None:
+        """Kill what lives and remove everything. May be called again."""
+        self._stop_sampling()
+        self.session.close()
+
+
+def start_error(ending: Ending) -> SafeExecError:
+    """Why a kernel did not come up, on one line."""
+    if isinstance(ending, StartFailed):
+        return KernelStartError(ending.reason)
+    return SandboxError(ending.message if isinstance(ending, InternalError) else repr(ending))
+
+
+def _tail(output: Any) -> Any:
+    """A text output with the end of its text alone: all that is read of a cell of before."""
+    if output.get("output_type") == "stream":
+        output.text = output.text[-LAST_TEXT_CHARACTERS:]
+    return output

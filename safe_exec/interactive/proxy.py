@@ -1,0 +1,473 @@
+"""The proxy: clients on one side, a sandboxed kernel on the other, and the last word when that one dies.
+
+Requests go to the kernel as they come, in their order; the proxy keeps those that wait for a reply.
+A cell counts as running from the moment its request is passed on, or the cell before it is done,
+until its reply and its ``idle`` have come. May import everything of this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
+
+from safe_exec.interactive.diagnosis import LOST, Diagnosis, session_note
+from safe_exec.interactive.front import ConnectionFile, Front
+from safe_exec.interactive.inner import Inner, start_error
+from safe_exec.interactive.recording import Recording
+from safe_exec.interactive.sockets import MOST_QUEUED, Peer
+from safe_exec.interactive.wire import Message, NotAMessage
+from safe_exec.model.ending import Died, Ending, TimedOut
+from safe_exec.model.verdict import Status
+
+MOST_WAITING = 10_000
+"""Requests that may wait for a reply; the next one is taken when one of them has got its own."""
+PARENT_SECONDS = 1.0
+FLUSH_SECONDS = 2.0
+STALL_SECONDS = 2.0
+"""A subscriber that takes nothing for so long, while the kernel waits to send, is cut off."""
+STALL_LOOK_SECONDS = 0.05
+
+
+class OnDeath(StrEnum):
+    """What follows the last word on a kernel."""
+
+    EXIT = "exit"
+    RESTART = "restart"
+
+
+class Waiting(Struct, kw_only=True):
+    """A request that waits for its reply. ``cell`` is the index of its cell, ``None`` for other requests than to execute.
+
+    ``reply`` and ``idle`` are held back while the cell's diagnosis is made.
+    """
+
+    channel: str
+    client: bytes
+    kind: str
+    header: bytes
+    identities: list[bytes]
+    cell: int | None = None
+    counts: bool = True
+    reply: Message | None = None
+    idle: list[bytes] | None = None
+    content: dict[str, Any] | None = None
+    execution_count: int | None = None
+    done: asyncio.Event | None = None
+    is_held: bool = False
+
+
+class Proxy:
+    """One process of ``safe-exec kernel``. ``run()`` once; it returns the exit code."""
+
+    def __init__(
+        self,
+        file: ConnectionFile,
+        *,
+        make_inner: Callable[[Callable[[str, Message], None]], Inner],
+        diagnose: Callable[[Inner, Any], Diagnosis],
+        recording: Recording | None,
+        on_death: OnDeath,
+        notes: list[str],
+    ) -> None:
+        self._file = file
+        self._make_inner, self._diagnose = make_inner, diagnose
+        self._recording, self._on_death = recording, on_death
+        self._waiting: dict[str, Waiting] = {}
+        self._cells: list[str] = []
+        self._notes = notes
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._inner: Inner | None = None
+        self._is_ready = False
+        self._asked_to_end = False
+        self._stop = asyncio.Event()
+        self._stalled = False
+        self._code: int | None = None
+        self._front: Front | None = None
+
+    @property
+    def front(self) -> Front:
+        """The public sockets, once they listen."""
+        assert self._front is not None
+        return self._front
+
+    @property
+    def inner(self) -> Inner:
+        """The kernel that runs."""
+        assert self._inner is not None
+        return self._inner
+
+    # --- the whole --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serve until the kernel is gone for good, or somebody ends us. Raises UsageError for addresses that cannot be had."""
+        self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        self._spawn(self._watch_parent())
+        try:
+            while self._code is None:
+                await self._live()
+            await self.front.flush(FLUSH_SECONDS)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._inner is not None:
+                self._inner.close()
+            self.front.close()
+        return self._code
+
+    async def _live(self) -> None:
+        """The life of one kernel."""
+        self._inner = self._make_inner(self._from_kernel)
+        self._inner.hold = self._holds
+        starting = asyncio.ensure_future(self._inner.start())
+        if not await self._unless_stopped(starting):
+            self._code = 0
+            return
+        ending = starting.result()
+        if ending is not None:
+            raise start_error(ending)
+        self._is_ready = True
+        self.front.resume()
+        died = asyncio.ensure_future(self._inner.session.died.wait())
+        if not await self._unless_stopped(died):
+            self._code = 0
+            return
+        await self._inner.drained()
+        self._is_ready = False
+        await self._bury(self._inner)
+
+    async def _unless_stopped(self, task: asyncio.Future[Any]) -> bool:
+        """Wait for a task; whether it was done before somebody asked us to end."""
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return task.done()
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _watch_parent(self) -> None:
+        """End with the process that started us, as ipykernel does; a server that was killed leaves no kernel behind."""
+        parent = os.environ.get("JPY_PARENT_PID", "")
+        if not parent.isdigit() or int(parent) != os.getppid():
+            return
+        while os.getppid() == int(parent):  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(PARENT_SECONDS)
+        self._stop.set()
+
+    def _interrupt(self) -> None:
+        """SIGINT: for the kernel's process group, as without us."""
+        if self._is_ready:
+            self.inner.session.interrupt()
+
+    # --- from clients -----------------------------------------------------------------------------------------------
+
+    def _is_paused(self, channel: str) -> bool:
+        """Whether requests have to wait: for the kernel to be up, or to take those of before."""
+        if not self._is_ready or self._inner is None:
+            return True
+        return channel == "shell" and (self._inner.congested or len(self._waiting) >= MOST_WAITING)
+
+    def _from_client(self, channel: str, peer: Peer, message: Message) -> None:
+        if channel == "stdin":
+            self.inner.waits_for_input = False
+        else:
+            self._note_request(channel, peer, message)
+        if message.kind == "shutdown_request":
+            self._asked_to_end = True
+            if self.inner.session.sandbox is not None:
+                self.inner.session.sandbox.ask_to_end()
+        self.inner.send(channel, peer.name, message.frames)
+        if message.kind == "execute_request" and channel == "shell":
+            self._begin_next()
+
+    def _note_request(self, channel: str, peer: Peer, message: Message) -> None:
+        waiting = Waiting(
+            channel=channel,
+            client=peer.name,
+            kind=message.kind,
+            header=message.header_frame,
+            identities=message.frames[: message.start - 1],
+        )
+        if message.kind == "execute_request" and channel == "shell":
+            try:
+                content = message.content()
+            except NotAMessage:
+                content = {}
+            self._add_cell(message, content, waiting)
+        if message.kind.endswith("_request"):
+            self._waiting[message.id] = waiting
+
+    def _add_cell(self, message: Message, content: dict[str, Any], waiting: Waiting) -> None:
+        source = content.get("code")
+        cell_id = _cell_id(message)
+        waiting.counts = content.get("silent") is not True
+        waiting.cell = self.inner.add_cell(source if isinstance(source, str) else "", {}, cell_id)
+        waiting.done = asyncio.Event()
+        self._cells.append(message.id)
+
+    def _begin_next(self) -> None:
+        """Let the accounts of the first cell in the queue begin, where none runs."""
+        if self._cells and self.inner.state.current is None:
+            msg_id = self._cells[0]
+            waiting = self._waiting[msg_id]
+            assert waiting.cell is not None
+            self.inner.begin(waiting.cell, msg_id)
+            if self._recording is not None and waiting.counts:
+                node = self.inner.state.request.node.cells[waiting.cell]
+                self._recording.add(node.source, node.get("id"))
+            if self._notes and waiting.counts:
+                text = "".join(self._notes)
+                self.front.announce("stream", {"name": "stderr", "text": text}, waiting.header)
+                self._notes = []
+            if self.inner.limits.cell_timeout is not None:
+                self._spawn(self._watch_time(msg_id, waiting))
+
+    # --- from the kernel --------------------------------------------------------------------------------------------
+
+    def _holds(self) -> bool:
+        """Whether a subscriber has as much to take as may wait; one that takes nothing for a while is cut off."""
+        if self.front.queued <= MOST_QUEUED:
+            return False
+        if not self._stalled:
+            self._stalled = True
+            self._spawn(self._wait_for_room())
+        return True
+
+    async def _wait_for_room(self) -> None:
+        loop = asyncio.get_running_loop()
+        least, since = self.front.queued, loop.time()
+        while (queued := self.front.queued) > MOST_QUEUED // 2:
+            if queued < least:
+                least, since = queued, loop.time()
+            if loop.time() - since > STALL_SECONDS:
+                self.front.drop_slowest()
+                least, since = self.front.queued, loop.time()
+            await asyncio.sleep(0.001 if queued < MOST_QUEUED else STALL_LOOK_SECONDS / 10)
+        self._stalled = False
+        if self._is_ready:
+            self.inner.resume()
+
+    def _from_kernel(self, channel: str, message: Message) -> None:
+        if channel == "iopub":
+            self._from_iopub(message)
+            return
+        if message.start < 2:  # noqa: PLR2004 - no identity before the delimiter: nobody to send it to
+            return
+        client, frames = message.frames[0], message.frames[1:]
+        waiting = self._waiting.get(message.parent_id)
+        if channel == "stdin":
+            self.inner.waits_for_input = True
+        elif waiting is not None and waiting.cell is not None:
+            if message.kind == "execute_reply":
+                waiting.reply = message
+                self._note_reply(message.parent_id, waiting, message)
+                return
+        elif waiting is not None:
+            del self._waiting[message.parent_id]
+        self.front.reply(channel, client, frames)
+
+    def _note_reply(self, msg_id: str, waiting: Waiting, message: Message) -> None:
+        assert waiting.cell is not None
+        with contextlib.suppress(NotAMessage):
+            waiting.content = self.inner.note_reply(waiting.cell, message)
+        if not waiting.is_held:
+            self.front.reply(waiting.channel, waiting.client, message.frames[1:])
+        self._finish_if_done(msg_id, waiting)
+
+    def _from_iopub(self, message: Message) -> None:
+        waiting = self._waiting.get(message.parent_id)
+        if waiting is None or waiting.cell is None or waiting.cell != self.inner.state.current:
+            self.front.publish(message.frames)
+            return
+        if message.kind == "status":
+            self._from_status(message, waiting)
+            return
+        if message.kind == "execute_input":
+            with contextlib.suppress(NotAMessage):
+                count = message.content().get("execution_count")
+                waiting.execution_count = count if isinstance(count, int) else None
+                node = self.inner.state.request.node.cells[waiting.cell]
+                node.execution_count = waiting.execution_count
+        frames = self.inner.admit(message)
+        if frames is not None:
+            self.front.publish(frames)
+        elif (mark := self.inner.cut_mark()) is not None:
+            self.front.announce("stream", {"name": "stderr", "text": mark}, waiting.header)
+
+    def _from_status(self, message: Message, waiting: Waiting) -> None:
+        state: Any = None
+        with contextlib.suppress(NotAMessage):
+            state = message.content().get("execution_state")
+        if state == "idle":
+            waiting.idle = message.frames
+        if state != "idle" or not waiting.is_held:
+            self.front.publish(message.frames)
+        if state == "idle":
+            self._finish_if_done(message.parent_id, waiting)
+
+    def _finish_if_done(self, msg_id: str, waiting: Waiting) -> None:
+        """End a cell whose reply and idle have both come; the kernel answers on two sockets, in no order."""
+        if waiting.reply is None or waiting.idle is None:
+            return
+        assert waiting.done is not None
+        waiting.done.set()
+        if not waiting.is_held:
+            self._finish(msg_id, waiting)
+
+    def _finish(self, msg_id: str, waiting: Waiting) -> None:
+        assert waiting.cell is not None
+        del self._waiting[msg_id]
+        self._cells.remove(msg_id)
+        if self.inner.state.current == waiting.cell:
+            failed = (waiting.content or {}).get("status") == "error"
+            self.inner.end(waiting.cell, failed=failed, counts=waiting.counts)
+        else:  # aborted before it began
+            self.inner.state.metrics.skip(waiting.cell)
+            self.inner.state.request.node.cells[waiting.cell].cell_type = "raw"
+        self._begin_next()
+        if not self._is_paused("shell"):
+            self.front.resume()
+
+    # --- the end of a cell's time -----------------------------------------------------------------------------------
+
+    async def _watch_time(self, msg_id: str, waiting: Waiting) -> None:
+        """Interrupt a cell when its time is up; while it waits for somebody to type, its time does not run."""
+        inner, done = self.inner, waiting.done
+        assert done is not None and waiting.cell is not None
+        left = inner.limits.cell_timeout or 0.0
+        while left > 0 or inner.waits_for_input:
+            step = min(max(left, 0.05), 0.5)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(step):
+                    await done.wait()
+            if done.is_set() or inner.session.died.is_set():
+                return
+            if not inner.waits_for_input:
+                left -= step
+        waiting.is_held = True
+        finished = self._spawn(done.wait())
+        ending = await inner.over_time(waiting.cell, finished)
+        if not ending.answered:
+            return  # its death is being dealt with, by the reason that was recorded for it
+        diagnosis = self._diagnose(inner, await inner.observe(ending))
+        inner.forget_timeout()
+        self._tell(msg_id, waiting, diagnosis)
+
+    def _tell(self, msg_id: str, waiting: Waiting, diagnosis: Diagnosis) -> None:
+        """The diagnosis of a cell that ended at an interrupt, then its reply and idle, which were held back."""
+        assert waiting.cell is not None and waiting.reply is not None and waiting.idle is not None
+        error = self._publish_error(waiting, diagnosis)
+        content = {**(waiting.content or {}), **error, "status": "error"}
+        frames = self.front.author.resigned(waiting.reply, content)
+        self.front.reply(waiting.channel, waiting.client, frames[1:])
+        self.front.publish(waiting.idle)
+        self._finish(msg_id, waiting)
+
+    def _publish_error(self, waiting: Waiting, diagnosis: Diagnosis) -> dict[str, Any]:
+        assert waiting.cell is not None
+        source = self.inner.state.request.node.cells[waiting.cell].source
+        node = self.inner.state.request.node
+        path = None
+        if self._recording is not None:
+            path = self._recording.write_notebook(diagnosis.verdict, node)
+        error = diagnosis.error(source, session_note(path))
+        self.front.announce("error", error, waiting.header)
+        return error
+
+    # --- the end of a kernel ----------------------------------------------------------------------------------------
+
+    async def _bury(self, inner: Inner) -> None:
+        """The last word on a kernel that ended; then what was asked for."""
+        if self._asked_to_end:
+            inner.close()
+            self._code = 0
+            return
+        msg_id = self._cells[0] if self._cells else None
+        waiting = self._waiting.get(msg_id) if msg_id is not None else None
+        diagnosis = await self._last_word(inner, waiting)
+        self._answer_the_rest(waiting)
+        inner.close()
+        status = diagnosis.verdict.status
+        if self._on_death is OnDeath.EXIT:
+            self._code = diagnosis.verdict.exit_code if status is not Status.PASSED else 0
+            return
+        self._notes = [LOST]
+        if self._recording is not None:
+            self._recording.restarted()
+        self.front.announce("status", {"execution_state": "restarting"})
+
+    async def _last_word(self, inner: Inner, waiting: Waiting | None) -> Diagnosis:
+        index = inner.state.current
+        ending: Ending = await inner.ending_by_death(index)
+        timed_out = waiting is not None and waiting.is_held
+        if timed_out and waiting is not None and waiting.cell is not None:
+            ending = TimedOut(
+                cell=waiting.cell,
+                whole_notebook=False,
+                allowed=inner.limits.cell_timeout or 0.0,
+                answered=None if inner.session.kill_reason is None else False,
+            )
+        asked = inner.client.asked_to_exit
+        if asked is not None and not timed_out:
+            # The request to exit came from an earlier cell; the loop stops 0.1 s after it.
+            ending = Died(cell=asked, exit=None, asked_to_exit=True)
+        diagnosis = self._diagnose(inner, await inner.observe(ending))
+        if waiting is not None:
+            for message in inner.recovered:
+                self.front.announce(message["msg_type"], message["content"], waiting.header)
+            error = self._publish_error(waiting, diagnosis)
+            content = diagnosis.reply(error, waiting.execution_count)
+            self._reply(waiting, "execute_reply", content)
+            self.front.announce("status", {"execution_state": "idle"}, waiting.header)
+        return diagnosis
+
+    def _answer_the_rest(self, first: Waiting | None) -> None:
+        """Every request that the dead kernel will not answer gets an answer."""
+        for waiting in self._waiting.values():
+            if waiting is first:
+                continue
+            kind = waiting.kind.removesuffix("_request") + "_reply"
+            if waiting.cell is not None:
+                content: dict[str, Any] = {"status": "aborted", "execution_count": None}
+            else:
+                content = {"status": "error", "ename": "KernelDied", "evalue": "the kernel ended"}
+                content["traceback"] = []
+            self._reply(waiting, kind, content)
+            self.front.announce("status", {"execution_state": "idle"}, waiting.header)
+        self._waiting.clear()
+        self._cells.clear()
+
+    def _reply(self, waiting: Waiting, kind: str, content: dict[str, Any]) -> None:
+        frames = self.front.author.frames(kind, content, waiting.header)
+        self.front.reply(waiting.channel, waiting.client, [*waiting.identities, *frames])
+
+
+def _cell_id(message: Message) -> str | None:
+    """The id of the cell in the client's document, as JupyterLab and VS Code send it."""
+    try:
+        metadata = json.loads(message.frames[message.start + 3])
+    except (ValueError, RecursionError):
+        return None
+    found = metadata.get("cellId") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) and 0 < len(found) <= 64 else None  # noqa: PLR2004

@@ -1,0 +1,166 @@
+"""Messages of Jupyter as frames: their parts, their signature, and messages of our own. Pure but for ids and the clock.
+
+Frames are passed on as they came: the keys outside and inside are the same, so signatures stay
+valid. Source: "The wire protocol" in jupyter_client's "Messaging in Jupyter".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import Struct
+
+DELIMITER = b"<IDS|MSG>"
+MOST_IDENTITIES = 8
+MOST_HEADER_BYTES = 64 << 10
+MOST_DIGESTS = 16_384
+VERSION = "5.4"
+
+
+class NotAMessage(ValueError):  # noqa: N818 - says what came
+    """Frames that are no message, or bear no valid signature."""
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    """One message as it came over the wire. ``header`` and ``parent`` are parsed, ``frames`` all there was."""
+
+    frames: list[bytes]
+    start: int
+    header: dict[str, Any]
+    parent: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Its ``msg_type``."""
+        return str(self.header["msg_type"])
+
+    @property
+    def id(self) -> str:
+        """Its ``msg_id``."""
+        return str(self.header["msg_id"])
+
+    @property
+    def parent_id(self) -> str:
+        """The id of the request that it belongs to; empty for none."""
+        return str(self.parent.get("msg_id", ""))
+
+    @property
+    def header_frame(self) -> bytes:
+        """The header as it came: the parent of all that answers it."""
+        return self.frames[self.start + 1]
+
+    @property
+    def content_frame(self) -> bytes:
+        """The content as it came."""
+        return self.frames[self.start + 4]
+
+    @property
+    def size(self) -> int:
+        """Bytes of content and buffers."""
+        return sum(map(len, self.frames[self.start + 4 :]))
+
+    def content(self) -> dict[str, Any]:
+        """The content. Raises NotAMessage."""
+        return _mapping(self.content_frame, "content")
+
+
+def parse(frames: list[bytes]) -> Message:
+    """The message that frames make up; its content is not looked at. Raises NotAMessage."""
+    try:
+        start = frames.index(DELIMITER, 0, MOST_IDENTITIES + 1) + 1
+    except ValueError:
+        raise NotAMessage("no delimiter") from None
+    if len(frames) < start + 5:
+        raise NotAMessage(f"a message of {len(frames)} frames")
+    header = _mapping(frames[start + 1], "header", most=MOST_HEADER_BYTES)
+    parent = _mapping(frames[start + 2], "parent header", most=MOST_HEADER_BYTES)
+    if not isinstance(header.get("msg_type"), str) or not isinstance(header.get("msg_id"), str):
+        raise NotAMessage("its type or id is no text")
+    return Message(frames=frames, start=start, header=header, parent=parent)
+
+
+def _mapping(frame: bytes, name: str, *, most: int | None = None) -> dict[str, Any]:
+    if most is not None and len(frame) > most:
+        raise NotAMessage(f"a {name} of {len(frame)} bytes")
+    try:
+        value = json.loads(frame)
+    except (ValueError, RecursionError):
+        raise NotAMessage(f"its {name} is no JSON") from None
+    if not isinstance(value, dict):
+        raise NotAMessage(f"its {name} is no object")
+    return value
+
+
+class Signer:
+    """Signs and verifies with the key of a connection file; an empty key signs nothing."""
+
+    def __init__(self, key: bytes, scheme: str = "hmac-sha256") -> None:
+        """Raises ValueError for a scheme other than ``hmac-`` and a hash that hashlib has."""
+        method, _, digest = scheme.partition("-")
+        if method != "hmac" or digest not in hashlib.algorithms_available:
+            raise ValueError(f"signature scheme {scheme!r} is not supported; use hmac-sha256")
+        self._base = hmac.new(key, digestmod=digest) if key else None
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def signature(self, parts: Sequence[bytes]) -> bytes:
+        """The signature of header, parent header, metadata and content."""
+        if self._base is None:
+            return b""
+        mac = self._base.copy()
+        for part in parts:
+            mac.update(part)
+        return mac.hexdigest().encode()
+
+    def verify(self, message: Message) -> None:
+        """Raise NotAMessage unless a message bears a valid signature, for the first time."""
+        if self._base is None:
+            return
+        at = message.start
+        signature = message.frames[at]
+        if not hmac.compare_digest(signature, self.signature(message.frames[at + 1 : at + 5])):
+            raise NotAMessage("invalid signature")
+        if signature in self._seen:
+            raise NotAMessage("a message of before")
+        self._seen[signature] = None
+        if len(self._seen) > MOST_DIGESTS:
+            self._seen.popitem(last=False)
+
+
+class Author:
+    """Makes messages of our own, in the name of one session."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+        self._session = os.urandom(16).hex()
+        self._count = 0
+
+    def frames(self, kind: str, content: Mapping[str, Any], parent: bytes = b"{}") -> list[bytes]:
+        """Delimiter, signature and the four parts of a message that answers ``parent``."""
+        self._count += 1
+        header = {
+            "msg_id": f"{self._session}_{os.getpid()}_{self._count}",
+            "username": "safe-exec",
+            "session": self._session,
+            "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "msg_type": kind,
+            "version": VERSION,
+        }
+        parts = [_dumps(header), parent, b"{}", _dumps(content)]
+        return [DELIMITER, self._signer.signature(parts), *parts]
+
+    def resigned(self, message: Message, content: Mapping[str, Any]) -> list[bytes]:
+        """The frames of a message with another content; identities before it stay."""
+        at = message.start
+        parts = [*message.frames[at + 1 : at + 4], _dumps(content)]
+        return [*message.frames[:at], self._signer.signature(parts), *parts]
+
+
+def _dumps(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")

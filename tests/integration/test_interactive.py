@@ -1,0 +1,343 @@
+"""``safe-exec kernel``, started by its command as JupyterLab and VS Code do, with plain jupyter_client on the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+
+from tests.support import MARK, marked_processes, safe_exec, wait_until
+
+READY_SECONDS = 90
+SEGFAULT = "import ctypes\nprint('before')\nctypes.string_at(0)"
+EATER = "rows = []\nfor _ in range(1000):\n    rows.append(bytearray(b'x') * (10 << 20))"
+pytestmark = pytest.mark.kills
+
+
+class Manager(AsyncKernelManager):  # type: ignore[misc]
+    """A manager whose kernelspec is the command alone."""
+
+    def use(self, *options: str) -> Manager:
+        argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
+        self._kernel_spec = KernelSpec(argv=[*argv, *options], language="python")
+        return self
+
+
+class Kernel:
+    """A kernel that is up, and what its iopub socket said."""
+
+    def __init__(self, manager: Manager, client: Any) -> None:
+        self.manager, self.client = manager, client
+        self.messages: list[dict[str, Any]] = []
+
+    async def run(self, code: str, seconds: float = 60, **options: Any) -> dict[str, Any]:
+        """Execute; the reply's content. ``messages`` are those of this cell."""
+        self.messages = []
+        reply = await self.client.execute_interactive(
+            code, timeout=seconds, output_hook=self.messages.append, **options
+        )
+        content: dict[str, Any] = reply["content"]
+        return content
+
+    async def reply(self, msg_id: str) -> dict[str, Any]:
+        """The reply to a request; replies to requests of before are left out."""
+        while True:
+            message = await self.client.get_shell_msg(timeout=60)
+            if message["parent_header"]["msg_id"] == msg_id:
+                content: dict[str, Any] = message["content"]
+                return content
+
+    def outputs(self, kind: str) -> list[dict[str, Any]]:
+        return [m["content"] for m in self.messages if m["msg_type"] == kind]
+
+    @property
+    def text(self) -> str:
+        return "".join(content["text"] for content in self.outputs("stream"))
+
+    @property
+    def diagnosis(self) -> str:
+        return "\n".join(self.outputs("error")[-1]["traceback"])
+
+    async def gone(self) -> int:
+        """Wait for the end of the process; its exit code."""
+        deadline = time.monotonic() + 20
+        while (code := await self.manager.provisioner.poll()) is None:
+            assert time.monotonic() < deadline, "the process did not end"
+            await asyncio.sleep(0.01)
+        return int(code)
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Every process of a test is known by this, and all of them have to go."""
+    mark = secrets.token_hex(8)
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    yield mark
+    wait_until(lambda: marked_processes(mark) == [], 20, "no process is left")
+
+
+@contextlib.asynccontextmanager
+async def kernel(folder: Path, *options: str, limits: str = "default") -> AsyncIterator[Kernel]:
+    manager = Manager(connection_file=str(folder / "c.json")).use("--limits", limits, *options)
+    await manager.start_kernel(cwd=str(folder))
+    client = manager.client()
+    try:
+        client.start_channels()
+        await client.wait_for_ready(timeout=READY_SECONDS)
+        yield Kernel(manager, client)
+    finally:
+        client.stop_channels()
+        await manager.shutdown_kernel()
+
+
+def test_a_cell_and_its_outputs(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            assert (await k.run("x = 6"))["status"] == "ok"
+            assert (await k.run("print(x * 7)"))["status"] == "ok"
+            assert k.text == "42\n"
+            content = await k.run("1 / 0")
+            assert (content["ename"], content["execution_count"]) == ("ZeroDivisionError", 3)
+            await k.run("x + 1")
+            assert k.outputs("execute_result")[0]["data"] == {"text/plain": "7"}
+            reply = await k.client.complete("x.bit_le", reply=True, timeout=30)
+            assert "bit_length" in str(reply["content"]["matches"])
+            assert stat.S_IMODE((tmp_path / "c.json").stat().st_mode) == 0o600
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (SEGFAULT, "segfault", "----> 3 ctypes.string_at(0)"),
+        (EATER, "out_of_memory", "----> 3     rows.append"),
+        ("import os\nprint('before')\nos._exit(5)", "exit", "----> 3 os._exit(5)"),
+    ],
+)
+def test_the_running_cell_says_why_the_kernel_died(
+    tmp_path: Path, mark: str, code: str, kind: str, words: str
+) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--memory", "300M") as k:
+            await k.run("import ctypes")
+            content = await k.run(code)
+            assert content["ename"] == f"SafeExec: {kind}"
+            assert words in k.diagnosis and "Code cell 2, line 3" in k.diagnosis
+            if "before" in code:
+                assert k.text == "before\n", "what the kernel had not sent"
+            assert await k.gone() == 3
+
+    asyncio.run(main())
+
+
+def test_a_fresh_kernel_follows_where_that_is_wanted(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--on-death", "restart") as k:
+            await k.run("x = 1")
+            assert (await k.run(SEGFAULT))["ename"] == "SafeExec: segfault"
+            content = await k.run("print('x' in dir())")
+            assert content["status"] == "ok"
+            assert "all variables" in k.text and k.text.endswith("False\n")
+            await k.run("print(1)")
+            assert k.text == "1\n", "said once"
+
+    asyncio.run(main())
+
+
+def test_a_cell_that_takes_too_long_is_interrupted_and_the_kernel_lives(
+    tmp_path: Path, mark: str
+) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--cell-timeout", "1") as k:
+            await k.run("x = 1")
+            content = await k.run("while True:\n    pass")
+            assert content["ename"] == "SafeExec: cell_timeout"
+            assert "----> 2     pass" in k.diagnosis
+            await k.run("print(x)")
+            assert k.text == "1\n"
+            content = await k.run("sum(range(10 ** 18))")
+            assert content["ename"] == "SafeExec: cell_timeout"
+            assert await k.gone() == 4
+
+    asyncio.run(main())
+
+
+def test_requests_behind_a_dying_cell_are_answered(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            ids = [k.client.execute("import time; time.sleep(0.5)\n" + SEGFAULT)]
+            ids += [k.client.execute("print(2)"), k.client.kernel_info()]
+            replies = [await k.reply(msg_id) for msg_id in ids]
+            assert [reply["status"] for reply in replies] == ["error", "aborted", "error"]
+
+    asyncio.run(main())
+
+
+def test_input_reaches_the_client_that_asked(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--cell-timeout", "2") as k:
+
+            async def answer(_message: dict[str, Any]) -> None:
+                await asyncio.sleep(2.5)  # longer than a cell may take
+                k.client.input("typed")
+
+            content = await k.run("print(input('?'))", allow_stdin=True, stdin_hook=answer)
+            assert content["status"] == "ok" and k.text == "typed\n"
+
+    asyncio.run(main())
+
+
+def test_interrupts_by_signal_and_by_message(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            for by_message in (False, True):
+                msg_id = k.client.execute("print('on', flush=True)\nimport time; time.sleep(60)")
+                while True:
+                    message = await k.client.get_iopub_msg(timeout=30)
+                    if message["content"].get("text") == "on\n":
+                        break
+                if by_message:
+                    request = k.client.session.msg("interrupt_request", {})
+                    k.client.control_channel.send(request)
+                else:
+                    await k.manager.interrupt_kernel()
+                assert (await k.reply(msg_id))["ename"] == "KeyboardInterrupt"
+
+    asyncio.run(main())
+
+
+def test_a_kernel_without_network_and_with_a_hidden_home(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, limits="strict") as k:
+            content = await k.run(
+                "import socket\n"
+                "try:\n    socket.create_connection(('192.0.2.1', 9), 1)\n"
+                "except OSError as error:\n    print(error)"
+            )
+            assert content["status"] == "ok" and "unreachable" in k.text
+            assert (await k.run(SEGFAULT))["ename"] == "SafeExec: segfault"
+
+    asyncio.run(main())
+
+
+def test_output_is_cut_at_its_cap(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--cell-output", "100K") as k:
+            await k.run("for n in range(8):\n    print('x' * 50_000, flush=True)")
+            assert 50_000 <= len(k.text) < 110_000
+            assert k.text.count("output cut here; limit for this cell 100 KiB") == 1
+            await k.run("print(1)")
+            assert k.text == "1\n"
+
+    asyncio.run(main())
+
+
+def test_a_restart_by_the_client_and_a_second_client(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            await k.run("x = 1")
+            other = k.manager.client()
+            other.start_channels()
+            await other.wait_for_ready(timeout=READY_SECONDS)
+            second = Kernel(k.manager, other)
+            await second.run("print(x + 1)")
+            assert second.text == "2\n"
+            await k.manager.restart_kernel()
+            await k.client.wait_for_ready(timeout=READY_SECONDS)
+            await k.run("print('x' in dir())")
+            assert k.text == "False\n"
+            other.stop_channels()
+
+    asyncio.run(main())
+
+
+def test_a_session_is_recorded_and_its_culprits_are_found(tmp_path: Path, mark: str) -> None:
+    async def main() -> str:
+        async with kernel(tmp_path, "--memory", "300M") as k:
+            await k.run("size = 10 << 20")
+            await k.run("unrelated = 1", silent=True)
+            await k.run("unrelated = 2")
+            await k.run("rows = [bytearray(b'x') * size for _ in range(100)]")
+            return k.diagnosis
+
+    diagnosis = asyncio.run(main())
+    (recording,) = (tmp_path / "state" / "safe-exec" / "sessions").glob("*.jsonl")
+    notebook = recording.with_suffix(".ipynb")
+    assert f"safe-exec bisect {notebook}" in diagnosis
+    for path in (recording, notebook):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    lines = [json.loads(line) for line in recording.read_text().splitlines()]
+    assert [line["executed"] for line in lines if "executed" in line][:2] == [
+        "size = 10 << 20",
+        "unrelated = 2",
+    ]
+    nbformat.validate(nbformat.read(notebook, as_version=4))
+    done = safe_exec("bisect", "--json", notebook)
+    assert done.returncode == 0, done.stderr
+    culprits = json.loads(done.stdout)["culprits"]["cells"]
+    assert [cell["code_index"] for cell in culprits] == [0, 2]
+    listed = safe_exec("sessions").stdout
+    assert recording.stem in listed and "out of memory" in listed
+
+
+def refused(folder: Path, *options: str) -> tuple[int, str]:
+    """The exit code and the stderr of a kernel that does not start."""
+    (folder / "c.json").write_text(json.dumps({"key": "k", "ip": "127.0.0.1"}))
+    done = safe_exec("kernel", "-f", folder / "c.json", *options, cwd=folder)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--kernel", "absent"), 6, "no kernel named 'absent'"),
+        (("--limits", "absent"), 2, "unknown profile 'absent'"),
+        (("--timeout", "5"), 2, "use --cell-timeout"),
+        (("--mechanisms", "watchdog", "--memory", "1G", "--require", "memory"), 7, "memory"),
+    ],
+)
+def test_a_kernel_that_cannot_start_says_so_in_one_line(
+    tmp_path: Path, mark: str, options: Sequence[str], code: int, words: str
+) -> None:
+    found, said = refused(tmp_path, *options)
+    assert found == code and words in said and len(said.splitlines()) == 1, said
+
+
+def test_it_ends_with_the_client_that_started_it(tmp_path: Path, mark: str) -> None:
+    script = (
+        "import subprocess, sys, os\n"
+        "env = {**os.environ, 'JPY_PARENT_PID': str(os.getpid())}\n"
+        "subprocess.Popen(sys.argv[1:], env=env)\n"
+        "input()\n"
+    )
+
+    async def main() -> None:
+        (tmp_path / "c.json").write_text(json.dumps({"key": "k", "ip": "127.0.0.1"}))
+        argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", str(tmp_path / "c.json")]
+        parent = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", script, *argv, stdin=asyncio.subprocess.PIPE, env=os.environ
+        )
+        deadline = time.monotonic() + 60
+        while len(marked_processes(mark)) < 4:  # parent, proxy, keeper, kernel
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        parent.kill()
+        await parent.wait()
+
+    asyncio.run(main())
