@@ -27,24 +27,35 @@ class Inside:
         self.fault_fd = fault_fd
         self.config = config
         self.main = _thread.get_ident()
-        self.files = {}  # file name of a cell's own code -> its Source
-        self.codes = {}  # id of a code object made of a cell's body -> its Source
+        # File name of a cell's own code -> its Source.
+        self.files = {}
+        # Id of a code object made of a cell's body -> its Source.
+        self.codes = {}
         self.bodies = Bodies(self)
-        self.headers = {}  # id of a header of the running cell -> it
-        self.keys = {}  # the same id -> as ipykernel's buffers are named after it
-        self.live = [None, None]  # the last of them, and its name
-        self.running = []  # references to the coroutines of statements, the innermost last
+        # Id of a header of the running cell -> it.
+        self.headers = {}
+        # The same id -> as ipykernel's buffers are named after it.
+        self.keys = {}
+        # The last of them, and its name.
+        self.live = [None, None]
+        # References to the coroutines of statements, the innermost last.
+        self.running = []
         self.request = None
         self.in_cell = False
-        self.first_text = False  # nothing of the running cell was run yet
+        # Nothing of the running cell was run yet.
+        self.first_text = False
         self.before_cells = lambda: None
         self.check_handler = lambda: None
         self.msg_id = None
         self.hosts = set()
-        self.opened = collections.deque(maxlen=100)  # audit events of the files opened last
-        self.database = None  # the name of the SQLite database opened last
-        self.dialled = None  # the host, or the path of a socket, that was connected to last
-        self.told_error = None  # the id of the error whose attributes were told
+        # Audit events of the files opened last.
+        self.opened = collections.deque(maxlen=100)
+        # The name of the SQLite database opened last.
+        self.database = None
+        # The host, or the path of a socket, that was connected to last.
+        self.dialled = None
+        # The id of the error whose attributes were told.
+        self.told_error = None
         self.actions = OwnActions(self)
         self.write_text = None
         self.instrumented = []

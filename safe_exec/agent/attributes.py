@@ -8,14 +8,15 @@ import builtins
 import os
 import sys
 
-GROUP = getattr(builtins, "BaseExceptionGroup", None)  # since Python 3.11
+# Since Python 3.11.
+GROUP = getattr(builtins, "BaseExceptionGroup", None)
 MOST_ERRORS = 6
 MOST_PARTS = 3
 MOST_TEXT = 1000
 MOST_PATHS = 60
 MOST_PATH = 400
+# The methods of `os.environ` that raise KeyError.
 ENVIRON = ("__getitem__", "__delitem__")
-"""The methods of ``os.environ`` that raise KeyError."""
 
 
 def tell_attributes(inside, error):
@@ -121,7 +122,8 @@ def surroundings(inside):
     """
     try:
         folder = os.getcwd()
-    except OSError:  # it was removed
+    except OSError:
+        # It was removed.
         folder = None
     return {
         "cwd": folder,

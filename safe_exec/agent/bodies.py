@@ -13,8 +13,8 @@ import types
 
 from . import sources
 
+# Different texts that are looked for in one cell; a loop that evaluates strings makes any number.
 MOST_TEXTS = 200
-"""Different texts that are looked for in one cell; a loop that evaluates strings makes any number."""
 MOST_CODES = 300
 
 
@@ -134,7 +134,8 @@ def places(tree):
 
 def last_line(code):
     """The highest line of a code object, those defined in it left out."""
-    if not hasattr(code, "co_lines"):  # before Python 3.10
+    # Before Python 3.10.
+    if not hasattr(code, "co_lines"):
         import dis
 
         return max((line for _, line in dis.findlinestarts(code)), default=code.co_firstlineno)

@@ -32,10 +32,13 @@ def load():
 
 def decline_free_threading():
     """Exit with one line where threads run Python at the same time: stacks of a running thread cannot be read then."""
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():  # since Python 3.13
+    # Since Python 3.13.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
         sys.exit(
-            "safe-exec: a kernel of a free-threaded Python ({}) is run with the global interpreter lock only:"
-            " set PYTHON_GIL=1, in the environment or in the kernelspec's env, or choose a kernel of the ordinary"
+            "safe-exec: a kernel of a free-threaded Python ({}) is run with the global "
+            "interpreter lock only:"
+            " set PYTHON_GIL=1, in the environment or in the kernelspec's env, or choose a "
+            "kernel of the ordinary"
             " build".format(sys.version.split()[0])
         )
 
@@ -43,9 +46,11 @@ def decline_free_threading():
 def main(argv):
     """Fit everything; returns the name of the module to run."""
     decline_free_threading()
-    gc.disable()  # while modules are imported there is nothing to collect
+    # While modules are imported there is nothing to collect.
+    gc.disable()
     page, facts, fault, arguments = int(argv[0]), int(argv[1]), int(argv[2]), argv[6:]
-    # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes it off the path while it imports, and so do we.
+    # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes
+    # it off the path while it imports, and so do we.
     placed = not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
     if placed:
         del sys.path[0]
@@ -58,7 +63,8 @@ def main(argv):
     if placed:
         sys.path.insert(0, os.getcwd())
     sys.argv = [sys.argv[0], *arguments]
-    if hasattr(sys, "orig_argv"):  # since Python 3.10
+    # Since Python 3.10.
+    if hasattr(sys, "orig_argv"):
         at = len(sys.orig_argv) - len(argv) - 1
         del sys.orig_argv[at : at + 5]
     return argv[5]

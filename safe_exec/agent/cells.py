@@ -15,7 +15,8 @@ from .sources import line_of, map_body, map_cell
 
 def first_line(code):
     """The first line of a statement's code: ``co_firstlineno`` of a cell's statement is always 1."""
-    if not hasattr(code, "co_lines"):  # before Python 3.10
+    # Before Python 3.10.
+    if not hasattr(code, "co_lines"):
         import dis
 
         return next((line for _, line in dis.findlinestarts(code)), 1)
@@ -30,8 +31,8 @@ def patch_shell(inside):
     run_code = InteractiveShell.run_code
 
     # Neither function is a coroutine: while a cell runs no frame of ours lies on the stack. Python
-    # 3.12 and 3.13 show it whole to the cell (`stack_info`, `stacklevel`), and each frame counts for
-    # the recursion limit.
+    # 3.12 and 3.13 show it whole to the cell (`stack_info`, `stacklevel`), and each frame counts
+    # for the recursion limit.
     @functools.wraps(run_code)
     def run_code_noted(shell, code_obj, result=None, *, async_=False):
         source = source_of(inside, code_obj.co_filename) if inside.in_cell else None
@@ -58,9 +59,9 @@ def patch_shell(inside):
 
     finish_metadata = IPythonKernel.finish_metadata
 
-    # Called right before the reply is sent. Code that looks at `f_locals` of all its callers, as IPython's
-    # debugger does, keeps the finished coroutine alive in the frame of ipykernel's `execute_request`
-    # (Python 3.12 and older): its reference tells nothing then.
+    # Called right before the reply is sent. Code that looks at `f_locals` of all its callers, as
+    # IPython's debugger does, keeps the finished coroutine alive in the frame of ipykernel's
+    # `execute_request` (Python 3.12 and older): its reference tells nothing then.
     @functools.wraps(finish_metadata)
     def finish_metadata_noted(kernel, *args, **kwargs):
         if inside.request is not None and inside.in_cell:
@@ -71,7 +72,8 @@ def patch_shell(inside):
                     stream.flush()
         return finish_metadata(kernel, *args, **kwargs)
 
-    mark = getattr(inspect, "markcoroutinefunction", lambda function: function)  # since Python 3.12
+    # Since Python 3.12.
+    mark = getattr(inspect, "markcoroutinefunction", lambda function: function)
     InteractiveShell.run_code = mark(run_code_noted)
     IPythonKernel.do_execute = mark(do_execute_noted)
     IPythonKernel.finish_metadata = finish_metadata_noted
@@ -114,7 +116,8 @@ def source_of(inside, name):
         return registered
     entry = linecache.cache.get(name)
     code = "".join(entry[2]) if entry is not None and len(entry) > 2 else cell
-    # The first text of a request is the cell itself; later ones are run by magics, or by the cell's own code.
+    # The first text of a request is the cell itself; later ones are run by magics, or by the cell's
+    # own code.
     line_map = map_cell(cell, code) if inside.first_text else None
     if line_map is None:
         line_map = map_body(cell, code)
@@ -133,7 +136,8 @@ def tell_failure(inside, error):
     while entry is not None:
         rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
         entry = entry.tb_next
-    rows = rows[1:][::-1]  # the first is IPython's own, which called exec()
+    # The first is IPython's own, which called exec().
+    rows = rows[1:][::-1]
     line = syntax_line(inside, error) or next(
         (row[1] for row in rows if row[3] == inside.page.cell), 0
     )

@@ -24,7 +24,8 @@ def arm(inside):
     def enable_here(*_args, **_kwargs):
         enable(file=inside.fault_fd, all_threads=True)
 
-    # A notebook that enables faulthandler itself would send the stack into the pipe that dies with the process.
+    # A notebook that enables faulthandler itself would send the stack into the pipe that dies with
+    # the process.
     inside.keep_enabled = enable_here
     faulthandler.enable = enable_here
     os.register_at_fork(after_in_child=inside.forked)
@@ -75,7 +76,8 @@ def watch(inside):
         real_exit(status)
 
     def closerange(fd_low, fd_high, /):
-        # It takes libzmq's descriptors too: one of its threads aborts the process now, or the main thread a little later.
+        # It takes libzmq's descriptors too: one of its threads aborts the process now, or the main
+        # thread a little later.
         if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
             inside.here(sys._getframe(1))
         real_closerange(fd_low, fd_high)
@@ -112,7 +114,8 @@ def watch(inside):
                 and _thread.get_ident() == inside.main
             ):
                 note = bodies.note_exec if event == "exec" else bodies.note_compile
-                bodies.active = False  # what is compiled to look closer is not the notebook's
+                # What is compiled to look closer is not the notebook's.
+                bodies.active = False
                 with contextlib.suppress(
                     Exception
                 ):  # where memory or the stack run out, the notebook meets its own error

@@ -20,11 +20,14 @@ COUNTS_AT, COUNTS = (
     256,
     struct.Struct("<QQ"),
 )  # characters written to stdout and stderr in this cell
-STACK_AT, STACK_BYTES = 8192, 128 * 1024  # 30 rows with the longest paths
+# 30 rows with the longest paths.
+STACK_AT, STACK_BYTES = 8192, 128 * 1024
 RECORD = struct.Struct(
     "<IQBBHQ"
 )  # payload length, characters of its stream before it, kind, stream, pad, cell
 TEXT, MESSAGE = 1, 2
-NUL = b"\xc0\x80"  # how a NUL is written in text: the last text of a segment ends where memory is zero
-FINISHED = 1 << 31  # in the line of the header
+# How a NUL is written in text: the last text of a segment ends where memory is zero.
+NUL = b"\xc0\x80"
+# In the line of the header.
+FINISHED = 1 << 31
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5

@@ -9,13 +9,13 @@ import os
 import sys
 import types
 
+# What ipykernel's debugger imports of it.
 FROM_DEBUGPY = (
     ("debugpy.server", "api"),
     ("_pydevd_bundle", "pydevd_frame_utils"),
     ("_pydevd_bundle.pydevd_suspended_frames", "SuspendedFramesManager"),
     ("_pydevd_bundle.pydevd_suspended_frames", "_FramesTracker"),
 )
-"""What ipykernel's debugger imports of it."""
 
 
 def import_debugger_alone():
@@ -29,7 +29,8 @@ def import_debugger_alone():
     sys.modules.update(empty)
     try:
         from ipykernel import debugger
-    except ImportError:  # before version 6 there was none
+    except ImportError:
+        # Before version 6 there was none.
         return None
     finally:
         for name in empty:
@@ -48,7 +49,8 @@ def import_debugpy(debugger):
     import threading
 
     counter = getattr(threading, "_counter", None)
-    threading._counter = lambda: 0  # the thread that the import makes has been counted
+    # The thread that the import makes has been counted.
+    threading._counter = lambda: 0
     quiet = "PYDEVD_DISABLE_FILE_VALIDATION"
     previous_value = os.environ.get(quiet)
     os.environ[quiet] = (
@@ -122,14 +124,16 @@ def patch_debugger(inside):
 
     def load():
         if sys.breakpointhook is debugpy_breakpointhook:
-            sys.breakpointhook = default  # so that the import puts the real one there
+            # So that the import puts the real one there.
+            sys.breakpointhook = default
         import_debugpy(debugger)
 
     class VariableExplorer(explorer):
         def __init__(self):
             import threading
 
-            threading.Thread()  # as the import makes one, only to look at it: the next ones have their numbers from it
+            # As the import makes one, only to look at it: the next ones have their numbers from it.
+            threading.Thread()
 
         def __getattr__(self, name):
             if name.startswith("__") or "tracker" in inside.__dict__:
@@ -159,7 +163,8 @@ def patch_debugger(inside):
     VariableExplorer.__module__ = explorer.__module__
     debugger.VariableExplorer, sys.breakpointhook = VariableExplorer, debugpy_breakpointhook
     builtins.execfile, builtins.runfile = execfile, runfile
-    os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")  # for children too
+    # For children too.
+    os.environ.setdefault("PYDEVD_USE_FRAME_EVAL", "NO")
 
 
 def patch_collector(inside):

@@ -18,10 +18,12 @@ from .layout import COUNTS, COUNTS_AT
 
 # What ipykernel's OutStream.write is made of, in the versions whose work is known here.
 WRITE_ALWAYS = set(
-    "parent_header _buffer_lock _buffers frozenset items _schedule_flush _is_master_process echo".split()
+    "parent_header _buffer_lock _buffers frozenset items _schedule_flush _is_master_process "
+    "echo".split()
 )
 WRITE_SOMETIMES = set(
-    "isinstance str type TypeError write OSError sys __stderr__ print pub_thread len ValueError _subprocess_flush_pending "
+    "isinstance str type TypeError write OSError sys __stderr__ print pub_thread len ValueError "
+    "_subprocess_flush_pending "
     "schedule _flush format".split()
 )
 JOURNALED_TOPICS = (
@@ -36,9 +38,11 @@ JOURNALED_TOPICS = (
 MADV_WIPEONFORK = 18
 
 # How a write knows that nobody else can have written since the last one; see quick_write.
-LONGEST_GAP = 3e-6  # seconds between the two writes of a print; what takes longer is something else
+# Seconds between the two writes of a print; what takes longer is something else.
+LONGEST_GAP = 3e-6
 GAP_SAMPLES = 16
-POLL_SHARE = 0.7  # of the time that asking the pipe takes; to write to it takes longer
+# Of the time that asking the pipe takes; to write to it takes longer.
+POLL_SHARE = 0.7
 
 
 def wiped_in_children():
@@ -90,7 +94,8 @@ def patch_streams(inside):
         try:
             if stream._unread(0, 1):
                 settle_before_write(inside, stream)
-        except (OSError, ValueError):  # the notebook has closed all descriptors
+        except (OSError, ValueError):
+            # The notebook has closed all descriptors.
             stream._unread = nothing_unread
         return write_text(stream, string, 0)
 
@@ -117,10 +122,12 @@ def patch_quick_writes(stream_class, write_of):
     @functools.wraps(init)
     def init_with_write(stream, *args, **kwargs):
         init(stream, *args, **kwargs)
-        # Before any cell runs: IPython puts its own in this place for as long as a cell runs, and this one back after it.
+        # Before any cell runs: IPython puts its own in this place for as long as a cell runs, and
+        # this one back after it.
         try:
             stream.write = write_of(stream)
-        except AttributeError:  # an older ipykernel, whose streams keep their header in another way
+        except AttributeError:
+            # An older ipykernel, whose streams keep their header in another way.
             pass
 
     stream_class.__init__ = init_with_write
@@ -207,7 +214,8 @@ def quick_write(inside, stream, slow_write, ours):
 def current(inside, parent):
     """Whether a header is that of the running cell; remembered, as it is asked at every write."""
     if inside.in_cell and parent.get("msg_id") == inside.msg_id:
-        inside.headers[id(parent)] = parent  # held, so that nothing else gets its id
+        # Held, so that nothing else gets its id.
+        inside.headers[id(parent)] = parent
         inside.keys[id(parent)] = frozenset(parent.items())
         inside.live[:] = parent, inside.keys[id(parent)]
         return True
@@ -242,7 +250,8 @@ def patch_messages(inside):
     @functools.wraps(start)
     def start_ready(thread):
         start(thread)
-        # It wakes itself by a socket that it makes at its first flush: too late where a cell has taken all descriptors, and the cell hangs.
+        # It wakes itself by a socket that it makes at its first flush: too late where a cell has
+        # taken all descriptors, and the cell hangs.
         if hasattr(thread, "_event_pipe"):
             thread.schedule(lambda: thread._event_pipe)
 
@@ -266,7 +275,8 @@ def patch_descriptors(inside):
     if (
         libc.tee(-1, -1, 1, 0) < 0 and ctypes.get_errno() != 9
     ):  # EBADF, where there is a tee: some sandboxes have none
-        return  # then ipykernel reads as it always did
+        # Then ipykernel reads as it always did.
+        return
     flush = OutStream.flush
     chunk = 1000
 
@@ -278,7 +288,8 @@ def patch_descriptors(inside):
         try:
             while stream._should_watch:
                 size = libc.tee(stream._fid, peek_w, chunk, 0)
-                if size < 0 and ctypes.get_errno() == 4:  # EINTR
+                # EINTR.
+                if size < 0 and ctypes.get_errno() == 4:
                     continue
                 if size <= 0 or not stream._should_watch:
                     break
@@ -296,7 +307,8 @@ def patch_descriptors(inside):
             settle(inside, stream)
         return flush(stream)
 
-    watch_pipe_fd.__name__ = "_watch_pipe_fd"  # threads are named after what they run
+    # Threads are named after what they run.
+    watch_pipe_fd.__name__ = "_watch_pipe_fd"
     OutStream._watch_pipe_fd = watch_pipe_fd
     OutStream.flush = flush_all
     inside.instrumented.append("descriptors")
@@ -306,7 +318,8 @@ def hand_over(inside, name, fd):
     """Give the runner a copy of a pipe's read end."""
     try:
         socket.send_fds(inside.facts, [json.dumps({"pipe": name}).encode()], [fd])
-    except (OSError, AttributeError):  # send_fds is there since Python 3.9
+    except (OSError, AttributeError):
+        # Send_fds is there since Python 3.9.
         pass
 
 
@@ -323,7 +336,8 @@ def unread_of(fd):
     try:
         waiting = select.epoll()
         waiting.register(fd, select.EPOLLIN)
-    except OSError:  # no descriptor is left, or the system has none
+    except OSError:
+        # No descriptor is left, or the system has none.
         return nothing_unread
     return waiting.poll
 
@@ -352,4 +366,5 @@ def settle(inside, stream):
     turns = 0
     while consumed[1] < consumed_before + waiting and time.monotonic() < deadline:
         turns += 1
-        time.sleep(0 if turns < 50 else 0.0005)  # at first only let the other thread have its turn
+        # At first only let the other thread have its turn.
+        time.sleep(0 if turns < 50 else 0.0005)

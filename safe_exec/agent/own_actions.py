@@ -18,12 +18,12 @@ LOCKS = ("fcntl.flock", "fcntl.lockf")
 EVENTS = frozenset((*KILLS, *LIMITS, *TRACES, *PROGRAMS, *LOCKS, "ctypes.dlsym"))
 LOCK_SH_EX, LOCK_UN = 3, 8
 KILLING = re.compile(r"\b(?:p?kill|killall|skill|fuser|shutdown|reboot)\b")
+# C functions that send signals.
 SYMBOLS = ("kill", "killpg", "raise", "tgkill", "abort")
-"""C functions that send signals."""
 MOST_ROWS = 12
 LONGEST_COMMAND = 300
+# Calls in one cell that are told: a debugger makes one for each step.
 MOST_TRACES = 50
-"""Calls in one cell that are told: a debugger makes one for each step."""
 
 
 class OwnActions:

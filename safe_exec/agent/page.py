@@ -17,12 +17,14 @@ class Page:
         self.lock = _thread.RLock()
         self.pid = os.getpid()
         self.segment = 0
-        self.start = 0  # of the last record's payload
+        # Of the last record's payload.
+        self.start = 0
         self.end = layout.PAGE_BYTES + layout.SEGMENT_BYTES
         self.memory.seek(
             layout.PAGE_BYTES + 4
         )  # where the journal goes on: the file position of the mapping
-        self.last = None  # the stream whose record a further write of this cell may extend
+        # The stream whose record a further write of this cell may extend.
+        self.last = None
         self.cell = 0
         self.counts = [0, 0]
         self.fd_bytes = [[0, 0], [0, 0]]
@@ -64,7 +66,8 @@ class Page:
 
     def text(self, stream, string):
         """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
-        data = string.encode("utf-8", "replace")  # character by character, so that counts hold
+        # Character by character, so that counts hold.
+        data = string.encode("utf-8", "replace")
         if b"\0" in data:
             data = data.replace(b"\0", layout.NUL)
         with self.lock:
@@ -119,7 +122,8 @@ class Page:
         self.start = offset + layout.RECORD.size
         memory.seek(self.start)
         memory.write(data)
-        # Last: up to here a reader may trust. A text that is written on is the last record, and ends where memory is zero.
+        # Last: up to here a reader may trust. A text that is written on is the last record, and
+        # ends where memory is zero.
         struct.pack_into("<I", memory, base, self.start - base)
         return switched
 

@@ -14,7 +14,8 @@ def is_alive(child):
     """Whether a child still runs. One that has ended and that nobody has waited for cannot be ended any further."""
     try:
         return child.status() != "zombie"
-    except Exception:  # psutil's own: it is gone
+    except Exception:
+        # Psutil's own: it is gone.
         return False
 
 
@@ -56,8 +57,9 @@ def patch_shutdown(inside):
 
     @functools.wraps(stop)
     def stop_after_control(thread):
-        # The thread of the control channel has taken the request to shut down and flushes, while the main thread ends the one that answers a
-        # flush: where both meet, neither comes to its end before the flush gives up, in ten seconds or never.
+        # The thread of the control channel has taken the request to shut down and flushes, while
+        # the main thread ends the one that answers a flush: where both meet, neither comes to its
+        # end before the flush gives up, in ten seconds or never.
         control = getattr(IPKernelApp._instance, "control_thread", None)
         if control is not None and control.is_alive() and control.ident != _thread.get_ident():
             control.stop()

@@ -16,8 +16,8 @@ from bisect import bisect_right
 _PROMPT = re.compile(r"\s*(?:>>>(?: |$)|\.\.\.(?: |$)|In \[\d+\]: |\.{3,}: ?)")
 _SPECIAL = re.compile(r"[%!?,;/]|.*\?$|.*=\s*[%!]")
 _CALL = "get_ipython()."
+# So many lines ahead the next line that both texts have is looked for.
 WINDOW = 200
-"""So many lines ahead the next line that both texts have is looked for."""
 
 
 def line_of(line_map, line):

@@ -12,8 +12,8 @@ import functools
 import mmap
 import threading
 
+# The registers alone can take 11 KiB (AMX); faulthandler in Python 3.14 walks the C stack as well.
 STACK_BYTES = 64 * 1024
-"""The registers alone can take 11 KiB (AMX); faulthandler in Python 3.14 walks the C stack as well."""
 SS_DISABLE = 2
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -31,7 +31,8 @@ class SignalStacks:
     """
 
     def __init__(self):
-        # PyDLL keeps the interpreter lock: with CDLL a thread that starts would have to wait for it again and again.
+        # PyDLL keeps the interpreter lock: with CDLL a thread that starts would have to wait for it
+        # again and again.
         libc = ctypes.PyDLL(None)
         self.map, self.change = libc.mmap, libc.sigaltstack
         self.map.restype = ctypes.c_void_p

@@ -21,8 +21,8 @@ from safe_exec.model.verdict import (
 )
 from safe_exec.units import format_size
 
+# A cell that kept less than this is not named as one that fills the memory.
 KEPT_WORTH_NAMING = 8 << 20
-"""A cell that kept less than this is not named as one that fills the memory."""
 
 
 class Context(Struct, frozen=True, kw_only=True):
@@ -94,6 +94,7 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+# Errors that say that a program failed, and leave the reason to what it printed.
 OF_PROGRAMS = (
     "CalledProcessError",
     "UsageError",
@@ -104,7 +105,6 @@ OF_PROGRAMS = (
     "ERROR",
     "",
 )
-"""Errors that say that a program failed, and leave the reason to what it printed."""
 
 
 def leaves_reason_to_output(context: Context) -> bool:

@@ -45,6 +45,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 if TYPE_CHECKING:
     from safe_exec.trial.request import TrialResult
 
+# The one table from ending to status; the exit code follows from the status.
 STATUS_OF: Mapping[type[Any], Status] = {
     Passed: Status.PASSED,
     CellFailed: Status.CELL_ERROR,
@@ -55,7 +56,6 @@ STATUS_OF: Mapping[type[Any], Status] = {
     Cancelled: Status.CANCELLED,
     InternalError: Status.INTERNAL_ERROR,
 }
-"""The one table from ending to status; the exit code follows from the status."""
 
 STDERR_TAIL = 4000
 _PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")

@@ -1,7 +1,8 @@
-"""Whether two runs failed the same way, and in what they and their surroundings differ. Pure; imports failure and model.
+"""Compares two runs: whether they failed the same way, and how their environments differ.
 
-What decides is what decides for the search for culprits: kind of the cause, signal or exit code, crash cell. A line that was sampled and a
-peak move a little from run to run: they are told, and make no other failure of it.
+The comparison uses the criteria of the culprit search: cause kind, signal or exit code, and crash
+cell. A sampled line and a memory peak vary from run to run; they are reported as differences but do
+not make it another failure. Pure; imports failure and model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from safe_exec.experiments.culprits.failure import Failure
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import CauseKind, Culprit, Verdict
 
+# Peaks that are no further apart are the same.
 PEAK_SHARE = 0.1
-"""Peaks that are no further apart are the same."""
 MEMORY = frozenset(
     {CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY}
 )
@@ -23,7 +24,7 @@ Value = str | int | float | None
 
 
 class Difference(Struct, frozen=True, kw_only=True):
-    """Something that is not as it was. ``decides``: it makes another failure of it."""
+    """One difference between the runs. ``decides``: it makes the failure another one."""
 
     what: str
     then: Value
@@ -32,7 +33,10 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 class Agreement(Struct, frozen=True, kw_only=True):
-    """Two runs compared. ``cell`` is the ``code_index`` of the cell in the notebook of then in which it happened here."""
+    """The comparison of two runs.
+
+    ``cell`` is the ``code_index``, in the original notebook, of the cell that failed in the rerun.
+    """
 
     failure: tuple[Difference, ...]
     environment: tuple[Difference, ...]
@@ -40,12 +44,16 @@ class Agreement(Struct, frozen=True, kw_only=True):
 
     @property
     def same(self) -> bool:
-        """Whether it is the same failure."""
+        """Whether both runs failed the same way."""
         return not any(difference.decides for difference in self.failure)
 
 
 def compare(original: Verdict, rerun: Verdict, cells: Sequence[Culprit] | None = None) -> Agreement:
-    """Compare a run with one of before that failed. ``cells`` are those that ``rerun`` ran alone, where it ran a reproduction."""
+    """Compare a rerun with the original run, which failed.
+
+    ``cells`` are the cells of the original notebook that the rerun executed, if it ran a
+    reproduction.
+    """
     cell = _code_index(rerun, cells)
     return Agreement(
         failure=tuple(_failures(original, rerun, cells, cell)),
@@ -101,7 +109,7 @@ def _failures(
 
 
 def _counted(code_index: int | None) -> int | None:
-    """As people count."""
+    """Convert an index to a number as people count cells."""
     return None if code_index is None else code_index + 1
 
 
@@ -110,7 +118,10 @@ def _line(verdict: Verdict) -> int | None:
 
 
 def _same_line(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> bool:
-    """By its number, or by its text where the cell may have been made shorter; what is not known is no difference."""
+    """Compare the lines by number, or by text if the cell may have been shortened.
+
+    An unknown line is no difference.
+    """
     a, b = original.crash_cell, rerun.crash_cell
     if a is None or b is None or a.line is None or b.line is None:
         return True
@@ -120,7 +131,10 @@ def _same_line(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> bo
 
 
 def compares_peaks(original: Verdict, *, whole_notebook: bool) -> bool:
-    """Whether the peaks of both should be alike: a reproduction does less, unless it is memory that runs out."""
+    """Tell whether the memory peaks are comparable.
+
+    A reproduction executes less, so its peak says something only if memory ran out.
+    """
     return whole_notebook or (original.cause is not None and original.cause.kind in MEMORY)
 
 
@@ -135,11 +149,11 @@ def _peaks(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> Iterat
         yield Difference(what="memory peak", then=a, here=b)
 
 
-# --- where they ran ---------------------------------------------------------------------------------------------
+# --- where they ran -------------------------------------------------------------------------------
 
 
 def environment_differences(original: Verdict, rerun: Verdict) -> Iterator[Difference]:
-    """What is different around two runs: versions, the system, what holds each limit."""
+    """Yield the differences in versions, in the system, and in the enforcement of each limit."""
     a, b = original.environment, rerun.environment
     for aspect, original_value, rerun_value in (
         ("safe-exec", original.safe_exec_version, rerun.safe_exec_version),

@@ -1,8 +1,10 @@
-"""The repository around a notebook's folder, for trials that may write to it. Imports mounts only.
+"""Shows trials the repository around a notebook's folder as it was before the first run.
 
-What the first run added to it is hidden from a trial, and what a trial writes is in a layer of the
-trial's own: it is seen by no other trial, and never reaches the repository. Files that the first run
-changed are not restored, since the repository may be too large to be copied.
+Files that the first run added to the repository are hidden from trials. Files that a trial writes
+go to a layer of its own: no other trial sees them, and they never reach the repository. Files that
+the first run changed are not restored, since the repository may be too large to copy.
+
+Imports mounts only.
 """
 
 from __future__ import annotations
@@ -26,19 +28,22 @@ NOTES = "repository.json"
 CHANGED = "files of the repository that the first run changed"
 NO_LAYER = "files that it wrote into the repository outside the folder"
 
+# Kind and mode, size, and time of the last change (st_ctime), which nobody sets back.
 Mark = tuple[int, int, int]
-"""Kind and mode, size, and time of the last change (st_ctime), which nobody sets back."""
 
 
 class RepositoryNotes(Struct, frozen=True, kw_only=True):
-    """A repository before the first run, without the folder. ``entries`` is ``None`` for one with too many."""
+    """The state of a repository, without the notebook's folder, before the first run.
+
+    ``entries`` is ``None`` if the repository has too many files.
+    """
 
     root: Path
     folder: Path
     entries: Mapping[str, Mark] | None
 
     def fingerprint(self) -> str | None:
-        """A hash of names, sizes and times; ``None`` if there are too many to know."""
+        """Return a hash of names, sizes and times; ``None`` if there are too many entries."""
         if self.entries is None:
             return None
         digest = hashlib.sha256(os.fsencode(self.root))
@@ -48,13 +53,16 @@ class RepositoryNotes(Struct, frozen=True, kw_only=True):
         return digest.hexdigest()
 
     def save(self, scratch: Path) -> None:
-        """Keep the notes for a search that goes on later. Raises OSError."""
+        """Save the notes for a search that is continued later. Raises OSError."""
         document = {"root": str(self.root), "folder": str(self.folder), "entries": self.entries}
         write_atomically(scratch / NOTES, json.dumps(document).encode())
 
 
 def note(root: Path, folder: Path, *, ours: frozenset[Path]) -> RepositoryNotes:
-    """Note what a repository holds outside the folder. ``ours`` are files that we write ourselves."""
+    """Record the state of a repository outside the folder.
+
+    ``ours`` are files that safe-exec writes.
+    """
     entries: dict[str, Mark] = {}
     for name, mark in _walk(root, but=ours | {folder}):
         if len(entries) >= MOST_ENTRIES:
@@ -64,7 +72,7 @@ def note(root: Path, folder: Path, *, ours: frozenset[Path]) -> RepositoryNotes:
 
 
 def load(scratch: Path) -> RepositoryNotes | None:
-    """The notes of an earlier run; ``None`` if there are none that can be read."""
+    """Read the notes of an earlier run; ``None`` if there are none that can be read."""
     try:
         document = json.loads((scratch / NOTES).read_text())
         entries = document["entries"]
@@ -83,7 +91,7 @@ def load(scratch: Path) -> RepositoryNotes | None:
 
 
 def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
-    """Every entry by its path below the root, parents first; not what tools keep beside a project's own files."""
+    """Yield every entry with its path below the root, parents first, without the files of tools."""
     todo = [root]
     while todo:
         directory = todo.pop()
@@ -107,24 +115,28 @@ def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
                 todo.append(path)
 
 
-# --- the layer of a trial ---------------------------------------------------------------------------------------
+# --- the layer of a trial -------------------------------------------------------------------------
 
 
 class RepositoryLayer(Struct, frozen=True, kw_only=True):
-    """How trials see the repository: without the entries in ``new``, and writing to a layer of their own."""
+    """How trials see the repository.
+
+    Without the entries in ``new``, and with a layer for their writes.
+    """
 
     root: Path
     new: tuple[str, ...] = ()
 
     def mount(self, directory: Path) -> dict[str, str]:
-        """The overlay of one trial, whose layers lie in ``directory``. Raises OSError."""
+        """Return the overlay of one trial, whose layers are in ``directory``. Raises OSError."""
         upper, work = directory / "repository-upper", directory / "repository-work"
         upper.mkdir()
         work.mkdir()
         for name in self.new:
             white = upper / name
             white.parent.mkdir(parents=True, exist_ok=True)
-            os.mknod(white, stat.S_IFCHR, os.makedev(0, 0))  # a whiteout (overlayfs.rst)
+            # A whiteout (overlayfs.rst).
+            os.mknod(white, stat.S_IFCHR, os.makedev(0, 0))
         layers = {"lower": str(self.root), "upper": str(upper), "work": str(work)}
         return {"kind": "overlay", "target": str(self.root), **layers}
 
@@ -132,7 +144,10 @@ class RepositoryLayer(Struct, frozen=True, kw_only=True):
 def layer_of(
     notes: RepositoryNotes, scratch: Path, namespace_kind: str | None, *, ours: frozenset[Path]
 ) -> tuple[RepositoryLayer | None, tuple[str, ...]]:
-    """The layer for trials, ``None`` where none can be made, and what they may still see of other runs."""
+    """Return the layer for trials, and the traces of other runs that they may still see.
+
+    The layer is ``None`` if the repository cannot be overlaid here.
+    """
     probe = scratch / "repository-probe"
     probe.mkdir(exist_ok=True)
     if namespace_kind is None or not mounts.overlays(notes.root, probe, namespace_kind):
@@ -142,7 +157,7 @@ def layer_of(
 
 
 def _differences(notes: RepositoryNotes, ours: frozenset[Path]) -> tuple[tuple[str, ...], bool]:
-    """The outermost entries that were added since, and whether a file that was there has changed or is gone."""
+    """Return the outermost added entries, and whether an existing file was changed or removed."""
     if notes.entries is None:
         return (), False
     missing = {name for name, mark in notes.entries.items() if not stat.S_ISDIR(mark[0])}

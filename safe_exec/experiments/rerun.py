@@ -1,7 +1,9 @@
-"""One more run of a notebook in a sandbox and a folder of its own, whatever it is run for. May import trial, sandbox, kernel, folder.
+"""Runs a notebook again in a sandbox and folder of its own, for every kind of experiment.
 
-The search for culprits asks which cells it takes, ``probe`` how much of a limit, ``replay`` whether it happens here too. All of them
-start here, so that their runs are alike: the folder as it was before, a fresh kernel, control group, /dev/shm and /tmp.
+The culprit search, ``probe`` and ``replay`` all start their runs here, so that these are alike: the
+folder as it was before, a fresh kernel, control group, /dev/shm and /tmp.
+
+May import trial, sandbox, kernel and workspace.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import run_trial
 
+# What a run may take beyond its time to be interrupted and taken down.
 SETTLE_SECONDS = 1.0
-"""What a run may take beyond its time to be interrupted and taken down."""
 
 
 class RerunFailed(Exception):  # noqa: N818 - told in a warning
@@ -41,7 +43,7 @@ def isolated_request(
     limits: Limits | None = None,
     cleanup_if_runner_dies: tuple[str, ...] = (),
 ) -> TrialRequest:
-    """``template`` with a name, a sandbox, a folder and a copy of the notebook of its own, silent.
+    """Return a silent copy of ``template`` with its own name, sandbox and workspace.
 
     ``node`` and ``limits`` stand in for those of the template, ``cleanup_if_runner_dies`` are removed should we be killed. Raises RerunFailed.
     """
@@ -72,9 +74,10 @@ def isolated_request(
 
 
 class RerunOptions(Struct, frozen=True, kw_only=True):
-    """What is different in one run. ``limits`` are those of the run, ``cell_limits`` those of each cell.
+    """The settings of one rerun. ``limits`` apply to the run, ``cell_limits`` to each cell.
 
-    ``time_budget`` seconds may be spent on the run, ``deadline`` is when it is given up for being slow.
+    ``time_budget`` is the most seconds that the run may take; at ``deadline`` it is given up as
+    slow.
     """
 
     limits: Limits
@@ -85,9 +88,10 @@ class RerunOptions(Struct, frozen=True, kw_only=True):
 
 
 class RerunResult(Struct, frozen=True, kw_only=True):
-    """What came of one run. ``request`` is what was asked with the limits as they are known to the user.
+    """The result of one rerun. ``request`` is the request with the limits as the user knows them.
 
-    ``cut``: it was ended since no more time was allowed; ``slow``: since its deadline was over. ``seconds`` is wall time, start included.
+    ``cut``: the run exceeded its time budget. ``slow``: it exceeded its deadline. ``seconds`` is
+    wall time including the start of the kernel.
     """
 
     request: TrialRequest
@@ -98,13 +102,13 @@ class RerunResult(Struct, frozen=True, kw_only=True):
 
 
 class Rerunner:
-    """Whole runs of one notebook, one after the other, each with a kernel that starts cold; nothing is remembered."""
+    """Runs one notebook repeatedly, each time in a cold kernel and without a cache."""
 
     def __init__(self, template: TrialRequest, workspaces: WorkspaceFactory) -> None:
         self.template, self.workspaces = template, workspaces
 
     async def run(self, options: RerunOptions) -> RerunResult:
-        """Run it. Raises RerunFailed where that cannot be done at all."""
+        """Run the notebook once. Raises RerunFailed if it cannot be run at all."""
         start_time = time.monotonic()
         # Should we be killed, nobody else will look after what we hold of the folder.
         request = isolated_request(
@@ -142,7 +146,10 @@ class Rerunner:
 
 
 def why_not_run(result: TrialResult) -> str | None:
-    """Why a trial that failed by our doing rather than the notebook's could not be run; ``None`` for any other."""
+    """Return the reason for a trial that safe-exec itself made fail.
+
+    ``None`` for any other trial.
+    """
     if not failures.is_ours(result.ending):
         return None
     message = (
@@ -154,7 +161,7 @@ def why_not_run(result: TrialResult) -> str | None:
 
 
 def peak_of(name: LimitName, result: TrialResult) -> float | None:
-    """The most of a limit that a trial used, as far as it is measured at all."""
+    """Return the highest use of a limited resource in a trial; ``None`` if it is not measured."""
     records = result.metrics.records.values()
     match name:
         case LimitName.MEMORY:

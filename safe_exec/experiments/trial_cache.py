@@ -1,7 +1,8 @@
-"""What earlier searches learned, on disk in the user's own cache, so that a search that was cut short goes on where it stopped.
+"""Caches answers of earlier searches on disk, so that an interrupted search can continue.
 
-Imports files and procfs. One small JSON file for each trial, and for each run whose search may go on a copy of the folder it started from.
-An entry is named after all that its answer depends on; nothing in it is ever changed.
+The user's cache holds one small JSON file for each trial, and a copy of the initial folder for each
+run whose search may continue. An entry is named after everything that its answer depends on, and is
+never modified. Imports files and procfs.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _RUN_ID = re.compile(r"[0-9A-Za-z]+(-[0-9A-Za-z]+)*")
 
 
 def cache_root() -> Path:
-    """The directory of the cache: ``$XDG_CACHE_HOME/safe-exec``, ``~/.cache/safe-exec``, else one of the user's own in /tmp.
+    """Return the cache directory, created if necessary.
 
-    Raises OSError where not even that can be had.
+    It is ``$XDG_CACHE_HOME/safe-exec`` or ``~/.cache/safe-exec``, else a directory in /tmp that
+    belongs to the user. Raises OSError if none of them can be written.
     """
     own = Path(tempfile.gettempdir()) / f"safe-exec-cache-{os.geteuid()}"
     base = next(
@@ -58,18 +60,18 @@ def cache_root() -> Path:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """The name of an entry: a hash of all that the answer depends on."""
+    """Return the name of an entry: a hash of everything that the answer depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class TrialCache:
-    """Answers by key. A cache that cannot be read or written is an empty one: it saves time and decides nothing."""
+    """Answers by key. A cache that cannot be read or written behaves like an empty one."""
 
     def __init__(self, root: Path) -> None:
         self.directory = root / "trials"
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer of an earlier trial."""
+        """Return the answer of an earlier trial, if there is one."""
         try:
             entry = json.loads(self._path(key).read_text())
         except (OSError, ValueError, RecursionError):
@@ -77,7 +79,7 @@ class TrialCache:
         return entry if isinstance(entry, dict) else None
 
     def put(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         path = self._path(key)
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,13 +89,14 @@ class TrialCache:
         return self.directory / key[:2] / f"{key}.json"
 
 
-# --- folders of runs --------------------------------------------------------------------------------------------
+# --- folders of runs ------------------------------------------------------------------------------
 
 
 def claim_folder(root: Path, run_id: str) -> Path:
-    """A directory for what a run keeps of its folder; marked as ours while we live. Raises OSError.
+    """Create and claim the directory in which a run keeps the copy of its folder. Raises OSError.
 
-    It may be there from a run whose search goes on. A verdict names it, and anybody may write one: no path gets past here.
+    It may exist already, from a run whose search continues. The run id comes from a verdict, which
+    anybody may have written, so it is checked: it must not lead to another path.
     """
     if not _RUN_ID.fullmatch(run_id):
         raise OSError(f"not the name of a run: {run_id[:80]!r}")
@@ -107,12 +110,12 @@ def claim_folder(root: Path, run_id: str) -> Path:
 
 
 def release_folder(directory: Path) -> None:
-    """Remove a run's directory, and what is read-only in it."""
+    """Remove a run's directory, including read-only files in it."""
     remove_tree(directory)
 
 
 def tidy(root: Path) -> None:
-    """Remove what nobody will ask for any more: old answers, and folders of runs that are over for long."""
+    """Remove old answers, and folders of runs that ended long ago."""
     current_time = time.time()
     for directory in _entries(root / "folders"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,12 @@
-"""The folder a notebook runs in, as it was before the first run, for every trial anew. Imports mounts only.
+"""Gives every trial the notebook's folder as it was before the first run.
 
-A small folder is copied before the first cell runs; of a large one the names, sizes and times are noted, and a trial gets it as the
-lower layer of an overlay, if the first run changed no file that was there. With a mount namespace a trial sees its folder at the
-folder's own path, an empty /dev/shm, and in /tmp what was there before the first run; without one it runs in the copy, elsewhere.
+A small folder is copied before the first cell runs. For a large folder only names, sizes and times
+are recorded; a trial gets the folder as the lower layer of an overlay, provided that the first run
+changed none of the existing files. In a mount namespace a trial sees its folder at the folder's own
+path, an empty /dev/shm, and a /tmp with the entries from before the first run. Without a mount
+namespace it runs in the copy, at another path.
+
+Imports mounts only.
 """
 
 from __future__ import annotations
@@ -30,16 +34,19 @@ COPY_BYTES = 32 << 20
 COPY_ENTRIES = 2000
 NOTE_ENTRIES = 20_000
 TMP_ENTRIES = 500
+# Of so many the last copy is remembered.
 MOST_FOLDERS = 32
-"""Of so many the last copy is remembered."""
+# Ten ticks of the slowest clock.
 TICK_NS = 100_000_000
-"""Ten ticks of the slowest clock."""
 TMP = Path("/tmp")  # noqa: S108 - the one that every program uses
 SHM = Path("/dev/shm")  # noqa: S108
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """What tells whether a file is still the same: changes of content show in ``ctime_ns`` whatever a program sets."""
+    """The metadata that shows whether a file has changed.
+
+    A change of content updates ``ctime_ns``, which no program can set.
+    """
 
     mode: int
     size: int
@@ -48,10 +55,12 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
-    """A folder before the first run. ``copy`` is ``None`` for a large one, ``entries`` for one too large to be noted.
+    """The state of a folder before the first run.
 
-    ``entries`` are by path within the folder. ``tmp`` are the names in /tmp, ``None`` where there are too many. ``taken_ns`` is when it was
-    begun, on the clock of files. ``repository`` is the one around the folder, if it may be written.
+    ``copy`` is ``None`` for a large folder, ``entries`` (by path within the folder) also for a
+    folder with too many files. ``tmp`` holds the names in /tmp, ``None`` if there are too many.
+    ``taken_ns`` is the start of the snapshot on the file system's clock. ``repository`` is the
+    repository around the folder, if the notebook may write to it.
     """
 
     folder: Path
@@ -63,7 +72,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     repository: RepositoryNotes | None = None
 
     def fingerprint(self) -> str:
-        """A hash of what the folder held: of the contents where there is a copy, else of names, sizes and times."""
+        """Return a hash of the folder's contents, or of its metadata if there is no copy."""
         digest = hashlib.sha256()
         if self.copy is not None:
             for path, status in walk(self.copy):
@@ -93,9 +102,10 @@ def take(
     ours: frozenset[Path] = frozenset(),
     repository: Path | None = None,
 ) -> Snapshot:
-    """Note, and if it is small copy, a folder. Raises nothing for files that go or cannot be read meanwhile: they are left out.
+    """Record a folder and copy it if it is small.
 
-    ``ours`` are files that we write into it ourselves: no part of what the notebook starts from. ``repository`` is the root of the
+    Files that vanish or cannot be read are left out. ``ours`` are files that safe-exec writes into
+    the folder; they are not part of the notebook's input. ``repository`` is the root of the
     repository around the folder, if the notebook may write to it.
     """
     snapshot = _take(folder, scratch, ours)
@@ -141,14 +151,15 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     return snapshot
 
 
+# The last copy of each folder: the notebooks of one folder share what did not change.
 _latest: dict[Path, Snapshot] = {}
-"""The last copy of each folder: the notebooks of one folder share what did not change."""
 
 
 def _hardlink_candidates(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
     """The files of an earlier copy that are still the same, by path within the folder.
 
-    Times of files have the grain of the system's clock tick: one that changed just before it was copied may have changed again in the same tick.
+    File times have the granularity of the system's clock tick. A file that changed just before it
+    was copied may have changed again within the same tick, so such files are copied anew.
     """
     if earlier is None or earlier.copy is None or not earlier.entries:
         return {}
@@ -162,7 +173,10 @@ def _hardlink_candidates(earlier: Snapshot | None, entries: Mapping[str, Entry])
 
 
 def reopen(folder: Path, scratch: Path) -> Snapshot | None:
-    """The snapshot of an earlier run that has left its copy in ``scratch``."""
+    """Return the snapshot whose copy an earlier run left in ``scratch``.
+
+    ``None`` if there is none.
+    """
     copy = scratch / "before"
     if not copy.is_dir():
         return None
@@ -193,11 +207,14 @@ def _names_in_tmp() -> frozenset[str] | None:
     return names if len(names) <= TMP_ENTRIES else None
 
 
-# --- what a trial sees ------------------------------------------------------------------------------------------
+# --- what a trial sees ----------------------------------------------------------------------------
 
 
 class Workspace(Struct, frozen=True, kw_only=True):
-    """Where a trial runs and what is mounted for it; ``directory`` holds all that it writes and is to be removed after it."""
+    """The working directory of a trial and its mounts.
+
+    ``directory`` holds all files that the trial writes; remove it after the trial.
+    """
 
     cwd: Path
     directory: Path
@@ -206,9 +223,10 @@ class Workspace(Struct, frozen=True, kw_only=True):
 
 
 class WorkspaceFactory(Struct, frozen=True, kw_only=True):
-    """Makes views of one snapshot. ``namespace_kind`` is as in :func:`mounts.namespaces`; ``new`` are the paths that an overlay hides.
+    """Creates workspaces from one snapshot.
 
-    ``gaps`` say in a few words what a trial may still see of an earlier one.
+    ``namespace_kind`` is the result of :func:`mounts.namespaces`. ``new`` are the paths that an
+    overlay hides. ``gaps`` name the traces of earlier trials that a trial may still see.
     """
 
     snapshot: Snapshot
@@ -219,7 +237,10 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
     repository: RepositoryLayer | None = None
 
     def make(self, name: str, runtime: Path) -> Workspace:
-        """A view for the trial ``name`` whose runtime directory (sockets) is ``runtime``. Raises OSError."""
+        """Create the workspace of trial ``name``. Raises OSError.
+
+        ``runtime`` is the directory with the trial's sockets.
+        """
         directory = self.snapshot.scratch / f"trial-{name}"
         directory.mkdir(mode=0o700)
         if self.overlay:
@@ -236,10 +257,12 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         if self.namespace_kind is None:
             cwd = directory / "folder" if mount else self.snapshot.folder
             return Workspace(cwd=cwd, directory=directory)
-        # The folder comes after /tmp: where our cache lies within it, that hides what the others are mounted from.
+        # The folder comes after /tmp: where our cache lies within it, that hides what the others
+        # are mounted from.
         folder = self.snapshot.folder
         mount_list = [] if folder == TMP and mount else self._tmp(directory, runtime)
-        if self.repository is not None:  # the folder lies in it, and is mounted over it
+        # The folder lies in it, and is mounted over it.
+        if self.repository is not None:
             mount_list.append(self.repository.mount(directory))
         mount_list += self._beside_runtime(mount, directory, runtime) if mount else []
         if not folder.is_relative_to(SHM):
@@ -254,7 +277,11 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
     def _beside_runtime(
         self, mount: dict[str, str], directory: Path, runtime: Path
     ) -> list[dict[str, str]]:
-        """The folder's mount; where the folder is /tmp itself it would hide the runtime directory, and brings it along."""
+        """Return the mounts of the folder, keeping the runtime directory reachable.
+
+        If the folder is /tmp itself, its mount would hide the runtime directory, so that is bound
+        into it.
+        """
         if not runtime.is_relative_to(self.snapshot.folder):
             return [mount]
         place = (
@@ -271,7 +298,11 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         )
 
     def _layers(self, directory: Path) -> dict[str, str]:
-        """An overlay; what the first run added is hidden by whiteouts (character devices 0:0, overlayfs.rst)."""
+        """Return the overlay mount of the folder.
+
+        Whiteouts (character devices 0:0, see overlayfs.rst) hide the files that the first run
+        added.
+        """
         for name in ("upper", "work"):
             (directory / name).mkdir()
         for path in self.new:
@@ -287,14 +318,18 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         }
 
     def _tmp(self, directory: Path, runtime: Path) -> list[dict[str, str]]:
-        """A /tmp with what was there before: every name of then bound into a fresh directory, which is bound over /tmp last."""
+        """Return the mounts of a /tmp with only its earlier entries.
+
+        Each earlier name is bound into a fresh directory, which is bound over /tmp last.
+        """
         if self.snapshot.tmp is None:
             return []
         fresh = directory / "tmp"
         fresh.mkdir()
         fresh.chmod(0o1777)
         binds = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
-        if runtime.parent == TMP:  # the keeper makes it before it mounts anything
+        # The keeper makes it before it mounts anything.
+        if runtime.parent == TMP:
             (fresh / runtime.name).mkdir()
             binds.append(
                 {"kind": "bind", "source": str(runtime), "target": str(fresh / runtime.name)}
@@ -306,7 +341,10 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
 
 
 def _bound(source: Path, target: Path) -> dict[str, str] | None:
-    """Make a place of the same kind and say what to bind there; a link is made anew; ``None`` for what is gone."""
+    """Create a mount point of the same kind as ``source`` and return its bind mount.
+
+    A symbolic link is created anew; the result is ``None`` then, and for a file that has vanished.
+    """
     try:
         status = source.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -323,15 +361,18 @@ def _bound(source: Path, target: Path) -> dict[str, str] | None:
 
 
 class WorkspaceUnavailable(Exception):  # noqa: N818 - an answer rather than an error
-    """Trials cannot be given the folder as it was; the text says why."""
+    """Trials cannot get the folder as it was; the text says why."""
 
 
 def workspace_factory(
     snapshot: Snapshot, *, ours: frozenset[Path], insist: bool = False
 ) -> WorkspaceFactory:
-    """How trials get their folder here. ``ours`` are files that we write ourselves. Raises WorkspaceUnavailable with the reason.
+    """Return the factory of workspaces for this machine.
 
-    With ``insist`` there is always a way, and its gaps say what could not be ruled out.
+    Raises WorkspaceUnavailable with the reason.
+
+    ``ours`` are files that safe-exec writes itself. With ``insist`` there is always a factory, and
+    its gaps say what could not be restored.
     """
     namespace_kind = mounts.namespaces()
     gaps: tuple[str, ...] = (
@@ -389,16 +430,22 @@ def workspace_factory(
 def _why_no_overlay(
     snapshot: Snapshot, ours: frozenset[Path], namespace_kind: str | None
 ) -> str | None:
-    """Why a large folder cannot be overlaid."""
+    """Return the reason why a large folder cannot be overlaid, or ``None``."""
     if snapshot.entries is None:
         return f"it holds more than {NOTE_ENTRIES} files"
     changed = next(
         (name for name in _changed(snapshot) if snapshot.folder / name not in ours), None
     )
     if changed is not None:
-        return f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and the first run changed {changed} in it"
+        return (
+            f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and "
+            f"the first run changed {changed} in it"
+        )
     if namespace_kind is None:
-        return "it is too large to copy, and this system lets us make no mount namespace for an overlay"
+        return (
+            "it is too large to copy, and this system lets us make no mount namespace for an "
+            "overlay"
+        )
     probe = snapshot.scratch / "probe"
     probe.mkdir(exist_ok=True)
     if not mounts.overlays(snapshot.folder, probe, namespace_kind):
@@ -407,7 +454,7 @@ def _why_no_overlay(
 
 
 def _changed(snapshot: Snapshot) -> Iterator[str]:
-    """Files that are not what they were; directories change with what is in them."""
+    """Yield the files that have changed; directories change whenever their entries do."""
     for name, old_entry in (snapshot.entries or {}).items():
         try:
             current_entry = _entry((snapshot.folder / name).lstat())
@@ -419,7 +466,7 @@ def _changed(snapshot: Snapshot) -> Iterator[str]:
 
 
 def added(snapshot: Snapshot) -> tuple[str, ...]:
-    """The paths that were not there before, without what is in new directories."""
+    """Return the paths that did not exist before, without the contents of new directories."""
     old_entries = snapshot.entries or {}
     new: set[Path] = set()
     names: list[str] = []

@@ -33,7 +33,8 @@ class ExitStatus(Struct, frozen=True):
             return f"exit status {self.exit_code}"
         try:
             return signal.Signals(self.signal).name
-        except ValueError:  # a real-time signal has no name
+        except ValueError:
+            # A real-time signal has no name.
             return f"signal {self.signal}"
 
 
@@ -53,8 +54,8 @@ class TerminationReason(StrEnum):
     SHUTDOWN = "shutdown"
 
 
+# Frames of a debugger in a traceback, as IPython 7 to 9 print them.
 _DEBUGGER = re.compile(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(")
-"""Frames of a debugger in a traceback, as IPython 7 to 9 print them."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 

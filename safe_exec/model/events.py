@@ -164,5 +164,5 @@ class RunFinished(Event, frozen=True, kw_only=True):
     cause: str | None
 
 
+# Takes each event as it happens, on the thread of the run; must be quick and must not raise.
 EventSink = Callable[[Event], None]
-"""Takes each event as it happens, on the thread of the run; must be quick and must not raise."""

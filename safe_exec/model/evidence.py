@@ -357,6 +357,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     final_output: tuple[OutputBurst, ...] = ()
 
 
+# The fields of the evidence that the kernel process says of itself: read outside, but written
+# inside. `fault` and `observation` hold both.
 CLAIMS = (
     "error",
     "raised",
@@ -372,4 +374,3 @@ CLAIMS = (
     "handler_replaced",
     "printed",
 )
-"""The fields of the evidence that the kernel process says of itself: read outside, but written inside. ``fault`` and ``observation`` hold both."""

@@ -75,7 +75,8 @@ class Limits(Struct, frozen=True, kw_only=True):
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):
                 raise TypeError(
-                    f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; pass units as options"
+                    f"Limits.{name} is a number of bytes, seconds or things, not {value!r}; "
+                    "pass units as options"
                 )
             if value is not None and not value >= 0:
                 raise ValueError(f"Limits.{name} cannot be {value!r}")

@@ -17,23 +17,24 @@ from msgspec import Struct
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+# nbformat 4.5 has ids for cells, and its schema forbids them before.
 IDS_SINCE = 5
-"""nbformat 4.5 has ids for cells, and its schema forbids them before."""
 
+# Levels: copying and writing recurse, some three frames a level, under Python's limit of 1000.
 DEEPEST = 200
-"""Levels: copying and writing recurse, some three frames a level, under Python's limit of 1000."""
 
+# Characters that are encoded at a time, about.
 PIECE = 1 << 18
-"""Characters that are encoded at a time, about."""
 
 _TOO_DEEP = "(nested too deeply)"
 _MOST_LINES = 200_000
-_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
+# Of str.splitlines.
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _ESCAPES = (("\\", "\\\\"), ('"', '\\"'), ("\t", "\\t"))
+# What makes a text other than plain: the rest of what ends lines or must be escaped.
 _ODD = tuple({*map(chr, range(32)), *_LINE_ENDS} - {"\t", "\n"})
-"""What makes a text other than plain: the rest of what ends lines or must be escaped."""
+# Characters from which on it is worth while to look for those first.
 _WORTHWHILE = 500
-"""Characters from which on it is worth while to look for those first."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPLIT_TOO = ("application/javascript", "image/svg+xml")
 _TRANSIENT = ("orig_nbformat", "orig_nbformat_minor", "signature")
@@ -75,7 +76,7 @@ def mapped(value: Any, leaf: Callable[[Any], Any], depth: int = DEEPEST) -> Any:
     return [mapped(item, leaf, depth - 1) for item in value]
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def dumps(node: NotebookNode) -> bytes:
@@ -180,7 +181,8 @@ class _Budget:
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         self._remaining_lines = _MOST_LINES
-        self._counts = _characters(node) > _MOST_LINES  # else they cannot be so many
+        # Else they cannot be so many.
+        self._counts = _characters(node) > _MOST_LINES
 
     def marked(self, text: str | list[str]) -> _Lines | _Whole | str:
         """The text as it is to be written."""
@@ -213,7 +215,7 @@ def _line_ends(text: str) -> int:
     return sum(text.count(end) for end in _LINE_ENDS if end in text)
 
 
-# --- the encoder ------------------------------------------------------------------------------------------------
+# --- the encoder ----------------------------------------------------------------------------------
 
 
 def _value(value: Any, indent: str, depth: int) -> Iterator[str]:
@@ -267,7 +269,8 @@ def _scalar(value: Any) -> str:
         return int.__repr__(value)
     if isinstance(value, float):
         return float.__repr__(value)
-    if isinstance(value, bytes):  # base64, as nbformat's own encoder takes it
+    # Base64, as nbformat's own encoder takes it.
+    if isinstance(value, bytes):
         return encode_basestring(value.decode("ascii"))
     raise TypeError(f"no JSON: {type(value).__name__}")
 

@@ -78,7 +78,10 @@ def guess(path: Path, data: bytes) -> str | None:
     if kind is None:
         return None
     description, remedy = kind
-    return f"{description}, not a notebook; {remedy.format(file=shlex.quote(path.name), stem=shlex.quote(path.stem))}"
+    return (
+        f"{description}, not a notebook; "
+        f"{remedy.format(file=shlex.quote(path.name), stem=shlex.quote(path.stem))}"
+    )
 
 
 def guess_json(document: Any) -> str:
@@ -99,7 +102,10 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
     if not data.strip(b"\xef\xbb\xbf \t\r\n\0"):
         return (
             "an empty file",
-            "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints), or save it again in Jupyter",
+            (
+                "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints), or save it "
+                "again in Jupyter"
+            ),
         )
     if data.startswith(_LFS):
         return ("a Git LFS pointer", "fetch the notebook itself: git lfs pull")
@@ -109,12 +115,18 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
     if _HTML.match(data):
         return (
             "an HTML page",
-            "download the notebook itself (on GitHub the button Raw), or check the address and the login",
+            (
+                "download the notebook itself (on GitHub the button Raw), or check the address and "
+                "the login"
+            ),
         )
     conflict = _CONFLICT.search(data)
     if conflict is not None:
         line = data.count(b"\n", 0, conflict.start()) + 1
-        remedy = "take one side (git checkout --ours {file}, or --theirs), or merge it with nbdime: nbdime mergetool"
+        remedy = (
+            "take one side (git checkout --ours {file}, or --theirs), or merge it with "
+            "nbdime: nbdime mergetool"
+        )
         return (f"a file with git merge conflict markers (line {line})", remedy)
     return None
 

@@ -48,18 +48,20 @@ __all__ = [
     "write_atomically",
 ]
 
+# What is ours in the metadata of notebooks, cells and outputs; its `limits` are the user's.
 METADATA_KEY = "safe_exec"
-"""What is ours in the metadata of notebooks, cells and outputs; its ``limits`` are the user's."""
 
 BANNER_TAG = "safe-exec"
 BANNER_ROLE = "banner"
+# `ename` of the `error` outputs we write, alone or before anything that is no letter (`"SafeExec:
+# exit"`).
 OUR_ERROR_PREFIX = "SafeExec"
-"""``ename`` of the ``error`` outputs we write, alone or before anything that is no letter (``"SafeExec: exit"``)."""
 
 _FORMAT = 4
 _MOST_BYTES = 2**30
+# Lists and objects, each of which takes us more than a kilobyte until all is written; a hundred
+# charts of 5000 rows have so many.
 MOST_CONTAINERS = 500_000
-"""Lists and objects, each of which takes us more than a kilobyte until all is written; a hundred charts of 5000 rows have so many."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -103,7 +105,7 @@ class Scan(Struct, frozen=True, kw_only=True):
     kernel_name: str | None
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(path: Path | str) -> Notebook:
@@ -125,9 +127,11 @@ class Source(Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read it, once. Raises NotebookError."""
-        if os.path.isdir(path):  # unlike Path.is_dir, False for names that no file can have
+        # Unlike Path.is_dir, False for names that no file can have.
+        if os.path.isdir(path):
             raise NotebookError(
-                f"{one_line(path)}: is a directory, not a notebook; run all notebooks in it: safe-exec batch {one_line(path)}"
+                f"{one_line(path)}: is a directory, not a notebook; run all notebooks in it: "
+                f"safe-exec batch {one_line(path)}"
             )
         return cls.of_data(path, read_regular(path, most=_MOST_BYTES, error=NotebookError))
 
@@ -211,7 +215,8 @@ def _parse(data: bytes, path: Path) -> Any:
         raise NotebookError(
             f"{place}: not JSON: {problem.msg}; a notebook is a JSON file"
         ) from None
-    except ValueError:  # int() refuses more than 4300 digits
+    except ValueError:
+        # Int() refuses more than 4300 digits.
         raise NotebookError(
             f"{one_line(path)}: not a notebook: it holds a number of thousands of digits"
         ) from None
@@ -234,7 +239,8 @@ def _version(document: Any, path: Path) -> tuple[int, int]:
         )
     if major > _FORMAT:
         raise NotebookError(
-            f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook as nbformat 4"
+            f"{one_line(path)}: nbformat {major} is newer than this program; save the notebook "
+            "as nbformat 4"
         )
     return major, minor
 
@@ -261,10 +267,12 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
     except Exception as problem:  # noqa: BLE001 - the converters are for valid notebooks and fail anyhow on others
         kind = type(problem).__name__
         raise NotebookError(
-            f"{one_line(path)}: not a valid notebook of nbformat {version[0]}: it cannot be upgraded ({kind})"
+            f"{one_line(path)}: not a valid notebook of nbformat {version[0]}: it cannot be "
+            f"upgraded ({kind})"
         ) from None
     for cell in node.get("cells", []):
-        cell.pop("id", None)  # random ones; ours are the same each time
+        # Random ones; ours are the same each time.
+        cell.pop("id", None)
     return _current(node, path)
 
 
@@ -300,7 +308,7 @@ def _word(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-# --- cells and annotations --------------------------------------------------------------------------------------
+# --- cells and annotations ------------------------------------------------------------------------
 
 
 def code_cells(node: NotebookNode) -> list[CodeCell]:

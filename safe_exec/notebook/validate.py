@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CELL_TYPES = ("code", "markdown", "raw")
+# What outputs must have, and what stands there where a tool has left it out.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "stream": {"name": "stdout"},
     "display_data": {"metadata": {}},
     "execute_result": {"metadata": {}, "execution_count": None},
     "error": {"evalue": "", "traceback": []},
 }
-"""What outputs must have, and what stands there where a tool has left it out."""
 
 
 def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | None) -> None:
@@ -40,7 +40,8 @@ def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | Non
             info["name"] = language or kernel
         metadata["language_info"] = info
     original = metadata.get("orig_nbformat", 1)
-    if type(original) is not int or original < 1:  # no format has a place for it in a file
+    # No format has a place for it in a file.
+    if type(original) is not int or original < 1:
         del metadata["orig_nbformat"]
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 FRESH_SECONDS = 0.005
+# How often a kernel that ignored an interrupt is looked at again.
 DEAF_SECONDS = 0.05
-"""How often a kernel that ignored an interrupt is looked at again."""
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
@@ -173,7 +173,8 @@ class CellLoop:
     ) -> bool | None:
         """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
         if self.state.observation is not None and self.state.observation.state == "T":
-            return False  # a stopped process takes no signal but SIGKILL and SIGCONT
+            # A stopped process takes no signal but SIGKILL and SIGCONT.
+            return False
         self.state.sink(events.Interrupted(time=self.state.now(), index=index))
         deadline = time.monotonic() + grace
         ignored = self.session.ignores_interrupt()
@@ -183,7 +184,8 @@ class CellLoop:
                 {execution}, timeout=min(remaining, DEAF_SECONDS) if ignored else remaining
             )
             if ignored and not execution.done() and not self.session.ignores_interrupt():
-                # The child of a system(3) has ended by the first one, which went past the kernel itself.
+                # The child of a system(3) has ended by the first one, which went past the kernel
+                # itself.
                 ignored = False
                 self.session.interrupt()
         return None if self.session.died.is_set() else execution.done()
@@ -242,7 +244,8 @@ class CellLoop:
         )
         if cell_error is not None and cell_error.debugger:
             self.state.warn_once(
-                f"code cell {self.metrics.code_index(index) + 1}: after the error a debugger waited for input"
+                f"code cell {self.metrics.code_index(index) + 1}: after the error a debugger "
+                "waited for input"
                 " (%pdb on, or post_mortem()); there is nobody to type it"
             )
         return cell_error.error if cell_error is not None else None
@@ -281,7 +284,8 @@ class CellLoop:
         ):
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
-            if cell is None:  # it was found in the last look, after the last cell
+            # It was found in the last look, after the last cell.
+            if cell is None:
                 cell = self.metrics.last_run
             self.state.current = cell
             return LimitHit(limit=limit, cell=cell)
@@ -305,7 +309,7 @@ class CellLoop:
         if self.session.volumes is not None:
             self.session.volumes.look()
 
-    # --- one cell's bookkeeping -----------------------------------------------------------------------------------
+    # --- one cell's bookkeeping -------------------------------------------------------------------
 
     def _begin(self, index: int, cell: Any) -> None:
         if self.session.volumes is not None:
@@ -342,7 +346,8 @@ class CellLoop:
         if client and client.disbelieved:
             claims = " and ".join(sorted(client.disbelieved))
             self.state.warnings.append(
-                f"code cell {record.code_index + 1} was said to be done ({claims}) while the kernel was still at work on it: not believed"
+                f"code cell {record.code_index + 1} was said to be done ({claims}) while the "
+                "kernel was still at work on it: not believed"
             )
         self.state.sink(
             events.CellFinished(

@@ -23,21 +23,23 @@ from safe_exec.trial.needs import Need
 
 MOST_LOOKUPS = 300
 MOST_CONFLICTS = 8
+# A name may lie on a file server that does not answer: then nothing is known of it.
 SECONDS = 2.0
-"""A name may lie on a file server that does not answer: then nothing is known of it."""
+# What bubblewrap's walls replace besides the places of `IsolationFacts` (mechanisms of bubblewrap:
+# HIDDEN_SYSTEM and a /dev of its own).
 PRIVATE_SYSTEM = ("/run", "/var/run", "/var/tmp", "/dev")  # noqa: S108 - named, not used
-"""What bubblewrap's walls replace besides the places of ``IsolationFacts`` (mechanisms of bubblewrap: HIDDEN_SYSTEM and a /dev of its own)."""
 SHARED_SYSTEM = (
     "/run/systemd/resolve", "/run/resolvconf", "/run/netns", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
     "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd",
 )  # fmt: skip
 MODULE_ENDS = ("", ".py", *EXTENSION_SUFFIXES)
 WILDCARDS = "*?["
+# The tables of routes (proc_net(5)): of each the columns of the destination and its mask, and how
+# those of a default route read.
 ROUTES = (
     ("/proc/net/route", 1, "00000000", 7, "00000000"),
     ("/proc/net/ipv6_route", 0, "0" * 32, 1, "00"),
 )
-"""The tables of routes (proc_net(5)): of each the columns of the destination and its mask, and how those of a default route read."""
 
 
 class Lookup:
@@ -180,7 +182,8 @@ def conflicts(
     needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None
 ) -> tuple[IsolationConflict, ...]:
     """The needs that isolation refused. A name that takes longer than SECONDS to look up, and those after it, are not claimed."""
-    # bubblewrap drops the capabilities of a root that gets a read-only system (mechanisms/bubblewrap.py).
+    # bubblewrap drops the capabilities of a root that gets a read-only system
+    # (mechanisms/bubblewrap.py).
     bare_root = (
         os.geteuid() == 0 and sight.facts.by is Mechanism.BUBBLEWRAP and sight.facts.read_only
     )
@@ -259,7 +262,8 @@ class _Finder:
     def _path(self, need: Need) -> IsolationConflict | None:
         name = need.name
         at = next((number for number, letter in enumerate(name) if letter in WILDCARDS), None)
-        if at is not None:  # a pattern: the directory before it
+        # A pattern: the directory before it.
+        if at is not None:
             name = os.path.dirname(name[:at])
         for place, moved in self.sight.places(name):
             conflict = self._refused(need, place, moved=moved)
@@ -271,7 +275,8 @@ class _Finder:
         real = self.lookup.real(place)
         access, exists = self.reach.to(real), self.lookup.exists(real)
         readable = exists and need.number != errno.EROFS and not need.writes
-        # A link that is hidden itself leads to what is not; or the kernel looked for it in a home of its own.
+        # A link that is hidden itself leads to what is not; or the kernel looked for it in a home
+        # of its own.
         is_elsewhere = moved or self.reach.to(os.path.normpath(place)) is Access.HIDDEN
         if readable and access is not Access.HIDDEN and is_elsewhere:
             return _conflict(need, Access.HIDDEN, path=real, moved=moved)
@@ -307,14 +312,16 @@ class _Finder:
         """A place that we may write to ourselves, and the kernel may not."""
         exists, folder = self.lookup.exists(real), os.path.dirname(real)
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
-            return None  # outside its directory is missing, too
+            # Outside its directory is missing, too.
+            return None
         while folder != "/" and not self.lookup.exists(folder):
             folder = os.path.dirname(folder)
         if not self.lookup.may(real if exists else folder, os.W_OK):
             return None
         allow = real if self.lookup.is_directory(real) else folder
         is_known = need.writes is not None or need.number in (errno.EROFS, errno.EACCES)
-        need = need if is_known else replace(need, exact=False)  # the source looks like it, no more
+        # The source looks like it, no more.
+        need = need if is_known else replace(need, exact=False)
         return _conflict(
             need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True
         )

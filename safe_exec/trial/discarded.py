@@ -24,7 +24,10 @@ def discarded_warning(
     listing = ", ".join(map(_in_words, discarded.groups[:MOST_NAMED]))
     others = discarded.files - sum(group.files for group in discarded.groups[:MOST_NAMED])
     more = f" and {others} more" if others > 0 else "" if discarded.is_complete else " and more"
-    return f"{NOT_KEPT}: {listing}{more}. {_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
+    return (
+        f"{NOT_KEPT}: {listing}{more}. "
+        f"{_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
+    )
 
 
 def _in_words(group: DiscardedGroup) -> str:

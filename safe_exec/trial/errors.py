@@ -13,8 +13,9 @@ from msgspec import Struct
 
 from safe_exec.model.ending import CellError
 
+# What ipykernel 7 answers where showing a result failed: it names the type of an error that there
+# is not.
 NO_ERROR = "NoneType"
-"""What ipykernel 7 answers where showing a result failed: it names the type of an error that there is not."""
 NOBODY_TYPES = "StdinNotImplementedError"
 
 

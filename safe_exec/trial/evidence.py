@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from safe_exec.trial.state import TrialState
 
 NEAR_LIMIT = 0.95
+# From this share of the limit on a sample says who had the memory; one of a smaller use says
+# nothing of the rest.
 NEAR_PEAK = 0.5
-"""From this share of the limit on a sample says who had the memory; one of a smaller use says nothing of the rest."""
 RECENT_CHARACTERS = 65536
+# Seconds before the end from which a stack still says where it was.
 DUMP_AGE = 1.0
 """Seconds before the end from which a stack still says where it was."""
 _CELL_LINE = re.compile(
@@ -174,7 +176,8 @@ def _fault(state: TrialState) -> FaultReport | None:
         ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.faulting_thread
     )
     if report is None and ended.status and ended.status.signal == signal.SIGABRT:
-        # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor is.
+        # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor
+        # is.
         report = parse_fault(_recent_text(state), cells, main, None, None)
     return report
 
@@ -242,7 +245,7 @@ def _disk_free(request: TrialRequest) -> int | None:
         return None
 
 
-# --- the place --------------------------------------------------------------------------------------------------
+# --- the place ------------------------------------------------------------------------------------
 
 
 def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> CellLocation | None:
@@ -255,9 +258,8 @@ def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Cell
         _of_error(state, index, ending.error) if isinstance(ending, CellFailed) else None,
         _of_fault(state, index, fault),
         _of_look(state, index) if isinstance(ending, TimedOut) else None,
-        _of_error(state, index, None)
-        if isinstance(ending, TimedOut)
-        else None,  # it answered the interrupt
+        _of_error(state, index, None) if isinstance(ending, TimedOut) else None,
+        # It answered the interrupt.
         _of_last_dump(state, index),
         _of_page(state, index),
     ):
@@ -298,7 +300,8 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     """The one line of the body of a ``while`` with a constant condition whose first line is ``line``."""
     try:
         tree = ast.parse(_MAGIC.sub(r"\1pass", source))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # another language
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # Another language.
         return None
     for node in ast.walk(tree):
         if (

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from safe_exec.kernel.session import KernelSession
 
 STREAMS = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
+# What was still in the pipes belongs to a burst that came so shortly before: the reading thread had
+# taken its beginning.
 SAME_BURST_SECONDS = 0.2
-"""What was still in the pipes belongs to a burst that came so shortly before: the reading thread had taken its beginning."""
 
 
 def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
@@ -25,7 +26,8 @@ def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
     ended, client = session.ended, session.client
     if ended is None:
         return ()
-    # A large process takes a while to end, and the fault handler to report: what counts is when it began to die.
+    # A large process takes a while to end, and the fault handler to report: what counts is when it
+    # began to die.
     end = ended.at if ended.fault_at is None else ended.fault_at
     native = [
         OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=max(0.0, end - at))

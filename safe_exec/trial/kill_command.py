@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 LONGEST_TEXT = 200
+# Commands of a shell, and calls of R and JavaScript.
 KILLING = re.compile(
     r"(?:^|[\s;&|('\"])(?:p?kill|killall|pskill|tools::pskill|Deno\.kill|process\.kill)\b"
 )
-"""Commands of a shell, and calls of R and JavaScript."""
 SCRIPT = re.compile(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
 
 

@@ -21,37 +21,43 @@ MOST_LINES = 400
 LONGEST_LINE = 2000
 SHOWN_CHARACTERS = 300
 
+# Error numbers of open(2), mkdir(2), execve(2) and the like for what is hidden, refused or
+# read-only.
 REFUSALS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
-"""Error numbers of open(2), mkdir(2), execve(2) and the like for what is hidden, refused or read-only."""
 
 QUOTES = "'\"`\u2018\u2019\u201c\u201d"
+# As Python, Rust (polars, ruff, uv) and HDF5 write it.
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|\berrno ?[=:]? ?(\d+)")
-"""As Python, Rust (polars, ruff, uv) and HDF5 write it."""
 
+# The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells.
 _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
     (errno.EROFS, re.compile(r"[Rr]ead-only file ?system|readonly database|EROFS")),
     (
         errno.EACCES,
         re.compile(
-            r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not writ[e]?able|EACCES|EPERM"
+            r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not "
+            r"writ[e]?able|EACCES|EPERM"
         ),
     ),
     (
         errno.ENOENT,
         re.compile(
-            r"[Nn]o such file|[Nn]ot found\b|[Dd]oes not exist|[Dd]oesn't exist|[Dd]o not exist|ENOENT"
-            r"|(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to)(?: \w+ly)? (?:open|find|access|stat|locate|read|load)"
-            r"|[Nn]o files found|not a (?:valid )?(?:file|directory|path)|non-?existent|expanded paths were empty|[Nn]o match(?:es|ing files)"
+            r"[Nn]o such file|[Nn]ot found\b|[Dd]oes not exist|[Dd]oesn't exist|[Dd]o not "
+            r"exist|ENOENT"
+            r"|(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to)(?: \w+ly)? "
+            r"(?:open|find|access|stat|locate|read|load)"
+            r"|[Nn]o files found|not a (?:valid )?(?:file|directory|path)|non-?existent"
+            r"|expanded paths were empty|[Nn]o match(?:es|ing files)"
         ),
     ),
 )
-"""The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells."""
 _BY_NAME = {
     "FileNotFoundError": errno.ENOENT,
     "PermissionError": errno.EACCES,
     "NotADirectoryError": errno.ENOTDIR,
 }
 
+# Quotes of each kind by themselves: R puts one kind into another.
 _QUOTED = tuple(
     re.compile(pattern)
     for pattern in (
@@ -62,47 +68,57 @@ _QUOTED = tuple(
         r"`([^`'\n]{1,1000})[`']",
     )
 )
-"""Quotes of each kind by themselves: R puts one kind into another."""
 _PATH_LIKE = re.compile(r"[/\\]|\.\w{1,8}$")
 _BARE = re.compile(
     r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)"
 )
+# `cat: my file.csv: No such file or directory`: a name with blanks, or without a slash.
 _BEFORE = re.compile(
-    r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file|[Oo]peration not permitted|[Nn]ot found)"
+    r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file"
+    r"|[Oo]peration not permitted|[Nn]ot found)"
 )
-"""``cat: my file.csv: No such file or directory``: a name with blanks, or without a slash."""
+# How a shell begins its complaints.
 _SHELL = re.compile(r"^\s*\S*sh: (?:(?:line )?\d+: )?")
-"""How a shell begins its complaints."""
+# As bash, dash, zsh, fish and which(1) write it.
 _COMMAND = re.compile(
-    r"command not found: ([\w.+-]{1,100})|(?:^|: |\d: )([\w.+-]{1,100}): (?:command )?not found(?!:)"
+    r"command not found: ([\w.+-]{1,100})|(?:^|: |\d: )([\w.+-]{1,100}): (?:command )?not "
+    r"found(?!:)"
     r"|[Uu]nknown command:? [\"'`]?([\w.+-]{1,100})|\bno ([\w.+-]{1,100}) in \("
 )
-"""As bash, dash, zsh, fish and which(1) write it."""
+# As Python and R write it.
 _MODULE = re.compile(
-    r"No module named ['\"]?([\w.]{1,200})|there is no package called [\u2018'\"\u201c]([\w.]{1,100})"
+    r"No module named ['\"]?([\w.]{1,200})|there is no package called "
+    r"[\u2018'\"\u201c]([\w.]{1,100})"
 )
-"""As Python and R write it."""
 _NAME = re.compile(r"\b[A-Za-z_][A-Za-z0-9_]{3,}\b")
 _ABOUT_VARIABLES = re.compile(
-    r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not found|token|credential|api[ _]?key|secret",
+    r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not "
+    r"found|token|credential|api[ _]?key|secret",
     re.IGNORECASE,
 )
 _NONE = re.compile(r"\bNone(?:Type)?\b")
 _GETENV = re.compile(
-    r"(?:(?P<target>[A-Za-z_]\w*)\s*=[^=\n]*?)?(?:getenv|environ\.get)\(\s*['\"](?P<name>[A-Za-z_]\w*)['\"]\s*(?:,\s*None\s*)?\)"
+    r"(?:(?P<target>[A-Za-z_]\w*)\s*=[^=\n]*?)?(?:getenv"
+    r"|environ\.get)\(\s*['\"](?P<name>[A-Za-z_]\w*)['\"]\s*(?:,\s*None\s*)?\)"
 )
+# As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2),
+# gai_strerror(3)) where there is only loopback.
 UNREACHABLE = re.compile(
-    r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No address associated with hostname"
-    r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|[Cc]ould not resolve host|[Cc]ouldn't resolve host|Unknown host"
-    r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure resolving|ENETUNREACH|EAI_AGAIN|dns error"
+    r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No "
+    r"address associated with hostname"
+    r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|[Cc]ould not resolve host"
+    r"|[Cc]ouldn't resolve host|Unknown host"
+    r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure "
+    r"resolving|ENETUNREACH|EAI_AGAIN|dns error"
 )
-"""As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2), gai_strerror(3)) where there is only loopback."""
+# As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such
+# package.
 _NO_PACKAGE = re.compile(
     r"\(from versions: none\)|No matching distribution found|not found in the package registry"
 )
-"""As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such package."""
 _HOST = re.compile(
-    r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
+    r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?"
+    r"|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
 )
 _WRITES = re.compile(
     r"""\b(?:write|save|dump|mkdir|makedirs|touch|export)|\bto_[a-z]+\(|['"][wax]b?\+?['"]|(?<!-)>|\b(?:cp|mv|tee|install)\b|create""",
@@ -215,7 +231,8 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
     number = row.number if row.number is not None else number_of_text
     if number not in REFUSALS:
         return
-    if row.host and number == errno.EACCES:  # connect(2) is refused so by Landlock
+    # connect(2) is refused so by Landlock.
+    if row.host and number == errno.EACCES:
         yield Need(
             kind=NeedKind.HOST,
             name=row.host,

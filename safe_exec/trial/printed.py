@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LONGEST_TEXT = 8000
+# What threading and multiprocessing print before a traceback.
 BEGIN = re.compile(r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*):$", re.MULTILINE)
 """What threading and multiprocessing print before a traceback."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -35,10 +35,11 @@ from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
 from safe_exec.trial.state import TrialState
 
+# A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long
+# for our own.
 LATE_SIGNAL_SECONDS = 0.3
-"""A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long for our own."""
+# A kernel that is not wanted gets so long to be started before it is killed.
 DISCARD_SECONDS = 5.0
-"""A kernel that is not wanted gets so long to be started before it is killed."""
 
 
 class Trial:
@@ -50,7 +51,7 @@ class Trial:
         self._sampler = Sampler(self.state)
         self._starting: asyncio.Task[Ending | None] | None = None
 
-    # --- the whole ----------------------------------------------------------------------------------------------
+    # --- the whole --------------------------------------------------------------------------------
 
     def warm(self) -> None:
         """Start sandbox and kernel in the background; ``run`` or ``discard`` comes later. A kernel costs more than most trials."""
@@ -179,7 +180,8 @@ class Trial:
             if setters and setters[-1].cell is not None:
                 number = self.state.metrics.code_index(setters[-1].cell) + 1
                 self.state.warnings.append(
-                    f"code cell {number} left a function of {name}() on, which slows all Python code after it"
+                    f"code cell {number} left a function of {name}() on, which slows all Python "
+                    "code after it"
                 )
 
     def _warn_of_messages(self) -> None:
@@ -236,7 +238,8 @@ class Trial:
             await self.session.wait_dead(10.0)
         elif not await self.session.shut_down():
             self.state.warnings.append(
-                "the kernel did not end within 3 s of the shutdown request (an exit hook, or a child it waits for), and was killed"
+                "the kernel did not end within 3 s of the shutdown request (an exit hook, or a "
+                "child it waits for), and was killed"
             )
             self.state.kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
@@ -246,7 +249,8 @@ class Trial:
             and self.session.ended.status.signal is not None
         ):
             self.state.warnings.append(
-                f"the kernel crashed in an exit hook, after all cells had run: {self.session.ended.status}"
+                "the kernel crashed in an exit hook, after all cells had run: "
+                f"{self.session.ended.status}"
             )
         return ending
 
@@ -259,14 +263,14 @@ class Trial:
         if self.session.pid is not None:
             self.state.memory_maps = own_process.memory_maps(self.session.pid)
 
-    # --- signals ------------------------------------------------------------------------------------------------
+    # --- signals ----------------------------------------------------------------------------------
 
     def _cancelled(self) -> None:
         """Stop as soon as possible: it is recorded; kill, and let the run wind up."""
         self.state.stopping.set()
         self.state.kill(TerminationReason.CANCELLED)
 
-    # --- the start ----------------------------------------------------------------------------------------------
+    # --- the start --------------------------------------------------------------------------------
 
     async def _start(self) -> Ending | None:
         """Bring the kernel up; an ending when it did not come."""

@@ -15,12 +15,12 @@ from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.trial.state import TrialState
 
 SAMPLE_SECONDS = 0.1
+# Samples between two looks at the sockets.
 PEERS_EVERY = 3
-"""Samples between two looks at the sockets."""
+# From this share of a limit on it is said to be near.
 NEAR = 0.9
-"""From this share of a limit on it is said to be near."""
+# A cell that writes so many times its cap is an endless flood: the run is ended.
 FLOOD_FACTOR = 16
-"""A cell that writes so many times its cap is an endless flood: the run is ended."""
 
 
 class Sampler:

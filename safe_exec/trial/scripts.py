@@ -13,9 +13,12 @@ _HEADER = re.compile(r"\s*%%(\S+)(.*)")
 _MESSAGES = (
     # CPython's traceback: of the frames of the script the innermost is printed last.
     re.compile(r'^ *File "<stdin>", line (\d+)', re.MULTILINE),
-    re.compile(r" at - line (\d+)[.,]"),  # Perl
-    re.compile(r"^-:(\d+):in ", re.MULTILINE),  # Ruby
-    re.compile(r"^\[stdin\]:(\d+)$", re.MULTILINE),  # Node
+    # Perl.
+    re.compile(r" at - line (\d+)[.,]"),
+    # Ruby.
+    re.compile(r"^-:(\d+):in ", re.MULTILINE),
+    # Node.
+    re.compile(r"^\[stdin\]:(\d+)$", re.MULTILINE),
 )
 _SHELL_MESSAGE = re.compile(r"^(?:/\S*/)?(?:ba|da|z|k)?sh: (?:line )?(\d+): (.*)$", re.MULTILINE)
 _ENDS_A_SHELL = re.compile(

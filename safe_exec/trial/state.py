@@ -16,8 +16,8 @@ from safe_exec.model.limits import LimitName
 from safe_exec.trial.metrics import MetricsRecorder
 from safe_exec.trial.request import TrialRequest
 
+# No process writes faster; what says so lies.
 MOST_BYTES_PER_SECOND = 20 << 30
-"""No process writes faster; what says so lies."""
 
 
 class TrialState:
@@ -57,7 +57,7 @@ class TrialState:
         self.request = request
         self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
 
-    # --- what is decided, once ----------------------------------------------------------------------------------
+    # --- what is decided, once --------------------------------------------------------------------
 
     def kill(self, reason: TerminationReason) -> None:
         """Have the tree killed; the first reason stays."""
@@ -97,7 +97,8 @@ class TrialState:
             self.limit_reached(name, used)
         else:
             self.warn_once(
-                f"the kernel passed its {name.value} limit while it was shutting down, and was killed"
+                f"the kernel passed its {name.value} limit while it was shutting down, and was "
+                "killed"
             )
 
     def warn_once(self, message: str) -> None:
@@ -105,7 +106,7 @@ class TrialState:
         if message not in self.warnings:
             self.warnings.append(message)
 
-    # --- the cell that runs -------------------------------------------------------------------------------------
+    # --- the cell that runs -----------------------------------------------------------------------
 
     def number(self, index: int) -> int:
         """The number inside of a cell that was sent; 0 while it has not begun there."""
@@ -133,5 +134,6 @@ class TrialState:
                 or record.started is None
                 or inside > MOST_BYTES_PER_SECOND * (self.now() - record.started + 1)
             ):
-                inside = 0  # nothing writes so fast: the page was written by somebody else
+                # Nothing writes so fast: the page was written by somebody else.
+                inside = 0
         return max(client.accounts.received, inside)

@@ -24,6 +24,7 @@ from safe_exec.model.verdict import Cause
 
 __all__ = ["RULES", "Context", "Rule", "find_cause"]
 
+# The first rule that knows the answer gives it.
 RULES: tuple[Rule, ...] = (
     startup.start_failed,
     startup.internal,
@@ -73,7 +74,6 @@ RULES: tuple[Rule, ...] = (
     exceptions.exception,
     exceptions.unknown,
 )
-"""The first rule that knows the answer gives it."""
 
 
 def find_cause(context: Context) -> Cause | None:

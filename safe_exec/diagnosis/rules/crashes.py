@@ -17,12 +17,14 @@ from safe_exec.model.evidence import Channel, FaultReport, FaultSite
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
+# The stack grows by pages and a frame may jump over some: this near its limit it was full.
 STACK_MARGIN = 64 * 1024
-"""The stack grows by pages and a frame may jump over some: this near its limit it was full."""
 
+# Memory that programs share or generate code in.
 NO_LIBRARY = ("/dev/zero", "/dev/shm", "/memfd:")  # noqa: S108 - names in /proc/PID/maps, not files
-"""Memory that programs share or generate code in."""
 
+# Titles of fault reports that repeat the signal. Any other is the reason that Python itself gave up
+# (Py_FatalError).
 SIGNAL_TITLES = frozenset(
     {
         "Aborted",
@@ -33,10 +35,9 @@ SIGNAL_TITLES = frozenset(
         "",
     }
 )
-"""Titles of fault reports that repeat the signal. Any other is the reason that Python itself gave up (Py_FatalError)."""
 
+# What the fault handler catches beside SIGSEGV.
 OTHER_FAULTS = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
-"""What the fault handler catches beside SIGSEGV."""
 
 KINDS = {
     signal.SIGSEGV: (
@@ -61,16 +62,23 @@ KINDS = {
 }
 
 ADVICE = {
-    CauseKind.SEGFAULT: "Look at the native library in the innermost frames: its version, its arguments, array bounds and lifetimes.",
-    CauseKind.ABORT: "A last message, if there is one, tells why: look it up together with the library's name. A heap that was found"
+    CauseKind.SEGFAULT: "Look at the native library in the innermost frames: its version, its "
+    "arguments, array bounds and lifetimes.",
+    CauseKind.ABORT: "A last message, if there is one, tells why: look it up together with the "
+    "library's name. A heap that was found"
     " corrupted or a pointer that was invalid was damaged earlier than it was noticed.",
-    CauseKind.ILLEGAL_INSTRUCTION: "Install a build of the library for this processor (AVX and the like), or reinstall it.",
-    CauseKind.BUS_ERROR: "Check whether a memory-mapped file was shortened or its disk or /dev/shm is full; reinstall a truncated library.",
-    CauseKind.FLOATING_POINT_EXCEPTION: "Check integer divisors that reach native code; numpy and Python check theirs, C does not.",
-    CauseKind.STACK_OVERFLOW: "Recurse less deeply (a loop, a smaller sys.setrecursionlimit), or flatten what was nested or chained.",
+    CauseKind.ILLEGAL_INSTRUCTION: "Install a build of the library for this processor (AVX and "
+    "the like), or reinstall it.",
+    CauseKind.BUS_ERROR: "Check whether a memory-mapped file was shortened or its disk or "
+    "/dev/shm is full; reinstall a truncated library.",
+    CauseKind.FLOATING_POINT_EXCEPTION: "Check integer divisors that reach native code; numpy "
+    "and Python check theirs, C does not.",
+    CauseKind.STACK_OVERFLOW: "Recurse less deeply (a loop, a smaller sys.setrecursionlimit), "
+    "or flatten what was nested or chained.",
 }
 IN_THREAD = (
-    " Or give the thread a larger stack: threading.stack_size(256 << 20) before it is started; a thread that a library"
+    " Or give the thread a larger stack: threading.stack_size(256 << 20) before it is started; "
+    "a thread that a library"
     " starts has a setting of its own for that."
 )
 
@@ -111,7 +119,8 @@ def unreported_overflow(context: Context) -> Cause | None:
     if not _died_of(context, (signal.SIGSEGV,)) or evidence.fault is not None or caught is None:
         return None
     if not caught >= OTHER_FAULTS or signal.SIGSEGV in caught or evidence.handler_replaced:
-        return None  # it was turned off, or something else handles these signals
+        # It was turned off, or something else handles these signals.
+        return None
     facts = (
         *exit_facts(evidence),
         outside(
@@ -121,7 +130,8 @@ def unreported_overflow(context: Context) -> Cause | None:
         ),
     )
     summary = (
-        "stack overflow, most likely, in a thread that was not started through Python's threading module: the kernel"
+        "stack overflow, most likely, in a thread that was not started through Python's "
+        "threading module: the kernel"
         " crashed, and its fault handler found no room on the thread's stack to report it"
     )
     return make(
@@ -153,7 +163,10 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
         outside("stack limit", fault.stack_limit, "/proc/PID/limits"),
         *_stack_facts(context, fault),
     )
-    summary = f"stack overflow: {_location_text(fault)}the {fault.stack_limit >> 20} MiB stack was full when the kernel crashed"
+    summary = (
+        f"stack overflow: {_location_text(fault)}the {fault.stack_limit >> 20} MiB stack "
+        "was full when the kernel crashed"
+    )
     return make(
         context,
         CauseKind.STACK_OVERFLOW,
@@ -173,7 +186,8 @@ def fault(context: Context) -> Cause | None:
     number = signal.Signals(evidence.exit.signal)
     kind, text = KINDS[number]
     site = evidence.fault.site if evidence.fault else None
-    # Who gives up writes why first. Of another fault native code's own handler may write, if ours is not in place.
+    # Who gives up writes why first. Of another fault native code's own handler may write, if ours
+    # is not in place.
     gave_up = kind in (CauseKind.ABORT, CauseKind.ILLEGAL_INSTRUCTION)
     message = last_message(evidence, tuple(Channel) if gave_up else (Channel.DESCRIPTOR,))
     facts = (
@@ -184,17 +198,21 @@ def fault(context: Context) -> Cause | None:
     )
     location_text = _location_text(evidence.fault) if evidence.fault else ""
     if site is not None and not site.faulted and kind is not CauseKind.ABORT:
-        text = f"{number.name} was sent to the kernel, and no instruction had failed: look for os.kill() or raise_signal()"
+        text = (
+            f"{number.name} was sent to the kernel, and no instruction had failed: look for "
+            "os.kill() or raise_signal()"
+        )
     summary = f"{text}{f' ({location_text.rstrip(chr(32))})' if location_text else ''}"
     if kind is CauseKind.ABORT and evidence.fault and evidence.fault.title not in SIGNAL_TITLES:
-        # Py_FatalError names its reason, and aborts: nothing that was written before is nearer to it.
+        # Py_FatalError names its reason, and aborts: nothing that was written before is nearer to
+        # it.
         summary += f"; fatal error in Python: {evidence.fault.title}"
     elif message and (gave_up or evidence.fault is None):
         summary += f"; {message.text}"
     confidence = Confidence.CERTAIN
     if kind is CauseKind.SEGFAULT and (evidence.fault is None or evidence.fault.site is None):
-        # Without the failing address an overflow cannot be told from another fault: large frames jump over the last
-        # part of the stack, so that it looks far from full.
+        # Without the failing address an overflow cannot be told from another fault: large frames
+        # jump over the last part of the stack, so that it looks far from full.
         confidence = Confidence.LIKELY
     return make(context, kind, summary, confidence, facts, ADVICE[kind])
 

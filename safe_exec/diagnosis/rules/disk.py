@@ -25,33 +25,42 @@ from safe_exec.units import format_size
 
 SCARCE_BYTES = 4 << 20
 FULL_BYTES = 64 << 10
+# A volume with less than this, and no more than SCARCE_BYTES, is full: writes are refused before
+# the last byte is used.
 FULL_SHARE = 0.01
-"""A volume with less than this, and no more than SCARCE_BYTES, is full: writes are refused before the last byte is used."""
+# A cell that used less than this of a volume did not fill it.
 FILLED_BYTES = 64 << 10
-"""A cell that used less than this of a volume did not fill it."""
 MOST_WORDS = 200
 
 FULL = re.compile(
-    r"No space left on device|Disk quota exceeded|\bENOSPC\b|\[Errno (?:28|122)\]|os error 28\b|errno ?= ?28\b"  # strerror(3); Rust; HDF5
+    r"No space left on device|Disk quota exceeded|\bENOSPC\b|\[Errno (?:28|122)\]|os error "
+    r"28\b|errno ?= ?28\b"  # strerror(3); Rust; HDF5
     r"|database or disk is full"  # SQLite, SQLITE_FULL (result codes)
     r"|(?P<asked>\d+) requested and (?P<written>\d+) written"  # numpy, ndarray.tofile (convert.c)
     r"|Not enough free space to write (?P<needed>\d+) bytes"  # numpy, the same where it can ask beforehand (npy_fallocate)
-    r"|[Nn]ot enough (?:free )?(?:disk )?space|[Ii]nsufficient (?:disk )?space|[Dd]isk (?:is )?full"  # conda, pip, Arrow, GDAL, R
+    r"|[Nn]ot enough (?:free )?(?:disk )?space|[Ii]nsufficient (?:disk )?space|[Dd]isk (?:is "
+    r")?full"  # conda, pip, Arrow, GDAL, R
 )
+# HDF5, netCDF, GDAL, R and programs, of a write that did not end well for whatever reason.
 FAILED_WRITE = re.compile(
-    r"(?:write|flush|close|extend|save|dump)\w* (?:failed|error)|failed to (?:write|flush|close|save|extend|finalize)"
-    r"|[Cc](?:an't|annot) (?:\w+ly )?(?:write|extend|flush|close|save)|error writing|[Ss]hort write|[Ii]ncomplete write|write incomplete"
+    r"(?:write|flush|close|extend|save|dump)\w* (?:failed|error)|failed to (?:write|flush"
+    r"|close|save|extend|finalize)"
+    r"|[Cc](?:an't|annot) (?:\w+ly )?(?:write|extend|flush|close|save)|error writing|[Ss]hort "
+    r"write|[Ii]ncomplete write|write incomplete"
     r"|[Uu]nable to (?:\w+ly )?(?:write|flush|close|extend|create)|[Ii]nput/output error"
 )
-"""HDF5, netCDF, GDAL, R and programs, of a write that did not end well for whatever reason."""
+# pandas, numpy, json and others, of a file of which only the beginning was written.
 UNFINISHED = re.compile(
-    r"truncated|Ran out of input|not a zip file|[Bb]ad magic number|unexpected end of|[Uu]nexpected EOF"  # pickle, zipfile, tarfile
-    r"|ended before the end-of-stream marker|[Mm]agic bytes not found|[Ff]ile size is 0 bytes|malformed"  # gzip, Parquet, SQLite
-    r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is greater|end of file|Expecting value"
+    r"truncated|Ran out of input|not a zip file|[Bb]ad magic number|unexpected end of"
+    r"|[Uu]nexpected EOF"  # pickle, zipfile, tarfile
+    r"|ended before the end-of-stream marker|[Mm]agic bytes not found|[Ff]ile size is 0 bytes"
+    r"|malformed"  # gzip, Parquet, SQLite
+    r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is "
+    r"greater|end of file|Expecting value"
 )
-"""pandas, numpy, json and others, of a file of which only the beginning was written."""
 
 OS_ERRORS = ("OSError", "IOError", "error")
+# Errors of polars, DuckDB, SQLite, Arrow and PyTables that quote the system.
 LIBRARY_ERRORS = (
     "ComputeError",
     "IOException",
@@ -60,7 +69,7 @@ LIBRARY_ERRORS = (
     "HDF5ExtError",
     "PanicException",
 )
-"""Errors of polars, DuckDB, SQLite, Arrow and PyTables that quote the system."""
+# Errors of Python's own that no full disk raises.
 LOGIC_ERRORS = frozenset(
     {
         "NameError", "TypeError", "AttributeError", "ZeroDivisionError", "AssertionError", "SyntaxError", "IndentationError", "ImportError",
@@ -69,7 +78,6 @@ LOGIC_ERRORS = frozenset(
         "IsADirectoryError", "NotADirectoryError", "UnicodeDecodeError", "UnicodeEncodeError", "OverflowError", "SystemExit",
     }
 )  # fmt: skip
-"""Errors of Python's own that no full disk raises."""
 
 
 class _Claim(Struct, frozen=True, kw_only=True):
@@ -118,7 +126,10 @@ def bus_error(context: Context) -> Cause | None:
     if volume is None or not volume.own:
         return None
     facts = (*exit_facts(context.evidence), *_facts(context, volume))
-    summary = f"bus error: {_name(context, volume)} is full, and native code touched a mapped file there that has no more room"
+    summary = (
+        f"bus error: {_name(context, volume)} is full, and native code touched a mapped "
+        "file there that has no more room"
+    )
     return make(
         context, CauseKind.BUS_ERROR, summary, Confidence.CERTAIN, facts, _advice(context, volume)
     )
@@ -165,7 +176,8 @@ def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None
         and context.is_python
         and not (by_system or claim.source == "output of the cell")
     ):
-        return None  # no more than a text that some code has raised, and nothing bears it out
+        # No more than a text that some code has raised, and nothing bears it out.
+        return None
     fact = inside(
         "raised" if claim.source.startswith("the cell") else "printed", claim.text, claim.source
     )
@@ -274,9 +286,15 @@ def _advice(context: Context, volume: Volume | None) -> str:
             "Put less into /dev/shm (shared memory of worker processes is there), or raise --shm."
         )
     if context.limits.disk is not None and (volume is None or volume.own):
-        return "Write less, or remove what is no longer needed; look at what earlier cells wrote. Or raise --disk."
+        return (
+            "Write less, or remove what is no longer needed; look at what earlier cells "
+            "wrote. Or raise --disk."
+        )
     if volume is not None and volume.own:
-        return "Write to the notebook's folder instead, or set a limit of your own for all that it writes with --disk."
+        return (
+            "Write to the notebook's folder instead, or set a limit of your own for all that "
+            "it writes with --disk."
+        )
     return "Free space on the machine, or write elsewhere; look at what earlier cells wrote."
 
 

@@ -36,7 +36,9 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
     more = "" if elsewhere else context.if_limited(LimitName.MEMORY, ", or raise --memory")
     return replace(
         cause,
-        summary=f"{cause.summary}; earlier, {subject} that the notebook had started {verb} killed for memory in {cell_names}",
+        summary=f"{cause.summary}; earlier, {subject} that the notebook had started {verb} "
+        f"killed for memory in {cell_names}",
         evidence=(*cause.evidence, *facts),
-        advice=f"Look at {cell_names} first: {possessive} result is missing. Use fewer or smaller workers there{more}. {cause.advice}",
+        advice=f"Look at {cell_names} first: {possessive} result is missing. Use fewer or "
+        f"smaller workers there{more}. {cause.advice}",
     )

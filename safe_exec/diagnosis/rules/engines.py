@@ -22,8 +22,8 @@ from safe_exec.model.ending import CellFailed, Died
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
+# From this share of the run's own memory limit on it cannot be told whose limit it was.
 REACHED = 0.95
-"""From this share of the run's own memory limit on it cannot be told whose limit it was."""
 
 
 class Engine(Struct, frozen=True, kw_only=True):
@@ -40,7 +40,8 @@ class Engine(Struct, frozen=True, kw_only=True):
 
 
 CARD = (
-    "Give it less at a time (a smaller batch), and free what earlier cells hold on the card; other programs may use it, too (nvidia-smi)."
+    "Give it less at a time (a smaller batch), and free what earlier cells hold on the card; "
+    "other programs may use it, too (nvidia-smi)."
     " --memory is no limit of the card's."
 )
 
@@ -50,19 +51,23 @@ ENGINES: tuple[Engine, ...] = (
         pattern=re.compile(r"failed to offload data block.*\([^()]*/(?P<limit>[^()/]+) used\)"),
         noun="DuckDB's own limit for temporary files (max_temp_directory_size)",
         setting="max_temp_directory_size",
-        advice="Raise it with SET max_temp_directory_size = '...', or write less: fewer threads (SET threads), a smaller join or sort.",
+        advice="Raise it with SET max_temp_directory_size = '...', or write less: fewer threads "
+        "(SET threads), a smaller join or sort.",
         kind=CauseKind.DISK_FULL,
     ),
     Engine(
         pattern=re.compile(
-            r"Out of Memory Error: (?:could not|[Ff]ailed to) allocate[^()]*\([^()]*/(?P<limit>[^()/]+) used\)"
-            r"|Out of Memory Error: (?:could not|[Ff]ailed to) allocate block of \S+ bytes(?! \(bad allocation\))"
+            r"Out of Memory Error: (?:could not|[Ff]ailed to) "
+            r"allocate[^()]*\([^()]*/(?P<limit>[^()/]+) used\)"
+            r"|Out of Memory Error: (?:could not|[Ff]ailed to) allocate block of \S+ bytes(?! "
+            r"\(bad allocation\))"
             r"|could not free up enough memory for the new limit"
         ),
         noun="DuckDB's own memory_limit",
         setting="memory_limit",
         advice=(
-            "Raise it with SET memory_limit = '...' (below --memory), give it a directory to spill to (SET temp_directory = '...'), or have it"
+            "Raise it with SET memory_limit = '...' (below --memory), give it a directory to "
+            "spill to (SET temp_directory = '...'), or have it"
             " use less (SET threads = 1)."
         ),
     ),
@@ -71,13 +76,15 @@ ENGINES: tuple[Engine, ...] = (
         pattern=re.compile(r"exceeded the out-of-core disk budget"),
         noun="the disk budget of polars (POLARS_OOC_DISK_BUDGET_MB)",
         setting="POLARS_OOC_DISK_BUDGET_MB",
-        advice="Raise POLARS_OOC_DISK_BUDGET_MB before polars is imported, or give the query less to do.",
+        advice="Raise POLARS_OOC_DISK_BUDGET_MB before polars is imported, or give the query "
+        "less to do.",
         kind=CauseKind.DISK_FULL,
     ),
     # PyTorch: c10/cuda/CUDACachingAllocator.cpp, and the same for ROCm and MPS.
     Engine(
         pattern=re.compile(
-            r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of (?P<limit>[\d.]+ [KMGT]iB))?",
+            r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of "
+            r"(?P<limit>[\d.]+ [KMGT]iB))?",
             re.DOTALL,
         ),
         noun="the memory of the graphics card",
@@ -86,15 +93,18 @@ ENGINES: tuple[Engine, ...] = (
     # CuPy: cupy/cuda/memory.pyx.
     Engine(
         pattern=re.compile(
-            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far: [\d,]+ bytes, limit set to: (?P<limit>[\d,]+ bytes)\)"
+            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far: [\d,]+ bytes, limit "
+            r"set to: (?P<limit>[\d,]+ bytes)\)"
         ),
         noun="CuPy's own memory limit",
         setting="set_limit",
-        advice="Raise it with set_limit() of the memory pool or CUPY_GPU_MEMORY_LIMIT, or free blocks of the pool (free_all_blocks()).",
+        advice="Raise it with set_limit() of the memory pool or CUPY_GPU_MEMORY_LIMIT, or free "
+        "blocks of the pool (free_all_blocks()).",
     ),
     Engine(
         pattern=re.compile(
-            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to allocate \d+ bytes"
+            r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to "
+            r"allocate \d+ bytes"
         ),
         noun="the memory of the graphics card",
         advice=CARD,
@@ -102,7 +112,8 @@ ENGINES: tuple[Engine, ...] = (
     # CUDA's own names: cudaError_t and CUresult, as numba, CuPy, RAPIDS and others show them.
     Engine(
         pattern=re.compile(
-            r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc: out_of_memory: CUDA"
+            r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED"
+            r"|std::bad_alloc: out_of_memory: CUDA"
         ),
         noun="the memory of the graphics card",
         advice=CARD,
@@ -110,31 +121,37 @@ ENGINES: tuple[Engine, ...] = (
     # TensorFlow and JAX: the allocator of a device (BFC); that of the processor is the system's.
     Engine(
         pattern=re.compile(
-            r"(?:RESOURCE_EXHAUSTED|ResourceExhaustedError)(?!.*(?:device:CPU|allocator cpu)).*(?:[Oo]ut of memory|OOM|allocat)",
+            r"(?:RESOURCE_EXHAUSTED|ResourceExhaustedError)(?!.*(?:device:CPU|allocator "
+            r"cpu)).*(?:[Oo]ut of memory|OOM|allocat)",
             re.DOTALL,
         ),
         noun="the memory of the device that TensorFlow or JAX computes on",
         advice=CARD,
     ),
-    # The JVM: java.lang.OutOfMemoryError (Java SE, Troubleshooting Guide), through py4j, JPype or a program's output.
+    # The JVM: java.lang.OutOfMemoryError (Java SE, Troubleshooting Guide), through py4j, JPype or a
+    # program's output.
     Engine(
         pattern=re.compile(
-            r"java\.lang\.OutOfMemoryError: (?:Java heap space|GC overhead limit exceeded|Metaspace|PermGen space|Direct buffer memory"
+            r"java\.lang\.OutOfMemoryError: (?:Java heap space|GC overhead limit exceeded"
+            r"|Metaspace|PermGen space|Direct buffer memory"
             r"|Requested array size exceeds VM limit)"
         ),
         noun="the heap of the Java virtual machine",
         advice=(
-            "Raise its own limit before it starts (java -Xmx; spark.driver.memory or spark.executor.memory for Spark), below --memory; or collect"
+            "Raise its own limit before it starts (java -Xmx; spark.driver.memory or "
+            "spark.executor.memory for Spark), below --memory; or collect"
             " less at once."
         ),
     ),
     Engine(
         pattern=re.compile(
-            r"is bigger than (?:local maxResultSize|spark\.driver\.maxResultSize)(?: \(?(?P<limit>[\d.]+ [KMGT]iB)\)?)?"
+            r"is bigger than (?:local maxResultSize|spark\.driver\.maxResultSize)(?: "
+            r"\(?(?P<limit>[\d.]+ [KMGT]iB)\)?)?"
         ),
         noun="Spark's own limit of a result (spark.driver.maxResultSize)",
         setting="maxResultSize",
-        advice="Collect less at once, or raise spark.driver.maxResultSize before the session starts.",
+        advice="Collect less at once, or raise spark.driver.maxResultSize before the session "
+        "starts.",
     ),
     # R: src/main/memory.c, R_MaxVSize.
     Engine(
@@ -143,44 +160,50 @@ ENGINES: tuple[Engine, ...] = (
         ),
         noun="R's own limit for vectors",
         setting="mem.maxVSize",
-        advice="Raise it with mem.maxVSize(), or R_MAX_VSIZE in the environment of the kernel; or hold less at once.",
+        advice="Raise it with mem.maxVSize(), or R_MAX_VSIZE in the environment of the kernel; "
+        "or hold less at once.",
     ),
     # DataFusion, and Lance and others on it: datafusion/execution/src/memory_pool.
     Engine(
         pattern=re.compile(r"Resources exhausted: .*[Ff]ailed to allocate additional", re.DOTALL),
         noun="the memory pool of DataFusion",
-        advice="Raise the limit of its memory pool (with_fair_spill_pool, with_greedy_memory_pool), or let it spill to disk.",
+        advice="Raise the limit of its memory pool (with_fair_spill_pool, "
+        "with_greedy_memory_pool), or let it spill to disk.",
     ),
     # ClickHouse and chDB: src/Common/MemoryTracker.cpp.
     Engine(
         pattern=re.compile(
-            r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: (?P<limit>[\d.]+ [KMGT]?i?B)",
+            r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: "
+            r"(?P<limit>[\d.]+ [KMGT]?i?B)",
             re.DOTALL,
         ),
         noun="ClickHouse's own memory limit",
         setting="max_memory_usage",
         advice="Raise max_memory_usage (or max_server_memory_usage), below --memory.",
     ),
-    # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker later.
+    # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker
+    # later.
     Engine(
         pattern=re.compile(r"exceeded \d+% memory budget"),
         noun="the memory limit of a Dask worker",
         setting="memory_limit",
-        advice="Raise memory_limit of the workers, or have fewer of them; all together must stay below --memory.",
+        advice="Raise memory_limit of the workers, or have fewer of them; all together must "
+        "stay below --memory.",
     ),
     # Ray: src/ray/common/memory_monitor.
     Engine(
         pattern=re.compile(r"due to the node running low on memory|memory usage threshold"),
         noun="the memory threshold of Ray",
         setting="RAY_memory_usage_threshold",
-        advice="Raise RAY_memory_usage_threshold, or run fewer tasks at a time (num_cpus of a task).",
+        advice="Raise RAY_memory_usage_threshold, or run fewer tasks at a time (num_cpus of a "
+        "task).",
     ),
 )
 
+# The fact that names the setting: the cell in which it stands is the one to read first.
 SETTING = "set by"
-"""The fact that names the setting: the cell in which it stands is the one to read first."""
+# What polars writes to stderr before it aborts the process (crates/polars-ooc, global_alloc).
 POLARS_ABORTS = re.compile(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
-"""What polars writes to stderr before it aborts the process (crates/polars-ooc, global_alloc)."""
 
 
 def own_limit(context: Context) -> Cause | None:
@@ -201,7 +224,10 @@ def own_limit(context: Context) -> Cause | None:
 
 def _cause(context: Context, engine: Engine, match: re.Match[str], source: str) -> Cause:
     limit = match.groupdict().get("limit")
-    summary = f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a limit of its own, not one of this run"
+    summary = (
+        f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a "
+        "limit of its own, not one of this run"
+    )
     quoted = " ".join(match[0].split())
     quote_fact = inside(
         "raised" if source == "the cell's error" else "printed", quoted[:300], source
@@ -254,8 +280,14 @@ def aborted(context: Context) -> Cause | None:
     if match is None:
         return None
     peak = "" if evidence.memory_peak is None else f" (peak {format_size(evidence.memory_peak)})"
-    summary = f"abort: polars ended the kernel as its own memory threshold was passed{peak}; it is a limit of its own, not one of this run"
-    advice = "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before polars is imported, or load and keep less."
+    summary = (
+        f"abort: polars ended the kernel as its own memory threshold was passed{peak}; it "
+        "is a limit of its own, not one of this run"
+    )
+    advice = (
+        "Raise POLARS_OOMKILL_THRESHOLD_MB or POLARS_OOMKILL_THRESHOLD_FRACTION before "
+        "polars is imported, or load and keep less."
+    )
     facts = (
         *exit_facts(evidence),
         inside("last message", match[0], "stderr of the kernel process"),

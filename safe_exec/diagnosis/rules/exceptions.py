@@ -18,12 +18,18 @@ def stdin(context: Context) -> Cause | None:
         return None
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
     summary = "the cell asked for input, and nobody is there to type it"
-    advice = "Take the value from a file, an environment variable or a parameter instead of input() or getpass()."
+    advice = (
+        "Take the value from a file, an environment variable or a parameter instead of "
+        "input() or getpass()."
+    )
     if error.in_debugger:
         summary = (
             "the cell started a debugger, which asks for input, and nobody is there to type it"
         )
-        advice = "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook is run by itself."
+        advice = (
+            "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook "
+            "is run by itself."
+        )
     # Only the name of the error says so, and code of the notebook can raise one of that name.
     return make(context, CauseKind.STDIN, summary, Confidence.LIKELY, facts, advice)
 
@@ -38,12 +44,17 @@ def exception(context: Context) -> Cause | None:
         ": ".join(part for part in (error.ename, first) if part)
         or "the cell raised an error without a name"
     )
-    if not error.ename:  # bash says its exit status and nothing else
+    # Bash says its exit status and nothing else.
+    if not error.ename:
         summary = f"the cell failed: {first}" if first else "the cell failed"
-    # Certain is that a reply was an error and that the kernel lived; what the error says is the kernel's word.
+    # Certain is that a reply was an error and that the kernel lived; what the error says is the
+    # kernel's word.
     raised_fact = inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
     facts = (raised_fact, alive("after the error"), *_printed(context))
-    advice = "The kernel is fine; fix the cell, tag it raises-exception if the error is meant, or pass --allow-errors."
+    advice = (
+        "The kernel is fine; fix the cell, tag it raises-exception if the error is meant, "
+        "or pass --allow-errors."
+    )
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
 
 

@@ -36,7 +36,10 @@ def supervisor_killed(context: Context) -> Cause | None:
         or context.ending.asked_to_exit
     ):
         return None
-    summary = "the kernel was killed together with its parent process, which is safe-exec's; most likely by the notebook's own code"
+    summary = (
+        "the kernel was killed together with its parent process, which is safe-exec's; "
+        "most likely by the notebook's own code"
+    )
     advice = "Look for os.kill(os.getppid(), ...) or a kill of whole process groups in the cell."
     return make(
         context, CauseKind.KILLED, summary, Confidence.LIKELY, exit_facts(context.evidence), advice
@@ -54,8 +57,14 @@ def asked_to_exit(context: Context) -> Cause | None:
         c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None
     ]
     if later_cells:
-        summary += f"; {context.human(later_cells[-1].index)} still ran only because the kernel takes a moment to end"
-    advice = "Guard the rest of the notebook with an if, or raise an exception; exit() ends the kernel of everyone who runs this."
+        summary += (
+            f"; {context.human(later_cells[-1].index)} still ran only because the kernel "
+            "takes a moment to end"
+        )
+    advice = (
+        "Guard the rest of the notebook with an if, or raise an exception; exit() ends the "
+        "kernel of everyone who runs this."
+    )
     return make(context, CauseKind.EXIT, summary, Confidence.CERTAIN, facts, advice)
 
 
@@ -82,10 +91,14 @@ def exited(context: Context) -> Cause | None:
         by = f" by os._exit() in {caller}"
     message = None if by else last_message(evidence, (Channel.DESCRIPTOR, Channel.STDERR))
     facts += [message.fact] if message else []
-    summary = f"the kernel process left with exit status {code}{by or ', without a crash and without being killed'}"
+    summary = (
+        "the kernel process left with exit status "
+        f"{code}{by or ', without a crash and without being killed'}"
+    )
     summary += f"; {message.text}" if message else ""
     advice = (
-        "Look for exit(), quit(), os._exit(), a stopped event loop, a watchdog thread or timer, or a library that ends the process"
+        "Look for exit(), quit(), os._exit(), a stopped event loop, a watchdog thread or timer, "
+        "or a library that ends the process"
         " itself; sys.exit() alone only raises SystemExit."
         if context.is_python
         else "Look for a call that ends the process, in the cell or in a library that it calls."
@@ -110,7 +123,10 @@ def signalled(context: Context) -> Cause | None:
     origin = (
         "a timer ran out that nobody had cancelled or handled"
         if alarm
-        else "another process sent it, or native code of the notebook; none of its Python code was seen to"
+        else (
+            "another process sent it, or native code of the notebook; none of its Python code "
+            "was seen to"
+        )
         if context.evidence.agent
         else "somebody sent it, perhaps the notebook itself"
     )
@@ -118,7 +134,10 @@ def signalled(context: Context) -> Cause | None:
     advice = (
         "Look for signal.alarm() or setitimer() that is still armed when its handler is gone."
         if alarm
-        else "A shutdown, a scheduler, a container stop or another process sent it; nothing in the limits of this run did."
+        else (
+            "A shutdown, a scheduler, a container stop or another process sent it; nothing in "
+            "the limits of this run did."
+        )
     )
     return make(
         context,
@@ -150,7 +169,10 @@ def _killed(context: Context) -> Cause:
         if context.is_python
         else "a call that sends the signal"
     )
-    advice = f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the machine's out-of-memory killer (dmesg)."
+    advice = (
+        f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the "
+        "machine's out-of-memory killer (dmesg)."
+    )
     confidence = Confidence.CERTAIN if evidence.oom_kills is not None else Confidence.LIKELY
     if source:
         facts.append(inside("place noted by", source, "shared page"))

@@ -20,18 +20,20 @@ DOING = {
 }
 
 
+# Those in which nothing is waited for.
 BUSY_ACTIVITIES = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE, Activity.STOPPED)
-"""Those in which nothing is waited for."""
 
+# What can be said of a kernel in which no code of ours runs.
 COMPUTING = "it was computing"
-"""What can be said of a kernel in which no code of ours runs."""
 
 ADVICE: dict[Activity | None, str] = {
     Activity.PYTHON_LOOP: "Check the condition that should end the loop.",
-    Activity.NATIVE_CODE: "The line shown calls into native code that does not come back; give it less to do.",
+    Activity.NATIVE_CODE: "The line shown calls into native code that does not come back; give "
+    "it less to do.",
     Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
     Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
-    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check the threads started before.",
+    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check "
+    "the threads started before.",
     Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
     Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
 }
@@ -55,7 +57,10 @@ def _lock_text(context: Context, observation: ActivityObservation, activity: Act
     """What is waited for where it is no process; empty where it is one, or something else."""
     if (lock := waiting.awaited_lock(observation)) is not None:
         taken_text = _taken_text(context, lock)
-        return f"it was waiting for {waiting_text.lock_text(lock)}{f', taken {taken_text}' if taken_text else ''}"
+        return (
+            "it was waiting for "
+            f"{waiting_text.lock_text(lock)}{f', taken {taken_text}' if taken_text else ''}"
+        )
     if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(observation):
         return "it was trying for the lock on a file again and again"
     if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(observation):
@@ -115,9 +120,15 @@ def _lock_advice(observation: ActivityObservation, activity: Activity | None) ->
     if (lock := waiting.awaited_lock(observation)) is not None:
         return waiting_text.lock_advice(lock)
     if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(observation):
-        return "Find out who holds the lock; a file that is a lock by being there may be left over: remove it. Take the lock with a timeout."
+        return (
+            "Find out who holds the lock; a file that is a lock by being there may be left "
+            "over: remove it. Take the lock with a timeout."
+        )
     if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(observation):
-        return "Close the end that is written to (os.close) when all is written, in the notebook too: only then a reader sees the end."
+        return (
+            "Close the end that is written to (os.close) when all is written, in the "
+            "notebook too: only then a reader sees the end."
+        )
     return ""
 
 

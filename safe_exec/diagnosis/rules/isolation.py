@@ -16,17 +16,23 @@ from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
+# A path in an environment of Python's: its prefix, and the first name below its packages.
 PACKAGES = re.compile(
     r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?"
 )
-"""A path in an environment of Python's: its prefix, and the first name below its packages."""
+# What pip, uv and conda write where their index cannot be reached.
 INSTALLER = re.compile(
     r"\bpip\b|/simple/|pypi|conda|urllib3|retrying|distribution|requirement|index|package",
     re.IGNORECASE,
 )
-"""What pip, uv and conda write where their index cannot be reached."""
-NETWORK_ADVICE = "Let it reach other hosts with --network, or give it the data beside the notebook; loopback works in any case."
-NO_ROUTE_ADVICE = "Give it the data beside the notebook. This machine itself has no route to other networks, so --network alone would not help."
+NETWORK_ADVICE = (
+    "Let it reach other hosts with --network, or give it the data beside the "
+    "notebook; loopback works in any case."
+)
+NO_ROUTE_ADVICE = (
+    "Give it the data beside the notebook. This machine itself has no route to "
+    "other networks, so --network alone would not help."
+)
 WRITE_HERE = "Write into the notebook's folder."
 
 
@@ -164,9 +170,15 @@ NOUNS = {NeedKind.MODULE: "module", NeedKind.PROGRAM: "program"}
 def _summary(context: Context, conflict: IsolationConflict) -> str:
     name, cell = conflict.name, context.human(conflict.cell)
     if conflict.kind is NeedKind.VARIABLE:
-        return f"isolation removed the environment variable {name}: it is set outside the sandbox, but {cell} could not read it"
+        return (
+            f"isolation removed the environment variable {name}: it is set outside the "
+            f"sandbox, but {cell} could not read it"
+        )
     if _installs(conflict):
-        return f"isolation makes the kernel's environment read-only, so {cell} could not install packages into it"
+        return (
+            f"isolation makes the kernel's environment read-only, so {cell} could not "
+            "install packages into it"
+        )
     if conflict.writes:
         place = conflict.allow[0] if conflict.allow else conflict.path
         obstacle = (
@@ -176,10 +188,16 @@ def _summary(context: Context, conflict: IsolationConflict) -> str:
         )
         return f"isolation {obstacle}, so {cell} could not write {name}"
     if not conflict.usable and conflict.access is not Access.HIDDEN:
-        return f"the kernel runs as another user, who may not read {name}; you may, but {cell} could not"
+        return (
+            f"the kernel runs as another user, who may not read {name}; you may, but {cell} "
+            "could not"
+        )
     noun = f"the {NOUNS[conflict.kind]} " if conflict.kind in NOUNS else ""
     path_text = f" ({conflict.path})" if conflict.path and conflict.path != name else ""
-    return f"isolation hides {noun}{name}{path_text}: it exists outside the sandbox, but {cell} could not reach it"
+    return (
+        f"isolation hides {noun}{name}{path_text}: it exists outside the sandbox, but {cell} "
+        "could not reach it"
+    )
 
 
 def advice(conflict: IsolationConflict) -> str:
@@ -190,13 +208,17 @@ def advice(conflict: IsolationConflict) -> str:
         return f"Pass it on with --env {conflict.name}: the notebook can then read its value."
     if _installs(conflict) and conflict.allow:
         return (
-            "Install the packages before the run, outside the sandbox, into the environment of the kernel. Or allow the notebook to change"
+            "Install the packages before the run, outside the sandbox, into the environment of "
+            "the kernel. Or allow the notebook to change"
             f" this environment with --writable {shlex.quote(conflict.allow[0])}."
         )
     if _is_device(conflict):
         return f"Let the notebook use the device with --device {shlex.quote(conflict.path or '')}."
     if not conflict.usable:
-        return "Let other users read it (chmod o+r), or put a copy that they may read into the notebook's folder."
+        return (
+            "Let other users read it (chmod o+r), or put a copy that they may read into the "
+            "notebook's folder."
+        )
     return _of_paths(conflict)
 
 
@@ -212,11 +234,17 @@ def _of_paths(conflict: IsolationConflict) -> str:
             else WRITE_HERE
         )
     if not options and conflict.moved:
-        return f"The notebook's home is another directory here: give it the full path, {conflict.path}, which it can reach."
+        return (
+            "The notebook's home is another directory here: give it the full path, "
+            f"{conflict.path}, which it can reach."
+        )
     if not options:
         return f"Use its path without links, which the notebook can reach: {conflict.path}."
     if conflict.moved:
-        return f"Allow it with {options}, and use this path: the notebook's home is another directory here. Or put a copy into its folder."
+        return (
+            f"Allow it with {options}, and use this path: the notebook's home is another "
+            "directory here. Or put a copy into its folder."
+        )
     if conflict.kind is NeedKind.PATH:
         return f"Allow reading it with {options}, or put it into the notebook's folder."
     return f"Allow it with {options}."

@@ -16,14 +16,16 @@ from safe_exec.diagnosis.context import inside
 from safe_exec.model.evidence import Channel, Evidence, OutputBurst
 from safe_exec.model.verdict import Fact
 
+# Native code seldom writes: its last message may be so old, as some write a stack trace or wait
+# before they abort.
 NATIVE_SECONDS = 10.0
-"""Native code seldom writes: its last message may be so old, as some write a stack trace or wait before they abort."""
+# Python code prints all the time: only what came this shortly before the end is a message about it.
 PYTHON_SECONDS = 2.0
-"""Python code prints all the time: only what came this shortly before the end is a message about it."""
 SHOWN_LINES = 5
 SHOWN_CHARACTERS = 400
+# A long line (V8 prints its collections on one) leaves room for the line below it that names the
+# reason.
 SHOWN_LINE_CHARACTERS = 120
-"""A long line (V8 prints its collections on one) leaves room for the line below it that names the reason."""
 KEPT_LINES = 20
 KEPT_CHARACTERS = 2000
 STDOUT_LINES = 3
@@ -38,8 +40,8 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
+# A progress bar as tqdm draws it; it has no line end, so a message may follow on its line.
 _BAR = re.compile(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
-"""A progress bar as tqdm draws it; it has no line end, so a message may follow on its line."""
 _WARNING = re.compile(r"^(?:\S.*:\d+: )?\w*Warning: ")
 _FRAME = re.compile(
     r"^\s*(?:#\d+\s|@\s+0x|\[bt\]|\d+:\s+0x|frame #\d+)"  # gdb and sanitizers, glog, mxnet, rust, torch
@@ -47,14 +49,16 @@ _FRAME = re.compile(
     r"|^\s+(?:\d+: \S|at \S+:\d+)"  # rust
     r"|^\s+\S+\.go:\d+ \+0x|^goroutine \d+ \["
     r'|(?:^\s+File ".*|\.py)", line (?:\d+|\?\?\?)(?: in |, in )'  # Python; the first line of a tail may be cut off
-    r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: |^Python runtime state: "
+    r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: "
+    r"|^Python runtime state: "
 )
 _PLAIN_FAULT = re.compile(
-    r"^Fatal Python error: (?:Aborted|Segmentation fault|Bus error|Illegal instruction|Floating.point exception)$"
+    r"^Fatal Python error: (?:Aborted|Segmentation fault|Bus error|Illegal instruction"
+    r"|Floating.point exception)$"
 )
 _HEX = re.compile(r"\b(?:0x)?[0-9a-fA-F]{8,16}\b")
+# A line with so many addresses is a dump of registers or of memory.
 _MOST_HEX = 3
-"""A line with so many addresses is a dump of registers or of memory."""
 _TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -145,7 +149,7 @@ def _after(printed: Message | None, native: Message) -> Message | None:
     return Message(lines=lines, channel=printed.channel, age=printed.age) if lines else None
 
 
-# --- lines ------------------------------------------------------------------------------------------------------
+# --- lines ----------------------------------------------------------------------------------------
 
 
 def clean(text: str) -> tuple[str, ...]:
@@ -155,13 +159,15 @@ def clean(text: str) -> tuple[str, ...]:
 
 def _plain_lines(text: str) -> Iterator[str]:
     for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
-        visible = line.rstrip("\r").rpartition("\r")[2]  # a terminal shows what was written over it
+        # A terminal shows what was written over it.
+        visible = line.rstrip("\r").rpartition("\r")[2]
         yield _CONTROLS.sub("", _BAR.sub("", visible)).rstrip()
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:
     indented = (
-        False  # below a traceback's or warning's first line, whatever is indented belongs to it
+        # Below a traceback's or warning's first line, whatever is indented belongs to it.
+        False
     )
     for line in lines:
         if indented and line[:1].isspace():

@@ -15,11 +15,11 @@ OS_ERRORS = (
     "OSError", "IOError", "BlockingIOError", "FileNotFoundError", "PermissionError", "ConnectionError", "TimeoutError", "error",
     "gaierror", "NotADirectoryError", "InterruptedError", "ChildProcessError", "ProcessLookupError",
 )  # fmt: skip
+# What a shell says.
 FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
-"""What a shell says."""
 
+# The last message of libzmq, with the place in its source.
 LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
-"""The last message of libzmq, with the place in its source."""
 
 NEARLY = 0.9
 
@@ -48,7 +48,10 @@ def output_flood(context: Context) -> Cause | None:
         outside("bytes received of it", received, "messages"),
         outside("cap", context.limits.cell_output, "limits"),
     )
-    summary = f"endless output: {context.human(context.ending.cell)} had written {format_size(size)} and went on"
+    summary = (
+        f"endless output: {context.human(context.ending.cell)} had written "
+        f"{format_size(size)} and went on"
+    )
     capped = context.if_limited(
         LimitName.CELL_OUTPUT, " A long but finite log passes, cut at its cap (--cell-output)."
     )
@@ -132,7 +135,8 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
     lines = [*evidence.last_words.splitlines(), *evidence.stderr_tail.splitlines()]
     message = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
     if message is None or (evidence.fault is not None and evidence.fault.main):
-        return None  # where Python code itself aborted, the words may be anything it printed
+        # Where Python code itself aborted, the words may be anything it printed.
+        return None
     facts = (
         *exit_facts(evidence),
         inside("last message", message[:300], "stderr of the kernel process"),
@@ -203,7 +207,7 @@ def _file_summary(context: Context) -> str:
     )
 
 
-# --- raised in a cell -------------------------------------------------------------------------------------------
+# --- raised in a cell -----------------------------------------------------------------------------
 
 
 def raised(context: Context) -> Cause | None:
@@ -306,7 +310,8 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
         for frame in (location.stack if location else ())
     )
     says = "can't start new thread" in error.evalue or FORK_REFUSED.search(error.evalue) is not None
-    # `os.fork()` in the cell itself leaves no frame: the count seen outside says that it was refused for the limit.
+    # `os.fork()` in the cell itself leaves no frame: the count seen outside says that it was
+    # refused for the limit.
     peak, limit = context.evidence.processes_peak, context.limits.processes
     at_limit = peak is not None and limit is not None and peak >= NEARLY * limit
     if not (refusals or forks or says or at_limit) or not certain:
@@ -326,8 +331,14 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     if group_limit is not None:
         group, fewest = group_limit
         facts.append(outside("processes allowed there", f"{fewest} in {group}", "its pids.max"))
-        allowed = f", but not by this run's limit: {fewest} are allowed in {group}, a group above the sandbox (a container, a session)"
+        allowed = (
+            f", but not by this run's limit: {fewest} are allowed in {group}, a group "
+            "above the sandbox (a container, a session)"
+        )
     summary = f"too many processes: a new process or thread was refused{allowed}"
     confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
-    advice = f"Threads count: use a pool of bounded size, join what is done, and look at earlier cells{_more_processes(context)}."
+    advice = (
+        "Threads count: use a pool of bounded size, join what is done, and look at "
+        f"earlier cells{_more_processes(context)}."
+    )
     return make(context, CauseKind.TOO_MANY_PROCESSES, summary, confidence, tuple(facts), advice)

@@ -18,25 +18,27 @@ from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
+# The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5)).
 NO_OVERCOMMIT = 2
-"""The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5))."""
 
 MEMORY_ERRORS = (
     "MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "OutOfMemoryException", "ArrowMemoryError",
 )  # fmt: skip
+# As PyTorch, polars, C++ and TensorFlow report it in errors of other names.
 REFUSED_TO_LIBRARY = re.compile(
-    r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when allocating.*\bcpu\b",
+    r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when "
+    r"allocating.*\bcpu\b",
     re.DOTALL,
 )
-"""As PyTorch, polars, C++ and TensorFlow report it in errors of other names."""
+# The share of the memory from which it is said whose it was.
 MOSTLY = 0.5
-"""The share of the memory from which it is said whose it was."""
 REFUSED = re.compile(
-    r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable to allocate "
+    r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable "
+    r"to allocate "
 )
 
+# How numpy says what it asked for.
 ASKED_FOR = re.compile(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
-"""How numpy says what it asked for."""
 UNITS = {
     unit: 1 << 10 * power
     for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)
@@ -96,11 +98,13 @@ def _advice(context: Context) -> str:
     children = _children(context)
     if children is not None:
         return (
-            f"Most of it, {format_size(children)}, was in processes that the notebook had started, not in the kernel: start fewer of"
+            f"Most of it, {format_size(children)}, was in processes that the notebook had "
+            "started, not in the kernel: start fewer of"
             " them, give each less to do, or end those that are done (close and join a pool)."
         ) + context.if_limited(
             LimitName.MEMORY,
-            " Or raise the limit with --memory, which covers the kernel and all its processes together.",
+            " Or raise the limit with --memory, which covers the kernel and all its processes "
+            "together.",
         )
     accumulators = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
@@ -125,7 +129,8 @@ def watchdog_kill(context: Context) -> Cause | None:
     passed = "the sandbox passed its limit" + (f" ({peak_of_limit})" if peak_of_limit else "")
     is_upper_bound = context.evidence.memory_upper_bound
     doubt = (
-        "; some of its processes could not be looked into, so pages that they share may have been counted twice"
+        "; some of its processes could not be looked into, so pages that they share may have "
+        "been counted twice"
         if is_upper_bound
         else ""
     )
@@ -149,7 +154,10 @@ def oom_kill(context: Context) -> Cause | None:
         return None
     if evidence.oom_elsewhere:
         return _not_our_limit(context)
-    summary = f"out of memory: {_peak_of_limit(context) or 'the memory limit was reached'}, and the system killed the kernel"
+    summary = (
+        f"out of memory: {_peak_of_limit(context) or 'the memory limit was reached'}, and "
+        "the system killed the kernel"
+    )
     return make(
         context,
         CauseKind.OUT_OF_MEMORY,
@@ -161,10 +169,16 @@ def oom_kill(context: Context) -> Cause | None:
 
 
 def _not_our_limit(context: Context) -> Cause:
-    advice = "Give the container or machine more memory, or set --memory below what it has, so that this run is stopped first."
+    advice = (
+        "Give the container or machine more memory, or set --memory below what it has, so "
+        "that this run is stopped first."
+    )
     group_limit = context.evidence.oom_bound
     if group_limit is None:
-        reason = "a group above the sandbox (a container, a session) or the machine itself had no memory left"
+        reason = (
+            "a group above the sandbox (a container, a session) or the machine itself had "
+            "no memory left"
+        )
         facts: tuple[Fact, ...] = (
             outside(
                 "ran out in", "a group above the sandbox, or the machine", "counters of the groups"
@@ -172,7 +186,10 @@ def _not_our_limit(context: Context) -> Cause:
         )
     else:
         group, limit = group_limit
-        reason = f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a container, a session), was reached"
+        reason = (
+            f"the limit of {format_size(limit)} on {group}, a group above the sandbox (a "
+            "container, a session), was reached"
+        )
         facts = (
             outside("ran out in", group, "its memory.events.local counted it"),
             outside("memory limit there", limit, "its memory.max"),
@@ -192,7 +209,10 @@ def oomd_kill(context: Context) -> Cause | None:
         *_facts(context),
         outside("marked by", "systemd-oomd", "extended attribute oomd_kill of the group"),
     )
-    summary = "out of memory: systemd-oomd ended the sandbox because the machine was under memory pressure"
+    summary = (
+        "out of memory: systemd-oomd ended the sandbox because the machine was under "
+        "memory pressure"
+    )
     return make(
         context,
         CauseKind.OUT_OF_MEMORY,
@@ -279,10 +299,16 @@ def _advice_for_refusal(context: Context) -> str:
         and enforcement is not None
         and enforcement.by is Mechanism.RLIMIT
     ):
-        return f"This run limits what a process may allocate, whether it uses it or not (RLIMIT_DATA): {less}, or raise --memory."
+        return (
+            "This run limits what a process may allocate, whether it uses it or not "
+            f"(RLIMIT_DATA): {less}, or raise --memory."
+        )
     advice = f"The system turned the request down before any memory was used: {less}."
     if context.evidence.overcommit == NO_OVERCOMMIT:
-        advice += " This machine grants no more memory than it has (vm.overcommit_memory is 2); on others the cell may be killed instead."
+        advice += (
+            " This machine grants no more memory than it has (vm.overcommit_memory is 2); "
+            "on others the cell may be killed instead."
+        )
     return advice
 
 

@@ -31,7 +31,10 @@ def blocked(context: Context) -> Cause | None:
         )
     host = f" {conflict.name}" if conflict.name else ""
     cell = context.human(conflict.cell)
-    summary = f"isolation keeps the notebook from other hosts, and {cell} wanted one{':' if host else ''}{host}"
+    summary = (
+        f"isolation keeps the notebook from other hosts, and {cell} wanted "
+        f"one{':' if host else ''}{host}"
+    )
     is_certain = (
         wall.hard
         and conflict.usable

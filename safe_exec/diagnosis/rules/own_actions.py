@@ -18,10 +18,11 @@ from safe_exec.model.observed import ChangedLimit
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Fact
 from safe_exec.units import format_size
 
+# A signal to oneself arrives at once; on a busy machine the process may take a moment to end.
 SIGNAL_SECONDS = 2.0
-"""A signal to oneself arrives at once; on a busy machine the process may take a moment to end."""
 STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
+# The resource limits that each kind of cause may come from.
 LIMITS_OF: Mapping[CauseKind, tuple[str, ...]] = {
     CauseKind.MEMORY_ERROR: ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK"),
     CauseKind.TOO_MANY_OPEN_FILES: ("RLIMIT_NOFILE",),
@@ -43,12 +44,12 @@ LIMITS_OF: Mapping[CauseKind, tuple[str, ...]] = {
         "RLIMIT_MEMLOCK",
     ),
 }
-"""The resource limits that each kind of cause may come from."""
 MEANINGS = {
     "RLIMIT_AS": "address space", "RLIMIT_DATA": "data size", "RLIMIT_STACK": "stack size", "RLIMIT_NOFILE": "open files",
     "RLIMIT_FSIZE": "file size", "RLIMIT_NPROC": "processes", "RLIMIT_CPU": "processor seconds", "RLIMIT_MEMLOCK": "locked memory",
 }  # fmt: skip
 SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
+# Words by which an error of another kind is known to come from a limit.
 REFUSALS: Mapping[str, tuple[str, ...]] = {
     "RLIMIT_AS": (
         "allocat",
@@ -80,7 +81,6 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
     "RLIMIT_FSIZE": ("Errno 27", "File too large"),
     "RLIMIT_MEMLOCK": ("Errno 12", "lock"),
 }
-"""Words by which an error of another kind is known to come from a limit."""
 
 
 def with_own_actions(context: Context, cause: Cause) -> Cause:
@@ -110,7 +110,10 @@ def place_of(context: Context, action: OwnAction) -> str:
     )
     if action.cell is not None and action.cell != inner.cell:
         called = any(frame.cell == action.cell for frame in action.stack)
-        location_text += f", {'called from' if called else 'while'} {context.human(action.cell)}{'' if called else ' ran'}"
+        location_text += (
+            f", {'called from' if called else 'while'} "
+            f"{context.human(action.cell)}{'' if called else ' ran'}"
+        )
     return (
         f"in {location_text}"
         if inner.function == "<module>"
@@ -130,7 +133,7 @@ def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> 
     return next((action for action in reversed(actions) if fits(action)), None)
 
 
-# --- signals --------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def _with_signal(context: Context, cause: Cause) -> Cause:
@@ -197,15 +200,22 @@ def _whom(action: OwnAction) -> str:
 def _advice_for_signal(action: OwnAction) -> str:
     if action.target == "group":
         return (
-            "A child is in the kernel's process group unless it was started with start_new_session=True: start it so, or send the signal to that"
+            "A child is in the kernel's process group unless it was started with "
+            "start_new_session=True: start it so, or send the signal to that"
             " process alone (process.terminate())."
         )
     if action.target == "parent":
-        return "The parent of a kernel is the program that runs it: leave it alone. To end the notebook here, raise an exception."
+        return (
+            "The parent of a kernel is the program that runs it: leave it alone. To end the "
+            "notebook here, raise an exception."
+        )
     if action.target == "everybody":
         return "Send signals to the processes that you started, by their ids."
     if action.signal == signal.SIGKILL:
-        return "A kernel cannot restart itself from within: remove that call, and start the notebook anew instead."
+        return (
+            "A kernel cannot restart itself from within: remove that call, and start the "
+            "notebook anew instead."
+        )
     return "Remove that call; to end the notebook here, raise an exception."
 
 
@@ -279,7 +289,10 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
     )
     if sent is None:
         return cause
-    summary = f"{cause.summary}; {_by(sent)} {place_of(context, sent)} sent {signal_name(sent.signal or 0)} to {_whom(sent)}"
+    summary = (
+        f"{cause.summary}; {_by(sent)} {place_of(context, sent)} sent "
+        f"{signal_name(sent.signal or 0)} to {_whom(sent)}"
+    )
     advice = (
         "Remove that call: a stopped process does nothing until somebody else sends it SIGCONT."
     )
@@ -291,7 +304,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
     )
 
 
-# --- another program ------------------------------------------------------------------------------------------------
+# --- another program ------------------------------------------------------------------------------
 
 
 def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
@@ -299,7 +312,8 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
     actions = context.evidence.own_actions
     executed = _last(actions, lambda action: action.kind == "exec")
     if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
-        return cause  # it failed, and the notebook went on
+        # It failed, and the notebook went on.
+        return cause
     if cause.kind is not CauseKind.UNRESPONSIVE and not (
         cause.kind is CauseKind.EXIT and isinstance(context.ending, Died)
     ):
@@ -316,7 +330,10 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
         else f"{replacement}, and that program {_ending(cause)}"
     )
     facts = (*cause.evidence, _fact(context, "executed by", executed))
-    advice = "Start programs with subprocess.run(): os.exec*() ends the kernel without ending its process, and all variables are lost."
+    advice = (
+        "Start programs with subprocess.run(): os.exec*() ends the kernel without ending "
+        "its process, and all variables are lost."
+    )
     return replace(cause, summary=summary, evidence=facts, advice=advice)
 
 
@@ -324,7 +341,7 @@ def _ending(cause: Cause) -> str:
     return f"left with exit status {cause.exit_code}" if cause.exit_code is not None else "ended"
 
 
-# --- resource limits ------------------------------------------------------------------------------------------------
+# --- resource limits ------------------------------------------------------------------------------
 
 
 def _with_limit(context: Context, cause: Cause) -> Cause:
@@ -338,7 +355,10 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
     meaning = MEANINGS[limit.name]
     location_text = f" {place_of(context, setter)}" if setter is not None else ""
     struck = cause.summary.partition(": the notebook's own code")[0]
-    summary = f"{struck}; the notebook itself had limited its {meaning} to {_amount(limit.name, limit.current_value)} ({limit.name}{location_text})"
+    summary = (
+        f"{struck}; the notebook itself had limited its {meaning} to "
+        f"{_amount(limit.name, limit.current_value)} ({limit.name}{location_text})"
+    )
     facts = [*cause.evidence]
     if any(changed.name == limit.name for changed in context.evidence.changed_limits):
         initial_amount = _amount(limit.name, limit.initial_value)
@@ -352,7 +372,10 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
     if setter is not None:
         facts.append(_fact(context, "limit set by", setter))
     place = f", {place_of(context, setter)}" if setter is not None else ""
-    advice = f"Raise or remove the limit that the notebook sets itself (resource.setrlimit{place}); options of safe-exec do not change it."
+    advice = (
+        "Raise or remove the limit that the notebook sets itself "
+        f"(resource.setrlimit{place}); options of safe-exec do not change it."
+    )
     return replace(cause, summary=summary, evidence=tuple(facts), advice=advice)
 
 
@@ -370,7 +393,8 @@ def _lowered(context: Context) -> list[ChangedLimit]:
         if a.kind == "limit" and a.limit in MEANINGS
     }
     if not isinstance(context.ending, Died):
-        return observed_limits  # the kernel was alive at the end: what was seen then counts
+        # The kernel was alive at the end: what was seen then counts.
+        return observed_limits
     reported_limits = [
         ChangedLimit(name=name, initial_value=None, current_value=action.value)
         for name, action in last.items()
@@ -400,7 +424,7 @@ def _amount(name: str, value: int | None) -> str:
     return format_size(value) if name in SIZES else str(value)
 
 
-# --- trace functions ------------------------------------------------------------------------------------------------
+# --- trace functions ------------------------------------------------------------------------------
 
 COMPUTING = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE)
 
@@ -423,7 +447,10 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
     setter = _last(context.evidence.own_actions, lambda a: a.kind == "trace" and a.call == name)
     location_text = f" {place_of(context, setter)}" if setter is not None else ""
     often = "each line" if name == "sys.settrace" else "each call"
-    summary = f"{cause.summary}; a function that {name}(){location_text} had left on runs at {often} of Python code and slows it down"
+    summary = (
+        f"{cause.summary}; a function that {name}(){location_text} had left on runs at "
+        f"{often} of Python code and slows it down"
+    )
     facts = (
         *cause.evidence,
         inside(

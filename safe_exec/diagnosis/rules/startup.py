@@ -10,28 +10,29 @@ from safe_exec.model.ending import InternalError, StartFailed, TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
+# How programs say that they were refused memory.
 MEMORY = re.compile("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")
-"""How programs say that they were refused memory."""
+# Limits for which we end a kernel that is still starting.
 WATCHED = {
     TerminationReason.MEMORY: LimitName.MEMORY,
     TerminationReason.PROCESSES: LimitName.PROCESSES,
     TerminationReason.CPU_TIME: LimitName.CPU_TIME,
     TerminationReason.DISK: LimitName.DISK,
 }
-"""Limits for which we end a kernel that is still starting."""
 TOO_LITTLE = (
-    "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory here and counts what is reserved, too:"
+    "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory "
+    "here and counts what is reserved, too:"
     " raise --memory, or leave memory to the watchdog (--mechanisms watchdog)."
 )
 
 
+# Begins the line with which our own part of the kernel declines to start: reason, colon, remedy.
 DECLINED = "safe-exec: "
-"""Begins the line with which our own part of the kernel declines to start: reason, colon, remedy."""
 MOST_CHARACTERS = 500
 
 
+# Names that are chosen first among kernels of the same language.
 PREFERRED_KERNELS = ("python3", "ir", "bash")
-"""Names that are chosen first among kernels of the same language."""
 
 
 def _is_held_by_rlimit(context: Context) -> bool:
@@ -63,11 +64,17 @@ def start_failed(context: Context) -> Cause | None:
     advice = (
         TOO_LITTLE
         if asks_too_much
-        else "Run it with --network, or under a profile that leaves the network on (ci); see `safe-exec limits`."
+        else (
+            "Run it with --network, or under a profile that leaves the network on (ci); see "
+            "`safe-exec limits`."
+        )
         if "listens on TCP" in ending.reason
         else _advice_for_missing_kernel(ending.installed, context.language)
         if ending.installed is not None
-        else "Start the kernel by hand with the same environment; look at IPython start-up files and what they import."
+        else (
+            "Start the kernel by hand with the same environment; look at IPython start-up "
+            "files and what they import."
+        )
     )
     reason = ending.reason
     if last and last[-1].startswith(DECLINED):
@@ -111,12 +118,19 @@ def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | Non
         )
         return (
             f"Run it with an installed kernel of the same language: --kernel {preferred}{others}."
-            " Or install the kernel that the notebook names, in the environment that safe-exec runs in."
+            " Or install the kernel that the notebook names, in the environment that safe-exec "
+            "runs in."
         )
     if language is not None and language.lower() == "python":
-        return "No Python kernel is installed: pip install ipykernel, then run it with --kernel python3."
+        return (
+            "No Python kernel is installed: pip install ipykernel, then run it with --kernel "
+            "python3."
+        )
     if language is not None:
-        return f"None of the installed kernels is for {language}: install one that is; see `jupyter kernelspec list`."
+        return (
+            f"None of the installed kernels is for {language}: install one that is; see "
+            "`jupyter kernelspec list`."
+        )
     return (
         "Choose an installed kernel with --kernel NAME, or install the one that the notebook names."
     )
@@ -143,9 +157,15 @@ def internal(context: Context) -> Cause | None:
         ),
     )
     if ending.refused:
-        advice = "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less (--require)."
+        advice = (
+            "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less "
+            "(--require)."
+        )
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
-    advice = "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, and please report it."
+    advice = (
+        "This is a fault of safe-exec or of the machine's set-up: see `safe-exec doctor`, "
+        "and please report it."
+    )
     return make(
         context,
         CauseKind.UNKNOWN,

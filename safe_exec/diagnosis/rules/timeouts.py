@@ -20,12 +20,13 @@ from safe_exec.units import format_seconds, format_size
 
 STARVED_SECONDS = 0.1
 SEEN_PLACES = 2
+# Share of looks at which the main thread had work to do, or processor seconds per second, from
+# which it computes.
 BUSY = 0.5
-"""Share of looks at which the main thread had work to do, or processor seconds per second, from which it computes."""
 
+# A thread that runs Python code gives the interpreter up only when asked to, after 5 ms; native
+# code that has released it lets another in at once.
 FREE_SECONDS = 0.0015
-"""A thread that runs Python code gives the interpreter up only when asked to, after 5 ms; native code that has released it lets
-another in at once."""
 
 FREE_SHARE = 0.15
 BEGIN_SECONDS = 1.5
@@ -277,11 +278,15 @@ def unresponsive(context: Context) -> Cause | None:
     ):
         return None
     if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
-        return None  # it had no time to begin
+        # It had no time to begin.
+        return None
     if observation.state in ("T", "t") or computes(observation):
         return None
     summary = "the kernel lives but does not answer: it is not at work on the cell"
-    advice = "Look for code that closes sockets or descriptors, stops the event loop, or blocks a thread of the kernel itself."
+    advice = (
+        "Look for code that closes sockets or descriptors, stops the event loop, or blocks "
+        "a thread of the kernel itself."
+    )
     return _timed(context, CauseKind.UNRESPONSIVE, summary, Confidence.LIKELY, advice)
 
 
@@ -332,10 +337,12 @@ def processes_exhausted(context: Context) -> Cause | None:
     )
     others = " (what else the user runs counts too)" if count.of_user is not None else ""
     summary = (
-        f"{subject} ran past its {format_seconds(ending.allowed)} with {count.tasks} of {count.allowed} processes and threads"
+        f"{subject} ran past its {format_seconds(ending.allowed)} with {count.tasks} of "
+        f"{count.allowed} processes and threads"
         f" in use{refused}{others}"
     )
-    # A group above the sandbox may allow fewer processes than this run: raising our limit would not help then.
+    # A group above the sandbox may allow fewer processes than this run: raising our limit would not
+    # help then.
     group_limit = context.evidence.process_bound
     option = (
         context.if_limited(LimitName.PROCESSES, " than --processes allows")
@@ -344,7 +351,8 @@ def processes_exhausted(context: Context) -> Cause | None:
     )
     allows = option or " than that"
     advice = (
-        f"Look for a loop that starts processes or threads, or for a pool that is larger{allows}; end"
+        "Look for a loop that starts processes or threads, or for a pool that is "
+        f"larger{allows}; end"
         " and join those that are done."
     )
     cause = _timed(context, CauseKind.TOO_MANY_PROCESSES, summary, Confidence.LIKELY, advice)
@@ -362,7 +370,10 @@ def timed_out(context: Context) -> Cause | None:
     if activity is None and observation is not None and is_starved(observation):
         doing = "; it waited for a processor, so nothing can be said of what it was doing"
     subject = "the notebook" if ending.whole_notebook else context.human(ending.cell)
-    summary = f"{subject} ran past its {format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
+    summary = (
+        f"{subject} ran past its "
+        f"{format_seconds(ending.allowed)}{doing}{_resistance(context, activity)}"
+    )
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole_notebook else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole_notebook else "--cell-timeout"
     advice = hangs.advice_text(context, activity)
@@ -410,10 +421,16 @@ def cpu_time(context: Context) -> Cause | None:
     limit = context.limits.cpu_time
     own = limit is None or (soft and used is not None and used < limit - TOLERANCE_SECONDS)
     if own:
-        summary = "processor time was over: the notebook's own code had set a limit (RLIMIT_CPU), and it struck here"
+        summary = (
+            "processor time was over: the notebook's own code had set a limit "
+            "(RLIMIT_CPU), and it struck here"
+        )
         advice = "Look for resource.setrlimit(RLIMIT_CPU, ...) in an earlier cell."
     else:
-        summary = f"processor time was over: {format_seconds(used or 0)} used of {format_seconds(limit or 0)}"
+        summary = (
+            f"processor time was over: {format_seconds(used or 0)} used of "
+            f"{format_seconds(limit or 0)}"
+        )
         advice = "Compute less, or raise --cpu-time."
     return make(context, CauseKind.CPU_TIME, summary, Confidence.CERTAIN, tuple(facts), advice)
 

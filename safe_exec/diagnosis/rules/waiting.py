@@ -15,11 +15,12 @@ from msgspec import Struct
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import ObservedLock, ObservedProcess
 
+# Processor seconds per second, from which a process computes.
 AT_WORK = 0.5
-"""Processor seconds per second, from which a process computes."""
 SEARCHED_FRAMES = 16
+# A pool starts its workers at once: one that is younger than the others by this replaced one that
+# is gone.
 NEW_WORKER_SECONDS = 0.5
-"""A pool starts its workers at once: one that is younger than the others by this replaced one that is gone."""
 
 SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
 READS = ("read", "readv", "recvfrom", "recvmsg")
@@ -36,6 +37,7 @@ FILES_OF_CHILDREN = (
     "pty_spawn.py",
     "core/magics/script.py",
 )
+# Python's and joblib's code for pools and executors of processes, and their queues.
 FILES_OF_POOLS = (
     "multiprocessing/pool.py",
     "multiprocessing/queues.py",
@@ -47,8 +49,8 @@ FILES_OF_POOLS = (
     "loky/process_executor.py",
     "loky/_base.py",
 )
-"""Python's and joblib's code for pools and executors of processes, and their queues."""
 FILES_OF_EXECUTORS = ("futures/process.py", "loky/process_executor.py")
+# Packages that try for the lock on a file again and again, sleeping in between.
 FILES_OF_FILE_LOCKS = (
     "filelock/",
     "portalocker/",
@@ -57,12 +59,12 @@ FILES_OF_FILE_LOCKS = (
     "zc/lockfile/",
     "oslo_concurrency/",
 )
-"""Packages that try for the lock on a file again and again, sleeping in between."""
 
+# Processes that Python starts beside the workers: they are always at rest.
 _HELPER = re.compile(
-    r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)|loky\.backend\.resource_tracker"
+    r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)"
+    r"|loky\.backend\.resource_tracker"
 )
-"""Processes that Python starts beside the workers: they are always at rest."""
 _WORKER = re.compile(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_posix")
 
 
@@ -84,6 +86,7 @@ class Blockage(StrEnum):
     OTHER = "other"
 
 
+# What does not end by itself, whoever is waited for.
 STUCK = (
     Blockage.STOPPED,
     Blockage.FULL_PIPE,
@@ -92,11 +95,10 @@ STUCK = (
     Blockage.INPUT,
     Blockage.TERMINAL,
 )
-"""What does not end by itself, whoever is waited for."""
+# The most telling first.
 ORDER = (
     *STUCK, Blockage.HOLDS_OUTPUT, Blockage.COMPUTES, Blockage.SLEEPS, Blockage.OTHER, Blockage.ENDED, Blockage.CHILD, Blockage.IDLE,
 )  # fmt: skip
-"""The most telling first."""
 
 
 class Blocker(Struct, frozen=True, kw_only=True):
@@ -106,7 +108,7 @@ class Blocker(Struct, frozen=True, kw_only=True):
     blockage: Blockage
 
 
-# --- whether it waits for processes ---------------------------------------------------------------------------------
+# --- whether it waits for processes ---------------------------------------------------------------
 
 
 def other_processes(observation: ActivityObservation) -> list[ObservedProcess]:
@@ -189,7 +191,7 @@ def reads_own_pipe(observation: ActivityObservation) -> bool:
     return pipe.startswith("pipe:") and pipe in observation.writes and not held_elsewhere
 
 
-# --- which one, and why it does not end -----------------------------------------------------------------------------
+# --- which one, and why it does not end -----------------------------------------------------------
 
 
 def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> Blockage:  # noqa: C901, PLR0911 - one return for each state
@@ -345,7 +347,7 @@ def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
     return ended_count, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
 
 
-# --- the lock on a file ---------------------------------------------------------------------------------------------
+# --- the lock on a file ---------------------------------------------------------------------------
 
 
 def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
@@ -358,8 +360,8 @@ def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
     return lock if polls_for_file_lock(observation) else None
 
 
+# SQLite tries again after 100 ms at most; a longer sleep is another one's.
 RETRIES_PER_SECOND = 4.0
-"""SQLite tries again after 100 ms at most; a longer sleep is another one's."""
 
 
 def polls_for_file_lock(observation: ActivityObservation) -> bool:

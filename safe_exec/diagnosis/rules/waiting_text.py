@@ -116,7 +116,10 @@ def fact_text(blocker: Blocker) -> str:
     """A blocker in the evidence: its command, its process id, why it does not end."""
     process = blocker.process
     text = _state(process, blocker.blockage)
-    return f"{'forked by the notebook' if process.forked else process.command} (pid {process.local_pid}) {text}"
+    return (
+        f"{'forked by the notebook' if process.forked else process.command} (pid "
+        f"{process.local_pid}) {text}"
+    )
 
 
 def _fill(process: ObservedProcess) -> str:
@@ -145,17 +148,24 @@ def advice(observation: ActivityObservation, *, python: bool) -> str:
             if python
             else ""
         )
-        return f"Redirect the output of the background process, so that nobody waits for its end: {command} >/dev/null 2>&1 &{ways}."
+        return (
+            "Redirect the output of the background process, so that nobody waits for its "
+            f"end: {command} >/dev/null 2>&1 &{ways}."
+        )
     texts = {
         Blockage.STOPPED: "Find out what stopped it; SIGCONT lets it go on.",
         Blockage.LOST_LOCK: _lost_lock(process),
-        Blockage.FILE_LOCK: "Find out who holds that lock (lslocks), and release it, or give the call a timeout.",
-        Blockage.INPUT: "Close its input when all is written (process.stdin.close()), or pass the input with communicate() or run(input=...);"
+        Blockage.FILE_LOCK: "Find out who holds that lock (lslocks), and release it, or give "
+        "the call a timeout.",
+        Blockage.INPUT: "Close its input when all is written (process.stdin.close()), or pass "
+        "the input with communicate() or run(input=...);"
         " flush what it should answer to."
         if python
         else "Close its input when all is written, or redirect it from a file or </dev/null.",
-        Blockage.TERMINAL: "Pass the answer on the command line or from a file (read < file, yes |, --yes).",
-        Blockage.ENDED: "It is gone: nothing that it should still send will come. Find out why it ended, and wait with a timeout.",
+        Blockage.TERMINAL: "Pass the answer on the command line or from a file (read < file, "
+        "yes |, --yes).",
+        Blockage.ENDED: "It is gone: nothing that it should still send will come. Find out why "
+        "it ended, and wait with a timeout.",
         Blockage.COMPUTES: "The child is busy: give it less to do.",
         Blockage.SLEEPS: "The child sleeps on purpose: shorten that, or give the call a timeout.",
     }
@@ -165,10 +175,15 @@ def advice(observation: ActivityObservation, *, python: bool) -> str:
 def _lost_lock(process: ObservedProcess) -> str:
     if process.forked:
         return (
-            "It was forked while another thread held a lock, and that thread is not in the copy: start it with"
-            " multiprocessing.get_context('spawn'), or start processes before threads (and before libraries that make some)."
+            "It was forked while another thread held a lock, and that thread is not in the "
+            "copy: start it with"
+            " multiprocessing.get_context('spawn'), or start processes before threads (and "
+            "before libraries that make some)."
         )
-    return "Its only thread waits for a lock or a queue that only another thread could release: look at that program."
+    return (
+        "Its only thread waits for a lock or a queue that only another thread could release: "
+        "look at that program."
+    )
 
 
 def _advice_for_full_pipe(
@@ -178,13 +193,20 @@ def _advice_for_full_pipe(
         return "Read its output while it runs, or send it into a file."
     if is_worker(process):
         return (
-            "It cannot end before the queue or pipe that it fills is read: take all items out (get(), recv()) before join(),"
+            "It cannot end before the queue or pipe that it fills is read: take all items out "
+            "(get(), recv()) before join(),"
             " or let it send less."
         )
     if observation.syscall in WRITES:
-        return "It does not read on before its own output is read: use communicate(input=...) or subprocess.run(input=..., capture_output=True)."
+        return (
+            "It does not read on before its own output is read: use communicate(input=...) "
+            "or subprocess.run(input=..., capture_output=True)."
+        )
     if process.full_pipe in observation.reads:
-        return "Read its output before wait(): use communicate() or subprocess.run(capture_output=True), or send it into a file."
+        return (
+            "Read its output before wait(): use communicate() or "
+            "subprocess.run(capture_output=True), or send it into a file."
+        )
     return (
         "Something has to read its output while it runs, or it goes into a file (stdout=open(...))."
     )
@@ -196,11 +218,15 @@ def _advice_for_lost_work(observation: ActivityObservation, *, python: bool) -> 
         if not python:
             return "Find out why it ended."
         return (
-            "multiprocessing.Pool waits for ever for the result of a worker that died: find out why it ended (os._exit, a crash, a kill),"
+            "multiprocessing.Pool waits for ever for the result of a worker that died: find out "
+            "why it ended (os._exit, a crash, a kill),"
             " or use concurrent.futures.ProcessPoolExecutor, which raises BrokenProcessPool."
         )
     if observation.processes:
-        return "The workers are at rest and no result is on its way: look for an error of theirs in the cell's output; wait with a timeout."
+        return (
+            "The workers are at rest and no result is on its way: look for an error of "
+            "theirs in the cell's output; wait with a timeout."
+        )
     return "Look at the child process it waits for; give the call a timeout."
 
 
@@ -208,7 +234,7 @@ def _is_plain(command: str) -> bool:
     return re.fullmatch(r"[\w./ =:,@%+-]{1,60}", command) is not None
 
 
-# --- the lock on a file ---------------------------------------------------------------------------------------------
+# --- the lock on a file ---------------------------------------------------------------------------
 
 
 def lock_text(lock: ObservedLock) -> str:
@@ -216,7 +242,10 @@ def lock_text(lock: ObservedLock) -> str:
     if lock.own:
         holder = ", which the notebook itself holds"
     elif lock.holder is not None:
-        holder = f", which {f'`{lock.command}`' if lock.command else 'another process'} (pid {lock.holder}) holds"
+        holder = (
+            f", which {f'`{lock.command}`' if lock.command else 'another process'} (pid "
+            f"{lock.holder}) holds"
+        )
     else:
         holder = ""
     kind = "the database" if lock.kind == "sqlite" else "the file"
@@ -234,18 +263,25 @@ def lock_advice(lock: ObservedLock) -> str:
     """What helps against a lock that is not released."""
     if lock.kind == "sqlite":
         owner = "Another connection of this notebook" if lock.own else "Another process"
-        return f"{owner} has a write transaction open on it: commit() or close() it before this statement."
+        return (
+            f"{owner} has a write transaction open on it: commit() or close() it before this "
+            "statement."
+        )
     if lock.own:
         return (
-            "It was taken before, by another open file that is still open: close that file (with open(...) as file: does), or release the lock,"
+            "It was taken before, by another open file that is still open: close that file "
+            "(with open(...) as file: does), or release the lock,"
             " before it is taken again."
         )
     if lock.holder is not None:
-        return f"End that process, or wait until it has released the lock (pid {lock.holder}); take the lock with a timeout."
+        return (
+            f"End that process, or wait until it has released the lock (pid {lock.holder}); "
+            "take the lock with a timeout."
+        )
     return "Find out who holds it (lslocks); take the lock with a timeout."
 
 
-# --- what threads and workers had printed ---------------------------------------------------------------------------
+# --- what threads and workers had printed ---------------------------------------------------------
 
 _THREAD = re.compile(r"^Exception in thread (.+?):$")
 _PROCESS = re.compile(r"^Process (\S*Process\S*|\S*Worker\S*):$")
@@ -281,12 +317,14 @@ def traceback_advice(traceback: Traceback) -> str:
     """What an error in a thread of a pool means for who waits for it."""
     if "_handle_results" in traceback.owner and "__init__()" in traceback.error:
         return (
-            "An exception of a worker could not be rebuilt in the notebook, and the pool's thread for results died of it: give the exception"
+            "An exception of a worker could not be rebuilt in the notebook, and the pool's "
+            "thread for results died of it: give the exception"
             " class a __reduce__, or pass all its arguments to super().__init__()."
         )
     if "Can't get attribute" in traceback.error:
         return (
-            "Workers that are started anew (spawn, forkserver) cannot find what a notebook defines: put the function into a module beside the"
+            "Workers that are started anew (spawn, forkserver) cannot find what a notebook "
+            "defines: put the function into a module beside the"
             " notebook and import it, or use joblib, which sends functions whole."
         )
     return f"Its traceback is in the output: {traceback.error}. Mend that error first."

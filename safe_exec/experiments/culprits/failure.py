@@ -1,11 +1,13 @@
-"""What makes two failures the same, and what a trial says of it. Pure; imports model and search's answers.
+"""Decides whether two failures are the same, and what a trial says about a set. Pure.
 
-The same failure is the same cause kind, with the same signal or exit code, in the same crash cell. Memory that was overwritten has
-several forms: where it lies decides whether glibc finds it and aborts, or whether it is used first and ends in a segmentation fault. In
-the crash cell both count. An abort of glibc's counts in any cell: ``free()`` finds the damage wherever the layout of the heap has put it,
-and to leave out a cell moves that place (``Failure.moves``).
+Two failures are the same if they have the same cause kind, the same signal or exit code, and the
+same crash cell. Corrupted memory has several forms. Depending on its location, glibc may find the
+damage and abort, or the program may use it first and end in a segmentation fault. Both count in the
+crash cell. An abort by glibc counts in any cell: ``free()`` finds the damage wherever the heap
+layout has put it, and leaving out a cell moves that place (``Failure.moves``).
 
-Another death in the crash cell is another *form*: the search decides by what it sees whether that is the same failure.
+Any other death in the crash cell is another *form*. The search decides from its own observations
+whether such a form is the same failure.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from safe_exec.model.ending import (
 )
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
 
+# What a cell error must be caused by to be searched for without being asked.
 LIMIT_ERRORS = frozenset(
     {
         CauseKind.MEMORY_ERROR,
@@ -37,7 +40,8 @@ LIMIT_ERRORS = frozenset(
         CauseKind.OUTPUT_FLOOD,
     }
 )
-"""What a cell error must be caused by to be searched for without being asked."""
+# glibc's last message about a heap that is not what it should be (malloc/malloc.c,
+# `malloc_printerr`).
 HEAP_WORDS = (
     "free()",
     "malloc",
@@ -47,11 +51,11 @@ HEAP_WORDS = (
     "realloc()",
     "unlink_chunk",
 )
-"""glibc's last message about a heap that is not what it should be (malloc/malloc.c, ``malloc_printerr``)."""
+# Ways in which memory runs out: what allocates decides whether it is refused or killed.
 MEMORY = frozenset(
     {CauseKind.OUT_OF_MEMORY, CauseKind.MEMORY_ERROR, CauseKind.WORKER_OUT_OF_MEMORY}
 )
-"""Ways in which memory runs out: what allocates decides whether it is refused or killed."""
+# Ways in which a cell goes on for too long.
 TIMES = frozenset(
     {
         CauseKind.CELL_TIMEOUT,
@@ -61,7 +65,7 @@ TIMES = frozenset(
         CauseKind.OUTPUT_FLOOD,
     }
 )
-"""Ways in which a cell goes on for too long."""
+# Ways in which a kernel ends.
 DEATHS = frozenset(
     {
         CauseKind.OUT_OF_MEMORY,
@@ -79,15 +83,16 @@ DEATHS = frozenset(
         CauseKind.UNKNOWN,
     }
 )
-"""Ways in which a kernel ends."""
 ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """The failure that is searched for. ``error`` is the name of the exception where it is nothing more than that.
+    """The failure that is searched for.
 
-    ``missing`` are the names that a NameError missed.
+    ``error`` is the name of the exception if the cause is an exception and nothing more.
+    ``missing`` are the names that a NameError reported. ``moves``: the failure may strike in any
+    cell.
     """
 
     kind: CauseKind
@@ -100,7 +105,7 @@ class Failure(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, cause: Cause, cell: int) -> Failure:
-        """The failure of a run with this cause and crash cell."""
+        """Return the failure of a run with this cause and crash cell."""
         return cls(
             kind=cause.kind,
             signal=_signal_and_exit_code(cause)[0],
@@ -121,7 +126,7 @@ class Failure(Struct, frozen=True, kw_only=True):
         )
 
     def is_same(self, cause: Cause | None, cell: int | None) -> bool:
-        """Whether a trial with this cause in this cell failed the same way."""
+        """Tell whether a trial with this cause in this cell failed the same way."""
         if cause is None:
             return False
         if self.moves and self.is_like(cause):
@@ -129,7 +134,7 @@ class Failure(Struct, frozen=True, kw_only=True):
         return cell == self.cell and self.has_form(cause)
 
     def is_like(self, cause: Cause) -> bool:
-        """Whether a cause is the failure's own: kind, signal or exit code, and the name of an exception."""
+        """Compare kind, signal or exit code, and exception name with the failure's."""
         if (cause.kind, *_signal_and_exit_code(cause)) != (self.kind, self.signal, self.exit_code):
             return False
         return (
@@ -138,7 +143,7 @@ class Failure(Struct, frozen=True, kw_only=True):
         )
 
     def has_form(self, cause: Cause) -> bool:
-        """Whether a cause is the failure's own, or one that is known to be another form of it."""
+        """Tell whether a cause is the failure itself or a known form of it."""
         if self.is_like(cause):
             return True
         if self.kind is CauseKind.SEGFAULT and _aborted_by_glibc(cause):
@@ -155,25 +160,30 @@ class Failure(Struct, frozen=True, kw_only=True):
 
 
 def _aborted_by_glibc(cause: Cause) -> bool:
-    """Whether glibc found its heap damaged, and aborted."""
+    """Tell whether glibc found its heap corrupted and aborted."""
     message = " ".join(str(fact.value) for fact in cause.evidence if fact.fact == "last message")
     return cause.kind is CauseKind.ABORT and any(word in message for word in HEAP_WORDS)
 
 
 def _signal_and_exit_code(cause: Cause) -> tuple[int | None, int | None]:
-    """Signal and exit code. A kernel that was asked to end had the time to in the run, and is killed at the end of a hasty trial."""
+    """Return signal and exit code; both ``None`` for a kernel that was asked to exit.
+
+    In the first run such a kernel has time to exit; at the end of a hasty trial it is killed.
+    """
     exit_requested = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
     return (None, None) if exit_requested else (cause.signal, cause.exit_code)
 
 
 def _exception_name(cause: Cause) -> str | None:
-    """The name of the exception, where there is one."""
     fact = next((str(fact.value) for fact in cause.evidence if fact.fact == "raised"), None)
     return fact.partition(":")[0] if fact is not None else None
 
 
 def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
-    """Why no search follows a run by itself, in a few words; ``None`` where one does. Silent (empty) where nobody would expect one."""
+    """Return the reason for not searching after a run, or ``None`` if a search follows.
+
+    The reason is empty if nobody would expect a search.
+    """
     if verdict.cause is None or verdict.status in (
         Status.PASSED,
         Status.CANCELLED,
@@ -195,15 +205,17 @@ def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
 def answer(
     failure: Failure, ending: Ending, cause: Cause | None
 ) -> tuple[Outcome, int | None, frozenset[str]]:
-    """What a trial says: the answer, the cell at which an unresolved one stopped, and the names it missed.
+    """Return a trial's outcome, the cell where an unresolved one stopped, and undefined names.
 
-    A missing name teaches a dependency. Another death is recorded by whoever asked, and never followed.
+    An undefined name reveals a dependency. The caller records any other death but does not follow
+    it.
     """
     cell = getattr(ending, "cell", None)
     if isinstance(ending, Passed):
         return Outcome.PASS, None, frozenset()
     missing = _missing(ending)
-    # A NameError that the first run did not have comes from what was left out, whatever it is that is searched for.
+    # A NameError that the first run did not have comes from what was left out, whatever it is that
+    # is searched for.
     if failure.is_same(cause, cell) and not (
         failure.kind is CauseKind.EXCEPTION and missing - set(failure.missing)
     ):
@@ -212,7 +224,10 @@ def answer(
 
 
 def is_another_form(failure: Failure, ending: Ending, cause: Cause | None) -> bool:
-    """Whether a trial ended in the crash cell in a way akin to the failure: the kernel died, memory or time ran out there."""
+    """Tell whether a trial ended in the crash cell in a way similar to the failure.
+
+    Similar means that the kernel died too, or that memory or time ran out there too.
+    """
     if cause is None or getattr(ending, "cell", None) != failure.cell or failure.has_form(cause):
         return False
     if failure.kind in MEMORY and cause.kind in MEMORY:
@@ -232,5 +247,8 @@ def _missing(ending: Ending) -> frozenset[str]:
 
 
 def is_ours(ending: Ending) -> bool:
-    """Whether a trial failed by our doing rather than the notebook's: no answer at all."""
+    """Tell whether safe-exec, and not the notebook, made a trial fail.
+
+    Such a trial answers nothing.
+    """
     return isinstance(ending, InternalError | StartFailed)

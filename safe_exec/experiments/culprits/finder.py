@@ -1,6 +1,9 @@
-"""From a run that failed to its culprits: sets the problem up, drives the search, shrinks the crash cell, names roles.
+"""Finds the culprits of a failed run.
 
-May import the other parts of this package, trial and notebook. The pure search asks; the oracle answers by trials.
+States the problem, drives the search, shrinks the crash cell.
+
+The pure search asks, and the oracle answers by running trials. May import the other parts of
+``experiments``, trial and notebook.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
 
+# What depends on where memory lies or how much threads take of it at a time, or comes from outside.
 ERRATIC = MEMORY | {
     CauseKind.SEGFAULT,
     CauseKind.ABORT,
@@ -45,16 +49,18 @@ ERRATIC = MEMORY | {
     CauseKind.TERMINATED,
     CauseKind.UNKNOWN,
 }
-"""What depends on where memory lies or how much threads take of it at a time, or comes from outside."""
+# How much more suspicious a cell is that hands a name of the slice to somebody else.
 WEAK = 0.5
-"""How much more suspicious a cell is that hands a name of the slice to somebody else."""
+# A crash cell of so many statements is worth making smaller.
 SHRINK_FROM = 5
-"""A crash cell of so many statements is worth making smaller."""
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
 class FirstRun(Struct, frozen=True, kw_only=True):
-    """What the first run left: its verdict, the stripped notebook, and the seconds that may be spent."""
+    """The outcome of the first run.
+
+    Its verdict, the stripped notebook and the search's time budget.
+    """
 
     verdict: Verdict
     node: Any
@@ -64,7 +70,7 @@ class FirstRun(Struct, frozen=True, kw_only=True):
 
 
 class InvestigationResult(Struct, frozen=True, kw_only=True):
-    """The culprits, the reproduction where there is one, and what the user should know."""
+    """The culprits, the reproduction if there is one, and warnings for the user."""
 
     culprits: Culprits
     reproduction: Any | None
@@ -72,7 +78,7 @@ class InvestigationResult(Struct, frozen=True, kw_only=True):
 
 
 class Investigation:
-    """One search; ``run()`` once."""
+    """One search; call ``run()`` once."""
 
     def __init__(self, first_run: FirstRun, oracle: Oracle) -> None:
         self.first_run, self.oracle = first_run, oracle
@@ -94,11 +100,14 @@ class Investigation:
         self.start_time = time.monotonic()
 
     def elapsed(self) -> float:
-        """Seconds since the run began, for events."""
+        """Return the seconds since the run began, the time base of events."""
         return time.monotonic() - self.first_run.started
 
     async def run(self) -> InvestigationResult:
-        """Search, shrink, and put the answer together. Raises RerunFailed when trials cannot be run."""
+        """Search, shrink the crash cell and build the result.
+
+        Raises RerunFailed if trials cannot run.
+        """
         problem = self.problem()
         self.first_run.sink(
             events.SearchStarted(
@@ -118,7 +127,7 @@ class Investigation:
         )
 
     def problem(self) -> Problem:
-        """What is known for free."""
+        """State the search problem from the first run and the source code, without any trial."""
         index_of = dict(enumerate(self.order))
         crash = len(self.order) - 1
         strong, weak = (
@@ -168,9 +177,10 @@ class Investigation:
         )
 
     def names_in_frames(self) -> dict[int, frozenset[str]]:
-        """By place in the order, the names read at the lines of the crash's frames: what died there had all of them.
+        """Return, by position, the names that the crash's stack frames had read at their lines.
 
-        Nothing where the crash cell may go on after an error, or where the place moves from run to run.
+        A run that lacks one of these names cannot fail the same way. The result is empty if the
+        crash cell may continue after an error, or if the failure strikes at varying places.
         """
         if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
             return {}
@@ -181,9 +191,11 @@ class Investigation:
         names: dict[int, frozenset[str]] = {}
         for index, line in lines:
             if index is None or line is None:
-                continue  # a library's frame
+                # A library's frame.
+                continue
             if index not in self.sources or is_caught(self.sources[index], line):
-                break  # what is missing further in may be caught here
+                # What is missing further in may be caught here.
+                break
             position = self.order.index(index)
             names[position] = names.get(position, frozenset()) | names_read_at(
                 self.sources[index], line
@@ -191,7 +203,7 @@ class Investigation:
         return names
 
     def resource_use(self) -> tuple[Mapping[int, float] | None, float | None]:
-        """What each cell kept of what ran out, and how much there was of it."""
+        """Return how much of the exhausted resource each cell used, and how much was available."""
         assert self.first_run.verdict.cause is not None
         kind, limits = self.first_run.verdict.cause.kind, self.first_run.verdict.limits
         if kind in MEMORY and limits.memory is not None:
@@ -204,7 +216,7 @@ class Investigation:
             return {i: self.records[i].cpu_seconds or 0.0 for i in self.order}, limits.cpu_time
         return None, None
 
-    # --- driving ------------------------------------------------------------------------------------------------
+    # --- driving ----------------------------------------------------------------------------------
 
     async def drive(
         self, searching: Search, ask_oracle: Callable[[Query], Awaitable[Reply]]
@@ -218,7 +230,7 @@ class Investigation:
         return await drive(searching, ask_oracle, cancellation=cancellation)
 
     async def ask_cells(self, query: Query) -> Reply:
-        """A trial of a set of cells; what is to be confirmed is run as the reproduction, by itself."""
+        """Run a trial of a set of cells; a confirmation runs the reproduction itself."""
         self.number += 1
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=query.cells)
@@ -231,7 +243,7 @@ class Investigation:
         return answered.reply
 
     def report_trial(self, query: Query, reply: Reply) -> None:
-        """Tell of a trial that is over."""
+        """Emit the event for a finished trial."""
         best = (
             query.cells
             if reply.answer is Outcome.FAIL and len(query.cells) < len(query.best or self.order)
@@ -248,10 +260,13 @@ class Investigation:
             )
         )
 
-    # --- inside the crash cell ----------------------------------------------------------------------------------
+    # --- inside the crash cell --------------------------------------------------------------------
 
     async def shrink(self, result: Result) -> str | None:
-        """Less of the crash cell that still does it: the same search over its statements; ``None`` for all of it."""
+        """Search for a part of the crash cell that still fails; ``None`` if all of it is needed.
+
+        This is the same search, over the cell's statements.
+        """
         statements = statements_of(self.sources[self.crash.index], self.crash.line)
         budget = self.first_run.budget - (time.monotonic() - self.start_time)
         if len(statements) < SHRINK_FROM or self.crash.line is None or budget <= 0:
@@ -289,10 +304,10 @@ class Investigation:
             return None
         return "\n".join(texts[n] for n in result_of_statements.cells)
 
-    # --- the answer ---------------------------------------------------------------------------------------------
+    # --- the answer -------------------------------------------------------------------------------
 
     def document(self, cells: tuple[int, ...], source: str | None) -> Any:
-        """The notebook that reproduces with these cells."""
+        """Return the reproduction notebook of these cells."""
         verdict, request = self.first_run.verdict, self.oracle.subject.request
         return reproduction.build(
             self.first_run.node,
@@ -307,11 +322,11 @@ class Investigation:
         )
 
     def reproduction(self, result: Result, source: str | None) -> Any:
-        """The reproduction as it is written."""
+        """Return the reproduction of the final result."""
         return self.document(result.cells, source)
 
     def culprits(self, result: Result) -> Culprits:
-        """The result in the words of the verdict."""
+        """Convert the search result to the verdict's types."""
         assert self.first_run.verdict.cause is not None
         memory = (
             self.first_run.verdict.limits.memory
@@ -347,35 +362,43 @@ class Investigation:
         )
 
     def growth(self, memory: int | None) -> int | None:
-        """By how much the crash cell grew, at least: what was left of the limit when it began."""
+        """Return a lower bound for the crash cell's memory growth.
+
+        The rest of the limit when it began.
+        """
         if memory is None:
             return None
         kept_before = sum(max(0, self.records[index].memory_kept or 0) for index in self.order[:-1])
         return max(0, memory - kept_before)
 
     def warnings(self, result: Result) -> tuple[str, ...]:
-        """What the user should know of the search."""
+        """Return the warnings that the search adds to the verdict."""
         gaps = self.oracle.workspaces.gaps
         warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:
             warnings.append(
-                f"trials of the culprit search that failed otherwise, and were not followed: {_counted(others)}"
+                "trials of the culprit search that failed otherwise, and were not followed: "
+                f"{_counted(others)}"
             )
         if result.several_forms:
             warnings.append(
-                f"the same cells ended in several ways, and each counts as the failure: {_counted(self.oracle.forms)} too"
+                "the same cells ended in several ways, and each counts as the failure: "
+                f"{_counted(self.oracle.forms)} too"
             )
         return tuple(warnings)
 
 
 def _counted(kinds: Counter[str]) -> str:
-    """``abort (2), bus error (1)``."""
+    """Format counts by kind as ``abort (2), bus error (1)``."""
     return ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in sorted(kinds.items()))
 
 
 def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:
-    """The top-level statements of a cell up to the one that holds ``last_line``: first line and text. Empty for what is no Python."""
+    """Return the top-level statements of a cell, each with its first line, up to ``last_line``.
+
+    The result is empty for a cell that is not valid Python.
+    """
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,19 +1,26 @@
-"""The culprit search: the smallest set of cells, in order, that still fails the same way. Pure; imports problem and model.
+"""The culprit search: finds the smallest set of cells, in order, that still fails the same way.
 
-It knows cells as numbers, and a function from a set of cells to FAIL, PASS or UNRESOLVED, which it calls by yielding: :func:`search`
-is a generator that yields an :class:`Query`, takes a :class:`Reply` and returns a :class:`Result`. Whoever drives it runs trials, looks
-into a cache, or makes the answers up.
+The search knows cells only as numbers. It learns whether a set of cells passes or fails by yielding
+a :class:`Query` and receiving a :class:`Reply`; it returns a :class:`Result`. The driver may run
+trials, read a cache or, in tests, look the answers up in a table.
 
-In three steps. *Find* a small set that fails: the backward slice of the crash cell first, then more cells, most suspicious (or, for
-what adds up, largest) first, by halving for one necessary cell after the other, as in QuickXplain (Junker, AAAI 2004).
-*Minimise*: leave out chunks by the odds that they are needed, as in ProbDD (Wang et al., FSE 2021), then single cells, until the set
-is 1-minimal in the sense of ddmin (Zeller and Hildebrandt, TSE 2002): without any one cell it does not fail. *Confirm* from scratch. A
-set that fails at one time and not at another gives way to a larger one that always does, where there is one: without the cells between them
-it was luck. Else it sets the rate, and with it how often a PASS has to be seen before it is believed.
+The search has three steps. *Find* a small set that fails: first the backward slice of the crash
+cell, then more cells, the riskiest (or the largest, for a resource that adds up) first. Halving
+finds one necessary cell after the other, as in QuickXplain (Junker, AAAI 2004). *Minimise* it:
+remove chunks by the probability that they are needed, as in ProbDD (Wang et al., FSE 2021), then
+single cells, until the set is 1-minimal in the sense of ddmin (Zeller and Hildebrandt, TSE 2002):
+it no longer fails if any one cell is removed. *Confirm* the result from scratch.
 
-One odd run is not believed at once: a set that reached the crash cell and ended there in another way is run again before anything is added
-to it. If the same cells end now in one way and now in another that is akin to it (another death of the kernel, say), both count as the
-failure from then on.
+A set that fails only sometimes is replaced by a larger set that always fails, if there is one. If
+there is none, its failure rate determines how often a PASS has to be observed before the search
+believes it.
+
+A single odd run is not believed at once. A set that reached the crash cell and ended there in
+another way is run again before cells are added to it. If the same cells end sometimes in one way
+and sometimes in a similar one (another death of the kernel, for example), both count as the failure
+from then on.
+
+Pure; imports protocol, probdd and model.
 """
 
 from __future__ import annotations
@@ -36,21 +43,22 @@ from safe_exec.experiments.culprits.protocol import (
 )
 from safe_exec.model.verdict import Stopped
 
+# A PASS of a failure that comes and goes is believed when the odds of being wrong are below this.
 DOUBT = 0.05
-"""A PASS of a failure that comes and goes is believed when the odds of being wrong are below this."""
 MOST_REPEATS = 12
+# How often the whole is replayed, once it did not fail, to see how often it does.
 REPLAYS = 4
-"""How often the whole is replayed, once it did not fail, to see how often it does."""
+# How often a set of a failure that comes and goes is run in the end.
 CONFIRMATIONS = 5
-"""How often a set of a failure that comes and goes is run in the end."""
+# A set that fails no more often than this gives way to one that always does.
 SELDOM = 0.4
-"""A set that fails no more often than this gives way to one that always does."""
+# A set that failed so often and did nothing else fails always.
 ALWAYS = 5
-"""A set that failed so often and did nothing else fails always."""
+# How often a set is run that ended in the crash cell in another way, before it is believed not to
+# fail.
 ODD_LOOKS = 2
-"""How often a set is run that ended in the crash cell in another way, before it is believed not to fail."""
+# Larger sets that are looked at, before all cells.
 MOST_LARGER = 3
-"""Larger sets that are looked at, before all cells."""
 
 _Step = Generator[Query, Reply, bool]
 
@@ -62,7 +70,7 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 
 
 class _Tally(Struct):
-    """The runs of one set; ``forms`` are those among the others that ended in a way akin to the failure."""
+    """The runs of one set. ``forms`` counts the other endings that were similar to the failure."""
 
     fails: int = 0
     others: int = 0
@@ -90,10 +98,10 @@ class _Searcher:
         self.disregarded: set[frozenset[int]] = set()
         self.several_forms = False
 
-    # --- asking -------------------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------
 
     def fails(self, cells: frozenset[int]) -> _Step:
-        """Whether a set fails: once is enough; that it does not takes as many runs as the rate asks for."""
+        """Decide whether a set fails: one failing run is enough, a PASS takes ``required_runs``."""
         tally = self.tallies.setdefault(cells, _Tally())
         if cells in self.disregarded or (not tally.fails and self.stops_at(cells) is not None):
             return False
@@ -106,7 +114,7 @@ class _Searcher:
         return tally.fails > 0
 
     def required_runs(self, cells: frozenset[int]) -> int:
-        """How often a set must be seen not to fail before it is believed."""
+        """Return how many runs without a failure prove that a set does not fail."""
         tally, reply = self.tallies.get(cells, _Tally()), self.replies.get(cells)
         reached = (
             reply is not None
@@ -117,7 +125,10 @@ class _Searcher:
         return max(self.repeats, ODD_LOOKS) if odd else self.repeats
 
     def stops_at(self, cells: frozenset[int]) -> int | None:
-        """The cell at which a run of a set surely ends for a missing name: by its source, or as trials have taught."""
+        """Return the cell at which a run of the set is certain to stop for an undefined name.
+
+        This follows from the source code, or from names that were undefined in earlier trials.
+        """
         for cell in sorted(self.missing_names.keys() & cells):
             for name in self.missing_names[cell]:
                 if not cells & set(self.problem.definers(name, cell)):
@@ -125,12 +136,15 @@ class _Searcher:
         return self.problem.predicted_stop(cells)
 
     def lacks_a_name(self, cells: frozenset[int]) -> bool:
-        """Whether a run of the set ended for a missing name: so will every other."""
+        """Tell whether a run of the set ended for an undefined name.
+
+        Every other run then does the same.
+        """
         reply = self.replies.get(cells)
         return reply is not None and reply.answer is Outcome.UNRESOLVED and bool(reply.names)
 
     def run(self, cells: frozenset[int], *, fresh: bool) -> _Step:
-        """One run of a set, counted. Raises _Stop when it would not fit the budget."""
+        """Run a set once and count it. Raises _Stop if the run would not fit into the budget."""
         time_budget = self.problem.budget - self.elapsed
         if self.cost(cells) > time_budget:
             raise _Stop(Stopped.BUDGET)
@@ -168,7 +182,10 @@ class _Searcher:
         return failed or (self.several_forms and reply.another_form)
 
     def count_all_forms(self) -> None:
-        """The same cells ended in two ways that are akin: both are the failure, in what was seen so far as well."""
+        """Count both forms of the failure, in the results so far as well.
+
+        The same cells produced them.
+        """
         self.several_forms = True
         for cells, tally in self.tallies.items():
             tally.fails, tally.others, tally.forms = (
@@ -180,13 +197,13 @@ class _Searcher:
                 self.best = cells
 
     def cost(self, cells: Iterable[int]) -> float:
-        """What a run of these cells should take, in seconds."""
+        """Estimate how many seconds a run of these cells takes."""
         return self.problem.start_seconds + sum(
             self.problem.seconds.get(cell, 0.0) for cell in cells
         )
 
     def settled_as_passing(self, cells: frozenset[int]) -> bool:
-        """Whether it is settled that a set does not fail."""
+        """Tell whether it is settled that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
         if cells in self.disregarded:
             return True
@@ -195,10 +212,10 @@ class _Searcher:
         )
         return not tally.fails and (settled or self.stops_at(cells) is not None)
 
-    # --- step one: a small set that fails -----------------------------------------------------------------------
+    # --- step one: a small set that fails ---------------------------------------------------------
 
     def find(self) -> Generator[Query, Reply, frozenset[int]]:
-        """A set that fails. Raises _Stop when there is none to be had."""
+        """Find a set that fails. Raises _Stop if no set does."""
         base = self.close({self.problem.crash, *(self.problem.slice & self.all)})
         base = yield from self.repair(base)
         self.initial_set = base
@@ -217,7 +234,7 @@ class _Searcher:
         return base
 
     def close(self, cells: Iterable[int]) -> frozenset[int]:
-        """The cells and all that they are known to need."""
+        """Return the cells together with everything that they are known to need."""
         closed: set[int] = set()
         waiting = list(cells)
         while waiting:
@@ -228,7 +245,7 @@ class _Searcher:
         return frozenset(closed)
 
     def repair(self, base: frozenset[int]) -> Generator[Query, Reply, frozenset[int]]:
-        """Add the definitions that trials find missing, as long as they do."""
+        """Add the definitions that trials report as missing, until none is missing."""
         while not (yield from self.fails(base)):
             reply = self.replies.get(base)
             missing = (
@@ -253,7 +270,7 @@ class _Searcher:
         return base
 
     def ranked(self, base: frozenset[int]) -> list[int]:
-        """The cells outside of a set, those most likely to be needed first."""
+        """Return the cells outside the set, those most likely to be needed first."""
         resource_use, side_effect_risk = (
             self.problem.resource_use or {},
             self.problem.side_effect_risk,
@@ -267,9 +284,10 @@ class _Searcher:
         return sorted(self.all - base, key=rank)
 
     def shortest(self, base: frozenset[int], candidates: list[int]) -> Generator[Query, Reply, int]:
-        """The smallest count of ``candidates`` with which the set fails: up by steps until it does, then halving.
+        """Return the smallest number of ``candidates`` with which the set fails.
 
-        Raises _Stop when not even the whole fails.
+        The number grows step by step until the set fails, and is then found by halving. Raises
+        _Stop if the set does not fail even with all candidates.
         """
         upper = next(
             (
@@ -308,14 +326,18 @@ class _Searcher:
         return self.close({*base, *candidates[:count]})
 
     def steps(self, base: frozenset[int], candidates: list[int], upper: int) -> list[int]:
-        """The counts to try, each larger: a guess for what adds up, then whole classes of suspicion, at last all of them."""
+        """Return the numbers of candidates to try, in ascending order.
+
+        First comes an estimate for a resource that adds up, then whole classes of risk, then all of
+        them.
+        """
         classes = [math.floor(self.problem.side_effect_risk.get(cell, 0.0)) for cell in candidates]
         ends = {n for n in range(1, len(candidates)) if classes[n] < min(classes[:n])}
         steps = {self.guess(base, candidates), *ends, upper} if len(candidates) > 1 else {upper}
         return sorted(step for step in steps if 0 < step <= upper)
 
     def guess(self, base: frozenset[int], candidates: list[int]) -> int:
-        """How many of the rest it may take: for what adds up, until what the base used and they kept fills the limit."""
+        """Estimate how many candidates exhaust the limit, from each one's own use of it."""
         reply, resource_use, limit = (
             self.replies.get(base),
             self.problem.resource_use,
@@ -331,31 +353,34 @@ class _Searcher:
         return 0
 
     def counts_as_failing(self, cells: frozenset[int]) -> bool:
-        """Whether a set has failed after all, in a form that was not known to be one when it was run."""
+        """Tell whether a set failed in a form that was recognised only later."""
         return cells not in self.disregarded and self.has_failed(cells)
 
     def has_failed(self, cells: frozenset[int]) -> bool:
-        """Whether a run of a set has failed before."""
+        """Tell whether an earlier run of the set failed."""
         tally = self.tallies.get(cells)
         return tally is not None and tally.fails > 0
 
-    # --- failures that come and go ------------------------------------------------------------------------------
+    # --- failures that come and go ----------------------------------------------------------------
 
     def rate_of(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
-        """A set that should fail did not: run it again to see how often it does, and set how often a PASS must be seen.
+        """Measure how often a set fails that should have failed, and derive ``repeats`` from it.
 
-        Raises _Stop when it never does, or too rarely for the budget.
+        Raises _Stop if the set never fails, or fails too rarely for the budget.
         """
         yield from self.replay(cells)
         self.expect(cells)
 
     def replay(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
-        """Run a set some more times, to see how often it fails."""
+        """Run a set several times to measure how often it fails."""
         for _ in range(REPLAYS):
             yield from self.run(cells, fresh=True)
 
     def expect(self, cells: frozenset[int]) -> None:
-        """From how often a set has failed: how often a PASS must be seen. Raises _Stop as ``rate_of`` does."""
+        """Derive from a set's failure rate how often a PASS must be observed.
+
+        Raises _Stop as ``rate_of``.
+        """
         tally = self.tallies[cells]
         if not tally.fails:
             raise _Stop(Stopped.NOT_REPRODUCED)
@@ -369,7 +394,10 @@ class _Searcher:
             raise _Stop(Stopped.TOO_RARE)
 
     def steadier(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int] | None]:
-        """A larger set that always fails, where this one seldom does: then it and what lies between them are taken for luck."""
+        """Return a larger set that always fails, if this one fails rarely.
+
+        The set itself and the sets between the two are then disregarded: they failed by chance.
+        """
         tally = self.tallies[cells]
         if tally.fails > SELDOM * (tally.fails + tally.others):
             return None
@@ -390,10 +418,10 @@ class _Searcher:
             between.add(larger)
         return None
 
-    # --- step two: nothing that can be left out -----------------------------------------------------------------
+    # --- step two: nothing that can be left out ---------------------------------------------------
 
     def minimise(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int]]:
-        """A 1-minimal subset that fails."""
+        """Return a 1-minimal subset that fails."""
         odds = odds_of(self.problem, cells, frozenset(self.dynamic_deps))
         while True:
             loose = [
@@ -417,7 +445,10 @@ class _Searcher:
                 learn(chunk, odds)
 
     def without(self, cells: frozenset[int], chunk: list[int]) -> frozenset[int] | None:
-        """The set without a chunk and without what would surely stop for want of it; ``None`` where that is the crash cell."""
+        """Return the set without a chunk and without the cells that would then lack a name.
+
+        Returns ``None`` if the crash cell is one of those.
+        """
         remaining = cells - set(chunk)
         while (stop := self.stops_at(remaining)) is not None:
             if stop == self.problem.crash:
@@ -425,10 +456,10 @@ class _Searcher:
             remaining -= {stop}
         return remaining
 
-    # --- step three ---------------------------------------------------------------------------------------------
+    # --- step three -------------------------------------------------------------------------------
 
     def confirm(self, cells: frozenset[int]) -> _Step:
-        """Run the result again, from scratch; whether it failed as often as one that always fails does."""
+        """Run the result again from scratch; tell whether it failed as reliably as before."""
         required_runs = CONFIRMATIONS if self.repeats > 1 else 2
         tally = self.tallies[cells]
         self.undecided, steady = 0, True
@@ -437,7 +468,10 @@ class _Searcher:
         return steady or self.repeats > 1
 
     def slice_passes_again(self) -> _Step:
-        """Whether the slice that did not fail does not fail again: all that was added to it rests on that one run."""
+        """Check that the slice, which passed once, passes again.
+
+        Every added cell rests on that one run.
+        """
         base = self.initial_set
         if (
             not self.problem.erratic
@@ -451,8 +485,8 @@ class _Searcher:
             return True
         return not (yield from self.run(base, fresh=True))
 
-    def whole_notebook(self) -> Generator[Query, Reply, bool]:
-        """All steps; whether the result in ``best`` is minimal."""
+    def run_steps(self) -> Generator[Query, Reply, bool]:
+        """Run all steps; tell whether the set in ``best`` is minimal."""
         cells = yield from self.find()
         while True:
             cells = yield from self.minimise(cells)
@@ -461,12 +495,15 @@ class _Searcher:
                 steady = yield from self.confirm(cells)
                 steady = steady and (yield from self.slice_passes_again())
             except _Stop:
-                return True  # what was asked for is known: only one more look at it did not fit
+                # What was asked for is known: only one more look at it did not fit.
+                return True
             if one_form and self.several_forms:
-                continue  # a smaller set may have failed in a form that counts only now
+                # A smaller set may have failed in a form that counts only now.
+                continue
             if steady:
                 return True
-            # It came and went: what was taken for a FAIL may have been luck, and if not that, what was taken for a PASS.
+            # It came and went: what was taken for a FAIL may have been luck, and if not that, what
+            # was taken for a PASS.
             yield from self.replay(cells)
             larger = yield from self.steadier(cells)
             if larger is None:
@@ -476,16 +513,16 @@ class _Searcher:
 
 
 def search(problem: Problem) -> Search:
-    """Search for the culprits. Drive it with :func:`drive`, or by hand: ``next``, then ``send`` a Reply for each Ask.
+    """Search for the culprits. :func:`safe_exec.experiments.driver.drive` answers its queries.
 
-    The same answers give the same questions. The sum of the replies' seconds never exceeds the budget, if no reply takes
-    longer than it was allowed to.
+    Equal answers lead to equal queries. The total time of the replies never exceeds the budget, as
+    long as no reply exceeds its own time budget.
     """
     searcher = _Searcher(problem)
     stopped: Stopped | None = None
     minimal = False
     try:
-        minimal = yield from searcher.whole_notebook()
+        minimal = yield from searcher.run_steps()
     except _Stop as stop:
         stopped = stop.stopped
     except SearchCancelled:

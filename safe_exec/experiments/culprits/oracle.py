@@ -1,8 +1,11 @@
-"""Answers the search's questions by trials. May import trial, notebook, sandbox and the pure parts of this package.
+"""Answers the search's queries by running trials.
 
-Each trial is independent: the folder as it was before the first run, a fresh kernel, sandbox, control group, /dev/shm and /tmp, the original
-limits. Cells get a deadline of their own, scaled to what they took before: one that hangs for want of another shall not cost the cell
-timeout. Answers are kept by all that they depend on.
+Trials are independent of each other. Each gets the folder as it was before the first run, a fresh
+kernel, sandbox, control group, /dev/shm and /tmp, and the original limits. Each cell gets a
+deadline derived from its earlier run time: a cell that hangs because another one is missing must
+not cost the whole cell timeout. Answers are cached under everything that they depend on.
+
+May import trial, notebook, sandbox and the pure parts of this package.
 """
 
 from __future__ import annotations
@@ -37,22 +40,26 @@ from safe_exec.model.verdict import Cause, CauseKind
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 
+# A cell that took t seconds may take so many times t and so much more before a trial is given up.
 SLACK_FACTOR, SLACK_SECONDS = 10.0, 5.0
-"""A cell that took t seconds may take so many times t and so much more before a trial is given up."""
+# The least a crash cell is given: what killed it early in the first run may be gone, and what comes
+# after takes its time.
 CRASH_SECONDS = 10.0
-"""The least a crash cell is given: what killed it early in the first run may be gone, and what comes after takes its time."""
 
 TWO_PROCESSORS = 2
+# What must be free beside the limit on memory (beside as much again, where there is none) before a
+# second kernel is started: it only starts.
 ROOM_BYTES = 1 << 30
-"""What must be free beside the limit on memory (beside as much again, where there is none) before a second kernel is started: it only starts."""
 
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
 
 class Subject(Struct, frozen=True, kw_only=True):
-    """What is searched: a stripped notebook, what its cells took (seconds by index), the failure, and how to run it.
+    """The notebook to search.
 
-    ``environment`` is what else the answers depend on (kernel, its packages, versions).
+    Its stripped form, each cell's seconds, the failure, and how to run it.
+
+    ``environment`` is whatever else the answers depend on: the kernel, its packages, versions.
     """
 
     node: Any
@@ -64,7 +71,7 @@ class Subject(Struct, frozen=True, kw_only=True):
 
 
 class AnsweredQuery(Struct, frozen=True, kw_only=True):
-    """One trial as it is remembered: the reply, and what happened in a few words."""
+    """One trial as it is cached: the reply, and a short description of the ending."""
 
     reply: Reply
     happened: str
@@ -72,14 +79,14 @@ class AnsweredQuery(Struct, frozen=True, kw_only=True):
 
 
 class _Started(Struct, frozen=True, kw_only=True):
-    """A trial whose kernel is on its way, and the request that made its sandbox."""
+    """A trial whose kernel is starting, and the request that created its sandbox."""
 
     trial: Trial
     request: TrialRequest
 
 
 class Oracle:
-    """Runs trials of one subject."""
+    """Runs the trials of one subject."""
 
     def __init__(
         self, subject: Subject, workspaces: WorkspaceFactory, cache: TrialCache | None
@@ -93,7 +100,7 @@ class Oracle:
         self._next: _Started | None = None
 
     async def close(self) -> None:
-        """End the kernel that was started for a question which did not come."""
+        """End the kernel that was started for a query that never came."""
         started, self._next = self._next, None
         if started is not None:
             await started.trial.discard()
@@ -101,9 +108,10 @@ class Oracle:
     async def answer(
         self, query: Query, *, node: Any | None = None, crash: int | None = None
     ) -> AnsweredQuery:
-        """The answer for a set of cells; with ``node`` for the whole of another notebook, whose ``crash`` cell is the crash cell.
+        """Answer a query from the cache or by a trial.
 
-        Raises RerunFailed when trials cannot be run, and asyncio's own when cancelled.
+        With ``node``, the trial runs the whole of that other notebook, in which ``crash`` is the
+        index of the crash cell. Raises RerunFailed if trials cannot be run.
         """
         key = self._key(query, node)
         entry = None if query.fresh or self.cache is None else self.cache.get(key)
@@ -116,7 +124,7 @@ class Oracle:
             self.cache.put(key, _to_cache(answered))
         return answered
 
-    # --- one trial ----------------------------------------------------------------------------------------------
+    # --- one trial --------------------------------------------------------------------------------
 
     async def _run(
         self, query: Query, other: Any | None, crash: int | None
@@ -130,7 +138,7 @@ class Oracle:
         return self._judge(result, request, query, crash, time.monotonic() - start_time)
 
     def _start(self) -> _Started:
-        """A kernel in a sandbox and a folder of its own, before anybody knows what it will run."""
+        """Start a kernel in a sandbox and folder of its own before its query is known."""
         request = isolated_request(self.subject.request, self.workspaces, node=self.subject.node)
         request = replace(request, before_cells=self._start_next)
         trial = Trial(request)
@@ -138,7 +146,7 @@ class Oracle:
         return _Started(trial=trial, request=request)
 
     async def _start_next(self) -> None:
-        """The next trial's kernel starts while the cells of this one run, where there is room for two."""
+        """Start the next trial's kernel while this one's cells run, if the machine has capacity."""
         required_bytes = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
         room = (
             os.cpu_count() or 1
@@ -180,7 +188,7 @@ class Oracle:
         )
 
     def _deadline(self, index: int) -> float | None:
-        """How long a cell may take in a trial; ``None`` for as long as in the first run."""
+        """Return the seconds that a cell may take in a trial; ``None`` keeps its original limit."""
         failure = self.subject.failure
         if index == failure.cell and failure.kind in TIMES:
             return None
@@ -195,7 +203,7 @@ class Oracle:
         crash: int | None,
         seconds: float,
     ) -> tuple[AnsweredQuery, bool]:
-        """The answer, and whether it may be remembered."""
+        """Return the answer, and whether it may be cached."""
         trouble = why_not_run(result)
         if trouble is not None:
             raise RerunFailed(f"a trial could not be run: {trouble}")
@@ -231,7 +239,7 @@ class Oracle:
         )
 
     def _was_cut(self, result: TrialResult, request: TrialRequest, query: Query) -> bool:
-        """Whether a trial ended for the search's budget and not for the notebook's own time."""
+        """Tell whether the search's budget, not the notebook's own timeout, ended a trial."""
         if isinstance(result.ending, Cancelled):
             return True
         notebook_timeout = self.subject.request.limits.timeout
@@ -251,7 +259,7 @@ class Oracle:
             LimitName.CPU_TIME if kind is CauseKind.CPU_TIME else LimitName.MEMORY, result
         )
 
-    # --- what an answer depends on ------------------------------------------------------------------------------
+    # --- what an answer depends on ----------------------------------------------------------------
 
     def _key(self, query: Query, node: Any | None) -> str:
         of = self.subject.node if node is None else node
@@ -297,7 +305,7 @@ def _to_cache(answered: AnsweredQuery) -> dict[str, Any]:
 
 
 def _from_cache(entry: Mapping[str, Any]) -> AnsweredQuery | None:
-    """What an entry of the cache says; ``None`` for one that is not ours. It costs nothing to ask again."""
+    """Decode a cache entry at no cost in seconds; ``None`` for an entry in another format."""
     try:
         reply = Reply(
             answer=Outcome(entry["answer"]),

@@ -1,6 +1,6 @@
-"""How likely each cell of a failing set is needed, and what to leave out next. Pure; imports problem.
+"""Estimates how likely each cell of a failing set is needed, and picks the next chunk to remove.
 
-The odds and their use are those of ProbDD (Wang et al., FSE 2021).
+The probabilities and their update follow ProbDD (Wang et al., FSE 2021). Pure; imports protocol.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from collections.abc import Iterable, Mapping
 
 from safe_exec.experiments.culprits.protocol import Problem
 
+# How likely a cell of a failing set is needed, by how it came in: guesses that only order the work.
 NEEDED = {"slice": 0.9, "found": 0.95, "other": 0.4}
-"""How likely a cell of a failing set is needed, by how it came in: guesses that only order the work."""
+# So many cells are tried one by one at once: chunks would save nothing.
 FEW = 4
-"""So many cells are tried one by one at once: chunks would save nothing."""
+# Never certain by the odds alone: only a run without the very cell is.
 MOST = 0.99
-"""Never certain by the odds alone: only a run without the very cell is."""
 
 
 def odds_of(
     problem: Problem, cells: Iterable[int], dynamic_deps: frozenset[int]
 ) -> dict[int, float]:
-    """The odds to begin with of all cells but the crash cell; ``dynamic_deps`` were added since the set did not fail without them."""
+    """Return the initial probabilities of all cells but the crash cell.
+
+    ``dynamic_deps`` are the cells that were added because the set did not fail without them.
+    """
 
     def came_by(cell: int) -> str:
         if cell in dynamic_deps:
@@ -32,7 +35,10 @@ def odds_of(
 
 
 def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
-    """The cells to leave out next: as many of the least needed as promise most (the expected gain)."""
+    """Return the cells to remove next.
+
+    The chunk of unlikely cells with the highest expected gain.
+    """
     ordered = sorted(loose, key=lambda cell: (odds[cell], cell))
     if len(ordered) <= FEW:
         return ordered[:1]
@@ -45,7 +51,11 @@ def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
 
 
 def learn(chunk: list[int], odds: dict[int, float]) -> None:
-    """One of the chunk is needed: Bayes' rule. A single cell stays in the list by what is known of the set without it."""
+    """Raise the probabilities of a chunk that could not be removed (Bayes' rule).
+
+    At least one cell of the chunk is needed. A single cell keeps its place in the list: whether it
+    is needed is known from the runs of the set without it.
+    """
     free = math.prod(1 - odds[cell] for cell in chunk)
     for cell in chunk:
         odds[cell] = min(MOST, odds[cell] / max(1e-9, 1 - free)) if len(chunk) > 1 else MOST

@@ -1,4 +1,4 @@
-"""What a culprit search is asked, asks and answers. Pure; imports model only."""
+"""The types that a culprit search exchanges with its driver. Pure; imports model only."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from msgspec import Struct, field
 
 from safe_exec.model.verdict import Stopped
 
+# How a run ended that had no cause to end.
 PASSED = "passed"
-"""How a run ended that had no cause to end."""
 
 
 class Outcome(StrEnum):
-    """What a trial of some cells showed, measured by the failure that is searched for."""
+    """The outcome of running some of the cells, in the terms of delta debugging.
+
+    ``FAIL`` is the failure that is searched for, ``PASS`` a run without any failure. ``UNRESOLVED``
+    is every other ending: it says nothing about the set.
+    """
 
     FAIL = "fail"
     PASS = "pass"  # noqa: S105 - no password
@@ -23,14 +27,18 @@ class Outcome(StrEnum):
 
 
 class SearchCancelled(Exception):  # noqa: N818 - no error: thrown into a search to end it
-    """Thrown into the generator: it returns the best so far."""
+    """Thrown into the search generator to stop it.
+
+    The search then returns its best result so far.
+    """
 
 
 class Query(Struct, frozen=True, kw_only=True):
-    """A question: do exactly these cells, in order, fail? At most ``time_budget`` seconds may be spent on the answer.
+    """Asks whether a run of exactly these cells, in order, fails.
 
-    ``fresh``: run it, whatever is known; it is to confirm, or to count how often. For a display: ``undecided`` is how many cells are
-    not settled yet, ``best`` the smallest set so far that failed.
+    The answer may take ``time_budget`` seconds at most. ``fresh`` asks for a new run even if the
+    answer is known, to confirm it or to count how often it occurs. ``undecided`` (the number of
+    cells that may still be removed) and ``best`` (the smallest failing set so far) are for display.
     """
 
     cells: tuple[int, ...]
@@ -41,11 +49,13 @@ class Query(Struct, frozen=True, kw_only=True):
 
 
 class Reply(Struct, frozen=True, kw_only=True):
-    """An answer and what it cost in seconds (0 from a cache).
+    """The answer to a query and its cost in seconds (0 for an answer from the cache).
 
-    ``stopped_at`` is the cell at which an unresolved trial ended and ``names`` those it missed. ``peak`` is how much of the
-    scarce thing the trial used at most, in the unit of ``Problem.resource_use``. ``cut``: ended since it took longer than was allowed.
-    ``another_form``: an unresolved trial ended in the crash cell in a way akin to the failure. ``ended`` says how the trial ended, in a word.
+    ``stopped_at`` is the cell at which an unresolved run ended, and ``names`` are the names that
+    were undefined there. ``peak`` is the run's highest use of the exhausted resource, in the unit
+    of ``Problem.resource_use``. ``cut``: the run was ended because it exceeded its time budget.
+    ``another_form``: an unresolved run ended in the crash cell with an error similar to the
+    failure. ``ended`` is the cause kind of the ending, or ``passed``.
     """
 
     answer: Outcome
@@ -67,12 +77,15 @@ def _no_definers(_name: str, _cell: int) -> tuple[int, ...]:
 
 
 class Problem(Struct, frozen=True, kw_only=True):
-    """What is known before the first trial.
+    """Everything that is known before the first trial.
 
-    ``cells`` are those that ran, ascending, the crash cell last. ``slice`` is its backward slice. ``needs`` are the direct dependencies of each cell.
-    ``predicted_stop`` says at which cell a run of a set surely ends for a missing name, before it could fail. ``side_effect_risk``
-    orders the rest. ``resource_use`` is what each cell kept of what ran out in the end, ``limit`` how much there is of it; ``seconds``
-    what each cell took, ``start_seconds`` a kernel's start and end. ``erratic``: failures of this kind often come and go.
+    ``cells`` are the cells that ran, in order, with the crash cell last. ``slice`` is the backward
+    slice of the crash cell, and ``needs`` the direct dependencies of each cell. ``predicted_stop``
+    returns the cell at which a run of a set is certain to stop for an undefined name. Cells outside
+    the slice are tried in the order of ``side_effect_risk``. ``resource_use`` is each cell's share
+    of the exhausted resource, and ``limit`` the amount that was available; ``seconds`` is each
+    cell's run time and ``start_seconds`` the time to start and stop a kernel. ``erratic``: failures
+    of this kind often do not recur.
     """
 
     cells: tuple[int, ...]
@@ -90,16 +103,18 @@ class Problem(Struct, frozen=True, kw_only=True):
 
     @property
     def crash(self) -> int:
-        """The crash cell."""
+        """The crash cell: the last cell that ran."""
         return self.cells[-1]
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """The set found, in order; empty where nothing failed again.
+    """The failing set, in order; empty if nothing failed again.
 
-    ``reproduced``: of how many runs of this very set how many failed, (k, n). ``dynamic_deps`` are the cells that only trials showed to be
-    needed. ``method`` names the way in a word or two. ``endings`` counts how the runs of this set ended (of all cells, if nothing failed).
-    ``several_forms``: what was akin to the failure counted as the failure, since the same cells ended in both ways.
+    ``reproduced`` is (k, n): of n runs of exactly this set, k failed. ``dynamic_deps`` are the
+    cells that only trials showed to be needed. ``method`` names the strategy in a word or two.
+    ``endings`` counts the endings of the runs of this set (of all cells, if nothing failed).
+    ``several_forms``: similar failures were counted as the same one, since the same cells produced
+    both.
     """
 
     cells: tuple[int, ...]

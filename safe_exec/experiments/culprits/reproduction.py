@@ -1,4 +1,7 @@
-"""The reproduction: a small notebook that holds the culprits alone and carries its limits. Pure; imports notebook's key and model."""
+"""Builds the reproduction: a small notebook of the culprits alone, with the limits in its metadata.
+
+Pure; imports model and the notebook's metadata key.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from safe_exec.model.verdict import Cause
 from safe_exec.notebook.notebook import METADATA_KEY
 from safe_exec.notebook.validate import complete_metadata
 
+# The key in `metadata.safe_exec` by which a reproduction is known.
 REPRODUCES = "reproduces"
-"""The key in ``metadata.safe_exec`` by which a reproduction is known."""
 _NOT_CARRIED = ("interrupt_grace",)
 
 
@@ -28,9 +31,10 @@ def build(
     crash_source: str | None = None,
     isolation: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A notebook of the culprits, in order, the crash cell last; ``node`` is stripped and stays as it is.
+    """Build a notebook of the given cells, in order, with the crash cell last.
 
-    ``crash_source`` stands in for the source of the crash cell, where less of it is enough. ``origin`` names the notebook it is from.
+    ``node`` is a stripped notebook and is not modified. ``crash_source`` replaces the source of the
+    crash cell if a part of it is enough. ``origin`` is the path of the original notebook.
     """
     document = copy.deepcopy(node)
     document["cells"] = [copy.deepcopy(node.cells[index]) for index in cells]
@@ -58,7 +62,8 @@ def build(
         "cells": list(cells),
         "cause": cause.kind.value if cause else None,
     }
-    # metadata.execution.timeout would count after the figures carried here; allow_errors is part of how it ran.
+    # metadata.execution.timeout would count after the figures carried here; allow_errors is part of
+    # how it ran.
     execution = dict(metadata.get("execution") or {})
     execution.pop("timeout", None)
     execution["allow_errors"] = allow_errors
@@ -67,6 +72,9 @@ def build(
 
 
 def is_reproduction(node: Any) -> bool:
-    """Whether a notebook is one that we wrote: it is small already."""
+    """Tell whether safe-exec wrote this notebook as a reproduction.
+
+    A search could not make it smaller.
+    """
     ours = node.metadata.get(METADATA_KEY)
     return isinstance(ours, dict) and isinstance(ours.get(REPRODUCES), dict)

@@ -1,4 +1,7 @@
-"""What each culprit did, from evidence: its memory, its names, and how the search found it. Pure; imports model, units, slicing."""
+"""Describes each culprit's part in the failure: its memory, its names, and its effects.
+
+Pure; imports model, units and the static analysis.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from safe_exec.experiments.static_analysis.effects import (
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Role
 from safe_exec.units import format_size
 
+# Memory below this is not what filled it.
 WORTH_NAMING = 8 << 20
-"""Memory below this is not what filled it."""
 SHARE = 0.05
+# From this suspicion on a cell changes more than its own names.
 RISKY = 2
-"""From this suspicion on a cell changes more than its own names."""
 MOST_NAMES = 3
 _BUILTINS = frozenset(dir(builtins))
 LINE_LENGTH = 200
@@ -31,10 +34,11 @@ UNSEEN = "must run before; why is not visible"
 
 
 class CulpritSet(Struct, frozen=True, kw_only=True):
-    """The result of a search in the cells' own indexes: the set, and those of it that only trials showed to be needed.
+    """The result of a search, by cell index, with the context that its description needs.
 
-    ``order`` are the indexes of all cells that ``dependencies`` counts from 0, in its order. ``setting`` is the word by which a notebook
-    sets the limit that was reached, where that is an engine's own.
+    ``dynamic_deps`` are the cells that only trials showed to be needed. ``order`` lists the cell
+    indexes in the order in which ``dependencies`` numbers them from 0. ``setting`` is the name of
+    an engine's own limit if that limit was reached.
     """
 
     cells: tuple[int, ...]
@@ -49,7 +53,7 @@ class CulpritSet(Struct, frozen=True, kw_only=True):
 
 
 def culprits_of(culprit_set: CulpritSet) -> tuple[Culprit, ...]:
-    """One culprit for each cell of the set."""
+    """Return one culprit for each cell of the set."""
     return tuple(_culprit(culprit_set, index) for index in culprit_set.cells)
 
 
@@ -68,7 +72,7 @@ def _culprit(culprit_set: CulpritSet, index: int) -> Culprit:
 
 
 def _role(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
-    """The role, the note, and the line that the note is about, if it is about one."""
+    """Return the role, the note, and the line that the note refers to, if any."""
     if index == culprit_set.crash.index:
         return Role.CRASH, "running when it happened", None
     if _sets(culprit_set, index):
@@ -98,9 +102,10 @@ def _role_of_others(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int
 
 
 def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
-    """Whether an effect may have set off what struck later.
+    """Tell whether an effect may have triggered the later failure.
 
-    Only trials show that a change of an object or a file did, and only of a cell that nothing else is needed for.
+    For a changed object or file only trials can show that, and only for a cell that is not needed
+    for anything else.
     """
     if effect is None:
         return False
@@ -110,7 +115,7 @@ def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
 
 
 def _effect(culprit_set: CulpritSet, index: int) -> Effect | None:
-    """What a cell does beyond binding names: the most telling that can be read, through functions that it calls."""
+    """Return a cell's most telling effect, also through functions that it calls."""
     modules: dict[str, str] = {}
     functions: dict[str, Effect] = {}
     for earlier in (cell for cell in culprit_set.order if cell <= index):
@@ -130,7 +135,7 @@ def _is_builtin_call(effect: Effect) -> bool:
 
 
 def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
-    """A call of a notebook's function has the effect that the function has."""
+    """Replace the call of a function from the notebook by the effect of that function."""
     inner = functions.get(effect.name or "") if effect.kind is EffectKind.CALL else None
     if inner is None:
         return effect
@@ -138,7 +143,7 @@ def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
 
 
 def _for_users(culprit_set: CulpritSet, index: int, effect: Effect) -> Effect:
-    """With the culprits that use the object which it changed."""
+    """Add the culprits that use the changed object to an effect."""
     if effect.kind < EffectKind.OBJECT or effect.name is None:
         return effect
     positions = {cell: culprit_set.order.index(cell) for cell in culprit_set.cells if cell > index}
@@ -151,22 +156,24 @@ def _for_users(culprit_set: CulpritSet, index: int, effect: Effect) -> Effect:
     cells = ", ".join(str(culprit_set.records[cell].code_index + 1) for cell in users)
     return replace(
         effect,
-        text=f"{effect.text}; `{effect.name}` is used by code cell{'s' if len(users) > 1 else ''} {cells}",
+        text=f"{effect.text}; `{effect.name}` is used by code "
+        f"cell{'s' if len(users) > 1 else ''} {cells}",
     )
 
 
 def _sets(culprit_set: CulpritSet, index: int) -> bool:
-    """Whether a cell sets the limit that was reached."""
+    """Tell whether a cell sets the engine limit that was reached."""
     return bool(culprit_set.setting) and culprit_set.setting in culprit_set.sources[index]
 
 
 def kept_by(culprit_set: CulpritSet, index: int) -> int | None:
-    """What a cell kept, where memory is what ran out and it is worth naming."""
+    """Return the bytes that a cell kept, if memory ran out and the amount is worth naming."""
     limit, kept_bytes = culprit_set.memory_limit, culprit_set.records[index].memory_kept
     if limit is None or kept_bytes is None or kept_bytes < max(WORTH_NAMING, SHARE * limit):
         return None
     if is_imports_only(culprit_set.sources[index]):
-        return None  # modules, and no data
+        # Modules, and no data.
+        return None
     return kept_bytes
 
 
@@ -175,7 +182,10 @@ def _side_effect_risk(culprit_set: CulpritSet, index: int) -> int:
 
 
 def _uses(culprit_set: CulpritSet, index: int) -> str:
-    """``defines `frame`, used by code cell 7``: the names that later culprits take from a cell."""
+    """Return ``defines `frame`, used by code cell 7``.
+
+    The names that later culprits take from a cell.
+    """
     names: list[str] = []
     users: list[int] = []
     at = culprit_set.order.index(index)
@@ -198,7 +208,7 @@ def _uses(culprit_set: CulpritSet, index: int) -> str:
 def _taken(
     dependencies: Dependencies, position: int, at: int, culprits: frozenset[int]
 ) -> set[str]:
-    """The names that one cell reads and another one was the last of the culprits to bind before it."""
+    """Return the names that a cell reads and that, of all culprits, cell ``at`` bound last."""
     reads = dependencies.facts[position].uses | dependencies.facts[position].late_uses
     # What cannot be read may bind any name, but nobody takes ``print`` from it.
     names = reads - (_BUILTINS - dependencies.facts[at].defines)
@@ -210,11 +220,12 @@ def _taken(
 
 
 def look_first(culprit_set: CulpritSet, culprits: tuple[Culprit, ...], growth: int | None) -> int:
-    """The index of the cell to read first. ``growth`` is by how much the crash cell itself grew, in bytes, where that is known.
+    """Return the index of the cell to read first.
 
-    The cell that set an engine's own limit, else what set it off, else what kept more than the crash
-    cell asked for, else the cell whose code ran innermost, else the crash cell. Memory that ran out is
-    not set off by a changed object or a file.
+    ``growth`` is the growth of the crash cell itself in bytes, if known. In this order: the cell
+    that set the engine's own limit, the trigger, the cell that kept more memory than the crash cell
+    asked for, the cell whose code ran innermost, and the crash cell. A changed object or file does
+    not count as the trigger of exhausted memory.
     """
     setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(culprit_set, c.index)]
     if setters:
@@ -249,14 +260,14 @@ def _acts_on_process(culprit_set: CulpritSet, index: int) -> bool:
 
 
 def line_of(source: str, line: int | None) -> str | None:
-    """A line of a cell, counted from 1; ``None`` if it is empty or does not exist."""
+    """Return a line of a cell, counted from 1; ``None`` if it is empty or does not exist."""
     lines = source.splitlines()
     text = lines[line - 1].strip() if line is not None and 0 < line <= len(lines) else ""
     return text[:LINE_LENGTH] or None
 
 
 def first_line(source: str) -> str | None:
-    """The first line that says something."""
+    """Return the first line of code, or the first line at all in a cell of comments."""
     lines = [line.strip() for line in source.splitlines()]
     telling = [line for line in lines if line and not line.startswith("#")] or [
         line for line in lines if line

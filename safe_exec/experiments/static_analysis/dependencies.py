@@ -1,7 +1,8 @@
-"""From which cells a cell's names come, so that a culprit search can start there. Pure; imports only cells and reading beside it.
+"""Finds the cells that a cell's names come from, as the starting point of a culprit search.
 
-Needed is a cell that binds a name used, and any cell that surely or very probably changes that name's object in between. What is
-bound, used and changed within functions counts where they are called. Objects under two names are not followed.
+A cell depends on the cells that bind the names it uses, and on the cells in between that certainly
+or very probably change these objects. Names that are bound, used or changed inside functions count
+at the call. Two names for the same object are not tracked. Pure; imports only its neighbours.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from safe_exec.experiments.static_analysis.names import USUAL, names_in
 
 __all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
 
-# --- what is surely evaluated --------------------------------------------------------------------------------------
+# --- what is surely evaluated ---------------------------------------------------------------------
 
+# Stands among the names evaluated where foreign code may run.
 _EFFECT = ""
-"""Stands among the names evaluated where foreign code may run."""
 
 
+# What is evaluated whatever the values are, in order; of what is not here, nothing is sure.
 _PARTS: dict[type[ast.AST], tuple[str, ...]] = {
     **dict.fromkeys(
         (
@@ -62,7 +64,6 @@ _PARTS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Raise: ("exc",),
     ast.Match: ("subject",),
 }
-"""What is evaluated whatever the values are, in order; of what is not here, nothing is sure."""
 _QUIET = ast.Constant | ast.Name | ast.Tuple | ast.List | ast.NamedExpr | ast.Slice | ast.Lambda
 
 
@@ -72,7 +73,10 @@ def _parts(node: ast.AST) -> list[ast.AST | None]:
 
 
 def _operands(node: ast.AST) -> list[ast.AST | None]:
-    """What comes before the expression's own effect; an effect in between is written as a star's."""
+    """Return the parts that are evaluated before the expression's own effect.
+
+    An effect in between is represented by an ``ast.Starred``.
+    """
     parts = _parts(node)
     match node:
         case ast.BoolOp(values=values):
@@ -108,7 +112,10 @@ def _evaluated(node: ast.AST | None) -> Iterator[str]:
 
 
 def _steps(node: ast.stmt) -> list[ast.AST | None]:
-    """What a statement surely evaluates. A ``try`` may swallow errors; a second context runs under the first."""
+    """Return the expressions that a statement is certain to evaluate.
+
+    A ``try`` may swallow errors, and a second context manager runs under the first one.
+    """
     parts = _parts(node)
     match node:
         case ast.Assign(targets=targets, value=value):
@@ -133,7 +140,11 @@ def _steps(node: ast.stmt) -> list[ast.AST | None]:
 
 
 def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> Iterator[Read]:
-    """Each name once. What begins on the line where something else ends is one with it: a crash's line tells no more."""
+    """Yield each name once that the statements are certain to read.
+
+    A statement that begins on the line where another ends counts as part of it: the line of a crash
+    cannot tell them apart.
+    """
     skipped_names: set[str] = set()
     line = end = 0
     for node in body:
@@ -158,23 +169,30 @@ def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> It
         skipped_names |= {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
 
 
-# --- how likely a cell sets a trap -----------------------------------------------------------------------------------
+# --- how likely a cell sets a trap ----------------------------------------------------------------
 
 _TRAPS = words(
-    "ctypes cffi signal threading _thread multiprocessing concurrent resource gc faulthandler atexit subprocess socket mmap "
+    "ctypes cffi signal threading _thread multiprocessing concurrent resource gc faulthandler "
+    "atexit subprocess socket mmap "
     "builtins pty fcntl numba cython"
 )
 _TRAP_PATHS = words(
-    "os.fork os.kill os.killpg os._exit os.abort os.environ os.putenv os.chdir os.close os.closerange os.dup2 os.dup os.truncate "
-    "os.ftruncate os.system os.popen os.nice os.setsid sys.exit sys.stdout sys.stderr sys.stdin warnings.filterwarnings "
-    "warnings.simplefilter numpy.seterr matplotlib.use asyncio.run asyncio.get_event_loop asyncio.get_running_loop "
-    "asyncio.new_event_loop asyncio.set_event_loop asyncio.set_event_loop_policy asyncio.create_task asyncio.ensure_future"
+    "os.fork os.kill os.killpg os._exit os.abort os.environ os.putenv os.chdir os.close "
+    "os.closerange os.dup2 os.dup os.truncate "
+    "os.ftruncate os.system os.popen os.nice os.setsid sys.exit sys.stdout sys.stderr sys.stdin "
+    "warnings.filterwarnings "
+    "warnings.simplefilter numpy.seterr matplotlib.use asyncio.run asyncio.get_event_loop "
+    "asyncio.get_running_loop "
+    "asyncio.new_event_loop asyncio.set_event_loop asyncio.set_event_loop_policy "
+    "asyncio.create_task asyncio.ensure_future"
 )
 _WRITES = words(
-    "os.remove os.unlink os.rename os.replace os.rmdir os.removedirs pickle.dump json.dump numpy.save numpy.savez"
+    "os.remove os.unlink os.rename os.replace os.rmdir os.removedirs pickle.dump json.dump "
+    "numpy.save numpy.savez"
 )
 _WRITERS = words(
-    "to_csv to_parquet to_pickle to_hdf to_excel to_sql to_feather to_json tofile savefig write_text write_bytes unlink"
+    "to_csv to_parquet to_pickle to_hdf to_excel to_sql to_feather to_json tofile savefig "
+    "write_text write_bytes unlink"
 )
 _INERT_CALLS = {"print", "display", "len", "str", "repr", "format", "type", "id", "isinstance"}
 _LITERAL = (
@@ -191,7 +209,7 @@ _SHOWN = _LITERAL | ast.Name | ast.JoinedStr | ast.FormattedValue | ast.keyword
 
 
 def is_trap(node: ast.AST, modules: Mapping[str, str]) -> bool:
-    """It reaches beyond the notebook's names, into what the whole process shares."""
+    """Tell whether a node affects the whole process rather than only the notebook's names."""
     if isinstance(node, ast.ImportFrom):
         return (node.module or "") in _TRAPS and any(alias.name == "*" for alias in node.names)
     if isinstance(node, ast.Call) and path(node.func, {}) in ("setattr", "delattr") and node.args:
@@ -241,7 +259,7 @@ def _calls_inert(node: ast.AST) -> bool:
 
 
 def _is_inert(node: ast.stmt) -> bool:
-    """It can do no more than print, and bind plain values."""
+    """Tell whether a statement can do no more than print, and bind plain values."""
     match node:
         case ast.Expr(value=value):
             parts = list(ast.walk(value))
@@ -265,7 +283,11 @@ def side_effect_risk_of(
     *,
     mutates: bool,
 ) -> int:
-    """0: cannot do harm; 1: ordinary; 2: changes other cells' objects, or files; 3: changes what the whole process shares."""
+    """Rate a cell's risk of causing a later failure, from 0 to 3.
+
+    0: harmless; 1: ordinary code; 2: changes other cells' objects, or files; 3: changes state of
+    the whole process.
+    """
     specials = list(specials)
     statements = [*body, *(part for special in specials for part in special.code.body)]
     nodes = [node for statement in statements for node in ast.walk(statement)]
@@ -282,16 +304,19 @@ def side_effect_risk_of(
     return max(least, 0 if all(map(_is_inert, statements)) else 1)
 
 
-# --- a cell ----------------------------------------------------------------------------------------------------------
+# --- a cell ---------------------------------------------------------------------------------------
 
 
 def read_cell(source: str, modules: Mapping[str, str] | None = None) -> CellFacts:
-    """The facts of a cell; ``modules`` maps names to what former cells imported as them."""
+    """Return the facts of a cell.
+
+    ``modules`` maps names to the modules that earlier cells imported.
+    """
     return _read(source, modules or {})[0]
 
 
 def imported_modules(source: str) -> dict[str, str]:
-    """What the cell's imports bind in the notebook's namespace: each name with its full path."""
+    """Return the names that a cell's imports bind, each with its full path."""
     return _read(source, {})[1]
 
 
@@ -306,20 +331,24 @@ def _read(source: str, modules: Mapping[str, str]) -> tuple[CellFacts, dict[str,
             tree.body, cell.specials.values(), modules, mutates=mutates
         )
         reads = () if cell.guarded else tuple(surely_read(tree.body, cell.specials))
-    except RecursionError:  # nested deeper than can be followed
+    except RecursionError:
+        # Nested deeper than can be followed.
         return CellFacts(opaque=True), {}
     return replace(
         facts, reads=reads, side_effect_risk=max(cell.side_effect_risk, side_effect_risk)
     ), imported
 
 
-# --- a notebook ------------------------------------------------------------------------------------------------------
+# --- a notebook -----------------------------------------------------------------------------------
 
 _GIVEN = frozenset(dir(builtins)) | {"get_ipython", "display", "exit", "quit", "In", "Out", "open"}
 
 
 class Dependencies:
-    """Which cells need which. ``is_python`` is false for what is not Python: then nothing is said of any cell."""
+    """The dependencies between cells.
+
+    ``is_python`` is false for other languages: then no cell depends on another.
+    """
 
     def __init__(self, facts: Sequence[CellFacts], *, is_python: bool = True) -> None:
         self.facts = tuple(facts)
@@ -334,7 +363,10 @@ class Dependencies:
 
     @classmethod
     def of_sources(cls, sources: Sequence[str], *, language: str | None) -> Dependencies:
-        """Those of a notebook's code cells, in order; a notebook that does not name its language is not known."""
+        """Analyse a notebook's code cells, in order.
+
+        A notebook that does not name its language is treated as one in another language.
+        """
         if not (language or "").lower().startswith(("python", "ipython")):
             return cls([CellFacts(opaque=True) for _ in sources], is_python=False)
         modules: dict[str, str] = {}
@@ -348,11 +380,14 @@ class Dependencies:
         return cls(facts)
 
     def side_effect_risks(self) -> tuple[int, ...]:
-        """How likely each cell is to set a trap, from 0 to 3."""
+        """Return each cell's risk of causing a later failure, from 0 to 3."""
         return tuple(cell.side_effect_risk if self.is_python else 1 for cell in self.facts)
 
     def definers(self, name: str, position: int) -> tuple[int, ...]:
-        """Cells before ``position`` that bind ``name``, latest first; then those that may do so unseen, latest first."""
+        """Return the cells before ``position`` that bind ``name``, the latest first.
+
+        The cells that may bind it invisibly follow, the latest first.
+        """
         visible = [index for index in reversed(self._defining.get(name, ())) if index < position]
         return (
             (*visible, *(index for index in self._unseen(position) if index not in visible))
@@ -361,11 +396,14 @@ class Dependencies:
         )
 
     def needs(self, cell: int) -> frozenset[int]:
-        """Cells before ``cell`` that it directly depends on."""
+        """Return the earlier cells on which ``cell`` depends directly."""
         return self._direct(cell, weak=False)
 
     def slice_of(self, cell: int, *, weak: bool = False) -> frozenset[int]:
-        """The cell and all that it depends on, directly or not; with ``weak`` also through changes that are only possible."""
+        """Return the cell and all its direct and indirect dependencies.
+
+        With ``weak``, merely possible changes of an object count as well.
+        """
         members, todo = {cell}, [cell]
         while todo:
             new = self._direct(todo.pop(), weak=weak) - members
@@ -376,10 +414,11 @@ class Dependencies:
     def surely_missing(
         self, subset: Iterable[int], *, crash: int, crash_line: int | None
     ) -> tuple[int, str] | None:
-        """Where a run of just ``subset`` surely ends in a ``NameError`` before the crash could happen again: cell and name.
+        """Return the cell and name of the NameError in which a run of ``subset`` must end.
 
-        Only names that a cell left out binds in sight are sure: any other came from elsewhere, for the whole notebook did
-        run. A cell that may raise without ending the run is the caller's to rule out.
+        The error must come before the crash could happen again. Only names that an omitted cell
+        binds visibly are certain: all others came from elsewhere, since the whole notebook did run.
+        The caller must exclude cells whose errors do not end the run.
         """
         bound_names: set[str] = set()
         for index in sorted({index for index in subset if self.is_python and 0 <= index <= crash}):
@@ -400,9 +439,11 @@ class Dependencies:
         return None
 
     def lack_any(self, subset: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
-        """Whether just ``subset`` lack a name that one of them (``names``, by cell) is sure to read when it gets there.
+        """Tell whether ``subset`` lacks a name that one of its cells is certain to read.
 
-        As sure as :meth:`surely_missing`: some cell left out binds it in sight, none that is kept can have.
+        ``names`` holds these names by cell. The answer is as certain as that of
+        :meth:`surely_missing`: an omitted cell binds the name visibly, and no cell of the subset
+        can bind it.
         """
         cells = [index for index in subset if self.is_python]
         if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):
@@ -432,7 +473,11 @@ class Dependencies:
         return self._memo[cell, weak]
 
     def _find(self, cell: int, *, weak: bool) -> set[int]:
-        """Names that functions read are resolved where the functions may be called: here, not where they are written."""
+        """Return the direct dependencies of a cell.
+
+        The names that a function reads are resolved where it may be called, not where it is
+        defined.
+        """
         facts = self.facts[cell]
         cells = set(range(cell)) if weak and facts.history else set()
         own = (facts.captured[name].uses for name in facts.own if name in facts.captured)
@@ -452,7 +497,10 @@ class Dependencies:
         return cells
 
     def _binders(self, name: str, at: int) -> tuple[list[int], bool]:
-        """Cells before ``at`` that may have bound the name last, latest first, and whether the earliest of them surely did."""
+        """Return the cells before ``at`` that may have bound the name last, the latest first.
+
+        The second value tells whether the earliest of them is certain to have bound it.
+        """
         binders = []
         for index in reversed(self._defining.get(name, ())):
             if index < at:
@@ -462,7 +510,7 @@ class Dependencies:
         return binders, False
 
     def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
-        """Cells that made the object which the name stands for when cell ``at`` begins."""
+        """Return the cells that created the object behind a name when cell ``at`` begins."""
         if (makers := self._makers_memo.get((name, at, weak))) is None:
             binders, certain = self._binders(name, at)
             first = binders[-1] if certain else -1
@@ -484,7 +532,10 @@ class Dependencies:
         return self._changing[weak]
 
     def _changes(self, cell: int, *, weak: bool) -> set[str]:
-        """Names whose objects the cell changes, through functions it calls, too; with ``weak``, through any it can get at."""
+        """Return the names whose objects the cell changes, also through functions that it calls.
+
+        With ``weak``, every object that it can reach counts as changed.
+        """
         facts = self.facts[cell]
         names = set(facts.mutates | facts.passed_to_call if weak else facts.mutates)
         todo = [
@@ -512,7 +563,10 @@ class Dependencies:
 
 
 def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
-    """Reads that come before whatever the line does. Its statement may have begun on a line before."""
+    """Return the reads that precede the effects of a line.
+
+    Its statement may begin on an earlier line.
+    """
     statement_line = max(
         (read.line for read in cell.reads if line is not None and read.line <= line), default=0
     )

@@ -1,6 +1,7 @@
-"""What a cell does beyond binding names, and at which line. Pure; read from the source, nothing is run.
+"""Finds a cell's effects beyond binding names, each with its line.
 
-It acts on the whole process, writes a file, changes an object, or calls something.
+An effect acts on the whole process, writes a file, changes an object, or calls a function. Pure:
+the source is analysed, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
 from safe_exec.experiments.static_analysis.names import LEAVES_RECEIVER, USUAL
 
 _IN_PLACE = words(
-    "add append clear discard extend fill insert pop popitem put remove resize reverse setdefault sort update"
+    "add append clear discard extend fill insert pop popitem put remove resize reverse "
+    "setdefault sort update"
 )
+# What only looks at the process, or makes an object that no other cell sees.
 _READERS = words(
-    "active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event Condition Semaphore Queue"
+    "active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event "
+    "Condition Semaphore Queue"
 )
-"""What only looks at the process, or makes an object that no other cell sees."""
+# What later cells read rather than what sets them off.
 _INPUTS = (
     "os.environ",
     "os.putenv",
@@ -37,18 +41,17 @@ _INPUTS = (
     "subprocess.call",
     "os.system",
 )
-"""What later cells read rather than what sets them off."""
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
+# What slows or limits all code that runs later, whatever names it uses.
 _ON_ALL_CODE = words(
     "sys.settrace sys.setprofile threading.settrace threading.setprofile resource.setrlimit"
 )
-"""What slows or limits all code that runs later, whatever names it uses."""
 
 
 class EffectKind(IntEnum):
-    """The kinds, the most telling first."""
+    """The kinds of effects, the most telling first."""
 
     PROCESS = 0
     FILE = 1
@@ -57,9 +60,10 @@ class EffectKind(IntEnum):
 
 
 class Effect(Struct, frozen=True, kw_only=True):
-    """One effect. ``text`` says it in a few words, ``name`` is the notebook's name that it concerns.
+    """One effect. ``text`` describes it in a few words, ``name`` is the name that it concerns.
 
-    ``is_input``: it prepares what later cells read, such as an environment variable. ``on_all_code``: it slows or limits whatever runs later.
+    ``is_input``: it prepares input of later cells, such as an environment variable.
+    ``on_all_code``: it slows down or limits all code that runs later.
     """
 
     kind: EffectKind
@@ -71,7 +75,7 @@ class Effect(Struct, frozen=True, kw_only=True):
 
 
 def is_imports_only(source: str) -> bool:
-    """Whether a cell does nothing but import."""
+    """Tell whether a cell consists of imports only."""
     _, tree = python_of(source)
     body = tree.body if tree is not None else []
     return bool(body) and all(
@@ -84,7 +88,10 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
-    """The effects of a cell's top level, in the order of their kinds; ``modules`` is what names were imported as."""
+    """Return the effects of a cell's top level, sorted by kind.
+
+    ``modules`` maps names to the modules that they were imported as.
+    """
     _, tree = python_of(source)
     if tree is None:
         return ()
@@ -99,7 +106,10 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
 
 
 def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
-    """The most telling effect of each function that a cell defines, which it has when it is called."""
+    """Return the most telling effect of each function that a cell defines.
+
+    It takes effect at a call.
+    """
     _, tree = python_of(source)
     if tree is None:
         return {}
@@ -119,7 +129,7 @@ def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
 
 
 def _immediate_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """A statement's nodes but for the bodies of functions, which run when they are called."""
+    """Yield a statement's nodes without the bodies of functions, which run only when called."""
     yield node
     if not isinstance(node, _SCOPES):
         for child in ast.iter_child_nodes(node):

@@ -1,7 +1,8 @@
-"""Names that were read on the way to a crash: at the line of each of its frames. Pure; imports slicing and cells.
+"""Finds the names that were read at the lines of a crash's stack frames.
 
-A kernel that died in ``solve()``, called at line 2 of its cell, had read ``solve`` just before. Without the cell that defines it the same
-run ends there in a NameError, and no trial is needed to know it.
+A kernel that died in ``solve()``, called at line 2 of its cell, had just read ``solve``. Without
+the cell that defines it the same run ends there in a NameError, so no trial is needed to find out.
+Pure; imports its neighbours only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ _BODIES = ast.stmt | ast.ExceptHandler | ast.match_case
 
 
 def is_caught(source: str, line: int) -> bool:
-    """Whether an exception at a line may be caught there; also where the source cannot be read."""
+    """Tell whether an exception at a line may be caught there.
+
+    True if the source cannot be parsed.
+    """
     try:
         return any(
             _may_swallow(outer, inner) for outer, inner in pairwise(_chain(ast.parse(source), line))
@@ -29,7 +33,10 @@ def is_caught(source: str, line: int) -> bool:
 
 
 def names_read_at(source: str, line: int) -> frozenset[str]:
-    """Global names that the innermost statement at a line reads before it can do anything else; none where that is not sure."""
+    """Return the global names that the innermost statement at a line reads before any other effect.
+
+    The result is empty if that is not certain.
+    """
     try:
         return _read_in(ast.parse(source), line)
     except (
@@ -55,7 +62,11 @@ def _read_in(tree: ast.Module, line: int) -> frozenset[str]:
 
 
 def _chain(node: ast.AST, line: int) -> Iterator[ast.AST]:
-    """The statements around a line, outermost first; none within one whose own head shares the line: it may not have got there."""
+    """Yield the statements around a line, outermost first.
+
+    Nothing is yielded inside a statement whose own head shares the line: it may not have got past
+    it.
+    """
     for child in ast.iter_child_nodes(node):
         first, last = getattr(child, "lineno", None), getattr(child, "end_lineno", None)
         if (
@@ -76,7 +87,7 @@ def _chain(node: ast.AST, line: int) -> Iterator[ast.AST]:
 
 
 def _in_head(node: ast.AST, line: int) -> bool:
-    """Whether what comes before the body of a statement, a handler or a case reaches to a line."""
+    """Tell whether the part before the body of a statement, handler or case extends to a line."""
     heads = (
         part
         for child in ast.iter_child_nodes(node)
@@ -87,7 +98,7 @@ def _in_head(node: ast.AST, line: int) -> bool:
 
 
 def _may_swallow(outer: ast.AST, inner: ast.AST) -> bool:
-    """Whether an exception of the inner statement may be caught by the outer one."""
+    """Tell whether the outer statement may catch an exception of the inner one."""
     if isinstance(outer, ast.Try | ast.TryStar):
         leaves = any(
             isinstance(n, ast.Return | ast.Break | ast.Continue)
@@ -103,7 +114,7 @@ def _may_swallow(outer: ast.AST, inner: ast.AST) -> bool:
 
 
 def _locals(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> set[str]:
-    """Names that a function or class binds: parameters and whatever is bound in it, though a ``global`` may say otherwise."""
+    """Return the names that a function or class binds, ignoring ``global`` declarations."""
     names = {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
     return (
         names

@@ -1,6 +1,7 @@
-"""A code cell as Python: its source without IPython's own syntax, and the facts there are of it. Pure; imports the standard library only.
+"""Converts a code cell to Python: its source without IPython's own syntax, and facts about it.
 
-Nothing is run, and no text makes this raise: what cannot be read is opaque.
+Nothing is executed, and no text raises an error: a cell that cannot be parsed is opaque. Pure;
+imports the standard library only.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from msgspec import Struct, field
 
 Names = frozenset[str]
 
+# The filters of warnings belong to the whole process: of two threads that set them aside, the later
+# one would put the wrong ones back.
 _FILTERS = threading.Lock()
-"""The filters of warnings belong to the whole process: of two threads that set them aside, the later one would put the wrong ones back."""
 
 
 class Read(Struct, frozen=True, kw_only=True):
-    """A name that is surely evaluated, at the line where its top-level statement begins.
+    """A name that is certain to be evaluated, with the line where its top-level statement begins.
 
-    ``before_effect``: before anything that begins on that line could run foreign code.
+    ``before_effect``: it is evaluated before anything on that line could run foreign code.
     """
 
     name: str
@@ -32,7 +34,11 @@ class Read(Struct, frozen=True, kw_only=True):
 
 
 class CapturedNames(Struct, frozen=True, kw_only=True):
-    """What a name bound or changed in a cell takes along: names its object was made of, and facts of its functions' bodies."""
+    """Names associated with an object that a cell binds or changes.
+
+    ``sources`` are the names that the object was built from; the other fields describe the bodies
+    of its functions.
+    """
 
     sources: Names
     uses: Names
@@ -42,11 +48,13 @@ class CapturedNames(Struct, frozen=True, kw_only=True):
 
 
 class CellFacts(Struct, frozen=True, kw_only=True):
-    """One cell. ``late_``: in functions' bodies, which run when called. The names of other scopes are not the notebook's.
+    """The facts of one cell. ``late_`` means: in the bodies of functions, which run when called.
 
-    ``uses``: read, not surely bound before in this cell; ``at_once``: the same in a lambda handed to a call, which may run
-    now; ``own``: read after the cell bound it itself; ``passed_to_call``: handed to a call, so perhaps changed; ``stars``: may
-    bind names that are not visible; ``history``: reads former cells' outputs; ``start``: the first statement's line.
+    Names of inner scopes are left out. ``uses``: read, and not certain to be bound earlier in this
+    cell. ``at_once``: the same in a lambda that is passed to a call, which may run immediately.
+    ``own``: read after the cell bound it. ``passed_to_call``: passed to a call, which may change
+    it. ``stars``: the cell may bind names that are not visible. ``history``: it reads outputs of
+    earlier cells. ``start``: the line of the first statement.
     """
 
     defines: Names = frozenset()
@@ -68,25 +76,27 @@ class CellFacts(Struct, frozen=True, kw_only=True):
 
 
 def words(text: str) -> Names:
-    """A table of names."""
+    """Return the words of a text as a table of names."""
     return frozenset(text.split())
 
 
-# --- IPython's own syntax ------------------------------------------------------------------------------------------
+# --- IPython's own syntax -------------------------------------------------------------------------
 
 _PYTHON_CELLS = {"time", "timeit", "capture", "prun", "memit"}
 _TEXT_CELLS = {"html", "HTML", "latex", "markdown", "javascript", "js", "svg", "SVG"}
 _SHELL_CELLS = words("bash sh script perl ruby cmd ! sx system pypy python python2 python3")
 _RUNS_PYTHON = {"time", "timeit", "prun", "memit"}
 _SHOWS = words(
-    "matplotlib config precision pprint who whos who_ls pinfo pinfo2 pdef pdoc pfile psource psearch page history hist lsmagic "
+    "matplotlib config precision pprint who whos who_ls pinfo pinfo2 pdef pdoc pfile psource "
+    "psearch page history hist lsmagic "
     "quickref colors xmode tb pwd ls ll pycat doctest_mode"
 )
 _BINDS_NOTHING = (
     _SHOWS
     | _RUNS_PYTHON
     | words(
-        "env set_env cd pip conda mamba uv mkdir rmdir rm mv cp cat lf lk ldir lx sx system gui pdb autosave automagic autocall "
+        "env set_env cd pip conda mamba uv mkdir rmdir rm mv cp cat lf lk ldir lx sx system gui "
+        "pdb autosave automagic autocall "
         "autoawait autoreload killbgscripts notebook"
     )
 )
@@ -109,7 +119,7 @@ _LEXEME = re.compile(
 
 
 class Special(Struct, kw_only=True):
-    """A magic, shell or help line: Python that it runs, names that it reads, how far it reaches."""
+    """A magic, shell or help line: the Python code that it runs and the names that it reads."""
 
     code: ast.Module = field(default_factory=lambda: ast.Module(body=[], type_ignores=[]))
     uses: set[str] = field(default_factory=set)
@@ -119,7 +129,10 @@ class Special(Struct, kw_only=True):
 
 
 class Cell(Struct, kw_only=True):
-    """A cell's Python, each special line replaced by a name that stands for it; ``guarded``: errors may not get out."""
+    """The Python code of a cell, with a placeholder name for each special line.
+
+    ``guarded``: errors may not leave the cell.
+    """
 
     text: str
     specials: dict[str, Special] = field(default_factory=dict)
@@ -132,7 +145,7 @@ class Cell(Struct, kw_only=True):
 
 
 def parse(text: str) -> ast.Module | None:
-    """The tree of Python that would also compile."""
+    """Parse Python code that also compiles; ``None`` for any other text."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +160,7 @@ def parse(text: str) -> ast.Module | None:
 
 
 def _interpolated(text: str) -> set[str]:
-    """Names in ``$name`` and ``{expression}``."""
+    """Return the names in ``$name`` and ``{expression}``."""
     inside = " ".join(re.findall(r"\{([^{}]*)\}", text))
     return set(re.findall(rf"(?<![\\$])\$({_WORD})", text)) | set(
         re.findall(rf"(?<![\w.'\"]){_WORD}", inside)
@@ -174,7 +187,7 @@ def _line_magic(name: str, arguments: str) -> Special:
 
 
 def _special(text: str) -> Special:
-    """What one escaped line does."""
+    """Analyse one escaped line."""
     if text.startswith("%"):
         name, _, arguments = text.lstrip("% \t").partition(" ")
         return _line_magic(name, arguments)
@@ -188,7 +201,7 @@ def _special(text: str) -> Special:
 
 
 def _logical_end(text: str, at: int) -> int:
-    """Where the logical line that begins at ``at`` ends."""
+    """Return the end of the logical line that begins at ``at``."""
     depth = 0
     for lexeme in _LEXEME.finditer(text, at):
         if lexeme[0] in "([{":
@@ -201,7 +214,10 @@ def _logical_end(text: str, at: int) -> int:
 
 
 def _replace_specials(cell: Cell) -> None:
-    """Only beginnings of logical lines count: a ``%`` within brackets or a string is Python's own."""
+    """Replace special lines by placeholder names.
+
+    Only the beginnings of logical lines count: a ``%`` within brackets or a string is Python's own.
+    """
     text, out, at = cell.text, [], 0
     prefix = "ipython_line_"
     while prefix in text:
@@ -227,7 +243,7 @@ def _replace_specials(cell: Cell) -> None:
 
 
 def _unwrap(source: str) -> Cell:
-    """Takes cell magics off; each leaves an empty line."""
+    """Remove cell magics; each leaves an empty line."""
     cell = Cell(text=textwrap.dedent(re.sub(r"\r\n?", "\n", source)))
     while match := _CELL_MAGIC.match(cell.text):
         lead, name, line = match.groups()
@@ -250,7 +266,7 @@ def _unwrap(source: str) -> Cell:
 
 
 def python_of(source: str) -> tuple[Cell, ast.Module | None]:
-    """The cell, and the tree of its Python where it can be read."""
+    """Return the cell, and the syntax tree of its Python code if it can be parsed."""
     cell = _unwrap(source)
     tree = None if cell.opaque else parse(cell.text)
     automagic = _AUTOMAGIC.fullmatch(cell.text)
@@ -263,18 +279,18 @@ def python_of(source: str) -> tuple[Cell, ast.Module | None]:
     return cell, tree
 
 
-# --- trees -----------------------------------------------------------------------------------------------------------
+# --- trees ----------------------------------------------------------------------------------------
 
 
 def root(node: ast.expr | None) -> str | None:
-    """The name that a chain of attributes and subscripts begins with."""
+    """Return the name at the beginning of a chain of attributes and subscripts."""
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
         node = node.value
     return node.id if isinstance(node, ast.Name) else None
 
 
 def path(node: ast.AST | None, modules: Mapping[str, str]) -> str:
-    """A dotted name with what it was imported as; empty for anything else."""
+    """Return a dotted name with imports resolved; empty for any other expression."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -287,7 +303,7 @@ def path(node: ast.AST | None, modules: Mapping[str, str]) -> str:
 
 
 def imports(node: ast.AST) -> dict[str, str]:
-    """What one import statement binds, and to what."""
+    """Return the names that one import statement binds, each with its full path."""
     if isinstance(node, ast.Import):
         return {
             a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
@@ -301,7 +317,7 @@ def imports(node: ast.AST) -> dict[str, str]:
 
 
 def bound_in(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str], set[str]]:
-    """Names bound in this scope by ``nodes``, and those declared global and nonlocal."""
+    """Return the names bound in this scope, and the global and nonlocal declarations."""
     bound_names: set[str] = set()
     outer: dict[type[ast.AST], set[str]] = {ast.Global: set(), ast.Nonlocal: set()}
     stack = list(nodes)

@@ -1,6 +1,6 @@
-"""What a code cell defines, uses and changes, read from its tree. Pure; imports only the cells beside it.
+"""Finds the names that a code cell defines, uses and changes, from its syntax tree.
 
-Nothing is run.
+Nothing is executed. Pure; imports only its neighbours.
 """
 
 from __future__ import annotations
@@ -40,21 +40,26 @@ _NAMESPACES = {
     "__import__",
 }
 _NAMESPACE_ATTRIBUTES = words(
-    "user_ns user_global_ns __globals__ __dict__ f_globals f_locals f_back _getframe currentframe install reload "
+    "user_ns user_global_ns __globals__ __dict__ f_globals f_locals f_back _getframe "
+    "currentframe install reload "
     "import_module get_ipython"
 )
 _NAMESPACE_PATHS = {"sys.modules", "importlib.reload"}
 _LEAVES_ARGUMENTS = words(
-    "print len str repr format display type id isinstance issubclass callable hash bool int float complex abs round sum min max "
+    "print len str repr format display type id isinstance issubclass callable hash bool int "
+    "float complex abs round sum min max "
     "sorted any all range ascii bin hex oct ord chr dir hasattr"
 )
 LEAVES_RECEIVER = words(
-    "head tail describe info show display copy sum mean std var count items keys values get join split strip format startswith "
+    "head tail describe info show display copy sum mean std var count items keys values get "
+    "join split strip format startswith "
     "endswith upper lower replace astype nunique unique value_counts isna isnull groupby sample"
 )
 _MUTATORS = words(
-    "setattr delattr random.shuffle numpy.random.shuffle numpy.copyto numpy.put numpy.place numpy.putmask numpy.fill_diagonal "
-    "heapq.heappush heapq.heappop heapq.heapify heapq.heapreplace heapq.heappushpop bisect.insort operator.setitem"
+    "setattr delattr random.shuffle numpy.random.shuffle numpy.copyto numpy.put numpy.place "
+    "numpy.putmask numpy.fill_diagonal "
+    "heapq.heappush heapq.heappop heapq.heapify heapq.heapreplace heapq.heappushpop "
+    "bisect.insort operator.setitem"
 )
 _READ_AS = {
     "Subscript": "Attribute",
@@ -72,7 +77,10 @@ _SUPPRESSES = {"suppress", "raises", "assertRaises"}
 
 
 class _Scope(Struct, kw_only=True):
-    """Names of a function, a comprehension (its own, yet a walrus in it binds outside) or a class (not seen from functions)."""
+    """The names of a function, comprehension or class scope.
+
+    A walrus in a comprehension binds outside it, and functions do not see the names of a class.
+    """
 
     names: set[str]
     outer: set[str] = field(default_factory=set)
@@ -80,7 +88,7 @@ class _Scope(Struct, kw_only=True):
 
 
 class _Bag(defaultdict[str, set[str]]):
-    """Sets of names by what was done with them."""
+    """Sets of names by usage."""
 
     def __init__(self) -> None:
         super().__init__(set)
@@ -91,7 +99,10 @@ class _Bag(defaultdict[str, set[str]]):
 
 
 class _NameReader(ast.NodeVisitor):
-    """Goes through a cell in the order of its evaluation; ``bound_names`` is what is surely bound by then."""
+    """Visits a cell in its order of evaluation.
+
+    ``bound_names`` are certain to be bound at that point.
+    """
 
     def __init__(self, modules: Mapping[str, str], specials: Mapping[str, Special]) -> None:
         self.modules = {**USUAL, **modules}
@@ -106,7 +117,10 @@ class _NameReader(ast.NodeVisitor):
         self._statement = _Bag()
 
     def run(self, body: Iterable[ast.AST], *, binds: bool = True) -> None:
-        """Without ``binds`` the code runs in a function of its own, at once."""
+        """Visit the statements.
+
+        Without ``binds``, the code runs immediately in a function of its own.
+        """
         body = list(body)
         if not binds:
             self._scopes.append(_Scope(names=bound_in(body)[0]))
@@ -137,7 +151,7 @@ class _NameReader(ast.NodeVisitor):
         self.captured.setdefault(name, _Bag()).take(self._statement)
 
     def load(self, name: str) -> None:
-        """A name is read."""
+        """Record that a name is read."""
         if not self._is_ours(name):
             return
         self.stars |= name in _NAMESPACES or self.modules.get(name) in _NAMESPACE_PATHS
@@ -168,7 +182,10 @@ class _NameReader(ast.NodeVisitor):
                 self.visit(node)
 
     def _branches(self, *blocks: Sequence[ast.AST]) -> None:
-        """One of the blocks runs: bound afterwards is what each of those that go on has bound."""
+        """Visit alternative blocks, one of which runs.
+
+        Afterwards the names are bound that every block binds which does not leave the code.
+        """
         bound_before, ends = set(self.bound_names), []
         for block in blocks:
             self.bound_names = set(bound_before)
@@ -178,7 +195,7 @@ class _NameReader(ast.NodeVisitor):
         self.bound_names = set.intersection(*ends) if ends else bound_before
 
     def visit(self, node: ast.AST) -> None:
-        """Outside functions and classes each statement carries on its own."""
+        """Visit a node. Outside functions and classes, each statement captures names on its own."""
         if isinstance(node, ast.stmt) and not self._scopes:
             self._statement = _Bag()
         kind = type(node).__name__
@@ -369,7 +386,7 @@ def _leaves(block: Sequence[ast.AST]) -> bool:
 
 
 def _handed(node: ast.expr) -> Iterator[str | None]:
-    """Names of which an argument hands on the object itself."""
+    """Yield the names whose objects an argument passes on."""
     if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
         for part in node.values if isinstance(node, ast.Dict) else node.elts:
             yield from _handed(part)
@@ -380,7 +397,7 @@ def _handed(node: ast.expr) -> Iterator[str | None]:
 def names_in(
     body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]
 ) -> tuple[CellFacts, dict[str, str]]:
-    """All facts but ``reads`` and ``side_effect_risk``, and what the cell imported."""
+    """Return all facts of a cell but ``reads`` and the risk, and the imported modules."""
     names = _NameReader(modules, cell.specials)
     names.run(body, binds=cell.binds)
     immediate, late = names.immediate, names.late

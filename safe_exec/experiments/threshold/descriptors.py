@@ -1,7 +1,7 @@
-"""What a kernel's open files are seen to come to while it runs. Imports events only; reads /proc.
+"""Observes how many files a running kernel has open, and how large they are. Reads /proc.
 
-A look with each sample and at the end of each cell: what is opened and closed in between is not seen, so that these are lower bounds,
-good for where to begin.
+It samples with each usage sample and at the end of each cell. Files that are opened and closed in
+between go unnoticed, so the figures are lower bounds: good starting points for a search.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _WRITABLE = 0o200
 
 
 class Descriptors:
-    """An event sink that keeps ``most``, how many were open at a time, and ``largest``, the size of the largest file open for writing.
+    """An event sink that records the peak of open files and the largest written file.
 
-    ``limit`` is what the kernel may open: descriptors from there on are no notebook's (ours are put where nobody would look for them).
+    ``limit`` is the kernel's limit for open files. Descriptors from that number on are safe-exec's
+    own, which it places out of the way.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -28,7 +29,7 @@ class Descriptors:
         self._pid = 0
 
     def __call__(self, event: events.Event) -> None:
-        """Look, at those events that come when something may have changed."""
+        """Sample at events after which the open files may have changed."""
         match event:
             case events.KernelStarted():
                 self._pid = event.pid
@@ -36,7 +37,7 @@ class Descriptors:
                 self.look()
 
     def look(self) -> None:
-        """Look now; a kernel that is gone has none."""
+        """Sample now; a kernel that has ended has no open files."""
         directory = f"/proc/{self._pid}/fd"
         with contextlib.suppress(OSError):
             names = [

@@ -1,7 +1,4 @@
-"""What probing a limit needs to know of it: its unit, its bounds, how a value is written, which causes are its own. Pure.
-
-Imports model, problem's neighbours threshold, and units.
-"""
+"""Describes each limit that can be probed: unit, bounds, notation, and its own causes. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +13,11 @@ from safe_exec.model.verdict import Cause, CauseKind
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
+# Values are rounded to a unit so many times finer than the precision, that they can be typed.
 FINE = 4.0
-"""Values are rounded to a unit so many times finer than the precision, that they can be typed."""
 
+# How programs may end for want of nearly anything: a library that does not look whether malloc gave
+# it something.
 MAYBE = frozenset(
     {
         CauseKind.SEGFAULT,
@@ -32,14 +31,14 @@ MAYBE = frozenset(
         CauseKind.UNKNOWN,
     }
 )
-"""How programs may end for want of nearly anything: a library that does not look whether malloc gave it something."""
 
 
 class Scale(Struct, frozen=True, kw_only=True):
     """One limit that can be probed.
 
-    ``causes`` are its own: what it ends a run with. ``units`` are what its values are rounded to, the finest first; ``guess`` is where to
-    begin where nothing is measured; ``margin`` is what a limit in daily use should have over the least that passes.
+    ``causes`` are the causes with which this limit ends a run. Values are rounded to one of
+    ``units``, the finest first. ``guess`` is the starting value if no peak is measured. ``margin``
+    is the share to add to the smallest passing value for daily use.
     """
 
     name: LimitName
@@ -52,16 +51,16 @@ class Scale(Struct, frozen=True, kw_only=True):
 
     @property
     def is_integral(self) -> bool:
-        """Whether it counts things."""
+        """Whether the limit counts things."""
         return self.unit == "count"
 
     @property
     def option(self) -> str:
-        """As on the command line."""
+        """The option on the command line."""
         return f"--{self.name.value.replace('_', '-')}"
 
     def fit(self, value: float, precision: float) -> float:
-        """The next value at or above that is round enough to be typed."""
+        """Round a value up to one that is convenient to type."""
         if math.isinf(value):
             return value
         unit = max(
@@ -70,13 +69,13 @@ class Scale(Struct, frozen=True, kw_only=True):
         return max(self.least, round(math.ceil(value / unit - 1e-6) * unit, 3))
 
     def limit(self, value: float) -> int | float | None:
-        """A value of the search as the limit takes it."""
+        """Convert a value of the search to the type of the limit."""
         if math.isinf(value):
             return None
         return round(value, 3) if self.unit == "seconds" else round(value)
 
     def written(self, value: float) -> str:
-        """A value as the option takes it, and exactly that value: ``396M``, ``1.25s``, ``17``."""
+        """Format exactly this value as the option accepts it: ``396M``, ``1.25s``, ``17``."""
         if math.isinf(value):
             return "none"
         if self.unit == "seconds":
@@ -88,11 +87,11 @@ class Scale(Struct, frozen=True, kw_only=True):
         return str(size)
 
     def advised(self, value: float) -> float:
-        """What to set where the least that passed is ``value``."""
+        """Return the value to recommend if ``value`` is the smallest that passed."""
         return self.fit(value * (1 + self.margin), 0.05 if self.margin else 0.0)
 
     def outcome(self, cause: Cause | None) -> ProbeOutcome:
-        """How a run with this cause ended, as far as this limit is concerned."""
+        """Classify a run with this cause, as far as this limit is concerned."""
         if cause is None:
             return ProbeOutcome.PASSED
         if cause.kind in self.causes:
@@ -102,7 +101,7 @@ class Scale(Struct, frozen=True, kw_only=True):
     def question(
         self, *, initial: float | None, most: float, precision: float, budget: float
     ) -> ProbeProblem:
-        """What the search is asked."""
+        """Return the problem statement for the threshold search."""
         return ProbeProblem(
             initial=math.inf if initial is None else float(initial),
             least=self.least,
@@ -120,8 +119,8 @@ _MEMORY = frozenset(
 )
 _SIZES = (float(PAGE), float(64 * KIB), float(MIB))
 _TIMES = (0.001, 0.01, 0.1, 1.0)
+# Times depend on the machine and on what else it does.
 _HALF_AGAIN = 0.5
-"""Times depend on the machine and on what else it does."""
 
 
 def _scale(
@@ -143,6 +142,8 @@ def _scale(
     )
 
 
+# The limits that can be probed. Outputs are cut at theirs, which ends no run, and `cpus` slows down
+# only.
 SCALES: Mapping[LimitName, Scale] = {
     scale.name: scale
     for scale in (
@@ -197,4 +198,3 @@ SCALES: Mapping[LimitName, Scale] = {
         ),
     )
 }
-"""The limits that can be probed. Outputs are cut at theirs, which ends no run, and ``cpus`` slows down only."""

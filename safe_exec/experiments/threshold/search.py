@@ -1,13 +1,15 @@
-"""The threshold of a limit: the smallest value with which a run passes and the largest with which it fails. Pure; imports nothing of ours.
+"""Finds the threshold of a limit: the smallest value that passes and the largest one that fails.
 
-It knows values as numbers, and a function from a value to passed or not, which it calls by yielding: :func:`search` is a generator
-that yields a :class:`ProbeQuery`, takes a :class:`ProbeResult` and returns a :class:`Bracket`.
+The search knows values only as numbers. It yields a :class:`ProbeQuery`, receives a
+:class:`ProbeResult` and returns a :class:`Bracket`.
 
-In three steps. *A run that passes*: with the value as given, else with twice as much again and again, as long as it is this limit that
-ends the run. *Close in*: what that run used at most says where the threshold should be; one step above it and one below settle most
-cases, else the steps grow (each twice the one before), and what lies between is halved, by the geometric mean, down to the precision.
-*Once more*: the value that passed is run again, since measures differ from run to run; where it fails then, the bracket is widened
-and says so.
+It has three steps. *Find a pass*: start with the given value and double it as long as this limit
+ends the run. *Close in*: the peak of the passing run suggests where the threshold is. One step
+above and one below settle most cases. Otherwise the steps double, and the interval is bisected by
+its geometric mean down to the precision. *Confirm*: run the passing value again, since measurements
+vary. If it fails then, the bracket is widened and marked.
+
+Pure; imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -18,47 +20,59 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+# How often a value that passed and then failed is given up for a higher one.
 CLIMBS = 3
-"""How often a value that passed and then failed is given up for a higher one."""
+# So many passes of the value that is named in the end.
 ENOUGH = 2
-"""So many passes of the value that is named in the end."""
 ROUNDING = 1e-9
+# By what to go up from a failure, and away from a mere guess.
 FACTOR = 2.0
-"""By what to go up from a failure, and away from a mere guess."""
 
 
 class ProbeOutcome(StrEnum):
     """How a run with some value ended."""
 
     PASSED = "passed"
-    STRUCK = "struck"  # by this limit
-    OTHERWISE = "otherwise"  # failed in a way that may, or may not, be for want of it
-    UNRELATED = "unrelated"  # failed in a way that more of it does not change
+    # By this limit.
+    STRUCK = "struck"
+    # Failed in a way that may, or may not, be for want of it.
+    OTHERWISE = "otherwise"
+    # Failed in a way that more of it does not change.
+    UNRELATED = "unrelated"
 
 
 class StopReason(StrEnum):
-    """Why there is no bracket, or a wider one than was asked for."""
+    """Why there is no bracket, or a wider one than requested."""
 
     BUDGET = "budget"
     CANCELLED = "cancelled"
-    MOST = "most"  # it fails with all that there is
-    LEAST = "least"  # it passes with next to nothing
-    UNRELATED = "unrelated"  # it fails for another reason
+    # It fails with all that there is.
+    MOST = "most"
+    # It passes with next to nothing.
+    LEAST = "least"
+    # It fails for another reason.
+    UNRELATED = "unrelated"
 
 
 class ProbeCancelled(Exception):  # noqa: N818 - no error: thrown into a search to end it
-    """Thrown into the generator: it returns the bracket so far."""
+    """Thrown into the search generator to stop it; the search then returns its bracket so far."""
 
 
 class ProbeQuery(Struct, frozen=True, kw_only=True):
-    """A question: does a run with this value pass? At most ``time_budget`` seconds may be spent. Infinity is no limit at all."""
+    """Asks whether a run with this value passes.
+
+    The run may take ``time_budget`` seconds at most. Infinity means no limit.
+    """
 
     value: float
     time_budget: float
 
 
 class ProbeResult(Struct, frozen=True, kw_only=True):
-    """An answer, and what it cost. ``peak`` is the most that the run used; ``cut``: ended since it took longer than was allowed."""
+    """The answer to a query and its cost in seconds.
+
+    ``peak`` is the run's highest use of the resource. ``cut``: the run exceeded its time budget.
+    """
 
     outcome: ProbeOutcome
     seconds: float
@@ -67,10 +81,13 @@ class ProbeResult(Struct, frozen=True, kw_only=True):
 
 
 class ProbeProblem(Struct, frozen=True, kw_only=True):
-    """What is looked for. The first run is with ``initial``; no other leaves ``least`` to ``most``, which can be set.
+    """The search problem. The first run uses ``initial``.
 
-    ``precision`` is relative; ``is_integral`` values are found to 1. ``fit`` gives the next value, at or above, that can be set. ``guess`` is where
-    to begin if a run that passes tells no peak. ``budget`` is in seconds.
+    All others lie between ``least`` and ``most``.
+
+    ``precision`` is relative; integral values are found exactly. ``fit`` rounds a value up to one
+    that can be set. ``guess`` is the starting point if a passing run reports no peak. ``budget`` is
+    in seconds.
     """
 
     initial: float
@@ -84,10 +101,11 @@ class ProbeProblem(Struct, frozen=True, kw_only=True):
 
 
 class Bracket(Struct, frozen=True, kw_only=True):
-    """What is known in the end.
+    """The result of the search.
 
-    From ``passes`` on every run passed (infinity: without a limit), up to ``fails`` every run failed, ``None`` where none did.
-    ``wavers``: between them some runs passed that failed with as much or more. ``ended`` is ``None`` for a search that came to its end.
+    Every run with ``passes`` or more passed (infinity: without a limit), every run with ``fails``
+    or less failed; ``None`` if there was no such run. ``wavers``: between the two, some runs passed
+    and others failed with as much or more. ``ended`` is ``None`` for a search that was completed.
     """
 
     passes: float | None
@@ -99,7 +117,7 @@ class Bracket(Struct, frozen=True, kw_only=True):
 
     @property
     def found(self) -> bool:
-        """Whether the search came to its end with both sides."""
+        """Whether the search was completed with both sides."""
         return self.ended is None and self.passes is not None and self.fails is not None
 
 
@@ -115,7 +133,7 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 
 
 class _Searcher:
-    """The state of one search. ``low`` failed (0: nothing did), ``high`` passed."""
+    """The state of one search. ``low`` failed (0: nothing failed), ``high`` passed."""
 
     def __init__(self, question: ProbeProblem) -> None:
         self.question = question
@@ -124,13 +142,13 @@ class _Searcher:
         self.result: dict[float, list[bool]] = {}
         self.elapsed = self.longest = 0.0
 
-    def is_integral(self) -> _Part:
+    def run_steps(self) -> _Part:
         yield from self.find_a_pass()
         yield from self.close_in()
         yield from self.once_more()
 
     def run(self, value: float) -> _Run:
-        """One run, counted. Raises _Stop when it would not fit the budget."""
+        """Run a value once and count it. Raises _Stop if the run would not fit into the budget."""
         time_budget = self.question.budget - self.elapsed
         if time_budget <= 0 or self.longest > time_budget:
             raise _Stop(StopReason.BUDGET)
@@ -143,7 +161,10 @@ class _Searcher:
         return result
 
     def ask(self, value: float) -> Generator[ProbeQuery, ProbeResult, bool]:
-        """A run between the two sides, one of which it moves; whether it passed. Something passes with more: any failure counts."""
+        """Run a value between the two sides and move one of them; tell whether it passed.
+
+        A larger value is known to pass, so any failure counts.
+        """
         result = yield from self.run(value)
         if result.outcome is ProbeOutcome.PASSED:
             self.high = value
@@ -151,10 +172,13 @@ class _Searcher:
             self.low = value
         return result.outcome is ProbeOutcome.PASSED
 
-    # --- a run that passes --------------------------------------------------------------------------------------
+    # --- a run that passes ------------------------------------------------------------------------
 
     def find_a_pass(self) -> _Part:
-        """Up from the value as given until a run passes. Raises _Stop when none does, or more of it does not help."""
+        """Raise the value until a run passes.
+
+        Raises _Stop if none does, or if raising it does not help.
+        """
         value, others = self.question.initial, 0
         while (result := (yield from self.run(value))).outcome is not ProbeOutcome.PASSED:
             others = others + 1 if result.outcome is ProbeOutcome.OTHERWISE else 0
@@ -168,10 +192,10 @@ class _Searcher:
             value = min(self.question.most, self.question.fit(value * FACTOR))
         self.high, self.peak = value, result.peak
 
-    # --- close in -----------------------------------------------------------------------------------------------
+    # --- close in ---------------------------------------------------------------------------------
 
     def close_in(self) -> _Part:
-        """From the peak, or a guess: first one step, then ever larger ones, then halves."""
+        """Start at the peak or at a guess: take one step, then growing steps, then bisect."""
         start, step = self.start()
         if self.low < start < self.high and not (yield from self.ask(start)):
             yield from self.up(step)
@@ -180,7 +204,7 @@ class _Searcher:
         yield from self.halve()
 
     def start(self) -> tuple[float, float]:
-        """Where to begin, and how many of the smallest steps the first one is."""
+        """Return the starting value and the size of the first step in smallest steps."""
         question = self.question
         if self.peak is not None and self.peak > 0:
             return self.within(self.peak if question.is_integral else self.moved(self.peak, 1)), 1
@@ -193,7 +217,7 @@ class _Searcher:
         return min(self.question.most, max(self.question.least, self.question.fit(value)))
 
     def moved(self, value: float, steps: float) -> float:
-        """A value so many of the smallest steps up or down, as it can be set."""
+        """Move a value by a number of smallest steps, and round it to one that can be set."""
         if self.question.is_integral:
             return value + steps
         try:
@@ -202,7 +226,7 @@ class _Searcher:
             return math.inf
 
     def up(self, step: float) -> _Part:
-        """Up from what failed, until something passes or what passed before is next."""
+        """Go up from a failing value until a run passes or the passing side is reached."""
         while not self.is_near():
             if self.low >= self.question.most:
                 raise _Stop(StopReason.MOST)
@@ -212,14 +236,15 @@ class _Searcher:
             step *= 2
 
     def down(self, step: float) -> _Part:
-        """Down from what passed, until something fails or what failed before is next."""
+        """Go down from a passing value until a run fails or the failing side is reached."""
         first = True
         while not self.is_near():
             if self.high <= self.question.least or math.isinf(step):
                 raise _Stop(StopReason.LEAST)
             value = max(self.question.least, min(self.question.most, self.moved(self.high, -step)))
             if value >= self.high:
-                step *= 2  # a step that is finer than what can be set
+                # A step that is finer than what can be set.
+                step *= 2
                 continue
             if value <= self.low or not (yield from self.ask(value)):
                 return
@@ -230,7 +255,8 @@ class _Searcher:
         while not self.is_near():
             value = self.middle()
             if not self.low < value < self.high:
-                return  # nothing that can be set lies between
+                # Nothing that can be set lies between.
+                return
             yield from self.ask(value)
 
     def middle(self) -> float:
@@ -242,17 +268,20 @@ class _Searcher:
         )
 
     def is_near(self) -> bool:
-        """Whether the two sides are as near as was asked for."""
+        """Tell whether the passing and the failing value differ by no more than the precision."""
         if not self.low or math.isinf(self.high):
             return False
         if self.question.is_integral:
             return self.high - self.low <= 1
         return self.high <= self.low * (1 + self.question.precision) * (1 + ROUNDING)
 
-    # --- once more ----------------------------------------------------------------------------------------------
+    # --- once more --------------------------------------------------------------------------------
 
     def once_more(self) -> _Part:
-        """The value that passed, again; where it fails, a higher one in its place. What is known stays known if time runs out."""
+        """Confirm the passing value; if it fails now, confirm a higher one instead.
+
+        If the time runs out, the results so far remain valid.
+        """
         value, climbs = self.high, 0
         try:
             while sum(self.result.get(value, ())) < ENOUGH:
@@ -266,7 +295,7 @@ class _Searcher:
         except _Stop:
             return
 
-    # --- the answer ---------------------------------------------------------------------------------------------
+    # --- the answer -------------------------------------------------------------------------------
 
     def bracket(self, ended: StopReason | None) -> Bracket:
         passed = [value for value, runs in self.result.items() if any(runs)]
@@ -285,14 +314,14 @@ class _Searcher:
 
 
 def search(question: ProbeProblem) -> Search:
-    """Search for the threshold. The same answers give the same questions.
+    """Search for the threshold. Equal answers lead to equal queries.
 
-    The sum of the seconds never exceeds the budget, if no run takes longer than it was allowed to.
+    The total time never exceeds the budget, as long as no run exceeds its own time budget.
     """
     searcher = _Searcher(question)
     ended: StopReason | None = None
     try:
-        yield from searcher.is_integral()
+        yield from searcher.run_steps()
     except _Stop as stop:
         ended = stop.ended
     except ProbeCancelled:
