@@ -146,6 +146,10 @@ system-vm: | system ## Install what it takes to boot a Linux of its own (Debian,
 test-cgroup2: $(VENV)/.dev-installed system-vm ## Boot a Linux with control groups v2 and systemd, and run the tests for both (some minutes)
 	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.vm -- -q -n 3 --dist worksteal tests/integration/test_unified.py tests/integration/test_v2_notebooks.py
 
+.PHONY: schema
+schema: $(VENV)/.dev-installed ## Make the JSON Schemas of verdict and summary from the types
+	$(BIN)/python -m safe_exec.reports.schemas
+
 .PHONY: lint
 lint: $(VENV)/.dev-installed ## Check style (ruff) and the layers of imports (import-linter)
 	$(BIN)/ruff check .

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
 from safe_exec.experiments.trial_cache import cache_root
 from safe_exec.files import write_atomically
+from safe_exec.reports import json_text
 
 KEPT_DAYS = 180
 _DAY = 86400.0
@@ -49,11 +50,8 @@ class History:
         """Return what is known of a notebook."""
         # Any error means no history: the file may be of another version, or cut short.
         try:
-            document = json.loads(self._file(notebook).read_bytes())
-            return RunHistory(
-                seconds=_number(document["seconds"]), passed=_word(document["passed"])
-            )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return msgspec.json.decode(self._file(notebook).read_bytes(), type=RunHistory)
+        except (OSError, ValueError, RecursionError):
             return RunHistory()
 
     def put(self, notebook: Path, record: RunHistory) -> None:
@@ -62,7 +60,7 @@ class History:
         with contextlib.suppress(OSError):
             write_atomically(
                 self._file(notebook),
-                json.dumps({"path": ascii(str(notebook)), **asdict(record)}).encode(),
+                json_text.line({"path": ascii(str(notebook)), **asdict(record)}),
             )
 
     def tidy(self) -> None:
@@ -78,11 +76,3 @@ class History:
         # A hash, because a path may be longer than a file name can be.
         name = hashlib.sha256(os.fsencode(os.path.realpath(notebook))).hexdigest()
         return self.directory / f"{name}.json"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _word(value: object) -> str | None:
-    return value if isinstance(value, str) else None

@@ -9,41 +9,46 @@ whatever ends the batch.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypeVar
 
+import msgspec
 from msgspec import Struct
-from msgspec.structs import asdict
+from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
-from safe_exec.reports.verdict_json import plain
+from safe_exec.reports import json_text
 
 NAME = "journal.jsonl"
-STARTED, FINISHED, BATCH_STARTED, BATCH_FINISHED = (
-    "started",
-    "finished",
-    "batch_started",
-    "batch_finished",
-)
+_STARTED, _FINISHED = "started", "finished"
+_BATCH_STARTED, _BATCH_FINISHED = "batch_started", "batch_finished"
+T = TypeVar("T")
 # O_APPEND: threads write whole lines. O_NOFOLLOW: a notebook may put a link in the journal's place.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class JournalRecord(Struct, frozen=True, kw_only=True):
+class JournalRecord(
+    Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="event",
+    tag=_FINISHED,
+):
     """The record of a notebook that ran to its end.
 
-    ``key`` is the fingerprint of the run (``fingerprint.key_of_run``); ``headline`` is its verdict
-    in one line. Documents are paths relative to the output directory.
+    ``time`` is the end, in seconds since 1970. ``key`` is the fingerprint of the run
+    (``fingerprint.key_of_run``); ``headline`` is its verdict in one line. Documents are paths
+    relative to the output directory.
     """
 
+    time: float = 0.0
     path: str
     status: str
     exit_code: int
@@ -69,6 +74,13 @@ class PreviousBatch(Struct, frozen=True, kw_only=True):
     empty: bool
 
 
+class _Line(Struct, frozen=True, kw_only=True):
+    """The part of a line that tells its kind."""
+
+    event: str
+    path: str = ""
+
+
 def read(path: Path) -> PreviousBatch:
     """Read a journal; a missing file gives an empty result."""
     # A line that is not JSON was cut short by a kill.
@@ -78,30 +90,28 @@ def read(path: Path) -> PreviousBatch:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         lines = []
-    for line in lines:
-        event = _event_of(line)
-        kind = event.get("event")
-        empty = empty and kind is None
-        if kind == FINISHED:
-            # A version of safe-exec with other fields wrote this line: the notebook runs again.
-            with contextlib.suppress(TypeError):
-                record = JournalRecord(
-                    **{key: value for key, value in event.items() if key not in ("event", "time")}
-                )
+    for text in lines:
+        event = _decoded(text, _Line)
+        if event is None:
+            continue
+        complete, empty = event.event == _BATCH_FINISHED, False
+        if event.event == _FINISHED:
+            # A version of safe-exec with other fields wrote a line that is not a record: the
+            # notebook runs again.
+            record = _decoded(text, JournalRecord)
+            if record is not None:
                 finished[record.path] = record
-        elif kind == STARTED:
+        elif event.event == _STARTED:
             # The notebook started again, after a change, and is finished when that run is.
-            finished.pop(str(event.get("path")), None)
-        complete = kind == BATCH_FINISHED if kind is not None else complete
+            finished.pop(event.path, None)
     return PreviousBatch(finished=finished, complete=complete, empty=empty)
 
 
-def _event_of(line: bytes) -> dict[str, Any]:
+def _decoded(text: bytes, kind: type[T]) -> T | None:
     try:
-        event = json.loads(line)
+        return msgspec.json.decode(text, type=kind)
     except (ValueError, RecursionError):
-        return {}
-    return event if isinstance(event, dict) else {}
+        return None
 
 
 class Journal:
@@ -161,23 +171,22 @@ class Journal:
 
     def batch_started(self, **facts: object) -> None:
         """Record the start of a batch, or of its continuation."""
-        self._put(BATCH_STARTED, facts, sync=True)
+        self._put(_BATCH_STARTED, facts, sync=True)
 
     def started(self, path: str, *, attempt: int, run_id: str) -> None:
         """Record the start of a notebook."""
-        self._put(STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
+        self._put(_STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
 
     def finished(self, record: JournalRecord) -> None:
         """Record a finished notebook; the record is on disk on return."""
-        self._put(FINISHED, asdict(record), sync=True)
+        self._write(json_text.line(replace(record, time=_now())), sync=True)
 
     def batch_finished(self, **facts: object) -> None:
         """Record the end of a batch, after its reports were written."""
-        self._put(BATCH_FINISHED, facts, sync=True)
+        self._put(_BATCH_FINISHED, facts, sync=True)
 
     def _put(self, event: str, facts: Mapping[str, object], *, sync: bool) -> None:
-        line = {"event": event, "time": round(time.time(), 3), **plain(facts)}
-        self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n", sync=sync)
+        self._write(json_text.line({"event": event, "time": _now(), **facts}), sync=sync)
 
     def _write(self, data: bytes, *, sync: bool) -> None:
         with self._lock:
@@ -190,3 +199,7 @@ class Journal:
                     os.fsync(self._fd)
             except OSError as error:
                 self.trouble = self.trouble or error
+
+
+def _now() -> float:
+    return round(time.time(), 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def read_verdict(path: Path) -> Verdict:
     """The verdict in a file. Raises UsageError, one line."""
     data = read_regular(path, most=MOST_BYTES, error=UsageError)
     try:
-        return verdict_json.from_document(json.loads(data))
-    except (ValueError, AttributeError, RecursionError, OverflowError) as error:
+        return verdict_json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a verdict of safe-exec: {str(error)[:200]}") from None
 
 

@@ -18,9 +18,9 @@ from safe_exec.limits.profiles import Resolved, format_limit
 from safe_exec.limits.values import parse_layer
 from safe_exec.limits.yaml_source import Value, load
 from safe_exec.model.limits import Isolation, LimitName
+from safe_exec.reports.json_text import plain
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text.common import one_line
-from safe_exec.reports.verdict_json import plain
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
 from safe_exec.sandbox.host.capabilities import detect, look_for_walls, memory_and_swap
 from safe_exec.sandbox.host.facts import look

@@ -12,9 +12,9 @@ from safe_exec.cli import tables
 from safe_exec.experiments.threshold.scales import Scale
 from safe_exec.experiments.threshold.search import StopReason
 from safe_exec.model.limits import Enforcement, Mechanism
+from safe_exec.reports.json_text import plain
 from safe_exec.reports.terminal import Style, is_terminal
 from safe_exec.reports.text import common
-from safe_exec.reports.verdict_json import plain
 from safe_exec.units import format_seconds
 from safe_exec.workflows.probe import ProbeReport, ProbeRun
 

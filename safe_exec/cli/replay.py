@@ -19,10 +19,10 @@ from safe_exec.errors import UsageError
 from safe_exec.experiments.compare import Difference, compares_peaks
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports import progress
+from safe_exec.reports.json_text import plain
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text import common
-from safe_exec.reports.verdict_json import plain
 from safe_exec.units import format_size
 from safe_exec.workflows.prepare import command_line
 from safe_exec.workflows.replay import ReplayResult, prepare_replay, replay

@@ -5,6 +5,7 @@ Imports ``model`` only. ``time`` is seconds since the run began (monotonic).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from msgspec import Struct
@@ -14,7 +15,12 @@ from safe_exec.model.limits import Enforcement, LimitName
 from safe_exec.model.verdict import CellStatus, Status
 
 
-class Event(Struct, frozen=True, kw_only=True):
+def event_name(kind: str) -> str:
+    """``cell_started`` for ``CellStarted``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="event", tag=event_name):
     """Something that happened ``time`` seconds after the run began."""
 
     time: float

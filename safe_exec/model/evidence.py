@@ -7,11 +7,11 @@ from enum import StrEnum
 from msgspec import Struct
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
-from safe_exec.model.limits import Mechanism, RepositoryUse
+from safe_exec.model.limits import Count, Mechanism, RepositoryUse
 from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, ObservedProcess
 
 
-class Frame(Struct, frozen=True, kw_only=True):
+class Frame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One frame of a stack, innermost first.
 
     ``cell`` is the index of the notebook cell whose code it runs; ``line`` counts within that cell then, and
@@ -19,9 +19,9 @@ class Frame(Struct, frozen=True, kw_only=True):
     """
 
     function: str
-    line: int | None
+    line: Count | None
     file: str | None = None
-    cell: int | None = None
+    cell: Count | None = None
     source_line: str | None = None
 
 
@@ -129,7 +129,7 @@ class OutputBurst(Struct, frozen=True, kw_only=True):
     age: float
 
 
-class IsolationFacts(Struct, frozen=True, kw_only=True):
+class IsolationFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The places, variables and hosts that isolation took from one run. Recorded outside, as the walls are built.
 
     Paths are absolute, without links, and as the kernel sees them. ``by`` holds the walls around files: bubblewrap hides (ENOENT) and

@@ -6,8 +6,14 @@ Sizes are bytes and times are seconds; ``None`` is "unlimited".
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=0)]
+"""Bytes, or a number of things."""
+Amount = Annotated[float, Meta(ge=0)]
+"""Seconds, or processors."""
 
 
 class Mechanism(StrEnum):
@@ -44,7 +50,7 @@ class LimitName(StrEnum):
     SHM = "shm"
 
 
-class Limits(Struct, frozen=True, kw_only=True):
+class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the user allows one notebook; ``None`` is unlimited.
 
     ``disk`` is what may be written to the folder, /tmp and scratch together, ``shm`` to /dev/shm. ``memory`` covers the kernel and all its
@@ -53,20 +59,20 @@ class Limits(Struct, frozen=True, kw_only=True):
     time may take to answer an interrupt before it is killed.
     """
 
-    memory: int | None = None
-    cpus: float | None = None
-    cpu_time: float | None = None
-    cell_timeout: float | None = None
-    timeout: float | None = None
-    start_timeout: float | None = None
-    processes: int | None = None
-    open_files: int | None = None
-    file_size: int | None = None
-    cell_output: int | None = None
-    output: int | None = None
-    disk: int | None = None
-    shm: int | None = None
-    interrupt_grace: float = 2.0
+    memory: Count | None = None
+    cpus: Amount | None = None
+    cpu_time: Amount | None = None
+    cell_timeout: Amount | None = None
+    timeout: Amount | None = None
+    start_timeout: Amount | None = None
+    processes: Count | None = None
+    open_files: Count | None = None
+    file_size: Count | None = None
+    cell_output: Count | None = None
+    output: Count | None = None
+    disk: Count | None = None
+    shm: Count | None = None
+    interrupt_grace: Amount = 2.0
 
     def __post_init__(self) -> None:
         """Raises TypeError for what is no number (units are for files and options), ValueError for one below zero."""
@@ -115,7 +121,7 @@ class SystemCalls(StrEnum):
     KILL = "kill"
 
 
-class Isolation(Struct, frozen=True, kw_only=True):
+class Isolation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a notebook may reach, beside its limits. The defaults wall off nothing.
 
     ``hide_home``: home directories are empty but for what the kernel's interpreter needs. ``read_only_system``: nothing may be
@@ -159,7 +165,7 @@ class Wall(StrEnum):
     USER = "user"
 
 
-class Enforcement(Struct, frozen=True, kw_only=True):
+class Enforcement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What holds one limit or wall: ``hard`` means the operating system's kernel does, with no way past it."""
 
     by: Mechanism

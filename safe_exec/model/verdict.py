@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Annotated, Literal
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
+from msgspec.structs import force_setattr
 
 from safe_exec.model.evidence import Frame, IsolationFacts
-from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Wall
+from safe_exec.model.limits import Amount, Count, Enforcement, Isolation, LimitName, Limits, Wall
 
 VERDICT_SCHEMA = "safe-exec/verdict/1"
+MOST_SAMPLES = 500
+
+Line = Annotated[int, Meta(ge=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Moment = Annotated[
+    str,
+    Meta(
+        description="ISO 8601 in UTC.",
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]+)?(Z|[+]00:00)$",
+    ),
+]
+ExitCode = Literal[0, 1, 3, 4, 5, 6, 7, 130]
 
 
 class Status(StrEnum):
@@ -106,36 +120,36 @@ class Origin(StrEnum):
 FactValue = str | int | float | bool | None
 
 
-class Fact(Struct, frozen=True, kw_only=True):
+class Fact(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One piece of evidence that a cause rests on; ``source`` names where it was read."""
 
-    fact: str
+    fact: Text
     value: FactValue
     source: str
     origin: Origin
 
 
-class Cause(Struct, frozen=True, kw_only=True):
+class Cause(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What we conclude. ``signal`` is negative (-9 for SIGKILL), as subprocess gives it."""
 
     kind: CauseKind
-    summary: str
+    summary: Text
     confidence: Confidence
     evidence: tuple[Fact, ...] = ()
     advice: str = ""
     activity: Activity | None = None
-    signal: int | None = None
-    exit_code: int | None = None
+    signal: Annotated[int, Meta(le=-1)] | None = None
+    exit_code: Annotated[int, Meta(ge=0, le=255)] | None = None
 
 
-class CrashCell(Struct, frozen=True, kw_only=True):
+class CrashCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The cell that ran when it happened; ``line`` counts from 1 within the cell."""
 
-    index: int
-    code_index: int
+    index: Count
+    code_index: Count
     id: str | None
-    execution_count: int | None
-    line: int | None
+    execution_count: Count | None
+    line: Line | None
     source_line: str | None
     stack: tuple[Frame, ...] = ()
 
@@ -150,19 +164,19 @@ class CellStatus(StrEnum):
     SKIPPED = "skipped"
 
 
-class CellRecord(Struct, frozen=True, kw_only=True):
+class CellRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The figures of one code cell. ``started`` is seconds since the run began."""
 
-    index: int
-    code_index: int
+    index: Count
+    code_index: Count
     id: str | None
     status: CellStatus
-    started: float | None = None
-    seconds: float | None = None
-    cpu_seconds: float | None = None
-    memory_peak: int | None = None
+    started: Amount | None = None
+    seconds: Amount | None = None
+    cpu_seconds: Amount | None = None
+    memory_peak: Count | None = None
     memory_kept: int | None = None
-    output_bytes: int | None = None
+    output_bytes: Count | None = None
     output_truncated: bool = False
 
 
@@ -190,21 +204,21 @@ class Stopped(StrEnum):
     TOO_RARE = "too_rare"
 
 
-class Culprit(Struct, frozen=True, kw_only=True):
+class Culprit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One cell of the set. ``note`` says in a few words what it did, from evidence (``+612 MiB kept``).
 
     ``source_line`` is the first line of the cell that says something, at most 200 characters of it.
     """
 
-    index: int
-    code_index: int
+    index: Count
+    code_index: Count
     id: str | None
     role: Role
     note: str
     source_line: str | None = None
 
 
-class Culprits(Struct, frozen=True, kw_only=True):
+class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The result of a culprit search.
 
     ``cells`` in order, the crash cell last; empty where nothing reproduced. ``minimal``: without any one of them it no
@@ -218,53 +232,53 @@ class Culprits(Struct, frozen=True, kw_only=True):
     cells: tuple[Culprit, ...]
     minimal: bool
     method: str
-    look_first: int | None
-    trials: int
-    cached: int
-    reproduced: tuple[int, ...]
-    seconds: float
-    endings: Mapping[str, int] = field(default_factory=dict)
+    look_first: Count | None
+    trials: Count
+    cached: Count
+    reproduced: tuple[Count, Count]
+    seconds: Amount
+    endings: Mapping[str, Count] = field(default_factory=dict)
     repro_notebook: str | None = None
     stopped: Stopped | None = None
 
 
-class Timeline(Struct, frozen=True, kw_only=True):
+class Timeline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Samples of the whole run, four columns of the same length; ``cell`` is -1 between cells."""
 
-    seconds: tuple[float, ...] = ()
-    memory: tuple[int | None, ...] = ()
-    cpu: tuple[float | None, ...] = ()
-    cell: tuple[int, ...] = ()
+    seconds: Annotated[tuple[Amount, ...], Meta(max_length=MOST_SAMPLES)] = ()
+    memory: Annotated[tuple[Count | None, ...], Meta(max_length=MOST_SAMPLES)] = ()
+    cpu: Annotated[tuple[Amount | None, ...], Meta(max_length=MOST_SAMPLES)] = ()
+    cell: Annotated[tuple[Annotated[int, Meta(ge=-1)], ...], Meta(max_length=MOST_SAMPLES)] = ()
 
 
-class Usage(Struct, frozen=True, kw_only=True):
+class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the whole run used. ``memory_upper_bound``: its memory, that of its cells and of the timeline may have been less.
 
     So it is where processes could not be looked into: pages that they share with others count for each of them.
     """
 
-    wall_seconds: float | None = None
-    cpu_seconds: float | None = None
-    memory_peak: int | None = None
-    memory_peak_raw: int | None = None
-    oom_kills: int | None = None
-    processes_peak: int | None = None
-    output_bytes: int | None = None
+    wall_seconds: Amount | None = None
+    cpu_seconds: Amount | None = None
+    memory_peak: Count | None = None
+    memory_peak_raw: Count | None = None
+    oom_kills: Count | None = None
+    processes_peak: Count | None = None
+    output_bytes: Count | None = None
     memory_upper_bound: bool = False
 
 
-class NotebookInfo(Struct, frozen=True, kw_only=True):
+class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The notebook that was run."""
 
     path: str
-    sha256: str | None
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None
     kernel: str | None
     language: str | None
-    cells: int
-    code_cells: int
+    cells: Count
+    code_cells: Count
 
 
-class Environment(Struct, frozen=True, kw_only=True):
+class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python.
 
     ``isolation_facts`` is ``None`` without isolation.
@@ -278,39 +292,45 @@ class Environment(Struct, frozen=True, kw_only=True):
     isolation_facts: IsolationFacts | None = None
 
 
-class Verdict(Struct, frozen=True, kw_only=True):
+class Verdict(
+    Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="schema",
+    tag=VERDICT_SCHEMA,
+):
     """The whole answer. ``culprits`` is ``None`` where no search was made.
 
     ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on
     after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to. ``started`` and ``finished`` are
-    ISO 8601 in UTC; the other fields are as in docs/verdict.md.
+    ISO 8601 in UTC; ``exit_code`` follows from ``status``; the fields stand in the order of the document. The other fields are as in docs/verdict.md.
     """
 
-    safe_exec_version: str
-    run_id: str
-    started: str
-    finished: str
+    safe_exec_version: Text
+    run_id: Text
+    started: Moment
+    finished: Moment
     command: tuple[str, ...]
     cwd: str
     status: Status
+    exit_code: ExitCode = 0
     notebook: NotebookInfo
     cause: Cause | None
     crash_cell: CrashCell | None
+    culprits: Culprits | None = None
     cells: tuple[CellRecord, ...]
     limits: Limits
     enforcement: Mapping[LimitName, Enforcement]
-    timeline: Timeline
-    usage: Usage
-    environment: Environment
-    stderr_tail: str = ""
-    warnings: tuple[str, ...] = ()
-    culprits: Culprits | None = None
     isolation: Isolation = field(default_factory=Isolation)
     allow_errors: bool = False
     remote_hosts: tuple[str, ...] = ()
+    timeline: Timeline
+    usage: Usage
+    stderr_tail: str = ""
+    environment: Environment
+    warnings: tuple[str, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def exit_code(self) -> int:
-        """The exit code of the command for this verdict."""
-        return self.status.exit_code
+    def __post_init__(self) -> None:
+        force_setattr(self, "exit_code", self.status.exit_code)

@@ -27,9 +27,9 @@ from safe_exec.model.verdict import (
 )
 from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
 from safe_exec.notebook.validate import complete_metadata
+from safe_exec.reports.json_text import plain
 from safe_exec.reports.text import common, culprits
 from safe_exec.reports.text.markdown import code_span, fenced, inert
-from safe_exec.reports.verdict_json import plain
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

@@ -9,12 +9,10 @@ checkpoint on the disk.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from safe_exec.errors import OutputPathError
 from safe_exec.model.events import (
@@ -25,8 +23,8 @@ from safe_exec.model.events import (
     RunFinished,
     SearchTrialFinished,
 )
+from safe_exec.reports import json_text
 from safe_exec.reports.text.common import one_line
-from safe_exec.reports.verdict_json import plain
 
 _CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)
 # Not blocking: a pipe that nobody reads must hold up neither the start nor, once it is full, the run.
@@ -84,14 +82,7 @@ class EventLog:
 
 def line_of(event: Event) -> bytes:
     """The line of one event: ``{"event": "cell_started", "time": 0.42, ...}`` and a newline."""
-    document: dict[str, Any] = {"event": event_name(type(event))}
-    document.update((name, plain(getattr(event, name))) for name in event.__struct_fields__)
-    return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def event_name(kind: type[Event]) -> str:
-    """``cell_started`` for ``CellStarted``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    return json_text.line(event)
 
 
 def _refusal(path: Path, error: OSError | ValueError) -> str:

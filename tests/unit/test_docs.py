@@ -33,7 +33,6 @@ from safe_exec.model.verdict import (
     Status,
     Stopped,
 )
-from safe_exec.reports.event_log import event_name
 from safe_exec.reports.verdict_json import load_schema
 from safe_exec.sandbox.plan import REQUIRE_ALL
 from safe_exec.sandbox.planner import CHOOSABLE
@@ -247,10 +246,18 @@ def test_fields_within_the_verdict() -> None:
     )
     schema = load_schema()
     wanted: set[str] = set()
-    for name in ("cause", "crash_cell", "cell", "frame", "fact"):
+    for name in (
+        "Cause",
+        "CrashCell",
+        "CellRecord",
+        "Frame",
+        "Fact",
+        "NotebookInfo",
+        "Usage",
+        "Environment",
+        "Timeline",
+    ):
         wanted |= set(schema["$defs"][name]["properties"])
-    for name in ("notebook", "usage", "environment", "timeline"):
-        wanted |= set(schema["properties"][name]["properties"])
     assert wanted - named(text) == set()
 
 
@@ -261,8 +268,8 @@ def test_culprits() -> None:
         text.split("\n| `role`")[0],
         *re.split(r"\n\| `(?:role|stopped)` \| meaning", text)[1:],
     )
-    assert sorted(first_column(keys)) == sorted(schema["culprits"]["properties"])
-    assert set(schema["culprit"]["properties"]) <= named(keys)
+    assert sorted(first_column(keys)) == sorted(schema["Culprits"]["properties"])
+    assert set(schema["Culprit"]["properties"]) <= named(keys)
     assert first_column(roles) == [str(role) for role in Role]
     assert first_column(ends) == [str(end) for end in Stopped]
 
@@ -275,15 +282,17 @@ def test_the_example_is_a_part_of_a_verdict() -> None:
     )
     schema = load_schema()
     assert set(example) <= set(schema["properties"])
-    assert set(example["cause"]) == set(schema["$defs"]["cause"]["properties"])
-    assert set(example["crash_cell"]) == set(schema["$defs"]["crash_cell"]["properties"])
-    assert all(set(cell) == set(schema["$defs"]["cell"]["properties"]) for cell in example["cells"])
-    assert set(example["usage"]) == set(schema["properties"]["usage"]["properties"])
+    assert set(example["cause"]) == set(schema["$defs"]["Cause"]["properties"])
+    assert set(example["crash_cell"]) == set(schema["$defs"]["CrashCell"]["properties"])
+    assert all(
+        set(cell) == set(schema["$defs"]["CellRecord"]["properties"]) for cell in example["cells"]
+    )
+    assert set(example["usage"]) == set(schema["$defs"]["Usage"]["properties"])
     assert Status(example["status"]).exit_code == example["exit_code"]
 
 
 def test_events() -> None:
-    kinds = {event_name(kind): kind for kind in events.Event.__subclasses__()}
+    kinds = {str(kind.__struct_config__.tag): kind for kind in events.Event.__subclasses__()}
     table = {
         CODE.findall(row[0])[0]: row[1]
         for row in rows(section(page("docs/verdict.md"), "The event log"))

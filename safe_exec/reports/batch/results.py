@@ -5,13 +5,13 @@ Imports files, errors, records. Verdicts stay on disk: those of five hundred not
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from safe_exec.errors import UsageError
@@ -54,10 +54,10 @@ class NotebookResult(Struct, frozen=True, kw_only=True):
             return None
         try:
             # Somebody may have put anything there since: what can be written where verdicts lie are notebooks, too.
-            document = json.loads(read_regular(self.verdict, most=MOST_BYTES, error=UsageError))
+            data = read_regular(self.verdict, most=MOST_BYTES, error=UsageError)
+            return msgspec.json.decode(data, type=dict[str, Any])
         except (UsageError, ValueError, RecursionError):  # a report says less, and is written
             return None
-        return document if isinstance(document, Mapping) else None
 
 
 class BatchResult(Struct, frozen=True, kw_only=True):

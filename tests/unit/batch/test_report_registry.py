@@ -63,13 +63,13 @@ def test_the_schema_is_one_and_knows_every_status_and_code() -> None:
     schema = summary_json.load_schema()
     Draft202012Validator.check_schema(schema)
     assert (
-        schema["$defs"]["status"]["enum"]
+        schema["properties"]["counts"]["propertyNames"]["enum"]
         == [*map(str, Status), "refused", "unchanged", "not_run"]
         == list(STATUSES)
     )
     codes = sorted({*(status.exit_code for status in Status), 2})
     assert schema["properties"]["exit_code"]["enum"] == codes
-    assert schema["$defs"]["notebook"]["properties"]["exit_code"]["enum"] == [*codes, None]
+    assert schema["$defs"]["NotebookSummary"]["properties"]["exit_code"]["enum"] == [*codes, None]
 
 
 def test_the_summary_says_what_the_verdicts_say(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from safe_exec.model.events import (
 )
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism
 from safe_exec.model.verdict import CellStatus, Status
-from safe_exec.reports.event_log import EventLog, event_name, line_of
+from safe_exec.reports.event_log import EventLog, line_of
 
 FINISHED = CellFinished(
     time=2.0,
@@ -111,7 +111,7 @@ def test_every_event_has_a_name_of_its_own() -> None:
     kinds = [
         kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
     ]
-    found = {event_name(kind) for kind in kinds}
+    found = {kind.__struct_config__.tag for kind in kinds}
     assert len(found) == len(kinds)
     assert {"kernel_ended", "usage_sampled", "limit_near"} <= found
     assert all("event" not in set(kind.__struct_fields__) for kind in kinds)
