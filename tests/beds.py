@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from safe_exec.keeper import landlock
-from safe_exec.sandbox.host.capabilities import Machine, detect, look_for_walls
+from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
 from tests.support import EXECUTABLE, ordinary_user, ordinary_user_with_namespaces
 
 PINNED = "SAFE_EXEC_BEDS"
@@ -39,8 +39,8 @@ LINGERING = "notebooks"
 
 
 @cache
-def _machine() -> Machine:
-    return look_for_walls(detect())
+def _machine() -> HostCapabilities:
+    return probe_isolation(detect())
 
 
 def _tried(argv: Sequence[str]) -> str:

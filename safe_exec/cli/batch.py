@@ -25,8 +25,8 @@ from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.host.capabilities import (
     cpus_available,
     detect,
-    look_for_walls,
     memory_available,
+    probe_isolation,
 )
 from safe_exec.sandbox.planner import CHOOSABLE, parse_mechanisms
 from safe_exec.workflows.prepare import Bisect, command_line
@@ -204,7 +204,7 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
     """The job of every notebook. The machine is looked at once; of its memory each of ``jobs`` notebooks has its share."""
     cwd = options["cwd"].absolute() if options["cwd"] is not None else None
     job = job_of(Path(), options | {"verdict": None, "cwd": cwd})
-    machine = look_for_walls(detect(parse_mechanisms(job.mechanisms)))
+    machine = probe_isolation(detect(parse_mechanisms(job.mechanisms)))
     memory = machine.memory_total
     return replace(
         job, machine=replace(machine, memory_total=memory // jobs if memory is not None else None)

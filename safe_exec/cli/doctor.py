@@ -17,8 +17,8 @@ from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, Mech
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
 from safe_exec.sandbox.advice.limits import Remedy, advise, swap_state, weak_limits
-from safe_exec.sandbox.host.capabilities import Machine, detect, look_for_walls
-from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings, dead_runs, look
+from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
+from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts, collect, dead_runs
 from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan, weak_walls
 from safe_exec.sandbox.planner import CHOOSABLE, build_plan, parse_mechanisms
 
@@ -58,8 +58,8 @@ WIDTH = 100
 class Diagnosis(Struct, frozen=True, kw_only=True):
     """All that doctor says. ``dead_runs`` is a count, or why there is none."""
 
-    machine: Machine
-    host: Surroundings
+    machine: HostCapabilities
+    host: HostFacts
     plan: SpawnPlan
     remedies: tuple[Remedy, ...]
     wall_remedies: tuple[WallRemedy, ...]
@@ -108,8 +108,8 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
     """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
-    machine = look_for_walls(detect(_allowed(mechanisms)), version=True)
-    host = look()
+    machine = probe_isolation(detect(_allowed(mechanisms)), version=True)
+    host = collect()
     limits, isolation = _requested_limits(profile, machine)
     plan = build_plan(limits, machine, "doctor", isolation)
     return Diagnosis(
@@ -127,7 +127,7 @@ def _allowed(text: str | None) -> frozenset[Mechanism]:
     return parse_mechanisms(None if text is None else [part.strip() for part in text.split(",")])
 
 
-def _requested_limits(profile: str | None, machine: Machine) -> tuple[Limits, Isolation]:
+def _requested_limits(profile: str | None, machine: HostCapabilities) -> tuple[Limits, Isolation]:
     if profile is None:
         return EVERY_LIMIT, EVERY_WALL
     from safe_exec.limits.profiles import load_profile
@@ -179,7 +179,7 @@ def report(diagnosis: Diagnosis, style: Style) -> Iterator[str]:
         yield from tables.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.fixes, style)
 
 
-def place(machine: Machine, host: Surroundings) -> str:
+def place(machine: HostCapabilities, host: HostFacts) -> str:
     """Where we are: system, user, control groups, and what surrounds us."""
     system = platform.system() if machine.platform == sys.platform else machine.platform
     parts = [
@@ -250,28 +250,28 @@ def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
         )
 
 
-def _groups(machine: Machine) -> str:
+def _groups(machine: HostCapabilities) -> str:
     """Where the control groups of a run will stand; empty where there are none."""
     scope = machine.scope
-    if scope is not None and machine.may(Mechanism.SYSTEMD):
+    if scope is not None and machine.allows(Mechanism.SYSTEMD):
         owner = "the system's" if scope.runtime is None else "the user's"
         return f"each kernel in a scope that {owner} systemd makes in {scope.slice}"
-    if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
+    if machine.v2 is not None and machine.allows(Mechanism.CGROUP_V2):
         stepped = (
             ", which is safe-exec's alone: it moves one group down first"
-            if machine.v2_step_down
+            if machine.v2_needs_leaf
             else ""
         )
         return f"below {machine.v2}{stepped}"
     above = machine.v1.get("memory")
     return (
         f"below {above} and those of other controllers"
-        if above and machine.may(Mechanism.CGROUP_V1)
+        if above and machine.allows(Mechanism.CGROUP_V1)
         else ""
     )
 
 
-def _bubblewrap(machine: Machine) -> str:
+def _bubblewrap(machine: HostCapabilities) -> str:
     version = f"version {machine.bubblewrap_version}" if machine.bubblewrap_version else ""
     state = "works here" if machine.bubblewrap is not None else machine.bubblewrap_why_not
     return ", ".join(part for part in (version, state) if part)

@@ -22,8 +22,8 @@ from safe_exec.reports.json_text import plain
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text.common import one_line
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
-from safe_exec.sandbox.host.capabilities import detect, look_for_walls, memory_and_swap
-from safe_exec.sandbox.host.facts import look
+from safe_exec.sandbox.host.capabilities import detect, memory_and_swap, probe_isolation
+from safe_exec.sandbox.host.facts import collect
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan
@@ -57,14 +57,14 @@ def show(profile: str, as_json: bool) -> int:
         disk=resolved.limits.disk is not None,
         shm=resolved.limits.shm is not None,
     ):
-        machine = look_for_walls(machine)
+        machine = probe_isolation(machine)
     plan = build_plan(resolved.limits, machine, "limits", resolved.isolation)
     if as_json:
         click.echo(json.dumps(_document(resolved, plan), indent=2))
         return 0
     style = Style.of(sys.stdout)
     about = profiles.load_profile(profile, machine_memory=machine.memory_total).description
-    remedies = advise_walls(machine, look(), plan.walls, plan.enforcement)
+    remedies = advise_walls(machine, collect(), plan.walls, plan.enforcement)
     tables.write(
         [*_shown(resolved, plan, about, style), *_walls(resolved.isolation, plan, remedies, style)],
         style,

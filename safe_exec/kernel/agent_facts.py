@@ -41,7 +41,7 @@ Rows = list[tuple[str, int, str, int]]
 """Frames as told: function, line, file, number of the cell inside."""
 
 
-class RaisedTold(Struct, frozen=True, kw_only=True):
+class ReportedErrors(Struct, frozen=True, kw_only=True):
     """The exceptions that a cell ended with, and where it looked for names that are not absolute: ``search`` is its PATH."""
 
     errors: tuple[Raised, ...] = ()
@@ -50,7 +50,7 @@ class RaisedTold(Struct, frozen=True, kw_only=True):
     search: str = ""
 
 
-class Told:
+class AgentFacts:
     """What was told so far. ``client`` knows which requests were sent."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Told:
         self.shown: dict[int, tuple[int, Rows]] = {}
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.own_actions = OwnActions()
-        self.raised: dict[int, deque[RaisedTold]] = {}
+        self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
         self.code = CellCode(self.index_of)
@@ -113,7 +113,7 @@ class Told:
             self._note_line(fact, int(fact["cell"]), int(fact["line"]))
         elif "raised" in fact and int(fact["cell"]) in self._cells:
             self.raised.setdefault(int(fact["cell"]), deque(maxlen=MOST_SHOWN)).append(
-                raised_told(fact)
+                reported_errors(fact)
             )
         elif "oversize" in fact and self.client is not None:
             self.client.cut_display(bounded_size(fact["oversize"]))
@@ -202,9 +202,9 @@ def _rows(value: Any) -> Rows:
     return [(_text(f), int(n or 0), _text(p), int(c)) for f, n, p, c in value[:MOST_ROWS]]
 
 
-def raised_told(fact: dict[str, Any]) -> RaisedTold:
+def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
     """What a cell raised, from the kernel's own words for it. Raises TypeError, KeyError and the like for what is none."""
-    return RaisedTold(
+    return ReportedErrors(
         errors=tuple(_raised(row, fact) for row in fact["raised"][:MOST_ERRORS]),
         cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
         sys_path=tuple(_text(part) for part in fact["sys_path"][: MOST_PATHS + 1]),

@@ -38,7 +38,7 @@ MODULES = ("ipykernel_launcher", "ipykernel")
 MESSAGE_SLACK = 1 << 20
 
 
-class Channels:
+class AgentChannels:
     """The page and the facts socket of one kernel, ours and theirs."""
 
     def __init__(self) -> None:
@@ -110,12 +110,12 @@ class Spec(Struct, frozen=True, kw_only=True):
         return list(self.document["argv"])
 
 
-class Launched(Struct, frozen=True, kw_only=True):
+class LaunchedKernel(Struct, frozen=True, kw_only=True):
     """A kernel process that runs in its sandbox, and how to reach it."""
 
     spec: Spec
     connection: Mapping[str, Any]
-    channels: Channels
+    channels: AgentChannels
     instrumented: bool
     cwd: str
 
@@ -224,14 +224,14 @@ def extra_arguments(kernel_name: str) -> list[str]:
 # --- the start --------------------------------------------------------------------------------------------------
 
 
-def launch(sandbox: Sandbox, what: Launch) -> Launched:
+def launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
     """Start a kernel over ipc and wait until its process is born. Raises KernelStartError and SandboxError."""
     launched = begin_launch(sandbox, what)
     await_kernel(sandbox, launched.channels)
     return launched
 
 
-def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
+def begin_launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
     """Have a kernel started over ipc; ``await_kernel`` says what came of it. Raises SandboxError."""
     assert sandbox.directory is not None
     sandbox.wait_ready()
@@ -262,7 +262,7 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> Launched:
         cwd=what.cwd,
         config=inside_config(what.limits, headless=what.key is None, marks=True),
     )
-    return Launched(
+    return LaunchedKernel(
         spec=what.spec,
         connection=connection,
         channels=channels,
@@ -280,7 +280,7 @@ def spawn(
     cwd: str,
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
-) -> tuple[Channels, bool]:
+) -> tuple[AgentChannels, bool]:
     """Have the keeper spawn the kernel; our channels to it, and whether ``inside`` is in it.
 
     ``streams`` are descriptors for the process's own ``stdout`` and ``stderr``; without them the
@@ -293,7 +293,7 @@ def spawn(
     return channels, instrumented
 
 
-def await_kernel(sandbox: Sandbox, channels: Channels) -> None:
+def await_kernel(sandbox: Sandbox, channels: AgentChannels) -> None:
     """Wait for the process of a kernel. Raises KernelStartError and SandboxError; its channels are closed then."""
     try:
         sandbox.await_kernel()
@@ -311,9 +311,9 @@ def begin_spawn(
     cwd: str,
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
-) -> tuple[Channels, bool]:
+) -> tuple[AgentChannels, bool]:
     """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
-    channels = Channels()
+    channels = AgentChannels()
     wrapped = wrap_command(cmd, config)
     whole_environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
     environment = dict(whole_environment)
@@ -367,7 +367,7 @@ def _enclose(
     """
     if not plan.walls and not plan.enclosed:
         return None
-    from safe_exec.sandbox.enclosure import Birth, enclose
+    from safe_exec.sandbox.enclosure import PlannedKernel, enclose
 
     require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
     if sandbox.directory is None:
@@ -375,7 +375,7 @@ def _enclose(
             "walls need a directory for the kernel's sockets; only `safe-exec run` makes one"
         )
     enclosure = enclose(
-        Birth(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory)
+        PlannedKernel(plan=plan, argv=argv, env=env, cwd=Path(cwd), runtime=sandbox.directory)
     )
     sandbox.isolation = replace(enclosure.facts, removed_variables=removed)
     sandbox.troubles += enclosure.warnings

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from safe_exec.errors import SafeExecError
-from safe_exec.kernel.launch import Launch, Launched, await_kernel, begin_launch, find_spec
+from safe_exec.kernel.launch import Launch, LaunchedKernel, await_kernel, begin_launch, find_spec
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan
@@ -35,7 +35,7 @@ class PrestartedKernel:
         if keeper is not None or not keeper_process.systemd_is_booted():
             self._sandbox = Sandbox(self.run_id, directory=self._directory, keeper=keeper)
         self.plan: SpawnPlan | None = None
-        self._launched: Launched | None = None
+        self._launched: LaunchedKernel | None = None
         self._failure: SafeExecError | None = None
 
     def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
@@ -68,7 +68,7 @@ class PrestartedKernel:
         except SafeExecError as error:
             self._failure = error
 
-    def outcome(self) -> Launched | None:
+    def outcome(self) -> LaunchedKernel | None:
         """The kernel that was started, ``None`` if none was asked for. Raises what went wrong."""
         if self._failure is not None:
             raise self._failure

@@ -20,7 +20,7 @@ from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets.config import Application
 
-from safe_exec.kernel.launch import Channels, Launched, inside_config, spawn
+from safe_exec.kernel.launch import AgentChannels, LaunchedKernel, inside_config, spawn
 from safe_exec.kernel.local_parity import (
     PORTS,
     demand_command,
@@ -62,7 +62,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.plan: SpawnPlan | None = None
         self.run_id = keeper_process.new_run_id()
         self.sandbox: Sandbox | None = None
-        self.channels: Channels | None = None
+        self.channels: AgentChannels | None = None
         self.instrumented = False
         self.watchdog: Watchdog | None = None
         self._diskwatch: DiskWatch | None = None
@@ -200,7 +200,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.pid, self.pgid = provisioner_info["pid"], provisioner_info["pgid"]
         self.ip = provisioner_info["ip"]
 
-    def adopt(self, launched: Launched) -> None:
+    def adopt(self, launched: LaunchedKernel) -> None:
         """Take over a kernel that was started ahead of everything else."""
         self.channels, self.instrumented = launched.channels, launched.instrumented
         self.connection_info = launched.connection
@@ -246,11 +246,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         """Whether limits are watched here."""
         return self.watchdog is not None or self._diskwatch is not None
 
-    def look_last(self) -> None:
+    def check_last(self) -> None:
         """Look at the limits that are watched once more, before the kernel is asked to end. May take some 50 ms."""
         for watch in (self.watchdog, self._diskwatch):
             if watch is not None:
-                watch.look(last=True)
+                watch.check(last=True)
 
     def stop_watching(self) -> None:
         """End the watches; before the tree is killed, or they would see it go."""

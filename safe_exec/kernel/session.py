@@ -25,12 +25,19 @@ from safe_exec.keeper import procfs
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel import fault_report
 from safe_exec.kernel.activity import ObservedKernel
-from safe_exec.kernel.agent_facts import Told
+from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.late_text import LateText
-from safe_exec.kernel.launch import Launch, Launched, extra_arguments, find_spec, launch, speaks_ipc
+from safe_exec.kernel.launch import (
+    Launch,
+    LaunchedKernel,
+    extra_arguments,
+    find_spec,
+    launch,
+    speaks_ipc,
+)
 from safe_exec.kernel.process_changes import ProcessChanges
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.shared_page import Note, Text
@@ -73,7 +80,7 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
     def _connect_control_socket(self) -> None:
         """Connect nothing."""
 
-    def take_on(self, launched: Launched) -> None:
+    def take_on(self, launched: LaunchedKernel) -> None:
         """Know a kernel that was started without us."""
         self._kernel_spec = KernelSpec(
             resource_dir=launched.spec.directory, **launched.spec.document
@@ -94,7 +101,7 @@ class KernelSession:
     ) -> None:
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
-        self.told = Told()
+        self.agent_facts = AgentFacts()
         self.history = ChildHistory()
         self.changes: ProcessChanges | None = None
         self.late_text: LateText | None = None
@@ -128,7 +135,7 @@ class KernelSession:
         kernel_name: str,
         cwd: str,
         env: Mapping[str, str],
-        launched: Launched | None = None,
+        launched: LaunchedKernel | None = None,
     ) -> None:
         """Start the kernel process, or take over the one that was ``launched`` in this sandbox already.
 
@@ -262,7 +269,7 @@ class KernelSession:
         Raises KernelStartError when it ends or stays silent for so long. A reply alone is not enough: the subscription to
         iopub may not stand yet, and the first cell's output would be lost.
         """
-        self.client = self.told.client = client
+        self.client = self.agent_facts.client = client
         client.note = self.note
         client.km = self.manager
         client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
@@ -388,7 +395,7 @@ class KernelSession:
             if self.provisioner is not None and self.provisioner.channels is not None
             else None
         )
-        if facts is not None and not self.told.take(facts):
+        if facts is not None and not self.agent_facts.take(facts):
             with contextlib.suppress(ValueError, OSError):
                 asyncio.get_running_loop().remove_reader(facts.fileno())
 
@@ -399,7 +406,7 @@ class KernelSession:
             if self.provisioner and self.provisioner.channels
             else None
         )
-        return self.told.residue(page.unread if page is not None else lambda _name: 0)
+        return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
     def unsent_text(self, number: int) -> str:
         """What the kernel's own record has of a cell's stderr, sent or not: text of a thread may wait there for the next flush."""
@@ -427,7 +434,7 @@ class KernelSession:
     def note(self) -> Note | None:
         """What the kernel's own page says runs or ran last; ``None`` for other kernels, and before the first cell."""
         channels = self.provisioner.channels if self.instrumented and self.provisioner else None
-        if channels is None or "cells" not in self.told.hello.get("instrumented", ()):
+        if channels is None or "cells" not in self.agent_facts.hello.get("instrumented", ()):
             return None
         note = channels.page.note()
         return note if note.cell else None
@@ -435,7 +442,7 @@ class KernelSession:
     def running_by_page(self) -> int | None:
         """The index of the cell that was begun inside and has not ended there, whatever the kernel's messages say."""
         note = self.note()
-        return None if note is None or note.finished else self.told.index_of(note.cell)
+        return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
         """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
@@ -457,7 +464,7 @@ class KernelSession:
 
         def dumped() -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
             fresh = sandbox.fault_text[already:]
-            cells, main = self.told.code, self.told.hello.get("main")
+            cells, main = self.agent_facts.code, self.agent_facts.hello.get("main")
             return fault_report.main_stack(fresh, cells, main), fault_report.other_stacks(
                 fresh, cells, main
             )
@@ -467,11 +474,13 @@ class KernelSession:
             keeper=sandbox.keeper_pid or 0,
             page=page,
             number=number,
-            dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL))) if self.told.hello else None,
+            dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL)))
+            if self.agent_facts.hello
+            else None,
             dumped=dumped,
             ended=self.history.ended,
             known=self.history.known,
-            frames=self.told.frames,
+            frames=self.agent_facts.frames,
         )
 
     # --- end ----------------------------------------------------------------------------------------------------
@@ -506,15 +515,15 @@ class KernelSession:
         """Processes and threads now, and how many are allowed, where the system's kernel refuses more."""
         return None if self.meter is None else self.meter.process_count(self.limits.processes)
 
-    def look_at_limits(self) -> None:
+    def check_limits(self) -> None:
         """Look at memory, processes and processor time now, where a watchdog holds them."""
         if self.provisioner is not None and self.provisioner.watchdog is not None:
-            self.provisioner.watchdog.look()
+            self.provisioner.watchdog.check()
 
     async def may_be_asked_to_end(self) -> bool:
         """Whether the kernel lives and has passed no limit; from now on its end is part of the shutdown."""
         if self.provisioner is not None and self.provisioner.watches:
-            await asyncio.to_thread(self.provisioner.look_last)
+            await asyncio.to_thread(self.provisioner.check_last)
         # A death of which the keeper has not heard yet, or not told us, came before our request all the same.
         main = procfs.stat(self.pid) if self.pid is not None else None
         if self.sandbox is None or self.died.is_set() or main is None or main.state in "ZX":
@@ -539,13 +548,13 @@ class KernelSession:
             if self.changes is not None:
                 self.changes.note()
 
-    def look_for_peers(self) -> None:
+    def find_peers(self) -> None:
         """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
         if Wall.NETWORK not in self.plan.walls:
             found = sockets.peers(self.sandbox.keeper_pid, self.pid)
-            self.told.add_hosts(sorted(found - set(self.told.hosts)))
+            self.agent_facts.add_hosts(sorted(found - set(self.agent_facts.hosts)))
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; whether it has."""
@@ -575,10 +584,10 @@ class KernelSession:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.provisioner.channels.facts.fileno())
             self.provisioner.channels.close()
-        self.told.close()
+        self.agent_facts.close()
 
 
-async def _aside(call: Callable[[], Launched]) -> Launched:
+async def _aside(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
     """Wait for a call on a thread: other runs go on in the meantime. It is never left alone: whoever cancels us takes down what it works on."""
     waiting = asyncio.ensure_future(asyncio.to_thread(call))
     try:

@@ -219,7 +219,7 @@ def _text(path: Path) -> str:
 # --- what the keeper is told ------------------------------------------------------------------------------------
 
 
-class Birth(Struct, frozen=True, kw_only=True):
+class PlannedKernel(Struct, frozen=True, kw_only=True):
     """A kernel that is about to be started: its plan, command, environment and folder, and the directory of its sockets."""
 
     plan: SpawnPlan
@@ -253,45 +253,45 @@ class Enclosure(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-def enclose(birth: Birth) -> Enclosure:
+def enclose(kernel: PlannedKernel) -> Enclosure:
     """Plan the walls of one kernel. Raises SandboxError for what can be walled off in no way."""
-    asked = birth.plan.isolation
-    birth = replace(birth, plan=replace(birth.plan, isolation=settled(asked)))
-    demand_narrow(birth.folder, asked)
+    asked = kernel.plan.isolation
+    kernel = replace(kernel, plan=replace(kernel.plan, isolation=settled(asked)))
+    demand_narrow(kernel.folder, asked)
     hideable = homes()
     paths = KernelPaths(
-        folder=birth.folder,
-        runtime=birth.runtime,
+        folder=kernel.folder,
+        runtime=kernel.runtime,
         homes=hideable,
-        readable=visible(birth.argv, birth.env),
-        interpreters=interpreters(birth.argv, birth.env),
-        kernel_home=birth.env.get("HOME"),
+        readable=visible(kernel.argv, kernel.env),
+        interpreters=interpreters(kernel.argv, kernel.env),
+        kernel_home=kernel.env.get("HOME"),
         repository=repository_access(
-            birth.plan.isolation,
-            birth.folder,
+            kernel.plan.isolation,
+            kernel.folder,
             homes=hideable,
-            has_disk_limit=LimitName.DISK in birth.plan.enforcement,
+            has_disk_limit=LimitName.DISK in kernel.plan.enforcement,
         ),
     )
     # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
     own_tmp = (
-        {"TMPDIR": str(birth.runtime)}
-        if birth.plan.landlock and birth.plan.isolation.read_only_system
+        {"TMPDIR": str(kernel.runtime)}
+        if kernel.plan.landlock and kernel.plan.isolation.read_only_system
         else {}
     )
-    program = birth.plan.enclosed
+    program = kernel.plan.enclosed
     setup = WallSetup(
-        bwrap=_bubblewrap(birth, paths, program) if program else None,
-        walls=_own_walls(birth, paths),
-        owner=birth.owner,
-        discarded=outside_places(birth.plan, paths),
+        bwrap=_bubblewrap(kernel, paths, program) if program else None,
+        walls=_own_walls(kernel, paths),
+        owner=kernel.owner,
+        discarded=outside_places(kernel.plan, paths),
     )
     return Enclosure(
         setup=setup,
-        env={**birth.env, **own_tmp},
+        env={**kernel.env, **own_tmp},
         # A link on the way to the folder may lie in a hidden directory.
-        cwd=str(birth.folder),
-        facts=facts_of(birth.plan, paths),
+        cwd=str(kernel.folder),
+        facts=facts_of(kernel.plan, paths),
         warnings=(paths.repository.warning,) if paths.repository.warning else (),
     )
 
@@ -359,15 +359,15 @@ def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bo
     return access.root if access.use is RepositoryUse.WRITE else None
 
 
-def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> BwrapSetup:
-    disk, isolation = _disk(birth), birth.plan.isolation
-    around = bubblewrap.Surroundings(
-        folder=birth.folder,
-        runtime=birth.runtime,
+def _bubblewrap(kernel: PlannedKernel, paths: KernelPaths, program: str) -> BwrapSetup:
+    disk, isolation = _disk(kernel), kernel.plan.isolation
+    around = bubblewrap.SandboxPaths(
+        folder=kernel.folder,
+        runtime=kernel.runtime,
         homes=paths.homes,
         visible=paths.readable,
         files=frozenset(path for path in map(Path, isolation.hide) if not path.is_dir()),
-        given=tuple(path for path in birth.runtime.glob("*") if path.is_file()),
+        given=tuple(path for path in kernel.runtime.glob("*") if path.is_file()),
         disk=Path(disk.base) if disk else None,
         repository=paths.repository.root if paths.repository.is_visible else None,
         repository_is_writable=paths.repository.use is RepositoryUse.WRITE,
@@ -380,43 +380,45 @@ def _bubblewrap(birth: Birth, paths: KernelPaths, program: str) -> BwrapSetup:
     devices = bubblewrap.shared_devices(isolation, root=is_root)
     return BwrapSetup(
         argv=tuple(
-            bubblewrap.arguments(program, isolation, around, shm_bytes=birth.plan.shm, root=is_root)
+            bubblewrap.arguments(
+                program, isolation, around, shm_bytes=kernel.plan.shm, root=is_root
+            )
         ),
         python=sys.executable,
         package_root=str(Path(safe_exec.__file__).parent.parent),
-        sockets=str(birth.runtime),
+        sockets=str(kernel.runtime),
         disk=disk,
-        discarded=inside_places(birth.plan, paths),
+        discarded=inside_places(kernel.plan, paths),
         devices=tuple(path for path in devices if os.path.exists(path)),
     )
 
 
-def _disk(birth: Birth) -> LimitedDisk | None:
+def _disk(kernel: PlannedKernel) -> LimitedDisk | None:
     """The file system of limited size: asked for by a limit, or since the run is to work in a copy."""
-    isolation = birth.plan.isolation
-    if birth.plan.disk is None and isolation.folder is not FolderUse.COPY:
+    isolation = kernel.plan.isolation
+    if kernel.plan.disk is None and isolation.folder is not FolderUse.COPY:
         return None
-    size = birth.plan.disk if birth.plan.disk is not None else bubblewrap.TMP_BYTES
+    size = kernel.plan.disk if kernel.plan.disk is not None else bubblewrap.TMP_BYTES
     return LimitedDisk(
-        base=str(birth.runtime / "disk"),
-        folder=str(birth.folder),
+        base=str(kernel.runtime / "disk"),
+        folder=str(kernel.folder),
         size=size,
         inodes=max(LEAST_INODES, size // INODE_BYTES),
         write_back=isolation.write_back and isolation.folder is FolderUse.WRITE,
-        owner=birth.owner,
+        owner=kernel.owner,
     )
 
 
-def _own_walls(birth: Birth, paths: KernelPaths) -> Walls | None:
+def _own_walls(kernel: PlannedKernel, paths: KernelPaths) -> Walls | None:
     """Return what the kernel's process gives up by itself, ``None`` for nothing."""
-    isolation = birth.plan.isolation
+    isolation = kernel.plan.isolation
     drop_capabilities = bubblewrap.drops_capabilities(isolation, root=os.geteuid() == 0)
-    landlock = _landlock(birth, paths) if birth.plan.landlock else None
-    filter_program = _system_call_filter(birth.plan)
-    if birth.owner is None and not drop_capabilities and not landlock and not filter_program:
+    landlock = _landlock(kernel, paths) if kernel.plan.landlock else None
+    filter_program = _system_call_filter(kernel.plan)
+    if kernel.owner is None and not drop_capabilities and not landlock and not filter_program:
         return None
     return Walls(
-        uid=birth.owner,
+        uid=kernel.owner,
         drop_capabilities=drop_capabilities,
         landlock=landlock,
         seccomp=filter_program,
@@ -432,13 +434,13 @@ def _system_call_filter(plan: SpawnPlan) -> str | None:
     return base64.b64encode(seccomp.load("errno" if refuses else "kill")).decode()
 
 
-def _landlock(birth: Birth, paths: KernelPaths) -> LandlockRules:
+def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
     """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
-    isolation = birth.plan.isolation
-    folder, repository = str(birth.folder), paths.repository
+    isolation = kernel.plan.isolation
+    folder, repository = str(kernel.folder), paths.repository
     roots = [str(repository.root)] if repository.is_visible else []
     extra = [
-        str(birth.runtime),
+        str(kernel.runtime),
         *isolation.writable,
         *(roots if repository.use is RepositoryUse.WRITE else []),
     ]

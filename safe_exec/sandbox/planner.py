@@ -12,18 +12,18 @@ from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.mechanisms import isolation as walls
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
 
 
 def build_plan(
-    limits: Limits, machine: Machine, run_id: str, isolation: Isolation | None = None
+    limits: Limits, machine: HostCapabilities, run_id: str, isolation: Isolation | None = None
 ) -> SpawnPlan:
     """The plan for one sandbox."""
     asked = isolation or Isolation()
-    wall_plan = walls.put_up(asked, limits, machine)
+    wall_plan = walls.plan_isolation(asked, limits, machine)
     group = f"safe-exec-{run_id}"
     # Elsewhere no notebook is run (platforms.py), so nothing holds anything.
     offers = (

@@ -224,7 +224,7 @@ class CellLoop:
 
     async def _heed_limits(self, execution: asyncio.Task[Any], index: int) -> None:
         """Stop for a limit that the cell has passed, even if it came to its end before our kill, or between two looks."""
-        self.session.look_at_limits()
+        self.session.check_limits()
         self._last_reading = self._read()
         if self._last_reading is not None:
             self.state.check_cpu_time(self._last_reading[1].cpu_seconds)
@@ -307,7 +307,7 @@ class CellLoop:
     def _look_at_volumes(self) -> None:
         """Measure the free space before anything is cleaned up."""
         if self.session.volumes is not None:
-            self.session.volumes.look()
+            self.session.volumes.measure()
 
     # --- one cell's bookkeeping -------------------------------------------------------------------
 

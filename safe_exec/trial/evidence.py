@@ -96,7 +96,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
         error=error,
         fault=fault,
-        handler_replaced=not session.told.armed,
+        handler_replaced=not session.agent_facts.armed,
         caught_signals=ended.caught_signals if ended else None,
         location=location,
         observation=state.observation,
@@ -108,9 +108,9 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         output_bytes=None
         if metrics.ready_at is None
         else sum(r.output_bytes or 0 for r in metrics.records.values()),
-        exit_caller=session.told.frames(session.told.exit_caller),
+        exit_caller=session.agent_facts.frames(session.agent_facts.exit_caller),
         exit_request=_exit_request(state),
-        remote_hosts=tuple(session.told.hosts),
+        remote_hosts=tuple(session.agent_facts.hosts),
         signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
@@ -118,7 +118,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         memory_maps=state.memory_maps,
         agent=session.instrumented,
         own_actions=own_process.actions(state),
-        tracing=session.told.own_actions.tracing,
+        tracing=session.agent_facts.own_actions.tracing,
         changed_limits=session.changes.limits() if session.changes else (),
         replaced_by=session.changes.executed if session.changes else None,
         kill_command=own_process.command(state),
@@ -137,7 +137,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
 
 def _exit_request(state: TrialState) -> tuple[Frame, ...]:
     """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
-    facts, client = state.session.told, state.session.client
+    facts, client = state.session.agent_facts, state.session.client
     exiting_cell = client.asked_to_exit if client is not None else None
     rows = next(
         (
@@ -170,8 +170,8 @@ def _fault(state: TrialState) -> FaultReport | None:
     ended = session.ended
     if ended is None:
         return None
-    main = session.told.hello.get("main")
-    cells = session.told.code
+    main = session.agent_facts.hello.get("main")
+    cells = session.agent_facts.code
     report = parse_fault(
         ended.fault, cells, main, ended.stack_bytes, ended.stack_limit, ended.faulting_thread
     )
@@ -316,7 +316,7 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
 
 def _of_exit_request(state: TrialState, index: int | None) -> CellLocation | None:
     """Where ``exit()`` or ``quit()`` was called."""
-    facts = state.session.told
+    facts = state.session.agent_facts
     for number, (line, rows) in facts.exit_requests.items():
         if line and index is not None and facts.index_of(number) == index:
             return CellLocation(
@@ -326,7 +326,7 @@ def _of_exit_request(state: TrialState, index: int | None) -> CellLocation | Non
 
 
 def _of_error(state: TrialState, index: int, error: CellError | None) -> CellLocation | None:
-    facts, number = state.session.told, state.number_now()
+    facts, number = state.session.agent_facts, state.number_now()
     traceback_rows = facts.errors.get(number) or facts.shown.get(number)
     if traceback_rows is not None:
         line, rows = traceback_rows
@@ -390,7 +390,7 @@ def _of_fault(state: TrialState, index: int, fault: FaultReport | None) -> CellL
     stack = (
         fault.stack
         if fault.main
-        else main_stack(text, session.told.code, session.told.hello.get("main"))
+        else main_stack(text, session.agent_facts.code, session.agent_facts.hello.get("main"))
     )
     line = innermost_line(stack, index)
     return (
@@ -425,7 +425,9 @@ def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
         or (session.died_at or 0) - sandbox.fault_at > DUMP_AGE
     ):
         return None
-    stacks = dumps(sandbox.fault_text, session.told.code, session.told.hello.get("main"))
+    stacks = dumps(
+        sandbox.fault_text, session.agent_facts.code, session.agent_facts.hello.get("main")
+    )
     stack = most_typical(stacks, index) if stacks else ()
     line = innermost_line(stack, index)
     age = max(0.0, (session.died_at or sandbox.fault_at) - sandbox.fault_at)
@@ -446,7 +448,7 @@ def _of_page(state: TrialState, index: int) -> CellLocation | None:
     note, sample = page.note(), page.sample()
     ended = state.session.died_at or time.monotonic()
     cell, rows, _ = page.stack()
-    stack = state.session.told.frames(rows) if cell == number else ()
+    stack = state.session.agent_facts.frames(rows) if cell == number else ()
     if sample.cell == number and sample.line and sample.time >= note.time and not note.finished:
         return CellLocation(
             cell=index,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def actions(state: TrialState) -> tuple[OwnAction, ...]:
     """What the notebook did to its process; after a timeout only what came before our interrupt."""
-    facts = state.session.told
+    facts = state.session.agent_facts
     actions = facts.own_actions.all(facts.index_of, facts.frames)
     return tuple(
         action

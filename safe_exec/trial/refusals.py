@@ -14,16 +14,16 @@ from safe_exec.trial.conflicts import Sight, conflicts
 from safe_exec.trial.needs import Need, may_write, needs_of_error, needs_of_none, needs_of_output
 
 if TYPE_CHECKING:
-    from safe_exec.kernel.agent_facts import RaisedTold
+    from safe_exec.kernel.agent_facts import ReportedErrors
     from safe_exec.trial.state import TrialState
 
 MOST_CELLS = 200
 OUTPUT_CHARACTERS = 1 << 16
 
 
-def raised_by(state: TrialState, error: CellError) -> RaisedTold | None:
+def raised_by(state: TrialState, error: CellError) -> ReportedErrors | None:
     """The attributes of the error that the current cell ended with, as the kernel tells them; a cell may show several."""
-    reported_errors = state.session.told.raised.get(state.number_now(), ())
+    reported_errors = state.session.agent_facts.raised.get(state.number_now(), ())
     return next(
         (
             one

@@ -14,7 +14,7 @@ from safe_exec.model import events
 from safe_exec.model.ending import Ending
 from safe_exec.model.evidence import CellLocation, Evidence
 from safe_exec.model.limits import Limits
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.trial.metrics import MetricsRecorder
 
@@ -56,7 +56,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     kernel_name: str
     cwd: Path
     limits: Limits
-    machine: Machine
+    machine: HostCapabilities
     plan: SpawnPlan
     cell_limits: Callable[[Any], Limits]
     largest_output: int | None = None

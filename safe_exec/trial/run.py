@@ -150,7 +150,7 @@ class Trial:
             metrics=self.state.metrics,
             node=self.state.request.node,
             location=location,
-            hello=self.session.told.hello,
+            hello=self.session.agent_facts.hello,
             warnings=tuple(self.state.warnings),
             instrumented=self.session.instrumented,
         )
@@ -170,7 +170,7 @@ class Trial:
 
     def _warn_of_tracing(self) -> None:
         """A trace function that a cell left on slows all that runs after it, and nothing shows that."""
-        facts = self.session.told
+        facts = self.session.agent_facts
         for name in facts.own_actions.tracing:
             setters = [
                 a

@@ -48,7 +48,7 @@ class Sampler:
                 self.state.warn_once(f"usage could not be read: {type(error).__name__}: {error}")
             looks += 1
             if looks % PEERS_EVERY == 0:
-                session.look_for_peers()
+                session.find_peers()
                 session.note_process()
             ended = time.monotonic()
             await asyncio.sleep(SAMPLE_SECONDS)
@@ -61,7 +61,7 @@ class Sampler:
         reading = state.session.meter.read()
         state.metrics.sample(state.now(), reading, state.current)
         if state.session.volumes is not None:
-            state.session.volumes.look(own=True)
+            state.session.volumes.measure(own=True)
         for index, size in self._output.items():
             state.sink(events.OutputReceived(time=state.now(), index=index, size=size))
         self._output.clear()

@@ -113,7 +113,7 @@ class TrialState:
         client = self.session.client
         if client is None or client.running is None or client.running[2] != index:
             return 0
-        return self.session.told.number_of(client.running[0])
+        return self.session.agent_facts.number_of(client.running[0])
 
     def number_now(self) -> int:
         """The number inside of the current cell, 0 for none."""

@@ -25,9 +25,14 @@ from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import notebook
 from safe_exec.sandbox import keeper_process
-from safe_exec.sandbox.host.capabilities import Machine, Rehearsal, detect, look_for_walls
+from safe_exec.sandbox.host.capabilities import (
+    BwrapProbe,
+    HostCapabilities,
+    detect,
+    probe_isolation,
+)
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
-from safe_exec.sandbox.mechanisms.isolation import put_up
+from safe_exec.sandbox.mechanisms.isolation import plan_isolation
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
 
@@ -79,7 +84,7 @@ class Job(Struct, frozen=True, kw_only=True):
     bisect_budget: float | None = None
     # Replays and probes run in scratch folders and write no documents.
     writes: bool = True
-    machine: Machine | None = None
+    machine: HostCapabilities | None = None
     own_paths: tuple[Path, ...] = ()
     tree: OutputRoot | None = None
 
@@ -100,7 +105,7 @@ class JobLimits(Struct, frozen=True, kw_only=True):
     """The limits and walls of a job, the host's capabilities, and the names from ``--require``."""
 
     resolved: profiles.Resolved
-    machine: Machine
+    machine: HostCapabilities
     required: tuple[LimitName | Wall, ...] = ()
 
     @property
@@ -165,9 +170,9 @@ def prepare(
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     source = source or notebook.Source.of(job.path)
-    with _rehearsal(job) as rehearsal:
+    with _bwrap_probe(job) as bwrap_probe:
         header = read_header(source)
-        limits = resolve_limits(job, header, rehearsal)
+        limits = resolve_limits(job, header, bwrap_probe)
     paths = check_outputs(job)
     if kernel is not None and header.parsed is None:
         # A kernel takes longer to start than the rest of this function: validating the notebook,
@@ -217,7 +222,7 @@ def read_header(source: notebook.Source) -> NotebookHeader:
 
 
 def resolve_limits(
-    job: Job, header: NotebookHeader, rehearsal: Rehearsal | None = None
+    job: Job, header: NotebookHeader, bwrap_probe: BwrapProbe | None = None
 ) -> JobLimits:
     """Combine profile, project file, metadata and options; detect what this host can enforce.
 
@@ -232,8 +237,8 @@ def resolve_limits(
         shm=resolved.limits.shm is not None,
     )
     # Testing bubblewrap starts a process, so it happens only if a wall or a size limit needs it.
-    if needs_bubblewrap and not machine.looked_for_walls:
-        machine = look_for_walls(machine, rehearsal)
+    if needs_bubblewrap and not machine.is_isolation_probed:
+        machine = probe_isolation(machine, bwrap_probe)
     warnings = _check_cells(resolved, header.cells, job.path)
     required = _required(job, resolved, machine)
     requested = resolved.isolation
@@ -247,7 +252,7 @@ def resolve_limits(
     )
 
 
-def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
+def _bwrap_probe(job: Job) -> contextlib.AbstractContextManager[BwrapProbe | None]:
     """Test bubblewrap in the background if the job's own options ask for it.
 
     If only the notebook or a limits file asks for it, the test runs later, in the foreground.
@@ -262,13 +267,13 @@ def _rehearsal(job: Job) -> contextlib.AbstractContextManager[Rehearsal | None]:
         has_profile_with_walls or job.isolation or job.walls or {"disk", "shm"} & job.options.keys()
     )
     return (
-        Rehearsal()
+        BwrapProbe()
         if job.machine is None and likely and sys.platform.startswith("linux")
         else contextlib.nullcontext()
     )
 
 
-def _resolve(job: Job, metadata: Mapping[str, Any], machine: Machine) -> profiles.Resolved:
+def _resolve(job: Job, metadata: Mapping[str, Any], machine: HostCapabilities) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
         overrides = profiles.parse_overrides(
             job.options, where="--", machine_memory=machine.memory_total
@@ -313,7 +318,7 @@ def _check_cells(
     return tuple(warnings)
 
 
-def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Required:
+def _required(job: Job, resolved: profiles.Resolved, machine: HostCapabilities) -> Required:
     """Parse ``--require``. Raises LimitsError for a limit or wall that was not requested."""
     if job.require is None:
         return Required()
@@ -321,7 +326,7 @@ def _required(job: Job, resolved: profiles.Resolved, machine: Machine) -> Requir
         required = parse_required(job.require, resolved.limits)
     except ValueError as error:
         raise LimitsError(f"--require: {error}") from error
-    walls = put_up(resolved.isolation, resolved.limits, machine).walls
+    walls = plan_isolation(resolved.isolation, resolved.limits, machine).walls
     for name in required.names:
         if isinstance(name, Wall):
             if name not in walls:

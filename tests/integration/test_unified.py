@@ -19,7 +19,7 @@ import pytest
 from msgspec.structs import replace
 
 from safe_exec.model.limits import LimitName, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import Machine, detect, memory_and_swap
+from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, memory_and_swap
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.sandbox import KernelExit, Sandbox
@@ -65,7 +65,7 @@ STAYING = f"{DAEMON}while True: time.sleep(60)\n"
 """And stays itself."""
 
 
-def machine() -> Machine:
+def machine() -> HostCapabilities:
     """What is found from here without systemd."""
     return detect(WITHOUT_SYSTEMD)
 
@@ -289,7 +289,7 @@ def test_a_group_with_processes_cannot_hand_on() -> None:
         with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
             (group / "cgroup.subtree_control").write_text("+memory")
         found = machine()
-        assert (found.v2, found.v2_step_down) == (group, True)
+        assert (found.v2, found.v2_needs_leaf) == (group, True)
         assert found.v2_controllers == {"memory", "pids", "cpu"}
         run_id = secrets.token_hex(6)
         plan = build_plan(Limits(memory=64 * MIB, cpus=0.5), found, run_id)
@@ -299,7 +299,7 @@ def test_a_group_with_processes_cannot_hand_on() -> None:
         assert str(os.getpid()) in (group / "safe-exec" / "cgroup.procs").read_text().split()
         # From there on it is a group above that hands on, as any other.
         again = machine()
-        assert (again.v2, again.v2_step_down) == (group, False)
+        assert (again.v2, again.v2_needs_leaf) == (group, False)
 
 
 @contextlib.contextmanager
@@ -324,7 +324,7 @@ def test_a_group_with_others_in_it_is_not_divided() -> None:
     """There is a process in it that is not ours: nothing of it is moved, and what is found lies above."""
     with bare() as group, inside(Delegated(group=group, leaf=group)), company():
         found = machine()
-        assert not found.v2_step_down and found.v2 != group
+        assert not found.v2_needs_leaf and found.v2 != group
 
 
 def test_only_what_is_handed_on_is_promised() -> None:

@@ -13,15 +13,15 @@ May import model, machine, surroundings, ways. Sources:
 from __future__ import annotations
 
 from safe_exec.sandbox.advice.fix import Fix, delegate_command
-from safe_exec.sandbox.host.capabilities import V2_CONTROLLERS, Machine
-from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
+from safe_exec.sandbox.host.capabilities import V2_CONTROLLERS, HostCapabilities
+from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts
 
 _PRIVILEGED = (
     "a privileged container can do to the host what root can: for notebooks that you trust"
 )
 
 
-def container_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
+def container_fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
     """How to start this container so that it has groups of its own, and what to do in it then."""
     if around.tree is CgroupTree.V2 and not around.read_only:
         return (
@@ -36,7 +36,7 @@ def container_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     return tuple(fixes)
 
 
-def _starts(around: Surroundings) -> tuple[tuple[str, str, str], ...]:
+def _starts(around: HostFacts) -> tuple[tuple[str, str, str], ...]:
     """What to say, how to start the container, and what that costs; the gentlest first."""
     unified = around.tree is CgroupTree.V2
     in_workflow = "; in a workflow they belong under container: options:" if around.github else ""
@@ -71,7 +71,7 @@ def _starts(around: Surroundings) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _start(what: str, command: str, note: str, machine: Machine, around: Surroundings) -> Fix:
+def _start(what: str, command: str, note: str, machine: HostCapabilities, around: HostFacts) -> Fix:
     if around.tree is CgroupTree.V2:
         then = ("# then in it, as root, before safe-exec:", *_move_down(machine, around))
     else:  # version 1 lets any group have both processes and children, but only root may make them
@@ -79,7 +79,7 @@ def _start(what: str, command: str, note: str, machine: Machine, around: Surroun
     return Fix(what=what, steps=(command, *then), note=note)
 
 
-def _move_down(machine: Machine, around: Surroundings) -> tuple[str, ...]:
+def _move_down(machine: HostCapabilities, around: HostFacts) -> tuple[str, ...]:
     top = around.mount
     wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
     steps = (

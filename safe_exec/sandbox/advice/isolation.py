@@ -19,8 +19,8 @@ from msgspec import Struct
 
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.sandbox.advice.fix import Fix
-from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, Machine
-from safe_exec.sandbox.host.facts import Container, Surroundings
+from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, HostCapabilities
+from safe_exec.sandbox.host.facts import Container, HostFacts
 
 BY_NAMESPACES = (Wall.HOME, Wall.SYSTEM, Wall.FOLDER, Wall.HIDDEN, Wall.NETWORK, Wall.PROCESSES)
 """The walls that bubblewrap holds."""
@@ -42,8 +42,8 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
 
 def advise_walls(
-    machine: Machine,
-    around: Surroundings,
+    machine: HostCapabilities,
+    around: HostFacts,
     walls: Mapping[Wall, Enforcement],
     enforcement: Mapping[LimitName, Enforcement],
 ) -> tuple[WallRemedy, ...]:
@@ -58,7 +58,7 @@ def advise_walls(
     sizes = [name for name in SIZES if name in enforcement and not enforcement[name].hard]
     found: list[WallRemedy] = []
     if weak or sizes:
-        allowed = machine.may(Mechanism.BUBBLEWRAP)
+        allowed = machine.allows(Mechanism.BUBBLEWRAP)
         why = (
             f"bubblewrap: {machine.bubblewrap_why_not}"
             if allowed
@@ -66,7 +66,7 @@ def advise_walls(
         )
         fixes = _fixes(machine, around) if allowed else (_ALLOW,)
         found.append(WallRemedy(walls=tuple(weak), limits=tuple(sizes), why=why, fixes=fixes))
-    if not machine.may(Mechanism.SECCOMP) and Wall.SYSTEM_CALLS in walls:
+    if not machine.allows(Mechanism.SECCOMP) and Wall.SYSTEM_CALLS in walls:
         calls = tuple(wall for wall in (Wall.SYSTEM_CALLS, Wall.PRIVILEGES) if wall in walls)
         found.append(
             WallRemedy(
@@ -82,7 +82,7 @@ def advise_walls(
 _ALLOW = Fix(what="leave --mechanisms away", steps=())
 
 
-def _fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
+def _fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
     if machine.bubblewrap_why_not == NOT_INSTALLED or machine.bubblewrap_version is None:
         return (_install(machine, around),)
     if around.container is not Container.NONE:
@@ -101,7 +101,7 @@ def _fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     return tuple(found) or (_newer(machine, around),)
 
 
-def _install(machine: Machine, around: Surroundings) -> Fix:
+def _install(machine: HostCapabilities, around: HostFacts) -> Fix:
     commands = {
         "debian": "apt-get install bubblewrap",
         "fedora": "dnf install bubblewrap",
@@ -122,7 +122,7 @@ def _install(machine: Machine, around: Surroundings) -> Fix:
     return Fix(what=f"install it{inside}", steps=(f"{sudo}{known}",))
 
 
-def _newer(machine: Machine, around: Surroundings) -> Fix:
+def _newer(machine: HostCapabilities, around: HostFacts) -> Fix:
     """It is there, and no setting that is known to us stands in its way."""
     return Fix(
         what="see what bubblewrap itself says, or install a newer one",
@@ -158,7 +158,7 @@ def _sysctl(sudo: str, name: str, value: str) -> Fix:
     )
 
 
-def _in_container(around: Surroundings) -> tuple[Fix, ...]:
+def _in_container(around: HostFacts) -> tuple[Fix, ...]:
     wider = "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
     workflow = "; in a workflow they belong under container: options:" if around.github else ""
     if around.container is Container.PODMAN:
@@ -198,7 +198,7 @@ def _in_container(around: Surroundings) -> tuple[Fix, ...]:
     )
 
 
-def _on_the_host(around: Surroundings) -> tuple[str, ...]:
+def _on_the_host(around: HostFacts) -> tuple[str, ...]:
     """What the engine does not confine the host's own AppArmor does."""
     setting = "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
     return ("# and on the host:", setting) if around.apparmor_userns else ()

@@ -13,8 +13,8 @@ from msgspec import Struct
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.sandbox.advice.containers import container_fixes
 from safe_exec.sandbox.advice.fix import Fix, delegate_command
-from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, Machine
-from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings
+from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, HostCapabilities
+from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
 
 NOTEBOOK = "safe-exec run NOTEBOOK"
@@ -37,7 +37,7 @@ def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
     )
 
 
-def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Remedy, ...]:
+def advise(machine: HostCapabilities, around: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
     """All that can be fixed here, the weightiest first; empty where every limit is held as well as it can be."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
@@ -76,7 +76,7 @@ def advise(machine: Machine, around: Surroundings, plan: SpawnPlan) -> tuple[Rem
     return tuple(found)
 
 
-def swap_state(machine: Machine, plan: SpawnPlan) -> str:
+def swap_state(machine: HostCapabilities, plan: SpawnPlan) -> str:
     """Whether there is swap and what keeps it from extending the memory limit, in words."""
     if not machine.swap_total:
         return "none on this machine"
@@ -92,7 +92,7 @@ def swap_state(machine: Machine, plan: SpawnPlan) -> str:
     return "not counted: what was swapped out goes past the memory limit"
 
 
-def _swap_extends(machine: Machine, plan: SpawnPlan) -> bool:
+def _swap_extends(machine: HostCapabilities, plan: SpawnPlan) -> bool:
     held = plan.enforcement.get(LimitName.MEMORY)
     if not machine.swap_total or held is None or held.by is not Mechanism.CGROUP_V1:
         return False
@@ -102,19 +102,19 @@ def _swap_extends(machine: Machine, plan: SpawnPlan) -> bool:
 # --- control groups ---------------------------------------------------------------------------------------------
 
 
-def _has_groups(machine: Machine) -> bool:
+def _has_groups(machine: HostCapabilities) -> bool:
     """Whether groups of the unified tree can be had, if not for every controller."""
     return machine.v2 is not None or machine.scope is not None
 
 
-def _may_use_groups(machine: Machine) -> bool:
+def _may_use_groups(machine: HostCapabilities) -> bool:
     return any(
-        machine.may(mechanism)
+        machine.allows(mechanism)
         for mechanism in (Mechanism.SYSTEMD, Mechanism.CGROUP_V1, Mechanism.CGROUP_V2)
     )
 
 
-def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> str:
+def _why(machine: HostCapabilities, around: HostFacts, weak: tuple[LimitName, ...]) -> str:
     missing = " and ".join(BY_GROUPS[name] for name in weak)
     if not _may_use_groups(machine):
         return "control groups are not among the mechanisms allowed"
@@ -141,11 +141,13 @@ def _why(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) ->
     return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
 
 
-def _switched_off(around: Surroundings, weak: tuple[LimitName, ...]) -> bool:
+def _switched_off(around: HostFacts, weak: tuple[LimitName, ...]) -> bool:
     return all(BY_GROUPS[name] in around.disabled for name in weak)
 
 
-def _fixes(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) -> tuple[Fix, ...]:
+def _fixes(
+    machine: HostCapabilities, around: HostFacts, weak: tuple[LimitName, ...]
+) -> tuple[Fix, ...]:
     if not _may_use_groups(machine):
         return (_ALLOW,)
     if _switched_off(around, weak):
@@ -163,14 +165,14 @@ def _fixes(machine: Machine, around: Surroundings, weak: tuple[LimitName, ...]) 
     return _root_fixes(around) if machine.uid == 0 else _user_fixes(machine, around)
 
 
-def _engine_in_charge(around: Surroundings) -> bool:
+def _engine_in_charge(around: HostFacts) -> bool:
     """Whether it is for the engine of the container to give groups: not where its own systemd or root can."""
     if around.container is Container.NONE or around.systemd:
         return False
     return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
 
 
-def _delegate_the_rest(machine: Machine, around: Surroundings) -> Fix:
+def _delegate_the_rest(machine: HostCapabilities, around: HostFacts) -> Fix:
     if machine.uid != 0:
         return (
             _delegate_cpu(machine)
@@ -180,7 +182,7 @@ def _delegate_the_rest(machine: Machine, around: Surroundings) -> Fix:
     return Fix(what="hand the rest on", steps=(delegate_command(machine.v2, V2_CONTROLLERS),))
 
 
-def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
+def _root_fixes(around: HostFacts) -> tuple[Fix, ...]:
     """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
     if around.tree is CgroupTree.NONE:
         mount = f"mount -t cgroup2 none {around.mount}"
@@ -214,7 +216,7 @@ def _root_fixes(around: Surroundings) -> tuple[Fix, ...]:
     )
 
 
-def _user_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
+def _user_fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
     """An ordinary user: in a scope of the user's own systemd, in a group that root gives away, or as root."""
     if around.tree is CgroupTree.V2 and around.systemd and around.systemd_run:
         own: tuple[Fix, ...] = (_scope(machine, around),)
@@ -228,7 +230,7 @@ def _user_fixes(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
     return (_sudo(around), *own) if around.github else (*own, _sudo(around))
 
 
-def _scope(machine: Machine, around: Surroundings) -> Fix:
+def _scope(machine: HostCapabilities, around: HostFacts) -> Fix:
     """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
     where = "" if around.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
     run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
@@ -242,12 +244,12 @@ def _scope(machine: Machine, around: Surroundings) -> Fix:
     return Fix(what="in a scope of your own systemd", steps=(run,), note=note)
 
 
-def _cpu_not_delegated(machine: Machine, around: Surroundings) -> bool:
+def _cpu_not_delegated(machine: HostCapabilities, around: HostFacts) -> bool:
     usable = around.tree is CgroupTree.V2 and around.systemd and machine.uid != 0
     return usable and around.user_controllers is not None and "cpu" not in around.user_controllers
 
 
-def _delegate_cpu(machine: Machine) -> Fix:
+def _delegate_cpu(machine: HostCapabilities) -> Fix:
     """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
     folder = "/etc/systemd/system/user@.service.d"
     return Fix(
@@ -262,7 +264,7 @@ def _delegate_cpu(machine: Machine) -> Fix:
     )
 
 
-def _given_v2(around: Surroundings) -> Fix:
+def _given_v2(around: HostFacts) -> Fix:
     """Delegation by hand (the kernel's admin-guide/cgroup-v2, Delegation): the shell in one group, room beside it."""
     group = around.mount / f"safe-exec-{around.user}"
     wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
@@ -282,7 +284,7 @@ def _given_v2(around: Surroundings) -> Fix:
     )
 
 
-def _given_v1(around: Surroundings) -> Fix:
+def _given_v1(around: HostFacts) -> Fix:
     """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
     give = f"sudo mkdir -p $g && sudo chown -R {around.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
     return Fix(
@@ -297,7 +299,7 @@ def _given_v1(around: Surroundings) -> Fix:
     )
 
 
-def _sudo(around: Surroundings) -> Fix:
+def _sudo(around: HostFacts) -> Fix:
     on_github = "; hosted runners ask for no password" if around.github else ""
     return Fix(
         what="as root",
@@ -309,7 +311,7 @@ def _sudo(around: Surroundings) -> Fix:
 # --- WSL --------------------------------------------------------------------------------------------------------
 
 
-def _wsl_ways(machine: Machine, around: Surroundings) -> tuple[Fix, ...]:
+def _wsl_ways(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
     if around.wsl == 1:
         steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
         return (

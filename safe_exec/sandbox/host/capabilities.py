@@ -35,11 +35,11 @@ NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 
 
-class Machine(Struct, frozen=True, kw_only=True):
+class HostCapabilities(Struct, frozen=True, kw_only=True):
     """What can hold limits here.
 
     ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified
-    tree whose children get ``v2_controllers``, our own where we must ``v2_step_down`` first; ``v2_plain`` one where a group may be made
+    tree whose children get ``v2_controllers``, our own where we must ``v2_needs_leaf`` first; ``v2_plain`` one where a group may be made
     but no controllers are had (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that is the better
     way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all. ``bubblewrap`` is the program where it does what
     is needed, ``landlock`` the version of it (0: none). ``counts_in_namespaces``: for an ordinary user it makes a user namespace, in which
@@ -54,7 +54,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     v1: Mapping[str, Path] = field(default_factory=dict)
     v2: Path | None = None
     v2_controllers: frozenset[str] = frozenset()
-    v2_step_down: bool = False
+    v2_needs_leaf: bool = False
     v2_plain: Path | None = None
     v2_why_not: str = ""
     scope: cgroup_delegation.Scope | None = None
@@ -70,20 +70,20 @@ class Machine(Struct, frozen=True, kw_only=True):
     allowed: frozenset[Mechanism] = frozenset(Mechanism)
 
     @property
-    def looked_for_walls(self) -> bool:
-        """Whether :func:`look_for_walls` has been here."""
+    def is_isolation_probed(self) -> bool:
+        """Whether :func:`probe_isolation` has been here."""
         return self.bubblewrap_why_not != NOT_LOOKED_FOR
 
-    def may(self, mechanism: Mechanism) -> bool:
+    def allows(self, mechanism: Mechanism) -> bool:
         """Whether a mechanism may be used."""
         return mechanism in self.allowed
 
 
-def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
+def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabilities:
     """Look at the machine; every field is what was seen now."""
     if not sys.platform.startswith("linux"):
         no_filter = f"there is none for {sys.platform}"
-        return Machine(
+        return HostCapabilities(
             platform=sys.platform,
             cpus=os.cpu_count() or 1,
             allowed=allowed,
@@ -94,14 +94,16 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
     own = _own_cgroups()
     v1, v1_why = _v1_parents(mounts, own)
     tree = (
-        cgroup_delegation.Tree(top=mounts[""][0], own=_directory(mounts[""], own.get("", "/")))
+        cgroup_delegation.CgroupHierarchy(
+            root=mounts[""][0], own=_directory(mounts[""], own.get("", "/"))
+        )
         if "" in mounts
         else None
     )
     ground, scope, scope_why = _v2_ground(tree, allowed)
     memory, swap = memory_and_swap()
     memory = least(memory, _memory_of_group(mounts, own))
-    return Machine(
+    return HostCapabilities(
         uid=_uid(),
         cpus=len(os.sched_getaffinity(0)),
         memory_total=memory,
@@ -109,7 +111,7 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> Machine:
         v1=v1,
         v2=ground.parent,
         v2_controllers=ground.controllers,
-        v2_step_down=ground.step_down,
+        v2_needs_leaf=ground.needs_leaf,
         v2_plain=None if ground.parent else _v2_plain(tree),
         v2_why_not=ground.why_not,
         scope=scope,
@@ -144,17 +146,17 @@ REHEARSAL = (
 """What bubblewrap is asked to do to see whether it can."""
 
 
-def look_for_walls(
-    machine: Machine, rehearsal: Rehearsal | None = None, *, version: bool = False
-) -> Machine:
+def probe_isolation(
+    machine: HostCapabilities, bwrap_probe: BwrapProbe | None = None, *, version: bool = False
+) -> HostCapabilities:
     """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor).
 
-    Costs a start of bubblewrap, for runs that ask for walls only; ``rehearsal`` is one that was begun before. What ``version`` it is, is asked
+    Costs a start of bubblewrap, for runs that ask for walls only; ``bwrap_probe`` is one that was begun before. What ``version`` it is, is asked
     for those who want to know, and where it fails.
     """
     if not machine.platform.startswith("linux"):
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
-    with rehearsal or Rehearsal() as tried:
+    with bwrap_probe or BwrapProbe() as tried:
         fails = tried.outcome()
     told = _version_of(tried.path) if tried.path is not None and (version or fails) else None
     why_not = (_too_old(told) or fails) if fails else ""
@@ -180,7 +182,7 @@ def _counts_in_namespaces(bubblewrap: str) -> bool:
     )
 
 
-class Rehearsal:
+class BwrapProbe:
     """Whether bubblewrap does what is needed: a process that begins at once, so that other things can be done meanwhile.
 
     A version that is too old fails for an option that it does not know. A context manager, which leaves no process behind.
@@ -273,18 +275,18 @@ def _no_filter() -> str:
 
 
 def _v2_ground(
-    tree: cgroup_delegation.Tree | None, allowed: frozenset[Mechanism]
-) -> tuple[cgroup_delegation.Ground, cgroup_delegation.Scope | None, str]:
+    tree: cgroup_delegation.CgroupHierarchy | None, allowed: frozenset[Mechanism]
+) -> tuple[cgroup_delegation.DelegationTarget, cgroup_delegation.Scope | None, str]:
     """Where groups of the unified tree may be made. systemd is asked only where no group is ours without it."""
     if tree is None:
         return (
-            cgroup_delegation.Ground(why_not="the unified hierarchy is not mounted"),
+            cgroup_delegation.DelegationTarget(why_not="the unified hierarchy is not mounted"),
             None,
             "the unified hierarchy is not mounted",
         )
     systemd = keeper_process.systemd_is_booted()
     ground = cgroup_delegation.find(tree, systemd=systemd)
-    if ground.parent is not None and not ground.borrowed:
+    if ground.parent is not None and not ground.owned_by_systemd:
         return ground, None, "it is not needed: groups can be made without"
     if not systemd:
         return ground, None, "systemd is not the init here"
@@ -348,7 +350,7 @@ def _left_in_groups() -> Iterator[tuple[Path, int]]:
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ("", "memory.max", "memory.current", "inactive_file"),
     ):
-        for directory in _upwards(mounts, own, controller):
+        for directory in _ancestors(mounts, own, controller):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 most = int((directory / limit).read_text())
                 rows = dict(
@@ -361,7 +363,7 @@ def _left_in_groups() -> Iterator[tuple[Path, int]]:
                     )
 
 
-def _upwards(
+def _ancestors(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str
 ) -> Iterator[Path]:
     """Our group of a controller and those above it."""
@@ -383,12 +385,12 @@ def cpus_available() -> int:
         )
     ]
     mounts, own = _cgroup_mounts(), _own_cgroups()
-    for directory in _upwards(mounts, own, "cpu"):
+    for directory in _ancestors(mounts, own, "cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota = int((directory / "cpu.cfs_quota_us").read_text())
             if quota > 0:
                 found.append(quota / int((directory / "cpu.cfs_period_us").read_text()))
-    for directory in _upwards(mounts, own, ""):
+    for directory in _ancestors(mounts, own, ""):
         with contextlib.suppress(OSError, ValueError):  # "max 100000": no quota
             share, period = map(int, (directory / "cpu.max").read_text().split())
             found.append(share / period)
@@ -449,5 +451,5 @@ def _v1_parents(
     return parents, "" if parents else why
 
 
-def _v2_plain(tree: cgroup_delegation.Tree | None) -> Path | None:
+def _v2_plain(tree: cgroup_delegation.CgroupHierarchy | None) -> Path | None:
     return None if tree is None or cgroup_delegation.can_join_below(tree.own) else tree.own

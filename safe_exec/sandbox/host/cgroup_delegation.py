@@ -4,7 +4,7 @@ May import procfs. Three rules decide (the kernel's admin-guide/cgroup-v2; syste
 
 - a group with processes in it cannot hand controllers on to its children ("no internal processes"); the root group can;
 - a process may be moved by who may write to ``cgroup.procs`` of the nearest common ancestor of both groups ("delegation
-  containment"). A login session and the tree of the same user's systemd meet in a group of root's: nothing can be moved from one to
+  containment"). A login session and the hierarchy of the same user's systemd meet in a group of root's: nothing can be moved from one to
   the other, what is to live there must be born there;
 - a group has one writer. Those of systemd's units are systemd's, which takes controllers away again as it sees fit, unless the unit
   has ``Delegate=yes``: then systemd marks it so (extended attribute, since version 251 for all to read) and keeps away.
@@ -34,16 +34,16 @@ LEAF = "safe-exec"
 SCOPE_SECONDS = 10
 
 
-class Tree(Struct, frozen=True, kw_only=True):
-    """The unified tree as this process sees it: where it is mounted, and the directory of the group that we are in."""
+class CgroupHierarchy(Struct, frozen=True, kw_only=True):
+    """The unified hierarchy as this process sees it: where it is mounted, and the directory of the group that we are in."""
 
-    top: Path
+    root: Path
     own: Path
 
-    def upwards(self) -> Iterator[Path]:
+    def ancestors(self) -> Iterator[Path]:
         """Our own group and those above it."""
         directory = self.own
-        while directory == self.top or self.top in directory.parents:
+        while directory == self.root or self.root in directory.parents:
             yield directory
             directory = directory.parent
 
@@ -101,55 +101,57 @@ class Scope(Struct, frozen=True, kw_only=True):
         return self.directory / f"{name}.scope"
 
 
-class Ground(Struct, frozen=True, kw_only=True):
+class DelegationTarget(Struct, frozen=True, kw_only=True):
     """A group below which ours may be made; ``None`` and why, where there is none.
 
-    ``step_down``: it is our own, and its processes, ours alone, must first go into a group below. ``borrowed``: it is a unit of
+    ``needs_leaf``: it is our own, and its processes, ours alone, must first go into a group below. ``owned_by_systemd``: it is a unit of
     systemd's that was not delegated, which is good only where nothing else is.
     """
 
     parent: Path | None = None
     controllers: frozenset[str] = frozenset()
-    step_down: bool = False
-    borrowed: bool = False
+    needs_leaf: bool = False
+    owned_by_systemd: bool = False
     why_not: str = ""
 
 
-def find(tree: Tree, *, systemd: bool) -> Ground:
+def find(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
     """The nearest group from ours upwards below which we may make one that gets controllers."""
-    above = _above(tree, systemd=systemd)
-    if above.parent is not None and not above.borrowed:
+    above = _above(hierarchy, systemd=systemd)
+    if above.parent is not None and not above.owned_by_systemd:
         return above
-    if _is_ours_alone(tree, systemd=systemd):
-        controllers = frozenset(words(tree.own / "cgroup.controllers")) & frozenset(CONTROLLERS)
-        return Ground(parent=tree.own, controllers=controllers, step_down=True)
+    if _is_ours_alone(hierarchy, systemd=systemd):
+        controllers = frozenset(words(hierarchy.own / "cgroup.controllers")) & frozenset(
+            CONTROLLERS
+        )
+        return DelegationTarget(parent=hierarchy.own, controllers=controllers, needs_leaf=True)
     return above
 
 
-def _above(tree: Tree, *, systemd: bool) -> Ground:
+def _above(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
     why = "no group above this process hands memory and pids on to new groups"
-    for directory in tree.upwards():
+    for directory in hierarchy.ancestors():
         given = frozenset(words(directory / "cgroup.subtree_control"))
         if not given >= NEEDED:
             continue
-        if bound := bounds_left(tree, directory):
-            return Ground(why_not=bound)
+        if bound := bounds_left(hierarchy, directory):
+            return DelegationTarget(why_not=bound)
         trouble = can_join_below(directory)
         if not trouble:
-            return Ground(
+            return DelegationTarget(
                 parent=directory,
                 controllers=given & frozenset(CONTROLLERS),
-                borrowed=systemd and _is_unit(tree, directory),
+                owned_by_systemd=systemd and _is_unit(hierarchy, directory),
             )
         why = trouble
-    return Ground(why_not=why)
+    return DelegationTarget(why_not=why)
 
 
-def _is_unit(tree: Tree, directory: Path) -> bool:
+def _is_unit(hierarchy: CgroupHierarchy, directory: Path) -> bool:
     """Whether a group is systemd's to write to. The service of a user's systemd is delegated, and that systemd's own."""
     if directory.name.startswith("user@") and directory.name.endswith(".service"):
         return True
-    return (directory == tree.top or directory.name.endswith(UNITS)) and not _is_delegated(
+    return (directory == hierarchy.root or directory.name.endswith(UNITS)) and not _is_delegated(
         directory
     )
 
@@ -185,12 +187,12 @@ def _says_delegated(own: Path) -> bool:
     return False
 
 
-def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
+def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
     """Whether our own group may be divided: we may write to it, and there is no process in it but this one and what it started.
 
     So it is below ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a container that runs nothing else.
     """
-    own = tree.own
+    own = hierarchy.own
     files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
     if (
         not all(os.access(path, os.W_OK) for path in files)
@@ -201,12 +203,12 @@ def _is_ours_alone(tree: Tree, *, systemd: bool) -> bool:
     me = os.getpid()
     if not (there == {me} or there <= {me, *procfs.descendants(me)}) or can_make_group(own):
         return False
-    return not (systemd and _is_unit(tree, own)) or _says_delegated(own)
+    return not (systemd and _is_unit(hierarchy, own)) or _says_delegated(own)
 
 
-def bounds_left(tree: Tree, target: Path) -> str:
+def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
     """Which bound on memory or processors a sandbox below ``target`` would escape that we are under; empty where none."""
-    for directory in tree.upwards():
+    for directory in hierarchy.ancestors():
         if directory == target or directory in target.parents:
             break
         for file in ("memory.max", "cpu.max"):
@@ -240,33 +242,36 @@ def can_make_group(directory: Path) -> str:
 # --- scopes -----------------------------------------------------------------------------------------------------
 
 
-def find_scope(tree: Tree, uid: int) -> tuple[Scope | None, str]:
+def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]:
     """A scope that systemd makes for us, tried; or why there is none. Costs one start of systemd-run, where there is a systemd at all."""
     if shutil.which("systemd-run") is None:
         return None, "there is no systemd-run"
-    scope = _system_scope(tree) if uid == 0 else _user_scope(tree, uid)
+    scope = _system_scope(hierarchy) if uid == 0 else _user_scope(hierarchy, uid)
     if isinstance(scope, str):
         return None, scope
-    bound = bounds_left(tree, scope.directory)
+    bound = bounds_left(hierarchy, scope.directory)
     why = bound or _refused(scope)
     return (None, why) if why else (scope, "")
 
 
-def _system_scope(tree: Tree) -> Scope | str:
+def _system_scope(hierarchy: CgroupHierarchy) -> Scope | str:
     """Root's: in the slice that we are in, so that its limits go on to hold."""
     above = next(
-        (path for path in tree.upwards() if path.name.endswith(".slice")), tree.top / "system.slice"
+        (path for path in hierarchy.ancestors() if path.name.endswith(".slice")),
+        hierarchy.root / "system.slice",
     )
-    return _scope(above, tree.top, None)
+    return _scope(above, hierarchy.root, None)
 
 
-def _user_scope(tree: Tree, uid: int) -> Scope | str:
-    manager = tree.top / f"user.slice/user-{uid}.slice/user@{uid}.service"
+def _user_scope(hierarchy: CgroupHierarchy, uid: int) -> Scope | str:
+    manager = hierarchy.root / f"user.slice/user-{uid}.slice/user@{uid}.service"
     runtime = Path(f"/run/user/{uid}")
     if not os.access(runtime / "bus", os.W_OK) or not manager.is_dir():
         return f"no systemd of user {uid} is running"
     inside = (
-        path for path in tree.upwards() if manager in path.parents and path.name.endswith(".slice")
+        path
+        for path in hierarchy.ancestors()
+        if manager in path.parents and path.name.endswith(".slice")
     )
     return _scope(next(inside, manager / "app.slice"), manager, runtime)
 

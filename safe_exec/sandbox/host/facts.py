@@ -38,7 +38,7 @@ class CgroupTree(StrEnum):
     NONE = "none"
 
 
-class Surroundings(Struct, frozen=True, kw_only=True):
+class HostFacts(Struct, frozen=True, kw_only=True):
     """What the advice depends on.
 
     ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
@@ -76,13 +76,13 @@ class _Mounts(Struct, frozen=True, kw_only=True):
     read_only: bool
 
 
-def look(
+def collect(
     *,
     root: Path = Path("/"),
     environ: Mapping[str, str] = os.environ,
     uid: int | None = None,
     release: str | None = None,
-) -> Surroundings:
+) -> HostFacts:
     """Look around; with ``root`` another file system than the machine's own, for tests."""
     number = uid if uid is not None else _own_uid()
     kernel = release if release is not None else platform.release()
@@ -91,7 +91,7 @@ def look(
     unified = mounts.unified or Path("/sys/fs/cgroup")
     manager = f"user.slice/user-{number}.slice/user@{number}.service/cgroup.controllers"
     handed_on = _inside(root, unified) / manager
-    return Surroundings(
+    return HostFacts(
         release=kernel,
         user=user,
         tree=mounts.tree,

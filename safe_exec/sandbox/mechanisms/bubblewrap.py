@@ -30,7 +30,7 @@ OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 """What bubblewrap's own /dev has of the machine's."""
 
 
-class Surroundings(Struct, frozen=True, kw_only=True):
+class SandboxPaths(Struct, frozen=True, kw_only=True):
     """What the walls are put around: paths as the notebook sees them.
 
     ``folder`` is its working directory, ``runtime`` that of its sockets, with ``given`` in it to read (the connection file); ``homes`` are to be
@@ -56,7 +56,7 @@ class Surroundings(Struct, frozen=True, kw_only=True):
 def arguments(
     program: str,
     isolation: Isolation,
-    around: Surroundings,
+    around: SandboxPaths,
     *,
     shm_bytes: int | None,
     root: bool,
@@ -143,7 +143,7 @@ def _system(isolation: Isolation) -> Iterator[str]:
             yield from ("--ro-bind-try", path, path)
 
 
-def _own_mounts(isolation: Isolation, around: Surroundings, shm_bytes: int | None) -> Iterator[str]:
+def _own_mounts(isolation: Isolation, around: SandboxPaths, shm_bytes: int | None) -> Iterator[str]:
     """File systems of its own where the system may not be written; what other programs have in /run is hidden."""
     if isolation.read_only_system or around.disk is not None:
         yield from _tmpfs_or(around.disk and around.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
@@ -157,7 +157,7 @@ def _own_mounts(isolation: Isolation, around: Surroundings, shm_bytes: int | Non
                 yield from ("--ro-bind-try", path, path)
 
 
-def _close(isolation: Isolation, around: Surroundings, ways: Sequence[Path]) -> Iterator[str]:
+def _close(isolation: Isolation, around: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
     """What only hides what was there is not to be written either: it would count for no limit. Nor are ``ways``. Last, when all is mounted."""
     own, others = (around.homes[:1], around.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
@@ -198,7 +198,7 @@ class Cover(Struct, frozen=True, kw_only=True):
     is_home: bool = False
 
 
-def _covers(isolation: Isolation, around: Surroundings, *, has_shm: bool) -> tuple[Cover, ...]:
+def _covers(isolation: Isolation, around: SandboxPaths, *, has_shm: bool) -> tuple[Cover, ...]:
     """Everything that is mounted over, outer places first, but for what is hidden within an opening."""
     homes = around.homes if isolation.hide_home else ()
     covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
@@ -216,7 +216,7 @@ def _covers(isolation: Isolation, around: Surroundings, *, has_shm: bool) -> tup
     return tuple(sorted(covers, key=lambda cover: len(cover.path.parts)))
 
 
-def _left_open(isolation: Isolation, around: Surroundings) -> list[Path]:
+def _left_open(isolation: Isolation, around: SandboxPaths) -> list[Path]:
     """Every path that stays open, whatever lies around it: hiding a part of it has to come later."""
     repository = [] if around.repository is None else [around.repository]
     return [
@@ -228,7 +228,7 @@ def _left_open(isolation: Isolation, around: Surroundings) -> list[Path]:
     ]
 
 
-def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover]) -> Openings:
+def _openings(isolation: Isolation, around: SandboxPaths, covers: Sequence[Cover]) -> Openings:
     """The mounts of what stays open. Where two name the same path the later one counts."""
     covered = [cover.path for cover in covers]
     around_folder = [around.folder, *([] if around.repository is None else [around.repository])]
@@ -258,14 +258,14 @@ def _openings(isolation: Isolation, around: Surroundings, covers: Sequence[Cover
     return {path: mount for path, mount in openings.items() if path not in there}
 
 
-def _folder(isolation: Isolation, around: Surroundings) -> tuple[str, ...]:
+def _folder(isolation: Isolation, around: SandboxPaths) -> tuple[str, ...]:
     folder = str(around.folder)
     if isolation.folder is FolderUse.READ:
         return ("--ro-bind", folder, folder)
     return ("--bind", str(around.disk / "folder") if around.disk is not None else folder, folder)
 
 
-def _protected(isolation: Isolation, around: Surroundings) -> list[Path]:
+def _protected(isolation: Isolation, around: SandboxPaths) -> list[Path]:
     """Interpreters in the folder or repository, which stay read-only with the rest of the system.
 
     safe-exec may run from one of them itself, outside of all walls, and imports modules until its end: a notebook must not change them.
@@ -286,7 +286,7 @@ def _protected(isolation: Isolation, around: Surroundings) -> list[Path]:
     ]
 
 
-def _hide(path: Path, isolation: Isolation, around: Surroundings) -> Iterator[str]:
+def _hide(path: Path, isolation: Isolation, around: SandboxPaths) -> Iterator[str]:
     if path in around.files:
         yield from ("--ro-bind", "/dev/null", str(path))
     else:
@@ -339,7 +339,7 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
 
 
 def _places(
-    isolation: Isolation, around: Surroundings, openings: Openings, ways: Mapping[Path, bool]
+    isolation: Isolation, around: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
 ) -> Iterator[str]:
     """Hidden places, the ways in them, and the openings. Outer ones first, so that no mount covers one that is wanted.
 
@@ -374,7 +374,7 @@ def _outer_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(dict.fromkeys(paths), key=lambda path: len(path.parts))
 
 
-def _sockets(around: Surroundings) -> Iterator[str]:
+def _sockets(around: SandboxPaths) -> Iterator[str]:
     """The directory in which the kernel binds its sockets is one of its own too, with nothing of the machine's below.
 
     What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that the init hands

@@ -10,15 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import CgroupPlan, Offer
 
 PERIOD_US = 100_000
 
 
-def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
+def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
     """What the controllers that are writable here can hold; ``name`` is the directory of this sandbox."""
-    if not machine.may(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
+    if not machine.allows(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
     work = CgroupPlan()
     holds: dict[LimitName, Enforcement] = {}
@@ -32,7 +32,7 @@ def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
     return Offer(mechanism=Mechanism.CGROUP_V1, holds=holds, cgroup=work.plus(_kill(machine, name)))
 
 
-def _kill(machine: Machine, name: str) -> CgroupPlan:
+def _kill(machine: HostCapabilities, name: str) -> CgroupPlan:
     """On a hybrid host a group of the unified tree without controllers still gives ``cgroup.kill`` (since 5.14)."""
     if machine.v2_plain is None:
         return CgroupPlan()
@@ -45,7 +45,7 @@ def _kill(machine: Machine, name: str) -> CgroupPlan:
 
 
 def _memory(
-    limits: Limits, machine: Machine, name: str
+    limits: Limits, machine: HostCapabilities, name: str
 ) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     if "memory" not in machine.v1:
         return CgroupPlan(), {}
@@ -66,7 +66,7 @@ def _memory(
     ), held
 
 
-def _swap(machine: Machine, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
+def _swap(machine: HostCapabilities, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
     """Keep swap from extending the limit: memory and swap together get the same limit where that is accounted."""
     if (machine.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
         return [
@@ -80,7 +80,7 @@ def _swap(machine: Machine, group: Path, memory: int) -> tuple[list[tuple[str, s
 
 
 def _pids(
-    limits: Limits, machine: Machine, name: str
+    limits: Limits, machine: HostCapabilities, name: str
 ) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     if "pids" not in machine.v1:
         return CgroupPlan(), {}
@@ -101,7 +101,7 @@ def _pids(
 
 
 def _cpu(
-    limits: Limits, machine: Machine, name: str
+    limits: Limits, machine: HostCapabilities, name: str
 ) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     groups = sorted({machine.v1[c] / name for c in ("cpu", "cpuacct") if c in machine.v1})
     held: dict[LimitName, Enforcement] = {}

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host import cgroup_delegation
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import CgroupPlan, Delegation, Offer
 
 PERIOD_US = 100_000
@@ -30,10 +30,10 @@ class _Place(Struct, frozen=True, kw_only=True):
     launcher: tuple[str, ...] = ()
 
 
-def _place(machine: Machine, name: str) -> _Place | None:
+def _place(machine: HostCapabilities, name: str) -> _Place | None:
     """A scope of its own where systemd makes one, which is asked only where that is the better way."""
     scope = machine.scope
-    if scope is not None and machine.may(Mechanism.SYSTEMD):
+    if scope is not None and machine.allows(Mechanism.SYSTEMD):
         whose = "the system's" if scope.runtime is None else "the user's"
         note = f"a scope of {whose} systemd"
         launcher = scope.command(name)
@@ -45,15 +45,15 @@ def _place(machine: Machine, name: str) -> _Place | None:
             leaf="keeper",
             launcher=launcher,
         )
-    if machine.v2 is not None and machine.may(Mechanism.CGROUP_V2):
-        leaf = cgroup_delegation.LEAF if machine.v2_step_down else None
+    if machine.v2 is not None and machine.allows(Mechanism.CGROUP_V2):
+        leaf = cgroup_delegation.LEAF if machine.v2_needs_leaf else None
         return _Place(
             by=Mechanism.CGROUP_V2, parent=machine.v2, controllers=machine.v2_controllers, leaf=leaf
         )
     return None
 
 
-def offer(limits: Limits, machine: Machine, name: str) -> Offer | None:
+def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
     """What a group of the unified hierarchy can hold here; ``name`` is its directory."""
     place = _place(machine, name)
     if place is None:

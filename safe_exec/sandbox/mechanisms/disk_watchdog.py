@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from safe_exec.keeper import procfs
-from safe_exec.sandbox.usage.open_files import BLOCK, held
+from safe_exec.sandbox.usage.open_files import BLOCK, hidden_usage
 
 LOOK_SECONDS = 0.1
 WALK_SECONDS = 0.5
@@ -72,10 +72,10 @@ class DiskWatch(threading.Thread):
             self._free = free_of(self._places)
             self._begun = time.monotonic()
         while not self._stop_event.wait(LOOK_SECONDS):
-            if self.look():
+            if self.check():
                 return
 
-    def look(self, *, last: bool = False) -> bool:
+    def check(self, *, last: bool = False) -> bool:
         """Walk if it is time to; whether more than allowed has come. The ``last`` look of a run is always one if it is a short one."""
         with self._looking:
             if self._passed or self._before is None or self._stop_event.is_set():
@@ -96,7 +96,7 @@ class DiskWatch(threading.Thread):
     def _walk(self, before: int) -> None:
         self._begun = time.monotonic()
         self._free = free_of(self._places)
-        removed = held(procfs.descendants(self._root)).removed
+        removed = hidden_usage(procfs.descendants(self._root)).removed
         self._used = size_of(self._places) - before + sum(removed.values())
         self._took = time.monotonic() - self._begun
         if self._used > self._allowed:

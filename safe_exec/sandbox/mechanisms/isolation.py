@@ -21,7 +21,7 @@ from safe_exec.model.limits import (
     SystemCalls,
     Wall,
 )
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import Offer
 
@@ -32,7 +32,7 @@ LANDLOCK_TRUNCATE = 3
 NOT_ALLOWED = "it is not among the mechanisms allowed"
 
 
-class WallPlan(Struct, frozen=True, kw_only=True):
+class IsolationPlan(Struct, frozen=True, kw_only=True):
     """Who holds which wall, and what the keeper is to put up: ``enclosed`` in bubblewrap, or else what ``landlock`` can."""
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
@@ -40,16 +40,20 @@ class WallPlan(Struct, frozen=True, kw_only=True):
     landlock: bool = False
 
 
-def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
+def plan_isolation(
+    isolation: Isolation, limits: Limits, machine: HostCapabilities
+) -> IsolationPlan:
     """The walls of one run. One that nothing holds is written down as held by ``none``, not left out."""
     wanted = bubblewrap.is_needed(
         isolation, disk=limits.disk is not None, shm=limits.shm is not None
     )
-    enclosed = wanted and machine.bubblewrap is not None and machine.may(Mechanism.BUBBLEWRAP)
-    landlock = wanted and not enclosed and machine.landlock > 0 and machine.may(Mechanism.LANDLOCK)
+    enclosed = wanted and machine.bubblewrap is not None and machine.allows(Mechanism.BUBBLEWRAP)
+    landlock = (
+        wanted and not enclosed and machine.landlock > 0 and machine.allows(Mechanism.LANDLOCK)
+    )
     walls = dict(_namespaced(isolation, machine, enclosed=enclosed, landlock=landlock))
     walls |= dict(_own(isolation, machine, enclosed=enclosed))
-    return WallPlan(
+    return IsolationPlan(
         walls={wall: walls[wall] for wall in Wall if wall in walls},
         enclosed=enclosed,
         landlock=landlock,
@@ -57,9 +61,9 @@ def put_up(isolation: Isolation, limits: Limits, machine: Machine) -> WallPlan:
 
 
 def _namespaced(
-    isolation: Isolation, machine: Machine, *, enclosed: bool, landlock: bool
+    isolation: Isolation, machine: HostCapabilities, *, enclosed: bool, landlock: bool
 ) -> Iterator[tuple[Wall, Enforcement]]:
-    lost = machine.bubblewrap_why_not if machine.may(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
+    lost = machine.bubblewrap_why_not if machine.allows(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
     for wall, note in _asked(isolation):
         if enclosed:
             yield wall, Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
@@ -123,11 +127,11 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
 
 
 def _own(
-    isolation: Isolation, machine: Machine, *, enclosed: bool
+    isolation: Isolation, machine: HostCapabilities, *, enclosed: bool
 ) -> Iterator[tuple[Wall, Enforcement]]:
     """What a process gives up by itself, whatever the machine."""
     if isolation.system_calls is not SystemCalls.ALL:
-        lost = machine.seccomp_why_not if machine.may(Mechanism.SECCOMP) else NOT_ALLOWED
+        lost = machine.seccomp_why_not if machine.allows(Mechanism.SECCOMP) else NOT_ALLOWED
         how = (
             "refused with EPERM"
             if isolation.system_calls is SystemCalls.REFUSE
@@ -166,9 +170,9 @@ def _own(
 # --- the limits that walls hold ---------------------------------------------------------------------------------
 
 
-def offer(limits: Limits, machine: Machine) -> Offer | None:
+def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
     """What a file system of limited size can hold: what is written to disk and to /dev/shm."""
-    if machine.bubblewrap is None or not machine.may(Mechanism.BUBBLEWRAP):
+    if machine.bubblewrap is None or not machine.allows(Mechanism.BUBBLEWRAP):
         return None
     holds: dict[LimitName, Enforcement] = {}
     if limits.disk is not None:

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 from safe_exec.keeper import procfs
 from safe_exec.model.evidence import ProcessCount
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import Offer, SpawnPlan
 
 DATA_HEADROOM = 256 * 1024 * 1024
@@ -33,9 +33,9 @@ INIT_TASKS = 1
 """Tasks of ours in the user namespace that bubblewrap makes: the init (keeper/bwrap_init.py)."""
 
 
-def offer(limits: Limits, machine: Machine, *, enclosed: bool = False) -> Offer | None:
+def offer(limits: Limits, machine: HostCapabilities, *, enclosed: bool = False) -> Offer | None:
     """What rlimits can hold here. ``enclosed``: the kernel runs inside bubblewrap."""
-    if resource is None or not machine.may(Mechanism.RLIMIT):
+    if resource is None or not machine.allows(Mechanism.RLIMIT):
         return None
     holds: dict[LimitName, Enforcement] = {}
     rows: dict[LimitName, tuple[tuple[int, int, int], ...]] = {}
@@ -49,7 +49,7 @@ _Row = tuple[int, int, int]
 
 
 def _wanted(
-    limits: Limits, machine: Machine, *, enclosed: bool
+    limits: Limits, machine: HostCapabilities, *, enclosed: bool
 ) -> Iterator[tuple[LimitName, _Row, Enforcement]]:
     if limits.open_files is not None:
         row = (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files)

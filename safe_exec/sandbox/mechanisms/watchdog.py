@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import Offer
 from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
@@ -29,9 +29,9 @@ FASTEST_BYTES_PER_SECOND = 5 << 30
 WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
 
 
-def offer(limits: Limits, machine: Machine) -> Offer | None:
+def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
     """What a watch can hold: memory, processes and processor time of the whole tree, and what it writes (disk_watchdog.py)."""
-    if not machine.may(Mechanism.WATCHDOG):
+    if not machine.allows(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
     holds = {
@@ -87,12 +87,12 @@ class Watchdog(threading.Thread):
             begun = time.monotonic()
             if self._guard is not None:
                 self._guard.looked(begun - ended - rest)
-            if self.look():
+            if self.check():
                 return
             ended = time.monotonic()
             rest = max(PERIOD_SECONDS, REST_SHARE * (ended - begun))
 
-    def look(self, *, last: bool = False) -> bool:
+    def check(self, *, last: bool = False) -> bool:
         """Look now; whether a limit was passed. The ``last`` look of a run spares no time to be sure."""
         with self._looking:
             if self._passed or self._stop_event.is_set():

@@ -20,16 +20,16 @@ REMOVED = " (deleted)"
 _INODE = tuple[int, int]
 
 
-class Held(Struct):
+class UnlinkedAndMemoryFiles(Struct):
     """Bytes by inode, so that what several processes hold counts once: ``memory`` and ``removed`` files of a disk."""
 
     memory: dict[_INODE, int] = field(default_factory=dict)
     removed: dict[_INODE, int] = field(default_factory=dict)
 
 
-def held(pids: Iterable[int]) -> Held:
+def hidden_usage(pids: Iterable[int]) -> UnlinkedAndMemoryFiles:
     """Look at the descriptors of processes; those that may not be looked at are left out."""
-    found = Held()
+    found = UnlinkedAndMemoryFiles()
     for pid in pids:
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
@@ -37,7 +37,7 @@ def held(pids: Iterable[int]) -> Held:
     return found
 
 
-def _note(path: str, found: Held) -> None:
+def _note(path: str, found: UnlinkedAndMemoryFiles) -> None:
     with contextlib.suppress(OSError):
         target = os.readlink(path)
         in_memory = target.startswith(IN_MEMORY)

@@ -88,7 +88,7 @@ class ProcessFiles:
         except (OSError, IndexError):
             return None
 
-    def look(self, pid: int) -> Member | None:
+    def measure(self, pid: int) -> Member | None:
         """What a process uses now; ``None`` when it is gone."""
         try:
             text = self.text(f"{pid}/stat")
@@ -156,7 +156,7 @@ class ProcessFiles:
 
         It does that a moment before it becomes a zombie (do_exit in the system's kernel); until then its state is still R.
         """
-        now = self.look(member.pid)
+        now = self.measure(member.pid)
         return now is None or now.started != member.started or not now.size
 
     def same_memory(self, one: int, other: int) -> bool:

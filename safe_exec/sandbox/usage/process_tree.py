@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.keeper.procfs import TICKS
-from safe_exec.sandbox.usage.open_files import held
+from safe_exec.sandbox.usage.open_files import hidden_usage
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 from safe_exec.sandbox.usage.shared_pages import (
     SMALL,
@@ -101,7 +101,7 @@ class ProcessTree:
         roots = {keeper}
         pid = kernel
         for _ in range(8 if kernel else 0):  # bubblewrap forks at most twice
-            member = self._files.look(pid) if pid else None
+            member = self._files.measure(pid) if pid else None
             if member is None or member.parent in (0, 1):
                 return frozenset({keeper})  # the kernel is gone, or no descendant
             if member.parent == keeper:
@@ -187,7 +187,7 @@ class ProcessTree:
 
     def _look_at_open_files(self, now: float) -> None:
         if now >= self._open_files_next:
-            self._open_files = sum(held(self._members).memory.values())
+            self._open_files = sum(hidden_usage(self._members).memory.values())
             after = time.monotonic()
             self._open_files_next = after + OPEN_FILES_SHARE * (after - now)
 
@@ -199,7 +199,7 @@ class ProcessTree:
         self._others = {pid: None for pid in self._others if pid in pids}
         members: dict[int, Member] = {}
         for pid, known in self._members.items():
-            member = self._files.look(pid) if pid in pids else None
+            member = self._files.measure(pid) if pid in pids else None
             if member is not None and member.started == known.started:
                 members[pid] = member
             else:
@@ -222,7 +222,7 @@ class ProcessTree:
             for _ in parents:  # no more steps than there are: ids that are given anew meanwhile could make a circle
                 ancestor = parents.get(ancestor, ancestor)
             if ancestor in self._members or ancestor in self._roots:
-                member = self._files.look(pid)
+                member = self._files.measure(pid)
                 if member is not None:
                     self._members[pid] = member
             elif ancestor in self._others or ancestor in (0, 1):

@@ -44,10 +44,10 @@ class Volumes:
     def begin(self) -> None:
         """A cell begins: what was lowest before is forgotten."""
         self._lowest.clear()
-        self.look(own=True)
+        self.measure(own=True)
         self._before = {device: volume.free for device, volume in self._lowest.items()}
 
-    def look(self, *, own: bool = False) -> None:
+    def measure(self, *, own: bool = False) -> None:
         """Measure. ``own``: only the sandbox's own: a file server of the machine's may take its time to answer."""
         for device, directory in self._directories.items():
             if own and device not in self._own:

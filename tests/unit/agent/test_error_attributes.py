@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from safe_exec.agent import attributes
-from safe_exec.kernel.agent_facts import raised_told
+from safe_exec.kernel.agent_facts import reported_errors
 from safe_exec.model.evidence import Raised
 
 errors: Any = attributes
@@ -160,7 +160,7 @@ def told(action: Any, **more: Any) -> Raised:
         **json.loads(json.dumps(errors.surroundings(inside))),
         **more,
     }
-    return raised_told(fact).errors[0]
+    return reported_errors(fact).errors[0]
 
 
 @pytest.mark.parametrize(
@@ -226,4 +226,4 @@ def test_a_refused_connection_does_not_say_to_whom(
 )
 def test_what_is_no_fact_is_refused(fact: dict[str, Any]) -> None:
     with pytest.raises((TypeError, KeyError, ValueError)):
-        raised_told(fact)
+        reported_errors(fact)

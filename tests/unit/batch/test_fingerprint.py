@@ -191,12 +191,12 @@ def test_a_run_hears_of_signals_that_came_before_and_while_it_runs() -> None:
 def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:
     limits, job = (
         Limits(processes=100),
-        Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=7)),
+        Job(path=Path("n.ipynb"), machine=capabilities.HostCapabilities(user_tasks=7)),
     )
     assert worker.reserve_for_others(job, limits, 1) is job
     changed = worker.reserve_for_others(job, limits, 3).machine
     assert changed is not None and changed.user_tasks == 7 + 2 * (100 + worker.OWN_TASKS)
-    unlimited = Job(path=Path("n.ipynb"), machine=capabilities.Machine(user_tasks=None))
+    unlimited = Job(path=Path("n.ipynb"), machine=capabilities.HostCapabilities(user_tasks=None))
     assert worker.reserve_for_others(unlimited, limits, 3) is unlimited
 
 

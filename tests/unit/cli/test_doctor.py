@@ -34,9 +34,14 @@ from safe_exec.sandbox import stale_runs
 from safe_exec.sandbox.advice.isolation import advise_walls
 from safe_exec.sandbox.advice.limits import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.host import capabilities
-from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, Machine, Rehearsal, look_for_walls
+from safe_exec.sandbox.host.capabilities import (
+    NOT_INSTALLED,
+    BwrapProbe,
+    HostCapabilities,
+    probe_isolation,
+)
 from safe_exec.sandbox.host.cgroup_delegation import Scope
-from safe_exec.sandbox.host.facts import CgroupTree, Container, Surroundings, dead_runs, look
+from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts, collect, dead_runs
 from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
 from safe_exec.sandbox.planner import CHOOSABLE, build_plan
 from safe_exec.workflows.prepare import Job, prepare
@@ -48,15 +53,15 @@ V2_ALL = frozenset({"memory", "pids", "cpu"})
 MEMORY, CPUS, PROCESSES = LimitName.MEMORY, LimitName.CPUS, LimitName.PROCESSES
 
 NO_V2 = "no group above this process hands memory and pids on to new groups"
-USER = Machine(
+USER = HostCapabilities(
     uid=1000, v2_why_not=NO_V2, v1_why_not="cgroup v1 controllers are not mounted", user_tasks=40
 )
 ROOT = replace(USER, uid=0, user_tasks=None)
-SYSTEMD = Surroundings(
+SYSTEMD = HostFacts(
     user="ann", tree=CgroupTree.V2, controllers=V2_ALL, systemd=True, systemd_run=True, user_manager=True,
     user_controllers=V2_ALL, runtime_dir=True, linger=True,
 )  # fmt: skip
-IN_DOCKER = Surroundings(
+IN_DOCKER = HostFacts(
     user="root",
     tree=CgroupTree.V2,
     controllers=V2_ALL,
@@ -80,8 +85,8 @@ HAND_ON = 'echo "+memory +pids +cpu" > /sys/fs/cgroup/cgroup.subtree_control'
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """A place, the limits that are weak there, and what must (not) be among the steps, in that order."""
 
-    machine: Machine
-    host: Surroundings
+    machine: HostCapabilities
+    host: HostFacts
     weak: tuple[LimitName, ...] = (MEMORY, CPUS, PROCESSES)
     steps: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
@@ -91,7 +96,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 CASES = {
     "root on v1": Case(
         machine=replace(ROOT, v1=V1),
-        host=Surroundings(user="root", tree=CgroupTree.HYBRID),
+        host=HostFacts(user="root", tree=CgroupTree.HYBRID),
         weak=(),
         never=("sudo",),
     ),
@@ -108,20 +113,20 @@ CASES = {
     ),
     "root on v2 where nothing is handed on": Case(
         machine=ROOT,
-        host=Surroundings(user="root", tree=CgroupTree.V2, controllers=V2_ALL),
+        host=HostFacts(user="root", tree=CgroupTree.V2, controllers=V2_ALL),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=(HAND_ON,),
         never=("sudo", "xargs"),
     ),
     "root on v1 without pids": Case(
         machine=replace(ROOT, v1={k: v for k, v in V1.items() if k != "pids"}),
-        host=Surroundings(user="root", tree=CgroupTree.V1),
+        host=HostFacts(user="root", tree=CgroupTree.V1),
         weak=(PROCESSES,),
         steps=("mount -t cgroup -o pids cgroup /sys/fs/cgroup/pids",),
     ),
     "root without any control groups": Case(
         machine=ROOT,
-        host=Surroundings(user="root"),
+        host=HostFacts(user="root"),
         weak=(MEMORY, CPUS, PROCESSES),
         steps=("mount -t cgroup2 none /sys/fs/cgroup", HAND_ON),
     ),
@@ -187,7 +192,7 @@ CASES = {
     ),
     "user without anything on v2": Case(
         machine=USER,
-        host=Surroundings(user="ann", tree=CgroupTree.V2, controllers=V2_ALL),
+        host=HostFacts(user="ann", tree=CgroupTree.V2, controllers=V2_ALL),
         steps=(
             "sudo sh -c 'mkdir -p /sys/fs/cgroup/safe-exec-ann/shell'",
             f"sudo sh -c '{HAND_ON}'",
@@ -198,7 +203,7 @@ CASES = {
     ),
     "user without anything on v1": Case(
         machine=USER,
-        host=Surroundings(user="ann", tree=CgroupTree.HYBRID),
+        host=HostFacts(user="ann", tree=CgroupTree.HYBRID),
         steps=(
             "for c in memory pids cpu cpuacct; do",
             "g=/sys/fs/cgroup/$c/safe-exec-ann",
@@ -294,7 +299,7 @@ CASES = {
     ),
     "wsl 2 with mixed groups and no systemd": Case(
         machine=USER,
-        host=Surroundings(user="ann", wsl=2, tree=CgroupTree.HYBRID),
+        host=HostFacts(user="ann", wsl=2, tree=CgroupTree.HYBRID),
         steps=(
             "wsl.exe --update",
             "[wsl2]",
@@ -310,23 +315,23 @@ CASES = {
     ),
     "wsl 1": Case(
         machine=USER,
-        host=Surroundings(user="ann", wsl=1),
+        host=HostFacts(user="ann", wsl=1),
         steps=("wsl --set-version NAME-OF-THIS-DISTRIBUTION 2",),
     ),
     "macOS": Case(
-        machine=Machine(platform="darwin", uid=501),
-        host=Surroundings(user="ann"),
+        machine=HostCapabilities(platform="darwin", uid=501),
+        host=HostFacts(user="ann"),
         weak=(MEMORY, CPUS, PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE),
     ),
     "memory controller switched off": Case(
         machine=replace(ROOT, v1={k: v for k, v in V1.items() if k != "memory"}),
-        host=Surroundings(user="root", tree=CgroupTree.HYBRID, disabled=frozenset({"memory"})),
+        host=HostFacts(user="root", tree=CgroupTree.HYBRID, disabled=frozenset({"memory"})),
         weak=(MEMORY,),
         steps=("cgroup_enable=memory", "reboot"),
     ),
     "without mechanisms": Case(
         machine=replace(ROOT, v1=V1, allowed=frozenset({Mechanism.WATCHDOG})),
-        host=Surroundings(user="root", tree=CgroupTree.HYBRID),
+        host=HostFacts(user="root", tree=CgroupTree.HYBRID),
         weak=(MEMORY, CPUS, PROCESSES, LimitName.OPEN_FILES, LimitName.FILE_SIZE),
         never=("sudo", "mount"),
     ),
@@ -393,7 +398,7 @@ def test_a_reason_in_a_container_is_the_systems_own() -> None:
 # --- swap -------------------------------------------------------------------------------------------------------
 
 
-def v1_machine(tmp_path: Path, *, accounted: bool) -> Machine:
+def v1_machine(tmp_path: Path, *, accounted: bool) -> HostCapabilities:
     groups = {name: tmp_path / name for name in V1}
     for group in groups.values():
         group.mkdir()
@@ -405,7 +410,7 @@ def v1_machine(tmp_path: Path, *, accounted: bool) -> Machine:
 def test_swap_that_is_not_accounted_for_is_a_weakness(tmp_path: Path) -> None:
     machine = v1_machine(tmp_path, accounted=False)
     plan = build_plan(EVERY_LIMIT, machine, "test")
-    (remedy,) = advise(machine, Surroundings(tree=CgroupTree.V1), plan)
+    (remedy,) = advise(machine, HostFacts(tree=CgroupTree.V1), plan)
     assert remedy.limits == (MEMORY,)
     assert "swapaccount=1" in remedy.fixes[0].steps[0]
     assert swap_state(machine, plan) == "may extend the memory limit"
@@ -414,7 +419,7 @@ def test_swap_that_is_not_accounted_for_is_a_weakness(tmp_path: Path) -> None:
 def test_swap_that_is_accounted_for_is_none(tmp_path: Path) -> None:
     machine = v1_machine(tmp_path, accounted=True)
     plan = build_plan(EVERY_LIMIT, machine, "test")
-    assert advise(machine, Surroundings(tree=CgroupTree.V1), plan) == ()
+    assert advise(machine, HostFacts(tree=CgroupTree.V1), plan) == ()
     assert swap_state(machine, plan) == "kept from extending the memory limit"
 
 
@@ -426,7 +431,7 @@ def test_swap_that_is_accounted_for_is_none(tmp_path: Path) -> None:
         (replace(USER, swap_total=0), "none"),
     ],
 )
-def test_what_is_said_of_swap(machine: Machine, said: str) -> None:
+def test_what_is_said_of_swap(machine: HostCapabilities, said: str) -> None:
     assert said in swap_state(machine, build_plan(EVERY_LIMIT, machine, "test"))
 
 
@@ -462,7 +467,7 @@ MOUNT_UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgrou
 def test_the_tree_is_read_from_the_mounts(
     tmp_path: Path, mountinfo: str, tree: CgroupTree, read_only: bool
 ) -> None:
-    found = look(root=world(tmp_path, {"proc/self/mountinfo": mountinfo}), environ={}, uid=1000)
+    found = collect(root=world(tmp_path, {"proc/self/mountinfo": mountinfo}), environ={}, uid=1000)
     assert (found.tree, found.read_only) == (tree, read_only)
 
 
@@ -490,7 +495,7 @@ def test_the_tree_is_read_from_the_mounts(
 def test_containers_are_told_apart(
     tmp_path: Path, files: dict[str, str], environ: dict[str, str], container: Container
 ) -> None:
-    assert look(root=world(tmp_path, files), environ=environ, uid=0).container is container
+    assert collect(root=world(tmp_path, files), environ=environ, uid=0).container is container
 
 
 @pytest.mark.parametrize(
@@ -502,7 +507,7 @@ def test_containers_are_told_apart(
     ],
 )
 def test_wsl_is_told_by_its_kernel(tmp_path: Path, release: str, wsl: int | None) -> None:
-    assert look(root=tmp_path, environ={}, uid=0, release=release).wsl == wsl
+    assert collect(root=tmp_path, environ={}, uid=0, release=release).wsl == wsl
 
 
 def test_systemd_and_its_user_manager_are_found(tmp_path: Path) -> None:
@@ -525,7 +530,7 @@ def test_systemd_and_its_user_manager_are_found(tmp_path: Path) -> None:
         "GITHUB_ACTIONS": "true",
         "PATH": "/usr/local/bin:/usr/bin",
     }
-    assert look(root=root, environ=environ, uid=1000, release="6.1") == Surroundings(
+    assert collect(root=root, environ=environ, uid=1000, release="6.1") == HostFacts(
         release="6.1",
         user="ann",
         tree=CgroupTree.V2,
@@ -542,8 +547,8 @@ def test_systemd_and_its_user_manager_are_found(tmp_path: Path) -> None:
 
 
 def test_nothing_is_found_in_an_empty_place(tmp_path: Path) -> None:
-    found = look(root=tmp_path, environ={}, uid=4_000_001, release="6.1")
-    assert found == Surroundings(release="6.1", user="4000001")
+    found = collect(root=tmp_path, environ={}, uid=4_000_001, release="6.1")
+    assert found == HostFacts(release="6.1", user="4000001")
 
 
 def test_notes_of_dead_runs_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,7 +774,7 @@ def test_bubblewrap_is_tried(
     fake_path: Path, version: str, fails: str, works: bool, why_not: str
 ) -> None:
     fake_bubblewrap(fake_path, version, fails=fails)
-    found = look_for_walls(Machine())
+    found = probe_isolation(HostCapabilities())
     assert (found.bubblewrap, found.bubblewrap_why_not) == (
         str(fake_path / "bwrap") if works else None,
         why_not,
@@ -778,11 +783,11 @@ def test_bubblewrap_is_tried(
 
 def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_path: Path) -> None:
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0")
-    assert look_for_walls(Machine()).bubblewrap_version is None
+    assert probe_isolation(HostCapabilities()).bubblewrap_version is None
     assert "--version" not in (fake_path / "calls").read_text()
-    assert look_for_walls(Machine(), version=True).bubblewrap_version == "0.8.0"
+    assert probe_isolation(HostCapabilities(), version=True).bubblewrap_version == "0.8.0"
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exit 1")
-    assert look_for_walls(Machine()).bubblewrap_version == "0.8.0"
+    assert probe_isolation(HostCapabilities()).bubblewrap_version == "0.8.0"
 
 
 def test_a_rehearsal_that_does_not_end_is_killed(
@@ -790,9 +795,9 @@ def test_a_rehearsal_that_does_not_end_is_killed(
 ) -> None:
     monkeypatch.setattr(capabilities, "BUBBLEWRAP_SECONDS", 0.2)
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exec sleep 600")
-    with Rehearsal() as rehearsal:
-        assert rehearsal._process is not None
-    assert rehearsal._process.returncode == -9
+    with BwrapProbe() as bwrap_probe:
+        assert bwrap_probe._process is not None
+    assert bwrap_probe._process.returncode == -9
 
 
 @pytest.mark.parametrize(
@@ -821,7 +826,7 @@ def test_a_run_without_walls_does_not_look_for_them(
 
 
 def test_elsewhere_than_on_linux_nothing_is_looked_for() -> None:
-    found = look_for_walls(Machine(platform="darwin"))
+    found = probe_isolation(HostCapabilities(platform="darwin"))
     assert (found.bubblewrap, found.landlock, found.bubblewrap_why_not) == (
         None,
         0,
@@ -834,26 +839,26 @@ def test_elsewhere_than_on_linux_nothing_is_looked_for() -> None:
 REFUSED = "bwrap: setting up uid map: Permission denied"
 HAVE = replace(USER, bubblewrap_version="0.9.0", bubblewrap_why_not=REFUSED)
 LACK = replace(USER, bubblewrap_why_not=NOT_INSTALLED)
-WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
-    "debian": (LACK, Surroundings(distribution="debian"), ["sudo apt-get install bubblewrap"], []),
+WALL_CASES: dict[str, tuple[HostCapabilities, HostFacts, list[str], list[str]]] = {
+    "debian": (LACK, HostFacts(distribution="debian"), ["sudo apt-get install bubblewrap"], []),
     "ubuntu, root": (
         replace(LACK, uid=0),
-        Surroundings(distribution="ubuntu debian"),
+        HostFacts(distribution="ubuntu debian"),
         ["apt-get install bubblewrap"],
         ["sudo"],
     ),
-    "fedora": (LACK, Surroundings(distribution="fedora"), ["sudo dnf install bubblewrap"], ["apt"]),
+    "fedora": (LACK, HostFacts(distribution="fedora"), ["sudo dnf install bubblewrap"], ["apt"]),
     "alma": (
         LACK,
-        Surroundings(distribution="almalinux rhel centos fedora"),
+        HostFacts(distribution="almalinux rhel centos fedora"),
         ["sudo dnf install bubblewrap"],
         [],
     ),
-    "arch": (LACK, Surroundings(distribution="arch"), ["sudo pacman -S bubblewrap"], []),
-    "unknown": (LACK, Surroundings(), ["sudo apt-get install bubblewrap"], []),
+    "arch": (LACK, HostFacts(distribution="arch"), ["sudo pacman -S bubblewrap"], []),
+    "unknown": (LACK, HostFacts(), ["sudo apt-get install bubblewrap"], []),
     "ubuntu 24.04": (
         HAVE,
-        Surroundings(apparmor_userns=True),
+        HostFacts(apparmor_userns=True),
         [
             "profile bwrap /usr/bin/bwrap flags=(unconfined)",
             "sudo systemctl reload apparmor",
@@ -864,25 +869,25 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     ),
     "debian 10": (
         HAVE,
-        Surroundings(no_userns_clone=True),
+        HostFacts(no_userns_clone=True),
         ["sudo sysctl -w kernel.unprivileged_userns_clone=1"],
         ["apparmor"],
     ),
     "hardened": (
         HAVE,
-        Surroundings(no_user_namespaces=True),
+        HostFacts(no_user_namespaces=True),
         ["sudo sysctl -w user.max_user_namespaces=10000"],
         [],
     ),
     "no known reason": (
         HAVE,
-        Surroundings(),
+        HostFacts(),
         ["bwrap --ro-bind", "apt-get install bubblewrap"],
         ["sysctl"],
     ),
     "docker": (
         HAVE,
-        Surroundings(container=Container.DOCKER),
+        HostFacts(container=Container.DOCKER),
         [
             "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined",
             "docker run --privileged IMAGE",
@@ -891,7 +896,7 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     ),
     "docker on ubuntu": (
         HAVE,
-        Surroundings(container=Container.DOCKER, apparmor_userns=True),
+        HostFacts(container=Container.DOCKER, apparmor_userns=True),
         [
             "docker run",
             "# and on the host:",
@@ -901,31 +906,31 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     ),
     "docker without it": (
         LACK,
-        Surroundings(container=Container.DOCKER),
+        HostFacts(container=Container.DOCKER),
         ["apt-get install"],
         ["docker run"],
     ),
     "podman": (
         HAVE,
-        Surroundings(container=Container.PODMAN),
+        HostFacts(container=Container.PODMAN),
         ["podman run --security-opt seccomp=unconfined"],
         ["docker"],
     ),
     "kubernetes": (
         HAVE,
-        Surroundings(container=Container.KUBERNETES),
+        HostFacts(container=Container.KUBERNETES),
         ["procMount: Unmasked"],
         ["docker"],
     ),
     "other container": (
         HAVE,
-        Surroundings(container=Container.OTHER),
+        HostFacts(container=Container.OTHER),
         ["# how is for its manager to say"],
         ["docker"],
     ),
     "not allowed": (
         replace(HAVE, allowed=frozenset({Mechanism.RLIMIT})),
-        Surroundings(apparmor_userns=True),
+        HostFacts(apparmor_userns=True),
         [],
         ["sudo"],
     ),
@@ -936,7 +941,7 @@ WALL_CASES: dict[str, tuple[Machine, Surroundings, list[str], list[str]]] = {
     ("machine", "host", "wanted", "never"), WALL_CASES.values(), ids=WALL_CASES
 )
 def test_what_mends_walls(
-    machine: Machine, host: Surroundings, wanted: list[str], never: list[str]
+    machine: HostCapabilities, host: HostFacts, wanted: list[str], never: list[str]
 ) -> None:
     plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
     found = advise_walls(machine, host, plan.walls, plan.enforcement)
@@ -962,14 +967,14 @@ def test_what_mends_walls(
 def test_where_all_walls_stand_there_is_nothing_to_mend() -> None:
     machine = replace(USER, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
     plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
-    assert advise_walls(machine, Surroundings(), plan.walls, plan.enforcement) == ()
+    assert advise_walls(machine, HostFacts(), plan.walls, plan.enforcement) == ()
     assert weak_walls(plan.walls) == (), "that only root can become somebody else is no weakness"
 
 
 def test_elsewhere_nothing_is_said_of_walls_twice() -> None:
-    machine = Machine(platform="darwin", uid=501)
+    machine = HostCapabilities(platform="darwin", uid=501)
     plan = build_plan(EVERY_LIMIT, machine, "test", EVERY_WALL)
-    assert advise_walls(machine, Surroundings(), plan.walls, plan.enforcement) == ()
+    assert advise_walls(machine, HostFacts(), plan.walls, plan.enforcement) == ()
     assert Wall.HOME in weak_walls(plan.walls)
 
 
@@ -997,8 +1002,8 @@ def test_elsewhere_nothing_is_said_of_walls_twice() -> None:
 def test_what_keeps_users_from_namespaces_is_read(
     tmp_path: Path, files: dict[str, str], wanted: dict[str, Any]
 ) -> None:
-    bare = look(root=tmp_path / "none", environ={}, uid=7, release="6.1")
-    assert look(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(
+    bare = collect(root=tmp_path / "none", environ={}, uid=7, release="6.1")
+    assert collect(root=world(tmp_path, files), environ={}, uid=7, release="6.1") == replace(
         bare, **wanted
     )
 
@@ -1016,13 +1021,13 @@ def test_what_keeps_users_from_namespaces_is_read(
         ),
         (replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL), "below /cg"),
         (
-            replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL, v2_step_down=True),
+            replace(USER, v2=Path("/cg"), v2_controllers=V2_ALL, v2_needs_leaf=True),
             "it moves one group down first",
         ),
         (USER, ""),
     ],
 )
-def test_where_groups_will_stand_is_said(machine: Machine, said: str) -> None:
+def test_where_groups_will_stand_is_said(machine: HostCapabilities, said: str) -> None:
     lines = [
         words
         for label, words in facts(replace(doctor_of(CASES["root on v1"]), machine=machine))
@@ -1036,6 +1041,6 @@ def test_a_rehearsal_that_nobody_asks_leaves_no_process(monkeypatch: pytest.Monk
     mark = secrets.token_hex(8)
     monkeypatch.setenv(MARK, mark)
     for _ in range(20):
-        with Rehearsal():
+        with BwrapProbe():
             pass
     assert marked_processes(mark) == []

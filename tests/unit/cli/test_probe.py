@@ -40,7 +40,7 @@ from safe_exec.model.ending import TimedOut
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.model.verdict import CauseKind
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest
 from safe_exec.workflows import probe as probing
@@ -521,7 +521,8 @@ def test_why_a_run_was_over(
 
     limits = Limits(memory=MIB, timeout=timeout)
     template = TrialRequest(
-        run_id="0", node=None, kernel_name="python3", cwd=Path(), limits=limits, machine=Machine(), plan=build_plan(limits, Machine(), "0"),
+        run_id="0", node=None, kernel_name="python3", cwd=Path(), limits=limits, machine=HostCapabilities(),
+        plan=build_plan(limits, HostCapabilities(), "0"),
         cell_limits=lambda _: limits,
     )  # fmt: skip
     monkeypatch.setattr(rerun, "run_trial", run_trial)

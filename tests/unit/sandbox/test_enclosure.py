@@ -15,8 +15,8 @@ from safe_exec.errors import SandboxError
 from safe_exec.model.limits import FolderUse, Isolation, Limits, Mechanism, SystemCalls
 from safe_exec.sandbox import enclosure
 from safe_exec.sandbox.enclosure import (
-    Birth,
     Enclosure,
+    PlannedKernel,
     demand_narrow,
     enclose,
     homes,
@@ -24,7 +24,7 @@ from safe_exec.sandbox.enclosure import (
     settled,
     visible,
 )
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.sandbox import WallSetup
 
@@ -277,13 +277,13 @@ def test_a_home_is_no_folder_for_a_notebook_that_is_to_see_no_home(home: Path) -
 
 # --- what the keeper is told ------------------------------------------------------------------------------------
 
-LANDLOCK = Machine(uid=1000, landlock=7)
-BUBBLEWRAP = Machine(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
+LANDLOCK = HostCapabilities(uid=1000, landlock=7)
+BUBBLEWRAP = HostCapabilities(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
 
 
 def told(
     home: Path,
-    machine: Machine,
+    machine: HostCapabilities,
     isolation: Isolation,
     *,
     cwd: Path | None = None,
@@ -292,14 +292,14 @@ def told(
     folder = cwd or home / "project"
     folder.mkdir(exist_ok=True)
     plan = build_plan(Limits(disk=disk), machine, "id", isolation)
-    birth = Birth(
+    planned = PlannedKernel(
         plan=plan,
         argv=[sys.executable],
         env={"A": "b"},
         cwd=folder,
         runtime=home.parent / "runtime",
     )
-    return enclose(birth)
+    return enclose(planned)
 
 
 def test_the_folder_is_told_without_links(home: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_the_folder_is_told_without_links(home: Path, tmp_path: Path) -> None:
 
 def test_without_bubblewrap_there_is_no_enclosure(home: Path) -> None:
     assert told(home, LANDLOCK, WALLED).setup.bwrap is None
-    plain = told(home, Machine(), Isolation(listed_environment=True))
+    plain = told(home, HostCapabilities(), Isolation(listed_environment=True))
     assert plain.setup == WallSetup()
     assert (plain.env, plain.cwd) == ({"A": "b"}, str(home / "project"))
 
@@ -345,9 +345,12 @@ def test_without_a_tmp_of_its_own_there_is_a_directory_that_goes_with_the_run(ho
 
 def test_a_filter_is_handed_over_only_where_it_is_to_hold(home: Path) -> None:
     refused = Isolation(system_calls=SystemCalls.REFUSE)
-    walls = told(home, Machine(), refused).setup.walls
+    walls = told(home, HostCapabilities(), refused).setup.walls
     assert walls is not None and walls.seccomp
-    without = Machine(allowed=frozenset({Mechanism.RLIMIT})), Machine(seccomp_why_not="none")
+    without = (
+        HostCapabilities(allowed=frozenset({Mechanism.RLIMIT})),
+        HostCapabilities(seccomp_why_not="none"),
+    )
     assert [told(home, machine, refused).setup.walls for machine in without] == [None, None]
 
 

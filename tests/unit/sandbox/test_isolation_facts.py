@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Isolation, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.isolation_facts import KernelPaths, facts_of
 from safe_exec.sandbox.planner import build_plan
 
-BUBBLEWRAP = Machine(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
-LANDLOCK = Machine(uid=1000, landlock=7)
+BUBBLEWRAP = HostCapabilities(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
+LANDLOCK = HostCapabilities(uid=1000, landlock=7)
 PATHS = KernelPaths(
     folder=Path("/home/me/project"),
     runtime=Path("/tmp/run"),
@@ -26,7 +26,7 @@ PATHS = KernelPaths(
 CI = Isolation(hide_home=True, read_only_system=True)
 
 
-def facts(machine: Machine, isolation: Isolation, **limits: Any) -> IsolationFacts:
+def facts(machine: HostCapabilities, isolation: Isolation, **limits: Any) -> IsolationFacts:
     return facts_of(build_plan(Limits(**limits), machine, "id", isolation), PATHS)
 
 
@@ -51,7 +51,7 @@ def test_landlock_leaves_tmp_the_machines_own() -> None:
 
 
 def test_a_wall_that_nothing_holds_takes_nothing_away() -> None:
-    seen = facts(Machine(uid=1000), replace(CI, network=False, hide=("/srv",)))
+    seen = facts(HostCapabilities(uid=1000), replace(CI, network=False, hide=("/srv",)))
     assert seen == IsolationFacts(
         home="/home/me", folder="/home/me/project", writable=("/home/me/project",)
     )
@@ -84,6 +84,6 @@ def test_a_folder_that_is_only_read_is_neither() -> None:
 
 
 @pytest.mark.parametrize("machine", [BUBBLEWRAP, LANDLOCK])
-def test_other_hosts(machine: Machine) -> None:
+def test_other_hosts(machine: HostCapabilities) -> None:
     assert facts(machine, Isolation(network=False)).network is False
     assert facts(machine, CI).network is True

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.host.cgroup_delegation import Scope
 from safe_exec.sandbox.mechanisms import rlimits, watchdog
 from safe_exec.sandbox.plan import (
@@ -32,23 +32,25 @@ LIMITS = Limits(
     start_timeout=60.0, cell_output=MIB, output=4 * MIB, disk=8 * MIB, shm=MIB,
 )  # fmt: skip
 V1 = {name: Path(f"/cg/{name}") for name in ("memory", "pids", "cpu", "cpuacct")}
-ROOT_V1 = Machine(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
-ROOT_V2 = Machine(v2=Path("/cg"), v2_controllers=frozenset({"memory", "pids", "cpu"}), swap_total=1)
+ROOT_V1 = HostCapabilities(v1=V1, v2_plain=Path("/cg/unified"), swap_total=0)
+ROOT_V2 = HostCapabilities(
+    v2=Path("/cg"), v2_controllers=frozenset({"memory", "pids", "cpu"}), swap_total=1
+)
 BY_SYSTEMD = Scope(
     slice="app.slice",
     directory=Path("/cg/app.slice"),
     controllers=ROOT_V2.v2_controllers,
     runtime=Path("/run/user/1"),
 )
-SCOPED = Machine(uid=1, scope=BY_SYSTEMD, v1=V1, swap_total=1)
-ROOT_BARE = Machine(uid=0)
-USER_BARE = Machine(uid=1000, user_tasks=30)
-WATCH_ALONE = Machine(uid=1000, user_tasks=30, allowed=frozenset({M.WATCHDOG}))
-NOTHING = Machine(allowed=frozenset())
-WALLS = Machine(bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
+SCOPED = HostCapabilities(uid=1, scope=BY_SYSTEMD, v1=V1, swap_total=1)
+ROOT_BARE = HostCapabilities(uid=0)
+USER_BARE = HostCapabilities(uid=1000, user_tasks=30)
+WATCH_ALONE = HostCapabilities(uid=1000, user_tasks=30, allowed=frozenset({M.WATCHDOG}))
+NOTHING = HostCapabilities(allowed=frozenset())
+WALLS = HostCapabilities(bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
 
 
-def plan_for(machine: Machine, limits: Limits = LIMITS) -> SpawnPlan:
+def plan_for(machine: HostCapabilities, limits: Limits = LIMITS) -> SpawnPlan:
     return build_plan(limits, machine, "id")
 
 
@@ -66,7 +68,7 @@ def holding(mechanism: Mechanism, *names: LimitName, rows: bool = False) -> Offe
     )
 
 
-TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
+TABLE: list[tuple[str, HostCapabilities, dict[LimitName, Mechanism]]] = [
     (
         "v2",
         ROOT_V2,
@@ -122,7 +124,7 @@ TABLE: list[tuple[str, Machine, dict[LimitName, Mechanism]]] = [
 @pytest.mark.parametrize(
     ("machine", "by"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
-def test_who_holds_what(machine: Machine, by: dict[LimitName, Mechanism]) -> None:
+def test_who_holds_what(machine: HostCapabilities, by: dict[LimitName, Mechanism]) -> None:
     held = plan_for(machine).enforcement
     assert {name: held[name].by for name in by} == by
     assert list(held) == list(LimitName), "each limit that is set is written down, in order"
@@ -134,7 +136,7 @@ def test_who_holds_what(machine: Machine, by: dict[LimitName, Mechanism]) -> Non
 
 
 @pytest.mark.parametrize("machine", [row[1] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_what_is_not_limited_is_not_held(machine: Machine) -> None:
+def test_what_is_not_limited_is_not_held(machine: HostCapabilities) -> None:
     plan = plan_for(machine, Limits(start_timeout=None))
     assert (dict(plan.enforcement), plan.rlimits, plan.watch, plan.open_files_soft) == (
         {},
@@ -179,7 +181,7 @@ def test_without_offers_all_is_held_by_none_but_what_the_runner_holds() -> None:
     ],
     ids=["v2", "v1", "user", "root", "watchdog", "bubblewrap", "nothing"],
 )
-def test_what_is_watched(machine: Machine, watched: set[LimitName]) -> None:
+def test_what_is_watched(machine: HostCapabilities, watched: set[LimitName]) -> None:
     assert plan_for(machine).watch == watched
 
 
@@ -223,7 +225,7 @@ def test_rows_of_an_ordinary_user() -> None:
     ],
 )
 def test_the_processes_of_an_ordinary_user_are_held_where_they_are_counted_alone(
-    machine: Machine, count: int, hard: bool
+    machine: HostCapabilities, count: int, hard: bool
 ) -> None:
     plan = build_plan(LIMITS, machine, "id", Isolation(own_processes=True))
     assert rows_of(plan)[resource.RLIMIT_NPROC] == (count, count)
@@ -247,7 +249,7 @@ def test_rows_of_root_leave_out_what_root_is_exempt_from() -> None:
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
-def test_a_control_group_spares_the_weaker_rows(machine: Machine) -> None:
+def test_a_control_group_spares_the_weaker_rows(machine: HostCapabilities) -> None:
     assert set(rows_of(plan_for(machine))) == {
         resource.RLIMIT_NOFILE,
         resource.RLIMIT_FSIZE,
@@ -257,7 +259,7 @@ def test_a_control_group_spares_the_weaker_rows(machine: Machine) -> None:
 
 @pytest.mark.parametrize("mechanism", [M.RLIMIT, M.WATCHDOG])
 def test_a_mechanism_that_may_not_be_used_offers_nothing(mechanism: Mechanism) -> None:
-    machine = Machine(allowed=frozenset(Mechanism) - {mechanism})
+    machine = HostCapabilities(allowed=frozenset(Mechanism) - {mechanism})
     offer = (
         rlimits.offer(LIMITS, machine) if mechanism is M.RLIMIT else watchdog.offer(LIMITS, machine)
     )
@@ -265,7 +267,7 @@ def test_a_mechanism_that_may_not_be_used_offers_nothing(mechanism: Mechanism) -
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
-def test_swap_never_extends_the_memory(machine: Machine) -> None:
+def test_swap_never_extends_the_memory(machine: HostCapabilities) -> None:
     work = plan_for(machine).cgroup
     written = dict((*work.writes, *work.writes_where_present))
     swap = {path: value for path, value in written.items() if "swap" in path}
@@ -278,7 +280,7 @@ def test_swap_never_extends_the_memory(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
-def test_every_group_that_is_written_to_is_made_and_joined(machine: Machine) -> None:
+def test_every_group_that_is_written_to_is_made_and_joined(machine: HostCapabilities) -> None:
     work = plan_for(machine).cgroup
     made = set(work.dirs)
     assert len(work.dirs) == len(made)
@@ -320,7 +322,7 @@ def test_walls_are_carried_out_only_where_they_stand() -> None:
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, WALLS], ids=["v1", "bubblewrap"])
-def test_a_run_without_walls_and_sizes_is_not_enclosed(machine: Machine) -> None:
+def test_a_run_without_walls_and_sizes_is_not_enclosed(machine: HostCapabilities) -> None:
     plan = build_plan(Limits(memory=MIB), machine, "id")
     assert (plan.enclosed, plan.landlock, dict(plan.walls)) == (None, False, {})
 
@@ -336,7 +338,7 @@ def test_work_is_put_together_in_order() -> None:
 
 
 @pytest.mark.parametrize("machine", [ROOT_V1, ROOT_V2], ids=["v1", "v2"])
-def test_control_groups_satisfy_all_that_can_be_required(machine: Machine) -> None:
+def test_control_groups_satisfy_all_that_can_be_required(machine: HostCapabilities) -> None:
     require(build_plan(LIMITS, machine, "id"), parse_required("all", LIMITS).names)
 
 
@@ -351,7 +353,7 @@ def test_control_groups_satisfy_all_that_can_be_required(machine: Machine) -> No
     ],
 )
 def test_less_than_the_systems_kernel_is_refused(
-    machine: Machine, name: LimitName, words: tuple[str, ...]
+    machine: HostCapabilities, name: LimitName, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(EnforcementError) as caught:
         require(plan_for(machine), [name])
@@ -394,7 +396,7 @@ def test_names_that_are_none(text: str) -> None:
 # --- required walls ---------------------------------------------------------------------------------------------
 
 WALLED = Isolation(hide_home=True, network=False, own_processes=True, other_user=True)
-LANDLOCKED = Machine(uid=1000, bubblewrap_why_not="not permitted", landlock=7)
+LANDLOCKED = HostCapabilities(uid=1000, bubblewrap_why_not="not permitted", landlock=7)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,9 @@ LANDLOCKED = Machine(uid=1000, bubblewrap_why_not="not permitted", landlock=7)
         (USER_BARE, ("home", "network", "processes")),
     ],
 )
-def test_walls_that_are_required_must_stand(machine: Machine, weak: tuple[str, ...]) -> None:
+def test_walls_that_are_required_must_stand(
+    machine: HostCapabilities, weak: tuple[str, ...]
+) -> None:
     plan = build_plan(LIMITS, machine, "id", replace(WALLED, required=True))
     if not weak:
         require(plan, [])
@@ -449,7 +453,7 @@ def test_in_a_scope_the_keeper_stands_beside_the_kernel() -> None:
 
 def test_a_group_that_hands_on_already_is_only_used() -> None:
     assert plan_for(ROOT_V2).cgroup.delegation is None
-    stepping = plan_for(replace(ROOT_V2, v2_step_down=True)).cgroup
+    stepping = plan_for(replace(ROOT_V2, v2_needs_leaf=True)).cgroup
     assert stepping.delegation is not None and (
         stepping.delegation.leaf,
         stepping.delegation.launcher,

@@ -18,7 +18,7 @@ from safe_exec.keeper.discarded_files import FOLDER, HOME, SHM, TMP, Listing
 from safe_exec.keeper.protocol import Discarded, DiscardedGroup
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Isolation, Limits
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.isolation_facts import KernelPaths, inside_places, outside_places
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.discarded import discarded_warning
@@ -225,8 +225,8 @@ def test_a_name_may_be_anything(tmp_path: Path) -> None:
 
 # --- which places -----------------------------------------------------------------------------------------------
 
-BUBBLEWRAP = Machine(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
-LANDLOCK = Machine(uid=1000, landlock=7)
+BUBBLEWRAP = HostCapabilities(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="")
+LANDLOCK = HostCapabilities(uid=1000, landlock=7)
 CI = Isolation(hide_home=True, read_only_system=True)
 PATHS = KernelPaths(
     folder=Path("/srv/nb"),
@@ -237,7 +237,7 @@ PATHS = KernelPaths(
 )
 
 
-def places(machine: Machine, isolation: Isolation, **limits: Any) -> dict[str, str]:
+def places(machine: HostCapabilities, isolation: Isolation, **limits: Any) -> dict[str, str]:
     """The path of each place by the name that it is told by."""
     plan = build_plan(Limits(**limits), machine, "id", isolation)
     inside = inside_places(plan, PATHS) if plan.enclosed else []
@@ -279,11 +279,14 @@ MEMORY = {"~": "/home/me", "/tmp": "/tmp", "/dev/shm": "/dev/shm"}
         ),
         (LANDLOCK, CI, {}, {"~": "/tmp/run/home", "$TMPDIR": "/tmp/run"}),
         (LANDLOCK, Isolation(hide_home=True), {}, {"~": "/tmp/run/home"}),
-        (Machine(uid=1000), CI, {}, {}),
+        (HostCapabilities(uid=1000), CI, {}, {}),
     ],
 )
 def test_places(
-    machine: Machine, isolation: Isolation, limits: dict[str, int], expected: dict[str, str]
+    machine: HostCapabilities,
+    isolation: Isolation,
+    limits: dict[str, int],
+    expected: dict[str, str],
 ) -> None:
     assert places(machine, isolation, **limits) == expected
 

@@ -15,14 +15,14 @@ from safe_exec.sandbox.mechanisms.bubblewrap import (
     OLDEST,
     PARENT_BYTES,
     TMP_BYTES,
-    Surroundings,
+    SandboxPaths,
     arguments,
     is_needed,
 )
 
 FOLDER, RUNTIME, HOME = Path("/srv/project/nb"), Path("/tmp/safe-exec-1"), Path("/home/ann")
 VENV, BASE = Path("/home/ann/venv"), Path("/usr")
-AROUND = Surroundings(
+AROUND = SandboxPaths(
     folder=FOLDER, runtime=RUNTIME, homes=(HOME, Path("/root"), Path("/home")), visible=(VENV, BASE)
 )
 DISK = RUNTIME / "disk"
@@ -72,7 +72,7 @@ def steps(argv: list[str]) -> Iterator[Step]:
 
 def made(
     isolation: Isolation,
-    around: Surroundings = AROUND,
+    around: SandboxPaths = AROUND,
     *,
     shm: int | None = None,
     root: bool = False,
@@ -379,7 +379,7 @@ def test_interpreters_in_a_repository_stay_read_only() -> None:
     ],
 )
 def test_interpreters_can_be_written_where_the_system_can_and_in_a_copy(
-    isolation: Isolation, around: Surroundings
+    isolation: Isolation, around: SandboxPaths
 ) -> None:
     venv = REPOSITORY / ".venv"
     found = made(isolation, replace(around, visible=(venv,), interpreters=(venv,)))

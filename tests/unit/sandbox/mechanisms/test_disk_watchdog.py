@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safe_exec.sandbox.mechanisms.disk_watchdog import PAGE, DiskWatch, free_of, size_of
-from safe_exec.sandbox.usage.open_files import held
+from safe_exec.sandbox.usage.open_files import hidden_usage
 from safe_exec.sandbox.usage.process_tree import ProcessTree
 from tests.support import wait_until
 
@@ -49,7 +49,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_what_is_held_open_counts_once(holder: subprocess.Popen[str]) -> None:
     child = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
-    found = held([holder.pid, child, 1 << 30])
+    found = hidden_usage([holder.pid, child, 1 << 30])
     assert list(found.memory.values()) == [8 * MIB]
     assert sum(found.removed.values()) == pytest.approx(4 * MIB, abs=64 << 10), (
         "of files that are there directories tell"

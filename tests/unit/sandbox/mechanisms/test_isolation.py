@@ -14,9 +14,9 @@ from safe_exec.model.limits import (
     SystemCalls,
     Wall,
 )
-from safe_exec.sandbox.host.capabilities import Machine
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
-from safe_exec.sandbox.mechanisms.isolation import offer, put_up
+from safe_exec.sandbox.mechanisms.isolation import offer, plan_isolation
 
 M, W = Mechanism, Wall
 ALL = Isolation(
@@ -32,8 +32,10 @@ ALL = Isolation(
     hide=("/srv/data",),
 )
 LOST = "bwrap: not permitted"
-USER = Machine(uid=1000, bubblewrap_why_not=LOST)
-BUBBLEWRAP = Machine(uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="", landlock=7)
+USER = HostCapabilities(uid=1000, bubblewrap_why_not=LOST)
+BUBBLEWRAP = HostCapabilities(
+    uid=1000, bubblewrap="/usr/bin/bwrap", bubblewrap_why_not="", landlock=7
+)
 NAMESPACED = (W.HOME, W.SYSTEM, W.FOLDER, W.HIDDEN, W.NETWORK, W.PROCESSES)
 SOFT, HARD = False, True
 Held = dict[Wall, tuple[Mechanism, bool]]
@@ -43,7 +45,7 @@ OWN: Held = {
 FILES: Held = dict.fromkeys((W.HOME, W.SYSTEM, W.FOLDER, W.HIDDEN), (M.LANDLOCK, HARD))
 NONE: Held = dict.fromkeys(NAMESPACED, (M.NONE, SOFT))
 
-TABLE: dict[str, tuple[Machine, Held]] = {
+TABLE: dict[str, tuple[HostCapabilities, Held]] = {
     "bubblewrap": (BUBBLEWRAP, dict.fromkeys(NAMESPACED, (M.BUBBLEWRAP, HARD))),
     "bubblewrap, root": (
         replace(BUBBLEWRAP, uid=0),
@@ -86,8 +88,8 @@ TABLE: dict[str, tuple[Machine, Held]] = {
 
 
 @pytest.mark.parametrize(("machine", "held"), TABLE.values(), ids=TABLE)
-def test_who_holds_what(machine: Machine, held: Held) -> None:
-    plan = put_up(ALL, Limits(), machine)
+def test_who_holds_what(machine: HostCapabilities, held: Held) -> None:
+    plan = plan_isolation(ALL, Limits(), machine)
     assert {wall: (found.by, found.hard) for wall, found in plan.walls.items()} == {**OWN, **held}
     assert list(plan.walls) == list(Wall), "each wall that is asked for is written down, in order"
     assert all(found.note for found in plan.walls.values())
@@ -97,15 +99,15 @@ def test_who_holds_what(machine: Machine, held: Held) -> None:
 
 
 @pytest.mark.parametrize("machine", [row[0] for row in TABLE.values()], ids=TABLE)
-def test_what_is_not_asked_for_is_not_put_up(machine: Machine) -> None:
-    plan = put_up(Isolation(), Limits(), machine)
+def test_what_is_not_asked_for_is_not_put_up(machine: HostCapabilities) -> None:
+    plan = plan_isolation(Isolation(), Limits(), machine)
     assert (dict(plan.walls), plan.enclosed, plan.landlock) == ({}, False, False)
 
 
 def test_why_there_is_no_bubblewrap_is_said() -> None:
-    assert put_up(ALL, Limits(), USER).walls[W.PROCESSES].note == f"no bubblewrap: {LOST}"
+    assert plan_isolation(ALL, Limits(), USER).walls[W.PROCESSES].note == f"no bubblewrap: {LOST}"
     forbidden = replace(BUBBLEWRAP, allowed=frozenset({M.RLIMIT}))
-    found = put_up(ALL, Limits(), forbidden).walls
+    found = plan_isolation(ALL, Limits(), forbidden).walls
     assert found[W.PROCESSES].note == "no bubblewrap: it is not among the mechanisms allowed"
     assert found[W.SYSTEM_CALLS].note == "no filter: it is not among the mechanisms allowed"
 
@@ -129,14 +131,16 @@ SINGLE: list[tuple[Isolation, set[Wall], bool]] = [
 
 @pytest.mark.parametrize(("isolation", "walls", "enclosed"), SINGLE)
 def test_each_key_is_its_own_wall(isolation: Isolation, walls: set[Wall], enclosed: bool) -> None:
-    plan = put_up(isolation, Limits(), BUBBLEWRAP)
+    plan = plan_isolation(isolation, Limits(), BUBBLEWRAP)
     assert (set(plan.walls), plan.enclosed) == (walls, enclosed)
     assert is_needed(isolation, disk=False, shm=False) is enclosed
 
 
 def test_the_two_refusals_are_told_apart() -> None:
     notes = {
-        calls: put_up(Isolation(system_calls=calls), Limits(), USER).walls[W.SYSTEM_CALLS].note
+        calls: plan_isolation(Isolation(system_calls=calls), Limits(), USER)
+        .walls[W.SYSTEM_CALLS]
+        .note
         for calls in (SystemCalls.REFUSE, SystemCalls.KILL)
     }
     assert "EPERM" in notes[SystemCalls.REFUSE] and "SIGSYS" in notes[SystemCalls.KILL]
@@ -160,6 +164,6 @@ def test_sizes_take_bubblewrap(limits: Limits, held: set[LimitName]) -> None:
     assert set(found.holds) == held and all(
         one.hard and one.by is M.BUBBLEWRAP for one in found.holds.values()
     )
-    assert put_up(Isolation(), limits, BUBBLEWRAP).enclosed is bool(held)
+    assert plan_isolation(Isolation(), limits, BUBBLEWRAP).enclosed is bool(held)
     assert offer(limits, USER) is None
     assert offer(limits, replace(BUBBLEWRAP, allowed=frozenset({M.LANDLOCK}))) is None

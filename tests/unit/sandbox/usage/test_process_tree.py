@@ -211,7 +211,7 @@ def test_workers_that_end_one_after_the_other_while_they_are_read_do_not_add_up(
             files.processes[process].share = 390 // left
 
     files.on_share = one_more_ends
-    members = [member for pid in order if (member := files.look(pid)) is not None]
+    members = [member for pid in order if (member := files.measure(pid)) is not None]
     count = count_once(files, members, 0)
     assert count.memory > 2 * 390 * MIB, "the sum misleads, so the test means something"
     assert count.at_least <= 390 * MIB
@@ -343,20 +343,20 @@ def watched(files: ProcessFiles, **limits: int) -> tuple[Watchdog, list[tuple[Li
 
 def test_nobody_is_killed_for_what_was_counted_twice() -> None:
     watchdog, passed = watched(MadeUp(pool(12)), memory=512 * MIB)
-    assert [watchdog.look() for _ in range(3)] == [False] * 3
+    assert [watchdog.check() for _ in range(3)] == [False] * 3
     assert passed == [] and watchdog.peaks.memory == 90 * MIB
 
 
 def test_one_process_past_the_limit_is_enough() -> None:
     files = MadeUp(pool(12, anonymous=600))
     watchdog, passed = watched(files, memory=512 * MIB)
-    assert watchdog.look() and watchdog.look()
+    assert watchdog.check() and watchdog.check()
     assert [name for name, _ in passed] == [LimitName.MEMORY]
 
 
 def test_workers_that_no_longer_share_are_past_it_together() -> None:
     watchdog, passed = watched(MadeUp(pool(12, share=90)), memory=512 * MIB)
-    assert watchdog.look()
+    assert watchdog.check()
     assert passed == [(LimitName.MEMORY, 13 * 90 * MIB)]
     assert watchdog.peaks.children == 12 * 90 * MIB
 
@@ -364,11 +364,11 @@ def test_workers_that_no_longer_share_are_past_it_together() -> None:
 def test_the_last_look_does_not_wait_for_its_time() -> None:
     files = MadeUp(pool(12))
     watchdog, passed = watched(files, memory=512 * MIB)
-    watchdog.look()
+    watchdog.check()
     for process in files.processes.values():
         process.share = process.anonymous
     watchdog._count_next = time.monotonic() + 1000
-    assert not watchdog.look() and watchdog.look(last=True)
+    assert not watchdog.check() and watchdog.check(last=True)
     assert len(passed) == 1
 
 
@@ -377,7 +377,7 @@ def test_processes_are_counted_with_their_threads_and_zombies() -> None:
     processes[201].state = "Z"
     processes[200].threads = 30
     watchdog, passed = watched(MadeUp(processes), processes=31)
-    assert watchdog.look()
+    assert watchdog.check()
     assert passed == [(LimitName.PROCESSES, 32)]
     assert watchdog.peaks.tasks == 32 and watchdog.peaks.memory is None, (
         "where memory is not watched nothing is known of it"

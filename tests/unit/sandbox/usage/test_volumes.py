@@ -33,7 +33,7 @@ def test_the_lowest_free_space_is_kept(tmp_path: Path, figures: list[Figures]) -
     volumes = Volumes(os.getpid(), [str(tmp_path)])
     for free in (3, 9):
         figures[:] = [Figures(free=free)]
-        volumes.look()
+        volumes.measure()
     assert [volume.free for volume in volumes.lowest()] == [3 * 1024]
     volumes.begin()
     assert volumes.lowest() == ()
@@ -43,11 +43,11 @@ def test_the_lowest_free_space_is_kept(tmp_path: Path, figures: list[Figures]) -
 def test_without_an_inode_there_is_no_room(tmp_path: Path, figures: list[Figures]) -> None:
     volumes = Volumes(os.getpid(), [str(tmp_path)])
     figures[:] = [Figures(free=9, inodes=0)]
-    volumes.look()
+    volumes.measure()
     assert [volume.free for volume in volumes.lowest()] == [0]
     figures[:] = [Figures(free=9, inodes=0, counted=0)]
     volumes.begin()
-    volumes.look()
+    volumes.measure()
     assert [volume.free for volume in volumes.lowest()] == [9 * 1024]
     volumes.close()
 
@@ -57,7 +57,7 @@ def test_directories_of_one_file_system_are_one_volume(tmp_path: Path) -> None:
     volumes = Volumes(
         os.getpid(), [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "missing"), str(tmp_path)]
     )
-    volumes.look()
+    volumes.measure()
     (volume,) = volumes.lowest()
     assert volume.places == (str(tmp_path), str(tmp_path / "a"))
     assert not volume.own
@@ -67,14 +67,14 @@ def test_directories_of_one_file_system_are_one_volume(tmp_path: Path) -> None:
 
 def test_the_machines_own_are_not_looked_at_all_the_time(tmp_path: Path) -> None:
     volumes = Volumes(os.getpid(), [str(tmp_path)])
-    volumes.look(own=True)
+    volumes.measure(own=True)
     assert volumes.lowest() == ()
     volumes.close()
 
 
 def test_a_process_that_is_gone_has_none(tmp_path: Path) -> None:
     volumes = Volumes(2**22 + 1, [str(tmp_path)])
-    volumes.look()
+    volumes.measure()
     assert volumes.lowest() == ()
     volumes.close()
     volumes.close()
