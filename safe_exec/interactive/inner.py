@@ -318,7 +318,7 @@ class Inner(Trial):
             metrics=self.state.metrics,
             node=self.state.request.node,
             location=location,
-            hello=self.session.told.hello,
+            hello=self.session.agent_facts.hello,
             warnings=tuple(self.state.warnings),
             instrumented=self.session.instrumented,
         )
