@@ -51,10 +51,11 @@ class ChildEnds(NamedTuple):
 
 
 class KernelEnding(NamedTuple):
-    """The kernel's raw wait status, its processor time and its mask of caught signals, from the init."""
+    """The kernel's raw wait status, processor time, largest resident memory and mask of caught signals, from the init."""
 
     status: int
     cpu_seconds: float
+    resident_peak: int | None
     caught_signals: int | None
 
 
@@ -187,7 +188,9 @@ class Bubblewrap:
                 self.is_closed = True
                 return None
             if pid == self.init_pid and "status" in message:
-                return KernelEnding(message["status"], message["cpu"], message["caught"])
+                return KernelEnding(
+                    message["status"], message["cpu"], message["resident"], message["caught"]
+                )
         return None
 
 

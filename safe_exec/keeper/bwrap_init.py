@@ -109,7 +109,9 @@ def _reap(pid: int, status: socket.socket) -> None:
             return
         if reaped == pid:
             cpu = usage.ru_utime + usage.ru_stime
-            status.send(b'{"status":%d,"cpu":%.6f,"caught":%b}' % (raw, cpu, caught))
+            resident = usage.ru_maxrss * 1024
+            ending = b'{"status":%d,"cpu":%.6f,"resident":%d,"caught":%b}'
+            status.send(ending % (raw, cpu, resident, caught))
             return
 
 

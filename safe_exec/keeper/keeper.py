@@ -244,7 +244,7 @@ class Keeper:
         ending = self.bubblewrap.kernel_ending()
         if ending is not None and not self.exited:
             self.caught_signals = ending.caught_signals
-            self.report_exit(ending.status, ending.cpu_seconds)
+            self.report_exit(ending.status, ending.cpu_seconds, ending.resident_peak)
 
     def serve(self) -> bool:
         """Carry out the runner's requests; false if the keeper is to exit."""
@@ -354,12 +354,12 @@ class Keeper:
             if pid == 0:
                 return True
             if self.bubblewrap is None and pid == self.pid:
-                self.report_exit(status, usage.ru_utime + usage.ru_stime)
+                self.report_exit(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
             elif self.bubblewrap is not None and pid == self.bubblewrap.pid and self.pid:
                 self.read_kernel_ending()
                 # If the init was killed, nobody read the kernel's status.
                 if not self.exited:
-                    self.report_exit(None, None)
+                    self.report_exit(None, None, None)
 
     def note_signal_handlers(self) -> None:
         """Note which signals the kernel caught at its end: only a zombie still shows them."""
@@ -369,7 +369,9 @@ class Keeper:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 self.caught_signals = procfs.caught_signals(self.pid)
 
-    def report_exit(self, status: int | None, cpu_seconds: float | None) -> None:
+    def report_exit(
+        self, status: int | None, cpu_seconds: float | None, resident_peak: int | None
+    ) -> None:
         """Report the kernel's death, with everything that cannot be read later."""
         self.exited = True
         self.crash_output.read_rest()
@@ -380,6 +382,7 @@ class Keeper:
                 status=status,
                 reason=self.reason,
                 cpu_seconds=cpu_seconds,
+                resident_peak=resident_peak,
                 counters={path: cgroupfs.read(path) for path in self.cgroup.counter_files},
                 fault_text=output.fault_text.decode("utf-8", "replace"),
                 fault=output.process_at_fault,

@@ -90,13 +90,15 @@ class BwrapSetup(NamedTuple):
 class FaultingThread(NamedTuple):
     """Registers that Linux saved for a fatal signal, and the mappings that they point into.
 
-    ``faulted`` is false if the signal was sent. ``stack`` is the range of addresses of the mapping
+    ``faulted`` is false if the signal was sent, or if a division failed, which leaves no mark in the
+    registers: ``divides`` is true if the instruction is a division. ``stack`` is the range of addresses of the mapping
     that holds the stack, ``address_access`` the permissions at the failing address, as in
     /proc/PID/maps.
     """
 
     main: bool
     faulted: bool
+    divides: bool
     address: int | None
     address_access: str | None
     stack_pointer: int
@@ -224,7 +226,8 @@ class Exited(NamedTuple):
     """The end of the kernel process, and all that cannot be read later.
 
     ``status`` is the raw wait status, ``None`` if nobody could read it. ``caught_signals`` is a mask
-    as in /proc (SigCgt). ``bursts`` are the ends of what it wrote to stderr, each with the time of
+    as in /proc (SigCgt). ``resident_peak`` is the largest resident memory in bytes of the process or
+    of a child that it waited for. ``bursts`` are the ends of what it wrote to stderr, each with the time of
     its last piece.
     """
 
@@ -232,6 +235,7 @@ class Exited(NamedTuple):
     status: int | None
     reason: str | None
     cpu_seconds: float | None
+    resident_peak: int | None
     counters: dict[str, str | None]
     fault_text: str
     fault: ProcessAtFault | None

@@ -25,6 +25,8 @@ WRITE_CALL = {"x86_64": 1, "aarch64": 64}
 WAIT_SECONDS = 0.25
 PAUSE_SECONDS = 0.0005
 SEARCH_BYTES = 64 * 1024
+CODE_BYTES = 16
+"""No instruction of x86_64 is longer than 15 bytes."""
 MAPS_BYTES = 8 << 20
 """A process may have 65530 mappings (sysctl vm.max_map_count)."""
 
@@ -42,6 +44,11 @@ _X86_SP, _X86_IP, _X86_FLAGS, _X86_ERROR, _X86_TRAP, _X86_ADDRESS, _X86_FPSTATE 
     23,
 )
 _X86_FLAG_ALWAYS_SET = 0x2
+_X86_DIVISION = 0x30
+"""Bits 3 to 5 of the second byte choose among eight operations; the last two are div and idiv."""
+_X86_PREFIXES = bytes(
+    (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3, *range(0x40, 0x50))
+)
 _X86_TRAPS = 32
 X86_PAGE_FAULT = 14
 
@@ -121,12 +128,21 @@ def _is_channel(pid: int, fd: int, inode: int) -> bool:
 def _read_thread(pid: int, task: int, handler_sp: int) -> FaultingThread | None:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
         memory = os.pread(file.fileno(), SEARCH_BYTES, handler_sp)
-    registers = find(memory, handler_sp, MACHINE)
-    if registers is None:
-        return None
+        registers = find(memory, handler_sp, MACHINE)
+        if registers is None:
+            return None
+        machine_code = _machine_code(file.fileno(), registers.instruction)
     with open(f"/proc/{pid}/maps", errors="replace") as maps:
         mappings = parse_maps(maps.read(MAPS_BYTES))
-    return describe(registers, mappings, main=task == pid)
+    return describe(registers, mappings, main=task == pid, machine_code=machine_code)
+
+
+def _machine_code(memory: int, address: int) -> bytes:
+    """The bytes at an instruction; empty where none can be read (a call of a bad address)."""
+    try:
+        return os.pread(memory, CODE_BYTES, address)
+    except (OSError, OverflowError):
+        return b""
 
 
 # --- pure ---------------------------------------------------------------------------------------------------------
@@ -191,11 +207,26 @@ def parse_maps(text: str) -> list[Mapping]:
     return mappings
 
 
-def describe(registers: Registers, mappings: list[Mapping], *, main: bool) -> FaultingThread:
+def divides(machine_code: bytes) -> bool:
+    """Whether x86_64 code begins with a division of integers.
+
+    The division error is trap 0, and it has no error code: the saved registers look like those of a
+    signal that was sent. Only the instruction tells them apart.
+    """
+    operation = machine_code.lstrip(_X86_PREFIXES)
+    if operation[:1] not in (b"\xf6", b"\xf7") or not operation[1:]:
+        return False
+    return operation[1] & _X86_DIVISION == _X86_DIVISION
+
+
+def describe(
+    registers: Registers, mappings: list[Mapping], *, main: bool, machine_code: bytes = b""
+) -> FaultingThread:
     """Return the registers together with the mappings that they point into.
 
     ``stack`` is the writable mapping that holds the stack pointer, or the next one above it: a stack
-    grows downwards, so after an overflow its own mapping lies above the pointer.
+    grows downwards, so after an overflow its own mapping lies above the pointer. ``machine_code`` begins with
+    the interrupted instruction.
     """
     address, pointer = registers.address, registers.stack_pointer
     lowest = max(pointer, address) if address is not None and _near(address, pointer) else pointer
@@ -205,6 +236,7 @@ def describe(registers: Registers, mappings: list[Mapping], *, main: bool) -> Fa
     return FaultingThread(
         main=main,
         faulted=registers.faulted,
+        divides=MACHINE == "x86_64" and divides(machine_code),
         address=address,
         address_access=target.access if target else None,
         stack_pointer=pointer,

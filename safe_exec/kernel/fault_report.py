@@ -145,5 +145,10 @@ def parse_fault(  # noqa: PLR0917 - the text, its key, and the figures that belo
         main=None if current is None or main is None else current.ident == main,
         stack_bytes=stack_bytes,
         stack_limit=stack_limit,
-        site=read_site(thread, current.ident if current is not None else None),
+        site=read_site(
+            thread,
+            current.ident if current is not None else None,
+            # "Floating point exception" before Python 3.13, "Floating-point exception" since.
+            arithmetic=title is not None and title[1].startswith("Floating"),
+        ),
     )

@@ -11,17 +11,20 @@ PAGE = 4096
 NEAR_BYTES = 64 * 1024
 
 
-def read_site(thread: FaultingThread | None, ident: int | None) -> FaultSite | None:
+def read_site(
+    thread: FaultingThread | None, ident: int | None, *, arithmetic: bool = False
+) -> FaultSite | None:
     """Return the place of the fault, ``None`` if the keeper could not read the thread (keeper/signal_frame.py).
 
     ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made it is
-    the address of its descriptor, which lies at the upper end of its own stack.
+    the address of its descriptor, which lies at the upper end of its own stack. ``arithmetic``: the
+    signal was SIGFPE, which a division by zero raises without a mark in the registers.
     """
     if thread is None:
         return None
     stack = thread.stack
     return FaultSite(
-        faulted=thread.faulted,
+        faulted=thread.faulted or (arithmetic and thread.divides),
         main=thread.main,
         address=thread.address,
         stack_pointer=thread.stack_pointer,

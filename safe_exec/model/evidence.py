@@ -295,6 +295,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     ``caught_signals`` are those that the process still had handlers for when it had ended; ``handler_replaced`` whether the kernel told
     that its fault handler was no longer in place.
     ``oom_kills_earlier`` are cells before the current one (by index) in which processes were killed for memory, and how many.
+    ``oom_kills_in_time`` are those of ``oom_kills_cell`` that had happened when the time of the cell was up.
+    ``memory_kernel`` is the most that the kernel process had in its whole life, or a child that it waited for.
     ``memory_children`` is the part of the peak that processes other than the kernel's had; ``memory_upper_bound``: pages that
     several processes share may be in it more than once. ``memory_maps`` are those of the kernel after the last cell, and how many
     the system allows a process (vm.max_map_count).
@@ -304,6 +306,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     termination: TerminationReason | None = None
     oom_kills: int | None = None
     oom_kills_cell: int | None = None
+    oom_kills_in_time: int | None = None
     oom_kills_earlier: tuple[tuple[int, int], ...] = ()
     oom_elsewhere: bool | None = None
     oom_bound: tuple[str, int] | None = None
@@ -314,6 +317,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     memory_peak_raw: int | None = None
     memory_last: int | None = None
     memory_children: int | None = None
+    memory_kernel: int | None = None
     memory_upper_bound: bool = False
     processes_at_timeout: ProcessCount | None = None
     processes_peak: int | None = None

@@ -73,13 +73,15 @@ class KernelExit(Struct, frozen=True, kw_only=True):
     ``status`` is ``None`` if the keeper was killed and nobody could read it. ``at`` and ``fault_at``
     (when its fault handler began to report) are monotonic times. ``cpu_seconds`` covers the kernel
     process and the children it waited for. ``bursts`` are the ends of what it wrote to its stderr,
-    each with the time of its last piece.
+    each with the time of its last piece. ``resident_peak`` is the largest resident memory of one of
+    these processes, in bytes.
     """
 
     status: ExitStatus | None
     reason: TerminationReason | None = None
     at: float = 0.0
     cpu_seconds: float | None = None
+    resident_peak: int | None = None
     counters: Counters = field(default_factory=Counters)
     fault: str = ""
     stack_bytes: int | None = None
@@ -382,6 +384,7 @@ def _kernel_exit(message: protocol.Exited) -> KernelExit:
         reason=TerminationReason(message.reason) if message.reason else None,
         at=message.at,
         cpu_seconds=message.cpu_seconds,
+        resident_peak=message.resident_peak,
         counters=parse_counters(message.counters),
         fault=message.fault_text,
         stack_bytes=fault.stack_bytes if fault is not None else None,

@@ -155,6 +155,9 @@ class CellLoop:
     async def _look(self, index: int) -> None:
         """What is it doing? Asked before the interrupt changes it."""
         self.state.tasks_at_timeout = self.session.process_count()
+        kills = self.session.meter.oom_kills() if self.session.meter else None
+        if kills is not None:
+            self.state.oom_kills_in_time = max(0, kills - self.metrics.oom_before)
         self.session.take_facts()
         self.state.cell_active = self.session.at_work(self.state.number(index))
         subject = self.session.subject(self.state.number(index))

@@ -77,6 +77,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         termination=ended.reason if ended else None,
         oom_kills=kills,
         oom_kills_cell=metrics.oom_cell,
+        oom_kills_in_time=state.oom_kills_in_time,
         oom_kills_earlier=tuple(
             (cell, n) for cell, n in metrics.oom_by_cell.items() if cell != state.current
         ),
@@ -89,6 +90,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         memory_peak_raw=counters.memory_peak_raw,
         memory_last=metrics.memory_last,
         memory_children=_children_memory(state),
+        memory_kernel=ended.resident_peak if ended else None,
         memory_upper_bound=metrics.upper_bound or _watched(state).upper_bound,
         processes_at_timeout=state.tasks_at_timeout,
         processes_peak=counters.tasks_peak or _tasks_peak(state),

@@ -57,7 +57,7 @@ KINDS = {
     signal.SIGTRAP: (CauseKind.ABORT, "abort by a trap: native code gave up"),
     signal.SIGFPE: (
         CauseKind.FLOATING_POINT_EXCEPTION,
-        "arithmetic fault in native code: an integer division by zero",
+        "arithmetic fault in native code: an integer division by zero, or one whose result is too large",
     ),
 }
 

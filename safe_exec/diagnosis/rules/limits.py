@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 import signal
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.context import (
+    Context,
+    exit_facts,
+    inside,
+    leaves_reason_to_output,
+    make,
+    outside,
+)
 from safe_exec.model.ending import CellError, CellFailed, Died, LimitHit
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
@@ -17,6 +24,9 @@ OS_ERRORS = (
 )  # fmt: skip
 # What a shell says.
 FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
+
+# What shells, compilers and libraries say of a program that SIGXFSZ or EFBIG ended.
+FILE_REFUSED = re.compile(r"\bFile size limit exceeded|\[Errno 27\]|\bFile too large\b|\bSIGXFSZ\b")
 
 # The last message of libzmq, with the place in its source.
 LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
@@ -226,7 +236,32 @@ def raised(context: Context) -> Cause | None:
             cause = judge(context, error, certain)
             if cause is not None:
                 return cause
-    return _by_text(context, error)
+    return _by_text(context, error) or _program_wrote_too_much(context, error)
+
+
+def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
+    """A program that the cell had started was ended for the size of its file: its status or its output says so."""
+    if context.limits.file_size is None or not leaves_reason_to_output(context):
+        return None
+    lines = [error.evalue, *reversed(context.evidence.last_words.splitlines())]
+    line = next((line for line in lines if FILE_REFUSED.search(line)), None)
+    if line is None:
+        return None
+    source = "the cell's error" if line is error.evalue else "output of the cell"
+    facts = (
+        _raised_fact(error),
+        inside("a program said", line.strip()[:300], source),
+        outside("file size allowed", context.limits.file_size, "RLIMIT_FSIZE of each process"),
+    )
+    summary = f"a program that the cell started was ended because {_file_summary(context)}"
+    return make(
+        context,
+        CauseKind.FILE_TOO_LARGE,
+        summary,
+        Confidence.LIKELY,
+        facts,
+        _write_less(context),
+    )
 
 
 def _by_text(context: Context, error: CellError) -> Cause | None:

@@ -15,8 +15,8 @@ from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outsi
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.model.ending import CellFailed, Died, LimitHit, TerminationReason, TimedOut
 from safe_exec.model.limits import LimitName, Mechanism
-from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.units import format_size
+from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
+from safe_exec.units import format_seconds, format_size
 
 # The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5)).
 NO_OVERCOMMIT = 2
@@ -44,6 +44,7 @@ UNITS = {
     for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)
 }
 NEAR = 0.9
+WAITING = (Activity.WAITING_CHILD, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.SLEEPING)
 
 
 def _peak_of_limit(context: Context) -> str:
@@ -73,6 +74,8 @@ def _facts(context: Context) -> tuple[Fact, ...]:
         facts.append(
             outside("memory of child processes", children, "of the peak, at the highest look")
         )
+    elif (own := _small_kernel(context)) is not None:
+        facts.append(outside("memory of the kernel, at most", own, "rusage of the kernel process"))
     return tuple(facts)
 
 
@@ -94,6 +97,12 @@ def _children(context: Context) -> int | None:
     return children if children is not None and peak and children >= MOSTLY * peak else None
 
 
+def _small_kernel(context: Context) -> int | None:
+    """The most that the kernel process ever had, where that was the smaller part of the memory."""
+    own, peak = context.evidence.memory_kernel, context.evidence.memory_peak
+    return own if own is not None and peak and own <= (1 - MOSTLY) * peak else None
+
+
 def _advice(context: Context) -> str:
     children = _children(context)
     if children is not None:
@@ -105,6 +114,16 @@ def _advice(context: Context) -> str:
             LimitName.MEMORY,
             " Or raise the limit with --memory, which covers the kernel and all its processes "
             "together.",
+        )
+    own = _small_kernel(context)
+    if own is not None:
+        return (
+            f"The kernel itself never had more than {format_size(own)}: the rest was in processes that the notebook"
+            " had started, or in files that lie in memory (/dev/shm, a limited disk). Start fewer processes, or give"
+            " each less to do."
+        ) + context.if_limited(
+            LimitName.MEMORY,
+            " Or raise the limit with --memory, which covers the kernel and all its processes together.",
         )
     accumulators = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
@@ -232,8 +251,8 @@ def worker_kill(context: Context) -> Cause | None:
     if not lives or evidence.termination is TerminationReason.MEMORY:
         return None
     killed = evidence.oom_kills if isinstance(context.ending, LimitHit) else evidence.oom_kills_cell
-    if not killed:
-        return None
+    if not killed or (isinstance(context.ending, TimedOut) and evidence.oom_kills_in_time == 0):
+        return None  # a worker that is killed when the time is up already is not why it was up
     facts = _facts(context)
     if evidence.error is not None:
         facts = (
@@ -244,10 +263,9 @@ def worker_kill(context: Context) -> Cause | None:
                 "the cell's error",
             ),
         )
-    hang = " and the cell waited for it for ever" if isinstance(context.ending, TimedOut) else ""
-    cell_name = context.human(getattr(context.ending, "cell", None))
+    where = context.human(getattr(context.ending, "cell", None))
     peak_of_limit = _peak_of_limit(context)
-    summary = f"a worker process was killed for memory in {cell_name}{hang}" + (
+    summary = f"a worker process was killed for memory in {where}{_hang(context)}" + (
         f" ({peak_of_limit})" if peak_of_limit else ""
     )
     covers = ", or raise --memory: the limit covers the kernel and all its processes together"
@@ -255,11 +273,35 @@ def worker_kill(context: Context) -> Cause | None:
     advice = f"Use fewer or smaller workers{ours}."
     confidence = Confidence.LIKELY if isinstance(context.ending, TimedOut) else Confidence.CERTAIN
     cause = make(context, CauseKind.WORKER_OUT_OF_MEMORY, summary, confidence, facts, advice)
-    waited = isinstance(context.ending, TimedOut) and evidence.observation is not None
-    return (
-        replace(cause, activity=activity_of(evidence.observation))
-        if waited and evidence.observation
-        else cause
+    if (
+        isinstance(context.ending, TimedOut)
+        and evidence.observation
+        and not _ended_by_itself(context)
+    ):
+        return replace(cause, activity=activity_of(evidence.observation))
+    return cause
+
+
+def _hang(context: Context) -> str:
+    """What a cell that ran out of time did after its worker had been killed; empty without a timeout."""
+    if not isinstance(context.ending, TimedOut):
+        return ""
+    if _ended_by_itself(context):
+        return f", and its error came when its {format_seconds(context.ending.allowed)} were over"
+    observation = context.evidence.observation
+    if observation is not None and activity_of(observation) in WAITING:
+        return " and the cell waited for it for ever"
+    return f", and the cell ran past its {format_seconds(context.ending.allowed)}"
+
+
+def _ended_by_itself(context: Context) -> bool:
+    """Whether a cell whose time was up failed with an error that is no answer to our interrupt."""
+    error, observation = context.evidence.error, context.evidence.observation
+    if error is None or error.ename == "KeyboardInterrupt":
+        return False
+    return observation is None or activity_of(observation) not in (
+        Activity.WAITING_CHILD,
+        Activity.WAITING_LOCK,
     )
 
 

@@ -181,6 +181,8 @@ def _facts(context: Context) -> tuple[Fact, ...]:
                     "/proc/PID/schedstat, share",
                 )
             )
+        if _crowded(observation):
+            facts.append(outside("processes at work beside it", observation.children, "/proc"))
         if observation.syscall and not observation.syscall.isdigit():
             facts.append(outside("blocked in", observation.syscall, "/proc/PID/syscall"))
         if observation.stack:
@@ -368,7 +370,7 @@ def timed_out(context: Context) -> Cause | None:
     activity = activity_of(observation) if observation else None
     doing = f"; {hangs.doing_text(context, activity)}" if activity else ""
     if activity is None and observation is not None and is_starved(observation):
-        doing = "; it waited for a processor, so nothing can be said of what it was doing"
+        doing = f"; {_starving_text(observation)}"
     subject = "the notebook" if ending.whole_notebook else context.human(ending.cell)
     summary = (
         f"{subject} ran past its "
@@ -377,12 +379,30 @@ def timed_out(context: Context) -> Cause | None:
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole_notebook else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole_notebook else "--cell-timeout"
     advice = hangs.advice_text(context, activity)
+    if activity is None and observation is not None and _crowded(observation):
+        advice = "Look for a loop that starts processes; end and join those that are done."
     return _timed(
         context,
         kind,
         summary,
         Confidence.CERTAIN,
         f"{advice} If it only needs longer: {option}.".strip(),
+    )
+
+
+def _starving_text(observation: ActivityObservation) -> str:
+    """Who kept the processors from a kernel that had work to do, where its own processes did."""
+    if _crowded(observation):
+        return f"the {observation.children} processes that it had started were at work, and it hardly got a processor itself"
+    return "it waited for a processor, so nothing can be said of what it was doing"
+
+
+def _crowded(observation: ActivityObservation) -> bool:
+    """Whether a starved kernel has more processes at work than there is processor time for."""
+    return (
+        is_starved(observation)
+        and (observation.children or 0) > 1
+        and (observation.children_cpu_share or 0.0) >= BUSY
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.keeper.signal_frame import Mapping, Registers, describe, find, parse_maps
+from safe_exec.keeper import signal_frame
+from safe_exec.keeper.signal_frame import Mapping, Registers, describe, divides, find, parse_maps
 from safe_exec.kernel.fault_site import read_site
 
 BASE = 0x7F00_0000_1000
@@ -189,6 +190,41 @@ def test_whether_a_thread_left_its_stack(more: dict[str, Any], overflow: bool) -
     assert site is not None
     assert site.overflow is overflow
     assert (site.library, site.library_offset) == ("/usr/bin/python3", 0x1010)
+
+
+@pytest.mark.parametrize(
+    ("code", "division"),
+    [
+        ("f7f9 89c6", True),  # idiv ecx
+        ("49f7f0", True),  # div r8
+        ("66f73b", True),  # idiv word ptr [rbx]
+        ("f6f1", True),  # div cl
+        ("6548f73c2500000000", True),  # idiv qword ptr gs:[0]
+        ("f7e1", False),  # mul ecx
+        ("f7d8", False),  # neg eax
+        ("483d00f0ffff 7703 c3", False),  # behind the system call by which a process signals itself
+        ("66", False),
+        ("f7", False),
+        ("", False),
+    ],
+)
+def test_a_division_is_known_by_its_instruction(code: str, division: bool) -> None:
+    assert divides(bytes.fromhex(code)) is division
+
+
+@pytest.mark.skipif(signal_frame.MACHINE != "x86_64", reason="other processors do not trap it")
+def test_only_an_arithmetic_fault_asks_whether_the_code_divides() -> None:
+    registers = Registers(
+        faulted=False, address=None, stack_pointer=MAIN_LOW + 512, instruction=0x40_0010
+    )
+    divided = describe(registers, MAPS, main=True, machine_code=b"\xf7\xf9")
+    sent = describe(registers, MAPS, main=True, machine_code=b"\x48\x3d")
+    sites = [
+        read_site(divided, IDENT, arithmetic=True),
+        read_site(divided, IDENT, arithmetic=False),
+        read_site(sent, IDENT, arithmetic=True),
+    ]
+    assert [site and site.faulted for site in sites] == [True, False, False]
 
 
 def test_nothing_seen_is_no_site() -> None:

@@ -19,7 +19,7 @@ from safe_exec.model.ending import (
     TerminationReason,
     TimedOut,
 )
-from safe_exec.model.evidence import Evidence
+from safe_exec.model.evidence import ActivityObservation, Evidence
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CauseKind, CellRecord, CellStatus, Confidence
 
@@ -75,6 +75,50 @@ def test_a_worker_killed_earlier_is_named_and_changes_neither_kind_nor_confidenc
         1,
         2,
     ]
+
+
+INTERRUPTED = TimedOut(cell=6, whole_notebook=False, allowed=3.0, answered=True)
+FAILED_PROGRAM = CellError(ename="CalledProcessError", evalue="status 1", traceback=())
+WAITS = ActivityObservation(state="S", cpu_share=0.0, syscall="wait4", stack=(), children=1)
+READS = ActivityObservation(state="S", cpu_share=0.0, syscall="read", stack=())
+COMPUTES = ActivityObservation(
+    state="R", cpu_share=1.0, syscall=None, stack=(), runnable=1.0, window=0.4
+)
+
+
+@pytest.mark.parametrize(
+    ("observation", "error", "says"),
+    [
+        (WAITS, None, "and the cell waited for it for ever"),
+        (WAITS, FAILED_PROGRAM, "and the cell waited for it for ever"),
+        (READS, FAILED_PROGRAM, "and its error came when its 3.0 s were over"),
+        (COMPUTES, FAILED_PROGRAM, "and its error came when its 3.0 s were over"),
+        (COMPUTES, None, "and the cell ran past its 3.0 s"),
+    ],
+)
+def test_a_cell_waits_for_a_killed_worker_only_if_it_was_seen_waiting(
+    observation: ActivityObservation, error: CellError | None, says: str
+) -> None:
+    cause = find_cause(
+        context(
+            INTERRUPTED,
+            observation=observation,
+            error=error,
+            oom_kills=1,
+            oom_kills_cell=1,
+            oom_kills_in_time=1,
+        )
+    )
+    assert cause is not None and cause.kind is CauseKind.WORKER_OUT_OF_MEMORY
+    assert says in cause.summary
+    assert cause.activity is None or "waited" in cause.summary or error is None
+
+
+def test_a_worker_killed_after_the_time_was_up_is_not_why_it_was_up() -> None:
+    cause = find_cause(
+        context(INTERRUPTED, observation=WAITS, oom_kills=1, oom_kills_cell=1, oom_kills_in_time=0)
+    )
+    assert cause is not None and cause.kind is CauseKind.CELL_TIMEOUT
 
 
 def test_one_worker_is_one() -> None:
