@@ -1,10 +1,10 @@
-"""The annotated notebook: the input's own cells and outputs, and beside them what happened, where and why.
+"""Annotate a notebook: its own cells and outputs, and the outcome of the run beside them.
 
-Pure; imports ``model``, the shared texts and the names of our marks in ``notebook``. A notebook that passed gets
-figures in its metadata and nothing else. Else a banner comes first, the crash cell gets an ``error`` output, which
-every viewer shows in red, the other culprits begin their outputs with a line that says so, and the cells that did not
-run lose their stale outputs. All of it is what ``notebook`` strips before a run. Text that comes from the notebook or
-the kernel is inert here: it can neither mark up nor colour anything.
+A notebook that passed only gets figures in its metadata. Otherwise a banner comes first, the crash
+cell gets an ``error`` output, which every viewer shows in red, the outputs of other culprits start
+with a note, and the outputs of cells that did not run are removed. ``notebook`` strips all of this
+before the next run. Text from the notebook or the kernel is displayed only: it cannot add markup or
+colours.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 def annotate(
     executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str
 ) -> NotebookNode:
-    """A copy of ``executed`` (the stripped input with the outputs gathered so far) that says what ``verdict`` says.
+    """Return an annotated copy of ``executed``, the notebook with the outputs collected so far.
 
-    ``hide`` takes out of lines of source what nobody should read. ``executed`` stays as it is; the copy shares the single outputs with it.
+    ``hide`` removes secrets from lines of source. The copy shares single outputs with ``executed``,
+    which is not changed.
     """
     notebook = _copied(executed)
     notebook.cells = [_copied(cell) for cell in executed.cells]
+    # Viewers need the language for highlighting, and some notebooks lack it.
     if verdict.notebook.kernel is not None:
         complete_metadata(notebook.metadata, verdict.notebook.kernel, verdict.notebook.language)
     _mark(notebook, _notebook_figures(verdict))
@@ -62,12 +64,14 @@ def annotate(
     if verdict.status is not Status.PASSED:
         _mark_culprits(notebook, verdict)
         _add_error(notebook, verdict, hide)
+        # Inserted last: until then indexes refer to the notebook as it ran.
         notebook.cells.insert(0, _banner(notebook, verdict))
     return notebook
 
 
 def _copied(node: NotebookNode) -> NotebookNode:
-    """A copy of a notebook or cell as deep as we write: outputs may be large, or nested too deeply to recurse."""
+    """Copy a notebook or cell as deeply as it will be changed."""
+    # Not deepcopy: outputs may be large, or nested too deeply to recurse.
     copied = copy.copy(node)
     copied.metadata = copy.copy(node.metadata)
     if METADATA_KEY in node.metadata:
@@ -78,20 +82,22 @@ def _copied(node: NotebookNode) -> NotebookNode:
 
 
 def _node(content: dict[str, Any]) -> NotebookNode:
-    from nbformat import notebooknode  # takes longer to import than all of this package
+    # Importing nbformat takes longer than importing this package, so it happens here.
+    from nbformat import notebooknode
 
     make: Any = notebooknode.from_dict
     node: NotebookNode = make(content)
     return node
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------
 
 
 def _mark(node: NotebookNode, result: dict[str, Any]) -> None:
-    """Puts ``result`` into the metadata of a cell or a notebook, beside what the user keeps there."""
+    """Store ``result`` in the metadata of a cell or notebook."""
     ours = node.metadata.setdefault(METADATA_KEY, _node({}))
-    if isinstance(ours, dict):  # whatever else a user put there is not ours to replace
+    # If the user stores something else under this key, it is not replaced.
+    if isinstance(ours, dict):
         ours[_RESULT_KEY] = _node(plain(result))
 
 
@@ -110,19 +116,20 @@ def _notebook_figures(verdict: Verdict) -> dict[str, Any]:
 
 
 def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
-    # The place of a cell is not marked: it shifts with the banner and with the user's own edits.
+    # The index of a cell is not stored: it changes with the banner and with edits.
     figures = plain(record)
     _mark(cell, {key: figures[key] for key in figures if key not in ("index", "code_index", "id")})
     if record.status is CellStatus.NOT_RUN and cell.cell_type == "code":
+        # Outputs of an earlier run would look like results of this one.
         cell.outputs = []
         cell.execution_count = None
 
 
-# --- culprits ---------------------------------------------------------------------------------------------------
+# --- culprits -------------------------------------------------------------------------------
 
 
 def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
-    """Marks each culprit in its metadata and, but for the crash cell with its error, for every viewer to see."""
+    """Mark each culprit in its metadata, and all but the crash cell with a visible note."""
     search = verdict.culprits
     if search is None:
         return
@@ -153,19 +160,19 @@ def _culprit_output(culprit: Culprit) -> NotebookNode:
     return _node({"output_type": "display_data", "data": data, "metadata": metadata})
 
 
-# --- the error output -------------------------------------------------------------------------------------------
+# --- the error output -----------------------------------------------------------------------
 
 
 def _add_error(notebook: NotebookNode, verdict: Verdict, hide: Callable[[str], str]) -> None:
     cell = _crashed(notebook, verdict.crash_cell)
-    # The kernel's own traceback says all there is to say of a plain exception.
+    # The kernel's own traceback is the best description of a plain exception.
     if cell is None or (verdict.cause is not None and verdict.cause.kind is CauseKind.EXCEPTION):
         return
     cell.outputs.append(error_output(hide(cell.source), verdict))
 
 
 def error_output(source: str, verdict: Verdict) -> NotebookNode:
-    """What happened, as the ``error`` output of the cell with this source; without a crash cell, only what and why."""
+    """Return the outcome as an ``error`` output for the cell with this source."""
     output = {
         "output_type": "error",
         "ename": _error_name(verdict),
@@ -183,7 +190,7 @@ def _crashed(notebook: NotebookNode, crash: CrashCell | None) -> NotebookNode | 
 
 
 def _error_name(verdict: Verdict) -> str:
-    """``SafeExec: out_of_memory``: the kind of the cause, or the status of a run without one."""
+    """Return ``SafeExec: out_of_memory``: the kind of the cause, or the status without one."""
     kind = verdict.cause.kind if verdict.cause is not None else verdict.status
     return f"{OUR_ERROR_PREFIX}: {kind.value}"
 
@@ -197,13 +204,14 @@ def _summary(verdict: Verdict) -> str:
 
 
 def _error_value(verdict: Verdict) -> str:
-    """Cause, line and evidence on one line."""
+    """Return cause, line and evidence on one line."""
     facts = "; ".join(common.evidence_lines(verdict, 3))
     return " | ".join(part for part in (_summary(verdict), common.moment(verdict), facts) if part)
 
 
 def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
-    """The lines of our ``error`` output. The colours are ours: :func:`text.printable` lets none through."""
+    """Yield the lines of the error output."""
+    # Colours are safe here: `printable` removes escape sequences from all foreign text.
     crash = verdict.crash_cell
     yield _red("-" * 75)
     yield f"{_red(_error_name(verdict))}: {_summary(verdict)}"
@@ -229,7 +237,7 @@ def _block(title: str, lines: list[str]) -> Iterator[str]:
 
 
 def _source_lines(source: str, line: int | None) -> Iterator[str]:
-    """The source around ``line`` (from 1), an arrow at it, as IPython shows a traceback."""
+    """Yield the source around ``line`` with an arrow, as IPython does in tracebacks."""
     lines = source.split("\n")
     if line is None or not 1 <= line <= len(lines):
         return
@@ -239,7 +247,7 @@ def _source_lines(source: str, line: int | None) -> Iterator[str]:
         yield _red(f"----> {number} {code}") if number == line else f"{number:>7} {code}"
 
 
-# --- the banner -------------------------------------------------------------------------------------------------
+# --- the banner -----------------------------------------------------------------------------
 
 
 def _banner(notebook: NotebookNode, verdict: Verdict) -> NotebookNode:
@@ -260,6 +268,7 @@ def _banner(notebook: NotebookNode, verdict: Verdict) -> NotebookNode:
 
 def _unused_id(ids: set[str | None]) -> str:
     number, name = 1, _BANNER_ID
+    # A user may have copied an earlier banner, including its id.
     while name in ids:
         number, name = number + 1, f"{_BANNER_ID}-{number + 1}"
     return name
@@ -287,7 +296,7 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
 
 
 def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
-    """The line of the crash cell, and those of other functions of the notebook that it had called."""
+    """Yield the crash line, and the lines of functions in other cells that it called."""
     yield _quoted(f"**Where:** {_linked(crash)}, {common.moment(verdict)}", crash.source_line)
     records = {record.index: record for record in verdict.cells}
     for frame in common.inner_frames(verdict, _MOST_FRAMES):
@@ -311,12 +320,12 @@ def _quoted(label: str, source_line: str | None) -> str:
 
 def _linked(cell: CrashCell | CellRecord | Culprit) -> str:
     name = common.cell_name(cell.code_index)
-    # JupyterLab and the HTML of nbconvert both go to a cell by this anchor.
+    # JupyterLab and the HTML of nbconvert both accept this anchor.
     return f"[{name}](#cell-id={cell.id})" if cell.id and _CELL_ID.fullmatch(cell.id) else name
 
 
 def _culprit_paragraphs(search: Culprits, verdict: Verdict) -> Iterator[str]:
-    """The culprits, each with what it did, or why no search could tell; and how to see it again."""
+    """Yield the culprits and the effect of each, and the command that reproduces the failure."""
     outcome = culprits.outcome(search)
     if not search.cells:
         yield f"**Culprits:** none found; {outcome}."
@@ -349,4 +358,4 @@ def _fact(line: str) -> str:
 def _cells_not_run(verdict: Verdict) -> Iterator[str]:
     records = common.not_run(verdict)
     if records:
-        yield f"{common.cell_names(records).capitalize()} did not run; earlier outputs of theirs are cleared."
+        yield f"{common.cell_names(records).capitalize()} did not run; their earlier outputs are removed."

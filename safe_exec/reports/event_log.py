@@ -1,9 +1,8 @@
-"""The event log: the run as JSON lines while it happens, for a look into when something is odd.
+"""Write the events of a run as JSON lines while it happens.
 
-Imports ``events`` and ``errors``. A line is written with one ``write(2)`` as soon as its event happens,
-so that a runner that is killed leaves complete lines; only its very last one may be cut short, as the system gives up
-a write to a file between two pages when a SIGKILL is pending. Each end of a cell, or of a trial of a search, is a
-checkpoint on the disk.
+Each line is one ``write(2)``, so a runner that is killed leaves complete lines. Only the last one
+may be cut short, because the system ends a write at a page boundary when SIGKILL is pending. The
+file is flushed to disk after each cell and after each trial of a search.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from safe_exec.model.events import (
 from safe_exec.reports import json_text
 from safe_exec.reports.text.common import one_line
 
+# After these events the log is flushed: they are the ones that explain a later death.
 _CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)
-# Not blocking: a pipe that nobody reads must hold up neither the start nor, once it is full, the run.
+# O_NONBLOCK: a pipe without a reader must block neither the start nor, once full, the run.
 _FLAGS = (
     os.O_NONBLOCK
     | os.O_WRONLY
@@ -40,10 +40,10 @@ _FLAGS = (
 
 
 class EventLog:
-    """An event sink that writes to ``path``, which it replaces; a context manager.
+    """An event sink that writes to ``path`` and replaces an existing file; a context manager.
 
-    Raises :class:`OutputPathError` on entry where the file cannot be written or is a symbolic link. Later failures (a
-    full disk, say) end the log and not the run; ``error`` then holds the first.
+    Raises OutputPathError on entry if the file cannot be written or is a symlink. A later error,
+    such as a full disk, ends the log but not the run; ``error`` is the first one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,7 +54,8 @@ class EventLog:
     def __enter__(self) -> Self:
         try:
             self._descriptor = os.open(self.path, _FLAGS, 0o666)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        # os.open raises ValueError for a NUL character in the name.
+        except (OSError, ValueError) as error:
             raise OutputPathError(_refusal(self.path, error)) from None
         return self
 
@@ -69,7 +70,7 @@ class EventLog:
             self._descriptor = None
 
     def __call__(self, event: Event) -> None:
-        """Writes one line; never raises."""
+        """Write one line. Never raises."""
         if self._descriptor is None or self.error is not None:
             return
         try:
@@ -77,6 +78,7 @@ class EventLog:
             if isinstance(event, _CHECKPOINTS):
                 _checkpoint(self._descriptor)
         except OSError as error:
+            # A full disk must not end the run that the log is about.
             self.error = error
 
 
@@ -95,7 +97,8 @@ def _refusal(path: Path, error: OSError | ValueError) -> str:
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    while line:  # a pipe or a full disk may take a part only
+    # A pipe or a full disk may accept only a part of the line.
+    while line:
         line = line[os.write(descriptor, line) :]
 
 
@@ -105,6 +108,7 @@ def _checkpoint(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in (
             errno.EINVAL,
+            # A pipe or a terminal has nothing to flush.
             errno.EROFS,
         ):  # a pipe or a terminal has nothing to sync
             raise

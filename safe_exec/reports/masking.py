@@ -1,8 +1,9 @@
-"""Secrets of the environment kept out of reports: what looks like one is written as ``***``. Pure.
+"""Hide secrets of the environment in reports: a secret is written as ``***``.
 
-A kernel's last words, an exception or a line of source may hold a token, and verdicts go into logs and artifacts that others read. A variable
-counts as secret by its name, its value unless it is too short, an ordinary word or number, or a path: masking those would only make
-reports unreadable. Outputs of cells are the notebook's own and are never masked. Imports ``model`` only.
+The last message of a kernel, an exception or a line of source may contain a token, and verdicts end
+up in logs and artifacts that others read. A variable is secret by its name; its value is masked
+unless it is short, an ordinary word, a number or a path, because masking those would make reports
+unreadable. Outputs of cells belong to the notebook and are never masked.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ MASK = "***"
 SHORTEST = 6
 LONGEST_NUMBER = 9
 SHORTEST_LINE = 16
-"""A line of a secret of several lines (a private key) counts by itself from here on."""
+"""The length from which a single line of a longer secret, such as a private key, is masked too."""
 
 _NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|PRIVATE|APIKEY|KEY(?!BOARD|MAP|RING|SERVER)|AUTH(?!OR)|AUTHORIZATION"
     r"|COOKIE|SIGNATURE|BEARER|(?:^|_)(?:PASS|PWD|PIN|SAS|DSN|PAT)(?:$|_)|(?:DATABASE|CONNECTION|WEBHOOK|MONGO|REDIS|POSTGRES).*(?:URL|URI|STRING)$",
     re.IGNORECASE,
 )
+# With these names even a number or a common word is masked.
 _SURE_NAME = re.compile(r"PASS|SECRET|CREDENTIAL|(?:^|_)(?:PWD|PIN)(?:$|_)", re.IGNORECASE)
+# PWD is the working directory, which the shell exports.
 _NEVER = frozenset({"PWD", "OLDPWD"})
+# A path is only recognised below a usual top directory: a base64 secret may contain slashes.
 _ROOT_NAMES = (
     "app bin boot content data dev etc home kaggle lib lib64 media mnt nix opt private proc root run sbin snap srv sys tmp usr var "
     "work workspace workspaces builds github Users Library Applications"
@@ -55,7 +59,7 @@ _KINDS: tuple[type[Enum], ...] = (
     Activity, CauseKind, CellStatus, Confidence, LimitName, Mechanism, Role, Status, TerminationReason,
 )  # fmt: skip
 _OURS = frozenset(str(item.value) for kind in _KINDS for item in kind)
-"""Words that reports are made of."""
+"""Words that reports consist of."""
 
 _KEPT = frozenset(
     {
@@ -71,15 +75,16 @@ _KEPT = frozenset(
         "id",
     }
 )
-"""Fields that commands go by: the names of files above all. They come from the command line, not from a kernel."""
+"""Fields that are never masked: they come from the command line, and commands need them."""
 
 T = TypeVar("T")
 
 
 class Mask:
-    """Puts ``***`` for what is secret in a piece of text; ``everywhere`` in all text of a value of ``model`` or ``events``."""
+    """Masks secrets in a text, or in all texts of a value from ``model``."""
 
     def __init__(self, secrets: tuple[str, ...] = ()) -> None:
+        # Longer forms first, so that no secret is masked in part only.
         forms = sorted(
             {form for secret in secrets for form in _forms(secret)},
             key=lambda form: (-len(form), form),
@@ -87,11 +92,11 @@ class Mask:
         self._pattern = re.compile("|".join(map(re.escape, forms))) if forms else None
 
     def __call__(self, text: str) -> str:
-        """``text`` without the secrets."""
+        """Return ``text`` with its secrets masked."""
         return self._pattern.sub(MASK, text) if self._pattern else text
 
     def everywhere(self, value: T) -> T:
-        """A copy of a value with the secrets masked in all its texts but names of files and the like, or the value itself."""
+        """Return ``value`` with its secrets masked, as a copy if there are any."""
         return value if self._pattern is None else self._masked(value)
 
     def _masked(self, value: Any) -> Any:
@@ -109,13 +114,14 @@ class Mask:
                 for name in value.__struct_fields__
                 if name not in _KEPT
             ]
+            # An unchanged value is returned itself: most events contain no secret.
             changed = {name: new for name, old in pairs if (new := self._masked(old)) != old}
             return replace(value, **changed) if changed else value
         return value
 
 
 def mask_for(environment: Mapping[str, str]) -> Mask:
-    """The mask for the secrets of an environment."""
+    """Return the mask for the secrets in an environment."""
     secrets = [
         secret
         for name, value in environment.items()
@@ -126,18 +132,19 @@ def mask_for(environment: Mapping[str, str]) -> Mask:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name may hold a secret."""
+    """Return whether a variable of this name may hold a secret."""
     return name not in _NEVER and _NAME.search(name) is not None
 
 
 def secrets_in(name: str, value: str) -> Iterator[str]:
-    """What is secret in the value of such a variable: the value, its longer lines, the password of a URL."""
+    """Yield the secrets in a value: the value, its longer lines, the password of a URL."""
     value = value.strip()
-    # MAX_TOKENS=100000 is no secret, PASSWORD=100000 is one.
+    # MAX_TOKENS=100000 is a setting, but PASSWORD=100000 is a secret: the name decides for numbers.
     if is_ordinary(value) or (_NUMBER.fullmatch(value) and not _SURE_NAME.search(name)):
         return
     yield value
     lines = value.splitlines()
+    # The kernel may print only one line of a private key.
     if len(lines) > 1:
         yield from (line.strip() for line in lines if len(line.strip()) >= SHORTEST_LINE)
     if "://" in value:
@@ -155,7 +162,7 @@ def _password_of(url: str) -> str | None:
 
 
 def is_ordinary(value: str) -> bool:
-    """Whether a value is too short or too plain to be a secret: a word of ours or of settings, a path."""
+    """Return whether a value is too short or too common to be a secret."""
     word = value.casefold()
     return (
         len(value) < SHORTEST
@@ -166,10 +173,11 @@ def is_ordinary(value: str) -> bool:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """The forms in which a secret may be written: as it is, as Python and JSON show it, on one line, in a URL."""
+    """Yield the forms of a secret: plain, as Python or JSON, on one line, in a URL."""
     yield secret
     yield repr(secret)[1:-1]
     yield secret.encode("unicode_escape", "replace").decode()
     yield secret.replace("\\", "\\\\").replace('"', '\\"')
     yield " ".join(secret.split())
+    # A token in a URL appears percent-encoded in error messages.
     yield quote(secret, safe="", errors="replace")

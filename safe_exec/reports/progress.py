@@ -1,7 +1,8 @@
-"""What a person sees on the terminal while a notebook runs: one line that lives, or plain lines where nothing can move.
+"""Show progress on the terminal while a notebook runs.
 
-Imports ``model``, ``events``, ``units``, the shared texts and what ``terminal`` knows of streams; rich only once there
-is a terminal to draw on, for it takes longer to import than a small notebook to run. Progress goes to standard error.
+On a terminal one line is redrawn in place; elsewhere plain lines are written. Progress goes to
+standard error, so that standard output holds the diagnosis alone. rich is imported only if there is
+a terminal, because importing it takes longer than running a small notebook.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+# Ten redraws a second look continuous; more would only cost time.
 _REFRESH_SECONDS = 0.1
 _SLOW_CELL_SECONDS = 1.0
 _BAR_WIDTH = 12
@@ -34,7 +36,7 @@ _SEARCH_INDENT = " " * 8
 
 
 class _Search:
-    """What has been seen of the search for culprits: folds its events into what a line of progress says."""
+    """The state of a search for culprits, updated from its events."""
 
     def __init__(self, started: events.SearchStarted, code_indices: dict[int, int]) -> None:
         self._began, self._budget = started.time, started.budget
@@ -51,7 +53,8 @@ class _Search:
             case events.SearchTrialStarted():
                 self._trial = event.number
             case events.SearchTrialFinished():
-                # Worth a line: a smaller set, or a sign of life after a while.
+                # A line is due if the set has become smaller, and otherwise every ten seconds as a
+                # sign of life.
                 self.news = (
                     event.best != self._best or event.time - self._last_news >= _SEARCH_LINE_SECONDS
                 )
@@ -61,7 +64,7 @@ class _Search:
                 self._best, self.running = event.cells, False
 
     def doing(self) -> str:
-        """``trial 4 · 5 cells left · best: code cells 1 + 3 + 7``."""
+        """Describe the search: ``trial 4 · 5 cells left · best: code cells 1 + 3 + 7``."""
         if not self.running:
             return self._names(self._best) if self._best else "no culprits found"
         return common.SEPARATOR.join(part for part in (self.stage(), self.best()) if part)
@@ -73,7 +76,7 @@ class _Search:
         return f"best: {self._names(self._best)}" if self._best else ""
 
     def elapsed(self, time: float) -> str:
-        """``12 s of 60 s``."""
+        """Describe the time spent: ``12 s of 60 s``."""
         elapsed = _whole(max(0.0, time - self._began))
         return f"{elapsed} of {_whole(self._budget)}" if math.isfinite(self._budget) else elapsed
 
@@ -89,7 +92,7 @@ class _Search:
         return common.SEPARATOR.join(part for part in parts if part)
 
     def _names(self, indices: Iterable[int]) -> str:
-        """The cells with these indexes as people call them; those of the first run are known."""
+        """Name the cells with these indexes; the numbers of code cells come from the first run."""
         code = [self._code_indices.get(index) for index in indices]
         numbers = [index for index in code if index is not None]
         return (
@@ -100,12 +103,12 @@ class _Search:
 
 
 def _whole(seconds: float) -> str:
-    """Whole seconds for what counts up; minutes only where there are many."""
+    """Format whole seconds, so that a counting display does not jitter; minutes from ten on."""
     return f"{seconds:.0f} s" if seconds < 600 else format_seconds(seconds)  # noqa: PLR2004
 
 
 class Situation:
-    """What has been seen of the run so far: folds the events into what a line of progress says."""
+    """The state of a run, updated from its events."""
 
     def __init__(self) -> None:
         self.kernel = ""
@@ -122,7 +125,7 @@ class Situation:
         self._cpu_sample: tuple[float, float] | None = None
 
     def take(self, event: events.Event) -> None:
-        """Note an event."""
+        """Update the state from an event."""
         self.time = event.time
         match event:
             case events.RunStarted():
@@ -134,6 +137,7 @@ class Situation:
                 self.killed = True
             case events.CellStarted():
                 self.cell = event
+                # Kept for the search, whose events name cells by their index in the notebook.
                 self._code_indices[event.index] = event.code_index
             case events.SearchStarted():
                 self.search = _Search(event, self._code_indices)
@@ -148,11 +152,12 @@ class Situation:
             return
         if self._cpu_sample is not None and event.time > self._cpu_sample[0]:
             previous_time, used = self._cpu_sample
+            # The counter of a new kernel starts at zero, so a difference may be negative.
             self.cpu_share = max(0.0, event.cpu_seconds - used) / (event.time - previous_time)
         self._cpu_sample = (event.time, event.cpu_seconds)
 
     def cell_of(self, code_index: int) -> str:
-        """``code cell 3/7``."""
+        """Name a cell and its position: ``code cell 3/7``."""
         return (
             f"{common.cell_name(code_index)}/{self.cells}"
             if self.cells
@@ -160,11 +165,11 @@ class Situation:
         )
 
     def where(self) -> str:
-        """What runs now."""
+        """Name the running cell, or the kernel before the first cell."""
         return common.cell_name(self.cell.code_index) if self.cell is not None else "the kernel"
 
     def doing(self) -> str:
-        """What runs now and its first line of source; how far the search is."""
+        """Describe the running cell with its first line of source, or the state of the search."""
         if self.search is not None:
             return f"search  {self.search.doing()}"
         if self.cell is None:
@@ -176,23 +181,23 @@ class Situation:
         return f"{self.cell_of(self.cell.code_index)}  {first_line(self.cell.source)}"
 
     def figures(self, since: float = 0.0) -> str:
-        """Time of the cell, memory against its limit, processors in use; only what was measured.
+        """Describe time, memory and processors of the running cell, as far as they were measured.
 
-        In a search the time spent of its budget; ``since`` is how long ago the last event was.
+        During a search it is the time spent; ``since`` is the time since the last event in seconds.
         """
         if self.search is not None:
             return self.search.elapsed(self.time + since) if self.search.running else ""
         return "  ".join(part for part in (format_seconds(self.elapsed()), self.usage()) if part)
 
     def usage(self) -> str:
-        """Memory against its limit, processors in use; only what was measured."""
+        """Describe memory and processors of the running cell, as far as they were measured."""
         parts = [self._memory()]
         if self.cpu_share is not None:
             parts.append(f"cpu {self.cpu_share:.0%}")
         return "  ".join(part for part in parts if part)
 
     def elapsed(self) -> float:
-        """Seconds since the cell began, or the run where none has."""
+        """Return the seconds since the cell started, or since the start of the run."""
         return max(0.0, self.time - (self.cell.time if self.cell is not None else 0.0))
 
     def _memory(self) -> str:
@@ -200,19 +205,20 @@ class Situation:
             return ""
         if not self.memory_limit:
             return format_size(self.memory)
+        # Memory may exceed its limit for a moment with a watchdog, so the bar is capped.
         full = round(_BAR_WIDTH * min(1.0, self.memory / self.memory_limit))
         bar = "█" * full + "░" * (_BAR_WIDTH - full)
         return f"{bar} {format_size(self.memory)}/{format_size(self.memory_limit)}"
 
 
 def first_line(source: str) -> str:
-    """The first line of a cell that says something."""
+    """Return the first line of a cell that is neither empty nor a comment."""
     lines = [common.code_line(line) for line in source.split("\n")]
     return next((line for line in lines if line and not line.startswith("#")), lines[0])
 
 
 def notable(event: events.Event, situation: Situation) -> str | None:
-    """The line that stays on the screen for ``event``, with a terminal or without; ``None`` for none."""
+    """Return the line for an event that every user should see, or ``None``."""
     match event:
         case events.LimitNear():
             name, used, allowed = _amounts(event.limit, event.used, event.allowed)
@@ -250,11 +256,12 @@ def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str,
 
 
 def plain_line(event: events.Event, situation: Situation) -> str | None:
-    """What a log without a terminal gets besides: the start of the kernel, cells that were slow or did not pass, the search."""
+    """Return the additional line for a log file: start, slow or failed cells, the search."""
     match event:
         case events.KernelReady():
             return f"kernel {common.one_line(situation.kernel)} ready after {format_seconds(event.time)}"
         case events.CellFinished():
+            # A log of a notebook with a thousand fast cells has to stay readable.
             slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS
             return (
                 _finished(event, situation)
@@ -281,11 +288,11 @@ def _finished(event: events.CellFinished, situation: Situation) -> str:
 
 
 class Progress:
-    """An event sink that shows the run on ``stream``: one line that lives on a terminal, plain lines elsewhere.
+    """An event sink that shows the run on ``stream``; a context manager.
 
-    A context manager, which leaves the terminal as it was. There is no thread: the line is drawn anew as events come
-    in, ten times a second at most, and by the event loop in a search, whose events are far apart. Never raises: a
-    stream that fails is not written to again.
+    The line is redrawn with events, at most ten times a second, and during a search by the event
+    loop. There is no thread, so nothing draws while the program exits. Never raises: after an error
+    the stream is not written to again.
     """
 
     def __init__(
@@ -312,15 +319,17 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # Silenced first: later events must not draw on a terminal that was restored.
         live, self._live, self._silent = self._live, None, True
         if live is not None:
             quietly(live.stop)
 
     def __call__(self, event: events.Event) -> None:
-        """Show an event; a stream that is gone silences the progress and nothing else."""
+        """Show an event."""
         self._situation.take(event)
         self._last_event = self._clock()
         if not self._silent and not quietly(lambda: self._show(event)):
+            # A closed terminal silences the display; the run goes on.
             self._silent = True
         self._keep_ticking()
 
@@ -344,7 +353,7 @@ class Progress:
             live.update(self._status_line(live.console.width), refresh=True)
 
     def _keep_ticking(self) -> None:
-        """Has the event loop, where there is one, draw the line of a search again and again."""
+        # Trials of a search take seconds and emit few events: the event loop redraws the clock.
         search = self._situation.search
         if (
             self._ticking
@@ -356,7 +365,8 @@ class Progress:
             return
         try:
             asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
-        except RuntimeError:  # no loop: the line moves with the events alone
+        # Without a running loop the line is redrawn by events alone.
+        except RuntimeError:
             return
         self._ticking = True
 
@@ -369,12 +379,14 @@ class Progress:
     def _status_line(self, width: int) -> Text:
         from rich.text import Text
 
+        # Figures keep their place at the right edge while the source on the left changes.
         figures = self._style.fit(self._situation.figures(self._clock() - self._last_event))
         room = max(0, width - common.display_width(figures) - 3)
         doing, below = self._style.fit(self._situation.doing()), ""
         if self._situation.search is not None and self._situation.search.running:
             below = "Ctrl-C keeps the best so far"
-            if common.display_width(doing) > room:  # a narrow terminal: the best set goes below
+            # On a narrow terminal the best set moves to the second line.
+            if common.display_width(doing) > room:
                 doing = f"search  {self._situation.search.stage()}"
                 best = self._situation.search.best()
                 below = f"{best}{common.SEPARATOR}Ctrl-C keeps it" if best else below
@@ -387,11 +399,11 @@ class Progress:
 
 
 def start_live(stream: TextIO) -> Live:
-    """A place on the terminal that is drawn anew again and again, and is gone at the end."""
+    """Start a line that is redrawn in place and disappears at the end."""
     from rich.console import Console
     from rich.live import Live
 
-    # No redirection: what else is written belongs to whoever writes it.
+    # Output of other code, such as warnings, must not pass through rich's redirection.
     console = Console(file=stream)
     live = Live(
         console=console,
@@ -401,13 +413,13 @@ def start_live(stream: TextIO) -> Live:
         redirect_stderr=False,
     )
     live.start()
-    # A runner that is killed cannot bring a hidden cursor back.
+    # rich hides the cursor, and a runner that is killed could not show it again.
     console.show_cursor(True)
     return live
 
 
 def quietly(action: Callable[[], None]) -> bool:
-    """Does it; false where the stream is closed, broken or cannot take the text."""
+    """Call ``action``; return false if the stream is closed, broken or cannot encode the text."""
     try:
         action()
     except (OSError, ValueError):

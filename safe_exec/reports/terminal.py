@@ -1,6 +1,6 @@
-"""What a person sees on the terminal after a run: the diagnosis; and what a stream can show at all.
+"""Print the diagnosis of a run, and find out what a stream can display.
 
-Imports ``model`` and the shared texts. The diagnosis goes to standard output; ``progress`` is what is seen before it.
+The diagnosis goes to standard output; ``progress`` writes to standard error before it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from msgspec import Struct
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.text import common, culprits
 
+# The width of log files and CI consoles, which have no width of their own.
 _PLAIN_WIDTH = 110
 _LABEL_WIDTH = 12
 _INDENT = 2 + _LABEL_WIDTH
@@ -35,14 +36,14 @@ _COLOURS = {
 _RESET = "\x1b[0m"
 
 
-# --- what a stream can show -------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------
 
 LEAST_ROOM = 20
-"""Columns that a line of source needs to say anything."""
+"""The columns that a line of source needs at least to be useful."""
 
 
 class Style(Struct, frozen=True, kw_only=True):
-    """What a stream can show: ``width`` in columns, colours or not, and the encoding that all has to fit in."""
+    """The abilities of a stream: its width in columns, colours, and its encoding."""
 
     width: int = _PLAIN_WIDTH
     colour: bool = False
@@ -50,7 +51,8 @@ class Style(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, stream: TextIO) -> Style:
-        """The style for ``stream``: colours on a terminal only, and never with ``NO_COLOR`` set (no-color.org)."""
+        """Return the style of ``stream``."""
+        # Colours are for terminals only, and never with NO_COLOR set (https://no-color.org).
         terminal = is_terminal(stream)
         width = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if terminal else _PLAIN_WIDTH
         colour = terminal and not os.environ.get("NO_COLOR")
@@ -61,21 +63,22 @@ class Style(Struct, frozen=True, kw_only=True):
         )
 
     def paint(self, colour: str, text: str) -> str:
-        """``words`` in one of our colours, where there are any."""
+        """Return ``text`` in a colour, if the stream has colours."""
         return f"{_COLOURS[colour]}{text}{_RESET}" if self.colour and text else text
 
     def fit(self, line: str) -> str:
-        """``line`` with what the encoding lacks replaced: our signs by ASCII ones, the rest by escapes."""
+        """Replace what the encoding lacks: known signs by ASCII, other characters by escapes."""
         if not _can_encode(self.encoding, _GLYPHS):
             line = line.translate(_ASCII)
         return line.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether ``stream`` is a terminal that can move its cursor and show colours."""
+    """Return whether ``stream`` is a terminal that can move its cursor and show colours."""
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):  # no real stream, or a closed one
+    # A replaced stream without isatty, or a closed one.
+    except (AttributeError, ValueError):
         return False
 
 
@@ -87,11 +90,11 @@ def _can_encode(encoding: str, text: str) -> bool:
     return True
 
 
-# --- the diagnosis ----------------------------------------------------------------------------------------------
+# --- the diagnosis --------------------------------------------------------------------------
 
 
 def print_diagnosis(verdict: Verdict, stream: TextIO, style: Style | None = None) -> None:
-    """Writes the diagnosis of ``verdict`` to ``stream``; without ``style``, as the stream can show it."""
+    """Write the diagnosis to ``stream``, in the style of the stream unless one is given."""
     style_in_use = style or Style.of(stream)
     stream.write(
         "".join(f"{style_in_use.fit(line)}\n" for line in diagnosis(verdict, style_in_use))
@@ -100,7 +103,7 @@ def print_diagnosis(verdict: Verdict, stream: TextIO, style: Style | None = None
 
 
 def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
-    """The diagnosis line by line: headline, line, culprits, why, evidence, weak limits and walls, warnings, advice, files."""
+    """Yield the lines of the diagnosis, from the headline to the written files."""
     passed = verdict.status is Status.PASSED
     sign = style.paint("good", "✓") if passed else style.paint("bad", "✗")
     yield f"{sign} {style.paint('bold', common.headline(verdict))}"
@@ -115,7 +118,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _entry("warning", list(verdict.warnings), style, "warn")
     yield from _entry("next", [verdict.cause.advice] if verdict.cause is not None else [], style)
     yield from _entry("wrote", [common.SEPARATOR.join(_written(verdict))], style)
-    # In one piece however long it is: it is there to be copied.
+    # Never wrapped, because the user copies this line into a shell.
     yield from (
         f"{_margin('reproduce', style)}{command}"
         for command in [culprits.reproduce_command(verdict)]
@@ -124,6 +127,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
 
 
 def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
+    # The crash line first, then the functions in other cells that it had called.
     crash = verdict.crash_cell
     if crash is not None:
         yield from _source_row(crash.code_index, crash.source_line, common.moment(verdict), style)
@@ -136,8 +140,9 @@ def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
 
 
 def _source_row(code_index: int, source_line: str | None, note: str, style: Style) -> Iterator[str]:
-    """A line of a cell with a note beside it; on a narrow terminal the note comes below."""
+    """Yield a line of a cell with a note beside it, or below it on a narrow terminal."""
     head = f"{code_index + 1:>5} │ "
+    # On a narrow terminal code matters more than the note beside it.
     code = common.code_line(source_line or "")
     room = style.width - len(head) - common.display_width(note) - 2
     if room < LEAST_ROOM:
@@ -151,7 +156,7 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
 
 
 def _noted(head: str, head_width: int, text: str, note: str, style: Style) -> str:
-    """One line with its note in the column of the notes, or behind the words where they are longer."""
+    """Return one line with its note in the note column, or behind a longer text."""
     room = style.width - head_width - common.display_width(note) - 2
     pad = min(
         room, max(_NOTE_COLUMN - head_width, common.display_width(text))
@@ -160,8 +165,9 @@ def _noted(head: str, head_width: int, text: str, note: str, style: Style) -> st
 
 
 def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
-    """Which cells it takes and what each of them did, or why no search could tell."""
+    """Yield the culprits and the effect of each, or the reason why none are known."""
     search = verdict.culprits
+    # Without a search there is nothing to say, not even that no culprits are known.
     if search is None:
         return
     figures, outcome = culprits.figures(search), culprits.outcome(search)
@@ -188,8 +194,9 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
 
 
 def _entry(label: str, items: list[str], style: Style, colour: str = "dim") -> Iterator[str]:
-    """Items under one label in the left margin, wrapped; nothing at all where there are none."""
+    """Yield the items under one label in the left margin, wrapped."""
     for number, text in enumerate(text for text in map(common.one_line, items) if text):
+        # Hyphens do not break: paths and options are full of them.
         lines = textwrap.wrap(text, max(style.width - _INDENT, 20), break_on_hyphens=False)
         for row, line in enumerate(lines):
             yield _margin(label if number == row == 0 else "", style, colour) + line
@@ -200,12 +207,13 @@ def _margin(label: str, style: Style, colour: str = "dim") -> str:
 
 
 def _last_words(verdict: Verdict) -> list[str]:
-    """The end of the kernel's stderr where it is the best clue there is: nothing ran that could say more."""
+    """Return the last lines of the kernel's stderr if the kernel never started."""
+    # In all other cases the cause quotes the relevant line, and stderr is mostly warnings.
     if verdict.status not in (Status.START_FAILED, Status.INTERNAL_ERROR):
         return []
     return [line for line in verdict.stderr_tail.splitlines() if line.strip()][-_STDERR_LINES:]
 
 
 def _written(verdict: Verdict) -> list[str]:
-    """The paths written, as seen from the directory of the run."""
+    """Return the written paths, relative to the directory of the run."""
     return [common.one_line(common.path_seen(path, verdict)) for path in verdict.outputs.values()]

@@ -1,4 +1,4 @@
-"""The verdict as one JSON document, and back.
+"""Convert a verdict to its JSON document and back.
 
 The document's keys are the fields of the types in ``model``, in their order; ``verdict.schema.json``
 beside this file is its JSON Schema, which ``make schema`` makes from these types. Numbers are bytes
@@ -57,7 +57,7 @@ def from_document(document: Mapping[str, Any]) -> Verdict:
 
 
 def load_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) that every document obeys."""
+    """Return the JSON Schema (draft 2020-12) of the document."""
     text = (
         resources.files(__package__ or "safe_exec.reports")
         .joinpath("verdict.schema.json")

@@ -1,1 +1,1 @@
-"""Reports on many notebooks, one module per format."""
+"""Reports on a batch, one module per format."""

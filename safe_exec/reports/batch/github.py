@@ -1,7 +1,7 @@
-"""The batch for GitHub Actions: annotations, which are lines on standard output, and the summary of the job in markdown.
+"""Report a batch to GitHub Actions: annotations on standard output, and a summary in markdown.
 
-Imports the shared texts. GitHub shows about ten annotations of a step, so there is one for each notebook that
-failed, the summary has all of them, and more than a megabyte of summary is refused whole.
+GitHub shows about ten annotations per step, so each failed notebook gets one, and the summary lists
+all of them. A summary of more than a megabyte is rejected, so this one stops before.
 """
 
 import html
@@ -19,7 +19,7 @@ from safe_exec.units import format_seconds, format_size
 
 SHOWN_PER_STEP = 10
 MOST_BYTES = 1000 * 1000
-"""Of a summary; GitHub takes 1 MiB for a step, and other commands of the step may have written to it."""
+"""The largest summary; GitHub accepts 1 MiB per step, and other commands may add to it."""
 
 _SIGNS = {Outcome.PASSED: "✅", Outcome.FAILED: "❌", Outcome.ERROR: "⛔", Outcome.SKIPPED: "⏭️"}
 _ORDER = (Outcome.FAILED, Outcome.ERROR, Outcome.PASSED, Outcome.SKIPPED)
@@ -27,19 +27,23 @@ _BAD = (Outcome.FAILED, Outcome.ERROR)
 
 
 def bad(batch: BatchResult) -> list[NotebookResult]:
-    """The notebooks that somebody should look at, in order."""
+    """Return the notebooks that failed, in order."""
     return [result for result in batch.results if batch_text.outcome(result) in _BAD]
 
 
-# --- annotations ------------------------------------------------------------------------------------------------
+# --- annotations ----------------------------------------------------------------------------
 
 
 def annotations(batch: BatchResult, base: Path | None = None) -> Iterator[str]:
-    """A workflow command for each notebook that failed, and a warning for each flaky one; paths as seen from ``base``, the checkout."""
+    """Yield an error for each failed notebook and a warning for each flaky one.
+
+    Paths are relative to ``base``, the checkout.
+    """
     root = base or batch.root
     failed = bad(batch)
     for result in failed:
         yield _error(NotebookReport.of(result), batch, root)
+    # Flaky notebooks passed, so they are warnings, after all errors.
     for result in batch.results:
         if result.flaky:
             path = batch_text.relative(result.source, root)
@@ -62,12 +66,14 @@ def _error(report: NotebookReport, batch: BatchResult, root: Path) -> str:
 
 
 def command(name: str, message: str, **properties: str | int) -> str:
-    """A workflow command, ``::error file=a.ipynb,line=3::message``: one line, whatever is in it."""
+    """Return a workflow command, ``::error file=a.ipynb,line=3::message``, on one line."""
     attributes = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items())
+    # The format is documented in "Workflow commands for GitHub Actions".
     return f"::{name} {attributes}::{_data(common.printable(message))}"
 
 
 def _data(text: str) -> str:
+    # A line break would end the command, so it is percent-encoded.
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
@@ -75,11 +81,11 @@ def _property(text: str) -> str:
     return _data(common.printable(text)).replace(":", "%3A").replace(",", "%2C")
 
 
-# --- the summary of the job -------------------------------------------------------------------------------------
+# --- the job summary ------------------------------------------------------------------------
 
 
 def summary(batch: BatchResult) -> str:
-    """The batch in GitHub's markdown: a table of all notebooks, and of each that failed what there is to know. At most a megabyte."""
+    """Return the batch in GitHub's markdown: a table, and details of each failed notebook."""
     head = f"### {_sign(batch)} safe-exec: {inert(batch_text.tally(batch))}\n\n"
     parts, room = (
         [head],
@@ -88,6 +94,7 @@ def summary(batch: BatchResult) -> str:
     for pieces, section in ((_table(batch), "notebooks"), (_details(batch), "details")):
         left_out = 0
         for piece in pieces:
+            # Whole entries are left out: cut markdown could swallow the rest of the summary.
             room -= len(piece.encode())
             if room < 0:
                 left_out += 1
@@ -139,7 +146,8 @@ def _details(batch: BatchResult) -> Iterator[str]:
 
 
 def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Iterator[str]:
-    # The blank line behind it makes what follows markdown again (CommonMark 4.6).
+    # The blank line after it makes the following text markdown again (CommonMark 4.6).
+    # HTML here, because markdown is not interpreted inside a summary element.
     title = f"{report.result.path}: {batch_text.headline(report)}"
     yield f"<details><summary>{_SIGNS[report.outcome]} {html.escape(common.one_line(title))}</summary>"
     if verdict.crash_cell is not None:

@@ -1,7 +1,7 @@
-"""The batch as GitLab's code quality report: what a merge request shows beside the lines it is about.
+"""Report a batch as GitLab code quality, which a merge request shows beside the lines.
 
-Imports ``files`` and the shared texts. The format is a list of objects with ``description``, ``check_name``,
-``fingerprint``, ``severity`` and ``location``; a fingerprint is the same as long as the problem is.
+The format is a list of objects with ``description``, ``check_name``, ``fingerprint``, ``severity``
+and ``location``. A fingerprint stays the same as long as the problem does.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _SEVERITIES = {
     Status.LIMIT_EXCEEDED: "major",
     Status.KERNEL_DIED: "critical",
 }
-_OTHER_SEVERITY = "blocker"  # nothing could be said of the notebook at all
+# Notebooks without a verdict: they could not be read or run.
+_OTHER_SEVERITY = "blocker"
 
 
 def write(batch: BatchResult, path: Path, base: Path | None = None) -> None:
-    """Writes the report to ``path``, atomically; paths in it are seen from ``base``, the checkout. Raises OSError."""
+    """Write the report to ``path`` with paths relative to ``base``, the checkout. Raises OSError."""
     write_pieces_atomically(path, _document(batch, base or batch.root))
 
 
@@ -58,12 +59,14 @@ def _problem(report: NotebookReport, base: Path) -> dict[str, Any]:
         "severity": _SEVERITIES.get(Status(report.result.status), _OTHER_SEVERITY)
         if report.verdict is not None
         else _OTHER_SEVERITY,
+        # GitLab requires a line; without a known one it is the first.
         "location": {"path": path, "lines": {"begin": file_line(report) or 1}},
     }
 
 
 def _fingerprint(report: NotebookReport, path: str) -> str:
-    """Of the file, the cause and the line of source; not of numbers, which shift when somebody adds a cell above."""
+    """Hash the file, the cause and the line of source."""
+    # Cell and line numbers are left out: they change when somebody adds a cell above.
     crash = report.verdict.crash_cell if report.verdict is not None else None
     source = (crash.source_line or "").strip() if crash is not None else ""
     return hashlib.sha256(

@@ -1,9 +1,9 @@
-"""The batch as JUnit XML: what CI systems read, each a little differently.
+"""Report a batch as JUnit XML.
 
-There are two schemas that readers go by, that of Apache Ant (as written down by Windy Road) and that of Jenkins'
-xunit plugin. Neither lets a test case have properties, the first no output either: both belong to the test suite. So
-each notebook is a suite of its own with one test case, and the file obeys both. It is written suite by suite.
-Imports ``model``, ``files`` and the shared texts; junitparser when something is written.
+Readers follow one of two schemas: Apache Ant's, as published by Windy Road, and that of Jenkins'
+xunit plugin. Neither allows properties on a test case, and the first no output either. So each
+notebook is a test suite with one test case, which satisfies both. The file is written suite by
+suite.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ if TYPE_CHECKING:
     from junitparser import TestCase, TestSuite
 
 TOP_FOLDER = "(root)"
-"""The class name of notebooks in no folder: what Jenkins calls the package of classes in none."""
+"""The class name of notebooks in the top folder, as Jenkins names the default package."""
 
 STDERR_WIDTH = 8192
-"""Characters of the end of the kernel's stderr that are shown; the verdict has more."""
+"""The characters of the end of stderr that are included; the verdict contains more."""
 
-# Anything else is no character of XML 1.0 (section 2.2), not even as a reference; and parsers turn a bare CR into LF.
+# XML 1.0 (section 2.2) allows no other characters, not even as references, and parsers turn a lone
+# CR into LF.
 _FORBIDDEN = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write(batch: BatchResult, path: Path) -> None:
-    """Writes the whole of a batch as JUnit XML to ``path``, atomically. Raises OSError."""
+    """Write the batch as JUnit XML to ``path``, atomically. Raises OSError."""
     write_pieces_atomically(path, _document(batch))
 
 
 def _document(batch: BatchResult) -> Iterator[bytes]:
     yield b"<?xml version='1.0' encoding='utf-8'?>\n<testsuites>"
+    # Ant's schema requires a host name that is not empty.
     host = socket.gethostname() or "localhost"
     for number, result in enumerate(batch.results):
         suite = _suite(NotebookReport.of(result), batch)
         suite.hostname = host
-        # What Ant's schema asks of an aggregate: a running number, and the package.
+        # Ant's schema requires a running number and a package for each suite.
         _set(suite, {"id": str(number), "package": clean(_folder(result.path))})
         yield b"\n"
+        # Written suite by suite: the verdicts of a large batch do not fit into memory.
         yield suite.tostring()
     yield b"\n</testsuites>\n"
 
@@ -72,7 +75,7 @@ def _suite(report: NotebookReport, batch: BatchResult) -> TestSuite:
 
 
 def _moment(verdict: Verdict | None, batch: BatchResult) -> str:
-    """When it started: the schema takes neither parts of a second nor a time zone."""
+    """Return the start time; the schema allows neither fractions of a second nor a time zone."""
     return (
         verdict.started[:19] if verdict is not None else batch.started.strftime("%Y-%m-%dT%H:%M:%S")
     )
@@ -88,10 +91,13 @@ def _case(report: NotebookReport, batch: BatchResult) -> TestCase:
 
     result = report.result
     case = TestCase(clean(PurePosixPath(result.path).name), clean(_folder(result.path)))
+    # Seconds with three decimals, as Ant writes them.
     case.time = round(result.seconds or 0.0, 3)
     if report.outcome is Outcome.SKIPPED:
-        case.result = [Skipped(clean(_message(report)))]  # Ant's schema knows no type of these
+        # Ant's schema has no type attribute for skipped tests.
+        case.result = [Skipped(clean(_message(report)))]
     elif report.outcome is not Outcome.PASSED:
+        # A failure is the notebook's own, an error is not: CI systems count them separately.
         failure = (Failure if report.outcome is Outcome.FAILED else Error)(
             clean(_message(report)), batch_text.kind(report)
         )
@@ -101,7 +107,7 @@ def _case(report: NotebookReport, batch: BatchResult) -> TestCase:
 
 
 def _message(report: NotebookReport) -> str:
-    """One line: what happened, and which cells it takes."""
+    """Return the outcome and the culprits on one line."""
     search = report.verdict.culprits if report.verdict is not None else None
     culprit_cells = (
         f"caused by {culprits.names(search)}" if search is not None and search.cells else ""
@@ -113,12 +119,13 @@ def _message(report: NotebookReport) -> str:
 
 def _stderr(verdict: Verdict | None) -> str:
     tail = verdict.stderr_tail if verdict is not None else ""
+    # CI systems limit the size of the file.
     cut = len(tail) - STDERR_WIDTH
     return f"(the first {cut} characters are left out)\n{tail[cut:]}" if cut > 0 else tail
 
 
 def _properties(report: NotebookReport, batch: BatchResult) -> Iterator[tuple[str, str]]:
-    """Figures by name, for scripts: plain numbers in bytes and seconds. What was not measured is left out."""
+    """Yield figures by name, in bytes and seconds, without those that were not measured."""
     result, verdict = report.result, report.verdict
     yield "status", result.status
     yield "attempts", str(result.attempts)
@@ -128,6 +135,7 @@ def _properties(report: NotebookReport, batch: BatchResult) -> Iterator[tuple[st
         "notebook": result.notebook,
         "reproduction": result.repro,
     }.items():
+        # Paths relative to the output directory stay valid in an uploaded artifact.
         if path is not None:
             yield name, batch_text.relative(path, batch.out)
     if verdict is None:
@@ -152,7 +160,7 @@ def _properties(report: NotebookReport, batch: BatchResult) -> Iterator[tuple[st
 
 
 def clean(text: str) -> str:
-    r"""``words`` with the characters that XML cannot hold written out: ESC as ``\x1b``."""
+    r"""Return ``text`` with characters that XML cannot contain as escapes: ESC as ``\x1b``."""
     return _FORBIDDEN.sub(
         lambda match: match[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n")
     )

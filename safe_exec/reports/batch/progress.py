@@ -1,7 +1,7 @@
-"""What a person sees while a batch runs: a table of what runs now, on a terminal; a line for each finished notebook everywhere.
+"""Show the progress of a batch: a table of running notebooks, and a line for each finished one.
 
-Imports ``entries``, ``progress`` and the shared texts; rich only once there is a terminal to draw on. Goes to standard error. Events come
-on the threads of the notebooks and are only noted there; everything is drawn on the main thread.
+The table needs a terminal, and rich is imported only then. Everything goes to standard error.
+Events arrive on the threads of the notebooks, and the table is drawn on the main thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_PATH = 60
 
 
 class _Running(Struct, frozen=True, kw_only=True):
-    """A notebook that runs."""
+    """A running notebook."""
 
     situation: Situation
     since: float
@@ -38,7 +38,7 @@ class _Running(Struct, frozen=True, kw_only=True):
 
 
 class BatchProgress:
-    """Shows a batch on ``stream``; a context manager, which leaves the terminal as it was. A stream that fails is not written to again."""
+    """Shows a batch on ``stream``; a context manager. After an error the stream is not used again."""
 
     def __init__(
         self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
@@ -64,38 +64,40 @@ class BatchProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # Events may still arrive from other threads: they find a display that is switched off.
         live, self._live, self._silent = self._live, None, True
         if live is not None:
             quietly(live.stop)
 
     def begin(self, total: int, jobs: int) -> None:
-        """So many notebooks, so many at a time."""
+        """Start with ``total`` notebooks, at most ``jobs`` at a time."""
         self._total, self._began = total, self._clock()
         self._say(f"{common.counted(total, 'notebook')}, {jobs} at a time", "dim")
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """Show a message to the user."""
         self._say(f"note: {common.one_line(text)}", "")
 
     def sink(self, path: str, attempt: int) -> events.EventSink:
-        """Takes the events of a notebook, on whatever thread it runs."""
+        """Return the sink for the events of one notebook; it may be called on any thread."""
         notebook = _Running(situation=Situation(), since=self._clock(), attempt=attempt)
         with self._turn:
             self._running[path] = notebook
         return notebook.situation.take
 
     def finished(self, result: NotebookResult, headline: str) -> None:
-        """A notebook came to its end."""
+        """Show a finished notebook."""
         with self._turn:
             self._running.pop(result.path, None)
         self._finished_count += 1
         good = result.status in _GOOD
+        # Retries do not count twice: only the last attempt reaches this method.
         self._bad += not good
         count = f"[{self._finished_count:>{len(str(self._total))}}/{self._total}]"
         self._say(f"{count} {line_of(result, headline)}", "" if good else "bad")
 
     def draw(self) -> None:
-        """Draw the table anew."""
+        """Redraw the table."""
         live = self._live
         if live is not None and not self._silent:
             self._silent = not quietly(lambda: live.update(self._table(), refresh=True))
@@ -110,6 +112,7 @@ class BatchProgress:
 
     def _put(self, line: str, colour: str) -> None:
         if self._live is not None:
+            # markup=False: a file name with brackets must not be read as a colour.
             style = {"bad": "bold red", "dim": "dim"}.get(colour)
             self._live.console.print(
                 line, style=style, markup=False, highlight=False, soft_wrap=True
@@ -124,6 +127,7 @@ class BatchProgress:
 
         table = Table.grid(padding=(0, 2))
         with self._turn:
+            # A copy, because notebooks start and finish on other threads while rich draws.
             running = dict(self._running)
         for path, notebook in running.items():
             attempt = f" (attempt {notebook.attempt})" if notebook.attempt > 1 else ""
@@ -146,7 +150,10 @@ class BatchProgress:
 
 
 def line_of(result: NotebookResult, headline: str) -> str:
-    """A finished notebook in one line: ``✗ docs/a.ipynb: kernel died in code cell 3 · out of memory``."""
+    """Return the line of a finished notebook.
+
+    ``✗ docs/a.ipynb: kernel died in code cell 3 · out of memory``
+    """
     sign = "✓" if result.status in _GOOD else "✗"
     parts = [headline or common.one_line(result.error or result.status.replace("_", " "))]
     if result.flaky:

@@ -1,6 +1,7 @@
-"""The notebooks of a batch as reports see them: where each one's documents lie, and what came of it in a word.
+"""The result of a batch, as its reports read it.
 
-Imports files, errors, records. Verdicts stay on disk: those of five hundred notebooks, each with its timeline, do not belong into memory at once.
+Verdicts stay on disk: those of five hundred notebooks, each with its timeline, would fill the
+memory.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from safe_exec.errors import UsageError
 from safe_exec.files import read_regular
 
 MOST_BYTES = 64 << 20
-"""No verdict is as long."""
+"""The most bytes of a verdict that are read; no real verdict is as large."""
 REFUSED = "refused"
-"""The input cannot be read, or its limits cannot be: no verdict; exit code 2."""
+"""Status: the notebook or its limits cannot be read. There is no verdict; the exit code is 2."""
 UNCHANGED = "unchanged"
-"""Not run: it passed before with the same content, limits, kernel and inputs."""
+"""Status: skipped, because it passed before with the same content, limits, kernel and inputs."""
 NOT_RUN = "not_run"
-"""Not run: the batch ended before its turn came."""
+"""Status: the batch ended before the notebook's turn."""
 
 
 class NotebookResult(Struct, frozen=True, kw_only=True):
-    """One notebook of a batch.
+    """The result of one notebook.
 
-    ``path`` is the one shown: relative to the batch's root, with ``/``. ``status`` is the verdict's, or ``refused``, ``unchanged``,
-    ``not_run``. ``seconds`` is the wall time of the last attempt; ``None`` where nothing ran. ``attempts`` counts its runs: 0 where nothing
-    ran, 1 without a retry. ``flaky``: it passed after an attempt that did not. ``error`` is one line, where it was refused. ``verdict``,
-    ``notebook`` (annotated) and ``repro`` are files that were written, ``None`` where none was; ``source`` is the notebook itself.
+    ``path`` is the displayed path: relative to the root of the batch, with ``/``. ``status`` is the
+    verdict's, or ``refused``, ``unchanged``, ``not_run``. ``seconds`` is the wall time of the last
+    attempt, ``None`` if nothing ran. ``attempts`` is 0 if nothing ran and 1 without a retry.
+    ``flaky`` is true if it passed after a failed attempt. ``error`` is one line about a refused
+    notebook. ``verdict``, ``notebook`` (annotated) and ``repro`` are the written files, or
+    ``None``; ``source`` is the notebook itself.
     """
 
     path: str
@@ -49,23 +52,28 @@ class NotebookResult(Struct, frozen=True, kw_only=True):
     source: Path
 
     def document(self) -> Mapping[str, Any] | None:
-        """The verdict, read from its file now and not kept; ``None`` where there is none that can be read."""
-        if self.verdict is None or self.verdict.is_symlink():  # we write none
+        """Read the verdict's document; ``None`` if there is none or it is unreadable."""
+        # safe-exec writes no symlinks, so somebody else put it there.
+        if self.verdict is None or self.verdict.is_symlink():
             return None
         try:
             # Somebody may have put anything there since: what can be written where verdicts lie are notebooks, too.
+            # Notebooks can write to this folder too, so the file may have any type and size by now.
+            # read_regular never follows a FIFO or a device, and stops at the size limit.
             data = read_regular(self.verdict, most=MOST_BYTES, error=UsageError)
             return msgspec.json.decode(data, type=dict[str, Any])
+        # A report without a verdict is better than no report.
         except (UsageError, ValueError, RecursionError):  # a report says less, and is written
             return None
 
 
 class BatchResult(Struct, frozen=True, kw_only=True):
-    """A batch that is over. ``entries`` are in the order of their paths.
+    """The result of a batch; ``results`` are in the order of their paths.
 
-    ``root`` is the directory that paths are relative to, ``out`` the one that everything was written to. ``seconds`` is the wall time
-    of this call. ``limits`` is the profile or file that ``--limits`` named. ``shard`` is (K, N), K from 1. ``jobs`` is how many
-    notebooks could run at a time. ``cancelled``: somebody stopped it; ``resumed``: it went on from the journal of an earlier call.
+    ``root`` is the directory that paths are relative to, ``out`` the output directory. ``seconds``
+    is the wall time of this call. ``limits`` is the value of ``--limits``. ``shard`` is (K, N), K
+    from 1. ``jobs`` is the number of notebooks at a time. ``cancelled`` is true if the user stopped
+    the batch, ``resumed`` if it continued an earlier one.
     """
 
     results: tuple[NotebookResult, ...]
@@ -83,5 +91,5 @@ class BatchResult(Struct, frozen=True, kw_only=True):
     resumed: bool = False
 
     def counts(self) -> dict[str, int]:
-        """How many notebooks there are of each status, the most frequent first."""
+        """Count the notebooks of each status, the most frequent first."""
         return dict(Counter(entry.status for entry in self.results).most_common())

@@ -1,8 +1,7 @@
-"""Where in the file of a notebook a line of a cell stands: what annotations on a commit point at.
+"""Find the line of a notebook's file that holds a line of a cell, for annotations on commits.
 
-A parser of JSON throws positions away, so the file is read here once more, token by token, and only the cells that are
-asked for are decoded. Files of nbformat 4 and 3, however they are laid out. Imports ``files``, ``errors``, the shared
-texts and how ``notebook`` knows the cells that are ours.
+JSON parsers discard positions, so this module reads the file again, token by token, and decodes
+only the requested cells. It accepts nbformat 4 and 3 in any layout.
 """
 
 from __future__ import annotations
@@ -22,33 +21,36 @@ from safe_exec.notebook.notebook import METADATA_KEY, is_banner
 from safe_exec.reports.batch.text import NotebookReport
 
 MOST_BYTES = 16 << 20
-"""Larger files are not looked into: a batch that has run is not to take more memory for its reports than for running."""
+"""Larger files have no line numbers: reports must not need more memory than the runs did."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
+# Possessive quantifiers: a long string with many escapes must not backtrack.
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^\s,\]}]+")
 
 
 class Placed(Struct, frozen=True, kw_only=True):
-    """The source of a cell, and for each of its lines, as line feeds part them, the line of the file where it stands, from 1."""
+    """The source of a cell, and for each of its lines the line number in the file, from 1."""
 
     source: str
     lines: tuple[int, ...]
 
 
 def read_as_run(path: Path, sha256: str | None) -> str | None:
-    """The text of the notebook in ``path`` if it is still the one that was run, whose hash is ``sha256``; else nothing."""
+    """Return the text of the notebook if it has the hash ``sha256`` as it had when it ran."""
     try:
         data = read_regular(path, most=MOST_BYTES, error=NotebookError)
-    except NotebookError:  # gone, or too large: then nothing is said of its lines
+    # Deleted or too large: its annotations point at line 1.
+    except NotebookError:
         return None
+    # Some editors write a byte order mark, which json.loads rejects.
     return data.decode("utf-8-sig") if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
 def file_line(report: NotebookReport) -> int | None:
-    """The line of the notebook's file, from 1, where the line that failed stands, or the first of its cell where that is not known.
+    """Return the line in the notebook's file of the crash line, or of the start of its cell.
 
-    Nothing where no cell ran, or where the file is no longer the one that was run.
+    ``None`` if the file has changed since the run.
     """
     verdict = report.verdict
     crash = verdict.crash_cell if verdict is not None else None
@@ -63,29 +65,32 @@ def file_line(report: NotebookReport) -> int | None:
         or (cell := placed(text, {crash.index}).get(crash.index)) is None
     ):
         return None
+    # Without a known line the first line of the cell counts.
     line = (crash.line or 1) - 1
     return cell.lines[line if line < len(cell.lines) else 0]
 
 
 def placed(text: str, indexes: Collection[int]) -> dict[int, Placed]:
-    """The cells of the notebook ``text`` with these indexes, which count all cells but those that safe-exec added.
+    """Locate cells in the text of a notebook.
 
-    Cells that are not there, or have no source, are left out. ``text`` is a notebook that could be read.
+    ``indexes`` count all cells but those that safe-exec added. Cells without a source are left out.
     """
     sources = {}
     for index, at in enumerate(_own_cells(text)):
         if index in indexes:
             cell = _members(text, at)
-            source = cell.get("source", cell.get("input"))  # the second: code cells of nbformat 3
+            # Code cells of nbformat 3 call their source "input".
+            source = cell.get("source", cell.get("input"))
             if source is not None:
                 sources[index] = _placed(text, source)
     return sources
 
 
 def _own_cells(text: str) -> Iterator[int]:
-    """Where each cell starts, our banner left out."""
+    """Yield the position of each cell except the banner."""
     top = _members(text, _after_blank(text, 0))
     sheets = (
+        # Only nbformat 3 has worksheets; each has cells of its own.
         _items(text, top["worksheets"]) if "worksheets" in top else iter((_after_blank(text, 0),))
     )
     for sheet in sheets:
@@ -97,16 +102,17 @@ def _own_cells(text: str) -> Iterator[int]:
 
 def _is_banner(text: str, at: int) -> bool:
     metadata = _members(text, at).get("metadata")
+    # A text search first: decoding every cell of a large notebook would be slow.
     if metadata is None or f'"{METADATA_KEY}"' not in text[metadata : _end(text, metadata)]:
         return False
     return is_banner(_decoded(text, at))
 
 
-# --- one cell ---------------------------------------------------------------------------------------------------
+# --- one cell -------------------------------------------------------------------------------
 
 
 def _placed(text: str, at: int) -> Placed:
-    """A source is a text, or a list of texts that are joined; each of them stands on one line of the file, as JSON has it."""
+    """Decode a source: one string, or a list of strings that each fill one line of the file."""
     parts = list(_items(text, at)) if text[at] == "[" else [at]
     position, line = at, text.count("\n", 0, at) + 1
     pieces, lines = [], [0]
@@ -119,26 +125,30 @@ def _placed(text: str, at: int) -> Placed:
         ends = piece.count("\n")
         lines += [line] * ends
         if ends and piece.endswith("\n"):
-            lines[-1] = 0  # begins with the next part
+            # The next string continues this line.
+            lines[-1] = 0
     lines[-1] = lines[-1] or line
     return Placed(source="".join(pieces), lines=tuple(lines))
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------
 
 
 def _after_blank(text: str, at: int) -> int:
     match = _BLANK.match(text, at)
-    assert match is not None  # it matches nothing, too
+    # The pattern also matches the empty string, so there is always a match.
+    assert match is not None
     return match.end()
 
 
 def _end(text: str, at: int) -> int:
-    """Where the value that starts at ``at`` has ended."""
+    """Return the end of the value at ``at``."""
+    # Numbers, true, false and null end at the next delimiter.
     if text[at] not in '"[{':
         return _ended(_SCALAR.match(text, at))
     depth = 0
     for token in _TOKEN.finditer(text, at):
+        # A string is a single token, so brackets inside strings are not counted.
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if not depth:
             return token.end()
@@ -156,7 +166,8 @@ def _no_json(at: int) -> ValueError:
 
 
 def _members(text: str, at: int) -> dict[str, int]:
-    """Where the value of each member of the object at ``at`` starts; of two with one name the last counts, as in Python."""
+    """Return the position of each value in the object at ``at``."""
+    # If a name occurs twice, the last value counts, as in Python's json module.
     members: dict[str, int] = {}
     at = _after_blank(text, at + 1)
     while text[at] != "}":
@@ -168,7 +179,7 @@ def _members(text: str, at: int) -> dict[str, int]:
 
 
 def _items(text: str, at: int) -> Iterator[int]:
-    """Where each item of the array at ``at`` starts."""
+    """Yield the position of each item of the array at ``at``."""
     at = _after_blank(text, at + 1)
     while text[at] != "]":
         yield at
@@ -176,7 +187,7 @@ def _items(text: str, at: int) -> Iterator[int]:
 
 
 def _past(text: str, at: int) -> int:
-    """Where the next member or item starts, or the bracket that ends them, after the value at ``at``."""
+    """Return the position of the next member or item, or of the closing bracket."""
     at = _after_blank(text, _end(text, at))
     return _after_blank(text, at + 1) if text[at] == "," else at
 

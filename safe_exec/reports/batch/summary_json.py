@@ -1,6 +1,6 @@
-"""The batch as one JSON document, ``summary.json``: what came of each notebook, and where its documents are.
+"""Report a batch as one JSON document, ``summary.json``.
 
-Imports ``entries`` and what plain JSON takes. ``summary.schema.json`` beside this file is its JSON Schema. Verdicts are read one at a time.
+``summary.schema.json`` is its JSON Schema. Verdicts are read one at a time.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def summary_of(batch: BatchResult) -> Summary:
 
 
 def to_document(batch: BatchResult) -> dict[str, Any]:
-    """The batch as plain JSON values."""
+    """Return the batch as plain JSON values."""
     document: dict[str, Any] = json_text.plain(summary_of(batch))
     return document
 
 
 def load_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) that every document obeys."""
+    """Return the JSON Schema (draft 2020-12) of the document."""
     text = (
         resources.files(__package__ or "safe_exec.reports.batch")
         .joinpath("summary.schema.json")
@@ -141,7 +141,7 @@ def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _below(path: Path | None, out: Path) -> str | None:
-    """A document's path, relative to the output directory."""
+    """Return the path of a document relative to the output directory."""
     if path is None:
         return None
     return path.relative_to(out).as_posix() if path.is_relative_to(out) else str(path)

@@ -1,7 +1,4 @@
-"""The texts that the reports on a batch share: what came of a notebook in a word, in a line, and in a few.
-
-Pure but for the verdict, which is read from its file when it is asked for. Imports ``model``, ``units`` and the other shared texts.
-"""
+"""The wording that the reports on a batch share, from one word to a few lines per notebook."""
 
 from __future__ import annotations
 
@@ -22,11 +19,15 @@ from safe_exec.units import format_seconds
 
 SOURCE_WIDTH = 160
 SAME = "passed before, and nothing it depends on has changed"
+# Another program may have overwritten the verdict since it was written.
 UNREADABLE = "its verdict cannot be read any more"
 
 
 class Outcome(StrEnum):
-    """What a status comes to, as test reports see it: ``error`` is where the notebook's own code had no say."""
+    """The outcome of a notebook in the terms of test reports.
+
+    ``error`` means that the notebook's own code was not to blame.
+    """
 
     PASSED = "passed"
     FAILED = "failed"
@@ -51,14 +52,15 @@ _WORDS = {REFUSED: "refused", UNCHANGED: "unchanged", NOT_RUN: "not run"}
 
 
 class NotebookReport(Struct, frozen=True, kw_only=True):
-    """A notebook of a batch and its verdict, where there is one that can be read."""
+    """The result of a notebook, with its verdict if that can be read."""
 
     result: NotebookResult
     verdict: Verdict | None
 
     @classmethod
     def of(cls, result: NotebookResult) -> NotebookReport:
-        """Reads the verdict, now."""
+        """Read the verdict of a result."""
+        # Read on demand: no report needs two verdicts at once.
         document = result.document()
         try:
             verdict = None if document is None else from_document(document)
@@ -70,34 +72,34 @@ class NotebookReport(Struct, frozen=True, kw_only=True):
 
     @property
     def outcome(self) -> Outcome:
-        """What the status comes to."""
+        """The outcome in the terms of test reports."""
         return outcome(self.result)
 
 
 def outcome(result: NotebookResult) -> Outcome:
-    """What the status of a notebook comes to."""
+    """Return the outcome of a result in the terms of test reports."""
     return _OUTCOMES[result.status]
 
 
 def status_words(status: str) -> str:
-    """A status in words: ``kernel died``, ``not run``."""
+    """Return a status in words: ``kernel died``, ``not run``."""
     return _WORDS.get(status) or common.status_words(Status(status))
 
 
 def kind(report: NotebookReport) -> str:
-    """The kind of the cause, or the status of a notebook without one: a name for a script."""
+    """Return the kind of the cause, or the status without one: a name for scripts."""
     cause = report.verdict.cause if report.verdict is not None else None
     return cause.kind.value if cause is not None else report.result.status
 
 
 def cause_words(report: NotebookReport) -> str:
-    """The cause in a few words (``out of memory``), or nothing."""
+    """Return the cause in a few words (``out of memory``), or nothing."""
     cause = report.verdict.cause if report.verdict is not None else None
     return common.kind_words(cause) if cause is not None else ""
 
 
 def headline(report: NotebookReport) -> str:
-    """What came of a notebook, in one line."""
+    """Return the outcome of a notebook in one line."""
     result = report.result
     if report.verdict is not None:
         return common.headline(report.verdict)
@@ -117,18 +119,19 @@ def _missing_verdict_reason(result: NotebookResult) -> str:
 
 
 def flaky_words(result: NotebookResult) -> str:
-    """What is to be said of a notebook that passed after it had not; else nothing."""
+    """Return a note about a flaky notebook, or nothing."""
     return f"flaky: passed at attempt {result.attempts} after it had failed" if result.flaky else ""
 
 
 def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
-    """All that a person needs to begin with, as lines of plain text: headline, place, culprits, why, evidence, next step."""
+    """Yield the essential lines: headline, location, culprits, cause, evidence, next step."""
     yield headline(report)
     verdict = report.verdict
     if report.result.flaky:
         yield flaky_words(report.result)
     if verdict is None or report.outcome is Outcome.PASSED:
         return
+    # Location before cause: most readers recognise the problem when they see the line.
     yield from _place(verdict)
     yield from _culprits(verdict)
     if verdict.cause is not None:
@@ -142,7 +145,7 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
 
 
 def place(verdict: Verdict) -> str:
-    """Where it happened: ``code cell 7, line 3, running when the kernel was killed``; nothing where no cell ran."""
+    """Describe the location: ``code cell 7, line 3, running when the kernel was killed``."""
     crash = verdict.crash_cell
     return (
         f"{common.cell_name(crash.code_index)}, {common.moment(verdict)}"
@@ -164,7 +167,7 @@ def _code(source_line: str | None) -> Iterator[str]:
 
 
 def culprits_words(verdict: Verdict) -> str:
-    """Which cells it takes, or why that is not known; nothing where nobody searched."""
+    """Describe the culprits or the lack of them; nothing without a search."""
     search = verdict.culprits
     if search is None:
         return ""
@@ -188,7 +191,7 @@ def _culprits(verdict: Verdict) -> Iterator[str]:
 
 
 def reproduce_command(report: NotebookReport, batch: BatchResult) -> str:
-    """The command, to be typed into a shell where the batch ran, that makes it happen again; nothing where there is no verdict."""
+    """Return the shell command that reproduces the failure, for the directory of the batch."""
     result = report.result
     if result.repro is None:
         return (
@@ -197,19 +200,21 @@ def reproduce_command(report: NotebookReport, batch: BatchResult) -> str:
             else ""
         )
     ran_in = Path(report.verdict.cwd) if report.verdict is not None else result.source.parent
-    # What its cells open stands where the notebook ran.
+    # Cells open files relative to the directory where the notebook ran.
     cwd_option = "" if result.repro.parent == ran_in else f" --cwd {_shell_argument(ran_in, batch)}"
     return f"safe-exec run {_shell_argument(result.repro, batch)}{cwd_option}"
 
 
 def _shell_argument(path: Path, batch: BatchResult) -> str:
     argument = relative(path, batch.root)
+    # "./" keeps a file name that starts with "-" from being an option.
     return common.code_line(shlex.quote(f"./{argument}" if argument.startswith("-") else argument))
 
 
 def relative(path: Path, base: Path) -> str:
-    """``path`` as seen from ``base``, where it lies below; else in full."""
+    """Return ``path`` relative to ``base`` if it lies below it, else the whole path."""
     relative_path = os.path.relpath(path, base)
+    # A path with many ".." is harder to read than a whole one.
     return (
         str(path.absolute())
         if relative_path == os.pardir or relative_path.startswith(f"{os.pardir}{os.sep}")
@@ -218,7 +223,7 @@ def relative(path: Path, base: Path) -> str:
 
 
 def tally(batch: BatchResult) -> str:
-    """``3 failed · 1 error · 36 passed · 2 skipped · 1m 20s``."""
+    """Return the counts of a batch: ``3 failed · 1 error · 36 passed · 2 skipped · 1m 20s``."""
     counts = Counter(map(outcome, batch.results))
     flaky = sum(result.flaky for result in batch.results)
     parts = [
@@ -234,7 +239,7 @@ def tally(batch: BatchResult) -> str:
 
 
 def in_short(report: NotebookReport) -> str:
-    """Where and why, for a column beside that of the status; figures have columns of their own."""
+    """Return location and cause, for a table column beside the status."""
     if report.outcome is Outcome.PASSED:
         return flaky_words(report.result)
     if report.verdict is None:

@@ -1,1 +1,1 @@
-"""Texts that the reports for people share."""
+"""Wording that the reports for people share."""

@@ -1,7 +1,7 @@
-"""The texts that the reports for people share: headline, names of cells, facts, and foreign text made harmless.
+"""The wording that reports for people share: headline, names of cells, facts, safe display of text.
 
-Pure. Imports ``model`` and ``units`` only. People count from 1: "code cell 7" is the seventh code cell, the one whose
-``code_index`` in the JSON is 6. Whatever comes from a notebook, a kernel or a path passes through :func:`printable`.
+People count from 1: "code cell 7" is the seventh code cell, with ``code_index`` 6 in the JSON. Text
+from a notebook, a kernel or a path always passes through ``printable``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ HEADLINE_WIDTH = 200
 FACT_WIDTH = 160
 FRAME_WIDTH = 160
 
-# --- harmless text ----------------------------------------------------------------------------------------------
+# --- safe display of text -------------------------------------------------------------------
 
-# Control characters but the newline, what reorders or hides text (a bidi override makes code read as what it is
-# not: CVE-2021-42574), and surrogates, which no encoding takes. Joiners (200c, 200d) stay: scripts need them.
+# Control characters except the line break, characters that reorder or hide text (a bidi override
+# makes code look like other code: CVE-2021-42574), and surrogates, which no encoding takes. The
+# joiners U+200C and U+200D stay, because some scripts need them.
 _HARMFUL = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -44,23 +45,23 @@ _HARMFUL = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""``text`` with every control, reordering or invisible character written out (ESC as ``\x1b``); lines are kept."""
+    r"""Return ``text`` with control and invisible characters as escapes (ESC as ``\x1b``)."""
     lines = text.replace("\r\n", "\n").expandtabs(4)
     return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
 
 
 def one_line(text: str) -> str:
-    """``text`` printable, on one line, with runs of blanks made one."""
+    """Return ``text`` printable, on one line, with single spaces."""
     return " ".join(printable(text).split())
 
 
 def code_line(text: str) -> str:
-    """A line of source, printable and without its indentation; the blanks within it stay."""
+    """Return a line of source, printable and without indentation; inner spaces stay."""
     return printable(text).replace("\n", " ").strip()
 
 
 def display_width(text: str) -> int:
-    """Columns that ``text`` takes on a terminal: wide characters two, combining ones none."""
+    """Return the columns of ``text`` on a terminal: 2 for wide characters, 0 for combining ones."""
     return sum(_columns(char) for char in text)
 
 
@@ -71,9 +72,10 @@ def _columns(char: str) -> int:
 
 
 def clip(text: str, width: int) -> str:
-    """``text`` cut to ``width`` columns, with an ellipsis where something was cut off."""
+    """Return ``text`` cut to ``width`` columns, with an ellipsis in place of the rest."""
     if display_width(text) <= width:
         return text
+    # One column is for the ellipsis.
     room = width - 1
     characters = []
     for char in text:
@@ -84,22 +86,22 @@ def clip(text: str, width: int) -> str:
     return "".join(characters).rstrip() + "…" if width > 0 else ""
 
 
-# --- names ------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------
 
 
 def cell_name(code_index: int) -> str:
-    """How people call the code cell with this ``code_index``: counted from 1."""
+    """Return the name of a code cell, counted from 1."""
     return f"code cell {code_index + 1}"
 
 
 def cell_names(code_indices: Iterable[int]) -> str:
-    """Several code cells, runs of them shortened: ``code cells 3, 5-9``."""
+    """Return the name of several code cells, with runs shortened: ``code cells 3, 5-9``."""
     runs = _runs(code_indices)
     return f"{_cell_word(runs)} {', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)}"
 
 
 def cell_sum(code_indices: Iterable[int]) -> str:
-    """Code cells that it takes together, long runs of them shortened: ``code cells 1 + 3 + 5-9``."""
+    """Return the name of cells that act together: ``code cells 1 + 3 + 5-9``."""
     runs = _runs(code_indices)
     parts = (
         [str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs
@@ -108,7 +110,8 @@ def cell_sum(code_indices: Iterable[int]) -> str:
 
 
 def _runs(code_indices: Iterable[int]) -> list[list[int]]:
-    """First and last number, as people count, of each run of cells."""
+    """Return the first and last number of each run of consecutive cells."""
+    # "5-9" instead of five numbers, because a notebook may have hundreds of cells.
     runs: list[list[int]] = []
     for number in sorted({index + 1 for index in code_indices}):
         if runs and number == runs[-1][1] + 1:
@@ -123,22 +126,22 @@ def _cell_word(runs: list[list[int]]) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """``1 trial``, ``6 trials``."""
+    """Return a count with its noun: ``1 trial``, ``6 trials``."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def path_seen(path: str, verdict: Verdict) -> str:
-    """A path that was written, as seen from the directory of the run; as it is, not yet printable."""
+    """Return a path relative to the directory of the run; it may not be printable."""
     return path.removeprefix(verdict.cwd.rstrip("/") + "/")
 
 
 def not_run(verdict: Verdict) -> tuple[int, ...]:
-    """The ``code_index`` of every cell that did not run, in order."""
+    """Return the ``code_index`` of every cell that did not run."""
     return tuple(cell.code_index for cell in verdict.cells if cell.status is CellStatus.NOT_RUN)
 
 
 def frame_line(frame: Frame, verdict: Verdict) -> str:
-    """One frame of a stack: ``load (cache.py:12)``; code of a cell: ``in `load`, code cell 1, line 5: return read(path)``."""
+    """Describe a frame of a stack: ``load (cache.py:12)``, or its cell and line."""
     if frame.cell is None:
         place = ":".join(str(part) for part in (frame.file, frame.line) if part is not None) or "?"
         return f"{one_line(frame.function)} ({one_line(place)})"
@@ -150,7 +153,7 @@ def frame_line(frame: Frame, verdict: Verdict) -> str:
 
 
 def frame_place(frame: Frame, verdict: Verdict) -> str:
-    """Where a frame of a cell's code is: ``in `load`, code cell 1, line 5``."""
+    """Describe the location of a frame in a cell: ``in `load`, code cell 1, line 5``."""
     code_index = next(
         (record.code_index for record in verdict.cells if record.index == frame.cell), None
     )
@@ -164,15 +167,16 @@ def frame_place(frame: Frame, verdict: Verdict) -> str:
 
 
 def is_own_code(frame: Frame) -> bool:
-    """Whether a frame is of the code of a cell itself, not of a function in it."""
+    """Return whether a frame is top-level code of a cell, not a function that it defines."""
     return frame.function.startswith(("<module>", "<cell line"))
 
 
 def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
-    """Frames of cells' code deeper down than the line shown of the crash cell, that one called first; at most the innermost few."""
+    """Return the innermost frames of cells below the crash line, the outermost of them first."""
     crash = verdict.crash_cell
     if crash is None:
         return []
+    # Frames of libraries explain little; the user can change the code of cells.
     frames = [frame for frame in crash.stack if frame.cell is not None and frame.line is not None]
     first_frame = next(
         (
@@ -186,14 +190,15 @@ def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
 
 
 def signal_name(number: int) -> str:
-    """``SIGKILL`` for 9 and for -9."""
+    """Return ``SIGKILL`` for 9 and for -9."""
     try:
         return signal.Signals(abs(number)).name
-    except ValueError:  # a real-time signal has no name
+    # Real-time signals have no names.
+    except ValueError:
         return f"signal {abs(number)}"
 
 
-# --- what happened ----------------------------------------------------------------------------------------------
+# --- outcome --------------------------------------------------------------------------------
 
 _STATUS_TEXT = {
     Status.PASSED: "passed",
@@ -213,7 +218,7 @@ _KIND_WORDS = {
     CauseKind.WORKER_OUT_OF_MEMORY: "worker process out of memory",
 }
 
-# For these the summary says all there is to say, and the kind nothing more than the status.
+# Their summary says everything; the kind would only repeat the status.
 _SUMMARY_IS_HEADLINE = frozenset({CauseKind.EXCEPTION, CauseKind.KERNEL_START_FAILED})
 
 _MEASURES: dict[CauseKind, tuple[LimitName, str | None]] = {
@@ -237,18 +242,21 @@ _USED_WORD = {
 
 
 def status_words(status: Status) -> str:
-    """A status in words: ``kernel died``."""
+    """Return a status in words: ``kernel died``."""
     return _STATUS_TEXT[status]
 
 
 def kind_words(cause: Cause) -> str:
-    """The kind of a cause in words, with our confidence where it is not certain."""
+    """Return the kind of a cause in words, with the confidence unless it is certain."""
     text = _KIND_WORDS.get(cause.kind, cause.kind.value.replace("_", " "))
     return text if cause.confidence is Confidence.CERTAIN else f"{text} ({cause.confidence.value})"
 
 
 def headline(verdict: Verdict) -> str:
-    """The verdict in one line: ``kernel died in code cell 7 · out of memory · limit 1.0 GiB, peak 1.0 GiB``."""
+    """Return the verdict in one line.
+
+    ``kernel died in code cell 7 · out of memory · limit 1.0 GiB, peak 1.0 GiB``
+    """
     parts = [_status_and_cell(verdict), *_why(verdict), *_figures(verdict)]
     return clip(SEPARATOR.join(part for part in parts if part), HEADLINE_WIDTH)
 
@@ -263,6 +271,7 @@ def _status_and_cell(verdict: Verdict) -> str:
 
 
 def _why(verdict: Verdict) -> list[str]:
+    # Kind and ending, for example "segmentation fault · SIGSEGV".
     cause = verdict.cause
     if cause is None:
         return []
@@ -276,7 +285,7 @@ def _why(verdict: Verdict) -> list[str]:
 
 
 def headline_has_summary(verdict: Verdict) -> bool:
-    """Whether the headline already carries the summary of the cause."""
+    """Return whether the headline includes the summary of the cause."""
     cause = verdict.cause
     internal = verdict.status is Status.INTERNAL_ERROR
     return cause is not None and (internal or cause.kind in _SUMMARY_IS_HEADLINE)
@@ -291,6 +300,7 @@ def _figures(verdict: Verdict) -> list[str]:
     limit, used = measure
     allowed = verdict.limits.of(limit)
     figures = [] if allowed is None else [f"limit {quantity(limit, allowed)}"]
+    # Limit and use side by side show at a glance whether the limit is too low.
     value = getattr(verdict.usage, used) if used is not None else None
     if used is not None and value is not None:
         qualifier = at_most(verdict.usage) if used == "memory_peak" else ""
@@ -299,7 +309,7 @@ def _figures(verdict: Verdict) -> list[str]:
 
 
 def at_most(usage: Usage) -> str:
-    """Before the memory of a run in which shared pages may have been counted more than once."""
+    """Return a qualifier for memory if shared pages may have been counted twice."""
     return "at most " if usage.memory_upper_bound else ""
 
 
@@ -331,7 +341,7 @@ _TIMES = frozenset(
 
 
 def quantity(limit: LimitName, value: float) -> str:
-    """A value of ``limit`` (bytes, seconds or a count) with its unit."""
+    """Format a value of ``limit`` with its unit."""
     if limit in _SIZES:
         return format_size(value)
     return format_seconds(value) if limit in _TIMES else f"{value:g}"
@@ -348,7 +358,7 @@ _MOMENT = {
 
 
 def moment(verdict: Verdict) -> str:
-    """What the line of the crash cell has to do with it: ``line 3, running when the kernel was killed``."""
+    """Describe the crash line: ``line 3, running when the kernel was killed``."""
     cell = verdict.crash_cell
     activity = _MOMENT.get(verdict.status, "")
     if (
@@ -368,28 +378,30 @@ def _was_killed(cause: Cause) -> bool:
     )
 
 
-# --- evidence ---------------------------------------------------------------------------------------------------
+# --- evidence -------------------------------------------------------------------------------
 
 _SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|disk|free|stack[_ ]limit)(?:$|_|\b)")
 _TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 
 
 def fact_line(fact: Fact) -> str:
-    """One fact for a person: ``oom kills: 1 · memory.events``; what only the kernel itself says is marked so."""
+    """Describe a fact: ``oom kills: 1 · memory.events``."""
     text = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
     source = one_line(fact.source)
     if fact.origin is Origin.INSIDE:
+        # A notebook can make its kernel claim anything, so the reader has to see where a fact is
+        # from.
         source = f"{source}, said by the kernel" if source else "said by the kernel"
     return clip(f"{text}{SEPARATOR}{source}" if source else text, FACT_WIDTH)
 
 
 def fact_name(fact: Fact) -> str:
-    """What a fact is of, in words."""
+    """Return the name of a fact in words."""
     return one_line(fact.fact).replace("_", " ")
 
 
 def fact_value(name: str, value: FactValue) -> str:
-    """The value of the fact called ``name``, with its unit where the name tells."""
+    """Format the value of a fact; its name implies the unit."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "not measured"
     if isinstance(value, bool):
@@ -404,16 +416,16 @@ def fact_value(name: str, value: FactValue) -> str:
 
 
 def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
-    """The facts that the cause rests on, at most ``most`` of them."""
+    """Describe the facts behind the cause, at most ``most`` of them."""
     facts: Sequence[Fact] = verdict.cause.evidence if verdict.cause is not None else ()
     return [fact_line(fact) for fact in facts[:most]]
 
 
 def weak_limits(verdict: Verdict) -> list[str]:
-    """The limits that were set and that the operating system's kernel does not hold, each with what does instead."""
+    """Describe the limits that the operating system does not enforce."""
     lines = []
     for name, enforcement in verdict.enforcement.items():
-        # Time and output are the runner's own to hold: that is no weakness.
+        # The runner enforces time and output limits by design, so they are not weak.
         if (
             verdict.limits.of(name) is None
             or enforcement.hard
@@ -431,8 +443,8 @@ def weak_limits(verdict: Verdict) -> list[str]:
 
 
 def weak_walls(verdict: Verdict) -> list[str]:
-    """The walls that were asked for and that the operating system's kernel does not hold, in one line; ``doctor`` says more."""
-    # To be another user is asked of root alone.
+    """Describe the walls that the operating system does not enforce; ``doctor`` says more."""
+    # Only root is asked to run as another user.
     weak = {
         w: enforcement
         for w, enforcement in verdict.environment.isolation.items()
@@ -444,7 +456,7 @@ def weak_walls(verdict: Verdict) -> list[str]:
         else f"{wall.value} ({enforcement.by.value} holds a part)"
         for wall, enforcement in weak.items()
     ]
-    # What is held in part comes first in a note, then why it is no more.
+    # A note first names the part that is enforced, then the reason for the rest.
     reasons = dict.fromkeys(
         one_line(enforcement.note.rpartition("; ")[2]) for enforcement in weak.values()
     )

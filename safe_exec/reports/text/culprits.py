@@ -1,7 +1,4 @@
-"""The texts on culprits that the reports for people share: their names, what each did, how the search for them went.
-
-Pure. Imports ``model``, ``units`` and ``text``.
-"""
+"""The wording on culprits: their names, the effect of each, the progress of the search."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from safe_exec.units import format_seconds
 
 PASSED = "passed"
 MOST_SHOWN = 8
-"""How many culprits beside the crash cell a report for people lists."""
+"""The most culprits beside the crash cell that a report for people lists."""
 
 _ROLE_WORDS = {
     Role.CRASH: "ran when it happened",
@@ -36,18 +33,18 @@ _NONE_FOUND = {
 
 
 def names(search: Culprits) -> str:
-    """``code cells 3 + 7``, or ``code cell 7 alone``."""
+    """Return the names of the culprits: ``code cells 3 + 7``, or ``code cell 7 alone``."""
     cells = common.cell_sum(culprit.code_index for culprit in search.cells)
     return f"{cells} alone" if len(search.cells) == 1 else cells
 
 
 def note(culprit: Culprit) -> str:
-    """What a culprit did: its note, or what its role says where there is none."""
+    """Return the effect of a culprit: its note, or the description of its role."""
     return common.one_line(culprit.note) or _ROLE_WORDS[culprit.role]
 
 
 def others(verdict: Verdict) -> list[Culprit]:
-    """The culprits but the crash cell, which every report shows by itself."""
+    """Return the culprits except the crash cell, which reports show separately."""
     crash = verdict.crash_cell.index if verdict.crash_cell is not None else None
     return (
         [culprit for culprit in verdict.culprits.cells if culprit.index != crash]
@@ -57,7 +54,7 @@ def others(verdict: Verdict) -> list[Culprit]:
 
 
 def look_first(verdict: Verdict) -> Culprit | None:
-    """The culprit to read first, unless that is the crash cell."""
+    """Return the culprit to read first, unless it is the crash cell."""
     search = verdict.culprits
     return next(
         (culprit for culprit in others(verdict) if search and culprit.index == search.look_first),
@@ -66,9 +63,10 @@ def look_first(verdict: Verdict) -> Culprit | None:
 
 
 def figures(search: Culprits) -> str:
-    """``reproduced 2/2 · 6 trials · 14.2 s``."""
+    """Return the figures of the search: ``reproduced 2/2 · 6 trials · 14.2 s``."""
     failures, runs = search.reproduced
     checked = f"reproduced {failures}/{runs}" if runs and search.cells else ""
+    # Runs that ended in other ways are named, because they weaken the result.
     if checked and len(search.endings.keys() - {PASSED}) > 1:
         checked += f" ({endings(search)})"
     earlier = f" + {search.cached} cached" if search.cached else ""
@@ -81,7 +79,7 @@ def figures(search: Culprits) -> str:
 
 
 def endings(search: Culprits) -> str:
-    """``abort 3, passed 2``: how the runs ended."""
+    """Return the endings of the runs: ``abort 3, passed 2``."""
     return ", ".join(
         f"{common.one_line(kind).replace('_', ' ')} {count}"
         for kind, count in sorted(search.endings.items())
@@ -89,7 +87,7 @@ def endings(search: Culprits) -> str:
 
 
 def outcome(search: Culprits) -> str:
-    """Why there are no culprits, or why there may be fewer; nothing where the set is minimal."""
+    """Return why no culprits are known, or why the set may not be minimal, or nothing."""
     if search.minimal:
         return ""
     if search.cells:
@@ -101,6 +99,7 @@ def outcome(search: Culprits) -> str:
             return "it did not happen again" + (
                 f" in {runs - failures} of {common.counted(runs, 'run')}" if runs else ""
             )
+        # The failure changed between runs, so there is nothing stable to search for.
         return f"it ended another way in {sum(others.values())} of {common.counted(runs, 'run')}: {endings(search)}"
     if search.stopped is Stopped.TOO_RARE:
         return (
@@ -110,7 +109,7 @@ def outcome(search: Culprits) -> str:
 
 
 def reproduce_command(verdict: Verdict) -> str:
-    """The command that makes it happen again, to be typed into a shell; nothing where no reproduction was written."""
+    """Return the shell command that reproduces the failure, or nothing."""
     path = verdict.culprits.repro_notebook if verdict.culprits is not None else None
     if not path:
         return ""
@@ -118,6 +117,7 @@ def reproduce_command(verdict: Verdict) -> str:
     command = (
         f"safe-exec run {shlex.quote(f'./{argument}' if argument.startswith('-') else argument)}"
     )
-    if os.path.dirname(path) != verdict.cwd:  # what the cells open stands where the notebook ran
+    # Cells open files relative to the directory where the notebook ran.
+    if os.path.dirname(path) != verdict.cwd:
         command += f" --cwd {shlex.quote(verdict.cwd)}"
     return common.code_line(command)

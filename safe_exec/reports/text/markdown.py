@@ -1,4 +1,4 @@
-"""Markdown that shows foreign text and does nothing else: nothing in a notebook can mark up, link or typeset a report. Pure."""
+"""Show foreign text in markdown: a notebook cannot add markup, links or formulas to a report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ _MARKUP = re.compile(r"[&<>`*_\[\]#~|!^@]|(?<=:)//|(?<=www)\.")
 
 
 def inert(text: str) -> str:
-    """``words`` on one line as markdown that shows them and does nothing else; not for the start of a line.
+    """Return ``text`` as markdown that only displays it; not for the start of a line.
 
-    Markup becomes character references, which also keep URLs from turning into links. A reference does not stop
-    MathJax, which reads the finished page, but it passes code by: so ``$`` and the backslash are code.
+    Markup characters become character references, which also keep URLs from turning into links.
+    References do not stop MathJax, which reads the finished page but skips code, so ``$`` and the
+    backslash become code.
     """
+    # Odd parts are runs of the characters that start a formula or an escape.
     parts = re.split(r"([$\\]+)", common.one_line(text))
     return "".join(
         f"`{part}`" if i % 2 else _MARKUP.sub(_reference, part) for i, part in enumerate(parts)
@@ -26,15 +28,16 @@ def _reference(match: re.Match[str]) -> str:
 
 
 def code_span(text: str) -> str:
-    """One line of ``words`` as inline code, however many backticks are in it (CommonMark 6.1)."""
+    """Return ``text`` as inline code, whatever backticks it contains (CommonMark 6.1)."""
+    # One backtick more than the longest run, so that no run inside closes the code.
     ticks = "`" * (_longest_run(text) + 1)
-    # A blank at both ends is taken off again; without it a backtick there would join the fence.
+    # CommonMark strips a space at both ends. Without it a backtick there would join the fence.
     pad = " " if text[:1] in ("`", " ", "") or text[-1:] in ("`", " ") else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def fenced(code: str) -> str:
-    """``code`` as a block whose fence is longer than any run of backticks in it (CommonMark 4.5)."""
+    """Return ``code`` as a block, with a fence longer than any run of backticks (CommonMark 4.5)."""
     fence = "`" * max(3, _longest_run(code) + 1)
     return f"{fence}text\n{code}\n{fence}"
 

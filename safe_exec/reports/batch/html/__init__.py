@@ -1,1 +1,1 @@
-"""The HTML page of a batch."""
+"""The HTML report: one self-contained page."""

@@ -1,8 +1,8 @@
-"""The batch as one self-contained HTML page: nothing is fetched, and nothing of a notebook is ever taken for markup.
+"""Report a batch as one self-contained HTML page.
 
-The page is ``page.html`` with ``page.css`` and ``page.js`` in it. What it shows are blocks of JSON, one for each notebook and
-one for the table, which the script reads and puts in as text. They are written one after the other, so no more than one
-verdict is in memory. Imports ``files`` and the shared texts.
+The page is ``page.html`` with ``page.css`` and ``page.js`` in it. It loads nothing, and no text of
+a notebook can become markup: the data are blocks of JSON, one for the table and one per notebook,
+which the script inserts as text. They are written one at a time, so only one verdict is in memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from safe_exec.units import format_seconds
 
 _MARK = "<!-- data -->"
 
-# Nothing that ends the block it stands in or begins another (HTML 13.1.2, "script" data), and no line end but JSON's own.
+# Characters that could end the script element or start another (HTML 13.1.2), and line separators
+# that JSON allows and JavaScript did not.
 _ESCAPED = str.maketrans(
     {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 )
 
 
 def write(batch: BatchResult, path: Path) -> None:
-    """Writes the page to ``path``, atomically; files are linked as seen from its folder. Raises OSError."""
+    """Write the page to ``path``, atomically, with links relative to its folder. Raises OSError."""
     write_pieces_atomically(path, (piece.encode() for piece in _pieces(batch, path.parent)))
 
 
@@ -45,8 +46,10 @@ def _pieces(batch: BatchResult, base: Path) -> Iterator[str]:
     rows = []
     for number, result in enumerate(batch.results):
         report = NotebookReport.of(result)
+        # Only the row stays in memory; the details are written at once.
         rows.append(page_data.row(report))
         yield _block(f"notebook-{number}", page_data.detail(report, batch, base))
+    # The table comes last in the file because its rows are complete only then.
     yield _block("batch", {**_head(batch), "rows": rows})
     yield tail
 
@@ -85,18 +88,21 @@ def _block(name: str, value: object) -> str:
 
 
 def as_data(value: object) -> str:
-    """``value`` as JSON that may stand within a script element, whatever text is in it. All of it is ASCII."""
+    """Return ``value`` as ASCII JSON that is safe inside a script element."""
+    # ASCII, so the page is correct even if a server declares another encoding.
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(
         _ESCAPED
     )
 
 
 def _frame(batch: BatchResult) -> tuple[str, str]:
-    """The page before and after its data."""
+    """Return the parts of the page before and after its data."""
     style, script = _file("page.css"), _file("page.js")
     bad = any(
         batch_text.outcome(result) in (Outcome.FAILED, Outcome.ERROR) for result in batch.results
     )
+    # Even if a notebook could add markup, this policy would keep it from running or loading
+    # anything.
     policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; base-uri 'none'; form-action 'none'"
     page = _file("page.html")
     for name, value in {
@@ -105,13 +111,14 @@ def _frame(batch: BatchResult) -> tuple[str, str]:
         "style": style,
         "script": script,
     }.items():
+        # Replaced one after another: none of the values contains another marker.
         page = page.replace(f"<!-- {name} -->", value)
     head, _, tail = page.partition(_MARK)
     return head, tail
 
 
 def _source(content: str) -> str:
-    """The one inline style or script that may be (Content Security Policy 3, 2.3.1)."""
+    """Return the hash that allows this inline style or script (Content Security Policy 3, 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 

@@ -1,7 +1,7 @@
-"""What the HTML page is told of a notebook, as plain JSON: a row of its table, and what is seen when it is opened.
+"""The data of the HTML page: a row for its table and the details of each notebook.
 
-All text is made here, in the words of the other reports; the page lays it out. Everything is bounded, and what was cut
-off is said. Imports ``model``, ``units``, ``places`` and the shared texts.
+All wording comes from here, shared with the other reports; the page only lays it out. All texts
+have a maximum length, and the page says where something was cut.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from safe_exec.reports.text import common, culprits
 from safe_exec.units import format_seconds, format_size
 
 MOST_LINES = 300
-"""Lines of the crash cell's source, around the one that is marked; a culprit has a fifth of it."""
+"""The lines shown of the crash cell; of a culprit a fifth as many are shown."""
 LINE_WIDTH = 300
 USUAL_WIDTH = 60
-"""Where lines are longer than this on average, fewer of them are shown."""
+"""The average length of a line from which fewer lines are shown."""
 MOST_CULPRITS = 20
 MOST_CELLS = 300
 MOST_FRAMES = 50
 STDERR_WIDTH = 6000
 MOST_POINTS, LEAST_POINTS = 400, 80
 ALL_POINTS = 60_000
-"""Points of the timelines of all notebooks together: some 2 MiB."""
+"""The points of all timelines of a page together, about 2 MiB."""
 
 
 def row(report: NotebookReport) -> dict[str, Any]:
-    """A row of the table. Numbers are there to sort by, bytes and seconds; null where not measured."""
+    """Return a row of the table; numbers are in bytes and seconds, or null."""
     result, verdict = report.result, report.verdict
     peak = verdict.usage.memory_peak if verdict is not None else None
     limit = verdict.limits.memory if verdict is not None else None
@@ -59,7 +59,7 @@ def row(report: NotebookReport) -> dict[str, Any]:
 
 
 def detail(report: NotebookReport, batch: BatchResult, base: Path) -> dict[str, Any]:
-    """What is seen of a notebook when it is opened; ``base`` is the folder of the page, from where files are linked."""
+    """Return the details of a notebook; ``base`` is the folder of the page."""
     verdict = report.verdict
     data: dict[str, Any] = {
         "headline": batch_text.headline(report),
@@ -76,7 +76,8 @@ def detail(report: NotebookReport, batch: BatchResult, base: Path) -> dict[str, 
 
 
 def _files(report: NotebookReport, base: Path) -> Iterator[dict[str, str]]:
-    """Links to what was written, where it lies below the page. They begin with ``./``, so no name can be a scheme."""
+    """Yield links to the documents below the page's folder."""
+    # A link starts with "./", so that no file name can act as a URL scheme.
     written = {
         "annotated notebook": report.result.notebook,
         "verdict": report.result.verdict,
@@ -88,15 +89,17 @@ def _files(report: NotebookReport, base: Path) -> Iterator[dict[str, str]]:
             yield {"name": name, "href": f"./{quote(href, errors='surrogateescape')}"}
 
 
-# --- any run ----------------------------------------------------------------------------------------------------
+# --- every run ------------------------------------------------------------------------------
 
 
 def _run(verdict: Verdict, notebooks: int) -> dict[str, Any]:
+    # The more notebooks, the fewer points each: the page has to open in any browser.
     most = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(notebooks, 1)))
     return {
         "timeline": timeline(verdict.timeline, most),
         "memory_limit": verdict.limits.memory,
         "wall": verdict.usage.wall_seconds,
+        # A table of ten thousand rows would make the page unusable; the verdict has all of them.
         "cells": [_cell(record) for record in verdict.cells[:MOST_CELLS]],
         "cells_cut": max(len(verdict.cells) - MOST_CELLS, 0),
         "usage": list(_usage(verdict)),
@@ -108,7 +111,8 @@ def _run(verdict: Verdict, notebooks: int) -> dict[str, Any]:
 
 
 def timeline(samples: Timeline, most: int) -> dict[str, Any]:
-    """At most ``most`` samples of memory, in bytes; of each run of samples the highest, so that no peak is lost."""
+    """Return at most ``most`` samples of memory, in bytes."""
+    # The highest sample of each group is kept, so that no peak disappears.
     points = list(zip(samples.seconds, samples.memory, strict=True))
     width = -(-len(points) // most) or 1
     runs = [points[start : start + width] for start in range(0, len(points), width)]
@@ -123,6 +127,7 @@ def _cell(record: CellRecord) -> dict[str, Any]:
     return {
         "n": record.code_index + 1,
         "status": record.status.value.replace("_", " "),
+        # Numbers are for the chart and for sorting, texts for the table.
         "start": record.started,
         "end": record.started + record.seconds
         if record.started is not None and record.seconds is not None
@@ -130,6 +135,7 @@ def _cell(record: CellRecord) -> dict[str, Any]:
         "time": _seconds(record.seconds),
         "cpu": _seconds(record.cpu_seconds),
         "peak": _size(record.memory_peak),
+        # Memory that a cell did not release, so the sign matters.
         "kept": ("+" if (record.memory_kept or 0) > 0 else "") + _size(record.memory_kept),
         "output": _size(record.output_bytes) + (" (cut)" if record.output_truncated else ""),
     }
@@ -149,7 +155,7 @@ def _usage(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 
 def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
-    """Each limit that was set: name, value, what holds it."""
+    """Yield name, value and mechanism of each limit."""
     for name in LimitName:
         value, enforcement = verdict.limits.of(name), verdict.enforcement.get(name)
         if value is not None:
@@ -191,7 +197,7 @@ def _size(size: float | None) -> str:
     return format_size(size) if size is not None else ""
 
 
-# --- a failure --------------------------------------------------------------------------------------------------
+# --- a failure ------------------------------------------------------------------------------
 
 
 def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
@@ -226,13 +232,14 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
 
 
 def _sources(report: NotebookReport, verdict: Verdict) -> dict[int, Placed]:
-    """The sources of crash cell and culprits, from the notebook's file if it is still the one that was run."""
+    """Return the sources of crash cell and culprits, if the file is unchanged since the run."""
     indexes = (
         {culprit.index for culprit in verdict.culprits.cells}
         if verdict.culprits is not None
         else set()
     )
     indexes |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
+    # A notebook edited since the run would show the wrong lines.
     read = read_as_run(report.result.source, verdict.notebook.sha256) if indexes else None
     return placed(read, indexes) if read is not None else {}
 
@@ -259,6 +266,7 @@ def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | 
         "all": [culprit.code_index + 1 for culprit in search.cells],
         "cells": [
             _culprit(culprit, first, sources.get(culprit.index))
+            # The last culprits are closest to the crash.
             for culprit in search.cells[-MOST_CULPRITS:]
         ],
         "cut": max(len(search.cells) - MOST_CULPRITS, 0),
@@ -283,10 +291,10 @@ def _culprit(culprit: Culprit, first: Culprit | None, source: Placed | None) -> 
 def code(
     source: str | None, source_line: str | None, line: int | None, most: int
 ) -> dict[str, Any] | None:
-    """Lines of source to be shown: ``first`` is the number of the first, ``marked`` that of the one it is about.
+    """Return lines of source: ``first`` is the number of the first, ``marked`` the highlighted one.
 
-    At most ``most`` lines around that one, fewer where they are long; ``cut`` says how many were left out. Where the source is not
-    known, the one line that the verdict holds; nothing where that is not known either.
+    At most ``most`` lines around the highlighted one, fewer if they are long; ``cut`` counts the
+    lines that were left out.
     """
     if source is None:
         if not source_line:
@@ -299,8 +307,10 @@ def code(
             "alone": True,
         }
     lines = source.split("\n")
+    # The marked line in the middle, without going beyond either end.
     start = max(0, min((line or 1) - 1 - most // 2, len(lines) - most))
     excerpt = _shown(lines[start : start + most])
+    # A cell with minified data has lines of megabytes.
     if most > 1 and sum(map(len, excerpt)) > most * USUAL_WIDTH:
         return code(source, source_line, line, most // 2)
     return {
@@ -317,5 +327,6 @@ def _shown(lines: Sequence[str]) -> list[str]:
 
 
 def _tail(text: str) -> dict[str, Any]:
+    # The end of stderr holds the error; the beginning is mostly warnings.
     cut = max(len(text) - STDERR_WIDTH, 0)
     return {"text": text[cut:], "cut": cut}
