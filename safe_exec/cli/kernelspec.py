@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from safe_exec.cli.kernel import NOT_HERE
-from safe_exec.cli.run import LIMIT_HELP, wall_options, walls_of
+from safe_exec.cli.run import options_of, wall_options, walls_of
 from safe_exec.errors import OutputPathError, UsageError
+from safe_exec.limits import spec
 from safe_exec.model.limits import LimitName, Limits
 
 if TYPE_CHECKING:
@@ -48,15 +49,6 @@ def command() -> None:
     """Make a kernel for JupyterLab and other Jupyter tools that is born inside limits."""
 
 
-def _offered_limits(function: Any) -> Any:
-    for name in reversed(OFFERED):
-        metavar, text = LIMIT_HELP[name]
-        function = click.option(
-            f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text
-        )(function)
-    return function
-
-
 @command.command("install", short_help="Install a kernelspec that carries limits.")
 @click.option(
     "--limits",
@@ -64,7 +56,7 @@ def _offered_limits(function: Any) -> Any:
     metavar="NAME|FILE",
     help="A profile or a YAML file of your own [default].",
 )
-@_offered_limits
+@options_of([row for row in spec.OPTIONS if row.name in OFFERED])
 @wall_options
 @click.option("--require", metavar="LIMIT,...", help="Refuse to start unless these are enforced.")
 @click.option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
+from safe_exec.limits import spec
 from safe_exec.model.limits import FolderUse, LimitName
 from safe_exec.model.verdict import Verdict
 from safe_exec.sandbox.planner import CHOOSABLE
@@ -23,36 +24,22 @@ from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, 
 if TYPE_CHECKING:
     from safe_exec.model.events import EventSink
 
-LIMIT_HELP = {
-    LimitName.MEMORY: ("SIZE", "Memory of the kernel and all its processes (512M, 1.5GiB, 50%)."),
-    LimitName.CPUS: ("N", "Processors it may use at a time (0.5, 2)."),
-    LimitName.CPU_TIME: ("T", "Processor time of all its processes together (90s, 5m)."),
-    LimitName.CELL_TIMEOUT: ("T", "Wall time of each cell."),
-    LimitName.TIMEOUT: ("T", "Wall time of the whole notebook, the start included."),
-    LimitName.START_TIMEOUT: ("T", "Time until the kernel must have answered."),
-    LimitName.PROCESSES: ("N", "Processes and threads at a time."),
-    LimitName.OPEN_FILES: ("N", "Open files of each process."),
-    LimitName.FILE_SIZE: ("SIZE", "Size of any one file that it writes."),
-    LimitName.CELL_OUTPUT: ("SIZE", "Output that is kept of each cell."),
-    LimitName.DISK: (
-        "SIZE",
-        "What it may write to its folder, /tmp and home together; it works in a copy of the folder.",
-    ),
-    LimitName.SHM: ("SIZE", "Size of /dev/shm."),
-    LimitName.OUTPUT: (
-        "SIZE",
-        "Output that is kept in all; given alone it is the cap of each cell too.",
-    ),
-}
-
 
 def limit_options(function: Any) -> Any:
     """An option for each limit."""
-    for name, (metavar, text) in reversed(LIMIT_HELP.items()):
-        function = click.option(
-            f"--{name.value.replace('_', '-')}", name.value, metavar=metavar, help=text
-        )(function)
-    return function
+    return options_of(spec.OPTIONS)(function)
+
+
+def options_of(rows: Sequence[spec.LimitSpec]) -> Callable[[Any], Any]:
+    """An option for each of these limits."""
+
+    def decorate(function: Any) -> Any:
+        for row in reversed(rows):
+            option = click.option(f"--{row.option}", row.name, metavar=row.metavar, help=row.help)
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def wall_options(function: Any) -> Any:

@@ -15,14 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from safe_exec.limits.spec import OPTIONS
+
 if TYPE_CHECKING:
     from safe_exec.model.verdict import Verdict
-
-LIMITS = (
-    "memory", "cpus", "cpu_time", "cell_timeout", "timeout", "start_timeout", "processes", "open_files", "file_size", "cell_output",
-    "output", "disk", "shm",
-)  # fmt: skip
-"""The names of ``safe_exec.model.LimitName``, which is not imported for its names alone."""
 
 ISOLATION = (
     ("env", "NAME"), ("show", "PATH"), ("writable", "PATH"), ("hide", "PATH"), ("device", "PATH"),
@@ -55,13 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME|FILE",
         help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
     )
-    for name in LIMITS:
-        option = name.replace("_", "-")
+    for row in OPTIONS:
         group.addoption(
-            f"--safe-exec-{option}",
-            dest=f"safe_exec_limit_{name}",
-            metavar="VALUE",
-            help=f"As `safe-exec run --{option}`.",
+            f"--safe-exec-{row.option}",
+            dest=f"safe_exec_limit_{row.name}",
+            metavar=row.metavar,
+            help=f"As `safe-exec run --{row.option}`.",
         )
     for name, metavar in ISOLATION:
         group.addoption(
@@ -153,7 +148,7 @@ def _settings(config: pytest.Config) -> Settings:
     refuse_elsewhere()
     from safe_exec.cli.run import parse_budget, walls_of
 
-    values = {name: config.getoption(f"safe_exec_limit_{name}") for name in LIMITS}
+    values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
     options = {name: value for name, value in values.items() if value is not None}
     if "output" in options:
         options.setdefault("cell_output", options["output"])  # as the command takes it

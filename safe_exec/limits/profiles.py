@@ -19,6 +19,7 @@ from safe_exec.files import one_line
 from safe_exec.limits import isolation
 from safe_exec.limits.project_file import PROJECT_FILE, ProjectLimits, find_project_file
 from safe_exec.limits.project_file import project_overrides as _project_overrides
+from safe_exec.limits.spec import ROWS
 from safe_exec.limits.values import (
     LIMIT_NAMES,
     Figure,
@@ -61,7 +62,7 @@ __all__ = [
 ]
 
 DEFAULT_PROFILE = "default"
-CELL_LIMITS = frozenset({"cell_timeout", "cell_output"})
+CELL_LIMITS = frozenset(row.name for row in ROWS if row.of_cell)
 """The limits that a single cell may carry; the others hold for a process or for the whole run."""
 
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
+from safe_exec.limits.spec import SPECS, Kind
 from safe_exec.limits.yaml_source import Value
 from safe_exec.model.limits import Limits
 from safe_exec.units import (
@@ -33,24 +34,15 @@ from safe_exec.units import (
 Figure = int | float | None
 """A limit in bytes, seconds or as a count; ``None`` is unlimited."""
 
-LIMIT_NAMES = Limits.__struct_fields__
+LIMIT_NAMES = tuple(SPECS)
 """Every key that may stand under ``limits:``; ``-`` is taken for ``_``."""
 
-_PARSERS: Mapping[str, Callable[[object], Figure]] = {
-    "memory": parse_size,
-    "cpus": parse_cpus,
-    "cpu_time": parse_duration,
-    "cell_timeout": parse_duration,
-    "timeout": parse_duration,
-    "start_timeout": parse_duration,
-    "processes": parse_count,
-    "open_files": parse_count,
-    "file_size": parse_size,
-    "cell_output": parse_size,
-    "output": parse_size,
-    "disk": parse_size,
-    "shm": parse_size,
-    "interrupt_grace": parse_grace,
+_PARSERS: Mapping[Kind, Callable[[object], Figure]] = {
+    Kind.SIZE: parse_size,
+    Kind.COUNT: parse_count,
+    Kind.PROCESSORS: parse_cpus,
+    Kind.TIME: parse_duration,
+    Kind.GRACE: parse_grace,
 }
 
 
@@ -130,10 +122,10 @@ def format_limit(name: str, value: Figure) -> str:
     """One limit for people: ``"2.0 GiB"``, ``"5m"``, ``"128"`` or ``"unlimited"``."""
     if value is None:
         return "unlimited"
-    parser = _PARSERS[name]
-    if parser is parse_size:
+    kind = SPECS[name].kind
+    if kind is Kind.SIZE:
         return format_size(value)
-    return format_seconds(value) if parser in (parse_duration, parse_grace) else f"{value:g}"
+    return format_seconds(value) if kind in (Kind.TIME, Kind.GRACE) else f"{value:g}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -150,7 +142,7 @@ def _parse(
     values: dict[str, Figure] = {}
     for key, value, where in entries:
         name = _name(key)
-        if name not in _PARSERS:
+        if name not in SPECS:
             place = "options" if where.startswith("--") else one_line(where)
             raise LimitsError(
                 f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}"
@@ -167,7 +159,7 @@ def _figure(name: str, value: object, place: str, machine_memory: int | None) ->
     try:
         share = parse_percent(value) if name == "memory" else None
         if share is None:
-            return _PARSERS[name](value)
+            return _PARSERS[SPECS[name].kind](value)
     except UnitError as problem:
         raise LimitsError(f"{place}: {problem}") from None
     if machine_memory is None:

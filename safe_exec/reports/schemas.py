@@ -13,10 +13,13 @@ from typing import Any
 
 import msgspec
 
+from safe_exec.limits.spec import ROWS, Kind
 from safe_exec.model.verdict import VERDICT_SCHEMA, CauseKind, Status, Verdict
 from safe_exec.reports.batch.summary_json import SUMMARY_SCHEMA, Summary
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+_UNITS = {Kind.SIZE: "Bytes. ", Kind.TIME: "Seconds. ", Kind.GRACE: "Seconds. "}
 
 OPTIONAL: Mapping[str, frozenset[str]] = {
     "Environment": frozenset({"isolation_facts"}),
@@ -34,6 +37,10 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "isolation": "The walls that were asked for; environment.isolation says what holds each.",
         "remote_hosts": "Other hosts that the notebook was seen to talk to.",
         "outputs": "The files that were written, by what they are.",
+    },
+    "Limits": {
+        row.name: _UNITS.get(row.kind, "") + row.help.partition(" (")[0].rstrip(".") + "."
+        for row in ROWS
     },
     "CrashCell": {"line": "Counted from 1 within the cell.", "stack": "Innermost frame first."},
     "Frame": {

@@ -11,24 +11,11 @@ from msgspec import Struct, field
 
 from safe_exec.errors import EnforcementError
 from safe_exec.keeper import protocol
+from safe_exec.limits.spec import ROWS
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 
-RUNNER_LIMITS = (
-    LimitName.CELL_TIMEOUT,
-    LimitName.TIMEOUT,
-    LimitName.START_TIMEOUT,
-    LimitName.CELL_OUTPUT,
-    LimitName.OUTPUT,
-)
-"""Held by the runner by their nature: it is what waits, and what takes the output."""
-
-REQUIRE_ALL = (
-    LimitName.MEMORY,
-    LimitName.CPUS,
-    LimitName.PROCESSES,
-    LimitName.OPEN_FILES,
-    LimitName.FILE_SIZE,
-)
+RUNNER_LIMITS = tuple(LimitName(row.name) for row in ROWS if row.by_runner)
+REQUIRE_ALL = tuple(LimitName(row.name) for row in ROWS if row.in_require_all)
 """What ``--require all`` stands for."""
 
 

@@ -316,4 +316,6 @@ def test_installed_and_not_asked_for_it_costs_nothing() -> None:
         "safe_exec",
         "safe_exec.integrations",
         "safe_exec.integrations.pytest_plugin",
+        "safe_exec.limits",
+        "safe_exec.limits.spec",
     }

@@ -12,6 +12,7 @@ import signal
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from safe_exec.limits.values import format_limit
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Mechanism, Wall
 from safe_exec.model.verdict import (
@@ -325,26 +326,9 @@ def _passed_figures(verdict: Verdict) -> list[str]:
     ]
 
 
-_SIZES = frozenset(
-    {
-        LimitName.MEMORY,
-        LimitName.FILE_SIZE,
-        LimitName.CELL_OUTPUT,
-        LimitName.OUTPUT,
-        LimitName.DISK,
-        LimitName.SHM,
-    },
-)
-_TIMES = frozenset(
-    {LimitName.CPU_TIME, LimitName.CELL_TIMEOUT, LimitName.TIMEOUT, LimitName.START_TIMEOUT}
-)
-
-
 def quantity(limit: LimitName, value: float) -> str:
     """Format a value of ``limit`` with its unit."""
-    if limit in _SIZES:
-        return format_size(value)
-    return format_seconds(value) if limit in _TIMES else f"{value:g}"
+    return format_limit(limit.value, value)
 
 
 _MOMENT = {

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -34,6 +35,7 @@ from safe_exec.limits.profiles import (
     tighten,
 )
 from safe_exec.limits.project_file import ProjectLimits, matches
+from safe_exec.limits.spec import METAVARS, OPTIONS, ROWS, Kind
 from safe_exec.model.limits import (
     FolderUse,
     Isolation,
@@ -71,9 +73,17 @@ def error_of(name: str) -> str:
 # --- the profiles that ship -------------------------------------------------------------------------------------
 
 
-def test_every_limit_has_a_parser_and_a_name() -> None:
-    assert set(LIMIT_NAMES) == set(values._PARSERS) == set(Limits.__struct_fields__)
-    assert {name.value for name in LimitName} == set(LIMIT_NAMES) - {"interrupt_grace"}
+def test_the_table_of_limits_has_every_field_and_name() -> None:
+    assert tuple(row.name for row in ROWS) == Limits.__struct_fields__ == LIMIT_NAMES
+    assert [row.name for row in OPTIONS] == [name.value for name in LimitName]
+    assert set(values._PARSERS) == set(METAVARS) == set(Kind)
+
+
+def test_the_kind_of_a_limit_is_the_type_of_its_field() -> None:
+    hints = get_type_hints(Limits)
+    for row in ROWS:
+        is_whole = int in get_args(hints[row.name])
+        assert is_whole == (row.kind in (Kind.SIZE, Kind.COUNT)), row.name
 
 
 def test_shipped_profiles() -> None:

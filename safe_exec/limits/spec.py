@@ -1,0 +1,125 @@
+"""The limits: one row for each. The ONLY table of them.
+
+The command line, the pytest plugin, the parser of files, the formatter, ``--require`` and the JSON
+Schema read these rows. A new limit is a field of ``model.limits.Limits``, a word in ``LimitName``
+and a row here. Imports the standard library only: pytest imports this module at every start.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class Kind(Enum):
+    """What a limit counts, and how it is written (``parse_*`` in ``units.py``)."""
+
+    SIZE = "bytes"
+    COUNT = "count"
+    PROCESSORS = "processors"
+    TIME = "seconds"
+    GRACE = "grace"
+    """Seconds that may be 0 and never unlimited."""
+
+
+METAVARS = {
+    Kind.SIZE: "SIZE",
+    Kind.COUNT: "N",
+    Kind.PROCESSORS: "N",
+    Kind.TIME: "T",
+    Kind.GRACE: "T",
+}
+
+
+class LimitSpec(NamedTuple):
+    """One limit.
+
+    ``name`` is its key in files and in the verdict. ``by_runner``: the runner enforces it, since it
+    is the runner that waits for cells and takes their output. ``in_require_all``: ``--require all``
+    asks for it if it is set. ``of_cell``: the metadata of a single cell may carry it.
+    ``has_option``: it is an option of the commands.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    by_runner: bool = False
+    in_require_all: bool = False
+    of_cell: bool = False
+    has_option: bool = True
+
+    @property
+    def option(self) -> str:
+        """The option of the command line, without its dashes: ``cell-timeout``."""
+        return self.name.replace("_", "-")
+
+    @property
+    def metavar(self) -> str:
+        """The placeholder of the value in help texts."""
+        return METAVARS[self.kind]
+
+
+ROWS = (
+    LimitSpec(
+        "memory",
+        Kind.SIZE,
+        "Memory of the kernel and all its processes (512M, 1.5GiB, 50%).",
+        in_require_all=True,
+    ),
+    LimitSpec(
+        "cpus",
+        Kind.PROCESSORS,
+        "Processors it may use at a time (0.5, 2).",
+        in_require_all=True,
+    ),
+    LimitSpec("cpu_time", Kind.TIME, "Processor time of all its processes together (90s, 5m)."),
+    LimitSpec("cell_timeout", Kind.TIME, "Wall time of each cell.", by_runner=True, of_cell=True),
+    LimitSpec(
+        "timeout",
+        Kind.TIME,
+        "Wall time of the whole notebook, the start included.",
+        by_runner=True,
+    ),
+    LimitSpec(
+        "start_timeout",
+        Kind.TIME,
+        "Time until the kernel must have answered.",
+        by_runner=True,
+    ),
+    LimitSpec("processes", Kind.COUNT, "Processes and threads at a time.", in_require_all=True),
+    LimitSpec("open_files", Kind.COUNT, "Open files of each process.", in_require_all=True),
+    LimitSpec(
+        "file_size",
+        Kind.SIZE,
+        "Size of any one file that it writes.",
+        in_require_all=True,
+    ),
+    LimitSpec(
+        "cell_output",
+        Kind.SIZE,
+        "Output that is kept of each cell.",
+        by_runner=True,
+        of_cell=True,
+    ),
+    LimitSpec(
+        "output",
+        Kind.SIZE,
+        "Output that is kept in all; given alone it is the cap of each cell too.",
+        by_runner=True,
+    ),
+    LimitSpec(
+        "disk",
+        Kind.SIZE,
+        "What it may write to its folder, /tmp and home together; it works in a copy of the folder.",
+    ),
+    LimitSpec("shm", Kind.SIZE, "Size of /dev/shm."),
+    LimitSpec(
+        "interrupt_grace",
+        Kind.GRACE,
+        "Time to answer an interrupt before the kernel is killed.",
+        has_option=False,
+    ),
+)
+
+SPECS = {row.name: row for row in ROWS}
+OPTIONS = tuple(row for row in ROWS if row.has_option)
