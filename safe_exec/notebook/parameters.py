@@ -1,0 +1,251 @@
+"""Parameters of a notebook: the cell that sets them, and the ones that a notebook declares.
+
+The rules are papermill's, so that both run a notebook alike. The cell with the tag ``parameters``
+holds the defaults. The values of a run go into a cell with the tag ``injected-parameters``: in the
+place of one that is there, otherwise below the defaults, otherwise at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import hashlib
+import io
+import re
+import tokenize
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from safe_exec.errors import UsageError
+from safe_exec.files import one_line, read_regular
+from safe_exec.notebook.encode import IDS_SINCE
+from safe_exec.notebook.literals import LANGUAGES, Language, Value
+
+DEFAULTS_TAG = "parameters"
+INJECTED_TAG = "injected-parameters"
+
+WITHOUT_DEFAULTS = (
+    "the notebook has no cell with the tag 'parameters', so the parameters were set at the top:"
+    " a later cell may set them again"
+)
+_MOST_BYTES = 16 << 20
+_KEYWORDS = {"True": True, "False": False, "None": None}
+_ASSIGNMENT = re.compile(r"^\s*(?:var |let |const |export )?([\w.]+)\s*(?:<-|=)\s*(.*?);?\s*$")
+_COMMENT = re.compile(r"\s(?:#|//)\s*(.*)$")
+_TYPE_COMMENT = re.compile(r"type:\s*(\S+)\s*(.*)")
+
+
+class Parameter(NamedTuple):
+    """A parameter that a notebook declares, as its source has it; empty texts where it says nothing."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+class Injected(NamedTuple):
+    """A notebook with the values of a run, and what a user should know about them."""
+
+    node: Any
+    warnings: tuple[str, ...]
+
+
+# --- values of a run ------------------------------------------------------------------------------
+
+
+def typed(text: str) -> Value:
+    """The value of a command line's text: True, False, None, a whole number, a number, or the text."""
+    if text in _KEYWORDS:
+        return _KEYWORDS[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
+    """The parameters in a YAML or JSON file. Dates stay texts. Raises UsageError, one line."""
+    data = read_regular(path, most=_MOST_BYTES, error=UsageError)
+    try:
+        document = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader without dates
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or one_line(error)
+        raise UsageError(f"{option} {one_line(path)}{place}: not YAML or JSON: {reason}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
+        raise UsageError(
+            f"{option} {one_line(path)}: expected names with values, such as: alpha: 0.1"
+        )
+    return document
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: JSON and kernels of other languages know none, and a text is what papermill passes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+# --- the cell -------------------------------------------------------------------------------------
+
+
+def inject(node: Any, values: Mapping[str, Value], language: str | None) -> Injected:
+    """A copy of a notebook with a cell that sets the values; the notebook itself if there are none.
+
+    ``language`` is that of the kernel; ``None`` counts as Python. Raises UsageError for a language
+    without translation, a name that the language does not allow, and a value that it cannot hold.
+    """
+    if not values:
+        return Injected(node, ())
+    source = _source(values, language or "python")
+    changed = copy.deepcopy(node)
+    cells = changed.cells
+    cell = _cell(source, with_id=node.nbformat_minor >= IDS_SINCE)
+    warnings = _warnings(node, values, language)
+    injected, defaults = _tagged(cells, INJECTED_TAG), _tagged(cells, DEFAULTS_TAG)
+    if injected is not None:
+        cells[injected] = cell
+    else:
+        cells.insert(0 if defaults is None else defaults + 1, cell)
+    return Injected(changed, warnings)
+
+
+def _source(values: Mapping[str, Value], name: str) -> str:
+    language = LANGUAGES.get(name.lower())
+    if language is None:
+        known = ", ".join(sorted(LANGUAGES))
+        raise UsageError(
+            f"-p: a kernel of the language {name!r} cannot be given parameters; known are {known}."
+            " Pass the values as environment variables (--set-env)"
+        )
+    lines = [_assignment(language, name, *item) for item in values.items()]
+    return "\n".join([f"{language.comment} Parameters", *lines, ""])
+
+
+def _assignment(language: Language, of: str, name: str, value: Value) -> str:
+    if not language.is_name(name):
+        raise UsageError(f"-p {one_line(name)}: not the name of a variable in {of}")
+    try:
+        literal = language.literal(value)
+    except ValueError as error:
+        raise UsageError(f"-p {name}: {error}") from None
+    return language.assignment.format(name=name, value=literal)
+
+
+def _cell(source: str, *, with_id: bool) -> Any:
+    from nbformat import NotebookNode
+
+    cell = NotebookNode(
+        cell_type="code",
+        execution_count=None,
+        metadata=NotebookNode(tags=[INJECTED_TAG]),
+        outputs=[],
+        source=source,
+    )
+    if with_id:
+        cell["id"] = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return cell
+
+
+def _warnings(node: Any, values: Mapping[str, Value], language: str | None) -> tuple[str, ...]:
+    if _tagged(node.cells, DEFAULTS_TAG) is None:
+        return (WITHOUT_DEFAULTS,)
+    declared = [parameter.name for parameter in declared_parameters(node, language)]
+    unknown = [name for name in values if name not in declared]
+    return tuple(_unknown(name, declared) for name in unknown)
+
+
+def _unknown(name: str, declared: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, declared, n=1)
+    if near:
+        return f"unknown parameter {name!r}: did you mean {near[0]!r}?"
+    known = f"it sets {', '.join(declared)}" if declared else "it sets none"
+    return (
+        f"unknown parameter {name!r}: the cell with the tag 'parameters' does not set it; {known}"
+    )
+
+
+def _tagged(cells: Sequence[Any], tag: str) -> int | None:
+    return next((n for n, cell in enumerate(cells) if tag in cell.metadata.get("tags", ())), None)
+
+
+# --- the parameters that a notebook declares ------------------------------------------------------
+
+
+def declared_parameters(node: Any, language: str | None) -> tuple[Parameter, ...]:
+    """The variables that the cell with the tag ``parameters`` sets, in order."""
+    index = _tagged(node.cells, DEFAULTS_TAG)
+    if index is None or node.cells[index].cell_type != "code":
+        return ()
+    source = node.cells[index].source
+    if (language or "python").lower() == "python":
+        try:
+            return tuple(_python_parameters(source))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            pass  # a magic, or a cell that is about to fail: line by line, as in other languages
+    return tuple(_line_parameters(source))
+
+
+def _python_parameters(source: str) -> list[Parameter]:
+    comments = _comments(source)
+    parameters = []
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, annotation, value = statement.targets[0], "", statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target, value = statement.target, statement.value
+            annotation = _text(source, statement.annotation).strip("\"'")
+        else:
+            continue
+        if isinstance(target, ast.Name):
+            comment = comments.get(statement.end_lineno or statement.lineno, "")
+            type_comment, help_text = _split_comment(comment)
+            parameters.append(
+                Parameter(target.id, annotation or type_comment, _text(source, value), help_text)
+            )
+    return parameters
+
+
+def _text(source: str, node: ast.expr) -> str:
+    return ast.get_source_segment(source, node) or ""
+
+
+def _comments(source: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    try:
+        return {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokens
+            if token.type == tokenize.COMMENT
+        }
+    except (tokenize.TokenError, IndentationError):
+        return {}
+
+
+def _split_comment(comment: str) -> tuple[str, str]:
+    match = _TYPE_COMMENT.match(comment)
+    return (match[1], match[2]) if match else ("", comment)
+
+
+def _line_parameters(source: str) -> list[Parameter]:
+    parameters = []
+    for line in source.splitlines():
+        comment = _COMMENT.search(line)
+        match = _ASSIGNMENT.match(line[: comment.start()] if comment else line)
+        if match:
+            type_comment, help_text = _split_comment(comment[1] if comment else "")
+            parameters.append(Parameter(match[1], type_comment, match[2], help_text))
+    return parameters
