@@ -21,6 +21,7 @@ COMMANDS = {
     "replay": "Run what a verdict says again, and say whether this machine agrees.",
     "doctor": "Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
     "limits": "Show the limits that a profile or file gives.",
+    "params": "List the parameters that a notebook declares.",
     "kernel": "Be a kernel inside limits; Jupyter clients start it.",
     "kernelspec": "Install a kernel that always runs inside limits, for JupyterLab, VS Code and others.",
     "sessions": "List the recorded sessions of such kernels.",
