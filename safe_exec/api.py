@@ -15,6 +15,9 @@ from safe_exec.limits import isolation
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
+from safe_exec.notebook.inputs import NotebookInputs, exit_meaning
+from safe_exec.notebook.literals import Value
+from safe_exec.notebook.selection import CellSelection
 from safe_exec.workflows.prepare import Bisect, Job, prepare
 from safe_exec.workflows.run import run_job
 
@@ -34,26 +37,37 @@ def run(
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
     walls: Mapping[str, object] | None = None,
+    parameters: Mapping[str, Value] | None = None,
+    skip_tags: Sequence[str] = (),
+    only_tags: Sequence[str] = (),
+    until: str | int | None = None,
+    exit_is: str = "success",
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
 ) -> Verdict:
     """Run one notebook inside its limits, write the annotated notebook and the verdict, and return the verdict.
 
-    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (in place of any profile).
-    ``options`` are single limits by name (``{"memory": "512M", "cell_timeout": 30}``), which win over everything else.
-    ``output``, ``verdict`` and ``repro`` default to ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written
-    where culprits were found) beside the notebook. ``kernel`` overrides the notebook's own, ``cwd`` its folder as working
-    directory. ``require`` names limits that the system's kernel must hold (``"memory,processes"`` or ``"all"``).
-    ``mechanisms`` allows only some of ``cgroup-v2``, ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock``
-    and ``seccomp``. ``walls`` are the keys of a file's ``isolation:`` (``{"network": False, "hide": ["/srv/data"]}``) and
-    change what the profile says of it; paths begin with ``/`` or ``~``. ``bisect`` is ``"auto"``, ``"always"`` or
-    ``"never"``: whether a search for the culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60,
+    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (in
+    place of any profile). ``options`` are single limits by name (``{"memory": "512M",
+    "cell_timeout": 30}``), which win over everything else. ``output``, ``verdict`` and
+    ``repro`` default to ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written
+    where culprits were found) beside the notebook. ``kernel`` overrides the notebook's own,
+    ``cwd`` its folder as working directory. ``require`` names limits that the system's kernel
+    must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of
+    ``cgroup-v2``, ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and
+    ``seccomp``. ``walls`` are the keys of a file's ``isolation:`` (``{"network": False, "hide":
+    ["/srv/data"]}``) and change what the profile says of it; paths begin with ``/`` or ``~``.
+    ``parameters`` are set in a cell of their own, as papermill does. ``skip_tags``,
+    ``only_tags`` and ``until`` (a number from 1, an id or a tag) choose the code cells to run.
+    ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell; otherwise it ends the
+    notebook as passed. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search
+    for the culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60,
     or three times the first run). ``on_event`` is called with each event.
 
-    A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds NotebookError, LimitsError,
-    OutputPathError) for input that cannot be used; nothing has been written then. Must not be called from a running
-    event loop: use :func:`run_async` there.
+    A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds
+    NotebookError, LimitsError, OutputPathError) for input that cannot be used; nothing has been
+    written then. Must not be called from a running event loop: use :func:`run_async` there.
     """
     _refuse_a_running_loop()
     return asyncio.run(
@@ -71,6 +85,11 @@ def run(
             mechanisms=mechanisms,
             env=env,
             walls=walls,
+            parameters=parameters,
+            skip_tags=skip_tags,
+            only_tags=only_tags,
+            until=until,
+            exit_is=exit_is,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -93,6 +112,11 @@ async def run_async(
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
     walls: Mapping[str, object] | None = None,
+    parameters: Mapping[str, Value] | None = None,
+    skip_tags: Sequence[str] = (),
+    only_tags: Sequence[str] = (),
+    until: str | int | None = None,
+    exit_is: str = "success",
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -112,6 +136,15 @@ async def run_async(
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,
         walls=isolation.of_mapping(walls or {}, "walls"),
+        inputs=NotebookInputs(
+            parameters=parameters or {},
+            selection=CellSelection(
+                skip_tags=tuple(skip_tags),
+                only_tags=tuple(only_tags),
+                until=None if until is None else str(until),
+            ),
+            exit_is=exit_meaning(exit_is),
+        ),
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

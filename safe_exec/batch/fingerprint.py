@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from safe_exec._version import __version__
@@ -49,6 +50,7 @@ def key_of_run(prepared: PreparedJob) -> str:
             "isolation": asdict(prepared.limits.isolation),
             "kernel": prepared.kernel_name,
             "allow_errors": job.allow_errors,
+            "inputs": to_builtins(job.inputs),
             "required": [str(name) for name in prepared.limits.required],
             "mechanisms": job.mechanisms,
             "cwd": None if job.cwd is None else str(job.cwd),

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
+from safe_exec.cli.inputs import input_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
@@ -88,6 +89,7 @@ STDIN = "-"
 )
 @limit_options
 @wall_options
+@input_options
 @click.option(
     "--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own."
 )
@@ -203,7 +205,7 @@ def _made(out: Path) -> Path:
 def _template(options: dict[str, Any], jobs: int) -> Any:
     """The job of every notebook. The machine is looked at once; of its memory each of ``jobs`` notebooks has its share."""
     cwd = options["cwd"].absolute() if options["cwd"] is not None else None
-    job = job_of(Path(), options | {"verdict": None, "cwd": cwd})
+    job = job_of(Path(), options | {"verdict": None, "cwd": cwd}, lenient=True)
     machine = probe_isolation(detect(parse_mechanisms(job.mechanisms)))
     memory = machine.memory_total
     return replace(

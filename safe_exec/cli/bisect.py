@@ -15,7 +15,14 @@ from safe_exec.files import read_regular
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal, verdict_json
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, prepare
+from safe_exec.workflows.prepare import (
+    Bisect,
+    Job,
+    PreparedJob,
+    command_line,
+    inputs_of_run,
+    prepare,
+)
 from safe_exec.workflows.run import bisect_job, run_job
 
 MOST_BYTES = 1 << 30
@@ -106,6 +113,7 @@ def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> Prepar
             path=source,
             limits=verdict.limits,
             isolation=verdict.isolation,
+            inputs=inputs_of_run(verdict),
             output=outputs.get("notebook"),
             verdict=path,
             kernel=verdict.notebook.kernel,

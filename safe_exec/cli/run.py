@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec.structs import replace
 
+from safe_exec.cli.inputs import (
+    environment_with,
+    input_options,
+    inputs_of,
+    variables_of,
+    walls_with,
+)
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.limits import spec
@@ -105,6 +112,7 @@ WALL_OPTIONS = (
 )
 @limit_options
 @wall_options
+@input_options
 @click.option(
     "--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own."
 )
@@ -175,8 +183,9 @@ def command(
     return verdict.exit_code
 
 
-def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
+def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False) -> Job:
     """The job that the options of a command describe. Raises UsageError."""
+    variables = variables_of(options)
     limits = {
         name.value: options[name.value] for name in LimitName if options[name.value] is not None
     }
@@ -189,7 +198,9 @@ def job_of(notebook: Path, options: Mapping[str, Any]) -> Job:
         path=notebook,
         limits=options["limits"],
         options=limits,
-        walls=walls_of(options),
+        inputs=inputs_of(options, lenient=lenient),
+        env=environment_with(variables),
+        walls=walls_with(walls_of(options), variables),
         verdict=options["verdict"],
         kernel=options["kernel"],
         cwd=options["cwd"],

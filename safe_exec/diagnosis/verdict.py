@@ -40,6 +40,7 @@ from safe_exec.model.verdict import (
     Usage,
     Verdict,
 )
+from safe_exec.notebook.inputs import NotebookInputs
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     limits: Limits
     isolation: Isolation
     allow_errors: bool
+    inputs: NotebookInputs
     warnings: tuple[str, ...]
 
 
@@ -118,6 +120,11 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         language=language,
         cells=len(result.node.cells),
         code_cells=len(metrics.records),
+        parameters=run.inputs.parameters,
+        skip_tags=run.inputs.selection.skip_tags,
+        only_tags=run.inputs.selection.only_tags,
+        until=run.inputs.selection.until,
+        exit_is=run.inputs.exit_is.value,
     )
     return Verdict(
         safe_exec_version=__version__,

@@ -44,13 +44,16 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         options: Mapping[str, object] | None = None,
         require: str | None = None,
         walls: Mapping[str, object] | None = None,
+        exit_is: str = "success",
         **unused_options: Any,
     ) -> None:
         """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
 
-        ``limits``, ``options``, ``require`` and ``walls`` are as for :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own
-        engine. Raises UsageError for limits that are wrong, PlatformError on anything but Linux, KeyboardInterrupt where we were
-        stopped, and SafeExecError where the notebook has no cell that could carry the error.
+        ``limits``, ``options``, ``require``, ``walls`` and ``exit_is`` are as for
+        :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own engine.
+        Raises UsageError for limits that are wrong, PlatformError on anything but Linux,
+        KeyboardInterrupt where we were stopped, and SafeExecError where the notebook has no
+        cell that could carry the error.
         """
         engine_options = dict(options or {})
         seconds = execution_timeout or unused_options.get("timeout")
@@ -67,6 +70,7 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
             options=engine_options,
             require=require,
             walls=walls,
+            exit_is=exit_is,
         )
         nb_man.nb = (
             prepared.node
@@ -83,6 +87,7 @@ def _prepared(
     kernel: str,
     *,
     walls: Mapping[str, object] | None,
+    exit_is: str,
     **options: Any,
 ) -> PreparedJob:
     """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
@@ -91,6 +96,7 @@ def _prepared(
     refuse_elsewhere()
     from safe_exec.limits import isolation
     from safe_exec.notebook import notebook
+    from safe_exec.notebook.inputs import NotebookInputs, exit_meaning
     from safe_exec.workflows.prepare import Bisect, Job, prepare
 
     path = (
@@ -108,6 +114,7 @@ def _prepared(
         bisect=Bisect.NEVER,
         writes=False,
         walls=checked,
+        inputs=NotebookInputs(exit_is=exit_meaning(exit_is)),
         **options,
     )
     return prepare(job, source=source)
@@ -253,7 +260,7 @@ class Relay:
         from safe_exec.reports.annotated_notebook import error_output
 
         cell = self.nb_man.nb.cells[index]
-        # papermill takes the error of sys.exit(0) for none, and would report success with the rest of the cells not run.
+        # papermill takes the error of sys.exit(0) for none; with exit_is="error" it is one.
         left_early = any(
             output.get("ename") == "SystemExit" and output.get("evalue") in ("", "0")
             for output in cell.outputs

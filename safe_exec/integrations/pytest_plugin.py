@@ -25,6 +25,12 @@ ISOLATION = (
 )  # fmt: skip
 """Options of isolation that may be given more than once; each is that of `safe-exec run`."""
 
+INPUTS = (
+    ("parameters", "FILE"), ("set-env", "NAME=VALUE"), ("env-file", "FILE"), ("skip-tag", "TAG"),
+    ("only-tag", "TAG"),
+)  # fmt: skip
+"""Options that change notebooks before they run; each is that of `safe-exec run`."""
+
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
 NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
@@ -66,6 +72,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             metavar=metavar,
             help=f"As `safe-exec run --{name}`; may be repeated.",
         )
+    for name in ("parameter", "raw-parameter"):
+        group.addoption(
+            f"--safe-exec-{name}",
+            action="append",
+            nargs=2,
+            default=[],
+            metavar=("NAME", "VALUE"),
+            help=f"As `safe-exec run --{name}`; may be repeated.",
+        )
+    for name, metavar in INPUTS:
+        group.addoption(
+            f"--safe-exec-{name}",
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"As `safe-exec run --{name}`; may be repeated.",
+        )
+    group.addoption("--safe-exec-until", metavar="CELL", help="As `safe-exec run --until`.")
+    group.addoption(
+        "--safe-exec-exit-is",
+        choices=("success", "error"),
+        default="success",
+        help="The result of a notebook that calls sys.exit(0) [success].",
+    )
     group.addoption(
         "--safe-exec-network",
         action="store_true",
@@ -116,6 +146,8 @@ class Settings:
     limits: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     walls: dict[str, Any] = field(default_factory=dict)
+    inputs: Any = None
+    variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     kernel: str | None = None
     require: str | None = None
@@ -146,6 +178,7 @@ def _settings(config: pytest.Config) -> Settings:
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
+    from safe_exec.cli.inputs import inputs_of, variables_of, walls_with
     from safe_exec.cli.run import parse_budget, walls_of
 
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
@@ -153,12 +186,16 @@ def _settings(config: pytest.Config) -> Settings:
     if "output" in options:
         options.setdefault("cell_output", options["output"])  # as the command takes it
     out = config.getoption("safe_exec_out")
+    input_options = _input_options(config)
+    variables = variables_of(input_options)
     return Settings(
         out=_directory(config, out),
         keeps=out is not None,
         limits=_checked(config.getoption("safe_exec_limits"), options),
         options=options,
-        walls=walls_of(_isolation_options(config), prefix="--safe-exec-"),
+        walls=walls_with(walls_of(_isolation_options(config), prefix="--safe-exec-"), variables),
+        inputs=inputs_of(input_options, lenient=True),
+        variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
         require=config.getoption("safe_exec_require"),
@@ -174,6 +211,25 @@ def _isolation_options(config: pytest.Config) -> dict[str, Any]:
     paths = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
     flags = {name: config.getoption(f"safe_exec_{name}") for name in ("network", "read_only")}
     return {**paths, **flags, "env_names": paths["env"], "devices": paths["device"]}
+
+
+def _input_options(config: pytest.Config) -> dict[str, Any]:
+    """The options that change notebooks, by the names that those of the command have."""
+    base = config.invocation_params.dir
+    files = {
+        key: [base / path for path in config.getoption(f"safe_exec_{name}")]
+        for key, name in (("parameter_files", "parameters"), ("env_files", "env_file"))
+    }
+    return {
+        **files,
+        "parameters": config.getoption("safe_exec_parameter"),
+        "raw_parameters": config.getoption("safe_exec_raw_parameter"),
+        "set_env": config.getoption("safe_exec_set_env"),
+        "skip_tags": config.getoption("safe_exec_skip_tag"),
+        "only_tags": config.getoption("safe_exec_only_tag"),
+        "until": config.getoption("safe_exec_until"),
+        "exit_is": config.getoption("safe_exec_exit_is"),
+    }
 
 
 def _working_directory(text: str | None, base: Path) -> Path | None:
@@ -298,28 +354,37 @@ class NotebookItem(pytest.Item):
         return self.config.stash[SETTINGS]
 
     def _verdict(self) -> Verdict:
-        from safe_exec import api
+        import asyncio
+
+        from safe_exec.workflows.prepare import Bisect, Job, prepare
+        from safe_exec.workflows.run import run_job
 
         settings, stem = self._settings, self._stem()
         stem.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # Those of the libraries below us are not the user's: `-W error` is meant for their own code.
             warnings.simplefilter("ignore")
-            return api.run(
-                self.path,
+            job = Job(
+                path=self.path,
                 limits=settings.limits,
                 options=settings.options,
                 walls=settings.walls,
                 cwd=settings.cwd,
-                output=f"{stem}.out.ipynb",
-                verdict=f"{stem}.verdict.json",
-                repro=f"{stem}.repro.ipynb",
+                inputs=settings.inputs,
+                output=Path(f"{stem}.out.ipynb"),
+                verdict=Path(f"{stem}.verdict.json"),
+                repro=Path(f"{stem}.repro.ipynb"),
                 kernel=settings.kernel,
                 require=settings.require,
-                bisect=settings.bisect,
+                bisect=Bisect(settings.bisect),
                 bisect_budget=settings.bisect_budget,
-                env={name: value for name, value in os.environ.items() if name != UNDER_TEST},
+                env=self._environment(),
             )
+            return asyncio.run(run_job(prepare(job)))
+
+    def _environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if name != UNDER_TEST}
+        return ours | self._settings.variables
 
     def _stem(self) -> Path:
         """The documents' path without their endings: as the notebook's below the root directory, or its whole path elsewhere."""

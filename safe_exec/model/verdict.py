@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr
@@ -268,7 +268,12 @@ class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The notebook that was run."""
+    """The notebook that was run.
+
+    ``sha256`` is of its file. The cell that sets ``parameters`` counts among the cells. ``skip_tags``,
+    ``only_tags`` and ``until`` chose the cells that ran. ``exit_is`` says whether ``sys.exit(0)``
+    ended the notebook as a success or as an error.
+    """
 
     path: str
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None
@@ -276,6 +281,13 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     language: str | None
     cells: Count
     code_cells: Count
+    parameters: Annotated[
+        Mapping[str, Any], Meta(description="Values of the parameters that this run set.")
+    ] = field(default_factory=dict)
+    skip_tags: tuple[str, ...] = ()
+    only_tags: tuple[str, ...] = ()
+    until: str | None = None
+    exit_is: Literal["success", "error"] = "success"
 
 
 class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

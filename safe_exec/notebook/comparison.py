@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import difflib
 import io
 import itertools
@@ -18,6 +17,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line, read_regular
@@ -46,8 +47,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\b(?:nan|inf)\b
 _HASH_WIDTH, _HASH_HEIGHT = 9, 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ComparisonRules:
+class ComparisonRules(Struct, frozen=True, kw_only=True):
     """How outputs are compared.
 
     ``lax``: only cells marked NBVAL_CHECK_OUTPUT. ``sanitizers`` are patterns with replacements,
@@ -62,8 +62,7 @@ class ComparisonRules:
     image_distance: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Markers:
+class Markers(Struct, frozen=True, kw_only=True):
     """The options that a cell's comments and tags set; ``check`` is ``None`` where they say nothing."""
 
     check: bool | None = None
@@ -71,8 +70,7 @@ class Markers:
     skip: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True, kw_only=True):
     """One kind of output that differs. ``lines`` show how, stored lines with ``-``, new ones with ``+``."""
 
     kind: str

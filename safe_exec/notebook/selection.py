@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
 from safe_exec.notebook.parameters import INJECTED_TAG
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CellSelection:
+class CellSelection(Struct, frozen=True, kw_only=True):
     """A choice among the code cells of a notebook.
 
     ``skip_tags`` leaves out cells with any of these tags, ``only_tags`` cells with none of them.
     ``until`` is the last cell to run: its number among the code cells (from 1), its id, or its tag.
+    ``lenient``: a notebook without any of ``only_tags`` runs nothing, with a warning; it is refused
+    otherwise. Among many notebooks some have no such cell.
     """
 
     skip_tags: tuple[str, ...] = ()
     only_tags: tuple[str, ...] = ()
     until: str | None = None
+    lenient: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.skip_tags or self.only_tags or self.until is not None)
 
 
-def skipped_cells(node: Any, selection: CellSelection) -> frozenset[int]:
-    """Indexes (among all cells, from 0) of the code cells that the selection leaves out.
+class Skipped(NamedTuple):
+    """Indexes (among all cells, from 0) of the code cells that are left out, and warnings."""
 
-    Raises UsageError for a tag that no code cell has and for a last cell that is not there: a
-    misspelt tag would otherwise run everything, or nothing, and pass.
+    indexes: frozenset[int]
+    warnings: tuple[str, ...]
+
+
+def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
+    """The code cells that the selection leaves out.
+
+    A misspelt tag would run everything or nothing, and pass: a tag to skip that no cell has is a
+    warning. Raises UsageError if no cell has any of ``only_tags``, and for a last cell that is not there.
     """
     code = [(index, cell) for index, cell in enumerate(node.cells) if cell.cell_type == "code"]
     tags = sorted({tag for _, cell in code for tag in _tags(cell)})
-    for option, names in (("--skip-tag", selection.skip_tags), ("--only-tag", selection.only_tags)):
-        for name in names:
-            if name not in tags:
-                raise UsageError(
-                    f"{option} {one_line(name)}: no code cell has this tag{_hint(name, tags)}"
-                )
+    warnings = [
+        f"--skip-tag {one_line(tag)}: no code cell has this tag{_hint(tag, tags)}"
+        for tag in selection.skip_tags
+        if tag not in tags
+    ]
+    if selection.only_tags and not set(selection.only_tags) & set(tags):
+        name = ", ".join(map(one_line, selection.only_tags))
+        words = f"--only-tag {name}: no code cell has this tag{_hint(selection.only_tags[0], tags)}"
+        if not selection.lenient:
+            raise UsageError(words)
+        warnings.append(f"{words}; no cell was run")
     last = _last(code, selection.until, tags)
-    return frozenset(
+    indexes = frozenset(
         index
         for index, cell in code
         if (last is not None and index > last) or _left_out(cell, selection)
     )
+    return Skipped(indexes, tuple(warnings))
 
 
 def _left_out(cell: Any, selection: CellSelection) -> bool:

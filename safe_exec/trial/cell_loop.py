@@ -33,6 +33,10 @@ FRESH_SECONDS = 0.005
 DEAF_SECONDS = 0.05
 
 
+SUCCESSFUL_EXITS = ("", "0", "None")
+"""The texts of ``SystemExit`` for ``sys.exit()``, ``sys.exit(0)`` and ``sys.exit(None)``."""
+
+
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
     """Leave the run of cells with an ending."""
 
@@ -58,7 +62,7 @@ class CellLoop:
                 self.request.cells is not None and index not in self.request.cells
             ):
                 continue
-            if not cell.source.strip() or "skip-execution" in cell.metadata.get("tags", []):
+            if self._is_skipped(index, cell):
                 self.metrics.skip(index)
                 continue
             await self._run_cell(client, index, cell)
@@ -68,6 +72,10 @@ class CellLoop:
             await self._stop_for_death(None)
         worker = self._worker_killed()
         return worker or Passed()
+
+    def _is_skipped(self, index: int, cell: Any) -> bool:
+        tagged = "skip-execution" in cell.metadata.get("tags", [])
+        return tagged or index in self.request.skipped or not cell.source.strip()
 
     def _worker_killed(self) -> Ending | None:
         """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
@@ -221,6 +229,8 @@ class CellLoop:
             raise failure
         if error is not None:
             self._look_at_volumes()
+        if error is not None and self._is_early_end(index, error):
+            self._end_early(index)
         self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
         if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
             raise Stop(CellFailed(cell=index, error=error))
@@ -252,6 +262,29 @@ class CellLoop:
                 " (%pdb on, or post_mortem()); there is nobody to type it"
             )
         return cell_error.error if cell_error is not None else None
+
+    def _is_early_end(self, index: int, error: CellError) -> bool:
+        """Whether the cell ended the notebook by ``sys.exit()`` with a status of success."""
+        return (
+            self.request.exit_is_success
+            and error.ename == "SystemExit"
+            and error.evalue in SUCCESSFUL_EXITS
+            and not self._may_raise(index, error.ename)
+        )
+
+    def _end_early(self, index: int) -> None:
+        """Record the cell as passed and the cells below it as skipped; raises Stop."""
+        self._end(index, CellStatus.PASSED)
+        below = [other for other in self.metrics.records if other > index]
+        for other in below:
+            self.metrics.skip(other)
+        skipped = "no code cell is below it"
+        if below:
+            skipped = f"{len(below)} code cell{'s' * (len(below) > 1)} below it did not run"
+        self.state.warnings.append(
+            f"code cell {self.metrics.code_index(index) + 1} ended the notebook with sys.exit(); {skipped}"
+        )
+        raise Stop(Passed())
 
     def _may_raise(self, index: int, ename: str) -> bool:
         """Whether the run goes on after an error of the cell, as nbclient decides it."""

@@ -45,10 +45,12 @@ class Cancellation:
 class TrialRequest(Struct, frozen=True, kw_only=True):
     """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
 
-    ``cells`` are the indexes to run (``None``: all); ``cell_limits`` gives the limits of one cell. ``before_cells`` is awaited once the
-    kernel is ready. ``hasty``: a kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do. ``early`` is the
-    sandbox that was opened ahead. ``on_message`` is called with each message that put something into a cell (its index, and what is kept of
-    the message); it must not raise.
+    ``cells`` are the indexes to run (``None``: all), but for the ``skipped``.
+    ``exit_is_success``: ``sys.exit(0)`` ends the run as passed. ``cell_limits`` gives the
+    limits of one cell. ``before_cells`` is awaited once the kernel is ready. ``hasty``: a
+    kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do.
+    ``early`` is the sandbox that was opened ahead. ``on_message`` is called with each message that
+    put something into a cell (its index, and what is kept of the message); it must not raise.
     """
 
     run_id: str
@@ -62,6 +64,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     largest_output: int | None = None
     allow_errors: bool = False
     cells: frozenset[int] | None = None
+    skipped: frozenset[int] = frozenset()
+    exit_is_success: bool = True
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     sink: events.EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)

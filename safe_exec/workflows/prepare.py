@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -23,7 +23,10 @@ from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, Usa
 from safe_exec.files import OutputRoot, check_writable
 from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
+from safe_exec.notebook import inputs as notebook_inputs
 from safe_exec.notebook import notebook
+from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs
+from safe_exec.notebook.selection import CellSelection
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.capabilities import (
     BwrapProbe,
@@ -39,6 +42,7 @@ from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, pa
 if TYPE_CHECKING:
     from safe_exec.kernel.prestart import PrestartedKernel
     from safe_exec.model.events import EventSink
+    from safe_exec.model.verdict import Verdict
 
 DEFAULT_KERNEL = "python3"
 
@@ -68,6 +72,7 @@ class Job(Struct, frozen=True, kw_only=True):
     limits: str | Limits | None = None
     isolation: Isolation | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    inputs: NotebookInputs = field(default_factory=NotebookInputs)
     output: Path | None = None
     verdict: Path | None = None
     repro: Path | None = None
@@ -118,6 +123,11 @@ class JobLimits(Struct, frozen=True, kw_only=True):
         """The isolation that was requested."""
         return self.resolved.isolation
 
+    def with_warnings(self, warnings: tuple[str, ...]) -> Self:
+        """The same limits with more warnings for the verdict."""
+        resolved = replace(self.resolved, warnings=(*self.resolved.warnings, *warnings))
+        return replace(self, resolved=resolved)
+
     def plan(self, run_id: str) -> SpawnPlan:
         """The mechanism for each limit and wall of a run."""
         return build_plan(self.values, self.machine, run_id, self.isolation)
@@ -141,7 +151,8 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     """A job that can run: all input was read and checked, and nothing has been written.
 
     ``node`` is the notebook without the annotations of earlier runs; the run fills in its outputs.
-    ``started`` is a reading of the monotonic clock. ``kernel`` is a kernel that is starting.
+    ``skipped`` are the indexes of code cells that do not run. ``started`` is a reading of the
+    monotonic clock. ``kernel`` is a kernel that is starting.
     """
 
     job: Job
@@ -151,6 +162,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     limits: JobLimits
     paths: JobPaths
     run_id: str
+    skipped: frozenset[int]
     started: float
     started_at: datetime
     kernel: PrestartedKernel | None = None
@@ -179,12 +191,19 @@ def prepare(
         # the slowest step left, happens while it starts.
         _start_kernel(kernel, job, header, limits, paths.cwd)
     document = header.parsed or source.notebook()
+    kernel_name = job.kernel or document.kernel_name or DEFAULT_KERNEL
+    applied = notebook_inputs.apply(
+        notebook.strip_annotations(document.node),
+        job.inputs,
+        _language(job, kernel_name, document),
+    )
     return PreparedJob(
         job=job,
         notebook=document,
-        node=notebook.strip_annotations(document.node),
-        kernel_name=job.kernel or document.kernel_name or DEFAULT_KERNEL,
-        limits=limits,
+        node=applied.node,
+        skipped=applied.skipped,
+        kernel_name=kernel_name,
+        limits=limits.with_warnings(applied.warnings),
         paths=paths,
         run_id=kernel.run_id if kernel is not None else keeper_process.new_run_id(),
         started=started,
@@ -196,6 +215,29 @@ def prepare(
 def start_clock(prepared: PreparedJob) -> PreparedJob:
     """The same job with its time starting at this moment, after it waited for other notebooks."""
     return replace(prepared, started=time.monotonic(), started_at=datetime.now(UTC))
+
+
+def _language(job: Job, kernel_name: str, document: notebook.Notebook) -> str | None:
+    """The language of the kernel if it is installed, otherwise that of the notebook."""
+    if not job.inputs.parameters:
+        return document.language
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        language: str = KernelSpecManager().get_kernel_spec(kernel_name).language
+    except NoSuchKernel:
+        return document.language
+    return language or document.language
+
+
+def inputs_of_run(verdict: Verdict) -> NotebookInputs:
+    """The inputs of an earlier run."""
+    ran = verdict.notebook
+    return NotebookInputs(
+        parameters=ran.parameters,
+        selection=CellSelection(skip_tags=ran.skip_tags, only_tags=ran.only_tags, until=ran.until),
+        exit_is=ExitMeaning(ran.exit_is),
+    )
 
 
 # --- step 1: read the notebook ------------------------------------------------------------------

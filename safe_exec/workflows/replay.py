@@ -14,7 +14,7 @@ from safe_exec.experiments.culprits.reproduction import is_reproduction
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Culprit, Verdict
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
+from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, inputs_of_run, prepare
 from safe_exec.workflows.run import run_info
 from safe_exec.workflows.scratch import open_scratch
 
@@ -49,6 +49,7 @@ def prepare_replay(
             path=source,
             limits=verdict.limits,
             isolation=verdict.isolation,
+            inputs=inputs_of_run(verdict),
             kernel=verdict.notebook.kernel,
             # The verdict may come from another machine, where the folder had another path.
             cwd=cwd if cwd.is_dir() else None,

@@ -26,6 +26,7 @@ from safe_exec.model.events import Event, EventSink
 from safe_exec.model.evidence import Evidence
 from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import notebook
+from safe_exec.notebook.inputs import ExitMeaning
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.stale_runs import sweep
@@ -248,6 +249,8 @@ def request_for(
             prepared.limits.resolved, cell.metadata, where="cell"
         )[0],
         largest_output=largest_output(prepared.limits.resolved, prepared.node.cells),
+        skipped=prepared.skipped,
+        exit_is_success=prepared.job.inputs.exit_is is ExitMeaning.SUCCESS,
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,
@@ -292,6 +295,7 @@ def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
         limits=prepared.limits.values,
         isolation=prepared.limits.isolation,
         allow_errors=request.allow_errors,
+        inputs=prepared.job.inputs,
         warnings=prepared.limits.resolved.warnings,
     )
 

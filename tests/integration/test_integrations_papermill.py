@@ -174,22 +174,23 @@ def test_an_exception_is_the_cells_own(tmp_path: Path, mark: str) -> None:
     assert statuses(saved(tmp_path / "out.ipynb")) == ["completed", "failed", "pending"]
 
 
-def test_what_fails_in_run_fails_here_too(tmp_path: Path, mark: str) -> None:
-    """``sys.exit(0)``, which papermill itself takes for success, and an error that is shown while the cell goes on."""
-    for name, source, words in (
-        ("exit", "import sys\nsys.exit(0)", "SafeExec: exception: SystemExit: 0"),
-        (
-            "shown",
-            "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()",
-            "ZeroDivisionError: division by zero",
-        ),
-    ):
-        make_notebook(tmp_path / f"{name}.ipynb", "1", source, "2")
-        done = papermill(tmp_path, mark, f"{name}.ipynb", f"{name}.out.ipynb")
-        assert done.returncode == 1 and words in done.stderr, done.stderr
-        assert statuses(saved(tmp_path / f"{name}.out.ipynb")) == ["completed", "failed", "pending"]
-        run = run_notebook(tmp_path / f"{name}.ipynb", "--no-bisect")
-        assert (run.verdict["status"], run.verdict["cause"]["kind"]) == ("cell_error", "exception")
+def test_an_error_that_is_shown_fails_as_in_run(tmp_path: Path, mark: str) -> None:
+    shown = "try:\n    1 / 0\nexcept Exception:\n    get_ipython().showtraceback()"
+    make_notebook(tmp_path / "nb.ipynb", "1", shown, "2")
+    done = papermill(tmp_path, mark, "nb.ipynb", "out.ipynb")
+    assert done.returncode == 1 and "ZeroDivisionError: division by zero" in done.stderr
+    assert statuses(saved(tmp_path / "out.ipynb")) == ["completed", "failed", "pending"]
+    run = run_notebook(tmp_path / "nb.ipynb", "--no-bisect")
+    assert (run.verdict["status"], run.verdict["cause"]["kind"]) == ("cell_error", "exception")
+
+
+def test_sys_exit_is_a_success_as_in_papermill_and_in_run(tmp_path: Path, mark: str) -> None:
+    make_notebook(tmp_path / "nb.ipynb", "1", "import sys\nsys.exit(0)", "2")
+    done = papermill(tmp_path, mark, "nb.ipynb", "out.ipynb")
+    assert done.returncode == 0, done.stderr
+    assert "1 code cell below it did not run" in done.stderr
+    assert statuses(saved(tmp_path / "out.ipynb"))[0] == "completed"
+    assert run_notebook(tmp_path / "nb.ipynb").verdict["status"] == "passed"
 
 
 def test_papermills_timeouts_and_a_kernel_that_does_not_start(tmp_path: Path, mark: str) -> None:

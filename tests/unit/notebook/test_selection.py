@@ -35,16 +35,24 @@ def notebook() -> Any:
     ],
 )
 def test_cells_that_are_left_out(selection: CellSelection, skipped: list[int]) -> None:
-    assert sorted(skipped_cells(notebook(), selection)) == skipped
+    assert sorted(skipped_cells(notebook(), selection).indexes) == skipped
+    assert skipped_cells(notebook(), selection).warnings == ()
+
+
+def test_a_tag_to_skip_that_no_cell_has_is_a_warning() -> None:
+    skipped = skipped_cells(notebook(), CellSelection(skip_tags=("slwo", "slow")))
+    assert sorted(skipped.indexes) == [5, 7]
+    assert skipped.warnings == ("--skip-tag slwo: no code cell has this tag; did you mean 'slow'?",)
+
+
+def test_among_many_notebooks_one_may_have_no_cell_to_run() -> None:
+    skipped = skipped_cells(notebook(), CellSelection(only_tags=("zzz",), lenient=True))
+    assert sorted(skipped.indexes) == [1, 3, 5, 7] and "no cell was run" in skipped.warnings[0]
 
 
 @pytest.mark.parametrize(
     ("selection", "words"),
     [
-        (
-            CellSelection(skip_tags=("slwo",)),
-            "--skip-tag slwo: no code cell has this tag; did you mean 'slow'",
-        ),
         (CellSelection(only_tags=("zzz",)), "there are injected-parameters, plot, setup, slow"),
         (CellSelection(until="6"), "--until 6: the notebook has 5 code cells"),
         (CellSelection(until="0"), "--until 0"),

@@ -1,0 +1,155 @@
+"""The options that change a notebook before it runs: parameters, environment, choice of cells."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safe_exec.errors import UsageError
+from safe_exec.files import one_line, read_regular
+from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs
+from safe_exec.notebook.literals import Value
+from safe_exec.notebook.parameters import read_file, typed
+from safe_exec.notebook.selection import CellSelection
+
+_MOST_BYTES = 1 << 20
+
+INPUT_OPTIONS = (
+    click.option(
+        "-p",
+        "--parameter",
+        "parameters",
+        nargs=2,
+        multiple=True,
+        metavar="NAME VALUE",
+        help="Set a parameter; 1, 0.5, True, False and None are typed, the rest is text.",
+    ),
+    click.option(
+        "-r",
+        "--raw-parameter",
+        "raw_parameters",
+        nargs=2,
+        multiple=True,
+        metavar="NAME TEXT",
+        help="Set a parameter to a text, whatever it looks like.",
+    ),
+    click.option(
+        "--parameters",
+        "parameter_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Set the parameters in a YAML or JSON file.",
+    ),
+    click.option(
+        "--set-env",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set a variable in the notebook's environment.",
+    ),
+    click.option(
+        "--env-file",
+        "env_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Set the variables in a .env file (NAME=VALUE lines).",
+    ),
+    click.option(
+        "--skip-tag", "skip_tags", multiple=True, metavar="TAG", help="Skip cells with this tag."
+    ),
+    click.option(
+        "--only-tag",
+        "only_tags",
+        multiple=True,
+        metavar="TAG",
+        help="Run only cells with this tag.",
+    ),
+    click.option(
+        "--until",
+        metavar="CELL",
+        help="Stop after this cell: its number among the code cells, its id, or its tag.",
+    ),
+    click.option(
+        "--exit-is",
+        type=click.Choice([meaning.value for meaning in ExitMeaning]),
+        default=ExitMeaning.SUCCESS.value,
+        help="The result of a notebook that calls sys.exit(0) [success].",
+    ),
+)
+
+
+def input_options(function: Any) -> Any:
+    """Add the options to a command."""
+    for option in reversed(INPUT_OPTIONS):
+        function = option(function)
+    return function
+
+
+def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookInputs:
+    """The inputs that the options describe. ``-p`` wins over files. Raises UsageError."""
+    parameters: dict[str, Value] = {}
+    for path in options["parameter_files"]:
+        parameters |= read_file(path)
+    parameters |= {name: typed(text) for name, text in options["parameters"]}
+    parameters |= dict(options["raw_parameters"])
+    selection = CellSelection(
+        skip_tags=tuple(options["skip_tags"]),
+        only_tags=tuple(options["only_tags"]),
+        until=options["until"],
+        lenient=lenient,
+    )
+    return NotebookInputs(
+        parameters=parameters, selection=selection, exit_is=ExitMeaning(options["exit_is"])
+    )
+
+
+def variables_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that the options set; ``--set-env`` wins over files. Raises UsageError."""
+    variables: dict[str, str] = {}
+    for path in options["env_files"]:
+        variables |= read_env_file(path)
+    for text in options["set_env"]:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(
+                f"--set-env {one_line(text)}: expected NAME=VALUE;"
+                f" to pass on a variable that is set here, use --env {one_line(text or 'NAME')}"
+            )
+        variables[name.strip()] = value
+    if any("\0" in name + value for name, value in variables.items()):
+        raise UsageError("--set-env: a variable of the environment holds no zero byte")
+    return variables
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a .env file. ``${NAME}`` is replaced. Raises UsageError with file and line."""
+    import dotenv
+    from dotenv.parser import parse_stream
+
+    text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
+    for binding in parse_stream(io.StringIO(text)):
+        # A line without "=" has a key alone, which python-dotenv passes over.
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise UsageError(
+                f"--env-file {one_line(path)}:{binding.original.line}: expected NAME=VALUE, found"
+                f" {one_line(binding.original.string.strip())[:60]!r}"
+            )
+    values = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=True)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def walls_with(walls: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """The changes of isolation, with which a kernel also sees the variables that it is given."""
+    names = (*walls.get("env", ()), *variables)
+    return {**walls, "env": names} if names else dict(walls)
+
+
+def environment_with(variables: Mapping[str, str]) -> dict[str, str] | None:
+    """Our own environment with the variables; ``None`` if there are none, for ours as it is."""
+    return {**os.environ, **variables} if variables else None

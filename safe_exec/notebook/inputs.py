@@ -1,0 +1,58 @@
+"""The values and the choice of cells with which a run changes its notebook before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from msgspec import Struct, field
+
+from safe_exec.errors import UsageError
+from safe_exec.notebook.literals import Value
+from safe_exec.notebook.parameters import inject
+from safe_exec.notebook.selection import CellSelection, skipped_cells
+
+
+class ExitMeaning(StrEnum):
+    """The result of a notebook that calls ``sys.exit()`` or ``sys.exit(0)``."""
+
+    SUCCESS = "success"
+    ERROR = "error"
+
+
+def exit_meaning(text: str) -> ExitMeaning:
+    """The meaning by its name. Raises UsageError."""
+    try:
+        return ExitMeaning(text)
+    except ValueError:
+        raise UsageError(f"exit_is: {text!r} is neither 'success' nor 'error'") from None
+
+
+class NotebookInputs(Struct, frozen=True, kw_only=True):
+    """Parameters by name, the cells to run, and whether ``sys.exit(0)`` ends the notebook well."""
+
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    selection: CellSelection = field(default_factory=CellSelection)
+    exit_is: ExitMeaning = ExitMeaning.SUCCESS
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters or self.selection)
+
+
+class Applied(NamedTuple):
+    """The notebook that runs, the indexes of code cells that it leaves out, and warnings."""
+
+    node: Any
+    skipped: frozenset[int]
+    warnings: tuple[str, ...]
+
+
+def apply(node: Any, inputs: NotebookInputs, language: str | None) -> Applied:
+    """The notebook with its parameters set and its cells chosen. Raises UsageError.
+
+    Cell numbers of a run count the cell that sets the parameters, as the output notebook shows it.
+    """
+    injected = inject(node, inputs.parameters, language)
+    skipped = skipped_cells(injected.node, inputs.selection)
+    return Applied(injected.node, skipped.indexes, (*injected.warnings, *skipped.warnings))
