@@ -51,8 +51,15 @@ class Applied(NamedTuple):
 def apply(node: Any, inputs: NotebookInputs, language: str | None) -> Applied:
     """The notebook with its parameters set and its cells chosen. Raises UsageError.
 
-    Cell numbers of a run count the cell that sets the parameters, as the output notebook shows it.
+    Cell numbers in ``inputs`` are those of the notebook's file. Cell numbers of the run count the
+    cell that sets the parameters, as the output notebook shows it.
     """
     injected = inject(node, inputs.parameters, language)
-    skipped = skipped_cells(injected.node, inputs.selection)
-    return Applied(injected.node, skipped.indexes, (*injected.warnings, *skipped.warnings))
+    skipped = skipped_cells(node, inputs.selection)
+    indexes = skipped.indexes
+    if injected.inserted_at is not None:
+        at = injected.inserted_at
+        indexes = frozenset(index + (index >= at) for index in indexes)
+        if skipped.last is not None and at > skipped.last + 1:
+            indexes |= {at}
+    return Applied(injected.node, indexes, (*injected.warnings, *skipped.warnings))

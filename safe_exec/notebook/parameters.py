@@ -49,10 +49,14 @@ class Parameter(NamedTuple):
 
 
 class Injected(NamedTuple):
-    """A notebook with the values of a run, and what a user should know about them."""
+    """A notebook with the values of a run, and warnings about them.
+
+    ``inserted_at`` is the index of the new cell, ``None`` if there is none or it replaced another.
+    """
 
     node: Any
     warnings: tuple[str, ...]
+    inserted_at: int | None = None
 
 
 # --- values of a run ------------------------------------------------------------------------------
@@ -118,9 +122,10 @@ def inject(node: Any, values: Mapping[str, Value], language: str | None) -> Inje
     injected, defaults = _tagged(cells, INJECTED_TAG), _tagged(cells, DEFAULTS_TAG)
     if injected is not None:
         cells[injected] = cell
-    else:
-        cells.insert(0 if defaults is None else defaults + 1, cell)
-    return Injected(changed, warnings)
+        return Injected(changed, warnings)
+    index = 0 if defaults is None else defaults + 1
+    cells.insert(index, cell)
+    return Injected(changed, warnings, inserted_at=index)
 
 
 def _source(values: Mapping[str, Value], name: str) -> str:

@@ -32,10 +32,14 @@ class CellSelection(Struct, frozen=True, kw_only=True):
 
 
 class Skipped(NamedTuple):
-    """Indexes (among all cells, from 0) of the code cells that are left out, and warnings."""
+    """Indexes (among all cells, from 0) of the code cells that are left out, and warnings.
+
+    ``last`` is the index of the last cell to run, ``None`` if the selection names none.
+    """
 
     indexes: frozenset[int]
     warnings: tuple[str, ...]
+    last: int | None = None
 
 
 def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
@@ -63,7 +67,7 @@ def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
         for index, cell in code
         if (last is not None and index > last) or _left_out(cell, selection)
     )
-    return Skipped(indexes, tuple(warnings))
+    return Skipped(indexes, tuple(warnings), last)
 
 
 def _left_out(cell: Any, selection: CellSelection) -> bool:

@@ -206,7 +206,7 @@ async def _search(
         oracle = Oracle(_subject(prepared, verdict, request), workspaces, TrialCache(cache_root()))
         problem = FirstRun(
             verdict=verdict,
-            node=notebook.strip_annotations(prepared.notebook.node),
+            node=prepared.fresh_node(),
             budget=budget_of(prepared.job.bisect_budget, verdict),
             sink=request.sink,
             started=prepared.started,
@@ -258,7 +258,7 @@ def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> 
 
     assert verdict.cause is not None and verdict.crash_cell is not None
     return Subject(
-        node=notebook.strip_annotations(prepared.notebook.node),
+        node=prepared.fresh_node(),
         request=request,
         failure=Failure.of(verdict.cause, verdict.crash_cell.index),
         seconds={

@@ -151,7 +151,8 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     """A job that can run: all input was read and checked, and nothing has been written.
 
     ``node`` is the notebook without the annotations of earlier runs; the run fills in its outputs.
-    ``skipped`` are the indexes of code cells that do not run. ``started`` is a reading of the
+    ``skipped`` are the indexes of code cells that do not run. ``language`` is the kernel's, in which
+    parameters are set. ``started`` is a reading of the
     monotonic clock. ``kernel`` is a kernel that is starting.
     """
 
@@ -163,6 +164,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     paths: JobPaths
     run_id: str
     skipped: frozenset[int]
+    language: str | None
     started: float
     started_at: datetime
     kernel: PrestartedKernel | None = None
@@ -170,6 +172,11 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     def plan(self) -> SpawnPlan:
         """The mechanism for each limit and wall."""
         return self.limits.plan(self.run_id)
+
+    def fresh_node(self) -> Any:
+        """The notebook that runs, without the outputs of this run."""
+        stripped = notebook.strip_annotations(self.notebook.node)
+        return notebook_inputs.apply(stripped, self.job.inputs, self.language).node
 
 
 def prepare(
@@ -192,16 +199,15 @@ def prepare(
         _start_kernel(kernel, job, header, limits, paths.cwd)
     document = header.parsed or source.notebook()
     kernel_name = job.kernel or document.kernel_name or DEFAULT_KERNEL
-    applied = notebook_inputs.apply(
-        notebook.strip_annotations(document.node),
-        job.inputs,
-        _language(job, kernel_name, document),
-    )
+    language = _language(job, kernel_name, document)
+    stripped = notebook.strip_annotations(document.node)
+    applied = notebook_inputs.apply(stripped, job.inputs, language)
     return PreparedJob(
         job=job,
         notebook=document,
         node=applied.node,
         skipped=applied.skipped,
+        language=language,
         kernel_name=kernel_name,
         limits=limits.with_warnings(applied.warnings),
         paths=paths,
