@@ -54,6 +54,7 @@ class Inside:
         self.database = None
         # The host, or the path of a socket, that was connected to last.
         self.dialled = None
+        self.dialled_port = None
         # The id of the error whose attributes were told.
         self.told_error = None
         self.actions = OwnActions(self)

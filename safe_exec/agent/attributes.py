@@ -106,11 +106,13 @@ def note_file(inside, event, args):
     if event == "sqlite3.connect":
         inside.database = path_text(args[0])
     elif event == "socket.getaddrinfo":
-        inside.dialled = path_text(args[0])
+        inside.dialled, inside.dialled_port = path_text(args[0]), _number(args[1])
     elif event == "socket.connect":
         address = args[1]
         host = address[0] if type(address) is tuple and address else address
         inside.dialled = path_text(host)
+        has_port = type(address) is tuple and len(address) > 1
+        inside.dialled_port = _number(address[1]) if has_port else None
     elif type(args[0]) is str:
         inside.opened.append((event, args))
 
@@ -135,6 +137,7 @@ def surroundings(inside):
         "search": os.environ.get("PATH", "")[: 4 * MOST_TEXT],
         "database": inside.database,
         "dialled": inside.dialled,
+        "dialled_port": inside.dialled_port,
     }
 
 

@@ -19,6 +19,7 @@ from safe_exec.kernel.blocked import Call, blocked_call
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import EndedChild
+from safe_exec.sandbox.usage import sockets
 
 WINDOW_SECONDS = 0.4
 LONGEST_SECONDS = 1.2
@@ -83,6 +84,7 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
         cpu_share=None if before is None or after is None else max(0.0, after - before) / window,
         syscall=call.name if call else None,
         targets=targets,
+        listening=sockets.listening(pid, targets or ()),
         awaited=processes.local_child(pid, call) if call else None,
         reads=reads,
         writes=writes,

@@ -224,12 +224,13 @@ def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
         files = [_text(fact["database"])]  # SQLite's own words name no file
     elif not files and "errno" in row and dialled:
         files, host = ([dialled], None) if dialled.startswith("/") else ([], dialled)
-    number = row.get("errno")
+    number, port = row.get("errno"), fact.get("dialled_port")
     return Raised(
         type=kind,
         number=number if isinstance(number, int) else None,
         files=tuple(files),
         host=host,
+        port=port if host and isinstance(port, int) else None,
         module=_text(row["module"]) if row.get("module") else None,
         variable=_text(row["variable"]) if row.get("variable") else None,
         writes=bool(row["writes"]) if row.get("writes") is not None else None,

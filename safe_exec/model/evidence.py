@@ -82,7 +82,8 @@ class ActivityObservation(Struct, frozen=True, kw_only=True):
     ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
     kernel process, ``targets``, ``awaited``, ``reads`` and ``writes`` are those of the kernel, as in ``ObservedProcess``; ``switches`` is how often
     per second its main thread went to rest, ``threads`` are the stacks of its other threads, ``processes`` the other processes of the sandbox,
-    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``instrumented`` whether code of ours runs in the
+    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``listening`` the
+    addresses of sockets that it is blocked at and that listen for connections, ``instrumented`` whether code of ours runs in the
     kernel: elsewhere the main thread need not be the one that runs cells.
     """
 
@@ -110,6 +111,7 @@ class ActivityObservation(Struct, frozen=True, kw_only=True):
     processes: tuple[ObservedProcess, ...] = ()
     ended: tuple[EndedChild, ...] = ()
     lock: ObservedLock | None = None
+    listening: tuple[str, ...] = ()
     instrumented: bool = True
 
 
@@ -177,7 +179,7 @@ class Access(StrEnum):
 class Raised(Struct, frozen=True, kw_only=True):
     """The attributes of an exception that a cell raised, or of one that it came from. The kernel's word.
 
-    ``number`` is the error number, ``files`` the names that it is about, ``host`` the one that was
+    ``number`` is the error number, ``files`` the names that it is about, ``host`` and ``port`` those that were
     connected to last, ``module`` the one that was not found, ``variable`` the key that ``os.environ``
     does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the
     exception was only being handled when the next one was raised.
@@ -187,6 +189,7 @@ class Raised(Struct, frozen=True, kw_only=True):
     number: int | None = None
     files: tuple[str, ...] = ()
     host: str | None = None
+    port: int | None = None
     module: str | None = None
     variable: str | None = None
     writes: bool | None = None
@@ -200,6 +203,7 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
     where it is outside, ``allow`` what to open to the notebook so that it can have it, empty where
     opening would not help. ``writes``: it is to be written. ``usable``: the user that the kernel runs as
     may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's.
+    ``local``: the host is this machine itself, where something listens that the sandbox's own loopback does not have.
     ``exact``: the kernel named this thing as the one that was refused. ``cell`` named it, ``in_output``:
     in its output.
     """
@@ -213,6 +217,7 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
     writes: bool = False
     usable: bool = True
     moved: bool = False
+    local: bool = False
     exact: bool = False
     cell: int | None = None
     in_output: bool = False

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.evidence import Access, IsolationConflict, IsolationFacts, NeedKind
 from safe_exec.model.limits import Mechanism
+from safe_exec.sandbox.usage import sockets
 from safe_exec.trial.needs import Need
 
 MOST_LOOKUPS = 300
@@ -84,6 +85,10 @@ class Lookup:
     def has_route(self) -> bool:
         """Whether this machine itself has a way to other hosts."""
         return any(_has_default_route(*table) for table in ROUTES)
+
+    def listens(self, port: int) -> bool:
+        """Whether a program of this machine listens for TCP connections to loopback on that port."""
+        return sockets.listens(port)
 
     def _mode(self, path: str) -> int | None:
         self.remaining_lookups -= 1
@@ -224,11 +229,12 @@ class _Finder:
         )
 
     def _host(self, need: Need) -> IsolationConflict | None:
-        return (
-            None
-            if self.sight.facts.network
-            else _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
-        )
+        if self.sight.facts.network:
+            return None
+        if need.number == errno.ECONNREFUSED:  # by a loopback where nobody listens on that port
+            listens = self.lookup.listens(int(need.name.rpartition(":")[2]))
+            return _conflict(need, Access.HIDDEN, local=True) if listens else None
+        return _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
 
     def _module(self, need: Need) -> IsolationConflict | None:
         file = need.name.replace(".", "/")
@@ -359,6 +365,7 @@ def _conflict(
     writes: bool = False,
     usable: bool = True,
     moved: bool = False,
+    local: bool = False,
 ) -> IsolationConflict:
     return IsolationConflict(
         kind=need.kind,
@@ -369,6 +376,7 @@ def _conflict(
         writes=writes,
         usable=usable,
         moved=moved,
+        local=local,
         exact=need.exact and not need.remote,
         line=need.line,
         cell=need.cell,

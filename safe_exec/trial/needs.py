@@ -101,6 +101,29 @@ _GETENV = re.compile(
     r"(?:(?P<target>[A-Za-z_]\w*)\s*=[^=\n]*?)?(?:getenv"
     r"|environ\.get)\(\s*['\"](?P<name>[A-Za-z_]\w*)['\"]\s*(?:,\s*None\s*)?\)"
 )
+# Calls that answer with nothing, and raise no error, where there is nothing of that name (glob,
+# os, pathlib).
+_ASKS_ABOUT = re.compile(
+    r"(?:\b(?P<target>[A-Za-z_]\w*)[ \t]*=(?!=)[^\n]*?)?"
+    r"(?:\bPath\(\s*[rb]?['\"](?P<path>[^'\"{}\n]+)['\"]\s*\)\s*\.)?"
+    r"\b(?:r?i?glob|walk|iterdir|exists|isfile|isdir|is_file|is_dir)"
+    r"\(\s*(?:[rb]?['\"](?P<name>[^'\"{}\n]+)['\"])?"
+)
+_RAISES = re.compile(r"^\s*(?:raise|assert)\b", re.MULTILINE)
+# Errors that do not come from a list that is empty.
+UNLIKE_EMPTY = frozenset(
+    {
+        "NameError",
+        "SyntaxError",
+        "IndentationError",
+        "ImportError",
+        "ModuleNotFoundError",
+        "UnboundLocalError",
+        "KeyboardInterrupt",
+        "MemoryError",
+        "SystemExit",
+    }
+)
 # As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2),
 # gai_strerror(3)) where there is only loopback.
 UNREACHABLE = re.compile(
@@ -111,6 +134,17 @@ UNREACHABLE = re.compile(
     r"|cannot open URL|No route to host|unable to resolve host address|Temporary failure "
     r"resolving|ENETUNREACH|EAI_AGAIN|dns error"
 )
+# As strerror(3) and clients of databases and services word ECONNREFUSED.
+CONNECTION_REFUSED = re.compile(
+    r"[Cc]onnection refused|ECONNREFUSED|\[Errno 111\]|os error 111\b|[Ff]ailed to connect"
+    r"|[Cc](?:an't|annot|ouldn't|ould not) connect"
+)
+# ``localhost:6379``, ``host='localhost', port=5000``, ``"127.0.0.1", port 5432``.
+_LOCAL_PORT = re.compile(
+    r"(?<![\w.])(localhost|127(?:\.\d{1,3}){3}|::1)\]?['\"]?"
+    r"(?::|[,) ]{0,3}port[ =:]{0,2})['\"]?(\d{2,5})\b"
+)
+_LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1")
 # As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such
 # package.
 _NO_PACKAGE = re.compile(
@@ -206,6 +240,37 @@ def needs_of_none(
     return _distinct(needs)
 
 
+def needs_of_empty(error: CellError, sources: Sequence[str], lines: Iterable[str]) -> list[Need]:
+    """Paths that a cell only asked about (``glob``, ``exists``): a hidden one gives an empty answer, and the error comes later.
+
+    ``sources`` are the cells up to the one that failed, ``lines`` those that the traceback names. One of these must name
+    what an assignment called the answer; or the failed cell asked itself, of files that exist only to raise.
+    """
+    if not sources or error.ename in UNLIKE_EMPTY:
+        return []
+    text = "\n".join(lines)
+    needs = []
+    for number, source in enumerate(sources):
+        for match in _ASKS_ABOUT.finditer(source):
+            target, in_cell = match["target"], number == len(sources) - 1
+            lists = "glob" in match[0] or "walk" in match[0] or "iterdir" in match[0]
+            is_used = (target is not None and re.search(rf"\b{target}\b", text) is not None) or (
+                in_cell and (lists or _RAISES.search(text) is not None)
+            )
+            name = "/".join(part.rstrip("/") for part in (match["path"], match["name"]) if part)
+            if is_used and name:
+                needs.append(
+                    Need(
+                        kind=NeedKind.PATH,
+                        name=name,
+                        line=_quotation(match[0]),
+                        number=errno.ENOENT,
+                        writes=False,
+                    )
+                )
+    return _distinct(needs)
+
+
 def may_write(source: str) -> bool:
     """Whether a line of a cell looks as if it wrote files."""
     return _WRITES.search(source) is not None
@@ -229,6 +294,11 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
     if row.module:
         yield Need(kind=NeedKind.MODULE, name=row.module, line=line, exact=True, remote=row.remote)
     number = row.number if row.number is not None else number_of_text
+    if number == errno.ECONNREFUSED and row.port and _LOOPBACK.fullmatch(row.host or ""):
+        name = f"{row.host}:{row.port}"
+        yield Need(
+            kind=NeedKind.HOST, name=name, line=line, number=number, exact=True, remote=row.remote
+        )
     if number not in REFUSALS:
         return
     # connect(2) is refused so by Landlock.
@@ -289,6 +359,16 @@ def _of_line(
 def _host(line: str) -> Need | None:
     if _NO_PACKAGE.search(line) is not None:
         return Need(kind=NeedKind.HOST, name="", line=_quotation(line))
+    refused = CONNECTION_REFUSED.search(line) is not None
+    if refused and (local := _LOCAL_PORT.search(line)) is not None:
+        name = f"{local[1]}:{local[2]}"
+        return Need(
+            kind=NeedKind.HOST,
+            name=name,
+            line=_quotation(line),
+            number=errno.ECONNREFUSED,
+            exact=True,
+        )
     if UNREACHABLE.search(line) is None:
         return None
     host = _HOST.search(line)

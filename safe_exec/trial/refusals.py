@@ -11,7 +11,14 @@ from safe_exec.model.ending import CellError, CellFailed, Ending, Passed
 from safe_exec.model.evidence import CellLocation, IsolationConflict, Raised
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.trial.conflicts import Sight, conflicts
-from safe_exec.trial.needs import Need, may_write, needs_of_error, needs_of_none, needs_of_output
+from safe_exec.trial.needs import (
+    Need,
+    may_write,
+    needs_of_empty,
+    needs_of_error,
+    needs_of_none,
+    needs_of_output,
+)
 
 if TYPE_CHECKING:
     from safe_exec.kernel.agent_facts import ReportedErrors
@@ -79,7 +86,9 @@ def _of_error(
     removed = facts.removed_variables if facts else ()
     needs = needs_of_error(error, raised, removed)
     needs += needs_of_none(error, _sources(state), [line, *_lines(state, location)], removed)
-    return [replace(need, cell=state.current, may_write=may_write(line)) for need in needs]
+    needs = [replace(need, may_write=may_write(line)) for need in needs]
+    needs += needs_of_empty(error, _sources(state), [line, *_lines(state, location)])
+    return [replace(need, cell=state.current) for need in needs]
 
 
 def _sources(state: TrialState) -> list[str]:

@@ -1,9 +1,9 @@
-"""What a kernel did when its time was up, in words: who or what it waited for, what helps. Pure; imports waiting, context, model."""
+"""What a kernel did when its time was up, in words: who or what it waited for, what helps. Pure; imports waiting, services, context, model."""
 
 from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, inside, outside
-from safe_exec.diagnosis.rules import waiting, waiting_text
+from safe_exec.diagnosis.rules import services, waiting, waiting_text
 from safe_exec.diagnosis.rules.own_actions import place_of
 from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock
@@ -87,7 +87,7 @@ def _child_text(context: Context, observation: ActivityObservation, activity: Ac
     stuck = waiting.stuck_child(observation)
     stuck_text = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
     return (
-        DOING[activity]
+        (services.waiting_text(observation, activity) or DOING[activity])
         + stuck_text
         + (_failure_text(context) if activity is Activity.WAITING_LOCK else "")
     )
@@ -145,7 +145,7 @@ def _child_advice(
         return waiting_text.traceback_advice(failure[1])
     if activity is Activity.WAITING_CHILD or stuck is not None:
         return waiting_text.advice(observation, python=context.is_python)
-    return ADVICE.get(activity, "")
+    return services.advice(observation, activity) or ADVICE.get(activity, "")
 
 
 def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
@@ -163,6 +163,9 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
     if blocker is not None:
         name = "background process" if blocker.process.adopted else "child process"
         facts.append(outside(name, waiting_text.fact_text(blocker), "/proc of that process"))
+    if services.serves(observation, activity):
+        addresses = ", ".join(observation.listening)
+        facts.append(outside("listens on", addresses, "/proc/PID/net/tcp"))
     if lock is not None:
         facts.append(outside("file lock", lock.path, "/proc/locks"))
         facts.append(outside("lock held by", waiting_text.holder_text(lock), "/proc/locks"))

@@ -29,6 +29,10 @@ NETWORK_ADVICE = (
     "Let it reach other hosts with --network, or give it the data beside the "
     "notebook; loopback works in any case."
 )
+LOCAL_ADVICE = (
+    "Let it reach the services of this machine with --network, or start the service in the "
+    "notebook itself."
+)
 NO_ROUTE_ADVICE = (
     "Give it the data beside the notebook. This machine itself has no route to "
     "other networks, so --network alone would not help."
@@ -75,6 +79,8 @@ def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
 
 
 def _conflict_text(conflict: IsolationConflict) -> str:
+    if conflict.local:
+        return f"isolation gives the notebook a loopback of its own: {conflict.name} of this machine is out of reach"
     if conflict.kind is NeedKind.HOST:
         return "isolation keeps the notebook from other hosts"
     if conflict.kind is NeedKind.VARIABLE:
@@ -203,7 +209,8 @@ def _summary(context: Context, conflict: IsolationConflict) -> str:
 def advice(conflict: IsolationConflict) -> str:
     """The option that gives the notebook what it asked for, and what else helps."""
     if conflict.kind is NeedKind.HOST:
-        return NETWORK_ADVICE if conflict.usable else NO_ROUTE_ADVICE
+        remote = NETWORK_ADVICE if conflict.usable else NO_ROUTE_ADVICE
+        return LOCAL_ADVICE if conflict.local else remote
     if conflict.kind is NeedKind.VARIABLE:
         return f"Pass it on with --env {conflict.name}: the notebook can then read its value."
     if _installs(conflict) and conflict.allow:

@@ -29,12 +29,19 @@ def blocked(context: Context) -> Cause | None:
                 "route to other networks", "none", "/proc/net/route and ipv6_route of this machine"
             )
         )
+    if conflict.local:
+        facts.append(outside("listens outside", conflict.name, "/proc/net/tcp of this machine"))
     host = f" {conflict.name}" if conflict.name else ""
     cell = context.human(conflict.cell)
     summary = (
         f"isolation keeps the notebook from other hosts, and {cell} wanted "
         f"one{':' if host else ''}{host}"
     )
+    if conflict.local:
+        summary = (
+            "isolation gives the notebook a loopback of its own: a service of this machine "
+            f"listens on{host}, but {cell} could not reach it"
+        )
     is_certain = (
         wall.hard
         and conflict.usable

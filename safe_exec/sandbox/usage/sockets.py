@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safe_exec.keeper import procfs
@@ -55,6 +56,38 @@ def _remote(pid: int) -> dict[str, str]:
     return found
 
 
+def listening(pid: int, targets: Iterable[str]) -> tuple[str, ...]:
+    """Of what descriptors of a process lead to (``socket:[...]``), the addresses of sockets that listen for TCP connections."""
+    inodes = {
+        target[len(_PREFIX) : -len(_SUFFIX)] for target in targets if target.startswith(_PREFIX)
+    }
+    return tuple(address for inode, address in _listeners(pid) if inode in inodes) if inodes else ()
+
+
+def listens(port: int) -> bool:
+    """Whether a program in our own network namespace listens for TCP connections to loopback on that port."""
+    for _, address in _listeners("self"):
+        host, _, number = address.rpartition(":")
+        where = ipaddress.ip_address(host.strip("[]"))
+        if number == str(port) and (where.is_loopback or where.is_unspecified):
+            return True
+    return False
+
+
+def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
+    """The TCP sockets that listen in a process's network namespace: inode, and ``address:port``."""
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
+            next(lines, None)
+            for line in lines:
+                fields = line.split()
+                if fields[3] == LISTENING:
+                    host, _, port = fields[1].partition(":")
+                    address = str(_address(host))
+                    shown = f"[{address}]" if ":" in address else address
+                    yield fields[9], f"{shown}:{int(port, 16)}"
+
+
 def quiet_ports(count: int) -> list[int]:
     """Free ports of loopback for a kernel to listen on, where no outgoing connection will take them meanwhile; none where there are none.
 
@@ -78,11 +111,16 @@ def quiet_ports(count: int) -> list[int]:
 
 def address_of(text: str) -> str | None:
     """The address that the hexadecimal words of /proc/net/tcp stand for; ``None`` for this very host or nobody."""
+    address = _address(text)
+    return None if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address that the words stand for; an IPv4 one that was mapped into IPv6 as itself."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
     address = ipaddress.ip_address(b"".join(struct.pack("=I", word) for word in words))
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    return None if address.is_loopback or address.is_unspecified else str(address)
+    mapped: ipaddress.IPv4Address | None = getattr(address, "ipv4_mapped", None)
+    return mapped or address
 
 
 def _inodes(pid: int) -> set[str]:

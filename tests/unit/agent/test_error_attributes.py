@@ -21,7 +21,7 @@ errors: Any = attributes
 
 
 def new_inside() -> SimpleNamespace:
-    return SimpleNamespace(opened=deque(), database=None, dialled=None)
+    return SimpleNamespace(opened=deque(), database=None, dialled=None, dialled_port=None)
 
 
 def rows_of(action: Any) -> list[dict[str, Any]]:

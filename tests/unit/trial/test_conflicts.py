@@ -87,6 +87,9 @@ class Fake(Lookup):
     def has_route(self) -> bool:
         return self.route
 
+    def listens(self, port: int) -> bool:
+        return port == 5000
+
     def _mode(self, path: str) -> int | None:
         path = self.real(path)
         is_parent = path == "/" or any(other.startswith(path + "/") for other in FILES)
@@ -293,6 +296,12 @@ def test_programs() -> None:
 def test_hosts(*, route: bool) -> None:
     assert find(NeedKind.HOST, "example.org", lookup=Fake(route=route)).usable is route
     assert find(NeedKind.HOST, "example.org", msgspec.structs.replace(BWRAP, network=True)) is None
+
+
+def test_a_service_of_this_machine() -> None:
+    conflict = find(NeedKind.HOST, "127.0.0.1:5000", number=errno.ECONNREFUSED)
+    assert conflict.local
+    assert find(NeedKind.HOST, "127.0.0.1:5001", number=errno.ECONNREFUSED) is None, "nobody there"
 
 
 def test_devices_and_the_places_of_other_programs() -> None:

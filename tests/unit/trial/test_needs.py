@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
-from safe_exec.trial.needs import Need, needs_of_error, needs_of_none, needs_of_output, number_in
+from safe_exec.trial.needs import (
+    Need,
+    needs_of_empty,
+    needs_of_error,
+    needs_of_none,
+    needs_of_output,
+    number_in,
+)
 
 P, V, M, G, H = NeedKind.PATH, NeedKind.VARIABLE, NeedKind.MODULE, NeedKind.PROGRAM, NeedKind.HOST
 REMOVED = ("MY_TOKEN", "OPENAI_API_KEY", "EDITOR", "A")
@@ -53,6 +60,7 @@ OUTPUTS = [
         "github.com",
     ),
     ("wget: unable to resolve host address \u2018example.org\u2019", H, "example.org"),
+    ("curl: (7) Failed to connect to localhost port 5000 after 0 ms", H, "localhost:5000"),
 ]
 
 
@@ -81,6 +89,11 @@ def test_an_output_that_speaks_of_no_refusal_needs_nothing(line: str) -> None:
 
 
 ERRORS = [
+    ("OperationalError", 'connection to server at "127.0.0.1", port 5432 failed: Connection refused', H, "127.0.0.1:5432"),
+    ("ConnectionError", "Error 111 connecting to localhost:6379. Connection refused.", H, "localhost:6379"),
+    ("MaxRetryError", "HTTPConnectionPool(host='localhost', port=5000): [Errno 111] Connection refused", H, "localhost:5000"),
+    ("OperationalError", "(2003, \"Can't connect to MySQL server on '127.0.0.1:3306' (111)\")", H, "127.0.0.1:3306"),
+    ("ServerSelectionTimeoutError", "[::1]:27017: [Errno 111] Connection refused", H, "::1:27017"),
     ("FileNotFoundError", "/root/x.txt not found.", P, "/root/x.txt"),
     ("FileNotFoundError", "No such file or directory (os error 2): /root/x.csv", P, "/root/x.csv"),
     (
@@ -197,6 +210,37 @@ def test_a_variable_that_is_none(sources: list[str], line: str, names: list[str]
     assert (
         needs_of_none(CellError(ename="TypeError", evalue="other"), sources, [line], REMOVED) == []
     )
+
+
+def test_a_service_of_this_machine_by_the_attributes_of_the_error() -> None:
+    raised = Raised(type="ConnectionRefusedError", number=111, host="127.0.0.1", port=5000)
+    error = CellError(ename="URLError", evalue="<urlopen error [Errno 111] Connection refused>")
+    (need,) = needs_of_error(error, (Raised(type="URLError"), raised), REMOVED)
+    assert (need.kind, need.name, need.number, need.exact) == (H, "127.0.0.1:5000", 111, True)
+    remote = Raised(type="ConnectionRefusedError", number=111, host="10.0.0.7", port=5000)
+    assert needs_of_error(error, (remote,), REMOVED) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "line", "names"),
+    [
+        (["files = glob.glob('../data/*.csv')", "x"], "pd.concat(files)", ["../data/*.csv"]),
+        (["names = sorted(Path('/srv/data').glob('*.txt'))"], "names[0]", ["/srv/data/*.txt"]),
+        (["x = list(Path('../in').iterdir())", "y"], "max(x)", ["../in"]),
+        (["x", "total = max(f(n) for n in glob('../a/*'))"], "total = max(f(n))", ["../a/*"]),
+        (["if not os.path.exists('../a'):\n    raise E"], "    raise E", ["../a"]),
+        (["if os.path.exists('../a'):\n    pass\n1 / 0"], "1 / 0", []),
+        (["files = glob.glob('../data/*.csv')", "x"], "pd.concat(others)", []),
+        (["files = glob.glob(f'{top}/*.csv')", "x"], "pd.concat(files)", []),
+        (["files == glob.glob('../data/*.csv')", "x"], "pd.concat(files)", []),
+    ],
+)
+def test_a_path_that_was_only_asked_about(sources: list[str], line: str, names: list[str]) -> None:
+    error = CellError(ename="ValueError", evalue="No objects to concatenate")
+    needs = needs_of_empty(error, sources, [line])
+    assert [need.name for need in needs] == names
+    assert not any(need.exact or need.writes for need in needs)
+    assert needs_of_empty(CellError(ename="NameError", evalue="x"), sources, [line]) == []
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

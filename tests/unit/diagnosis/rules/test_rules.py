@@ -699,6 +699,13 @@ ERRORS = [
         open_files=50,
     ),
     error("no-network", UNREACHED, K.NETWORK_BLOCKED, walls=NO_NETWORK, conflicts=(HOST,)),
+    error(
+        "service-of-this-machine",
+        raised("ConnectionRefusedError", "[Errno 111] Connection refused"),
+        K.NETWORK_BLOCKED,
+        walls=NO_NETWORK,
+        conflicts=(msgspec.structs.replace(HOST, name="127.0.0.1:5000", local=True),),
+    ),
     error("no-tcp", UNREACHED, K.NETWORK_BLOCKED, C.LIKELY, walls=NO_TCP, conflicts=(HOST,)),
     error(
         "no-route",

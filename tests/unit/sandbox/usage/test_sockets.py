@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from pathlib import Path
@@ -41,3 +42,19 @@ def test_where_there_is_no_such_range_the_choice_is_left_to_others(
     assert sockets.quiet_ports(5) == []
     monkeypatch.setattr(sockets, "RANGE", tmp_path / "none")
     assert sockets.quiet_ports(5) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "shown"),
+    [(socket.AF_INET, "127.0.0.1", "127.0.0.1:{}"), (socket.AF_INET6, "::1", "[::1]:{}")],
+)
+def test_sockets_that_listen(family: socket.AddressFamily, host: str, shown: str) -> None:
+    with socket.socket(family) as server, socket.socket(family) as other:
+        server.bind((host, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        targets = [os.readlink(f"/proc/self/fd/{sock.fileno()}") for sock in (server, other)]
+        assert sockets.listening(os.getpid(), targets) == (shown.format(port),)
+        assert sockets.listening(os.getpid(), [targets[1], "pipe:[1]"]) == ()
+        assert sockets.listens(port)
+    assert not sockets.listens(port)
