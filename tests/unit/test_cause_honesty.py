@@ -52,7 +52,7 @@ OBSERVATIONS = frozenset(
     {
         "exit", "termination", "oom_kills", "oom_kills_cell", "oom_elsewhere", "oom_bound",
         "oomd_killed", "process_refusals", "process_bound", "memory_peak", "memory_peak_raw",
-        "memory_last", "processes_peak", "cpu_seconds", "kernel_cpu_seconds", "fault", "looked",
+        "memory_last", "processes_peak", "cpu_seconds", "kernel_cpu_seconds", "fault", "observation",
         "cell_seconds", "cell_output_bytes", "cell_output_received",
         "cell_output_age", "cell_output_truncated", "output_bytes",
         "signals_to_keeper", "disk_free", "open_files", "cell_active", "isolation",
