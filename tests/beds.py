@@ -143,9 +143,11 @@ def _kernel(name: str, program: str = "true") -> Callable[[], str]:
     """A bed of a language: its kernel is known to Jupyter, and the program that this starts is there."""
 
     def probe() -> str:
-        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_core.paths import jupyter_path
 
-        if name not in KernelSpecManager().find_kernel_specs():
+        # jupyter_client's own search makes a folder in the home, which need not be writable.
+        specs = [Path(folder, name, "kernel.json") for folder in jupyter_path("kernels")]
+        if not any(spec.is_file() for spec in specs):
             return f"no kernel {name} is installed"
         return "" if shutil.which(program) else f"there is no {program}"
 
