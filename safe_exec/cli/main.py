@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -61,6 +62,8 @@ def cli() -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; every error is one line on stderr."""
+    # jupyter_client asks IPython for a folder of kernels in the home, even where a home cannot be written.
+    warnings.filterwarnings("ignore", r"IPython (parent|dir) ", UserWarning)
     try:
         code = cli.main(list(arguments), standalone_mode=False)
     except click.exceptions.Abort:
