@@ -124,7 +124,7 @@ MINUTES ?= 60
 test-release: system-release ## Run the README's two commands on a fresh Debian of RELEASE=trixie, bookworm or testing; TARGETS="run test-fast" selects others
 	$(SUDO) env "PATH=$$PATH:/usr/sbin:/sbin" $(PYTHON) -m tests.releases --minutes $(MINUTES) $(RELEASE) $(TARGETS)
 
-# CI's share of it. Cases whose answer depends on the version of Python are always among those that are drawn.
+# A share of it for every day. Cases whose answer depends on the version of Python are always among those that are drawn.
 .PHONY: test-other-release
 test-other-release: export SAFE_EXEC_ANSWERS_MINUTES ?= 2
 test-other-release: ## Run examples, fast tests, a part of the cases and parity on a fresh Debian 13, with Python 3.13 (ten minutes)

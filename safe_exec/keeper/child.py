@@ -5,9 +5,13 @@ The keeper's child takes them, or the child of the init inside bubblewrap. Stand
 
 import _signal as signal  # type: ignore[import-not-found]  # what signal is made of, without enum
 import binascii
-import fcntl
 import os
-import resource
+import sys
+
+if sys.platform.startswith("linux"):
+    # Elsewhere, where nothing is run (platforms.py), the types below are imported all the same.
+    import fcntl
+    import resource
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
