@@ -1,16 +1,20 @@
-"""What runs inside a Python kernel's process: it leaves on record what the process will not be able to say once it dies.
+"""The code that runs inside a Python kernel: it records what a dead process can no longer tell.
 
-Standard library only: started by path (``bootstrap.py``), in front of the kernel's own command, in an environment where safe-exec need not be
-installed. There the package has another name, so its modules import each other relatively, and nothing of ours but each other. It speaks to
-the outside in three ways, all on descriptors it was given:
+It uses the standard library only. ``bootstrap.py`` starts it by path, before the kernel's own
+command, in an environment where safe-exec need not be installed. The package has another name
+there, so its modules import each other relatively, and nothing else of ours. It reports to the
+outside in three ways, all on descriptors that it was given:
 
-- *page*: shared memory. Its header holds the statement that runs now and what a sampling thread saw last; two segments
-  behind it hold what was written to stdout and stderr and every display, before ipykernel queues it. Memory outlives its writer:
-  what a SIGKILL takes from ipykernel's buffers (its last 0.2 s) the runner reads from here.
-- *facts*: a datagram socket for rare things: which file name belongs to which cell, connections to other hosts, who called
-  ``os._exit``, and the read ends of the pipes that ipykernel puts over descriptors 1 and 2.
-- *fault*: where faulthandler writes. ipykernel's own stderr is a pipe that the same process reads, so what is written there while
-  dying is lost.
+- *page*: shared memory. The header holds the running statement and the last sample; two segments
+  behind it hold the text written to stdout and stderr and every display, before ipykernel queues
+  them. This memory survives its writer: SIGKILL discards ipykernel's buffers (the last 0.2 s), but
+  the runner reads the output from here.
+- *facts*: a datagram socket for rare events: the file name of each cell, connections to other
+  hosts, the caller of ``os._exit``, and the read ends of the pipes that ipykernel puts over
+  descriptors 1 and 2.
+- *fault*: the descriptor that faulthandler writes to. ipykernel's own stderr is a pipe that the
+  same process reads, so text written there during a crash is lost.
 
-Nothing here may change what a notebook sees. Whatever does not fit the ipykernel at hand is left out and reported.
+Nothing here may change what a notebook sees. A patch that does not fit the installed ipykernel is
+left out and reported.
 """

@@ -1,4 +1,4 @@
-"""What the parts share: the ways out, and what is known of the cell that runs."""
+"""The state that the agent's parts share: the reporting channels, and the running cell."""
 
 import _thread
 import collections
@@ -15,7 +15,7 @@ from .sources import line_of
 
 
 class Inside:
-    """Everything that is put around one kernel."""
+    """Everything that instruments one kernel."""
 
     def __init__(self, page_fd, facts_fd, fault_fd, config):
         for fd in (page_fd, facts_fd, fault_fd):
@@ -63,19 +63,22 @@ class Inside:
         self.child = False
 
     def fact(self, **fields):
-        """Tell a fact; never waits, never raises: a full socket loses facts, not the notebook's time."""
+        """Report a fact. Never waits and never raises.
+
+        A full socket loses facts, not the notebook's time.
+        """
         if not self.child:
             self.fact_of_any(**fields)
 
     def fact_of_any(self, **fields):
-        """Tell a fact, in a forked child too."""
+        """Report a fact, from a forked child as well."""
         try:
             self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
         except (OSError, ValueError):
             pass
 
     def frames(self, frame, limit=30):
-        """A stack, innermost first, as rows of (function, line, file, cell number)."""
+        """Return a stack, innermost first, as rows of (function, line, file, cell number)."""
         rows = []
         while frame is not None and len(rows) < limit:
             row = self.row(frame.f_code, frame.f_lineno)
@@ -91,7 +94,7 @@ class Inside:
         return rows
 
     def row(self, code, line):
-        """A line of code as a row; of a cell's code the line is that of the cell."""
+        """Return a line of code as a row; the line of a cell's code is the line in the cell."""
         source = self.codes.get(id(code)) or self.files.get(code.co_filename)
         line_in_cell = line_of(source.line_map, line) if source is not None and line else 0
         if line_in_cell:
@@ -99,7 +102,7 @@ class Inside:
         return (code.co_name, line, code.co_filename, 0)
 
     def nested(self, frame):
-        """Whether a cell's module frame stands on another cell's (``%run``, ``run_cell`` inside a cell)."""
+        """Tell whether a cell's module frame runs inside another cell (``%run``, ``run_cell``)."""
         depth = 0
         while frame is not None and depth < 60:
             if frame.f_code.co_filename in self.files or id(frame.f_code) in self.codes:
@@ -108,7 +111,7 @@ class Inside:
         return False
 
     def here(self, frame):
-        """Note the exact line of the current cell that ``frame`` (of the main thread) is in."""
+        """Record the exact line of the current cell that the main thread's frame executes."""
         rows = self.frames(frame)
         line = next((row[1] for row in rows if row[3] == self.page.cell), None)
         if line:
@@ -116,12 +119,15 @@ class Inside:
         return rows
 
     def at(self, line):
-        """Note a line. What runs outside of any cell, a callback say, leaves the cell finished; a child's lines are not ours."""
+        """Record a line; code outside any cell leaves the cell marked as finished.
+
+        The lines of a forked child are not recorded.
+        """
         if not self.child:
             self.page.note_line(line if self.in_cell else line | layout.FINISHED)
 
     def forked(self):
-        """In a forked child: be as if we had never been here."""
+        """Deactivate the agent in a forked child."""
         self.child = True
         self.page.lock = _thread.RLock()
         faulthandler.disable()

@@ -1,7 +1,8 @@
-"""The attributes of an exception that a cell raised: error numbers, file names, modules, variables.
+"""Reads the attributes of a cell's exception: error numbers, file names, modules, variables.
 
-Its text is for people and is worded differently by each library; these say the same thing exactly. Nothing here calls code of the exception's
-class: a class may define properties of its own, and what they do would change the notebook.
+An exception's text is meant for people, and each library words it differently; the attributes say
+the same exactly. Nothing here calls code of the exception's class: it may define properties of its
+own, and their effects would change the notebook.
 """
 
 import builtins
@@ -20,7 +21,10 @@ ENVIRON = ("__getitem__", "__delitem__")
 
 
 def tell_attributes(inside, error):
-    """Tell the attributes of an error that the cell raised or showed; once, since files are opened to show it."""
+    """Report the attributes of an error that the cell raised or displayed.
+
+    Each error is reported once, since displaying it opens files.
+    """
     if issubclass(type(error), BaseException) and id(error) != inside.told_error:
         inside.told_error = id(
             error
@@ -31,7 +35,7 @@ def tell_attributes(inside, error):
 
 
 def attributes_of(inside, error):
-    """The exception and those that it came from (``__cause__``, ``__context__``, the parts of a group), the raised one first."""
+    """Return the exception and its causes, contexts and group members, the raised one first."""
     rows, visited, waiting = [], set(), [(error, False)]
     while waiting and len(rows) < MOST_ERRORS:
         current, remote = waiting.pop(0)
@@ -49,7 +53,10 @@ def attributes_of(inside, error):
 
 
 def _row(inside, error, remote):
-    """``remote``: it was only being handled when the next one was raised, and need not be what that one came from."""
+    """Return one exception's attributes.
+
+    ``remote``: it was only being handled when the next one was raised, and need not be its cause.
+    """
     kind = type(error)
     row = {"type": kind.__name__, "remote": remote}
     if issubclass(kind, OSError):
@@ -69,7 +76,10 @@ def _row(inside, error, remote):
 
 
 def _is_of_environ(error):
-    """Whether ``os.environ[...]`` raised it: another dictionary's key may have the same name."""
+    """Tell whether ``os.environ[...]`` raised it.
+
+    Other dictionaries may have a key of the same name.
+    """
     entry, code = BaseException.__traceback__.__get__(error), None
     while entry is not None:
         code, entry = entry.tb_frame.f_code, entry.tb_next
@@ -89,7 +99,7 @@ def _text(value):
 
 
 def path_text(value):
-    """A file name as text; ``None`` for what is none."""
+    """Return a file name as text; ``None`` for any other value."""
     if type(value) is bytes:
         return os.fsdecode(value)[:MOST_TEXT]
     pure = getattr(sys.modules.get("pathlib"), "PurePath", None)
@@ -99,9 +109,10 @@ def path_text(value):
 
 
 def note_file(inside, event, args):
-    """Note from an audit event what is opened: a refusal does not always say of which file, and never whether it was to be written.
+    """Record the file that an audit event opens.
 
-    Only plain text is kept: to hold an object of the notebook's would lengthen its life.
+    An error does not always name its file, and never tells whether it was to be written. Only plain
+    text is kept: a reference to a notebook's object would extend its life.
     """
     if event == "sqlite3.connect":
         inside.database = path_text(args[0])
@@ -118,9 +129,10 @@ def note_file(inside, event, args):
 
 
 def surroundings(inside):
-    """Where names that are not absolute were looked for: the working directory, ``sys.path`` and ``PATH`` as the cell has left them.
+    """Return the paths in which relative names were looked up, as the cell left them.
 
-    And the database that was opened last, and the address that was connected to.
+    These are the working directory, ``sys.path`` and ``PATH``; also the database that was opened
+    last, and the address that was connected to last.
     """
     try:
         folder = os.getcwd()
@@ -142,7 +154,7 @@ def surroundings(inside):
 
 
 def is_written(inside, name):
-    """Whether a file was last opened to be written, ``None`` where that is not known."""
+    """Tell whether a file was last opened for writing; ``None`` if unknown."""
     for event, args in reversed(inside.opened):
         if args[0] == name:
             flags = os.O_CREAT if event == "os.mkdir" else args[2]
@@ -151,6 +163,6 @@ def is_written(inside, name):
 
 
 def _user_site():
-    """The user's own packages, where they count: the directory is missing from ``sys.path`` if it is not there."""
+    """Return the user's package directory; ``sys.path`` lacks it if it does not exist."""
     site = sys.modules.get("site")
     return [site.USER_SITE] if getattr(site, "ENABLE_USER_SITE", False) else []

@@ -1,11 +1,11 @@
-"""Which compiled code came from the body of a cell magic, seen in Python's own audit events.
+"""Finds the code that was compiled from the body of a cell magic, in Python's audit events.
 
-Whatever a magic does with its body, Python compiles a text and then executes a code object, and says
-so each time ("compile" and "exec" in the table of audit events). A text that ``sources.map_body``
-finds in the running cell is remembered under the file name it is compiled as, and the code object
-executed under that name is the cell's. The event for a syntax tree has no file name: a tree that
-holds statements of such a text, at their places, is the cell's, and the next code object that is
-executed is made of it. (``%%timeit`` puts the statements into a loop of its own.)
+Whatever a magic does with its body, Python compiles a text and then executes a code object, and
+raises an audit event each time ("compile" and "exec"). A text that ``sources.map_body`` finds in
+the running cell is remembered under its file name, and the code object executed under that name
+belongs to the cell. The event for a syntax tree has no file name. A tree that contains statements
+of such a text, at the same positions, belongs to the cell, and so does the next executed code
+object. (``%%timeit`` puts the statements into a loop of its own.)
 """
 
 import ast
@@ -32,13 +32,13 @@ class Bodies:
         self.tree = None
 
     def begin(self, cell):
-        """A cell begins; one without a cell magic has no body to look for."""
+        """Start a cell; a cell without a cell magic has no body to find."""
         self.cell = cell
         self.active = "%%" in cell
         self.names, self.texts, self.statements, self.unparsed, self.tree = {}, {}, {}, [], None
 
     def note_compile(self, source, name):
-        """The event "compile": a text with the file name that its code will have, or a syntax tree without one."""
+        """Handle the event "compile": a text with its file name, or a syntax tree without one."""
         if isinstance(source, bytes):
             source = source.decode("utf-8", "replace")
         if isinstance(source, ast.AST):
@@ -51,7 +51,7 @@ class Bodies:
                 self.names[name] = line_map
 
     def map_of_tree(self, tree):
-        """The line map of the text whose statements a syntax tree holds, else ``None``."""
+        """Return the line map of the text whose statements a syntax tree contains, or ``None``."""
         if not self.texts:
             return None
         while self.unparsed:
@@ -63,7 +63,7 @@ class Bodies:
         )
 
     def map_of(self, text):
-        """The line map of a text of the running cell, else ``None``."""
+        """Return the line map of a text of the running cell, or ``None``."""
         if text not in self.texts:
             # A text that is much longer than the cell is something else.
             if len(self.texts) >= MOST_TEXTS or len(text) > 2 * len(self.cell) + 2000:
@@ -74,7 +74,7 @@ class Bodies:
         return self.texts[text]
 
     def note_exec(self, code):
-        """The event "exec": code that is about to run."""
+        """Handle the event "exec": code that is about to run."""
         inside, name = self.inside, code.co_filename
         tree, self.tree = self.tree, None
         if id(code) in inside.codes or name in inside.files:
@@ -85,7 +85,10 @@ class Bodies:
             self.register(code, line_map)
 
     def register(self, code, line_map):
-        """Know a code object and all that are defined in it. They are held: an id is only theirs while they live."""
+        """Register a code object and those defined in it.
+
+        References are kept, since an id is unique only while the object is alive.
+        """
         inside, waiting, rows = self.inside, [code], []
         source = Source(inside.page.cell, line_map, code)
         while waiting:
@@ -102,7 +105,7 @@ class Bodies:
 
 
 class Source:
-    """Code of a cell: the cell's number and the line map of the code."""
+    """The source of code: the cell's number, and the line map."""
 
     __slots__ = ("cell", "code", "line_map")
 
@@ -113,7 +116,7 @@ class Source:
 
 
 def parsed(text):
-    """The syntax tree of a text; an empty one where it has none."""
+    """Return the syntax tree of a text; an empty one if it cannot be parsed."""
     try:
         flags = ast.PyCF_ONLY_AST | getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0)
         return compile(text, "<unknown>", "exec", flags, dont_inherit=True)
@@ -122,7 +125,7 @@ def parsed(text):
 
 
 def places(tree):
-    """Each statement that holds no others, and the expression of one, with all their positions."""
+    """Yield each simple statement, and the expression of one, with all positions."""
     if isinstance(tree, ast.Expression):
         yield ast.dump(tree.body, include_attributes=True)
     for node in ast.walk(tree):
@@ -133,7 +136,7 @@ def places(tree):
 
 
 def last_line(code):
-    """The highest line of a code object, those defined in it left out."""
+    """Return the highest line of a code object, without those of the code objects in it."""
     # Before Python 3.10.
     if not hasattr(code, "co_lines"):
         import dis

@@ -1,7 +1,11 @@
-"""Run by path, in front of the kernel's own command: ``bootstrap.py PAGE FACTS FAULT CONFIG -m MODULE ARGS...``.
+"""Started by path before the kernel's command.
 
-Fits what is in this folder around ipykernel, then runs the module as ``python -m`` would. Modules and not one file, since of a file that is run
-nothing is kept compiled: six milliseconds of each start. They are loaded under a name that no notebook has, and then forgotten by name.
+``bootstrap.py PAGE FACTS FAULT CONFIG -m MODULE ...``.
+
+It patches ipykernel with the modules of this folder and then runs the module as ``python -m``
+would. They are modules and not one file, since Python does not cache the bytecode of a file that it
+runs: 6 ms of each start. They are loaded under a name that no notebook uses, and that name is then
+removed.
 """
 
 import gc
@@ -11,7 +15,7 @@ NAME = "_safe_exec_inside"
 
 
 def load():
-    """Import ``install`` and ``agent`` of this package, and forget their names."""
+    """Import ``install`` and ``agent`` of this package, and remove their names."""
     import importlib
     import importlib.util
     import os
@@ -31,7 +35,10 @@ def load():
 
 
 def decline_free_threading():
-    """Exit with one line where threads run Python at the same time: stacks of a running thread cannot be read then."""
+    """Exit with a message if threads run Python code in parallel.
+
+    The stack of a running thread cannot be read then.
+    """
     # Since Python 3.13.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         sys.exit(
@@ -44,7 +51,7 @@ def decline_free_threading():
 
 
 def main(argv):
-    """Fit everything; returns the name of the module to run."""
+    """Patch the kernel; return the name of the module to run."""
     decline_free_threading()
     # While modules are imported there is nothing to collect.
     gc.disable()

@@ -1,4 +1,4 @@
-"""Which cell runs, under which file name, and at which statement it is."""
+"""Tracks the running cell, its file names, and its current statement."""
 
 import functools
 import inspect
@@ -14,7 +14,10 @@ from .sources import line_of, map_body, map_cell
 
 
 def first_line(code):
-    """The first line of a statement's code: ``co_firstlineno`` of a cell's statement is always 1."""
+    """Return the first line of a statement's code.
+
+    ``co_firstlineno`` of a cell's statement is always 1.
+    """
     # Before Python 3.10.
     if not hasattr(code, "co_lines"):
         import dis
@@ -24,7 +27,7 @@ def first_line(code):
 
 
 def patch_shell(inside):
-    """Know which cell runs, under which file name, and at which statement it is."""
+    """Track the running cell, its file name and its statement."""
     from IPython.core.interactiveshell import InteractiveShell
     from ipykernel.ipkernel import IPythonKernel
 
@@ -81,15 +84,15 @@ def patch_shell(inside):
 
 
 def when_done(coroutine, call):
-    """A reference to a coroutine; while it is kept, ``call`` is called when the coroutine is done.
+    """Return a reference to a coroutine that calls ``call`` when the coroutine is done.
 
-    Whoever awaits a coroutine lets go of it as soon as it has returned or raised.
+    The caller that awaits a coroutine releases it as soon as it has returned or raised.
     """
     return weakref.ref(coroutine, call)
 
 
 def ran(inside, reference, result):
-    """A statement has run, or raised."""
+    """Record that a statement has run or raised."""
     inside.running.remove(reference)
     error = getattr(result, "error_in_exec", None)
     if error is not None and inside.in_cell:
@@ -97,7 +100,7 @@ def ran(inside, reference, result):
 
 
 def finish(inside):
-    """A cell has run; its reply has not been sent yet."""
+    """Record that a cell has run; its reply has not been sent yet."""
     try:
         for stream in (sys.stdout, sys.stderr):
             settle(inside, stream)
@@ -109,7 +112,10 @@ def finish(inside):
 
 
 def source_of(inside, name):
-    """The source behind a file name that IPython gave to a text; ``None`` for a text that is not of the running cell."""
+    """Return the source behind a file name that IPython gave to a text.
+
+    Returns ``None`` for a text that does not belong to the running cell.
+    """
     page, cell = inside.page, inside.bodies.cell
     registered = inside.files.get(name)
     if registered is not None and registered.cell == page.cell:
@@ -131,7 +137,7 @@ def source_of(inside, name):
 
 
 def tell_failure(inside, error):
-    """A statement raised: tell where, innermost first; the traceback that is shown may hide frames."""
+    """Report where a statement raised, innermost first; the displayed traceback may hide frames."""
     rows, entry = [], getattr(error, "__traceback__", None)
     while entry is not None:
         rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
@@ -147,7 +153,10 @@ def tell_failure(inside, error):
 
 
 def syntax_line(inside, error):
-    """The line of the cell where text of its own is no Python; 0 for other errors and other texts."""
+    """Return the cell line of a syntax error in the cell's own text.
+
+    0 for other errors and texts.
+    """
     if not isinstance(error, SyntaxError) or not error.filename or not error.lineno:
         return 0
     line_map = inside.bodies.names.get(error.filename)
@@ -158,7 +167,7 @@ def syntax_line(inside, error):
 
 
 def begin(inside, kernel, code):
-    """A cell begins: number it, and tell which request it answers."""
+    """Start a cell: number it, and report the request that it answers."""
     page = inside.page
     parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
     msg_id = parent.get("header", {}).get("msg_id")

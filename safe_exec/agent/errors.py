@@ -1,7 +1,8 @@
-"""Errors that a cell shows, and a wish to exit: where each came from.
+"""Reports the origin of errors that a cell displays, and of requests to exit.
 
-A traceback may be shown by a cell whose code goes on: ``%run`` of a file that raises, a formatter
-that fails, ``showtraceback()`` in a library. The shell's own reply says nothing of its place then.
+A cell whose code continues may display a traceback: ``%run`` of a file that raises, a failing
+formatter, ``showtraceback()`` in a library. The shell's own reply says nothing about its place
+then.
 """
 
 import functools
@@ -14,7 +15,7 @@ MOST_ROWS = 30
 
 
 def patch_errors(inside):
-    """Tell where each shown error was raised, and who called ``exit()`` or ``quit()``."""
+    """Report where each displayed error was raised, and the caller of ``exit()`` or ``quit()``."""
     from ipykernel.zmqshell import ZMQInteractiveShell
 
     show, ask_exit = ZMQInteractiveShell._showtraceback, ZMQInteractiveShell.ask_exit
@@ -39,7 +40,7 @@ def patch_errors(inside):
 
 
 def tell_shown(inside, error):
-    """Tell the stack of an error that is about to be shown, down to the cell that it is shown in."""
+    """Report the stack of an error that is about to be displayed, down to the displaying cell."""
     rows = rows_of(inside, error)
     line = syntax_line(inside, error) or next(
         (row[1] for row in rows if row[3] == inside.page.cell), 0
@@ -50,7 +51,7 @@ def tell_shown(inside, error):
 
 
 def rows_of(inside, error):
-    """Where an error was raised, innermost first, with the callers of whoever caught it."""
+    """Return where an error was raised, innermost first, with the callers of its handler."""
     entry = getattr(error, "__traceback__", None)
     if entry is None:
         return []

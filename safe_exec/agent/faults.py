@@ -1,4 +1,4 @@
-"""Where the process was when it died: fatal signals' stacks, and exact places before calls from which there may be no return."""
+"""Locates a death: stacks of fatal signals, and the line before calls that may not return."""
 
 import _thread
 import contextlib
@@ -16,7 +16,7 @@ LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
 
 def arm(inside):
-    """Send fatal signals' stacks, and those asked for by DUMP_SIGNAL, to our own descriptor."""
+    """Write the stacks of fatal signals and of DUMP_SIGNAL to our own descriptor."""
     enable = faulthandler.enable
     enable(file=inside.fault_fd, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=inside.fault_fd, all_threads=True, chain=False)
@@ -32,9 +32,9 @@ def arm(inside):
 
 
 def watch_handler(inside):
-    """Tell when the handler of SIGSEGV is no longer the fault handler's: no report is to be expected then.
+    """Report when the fault handler loses SIGSEGV: then no report is to be expected.
 
-    A notebook may turn it off, and libraries install handlers of their own (JVM, R).
+    A notebook may turn it off, and libraries (JVM, R) install handlers of their own.
     """
     sigaction, current = (
         ctypes.PyDLL(None).sigaction,
@@ -54,7 +54,7 @@ def watch_handler(inside):
 
 
 def watch(inside):
-    """Note exact places just before calls from which there may be no return, and talk to other hosts."""
+    """Record the line before calls that may not return, and report connections."""
     real_exit, real_closerange, real_raise = os._exit, os.closerange, signal.raise_signal
     noted = {
         "os.kill",
@@ -146,7 +146,7 @@ def watch(inside):
 
 
 def connected(inside, address):
-    """A connection is being opened; those to other hosts are told."""
+    """Report a connection to another host."""
     host = address[0] if isinstance(address, tuple) else None
     if (
         isinstance(host, str)

@@ -1,4 +1,4 @@
-"""Puts it all around the kernel that is about to start."""
+"""Patches the kernel that is about to start."""
 
 import _thread
 import os
@@ -30,7 +30,7 @@ PARTS = (
 
 
 def patch_kernel(inside):
-    """Put everything around ipykernel that fits the one at hand; what does not is told and left out."""
+    """Apply every patch that fits the installed ipykernel; report the others as missing."""
     arm(inside)
     watch(inside)
     watch_handler(inside)

@@ -1,13 +1,17 @@
-"""What an interrupt, which a headless run sends when a cell's time is up, must not end in."""
+"""Fixes an error that an interrupt may cause in IPython.
+
+Safe-exec sends one when the time is up.
+"""
 
 import functools
 
 
 def patch_interrupts(inside):
-    """Let the error of an interrupted ``%%bash`` be shown.
+    """Make the error of an interrupted ``%%bash`` printable.
 
-    IPython gives the script 0.1 s to end after an interrupt. One that takes longer, because it cleans up or ignores SIGINT, has no return code yet,
-    and IPython raises a CalledProcessError without one, whose text it cannot show: a TypeError would be all there is to see.
+    IPython gives the script 0.1 s to end after an interrupt. A script that takes longer, since it
+    cleans up or ignores SIGINT, has no return code yet. IPython then raises a CalledProcessError
+    without one and cannot display its text: the user would see only a TypeError.
     """
     from subprocess import CalledProcessError
 

@@ -1,4 +1,7 @@
-"""The numbers that both ends know: of the page, and of the signal at which a stack is dumped. The runner reads by them (``kernel/shared_page.py``)."""
+"""The layout of the shared page, and the number of the dump signal.
+
+``kernel/shared_page.py`` reads it.
+"""
 
 import signal
 import struct

@@ -1,4 +1,4 @@
-"""What need not be done before the first cell: imports that a headless run seldom needs, and the collector's rounds through all that was there."""
+"""Postpones rarely needed imports, and spares the collector the initial objects."""
 
 import _thread
 import builtins
@@ -19,7 +19,7 @@ FROM_DEBUGPY = (
 
 
 def import_debugger_alone():
-    """ipykernel's debugger with nothing in the places of what it has from debugpy; ``None`` where it is not the one that we know."""
+    """Import ipykernel's debugger without debugpy; ``None`` if it is not a version that we know."""
     empty = {
         name: types.ModuleType(name)
         for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))
@@ -45,7 +45,7 @@ def import_debugger_alone():
 
 
 def import_debugpy(debugger):
-    """Put what was left out into its place."""
+    """Import debugpy and put its names into ipykernel's debugger."""
     import threading
 
     counter = getattr(threading, "_counter", None)
@@ -71,7 +71,7 @@ def import_debugpy(debugger):
 
 
 def patch_client(inside):
-    """Import the part of jupyter_client that a kernel needs; the clients and managers when somebody asks for them."""
+    """Import only the part of jupyter_client that a kernel needs; load the rest on first use."""
     if not inside.config.get("headless") or "jupyter_client" in sys.modules:
         return
     spec = importlib.util.find_spec("jupyter_client")
@@ -105,10 +105,11 @@ def patch_client(inside):
 
 
 def patch_debugger(inside):
-    """Import debugpy when it is first used: it takes half as long as all else together, and a headless run seldom needs it.
+    """Import debugpy on first use: it takes half as long as all other imports together.
 
-    ipykernel's debugger is made as ever, of classes that import what they need; what debugpy's import leaves behind stands
-    there from the start: a variable, a hook, two functions that it adds to the builtins.
+    ipykernel's debugger is created as usual, from classes that import what they need. The side
+    effects of importing debugpy exist from the start: a variable, a hook, and two functions in the
+    builtins.
     """
     if (
         not inside.config.get("headless")
@@ -168,10 +169,11 @@ def patch_debugger(inside):
 
 
 def patch_collector(inside):
-    """Have the garbage collector go through what the notebook made, and not each time through all that was there before it.
+    """Exempt the objects that exist before the first cell from garbage collection.
 
-    That is two hundred thousand objects, none of them garbage, and a kernel that ends goes through them four times: half of the time
-    that its end takes. Whoever asks the collector what there is, or what leads to an object, is answered as ever.
+    These are two hundred thousand objects, none of them garbage. An ending kernel would traverse
+    them four times, which is half of the time that its end takes. Code that asks the collector for
+    objects or their referrers gets the usual answer.
     """
     if not inside.config.get("headless"):
         return

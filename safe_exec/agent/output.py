@@ -1,4 +1,4 @@
-"""Prints, displays, and what C code writes: on record before ipykernel queues them."""
+"""Journals prints, displays and the output of C code before ipykernel queues them."""
 
 import _thread
 import ctypes
@@ -46,9 +46,11 @@ POLL_SHARE = 0.7
 
 
 def wiped_in_children():
-    """Memory that begins with 1, and with 0 in every forked child: asking the system who we are takes ten times as long.
+    """Return memory that holds 1, and 0 in every forked child.
 
-    MADV_WIPEONFORK, since Linux 4.14 (madvise(2)).
+    Asking for the pid takes ten times as long.
+
+    Uses MADV_WIPEONFORK, available since Linux 4.14 (madvise(2)).
     """
     memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[0] = 1
@@ -57,7 +59,7 @@ def wiped_in_children():
 
 
 def patch_streams(inside):
-    """Journal writes before ipykernel buffers them, and stop buffering what is far beyond the cap anyway."""
+    """Journal writes before ipykernel buffers them; drop output far beyond the cap."""
     from ipykernel.iostream import OutStream
 
     page = inside.page
@@ -116,7 +118,7 @@ def patch_streams(inside):
 
 
 def patch_quick_writes(stream_class, write_of):
-    """Give each stream a ``write`` of its own that does all in one go where all is plain."""
+    """Give each stream a ``write`` method that handles plain writes in one step."""
     init = stream_class.__init__
 
     @functools.wraps(init)
@@ -134,14 +136,16 @@ def patch_quick_writes(stream_class, write_of):
 
 
 def quick_write(inside, stream, slow_write, ours):
-    """Make the ``write`` of one stream: what ipykernel's does, in one go with the journal; ``slow_write`` where not all is plain.
+    """Return a fast ``write`` for one stream, which falls back to ``slow_write``.
 
-    ipykernel makes a frozen set of the parent header at each write, though the header of a cell stays the same, and takes a lock.
-    Made once, and one lock for both, it pays for the journal.
+    It does the work of ipykernel's method together with the journal. ipykernel creates a frozen set
+    of the parent header and takes a lock at each write, although the header stays the same during a
+    cell. Creating the set once, and sharing one lock, pays for the journal.
 
-    What C code or a child wrote to the descriptor comes first, so the pipe has to be asked before each write. That takes a system
-    call, a fifth of a print. It is left out where no write(2) fits into the time since the last write here: the time
-    between the two writes of one print, of the text and of the newline, and most of what asking the pipe takes.
+    Output of C code or a child on the descriptor must come first, so the pipe has to be polled
+    before each write. Polling is a system call and takes a fifth of a print. It is skipped if no
+    write(2) fits into the time since the last write here: the time between the text and the newline
+    of one print, plus most of the time of a poll.
     """
     page, keys, live = inside.page, inside.keys, inside.live
     lock, counts, position, record = page.lock, page.counts, page.memory.tell, page.memory.write
@@ -212,7 +216,7 @@ def quick_write(inside, stream, slow_write, ours):
 
 
 def current(inside, parent):
-    """Whether a header is that of the running cell; remembered, as it is asked at every write."""
+    """Tell whether a header belongs to the running cell; remembered, since every write asks."""
     if inside.in_cell and parent.get("msg_id") == inside.msg_id:
         # Held, so that nothing else gets its id.
         inside.headers[id(parent)] = parent
@@ -223,7 +227,10 @@ def current(inside, parent):
 
 
 def patch_messages(inside):
-    """Journal displays before they are queued; refuse those that no receiver would take."""
+    """Journal displays before they are queued.
+
+    Refuse messages that are too large for any receiver.
+    """
     from ipykernel.iostream import IOPubThread
 
     page = inside.page
@@ -261,11 +268,12 @@ def patch_messages(inside):
 
 
 def patch_descriptors(inside):
-    """Let what C code writes to descriptors 1 and 2 survive the process.
+    """Save the output of C code on descriptors 1 and 2 from a crash of the process.
 
-    ipykernel reads its pipe in a thread, and data read but not yet handed on when the process aborts is lost. So look at the
-    data with tee(2), which leaves it in the pipe, hand it on, and only then take it out. The runner holds a copy of the read
-    end and finds there what had not been taken.
+    ipykernel reads its pipe in a thread; data that it has read but not forwarded is lost when the
+    process aborts. So the data is copied with tee(2), which leaves it in the pipe, forwarded, and
+    only then removed. The runner holds a copy of the read end and finds there what was not yet
+    removed.
     """
     from ipykernel.iostream import OutStream
 
@@ -324,14 +332,14 @@ def hand_over(inside, name, fd):
 
 
 def nothing_unread(_timeout, _most):
-    """For a stream without a pipe, or whose pipe cannot be asked any more."""
+    """Stand in for a stream without a pipe, or whose pipe can no longer be polled."""
     return ()
 
 
 def unread_of(fd):
-    """Make what tells whether a pipe has something to read: called with 0 and 1, true if it has.
+    """Return a function that tells whether a pipe has data; call it with 0 and 1.
 
-    epoll_wait(2) is the cheapest way to ask: poll(2) and an ioctl(2) by ctypes take twice as long.
+    epoll_wait(2) is the fastest way: poll(2) and an ioctl(2) through ctypes take twice as long.
     """
     try:
         waiting = select.epoll()
@@ -343,13 +351,16 @@ def unread_of(fd):
 
 
 def settle_before_write(inside, stream):
-    """Hand on what C code or a child has written to the descriptor until now, so that all stays in order."""
+    """Forward the output of C code or a child on the descriptor first, to keep the order."""
     if inside.page.pid == os.getpid() and stream.watch_fd_thread.is_alive():
         settle(inside, stream)
 
 
 def settle(inside, stream):
-    """Wait, at most 0.2 s, until what stands in the pipe now is handed on: a child's last line belongs to its cell."""
+    """Wait at most 0.2 s until the pipe's data is forwarded.
+
+    A child's last line belongs to its cell.
+    """
     fd = getattr(stream, "_fid", None)
     if fd is None or stream.watch_fd_thread.ident == _thread.get_ident():
         return

@@ -1,7 +1,7 @@
-"""What the notebook does to its own process: signals, resource limits, trace functions, other programs in its place.
+"""Reports the notebook's actions on its own process: signals, limits, trace functions, exec.
 
-Told before it happens, with the place of the call: of a signal that ends the process nobody inside can tell anything
-afterwards. The audit events of Python's documentation; ``signal.raise_signal`` has none.
+Each action is reported before it happens, with the place of the call: after a fatal signal nobody
+inside could report anything. The source is Python's audit events; ``signal.raise_signal`` has none.
 """
 
 import os
@@ -27,7 +27,7 @@ MOST_TRACES = 50
 
 
 class OwnActions:
-    """What is told of one kernel. ``traces`` counts the calls that set a trace function in the running cell."""
+    """Reports the actions of one kernel. ``traces`` counts the calls that set a trace function."""
 
     def __init__(self, inside):
         self.inside = inside
@@ -36,7 +36,7 @@ class OwnActions:
         self.tracing = ()
 
     def note(self, event, args, frame):
-        """An audit event; ``frame`` is that of the caller."""
+        """Handle an audit event; ``frame`` is that of the caller."""
         if event in KILLS:
             self.note_kill(event, args, frame)
         elif event in PROGRAMS:
@@ -55,14 +55,14 @@ class OwnActions:
             self.tell(frame, action="symbol", call=f"the C function {args[1]}()")
 
     def note_kill(self, event, args, frame):
-        """A signal; only those that reach the kernel's own process or its parent."""
+        """Report a signal that reaches the kernel's own process or its parent."""
         number = args[1]
         target = self.target(event, args[0])
         if target and isinstance(number, int) and number:
             self.tell(frame, action="signal", call=event, target=target, number=int(number))
 
     def target(self, event, process):
-        """Whom a call means, in one word; empty for any other process."""
+        """Return the target of a call in one word; empty for any other process."""
         if event == "signal.pthread_kill":
             return "" if self.inside.child else "process"
         kernel = self.inside.page.pid
@@ -77,7 +77,7 @@ class OwnActions:
         return "parent" if process == os.getppid() and not self.inside.child else ""
 
     def note_program(self, event, args, frame):
-        """A program that is started and may send signals, or one that is executed in place of the kernel."""
+        """Report a program that may send signals, or one that replaces the kernel."""
         command = args[0] if event == "os.system" else args[1]
         if isinstance(command, (list, tuple)):
             command = b" ".join(map(os.fsencode, command))
@@ -88,13 +88,13 @@ class OwnActions:
             self.tell(frame, action="program", call=event, value=text[:LONGEST_COMMAND])
 
     def note_lock(self, event, args, frame):
-        """The lock on a file that is asked for, by the file's path."""
+        """Report a requested file lock, by the file's path."""
         if args[1] & LOCK_SH_EX and not args[1] & LOCK_UN:
             path = os.readlink(f"/proc/self/fd/{int(args[0])}")
             self.tell(frame, action="lock", call=event, value=path[:LONGEST_COMMAND])
 
     def note_limit(self, args, frame):
-        """A resource limit of this process."""
+        """Report a resource limit set for this process."""
         *process_ids, number, limits = args
         if limits is not None and (not process_ids or process_ids[0] in (0, os.getpid())):
             soft = limits[0] if isinstance(limits, (list, tuple)) and limits else None
@@ -103,7 +103,7 @@ class OwnActions:
             )
 
     def note_raise(self, number, frame):
-        """``signal.raise_signal``, which has no audit event."""
+        """Report ``signal.raise_signal``, which has no audit event."""
         if not self.inside.child:
             self.tell(
                 frame,
@@ -114,7 +114,7 @@ class OwnActions:
             )
 
     def begin_cell(self):
-        """Tell which trace functions are on when a cell begins, where that has changed."""
+        """Report the active trace functions at the start of a cell, if they have changed."""
         self.traces = 0
         on = tuple(
             name
@@ -131,7 +131,7 @@ class OwnActions:
             self.inside.fact(tracing=on, cell=self.inside.page.cell)
 
     def tell(self, frame, **fields):
-        """Tell an action with its place. A forked child tells of the signals that it sends."""
+        """Report an action with its place. A forked child reports the signals that it sends."""
         inside = self.inside
         rows = inside.frames(frame, MOST_ROWS)
         inside.fact_of_any(

@@ -1,4 +1,4 @@
-"""The shared page, as the kernel writes it."""
+"""The kernel's side of the shared page."""
 
 import _thread
 import mmap
@@ -10,7 +10,7 @@ from . import layout
 
 
 class Page:
-    """The shared memory: header, last stack, and two segments of a journal that are used in turn."""
+    """The shared memory: header, last stack, and two journal segments that are used in turn."""
 
     def __init__(self, fd):
         self.memory = mmap.mmap(fd, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
@@ -31,7 +31,7 @@ class Page:
         self.head()
 
     def head(self, line=0):
-        """Write where we are. One packed store: a reader sees the old or the new line, hardly ever a torn one."""
+        """Write the current position in one packed store: a reader hardly ever sees a torn one."""
         (out_w, out_c), (err_w, err_c) = self.fd_bytes
         layout.HEADER.pack_into(
             self.memory,
@@ -49,23 +49,29 @@ class Page:
         )
 
     def note_line(self, line, _pack=struct.Struct("<QIId").pack_into, _clock=time.monotonic):
-        """The statement that is about to run."""
+        """Record the statement that is about to run."""
         _pack(self.memory, 8, self.cell, line, self.pid, _clock())
 
     def finish(self):
-        """The cell's code is done; its reply is not sent yet. The line stays: what it did may still end the process."""
+        """Record that the cell's code is done and its reply not yet sent.
+
+        The line stays: effects of the cell may still end the process.
+        """
         (line,) = struct.unpack_from("<I", self.memory, 16)
         self.note_line(line | layout.FINISHED)
 
     def note_fd(self, stream, written, consumed):
-        """Bytes that came from descriptor 1 or 2: handed on, and taken from the pipe."""
+        """Count bytes from descriptor 1 or 2: those forwarded, and those removed from the pipe."""
         counts = self.fd_bytes[stream]
         counts[0] += written
         counts[1] += consumed
         struct.pack_into("<QQ", self.memory, 32 + 16 * stream, counts[0], counts[1])
 
     def text(self, stream, string):
-        """Journal a write of the current cell; whether a segment was filled, so that streams should be flushed."""
+        """Journal a write of the current cell.
+
+        Tell whether a segment was filled and streams need a flush.
+        """
         # Character by character, so that counts hold.
         data = string.encode("utf-8", "replace")
         if b"\0" in data:
@@ -87,7 +93,7 @@ class Page:
             return switched
 
     def note_counts(self):
-        """Renew the counts in the header; they lag behind by a sample while a cell runs."""
+        """Update the counts in the header; while a cell runs they lag behind by one sample."""
         layout.COUNTS.pack_into(self.memory, layout.COUNTS_AT, *self.counts)
 
     def message(self, frames):
@@ -128,7 +134,7 @@ class Page:
         return switched
 
     def stack(self, text):
-        """The stack that the sampling thread saw."""
+        """Record the stack that the sampling thread saw."""
         data = text.encode("utf-8", "replace")[: layout.STACK_BYTES - 4]
         self.memory[layout.STACK_AT + 4 : layout.STACK_AT + 4 + len(data)] = data
         struct.pack_into("<I", self.memory, layout.STACK_AT, len(data))

@@ -1,4 +1,4 @@
-"""A thread that sees where the main thread is."""
+"""A thread that samples where the main thread is."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ SLOW_SAMPLE_SECONDS = 0.05
 
 
 def sample_forever(inside):
-    """See where the main thread is, some fifty times a second, and how long we waited for the interpreter."""
+    """Sample the main thread about fifty times a second, with the wait for the interpreter lock."""
     page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
     while True:
@@ -44,7 +44,7 @@ def sample_forever(inside):
 
 
 def awaited(inside, cell):
-    """The stack of a cell that awaits something: no frame of it is on the main thread then."""
+    """Return the stack of a cell that awaits something: the main thread has no frame of it then."""
     rows, depth = [], 0
     thing = inside.running[-1]() if inside.running else None
     while thing is not None and depth < 30:

@@ -1,4 +1,4 @@
-"""The end of a kernel that is done: at once."""
+"""Lets a kernel that is done end at once."""
 
 import _thread
 import asyncio
@@ -11,7 +11,7 @@ CHILDREN_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def is_alive(child):
-    """Whether a child still runs. One that has ended and that nobody has waited for cannot be ended any further."""
+    """Tell whether a child still runs. A zombie cannot be ended any further."""
     try:
         return child.status() != "zombie"
     except Exception:
@@ -20,9 +20,9 @@ def is_alive(child):
 
 
 async def terminate_children(kernel):
-    """Ask the children of a kernel that ends to end, too.
+    """Ask the children of an ending kernel to end.
 
-    ipykernel goes on for 14 seconds and kills them then. Whoever started the kernel kills all that it leaves behind.
+    ipykernel waits 14 seconds and then kills them. The keeper kills all remaining processes anyway.
     """
     for seconds in CHILDREN_SECONDS:
         if not kernel._process_children():
@@ -32,7 +32,7 @@ async def terminate_children(kernel):
 
 
 def patch_shutdown(inside):
-    """Let a kernel that is done end at once."""
+    """Remove the delays from the end of a kernel."""
     from ipykernel.iostream import IOPubThread
     from ipykernel.kernelapp import IPKernelApp
     from ipykernel.kernelbase import Kernel

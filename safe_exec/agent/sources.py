@@ -1,13 +1,13 @@
-"""Finds the line of a cell that a line of compiled code came from. Pure.
+"""Maps lines of compiled code to the lines of their cell. Pure.
 
-IPython does not compile a cell as it is written: it drops leading blank lines, prompts and
-indentation, and turns magics and shell commands into calls, with continued lines joined to one. A
-cell magic gets the rest of the cell as text and may run it again in any way: through ``run_cell``,
-``compile``, ``exec``, or wrapped in code of its own. So code is found in its cell by its text, and
-no magic has to be known by name.
+IPython does not compile a cell as it is written. It removes leading blank lines, prompts and
+indentation, and turns magics and shell commands into calls, joining continued lines. A cell magic
+gets the rest of the cell as text and may run it in any way: through ``run_cell``, ``compile``,
+``exec``, or wrapped in code of its own. Code is therefore found in its cell by its text, and no
+magic needs to be known by name.
 
-A *line map* is a list of ``[code line, cell line]``: from the code line on, lines of both count up
-together; cell line 0 says that from there on nothing is known.
+A *line map* is a list of ``[code line, cell line]``. From the code line on, both lines count up
+together; cell line 0 means that nothing is known from there on.
 """
 
 import re
@@ -21,7 +21,7 @@ WINDOW = 200
 
 
 def line_of(line_map, line):
-    """The line of the cell for a line of the code; 0 where it is not known."""
+    """Return the cell line of a code line; 0 if it is unknown."""
     at = bisect_right(line_map, [line, 1 << 62]) - 1
     if at < 0 or not line_map[at][1]:
         return 0
@@ -29,7 +29,10 @@ def line_of(line_map, line):
 
 
 def map_cell(cell, code):
-    """The line map of the code that IPython made of a whole cell; ``None`` for code of another text."""
+    """Return the line map of code that IPython made from a whole cell.
+
+    ``None`` for another text.
+    """
     if cell.rstrip() == code.rstrip():
         return [[1, 1], [len(cell.splitlines()) + 1, 0]]
     lines, code_lines = cell.splitlines(), code.splitlines()
@@ -40,9 +43,10 @@ def map_cell(cell, code):
 
 
 def map_body(cell, code):
-    """The line map of code that a cell magic made of its body; ``None`` for code of another text.
+    """Return the line map of code that a cell magic made from its body; ``None`` for another text.
 
-    At least half of the code's lines must be lines of the body, or they must be all of its lines.
+    At least half of the code's lines must be lines of the body, or they must include all of its
+    lines.
     """
     lines = cell.splitlines()
     start = next((number for number, line in enumerate(lines) if line.strip()), 0)
@@ -58,14 +62,15 @@ def map_body(cell, code):
 
 
 def _bare(line):
-    """A line without indentation and without the prompt of a session that it was copied from."""
+    """Return a line without indentation and without the prompt of a copied session."""
     return _PROMPT.sub("", line, count=1).strip()
 
 
 def _pair(lines, code_lines):
-    """For each line of code the index of its line of text, ``None`` where there is none; and how many are sure.
+    """Return for each code line the index of its text line, and the number of sure matches.
 
-    Both are walked together. Where they differ, the walk goes on at the nearest line that both have.
+    Both are traversed together. After a difference, the traversal continues at the nearest common
+    line.
     """
     bare, code = [_bare(line) for line in lines], [_bare(line) for line in code_lines]
     places = {}
@@ -100,7 +105,7 @@ def _pair(lines, code_lines):
 
 
 def _next_common(bare, code, places, at, code_at):
-    """How many lines of text and of code to leave behind until both are at the same line again."""
+    """Return how many lines of text and of code to skip to the next common line."""
     best = None
     for skipped in range(min(WINDOW, len(bare) - at)):
         line = bare[at + skipped]
@@ -120,7 +125,7 @@ def _next_common(bare, code, places, at, code_at):
 
 
 def _compressed(targets, offset):
-    """A line map from the index of the text's line for each line of code."""
+    """Return the line map for the text line indexes of all code lines."""
     line_map = []
     for number, target in enumerate([*targets, None], 1):
         line = 0 if target is None else target + offset + 1

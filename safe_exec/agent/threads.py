@@ -1,10 +1,11 @@
-"""Room for the fault handler in threads, so that one that has overflowed its stack still gets reported.
+"""Gives threads an alternate signal stack, so that an overflow of their stack is still reported.
 
-faulthandler gives itself a stack of its own with sigaltstack(2), but only in the thread that enables it.
-In any other thread it runs on the thread's stack; when that is full the system cannot call the handler,
-and kills the process without a report. So each thread of ``threading`` (executors and pools are made of
-them) gets an alternate stack when it starts. Nothing is written there before a handler runs, so it costs
-address space but no memory, and two system calls at the start and two at the end of a thread.
+faulthandler creates its own stack with sigaltstack(2), but only for the thread that enables it. In
+any other thread it runs on the thread's stack. If that is full, the system cannot call the handler
+and kills the process without a report. So each thread of ``threading``, which executors and pools
+use too, gets an alternate stack when it starts. The memory stays untouched until a handler runs.
+The cost is therefore address space but no memory, and two system calls at the start and two at the
+end of a thread.
 """
 
 import ctypes
@@ -25,9 +26,9 @@ class StackT(ctypes.Structure):
 
 
 class SignalStacks:
-    """Alternate stacks: made when there is none to spare, used again, and never unmapped.
+    """Alternate stacks: created on demand, reused, and never unmapped.
 
-    A daemon thread may still have its stack in use when the interpreter takes its modules apart.
+    A daemon thread may still use its stack while the interpreter is being finalized.
     """
 
     def __init__(self):
@@ -50,7 +51,10 @@ class SignalStacks:
         self.addresses = set()
 
     def give(self):
-        """Give the calling thread one; one that it has stays: greenlets share a thread, and libraries bring their own."""
+        """Give the calling thread a stack unless it has one.
+
+        Greenlets share threads, libraries bring theirs.
+        """
         address = self.spare.pop() if self.spare else self.make()
         if address is None:
             return
@@ -61,7 +65,7 @@ class SignalStacks:
             self.spare.append(address)
 
     def take(self):
-        """Take it back at the end of the thread; one that is not ours stays."""
+        """Take the stack back at the end of the thread, unless it is not ours."""
         previous = StackT()
         self.change(self.nothing, previous)
         if previous.address in self.addresses:
@@ -70,7 +74,7 @@ class SignalStacks:
             self.change(previous, None)
 
     def make(self):
-        """Memory for one more; ``None`` where there is none, which is no reason for a thread not to start."""
+        """Allocate a stack; ``None`` without memory, so that the thread can still start."""
         address = self.map(
             None,
             STACK_BYTES,
@@ -88,8 +92,8 @@ class SignalStacks:
 def patch_threads(inside):
     """Give each new thread of ``threading`` an alternate signal stack.
 
-    The two methods are the first and the last that a thread calls itself; a wrapper around the function
-    that it runs would be seen in its stack.
+    The two patched methods are the first and the last that a thread calls itself. A wrapper around
+    the function that the thread runs would be visible in its stack.
     """
     Thread, stacks = threading.Thread, SignalStacks()
     begin, end = Thread._set_native_id, Thread._delete

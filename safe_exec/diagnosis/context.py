@@ -1,4 +1,7 @@
-"""What a rule may look at, and the small helpers that all families share. Pure; imports model and units."""
+"""The input of a rule, and the helpers that all families of rules share. Pure.
+
+Imports model, units.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ KEPT_WORTH_NAMING = 8 << 20
 
 
 class Context(Struct, frozen=True, kw_only=True):
-    """One trial as the rules see it: how it ended, what was observed, under which limits."""
+    """One trial as the rules see it: its ending, the observations, and the limits."""
 
     ending: Ending
     evidence: Evidence
@@ -39,16 +42,16 @@ class Context(Struct, frozen=True, kw_only=True):
 
     @property
     def is_python(self) -> bool:
-        """Whether advice may speak of Python's own calls; so it does where the language is not known."""
+        """Whether advice may mention Python's own calls; also true if the language is unknown."""
         return self.language in (None, "python")
 
     def human(self, index: int | None) -> str:
-        """``code cell 3``, counted from 1 as a reader of the notebook counts."""
+        """Return ``code cell 3``, counted from 1 as readers of the notebook count."""
         record = next((c for c in self.cells if c.index == index), None)
         return f"code cell {record.code_index + 1}" if record else "a cell"
 
     def frame(self, frame: Frame) -> str:
-        """``copy_block, code cell 3, line 2``; of a library's code the file and its line."""
+        """Return ``copy_block, code cell 3, line 2``; for library code the file and its line."""
         if frame.cell is None:
             return f"{frame.function} ({frame.file}, line {frame.line})"
         own = frame.function.startswith(("<module>", "<cell line"))
@@ -56,11 +59,17 @@ class Context(Struct, frozen=True, kw_only=True):
         return place if own else f"{frame.function}, {place}"
 
     def if_limited(self, name: LimitName, advice: str) -> str:
-        """A piece of advice that names a limit's option: empty if the run has no such limit, since its option would not help."""
+        """Return advice about a limit's option, or "" if the run has no such limit.
+
+        Raising a limit that does not exist would not help.
+        """
         return "" if self.limits.of(name) is None else advice
 
     def accumulators(self) -> str:
-        """``code cell 3 kept 612.0 MiB, code cell 5 kept ...``: the cells that hold the most, the current one left out."""
+        """Return the cells that keep the most memory: ``code cell 3 kept 612.0 MiB, ...``.
+
+        The current cell is left out.
+        """
         large_cells = [
             c
             for c in self.cells
@@ -77,17 +86,17 @@ Rule = Callable[[Context], Cause | None]
 
 
 def outside(fact: str, value: FactValue, source: str) -> Fact:
-    """A fact that the system around the kernel says."""
+    """Return a fact that was observed outside the kernel process."""
     return Fact(fact=fact, value=value, source=source, origin=Origin.OUTSIDE)
 
 
 def inside(fact: str, value: FactValue, source: str) -> Fact:
-    """A fact that the kernel process says of itself."""
+    """Return a fact that the kernel process claims about itself."""
     return Fact(fact=fact, value=value, source=source, origin=Origin.INSIDE)
 
 
 def signal_name(number: int) -> str:
-    """SIGKILL for 9; ``signal 40`` for one without a name."""
+    """Return ``SIGKILL`` for 9, and ``signal 40`` for a signal without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -108,15 +117,16 @@ OF_PROGRAMS = (
 
 
 def leaves_reason_to_output(context: Context) -> bool:
-    """Whether the cell's error says no more than that a program failed: it printed why."""
+    """Tell whether the cell's error says only that a program failed, which printed why."""
     error = context.evidence.error
     return error is not None and (error.ename in OF_PROGRAMS or not context.is_python)
 
 
 def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
-    """The raw end of the process, first in every list of evidence about a death.
+    """Return the raw end of the process, the first evidence of every death.
 
-    Only for a kernel that died: after any other ending the process ends by our own shutdown, which says nothing.
+    Use it only for a kernel that died: after any other ending it is safe-exec's own shutdown, which
+    says nothing.
     """
     status = evidence.exit
     if status is None:
@@ -135,7 +145,7 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
 
 
 def alive(moment: str) -> Fact:
-    """The kernel process had not ended: an error, or a request to end the kernel, is a reply of a live kernel."""
+    """Return the fact that the kernel was alive: only a live kernel replies with an error."""
     return outside("kernel process", f"alive {moment}", "the keeper had no wait status")
 
 
@@ -147,7 +157,7 @@ def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure
     evidence: tuple[Fact, ...],
     advice: str = "",
 ) -> Cause:
-    """A cause, with the exit of the kernel filled in where the kernel ended by itself or for a limit."""
+    """Return a cause, with signal and exit code if the kernel ended by itself."""
     status = context.evidence.exit if isinstance(context.ending, Died | StartFailed) else None
     return Cause(
         kind=kind,

@@ -1,6 +1,6 @@
-"""From a trial's result to the verdict: status by one table, cause by the rules, figures from the ledger. Pure but for the clock.
+"""Builds the verdict from a trial's result. Pure except for the clock.
 
-May import causes, ledger, model.
+The status follows from one table, the cause from the rules, and the figures from the metrics.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ _PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 def cause_of(
     result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None
 ) -> Cause | None:
-    """What the rules conclude from a trial."""
+    """Return the cause that the rules find for a trial."""
     return find_cause(context_of(result, limits, plan, language))
 
 
 def context_of(
     result: TrialResult, limits: Limits, plan: SpawnPlan, language: str | None
 ) -> Context:
-    """A trial as the rules see it."""
+    """Return a trial as the rules see it."""
     return Context(
         ending=result.ending,
         evidence=result.evidence,
@@ -107,7 +107,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
 
 
 def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict:
-    """Build the verdict of one run from its trial."""
+    """Return the verdict of one run."""
     metrics, evidence = result.metrics, result.evidence
     # A kernel names its language in kernel_info; the notebook's metadata may be out of date.
     language = _language(result.node) or run.language
@@ -167,7 +167,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
 
 
 def _reasons(ending: Ending) -> tuple[str, ...]:
-    """Why a run without a cause ended."""
+    """Return the reason for a run that ended without a cause."""
     if isinstance(ending, Cancelled):
         from safe_exec.diagnosis.context import signal_name
 
@@ -176,7 +176,7 @@ def _reasons(ending: Ending) -> tuple[str, ...]:
 
 
 def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
-    """What is missing of a failure in a kernel in which no code of ours runs."""
+    """Return a warning about missing details if no agent runs in the kernel."""
     ending = result.ending
     if (
         result.instrumented
@@ -198,7 +198,7 @@ def _language(node: Any) -> str | None:
 
 
 def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> CrashCell | None:
-    """The cell that ran when it happened, with the line where it is known."""
+    """Return the cell that was running at the failure, with its line if it is known."""
     index = getattr(ending, "cell", None)
     if index is None or isinstance(ending, Passed) or node.cells[index].cell_type != "code":
         return None
@@ -221,9 +221,9 @@ def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> Cras
 
 
 def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    """A stack without IPython's frames between code of cells: how a magic runs its body explains nothing.
+    """Return a stack without IPython's frames between the code of cells.
 
-    Where it happened in IPython itself, its frames stay.
+    They only show how a magic runs its body. If the failure is in IPython itself, its frames stay.
     """
     first = next(
         (number for number, frame in enumerate(stack) if frame.cell is not None), len(stack)
@@ -236,7 +236,7 @@ def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
 
 def _with_source(frame: Frame, node: Any) -> Frame:
-    """A frame with the text of its line, for the code of a cell."""
+    """Add the text of its line to a frame of a cell."""
     if frame.cell is None or frame.line is None or frame.cell >= len(node.cells):
         return frame
     lines = node.cells[frame.cell].source.splitlines()
@@ -261,7 +261,7 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
 
 
 def installed_packages(paths: list[str]) -> dict[str, str]:
-    """Names and versions of what is installed on the kernel's path, from the names of its ``.dist-info`` folders."""
+    """Return the packages on the kernel's path, by their ``.dist-info`` directories."""
     packages: dict[str, str] = {}
     for path in paths:
         try:

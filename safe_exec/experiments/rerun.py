@@ -45,7 +45,8 @@ def isolated_request(
 ) -> TrialRequest:
     """Return a silent copy of ``template`` with its own name, sandbox and workspace.
 
-    ``node`` and ``limits`` stand in for those of the template, ``cleanup_if_runner_dies`` are removed should we be killed. Raises RerunFailed.
+    ``node`` and ``limits`` replace those of the template. The keeper removes the paths in
+    ``cleanup_if_runner_dies`` if this process is killed. Raises RerunFailed.
     """
     run_id = keeper_process.new_run_id()
     run_limits = limits or template.limits

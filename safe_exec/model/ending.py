@@ -39,7 +39,10 @@ class ExitStatus(Struct, frozen=True):
 
 
 class TerminationReason(StrEnum):
-    """What *we* did to end the kernel; recorded before the signal is sent, the first one stays."""
+    """The reason for which safe-exec ended the kernel; recorded before the signal is sent.
+
+    The first reason is kept.
+    """
 
     MEMORY = "memory"
     CPU_TIME = "cpu_time"
@@ -68,63 +71,58 @@ class CellError(Struct, frozen=True, kw_only=True):
 
     @property
     def in_debugger(self) -> bool:
-        """Whether a debugger stands in the traceback."""
+        """Whether the traceback contains a debugger's frames."""
         return _DEBUGGER.search(_COLOURS.sub("", "\n".join(self.traceback))) is not None
 
 
 class Passed(Struct, frozen=True, kw_only=True):
-    """Every cell ran and the kernel was alive at the end."""
+    """Every cell ran, and the kernel was alive at the end."""
 
 
 class CellFailed(Struct, frozen=True, kw_only=True):
-    """A cell raised; the kernel was alive. ``cell`` is an index over all cells."""
+    """A cell raised an error, and the kernel was alive. ``cell`` is an index over all cells."""
 
     cell: int
     error: CellError
 
 
 class Died(Struct, frozen=True, kw_only=True):
-    """The kernel ended, or asked to (``asked_to_exit``), before our shutdown request.
+    """The kernel ended, or asked to end, before safe-exec's shutdown request."""
 
-    ``cell`` is the cell that ran when it happened; for a kernel that only asked, the cell that did. ``exit`` is
-    ``None`` where the status could not be had (the keeper itself was killed) or the kernel only asked.
-    """
-
+    # The cell that was running, or the cell that asked the kernel to end.
     cell: int | None
+    # None if the status is unknown (the keeper was killed as well) or the kernel only asked to end.
     exit: ExitStatus | None
     asked_to_exit: bool = False
 
 
 class TimedOut(Struct, frozen=True, kw_only=True):
-    """We ended a cell (``whole_notebook`` false) or the notebook (true) after ``allowed`` seconds.
-
-    ``answered`` says whether the cell ended at the interrupt, ``None`` where none was sent or the kernel itself ended at it; ``error``
-    is what the cell raised then.
-    """
+    """safe-exec ended a cell or the whole notebook after ``allowed`` seconds."""
 
     cell: int | None
+    # Whether the limit applied to the whole notebook rather than to one cell.
     whole_notebook: bool
     allowed: float
+    # Whether the cell ended at the interrupt; None if none was sent, or the kernel itself ended.
     answered: bool | None = None
+    # The exception that the cell raised at the interrupt.
     error: CellError | None = None
 
 
 class LimitHit(Struct, frozen=True, kw_only=True):
-    """We ended the run for ``limit``."""
+    """safe-exec ended the run because of ``limit``."""
 
     limit: LimitName
     cell: int | None
 
 
 class StartFailed(Struct, frozen=True, kw_only=True):
-    """The kernel never became ready.
-
-    ``installed`` is there if no kernel of that name is: the kernels that are, by name, each with its language.
-    """
+    """The kernel never became ready."""
 
     reason: str
     exit: ExitStatus | None = None
     waited: float | None = None
+    # Only if no kernel of that name is installed: the installed ones, each with its language.
     installed: Mapping[str, str] | None = None
 
 
@@ -136,13 +134,11 @@ class Cancelled(Struct, frozen=True, kw_only=True):
 
 
 class InternalError(Struct, frozen=True, kw_only=True):
-    """The sandbox could not be built as asked, or safe-exec itself failed.
-
-    ``refused``: nothing failed; the machine cannot hold a limit that was required.
-    """
+    """The sandbox could not be built as requested, or safe-exec itself failed."""
 
     message: str
     cell: int | None = None
+    # Nothing failed: this machine cannot enforce a limit that was required.
     refused: bool = False
 
 

@@ -1,6 +1,6 @@
-"""What happens while a trial runs, as typed events: progress, the event log and the timeline all read this one stream.
+"""The events of a running trial: progress, event log and timeline all read this one stream.
 
-Imports ``model`` only. ``time`` is seconds since the run began (monotonic).
+``time`` is seconds since the run began (monotonic). Imports ``model`` only.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def event_name(kind: str) -> str:
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", tag=event_name):
-    """Something that happened ``time`` seconds after the run began."""
+    """An event, ``time`` seconds after the run began."""
 
     time: float
 
 
 class RunStarted(Event, frozen=True, kw_only=True):
-    """The notebook is read and its limits are known."""
+    """The notebook has been read, and its limits are known."""
 
     run_id: str
     notebook: str
@@ -37,7 +37,7 @@ class RunStarted(Event, frozen=True, kw_only=True):
 
 
 class SandboxBuilt(Event, frozen=True, kw_only=True):
-    """The enclosure stands; what holds each limit is settled."""
+    """The sandbox is ready, and the enforcement of each limit is known."""
 
     enforcement: Mapping[LimitName, Enforcement]
 
@@ -53,7 +53,10 @@ class KernelReady(Event, frozen=True, kw_only=True):
 
 
 class CellStarted(Event, frozen=True, kw_only=True):
-    """A code cell was sent. ``index`` counts all cells, ``code_index`` the code cells, both from 0."""
+    """A code cell was sent.
+
+    ``index`` counts all cells, ``code_index`` the code cells, both from 0.
+    """
 
     index: int
     code_index: int
@@ -61,14 +64,17 @@ class CellStarted(Event, frozen=True, kw_only=True):
 
 
 class OutputReceived(Event, frozen=True, kw_only=True):
-    """``size`` bytes of output of a cell came in (gathered, not one event a message)."""
+    """``size`` bytes of a cell's output arrived since the last such event."""
 
     index: int
     size: int
 
 
 class UsageSampled(Event, frozen=True, kw_only=True):
-    """Unreclaimable memory in bytes, processor seconds and processes of the sandbox; ``None``: not measured."""
+    """The sandbox's unreclaimable memory, processor seconds and processes; ``None``.
+
+    Not measured.
+    """
 
     index: int | None
     memory: int | None
@@ -77,7 +83,7 @@ class UsageSampled(Event, frozen=True, kw_only=True):
 
 
 class LimitNear(Event, frozen=True, kw_only=True):
-    """More than nine tenths of a limit are used; once for each limit."""
+    """More than nine tenths of a limit are in use; emitted once for each limit."""
 
     limit: LimitName
     used: float
@@ -99,15 +105,16 @@ class Interrupted(Event, frozen=True, kw_only=True):
 
 
 class Killed(Event, frozen=True, kw_only=True):
-    """We are about to kill the tree, for this reason."""
+    """safe-exec is about to kill the process tree for this reason."""
 
     reason: TerminationReason
 
 
 class KernelEnded(Event, frozen=True, kw_only=True):
-    """The kernel process ended; ``status`` is its raw wait status where it is known."""
+    """The kernel process ended; ``status`` is its raw wait status, if known."""
 
     status: int | None
+    # Whether safe-exec had asked it to end.
     expected: bool
 
 
@@ -124,13 +131,13 @@ class CellFinished(Event, frozen=True, kw_only=True):
 
 
 class Warned(Event, frozen=True, kw_only=True):
-    """Something the user should know that does not end the run."""
+    """A warning that does not end the run."""
 
     message: str
 
 
 class SearchStarted(Event, frozen=True, kw_only=True):
-    """The search for culprits begins: ``cells`` code cells may be among them, ``budget`` seconds may be spent."""
+    """The culprit search begins, with ``cells`` candidates and ``budget`` seconds."""
 
     cells: int
     budget: float
@@ -144,9 +151,10 @@ class SearchTrialStarted(Event, frozen=True, kw_only=True):
 
 
 class SearchTrialFinished(Event, frozen=True, kw_only=True):
-    """A trial of the search ended; ``answer`` is ``fail`` (the same failure), ``pass`` or ``unresolved``.
+    """A trial of the search ended with ``fail`` (the same failure), ``pass`` or ``unresolved``.
 
-    ``left`` is how many cells may still be among the culprits, ``best`` the smallest set so far that fails.
+    ``left`` is the number of cells that may still be culprits, ``best`` the smallest failing set so
+    far.
     """
 
     number: int

@@ -12,11 +12,7 @@ from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, Obs
 
 
 class Frame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One frame of a stack, innermost first.
-
-    ``cell`` is the index of the notebook cell whose code it runs; ``line`` counts within that cell then, and
-    ``source_line`` is its text there, where the notebook is at hand.
-    """
+    """One frame of a stack. Stacks are listed with the innermost frame first."""
 
     function: str
     line: Count | None
@@ -26,97 +22,101 @@ class Frame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class FaultSite(Struct, frozen=True, kw_only=True):
-    """The processor's state at a fatal signal, read from outside while the fault handler was held up.
+    """The processor's state at a fatal signal, read from outside."""
 
-    ``faulted`` is false for a signal that was sent: no instruction failed. ``address`` is the one whose
-    access failed, ``None`` where the processor does not tell. ``overflow`` says whether that access was
-    one to the thread's stack, past its end; ``stack_bytes`` is the size of that stack. ``library`` is the
-    file whose code was running (empty for code that was generated), ``library_offset`` the place in it.
-    """
-
+    # False for a signal that was sent: no instruction failed.
     faulted: bool
     main: bool
+    # The address whose access failed; None if the processor does not report it.
     address: int | None
     stack_pointer: int
+    # The size of the thread's stack.
     stack_bytes: int | None
+    # Whether the access was one to the thread's stack, past its end.
     overflow: bool
+    # The file of the running code (empty for generated code), and the offset in it.
     library: str | None = None
     library_offset: int | None = None
 
 
 class FaultReport(Struct, frozen=True, kw_only=True):
-    """What faulthandler wrote on its own descriptor while the kernel was dying, and what stood outside then.
-
-    ``stack`` is the thread that faulted; ``main`` says whether that is the main thread. ``stack_bytes`` is the size
-    to which the main thread's stack had grown, ``stack_limit`` how far it may, and ``site`` the place of the fault
-    (all read outside, from /proc).
-    """
+    """The report of a dying kernel's faulthandler, with measurements from outside."""
 
     title: str
+    # The stack of the thread that faulted.
     stack: tuple[Frame, ...]
+    # Whether that is the main thread.
     main: bool | None = None
+    # The size to which the main thread's stack had grown, and its limit.
     stack_bytes: int | None = None
     stack_limit: int | None = None
     site: FaultSite | None = None
 
 
 class CellLocation(Struct, frozen=True, kw_only=True):
-    """Where the kernel was in a cell when last seen. ``source`` says how we know, ``age`` how long before the end."""
+    """The kernel's last known location in a cell."""
 
     cell: int
     line: int
+    # The source of this knowledge: traceback, fault, dump, sample, statement and so on.
     source: str
     stack: tuple[Frame, ...] = ()
+    # Seconds from the observation to the end.
     age: float | None = None
 
 
 class ActivityObservation(Struct, frozen=True, kw_only=True):
-    """What the kernel was seen to do in a short window before a timeout was acted on.
+    """The kernel's activity, observed for a short time before safe-exec acted on a timeout.
 
-    ``state`` is the scheduler state of the main thread (``R``, ``S``, ``D``, ``T``, ...), ``runnable`` the share of
-    looks at which it had work to do (on a busy machine that says more than the time it got), ``cpu_share`` processor
-    seconds per second of the whole kernel process, ``syscall`` the name of the call it was blocked in,
-    ``gil_waits`` the seconds that the sampling thread inside waited for the interpreter each time (empty: it
-    starved), ``cpu_wait_share`` the share of the time for which the main thread waited for a processor,
-    ``lines`` the distinct innermost places it saw, ``opcode`` whether the innermost frame stood in a call,
-    ``children_cpu_share`` processor seconds per second of the kernel's descendants, ``ignores_interrupt`` whether SIGINT was ignored by the
-    kernel process, ``targets``, ``awaited``, ``reads`` and ``writes`` are those of the kernel, as in ``ObservedProcess``; ``switches`` is how often
-    per second its main thread went to rest, ``threads`` are the stacks of its other threads, ``processes`` the other processes of the sandbox,
-    ``ended`` children that ended while the cell ran, ``lock`` the lock on a file that it waits for, ``listening`` the
-    addresses of sockets that it is blocked at and that listen for connections, ``instrumented`` whether code of ours runs in the
-    kernel: elsewhere the main thread need not be the one that runs cells.
+    ``targets``, ``awaited``, ``reads`` and ``writes`` describe the kernel as in
+    ``ObservedProcess``.
     """
 
+    # The scheduler state of the main thread (R, S, D, T, ...).
     state: str | None
+    # Processor seconds per second of the whole kernel process.
     cpu_share: float | None
+    # The system call in which the main thread was blocked.
     syscall: str | None
     stack: tuple[Frame, ...]
+    # The agent's waits for the interpreter lock in seconds; empty if it never got the lock.
     gil_waits: tuple[float, ...] = ()
+    # The number of distinct innermost lines that the agent's samples saw.
     lines: int | None = None
     awaiting: str | None = None
     children: int | None = None
+    # Processor seconds per second of the kernel's descendants.
     children_cpu_share: float | None = None
     window: float | None = None
+    # The share of the time in which the main thread waited for a processor.
     cpu_wait_share: float | None = None
+    # The share of samples in which the main thread had work. On a busy machine this says more than
+    # the processor time that it got.
     runnable: float | None = None
     starved: bool | None = None
     reads_terminal: bool | None = None
+    # Whether the kernel process ignored SIGINT.
     ignores_interrupt: bool | None = None
     targets: tuple[str, ...] | None = None
     awaited: int | None = None
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    # How often per second the main thread went to sleep.
     switches: float | None = None
+    # The stacks of the kernel's other threads.
     threads: tuple[tuple[Frame, ...], ...] = ()
+    # The other processes of the sandbox.
     processes: tuple[ObservedProcess, ...] = ()
+    # Children that ended while the cell ran.
     ended: tuple[EndedChild, ...] = ()
+    # The file lock that the kernel waits for.
     lock: ObservedLock | None = None
     listening: tuple[str, ...] = ()
     instrumented: bool = True
 
 
 class Channel(StrEnum):
-    """The way that output took: the process's own descriptors 1 and 2, or Python's streams in the cell that ran."""
+    """The path of output: the process's descriptors 1 and 2, or Python's streams."""
 
     DESCRIPTOR = "descriptor"
     STDERR = "stderr"
@@ -124,42 +124,51 @@ class Channel(StrEnum):
 
 
 class OutputBurst(Struct, frozen=True, kw_only=True):
-    """Text that came in one go. ``age`` is seconds from its last piece to the end of the kernel."""
+    """Text that arrived in one burst."""
 
     channel: Channel
     text: str
+    # Seconds from the last piece of the text to the end of the kernel.
     age: float
 
 
 class IsolationFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The places, variables and hosts that isolation took from one run. Recorded outside, as the walls are built.
+    """The places, variables and hosts that isolation took from a run, recorded when it was set up.
 
-    Paths are absolute, without links, and as the kernel sees them. ``by`` holds the walls around files: bubblewrap hides (ENOENT) and
-    mounts read-only (EROFS), Landlock refuses (EACCES). ``home`` is the kernel's HOME. ``hidden_homes`` has the user's own home first;
-    ``hidden`` was hidden by name (``Isolation.hide``). ``readable`` stays visible inside hidden places, and so does ``writable``: files
-    written there are kept. Files written into ``discarded`` are gone after the run. ``read_only``: nothing else can be written.
-    ``repository`` is the root of the repository around the folder, ``repository_use`` how much of it the walls leave open (if it is
-    ``closed``, they hold for it as for any other place). ``removed_variables`` are names that the kernel's
-    environment would have without isolation; their values are recorded nowhere. ``network``: other hosts can be reached.
+    Paths are absolute, free of links, and as the kernel sees them.
     """
 
+    # The mechanism of the file walls. bubblewrap hides files (ENOENT) and mounts them read-only
+    # (EROFS); Landlock refuses access (EACCES).
     by: Mechanism = Mechanism.NONE
+    # The kernel's HOME.
     home: str | None = None
     folder: str | None = None
+    # The root of the repository around the folder, and how much of it stays open. A closed
+    # repository is treated like any other place.
     repository: str | None = None
     repository_use: RepositoryUse = RepositoryUse.CLOSED
+    # The hidden home directories, the user's own first.
     hidden_homes: tuple[str, ...] = ()
+    # The places hidden by name (Isolation.hide).
     hidden: tuple[str, ...] = ()
+    # The places that stay visible inside hidden ones.
     readable: tuple[str, ...] = ()
+    # The places that stay visible, and where written files are kept.
     writable: tuple[str, ...] = ()
+    # The places whose files are lost after the run.
     discarded: tuple[str, ...] = ()
+    # Whether nothing else can be written.
     read_only: bool = False
+    # The variables that isolation removed from the environment. Their values are not recorded
+    # anywhere.
     removed_variables: tuple[str, ...] = ()
+    # Whether other hosts can be reached.
     network: bool = True
 
 
 class NeedKind(StrEnum):
-    """What a cell can ask for that isolation may take away."""
+    """The kinds of things that a cell may need and isolation may take away."""
 
     PATH = "path"
     VARIABLE = "variable"
@@ -177,134 +186,119 @@ class Access(StrEnum):
 
 
 class Raised(Struct, frozen=True, kw_only=True):
-    """The attributes of an exception that a cell raised, or of one that it came from. The kernel's word.
+    """The attributes of an exception that a cell raised, or of one of its causes.
 
-    ``number`` is the error number, ``files`` the names that it is about, ``host`` and ``port`` those that were
-    connected to last, ``module`` the one that was not found, ``variable`` the key that ``os.environ``
-    does not have. ``writes``: whether the file was to be written, where that is known. ``remote``: the
-    exception was only being handled when the next one was raised.
+    The kernel's claim.
     """
 
     type: str
+    # The error number.
     number: int | None = None
+    # The file names that the error is about.
     files: tuple[str, ...] = ()
+    # The host that was last connected to.
     host: str | None = None
     port: int | None = None
     module: str | None = None
+    # The key that os.environ lacks.
     variable: str | None = None
+    # Whether the file was to be written, if known.
     writes: bool | None = None
+    # The exception was only being handled when the next one was raised.
     remote: bool = False
 
 
 class IsolationConflict(Struct, frozen=True, kw_only=True):
-    """A thing that a cell asked for, that exists outside the sandbox, and that isolation took away.
+    """A thing that a cell needed, that exists outside the sandbox, and that isolation took away.
 
-    ``name`` is the thing as the kernel named it in ``line``; all else was checked outside. ``path`` is
-    where it is outside, ``allow`` what to open to the notebook so that it can have it, empty where
-    opening would not help. ``writes``: it is to be written. ``usable``: the user that the kernel runs as
-    may use it. ``moved``: it was looked for in the home that the kernel has instead of the user's.
-    ``local``: the host is this machine itself, where something listens that the sandbox's own loopback does not have.
-    ``exact``: the kernel named this thing as the one that was refused. ``cell`` named it, ``in_output``:
-    in its output.
+    ``name`` and ``line`` come from the kernel; everything else was checked outside.
     """
 
     kind: NeedKind
+    # The name by which the kernel called the thing in `line`.
     name: str
     access: Access
     line: str
+    # The thing's path outside the sandbox.
     path: str | None = None
+    # The paths to open to the notebook; empty if opening them would not help.
     allow: tuple[str, ...] = ()
+    # Whether it was to be written.
     writes: bool = False
+    # Whether the user that the kernel runs as may use it.
     usable: bool = True
+    # It was looked for in the home that the kernel has instead of the user's.
     moved: bool = False
     local: bool = False
     exact: bool = False
+    # The cell that named it, and whether it did so in its output.
     cell: int | None = None
     in_output: bool = False
 
 
 class Volume(Struct, frozen=True, kw_only=True):
-    """A file system that the kernel can write to: its bytes, and the lowest free ones that were seen.
+    """A file system that the kernel can write to. Sizes are in bytes."""
 
-    ``places`` are its directories as the kernel sees them. ``free_at_start`` are the bytes that were free as
-    the cell began. ``own``: it is the sandbox's own, and not the machine's.
-    """
-
+    # Its directories as the kernel sees them.
     places: tuple[str, ...]
     size: int
+    # The fewest free bytes observed.
     free: int
+    # The free bytes when the cell began.
     free_at_start: int | None = None
+    # Whether it belongs to the sandbox rather than to the machine.
     own: bool = False
 
 
 class ProcessCount(Struct, frozen=True, kw_only=True):
-    """Processes and threads of the sandbox at one moment, and how many may be.
-
-    ``of_user`` is all that its user runs and how many the system lets that be, where it counts those. ``refused`` is how many more
-    it has refused in this run; ``None``: nobody counts that.
-    """
+    """The processes and threads of the sandbox at one moment, and how many are allowed."""
 
     tasks: int
     allowed: int
+    # All processes and threads of the user, and their limit, if the system counts those.
     of_user: tuple[int, int] | None = None
+    # How many more the system has refused in this run; None: nobody counts them.
     refused: int | None = None
 
     @property
     def full(self) -> bool:
-        """Whether no further one would be allowed; and where that is counted, whether one was refused."""
+        """Whether no further process is allowed, and none was granted if refusals are counted."""
         tasks, allowed = self.of_user or (self.tasks, self.allowed)
         return tasks >= allowed and self.refused != 0
 
 
 class OwnAction(Struct, frozen=True, kw_only=True):
-    """What the notebook did to its own process, as the kernel told it before it happened: its word.
+    """An action of the notebook on its own process, reported before it happened.
 
-    ``kind``: ``signal`` (with ``target`` process, group, everybody or parent), ``limit`` (its name, and the
-    new soft ``value``), ``trace`` (a trace function was set or taken away), ``exec``, ``program`` (a command
-    in ``text`` that may send signals), ``symbol`` (a C function that sends signals was looked up) or
-    ``lock`` (the lock on the file ``text`` was asked for). ``call`` is the call, ``time`` when it was made
-    (``time.monotonic``), ``cell`` the cell that ran, ``stack`` where the call stands, innermost first.
-    ``child``: a process that the kernel had forked did it.
+    The kernel's claim.
     """
 
+    # signal, limit, trace (a trace function was set or removed), exec, program (a command that may
+    # send signals), symbol (a C function that sends signals was looked up), or lock (of a file).
     kind: str
+    # The call, and its time (time.monotonic).
     call: str
     time: float
     cell: int | None = None
+    # The stack of the call.
     stack: tuple[Frame, ...] = ()
+    # The receiver of a signal: process, group, everybody or parent.
     target: str | None = None
     signal: int | None = None
+    # The name of a resource limit, and its new soft value.
     limit: str | None = None
     value: int | None = None
+    # The command, or the path of the lock.
     text: str = ""
+    # Whether a process that the kernel had forked did it.
     child: bool = False
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
-    """All that was observed of one trial and may bear on its cause. No opinions.
+    """All observations of one trial that may bear on its cause. No opinions.
 
-    Origins: everything is read outside the kernel but ``error``, ``raised`` (its attributes and those of
-    the exceptions that it came from), ``location``, ``remote_hosts``, ``last_words`` (the end
-    of what the cell put out), ``final_output`` (what a kernel that died wrote shortly before, in order),
-    ``printed`` (text in the output of a cell, with the cell's index, that begins with the last traceback
-    of a thread or a worker) and the Python stacks, which the kernel process says of itself; of
-    ``conflicts`` the names. ``volumes`` are as the last cell left them, or lower. ``oom_bound`` is
-    the group above the sandbox whose memory limit was hit, and that limit in bytes; ``process_bound`` one that allows fewer processes and
-    threads than the run, and how many. ``exit_request`` is the stack of a call of ``exit()`` or ``quit()``.
-    ``agent``: code of ours runs in the kernel, and tells of such things. ``own_actions`` and ``tracing`` (the
-    trace functions that were on when the last cell began) are the kernel's word; ``changed_limits`` and
-    ``replaced_by``, the command line of a program that took the kernel's place, were read outside.
-    ``died_at`` is the time of the kernel's death (``time.monotonic``), ``overcommit`` is
-    vm.overcommit_memory. ``kill_command`` is the line of the cell, from 1, in which a script of another
-    language sends a signal, with its text.
-    ``caught_signals`` are those that the process still had handlers for when it had ended; ``handler_replaced`` whether the kernel told
-    that its fault handler was no longer in place.
-    ``oom_kills_earlier`` are cells before the current one (by index) in which processes were killed for memory, and how many.
-    ``oom_kills_in_time`` are those of ``oom_kills_cell`` that had happened when the time of the cell was up.
-    ``memory_kernel`` is the most that the kernel process had in its whole life, or a child that it waited for.
-    ``memory_children`` is the part of the peak that processes other than the kernel's had; ``memory_upper_bound``: pages that
-    several processes share may be in it more than once. ``memory_maps`` are those of the kernel after the last cell, and how many
-    the system allows a process (vm.max_map_count).
+    The fields in ``CLAIMS`` and the Python stacks come from the kernel process itself; everything
+    else was read outside.
     """
 
     exit: ExitStatus | None = None
@@ -314,13 +308,16 @@ class Evidence(Struct, frozen=True, kw_only=True):
     oom_kills_in_time: int | None = None
     oom_kills_earlier: tuple[tuple[int, int], ...] = ()
     oom_elsewhere: bool | None = None
+    # The group above the sandbox whose memory limit was hit, and that limit in bytes.
     oom_bound: tuple[str, int] | None = None
     oomd_killed: bool | None = None
     process_refusals: int | None = None
+    # A group above the sandbox that allows fewer processes than the run, and how many.
     process_bound: tuple[str, int] | None = None
     memory_peak: int | None = None
     memory_peak_raw: int | None = None
     memory_last: int | None = None
+    # The part of the peak that belongs to processes other than the kernel.
     memory_children: int | None = None
     memory_kernel: int | None = None
     memory_upper_bound: bool = False
@@ -328,9 +325,12 @@ class Evidence(Struct, frozen=True, kw_only=True):
     processes_peak: int | None = None
     cpu_seconds: float | None = None
     kernel_cpu_seconds: float | None = None
+    # The error of the cell, by the kernel's word.
     error: CellError | None = None
     fault: FaultReport | None = None
+    # The signals for which the process still had handlers when it ended.
     caught_signals: frozenset[int] | None = None
+    # The kernel reported that its fault handler was no longer installed.
     handler_replaced: bool = False
     location: CellLocation | None = None
     observation: ActivityObservation | None = None
@@ -341,28 +341,45 @@ class Evidence(Struct, frozen=True, kw_only=True):
     cell_output_truncated: bool = False
     output_bytes: int | None = None
     exit_caller: tuple[Frame, ...] = ()
+    # The stack of a call of exit() or quit().
     exit_request: tuple[Frame, ...] = ()
     remote_hosts: tuple[str, ...] = ()
     signals_to_keeper: tuple[int, ...] = ()
     stderr_tail: str = ""
     disk_free: int | None = None
     open_files: int | None = None
+    # The kernel's memory maps after the last cell, and the system's limit.
     memory_maps: tuple[int, int] | None = None
     cell_active: bool | None = None
+    # The end of the cell's output.
     last_words: str = ""
+    # Text in the output of a cell (with its index) that begins with the last traceback of a thread
+    # or a worker.
     printed: tuple[int, str] | None = None
+    # Whether the agent runs in the kernel and reports such events.
     agent: bool = True
+    # The notebook's actions on its own process, by the kernel's word.
     own_actions: tuple[OwnAction, ...] = ()
+    # The trace functions that were active when the last cell began, by the kernel's word.
     tracing: tuple[str, ...] = ()
+    # Resource limits that changed since the start, read outside.
     changed_limits: tuple[ChangedLimit, ...] = ()
+    # The command line of a program that replaced the kernel, read outside.
     replaced_by: str | None = None
+    # The line (from 1) and text of a script in another language that sends a signal.
     kill_command: tuple[int, str] | None = None
+    # The time of the kernel's death (time.monotonic).
     died_at: float | None = None
+    # vm.overcommit_memory.
     overcommit: int | None = None
     isolation: IsolationFacts | None = None
+    # The attributes of the cell's exception and of its causes.
     raised: tuple[Raised, ...] = ()
+    # Refused things that exist outside; only their names come from the kernel.
     conflicts: tuple[IsolationConflict, ...] = ()
+    # The file systems as the last cell left them, or lower.
     volumes: tuple[Volume, ...] = ()
+    # The last output of a dead kernel, in order.
     final_output: tuple[OutputBurst, ...] = ()
 
 

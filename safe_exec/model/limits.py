@@ -1,6 +1,6 @@
-"""Limits and isolation as types: what a user allows one notebook, and what enforces it.
+"""Limits and isolation as types: the rules that a user sets for a notebook, and their enforcement.
 
-Sizes are bytes and times are seconds; ``None`` is "unlimited".
+Sizes are in bytes, times in seconds; ``None`` means unlimited.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Amount = Annotated[float, Meta(ge=0)]
 
 
 class Mechanism(StrEnum):
-    """What holds a limit."""
+    """The mechanism that enforces a limit."""
 
     CGROUP_V2 = "cgroup-v2"
     SYSTEMD = "systemd"
@@ -51,13 +51,7 @@ class LimitName(StrEnum):
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the user allows one notebook; ``None`` is unlimited.
-
-    ``disk`` is what may be written to the folder, /tmp and scratch together, ``shm`` to /dev/shm. ``memory`` covers the kernel and all its
-    descendants; ``open_files`` and ``file_size`` hold for each process.
-    ``cpu_time`` is the processor time of the whole tree; ``interrupt_grace`` is how long a kernel that ran past its
-    time may take to answer an interrupt before it is killed.
-    """
+    """The limits for one notebook; ``None`` means unlimited."""
 
     memory: Count | None = None
     cpus: Amount | None = None
@@ -75,7 +69,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     interrupt_grace: Amount = 2.0
 
     def __post_init__(self) -> None:
-        """Raises TypeError for what is no number (units are for files and options), ValueError for one below zero."""
+        """Raises TypeError for a value that is not a number, and ValueError for a negative one."""
         for name, value in self.as_dict().items():
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float)
@@ -88,17 +82,20 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"Limits.{name} cannot be {value!r}")
 
     def of(self, name: LimitName) -> int | float | None:
-        """The value of one limit, ``None`` where it is unlimited."""
+        """Return the value of one limit, ``None`` if it is unlimited."""
         value: int | float | None = getattr(self, name.value)
         return value
 
     def as_dict(self) -> dict[str, int | float | None]:
-        """Every limit by its name, in bytes, seconds and counts."""
+        """Return every limit by name, in bytes, seconds and counts."""
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 class FolderUse(StrEnum):
-    """What a notebook may do with its folder. Of a copy nothing comes back unless ``Isolation.write_back``."""
+    """How a notebook uses its folder.
+
+    Changes in a copy are lost unless ``Isolation.write_back``.
+    """
 
     WRITE = "write"
     READ = "read"
@@ -106,7 +103,10 @@ class FolderUse(StrEnum):
 
 
 class RepositoryUse(StrEnum):
-    """How much of the repository around the folder stays open behind the walls; ``closed``: no more than of any other place."""
+    """How much of the repository around the folder stays open; ``closed``.
+
+    No more than other places.
+    """
 
     WRITE = "write"
     READ = "read"
@@ -114,7 +114,7 @@ class RepositoryUse(StrEnum):
 
 
 class SystemCalls(StrEnum):
-    """Whether system calls that no notebook needs are let through, refused with EPERM, or end the kernel (SIGSYS)."""
+    """Whether unneeded system calls are allowed, refused (EPERM), or fatal (SIGSYS)."""
 
     ALL = "all"
     REFUSE = "refuse"
@@ -122,36 +122,40 @@ class SystemCalls(StrEnum):
 
 
 class Isolation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a notebook may reach, beside its limits. The defaults wall off nothing.
+    """What a notebook may access, besides its limits. The defaults isolate nothing."""
 
-    ``hide_home``: home directories are empty but for what the kernel's interpreter needs. ``read_only_system``: nothing may be
-    written but the folder, ``writable``, and a /tmp, /dev/shm and home of its own. ``network``: other hosts; loopback always stays.
-    ``own_processes``: process, ipc and host names of its own. ``listed_environment``: of the environment only what is known to be
-    harmless, and ``env``. ``other_user``: as a user that owns nothing, where we are root. ``devices`` are paths below /dev.
-    ``required``: where one of these walls does not stand nothing is run. ``repository``, ``writable`` and ``show`` (to be read) are places
-    that stay open behind the walls.
-    """
-
+    # Home directories are empty except for the files that the interpreter needs.
     hide_home: bool = False
+    # Only the folder, `writable`, and a private /tmp, /dev/shm and home are writable.
     read_only_system: bool = False
     folder: FolderUse = FolderUse.WRITE
     repository: RepositoryUse = RepositoryUse.WRITE
     write_back: bool = True
+    # Access to other hosts; loopback always stays.
     network: bool = True
+    # Private process, ipc and host names.
     own_processes: bool = False
+    # Only variables that are known to be harmless, and `env`.
     listed_environment: bool = False
     system_calls: SystemCalls = SystemCalls.ALL
+    # Run as a user who owns nothing, if safe-exec runs as root.
     other_user: bool = False
+    # Run nothing if one of these walls cannot be set up.
     required: bool = False
     env: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
+    # Places that stay readable behind the walls.
     show: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
+    # Paths below /dev.
     devices: tuple[str, ...] = ()
 
 
 class Wall(StrEnum):
-    """The walls that isolation may put up; the verdict says of each that was asked for what holds it."""
+    """The walls that isolation may set up.
+
+    The verdict names the enforcement of each requested one.
+    """
 
     HOME = "home"
     SYSTEM = "system"
@@ -166,7 +170,10 @@ class Wall(StrEnum):
 
 
 class Enforcement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What holds one limit or wall: ``hard`` means the operating system's kernel does, with no way past it."""
+    """The enforcement of a limit or wall. ``hard``.
+
+    The operating system enforces it without exception.
+    """
 
     by: Mechanism
     hard: bool

@@ -1,4 +1,4 @@
-"""Conclusions as types: status, cause, culprits and the verdict that holds them."""
+"""Conclusions as types: status, cause, culprits, and the verdict that contains them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ExitCode = Literal[0, 1, 3, 4, 5, 6, 7, 130]
 
 
 class Status(StrEnum):
-    """How a run ended, as the verdict and the exit code say it."""
+    """How a run ended, as the verdict and the exit code report it."""
 
     PASSED = "passed"
     CELL_ERROR = "cell_error"
@@ -91,7 +91,7 @@ class CauseKind(StrEnum):
 
 
 class Activity(StrEnum):
-    """What a kernel that ran past its time was doing."""
+    """What a kernel that exceeded its time was doing."""
 
     PYTHON_LOOP = "python_loop"
     NATIVE_CODE = "native_code"
@@ -103,7 +103,7 @@ class Activity(StrEnum):
 
 
 class Confidence(StrEnum):
-    """How sure a cause is."""
+    """How certain a cause is."""
 
     CERTAIN = "certain"
     LIKELY = "likely"
@@ -111,7 +111,7 @@ class Confidence(StrEnum):
 
 
 class Origin(StrEnum):
-    """Who said a fact: the system around the kernel, or the kernel process itself."""
+    """The source of a fact: the system around the kernel, or the kernel process itself."""
 
     OUTSIDE = "outside"
     INSIDE = "inside"
@@ -121,7 +121,7 @@ FactValue = str | int | float | bool | None
 
 
 class Fact(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One piece of evidence that a cause rests on; ``source`` names where it was read."""
+    """One piece of evidence for a cause; ``source`` tells where it was read."""
 
     fact: Text
     value: FactValue
@@ -130,7 +130,7 @@ class Fact(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Cause(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What we conclude. ``signal`` is negative (-9 for SIGKILL), as subprocess gives it."""
+    """The conclusion. ``signal`` is negative (-9 for SIGKILL), as in subprocess."""
 
     kind: CauseKind
     summary: Text
@@ -143,7 +143,7 @@ class Cause(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class CrashCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The cell that ran when it happened; ``line`` counts from 1 within the cell."""
+    """The cell that was running at the failure; ``line`` counts from 1 within the cell."""
 
     index: Count
     code_index: Count
@@ -155,7 +155,7 @@ class CrashCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class CellStatus(StrEnum):
-    """What became of one cell."""
+    """The status of one cell."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -181,17 +181,17 @@ class CellRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Role(StrEnum):
-    """What a culprit did, as far as evidence tells.
+    """A culprit's part in the failure, as far as the evidence shows."""
 
-    ``crash``: it ran when it happened. ``accumulator``: it kept much of what ran out. ``definition``: another culprit
-    uses what it defines. ``trigger``: it set off what struck later (a thread, a timer, an exit that was asked for).
-    ``setup``: it must run before; why is not visible.
-    """
-
+    # It was running at the failure.
     CRASH = "crash"
+    # It kept much of the exhausted resource.
     ACCUMULATOR = "accumulator"
+    # Another culprit uses its definitions.
     DEFINITION = "definition"
+    # It triggered the later failure: a thread, a timer, a requested exit.
     TRIGGER = "trigger"
+    # It must run before, for a reason that is not visible.
     SETUP = "setup"
 
 
@@ -205,9 +205,9 @@ class Stopped(StrEnum):
 
 
 class Culprit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One cell of the set. ``note`` says in a few words what it did, from evidence (``+612 MiB kept``).
+    """One cell of the culprits. ``note`` describes its part in a few words (``+612 MiB kept``).
 
-    ``source_line`` is the first line of the cell that says something, at most 200 characters of it.
+    ``source_line`` is the first line of code in the cell, at most 200 characters of it.
     """
 
     index: Count
@@ -219,17 +219,11 @@ class Culprit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of a culprit search.
+    """The result of a culprit search."""
 
-    ``cells`` in order, the crash cell last; empty where nothing reproduced. ``minimal``: without any one of them it no
-    longer happens. ``look_first`` is the index of the cell a person should read first. ``trials`` counts kernels that were
-    started for the search (the first run is none of them), ``cached`` those that an earlier search had run.
-    ``reproduced`` is (k, n): of n runs of this very set, from scratch, k ended the same way; ``endings`` counts how they ended (``passed``, or
-    the kind of the cause). ``seconds`` is the wall time of the
-    search. ``repro_notebook`` is the path of the reproduction, where one was written.
-    """
-
+    # In order, with the crash cell last; empty if nothing reproduced.
     cells: tuple[Culprit, ...]
+    # The failure no longer occurs if any one of the cells is removed.
     minimal: bool
     method: str
     look_first: Count | None
@@ -252,10 +246,7 @@ class Timeline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the whole run used. ``memory_upper_bound``: its memory, that of its cells and of the timeline may have been less.
-
-    So it is where processes could not be looked into: pages that they share with others count for each of them.
-    """
+    """The resources that the whole run used."""
 
     wall_seconds: Amount | None = None
     cpu_seconds: Amount | None = None
@@ -291,16 +282,15 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where it ran. ``python`` and ``packages`` are the kernel side's, ``None`` where they are not known, or there is no Python.
+    """The environment of the run."""
 
-    ``isolation_facts`` is ``None`` without isolation.
-    """
-
+    # The kernel's Python and packages; None if unknown, or if there is no Python.
     python: str | None
     platform: str
     packages: Mapping[str, str] | None = None
     cgroup: str | None = None
     isolation: Mapping[Wall, Enforcement] = field(default_factory=dict)
+    # None without isolation.
     isolation_facts: IsolationFacts | None = None
 
 
@@ -312,12 +302,7 @@ class Verdict(
     tag_field="schema",
     tag=VERDICT_SCHEMA,
 ):
-    """The whole answer. ``culprits`` is ``None`` where no search was made.
-
-    ``isolation`` is what was asked for; what holds it stands in ``environment``. ``allow_errors`` says whether the run goes on
-    after a cell that raises; ``remote_hosts`` are the other hosts that it was seen to talk to. ``started`` and ``finished`` are
-    ISO 8601 in UTC; ``exit_code`` follows from ``status``; the fields stand in the order of the document. The other fields are as in docs/verdict.md.
-    """
+    """The complete result of a run, as documented in docs/verdict.md."""
 
     safe_exec_version: Text
     run_id: Text
@@ -335,7 +320,9 @@ class Verdict(
     limits: Limits
     enforcement: Mapping[LimitName, Enforcement]
     isolation: Isolation = field(default_factory=Isolation)
+    # Whether the run continues after a cell that raises.
     allow_errors: bool = False
+    # Other hosts that the notebook contacted.
     remote_hosts: tuple[str, ...] = ()
     timeline: Timeline
     usage: Usage

@@ -1,7 +1,8 @@
-"""The JSON of notebooks: harmless whatever is in it, and written as nbformat writes it, piece by piece.
+"""Encodes notebooks as JSON exactly as nbformat does, piece by piece, and safely for any content.
 
-Imports the standard library only. The encoder is our own: Python's needs all texts of a notebook once more as lists of lines, with an
-indent it is written in Python too, and nbformat copies the whole before. Here no more than a piece is held beside the notebook itself.
+The encoder is our own for memory's sake. Python's needs all texts of a notebook once more as lists
+of lines, and with indentation it runs in pure Python; nbformat copies the whole notebook first.
+Here only one piece exists besides the notebook itself. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _TRANSIENT = ("orig_nbformat", "orig_nbformat_minor", "signature")
 
 
 def is_shallow(document: object) -> bool:
-    """Whether nothing in ``document`` lies deeper than is safe to recurse over; level by level, so never recursing."""
+    """Tell whether the document is shallow enough for recursion.
+
+    Checked level by level, not recursively.
+    """
     level = [document]
     for _ in range(DEEPEST):
         level = [
@@ -59,14 +63,17 @@ def _children(item: object) -> list[Any]:
 
 
 def joined(value: Any) -> Any:
-    """Text without lone surrogates; two halves of a pair are one character again."""
+    """Return text without lone surrogates; two halves of a pair become one character."""
     if isinstance(value, str) and _SURROGATE.search(value):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return value
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any], depth: int = DEEPEST) -> Any:
-    """A copy with ``leaf`` applied to every text and number, and to the keys; containers too deep become a remark."""
+    """Return a copy with ``leaf`` applied to every text, number and key.
+
+    Containers that are nested too deeply are replaced by a remark.
+    """
     if not isinstance(value, dict | list | tuple):
         return leaf(value)
     if not depth:
@@ -80,15 +87,17 @@ def mapped(value: Any, leaf: Callable[[Any], Any], depth: int = DEEPEST) -> Any:
 
 
 def dumps(node: NotebookNode) -> bytes:
-    """The file of a notebook in one piece; see :class:`Encoded`."""
+    """Return the file of a notebook in one piece; see :class:`Encoded`."""
     return b"".join(Encoded(node))
 
 
 class Encoded(Struct, frozen=True):
-    """The file of a notebook in pieces, as nbformat writes it, whatever a kernel has put into the outputs. May be gone through again.
+    """The file of a notebook in pieces, as nbformat writes it. May be iterated repeatedly.
 
-    Lone surrogates become U+FFFD, NaN and infinities null, and what is nested too deeply is left out: the file must be JSON that
-    every viewer reads. Ids are left out before nbformat 4.5, which does not have them. Texts of outputs may be lists of parts.
+    The outputs may contain anything a kernel sent, but the file must be JSON that every viewer
+    reads. Lone surrogates become U+FFFD, NaN and infinities null, and values that are nested too
+    deeply are left out. Cell ids are left out before nbformat 4.5, which does not have them. Texts
+    of outputs may be lists of parts.
     """
 
     node: NotebookNode
@@ -122,13 +131,16 @@ class _Lines(Struct, frozen=True):
 
 
 class _Whole(Struct, frozen=True):
-    """A text in parts that is written as one."""
+    """A text in parts that is written as one string."""
 
     parts: list[str]
 
 
 def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The notebook with its texts marked as nbformat would split them, and without what does not go into files; all else is shared."""
+    """Return the notebook with its texts marked as nbformat splits them.
+
+    Everything else is shared with the original.
+    """
     budget = _Budget(node)
     ids = node["nbformat_minor"] >= IDS_SINCE
     metadata = {key: value for key, value in node["metadata"].items() if key not in _TRANSIENT}
@@ -173,10 +185,11 @@ def _bundle(data: Mapping[str, Any], mark: Callable[[str], Any]) -> dict[str, An
 
 
 class _Budget:
-    """How many more lines of outputs are written as lines.
+    """The number of further output lines that are written as separate lines.
 
-    A kernel that prints "y" for a minute makes millions of them: a file many times as large as the text, and a hundred times the memory
-    for whoever reads it. The format allows a text in one piece.
+    A kernel that prints "y" for a minute produces millions of lines. Written separately, they make
+    the file many times as large as the text, and its readers need a hundred times the memory. The
+    format allows a text in one piece.
     """
 
     def __init__(self, node: Mapping[str, Any]) -> None:
@@ -185,7 +198,7 @@ class _Budget:
         self._counts = _characters(node) > _MOST_LINES
 
     def marked(self, text: str | list[str]) -> _Lines | _Whole | str:
-        """The text as it is to be written."""
+        """Return the text in the form in which it is written."""
         parts = [text] if isinstance(text, str) else text
         if self._counts:
             lines = sum(_line_ends(part) for part in parts)
@@ -196,7 +209,7 @@ class _Budget:
 
 
 def _characters(node: Mapping[str, Any]) -> int:
-    """Characters in the texts of all outputs."""
+    """Return the number of characters in the texts of all outputs."""
     outputs = [output for cell in node["cells"] for output in cell.get("outputs") or ()]
     texts = [
         text
@@ -219,7 +232,10 @@ def _line_ends(text: str) -> int:
 
 
 def _value(value: Any, indent: str, depth: int) -> Iterator[str]:
-    """As ``json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)``; ``indent`` is a newline and the blanks of this level."""
+    """Encode as ``json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)``.
+
+    ``indent`` is a newline and the spaces of the current level.
+    """
     if isinstance(value, str):
         yield from _text(value)
     elif isinstance(value, _Lines):
@@ -242,7 +258,8 @@ def _object(value: Mapping[Any, Any], indent: str, depth: int) -> Iterator[str]:
         return
     separator, inner = "{", indent + " "
     for key in sorted(value):
-        yield f"{separator}{inner}{encode_basestring(key if isinstance(key, str) else _scalar(key))}: "
+        name = encode_basestring(key if isinstance(key, str) else _scalar(key))
+        yield f"{separator}{inner}{name}: "
         yield from _value(value[key], inner, depth - 1)
         separator = ","
     yield indent + "}"
@@ -289,17 +306,20 @@ def _whole(text: _Whole) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    """The inside of a JSON string."""
+    """Return the inside of a JSON string."""
     return _replaced(text, "\\n") if _is_plain(text) else encode_basestring(text)[1:-1]
 
 
 def _is_plain(text: str) -> bool:
-    """Whether no lines end in it but by newlines, and nothing else in it must be escaped but quotes, backslashes and tabs."""
+    """Tell whether only newlines end lines, and only quotes, backslashes and tabs are escaped."""
     return len(text) >= _WORTHWHILE and not any(odd in text for odd in _ODD)
 
 
 def _replaced(text: str, newline: str) -> str:
-    """A plain text with its escapes. To look for a character and to replace it is many times as fast as CPython's own escaping."""
+    """Escape a plain text.
+
+    Searching for a character and replacing it is many times as fast as CPython's own escaping.
+    """
     for character, written in (*_ESCAPES, ("\n", newline)):
         if character in text:
             text = text.replace(character, written)
@@ -307,13 +327,13 @@ def _replaced(text: str, newline: str) -> str:
 
 
 class _Block(str):
-    """Plain lines, each with its end."""
+    """Plain lines, each with its line end."""
 
     __slots__ = ()
 
 
 def _lines(text: str | list[str], indent: str) -> Iterator[str]:
-    """The list of the lines of a text."""
+    """Encode the lines of a text as a list."""
     between = f",{indent} "
     separator = f"[{indent} "
     for lines in _split([text] if isinstance(text, str) else text):
@@ -336,7 +356,10 @@ def _block(lines: _Block, between: str) -> str:
 
 
 def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
-    """The lines of a text in parts, as ``splitlines(True)`` gives them, many at a time; one that goes over several parts alone."""
+    """Yield the lines of a text in parts, as ``splitlines(True)`` returns them, many at a time.
+
+    A line that spans several parts is yielded alone.
+    """
     partial_line: list[str] = []
     for part in _slices(parts):
         lines = _divided(part)
@@ -355,7 +378,10 @@ def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
 
 
 def _divided(part: str) -> list[str]:
-    """The lines of a part; of a plain one the first, a block of those between, and what follows after the last line end."""
+    """Return the lines of a part.
+
+    A plain part is divided into first line, middle block, and rest.
+    """
     if not _is_plain(part):
         return part.splitlines(keepends=True)
     first, last = part.find("\n") + 1, part.rfind("\n") + 1
@@ -363,7 +389,7 @@ def _divided(part: str) -> list[str]:
 
 
 def _slices(parts: list[str]) -> Iterator[str]:
-    """The same text in parts that are not large, none of them empty or ending where one must not: in a line end or a surrogate pair."""
+    """Yield the text in small, non-empty parts that do not end in a line end or surrogate pair."""
     carry = ""
     for part in parts:
         for at in range(0, len(part), PIECE):

@@ -1,7 +1,7 @@
-"""Names the kind of a file that is not a notebook, and says how to get the notebook. Pure; imports nothing of ours.
+"""Names the kind of a file that is not a notebook, and tells how to get the notebook. Pure.
 
-People pass scripts, empty files, merge conflicts and downloads that went wrong. The JSON parser's
-complaint about line 1 helps nobody then.
+People pass scripts, empty files, merge conflicts and failed downloads. The JSON parser's complaint
+about line 1 does not help then.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _LARGEST_SOURCE = 1 << 20
 
 
 def guess(path: Path, data: bytes) -> str | None:
-    """The kind of a file that holds no JSON, with the way to a notebook; ``None`` where it cannot be told."""
+    """Return the kind of a file that is not JSON, with a way to a notebook; ``None`` if unknown."""
     kind = _by_content(data) or _by_name(path) or _by_source(data) or _cut_off(data)
     if kind is None:
         return None
@@ -85,7 +85,7 @@ def guess(path: Path, data: bytes) -> str | None:
 
 
 def guess_json(document: Any) -> str:
-    """What to do about JSON that is no notebook."""
+    """Return advice for JSON that is not a notebook."""
     if (
         isinstance(document, Mapping)
         and "nbformat" not in document
@@ -103,7 +103,8 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
         return (
             "an empty file",
             (
-                "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints), or save it "
+                "restore it (git checkout -- {file}, or the copy in .ipynb_checkpoints), or "
+                "save it "
                 "again in Jupyter"
             ),
         )
@@ -136,7 +137,7 @@ def _by_name(path: Path) -> tuple[str, str] | None:
 
 
 def _by_source(data: bytes) -> tuple[str, str] | None:
-    """Python source under the name of a notebook."""
+    """Recognise Python source with the name of a notebook."""
     try:
         tree = ast.parse(data) if len(data) <= _LARGEST_SOURCE else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -153,7 +154,7 @@ def _by_source(data: bytes) -> tuple[str, str] | None:
 
 
 def _cut_off(data: bytes) -> tuple[str, str] | None:
-    """A notebook whose end is missing: a full disk, a broken download."""
+    """Recognise a truncated notebook, left by a full disk or a failed download."""
     text = data.decode("utf-8-sig", "replace").rstrip()
     try:
         json.loads(text)

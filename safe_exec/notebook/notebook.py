@@ -1,7 +1,7 @@
-"""Notebook files: read and check them, strip what an earlier run of ours wrote into them, write them atomically.
+"""Notebook files: read and validate them, strip earlier annotations, write them atomically.
 
-Imports ``errors`` and its own parts (``files``, ``nbcheck``, ``nbjson``), whose public names it passes on; nbformat
-(150 ms) is imported by the functions that need it.
+Re-exports the public names of its parts. nbformat takes 150 ms to import, so only the functions
+that need it import it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Notebook(Struct, frozen=True, kw_only=True):
-    """A notebook as read. ``node`` is of nbformat 4; ``sha256`` is of the bytes of the file, in hex."""
+    """A notebook as read. ``node`` has nbformat 4; ``sha256`` is the hash of the file in hex."""
 
     path: Path
     node: NotebookNode
@@ -79,7 +79,10 @@ class Notebook(Struct, frozen=True, kw_only=True):
 
 
 class CodeCell(Struct, frozen=True, kw_only=True):
-    """A code cell. ``index`` counts all cells from 0, ``code_index`` the code cells. ``metadata`` is the node's own."""
+    """A code cell. ``index`` counts all cells from 0, ``code_index`` only code cells.
+
+    ``metadata`` is the node's own mapping.
+    """
 
     index: int
     code_index: int
@@ -90,7 +93,7 @@ class CodeCell(Struct, frozen=True, kw_only=True):
 
 
 class OutputPaths(NamedTuple):
-    """Where the annotated notebook, the verdict and the reproduction go if nothing else is said."""
+    """The default paths of the annotated notebook, the verdict and the reproduction."""
 
     out: Path
     verdict: Path
@@ -98,7 +101,10 @@ class OutputPaths(NamedTuple):
 
 
 class Scan(Struct, frozen=True, kw_only=True):
-    """What the metadata of a notebook says, before anybody has checked the notebook as a whole. ``cells`` are without our banners."""
+    """The metadata of a notebook that was not validated as a whole yet.
+
+    ``cells`` exclude our banners.
+    """
 
     metadata: Mapping[str, Any]
     cells: tuple[Mapping[str, Any], ...]
@@ -109,15 +115,15 @@ class Scan(Struct, frozen=True, kw_only=True):
 
 
 def read(path: Path | str) -> Notebook:
-    """The notebook in ``path``, older formats upgraded in memory. Raises NotebookError, one line.
+    """Read a notebook; older formats are upgraded in memory. Raises NotebookError (one line).
 
-    Cells of nbformat 4.5 and later without an id get one that depends on the file alone.
+    Cells of nbformat 4.5 and later without an id get one that depends only on the file.
     """
     return Source.of(Path(path)).notebook()
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """A file that holds JSON and says that it is a notebook."""
+    """A file that contains JSON and declares itself a notebook."""
 
     path: Path
     data: bytes
@@ -126,7 +132,7 @@ class Source(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Read it, once. Raises NotebookError."""
+        """Read the file once. Raises NotebookError."""
         # Unlike Path.is_dir, False for names that no file can have.
         if os.path.isdir(path):
             raise NotebookError(
@@ -137,7 +143,7 @@ class Source(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_data(cls, path: Path, data: bytes) -> Self:
-        """What a file of that name would hold. Raises NotebookError."""
+        """Parse data as the content of the file. Raises NotebookError."""
         document = _parse(data, path)
         version = _version(document, path)
         if _SURROGATE_ESCAPE.search(data):
@@ -145,7 +151,7 @@ class Source(Struct, frozen=True, kw_only=True):
         return cls(path=path, data=data, document=document, version=version)
 
     def scan(self) -> Scan | None:
-        """Its metadata, where it is of the current format and everything is as it should be on the way there."""
+        """Return the metadata; ``None`` for an older format or an unexpected structure."""
         metadata, cells = self.document.get("metadata"), self.document.get("cells")
         if (
             self.version[0] != _FORMAT
@@ -161,7 +167,7 @@ class Source(Struct, frozen=True, kw_only=True):
         return Scan(metadata=metadata, cells=own, kernel_name=_kernel_of(metadata)[0])
 
     def notebook(self) -> Notebook:
-        """The notebook, checked; uses the document up. Raises NotebookError."""
+        """Validate the notebook and return it; consumes the document. Raises NotebookError."""
         current = self.version[0] == _FORMAT
         node = (
             _current(self.document, self.path)
@@ -189,7 +195,11 @@ def _has_metadata(cell: Any) -> bool:
 
 
 def _demand_few(data: bytes, path: Path) -> None:
-    """A file of 60 MB that is nothing but ``{}`` takes gigabytes once it is read, and we are inside no limit. Text may hold what it likes."""
+    """Reject files with too many containers.
+
+    A file of 60 MB with nothing but ``{}`` takes gigabytes once it is parsed, and the runner has no
+    memory limit. Text may contain any number of brackets.
+    """
     if data.count(b"{") + data.count(b"[") <= MOST_CONTAINERS:
         return
     bare = _TEXT.sub(b"", data)
@@ -246,7 +256,7 @@ def _version(document: Any, path: Path) -> tuple[int, int]:
 
 
 def _current(document: Any, path: Path) -> NotebookNode:
-    """The node of a notebook of version 4."""
+    """Return the node of a version 4 notebook."""
     from nbformat import v4
 
     problem = next(problems(document), None)
@@ -258,13 +268,14 @@ def _current(document: Any, path: Path) -> NotebookNode:
 
 
 def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNode:
-    """The node of an older notebook, as nbformat's own converters make it."""
+    """Return the node of an older notebook, upgraded by nbformat's own converters."""
     import nbformat
 
     try:
         old = nbformat.versions[version[0]].to_notebook_json(document, minor=version[1])
         node = json.loads(json.dumps(nbformat.convert(old, _FORMAT)))
-    except Exception as problem:  # noqa: BLE001 - the converters are for valid notebooks and fail anyhow on others
+    except Exception as problem:  # noqa: BLE001
+        # The converters expect valid notebooks and raise arbitrary errors for others.
         kind = type(problem).__name__
         raise NotebookError(
             f"{one_line(path)}: not a valid notebook of nbformat {version[0]}: it cannot be "
@@ -277,7 +288,10 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
 
 
 def _give_ids(node: NotebookNode, seed: str) -> None:
-    """Ids as nbformat's own reader would leave them: valid and different from 4.5 on, none before; but never random."""
+    """Give cells the ids that nbformat's reader would, but never random ones.
+
+    From nbformat 4.5 on ids are valid and unique; before, there are none.
+    """
     used_ids: set[str] = set()
     for index, cell in enumerate(node.cells):
         if node.nbformat_minor < IDS_SINCE:
@@ -294,7 +308,7 @@ def _give_ids(node: NotebookNode, seed: str) -> None:
 
 
 def _kernel_of(metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Names of kernel and language, as far as the metadata says them."""
+    """Return the names of kernel and language in the metadata, if any."""
     kernel, language = _section(metadata, "kernelspec"), _section(metadata, "language_info")
     return _word(kernel.get("name")), _word(language.get("name")) or _word(kernel.get("language"))
 
@@ -312,7 +326,7 @@ def _word(value: object) -> str | None:
 
 
 def code_cells(node: NotebookNode) -> list[CodeCell]:
-    """The code cells of a notebook, in order."""
+    """Return the code cells of a notebook, in order."""
     numbered = [(index, cell) for index, cell in enumerate(node.cells) if cell.cell_type == "code"]
     return [
         CodeCell(
@@ -328,9 +342,10 @@ def code_cells(node: NotebookNode) -> list[CodeCell]:
 
 
 def strip_annotations(node: NotebookNode) -> NotebookNode:
-    """A copy of ``node`` without anything an earlier run of ours added: banner, outputs, ``safe_exec.result``.
+    """Return a copy of ``node`` without the additions of earlier runs: banner, outputs, results.
 
-    A user's ``metadata.safe_exec.limits`` stay. Doing it twice changes no more than doing it once.
+    The user's own ``metadata.safe_exec.limits`` stay. Stripping twice is the same as stripping
+    once.
     """
     clean = copy.deepcopy(node)
     clean["cells"] = [cell for cell in clean.cells if not is_banner(cell)]
@@ -343,9 +358,10 @@ def strip_annotations(node: NotebookNode) -> NotebookNode:
 
 
 def is_banner(cell: Mapping[str, Any]) -> bool:
-    """Whether we wrote this cell: tagged, and with the role of a banner or a result where only a banner has one.
+    """Tell whether safe-exec wrote this cell: it has our tag and the role of a banner.
 
-    The tag alone says nothing: a user may tag a cell so, and if it runs, we put a result into its metadata.
+    In older files the role may be a result, in a place where only banners have one. The tag alone
+    says nothing: a user may tag a cell so, and a result is added to its metadata when it runs.
     """
     ours = _section(cell["metadata"], METADATA_KEY)
     if BANNER_TAG not in _tags(cell):
@@ -355,7 +371,7 @@ def is_banner(cell: Mapping[str, Any]) -> bool:
 
 
 def is_our_output(output: Mapping[str, Any]) -> bool:
-    """Whether we wrote this output: marked in its metadata or, where the format allows none, by its ``ename``."""
+    """Tell whether safe-exec wrote this output, by its metadata or its ``ename``."""
     if output.get("output_type") == "error":
         return _OUR_ENAME.match(str(output.get("ename"))) is not None
     return METADATA_KEY in _section(output, "metadata")
@@ -375,9 +391,10 @@ def _tags(cell: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def default_outputs(path: Path | str) -> OutputPaths:
-    """The paths beside the notebook: NB.out.ipynb, NB.verdict.json, NB.repro.ipynb.
+    """Return the paths beside the notebook: NB.out.ipynb, NB.verdict.json, NB.repro.ipynb.
 
-    ``X.out.ipynb``, our own output, counts as ``X.ipynb``: it is overwritten, not followed by X.out.out.ipynb.
+    ``X.out.ipynb``, safe-exec's own output, counts as ``X.ipynb``: it is overwritten rather than
+    followed by X.out.out.ipynb.
     """
     path = Path(path)
     name = path.name[: -len(".ipynb")] if path.name.lower().endswith(".ipynb") else path.name

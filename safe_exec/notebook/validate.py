@@ -1,7 +1,7 @@
-"""The structure of a notebook of version 4, as far as executing and writing it rely on it.
+"""Checks the structure of a version 4 notebook, as far as executing and writing rely on it.
 
-Imports nothing of ours. Instead of nbformat's JSON schema, which takes longer to load than a small notebook to run, and which
-refuses notebooks for a harmless key too many.
+nbformat's JSON schema takes longer to load than a small notebook takes to run, and it rejects
+notebooks for a single harmless extra key. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | None) -> None:
-    """Give a notebook's metadata what the format demands and some tools leave out, so that what we write is valid.
+    """Add the metadata that the format requires and some tools omit, so that the output is valid.
 
-    ``kernel`` is the kernel that ran, ``language`` its language. Nothing that is valid is changed.
+    ``kernel`` is the kernel that ran, ``language`` its language. Valid values are not changed.
     """
     if "kernelspec" in metadata:
         section = metadata["kernelspec"]
@@ -46,7 +46,7 @@ def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | Non
 
 
 def problems(document: Mapping[str, Any]) -> Iterator[str]:
-    """What executing and writing the notebook would trip over."""
+    """Yield the problems that would make executing or writing the notebook fail."""
     if not isinstance(document.get("metadata"), dict):
         yield "its metadata must be an object"
     cells = document.get("cells")

@@ -1,6 +1,9 @@
-"""One trial: a list of cells run in a fresh kernel in a fresh sandbox. Gives facts, no opinions.
+"""One trial: a list of cells, run in a fresh kernel in a fresh sandbox.
 
-``request`` says what to run and what comes back, ``state`` is what its parts share while it runs, ``run`` leads from the start of the kernel
-to its end, ``cells`` runs the cells, ``sampling`` looks at usage meanwhile, ``metrics`` keeps the figures, and ``collect_evidence`` puts the evidence
-together. Cells keep the index they have in the notebook.
+It gives facts, no opinions.
+
+``request`` defines the input and the result, ``state`` what the parts share during the run. ``run``
+leads from the start of the kernel to its end, ``cell_loop`` runs the cells, ``sampler`` measures
+usage meanwhile, ``metrics`` keeps the figures, and ``evidence`` collects the evidence. Cells keep
+their index in the notebook.
 """

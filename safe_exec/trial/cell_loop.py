@@ -1,4 +1,7 @@
-"""The run of the cells, one after the other, each under its limits. May import state, kernel, model, events."""
+"""Runs the cells one after the other, each under its limits.
+
+May import state, kernel, model, events.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ SUCCESSFUL_EXITS = ("", "0", "None")
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
-    """Leave the run of cells with an ending."""
+    """Leaves the loop over the cells with an ending."""
 
     def __init__(self, ending: Ending) -> None:
         super().__init__(repr(ending))
@@ -46,7 +49,7 @@ class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
 
 
 class CellLoop:
-    """Runs the cells of one trial, in the kernel that its state holds."""
+    """Runs the cells of one trial in its kernel."""
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
@@ -54,7 +57,7 @@ class CellLoop:
         self._last_reading: tuple[float, Reading] | None = None
 
     async def run(self) -> Ending:
-        """Run them all. Raises Stop when the run ends with one of them."""
+        """Run all cells. Raises Stop if the run ends with one of them."""
         client = self.session.client
         assert client is not None
         for index, cell in enumerate(self.request.node.cells):
@@ -78,7 +81,7 @@ class CellLoop:
         return tagged or index in self.request.skipped or not cell.source.strip()
 
     def _worker_killed(self) -> Ending | None:
-        """All cells ran, and yet the system killed a process of the sandbox for memory: the limit struck."""
+        """Return an ending if all cells ran but a child process was killed for memory."""
         if self.session.meter is not None:
             self.metrics.counters = self.session.meter.counters()
         if self.metrics.counters.oom_kills and not self.session.died.is_set():
@@ -86,7 +89,7 @@ class CellLoop:
         return None
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
-        """Run one cell under its limits; raises Stop when the run ends with it."""
+        """Run one cell under its limits. Raises Stop if the run ends with it."""
         if self.state.stopping.is_set() or self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             await self._stop_for_death(None)
@@ -118,14 +121,17 @@ class CellLoop:
             await asyncio.wait({execution}, timeout=5.0)
 
     def _time_left(self, limits: Limits) -> float | None:
-        """Seconds until the first of both wall times is over."""
+        """Return the seconds until the first of the two time limits."""
         remaining = [] if limits.cell_timeout is None else [limits.cell_timeout]
         if self.request.limits.timeout is not None:
             remaining.append(max(0.0, self.request.limits.timeout - self.state.now()))
         return min(remaining) if remaining else None
 
     async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
-        """Look, interrupt, wait a grace time, then kill; raises Stop unless we were stopped for another reason."""
+        """Observe, interrupt, wait for the grace time, then kill the kernel.
+
+        Raises Stop unless the run is ending for another reason.
+        """
         if self.state.stopping.is_set():
             return
         if self.session.kill_reason is not None:  # for another limit, before its time was up
@@ -161,7 +167,7 @@ class CellLoop:
         )
 
     async def _look(self, index: int) -> None:
-        """What is it doing? Asked before the interrupt changes it."""
+        """Observe the kernel's activity before the interrupt changes it."""
         self.state.tasks_at_timeout = self.session.process_count()
         kills = self.session.meter.oom_kills() if self.session.meter else None
         if kills is not None:
@@ -182,7 +188,10 @@ class CellLoop:
     async def _interrupt(
         self, execution: asyncio.Task[Any], index: int, grace: float
     ) -> bool | None:
-        """Interrupt; whether the cell came to its end within the grace time. ``None`` where the kernel ended instead."""
+        """Interrupt the kernel; tell whether the cell ended within the grace time.
+
+        Returns ``None`` if the kernel itself ended.
+        """
         if self.state.observation is not None and self.state.observation.state == "T":
             # A stopped process takes no signal but SIGKILL and SIGCONT.
             return False
@@ -202,7 +211,10 @@ class CellLoop:
         return None if self.session.died.is_set() else execution.done()
 
     def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
-        """The error with which an interrupted cell answered; takes the task's exception so that nobody else reports it."""
+        """Return the error with which an interrupted cell answered.
+
+        This also retrieves the task's exception, so that asyncio does not report it as unhandled.
+        """
         if execution.done() and not execution.cancelled():
             execution.exception()
         else:
@@ -212,7 +224,7 @@ class CellLoop:
         return self._error_of(index) if client is not None and index in client.replies else None
 
     async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
-        """What became of a cell that is done, one way or another."""
+        """Record the result of a cell that has ended in one way or another."""
         client = self.session.client
         assert client is not None
         await self._heed_limits(execution, index)
@@ -236,7 +248,7 @@ class CellLoop:
             raise Stop(CellFailed(cell=index, error=error))
 
     async def _heed_limits(self, execution: asyncio.Task[Any], index: int) -> None:
-        """Stop for a limit that the cell has passed, even if it came to its end before our kill, or between two looks."""
+        """Stop if the cell exceeded a limit, even if it ended before the kill."""
         self.session.check_limits()
         self._last_reading = self._read()
         if self._last_reading is not None:
@@ -248,7 +260,7 @@ class CellLoop:
             await self._stop_for_death(index)
 
     def _error_of(self, index: int | None) -> CellError | None:
-        """The error of a cell that is done: the one that it answered with, or one that it shows."""
+        """Return the error that a finished cell answered with, or that its outputs show."""
         client = self.session.client
         if client is None or index is None:
             return None
@@ -287,7 +299,7 @@ class CellLoop:
         raise Stop(Passed())
 
     def _may_raise(self, index: int, ename: str) -> bool:
-        """Whether the run goes on after an error of the cell, as nbclient decides it."""
+        """Tell whether the run continues after an error of the cell, by nbclient's rules."""
         client = self.session.client
         assert client is not None
         tags = self.request.node.cells[index].metadata.get("tags", [])
@@ -297,13 +309,13 @@ class CellLoop:
         return bool(allowed and not client.force_raise_errors)
 
     async def _stop_for_death(self, index: int | None) -> None:
-        """Raise the ending of a kernel that is dead, or about to be killed."""
+        """Raise the ending of a kernel that is dead or about to be killed."""
         raise Stop(await self.ending_by_death(index))
 
     async def ending_by_death(self, index: int | None) -> Ending:
-        """The ending of a kernel that is dead, or about to be killed; its last words are kept.
+        """Return the ending of a kernel that is dead or about to be; save its last output.
 
-        ``index`` is the cell that ran, ``None`` if it had come to its end.
+        ``index`` is the running cell, ``None`` if it had already ended.
         """
         await self.session.wait_dead(5.0)
         self._look_at_volumes()
@@ -329,7 +341,10 @@ class CellLoop:
         return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
 
     def _cell_by_page(self, cell: int | None) -> int | None:
-        """The cell that the kernel's own page says ran when it died, where that is an earlier one: it was said to be done too early."""
+        """Return the cell that was running at the death according to the kernel's shared page.
+
+        That is an earlier cell if a forged or premature message declared it finished.
+        """
         page_cell = self.session.running_by_page()
         if page_cell is None or cell is None or page_cell >= cell:
             return cell
@@ -341,7 +356,7 @@ class CellLoop:
         return page_cell
 
     def _look_at_volumes(self) -> None:
-        """Measure the free space before anything is cleaned up."""
+        """Measure the free space before anything is removed."""
         if self.session.volumes is not None:
             self.session.volumes.measure()
 
@@ -359,7 +374,10 @@ class CellLoop:
         )
 
     def _reading_at_start(self) -> Reading | None:
-        """The figures at the start of a cell: those at the end of the one before, when that was just now."""
+        """Return the figures at the start of a cell.
+
+        Those at the end of the previous one if just taken.
+        """
         if (
             self._last_reading is not None
             and time.monotonic() - self._last_reading[0] < FRESH_SECONDS
@@ -369,7 +387,7 @@ class CellLoop:
         return reading[1] if reading else None
 
     def _read(self) -> tuple[float, Reading] | None:
-        """The figures now, and when that was."""
+        """Take a reading and return it with its time."""
         return (time.monotonic(), self.session.meter.read()) if self.session.meter else None
 
     def _end(self, index: int, status: CellStatus) -> None:
@@ -398,8 +416,11 @@ class CellLoop:
             )
         )
 
-    def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - for whoever reads the figures of one cell
-        """The figures at the end of a cell; what a dead kernel no longer gives is taken from its last report."""
+    def _reading_at_end(self, index: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return the figures at the end of a cell.
+
+        A dead kernel's come from the keeper's last report.
+        """
         client, meter, ended = self.session.client, self.session.meter, self.session.ended
         if ended is not None:
             self._last_reading = None
@@ -421,7 +442,7 @@ class CellLoop:
         }
 
     def _recover(self, index: int) -> None:
-        """Put what the dead kernel left in shared memory into its cell."""
+        """Restore the output that a dead kernel left in shared memory."""
         client, provisioner = self.session.client, self.session.provisioner
         if (
             client is None

@@ -1,7 +1,8 @@
-"""Finds what a cell asked for, what exists outside the sandbox, and what isolation took away from this run.
+"""Finds things that a cell asked for, that exist outside the sandbox, and that isolation took away.
 
-All three must hold: a file that exists nowhere is missing with and without isolation. Outside, only names are looked up (stat(2), access(2)):
-nothing is opened or listed, and no more than MOST_LOOKUPS names are, since the notebook chooses them. May import model and needs.
+All three conditions must hold: a file that exists nowhere is missing with and without isolation.
+Outside the sandbox, names are only looked up (stat(2), access(2)): nothing is opened or listed. At
+most MOST_LOOKUPS names are looked up, since the notebook chooses them. May import model and needs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SECONDS = 2.0
 # HIDDEN_SYSTEM and a /dev of its own).
 PRIVATE_SYSTEM = ("/run", "/var/run", "/var/tmp", "/dev")  # noqa: S108 - named, not used
 SHARED_SYSTEM = (
-    "/run/systemd/resolve", "/run/resolvconf", "/run/netns", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
+    "/run/systemd/resolve", "/run/resolvconf", "/run/netns", "/dev/null", "/dev/zero",
+    "/dev/full", "/dev/random", "/dev/urandom",
     "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd",
 )  # fmt: skip
 MODULE_ENDS = ("", ".py", *EXTENSION_SUFFIXES)
@@ -44,46 +46,52 @@ ROUTES = (
 
 
 class Lookup:
-    """Questions about names outside of the sandbox. Each answer is one system call."""
+    """Looks up names outside the sandbox, with one system call each."""
 
     def __init__(self, *, bare_root: bool = False) -> None:
-        """``bare_root``: the kernel is root without capabilities, to whom the modes of files apply."""
+        """Create a lookup. ``bare_root``.
+
+        The kernel is root without capabilities, so file modes apply to it.
+        """
         self.remaining_lookups = MOST_LOOKUPS
         self.bare_root = bare_root
 
     def exists(self, path: str) -> bool:
-        """Whether there is something of that name; links are followed, in the last part too."""
+        """Tell whether the path exists, following links."""
         return self._mode(path) is not None
 
     def is_directory(self, path: str) -> bool:
-        """Whether it is a directory."""
+        """Tell whether the path is a directory."""
         mode = self._mode(path)
         return mode is not None and stat.S_ISDIR(mode)
 
     def is_program(self, path: str) -> bool:
-        """Whether it is a file that we may execute."""
+        """Tell whether the path is an executable file."""
         mode = self._mode(path)
         return mode is not None and stat.S_ISREG(mode) and self.may(path, os.X_OK)
 
     def is_for_others(self, path: str) -> bool:
-        """Whether users that own nothing may read it."""
+        """Tell whether users who own nothing may read the path."""
         mode = self._mode(path)
         return mode is not None and bool(mode & stat.S_IROTH)
 
     def may(self, path: str, access_mode: int) -> bool:
-        """Whether we ourselves may read (R_OK) or write (W_OK) it; a file system that is read-only outside too cannot be written."""
+        """Tell whether safe-exec itself may read (R_OK) or write (W_OK) the path.
+
+        A file system that is mounted read-only outside the sandbox is not writable either.
+        """
         self.remaining_lookups -= 1
         if self.remaining_lookups < 0 or not os.access(path, access_mode):
             return False
         return not self.bare_root or _may_bare_root(path, access_mode)
 
     def real(self, path: str) -> str:
-        """The path without links."""
+        """Resolve the links in a path."""
         self.remaining_lookups -= 1
         return os.path.realpath(path) if self.remaining_lookups >= 0 else path
 
     def has_route(self) -> bool:
-        """Whether this machine itself has a way to other hosts."""
+        """Tell whether this machine itself has a route to other hosts."""
         return any(_has_default_route(*table) for table in ROUTES)
 
     def listens(self, port: int) -> bool:
@@ -101,7 +109,10 @@ class Lookup:
 
 
 class Reach:
-    """What of the file system a kernel behind walls can reach, from the facts of its isolation. The deepest directory decides."""
+    """The parts of the file system that an isolated kernel can reach.
+
+    The deepest directory decides.
+    """
 
     def __init__(self, facts: IsolationFacts) -> None:
         tops = {"/": Access.READ_ONLY if facts.read_only else Access.OPEN}
@@ -123,17 +134,18 @@ class Reach:
         self._tops = tops | dict.fromkeys(facts.hidden, Access.HIDDEN)
 
     def to(self, path: str) -> Access:
-        """The access to an absolute path without links."""
+        """Return the access to an absolute path without links."""
         while path not in self._tops:
             path = os.path.dirname(path)
         return self._tops[path]
 
 
 class Sight(Struct, frozen=True, kw_only=True):
-    """The names as a cell sees them: where it looked for relative ones, and its own home, which may not be the user's.
+    """The names as a cell sees them: relative to its working directory, and with the kernel's home.
 
-    ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's own word; ``env`` is the environment outside. ``other_user``: the kernel runs
-    as a user that owns nothing. ``r_version`` is that of R, for a kernel of it.
+    ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's claims; ``env`` is the environment
+    outside. ``other_user``: the kernel runs as a user who owns nothing. ``r_version`` is the
+    version of R, for an R kernel.
     """
 
     facts: IsolationFacts
@@ -150,7 +162,7 @@ class Sight(Struct, frozen=True, kw_only=True):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def r_libraries(self) -> tuple[str, ...]:
-        """The user's own library of R packages, where R looks for it (``?.libPaths``)."""
+        """Return the user's own library of R packages (see ``?.libPaths``)."""
         if not self.r_version:
             return ()
         system, version = (
@@ -160,7 +172,10 @@ class Sight(Struct, frozen=True, kw_only=True):
         return (self.env.get("R_LIBS_USER") or f"~/R/{system}/{version}",)
 
     def shown(self, name: str) -> str:
-        """A name in the kernel's own home as people write it: that directory is another one in each run."""
+        """Format a name in the kernel's own home with ``~``.
+
+        This home has another path in each run.
+        """
         home = self.facts.home
         is_moved = home is not None and home != self.env.get("HOME")
         return (
@@ -168,7 +183,10 @@ class Sight(Struct, frozen=True, kw_only=True):
         )
 
     def places(self, name: str) -> Iterator[tuple[str, bool]]:
-        """The absolute paths outside that a name may stand for, each with whether the kernel's own home led it elsewhere."""
+        """Yield the absolute paths outside that a name may denote.
+
+        The second value tells whether the path differs because the kernel has a home of its own.
+        """
         if not name or "\0" in name:
             return
         home, kernel_home = self.env.get("HOME", ""), self.facts.home or ""
@@ -186,7 +204,10 @@ class Sight(Struct, frozen=True, kw_only=True):
 def conflicts(
     needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None
 ) -> tuple[IsolationConflict, ...]:
-    """The needs that isolation refused. A name that takes longer than SECONDS to look up, and those after it, are not claimed."""
+    """Return the needs that isolation refused.
+
+    If a lookup takes longer than SECONDS, its name and all following ones are left out.
+    """
     # bubblewrap drops the capabilities of a root that gets a read-only system
     # (mechanisms/bubblewrap.py).
     bare_root = (
@@ -305,7 +326,11 @@ class _Finder:
         return _conflict(need, Access.HIDDEN, path=real, allow=(real,), usable=usable, moved=moved)
 
     def _is_write(self, need: Need, access: Access) -> bool:
-        """Whether it was to be written. A read-only file system refuses nothing else, and Landlock lets read what can be seen."""
+        """Tell whether the cell wanted to write.
+
+        A read-only file system refuses only writes, and Landlock permits reading everything
+        visible.
+        """
         refused_by_landlock = (
             need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
         )
@@ -315,7 +340,7 @@ class _Finder:
         return by_number or (need.may_write if need.writes is None else need.writes)
 
     def _unwritable(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
-        """A place that we may write to ourselves, and the kernel may not."""
+        """Return the conflict of a place that safe-exec may write to and the kernel may not."""
         exists, folder = self.lookup.exists(real), os.path.dirname(real)
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
             # Outside its directory is missing, too.
@@ -333,14 +358,14 @@ class _Finder:
         )
 
     def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
-        """A file in sight that we may read, and a user that owns nothing may not."""
+        """Return the conflict of a file that the user may read and the kernel's user may not."""
         refused = need.number in (errno.EACCES, errno.EPERM) and self.sight.other_user
         if not refused or self.lookup.is_for_others(real) or not self.lookup.may(real, os.R_OK):
             return None
         return _conflict(need, access, path=real, usable=False)
 
     def _is_hidden(self, path: str) -> bool:
-        """Whether there is such a thing, and it or the name under which it was looked for lies in a hidden place."""
+        """Tell whether a path exists and it, or the name used for it, lies in a hidden place."""
         if not self.lookup.exists(path):
             return False
         return Access.HIDDEN in (
@@ -349,7 +374,10 @@ class _Finder:
         )
 
     def _hidden_ones(self, folder: str, path: str) -> tuple[str, ...]:
-        """What has to be opened for a thing in a folder: the folder, and where a link in it leads to."""
+        """Return the paths to open for a file in a folder.
+
+        The folder, and the target of a link in it.
+        """
         folder, real = self.lookup.real(folder), self.lookup.real(path)
         both = [folder] if self.reach.to(folder) is Access.HIDDEN else []
         outside = not real.startswith(folder + "/") and self.reach.to(real) is Access.HIDDEN
@@ -395,7 +423,7 @@ def _has_default_route(table: str, destination: int, nowhere: str, mask: int, wi
 
 
 def _may_bare_root(path: str, access_mode: int) -> bool:
-    """Whether the mode of a file gives root what it asks for (R_OK, W_OK and X_OK are the bits of a mode)."""
+    """Tell whether a file's mode grants root the access (R_OK, W_OK, X_OK are mode bits)."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

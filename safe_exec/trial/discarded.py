@@ -1,4 +1,4 @@
-"""The warning about files that went with a sandbox. May import handle, files, units and model."""
+"""Warns about files that were lost with the sandbox. May import sandbox, files, units and model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ LONGEST_NAME = 120
 def discarded_warning(
     discarded: Discarded, facts: IsolationFacts | None, *, writable_helps: bool
 ) -> str | None:
-    """One line that names the largest files and how to keep them, ``None`` if no file was lost.
+    """Return a line that names the largest lost files and how to keep them.
+
+    ``None`` without losses.
 
     ``writable_helps``: the kernel's user could write to a directory that ``--writable`` opens.
     """
@@ -61,7 +63,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _advice(facts: IsolationFacts | None, *, writable_helps: bool) -> str:
-    """How to keep such files under this run's isolation."""
+    """Return how to keep such files under this run's isolation."""
     ways: list[str] = []
     if facts is None or facts.folder in facts.writable:
         repository = (

@@ -1,7 +1,7 @@
-"""The error of a cell that is done, from its reply and its outputs. Pure; imports model and records.
+"""Determines the error of a finished cell from its reply and its outputs. Pure.
 
-A traceback in the outputs is an error whatever the reply says, as it is to papermill and to everyone
-who sees the notebook: ``%run`` of a file that raises answers "ok".
+A traceback in the outputs is an error whatever the reply says, as papermill and every reader of the
+notebook see it: ``%run`` of a file that raises replies "ok".
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NOBODY_TYPES = "StdinNotImplementedError"
 
 
 class FoundError(Struct, frozen=True, kw_only=True):
-    """The error, and whether a debugger was started after it that asked for input."""
+    """The error, and whether a debugger started after it that asked for input."""
 
     error: CellError
     debugger: bool = False
 
 
 def error_of(reply: Mapping[str, Any], outputs: Iterable[Mapping[str, Any]]) -> FoundError | None:
-    """The error of a cell; ``None`` where it neither answered with one nor shows one."""
+    """Return the error of a cell; ``None`` if it neither replied with one nor shows one."""
     shown_error = next(
         (_error(output) for output in outputs if output.get("output_type") == "error"), None
     )

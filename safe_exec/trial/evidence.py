@@ -1,6 +1,7 @@
-"""Puts together what was observed of a trial into one :class:`Evidence`, and says where in the cell it happened.
+"""Collects the observations of a trial into one :class:`Evidence`, with the location in the cell.
 
-May import kernel, state, model. Still no opinions: a figure is taken from the source that is nearest to the fact.
+There are still no opinions here: each figure comes from the source nearest to the fact. May import
+kernel, state and model.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _SYNTAX_LINE = re.compile(
 
 
 def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellLocation | None]:
-    """The evidence of a trial that is over, and the place in the current cell where it was."""
+    """Return the evidence of a finished trial, and the location in the current cell."""
     session, metrics, request = state.session, state.metrics, state.request
     ended = session.ended
     fault = _fault(state)
@@ -138,7 +139,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
 
 
 def _exit_request(state: TrialState) -> tuple[Frame, ...]:
-    """The stack of the call of ``exit()`` that the kernel ended for, where one was made."""
+    """Return the stack of the call of ``exit()`` that ended the kernel, if there was one."""
     facts, client = state.session.agent_facts, state.session.client
     exiting_cell = client.asked_to_exit if client is not None else None
     rows = next(
@@ -153,7 +154,7 @@ def _exit_request(state: TrialState) -> tuple[Frame, ...]:
 
 
 def _recent_text(state: TrialState) -> str:
-    """The end of the text that the current cell put out, without colours."""
+    """Return the end of the current cell's stream output."""
     if state.current is None:
         return ""
     outputs = state.request.node.cells[state.current].get("outputs", [])
@@ -185,7 +186,11 @@ def _fault(state: TrialState) -> FaultReport | None:
 
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
-    """The highest unreclaimable memory. At a kill for the limit all that could be reclaimed was: the raw charge is it."""
+    """Return the highest unreclaimable memory.
+
+    When the limit kills a process, everything reclaimable has been reclaimed: then the peak is the
+    raw charge.
+    """
     peak, limit = state.metrics.memory_peak, state.request.limits.memory
     watched = _watched(state).memory
     if watched is not None:
@@ -198,7 +203,10 @@ def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int |
 
 
 def _children_memory(state: TrialState) -> int | None:
-    """What processes other than the kernel's had when the sandbox had most; ``None`` where it was not seen near that."""
+    """Return the memory of the kernel's child processes at the peak.
+
+    ``None`` if not seen near it.
+    """
     watched, sampled = _watched(state), state.metrics.highest
     highest = max(
         ((watched.memory, watched.children), (sampled.memory, sampled.children_memory)),
@@ -209,7 +217,7 @@ def _children_memory(state: TrialState) -> int | None:
 
 
 def _tasks_peak(state: TrialState) -> int | None:
-    """The most tasks that samples or the watchdog saw."""
+    """Return the most tasks that the samples or the watchdog saw."""
     return max(
         (n for n in (_watched(state).tasks, state.metrics.tasks_peak) if n is not None),
         default=None,
@@ -217,13 +225,17 @@ def _tasks_peak(state: TrialState) -> int | None:
 
 
 def _watched(state: TrialState) -> Peaks:
-    """The peaks that the watchdog saw; none where there is no watchdog."""
+    """Return the watchdog's peaks; empty without a watchdog."""
     watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
     return watchdog.peaks if watchdog is not None else Peaks()
 
 
 def elsewhere(counters: Counters, limit: int | None) -> bool | None:
-    """Whether the limit that was hit is not ours: our own was not, or where nobody counts that, the sandbox never came near it."""
+    """Tell whether a limit outside this sandbox was hit.
+
+    That is the case if the sandbox's own limit was not hit. If nobody counts hits, it is the case
+    if the sandbox never came near its limit.
+    """
     if not counters.oom_kills:
         return None
     if counters.limit_hits is not None:
@@ -237,7 +249,10 @@ def _age(last: float | None) -> float | None:
 
 
 def _disk_free(request: TrialRequest) -> int | None:
-    """Free room in the folder; of a folder of limited size only the keeper can tell."""
+    """Return the free bytes in the folder.
+
+    ``None`` for a limited folder, which only the keeper sees.
+    """
     if request.plan.disk is not None:
         return None
     try:
@@ -271,10 +286,11 @@ def _place(state: TrialState, ending: Ending, fault: FaultReport | None) -> Cell
 
 
 def _past_loop_header(location: CellLocation, source: str) -> CellLocation:
-    """The same place, but never on the first line of an endless loop with a body of one line.
+    """Return the location, moved from an endless loop's first line to its body of one line.
 
-    Python gives way to other threads and takes signals where a loop jumps back, and from 3.11 on that jump bears the line of
-    ``while``: a look from outside finds it there, though ``while True`` does nothing itself.
+    Python switches threads and handles signals at a loop's backward jump. Since Python 3.11 this
+    jump has the line number of ``while``. An observer outside therefore finds the loop at that
+    line, even though ``while True`` itself does nothing.
     """
     body = (
         body_of_endless_loop(source, location.line)
@@ -299,7 +315,7 @@ def _past_loop_header(location: CellLocation, source: str) -> CellLocation:
 
 
 def body_of_endless_loop(source: str, line: int) -> int | None:
-    """The one line of the body of a ``while`` with a constant condition whose first line is ``line``."""
+    """Return the only body line of an endless ``while`` loop that starts at ``line``."""
     try:
         tree = ast.parse(_MAGIC.sub(r"\1pass", source))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -317,7 +333,7 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
 
 
 def _of_exit_request(state: TrialState, index: int | None) -> CellLocation | None:
-    """Where ``exit()`` or ``quit()`` was called."""
+    """Locate the call of ``exit()`` or ``quit()``."""
     facts = state.session.agent_facts
     for number, (line, rows) in facts.exit_requests.items():
         if line and index is not None and facts.index_of(number) == index:
@@ -342,7 +358,11 @@ def _of_error(state: TrialState, index: int, error: CellError | None) -> CellLoc
 
 
 def _further_in(state: TrialState, location: CellLocation, error: CellError | None) -> CellLocation:
-    """The same place, but the line of the script that a child ran, or of the call that started a debugger, where it is known."""
+    """Refine the location of an error that a script or a debugger hides, if the line is known.
+
+    A ``CalledProcessError`` is located in the script that the child ran, and an error of a debugger
+    at the call that started it.
+    """
     source = state.request.node.cells[location.cell].source
     if (
         error is not None
@@ -359,7 +379,10 @@ def _further_in(state: TrialState, location: CellLocation, error: CellError | No
 
 
 def line_of_debugger_call(source: str, line: int) -> int:
-    """The line of the call that started a debugger. It stops at the line that comes next, and fails there."""
+    """Return the line of the call that started a debugger.
+
+    The debugger stops at the line after the call, and fails there.
+    """
     lines = source.splitlines()[:line]
     calls = [
         number
@@ -370,7 +393,10 @@ def line_of_debugger_call(source: str, line: int) -> int:
 
 
 def line_in_traceback(traceback: list[str], count: int | None) -> int | None:
-    """The last line of the cell ``In [count]`` that a rendered traceback names; the arrow where it names none."""
+    """Return the last line of cell ``In [count]`` in a rendered traceback.
+
+    If the traceback names no such line, the line that its arrow points to is used.
+    """
     text = without_colours("\n".join(traceback))
     lines = [
         int(line)
@@ -407,9 +433,9 @@ def _of_look(state: TrialState, index: int) -> CellLocation | None:
 
 
 def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
-    """From a stack that was asked for shortly before the end (see the keeper): exact where the sampling thread is not.
+    """Locate the end by the last stack dump that the keeper requested, exact unlike a sample.
 
-    It must be of this cell and newer than the statement noted last.
+    The dump must belong to this cell, and be newer than the last statement that was recorded.
     """
     session, sandbox = state.session, state.session.sandbox
     provisioner = session.provisioner
@@ -441,7 +467,7 @@ def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
 
 
 def _of_page(state: TrialState, index: int) -> CellLocation | None:
-    """From the shared page: the statement noted last, made finer by a sample taken within it."""
+    """Locate the end by the shared page: the last recorded statement, refined by a later sample."""
     number = state.number_now()
     provisioner = state.session.provisioner
     if not number or provisioner is None or provisioner.channels is None:
@@ -467,7 +493,7 @@ def _of_page(state: TrialState, index: int) -> CellLocation | None:
 
 
 def _of_single_line(state: TrialState, index: int) -> CellLocation | None:
-    """A cell of one line leaves no doubt, whatever the kernel."""
+    """Locate the end in a cell of one line, whatever the kernel."""
     return (
         _only_line(state, index) if state.number_now() or not state.session.instrumented else None
     )

@@ -1,9 +1,12 @@
-"""What a kernel that died wrote shortly before, in order and with its age. May import kernel, state, model.
+"""Collects the last output of a dead kernel, in order and with its age.
 
-Two sources. The keeper has what reached the process's own descriptors (native code, children), with the
-time of each burst; what ipykernel's reading thread had not taken yet was found in its pipe, and was
-written last. The client has the text of the cell that ran: what Python code wrote, and the same native
-text once more. What never arrived over the wire was recovered from shared memory after the death.
+May import kernel and model.
+
+There are two sources. The keeper has the output of native code and children on the process's own
+descriptors, with the time of each burst; data that ipykernel's thread had not read yet was found in
+its pipe and was written last. The client has the text of the running cell: the output of Python
+code, and the same native output once more. Output that never arrived over the wire was recovered
+from shared memory after the death.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ SAME_BURST_SECONDS = 0.2
 
 
 def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
-    """The last bursts of output before the end; none of a kernel that has not ended."""
+    """Return the last bursts of output before the end; empty for a kernel that has not ended."""
     ended, client = session.ended, session.client
     if ended is None:
         return ()

@@ -1,4 +1,7 @@
-"""A command in a cell's text that sends a signal, for text that is no Python: there the agent hears of no call. Pure."""
+"""Finds a command in a cell's text that sends a signal, if the text is not Python code. Pure.
+
+The agent sees no audit events of such code.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ SCRIPT = re.compile(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
 
 
 def kill_command(source: str, *, python: bool) -> tuple[int, str] | None:
-    """The first line that sends a signal, from 1, with its text; in a Python cell only in the body of a script magic."""
+    """Return the first line that sends a signal, counted from 1, with its text.
+
+    In a Python cell only the body of a script magic is searched.
+    """
     lines = source.splitlines()
     if python and not (lines and SCRIPT.match(lines[0].strip())):
         return None

@@ -1,6 +1,9 @@
-"""The figures of a run: cells, samples, counters. Pure; imports model and meter's types only.
+"""Records the figures of a run: cells, samples, counters. Pure.
 
-Memory is what cannot be reclaimed where the system tells; a figure nobody measured stays ``None``.
+Imports model and the meter's types.
+
+Memory means unreclaimable memory if the system reports it. A figure that nobody measured stays
+``None``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class _Sample(Struct, frozen=True, kw_only=True):
 
 
 class MetricsRecorder:
-    """Takes figures while a trial runs; afterwards read only."""
+    """Records figures while a trial runs; read only afterwards."""
 
     def __init__(self, records: dict[int, CellRecord], started: float) -> None:
         self.records = records
@@ -47,7 +50,7 @@ class MetricsRecorder:
 
     @classmethod
     def for_notebook(cls, node: Any, started: float) -> MetricsRecorder:
-        """A ledger with one record, not run, for each code cell."""
+        """Create a recorder with one record, marked as not run, for each code cell."""
         records: dict[int, CellRecord] = {}
         for index, cell in enumerate(node.cells):
             if cell.cell_type == "code":
@@ -60,19 +63,19 @@ class MetricsRecorder:
         return cls(records, started)
 
     def code_index(self, index: int) -> int:
-        """The place of a cell among the code cells."""
+        """Return the position of a cell among the code cells."""
         return self.records[index].code_index
 
     def ready(self, moment: float) -> None:
-        """The kernel answered."""
+        """Record when the kernel answered for the first time."""
         self.ready_at = moment
 
     def skip(self, index: int) -> None:
-        """A cell that is not to be run."""
+        """Mark a cell as skipped."""
         self.records[index] = replace(self.records[index], status=CellStatus.SKIPPED)
 
     def begin(self, index: int, moment: float, reading: Reading | None) -> None:
-        """A cell begins."""
+        """Record the begin of a cell."""
         self._at_start = reading
         self.last_run = index
         peak = reading.memory if reading else None
@@ -81,7 +84,7 @@ class MetricsRecorder:
             self._keep(reading)
 
     def sample(self, moment: float, reading: Reading, index: int | None) -> None:
-        """A look during the run."""
+        """Record a sample taken during the run."""
         cell = -1 if index is None else index
         self.samples.append(
             _Sample(seconds=moment, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell)
@@ -114,7 +117,7 @@ class MetricsRecorder:
         output_bytes: int | None,
         truncated: bool,
     ) -> CellRecord:
-        """A cell ended; its record."""
+        """Record the end of a cell and return its record."""
         record, start = self.records[index], self._at_start
         self.oom_cell = max(0, (oom_kills or 0) - self.oom_before)
         if self.oom_cell > 0:
@@ -143,30 +146,30 @@ class MetricsRecorder:
         return self.records[index]
 
     def abandon(self, index: int) -> None:
-        """A cell that was begun and of which no end is recorded was cut off: what it put out stands."""
+        """Mark a cell as killed if it began and no end was recorded; its output so far remains."""
         record = self.records[index]
         if record.started is not None and record.status is CellStatus.NOT_RUN:
             self.records[index] = replace(record, status=CellStatus.KILLED)
 
     def raise_peak(self, index: int, memory: int) -> None:
-        """A cell's peak that is known from a counter rather than from samples."""
+        """Raise a cell's memory peak to a value that a counter, not a sample, reported."""
         self.records[index] = replace(
             self.records[index], memory_peak=_most(self.records[index].memory_peak, memory)
         )
 
     def close(self, moment: float) -> None:
-        """The run is over."""
+        """Record the end of the run."""
         self.wall_seconds = moment
 
     @property
     def memory_peak(self) -> int | None:
-        """The highest unreclaimable memory seen."""
+        """The highest unreclaimable memory observed."""
         peaks = [s.memory for s in self.samples if s.memory is not None]
         peaks += [r.memory_peak for r in self.records.values() if r.memory_peak is not None]
         return max(peaks, default=None)
 
     def timeline(self) -> Timeline:
-        """At most 500 points in order, the peaks kept."""
+        """Return at most 500 samples in order, with all peaks."""
         points = thin(sorted(self.samples, key=lambda s: s.seconds), TIMELINE_POINTS)
         return Timeline(
             seconds=tuple(round(s.seconds, 4) for s in points),
@@ -177,7 +180,10 @@ class MetricsRecorder:
 
 
 def thin(samples: list[_Sample], most: int) -> list[_Sample]:
-    """At most ``most`` samples: of each run of neighbours the one with the most memory."""
+    """Reduce the samples to ``most``.
+
+    Of each group of neighbours keep the one with the most memory.
+    """
     if len(samples) <= most:
         return samples
     size = -(-len(samples) // most)

@@ -1,7 +1,8 @@
-"""The paths, variables, modules, programs and hosts that an error or an output says a cell could not have. Pure; imports model.
+"""Finds the paths, variables, modules, programs and hosts that a cell failed to get. Pure.
 
-Attributes of exceptions come first: they are exact. Texts of libraries and programs come next; they name much that was not refused, so each need
-has to be checked outside (see ``conflicts``).
+Attributes of exceptions come first, since they are exact. Texts of libraries and programs come
+next. They name many things that were not refused, so each need must be checked outside the sandbox
+(see ``conflicts``).
 """
 
 from __future__ import annotations
@@ -155,20 +156,21 @@ _HOST = re.compile(
     r"|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
 )
 _WRITES = re.compile(
-    r"""\b(?:write|save|dump|mkdir|makedirs|touch|export)|\bto_[a-z]+\(|['"][wax]b?\+?['"]|(?<!-)>|\b(?:cp|mv|tee|install)\b|create""",
+    r"\b(?:write|save|dump|mkdir|makedirs|touch|export)|\bto_[a-z]+\("
+    r"""|['"][wax]b?\+?['"]|(?<!-)>|\b(?:cp|mv|tee|install)\b|create""",
     re.IGNORECASE,
 )
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """One thing that was asked for and refused, as it was named.
+    """One thing that was asked for and refused, as the cell named it.
 
-    ``number`` is the error number. ``exact``: an attribute of the exception, or the one thing that the
-    refusal is about. ``writes``: it was to be written, where that is known; ``may_write``: the source
-    looks like it. ``line`` is the text that names it. ``cell`` is the cell that did, and ``in_output``
-    whether in its output; ``remote`` whether the exception was only being handled when another one ended
-    the cell.
+    ``number`` is the error number. ``exact``: it is an attribute of the exception, or the only
+    thing that the refusal is about. ``writes``: it was to be written, if that is known;
+    ``may_write``: the source looks like it. ``line`` is the text that names it. ``cell`` is the
+    cell that named it, and ``in_output`` tells whether it did so in its output. ``remote``: the
+    exception was only being handled when another one ended the cell.
     """
 
     kind: NeedKind
@@ -186,7 +188,10 @@ class Need(Struct, frozen=True, kw_only=True):
 def needs_of_error(
     error: CellError, raised: Sequence[Raised], removed: Iterable[str]
 ) -> list[Need]:
-    """The needs that a cell's error names, the most exact first. ``removed`` are names of variables that the kernel does not have."""
+    """Return the needs that a cell's error names, the most exact first.
+
+    ``removed`` are the names of variables that the kernel's environment lacks.
+    """
     text = _ANSI.sub("", f"{error.ename}: {error.evalue}")
     error_number = number_in(text) or _BY_NAME.get(error.ename)
     needs = [need for row in raised for need in _of_attributes(row, _quotation(text), error_number)]
@@ -206,7 +211,7 @@ def needs_of_error(
 
 
 def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
-    """The needs that lines of an output name; only lines that say that something was refused."""
+    """Return the needs in output lines that report a refusal."""
     names = frozenset(removed)
     lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
     needs = [
@@ -220,10 +225,10 @@ def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
 def needs_of_none(
     error: CellError, sources: Iterable[str], lines: Iterable[str], removed: Iterable[str]
 ) -> list[Need]:
-    """Variables that ``os.getenv`` gave as None, where an error is about a None.
+    """Return variables that ``os.getenv`` returned as None, if the error is about a None.
 
-    ``sources`` are the cells up to the one that failed, ``lines`` those that the traceback names: one of
-    these must ask for the variable, or name what an assignment called it.
+    ``sources`` are the cells up to the failed one, ``lines`` those in the traceback. One of these
+    lines must ask for the variable, or use the name that it was assigned to.
     """
     if not _NONE.search(error.evalue):
         return []
@@ -272,12 +277,12 @@ def needs_of_empty(error: CellError, sources: Sequence[str], lines: Iterable[str
 
 
 def may_write(source: str) -> bool:
-    """Whether a line of a cell looks as if it wrote files."""
+    """Tell whether a line of a cell looks as if it wrote files."""
     return _WRITES.search(source) is not None
 
 
 def number_in(text: str) -> int | None:
-    """The error number of a refusal that a text speaks of."""
+    """Return the error number of the refusal that a text describes."""
     for match in _NUMBER.finditer(text):
         number = int(next(group for group in match.groups() if group)[:4])
         if number in REFUSALS:
@@ -322,8 +327,14 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
                 remote=row.remote,
             )
         yield Need(
-            kind=NeedKind.PATH, name=name, line=line, number=number, exact=True, writes=row.writes, remote=row.remote
-        )  # fmt: skip
+            kind=NeedKind.PATH,
+            name=name,
+            line=line,
+            number=number,
+            exact=True,
+            writes=row.writes,
+            remote=row.remote,
+        )
 
 
 def _of_line(
@@ -382,7 +393,7 @@ def _lines_of(texts: Iterable[str]) -> list[str]:
 
 
 def _direct(line: str) -> str | None:
-    """What stands right before the refusal, where that is a name alone."""
+    """Return the text right before the refusal, if it is a single name."""
     match = _BEFORE.search(line)
     name = match[1].strip() if match else ""
     if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(
@@ -397,7 +408,10 @@ def _first(match: re.Match[str]) -> str:
 
 
 def _names(line: str) -> list[str]:
-    """Everything in a line that may be a path: quoted text, and words that begin like one."""
+    """Return everything in a line that may be a path.
+
+    Quoted text, and words that begin like one.
+    """
     quoted = [
         match[1].strip().removeprefix("file://")
         for pattern in _QUOTED
@@ -416,7 +430,7 @@ def _quotation(text: str) -> str:
 
 
 def _distinct(needs: Iterable[Need]) -> list[Need]:
-    """Each need once, as it was named most exactly; what the raised exception names comes before what others do."""
+    """Return each need once, in its most exact form, those of the raised exception first."""
     best: dict[tuple[NeedKind, str], Need] = {}
     for need in needs:
         key = need.kind, need.name

@@ -1,4 +1,4 @@
-"""What the notebook did to the kernel's own process, as far as it bears on the end of a trial. May import kernel, state, model."""
+"""Collects the notebook's actions on the kernel's own process that bear on the end of a trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def actions(state: TrialState) -> tuple[OwnAction, ...]:
-    """What the notebook did to its process; after a timeout only what came before our interrupt."""
+    """Return the notebook's own actions; after a timeout, only those before the interrupt."""
     facts = state.session.agent_facts
     actions = facts.own_actions.all(facts.index_of, facts.frames)
     return tuple(
@@ -24,7 +24,7 @@ def actions(state: TrialState) -> tuple[OwnAction, ...]:
 
 
 def command(state: TrialState) -> tuple[int, str] | None:
-    """The line of the cell that a dead kernel ran, if it sends a signal and is no Python."""
+    """Return the cell line that sent a signal, if the cell of a dead kernel is not Python code."""
     if state.current is None or not state.session.died.is_set():
         return None
     return kill_command(
@@ -33,7 +33,7 @@ def command(state: TrialState) -> tuple[int, str] | None:
 
 
 def memory_maps(pid: int) -> tuple[int, int] | None:
-    """The memory maps that a process has, and how many the system allows each process (vm.max_map_count)."""
+    """Return the number of the process's memory maps, and the limit (vm.max_map_count)."""
     try:
         allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
         with open(f"/proc/{pid}/maps", "rb") as maps:
@@ -43,7 +43,7 @@ def memory_maps(pid: int) -> tuple[int, int] | None:
 
 
 def overcommit() -> int | None:
-    """How the system grants memory (vm.overcommit_memory): 0 by a rule of thumb, 1 always, 2 as much as there is."""
+    """Return vm.overcommit_memory: 0 heuristic, 1 always, 2 never more than there is."""
     try:
         return int(Path("/proc/sys/vm/overcommit_memory").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The last traceback that a thread or a worker process had printed into the outputs of cells. Pure; knows nbformat's outputs."""
+"""Finds the last traceback of a thread or worker process in the outputs of cells. Pure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def without_colours(text: str) -> str:
 def printed_traceback(
     cells: Iterable[tuple[int, Any]], late: Mapping[int, str]
 ) -> tuple[int, str] | None:
-    """The last such traceback and what follows it, with the index of the cell in whose output it begins; ``None`` where there is none.
+    """Return the last such traceback with the text that follows, and the cell where it begins.
 
-    ``late`` is text that came for a cell when it was done, and is not in its outputs: that of the threads it had started. The lines of a
-    thread may be divided between the cell that runs at the time and the next one, so the cells' texts are read as one.
+    Returns ``None`` if there is none. ``late`` is text of a cell's threads that arrived after the
+    cell had ended and is not in its outputs. A thread's lines may be split between the cell that
+    runs at the time and the next one, so the texts of all cells are read as one.
     """
     starts: list[tuple[int, int]] = []
     text = ""

@@ -1,4 +1,4 @@
-"""What the cells of a trial say they could not have: the input of ``conflicts``, from the error and from the outputs. May import the trial's state."""
+"""Finds the refusals in the error and outputs of a trial's cells: the input of ``conflicts``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OUTPUT_CHARACTERS = 1 << 16
 
 
 def raised_by(state: TrialState, error: CellError) -> ReportedErrors | None:
-    """The attributes of the error that the current cell ended with, as the kernel tells them; a cell may show several."""
+    """Return the attributes of the error that ended the current cell, as reported."""
     reported_errors = state.session.agent_facts.raised.get(state.number_now(), ())
     return next(
         (
@@ -44,7 +44,10 @@ def raised_by(state: TrialState, error: CellError) -> ReportedErrors | None:
 def isolation_conflicts(
     state: TrialState, ending: Ending, location: CellLocation | None
 ) -> tuple[IsolationConflict, ...]:
-    """What the cells asked for and isolation took away; nothing where there are no walls, or where the kernel did not live to the end."""
+    """Return what the cells asked for and isolation took away.
+
+    The result is empty without isolation, or if the kernel did not survive.
+    """
     facts = state.session.sandbox.isolation if state.session.sandbox else None
     if facts is None or not isinstance(ending, CellFailed | Passed):
         return ()
@@ -92,13 +95,13 @@ def _of_error(
 
 
 def _sources(state: TrialState) -> list[str]:
-    """The code of the cells up to the current one."""
+    """Return the code of the cells up to the current one."""
     cells = state.request.node.cells[: 1 + (state.current or 0)]
     return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
 def _lines(state: TrialState, location: CellLocation | None) -> Iterator[str]:
-    """The lines of the notebook that a traceback goes through."""
+    """Yield the lines of the notebook that a traceback passes through."""
     for frame in location.stack if location is not None else ():
         if (
             frame.cell is not None
@@ -111,7 +114,7 @@ def _lines(state: TrialState, location: CellLocation | None) -> Iterator[str]:
 
 
 def outputs(state: TrialState) -> Iterator[tuple[int, str]]:
-    """The text that cells put out, the current or last one's first."""
+    """Yield the text output of cells, starting with the current or last one."""
     cells = state.request.node.cells
     last = len(cells) - 1 if state.current is None else state.current
     for index in range(last, max(-1, last - MOST_CELLS), -1):
@@ -121,7 +124,10 @@ def outputs(state: TrialState) -> Iterator[tuple[int, str]]:
 
 
 def _tail(outputs: Sequence[Any]) -> str:
-    """The end of the text of a cell's streams. Joining all of it would double the runner's memory after a flood."""
+    """Return the end of a cell's stream text.
+
+    Joining all of it would double the runner's memory after a flood of output.
+    """
     parts: list[str] = []
     room = OUTPUT_CHARACTERS
     for output in reversed(outputs):

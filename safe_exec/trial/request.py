@@ -1,4 +1,4 @@
-"""What a trial is asked, and what it answers. May import model, events, machine and plan."""
+"""The input and the result of a trial. May import model, events, capabilities and plan."""
 
 from __future__ import annotations
 
@@ -23,34 +23,37 @@ if TYPE_CHECKING:
 
 
 class Cancellation:
-    """Signals that ask us to stop; those that come before a trial listens are not lost."""
+    """Signals that ask safe-exec to stop.
+
+    A signal that arrives before a trial listens is not lost.
+    """
 
     def __init__(self) -> None:
         self.signals: list[int] = []
         self._listener: Callable[[], None] | None = None
 
     def arrive(self, number: int) -> None:
-        """A signal came."""
+        """Record a signal and notify the listener."""
         self.signals.append(number)
         if self._listener is not None:
             self._listener()
 
     def attach(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` at each signal from now on, and at once for one that came before."""
+        """Call ``listener`` at each further signal, and at once if one has already arrived."""
         self._listener = listener
         if self.signals:
             listener()
 
 
 class TrialRequest(Struct, frozen=True, kw_only=True):
-    """What to run and how. ``node`` is a stripped notebook; it is filled with outputs in place.
+    """The cells to run, and how.
 
-    ``cells`` are the indexes to run (``None``: all), but for the ``skipped``.
-    ``exit_is_success``: ``sys.exit(0)`` ends the run as passed. ``cell_limits`` gives the
-    limits of one cell. ``before_cells`` is awaited once the kernel is ready. ``hasty``: a
-    kernel whose cells are done is killed, not shut down: nobody asks what its exit hooks do.
-    ``early`` is the sandbox that was opened ahead. ``on_message`` is called with each message that
-    put something into a cell (its index, and what is kept of the message); it must not raise.
+    ``node`` is a stripped notebook; outputs are added to it in place. ``cells`` are the indexes to
+    run (``None``: all), and ``cell_limits`` returns the limits of one cell. ``before_cells`` is
+    awaited once the kernel is ready. ``hasty``: a kernel whose cells have run is killed instead of
+    shut down, since nobody needs the effects of its exit hooks. ``early`` is a kernel that was
+    started in advance. ``on_message`` is called with each message that changed a cell (the cell's
+    index, and the message as it is stored); it must not raise.
     """
 
     run_id: str
@@ -77,7 +80,10 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
 
 
 class TrialResult(Struct, frozen=True, kw_only=True):
-    """What was observed. ``node`` is the notebook with the outputs gathered; ``instrumented``: code of ours ran in the kernel."""
+    """The observations of a trial. ``node`` is the notebook with its outputs.
+
+    ``instrumented``: safe-exec's agent ran inside the kernel.
+    """
 
     ending: Ending
     evidence: Evidence

@@ -1,7 +1,8 @@
-"""The run of a trial, from the start of its kernel to its end. May import the rest of the package, kernel, events, model.
+"""Runs a trial, from the start of its kernel to its end.
 
-The ending is what was observed, by one rule (the first that applies): we were cancelled; we had decided to kill; the kernel ended, or asked
-to, before our shutdown request; a cell raised; all ran.
+The ending is an observation, determined by the first rule that applies: the run was cancelled;
+safe-exec had decided to kill the kernel; the kernel ended, or asked to, before the shutdown
+request; a cell raised; all cells ran. May import the rest of the package, kernel, events and model.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DISCARD_SECONDS = 5.0
 
 
 class Trial:
-    """The run of one request; ``run()`` once."""
+    """The run of one request; call ``run()`` once."""
 
     def __init__(self, request: TrialRequest) -> None:
         self.state = TrialState(request)
@@ -54,15 +55,19 @@ class Trial:
     # --- the whole --------------------------------------------------------------------------------
 
     def warm(self) -> None:
-        """Start sandbox and kernel in the background; ``run`` or ``discard`` comes later. A kernel costs more than most trials."""
+        """Start sandbox and kernel in the background, to be followed by ``run`` or ``discard``.
+
+        Starting a kernel takes longer than most trials.
+        """
         self.state.loop = asyncio.get_running_loop()
         self._starting = asyncio.create_task(self._start())
 
     async def discard(self) -> None:
-        """End a kernel that was started and is not wanted.
+        """End a kernel that was started in advance and is not needed.
 
-        One that starts comes to the end of it first: a shell that is killed while it reads the user's start-up files leaves behind what
-        they hold (pyenv's lock, for which every later shell waits a minute). Whoever cancels does not wait for that.
+        A kernel that is still starting is first allowed to finish. A login shell that is killed
+        while it reads the user's start-up files leaves their locks behind (pyenv's lock makes every
+        later shell wait for a minute). After a signal there is no time for that.
         """
         if self._starting is not None:
             if not self.state.signals:
@@ -73,7 +78,7 @@ class Trial:
         self.session.close()
 
     def _take_on(self, request: TrialRequest) -> None:
-        """The question for a kernel that was started before it was asked."""
+        """Assign the actual request to a kernel that was started in advance."""
         self.state.take_on(request)
         client = self.session.client
         if client is not None:
@@ -82,15 +87,16 @@ class Trial:
             self._welcome(client.info)
 
     def _welcome(self, info: Mapping[str, Any]) -> None:
-        """The kernel is ready for the notebook."""
+        """Record that the kernel is ready for the notebook."""
         if "language_info" in info:
             self.state.request.node.metadata["language_info"] = info["language_info"]
         self.state.metrics.ready(self.state.now())
 
     async def run(self, request: TrialRequest | None = None) -> TrialResult:
-        """Run; whatever happens, the tree is dead and everything removed when this returns.
+        """Run the trial. Whatever happens, all processes are dead when this returns.
 
-        After ``warm``, ``request`` is what is asked in the end: other cells, another notebook, another time, the same sandbox.
+        After ``warm``, ``request`` is the actual request: other cells, another notebook or another
+        time limit in the same sandbox.
         """
         self.state.loop = asyncio.get_running_loop()
         self.state.request.cancellation.attach(self._cancelled)
@@ -106,7 +112,8 @@ class Trial:
                 ending = await CellLoop(self.state).run()
         except Stop as stop:
             ending = stop.ending
-        except Exception as error:  # noqa: BLE001 - our own failure is an ending too: what was gathered gets written
+        except Exception as error:  # noqa: BLE001
+            # A failure of safe-exec is an ending too: the outputs so far are still written.
             ending = InternalError(
                 message=f"{type(error).__name__}: {error}", cell=self.state.current
             )
@@ -125,7 +132,7 @@ class Trial:
             self.session.close()
 
     async def _finish(self, ending: Ending) -> TrialResult:
-        """Collect the evidence while it is there, then take everything down."""
+        """Collect the evidence while it exists, then remove the sandbox."""
         if self.state.current is not None:
             self.state.metrics.abandon(self.state.current)
         ending = await self._settle(ending)
@@ -141,7 +148,8 @@ class Trial:
         cleanup = self.session.cleanup
         if cleanup.surviving_pids or cleanup.remaining_paths:
             self.state.warnings.append(
-                f"left behind: processes {list(cleanup.surviving_pids)}, paths {list(cleanup.remaining_paths)}; the next run tries again"
+                f"left behind: processes {list(cleanup.surviving_pids)}, paths "
+                f"{list(cleanup.remaining_paths)}; the next run tries again"
             )
         self.state.metrics.close(self.state.now())
         return TrialResult(
@@ -156,7 +164,7 @@ class Trial:
         )
 
     def _warn_of_sandbox(self) -> None:
-        """What the keeper had to tell when the sandbox was taken down."""
+        """Add the keeper's warnings about the removal of the sandbox."""
         sandbox, plan = self.session.sandbox, self.state.request.plan
         if sandbox is None:
             return
@@ -169,7 +177,10 @@ class Trial:
         self.state.warnings += [warning] if warning is not None else []
 
     def _warn_of_tracing(self) -> None:
-        """A trace function that a cell left on slows all that runs after it, and nothing shows that."""
+        """Warn about a trace function that a cell left active.
+
+        It silently slows down all later cells.
+        """
         facts = self.session.agent_facts
         for name in facts.own_actions.tracing:
             setters = [
@@ -185,7 +196,7 @@ class Trial:
                 )
 
     def _warn_of_messages(self) -> None:
-        """What came over the wire and was none, or not as it should be."""
+        """Warn about malformed messages from the kernel."""
         count, first = self.session.malformed()
         if count:
             self.state.warnings.append(
@@ -193,7 +204,7 @@ class Trial:
             )
 
     async def _settle(self, ending: Ending) -> Ending:
-        """Shut down a live kernel, wait for a dying one, and let a cancellation have the last word."""
+        """Shut down a live kernel or wait for a dying one; a cancellation takes precedence."""
         if isinstance(ending, Passed | CellFailed) and not self.state.signals:
             ending = await self._shut_down(ending)
         elif not self.session.died.is_set() and self.session.pid is not None:
@@ -220,11 +231,16 @@ class Trial:
 
     async def _wait_for_signal(self) -> None:
         deadline = time.monotonic() + LATE_SIGNAL_SECONDS
-        while not self.state.signals and time.monotonic() < deadline:  # noqa: ASYNC110 - a signal handler fills it
+        # A signal handler fills the list, so there is no event to wait for.
+        while not self.state.signals and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _shut_down(self, ending: Ending) -> Ending:
-        """End a kernel whose cells are done. A kernel that ended before our request died; a hook that crashes only warns."""
+        """End a kernel whose cells have run.
+
+        A kernel that ended before the shutdown request has died. A crash in an exit hook is only a
+        warning.
+        """
         await self._read_last_counters()
         if not await self.session.may_be_asked_to_end():
             return await CellLoop(self.state).ending_by_death(None)
@@ -266,14 +282,14 @@ class Trial:
     # --- signals ----------------------------------------------------------------------------------
 
     def _cancelled(self) -> None:
-        """Stop as soon as possible: it is recorded; kill, and let the run wind up."""
+        """Stop as soon as possible: record the cancellation and kill the kernel."""
         self.state.stopping.set()
         self.state.kill(TerminationReason.CANCELLED)
 
     # --- the start --------------------------------------------------------------------------------
 
     async def _start(self) -> Ending | None:
-        """Bring the kernel up; an ending when it did not come."""
+        """Start the kernel; return an ending if it did not start."""
         request = self.state.request
         self.state.sink(
             events.SandboxBuilt(time=self.state.now(), enforcement=request.plan.enforcement)
@@ -304,7 +320,10 @@ class Trial:
         return None
 
     async def _connect(self) -> dict[str, Any] | None:
-        """The kernel's info; ``None`` when we were cancelled meanwhile."""
+        """Connect to the kernel and return its info.
+
+        ``None`` if the run was cancelled meanwhile.
+        """
         from safe_exec.kernel.client import (
             TrialClient,
         )  # nbclient is imported while the kernel starts

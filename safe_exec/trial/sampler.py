@@ -1,6 +1,7 @@
-"""Looks at a running trial ten times a second: usage for timeline and progress, and the limits that only a look can hold.
+"""Samples a running trial ten times a second, for the timeline, the progress display and limits.
 
-May import state, events, model.
+Some limits (processor time, endless output) are enforced only by these samples. May import state,
+events and model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FLOOD_FACTOR = 16
 
 
 class Sampler:
-    """``run`` until it is cancelled or the kernel is dead."""
+    """Call ``run``; it ends when it is cancelled or the kernel is dead."""
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
@@ -32,11 +33,11 @@ class Sampler:
         self._output: dict[int, int] = {}
 
     def note_output(self, index: int, size: int) -> None:
-        """Output came; it is told with the next sample."""
+        """Count output; the next sample reports it as one event."""
         self._output[index] = self._output.get(index, 0) + size
 
     async def run(self) -> None:
-        """Look, and look again."""
+        """Take samples until the kernel is dead."""
         session = self.state.session
         keeper = session.sandbox.keeper_pid if session.sandbox is not None else None
         guard = PriorityGuard(keeper) if keeper is not None else None
@@ -44,7 +45,8 @@ class Sampler:
         while not session.died.is_set():
             try:
                 self._sample()
-            except Exception as error:  # noqa: BLE001 - one look that fails must not end all looks: limits hang on them
+            except Exception as error:  # noqa: BLE001
+                # One failed sample must not end the sampling: limits depend on it.
                 self.state.warn_once(f"usage could not be read: {type(error).__name__}: {error}")
             looks += 1
             if looks % PEERS_EVERY == 0:

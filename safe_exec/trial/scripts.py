@@ -1,8 +1,8 @@
-"""The line of a cell at which the script of a cell magic failed (``%%bash``, ``%%python``, ``%%script perl``). Pure.
+"""Finds the line at which the script of a cell magic failed (``%%bash``, ``%%script perl``). Pure.
 
-Such a magic hands its body to a program's standard input, and says no more of a failure than its exit
-status. Most programs print their own message with the line before; a shell prints one for each command
-that fails and goes on, so only a message after which it must have ended tells the line.
+Such a magic passes its body to a program's standard input and reports only the exit status of a
+failure. Most programs print their own message with the line number. A shell prints one for each
+failing command and continues, so only a message after which it must have ended tells the line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _E_OPTION = re.compile(r"\s-\w*e")
 
 
 def script_line(source: str, text: str) -> int | None:
-    """The line of the cell ``source``, from what its script printed; ``None`` where that does not tell."""
+    """Return the cell line named in the script's output; ``None`` if the output does not tell."""
     lines = source.splitlines()
     start = header_line(lines)
     if start is None:
@@ -39,7 +39,7 @@ def script_line(source: str, text: str) -> int | None:
 
 
 def header_line(lines: list[str]) -> int | None:
-    """The line, from 1, of the innermost cell magic at the top of a cell."""
+    """Return the line, from 1, of the innermost cell magic at the top of a cell."""
     header_number = None
     for number, line in enumerate(lines, 1):
         if _HEADER.match(line):

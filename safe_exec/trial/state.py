@@ -1,4 +1,4 @@
-"""What the parts of a trial share while it runs: the kernel, the figures, and what was decided first. May import kernel, model, events."""
+"""The state that the parts of a trial share: the kernel, the figures, and the first decisions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ MOST_BYTES_PER_SECOND = 20 << 30
 
 
 class TrialState:
-    """``current`` is the index of the cell that runs, ``limit`` the first limit that was reached, and in which cell."""
+    """``current`` is the index of the running cell.
+
+    ``limit`` is the first limit reached, and its cell.
+    """
 
     def __init__(self, request: TrialRequest) -> None:
         self.request = request
@@ -50,18 +53,18 @@ class TrialState:
         self._killing = False
 
     def now(self) -> float:
-        """Seconds since the run began."""
+        """Return the seconds since the run began."""
         return time.monotonic() - self.request.started
 
     def take_on(self, request: TrialRequest) -> None:
-        """The question for a kernel that was started before it was asked; the sandbox is the same."""
+        """Assign a request to a kernel that was started before the request was known."""
         self.request = request
         self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
 
     # --- what is decided, once --------------------------------------------------------------------
 
     def kill(self, reason: TerminationReason) -> None:
-        """Have the tree killed; the first reason stays."""
+        """Kill the process tree. The first reason is kept."""
         if not self.session.died.is_set():
             if not self._killing:
                 self._killing = True
@@ -69,26 +72,26 @@ class TrialState:
             self.session.kill(reason)
 
     def limit_reached(self, name: LimitName, used: float | None) -> None:
-        """A limit was reached; the first one counts."""
+        """Record that a limit was reached; the first one counts."""
         if self.limit is None:
             self.limit = (name, self.current)
             allowed = self.request.limits.of(name) or 0
             self.sink(events.LimitReached(time=self.now(), limit=name, used=used, allowed=allowed))
 
     def end_for(self, name: LimitName, reason: TerminationReason, used: float | None) -> None:
-        """End the run for a limit."""
+        """End the run because of a limit."""
         self.limit_reached(name, used)
         self.stopping.set()
         self.kill(reason)
 
     def check_cpu_time(self, used: float | None) -> None:
-        """End the run where all processes together have used up their processor time."""
+        """End the run if all processes together have exceeded their processor time."""
         allowed = self.request.limits.cpu_time
         if allowed is not None and used is not None and used > allowed:
             self.end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, used)
 
     def _limit_from_watchdog(self, name: LimitName, used: float) -> None:
-        """On the watchdog's thread, after it had the tree killed."""
+        """Record a limit; called on the watchdog's thread after it had the tree killed."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self._watched_limit_passed, name, used)
@@ -103,25 +106,28 @@ class TrialState:
             )
 
     def warn_once(self, message: str) -> None:
-        """Add a warning that is not there yet."""
+        """Add a warning unless it is already there."""
         if message not in self.warnings:
             self.warnings.append(message)
 
     # --- the cell that runs -----------------------------------------------------------------------
 
     def number(self, index: int) -> int:
-        """The number inside of a cell that was sent; 0 while it has not begun there."""
+        """Return the kernel's number for a cell that was sent.
+
+        0 while the kernel has not begun it.
+        """
         client = self.session.client
         if client is None or client.running is None or client.running[2] != index:
             return 0
         return self.session.agent_facts.number_of(client.running[0])
 
     def number_now(self) -> int:
-        """The number inside of the current cell, 0 for none."""
+        """Return the kernel's number for the current cell, 0 for none."""
         return self.number(self.current) if self.current is not None else 0
 
     def written(self) -> int | None:
-        """Bytes or characters the running cell has put out, whether they were sent or not."""
+        """Return the size of the running cell's output so far, sent or not."""
         client = self.session.client
         if client is None:
             return None

@@ -1,4 +1,8 @@
-"""From evidence to cause: pure rules, one file per family, asked in order. A new rule is a function and one line in the list here."""
+"""The rules that find the cause from the evidence: pure functions, one file per family.
+
+The rules are asked in order, and the first answer counts. A new rule is a function and a line in
+RULES.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +81,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def find_cause(context: Context) -> Cause | None:
-    """The cause of a trial's ending; ``None`` for one that passed or was cancelled."""
+    """Return the cause of a trial's ending; ``None`` for a trial that passed or was cancelled."""
     if isinstance(context.ending, Passed | Cancelled):
         return None
     for rule in RULES:

@@ -1,9 +1,10 @@
-"""Deaths by a fault of native code: the signal says which, the fault handler where.
+"""Deaths by a fault in native code: the signal tells the kind, the fault handler the place.
 
-``stack_overflow`` needs evidence of its own, read from /proc while the dying process was held up in its
-fault handler (see keeper/crash_output.py): the failing address beside the stack pointer, past the end of
-the thread's stack; or, where the registers cannot be read, a main stack that had grown to its limit. A
-thread without room for the handler leaves no report at all, which makes an overflow likely.
+``stack_overflow`` requires evidence of its own, read from /proc while the dying process was held in
+its fault handler (see keeper/crash_output.py). Either the failing address is near the stack
+pointer, past the end of the thread's stack; or, if the registers cannot be read, the main thread's
+stack had grown to its limit. A thread without space for the handler leaves no report at all, which
+makes an overflow likely.
 """
 
 from __future__ import annotations
@@ -108,11 +109,12 @@ def stack_overflow(context: Context) -> Cause | None:
 
 
 def unreported_overflow(context: Context) -> Cause | None:
-    """A segmentation fault of which the fault handler, armed until the end, wrote nothing.
+    """A segmentation fault without a report, although the fault handler was armed until the end.
 
-    The handler has a stack of its own in the main thread and in those of Python (agent/threads.py).
-    In another thread it runs on the thread's stack; if that is full, the system cannot call it, and ends the
-    process. The same happens in a thread that has the signal blocked, so this is never certain.
+    The handler has a stack of its own in the main thread and in Python's threads
+    (agent/threads.py). In any other thread it runs on the thread's stack. If that is full, the
+    system cannot call the handler and ends the process. The same happens in a thread that blocks
+    the signal, so this cause is never certain.
     """
     evidence = context.evidence
     caught = evidence.caught_signals
@@ -178,7 +180,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
 
 
 def fault(context: Context) -> Cause | None:
-    """One of the signals of a fault."""
+    """Any of the signals of a fault."""
     if not _died_of(context, tuple(KINDS)):
         return None
     evidence = context.evidence
@@ -230,7 +232,7 @@ def _location_text(fault: FaultReport) -> str:
 
 
 def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
-    """The registers at the fault, as far as they say something to a person."""
+    """Return the registers at the fault that a person can interpret."""
     source = "registers saved at the signal"
     facts = []
     if not site.faulted:

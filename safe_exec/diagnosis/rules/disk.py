@@ -1,6 +1,7 @@
-"""A full disk: what the system measured comes first, then the words, which each library chooses for itself.
+"""A full disk: measurements of the system come first, then the error text of each library.
 
-``Evidence.volumes`` are the file systems that the kernel writes to, measured outside while the cell ran and as it failed.
+``Evidence.volumes`` are the file systems that the kernel writes to. They were measured from outside
+while the cell ran and when it failed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ FULL = re.compile(
     r"28\b|errno ?= ?28\b"  # strerror(3); Rust; HDF5
     r"|database or disk is full"  # SQLite, SQLITE_FULL (result codes)
     r"|(?P<asked>\d+) requested and (?P<written>\d+) written"  # numpy, ndarray.tofile (convert.c)
-    r"|Not enough free space to write (?P<needed>\d+) bytes"  # numpy, the same where it can ask beforehand (npy_fallocate)
+    # numpy, if it can ask beforehand (npy_fallocate)
+    r"|Not enough free space to write (?P<needed>\d+) bytes"
     r"|[Nn]ot enough (?:free )?(?:disk )?space|[Ii]nsufficient (?:disk )?space|[Dd]isk (?:is "
     r")?full"  # conda, pip, Arrow, GDAL, R
 )
@@ -72,16 +74,39 @@ LIBRARY_ERRORS = (
 # Errors of Python's own that no full disk raises.
 LOGIC_ERRORS = frozenset(
     {
-        "NameError", "TypeError", "AttributeError", "ZeroDivisionError", "AssertionError", "SyntaxError", "IndentationError", "ImportError",
-        "ModuleNotFoundError", "IndexError", "KeyError", "StopIteration", "RecursionError", "NotImplementedError", "UnboundLocalError",
-        "ValueError", "KeyboardInterrupt", "StdinNotImplementedError", "FileNotFoundError", "FileExistsError", "PermissionError",
-        "IsADirectoryError", "NotADirectoryError", "UnicodeDecodeError", "UnicodeEncodeError", "OverflowError", "SystemExit",
+        "NameError",
+        "TypeError",
+        "AttributeError",
+        "ZeroDivisionError",
+        "AssertionError",
+        "SyntaxError",
+        "IndentationError",
+        "ImportError",
+        "ModuleNotFoundError",
+        "IndexError",
+        "KeyError",
+        "StopIteration",
+        "RecursionError",
+        "NotImplementedError",
+        "UnboundLocalError",
+        "ValueError",
+        "KeyboardInterrupt",
+        "StdinNotImplementedError",
+        "FileNotFoundError",
+        "FileExistsError",
+        "PermissionError",
+        "IsADirectoryError",
+        "NotADirectoryError",
+        "UnicodeDecodeError",
+        "UnicodeEncodeError",
+        "OverflowError",
+        "SystemExit",
     }
-)  # fmt: skip
+)
 
 
 class _Claim(Struct, frozen=True, kw_only=True):
-    """What the words say: ``text`` and where it was read, and the bytes that were to be written where it says how many."""
+    """An error text about a full disk, its source, and the bytes to write if it names them."""
 
     text: str
     source: str
@@ -89,7 +114,7 @@ class _Claim(Struct, frozen=True, kw_only=True):
 
 
 def full(context: Context) -> Cause | None:
-    """A cell error that a full disk caused, in whatever words."""
+    """A cell error caused by a full disk, whatever its wording."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -118,7 +143,10 @@ def full(context: Context) -> Cause | None:
 
 
 def bus_error(context: Context) -> Cause | None:
-    """SIGBUS with a file system in memory full: a mapped file there has no room for the page that was touched."""
+    """SIGBUS while a file system in memory is full.
+
+    A mapped file had no space for the accessed page.
+    """
     status = context.evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGBUS:
         return None
@@ -136,7 +164,7 @@ def bus_error(context: Context) -> Cause | None:
 
 
 def _claim(context: Context, error: CellError) -> _Claim | None:
-    """The words that say that a disk is full, and who says them."""
+    """Return the text that reports a full disk, with its source."""
     match = FULL.search(error.evalue) or (
         FULL.search(error.ename) if context.language not in (None, "python") else None
     )
@@ -189,7 +217,10 @@ def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None
 def _full_volume(
     context: Context, required_bytes: int | None = None, *, scarce: bool = False
 ) -> Volume | None:
-    """The volume that has no room: the one with the least. ``scarce``: a little is left, as after a write that was undone."""
+    """Return the volume with the least free space, if it has too little.
+
+    ``scarce``: some space may be left, as after a write that was rolled back.
+    """
     evidence = context.evidence
     volumes = list(evidence.volumes)
     if evidence.disk_free is not None and scarce and not volumes:
@@ -203,7 +234,7 @@ def _full_volume(
 
 
 def _least(volume: Volume, required_bytes: int | None, *, scarce: bool) -> int:
-    """The free bytes below which a volume counts as full."""
+    """Return the free bytes below which a volume counts as full."""
     if required_bytes is not None:
         return required_bytes
     return (
@@ -214,12 +245,12 @@ def _least(volume: Volume, required_bytes: int | None, *, scarce: bool) -> int:
 
 
 def _was_filled(volume: Volume) -> bool:
-    """Whether the cell itself took the space."""
+    """Tell whether the cell itself used up the space."""
     return volume.free_at_start is not None and volume.free_at_start - volume.free >= FILLED_BYTES
 
 
 def _has_other_number(context: Context) -> bool:
-    """Whether the system gave another reason."""
+    """Tell whether the system gave another reason."""
     return any(row.number is not None for row in context.evidence.raised if not row.remote)
 
 
@@ -265,7 +296,7 @@ def _facts(context: Context, volume: Volume | None) -> tuple[Fact, ...]:
 
 
 def _name(context: Context, volume: Volume | None) -> str:
-    """The disk in words: which limit it has, or whose it is."""
+    """Describe the disk by its limit or its owner."""
     allowed, shm = context.limits.disk, context.limits.shm
     if volume is not None and volume.own and _is_shared_memory(volume):
         return f"{volume.places[0]} ({format_size(shm if shm is not None else volume.size)})"

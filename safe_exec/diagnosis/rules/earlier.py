@@ -1,4 +1,4 @@
-"""What happened in an earlier cell and may be behind a failure in a later one."""
+"""Adds events in earlier cells that may explain a failure in a later one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from safe_exec.model.verdict import Cause, Fact
 
 
 def with_killed_workers(context: Context, cause: Cause) -> Cause:
-    """The cause, with the processes that were killed for memory in earlier cells: a missing result, a pool that waits for ever.
+    """Add processes that were killed for memory in earlier cells to a cause.
 
-    Whether one led to the other is not known, so neither the kind nor the confidence changes.
+    They may explain a missing result, or a pool that waits forever. Whether they do is unknown, so
+    neither the kind nor the confidence changes.
     """
     kills = context.evidence.oom_kills_earlier
     if not kills or not isinstance(context.ending, CellFailed | TimedOut | Died):

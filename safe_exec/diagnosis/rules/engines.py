@@ -1,6 +1,7 @@
-"""Limits that an engine sets itself and reports in its own words: databases, graphics cards, the JVM, R.
+"""Limits that an engine sets and reports itself: databases, graphics cards, the JVM, R.
 
-What was measured outside says whose limit it was: this run's memory limit was not reached, or the engine's message does not count.
+Measurements outside the kernel tell whose limit it was: the engine's message counts only if this
+run's own memory limit was not reached.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ REACHED = 0.95
 
 
 class Engine(Struct, frozen=True, kw_only=True):
-    """An engine, the words in which it reports its own limit, and what to do.
+    """An engine, the text with which it reports its own limit, and advice.
 
-    A group ``limit`` of the pattern is the limit. ``noun`` is what ran out; ``setting`` the word by which a notebook sets it.
+    The pattern's group ``limit`` is the limit. ``noun`` names the exhausted resource, and
+    ``setting`` the parameter with which a notebook sets it.
     """
 
     pattern: re.Pattern[str]
@@ -207,7 +209,7 @@ POLARS_ABORTS = re.compile(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
 
 
 def own_limit(context: Context) -> Cause | None:
-    """A cell error in which an engine says that its own limit was reached."""
+    """A cell error in which an engine reports that its own limit was reached."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -247,12 +249,12 @@ BELOW = re.compile(r" \(below --memory\)|[,;][^,;]* below --memory(?=[.;])")
 
 
 def _advice(context: Context, engine: Engine) -> str:
-    """Without a limit on memory in the run there is none to stay below."""
+    """Return the engine's advice, without references to --memory if the run has no memory limit."""
     return engine.advice if context.limits.memory is not None else BELOW.sub("", engine.advice)
 
 
 def _own_figures(context: Context) -> tuple[Fact, ...]:
-    """The run's own limit, to compare with."""
+    """Return the run's own memory peak and limit for comparison."""
     peak, limit = context.evidence.memory_peak, context.limits.memory
     facts = []
     if peak is not None:
@@ -263,7 +265,7 @@ def _own_figures(context: Context) -> tuple[Fact, ...]:
 
 
 def _confidence(context: Context) -> Confidence:
-    """Certain if the run's own limit was measured, and not reached."""
+    """Return certain if the run's own memory use was measured and stayed below its limit."""
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if peak is None or (limit is not None and peak >= REACHED * limit):
         return Confidence.LIKELY
@@ -271,7 +273,7 @@ def _confidence(context: Context) -> Confidence:
 
 
 def aborted(context: Context) -> Cause | None:
-    """Polars ends the process itself where its own threshold of memory is passed; it says so, and then aborts."""
+    """Polars aborts the process when its own memory threshold is passed, and says so before."""
     evidence = context.evidence
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:

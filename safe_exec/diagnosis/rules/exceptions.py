@@ -1,4 +1,4 @@
-"""Exceptions that are nothing more, and what no other rule knows."""
+"""Exceptions without any further cause, and endings that no other rule explains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
 
 def stdin(context: Context) -> Cause | None:
-    """``input()``, ``getpass()`` and debuggers are refused: nobody is there to type."""
+    """A cell asked for input: ``input()``, ``getpass()`` and debuggers are refused."""
     error = context.evidence.error
     if (
         not isinstance(context.ending, CellFailed)
@@ -35,7 +35,7 @@ def stdin(context: Context) -> Cause | None:
 
 
 def exception(context: Context) -> Cause | None:
-    """A cell raised. The kernel lives: an exception does not kill it."""
+    """A cell raised an exception. The kernel is alive, since an exception does not kill it."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -59,7 +59,7 @@ def exception(context: Context) -> Cause | None:
 
 
 def _printed(context: Context) -> tuple[Fact, ...]:
-    """The last line that a program printed before it failed: its exit status alone says nothing."""
+    """Return the last line that a failed program printed; its exit status alone says nothing."""
     error = context.evidence.error
     if error is None or error.ename != "CalledProcessError":
         return ()
@@ -68,6 +68,6 @@ def _printed(context: Context) -> tuple[Fact, ...]:
 
 
 def unknown(context: Context) -> Cause | None:
-    """Nothing else fits: say so."""
+    """No other rule explains the ending."""
     summary = "the run ended in a way that no rule explains; the evidence is all there is"
     return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

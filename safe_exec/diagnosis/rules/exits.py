@@ -1,4 +1,4 @@
-"""Deaths that are no fault of native code: the kernel left by itself, was killed, or was asked to end."""
+"""Deaths without a fault in native code: the kernel exited, was killed, or was asked to exit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ FAULTS = {
 
 
 def supervisor_killed(context: Context) -> Cause | None:
-    """Nobody could read the exit status: whoever watches over the kernel was killed, and the kernel ended with it."""
+    """The exit status is unknown.
+
+    The kernel's parent process was killed, and the kernel with it.
+    """
     if (
         not isinstance(context.ending, Died)
         or context.evidence.exit is not None
@@ -47,7 +50,10 @@ def supervisor_killed(context: Context) -> Cause | None:
 
 
 def asked_to_exit(context: Context) -> Cause | None:
-    """``exit()`` or ``quit()``: the reply asked the frontend to end the kernel, and the cells behind it ran before it did."""
+    """``exit()`` or ``quit()``: the reply asked the frontend to end the kernel.
+
+    Cells that follow may still have run before the kernel ended.
+    """
     if not isinstance(context.ending, Died) or not context.ending.asked_to_exit:
         return None
     cell_name = context.human(context.ending.cell)
@@ -69,7 +75,7 @@ def asked_to_exit(context: Context) -> Cause | None:
 
 
 def exited(context: Context) -> Cause | None:
-    """Any exit status without a reply: never a pass, not even 0."""
+    """Any exit status without a reply; it is never a pass, not even 0."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -107,7 +113,7 @@ def exited(context: Context) -> Cause | None:
 
 
 def signalled(context: Context) -> Cause | None:
-    """A signal with no limit and no fault behind it."""
+    """A signal that neither a limit nor a fault explains."""
     status = context.evidence.exit
     if (
         not isinstance(context.ending, Died)

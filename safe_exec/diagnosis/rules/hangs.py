@@ -1,4 +1,7 @@
-"""What a kernel did when its time was up, in words: who or what it waited for, what helps. Pure; imports waiting, services, context, model."""
+"""Describes what a kernel was doing when its time was up, whom it waited for, and what helps.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ ADVICE: dict[Activity | None, str] = {
 
 
 def doing_text(context: Context, activity: Activity) -> str:
-    """``it was waiting for the child process ...``: the activity with what is known of it."""
+    """Describe the activity with its details: ``it was waiting for the child process ...``."""
     observation = context.evidence.observation
     if (
         activity is Activity.NATIVE_CODE
@@ -54,7 +57,7 @@ def doing_text(context: Context, activity: Activity) -> str:
 
 
 def _lock_text(context: Context, observation: ActivityObservation, activity: Activity) -> str:
-    """What is waited for where it is no process; empty where it is one, or something else."""
+    """Describe a wait for something other than a process; empty for any other wait."""
     if (lock := waiting.awaited_lock(observation)) is not None:
         taken_text = _taken_text(context, lock)
         return (
@@ -69,7 +72,7 @@ def _lock_text(context: Context, observation: ActivityObservation, activity: Act
 
 
 def _taken_text(context: Context, lock: ObservedLock) -> str:
-    """Where the notebook itself had asked for the same lock before; empty where that is not known."""
+    """Return where the notebook itself had taken the same lock before; empty if unknown."""
     if not lock.own:
         return ""
     calls = [
@@ -103,7 +106,7 @@ def _failure_text(context: Context) -> str:
 
 
 def advice_text(context: Context, activity: Activity | None) -> str:
-    """What helps against that activity; empty where nothing is known."""
+    """Return advice for the activity; empty if there is none."""
     observation = context.evidence.observation
     if (
         activity is Activity.NATIVE_CODE
@@ -149,7 +152,7 @@ def _child_advice(
 
 
 def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
-    """Who is waited for: what a reader has to know first."""
+    """Return the facts about the awaited process or lock, which a reader needs first."""
     observation = context.evidence.observation
     if observation is None or activity in BUSY_ACTIVITIES:
         return []
@@ -187,7 +190,7 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
 
 
 def _printed_failure(context: Context) -> tuple[int, waiting_text.Traceback] | None:
-    """The last traceback that a thread or a worker had printed, and into which cell."""
+    """Return the last traceback that a thread or worker printed, and its cell."""
     index, text = context.evidence.printed or (0, "")
     traceback = waiting_text.printed_traceback(text)
     return None if traceback is None else (index, traceback)

@@ -1,7 +1,8 @@
-"""A cell that asked for something that exists, and that isolation took away: a file, a variable, a module, a program.
+"""A cell asked for an existing file, variable, module or program that isolation took away.
 
-The kernel names the thing in an error or an output. That it exists outside the sandbox, and that this run's isolation takes it away, is
-checked outside (``Evidence.conflicts``); without both the error is an exception like any other.
+The kernel names the thing in an error or an output. That the thing exists outside the sandbox, and
+that this run's isolation takes it away, is checked outside (``Evidence.conflicts``). Without both,
+the error is an exception like any other.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ MOST_WARNINGS = 3
 
 
 def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
-    """Warnings of things that outputs say could not be had, where the cause does not speak of them."""
+    """Return warnings about refusals in outputs that the cause does not mention."""
     if cause is not None and cause.kind in (CauseKind.ISOLATION, CauseKind.NETWORK_BLOCKED):
         return ()
     conflicts = [c for c in context.evidence.conflicts if c.in_output and c.exact][:MOST_WARNINGS]
@@ -95,9 +96,10 @@ def _conflict_text(conflict: IsolationConflict) -> str:
 
 
 def is_reason(context: Context, conflict: IsolationConflict) -> bool:
-    """Whether the cell's error comes from a conflict: it names it, or leaves the reason to an output that does.
+    """Tell whether a conflict explains the cell's error.
 
-    An earlier cell's output counts where the error misses what it says could not be had.
+    The error must name the thing, or leave its reason to an output that names it. The output of an
+    earlier cell counts if the error misses the thing that was refused there.
     """
     if not conflict.in_output:
         return True
@@ -114,12 +116,12 @@ def is_reason(context: Context, conflict: IsolationConflict) -> bool:
 
 
 def _is_of_installer(conflict: IsolationConflict) -> bool:
-    """Whether a program that installs packages could not reach a host."""
+    """Tell whether a package installer could not reach a host."""
     return conflict.kind is NeedKind.HOST and INSTALLER.search(conflict.line) is not None
 
 
 def _installs(conflict: IsolationConflict) -> bool:
-    """Whether packages were to be installed."""
+    """Tell whether packages were to be installed."""
     return (
         conflict.path is not None
         and conflict.access is not Access.OPEN
@@ -128,7 +130,7 @@ def _installs(conflict: IsolationConflict) -> bool:
 
 
 def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
-    """Both sides are known: the kernel names exactly this thing, and a wall that cannot be got past takes it away."""
+    """Tell whether both sides are known: the exact thing, and a wall without a way around it."""
     if not conflict.exact:
         return False
     wall = _wall(context, conflict)
@@ -145,7 +147,7 @@ def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
 
 
 def _wall(context: Context, conflict: IsolationConflict) -> Wall | None:
-    """The wall that takes it away."""
+    """Return the wall that takes the thing away."""
     if conflict.kind is NeedKind.VARIABLE:
         return Wall.ENVIRONMENT
     facts = context.evidence.isolation
@@ -207,7 +209,7 @@ def _summary(context: Context, conflict: IsolationConflict) -> str:
 
 
 def advice(conflict: IsolationConflict) -> str:
-    """The option that gives the notebook what it asked for, and what else helps."""
+    """Return the option that gives the notebook access, and alternatives."""
     if conflict.kind is NeedKind.HOST:
         remote = NETWORK_ADVICE if conflict.usable else NO_ROUTE_ADVICE
         return LOCAL_ADVICE if conflict.local else remote
@@ -264,7 +266,7 @@ def _is_device(conflict: IsolationConflict) -> bool:
 
 
 def naming_fact(context: Context, conflict: IsolationConflict) -> Fact:
-    """Where the kernel names it."""
+    """Return the fact in which the kernel names the thing."""
     error = context.evidence.error
     if conflict.in_output or error is None:
         return inside("printed", conflict.line, f"output of {context.human(conflict.cell)}")

@@ -1,8 +1,9 @@
-"""A library's own last message: what it wrote right before it ended the process. Pure; imports model and context.
+"""Finds the last message that a library wrote before it ended the process. Pure.
 
-No phrases are looked for, since every library has its own. The order in time decides: what reached the
-process's own descriptors last comes from native code, and an abort follows its message at once. What
-surrounds a message is left out by its form: stack traces, tracebacks, warnings, progress bars, rulers.
+There are no phrases to search for, since every library has its own. The order in time decides: the
+last text on the process's own descriptors comes from native code, and an abort follows its message
+at once. Text around a message is recognised by its form and removed: stack traces, tracebacks,
+warnings, progress bars and rulers. Imports model and context.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ _CONTROLS = re.compile(
 _BAR = re.compile(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
 _WARNING = re.compile(r"^(?:\S.*:\d+: )?\w*Warning: ")
 _FRAME = re.compile(
-    r"^\s*(?:#\d+\s|@\s+0x|\[bt\]|\d+:\s+0x|frame #\d+)"  # gdb and sanitizers, glog, mxnet, rust, torch
+    # gdb and sanitizers, glog, mxnet, rust, torch
+    r"^\s*(?:#\d+\s|@\s+0x|\[bt\]|\d+:\s+0x|frame #\d+)"
     r"|\[0x[0-9a-fA-F]+\]\s*$"  # backtrace(3)
     r"|^\s+(?:\d+: \S|at \S+:\d+)"  # rust
     r"|^\s+\S+\.go:\d+ \+0x|^goroutine \d+ \["
-    r'|(?:^\s+File ".*|\.py)", line (?:\d+|\?\?\?)(?: in |, in )'  # Python; the first line of a tail may be cut off
+    # Python; the first line of a tail may be cut off
+    r'|(?:^\s+File ".*|\.py)", line (?:\d+|\?\?\?)(?: in |, in )'
     r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: "
     r"|^Python runtime state: "
 )
@@ -63,7 +66,7 @@ _TRACEBACK = "Traceback (most recent call last):"
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """Lines, the channel they came by, and the seconds from the last of them to the end."""
+    """The lines of a message, their channel, and the seconds from the last line to the end."""
 
     lines: tuple[str, ...]
     channel: Channel
@@ -71,7 +74,7 @@ class Message(Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The message for a summary: at most SHOWN_LINES lines and SHOWN_CHARACTERS of it, on one line, after what it is."""
+        """The message on one line for a summary, labelled and shortened."""
         lines = self.lines
         if len(lines) > SHOWN_LINES:
             lines = (*lines[: SHOWN_LINES - 2], "...", *lines[-1:])
@@ -84,7 +87,7 @@ class Message(Struct, frozen=True, kw_only=True):
 
     @property
     def fact(self) -> Fact:
-        """The message for the evidence, with its line ends."""
+        """The message for the evidence, with its line breaks."""
         text = "\n".join(self.lines[:KEPT_LINES])[:KEPT_CHARACTERS]
         moment = (
             "right before the end"
@@ -101,7 +104,11 @@ def _clipped(text: str, most: int) -> str:
 def last_message(
     evidence: Evidence, channels: Sequence[Channel] = tuple(Channel)
 ) -> Message | None:
-    """The message that came last before the end: from native code, or from Python code after it; stdout if there is nothing else."""
+    """Return the last message before the end.
+
+    It comes from native code, or from Python code that wrote later; from stdout if nothing else was
+    written.
+    """
     bursts = [burst for burst in evidence.final_output if burst.channel in channels]
     native, printed = _native(bursts), _printed(bursts, Channel.STDERR)
     if native is not None:
@@ -111,7 +118,7 @@ def last_message(
 
 
 def _native(bursts: Sequence[OutputBurst]) -> Message | None:
-    """The last burst of native code that holds more than a stack trace."""
+    """Return the last burst of native code that contains more than a stack trace."""
     for burst in reversed(bursts):
         if (
             burst.channel is Channel.DESCRIPTOR
@@ -123,7 +130,7 @@ def _native(bursts: Sequence[OutputBurst]) -> Message | None:
 
 
 def _printed(bursts: Sequence[OutputBurst], channel: Channel) -> Message | None:
-    """The last paragraph of what Python code wrote just before the end."""
+    """Return the last paragraph that Python code wrote just before the end."""
     recent = [burst for burst in bursts if burst.channel is channel and burst.age <= PYTHON_SECONDS]
     paragraphs = re.split(
         r"\n[ \t]*\n", "".join(burst.text for burst in recent).replace("\r\n", "\n")
@@ -134,7 +141,10 @@ def _printed(bursts: Sequence[OutputBurst], channel: Channel) -> Message | None:
 
 
 def _after(printed: Message | None, native: Message) -> Message | None:
-    """What Python code wrote after the native message; the cell's stderr holds what native code writes as well."""
+    """Return the text that Python code wrote after the native message.
+
+    The cell's stderr also contains the output of native code.
+    """
     if printed is None:
         return None
     at = next(
@@ -153,7 +163,7 @@ def _after(printed: Message | None, native: Message) -> Message | None:
 
 
 def clean(text: str) -> tuple[str, ...]:
-    """The lines of a text that may be a message, without escapes and what else is for a terminal."""
+    """Return the lines of a text that may be a message, without terminal escapes."""
     return tuple(_messages(_plain_lines(text)))
 
 

@@ -1,4 +1,7 @@
-"""Limits that end a run or raise in a cell: output, processes, open files, file size, disk, system calls."""
+"""Limits that end a run or raise in a cell.
+
+Output, processes, open files, file size, disk, calls.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,20 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
 OS_ERRORS = (
-    "OSError", "IOError", "BlockingIOError", "FileNotFoundError", "PermissionError", "ConnectionError", "TimeoutError", "error",
-    "gaierror", "NotADirectoryError", "InterruptedError", "ChildProcessError", "ProcessLookupError",
-)  # fmt: skip
+    "OSError",
+    "IOError",
+    "BlockingIOError",
+    "FileNotFoundError",
+    "PermissionError",
+    "ConnectionError",
+    "TimeoutError",
+    "error",
+    "gaierror",
+    "NotADirectoryError",
+    "InterruptedError",
+    "ChildProcessError",
+    "ProcessLookupError",
+)
 # What a shell says.
 FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
 
@@ -35,7 +49,7 @@ NEARLY = 0.9
 
 
 def output_flood(context: Context) -> Cause | None:
-    """We ended the run because a cell put out many times its cap."""
+    """safe-exec ended the run because a cell wrote many times its output limit."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit not in (
         LimitName.OUTPUT,
         LimitName.CELL_OUTPUT,
@@ -77,7 +91,7 @@ def output_flood(context: Context) -> Cause | None:
 
 
 def processes_watched(context: Context) -> Cause | None:
-    """We ended the run because it had too many processes."""
+    """safe-exec ended the run because it had too many processes."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.PROCESSES:
         return None
     facts = (
@@ -92,7 +106,7 @@ def processes_watched(context: Context) -> Cause | None:
 
 
 def disk_watched(context: Context) -> Cause | None:
-    """We ended the run because it had written too much."""
+    """safe-exec ended the run because it had written too much."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.DISK:
         return None
     allowed = context.limits.disk
@@ -114,7 +128,7 @@ def disk_watched(context: Context) -> Cause | None:
 
 
 def file_too_large_signal(context: Context) -> Cause | None:
-    """SIGXFSZ ends a process that writes past RLIMIT_FSIZE and does not ignore the signal (Python does)."""
+    """SIGXFSZ ended a process that exceeded RLIMIT_FSIZE; Python itself ignores the signal."""
     status = context.evidence.exit
     if (
         not isinstance(context.ending, Died)
@@ -137,7 +151,7 @@ def file_too_large_signal(context: Context) -> Cause | None:
 
 
 def aborted_for_descriptors(context: Context) -> Cause | None:
-    """A library (libzmq above all) aborts where it cannot have another descriptor: it says so before."""
+    """A library (mostly libzmq) aborted, and said that it could not open a descriptor."""
     evidence = context.evidence
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
@@ -203,7 +217,7 @@ def _close_files(context: Context) -> str:
 
 
 def _more_processes(context: Context) -> str:
-    """Not if a group above the sandbox allows fewer than the run: raising the run's own limit would not help."""
+    """Return the option to raise; empty if a group above the sandbox allows even less."""
     bounded = context.evidence.process_bound is not None
     return "" if bounded else context.if_limited(LimitName.PROCESSES, "; see --processes")
 
@@ -221,7 +235,7 @@ def _file_summary(context: Context) -> str:
 
 
 def raised(context: Context) -> Cause | None:
-    """A cell error that the operating system raised for a limit, with what stands outside to bear it out."""
+    """A cell error that the system raised for a limit, confirmed by observations outside."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -265,7 +279,7 @@ def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
 
 
 def _by_text(context: Context, error: CellError) -> Cause | None:
-    """What Python and libraries say in words of their own."""
+    """Recognise messages that Python and libraries word themselves."""
     if error.ename == "RuntimeError" and error.evalue.startswith("can't start new thread"):
         return _processes(context, error, True)
     if context.language not in (None, "python") and FORK_REFUSED.search(error.evalue):
@@ -327,7 +341,11 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
-    """EAGAIN comes from forks and threads, but from sockets too: the group's counter or the stack must say which."""
+    """A refused fork or thread.
+
+    EAGAIN comes from forks and threads but also from sockets; the control group's counter or the
+    stack must tell which it was.
+    """
     refusals = context.evidence.process_refusals
     location = context.evidence.location
     forks = any(

@@ -1,7 +1,7 @@
-"""Causes that have to do with memory: the kernel or a worker killed for it, an allocation refused.
+"""Causes related to memory: the kernel or a worker was killed for it, or an allocation was refused.
 
-Sources: the kernel's documentation of cgroup v1 and v2 (``oom_kill``), systemd-oomd.service(8). The counters are raised before the
-SIGKILL is sent, so they are there when the death is.
+Sources: the kernel's documentation of cgroup v1 and v2 (``oom_kill``), systemd-oomd.service(8). The
+counters are incremented before SIGKILL is sent, so they are available at the death.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from safe_exec.units import format_seconds, format_size
 NO_OVERCOMMIT = 2
 
 MEMORY_ERRORS = (
-    "MemoryError", "_ArrayMemoryError", "ArrayMemoryError", "OutOfMemoryError", "OutOfMemoryException", "ArrowMemoryError",
-)  # fmt: skip
+    "MemoryError",
+    "_ArrayMemoryError",
+    "ArrayMemoryError",
+    "OutOfMemoryError",
+    "OutOfMemoryException",
+    "ArrowMemoryError",
+)
 # As PyTorch, polars, C++ and TensorFlow report it in errors of other names.
 REFUSED_TO_LIBRARY = re.compile(
     r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when "
@@ -92,7 +97,7 @@ def _peak(context: Context, peak: int) -> Fact:
 
 
 def _children(context: Context) -> int | None:
-    """Bytes that child processes had, where that was most of the memory."""
+    """Return the memory of child processes, if it was most of the total."""
     children, peak = context.evidence.memory_children, context.evidence.memory_peak
     return children if children is not None and peak and children >= MOSTLY * peak else None
 
@@ -138,7 +143,7 @@ def _advice(context: Context) -> str:
 
 
 def watchdog_kill(context: Context) -> Cause | None:
-    """We killed the tree because its memory passed the limit."""
+    """safe-exec killed the process tree because its memory exceeded the limit."""
     if (
         not isinstance(context.ending, Died)
         or context.evidence.termination is not TerminationReason.MEMORY
@@ -161,7 +166,7 @@ def watchdog_kill(context: Context) -> Cause | None:
 
 
 def oom_kill(context: Context) -> Cause | None:
-    """SIGKILL, and the sandbox's own counter of kills for memory went up in this cell."""
+    """SIGKILL, and the sandbox's own counter of kills for memory increased in this cell."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -221,7 +226,7 @@ def _not_our_limit(context: Context) -> Cause:
 
 
 def oomd_kill(context: Context) -> Cause | None:
-    """systemd-oomd kills whole groups under memory pressure and marks them."""
+    """systemd-oomd killed the whole group under memory pressure and marked it."""
     if not isinstance(context.ending, Died) or not context.evidence.oomd_killed:
         return None
     facts = (
@@ -243,7 +248,10 @@ def oomd_kill(context: Context) -> Cause | None:
 
 
 def worker_kill(context: Context) -> Cause | None:
-    """A process of the sandbox was killed for memory and the kernel lived on: an error, a hang, or nothing to see."""
+    """A child process was killed for memory while the kernel survived.
+
+    An error, a hang, or nothing.
+    """
     evidence = context.evidence
     lives = isinstance(context.ending, CellFailed | TimedOut) or (
         isinstance(context.ending, LimitHit) and context.ending.limit is LimitName.MEMORY
@@ -263,9 +271,9 @@ def worker_kill(context: Context) -> Cause | None:
                 "the cell's error",
             ),
         )
-    where = context.human(getattr(context.ending, "cell", None))
+    cell_name = context.human(getattr(context.ending, "cell", None))
     peak_of_limit = _peak_of_limit(context)
-    summary = f"a worker process was killed for memory in {where}{_hang(context)}" + (
+    summary = f"a worker process was killed for memory in {cell_name}{_hang(context)}" + (
         f" ({peak_of_limit})" if peak_of_limit else ""
     )
     covers = ", or raise --memory: the limit covers the kernel and all its processes together"
@@ -306,7 +314,7 @@ def _ended_by_itself(context: Context) -> bool:
 
 
 def refused(context: Context) -> Cause | None:
-    """An allocation was refused and raised: the kernel lives."""
+    """An allocation was refused and raised an error; the kernel is alive."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -355,7 +363,10 @@ def _advice_for_refusal(context: Context) -> str:
 
 
 def _was_short(context: Context, message: str) -> bool:
-    """Whether what is known outside bears a refusal out: memory in use near the limit, or a request that does not fit into it."""
+    """Tell whether observations outside confirm a refusal.
+
+    Either the memory in use was near the limit, or the request exceeded the limit.
+    """
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if limit is None:
         return False

@@ -1,4 +1,4 @@
-"""A cell that wanted another host where the run was to reach none."""
+"""A cell that needed another host while the run had no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
 
 def blocked(context: Context) -> Cause | None:
-    """A network error of a cell, or of a program that it ran, with the network walled off by us."""
+    """A network error in a cell, or in a program that it ran, while the network is blocked."""
     wall = context.walls.get(Wall.NETWORK)
     if not isinstance(context.ending, CellFailed) or wall is None or wall.by is Mechanism.NONE:
         return None

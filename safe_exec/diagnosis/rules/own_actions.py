@@ -1,7 +1,8 @@
-"""What the notebook did to itself, added to a cause that stands already: who sent a signal, set a limit, left a trace function on. Pure.
+"""Adds the notebook's own actions to a cause: a signal, a resource limit, a trace function. Pure.
 
-The rules decide by what was seen outside: the wait status, the limits in /proc, the time that was over. Who did it and where is the kernel's
-word, so nothing here changes the kind of a cause or makes it surer.
+The rules decide by observations from outside: the wait status, the limits in /proc, the exceeded
+time. Who caused them, and where, is the kernel's claim. Nothing here therefore changes the kind of
+a cause or raises its confidence.
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ LIMITS_OF: Mapping[CauseKind, tuple[str, ...]] = {
     ),
 }
 MEANINGS = {
-    "RLIMIT_AS": "address space", "RLIMIT_DATA": "data size", "RLIMIT_STACK": "stack size", "RLIMIT_NOFILE": "open files",
-    "RLIMIT_FSIZE": "file size", "RLIMIT_NPROC": "processes", "RLIMIT_CPU": "processor seconds", "RLIMIT_MEMLOCK": "locked memory",
-}  # fmt: skip
+    "RLIMIT_AS": "address space",
+    "RLIMIT_DATA": "data size",
+    "RLIMIT_STACK": "stack size",
+    "RLIMIT_NOFILE": "open files",
+    "RLIMIT_FSIZE": "file size",
+    "RLIMIT_NPROC": "processes",
+    "RLIMIT_CPU": "processor seconds",
+    "RLIMIT_MEMLOCK": "locked memory",
+}
 SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
 # Words by which an error of another kind is known to come from a limit.
 REFUSALS: Mapping[str, tuple[str, ...]] = {
@@ -84,7 +91,7 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
 
 
 def with_own_actions(context: Context, cause: Cause) -> Cause:
-    """The cause with what the notebook itself had to do with it."""
+    """Return the cause with the notebook's own contribution to it."""
     for amend in (
         _with_signal,
         _with_interrupt,
@@ -98,7 +105,7 @@ def with_own_actions(context: Context, cause: Cause) -> Cause:
 
 
 def place_of(context: Context, action: OwnAction) -> str:
-    """``in stop() (code cell 6, line 3)``; with the cell that called it, or that ran meanwhile, if that is another one."""
+    """Return ``in stop() (code cell 6, line 3)``, with the calling cell if it is another."""
     frame = next((frame for frame in action.stack if frame.cell is not None), None)
     inner = frame or next(iter(action.stack), None)
     if inner is None:
@@ -137,7 +144,7 @@ def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> 
 
 
 def _with_signal(context: Context, cause: Cause) -> Cause:
-    """Who sent the signal of which the kernel, or its parent, died."""
+    """Add the sender of the signal that killed the kernel or its parent."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -165,7 +172,10 @@ def _with_signal(context: Context, cause: Cause) -> Cause:
 
 
 def _sent(context: Context, action: OwnAction, number: int | None) -> bool:
-    """Whether a call just before the end sent that signal; without a status, any that ends the kernel's parent."""
+    """Tell whether an action sent the signal shortly before the end.
+
+    Without a wait status, any signal that ends the kernel's parent counts.
+    """
     died = context.evidence.died_at
     if action.kind != "signal" or (
         died is not None and not -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS
@@ -220,7 +230,7 @@ def _advice_for_signal(action: OwnAction) -> str:
 
 
 def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
-    """A command of the cell that sends signals; or a C function that does."""
+    """Add a command of the cell that sends signals, or the lookup of a C function that does."""
     cell = getattr(context.ending, "cell", None)
     program = _last(
         context.evidence.own_actions,
@@ -257,7 +267,7 @@ def _just_before(context: Context, action: OwnAction) -> bool:
 
 
 def _with_interrupt(context: Context, cause: Cause) -> Cause:
-    """A KeyboardInterrupt that the notebook sent to itself."""
+    """Add the sender of a KeyboardInterrupt that the notebook sent to itself."""
     ending = context.ending
     if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
         return cause
@@ -279,7 +289,7 @@ def _with_interrupt(context: Context, cause: Cause) -> Cause:
 
 
 def _with_stop(context: Context, cause: Cause) -> Cause:
-    """A kernel that stopped itself."""
+    """Add the sender of the signal with which a kernel stopped itself."""
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity is not Activity.STOPPED:
         return cause
@@ -308,7 +318,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
 
 
 def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
-    """Where the kernel put another program in its place; how that one ended is how the kernel ended."""
+    """Add the program that replaced the kernel; its ending was the kernel's ending."""
     actions = context.evidence.own_actions
     executed = _last(actions, lambda action: action.kind == "exec")
     if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
@@ -345,7 +355,7 @@ def _ending(cause: Cause) -> str:
 
 
 def _with_limit(context: Context, cause: Cause) -> Cause:
-    """A resource limit that the notebook itself had lowered, and that the cause may come from."""
+    """Add a resource limit that the notebook itself lowered, if the cause may come from it."""
     limit = next((limit for limit in _lowered(context) if _may_come_from(cause, limit)), None)
     if limit is None:
         return cause
@@ -380,7 +390,10 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
 
 
 def _lowered(context: Context) -> list[ChangedLimit]:
-    """The limits that are lower than at the start: seen outside, or told just before the end."""
+    """Return the limits that are lower than at the start.
+
+    Observed, or reported just before the end.
+    """
     observed_limits = [
         limit
         for limit in context.evidence.changed_limits
@@ -430,7 +443,7 @@ COMPUTING = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE)
 
 
 def _with_trace(context: Context, cause: Cause) -> Cause:
-    """A trace function that is on while the cell computes: it is called at each line or call of Python code."""
+    """Add an active trace function: it slows down each line or call of Python code."""
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity not in COMPUTING:
         return cause
@@ -464,7 +477,10 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
 
 
 def _is_traced(context: Context, name: str, cell: int | None) -> bool:
-    """Whether a trace function is on: it was when the cell began, and an odd number of calls in a cell changes that."""
+    """Tell whether a trace function is active.
+
+    It was active when the cell began, unless an odd number of calls in the cell changed that.
+    """
     calls = sum(
         a.kind == "trace" and a.call == name and a.cell == cell
         for a in context.evidence.own_actions

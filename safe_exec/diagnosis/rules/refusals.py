@@ -1,9 +1,9 @@
-"""Requests that the system refused, reported in a library's own words: threads, descriptors, memory maps, inotify watches.
+"""Refused requests that a library reports in its own words: threads, descriptors, memory maps.
 
-Each library chooses its words, and the same error number stands for several limits. A measurement from
-outside decides which limit it was; the words only show that the failure has to do with it. Two errors
-look like a limit and are none of the run's: inotify's own limits (inotify(7)), and the depth of Python's
-parser, which raises MemoryError.
+Each library has its own wording, and one error number stands for several limits. A measurement from
+outside decides which limit it was; the wording only shows that the failure is related to it. Two
+errors resemble a limit of the run and are none: inotify's own limits (inotify(7)), and the nesting
+depth of Python's parser, which raises MemoryError.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 
+# From this share of a limit on, it counts as reached: a failed call frees some of what it had
+# taken.
 NEARLY = 0.9
-"""From this share of a limit on, it counts as reached: a failed call frees some of what it had taken."""
 MOST_WORDS = 300
 
 THREAD_REFUSED = re.compile(
     # Rust's rayon and tokio, libgomp, OpenBLAS, libc++, Go, the JVM, TBB
     r"ThreadPoolBuildError|[Tt]hread (?:creation|constructor) failed|pthread_create|newosproc"
-    r"|(?:could not|couldn't|can't|cannot|unable to|failed to) (?:create|start|spawn|launch)[^\n]{0,40}\b(?:thread|process|worker)",
+    r"|(?:could not|couldn't|can't|cannot|unable to|failed to) (?:create|start|spawn"
+    r"|launch)[^\n]{0,40}\b(?:thread|process|worker)",
     re.IGNORECASE,
 )
+# EAGAIN (strerror(3)). Sockets, pipes and locks give it, too.
 TRY_AGAIN = re.compile(r"Resource temporarily unavailable|\bEAGAIN\b|os error 11\b|\[Errno 11\]")
-"""EAGAIN (strerror(3)). Sockets, pipes and locks give it, too."""
 
+# Words of SQLite, HDF5, GDAL, libraries of sockets and others, for a file or socket that could not
+# be opened.
 DESCRIPTOR_WANTED = re.compile(
-    r"items of ancdata"  # multiprocessing: a descriptor that was passed did not arrive (recvmsg(2), MSG_CTRUNC)
-    r"|(?:unable to|could not|couldn't|can't|cannot|failed to) (?:\w+ly )?(?:open|create|load|dup|accept|connect|map|start|initiali[sz]e)"
+    # multiprocessing: a descriptor that was passed did not arrive (recvmsg(2), MSG_CTRUNC)
+    r"items of ancdata"
+    r"|(?:unable to|could not|couldn't|can't|cannot|failed to) (?:\w+ly )?(?:open|create|load"
+    r"|dup|accept|connect|map|start|initiali[sz]e)"
     r"|\bepoll|\bsocket|\bpipe\b|\bdescriptors?\b|not open(?:ed)?\b|error opening",
     re.IGNORECASE,
 )
-"""Words of SQLite, HDF5, GDAL, libraries of sockets and others, for a file or socket that could not be opened."""
 
 MAP_REFUSED = re.compile(r"memory|\bmmap|\bmap\b|\bmapp|alloc|\[Errno 12\]", re.IGNORECASE)
 INOTIFY = re.compile(r"inotify", re.IGNORECASE)
@@ -47,20 +52,20 @@ WATCHES, INSTANCES = (
 PARSER_WORDS = re.compile(
     r"Parser stack overflowed|s_push: parser stack overflow|too complex to parse"
 )
+# Calls that hand text to Python's parser (ast, sympy, pandas).
 PARSER_CALL = re.compile(
     r"\b(?:eval|exec|compile|literal_eval|parse|parse_expr|sympify|query)\s*\("
 )
-"""Calls that hand text to Python's parser (ast, sympy, pandas)."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# The line that a traceback of IPython's points to.
 _RAISED_AT = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
-"""The line that a traceback of IPython's points to."""
 
 
-# --- threads and processes --------------------------------------------------------------------------------------
+# --- threads and processes ------------------------------------------------------------------------
 
 
 def died_without_threads(context: Context) -> Cause | None:
-    """The kernel ended because a library could not start a thread: its last message says so, and the limit was reached."""
+    """The kernel ended because a library could not start a thread, and the limit was reached."""
     evidence = context.evidence
     if not isinstance(context.ending, Died) or evidence.exit is None:
         return None
@@ -88,7 +93,7 @@ def died_without_threads(context: Context) -> Cause | None:
 
 
 def threads(context: Context) -> Cause | None:
-    """A cell error in which a library says that it could not start a thread."""
+    """A cell error in which a library reports that it could not start a thread."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -107,7 +112,7 @@ def threads(context: Context) -> Cause | None:
 
 
 def _threads_were_refused(context: Context) -> bool:
-    """Whether the control group counted refusals, or the run had nearly as many processes and threads as it may."""
+    """Tell whether the control group counted refusals, or the limit was nearly reached."""
     evidence, allowed = context.evidence, context.limits.processes
     if evidence.process_refusals:
         return True
@@ -139,16 +144,18 @@ def _fewer_threads(context: Context) -> str:
     bounded = context.evidence.process_bound is not None
     more = "" if bounded else context.if_limited(LimitName.PROCESSES, "; or raise --processes")
     return (
-        "Libraries start one thread for each processor unless told otherwise: set OMP_NUM_THREADS, OPENBLAS_NUM_THREADS,"
-        f" POLARS_MAX_THREADS or the like before they are imported, and end the threads of earlier cells{more}."
+        "Libraries start one thread for each processor unless told otherwise: set "
+        "OMP_NUM_THREADS, OPENBLAS_NUM_THREADS,"
+        " POLARS_MAX_THREADS or the like before they are imported, and end the threads of "
+        f"earlier cells{more}."
     )
 
 
-# --- descriptors ------------------------------------------------------------------------------------------------
+# --- descriptors ----------------------------------------------------------------------------------
 
 
 def descriptors(context: Context) -> Cause | None:
-    """A cell error of a library that could not open something, while the kernel had nearly all descriptors in use."""
+    """A library could not open something while nearly all descriptors were in use."""
     error = context.evidence.error
     count, allowed = context.evidence.open_files, context.limits.open_files
     if not isinstance(context.ending, CellFailed) or error is None:
@@ -163,16 +170,22 @@ def descriptors(context: Context) -> Cause | None:
         outside("open files allowed", allowed, "RLIMIT_NOFILE of each process"),
     )
     first = error.evalue.strip().split("\n", 1)[0][:120]
-    summary = f"too many open files: {count} are open of {allowed} allowed, and a library could not have another one ({first})"
-    advice = "Close files and sockets (use with), and look at earlier cells for what they leave open; see --open-files."
+    summary = (
+        f"too many open files: {count} are open of {allowed} allowed, and a library could "
+        f"not have another one ({first})"
+    )
+    advice = (
+        "Close files and sockets (use with), and look at earlier cells for what they leave "
+        "open; see --open-files."
+    )
     return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
 
 
-# --- limits of the machine --------------------------------------------------------------------------------------
+# --- limits of the machine ------------------------------------------------------------------------
 
 
 def inotify(context: Context) -> Cause | None:
-    """Inotify has limits of its own: it reports a full disk (ENOSPC) and too many open files (EMFILE), and means neither."""
+    """One of inotify's own limits, which it reports as a full disk or too many open files."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -188,7 +201,8 @@ def inotify(context: Context) -> Cause | None:
         f" {'the disk is not full' if full else 'it is no limit on open files'}"
     )
     advice = (
-        f"Watch fewer directories, or stop earlier watchers (observer.stop()). All of a user's programs share {setting};"
+        "Watch fewer directories, or stop earlier watchers (observer.stop()). All of a user's "
+        f"programs share {setting};"
         " an administrator can raise it with sysctl. No option of safe-exec changes it."
     )
     facts = (
@@ -205,7 +219,7 @@ def _is_of_inotify(context: Context, error: CellError) -> bool:
 
 
 def memory_maps(context: Context) -> Cause | None:
-    """An allocation was refused, and the kernel had as many memory maps as the system allows a process (vm.max_map_count)."""
+    """An allocation was refused because the process had too many memory maps."""
     error, maps = context.evidence.error, context.evidence.memory_maps
     if not isinstance(context.ending, CellFailed) or error is None or maps is None:
         return None
@@ -213,7 +227,8 @@ def memory_maps(context: Context) -> Cause | None:
     if count < NEARLY * allowed or not MAP_REFUSED.search(f"{error.ename} {error.evalue}"):
         return None
     summary = (
-        f"an allocation was refused: the kernel has {count} memory maps, and the system allows a process {allowed}"
+        f"an allocation was refused: the kernel has {count} memory maps, and the system allows "
+        f"a process {allowed}"
         " (vm.max_map_count); memory is not short"
     )
     facts = (
@@ -222,14 +237,19 @@ def memory_maps(context: Context) -> Cause | None:
         outside("memory maps allowed", allowed, "/proc/sys/vm/max_map_count"),
     )
     advice = (
-        "Map fewer files at a time: close what is no longer needed, merge small files, or read them instead of mapping them."
-        " An administrator can raise vm.max_map_count with sysctl. No option of safe-exec changes it."
+        "Map fewer files at a time: close what is no longer needed, merge small files, or read "
+        "them instead of mapping them."
+        " An administrator can raise vm.max_map_count with sysctl. No option of safe-exec "
+        "changes it."
     )
     return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.CERTAIN, facts, advice)
 
 
 def parser(context: Context) -> Cause | None:
-    """Python's parser raises MemoryError for code that is nested too deeply; memory has nothing to do with it."""
+    """Python's parser raised MemoryError for code that is nested too deeply.
+
+    Memory is not short.
+    """
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None or error.ename != "MemoryError":
         return None
@@ -239,21 +259,25 @@ def parser(context: Context) -> Cause | None:
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if peak is not None and limit is not None and peak >= NEARLY * limit:
         return None
-    summary = "Python's parser gave up: the code that it was given is nested too deeply. It says so with a MemoryError, but memory is not short"
+    summary = (
+        "Python's parser gave up: the code that it was given is nested too deeply. It "
+        "says so with a MemoryError, but memory is not short"
+    )
     facts = [_said(error)]
     if peak is not None:
         facts.append(outside("memory peak", peak, "control group or sum over processes"))
     if limit is not None:
         facts.append(outside("memory limit", limit, "limits of this run"))
     advice = (
-        "Build the value in steps instead of one expression, or nest fewer parentheses and operators; text of such a depth"
+        "Build the value in steps instead of one expression, or nest fewer parentheses and "
+        "operators; text of such a depth"
         " should not be evaluated as Python code."
     )
     return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, tuple(facts), advice)
 
 
 def _is_of_parser(error: CellError) -> bool:
-    """Whether the innermost line of the traceback hands text to the parser."""
+    """Tell whether the innermost line of the traceback calls the parser."""
     lines = _RAISED_AT.findall(_ANSI.sub("", "\n".join(error.traceback)))
     return bool(lines) and PARSER_CALL.search(lines[-1]) is not None
 

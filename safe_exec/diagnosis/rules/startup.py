@@ -101,7 +101,10 @@ def start_failed(context: Context) -> Cause | None:
 
 
 def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | None) -> str:
-    """What to do about a kernel that is not installed: another one of the same language, if there is one."""
+    """Return advice for a kernel that is not installed.
+
+    Another one of the same language, if any.
+    """
     alike = sorted(
         name
         for name, spoken in installed.items()
@@ -137,7 +140,7 @@ def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | Non
 
 
 def internal(context: Context) -> Cause | None:
-    """safe-exec failed or refused to run: nothing can be said about the notebook."""
+    """safe-exec failed or refused to run; nothing can be said about the notebook."""
     ending = context.ending
     if not isinstance(ending, InternalError):
         return None

@@ -1,6 +1,7 @@
-"""Wall time and processor time: what ran out, and what the kernel was doing then.
+"""Wall time and processor time: which one ran out, and what the kernel was doing then.
 
-What it was doing is decided by what the system says (state, processor time, blocking call); the Python stack only refines it.
+The system's observations (state, processor time, blocking call) decide what it was doing; the
+Python stack only refines the answer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SEARCHED_FRAMES = 8
 
 
 def activity_of(observation: ActivityObservation) -> Activity | None:
-    """What a kernel seen so was doing; ``None`` when it cannot be told."""
+    """Return the activity of an observed kernel; ``None`` if it cannot be determined."""
     if observation.state in ("T", "t"):
         return Activity.STOPPED
     if computes(observation):
@@ -66,7 +67,7 @@ def activity_of(observation: ActivityObservation) -> Activity | None:
 
 
 def computes(observation: ActivityObservation) -> bool:
-    """Whether the main thread is at work, or has native threads at work for it (a parallel library)."""
+    """Tell whether the main thread, or native threads of a parallel library, are computing."""
     share = observation.cpu_share or 0.0
     if observation.runnable is None or (not observation.instrumented and share >= BUSY):
         return share >= BUSY
@@ -82,7 +83,10 @@ def computes(observation: ActivityObservation) -> bool:
 
 
 def is_starved(observation: ActivityObservation) -> bool:
-    """Whether it had work to do and hardly got a processor: then a sampling thread without a turn says nothing of it."""
+    """Tell whether the kernel had work but hardly got a processor.
+
+    The samples of a thread that got no processor either say nothing about it.
+    """
     if (
         observation.runnable is None
         or observation.runnable < BUSY
@@ -94,18 +98,25 @@ def is_starved(observation: ActivityObservation) -> bool:
 
 
 def _is_seen_at_work(observation: ActivityObservation) -> bool:
-    """Whether Python code was seen in several places."""
+    """Tell whether Python code was observed in several places."""
     return (observation.lines or 0) > SEEN_PLACES
 
 
 def _interpreter_free(observation: ActivityObservation) -> bool:
-    """Whether the sampling thread often got the interpreter at once: then nobody was running Python code."""
+    """Tell whether the sampling thread often got the interpreter at once.
+
+    No Python code was running.
+    """
     free = sum(1 for wait in observation.gil_waits if wait < FREE_SECONDS)
     return free >= FREE_SHARE * len(observation.gil_waits)
 
 
 def _computing(observation: ActivityObservation) -> Activity:
-    """Python code yields the interpreter when asked; native code keeps it (the sampler starves) or has let it go (no wait)."""
+    """Distinguish Python code from native code.
+
+    Python code yields the interpreter on request. Native code either keeps it, so that the sampler
+    starves, or has released it, so that the sampler does not wait at all.
+    """
     if observation.awaiting:
         return Activity.PYTHON_LOOP
     waits = sorted(observation.gil_waits)
@@ -127,7 +138,7 @@ def _awaiting(awaiting: str) -> Activity:
     return Activity.WAITING_IO
 
 
-def _waiting(observation: ActivityObservation) -> Activity | None:  # noqa: PLR0911 - one return for each way to wait
+def _waiting(observation: ActivityObservation) -> Activity | None:  # noqa: PLR0911
     files = [(frame.file or "").rpartition("/")[2] for frame in observation.stack[:SEARCHED_FRAMES]]
     call = observation.syscall
     # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
@@ -217,7 +228,7 @@ def _timed(
 
 
 def flood(context: Context) -> Cause | None:
-    """Time ran out while the cell was printing without end."""
+    """The time ran out while the cell was printing endlessly."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, TimedOut)
@@ -253,7 +264,10 @@ def _print_less(context: Context) -> str:
 
 
 def replaced(context: Context) -> Cause | None:
-    """The kernel process executed another program: same pid, all state gone, nobody answers. What that program does is no activity of the kernel."""
+    """The kernel process executed another program: the pid stays, but all state is gone.
+
+    The activity of that program is not an activity of the kernel.
+    """
     program = context.evidence.replaced_by
     if not isinstance(context.ending, TimedOut) or program is None:
         return None
@@ -271,7 +285,7 @@ def replaced(context: Context) -> Cause | None:
 
 
 def unresponsive(context: Context) -> Cause | None:
-    """Alive and at rest, not at work on the cell, and no answer: its sockets or its loop are gone."""
+    """The kernel is alive and idle, not working on the cell, and does not answer."""
     observation = context.evidence.observation
     if (
         not isinstance(context.ending, TimedOut)
@@ -293,7 +307,7 @@ def unresponsive(context: Context) -> Cause | None:
 
 
 def waits_for_input(context: Context) -> Cause | None:
-    """A child of the kernel reads a terminal: it waits for a person."""
+    """A child of the kernel reads from a terminal, so it waits for a person."""
     observation = context.evidence.observation
     if (
         not isinstance(context.ending, TimedOut)
@@ -309,7 +323,10 @@ def waits_for_input(context: Context) -> Cause | None:
 
 
 def processes_exhausted(context: Context) -> Cause | None:
-    """A wall time was over, and no further process or thread could be started: a fork bomb, or a pool that waits for one."""
+    """A time limit was exceeded while no further process or thread could be started.
+
+    This is a fork bomb, or a pool that waits for a new process.
+    """
     ending, count = context.ending, context.evidence.processes_at_timeout
     if not isinstance(ending, TimedOut) or count is None or not count.full:
         return None
@@ -362,7 +379,7 @@ def processes_exhausted(context: Context) -> Cause | None:
 
 
 def timed_out(context: Context) -> Cause | None:
-    """A wall time was over."""
+    """A wall time limit was exceeded."""
     ending = context.ending
     if not isinstance(ending, TimedOut):
         return None
@@ -407,7 +424,7 @@ def _crowded(observation: ActivityObservation) -> bool:
 
 
 def _resistance(context: Context, activity: Activity | None) -> str:
-    """Why an interrupt did not end the cell, where one was sent and it did not."""
+    """Return why an interrupt did not end the cell, if one was sent."""
     ending, observation = context.ending, context.evidence.observation
     if (
         not isinstance(ending, TimedOut)
@@ -425,7 +442,10 @@ def _resistance(context: Context, activity: Activity | None) -> str:
 
 
 def cpu_time(context: Context) -> Cause | None:
-    """Processor time was over: SIGXCPU, the hard limit behind it, or our watch over the whole tree."""
+    """The processor time was exceeded.
+
+    SIGXCPU, the hard limit behind it, or safe-exec's own check.
+    """
     evidence = context.evidence
     if not isinstance(context.ending, Died):
         return None
@@ -456,7 +476,7 @@ def cpu_time(context: Context) -> Cause | None:
 
 
 def _hard_cpu(context: Context) -> bool:
-    """SIGKILL at the hard limit of RLIMIT_CPU, for a process that ignored SIGXCPU."""
+    """Tell whether the hard limit of RLIMIT_CPU killed a process that ignored SIGXCPU."""
     evidence, limit = context.evidence, context.limits.cpu_time
     if (
         evidence.exit is None

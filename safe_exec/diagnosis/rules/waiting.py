@@ -1,7 +1,7 @@
-"""What a kernel waits for when it waits for other processes or for the lock on a file: which one, why that does not end, and what helps.
+"""Finds the process or file lock that a kernel waits for, and why the wait does not end. Pure.
 
-Pure; imports context and model. Everything is judged by what /proc said of the processes. Python stacks, which are the kernel's word, only tell
-that a pool or an executor of processes is waited for.
+Observations of the processes in /proc decide. Python stacks, which are the kernel's claims, only
+tell that a pool or an executor of processes is awaited. Imports context and model.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _WORKER = re.compile(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_
 
 
 class Blockage(StrEnum):
-    """Why a process does not end."""
+    """The reason why a process does not end."""
 
     STOPPED = "stopped"
     FULL_PIPE = "full_pipe"
@@ -97,12 +97,19 @@ STUCK = (
 )
 # The most telling first.
 ORDER = (
-    *STUCK, Blockage.HOLDS_OUTPUT, Blockage.COMPUTES, Blockage.SLEEPS, Blockage.OTHER, Blockage.ENDED, Blockage.CHILD, Blockage.IDLE,
-)  # fmt: skip
+    *STUCK,
+    Blockage.HOLDS_OUTPUT,
+    Blockage.COMPUTES,
+    Blockage.SLEEPS,
+    Blockage.OTHER,
+    Blockage.ENDED,
+    Blockage.CHILD,
+    Blockage.IDLE,
+)
 
 
 class Blocker(Struct, frozen=True, kw_only=True):
-    """The process that a kernel waits for, as far as it can be told, and why it does not end."""
+    """The process that a kernel most likely waits for, and why it does not end."""
 
     process: ObservedProcess
     blockage: Blockage
@@ -112,12 +119,12 @@ class Blocker(Struct, frozen=True, kw_only=True):
 
 
 def other_processes(observation: ActivityObservation) -> list[ObservedProcess]:
-    """The processes beside the kernel but Python's own helpers."""
+    """Return the processes besides the kernel, without Python's own helpers."""
     return [process for process in observation.processes if not _HELPER.search(process.command)]
 
 
 def waits_for_processes(observation: ActivityObservation) -> bool:
-    """Whether a kernel at rest waits for another process: a child, a worker of a pool, or one that holds a pipe."""
+    """Tell whether an idle kernel waits for a child, a pool's worker, or the holder of a pipe."""
     if observation.syscall in WAITS or _waits_for_shell(observation):
         return True
     some = bool(observation.children or other_processes(observation) or observation.ended)
@@ -133,7 +140,7 @@ def _stands_in(stack: Sequence[Frame], files: Sequence[str]) -> bool:
 
 
 def _is_thread_pool(observation: ActivityObservation) -> bool:
-    """Multiprocessing's pool of threads runs its workers, of the same code, in the kernel itself."""
+    """Tell whether the pool is one of threads; multiprocessing uses the same code for both."""
     return any(
         frame.function == "worker" and (frame.file or "").endswith("pool.py")
         for stack in observation.threads
@@ -142,7 +149,7 @@ def _is_thread_pool(observation: ActivityObservation) -> bool:
 
 
 def _waits_for_executor(observation: ActivityObservation) -> bool:
-    """The result of a future is waited for, and it can only come from an executor of processes."""
+    """Tell whether the kernel waits for a future of an executor of processes."""
     if not _stands_in(observation.stack, ("futures/_base.py",)):
         return False
     at_work = any(
@@ -156,14 +163,17 @@ def _waits_for_executor(observation: ActivityObservation) -> bool:
 
 
 def _waits_for_shell(observation: ActivityObservation) -> bool:
-    """A kernel that drives a shell waits at a terminal whatever runs there: the shell itself says what it waits for."""
+    """Tell whether a kernel that drives a shell waits for a child of that shell.
+
+    Such a kernel waits at a terminal whatever runs there.
+    """
     return not observation.instrumented and any(
         process.syscall in WAITS and not process.adopted for process in observation.processes
     )
 
 
 def _partners(observation: ActivityObservation) -> list[ObservedProcess]:
-    """Those that hold the other end of a pipe that the kernel is blocked at."""
+    """Return the processes at the other end of a pipe that blocks the kernel."""
     pipes = {target for target in observation.targets or () if target.startswith("pipe:")}
     read = (
         pipes & _own_reads(observation)
@@ -183,7 +193,7 @@ def _partners(observation: ActivityObservation) -> list[ObservedProcess]:
 
 
 def reads_own_pipe(observation: ActivityObservation) -> bool:
-    """Whether the kernel reads a pipe whose other end nobody holds but itself: it waits for its own writing."""
+    """Tell whether the kernel reads a pipe that only it can write to, so it waits for itself."""
     if observation.syscall not in READS or not observation.targets:
         return False
     pipe = observation.targets[0]
@@ -194,8 +204,8 @@ def reads_own_pipe(observation: ActivityObservation) -> bool:
 # --- which one, and why it does not end -----------------------------------------------------------
 
 
-def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> Blockage:  # noqa: C901, PLR0911 - one return for each state
-    """Why a process does not end."""
+def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> Blockage:  # noqa: C901, PLR0911
+    """Return the reason why a process does not end."""
     if process.state in "ZX":
         return Blockage.ENDED
     if process.state in "Tt":
@@ -224,30 +234,38 @@ def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> B
 
 
 def _own_writes(observation: ActivityObservation) -> frozenset[str]:
-    """Pipes that the kernel only writes to. Of the queues of multiprocessing a process that forks holds both ends."""
+    """Return the pipes that the kernel only writes to.
+
+    Forks hold both ends of multiprocessing queues.
+    """
     return frozenset(observation.writes) - frozenset(observation.reads)
 
 
 def _own_reads(observation: ActivityObservation) -> frozenset[str]:
-    """Pipes that the kernel only reads: it sees their end when nobody else holds the other one any more."""
+    """Return the pipes that the kernel only reads.
+
+    They end when nobody else holds the other end.
+    """
     return frozenset(observation.reads) - frozenset(observation.writes)
 
 
 def is_worker_command(command: str) -> bool:
-    """Whether a command is that of a worker which multiprocessing or loky starts."""
+    """Tell whether multiprocessing or loky started this command as a worker."""
     return _WORKER.search(command) is not None
 
 
 def is_worker(process: ObservedProcess) -> bool:
-    """Whether a process was forked by the notebook, or is a worker of a pool."""
+    """Tell whether a process was forked by the notebook or is a pool's worker."""
     return process.forked or is_worker_command(process.command)
 
 
 def find_blocker(observation: ActivityObservation) -> Blocker | None:
-    """The process that is most likely waited for.
+    """Return the process that the kernel most likely waits for.
 
-    The child that wait4 names; else whoever holds the pipe that the kernel reads or writes; else an orphan that holds a pipe which only the
-    kernel reads; else the most telling of all children. Where what was named is at rest and another one is stuck for ever, that one.
+    The first candidate is the child that wait4 names; then the process at the other end of the pipe
+    that the kernel reads or writes; then an orphan that holds a pipe which only the kernel reads;
+    then the most telling of all children. If the named process is idle and another one is stuck
+    forever, the stuck one is returned.
     """
     processes = other_processes(observation)
     if not processes:
@@ -283,7 +301,7 @@ def find_blocker(observation: ActivityObservation) -> Blocker | None:
 
 
 def stuck_child(observation: ActivityObservation) -> Blocker | None:
-    """A child that will not end by itself, whatever else the kernel is doing."""
+    """Return a child that will never end by itself, whatever else the kernel is doing."""
     blocker = _most_telling(
         [process for process in other_processes(observation) if not process.adopted], observation
     )
@@ -291,7 +309,7 @@ def stuck_child(observation: ActivityObservation) -> Blocker | None:
 
 
 def _holders(observation: ActivityObservation) -> list[ObservedProcess]:
-    """Orphans that hold a pipe which only the kernel reads, where no child of its holds it any more."""
+    """Return orphans that hold a pipe which only the kernel reads and no child holds."""
     reads = _own_reads(observation)
     used = {
         pipe
@@ -310,7 +328,7 @@ def _holders(observation: ActivityObservation) -> list[ObservedProcess]:
 def _family(
     tops: Sequence[ObservedProcess], processes: Sequence[ObservedProcess]
 ) -> list[ObservedProcess]:
-    """Some processes and all that they started."""
+    """Return some processes and all their descendants."""
     family = list(tops)
     for process in family:
         family += [
@@ -334,7 +352,7 @@ def _most_telling(
 
 
 def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
-    """How many workers of a pool have ended while the cell ran, and how many took the place of others."""
+    """Return how many workers of a pool ended while the cell ran, and how many replaced others."""
     ended_count = sum(
         child.forked or is_worker_command(child.command) for child in observation.ended
     )
@@ -351,7 +369,7 @@ def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
 
 
 def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
-    """The lock on a file that the kernel waits for: blocked in a call for it, or trying again and again."""
+    """Return the file lock that the kernel waits for, blocked in a call or by polling."""
     lock = observation.lock
     if lock is None or lock.kind in ("flock", "fcntl"):
         return lock
@@ -365,7 +383,7 @@ RETRIES_PER_SECOND = 4.0
 
 
 def polls_for_file_lock(observation: ActivityObservation) -> bool:
-    """Whether a package for lock files is at it."""
+    """Tell whether a package for lock files is polling."""
     return any(
         package in (frame.file or "")
         for frame in observation.stack[:SEARCHED_FRAMES]

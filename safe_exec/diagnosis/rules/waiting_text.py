@@ -1,4 +1,4 @@
-"""What a kernel waits for, in words: who it is, why that does not end, what helps. Pure; imports waiting, model, units."""
+"""Describes what a kernel waits for, why the wait does not end, and what helps. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from safe_exec.units import format_size
 
 
 def waited_for(observation: ActivityObservation) -> str:
-    """``the child process `sleep 300` (pid 77), which is sleeping``: whom the kernel waits for; empty where it cannot be told."""
+    """Return the awaited process: ``the child process `sleep 300` (pid 77), which is sleeping``.
+
+    The text is empty if the process cannot be determined.
+    """
     blocker = find_blocker(observation)
     if blocker is None:
         return _ended_process_text(observation)
@@ -42,12 +45,12 @@ def waited_for(observation: ActivityObservation) -> str:
 
 
 def text_of(blocker: Blocker) -> str:
-    """``the child process `sleep 300` (pid 77), which is sleeping``."""
+    """Return ``the child process `sleep 300` (pid 77), which is sleeping``."""
     return f"{_name(blocker.process)}, which {_state(blocker.process, blocker.blockage)}"
 
 
 def sentence_of(blocker: Blocker) -> str:
-    """``the child process `sleep 300` (pid 77) is sleeping``."""
+    """Return ``the child process `sleep 300` (pid 77) is sleeping``."""
     return f"{_name(blocker.process)} {_state(blocker.process, blocker.blockage)}"
 
 
@@ -113,7 +116,7 @@ def _state(process: ObservedProcess, blockage: Blockage) -> str:
 
 
 def fact_text(blocker: Blocker) -> str:
-    """A blocker in the evidence: its command, its process id, why it does not end."""
+    """Describe a blocker for the evidence: its command, its process id, and why it does not end."""
     process = blocker.process
     text = _state(process, blocker.blockage)
     return (
@@ -134,7 +137,7 @@ def _ending(process: ObservedProcess) -> str:
 
 
 def advice(observation: ActivityObservation, *, python: bool) -> str:
-    """What helps; empty where nothing better can be said than to look at the child."""
+    """Return advice; empty if there is none beyond looking at the child."""
     blocker = find_blocker(observation)
     if blocker is None or blocker.blockage is Blockage.IDLE:
         return _advice_for_lost_work(observation, python=python)
@@ -238,7 +241,7 @@ def _is_plain(command: str) -> bool:
 
 
 def lock_text(lock: ObservedLock) -> str:
-    """``the lock on the file corpus.lock, which the notebook itself holds``."""
+    """Return ``the lock on the file corpus.lock, which the notebook itself holds``."""
     if lock.own:
         holder = ", which the notebook itself holds"
     elif lock.holder is not None:
@@ -253,14 +256,14 @@ def lock_text(lock: ObservedLock) -> str:
 
 
 def holder_text(lock: ObservedLock) -> str | None:
-    """Who holds a lock, for the evidence."""
+    """Return the holder of a lock for the evidence."""
     if lock.own:
         return "the kernel itself"
     return None if lock.holder is None else f"{lock.command or 'process'} (pid {lock.holder})"
 
 
 def lock_advice(lock: ObservedLock) -> str:
-    """What helps against a lock that is not released."""
+    """Return advice for a lock that is not released."""
     if lock.kind == "sqlite":
         owner = "Another connection of this notebook" if lock.own else "Another process"
         return (
@@ -291,7 +294,7 @@ _ERROR = re.compile(
 
 
 class Traceback(Struct, frozen=True, kw_only=True):
-    """A traceback in a cell's output: of which thread or process, and its last line."""
+    """A traceback in a cell's output: its thread or process, and its last line."""
 
     owner: str
     error: str
@@ -299,7 +302,7 @@ class Traceback(Struct, frozen=True, kw_only=True):
 
 
 def printed_traceback(text: str) -> Traceback | None:
-    """The last traceback of a thread or of a worker process in what a cell put out."""
+    """Return the last traceback of a thread or worker process in a cell's output."""
     last = None
     owner: tuple[str, bool] | None = None
     for line in text.splitlines():
@@ -314,7 +317,7 @@ def printed_traceback(text: str) -> Traceback | None:
 
 
 def traceback_advice(traceback: Traceback) -> str:
-    """What an error in a thread of a pool means for who waits for it."""
+    """Explain the effect of an error in a thread of a pool on those who wait for the pool."""
     if "_handle_results" in traceback.owner and "__init__()" in traceback.error:
         return (
             "An exception of a worker could not be rebuilt in the notebook, and the pool's "

@@ -169,7 +169,7 @@ def _interpolated(text: str) -> set[str]:
 
 def _line_magic(name: str, arguments: str) -> Special:
     if name in _RUNS_PYTHON:
-        code = parse(arguments[_OPTIONS.match(arguments).end() :].strip())  # type: ignore[union-attr]  # it matches nothing, too
+        code = parse(arguments[_OPTIONS.match(arguments).end() :].strip())  # type: ignore[union-attr]
         return (
             Special(code=code, binds=name in ("time", "prun"))
             if code
@@ -223,14 +223,14 @@ def _replace_specials(cell: Cell) -> None:
     while prefix in text:
         prefix += "_"
     while at < len(text):
-        start = _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        start = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
         name = f"{prefix}{len(cell.specials)}"
         if match := _HELP.match(text, start):
             cell.specials[name] = Special(uses=set(re.findall(_WORD, match[1])[:1]))
             out.append(text[at:start] + name)
             at = match.end()
         elif match := _ESCAPE.match(text, start) or _ASSIGNED.match(text, start):
-            end = _CONTINUED.match(text, match.end()).end()  # type: ignore[union-attr]  # it matches nothing, too
+            end = _CONTINUED.match(text, match.end()).end()  # type: ignore[union-attr]
             escaped = text[match.end(1) : end]
             cell.specials[name] = _special(escaped.replace("\\\n", " "))
             out.append(text[at:start] + match[1] + name + "\n" * escaped.count("\n"))

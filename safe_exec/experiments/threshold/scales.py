@@ -79,7 +79,8 @@ class Scale(Struct, frozen=True, kw_only=True):
         if math.isinf(value):
             return "none"
         if self.unit == "seconds":
-            return f"{round(value, 3):g}s" if value < 1e5 else f"{value:.0f}s"  # noqa: PLR2004 - from there %g writes an exponent
+            # From 1e5 on, %g writes an exponent.
+            return f"{round(value, 3):g}s" if value < 1e5 else f"{value:.0f}s"  # noqa: PLR2004
         size = round(value)
         for factor, letter in ((MIB, "M"), (KIB, "K")) if self.unit == "bytes" else ():
             if size % factor == 0:
