@@ -1,1 +1,1 @@
-"""One file per sub-command; ``cli`` puts them together."""
+"""One file per sub-command; ``main`` combines them."""

@@ -1,4 +1,4 @@
-"""``safe-exec batch``: many notebooks, as CI runs them."""
+"""``safe-exec batch``: run many notebooks, as in CI."""
 
 from __future__ import annotations
 
@@ -38,101 +38,108 @@ DEFAULT_OUT = Path("safe-exec-out")
 STDIN = "-"
 
 
-@click.command("batch", short_help="Run many notebooks and report on all of them.")
+@click.command("batch", short_help="Run many notebooks, and report on all of them.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=DEFAULT_OUT,
-    help=f"Everything that is written goes here [{DEFAULT_OUT}].",
+    help=f"Directory for all output [{DEFAULT_OUT}].",
 )
 @click.option(
     "-j",
     "--jobs",
     default=AUTO,
     metavar="N",
-    help="So many at a time, as far as their memory limits fit [auto: processors].",
+    help="Notebooks at a time, if their memory limits fit [auto: processors].",
 )
 @click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave these out (slow-*.ipynb, drafts/, docs/**/old.ipynb).",
+    help="Skip these notebooks (slow-*.ipynb, drafts/, docs/**/old.ipynb).",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the batch that was cut short in --out; what is finished is not run again.",
+    help="Continue the interrupted batch in --out; finished notebooks do not run again.",
 )
 @click.option(
-    "--only-changed", is_flag=True, help="Leave out what passed before and has not changed since."
+    "--only-changed", is_flag=True, help="Skip notebooks that passed before and have not changed."
 )
-@click.option("--fail-fast", is_flag=True, help="Start no more once one has failed.")
+@click.option("--fail-fast", is_flag=True, help="Start no more notebooks after a failure.")
 @click.option(
     "--retries",
     type=click.IntRange(0, 10),
     default=0,
     metavar="N",
-    help="Try again, where another run may go better [0].",
+    help="Retries of failures that may not happen again, such as a busy machine [0].",
 )
-@click.option("--shard", metavar="K/N", help="Run the Kth of N parts.")
+@click.option("--shard", metavar="K/N", help="Run part K of N.")
 @click.option(
     "--timings",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A summary.json, for shards that take equally long.",
+    help="A summary.json of an earlier batch, for shards of equal duration.",
 )
 @click.option(
     "--limits",
     metavar="NAME|FILE",
-    help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
+    help="A profile (default, ci, strict, untrusted) or your own YAML file.",
 )
 @limit_options
 @wall_options
 @input_options
-@click.option(
-    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebooks' own."
-)
+@click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebooks' own.")
 @click.option(
     "--cwd",
     type=click.Path(path_type=Path),
-    help="Run all of them in this directory [each in its own notebook's].",
+    help="Working directory for all notebooks [each notebook's folder].",
 )
-@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
+@click.option(
+    "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
+)
 @click.option(
     "--require",
     metavar="LIMIT,...",
-    help="Refuse to run unless the system's kernel holds these limits (or: all).",
+    help="Refuse to run unless the operating system enforces these (or: all, walls, none).",
 )
-@click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
+@click.option(
+    "--mechanisms", metavar="NAME,...", help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}."
+)
 @click.option(
     "--bisect",
     type=click.Choice([choice.value for choice in Bisect]),
     default=Bisect.AUTO.value,
-    help="Search for the culprits of what failed [auto].",
+    help="Search for the cells that cause a failure [auto].",
 )
 @click.option("--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never).")
 @click.option(
     "--bisect-budget",
     metavar="T",
-    help="Time that each search may take [60s, or 3 times the first run].",
+    help="Time limit of each search [60s, or 3 times the first run].",
 )
 @click.option(
     "--github/--no-github",
     default=None,
-    help="Annotations on stdout, and a summary of the job [where GITHUB_ACTIONS=true].",
+    help="Print annotations and write a job summary [if GITHUB_ACTIONS=true].",
 )
 @click.option(
-    "--gitlab/--no-gitlab", default=None, help="codequality.json in --out [where GITLAB_CI is set]."
+    "--gitlab/--no-gitlab",
+    default=None,
+    help="Write codequality.json to --out [if GITLAB_CI is set].",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
 def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
-    """Run the notebooks in PATH... (files, folders, patterns; - for a list on stdin), each in its own folder and inside its own limits.
+    """Run the notebooks in PATH..., each in its own folder and inside its own limits.
 
-    With --limits ci a notebook sees and writes its folder and the git repository around it; with strict and untrusted its folder alone.
+    PATH is a file, a folder or a pattern; - reads a list from standard input. With --limits ci a
+    notebook can read and write its folder and the git repository around it; with strict and
+    untrusted only its folder.
 
-    The last line of output is for scripts. The exit code is that of the worst notebook, from good to bad: 0 passed, 1 a cell raised, 5 a limit,
-    4 timeout, 3 the kernel died, 6 it did not start, 2 not readable, 7 safe-exec failed, 130 stopped.
+    The last line of output is for scripts. The exit code is that of the worst notebook, from good
+    to bad: 0 passed, 1 a cell raised, 5 a limit, 4 timeout, 3 the kernel died, 6 it did not start,
+    2 unreadable input, 7 safe-exec failed, 130 stopped.
     """
     from safe_exec.batch import ci
     from safe_exec.batch.report_registry import write_all
@@ -143,10 +150,12 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     more = ci.reports(github=github, gitlab=gitlab)
 
     cwd = Path.cwd()
+    # All input is checked before the output directory is created.
     shard = parse_shard(options["shard"]) if options["shard"] is not None else None
     timings = read_timings(options["timings"])
     jobs = parse_jobs(options["jobs"], cpus_available())
     listed = _listed(sys.stdin) if STDIN in paths else []
+    # "-" may be combined with paths; the list may be empty then.
     arguments = [path for path in paths if path != STDIN]
     selection = select(arguments, listed=listed, exclude=options["exclude"], cwd=cwd, out=cwd / out)
     plan = Plan(
@@ -164,12 +173,14 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     )
     notes = [
         *selection.notes,
-        *([f"left out: {selection.ours} that safe-exec wrote"] if selection.ours else []),
+        *([f"skipped {selection.ours} that safe-exec wrote"] if selection.ours else []),
     ]
+    # Standard output has the result only, so scripts can read it.
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
         for note in notes:
             progress.note(note)
         batch = asyncio.run(run_batch(plan, progress, partial(write_all, more=more)))
+    # Printed after the progress display has ended: GitHub needs whole lines.
     for line in ci.github_lines(batch) if github else ():
         click.echo(line)
     _show(batch, sys.stdout, quiet=quiet)
@@ -177,7 +188,8 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
 
 
 def _listed(stream: TextIO) -> list[str]:
-    """Paths on stdin, one a line, or with NUL between them (``git ls-files -z``)."""
+    """Return the paths on standard input, separated by line breaks or by NUL characters."""
+    # NUL as in the output of `git ls-files -z`: a file name may contain line breaks.
     text = stream.read()
     return [
         path for path in (text.split("\0") if "\0" in text else text.splitlines()) if path.strip()
@@ -190,6 +202,7 @@ def _of_shard(
     if shard is None:
         return tuple(notebooks)
     number, shards = shard
+    # Every shard computes all parts and keeps its own.
     mine = set(cut([notebook.path for notebook in notebooks], timings, shards)[number - 1])
     return tuple(notebook for notebook in notebooks if notebook.path in mine)
 
@@ -203,7 +216,8 @@ def _made(out: Path) -> Path:
 
 
 def _template(options: dict[str, Any], jobs: int) -> Any:
-    """The job of every notebook. The machine is looked at once; of its memory each of ``jobs`` notebooks has its share."""
+    """Return the job of every notebook, except for its paths."""
+    # Host capabilities are detected once. Each of the parallel notebooks gets its share of memory.
     cwd = options["cwd"].absolute() if options["cwd"] is not None else None
     job = job_of(Path(), options | {"verdict": None, "cwd": cwd}, lenient=True)
     machine = probe_isolation(detect(parse_mechanisms(job.mechanisms)))
@@ -213,11 +227,11 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
     )
 
 
-# --- what is shown at the end -----------------------------------------------------------------------------------
+# --- the end of the output ----------------------------------------------------------------------
 
 
 def _show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
-    """What did not pass, where everything is, and the line for scripts, which comes last."""
+    """Print the failed notebooks, the output directory, and the line for scripts."""
     from safe_exec.batch.outcome import summary_line
 
     style = Style.of(stream)
@@ -233,7 +247,8 @@ def _show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
                 )
         click.echo(style.fit(f"wrote {one_line(batch.out)}"), file=stream)
         if batch.cancelled or any(result.status == NOT_RUN for result in batch.results):
-            click.echo("go on with --resume", file=stream)
+            click.echo("continue with --resume", file=stream)
+    # The last line, even with --quiet: scripts read it.
     click.echo(summary_line(batch), file=stream)
 
 
@@ -244,5 +259,6 @@ def _headline(result: NotebookResult) -> str:
     document = result.document()
     try:
         return headline(from_document(document)) if document is not None else ""
-    except (ValueError, KeyError):  # overwritten by somebody since
+    # Another program may have overwritten the verdict.
+    except (ValueError, KeyError):
         return ""

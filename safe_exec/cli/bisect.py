@@ -1,4 +1,4 @@
-"""``safe-exec bisect``: go on with a search for the culprits, or make one that ``run`` did not."""
+"""``safe-exec bisect``: continue a search for the culprits, or start one that ``run`` did not."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ NOT_FOUND = 1
 
 @click.command(
     "bisect",
-    short_help="Search for the culprits of a failure, with more time or where `run` did not.",
+    short_help="Search for the cells that cause a failure.",
 )
 @click.argument("target", metavar="NOTEBOOK|VERDICT.json", type=click.Path(path_type=Path))
 @click.option(
-    "--budget", metavar="T", default="10m", show_default=True, help="Time that the search may take."
+    "--budget", metavar="T", default="10m", show_default=True, help="Time limit of the search."
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
-    """Search for the cells that caused the failure in VERDICT.json, or in the verdict beside NOTEBOOK.
+    """Search for the cells that caused the failure in VERDICT.json, or in the verdict of NOTEBOOK.
 
-    What earlier searches have tried is known and costs nothing. A notebook without a verdict of its present content is run first.
-    Cells are run again, whatever they talk to.
+    Results of earlier searches are reused. If there is no verdict for the current content of
+    NOTEBOOK, it runs first. The search runs cells again even if they contact other hosts.
 
-    Exit codes: 0 culprits found, 1 none found (it did not happen again, or time ran out), 2 bad usage.
+    Exit codes: 0 culprits found, 1 none found (the failure did not happen again, or time ran out),
+    2 bad usage.
     """
     seconds = parse_budget(budget)
     with progress.Progress(
@@ -79,6 +80,7 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
         sys.stdout.buffer.write(verdict_json.dumps(verdict))
     elif not quiet:
         terminal.print_diagnosis(verdict, sys.stdout)
+    # Scripts can tell "found" from "not found" without reading JSON.
     return 0 if verdict.culprits is not None and verdict.culprits.cells else NOT_FOUND
 
 
@@ -91,7 +93,7 @@ def _job_with_first_run(path: Path, seconds: float | None) -> Job:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """The verdict in a file. Raises UsageError, one line."""
+    """Read the verdict in a file. Raises UsageError."""
     data = read_regular(path, most=MOST_BYTES, error=UsageError)
     try:
         return verdict_json.loads(data)
@@ -100,12 +102,12 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def _is_of(verdict: Verdict, path: Path) -> bool:
-    """Whether a verdict is about this notebook as it is now, and says that something went wrong."""
+    """Return whether a verdict describes a failure of the notebook's current content."""
     return verdict.notebook.sha256 == notebook.read(path).sha256 and verdict.cause is not None
 
 
 def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> PreparedJob:
-    """The job of an earlier run, checked again. Raises UsageError where its notebook is gone or has changed."""
+    """Prepare the job of an earlier run again. Raises UsageError if its notebook has changed."""
     source = find_notebook(verdict, path)
     outputs = {name: Path(output) for name, output in verdict.outputs.items()}
     prepared = prepare(
@@ -124,6 +126,7 @@ def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> Prepar
             command=command_line(),
         )
     )
+    # Culprits of a changed notebook would name the wrong cells.
     if prepared.notebook.sha256 != verdict.notebook.sha256:
         raise UsageError(
             f"{source}: changed since the verdict was written; run `safe-exec run` again"
@@ -132,7 +135,8 @@ def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> Prepar
 
 
 def find_notebook(verdict: Verdict, path: Path) -> Path:
-    """The notebook of a verdict: by the path it names, in the folder of its run, or beside the verdict. Raises UsageError."""
+    """Find the notebook of a verdict. Raises UsageError."""
+    # It may have moved together with its verdict, for example as a CI artifact.
     recorded_path = Path(verdict.notebook.path)
     for candidate in (
         recorded_path,
@@ -143,5 +147,6 @@ def find_notebook(verdict: Verdict, path: Path) -> Path:
             if candidate.is_file():
                 return candidate
     raise UsageError(
-        f"{path}: its notebook {recorded_path} is not there; run from the folder of then, or put both side by side"
+        f"{path}: its notebook {recorded_path} does not exist; "
+        "run in the original folder, or put both files into one folder"
     )

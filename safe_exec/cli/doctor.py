@@ -1,4 +1,4 @@
-"""``safe-exec doctor``: what holds each limit and each wall on this machine, and the commands that mend what is weak."""
+"""``safe-exec doctor``: show what enforces each limit on this machine, and how to improve it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EVERY_LIMIT = Limits(
     disk=2**30,
     shm=2**30,
 )
-"""Every limit is set: what would hold it is asked, and the figures do not matter."""
+"""Every limit is set; only the mechanisms matter here, not the values."""
 
 EVERY_WALL = Isolation(
     hide_home=True,
@@ -52,11 +52,11 @@ EVERY_WALL = Isolation(
 )
 
 WIDTH = 100
-"""Columns that are enough: a longer line is harder to read, and commands are not broken at any width."""
+"""The width of the text: longer lines are harder to read. Commands are never wrapped."""
 
 
 class Diagnosis(Struct, frozen=True, kw_only=True):
-    """All that doctor says. ``dead_runs`` is a count, or why there is none."""
+    """The whole diagnosis; ``dead_runs`` is a count, or the reason why it is unknown."""
 
     machine: HostCapabilities
     host: HostFacts
@@ -68,34 +68,36 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 
     @property
     def weak(self) -> tuple[LimitName, ...]:
-        """The limits that the system's kernel could hold and here does not."""
+        """The limits that the operating system could enforce, and does not on this machine."""
         return weak_limits(self.plan)
 
     @property
     def exit_code(self) -> int:
-        """1 where one of them is weak."""
+        """1 if a limit is weak, else 0."""
+        # Scripts use it to check a machine before they rely on --require all.
         return 1 if self.weak else 0
 
 
 @click.command(
     "doctor",
-    short_help="Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
+    short_help="Show what enforces each limit on this machine, and how to fix the rest.",
 )
 @click.option(
     "--limits",
     "profile",
     metavar="NAME|FILE",
-    help="Look at the limits and walls of this profile or file only [all].",
+    help="Only the limits and walls of this profile or file [all].",
 )
 @click.option(
-    "--mechanisms", metavar="NAME,...", help=f"Look at these only: {', '.join(CHOOSABLE)}."
+    "--mechanisms", metavar="NAME,...", help=f"Only these mechanisms: {', '.join(CHOOSABLE)}."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
-    """Say, limit by limit and wall by wall, what this machine can enforce and by what, and for each weakness what mends it.
+    """Show what enforces each limit and wall on this machine, and how to fix the weak ones.
 
-    Exit codes: 0 when the system's kernel can hold memory, cpus, processes, open_files and file_size (with --limits,
-    those of them that are set there), so that `safe-exec run --require all` would run; 1 when it cannot; 2 bad usage.
+    Exit codes: 0 if the operating system enforces memory, cpus, processes, open_files and file_size
+    (with --limits: those of them that are set there), so that `safe-exec run --require all` would
+    run; 1 if it does not; 2 bad usage.
     """
     diagnosis = diagnose(profile, mechanisms)
     if as_json:
@@ -107,7 +109,7 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
 
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
-    """Look at the machine. Raises UsageError for unknown mechanisms, LimitsError for a wrong profile."""
+    """Diagnose this machine. Raises UsageError for unknown mechanisms and for a wrong profile."""
     machine = probe_isolation(detect(_allowed(mechanisms)), version=True)
     host = collect()
     limits, isolation = _requested_limits(profile, machine)
@@ -143,19 +145,22 @@ def _kernels() -> tuple[str, ...]:
 
 
 def _dead_runs() -> int | str:
+    # Runs leave their notes on Linux only.
     if not sys.platform.startswith("linux"):
         return 0
     try:
+        # Unreadable directories of other users are reported, not hidden.
         return dead_runs()
     except OSError as error:
         return str(error)
 
 
-# --- in words ---------------------------------------------------------------------------------------------------
+# --- as text ------------------------------------------------------------------------------------
 
 
 def report(diagnosis: Diagnosis, style: Style) -> Iterator[str]:
-    """The diagnosis line by line: place, limits, what else there is to know, how to mend what is weak."""
+    """Yield the lines: machine, limits, walls, facts, fixes."""
+    # A wide terminal would put notes far away from their limits.
     style = Style(width=min(style.width, WIDTH), colour=style.colour, encoding=style.encoding)
     yield style.paint(
         "bold", f"safe-exec {__version__} on {place(diagnosis.machine, diagnosis.host)}"
@@ -180,7 +185,7 @@ def report(diagnosis: Diagnosis, style: Style) -> Iterator[str]:
 
 
 def place(machine: HostCapabilities, host: HostFacts) -> str:
-    """Where we are: system, user, control groups, and what surrounds us."""
+    """Describe the machine: system, user, cgroups, container."""
     system = platform.system() if machine.platform == sys.platform else machine.platform
     parts = [
         f"{system} {host.release}".strip(),
@@ -208,6 +213,7 @@ def place(machine: HostCapabilities, host: HostFacts) -> str:
 def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, enforcement in plan.enforcement.items():
+        # The limits of the runner follow as a group: they hold on every machine.
         if enforcement.by is not Mechanism.RUNNER:
             rows.append(
                 (tables.mark(enforcement), name.value, *tables.enforcement_columns(enforcement))
@@ -220,7 +226,7 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
 
 
 def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    """What else there is to know, each with its label."""
+    """Yield further facts, each with its label."""
     groups = _groups(diagnosis.machine)
     if groups:
         yield "groups", groups
@@ -228,7 +234,7 @@ def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     if diagnosis.machine.uid == 0 and diagnosis.machine.platform.startswith("linux"):
         yield (
             "root",
-            "as root a notebook without walls can undo its limits: run what you do not trust with --limits untrusted",
+            "as root a notebook without walls can undo its limits: use --limits untrusted",
         )
     yield "kernels", ", ".join(diagnosis.kernels) or "none is installed: pip install ipykernel"
     yield "bubblewrap", _bubblewrap(diagnosis.machine)
@@ -246,12 +252,12 @@ def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     elif diagnosis.dead_runs:
         yield (
             "left over",
-            f"{diagnosis.dead_runs} earlier runs were killed with their keepers; the next run cleans up after them",
+            f"{diagnosis.dead_runs} earlier runs were killed; the next run cleans up",
         )
 
 
 def _groups(machine: HostCapabilities) -> str:
-    """Where the control groups of a run will stand; empty where there are none."""
+    """Describe the location of a run's cgroups."""
     scope = machine.scope
     if scope is not None and machine.allows(Mechanism.SYSTEMD):
         owner = "the system's" if scope.runtime is None else "the user's"
@@ -263,6 +269,7 @@ def _groups(machine: HostCapabilities) -> str:
             else ""
         )
         return f"below {machine.v2}{stepped}"
+    # One controller stands for all: they usually share a path.
     above = machine.v1.get("memory")
     return (
         f"below {above} and those of other controllers"
@@ -277,11 +284,11 @@ def _bubblewrap(machine: HostCapabilities) -> str:
     return ", ".join(part for part in (version, state) if part)
 
 
-# --- as JSON ----------------------------------------------------------------------------------------------------
+# --- as JSON ------------------------------------------------------------------------------------
 
 
 def as_document(diagnosis: Diagnosis) -> dict[str, Any]:
-    """The diagnosis as JSON values. ``hard``: the system's kernel holds it."""
+    """Return the diagnosis as JSON values; ``hard`` means enforced by the operating system."""
     host = diagnosis.host
     return {
         "schema": "safe-exec/doctor/1",

@@ -102,6 +102,7 @@ def install(
     config, effective = _configured(limits, figures)
     from jupyter_client.kernelspec import KernelSpecManager
 
+    # Imported late: jupyter_client takes longer than the whole help text.
     manager = KernelSpecManager()
     folder, document = _of_kernel(manager, kernel)
     changes = [Path(limits).stem, *(f"{key.replace('_', '-')} {figures[key]}" for key in figures)]
@@ -152,6 +153,7 @@ def _refuse_beside_provisioner(
 def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
     """The command of the kernelspec. -P: the client starts it in the notebook's folder, whose modules are not ours."""
     argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
+    # The client substitutes the connection file in every argument list.
     argv += ["--kernel", kernel]
     for key, figure in config.items():
         argv += [f"--{key.replace('_', '-')}", figure]
@@ -207,10 +209,12 @@ def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
     """The directory of kernelspecs that is meant. Raises UsageError."""
     from jupyter_core.paths import jupyter_data_dir
 
+    # Three switches for one place would contradict each other silently.
     if user + sys_prefix + (prefix is not None) > 1:
         raise UsageError(
             "--user, --sys-prefix and --prefix exclude each other: a kernelspec goes to one place"
         )
+    # In a virtual environment, tools of the same environment find the kernel.
     in_environment = sys.prefix != sys.base_prefix
     if user or (not sys_prefix and prefix is None and not in_environment):
         return Path(jupyter_data_dir()) / "kernels"
@@ -229,6 +233,7 @@ def _refuse_to_replace(path: Path) -> None:
     except FileNotFoundError:
         ours = not path.exists()
     except (OSError, ValueError, KeyError, TypeError):
+        # An unreadable kernelspec may be somebody's work: it is not replaced.
         ours = False
     if not ours:
         raise OutputPathError(

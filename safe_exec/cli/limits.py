@@ -1,4 +1,4 @@
-"""``safe-exec limits``: what a profile or file gives, which profiles ship, and whether a file of limits is right."""
+"""``safe-exec limits``: show a profile or file, list the profiles, check a file."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ from safe_exec.sandbox.planner import build_plan
 BAD_INPUT = 2
 _LIMITS = frozenset(name.value for name in LimitName)
 _NOT_LIMITS = ("path", "profile")
-"""Keys of an entry of safe-exec.yaml that are no limits."""
+"""Keys of an entry of safe-exec.yaml that are not limits."""
 
 
 @click.group("limits", short_help="Show the limits that a profile or file gives.")
 def command() -> None:
-    """Show the limits that a profile or file gives, list the profiles, check a file."""
+    """Show the limits of a profile or file, list the profiles, check a file."""
 
 
-# --- show -------------------------------------------------------------------------------------------------------
+# --- show ---------------------------------------------------------------------------------------
 
 
 @command.command("show")
 @click.argument("profile", metavar="[NAME|FILE]", default=profiles.DEFAULT_PROFILE)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes and seconds.")
 def show(profile: str, as_json: bool) -> int:
-    """Show every limit of a profile or file [default], where its figure was written, and what would hold it here.
+    """Show each limit of a profile or file [default], its source, and its enforcement here.
 
-    Then its isolation: what is asked for, and what each wall is held by here; what nothing holds, with how to fix it.
+    The isolation follows: what the file requests, what enforces each wall here, and how to fix the
+    rest.
     """
     machine = detect()
     resolved = profiles.resolve(chosen=profile, machine_memory=machine.memory_total)
@@ -57,6 +58,7 @@ def show(profile: str, as_json: bool) -> int:
         disk=resolved.limits.disk is not None,
         shm=resolved.limits.shm is not None,
     ):
+        # Testing bubblewrap starts a process, so only profiles with walls do it.
         machine = probe_isolation(machine)
     plan = build_plan(resolved.limits, machine, "limits", resolved.isolation)
     if as_json:
@@ -89,7 +91,7 @@ def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
 def _walls(
     isolation: Isolation, plan: SpawnPlan, remedies: Sequence[WallRemedy], style: Style
 ) -> Iterator[str]:
-    """What is asked for in the words of a file, what it comes to here, and what would mend the rest."""
+    """Yield the requested isolation, its enforcement here, and fixes."""
     walls = as_metadata(isolation)
     if isolation.hide_home or isolation.read_only_system:
         walls.setdefault(
@@ -110,7 +112,7 @@ def _walls(
 
 
 def _word(value: object) -> str:
-    """A value as a file has it."""
+    """Format a value as in a file."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return one_line(", ".join(value)) if isinstance(value, list) else one_line(str(value))
@@ -128,13 +130,14 @@ def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
     }
 
 
-# --- list -------------------------------------------------------------------------------------------------------
+# --- list ---------------------------------------------------------------------------------------
 
 
 @command.command("list")
 def list_profiles() -> int:
-    """List the profiles that ship, for --limits and for the extends of a file of your own."""
+    """List the built-in profiles, for --limits and for "extends" in your own files."""
     style = Style.of(sys.stdout)
+    # Profiles may contain percentages of the memory.
     memory, _ = memory_and_swap()
     profiles_by_name = [
         profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()
@@ -146,13 +149,16 @@ def list_profiles() -> int:
     return 0
 
 
-# --- check ------------------------------------------------------------------------------------------------------
+# --- check --------------------------------------------------------------------------------------
 
 
 @command.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> int:
-    """Check a file of limits, or a safe-exec.yaml. One line on standard error for each error; exit code 2 if any."""
+    """Check a limits file or a safe-exec.yaml; each error is one line on standard error.
+
+    Exit codes: 0 no errors, 2 errors.
+    """
     problems = errors_of(file)
     for problem in problems:
         click.echo(problem, err=True)
@@ -162,7 +168,8 @@ def check(file: Path) -> int:
 
 
 def errors_of(file: Path) -> list[str]:
-    """Every error of a file, in its order; reading it as a run would shows the first, each figure alone the others."""
+    """Return every error in a file, in order."""
+    # Reading the file stops at the first error; reading each value alone finds the others.
     try:
         _read_whole(file)
     except LimitsError as first:
@@ -175,15 +182,18 @@ def _read_whole(file: Path) -> None:
     memory = memory_and_swap()[0]
     if _is_project_file(file):
         profiles.project_overrides(
-            file, file.absolute().parent / "any.ipynb", machine_memory=memory
+            # Any notebook beside the file: its entries are checked, whatever they match.
+            file,
+            file.absolute().parent / "any.ipynb",
+            machine_memory=memory,
         )
     else:
-        # With a directory: a file that is called as a profile that ships is still the file.
+        # "./" makes a file name of it: a file may have the name of a built-in profile.
         profiles.load_profile(os.path.join(".", file), machine_memory=memory)
 
 
 def _is_project_file(file: Path) -> bool:
-    """By its name, or by the list of entries that only such a file has. Raises LimitsError."""
+    """Return whether a file is a safe-exec.yaml, by name or by its list. Raises LimitsError."""
     return file.name == profiles.PROJECT_FILE or isinstance(_limits_of(file), tuple)
 
 
@@ -193,7 +203,7 @@ def _limits_of(file: Path) -> object:
 
 
 def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
-    """The errors of single figures; of a file that is wrong as a whole, none."""
+    """Yield the errors of single values; nothing for a file that is wrong as a whole."""
     try:
         limits = _limits_of(file)
     except LimitsError:

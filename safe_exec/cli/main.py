@@ -1,4 +1,7 @@
-"""The command line: sub-commands, errors as one line, exit codes. A sub-command is one file and one line in ``COMMANDS``."""
+"""The command line: sub-commands, one-line errors, exit codes.
+
+A sub-command is one file and one line in ``COMMANDS``.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from safe_exec.errors import SafeExecError
 from safe_exec.platforms import refuse_elsewhere
 
 COMMANDS = {
-    "run": "Run a notebook inside limits and say why its kernel died.",
-    "batch": "Run many notebooks and report on all of them.",
-    "bisect": "Search for the culprits of a failure, with more time or where `run` did not.",
-    "probe": "Find by trial how much of a limit a notebook needs, and what it dies of with less.",
-    "replay": "Run what a verdict says again, and say whether this machine agrees.",
-    "doctor": "Say, limit by limit, what this machine can enforce, and how to fix what it cannot.",
+    "run": "Run a notebook inside limits, and explain why its kernel died.",
+    "batch": "Run many notebooks, and report on all of them.",
+    "bisect": "Search for the cells that cause a failure.",
+    "probe": "Measure how much of a limit a notebook needs.",
+    "replay": "Run the notebook of a verdict again, and compare the outcomes.",
+    "doctor": "Show what enforces each limit on this machine, and how to fix the rest.",
     "limits": "Show the limits that a profile or file gives.",
     "params": "List the parameters that a notebook declares.",
     "kernel": "Be a kernel inside limits; Jupyter clients start it.",
@@ -28,28 +31,29 @@ COMMANDS = {
     "sessions": "List the recorded sessions of such kernels.",
 }
 ANYWHERE = ("doctor", "limits")
-"""What runs no notebook; the other commands import what other systems than Linux lack."""
+"""Commands that run no notebook. The others import modules that only Linux has."""
 CANCELLED = 130
 
 
 class Commands(click.Group):
-    """Imports a sub-command when it is called: ``doctor`` does not pay for ``run``."""
+    """Imports a sub-command when it is called, so that ``doctor`` does not import ``run``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All sub-commands, in the order a user meets them."""
+        """Return all sub-commands, in the order in which users meet them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import and return one."""
+        """Import and return a sub-command."""
         if cmd_name not in COMMANDS:
             return None
+        # Refused before the import, which fails on other systems with a traceback.
         if cmd_name not in ANYWHERE:
             refuse_elsewhere()
         command: click.Command = import_module(f"safe_exec.cli.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The list for ``--help``, without importing any of them."""
+        """Write the list for ``--help`` without importing the sub-commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -65,7 +69,9 @@ def call(arguments: Sequence[str]) -> int:
     # jupyter_client asks IPython for a folder of kernels in the home, even where a home cannot be written.
     warnings.filterwarnings("ignore", r"IPython (parent|dir) ", UserWarning)
     try:
+        # standalone_mode=False: click would exit, and only __main__ may do that.
         code = cli.main(list(arguments), standalone_mode=False)
+    # click raises Abort for Ctrl-C at a prompt.
     except click.exceptions.Abort:
         return CANCELLED
     except click.ClickException as error:
@@ -77,7 +83,8 @@ def call(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return CANCELLED
     except BrokenPipeError:
-        # Whoever read our output is gone (`safe-exec ... | head`): end as a program that SIGPIPE ended.
+        # The reader of the output has exited (`safe-exec ... | head`). Shells expect the status of
+        # a program that SIGPIPE ended.
         sys.stderr.close()
         return 128 + signal.SIGPIPE
     return code if isinstance(code, int) else 0

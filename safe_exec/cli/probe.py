@@ -1,4 +1,4 @@
-"""``safe-exec probe``: how much of a limit a notebook needs, and what it dies of with less."""
+"""``safe-exec probe``: measure how much of a limit a notebook needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMITS = [name.value.replace("_", "-") for name in SCALES]
 
 @click.command(
     "probe",
-    short_help="Find by trial how much of a limit a notebook needs, and what it dies of with less.",
+    short_help="Measure how much of a limit a notebook needs.",
 )
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.argument("limit", metavar="LIMIT", type=click.Choice(LIMITS))
@@ -42,46 +42,47 @@ LIMITS = [name.value.replace("_", "-") for name in SCALES]
     metavar="PERCENT",
     default="5%",
     show_default=True,
-    help="How near to each other both sides shall be.",
+    help="Stop when the passing and the failing value differ by less than this.",
 )
 @click.option(
     "--budget",
     metavar="T",
     default="10m",
     show_default=True,
-    help="Time that all runs together may take.",
+    help="Time limit of all runs together.",
 )
 @click.option(
     "--limits",
     metavar="NAME|FILE",
-    help="A profile (default, ci, strict) or a YAML file of your own.",
+    help="A profile (default, ci, strict) or your own YAML file.",
 )
 @limit_options
 @wall_options
-@click.option(
-    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own."
-)
+@click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
 @click.option(
     "--cwd",
     type=click.Path(path_type=Path),
-    help="Run in a copy of this directory [the notebook's].",
+    help="Directory whose copy the notebook runs in [the notebook's folder].",
 )
-@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
+@click.option(
+    "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
+)
 @click.option(
     "--mechanisms",
     metavar="NAME,...",
-    help="Use only these: cgroup-v2, cgroup-v1, rlimit, watchdog.",
+    help="Use only these mechanisms: cgroup-v2, cgroup-v1, rlimit, watchdog.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: Any) -> int:
-    """Find the smallest LIMIT with which NOTEBOOK passes and the largest with which it fails, and say what it dies of then.
+    """Find the smallest LIMIT with which NOTEBOOK passes and the largest with which it fails.
 
-    LIMIT is one of memory, cpu-time, cell-timeout, timeout, processes, open-files, file-size. The first run is with the limits as
-    given; what it uses says where to look. Counts are found to 1, everything else to the precision. Every run is in a copy of the folder,
-    and nothing is written beside the notebook. Cells are run again and again, whatever they talk to.
+    LIMIT is one of memory, cpu-time, cell-timeout, timeout, processes, open-files, file-size. The
+    first run uses the given limits, and its usage tells where to search. Counts are exact; other
+    limits are found to --precision. Each run uses a copy of the folder, and nothing is written
+    beside the notebook. All cells run many times, even if they contact other hosts.
 
-    Exit codes: 0 found, 1 not found (it fails for another reason, or time ran out), 2 bad usage, 130 stopped.
+    Exit codes: 0 found, 1 not found (another failure, or time ran out), 2 bad usage, 130 stopped.
     """
     name = LimitName(limit.replace("-", "_"))
     share, seconds = (
@@ -101,14 +102,14 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
 
 
 def exit_code(report: ProbeReport) -> int:
-    """0 for a bracket, 130 for one that was stopped, 1 for none."""
+    """Return 0 for a bracket, 130 for an interrupted probe, else 1."""
     if report.bracket.ended is StopReason.CANCELLED:
         return CANCELLED
     return 0 if report.bracket.found else NOT_FOUND
 
 
 def parse_precision(text: str) -> float:
-    """The share that ``5%`` names. Raises UsageError."""
+    """Parse the share in ``5%``. Raises UsageError."""
     try:
         share = parse_percent(text)
     except UnitError as error:
@@ -145,11 +146,11 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
 
 
 NAMES = {"env_names": "env", "devices": "device"}
-"""Parameters that are not called as their options are."""
+"""Parameters whose names differ from their options."""
 
 
 def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
-    """The ``run`` that does what the run with this value did, to be typed into a shell."""
+    """Return the ``run`` command that repeats the run with this value."""
     name = f"./{path}" if str(path).startswith("-") else str(path)
     arguments = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
     for key, option_value in options.items():
@@ -163,6 +164,7 @@ def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName,
                 [f"--{option}"] if option_value else [f"--no-{option}"] if key == "network" else []
             )
         else:
+            # All options of the probe are repeated: each may decide whether the run fails.
             arguments += [f"--{option}", str(option_value)]
     return shlex.join(arguments)
 
@@ -177,6 +179,7 @@ def _show(
 ) -> None:
     path, failing = prepared.job.path, probe_report.failing()
     command = None
+    # Without a failing run there is nothing to reproduce.
     if failing is not None:
         command = reproduce_command(
             path, options, probe_report.scale.name, probe_report.scale.written(failing.value)

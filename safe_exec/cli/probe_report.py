@@ -1,4 +1,4 @@
-"""What ``probe`` shows: a line for each run while it goes on, then the bracket; and the same as JSON. Imports probing and the reports."""
+"""Print the progress and the result of ``probe``, as text or JSON."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _BLANK = " " * (2 + _LABEL)
 
 
 def quantity(scale: Scale, value: float) -> str:
-    """A value for people; it is exact where the three digits they like would not show the precision."""
+    """Format a value, with more digits if three would hide the precision."""
     if math.isinf(value):
         return "no limit"
     text = common.quantity(scale.name, value)
     return text if scale.unit != "seconds" or value >= 10 else f"{round(value, 3):g} s"  # noqa: PLR2004 - 1.2 s is too coarse
 
 
-# --- while it runs ----------------------------------------------------------------------------------------------
+# --- during the runs ----------------------------------------------------------------------------
 
 
 class RunLines:
-    """Tells of each run on ``stream``: a line when it is over and, on a terminal, one that goes while it lasts. Never raises."""
+    """Shows each run on ``stream``, and on a terminal also the current one. Never raises."""
 
     def __init__(self, stream: TextIO, scale: Scale, *, quiet: bool = False) -> None:
         self._stream, self._scale = stream, scale
@@ -57,13 +57,13 @@ class RunLines:
             self._write(_CLEAR)
 
     def begins(self, number: int, value: float) -> None:
-        """Run ``number`` begins."""
+        """Show that run ``number`` starts."""
         if self._live:
             text = f"run {number}{common.SEPARATOR}{self._with(value)}{common.SEPARATOR}Ctrl-C keeps what is known"
             self._write(f"{_CLEAR}{self._style.fit(common.clip(text, self._style.width - 1))}")
 
     def ended(self, number: int, run: ProbeRun) -> None:
-        """Run ``number`` is over."""
+        """Show that run ``number`` has ended."""
         parts = (
             f"run {number}",
             self._with(run.value),
@@ -87,7 +87,7 @@ class RunLines:
 
 
 def what_became(run: ProbeRun) -> str:
-    """``passed``, or what it died of and where."""
+    """Return ``passed``, or the failure and its location."""
     if run.cut:
         return "not finished: the budget is over"
     if run.passed or run.cause is None:
@@ -103,11 +103,11 @@ def what_became(run: ProbeRun) -> str:
     )
 
 
-# --- afterwards -------------------------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------
 
 
 def report(probe: ProbeReport, path: str, command: str | None, style: Style) -> Iterator[str]:
-    """The answer line by line. ``again`` is the command that makes it fail."""
+    """Yield the lines of the result; ``command`` repeats the failing run."""
     name = probe.scale.name.value.replace("_", " ")
     title = f"{name} of {common.one_line(Path(path).name)}"
     missing = "" if probe.bracket.found else f": {_why_not(probe)}"
@@ -122,7 +122,7 @@ def report(probe: ProbeReport, path: str, command: str | None, style: Style) -> 
             "use", f"{probe.scale.option} {advice}   {_over(probe.scale)}", style
         )
     if command is not None:
-        # In one piece however long it is: it is there to be copied.
+        # Never wrapped, because the user copies this line into a shell.
         yield f"  {style.paint('dim', 'reproduce')}{' ' * (_LABEL - len('reproduce'))}{common.code_line(command)}"
 
 
@@ -148,7 +148,7 @@ def _sides(probe: ProbeReport, style: Style) -> Iterator[str]:
 
 
 def _side(label: str, text: str, style: Style) -> Iterator[str]:
-    """One side, its blanks kept; below each other where the line is too short for both parts."""
+    """Yield one side of the bracket, on two lines if it is too long."""
     if len(_BLANK) + common.display_width(text) <= style.width:
         yield f"  {style.paint('dim', label)}{' ' * (_LABEL - len(label))}{text.rstrip()}"
     else:
@@ -156,7 +156,7 @@ def _side(label: str, text: str, style: Style) -> Iterator[str]:
 
 
 def _of_its_own(probe: ProbeReport, run: ProbeRun) -> bool:
-    """Whether a run failed as runs do that lack what is probed."""
+    """Return whether a run failed because of the probed limit."""
     return run.cause is not None and run.cause.kind in probe.scale.causes
 
 
@@ -200,7 +200,7 @@ def _notes(probe: ProbeReport, style: Style) -> Iterator[str]:
 
 
 def weak_hold(enforcement: Enforcement | None) -> str:
-    """What to know of a limit that the system's kernel does not hold."""
+    """Describe a limit that the operating system does not enforce."""
     if enforcement is None or enforcement.hard or enforcement.by is Mechanism.RUNNER:
         return ""
     return f"only the {enforcement.by.value} holds it" + (
@@ -215,7 +215,7 @@ def _over(scale: Scale) -> str:
 
 
 def advised(probe: ProbeReport) -> str | None:
-    """The value to set, as the option takes it."""
+    """Return the recommended value, in the syntax of the option."""
     passes = probe.bracket.passes
     if passes is None or math.isinf(passes) or not probe.bracket.found:
         return None
@@ -242,7 +242,7 @@ def _why_not(probe: ProbeReport) -> str:
     return "it passes and fails by chance"
 
 
-# --- as JSON ----------------------------------------------------------------------------------------------------
+# --- as JSON ------------------------------------------------------------------------------------
 
 
 def as_document(probe: ProbeReport, path: str, command: str | None) -> dict[str, Any]:

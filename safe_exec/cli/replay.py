@@ -1,4 +1,4 @@
-"""``safe-exec replay``: run what a verdict says again, and say whether this machine agrees."""
+"""``safe-exec replay``: run the notebook of a verdict again, and compare the outcomes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from safe_exec.workflows.replay import ReplayResult, prepare_replay, replay
 SCHEMA = "safe-exec/replay/1"
 DIFFERS, CANCELLED = 1, 130
 MOST_ROWS = 12
-"""So many differences of the surroundings are printed; ``--json`` has them all."""
+"""The differences in environment that are printed; ``--json`` has all of them."""
 _NOTHING_TO_REPLAY = {
     Status.PASSED: "the run passed",
     Status.CANCELLED: "the run was stopped",
@@ -39,19 +39,20 @@ _NOTHING_TO_REPLAY = {
 
 
 @click.command(
-    "replay", short_help="Run what a verdict says again, and say whether this machine agrees."
+    "replay", short_help="Run the notebook of a verdict again, and compare the outcomes."
 )
 @click.argument("verdict", metavar="VERDICT.json", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(verdict: Path, as_json: bool, quiet: bool) -> int:
-    """Run the reproduction of VERDICT.json (without one, its notebook) under the limits of then; say whether it fails the same way.
+    """Run the reproduction of VERDICT.json again, or its notebook if there is none, and compare.
 
-    The same failure has the same cause, signal or exit code, and crash cell. What else differs is told, and where it is not the same
-    also what is different around it: versions, the system, what holds the limits. It runs in a copy of the folder, and nothing is written
-    beside the notebook.
+    Two failures are the same if cause, signal or exit code, and crash cell agree. Other differences
+    are listed, and for different failures also those in environment: versions, system, enforcement
+    of limits. The notebook runs in a copy of its folder, with the limits of the original run, and
+    no files are written beside it.
 
-    Exit codes: 0 the same failure, 1 another one or none, 2 bad usage, 130 stopped.
+    Exit codes: 0 the same failure, 1 another outcome, 2 bad usage, 130 stopped.
     """
     original = read_verdict(verdict)
     if original.cause is None or original.status in _NOTHING_TO_REPLAY:
@@ -63,6 +64,7 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
     with progress.Progress(
         sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
     ) as listener:
+        # The original verdict was masked when it was written; the new outcome is masked here.
         mask = mask_for({**os.environ, **(request.prepared.job.env or {})})
         result = masked(
             asyncio.run(replay(request, lambda event: listener(mask.everywhere(event)))), mask
@@ -77,7 +79,7 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
 
 
 def masked(result: ReplayResult, mask: Mask) -> ReplayResult:
-    """Without the secrets of the environment."""
+    """Mask the secrets of the environment."""
     return replace(
         result,
         rerun=mask.everywhere(result.rerun),
@@ -87,14 +89,14 @@ def masked(result: ReplayResult, mask: Mask) -> ReplayResult:
 
 
 def exit_code(result: ReplayResult) -> int:
-    """0 where both agree."""
+    """Return 0 if both outcomes agree."""
     if result.rerun.status is Status.CANCELLED:
         return CANCELLED
     return 0 if result.agreement.same else DIFFERS
 
 
 def source_of(original: Verdict, path: Path) -> tuple[Path, bool]:
-    """What to run, and whether that is the reproduction: by the path it was written to, or beside the verdict. Raises UsageError."""
+    """Return the notebook to run, and whether it is the reproduction. Raises UsageError."""
     written = original.culprits.repro_notebook if original.culprits is not None else None
     if written is not None:
         recorded_path = Path(written)
@@ -104,11 +106,11 @@ def source_of(original: Verdict, path: Path) -> tuple[Path, bool]:
     return find_notebook(original, path), False
 
 
-# --- in words ---------------------------------------------------------------------------------------------------
+# --- as text ------------------------------------------------------------------------------------
 
 
 def report(result: ReplayResult, style: Style) -> Iterator[str]:
-    """The comparison line by line."""
+    """Yield the lines of the comparison."""
     agreement, rerun = result.agreement, result.rerun
     if rerun.status is Status.CANCELLED:
         yield f"{style.paint('bad', '✗')} {style.paint('bold', 'stopped before it could be told')}"
@@ -131,7 +133,7 @@ def report(result: ReplayResult, style: Style) -> Iterator[str]:
 
 
 def same_words(result: ReplayResult) -> str:
-    """``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
+    """Describe the agreement: ``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
     original, rerun = result.replay.original, result.rerun
     parts = [_kind_and_cell(rerun, result.agreement.cell)]
     if (
@@ -147,7 +149,7 @@ def same_words(result: ReplayResult) -> str:
 
 
 def here_words(result: ReplayResult) -> str:
-    """What happened here instead."""
+    """Describe the new outcome."""
     if result.rerun.cause is None:
         return "it passed here"
     return f"{_kind_and_cell(result.rerun, result.agreement.cell)} here"
@@ -169,7 +171,7 @@ def _rows(differences: Sequence[Difference], style: Style) -> Iterator[str]:
 
 
 def shown(difference: Difference, side: str) -> str:
-    """One side of a difference for people."""
+    """Describe one side of a difference."""
     value = getattr(difference, side)
     if value is None:
         return "none"
@@ -178,6 +180,7 @@ def shown(difference: Difference, side: str) -> str:
     if difference.what == "signal":
         return common.signal_name(value)
     text = common.one_line(str(value))
+    # Only these two are identifiers; other values are shown as they are.
     return text.replace("_", " ") if difference.what in ("cause", "status") else text
 
 
@@ -192,11 +195,11 @@ def _ran(result: ReplayResult) -> str:
     return f"{subject}, in a copy of its folder"
 
 
-# --- as JSON ----------------------------------------------------------------------------------------------------
+# --- as JSON ------------------------------------------------------------------------------------
 
 
 def as_document(result: ReplayResult, path: str) -> dict[str, Any]:
-    """The comparison as JSON values."""
+    """Return the comparison as JSON values."""
     agreement = result.agreement
     return {
         "schema": SCHEMA,

@@ -1,4 +1,4 @@
-"""``safe-exec run``: the main job."""
+"""``safe-exec run``: run one notebook."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def options_of(rows: Sequence[spec.LimitSpec]) -> Callable[[Any], Any]:
 
 
 def wall_options(function: Any) -> Any:
-    """The options of isolation."""
+    """Add the options of isolation."""
+    # Decorators apply from the inside out, so the last option is added first.
     for option in reversed(WALL_OPTIONS):
         function = option(function)
     return function
@@ -60,20 +61,20 @@ WALL_OPTIONS = (
     click.option(
         "--network/--no-network",
         default=None,
-        help="Let it reach other hosts, or not; loopback always works.",
+        help="Allow or forbid connections to other hosts; loopback always works.",
     ),
-    click.option("--read-only", is_flag=True, help="Let it write nothing in its folder."),
+    click.option("--read-only", is_flag=True, help="Make its folder read-only."),
     click.option(
         "--show",
         multiple=True,
         metavar="PATH",
-        help="Let it read this directory or file, though isolation hides it.",
+        help="Let it read a directory or file that isolation hides.",
     ),
     click.option(
         "--writable",
         multiple=True,
         metavar="PATH",
-        help="Let it write here too; what it writes is kept.",
+        help="Let it write to this path; the files stay.",
     ),
     click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory or file from it."),
     click.option(
@@ -81,7 +82,7 @@ WALL_OPTIONS = (
         "env_names",
         multiple=True,
         metavar="NAME",
-        help="Let it see this variable of the environment.",
+        help="Let it see this environment variable.",
     ),
     click.option(
         "--device",
@@ -93,55 +94,59 @@ WALL_OPTIONS = (
 )
 
 
-@click.command("run", short_help="Run a notebook inside limits and say why its kernel died.")
+@click.command("run", short_help="Run a notebook inside limits, and explain why its kernel died.")
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output-notebook",
     "out",
     type=click.Path(path_type=Path),
-    help="The annotated notebook [NB.out.ipynb].",
+    help="Path of the annotated notebook [NB.out.ipynb].",
 )
 @click.option(
-    "--verdict", type=click.Path(path_type=Path), help="The verdict as JSON [NB.verdict.json]."
+    "--verdict",
+    type=click.Path(path_type=Path),
+    help="Path of the verdict, a JSON document [NB.verdict.json].",
 )
 @click.option(
     "--limits",
     metavar="NAME|FILE",
-    help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
+    help="A profile (default, ci, strict, untrusted) or your own YAML file.",
 )
 @limit_options
 @wall_options
 @input_options
+@click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
 @click.option(
-    "--kernel", metavar="NAME", help="Run with this kernel instead of the notebook's own."
+    "--cwd", type=click.Path(path_type=Path), help="Working directory [the notebook's folder]."
 )
 @click.option(
-    "--cwd", type=click.Path(path_type=Path), help="Run in this directory [the notebook's]."
+    "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
 )
-@click.option("--allow-errors", is_flag=True, help="Go on after a cell that raises.")
 @click.option(
     "--require",
     metavar="LIMIT,...",
-    help="Refuse to run unless the system's kernel holds these limits and walls (or: all, walls, none).",
+    help="Refuse to run unless the operating system enforces these (or: all, walls, none).",
 )
-@click.option("--mechanisms", metavar="NAME,...", help=f"Use only these: {', '.join(CHOOSABLE)}.")
+@click.option(
+    "--mechanisms", metavar="NAME,...", help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}."
+)
 @click.option(
     "--bisect",
     type=click.Choice([choice.value for choice in Bisect]),
     default=Bisect.AUTO.value,
-    help="Search for the culprits [auto].",
+    help="Search for the cells that cause a failure [auto].",
 )
-@click.option("--no-bisect", is_flag=True, help="Do not search for the culprits (--bisect never).")
+@click.option("--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never).")
 @click.option(
     "--bisect-budget",
     metavar="T",
-    help="Time that the search may take [60s, or 3 times the first run].",
+    help="Time limit of the search [60s, or 3 times the first run].",
 )
 @click.option(
     "--events",
     type=click.Path(path_type=Path),
-    help="Write the run as JSON lines while it happens.",
+    help="Write events as JSON lines to this file during the run.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
@@ -155,19 +160,20 @@ def command(
     events: Path | None,
     **options: Any,
 ) -> int:
-    """Run NOTEBOOK inside limits; write the annotated notebook and the verdict; say why its kernel died, if it did.
+    """Run NOTEBOOK inside limits, write an annotated notebook and a verdict, and explain failures.
 
-    With --limits ci the notebook sees and writes its folder and the git repository around it; with strict and untrusted its folder
-    alone. --show, --writable and --env open more.
+    With --limits ci the notebook can read and write its folder and the git repository around it;
+    with strict and untrusted only its folder. --show, --writable and --env allow more.
 
-    Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another limit, 6 the kernel did
-    not start, 7 safe-exec failed, 130 stopped.
+    Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another
+    limit, 6 the kernel did not start, 7 safe-exec failed, 130 stopped.
 
-    After a death, a timeout or an error whose cause is a limit, the culprits are searched for, unless the notebook talked to other
-    hosts: a search runs cells again. Ctrl-C then keeps the best so far.
+    After a death, a timeout or an error caused by a limit, safe-exec searches for the culprits,
+    unless the notebook contacted other hosts, because a search runs cells again. Ctrl-C during the
+    search keeps the best result so far.
     """
     with PrestartedKernel() as kernel:
-        # One look and all input is checked: from here on whatever happens ends in a verdict.
+        # All input is checked here. From the next line on every outcome is a verdict.
         prepared = prepare(replace(job_of(notebook, options), output=out), kernel)
         if events is not None:
             refuse_same(
@@ -184,14 +190,16 @@ def command(
 
 
 def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False) -> Job:
-    """The job that the options of a command describe. Raises UsageError."""
+    """Build the job that the options of a command describe. Raises UsageError."""
     variables = variables_of(options)
     limits = {
         name.value: options[name.value] for name in LimitName if options[name.value] is not None
     }
+    # A single cell may use all of the output, unless its own limit says otherwise.
     if "output" in limits and "cell_output" not in limits:
         limits["cell_output"] = limits["output"]
     mechanisms = options["mechanisms"]
+    # An unset variable in a script (--limits "$LIMITS") must not mean the default profile.
     if options["limits"] == "":
         raise UsageError("--limits: expected the name of a profile or a file, found nothing")
     return Job(
@@ -216,9 +224,10 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
 
 
 def walls_of(options: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """The changes of isolation that the options ask for; ``prefix`` begins their names in errors.
+    """Return the changes to isolation that the options request.
 
-    Raises UsageError for a path that does not exist or is /, and for a variable's name with a value.
+    ``prefix`` starts the names of options in errors. Raises UsageError for a path that does not
+    exist or is /, and for a variable with a value.
     """
     walls: dict[str, Any] = {}
     if options["network"] is not None:
@@ -236,6 +245,7 @@ def walls_of(options: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
 
 
 def _variable(option: str, name: str) -> str:
+    # A value on the command line would be visible to every user, in the list of processes.
     if not name or "=" in name:
         raise UsageError(
             f"{option} {name}: expected the name of a variable that is set for safe-exec itself"
@@ -244,10 +254,12 @@ def _variable(option: str, name: str) -> str:
 
 
 def existing_path(option: str, path: str) -> str:
-    """The absolute path that an option names; a link stays one. Raises UsageError."""
+    """Return the absolute path that an option names. Raises UsageError."""
+    # A symlink stays one: bubblewrap mounts its target under the name that the notebook knows.
     full = os.path.abspath(path)
     if not os.path.exists(full):
         raise UsageError(f"{option} {path}: no such file or directory")
+    # Opening / would open every directory that isolation hides.
     if os.path.realpath(full) == "/":
         raise UsageError(
             f"{option} {path}: / itself cannot be named; name a directory or file in it"
@@ -256,13 +268,14 @@ def existing_path(option: str, path: str) -> str:
 
 
 def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | None:
-    """Seconds of a budget. Raises UsageError."""
+    """Parse the seconds of a budget. Raises UsageError."""
     if text is None:
         return None
     try:
         seconds = parse_duration(text)
     except UnitError as error:
         raise UsageError(f"{option}: {error}") from None
+    # parse_duration accepts "none" for limits; a search without an end helps nobody.
     if seconds is None:
         raise UsageError(
             f"{option}: expected a time such as 90s or 5m; a search without an end is not offered"
@@ -271,7 +284,8 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
 
 
 def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool) -> Verdict:
-    import asyncio  # all of this while the kernel starts
+    # Imported here, while the kernel starts.
+    import asyncio
 
     from safe_exec.reports import progress
     from safe_exec.reports.event_log import EventLog
@@ -280,6 +294,7 @@ def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool) -> Verdict:
     with contextlib.ExitStack() as stack:
         sinks: list[EventSink] = []
         if events is not None:
+            # Opened first: an unwritable event log is reported before anything runs.
             sinks.append(stack.enter_context(EventLog(events)))
         sinks.append(stack.enter_context(progress.Progress(sys.stderr, quiet=quiet)))
         return asyncio.run(run_job(prepared, tuple(sinks)))
@@ -289,6 +304,7 @@ def _show(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:
     from safe_exec.reports import terminal, verdict_json
 
     if as_json:
+        # Bytes, because the document is UTF-8 whatever the locale is.
         sys.stdout.buffer.write(verdict_json.dumps(verdict))
         sys.stdout.buffer.flush()
     elif not quiet:

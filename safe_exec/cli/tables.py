@@ -1,4 +1,4 @@
-"""What ``doctor`` and ``limits`` print alike: aligned columns, marks, labelled lines. Imports model and the terminal's style."""
+"""Shared output of ``doctor`` and ``limits``: aligned columns, signs, labelled lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GAP = "  "
 
 
 def mark(enforcement: Enforcement) -> str:
-    """The sign of how a limit is held: by the system's kernel, more weakly, by nothing, or by the runner as it must be."""
+    """Return the sign for the enforcement of a limit: hard, soft, none, or by the runner."""
     if enforcement.by is Mechanism.NONE:
         return NOTHING
     if enforcement.by is Mechanism.RUNNER:
@@ -26,15 +26,15 @@ def mark(enforcement: Enforcement) -> str:
 
 
 def enforcement_columns(enforcement: Enforcement) -> tuple[str, str, str]:
-    """By what, how hard, and the note."""
+    """Return mechanism, hardness and note."""
     if enforcement.by is Mechanism.NONE:
         return "nothing", "", enforcement.note
     return enforcement.by.value, "hard" if enforcement.hard else "soft", enforcement.note
 
 
 def wall_rows(walls: Mapping[Wall, Enforcement]) -> list[tuple[str, ...]]:
-    """A row for each wall: what would hold it, and what that means."""
-    # What the runner holds of walls (the environment) it holds before the kernel starts: there is no way past it.
+    """Return a row for each wall."""
+    # The runner enforces the environment before the kernel starts, so there is no way around it.
     return [
         (
             HARD if enforcement.hard else mark(enforcement),
@@ -48,7 +48,7 @@ def wall_rows(walls: Mapping[Wall, Enforcement]) -> list[tuple[str, ...]]:
 def enforcement_document(
     enforcement_by_name: Mapping[LimitName, Enforcement] | Mapping[Wall, Enforcement],
 ) -> dict[str, dict[str, object]]:
-    """What holds each limit or wall, as JSON values."""
+    """Return the enforcement of limits or walls as JSON values."""
     return {
         name.value: {"by": enforcement.by.value, "hard": enforcement.hard, "note": enforcement.note}
         for name, enforcement in enforcement_by_name.items()
@@ -56,8 +56,8 @@ def enforcement_document(
 
 
 def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> Iterator[str]:
-    """The rows in columns, signs painted; the last column is wrapped below itself where the line is too short."""
-    # Signs and text grow where the encoding has no signs: fitted before they are measured.
+    """Yield the rows in columns; the last column is wrapped."""
+    # ASCII replacements are longer than the signs, so they are inserted before measuring.
     cells = [[style.fit(cell) for cell in row] for row in rows]
     signs = {style.fit(sign): colour for sign, colour in _COLOURS.items()}
     widths = [
@@ -81,7 +81,7 @@ def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> It
 
 
 def labelled(label: str, text: str, style: Style, width: int = 12) -> Iterator[str]:
-    """A line under a label in the left margin, wrapped."""
+    """Yield wrapped lines under a label in the left margin."""
     lines = textwrap.wrap(one_line(text), max(style.width - width - 2, 24), break_on_hyphens=False)
     for row, line in enumerate(lines):
         name = label if row == 0 else ""
@@ -89,19 +89,20 @@ def labelled(label: str, text: str, style: Style, width: int = 12) -> Iterator[s
 
 
 def remedy(names: Sequence[str], reason: str, fixes: Sequence[Fix], style: Style) -> Iterator[str]:
-    """Why something is weak, and what mends it."""
+    """Yield the reason for a weakness, and its fixes."""
     label = style.paint("warn", f"to fix {', '.join(names)}")
     yield f"  {label}: {reason}"
     for number, fix in enumerate(fixes):
+        # Fixes are alternatives, the best first.
         either = "or " if number and not fix.what.startswith("or ") else ""
         yield f"    {either}{fix.what}{':' if fix.steps else ''}"
-        # Commands are never wrapped: they are there to be copied.
+        # Never wrapped, because the user copies commands into a shell.
         yield from (f"      {style.paint('bold', step)}" for step in fix.steps)
         if fix.note:
             yield f"      {style.paint('dim', f'({fix.note})')}"
 
 
 def write(lines: Iterable[str], style: Style) -> None:
-    """Print the lines as the standard output can show them."""
+    """Print the lines in the abilities of standard output."""
     sys.stdout.write("".join(f"{style.fit(line)}\n" for line in lines))
     sys.stdout.flush()

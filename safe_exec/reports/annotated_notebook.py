@@ -358,4 +358,4 @@ def _fact(line: str) -> str:
 def _cells_not_run(verdict: Verdict) -> Iterator[str]:
     records = common.not_run(verdict)
     if records:
-        yield f"{common.cell_names(records).capitalize()} did not run; their earlier outputs are removed."
+        yield f"{common.cell_names(records).capitalize()} did not run; earlier outputs are removed."

@@ -335,7 +335,7 @@ def test_a_signal_ends_all_in_order_and_everything_is_written(
     for n in range(2):
         node = nbformat.read(place.out / f"slow{n}.out.ipynb", as_version=4)
         assert "kept" in json.dumps(node)
-    assert "go on with --resume" in stdout
+    assert "continue with --resume" in stdout
     for n in range(2):
         make_notebook(place.folder / f"slow{n}.ipynb", "2")
     assert set(place.run(".", "--resume").statuses().values()) == {"passed"}
@@ -530,7 +530,7 @@ def test_fail_fast_starts_no_more(place: Place) -> None:
         "2.ipynb": "not_run",
         "3.ipynb": "not_run",
     }
-    assert "go on with --resume" in done.stdout
+    assert "continue with --resume" in done.stdout
     make_notebook(place.folder / "0.ipynb", "1")
     again = place.run("0.ipynb")
     assert "the previous batch in" in again.stderr and "did not finish" in again.stderr

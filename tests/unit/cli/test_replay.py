@@ -332,7 +332,7 @@ def test_a_folder_of_another_machine(tmp_path: Path) -> None:
         (make_verdict(Status.INTERNAL_ERROR), "nothing to replay: safe-exec itself failed"),
         (
             make_verdict(notebook=replace(THEN.notebook, path="gone.ipynb"), culprits=None),
-            "gone.ipynb is not there",
+            "gone.ipynb does not exist",
         ),
         (None, "not a verdict"),
     ],

@@ -144,7 +144,7 @@ def test_the_banner_says_what_where_why_and_what_next() -> None:
         "**Evidence:**",
         "- oom kills: `1 · memory.oom_control`\n- memory peak: `1.0 GiB · memory.max_usage_in_bytes`",
         "**Next:** give it more with --memory, or load less at once",
-        "Code cells 3-4 did not run; their earlier outputs are removed.",
+        "Code cells 3-4 did not run; earlier outputs are removed.",
         "*Written by safe-exec, which takes this cell away when it runs the notebook again.*",
     ]
 

@@ -389,7 +389,8 @@ def test_where_a_notebook_is_looked_for(
     with pytest.raises(UsageError) as refused:
         find_notebook(verdict, path)
     assert str(refused.value) == (
-        f"{path}: its notebook sub/nb.ipynb is not there; run from the folder of then, or put both side by side"
+        f"{path}: its notebook sub/nb.ipynb does not exist; "
+        "run in the original folder, or put both files into one folder"
     )
 
 
