@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     default_signals_for_children()
+    # Modes of files that tests make are compared; tests/integration/test_starts.py runs under another.
+    os.umask(0o022)
     beds.register(config)
     # Workers inherit it: all of them draw the same, at midnight too.
     os.environ.setdefault(SEED, datetime.now(UTC).date().isoformat())
