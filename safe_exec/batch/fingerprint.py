@@ -24,8 +24,8 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from safe_exec._version import __version__
+from safe_exec.cache import key_of
 from safe_exec.errors import NotebookError
-from safe_exec.experiments.trial_cache import key_of
 from safe_exec.files import one_line
 from safe_exec.notebook.notebook import METADATA_KEY
 from safe_exec.workflows.prepare import PreparedJob

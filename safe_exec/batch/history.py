@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from safe_exec.experiments.trial_cache import cache_root
+from safe_exec.cache import cache_root
 from safe_exec.files import write_atomically
 from safe_exec.reports import json_text
 

@@ -8,12 +8,9 @@ never modified. Imports files and procfs.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import stat
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,40 +25,6 @@ TRIAL_DAYS = 30
 _DAY = 86400.0
 _OWNER = "owner.json"
 _RUN_ID = re.compile(r"[0-9A-Za-z]+(-[0-9A-Za-z]+)*")
-
-
-def cache_root() -> Path:
-    """Return the cache directory, created if necessary.
-
-    It is ``$XDG_CACHE_HOME/safe-exec`` or ``~/.cache/safe-exec``, else a directory in /tmp that
-    belongs to the user. Raises OSError if none of them can be written.
-    """
-    own = Path(tempfile.gettempdir()) / f"safe-exec-cache-{os.geteuid()}"
-    base = next(
-        (
-            b
-            for b in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"))
-            if os.path.isabs(b)
-        ),
-        None,
-    )
-    for path in (*([Path(base) / "safe-exec"] if base else []), own):
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.mkdir(mode=0o700, exist_ok=True)
-            status = path.lstat()
-            if (
-                stat.S_ISDIR(status.st_mode)
-                and status.st_uid == os.geteuid()
-                and os.access(path, os.W_OK)
-            ):
-                return path
-    raise OSError(f"no place for a cache: neither {base or '~/.cache'} nor {own} can be written")
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """Return the name of an entry: a hash of everything that the answer depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class TrialCache:

@@ -56,7 +56,8 @@ class FolderSnapshot:
             self._claim()
 
     def _claim(self) -> None:
-        from safe_exec.experiments.trial_cache import cache_root, claim_folder
+        from safe_exec.cache import cache_root
+        from safe_exec.experiments.trial_cache import claim_folder
 
         try:
             self._scratch = claim_folder(cache_root(), self.run_id)
@@ -191,10 +192,11 @@ async def _search(
 
     Returns the verdict with the culprits, or with a warning that says why there are none.
     """
+    from safe_exec.cache import cache_root
     from safe_exec.experiments.culprits.finder import FirstRun, Investigation
     from safe_exec.experiments.culprits.oracle import Oracle
     from safe_exec.experiments.rerun import RerunFailed
-    from safe_exec.experiments.trial_cache import TrialCache, cache_root, tidy
+    from safe_exec.experiments.trial_cache import TrialCache, tidy
     from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
 
     with contextlib.suppress(OSError):
@@ -234,7 +236,7 @@ def repository_of(prepared: PreparedJob) -> Path | None:
 
 def _documents_of(prepared: PreparedJob) -> frozenset[Path]:
     """Return the paths that belong to safe-exec, which are no part of the notebook's folder."""
-    from safe_exec.experiments.trial_cache import cache_root
+    from safe_exec.cache import cache_root
 
     documents = [path.resolve() for path in (*prepared.paths.documents, *prepared.job.own_paths)]
     # Without a cache there is nothing of it in the folder.

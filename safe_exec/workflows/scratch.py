@@ -45,8 +45,9 @@ async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
     A signal ends the current run; ``cancellation`` tells later ones. Raises SandboxError if the
     folder cannot be copied.
     """
+    from safe_exec.cache import cache_root
     from safe_exec.experiments.rerun import Rerunner
-    from safe_exec.experiments.trial_cache import cache_root, claim_folder, release_folder, tidy
+    from safe_exec.experiments.trial_cache import claim_folder, release_folder, tidy
     from safe_exec.experiments.workspace import take, workspace_factory
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import repository_of

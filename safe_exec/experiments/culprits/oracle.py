@@ -22,6 +22,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from safe_exec._version import __version__
+from safe_exec.cache import key_of
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
@@ -32,7 +33,7 @@ from safe_exec.experiments.rerun import (
     peak_of,
     why_not_run,
 )
-from safe_exec.experiments.trial_cache import TrialCache, key_of
+from safe_exec.experiments.trial_cache import TrialCache
 from safe_exec.experiments.workspace import WorkspaceFactory
 from safe_exec.model.ending import Cancelled, TimedOut
 from safe_exec.model.limits import LimitName, Limits

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_exec import cache
 from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
-from safe_exec.experiments import trial_cache
 from safe_exec.experiments import workspace as folders
 from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import CauseKind, NotebookInfo, Status, Usage, Verdict
@@ -209,7 +209,7 @@ def test_trouble_is_told_and_ends_nothing(prepared: Any, monkeypatch: pytest.Mon
         folder_snapshot = keep(prepared)
     assert (folder_snapshot.snapshot, folder_snapshot.trouble) == (None, "[Errno 28] no room")
     with monkeypatch.context() as patched:
-        patched.setattr(trial_cache, "cache_root", full)
+        patched.setattr(cache, "cache_root", full)
         folder_snapshot = keep(prepared)
     assert (folder_snapshot.snapshot, folder_snapshot.trouble, folder_snapshot.directories) == (
         None,
