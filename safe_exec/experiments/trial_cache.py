@@ -12,13 +12,16 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+import msgspec
 
 from safe_exec.files import write_atomically
 from safe_exec.keeper import procfs
 from safe_exec.keeper.file_tree import remove_tree
+
+T = TypeVar("T")
 
 FOLDER_DAYS = 7
 TRIAL_DAYS = 30
@@ -33,20 +36,19 @@ class TrialCache:
     def __init__(self, root: Path) -> None:
         self.directory = root / "trials"
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return the answer of an earlier trial, if there is one."""
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """Return the answer of an earlier trial; ``None`` for an entry in another format."""
         try:
-            entry = json.loads(self._path(key).read_text())
+            return msgspec.json.decode(self._path(key).read_bytes(), type=kind)
         except (OSError, ValueError, RecursionError):
             return None
-        return entry if isinstance(entry, dict) else None
 
-    def put(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Store an answer."""
+    def put(self, key: str, answer: object) -> None:
+        """Keep an answer."""
         path = self._path(key)
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(answer).encode())
+            write_atomically(path, msgspec.json.encode(answer))
 
     def _path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}.json"

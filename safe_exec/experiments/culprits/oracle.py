@@ -79,6 +79,19 @@ class AnsweredQuery(Struct, frozen=True, kw_only=True):
     cached: bool = False
 
 
+class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An answer as its file in the cache holds it; ``seconds`` is the cost of its trial."""
+
+    answer: Outcome
+    seconds: float
+    stopped_at: int | None
+    names: tuple[str, ...]
+    peak: float | None
+    another_form: bool
+    ended: str
+    happened: str
+
+
 class _Started(Struct, frozen=True, kw_only=True):
     """A trial whose kernel is starting, and the request that created its sandbox."""
 
@@ -115,10 +128,10 @@ class Oracle:
         index of the crash cell. Raises RerunFailed if trials cannot be run.
         """
         key = self._key(query, node)
-        entry = None if query.fresh or self.cache is None else self.cache.get(key)
-        if entry is not None and (cached_query := _from_cache(entry)) is not None:
+        entry = None if query.fresh or self.cache is None else self.cache.get(key, CachedAnswer)
+        if entry is not None:
             self.cached += 1
-            return cached_query
+            return _from_cache(entry)
         self.trials += 1
         answered, keep = await self._run(query, node, crash)
         if keep and self.cache is not None:
@@ -291,32 +304,29 @@ class Oracle:
         )
 
 
-def _to_cache(answered: AnsweredQuery) -> dict[str, Any]:
+def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
     reply = answered.reply
-    return {
-        "answer": reply.answer.value,
-        "seconds": reply.seconds,
-        "stopped_at": reply.stopped_at,
-        "names": sorted(reply.names),
-        "peak": reply.peak,
-        "another_form": reply.another_form,
-        "ended": reply.ended,
-        "happened": answered.happened,
-    }
+    return CachedAnswer(
+        answer=reply.answer,
+        seconds=reply.seconds,
+        stopped_at=reply.stopped_at,
+        names=tuple(sorted(reply.names)),
+        peak=reply.peak,
+        another_form=reply.another_form,
+        ended=reply.ended,
+        happened=answered.happened,
+    )
 
 
-def _from_cache(entry: Mapping[str, Any]) -> AnsweredQuery | None:
-    """Decode a cache entry at no cost in seconds; ``None`` for an entry in another format."""
-    try:
-        reply = Reply(
-            answer=Outcome(entry["answer"]),
-            seconds=0.0,
-            stopped_at=entry["stopped_at"],
-            names=frozenset(entry["names"]),
-            peak=entry["peak"],
-            another_form=bool(entry["another_form"]),
-            ended=str(entry["ended"]),
-        )
-        return AnsweredQuery(reply=reply, happened=str(entry["happened"]), cached=True)
-    except (KeyError, ValueError, TypeError):
-        return None
+def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
+    """The answer at no cost in seconds."""
+    reply = Reply(
+        answer=entry.answer,
+        seconds=0.0,
+        stopped_at=entry.stopped_at,
+        names=frozenset(entry.names),
+        peak=entry.peak,
+        another_form=entry.another_form,
+        ended=entry.ended,
+    )
+    return AnsweredQuery(reply=reply, happened=entry.happened, cached=True)

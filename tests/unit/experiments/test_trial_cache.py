@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import to_builtins
 
 from safe_exec.experiments import trial_cache
+from safe_exec.experiments.culprits.oracle import CachedAnswer
+from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.experiments.trial_cache import (
     FOLDER_DAYS,
     TRIAL_DAYS,
@@ -35,13 +38,42 @@ KEY = "ab" + "0" * 62
 def test_an_answer_comes_back(tmp_path: Path) -> None:
     found = TrialCache(tmp_path)
     answer = {"answer": "fail", "seconds": 1.5, "names": ["a"], "peak": None}
-    assert found.get(KEY) is None
+    assert found.get(KEY, dict) is None
     found.put(KEY, answer)
-    assert TrialCache(tmp_path).get(KEY) == answer
-    assert found.get("ab" + "1" * 62) is None
+    assert TrialCache(tmp_path).get(KEY, dict) == answer
+    assert found.get("ab" + "1" * 62, dict) is None
     found.put(KEY, {"answer": "pass"})
-    assert found.get(KEY) == {"answer": "pass"}
+    assert found.get(KEY, dict) == {"answer": "pass"}
     assert os.listdir(tmp_path / "trials" / "ab") == [f"{KEY}.json"]
+
+
+ANSWER = CachedAnswer(
+    answer=Outcome.UNRESOLVED,
+    seconds=1.5,
+    stopped_at=3,
+    names=("a", "b"),
+    peak=None,
+    another_form=False,
+    ended="exception",
+    happened="NameError",
+)
+
+
+def test_the_answer_of_a_trial_comes_back(tmp_path: Path) -> None:
+    TrialCache(tmp_path).put(KEY, ANSWER)
+    assert TrialCache(tmp_path).get(KEY, CachedAnswer) == ANSWER
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"answer": "maybe"}, {"seconds": "long"}, {"names": "ab"}, {"mood": "bad"}, {"ended": ...}],
+)
+def test_an_answer_in_another_format_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A version of safe-exec with other fields wrote it: the trial runs again."""
+    entry = to_builtins(ANSWER) | change
+    found = TrialCache(tmp_path)
+    found.put(KEY, {key: value for key, value in entry.items() if value is not ...})
+    assert found.get(KEY, dict) is not None and found.get(KEY, CachedAnswer) is None
 
 
 @pytest.mark.parametrize(
@@ -64,26 +96,26 @@ def test_a_damaged_entry_is_none(tmp_path: Path, data: bytes) -> None:
     found = TrialCache(tmp_path)
     found.put(KEY, {"answer": "fail"})
     (tmp_path / "trials" / "ab" / f"{KEY}.json").write_bytes(data)
-    assert found.get(KEY) is None
+    assert found.get(KEY, dict) is None
     found.put(KEY, {"answer": "pass"})
-    assert found.get(KEY) == {"answer": "pass"}
+    assert found.get(KEY, dict) == {"answer": "pass"}
 
 
 def test_a_cache_that_cannot_be_used_is_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "trials").write_text("a file")
     found = TrialCache(tmp_path)
     found.put(KEY, {"answer": "fail"})
-    assert found.get(KEY) is None
+    assert found.get(KEY, dict) is None
     assert (tmp_path / "trials").read_text() == "a file"
     found = TrialCache(tmp_path / "nowhere" / "\0")
-    assert found.get(KEY) is None
+    assert found.get(KEY, dict) is None
 
 
 def test_an_entry_that_is_a_folder_is_none(tmp_path: Path) -> None:
     found = TrialCache(tmp_path)
     (tmp_path / "trials" / "ab" / f"{KEY}.json").mkdir(parents=True)
     found.put(KEY, {"answer": "fail"})
-    assert found.get(KEY) is None
+    assert found.get(KEY, dict) is None
 
 
 # --- folders of runs ----------------------------------------------------------------------------------------------------
@@ -209,7 +241,7 @@ def test_old_answers_are_removed(tmp_path: Path) -> None:
         found.put(key, {"days": days})
         aged(tmp_path / "trials" / key[:2] / f"{key}.json", days)
     tidy(tmp_path)
-    assert [days for days, key in keys.items() if found.get(key)] == [0.0, TRIAL_DAYS - 0.1]
+    assert [days for days, key in keys.items() if found.get(key, dict)] == [0.0, TRIAL_DAYS - 0.1]
 
 
 def test_whatever_else_is_there_stays_and_does_no_harm(tmp_path: Path) -> None:
