@@ -135,6 +135,8 @@ class Reach:
 
     def to(self, path: str) -> Access:
         """Return the access to an absolute path without links."""
+        # POSIX keeps two leading slashes apart (so does realpath(3)), and dirname("//") is "//".
+        path = f"/{path.lstrip('/')}"
         while path not in self._tops:
             path = os.path.dirname(path)
         return self._tops[path]

@@ -418,7 +418,12 @@ def _names(line: str) -> list[str]:
         for match in pattern.finditer(line)
     ]
     bare = [match[1].rstrip(".,").removeprefix("file://") for match in _BARE.finditer(line)]
-    names = dict.fromkeys(name for name in (*quoted, *bare) if name)
+    # `https://example.org/x`: what follows the colon is no path.
+    names = dict.fromkeys(
+        name
+        for name in (*quoted, *bare)
+        if name and not name.startswith("//") and "://" not in name
+    )
     # Of a quotation of another message only what is quoted in there.
     return [
         name for name in names if not any(name != other and f"{other}'" in name for other in names)

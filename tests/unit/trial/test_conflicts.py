@@ -362,3 +362,8 @@ def test_a_lookup_that_does_not_come_back_claims_nothing(monkeypatch: pytest.Mon
         assert find(P, "/home/me/data/d.csv", lookup=Stuck()) is None
     finally:
         over.set()
+
+
+def test_two_slashes_at_the_beginning_are_one() -> None:
+    assert Reach(BWRAP).to("//home/me/data/d.csv") is Reach(BWRAP).to("/home/me/data/d.csv")
+    assert Reach(BWRAP).to("//www.example.org/data.html") is Reach(BWRAP).to("/www.example.org")

@@ -221,6 +221,12 @@ def test_a_service_of_this_machine_by_the_attributes_of_the_error() -> None:
     assert needs_of_error(error, (remote,), REMOVED) == []
 
 
+def test_an_address_in_the_web_is_no_path() -> None:
+    text = "Resource not found.\n  see: https://www.example.org/data.html\n  - '/root/my_data'"
+    needs = needs_of_error(CellError(ename="LookupError", evalue=text), (), REMOVED)
+    assert [need.name for need in needs] == ["/root/my_data"]
+
+
 @pytest.mark.parametrize(
     ("sources", "line", "names"),
     [
