@@ -177,11 +177,11 @@ def report(diagnosis: Diagnosis, style: Style) -> Iterator[str]:
     for remedy in diagnosis.remedies:
         yield ""
         yield from tables.remedy(
-            [name.value for name in remedy.limits] or ["limits"], remedy.why, remedy.fixes, style
+            [name.value for name in remedy.limits] or ["limits"], remedy.reason, remedy.fixes, style
         )
     for wall_remedy in diagnosis.wall_remedies:
         yield ""
-        yield from tables.remedy(wall_remedy.names, wall_remedy.why, wall_remedy.fixes, style)
+        yield from tables.remedy(wall_remedy.names, wall_remedy.reason, wall_remedy.fixes, style)
 
 
 def place(machine: HostCapabilities, host: HostFacts) -> str:
@@ -338,6 +338,6 @@ def as_document(diagnosis: Diagnosis) -> dict[str, Any]:
 def _remedy_document(remedy: Remedy | WallRemedy) -> dict[str, Any]:
     return {
         "limits": remedy.limits,
-        "why": remedy.why,
-        "ways": [{"what": fix.what, "steps": fix.steps, "note": fix.note} for fix in remedy.fixes],
+        "why": remedy.reason,
+        "ways": [{"what": fix.title, "steps": fix.steps, "note": fix.note} for fix in remedy.fixes],
     }

@@ -108,7 +108,7 @@ def _walls(
         yield from tables.table(tables.wall_rows(plan.walls), style)
     for remedy in remedies:
         yield ""
-        yield from tables.remedy(remedy.names, remedy.why, remedy.fixes, style)
+        yield from tables.remedy(remedy.names, remedy.reason, remedy.fixes, style)
 
 
 def _word(value: object) -> str:

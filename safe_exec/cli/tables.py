@@ -94,8 +94,8 @@ def remedy(names: Sequence[str], reason: str, fixes: Sequence[Fix], style: Style
     yield f"  {label}: {reason}"
     for number, fix in enumerate(fixes):
         # Fixes are alternatives, the best first.
-        either = "or " if number and not fix.what.startswith("or ") else ""
-        yield f"    {either}{fix.what}{':' if fix.steps else ''}"
+        either = "or " if number and not fix.title.startswith("or ") else ""
+        yield f"    {either}{fix.title}{':' if fix.steps else ''}"
         # Never wrapped, because the user copies commands into a shell.
         yield from (f"      {style.paint('bold', step)}" for step in fix.steps)
         if fix.note:

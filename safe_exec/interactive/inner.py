@@ -199,7 +199,7 @@ class Inner(Trial):
         accounts.last = time.monotonic()
         assert self.state.current is not None
         self._sampler.note_output(self.state.current, size)
-        accounts.seen.append(message.id[:200])
+        accounts.iopub_ids.append(message.id[:200])
         if kind == "stream":
             self._note_text(message)
         elif kind == "error":

@@ -61,9 +61,9 @@ def give_up(*, for_uid: int | None) -> None:
     _set(libc, 0)
 
 
-def _set(libc: ctypes.CDLL, kept: int) -> None:
-    """Leave only those in ``kept`` effective and permitted, and none inheritable."""
-    sets = (_Sets * 2)(_Sets(kept, kept, 0), _Sets(0, 0, 0))
+def _set(libc: ctypes.CDLL, capabilities: int) -> None:
+    """Leave only those in ``capabilities`` effective and permitted, and none inheritable."""
+    sets = (_Sets * 2)(_Sets(capabilities, capabilities, 0), _Sets(0, 0, 0))
     _check(libc.capset(ctypes.byref(_Header(VERSION_3, 0)), sets), "give up capabilities")
 
 
@@ -71,7 +71,7 @@ def _prctl(libc: ctypes.CDLL, option: int, argument: int) -> int:
     return int(libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0))))
 
 
-def _check(done: int, action: str, but: tuple[int, ...] = ()) -> None:
+def _check(result: int, action: str, but: tuple[int, ...] = ()) -> None:
     number = ctypes.get_errno()
-    if done != 0 and number not in but:
+    if result != 0 and number not in but:
         raise OSError(number, f"cannot {action}: {os.strerror(number)}")

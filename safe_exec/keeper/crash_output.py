@@ -101,10 +101,10 @@ class CrashOutput:
 
     def _note_burst(self, data: bytes) -> None:
         # The last lines of stderr may be much older than the death: note when each burst came.
-        now = time.monotonic()
-        if self.bursts and now - self.bursts[-1][0] <= BURST_PAUSE_SECONDS:
+        time_read = time.monotonic()
+        if self.bursts and time_read - self.bursts[-1][0] <= BURST_PAUSE_SECONDS:
             data = self.bursts.pop()[1] + data
-        self.bursts = [*self.bursts, (now, data[-BURST_BYTES:])][-BURSTS:]
+        self.bursts = [*self.bursts, (time_read, data[-BURST_BYTES:])][-BURSTS:]
 
     def read_fault(self, living_pid: int | None) -> bool:
         """Read from the fault handler; false if there was nothing."""

@@ -104,7 +104,7 @@ class Listing:
         self._groups: dict[tuple[str, str], list[Any]] = {}
         self._mode_tells = mode_tells
         self._deadline = time.monotonic() + seconds
-        self._left = entries
+        self._budget = entries
 
     def add(
         self,
@@ -183,8 +183,8 @@ class Listing:
                 os.close(fd)
 
     def _has_budget(self) -> bool:
-        self._left -= 1
-        if self._left < 0 or time.monotonic() > self._deadline:
+        self._budget -= 1
+        if self._budget < 0 or time.monotonic() > self._deadline:
             self.is_complete = False
             return False
         return True

@@ -452,9 +452,9 @@ class Keeper:
                     Path(disk.base) / "folder", Path(disk.folder), self.concurrent_changes
                 )
                 if disputed:
-                    rest = len(disputed) - MOST_NAMED
+                    unnamed = len(disputed) - MOST_NAMED
                     names = ", ".join(disputed[:MOST_NAMED]) + (
-                        f" and {rest} more" if rest > 0 else ""
+                        f" and {unnamed} more" if unnamed > 0 else ""
                     )
                     message = (
                         f"changed outside while the notebook ran, and left as it is there: {names}"

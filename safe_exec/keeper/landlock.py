@@ -102,8 +102,11 @@ def handled(abi: int, *, tcp: bool | None) -> Handled:
 
 def rules(abi: int, *, readable: Iterable[str], writable: Iterable[str]) -> dict[str, int]:
     """What to allow beneath each path."""
-    known = handled(abi, tcp=None).files
-    return {**dict.fromkeys(readable, READ & known), **dict.fromkeys(writable, known & ~NEVER)}
+    known_rights = handled(abi, tcp=None).files
+    return {
+        **dict.fromkeys(readable, READ & known_rights),
+        **dict.fromkeys(writable, known_rights & ~NEVER),
+    }
 
 
 def all_but(
@@ -122,20 +125,20 @@ def all_but(
     from pathlib import PurePosixPath
 
     above = {str(parent) for path in closed for parent in PurePosixPath(path).parents}
-    found, todo = [], ["/"]
+    paths, todo = [], ["/"]
     while todo:
         path = todo.pop()
         if path in closed:
             continue
         if path not in above:
-            found.append(path)
+            paths.append(path)
             continue
         try:
             children = [os.path.join(path, name) for name in listdir(path)]
         except OSError:  # what cannot be listed stays closed altogether
             continue
         todo += [child for child in children if not islink(child)]
-    return sorted(found)
+    return sorted(paths)
 
 
 # --- the calls --------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class _PathBeneathAttr(ctypes.Structure):
 def abi() -> int:
     """The version of Landlock that the running system offers, 0 where it has none or does not use it."""
     try:
-        return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION, what="ask for Landlock")
+        return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION, action="ask for Landlock")
     except OSError:
         return 0
 
@@ -170,13 +173,13 @@ def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | No
         raise OSError(errno.EOPNOTSUPP, "cannot wall off files: the system has no Landlock")
     attr = _RulesetAttr(*handled(version, tcp=tcp))
     ruleset = _call(
-        CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0, what="make a Landlock ruleset"
+        CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0, action="make a Landlock ruleset"
     )
     try:
         for path, access in rules(version, readable=readable, writable=writable).items():
             _allow(ruleset, path, access)
         _no_new_privileges()
-        _call(RESTRICT_SELF, ruleset, 0, what="put up the walls of Landlock")
+        _call(RESTRICT_SELF, ruleset, 0, action="put up the walls of Landlock")
     finally:
         os.close(ruleset)
 
@@ -200,7 +203,7 @@ def _allow(ruleset: int, path: str, access: int) -> None:
             RULE_PATH_BENEATH,
             ctypes.byref(attr),
             0,
-            what=f"allow what is beneath {path}",
+            action=f"allow what is beneath {path}",
         )
     finally:
         os.close(parent)
@@ -214,14 +217,14 @@ def _no_new_privileges() -> None:
         raise OSError(number, f"cannot set no_new_privs: {os.strerror(number)}")
 
 
-def _call(number: int, *arguments: object, what: str) -> int:
+def _call(number: int, *arguments: object, action: str) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     # Arguments of a variadic function: an int would leave the upper half of its register to chance.
     wide = [
         ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
     ]
-    done: int = libc.syscall(ctypes.c_long(number), *wide)
-    if done < 0:
+    result: int = libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"cannot {what}: {os.strerror(code)}")
-    return done
+        raise OSError(code, f"cannot {action}: {os.strerror(code)}")
+    return result

@@ -32,7 +32,7 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
     _call(
         "unshare",
         CLONE_NEWNS | (CLONE_NEWUSER if user_namespace else 0),
-        what="a mount namespace of its own",
+        action="a mount namespace of its own",
     )
     if user_namespace:
         for name, text in (
@@ -89,15 +89,15 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str) -> Non
         *arguments,
         ctypes.c_ulong(flags),
         os.fsencode(options),
-        what=f"{kind or 'bind'} mount on {target}",
+        action=f"{kind or 'bind'} mount on {target}",
     )
 
 
-def _call(name: str, *arguments: object, what: str) -> None:
+def _call(name: str, *arguments: object, action: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"cannot make {what}: {os.strerror(number)}")
+        raise OSError(number, f"cannot make {action}: {os.strerror(number)}")
 
 
 # --- what can be had --------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _works(way: str, mounts: list[dict[str, str]]) -> bool:
     )
     argv = [sys.executable, "-I", "-S", "-c", program, root, way, repr(mounts)]
     try:
-        done = subprocess.run(argv, capture_output=True, timeout=PROBE_SECONDS, check=False)
+        process = subprocess.run(argv, capture_output=True, timeout=PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return done.returncode == 0
+    return process.returncode == 0

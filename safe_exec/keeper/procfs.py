@@ -36,10 +36,10 @@ def stat(pid: int, task: int | None = None) -> Stat | None:
         return None
     # The command name may hold spaces and parentheses: only what follows the last ")" is safe to split.
     head, _, tail = text.rpartition(")")
-    rest = tail.split()
-    cpu = (int(rest[11]) + int(rest[12])) / TICKS
+    fields = tail.split()
+    cpu = (int(fields[11]) + int(fields[12])) / TICKS
     return Stat(
-        int(head.split(" ", 1)[0]), rest[0], int(rest[1]), cpu, int(rest[17]), int(rest[19])
+        int(head.split(" ", 1)[0]), fields[0], int(fields[1]), cpu, int(fields[17]), int(fields[19])
     )
 
 
@@ -59,14 +59,14 @@ def exit_status(pid: int) -> int | None:
 
 def children(pid: int) -> list[int]:
     """The children of all threads of a process (Linux 4.2 with CONFIG_PROC_CHILDREN); empty where the system does not say."""
-    found: list[int] = []
+    pids: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/children", "rb") as handle:
-                found += map(int, handle.read().split())
+                pids += map(int, handle.read().split())
     except (OSError, ValueError):
         pass
-    return found
+    return pids
 
 
 def voluntary_switches(pid: int) -> int | None:
@@ -160,9 +160,9 @@ def descendants(root: int) -> list[int]:
     """All live and zombie descendants of ``root``, nearest first. One pass over /proc."""
     children: dict[int, list[int]] = {}
     for pid in all_pids():
-        found = stat(pid)
-        if found is not None:
-            children.setdefault(found.ppid, []).append(pid)
+        status = stat(pid)
+        if status is not None:
+            children.setdefault(status.ppid, []).append(pid)
     order: list[int] = []
     queue = list(children.get(root, ()))
     while queue:

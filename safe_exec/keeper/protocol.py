@@ -302,11 +302,11 @@ class LineBuffer:
     """Splits what comes from the socket into lines; the last, unfinished one waits for its rest."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._unfinished = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add a piece from the socket, return the lines that it completes."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         return lines
 
 

@@ -175,20 +175,20 @@ def install(program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     header = _SockFprog(len(program) // _INSTRUCTION.size, ctypes.addressof(buffer))
     number = ctypes.c_long(SECCOMP[_known(os.uname().machine)])
-    done = libc.syscall(
+    result = libc.syscall(
         number, ctypes.c_long(SECCOMP_SET_MODE_FILTER), ctypes.c_long(0), ctypes.byref(header)
     )
-    _check(done, "install the filter of system calls")
+    _check(result, "install the filter of system calls")
 
 
 class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def _check(done: int, what: str) -> None:
-    if done != 0:
+def _check(result: int, action: str) -> None:
+    if result != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"cannot {what}: {os.strerror(number)}")
+        raise OSError(number, f"cannot {action}: {os.strerror(number)}")
 
 
 def _known(arch: str) -> str:
@@ -297,14 +297,14 @@ def _assemble(lines: list[_Line | str]) -> bytes:
         else:
             code.append(line)
 
-    def distance(place: str, here: int) -> int:
-        return places[place] - here - 1 if place else 0
+    def distance(place: str, index: int) -> int:
+        return places[place] - index - 1 if place else 0
 
     return b"".join(
         _INSTRUCTION.pack(
-            line.code, distance(line.yes, here), distance(line.no, here), line.operand
+            line.code, distance(line.yes, index), distance(line.no, index), line.operand
         )
-        for here, line in enumerate(code)
+        for index, line in enumerate(code)
     )
 
 

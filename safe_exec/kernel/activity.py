@@ -34,7 +34,7 @@ class ObservedKernel(Struct, frozen=True, kw_only=True):
     """The kernel to look at.
 
     ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it answered: that of the main thread, and those of
-    the others. ``ended`` says which children have ended since the cell began, ``known`` which have been seen alive.
+    the others. ``ended`` says which children have ended since the cell began, ``known_children`` which have been seen alive.
     """
 
     pid: int
@@ -44,14 +44,14 @@ class ObservedKernel(Struct, frozen=True, kw_only=True):
     dump: Callable[[], None] | None
     dumped: Callable[[], tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]]
     ended: Callable[[], tuple[EndedChild, ...]]
-    known: Callable[[], Mapping[int, EndedChild]]
+    known_children: Callable[[], Mapping[int, EndedChild]]
     frames: Callable[[list[tuple[str, int, str, int]]], tuple[Frame, ...]]
 
 
 async def observe(subject: ObservedKernel) -> ActivityObservation:
     """Watch for 0.4 s, then ask for the stacks."""
     pid = subject.pid
-    before, members_before, rests = (
+    cpu_before, members_before, rests = (
         _cpu(pid),
         processes.snapshot(pid, subject.keeper),
         procfs.voluntary_switches(pid),
@@ -62,15 +62,17 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
     start = clock()
     delayed = procfs.run_delay(pid)
     while len(states) < LOOKS or (
-        _is_starved(pid, before, states) and clock() - start < LONGEST_SECONDS
+        _is_starved(pid, cpu_before, states) and clock() - start < LONGEST_SECONDS
     ):
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         if (call := blocked_call(pid)) is not None:
             calls.append(call)
         states.append(_state(pid) if subject.page is not None else _busiest(pid))
     window = clock() - start
-    after, rests_after = _cpu(pid), procfs.voluntary_switches(pid)
-    members = processes.inspect(pid, subject.keeper, members_before, window, subject.known())
+    cpu_after, rests_after = _cpu(pid), procfs.voluntary_switches(pid)
+    members = processes.inspect(
+        pid, subject.keeper, members_before, window, subject.known_children()
+    )
     call = _most_common(calls)
     targets = processes.targets_of(pid, call) if call else None
     lock = file_locks.lock_of(pid, call, [process.pid for process in members])
@@ -81,7 +83,9 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
     reads, writes = processes.pipes(pid)
     return ActivityObservation(
         state=main.state if main else None,
-        cpu_share=None if before is None or after is None else max(0.0, after - before) / window,
+        cpu_share=None
+        if cpu_before is None or cpu_after is None
+        else max(0.0, cpu_after - cpu_before) / window,
         syscall=call.name if call else None,
         targets=targets,
         listening=sockets.listening(pid, targets or ()),
@@ -122,17 +126,17 @@ async def _stacks(
         return subject.frames(rows), (), _what_is_awaited(rows)
     if subject.dump is not None and state not in ("T", "t"):
         subject.dump()
-        before: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
+        earlier: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
         for _ in range(20):
             await asyncio.sleep(0.01)
             stacks = subject.dumped()
             if (
-                stacks[0] and stacks == before
+                stacks[0] and stacks == earlier
             ):  # it comes in small pieces: whole when it grows no more
                 break
-            before = stacks
-        if before[0]:
-            return *before, None
+            earlier = stacks
+        if earlier[0]:
+            return *earlier, None
     return subject.frames(rows), (), None
 
 
@@ -161,34 +165,34 @@ def _samples(
         return (), None, None
     import time
 
-    now = time.monotonic()
+    read_at = time.monotonic()
     recent = [
         s
         for s in subject.page.history()
-        if s.cell == subject.number and now - s.time < start_age + 1.0
+        if s.cell == subject.number and read_at - s.time < start_age + 1.0
     ]
     last = subject.page.sample().time
     return (
         tuple(s.wait for s in recent),
         len({s.place for s in recent}),
-        now - last > STARVED_SECONDS,
+        read_at - last > STARVED_SECONDS,
     )
 
 
-def _is_starved(pid: int, before: float | None, states: list[str | None]) -> bool:
-    """Whether it wants to run in most looks and has had hardly any processor time since ``before``."""
-    now = _cpu(pid)
+def _is_starved(pid: int, cpu_before: float | None, states: list[str | None]) -> bool:
+    """Whether it wants to run in most looks and has had hardly any processor time since ``cpu_before``."""
+    cpu = _cpu(pid)
     return (
-        before is not None
-        and now is not None
-        and now - before < STARVING_SECONDS
+        cpu_before is not None
+        and cpu is not None
+        and cpu - cpu_before < STARVING_SECONDS
         and states.count("R") > len(states) / 2
     )
 
 
 def _state(pid: int) -> str | None:
-    found = procfs.stat(pid, pid)
-    return found.state if found else None
+    status = procfs.stat(pid, pid)
+    return status.state if status else None
 
 
 def _busiest(pid: int) -> str | None:
@@ -201,7 +205,7 @@ def _busiest(pid: int) -> str | None:
         (
             "R"
             for task in tasks
-            if (found := procfs.stat(pid, task)) is not None and found.state == "R"
+            if (status := procfs.stat(pid, task)) is not None and status.state == "R"
         ),
         "S",
     )
@@ -216,5 +220,5 @@ def _most_common(calls: list[Call]) -> Call | None:
 
 
 def _cpu(pid: int) -> float | None:
-    found = procfs.stat(pid)
-    return found.cpu if found else None
+    status = procfs.stat(pid)
+    return status.cpu if status else None

@@ -59,7 +59,7 @@ class AgentFacts:
         self.hosts: list[str] = []
         self.exit_caller: Rows = []
         self.errors: dict[int, tuple[int, Rows]] = {}
-        self.shown: dict[int, tuple[int, Rows]] = {}
+        self.shown_errors: dict[int, tuple[int, Rows]] = {}
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.own_actions = OwnActions()
         self.raised: dict[int, deque[ReportedErrors]] = {}
@@ -140,7 +140,7 @@ class AgentFacts:
         if "error" in fact:
             self.errors[number] = (line, _rows(fact["error"]))
         elif "shown" in fact:
-            self.shown.setdefault(number, (line, _rows(fact["shown"])))
+            self.shown_errors.setdefault(number, (line, _rows(fact["shown"])))
         elif "asked_to_exit" in fact:
             self.exit_requests.setdefault(number, (line, _rows(fact["asked_to_exit"])))
 
@@ -166,7 +166,7 @@ class AgentFacts:
 
     def number_of(self, msg_id: str) -> int:
         """The number inside of the cell that answers a request; 0 when it has not begun."""
-        return next((number for number, known in self._cells.items() if known == msg_id), 0)
+        return next((number for number, request in self._cells.items() if request == msg_id), 0)
 
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
         """Rows from inside as frames with notebook cell indexes."""
@@ -182,14 +182,14 @@ class AgentFacts:
 
     # --- the pipes behind descriptors 1 and 2 ---------------------------------------------------------------------
 
-    def residue(self, known: Callable[[str], int]) -> dict[str, str]:
-        """What a dead kernel's C code had written to each and nobody took; ``known`` bytes of it are in the outputs already."""
-        found: dict[str, str] = {}
+    def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
+        """What a dead kernel's C code had written to each and nobody took; ``recorded_bytes`` bytes of it are in the outputs already."""
+        texts: dict[str, str] = {}
         for name, fd in self._pipes.items():
-            data = _read_waiting(fd)[known(name) :]
+            data = _read_waiting(fd)[recorded_bytes(name) :]
             if data:
-                found[name] = data.decode("utf-8", "replace")
-        return found
+                texts[name] = data.decode("utf-8", "replace")
+        return texts
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -248,15 +248,15 @@ def _read_waiting(fd: int) -> bytes:
     Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
     """
     ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    found = b""
+    data = b""
     try:
-        while len(found) < PIPE_BYTES and (
+        while len(data) < PIPE_BYTES and (
             size := os.splice(fd, ours_w, 1 << 16, flags=os.SPLICE_F_NONBLOCK)
         ):
-            found += os.read(ours_r, size)
+            data += os.read(ours_r, size)
     except OSError:
         pass
     finally:
         os.close(ours_r)
         os.close(ours_w)
-    return found
+    return data

@@ -73,12 +73,12 @@ class Channel:
 
     async def _arrival(self, deadline: float | None) -> None:
         self._arrived.clear()
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
+        remaining = None if deadline is None else deadline - time.monotonic()
+        if remaining is not None and remaining <= 0:
             raise Empty
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes with the arrival.
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(remaining):
                 await self._arrived.wait()
         except TimeoutError:
             raise Empty from None
@@ -105,10 +105,10 @@ class Channel:
         _, header, parent, *_ = [*parts[parts.index(DELIMITER) + 1 :], b"", b"", b""]
         if not header or not parent:
             return None
-        head, asked = self.session.unpack(header), self.session.unpack(parent)
+        head, parent_header = self.session.unpack(header), self.session.unpack(parent)
         if (
             not isinstance(head, dict)
-            or not isinstance(asked, dict)
+            or not isinstance(parent_header, dict)
             or head.get("msg_type") != "execute_reply"
         ):
             return None
@@ -118,14 +118,14 @@ class Channel:
             "evalue": "the kernel's reply was too large",
             "traceback": [],
         }
-        rest = {
+        remains = {
             "msg_type": "execute_reply",
-            "parent_header": asked,
+            "parent_header": parent_header,
             "metadata": {},
             "content": content,
             "buffers": [],
         }
-        return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **rest}
+        return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **remains}
 
     def send(self, msg: dict[str, Any]) -> None:
         """Send a message of the session's; one that no kernel takes any more is lost."""
@@ -211,10 +211,10 @@ def stream_content(part: bytes) -> dict[str, Any] | None:
     """The content of a text as ipykernel sends it, whose structure need not be looked for; ``None`` for any other."""
     for name, head in _STREAMS:
         if part.startswith(head):
-            whole = part.decode("utf-8", "replace")
+            content = part.decode("utf-8", "replace")
             with contextlib.suppress(ValueError):
-                text, end = scanstring(whole, len(head))
-                return {"name": name, "text": text} if whole[end:] == "}" else None
+                text, end = scanstring(content, len(head))
+                return {"name": name, "text": text} if content[end:] == "}" else None
     return None
 
 
@@ -230,8 +230,8 @@ def _adapted(message: dict[str, Any]) -> dict[str, Any]:
     """A message of another version of the protocol, as one of ours."""
     from jupyter_client.adapter import adapt
 
-    made: dict[str, Any] = adapt(message)
-    return made
+    adapted: dict[str, Any] = adapt(message)
+    return adapted
 
 
 def _cost(part: bytes) -> int:

@@ -27,11 +27,11 @@ class ChildHistory:
     """The children of one kernel, and theirs, that were seen while the current cell ran."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Known] = {}
+        self._children: dict[int, Known] = {}
 
     def begin_cell(self) -> None:
         """Forget those that have ended by now."""
-        self._known = {pid: known for pid, known in self._known.items() if _lives(known)}
+        self._children = {pid: child for pid, child in self._children.items() if _lives(child)}
 
     def note(self, kernel: int) -> None:
         """Take in those that live now."""
@@ -40,45 +40,45 @@ class ChildHistory:
             pid = queue.pop(0)
             count += 1
             queue += procfs.children(pid)
-            found = procfs.stat(pid)
+            status = procfs.stat(pid)
             if (
-                found is None
-                or found.state in "ZX"
-                or self._is_known(pid, found.started)
-                or len(self._known) >= MOST_KNOWN
+                status is None
+                or status.state in "ZX"
+                or self._is_known(pid, status.started)
+                or len(self._children) >= MOST_KNOWN
             ):
                 continue
             cmdline = read_bytes(f"/proc/{pid}/cmdline")
-            self._known[pid] = Known(
+            self._children[pid] = Known(
                 pid=pid,
-                started=found.started,
+                started=status.started,
                 local_pid=procfs.innermost_pid(pid) or pid,
                 command=command_text(cmdline),
                 forked=cmdline == read_bytes(f"/proc/{kernel}/cmdline"),
             )
 
     def _is_known(self, pid: int, started: int) -> bool:
-        return pid in self._known and self._known[pid].started == started
+        return pid in self._children and self._children[pid].started == started
 
     def known(self) -> dict[int, EndedChild]:
         """All that were seen, by process id outside: of a zombie /proc no longer shows the command."""
-        return {pid: _as_ended(known) for pid, known in self._known.items()}
+        return {pid: _as_ended(known) for pid, known in self._children.items()}
 
     def ended(self) -> tuple[EndedChild, ...]:
         """Those that were seen alive and are gone, zombies left out: their parent has not read their status yet."""
         return tuple(
-            _as_ended(known) for known in self._known.values() if not _lives(known, zombies=True)
+            _as_ended(child) for child in self._children.values() if not _lives(child, zombies=True)
         )
 
 
-def _as_ended(known: Known) -> EndedChild:
-    return EndedChild(local_pid=known.local_pid, command=known.command, forked=known.forked)
+def _as_ended(child: Known) -> EndedChild:
+    return EndedChild(local_pid=child.local_pid, command=child.command, forked=child.forked)
 
 
-def _lives(known: Known, *, zombies: bool = False) -> bool:
-    found = procfs.stat(known.pid)
+def _lives(child: Known, *, zombies: bool = False) -> bool:
+    status = procfs.stat(child.pid)
     return (
-        found is not None
-        and found.started == known.started
-        and (zombies or found.state not in "ZX")
+        status is not None
+        and status.started == child.started
+        and (zombies or status.state not in "ZX")
     )

@@ -54,7 +54,7 @@ class OutputAccounting:
         self.marked = False
         self.last: float | None = None
         self.characters = {"stdout": 0, "stderr": 0}
-        self.seen: deque[str] = deque(maxlen=5000)
+        self.iopub_ids: deque[str] = deque(maxlen=5000)
         self.texts: deque[tuple[float, str, str]] = deque(maxlen=LAST_TEXTS)
 
 
@@ -86,7 +86,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.malformed = 0
         self.first_malformed = ""
         self.note: Callable[[], Note | None] = lambda: None
-        self.before: int | None = None
+        self.previous_cell: int | None = None
         self.disbelieved: set[str] = set()
         self.residue: dict[str, str] = {}
         self.on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
@@ -122,7 +122,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.cell_cap = cell_cap
         self.disbelieved = set()
         note = self.note()
-        self.before = note.cell if note else None
+        self.previous_cell = note.cell if note else None
 
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         self.running = (parent_msg_id, cell, cell_index)
@@ -157,13 +157,13 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         deadline = time.monotonic() + BEGIN_SECONDS
         while self._at_work("its reply") or (not self._begun() and time.monotonic() < deadline):
             with contextlib.suppress(Empty):
-                later = await self.kc.shell_channel.get_msg(timeout=LOOK_SECONDS)
-                reply = later if _is_reply(later, msg_id) else reply
+                second_reply = await self.kc.shell_channel.get_msg(timeout=LOOK_SECONDS)
+                reply = second_reply if _is_reply(second_reply, msg_id) else reply
         return reply
 
     def _begun(self) -> bool:
         note = self.note()
-        return note is None or self.before is None or note.cell != self.before
+        return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
         """Whether the kernel's own record contradicts a message that says it is done; it is remembered which."""
@@ -218,10 +218,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if problems:
             self._complain(f"{kind}: {problems[0]}")
         if kind in ("status", "execute_input"):
-            done = kind == "status" and content.get("execution_state") == "idle"
+            is_idle = kind == "status" and content.get("execution_state") == "idle"
             return (
                 None
-                if done and self._at_work("idle")
+                if is_idle and self._at_work("idle")
                 else super().process_message(msg, cell, cell_index)
             )
         size = size_of(kind, content)
@@ -252,12 +252,12 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             if name in self.accounts.characters and not self._of_a_child(msg):
                 self.accounts.characters[name] += len(content.get("text", ""))
         else:
-            self.accounts.seen.append(str(msg["header"]["msg_id"])[:LONGEST_ID])
+            self.accounts.iopub_ids.append(str(msg["header"]["msg_id"])[:LONGEST_ID])
 
     def _of_a_child(self, msg: dict[str, Any]) -> bool:
         """Whether a forked child wrote it: jupyter_client puts the sender's process id into the message id."""
-        _, _, rest = str(msg["header"].get("msg_id", "")).partition("_")
-        pid = rest.partition("_")[0]
+        _, _, suffix = str(msg["header"].get("msg_id", "")).partition("_")
+        pid = suffix.partition("_")[0]
         return self.kernel_pid is not None and pid.isdigit() and int(pid) != self.kernel_pid
 
     def _clear(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
@@ -280,8 +280,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _admit(self, kind: str, content: dict[str, Any], size: int, cell: Any) -> bool:
         """Whether an output fits the caps; text is shortened to what does, with a mark."""
-        left = self._left()
-        if left is None or size + OVERHEAD <= left:
+        remaining = self._left()
+        if remaining is None or size + OVERHEAD <= remaining:
             self._store(size + OVERHEAD)
             return True
         self.accounts.truncated = True
@@ -290,13 +290,15 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.accounts.marked = True
         if kind == "stream":
             content["text"] = (
-                content["text"].encode("utf-8", "replace")[: max(0, left)].decode("utf-8", "ignore")
+                content["text"]
+                .encode("utf-8", "replace")[: max(0, remaining)]
+                .decode("utf-8", "ignore")
                 + self._mark()
             )
         else:
             cell.outputs.append(remark(self._mark().lstrip()))
             return False
-        self._store(max(0, left))
+        self._store(max(0, remaining))
         return True
 
     def _left(self) -> int | None:
@@ -318,8 +320,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             self._left() or 0
         )
         cap = self.cell_cap if cell else self.total_cap
-        which = "this cell" if cell else "the notebook"
-        return f"\n[safe-exec: output cut here; limit for {which} {format_size(cap or 0)}]\n"
+        place = "this cell" if cell else "the notebook"
+        return f"\n[safe-exec: output cut here; limit for {place} {format_size(cap or 0)}]\n"
 
     def cut_display(self, size: int) -> None:
         """A message that was too large to be sent, or to be taken in, is marked in the running cell."""
@@ -338,18 +340,18 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """
         if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
             return super().output(outs, msg, display_id, cell_index)
-        made = output_node(msg["msg_type"], msg["content"])
-        if made is None:
+        node = output_node(msg["msg_type"], msg["content"])
+        if node is None:
             return None
-        if len(outs) >= MERGE_AFTER and joins(outs[-1], made):
-            join(outs[-1], made.text)
+        if len(outs) >= MERGE_AFTER and joins(outs[-1], node):
+            join(outs[-1], node.text)
             return outs[-1]
         if display_id:
             self._display_id_map.setdefault(display_id, {}).setdefault(cell_index, []).append(
                 len(outs)
             )
-        outs.append(made)
-        return made
+        outs.append(node)
+        return node
 
     # --- after a death ------------------------------------------------------------------------------------------
 
@@ -360,16 +362,16 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         """
         if self.running is None:
             return 0
-        found = 0
+        recovered = 0
         for record in page.journal(number):
             if isinstance(record, Text):
-                found += self._recover_text(record.stream, record.text[self._already(record) :])
+                recovered += self._recover_text(record.stream, record.text[self._already(record) :])
             else:
-                found += self._recover_message(record)
+                recovered += self._recover_message(record)
         self.residue = residue
         for name, text in residue.items():
-            found += self._recover_text(name, text)
-        return found
+            recovered += self._recover_text(name, text)
+        return recovered
 
     def _already(self, record: Text) -> int:
         """How many characters of a record did arrive."""
@@ -386,7 +388,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if (
             message is None
             or message["msg_type"] not in KEPT
-            or str(message["header"]["msg_id"])[:LONGEST_ID] in self.accounts.seen
+            or str(message["header"]["msg_id"])[:LONGEST_ID] in self.accounts.iopub_ids
         ):
             return 0
         try:

@@ -67,7 +67,7 @@ class Connection:
         self._more = False
         self._message = Received([])
         self._size = 0
-        self._told = 0
+        self._reported = 0
         self._waiting: deque[tuple[Received, int]] = deque()
         self._waiting_bytes = 0
         self._out = bytearray()
@@ -148,10 +148,10 @@ class Connection:
 
     def _parse(self) -> None:
         """Take what has come apart, as far as there is room for it."""
-        before = len(self._waiting)
+        count = len(self._waiting)
         while self._step():
             pass
-        if len(self._waiting) != before:
+        if len(self._waiting) != count:
             self.on_arrival()
 
     def _step(self) -> bool:
@@ -219,10 +219,10 @@ class Connection:
         return True
 
     def _let_go(self) -> bool:
-        gone = min(self._skip, len(self._inbox))
-        del self._inbox[:gone]
-        self._skip -= gone
-        self._overflow(gone)
+        skipped = min(self._skip, len(self._inbox))
+        del self._inbox[:skipped]
+        self._skip -= skipped
+        self._overflow(skipped)
         if self._skip:
             return False
         if not self._more:
@@ -246,15 +246,15 @@ class Connection:
             message.parts = [part for part in message.parts[:FIRST_PARTS] if len(part) <= SMALL]
             self._size = sum(map(len, message.parts))
         message.dropped += length + PART_BYTES
-        if message.dropped - self._told > TOLD_EVERY:
-            self._store(Received([], message.dropped - self._told), 0)
-            self._told = message.dropped
+        if message.dropped - self._reported > TOLD_EVERY:
+            self._store(Received([], message.dropped - self._reported), 0)
+            self._reported = message.dropped
 
     def _finish(self) -> None:
         message, size = self._message, self._size
         if message.dropped:
-            message.dropped = max(1, message.dropped - self._told)
-        self._message, self._size, self._told = Received([]), 0, 0
+            message.dropped = max(1, message.dropped - self._reported)
+        self._message, self._size, self._reported = Received([]), 0, 0
         self._store(message, size)
 
     def _store(self, message: Received, size: int) -> None:
@@ -364,7 +364,7 @@ async def connect(
     """
     sock = await _connected(address)
     try:
-        rest = await _shake_hands(sock, kind, identity)
+        first_bytes = await _shake_hands(sock, kind, identity)
     except OSError as error:
         sock.close()
         raise ConnectFailed(f"the kernel's socket does not speak ZMTP 3: {error}") from error
@@ -372,7 +372,7 @@ async def connect(
         sock.close()
         raise
     connection = Connection(sock, largest=largest)
-    connection.start(rest)
+    connection.start(first_bytes)
     return connection
 
 

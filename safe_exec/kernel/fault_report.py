@@ -44,13 +44,13 @@ def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
     for line in text[: text.rfind("\n") + 1].split(
         "\n"
     ):  # a line without its end may be cut off within a name
-        if found := _THREAD.match(line):
-            threads.append((int(found[2], 16), found[1] == "Current thread", []))
-        elif (found := _FRAME.match(line)) and threads:
-            number = None if found[2] == "???" else int(found[2])
-            cell, line_in_cell = cells.locate(found[3], number, found[1])
+        if match := _THREAD.match(line):
+            threads.append((int(match[2], 16), match[1] == "Current thread", []))
+        elif (match := _FRAME.match(line)) and threads:
+            number = None if match[2] == "???" else int(match[2])
+            cell, line_in_cell = cells.locate(match[3], number, match[1])
             threads[-1][2].append(
-                Frame(function=found[3], line=line_in_cell, file=found[1], cell=cell)
+                Frame(function=match[3], line=line_in_cell, file=match[1], cell=cell)
             )
     return tuple(Thread(ident=i, current=c, frames=notebook_part(tuple(f))) for i, c, f in threads)
 
@@ -105,12 +105,12 @@ def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame,
     """
     line = innermost_line(stacks[-1], cell)
     alike = [stack for stack in stacks if innermost_line(stack, cell) == line]
-    within = [
+    matching = [
         next((frame.cell for frame in stack if frame.cell is not None), None) for stack in alike
     ]
-    often = Counter(within)
+    often = Counter(matching)
     return max(
-        zip(alike, within, range(len(alike)), strict=True),
+        zip(alike, matching, range(len(alike)), strict=True),
         key=lambda row: (often[row[1]], row[1] != cell, row[2]),
     )[0]
 

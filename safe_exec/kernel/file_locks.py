@@ -38,11 +38,11 @@ def parse(text: str) -> list[Entry]:
     entries = []
     for line in text.splitlines():
         number, _, tail = line.strip().removeprefix("lock:").strip().partition(":")
-        words = tail.split()
-        waits = "->" in words
-        words = [word for word in words if word != "->"]
+        fields = tail.split()
+        waits = "->" in fields
+        fields = [word for word in fields if word != "->"]
         try:
-            kind, _, mode, pid, place, start = words[:6]
+            kind, _, mode, pid, place, start = fields[:6]
             entries.append(
                 Entry(
                     number,

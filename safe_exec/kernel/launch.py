@@ -137,8 +137,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
         secret = ("env", "key")
-        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n not in secret)
-        return f"{type(self).__name__}({', '.join(shown)})"
+        fields = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n not in secret)
+        return f"{type(self).__name__}({', '.join(fields)})"
 
 
 # --- the kernelspec ---------------------------------------------------------------------------------------------
@@ -189,13 +189,13 @@ def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]
     major, minor = sys.version_info[:2]
     if argv[0] in ("python", f"python{major}", f"python{major}.{minor}"):
         argv[0] = sys.executable
-    known = {
+    place_holders = {
         "connection_file": os.path.realpath(connection_file),
         "prefix": sys.prefix,
         "resource_dir": spec.directory,
     }
     return [
-        re.sub(r"\{([A-Za-z0-9_]+)\}", lambda found: known.get(found[1], found[0]), part)
+        re.sub(r"\{([A-Za-z0-9_]+)\}", lambda match: place_holders.get(match[1], match[0]), part)
         for part in argv
     ]
 
@@ -224,14 +224,14 @@ def extra_arguments(kernel_name: str) -> list[str]:
 # --- the start --------------------------------------------------------------------------------------------------
 
 
-def launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
+def launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
     """Start a kernel over ipc and wait until its process is born. Raises KernelStartError and SandboxError."""
-    launched = begin_launch(sandbox, what)
+    launched = begin_launch(sandbox, request)
     await_kernel(sandbox, launched.channels)
     return launched
 
 
-def begin_launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
+def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
     """Have a kernel started over ipc; ``await_kernel`` says what came of it. Raises SandboxError."""
     assert sandbox.directory is not None
     sandbox.wait_ready()
@@ -241,10 +241,10 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
             for number, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)
         },
         "ip": str(sandbox.directory / "k"),
-        "key": what.key or os.urandom(20).hex(),
+        "key": request.key or os.urandom(20).hex(),
         "transport": "ipc",
         "signature_scheme": "hmac-sha256",
-        "kernel_name": what.kernel_name,
+        "kernel_name": request.kernel_name,
     }
     path = sandbox.directory / "c.json"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -252,22 +252,22 @@ def begin_launch(sandbox: Sandbox, what: Launch) -> LaunchedKernel:
         json.dump(connection, file)
     channels, instrumented = begin_spawn(
         sandbox,
-        what.plan,
+        request.plan,
         command(
-            what.spec,
+            request.spec,
             str(path),
-            extra_arguments(what.kernel_name) if what.key is None else (),
+            extra_arguments(request.kernel_name) if request.key is None else (),
         ),
-        env=environment_of(what.spec, what.env),
-        cwd=what.cwd,
-        config=inside_config(what.limits, headless=what.key is None, marks=True),
+        env=environment_of(request.spec, request.env),
+        cwd=request.cwd,
+        config=inside_config(request.limits, headless=request.key is None, marks=True),
     )
     return LaunchedKernel(
-        spec=what.spec,
+        spec=request.spec,
         connection=connection,
         channels=channels,
         instrumented=instrumented,
-        cwd=what.cwd,
+        cwd=request.cwd,
     )
 
 

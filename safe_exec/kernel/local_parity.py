@@ -74,12 +74,12 @@ class standard_streams:  # noqa: N801 - used as a function
         self._wishes = {"stdout": stdout, "stderr": stderr}
         self._owned: list[int] = []
         self._ours: dict[str, IO[bytes]] = {}
-        self.given: dict[str, int] = {}
+        self.descriptors: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         try:
             for number, (name, wish) in enumerate(self._wishes.items(), 1):
-                self.given[name] = self._descriptor(name, number, wish)
+                self.descriptors[name] = self._descriptor(name, number, wish)
         except BaseException:
             self.__exit__()
             raise
@@ -89,7 +89,7 @@ class standard_streams:  # noqa: N801 - used as a function
         if wish is None:
             return number if _is_open(number) else self._null()
         if wish == subprocess.STDOUT:
-            return self.given["stdout"]
+            return self.descriptors["stdout"]
         if wish == subprocess.DEVNULL:
             return self._null()
         if wish == subprocess.PIPE:

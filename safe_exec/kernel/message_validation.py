@@ -84,13 +84,13 @@ def _bundle_checked(content: dict[str, Any]) -> list[str]:
     if not isinstance(content.get("metadata", {}), dict):
         raise ValueError("its metadata is no object")  # noqa: TRY004
     content.setdefault("metadata", {})
-    wrong = {key: why for key, value in data.items() if (why := _why_not(key, value))}
+    wrong = {key: reason for key, value in data.items() if (reason := _why_not(key, value))}
     wrong |= dict.fromkeys(list(data)[MOST_TYPES:], "one of too many types")
-    kept = {key: value for key, value in data.items() if key not in wrong}
-    if data and not kept:
+    valid = {key: value for key, value in data.items() if key not in wrong}
+    if data and not valid:
         raise ValueError(f"{next(iter(wrong))[:LONGEST_TYPE]!r} is {next(iter(wrong.values()))}")
-    content["data"] = kept
-    return [f"{key[:LONGEST_TYPE]!r} is {why}" for key, why in list(wrong.items())[:1]]
+    content["data"] = valid
+    return [f"{key[:LONGEST_TYPE]!r} is {reason}" for key, reason in list(wrong.items())[:1]]
 
 
 def _why_not(key: str, value: Any) -> str:

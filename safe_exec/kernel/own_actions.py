@@ -33,13 +33,13 @@ class OwnActions:
     """The last actions that were told, and the trace functions that were on when a cell began."""
 
     def __init__(self) -> None:
-        self._told: deque[tuple[OwnAction, int, Rows]] = deque(maxlen=MOST_ACTIONS)
+        self._reported: deque[tuple[OwnAction, int, Rows]] = deque(maxlen=MOST_ACTIONS)
         self.tracing: tuple[str, ...] = ()
 
     def take(self, fact: dict[str, Any], rows: Rows) -> None:
         """Take in one. Raises KeyError, TypeError, ValueError or OverflowError for what is none."""
         if fact["action"] in ACTIONS:
-            self._told.append((_action(fact), int(fact["cell"]), rows))
+            self._reported.append((_action(fact), int(fact["cell"]), rows))
 
     def take_tracing(self, fact: dict[str, Any]) -> None:
         """Which trace functions were on."""
@@ -51,7 +51,7 @@ class OwnActions:
         """Everything that was told, oldest first, with the notebook's cell indexes."""
         return tuple(
             replace(action, cell=index_of(number), stack=frames(rows))
-            for action, number, rows in self._told
+            for action, number, rows in self._reported
         )
 
 

@@ -61,10 +61,10 @@ class PrestartedKernel:
             return
         self.plan = plan
         try:
-            what = Launch(
+            request = Launch(
                 spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env
             )
-            self._launched = begin_launch(self.sandbox_for(plan), what)
+            self._launched = begin_launch(self.sandbox_for(plan), request)
         except SafeExecError as error:
             self._failure = error
 

@@ -36,9 +36,9 @@ def parse(text: str) -> Limits:
     limits: dict[str, int | None] = {}
     for line in text.splitlines():
         title = line[:26].strip()
-        words = line[26:].split()
-        if title in NAMES and words:
-            limits[NAMES[title]] = None if words[0] == "unlimited" else int(words[0])
+        fields = line[26:].split()
+        if title in NAMES and fields:
+            limits[NAMES[title]] = None if fields[0] == "unlimited" else int(fields[0])
     return limits
 
 
@@ -48,7 +48,7 @@ class ProcessChanges:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._program = read_bytes(f"/proc/{pid}/cmdline")
-        self._limits = self._now = self._read()
+        self._limits = self._current = self._read()
         self._noted = time.monotonic()
         self.executed: str | None = None
 
@@ -67,10 +67,10 @@ class ProcessChanges:
     def note(self) -> None:
         """Look now. A zombie has limits, but no command any more."""
         self._noted = time.monotonic()
-        found = procfs.stat(self._pid)
-        if found is None:
+        status = procfs.stat(self._pid)
+        if status is None:
             return
-        self._now = self._read() or self._now
+        self._current = self._read() or self._current
         program = read_bytes(f"/proc/{self._pid}/cmdline")
         if program and program != self._program:
             self.executed = command_text(program)
@@ -78,7 +78,7 @@ class ProcessChanges:
     def limits(self) -> tuple[ChangedLimit, ...]:
         """The soft limits that are not what they were."""
         return tuple(
-            ChangedLimit(name=name, initial_value=before, current_value=self._now[name])
-            for name, before in self._limits.items()
-            if name in self._now and self._now[name] != before
+            ChangedLimit(name=name, initial_value=initial, current_value=self._current[name])
+            for name, initial in self._limits.items()
+            if name in self._current and self._current[name] != initial
         )

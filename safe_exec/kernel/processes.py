@@ -54,8 +54,8 @@ def members(kernel: int, keeper: int) -> list[int]:
     """The processes of a sandbox but the kernel and those that built it (bubblewrap, the init): children, theirs, and what was adopted."""
     builders = {kernel}
     above = kernel
-    while (found := procfs.stat(above)) is not None and found.ppid not in (0, keeper):
-        above = found.ppid
+    while (status := procfs.stat(above)) is not None and status.ppid not in (0, keeper):
+        above = status.ppid
         builders.add(above)
     return [pid for pid in procfs.descendants(keeper) if pid not in builders][:MOST_PROCESSES]
 
@@ -64,53 +64,53 @@ def snapshot(kernel: int, keeper: int) -> Snapshot:
     """Processor time and blocking calls of all members, now."""
     cpu, calls = {}, {}
     for pid in members(kernel, keeper):
-        if (found := procfs.stat(pid)) is not None:
-            cpu[pid] = found.cpu
+        if (status := procfs.stat(pid)) is not None:
+            cpu[pid] = status.cpu
             calls[pid] = {task: blocked_call(pid, task) for task in thread_ids(pid, MOST_THREADS)}
     return Snapshot(cpu, calls)
 
 
 def inspect(
-    kernel: int, keeper: int, before: Snapshot, window: float, known: Mapping[int, EndedChild]
+    kernel: int, keeper: int, earlier: Snapshot, window: float, children: Mapping[int, EndedChild]
 ) -> tuple[ObservedProcess, ...]:
-    """The members of a sandbox, compared with how they were ``window`` seconds ago; ``known`` are children that were seen earlier."""
-    now = snapshot(kernel, keeper)
+    """The members of a sandbox, compared with how they were ``window`` seconds ago; ``children`` are children that were seen earlier."""
+    current = snapshot(kernel, keeper)
     below = set(procfs.descendants(kernel))
     own_command = read_bytes(f"/proc/{kernel}/cmdline")
-    found = (
+    observations = (
         _observe(
             pid,
-            before,
-            now,
+            earlier,
+            current,
             window,
             below=pid in below,
             own_command=own_command,
-            seen=known.get(pid),
+            child=children.get(pid),
         )
-        for pid in now.cpu
+        for pid in current.cpu
     )
-    return tuple(process for process in found if process is not None)
+    return tuple(process for process in observations if process is not None)
 
 
 def _observe(
     pid: int,
-    before: Snapshot,
-    now: Snapshot,
+    earlier: Snapshot,
+    current: Snapshot,
     window: float,
     *,
     below: bool,
     own_command: bytes,
-    seen: EndedChild | None,
+    child: EndedChild | None,
 ) -> ObservedProcess | None:
     """One process; ``None`` if it is gone. A call counts if its thread was in it before, too: a process at work changes its calls."""
     stat = procfs.stat(pid)
     if stat is None:
         return None
     cmdline = read_bytes(f"/proc/{pid}/cmdline")
-    past = before.calls.get(pid, {})
+    past = earlier.calls.get(pid, {})
     steady = {
         task: call
-        for task, call in now.calls[pid].items()
+        for task, call in current.calls[pid].items()
         if call is not None and (old := past.get(task)) is not None and old.name == call.name
     }
     call = steady.get(pid)
@@ -120,9 +120,11 @@ def _observe(
         pid=pid,
         local_pid=procfs.innermost_pid(pid) or pid,
         parent=stat.ppid,
-        command=command_text(cmdline) or (seen.command if seen else "") or _comm(pid),
+        command=command_text(cmdline) or (child.command if child else "") or _comm(pid),
         state=stat.state,
-        cpu_share=max(0.0, now.cpu[pid] - before.cpu[pid]) / window if pid in before.cpu else None,
+        cpu_share=max(0.0, current.cpu[pid] - earlier.cpu[pid]) / window
+        if pid in earlier.cpu
+        else None,
         age=procfs.age(stat),
         threads=stat.threads,
         syscall=call.name if call else None,
@@ -133,7 +135,7 @@ def _observe(
         writes=writes,
         full_pipe=full[0] if full else None,
         pipe_bytes=full[1] if full else None,
-        forked=cmdline == own_command if cmdline else seen is not None and seen.forked,
+        forked=cmdline == own_command if cmdline else child is not None and child.forked,
         adopted=not below,
         exit=ExitStatus(raw)
         if stat.state == "Z" and (raw := procfs.exit_status(pid)) is not None
@@ -254,18 +256,18 @@ def _reads_terminal(pid: int, call: Call | None) -> bool:
 
 def command_text(cmdline: bytes) -> str:
     """A command line as a person would type it: on one line, shortened, without secrets."""
-    words = (
+    arguments = (
         [word.decode("utf-8", "replace") for word in cmdline.rstrip(b"\0").split(b"\0")]
         if cmdline
         else []
     )
-    text = " ".join(_quoted(word) for word in _without_secrets(words))
+    text = " ".join(_quoted(word) for word in _without_secrets(arguments))
     return text if len(text) <= LONGEST_COMMAND else text[: LONGEST_COMMAND - 3] + "..."
 
 
-def _without_secrets(words: Iterable[str]) -> Iterable[str]:
+def _without_secrets(arguments: Iterable[str]) -> Iterable[str]:
     hidden = False
-    for number, word in enumerate(words):
+    for number, word in enumerate(arguments):
         name, equals, _ = word.partition("=")
         if number == 0:
             yield word.rpartition("/")[2] or word

@@ -67,7 +67,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.watchdog: Watchdog | None = None
         self._diskwatch: DiskWatch | None = None
         self.on_limit: Callable[[LimitName, float], None] | None = None
-        self._told = False
+        self._is_end_reported = False
         self._prepared = self.headless = False
         self.ports_cached = False
         self.pid: int | None = None
@@ -127,7 +127,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             await self.cleanup(restart=True)
         stale_runs.sweep()  # of servers that were killed together with their keepers
         self.run_id = keeper_process.new_run_id()  # a restarted kernel's sandbox is another one
-        self._told = False
+        self._is_end_reported = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")
         self.limits = resolve_simple(self._config, profile, machine_memory=machine.memory_total)
@@ -174,7 +174,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                     env=env,
                     cwd=cwd,
                     config=config,
-                    streams=streams.given,
+                    streams=streams.descriptors,
                 )
                 self.stdout, self.stderr = streams.readers()
         except BaseException:
@@ -331,17 +331,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
             self.sandbox.process_messages()
         self._tell_ending()
-        self._told = True
+        self._is_end_reported = True
 
     def _tell_ending(self) -> None:
         """Log once how a kernel ended that nobody asked to; people of other tools learn of the cause here, and nowhere else."""
         ended = self.sandbox.exit if self.sandbox else None
-        if ended is None or self._told or self.on_limit is not None:
+        if ended is None or self._is_end_reported or self.on_limit is not None:
             return
-        self._told = True
+        self._is_end_reported = True
         if ended.status is not None and ended.status.raw == 0 and not ended.reason:
             return  # a client's own shutdown request goes past us
-        why = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
+        reason = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
         killed = ended.counters.oom_kills or 0
         if killed:
             limit = (
@@ -349,9 +349,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 if self.limits.memory is not None
                 else ""
             )
-            why += f", {killed} process(es) killed for memory in its control group{limit}"
+            reason += f", {killed} process(es) killed for memory in its control group{limit}"
         status = ended.status if ended.status is not None else "its keeper"
         # An application's own log where there is one: traitlets' other logger says nothing to anybody.
         (self.log if Application.initialized() else log).error(
-            "kernel ended with %s%s", status, why
+            "kernel ended with %s%s", status, reason
         )

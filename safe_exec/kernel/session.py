@@ -144,7 +144,7 @@ class KernelSession:
         """
         assert self.sandbox is not None and self.directory is not None
         if launched is None and (spec := find_spec(kernel_name)) is not None:
-            what = Launch(
+            request = Launch(
                 spec=spec,
                 kernel_name=kernel_name,
                 plan=self.plan,
@@ -153,7 +153,7 @@ class KernelSession:
                 env=env,
                 key=self.key,
             )
-            launched = await _aside(partial(launch, self.sandbox, what))
+            launched = await _aside(partial(launch, self.sandbox, request))
         km = Manager(kernel_name=kernel_name)
         km.connection_file = str(self.directory / "c.json")
         if launched is not None:
@@ -331,9 +331,11 @@ class KernelSession:
     ) -> Connection:
         """What comes of an attempt, unless the kernel ends first or the time is up: then KernelStartError."""
         attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            await asyncio.wait({attempt, death}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {attempt, death}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+            )
             if attempt.done():
                 return attempt.result()
             raise KernelStartError(self._why_it_ended() if self.died.is_set() else self._silent())
@@ -367,14 +369,14 @@ class KernelSession:
             await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
 
     async def _until(
-        self, channel: Any, wanted: Callable[[dict[str, Any]], bool]
+        self, channel: Any, accepts: Callable[[dict[str, Any]], bool]
     ) -> dict[str, Any] | None:
         """The first message that is wanted, ``None`` after a quarter of a second or when the kernel is dead."""
         deadline = time.monotonic() + READY_RETRY_SECONDS
-        while (left := deadline - time.monotonic()) > 0 and not self.died.is_set():
+        while (remaining := deadline - time.monotonic()) > 0 and not self.died.is_set():
             with contextlib.suppress(Empty):
-                message: dict[str, Any] = await channel.get_msg(timeout=max(left, 0.001))
-                if wanted(message):
+                message: dict[str, Any] = await channel.get_msg(timeout=max(remaining, 0.001))
+                if accepts(message):
                     return message
         return None
 
@@ -383,8 +385,8 @@ class KernelSession:
 
     def _why_it_ended(self) -> str:
         ended = self.ended
-        how = str(ended.status) if ended and ended.status else "its supervisor was killed"
-        return f"the kernel ended before it was ready: {how}"
+        status = str(ended.status) if ended and ended.status else "its supervisor was killed"
+        return f"the kernel ended before it was ready: {status}"
 
     # --- facts --------------------------------------------------------------------------------------------------
 
@@ -460,10 +462,10 @@ class KernelSession:
             if self.instrumented and self.provisioner and self.provisioner.channels
             else None
         )
-        already = len(sandbox.fault_text)
+        read_length = len(sandbox.fault_text)
 
         def dumped() -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
-            fresh = sandbox.fault_text[already:]
+            fresh = sandbox.fault_text[read_length:]
             cells, main = self.agent_facts.code, self.agent_facts.hello.get("main")
             return fault_report.main_stack(fresh, cells, main), fault_report.other_stacks(
                 fresh, cells, main
@@ -479,7 +481,7 @@ class KernelSession:
             else None,
             dumped=dumped,
             ended=self.history.ended,
-            known=self.history.known,
+            known_children=self.history.known,
             frames=self.agent_facts.frames,
         )
 
@@ -553,8 +555,8 @@ class KernelSession:
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
         if Wall.NETWORK not in self.plan.walls:
-            found = sockets.peers(self.sandbox.keeper_pid, self.pid)
-            self.agent_facts.add_hosts(sorted(found - set(self.agent_facts.hosts)))
+            peers = sockets.peers(self.sandbox.keeper_pid, self.pid)
+            self.agent_facts.add_hosts(sorted(peers - set(self.agent_facts.hosts)))
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; whether it has."""

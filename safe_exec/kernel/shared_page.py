@@ -86,11 +86,11 @@ class Page:
 
     def note(self) -> Note:
         """The statement noted last."""
-        _, _, cell, line, _, when, *_ = layout.HEADER.unpack_from(self._memory, 0)
+        _, _, cell, line, _, noted_at, *_ = layout.HEADER.unpack_from(self._memory, 0)
         return Note(
             cell=cell,
             line=line & ~layout.FINISHED,
-            time=when,
+            time=noted_at,
             finished=bool(line & layout.FINISHED),
         )
 
@@ -113,12 +113,12 @@ class Page:
     def history(self) -> list[Sample]:
         """The last samples, oldest first."""
         size = layout.SAMPLE.size
-        found = [self._sample(layout.HISTORY_AT + n * size) for n in range(layout.HISTORY)]
-        return sorted((s for s in found if s.cell), key=lambda s: s.time)
+        samples = [self._sample(layout.HISTORY_AT + n * size) for n in range(layout.HISTORY)]
+        return sorted((s for s in samples if s.cell), key=lambda s: s.time)
 
     def _sample(self, at: int) -> Sample:
-        cell, line, _, when, wait, cpu, place, _ = layout.SAMPLE.unpack_from(self._memory, at)
-        return Sample(cell=cell, line=line, time=when, wait=wait, cpu=cpu, place=place)
+        cell, line, _, sampled_at, wait, cpu, place, _ = layout.SAMPLE.unpack_from(self._memory, at)
+        return Sample(cell=cell, line=line, time=sampled_at, wait=wait, cpu=cpu, place=place)
 
     def stack(self) -> tuple[int, list[tuple[str, int, str, int]], bool]:
         """The sampled stack: cell number, rows of (function, line, file, cell number), whether it awaits something."""
@@ -126,9 +126,9 @@ class Page:
         start = layout.STACK_AT + 4
         raw = self._memory[start : start + min(length, layout.STACK_BYTES - 4)]
         try:
-            found = json.loads(raw)
-            rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in found["rows"]]
-            return int(found["cell"]), rows, bool(found["awaiting"])
+            document = json.loads(raw)
+            rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in document["rows"]]
+            return int(document["cell"]), rows, bool(document["awaiting"])
         except (
             ValueError,
             KeyError,
@@ -155,7 +155,7 @@ class Page:
         # ``used`` is where the last record's header ends; a text that stands last may have grown, up to where memory is zero.
         last = base + min(used, layout.SEGMENT_BYTES)
         while at + layout.RECORD.size <= last:
-            length, before, kind, stream, _, cell = layout.RECORD.unpack_from(self._memory, at)
+            length, position, kind, stream, _, cell = layout.RECORD.unpack_from(self._memory, at)
             start = at + layout.RECORD.size
             if start == last and kind == layout.TEXT:
                 zero = self._memory.find(b"\0", start, end)
@@ -167,7 +167,7 @@ class Page:
             if kind == layout.TEXT:
                 text = data.replace(layout.NUL, b"\0").decode("utf-8", "replace")
                 yield Text(
-                    stream="stderr" if stream else "stdout", cell=cell, start=before, text=text
+                    stream="stderr" if stream else "stdout", cell=cell, start=position, text=text
                 )
             elif kind == layout.MESSAGE:
                 yield Message(cell=cell, frames=_frames(data))

@@ -54,10 +54,10 @@ def homes() -> tuple[Path, ...]:
     own = [Path(os.environ["HOME"])] if os.path.isabs(os.environ.get("HOME", "")) else []
     with contextlib.suppress(KeyError):  # a user without an entry
         own.append(Path(pwd.getpwuid(os.geteuid()).pw_dir))
-    found = [
+    candidates = [
         path for path in (*own, Path("/root"), Path("/home")) if path.is_dir() and path != Path("/")
     ]
-    resolved = list(dict.fromkeys(path.resolve() for path in found))
+    resolved = list(dict.fromkeys(path.resolve() for path in candidates))
     return tuple(
         p
         for n, p in enumerate(resolved)
@@ -81,9 +81,9 @@ def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
     """Directories that a kernel needs to run at all: interpreters, and where they find packages."""
     linked = [
-        found
+        path
         for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env))
-        for found in _linked(prefix)
+        for path in _linked(prefix)
     ]
     search = [
         Path(part)
@@ -156,22 +156,22 @@ def _parts(env: Mapping[str, str], name: str) -> list[str]:
 
 def _prefixes(program: str) -> list[Path]:
     """Where the program's environment lies: beside its ``bin``, what its links lead to, and the base of a virtual environment."""
-    found: list[Path] = []
+    prefixes: list[Path] = []
     path = Path(program)
     if not path.is_absolute():  # no such program: a path relative to us would say nothing of it
         return []
     for _ in range(10):
         prefix = path.parent.parent
-        found.append(prefix)
+        prefixes.append(prefix)
         config = prefix / "pyvenv.cfg"
         if config.is_file():
             base = re.search(r"^home\s*=\s*(.+)$", config.read_text(errors="replace"), re.MULTILINE)
-            found += [Path(base[1].strip()).parent] if base else []
+            prefixes += [Path(base[1].strip()).parent] if base else []
         if not path.is_symlink():
             break
         path = path.parent / os.readlink(path)
     real = Path(os.path.realpath(program)).parent.parent
-    return [*found, real]
+    return [*prefixes, real]
 
 
 def _linked(prefix: Path) -> list[Path]:
@@ -180,14 +180,14 @@ def _linked(prefix: Path) -> list[Path]:
     A line is a folder for the path, or imports a module that finds packages (setuptools' ``__editable___NAME_finder``, and the like of other
     builders): what that one names in its text.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for path in prefix.glob("lib/python3*/site-packages/*.pth"):
         for line in _text(path).splitlines():
             if line.startswith("/"):
-                found.append(Path(line))
+                paths.append(Path(line))
             elif imported := re.match(r"import\s+(\w+)", line):
-                found += _named_in(path.with_name(f"{imported[1]}.py"))
-    return found
+                paths += _named_in(path.with_name(f"{imported[1]}.py"))
+    return paths
 
 
 def _named_in(module: Path) -> list[Path]:
@@ -196,14 +196,14 @@ def _named_in(module: Path) -> list[Path]:
         tree = ast.parse(_text(module))
     except (SyntaxError, ValueError, RecursionError):
         return []
-    words = [
+    literals = [
         node.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     paths = [
         Path(word)
-        for word in words
+        for word in literals
         if word.startswith("/") and "\0" not in word and os.path.exists(word)
     ]
     return [path.parent if path.name == "__init__.py" else path for path in paths]
@@ -255,9 +255,9 @@ class Enclosure(Struct, frozen=True, kw_only=True):
 
 def enclose(kernel: PlannedKernel) -> Enclosure:
     """Plan the walls of one kernel. Raises SandboxError for what can be walled off in no way."""
-    asked = kernel.plan.isolation
-    kernel = replace(kernel, plan=replace(kernel.plan, isolation=settled(asked)))
-    demand_narrow(kernel.folder, asked)
+    requested = kernel.plan.isolation
+    kernel = replace(kernel, plan=replace(kernel.plan, isolation=settled(requested)))
+    demand_narrow(kernel.folder, requested)
     hideable = homes()
     paths = KernelPaths(
         folder=kernel.folder,
@@ -304,32 +304,32 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
     ]
     for path in closed:
         if path.is_relative_to(folder):
-            what = "a home" if path not in SYSTEM else "a part of the system"
+            kind = "a home" if path not in SYSTEM else "a part of the system"
             raise SandboxError(
-                f"the notebook's folder {folder} is, or holds, {what} that is to be walled off ({path}): run it in a folder of its own"
+                f"the notebook's folder {folder} is, or holds, {kind} that is to be walled off ({path}): run it in a folder of its own"
             )
 
 
 def settled(isolation: Isolation) -> Isolation:
     """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS
     }
     for name in _OPENED:  # a link in a hidden place is not there to be followed: what it leads to is opened by that name too
-        found[name] = tuple(
+        settings[name] = tuple(
             dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path))
         )
     for name in (*_OPENED, "devices"):
-        for path in found[name]:
+        for path in settings[name]:
             if not os.path.exists(path):
                 raise SandboxError(f"isolation: {name}: {path}: no such file or directory")
-    for path in found["devices"]:
+    for path in settings["devices"]:
         if not path.startswith("/dev/"):
             raise SandboxError(f"isolation: devices: {path} is not below /dev")
-    if "/" in (*found["writable"], *found["show"], *found["hide"]):
+    if "/" in (*settings["writable"], *settings["show"], *settings["hide"]):
         raise SandboxError("isolation: / itself can be neither writable, nor shown, nor hidden")
-    found["hide"] = tuple(path for path in found["hide"] if os.path.exists(path))
-    return replace(isolation, **found)
+    settings["hide"] = tuple(path for path in settings["hide"] if os.path.exists(path))
+    return replace(isolation, **settings)
 
 
 _PATHS = ("hide", "devices")
@@ -361,13 +361,13 @@ def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bo
 
 def _bubblewrap(kernel: PlannedKernel, paths: KernelPaths, program: str) -> BwrapSetup:
     disk, isolation = _disk(kernel), kernel.plan.isolation
-    around = bubblewrap.SandboxPaths(
+    sandbox_paths = bubblewrap.SandboxPaths(
         folder=kernel.folder,
         runtime=kernel.runtime,
         homes=paths.homes,
         visible=paths.readable,
         files=frozenset(path for path in map(Path, isolation.hide) if not path.is_dir()),
-        given=tuple(path for path in kernel.runtime.glob("*") if path.is_file()),
+        read_only=tuple(path for path in kernel.runtime.glob("*") if path.is_file()),
         disk=Path(disk.base) if disk else None,
         repository=paths.repository.root if paths.repository.is_visible else None,
         repository_is_writable=paths.repository.use is RepositoryUse.WRITE,
@@ -381,7 +381,7 @@ def _bubblewrap(kernel: PlannedKernel, paths: KernelPaths, program: str) -> Bwra
     return BwrapSetup(
         argv=tuple(
             bubblewrap.arguments(
-                program, isolation, around, shm_bytes=kernel.plan.shm, root=is_root
+                program, isolation, sandbox_paths, shm_bytes=kernel.plan.shm, root=is_root
             )
         ),
         python=sys.executable,

@@ -44,11 +44,11 @@ def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
     isolation = plan.isolation
     hidden_homes = tuple(map(str, paths.homes)) if _is_held(plan, Wall.HOME) else ()
     hidden = isolation.hide if _is_held(plan, Wall.HIDDEN) else ()
-    kept, discarded = _bubblewrap(plan, paths) if plan.enclosed else _landlock(plan, paths)
+    kept_paths, discarded = _bubblewrap(plan, paths) if plan.enclosed else _landlock(plan, paths)
     covered = (*hidden_homes, *hidden, *discarded)
-    shown = [*paths.readable, *map(Path, isolation.show)]
+    visible = [*paths.readable, *map(Path, isolation.show)]
     if paths.repository.root is not None and paths.repository.use is RepositoryUse.READ:
-        shown.append(paths.repository.root)
+        visible.append(paths.repository.root)
     return IsolationFacts(
         by=Mechanism.BUBBLEWRAP
         if plan.enclosed
@@ -62,9 +62,9 @@ def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
         hidden_homes=hidden_homes,
         hidden=hidden,
         readable=tuple(
-            str(path) for path in shown if any(path.is_relative_to(top) for top in covered)
+            str(path) for path in visible if any(path.is_relative_to(top) for top in covered)
         ),
-        writable=kept,
+        writable=kept_paths,
         discarded=discarded,
         read_only=_is_held(plan, Wall.SYSTEM),
         network=not _is_held(plan, Wall.NETWORK),
@@ -93,7 +93,7 @@ def _written_repository(paths: KernelPaths) -> list[str]:
 def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The places whose files are kept, and those whose files are gone after the run."""
     isolation, folder = plan.isolation, str(paths.folder)
-    kept = [
+    kept_paths = [
         *([folder] if is_folder_kept(plan) else []),
         *_written_repository(paths),
         *isolation.writable,
@@ -107,15 +107,15 @@ def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], t
         discarded.append(SHM)
     if isolation.hide_home:
         discarded += map(str, paths.homes[:1])
-    return tuple(kept), tuple(path for path in discarded if path not in isolation.writable)
+    return tuple(kept_paths), tuple(path for path in discarded if path not in isolation.writable)
 
 
 def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Landlock leaves /tmp the machine's own; HOME and TMPDIR lead into the directory of the sockets, which goes with the run."""
     isolation = plan.isolation
-    kept = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
+    kept_paths = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
     system = LANDLOCK_WRITABLE if plan.landlock and isolation.read_only_system else ()
-    return (*kept, *_written_repository(paths), *isolation.writable, *system), (
+    return (*kept_paths, *_written_repository(paths), *isolation.writable, *system), (
         str(paths.runtime),
     ) if plan.landlock else ()
 

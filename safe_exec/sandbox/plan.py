@@ -129,8 +129,8 @@ def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
         if limits.of(name) is not None:
             enforcement[name] = Enforcement(by=Mechanism.RUNNER, hard=False)
     for offer in offers:
-        for name, held in offer.holds.items():
-            enforcement.setdefault(name, held)
+        for name, offered in offer.holds.items():
+            enforcement.setdefault(name, offered)
     for name in LimitName:
         if limits.of(name) is not None:
             enforcement.setdefault(
@@ -169,15 +169,24 @@ def _carry_out(
     )
 
 
-def _held_for_the_tree(held: Enforcement, name: LimitName) -> bool:
+def _held_for_the_tree(enforcement: Enforcement, name: LimitName) -> bool:
     """Whether a limit is already held for all processes together, so that no watch is needed."""
-    whole = (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD, Mechanism.BUBBLEWRAP)
-    return held.by in whole and name is not LimitName.CPU_TIME
+    tree_mechanisms = (
+        Mechanism.CGROUP_V1,
+        Mechanism.CGROUP_V2,
+        Mechanism.SYSTEMD,
+        Mechanism.BUBBLEWRAP,
+    )
+    return enforcement.by in tree_mechanisms and name is not LimitName.CPU_TIME
 
 
 def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
     """The walls that the system does not hold here. That only root can become somebody else is no weakness."""
-    return tuple(wall for wall, held in walls.items() if not held.hard and wall is not Wall.USER)
+    return tuple(
+        wall
+        for wall, enforcement in walls.items()
+        if not enforcement.hard and wall is not Wall.USER
+    )
 
 
 def require_walls(plan: SpawnPlan) -> None:
@@ -185,9 +194,9 @@ def require_walls(plan: SpawnPlan) -> None:
     weak = weak_walls(plan.walls) if plan.isolation.required else ()
     if weak:
         names = ", ".join(wall.value.replace("_", " ") for wall in weak)
-        why = plan.walls[weak[-1]].note.rpartition("; ")[2]
+        reason = plan.walls[weak[-1]].note.rpartition("; ")[2]
         raise EnforcementError(
-            f"walls are required that do not stand here: {names} ({why}); `safe-exec doctor` says how to fix it, --require none runs all the same"
+            f"walls are required that do not stand here: {names} ({reason}); `safe-exec doctor` says how to fix it, --require none runs all the same"
         )
 
 
@@ -198,9 +207,9 @@ def require(plan: SpawnPlan, names: Sequence[LimitName | Wall]) -> None:
     """
     require_walls(plan)
     for name in names:
-        held = plan.walls[name] if isinstance(name, Wall) else plan.enforcement[name]
-        if not held.hard:
-            by = "nothing" if held.by is Mechanism.NONE else f"the {held.by} alone"
+        enforcement = plan.walls[name] if isinstance(name, Wall) else plan.enforcement[name]
+        if not enforcement.hard:
+            by = "nothing" if enforcement.by is Mechanism.NONE else f"the {enforcement.by} alone"
             raise EnforcementError(
                 f"--require {name}: here {by} could hold it, not the system's kernel; `safe-exec doctor` says how to fix it"
             )

@@ -22,8 +22,8 @@ def build_plan(
     limits: Limits, machine: HostCapabilities, run_id: str, isolation: Isolation | None = None
 ) -> SpawnPlan:
     """The plan for one sandbox."""
-    asked = isolation or Isolation()
-    wall_plan = walls.plan_isolation(asked, limits, machine)
+    requested = isolation or Isolation()
+    wall_plan = walls.plan_isolation(requested, limits, machine)
     group = f"safe-exec-{run_id}"
     # Elsewhere no notebook is run (platforms.py), so nothing holds anything.
     offers = (
@@ -40,7 +40,7 @@ def build_plan(
     plan = fold(limits, [offer for offer in offers if offer is not None])
     return replace(
         plan,
-        isolation=asked,
+        isolation=requested,
         walls=wall_plan.walls,
         enclosed=machine.bubblewrap if wall_plan.enclosed else None,
         landlock=wall_plan.landlock,
@@ -66,13 +66,13 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
     """The mechanisms that may be used; ``None`` is all. Raises UsageError with those that there are."""
     if names is None:
         return frozenset(Mechanism)
-    known = {mechanism.value: mechanism for mechanism in CHOOSABLE}
-    wrong = [name for name in names if name not in known]
+    choices = {mechanism.value: mechanism for mechanism in CHOOSABLE}
+    wrong = [name for name in names if name not in choices]
     if wrong or not names:
         raise UsageError(
-            f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(known)}"
+            f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(choices)}"
         )
-    return frozenset(known[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
+    return frozenset(choices[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
 
 class Required(Struct, frozen=True, kw_only=True):
@@ -95,21 +95,21 @@ def parse_required(text: str, limits: Limits) -> Required:
 
     Raises ValueError with the names that there are.
     """
-    words = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
-    if words == [NOTHING]:
+    requested = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
+    if requested == [NOTHING]:
         return Required(isolation=False)
-    wrong = [word for word in words if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
-    if wrong or not words:
-        known = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
+    wrong = [word for word in requested if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
+    if wrong or not requested:
+        choices = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
         raise ValueError(
-            f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {known}"
+            f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {choices}"
         )
     every = (
         [name for name in REQUIRE_ALL if limits.of(name) is not None]
-        if EVERY_LIMIT in words
+        if EVERY_LIMIT in requested
         else []
     )
-    names = (*every, *(REQUIRABLE[word] for word in words if word in REQUIRABLE))
+    names = (*every, *(REQUIRABLE[word] for word in requested if word in REQUIRABLE))
     return Required(
-        names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in words else None
+        names=tuple(dict.fromkeys(names)), isolation=True if EVERY_WALL in requested else None
     )

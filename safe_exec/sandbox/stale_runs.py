@@ -26,8 +26,8 @@ def notes_directory() -> Path:
     directory = Path(base) / "safe-exec" if base and os.access(base, os.W_OK) else own
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    found = directory.lstat()
-    if not stat_module.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    status = directory.lstat()
+    if not stat_module.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise SandboxError(
             f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is"
         )
@@ -72,13 +72,13 @@ def sweep() -> list[str]:
 
 def is_dead(note: Mapping[str, int]) -> bool:
     """Whether both runner and keeper of a note are gone. Raises KeyError for what is no note."""
-    return not any(_alive(note[who], note[f"{who}_started"]) for who in ("owner", "keeper"))
+    return not any(_alive(note[role], note[f"{role}_started"]) for role in ("owner", "keeper"))
 
 
 def _alive(pid: int, started: int) -> bool:
     """Whether that very process still runs: ids are used again, start times with them are not."""
-    found = procfs.stat(pid)
-    return found is not None and found.started == started and found.state not in "ZX"
+    status = procfs.stat(pid)
+    return status is not None and status.started == started and status.state not in "ZX"
 
 
 def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:

@@ -345,7 +345,7 @@ def _of_exit_request(state: TrialState, index: int | None) -> CellLocation | Non
 
 def _of_error(state: TrialState, index: int, error: CellError | None) -> CellLocation | None:
     facts, number = state.session.agent_facts, state.number_now()
-    traceback_rows = facts.errors.get(number) or facts.shown.get(number)
+    traceback_rows = facts.errors.get(number) or facts.shown_errors.get(number)
     if traceback_rows is not None:
         line, rows = traceback_rows
         location = CellLocation(cell=index, line=line, source="traceback", stack=facts.frames(rows))

@@ -21,27 +21,25 @@ _PRIVILEGED = (
 )
 
 
-def container_fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
+def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
     """How to start this container so that it has groups of its own, and what to do in it then."""
-    if around.tree is CgroupTree.V2 and not around.read_only:
+    if host.tree is CgroupTree.V2 and not host.read_only:
         return (
             Fix(
-                what="in the container, as root, before safe-exec",
-                steps=_move_down(machine, around),
+                title="in the container, as root, before safe-exec",
+                steps=_move_down(machine, host),
             ),
         )
-    fixes = [
-        _start(what, command, note, machine, around) for what, command, note in _starts(around)
-    ]
+    fixes = [_start(title, command, note, machine, host) for title, command, note in _starts(host)]
     return tuple(fixes)
 
 
-def _starts(around: HostFacts) -> tuple[tuple[str, str, str], ...]:
+def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
     """What to say, how to start the container, and what that costs; the gentlest first."""
-    unified = around.tree is CgroupTree.V2
-    in_workflow = "; in a workflow they belong under container: options:" if around.github else ""
+    unified = host.tree is CgroupTree.V2
+    in_workflow = "; in a workflow they belong under container: options:" if host.github else ""
     privileged = f"{_PRIVILEGED}{in_workflow}"
-    if around.container is Container.PODMAN:
+    if host.container is Container.PODMAN:
         rootless = "a rootless container gets the controllers that the host's systemd delegates to its user"
         unmask = (
             "start the container so",
@@ -53,7 +51,7 @@ def _starts(around: HostFacts) -> tuple[tuple[str, str, str], ...]:
             if unified
             else (("start the container so", "sudo podman run --privileged IMAGE", privileged),)
         )
-    if around.container is Container.DOCKER:
+    if host.container is Container.DOCKER:
         old = ("or, with any Docker", "docker run --privileged IMAGE", privileged)
         refused = f"refused by rootless Docker{in_workflow}"
         new = (
@@ -62,7 +60,7 @@ def _starts(around: HostFacts) -> tuple[tuple[str, str, str], ...]:
             refused,
         )
         return (new, old) if unified else (("start the container so", old[1], privileged),)
-    if around.container is Container.KUBERNETES:
+    if host.container is Container.KUBERNETES:
         return (
             ("in the container of the pod", "securityContext: {privileged: true}", _PRIVILEGED),
         )
@@ -71,20 +69,20 @@ def _starts(around: HostFacts) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _start(what: str, command: str, note: str, machine: HostCapabilities, around: HostFacts) -> Fix:
-    if around.tree is CgroupTree.V2:
-        then = ("# then in it, as root, before safe-exec:", *_move_down(machine, around))
+def _start(title: str, command: str, note: str, machine: HostCapabilities, host: HostFacts) -> Fix:
+    if host.tree is CgroupTree.V2:
+        next_steps = ("# then in it, as root, before safe-exec:", *_move_down(machine, host))
     else:  # version 1 lets any group have both processes and children, but only root may make them
-        then = () if machine.uid == 0 else ("# and run safe-exec in it as root",)
-    return Fix(what=what, steps=(command, *then), note=note)
+        next_steps = () if machine.uid == 0 else ("# and run safe-exec in it as root",)
+    return Fix(title=title, steps=(command, *next_steps), note=note)
 
 
-def _move_down(machine: HostCapabilities, around: HostFacts) -> tuple[str, ...]:
-    top = around.mount
-    wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
+def _move_down(machine: HostCapabilities, host: HostFacts) -> tuple[str, ...]:
+    top = host.mount
+    controllers = [name for name in V2_CONTROLLERS if name in host.controllers] or V2_CONTROLLERS
     steps = (
         f"mkdir -p {top}/init",
         f"xargs -rn1 < {top}/cgroup.procs > {top}/init/cgroup.procs || :",
-        delegate_command(top, wanted),
+        delegate_command(top, controllers),
     )
-    return steps if machine.uid == 0 else (*steps, f"chown {around.user} {top} {top}/cgroup.procs")
+    return steps if machine.uid == 0 else (*steps, f"chown {host.user} {top} {top}/cgroup.procs")

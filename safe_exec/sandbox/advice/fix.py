@@ -14,7 +14,7 @@ class Fix(Struct, frozen=True, kw_only=True):
     ``note`` is what it costs, or when it holds.
     """
 
-    what: str
+    title: str
     steps: tuple[str, ...]
     note: str = ""
 

@@ -32,7 +32,7 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
     walls: tuple[Wall, ...]
     limits: tuple[LimitName, ...]
-    why: str
+    reason: str
     fixes: tuple[Fix, ...]
 
     @property
@@ -43,7 +43,7 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
 def advise_walls(
     machine: HostCapabilities,
-    around: HostFacts,
+    host: HostFacts,
     walls: Mapping[Wall, Enforcement],
     enforcement: Mapping[LimitName, Enforcement],
 ) -> tuple[WallRemedy, ...]:
@@ -56,52 +56,54 @@ def advise_walls(
         if wall in walls and walls[wall].by is not Mechanism.BUBBLEWRAP
     ]
     sizes = [name for name in SIZES if name in enforcement and not enforcement[name].hard]
-    found: list[WallRemedy] = []
+    remedies: list[WallRemedy] = []
     if weak or sizes:
         allowed = machine.allows(Mechanism.BUBBLEWRAP)
-        why = (
+        reason = (
             f"bubblewrap: {machine.bubblewrap_why_not}"
             if allowed
             else "bubblewrap is not among the mechanisms allowed"
         )
-        fixes = _fixes(machine, around) if allowed else (_ALLOW,)
-        found.append(WallRemedy(walls=tuple(weak), limits=tuple(sizes), why=why, fixes=fixes))
+        fixes = _fixes(machine, host) if allowed else (_ALLOW,)
+        remedies.append(
+            WallRemedy(walls=tuple(weak), limits=tuple(sizes), reason=reason, fixes=fixes)
+        )
     if not machine.allows(Mechanism.SECCOMP) and Wall.SYSTEM_CALLS in walls:
         calls = tuple(wall for wall in (Wall.SYSTEM_CALLS, Wall.PRIVILEGES) if wall in walls)
-        found.append(
+        remedies.append(
             WallRemedy(
                 walls=calls,
                 limits=(),
-                why="seccomp is not among the mechanisms allowed",
+                reason="seccomp is not among the mechanisms allowed",
                 fixes=(_ALLOW,),
             )
         )
-    return tuple(found)
+    return tuple(remedies)
 
 
-_ALLOW = Fix(what="leave --mechanisms away", steps=())
+_ALLOW = Fix(title="leave --mechanisms away", steps=())
 
 
-def _fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
+def _fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
     if machine.bubblewrap_why_not == NOT_INSTALLED or machine.bubblewrap_version is None:
-        return (_install(machine, around),)
-    if around.container is not Container.NONE:
-        return _in_container(around)
+        return (_install(machine, host),)
+    if host.container is not Container.NONE:
+        return _in_container(host)
     sudo = "" if machine.uid == 0 else "sudo "
-    found: list[Fix] = []
-    if around.apparmor_userns and machine.uid != 0:
-        found += [
+    fixes: list[Fix] = []
+    if host.apparmor_userns and machine.uid != 0:
+        fixes += [
             _apparmor_profile(),
             _sysctl(sudo, "kernel.apparmor_restrict_unprivileged_userns", "0"),
         ]
-    if around.no_userns_clone and machine.uid != 0:
-        found.append(_sysctl(sudo, "kernel.unprivileged_userns_clone", "1"))
-    if around.no_user_namespaces:
-        found.append(_sysctl(sudo, "user.max_user_namespaces", "10000"))
-    return tuple(found) or (_newer(machine, around),)
+    if host.no_userns_clone and machine.uid != 0:
+        fixes.append(_sysctl(sudo, "kernel.unprivileged_userns_clone", "1"))
+    if host.no_user_namespaces:
+        fixes.append(_sysctl(sudo, "user.max_user_namespaces", "10000"))
+    return tuple(fixes) or (_newer(machine, host),)
 
 
-def _install(machine: HostCapabilities, around: HostFacts) -> Fix:
+def _install(machine: HostCapabilities, host: HostFacts) -> Fix:
     commands = {
         "debian": "apt-get install bubblewrap",
         "fedora": "dnf install bubblewrap",
@@ -110,25 +112,25 @@ def _install(machine: HostCapabilities, around: HostFacts) -> Fix:
         "alpine": "apk add bubblewrap",
     }
     sudo = "" if machine.uid == 0 else "sudo "
-    known = next(
-        (command for name, command in commands.items() if name in around.distribution),
+    package = next(
+        (command for name, command in commands.items() if name in host.distribution),
         commands["debian"],
     )
     inside = (
         "; then ask doctor again: a container may have to be started otherwise"
-        if around.container is not Container.NONE
+        if host.container is not Container.NONE
         else ""
     )
-    return Fix(what=f"install it{inside}", steps=(f"{sudo}{known}",))
+    return Fix(title=f"install it{inside}", steps=(f"{sudo}{package}",))
 
 
-def _newer(machine: HostCapabilities, around: HostFacts) -> Fix:
+def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
     """It is there, and no setting that is known to us stands in its way."""
     return Fix(
-        what="see what bubblewrap itself says, or install a newer one",
+        title="see what bubblewrap itself says, or install a newer one",
         steps=(
             "bwrap --ro-bind / / --dev /dev --proc /proc --unshare-pid --unshare-net true",
-            *_install(machine, around).steps,
+            *_install(machine, host).steps,
         ),
     )
 
@@ -138,7 +140,7 @@ def _apparmor_profile() -> Fix:
     program = "/usr/bin/bwrap"
     profile = rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) {{\n  userns,\n}}\n"
     return Fix(
-        what="let bubblewrap make user namespaces (Ubuntu 23.10 and later forbid it)",
+        title="let bubblewrap make user namespaces (Ubuntu 23.10 and later forbid it)",
         steps=(
             f"printf '{profile}' | sudo tee /etc/apparmor.d/bwrap",
             "sudo systemctl reload apparmor",
@@ -149,7 +151,7 @@ def _apparmor_profile() -> Fix:
 
 def _sysctl(sudo: str, name: str, value: str) -> Fix:
     return Fix(
-        what="let every program make them",
+        title="let every program make them",
         steps=(
             f"{sudo}sysctl -w {name}={value}",
             f"echo {name}={value} | {sudo}tee /etc/sysctl.d/60-user-namespaces.conf",
@@ -158,47 +160,47 @@ def _sysctl(sudo: str, name: str, value: str) -> Fix:
     )
 
 
-def _in_container(around: HostFacts) -> tuple[Fix, ...]:
+def _in_container(host: HostFacts) -> tuple[Fix, ...]:
     wider = "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
-    workflow = "; in a workflow they belong under container: options:" if around.github else ""
-    if around.container is Container.PODMAN:
+    workflow = "; in a workflow they belong under container: options:" if host.github else ""
+    if host.container is Container.PODMAN:
         start = "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL --security-opt label=disable IMAGE"
         return (
-            Fix(what="start the container so", steps=(start, *_on_the_host(around)), note=wider),
+            Fix(title="start the container so", steps=(start, *_on_the_host(host)), note=wider),
         )
-    if around.container is Container.DOCKER:
+    if host.container is Container.DOCKER:
         options = " ".join(
             f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")
         )
-        what = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
+        title = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
         gentle = Fix(
-            what=what,
-            steps=(f"docker run {options} IMAGE", *_on_the_host(around)),
+            title=title,
+            steps=(f"docker run {options} IMAGE", *_on_the_host(host)),
             note=f"{wider}{workflow}",
         )
         trusted = f"a privileged container can do to the host what root can: for notebooks that you trust{workflow}"
         return (
             gentle,
-            Fix(what="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
+            Fix(title="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
         )
-    if around.container is Container.KUBERNETES:
+    if host.container is Container.KUBERNETES:
         unconfined = "securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, procMount: Unmasked}"
         return (
             Fix(
-                what="in the container of the pod",
+                title="in the container of the pod",
                 steps=(unconfined,),
                 note=f"procMount takes hostUsers: false; {wider}",
             ),
         )
     return (
         Fix(
-            what="start the container so that a process in it may make namespaces",
+            title="start the container so that a process in it may make namespaces",
             steps=("# how is for its manager to say",),
         ),
     )
 
 
-def _on_the_host(around: HostFacts) -> tuple[str, ...]:
+def _on_the_host(host: HostFacts) -> tuple[str, ...]:
     """What the engine does not confine the host's own AppArmor does."""
     setting = "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
-    return ("# and on the host:", setting) if around.apparmor_userns else ()
+    return ("# and on the host:", setting) if host.apparmor_userns else ()

@@ -26,7 +26,7 @@ class Remedy(Struct, frozen=True, kw_only=True):
     """Why some limits are weak here, and the fixes, the best first."""
 
     limits: tuple[LimitName, ...]
-    why: str
+    reason: str
     fixes: tuple[Fix, ...]
 
 
@@ -37,53 +37,53 @@ def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
     )
 
 
-def advise(machine: HostCapabilities, around: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
+def advise(machine: HostCapabilities, host: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
     """All that can be fixed here, the weightiest first; empty where every limit is held as well as it can be."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
         return (
             Remedy(
                 limits=weak,
-                why=f"safe-exec runs notebooks on Linux only, not on {machine.platform}",
+                reason=f"safe-exec runs notebooks on Linux only, not on {machine.platform}",
                 fixes=_ELSEWHERE,
             ),
         )
     grouped = tuple(name for name in weak if name in BY_GROUPS)
     others = tuple(name for name in weak if name not in BY_GROUPS)
-    found: list[Remedy] = []
+    remedies: list[Remedy] = []
     if grouped:
-        found.append(
+        remedies.append(
             Remedy(
                 limits=grouped,
-                why=_why(machine, around, grouped),
-                fixes=_fixes(machine, around, grouped),
+                reason=_why(machine, host, grouped),
+                fixes=_fixes(machine, host, grouped),
             )
         )
     if others:
-        found.append(
-            Remedy(limits=others, why="rlimit is not among the mechanisms allowed", fixes=(_ALLOW,))
+        remedies.append(
+            Remedy(
+                limits=others, reason="rlimit is not among the mechanisms allowed", fixes=(_ALLOW,)
+            )
         )
-    if (
-        _cpu_not_delegated(machine, around)
-        and LimitName.CPUS in grouped
-        and not _has_groups(machine)
-    ):
-        why = f"the systemd of user {around.user} was given no cpu controller to hand on"
-        found.append(Remedy(limits=(LimitName.CPUS,), why=why, fixes=(_delegate_cpu(machine),)))
+    if _cpu_not_delegated(machine, host) and LimitName.CPUS in grouped and not _has_groups(machine):
+        reason = f"the systemd of user {host.user} was given no cpu controller to hand on"
+        remedies.append(
+            Remedy(limits=(LimitName.CPUS,), reason=reason, fixes=(_delegate_cpu(machine),))
+        )
     if _swap_extends(machine, plan):
-        why = "this kernel does not account for swap, which extends the memory limit"
-        found.append(Remedy(limits=(LimitName.MEMORY,), why=why, fixes=_SWAP))
-    return tuple(found)
+        reason = "this kernel does not account for swap, which extends the memory limit"
+        remedies.append(Remedy(limits=(LimitName.MEMORY,), reason=reason, fixes=_SWAP))
+    return tuple(remedies)
 
 
 def swap_state(machine: HostCapabilities, plan: SpawnPlan) -> str:
     """Whether there is swap and what keeps it from extending the memory limit, in words."""
     if not machine.swap_total:
         return "none on this machine"
-    held = plan.enforcement.get(LimitName.MEMORY)
-    if held is None:
+    enforcement = plan.enforcement.get(LimitName.MEMORY)
+    if enforcement is None:
         return "no memory limit is set"
-    if held.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD):
+    if enforcement.by in (Mechanism.CGROUP_V1, Mechanism.CGROUP_V2, Mechanism.SYSTEMD):
         return (
             "may extend the memory limit"
             if _swap_extends(machine, plan)
@@ -93,8 +93,8 @@ def swap_state(machine: HostCapabilities, plan: SpawnPlan) -> str:
 
 
 def _swap_extends(machine: HostCapabilities, plan: SpawnPlan) -> bool:
-    held = plan.enforcement.get(LimitName.MEMORY)
-    if not machine.swap_total or held is None or held.by is not Mechanism.CGROUP_V1:
+    enforcement = plan.enforcement.get(LimitName.MEMORY)
+    if not machine.swap_total or enforcement is None or enforcement.by is not Mechanism.CGROUP_V1:
         return False
     return not any(path.endswith("/memory.memsw.limit_in_bytes") for path, _ in plan.cgroup.writes)
 
@@ -114,94 +114,94 @@ def _may_use_groups(machine: HostCapabilities) -> bool:
     )
 
 
-def _why(machine: HostCapabilities, around: HostFacts, weak: tuple[LimitName, ...]) -> str:
+def _why(machine: HostCapabilities, host: HostFacts, weak: tuple[LimitName, ...]) -> str:
     missing = " and ".join(BY_GROUPS[name] for name in weak)
     if not _may_use_groups(machine):
         return "control groups are not among the mechanisms allowed"
-    if _switched_off(around, weak):
+    if _switched_off(host, weak):
         return f"the {missing} controller is switched off on the kernel's command line"
     if machine.scope is not None:
-        whose = (
+        owner = (
             "the system's systemd"
             if machine.scope.runtime is None
-            else f"the systemd of user {around.user}"
+            else f"the systemd of user {host.user}"
         )
-        return f"{whose} was given no {missing} controller to hand on"
+        return f"{owner} was given no {missing} controller to hand on"
     if machine.v2 is not None:
         return f"{machine.v2} does not hand on {missing}"
     if machine.v1:
         return f"no group of ours can be made for {missing}"
-    seen = (
-        machine.v2_why_not
-        if around.tree in (CgroupTree.V2, CgroupTree.NONE)
-        else machine.v1_why_not
+    state = (
+        machine.v2_why_not if host.tree in (CgroupTree.V2, CgroupTree.NONE) else machine.v1_why_not
     )
-    if around.tree is CgroupTree.V2 and around.systemd and machine.scope_why_not:
-        seen += f"; systemd gives no scope: {machine.scope_why_not}"
-    return seen if machine.uid == 0 else f"no control group is {around.user}'s to use ({seen})"
+    if host.tree is CgroupTree.V2 and host.systemd and machine.scope_why_not:
+        state += f"; systemd gives no scope: {machine.scope_why_not}"
+    return state if machine.uid == 0 else f"no control group is {host.user}'s to use ({state})"
 
 
-def _switched_off(around: HostFacts, weak: tuple[LimitName, ...]) -> bool:
-    return all(BY_GROUPS[name] in around.disabled for name in weak)
+def _switched_off(host: HostFacts, weak: tuple[LimitName, ...]) -> bool:
+    return all(BY_GROUPS[name] in host.disabled for name in weak)
 
 
 def _fixes(
-    machine: HostCapabilities, around: HostFacts, weak: tuple[LimitName, ...]
+    machine: HostCapabilities, host: HostFacts, weak: tuple[LimitName, ...]
 ) -> tuple[Fix, ...]:
     if not _may_use_groups(machine):
         return (_ALLOW,)
-    if _switched_off(around, weak):
+    if _switched_off(host, weak):
         return (
             (_switch_on(BY_GROUPS[name] for name in weak),)
-            if around.container is Container.NONE
+            if host.container is Container.NONE
             else (_ON_THE_HOST,)
         )
     if _has_groups(machine):
-        return (_delegate_the_rest(machine, around),)
-    if _engine_in_charge(around):
-        return container_fixes(machine, around)
-    if around.wsl is not None and (around.tree is not CgroupTree.V2 or not around.systemd):
-        return _wsl_ways(machine, around)
-    return _root_fixes(around) if machine.uid == 0 else _user_fixes(machine, around)
+        return (_delegate_the_rest(machine, host),)
+    if _engine_in_charge(host):
+        return container_fixes(machine, host)
+    if host.wsl is not None and (host.tree is not CgroupTree.V2 or not host.systemd):
+        return _wsl_ways(machine, host)
+    return _root_fixes(host) if machine.uid == 0 else _user_fixes(machine, host)
 
 
-def _engine_in_charge(around: HostFacts) -> bool:
+def _engine_in_charge(host: HostFacts) -> bool:
     """Whether it is for the engine of the container to give groups: not where its own systemd or root can."""
-    if around.container is Container.NONE or around.systemd:
+    if host.container is Container.NONE or host.systemd:
         return False
-    return around.read_only or around.tree in (CgroupTree.V2, CgroupTree.NONE)
+    return host.read_only or host.tree in (CgroupTree.V2, CgroupTree.NONE)
 
 
-def _delegate_the_rest(machine: HostCapabilities, around: HostFacts) -> Fix:
+def _delegate_the_rest(machine: HostCapabilities, host: HostFacts) -> Fix:
     if machine.uid != 0:
         return (
-            _delegate_cpu(machine)
-            if _cpu_not_delegated(machine, around)
-            else _scope(machine, around)
+            _delegate_cpu(machine) if _cpu_not_delegated(machine, host) else _scope(machine, host)
         )
-    return Fix(what="hand the rest on", steps=(delegate_command(machine.v2, V2_CONTROLLERS),))
+    return Fix(title="hand the rest on", steps=(delegate_command(machine.v2, V2_CONTROLLERS),))
 
 
-def _root_fixes(around: HostFacts) -> tuple[Fix, ...]:
+def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
     """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
-    if around.tree is CgroupTree.NONE:
-        mount = f"mount -t cgroup2 none {around.mount}"
+    if host.tree is CgroupTree.NONE:
+        mount = f"mount -t cgroup2 none {host.mount}"
         return (
             Fix(
-                what="mount the tree",
+                title="mount the tree",
                 steps=(
-                    f"mkdir -p {around.mount}",
+                    f"mkdir -p {host.mount}",
                     mount,
-                    delegate_command(around.mount, V2_CONTROLLERS),
+                    delegate_command(host.mount, V2_CONTROLLERS),
                 ),
             ),
         )
-    if around.read_only:
-        return (Fix(what="make the tree writable", steps=(f"mount -o remount,rw {around.mount}",)),)
-    if around.tree is CgroupTree.V2:
-        wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
+    if host.read_only:
+        return (Fix(title="make the tree writable", steps=(f"mount -o remount,rw {host.mount}",)),)
+    if host.tree is CgroupTree.V2:
+        controllers = [
+            name for name in V2_CONTROLLERS if name in host.controllers
+        ] or V2_CONTROLLERS
         return (
-            Fix(what="hand the controllers on", steps=(delegate_command(around.mount, wanted),)),
+            Fix(
+                title="hand the controllers on", steps=(delegate_command(host.mount, controllers),)
+            ),
         )
     steps = tuple(
         f"mkdir -p /sys/fs/cgroup/{name} && mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}"
@@ -209,51 +209,51 @@ def _root_fixes(around: HostFacts) -> tuple[Fix, ...]:
     )
     return (
         Fix(
-            what="mount the controllers that are missing (a line that fails is there already)",
+            title="mount the controllers that are missing (a line that fails is there already)",
             steps=steps,
         ),
         _UNIFIED,
     )
 
 
-def _user_fixes(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
+def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
     """An ordinary user: in a scope of the user's own systemd, in a group that root gives away, or as root."""
-    if around.tree is CgroupTree.V2 and around.systemd and around.systemd_run:
-        own: tuple[Fix, ...] = (_scope(machine, around),)
-    elif around.tree is CgroupTree.V2:
-        own = (_given_v2(around),)
-    elif around.tree in (CgroupTree.V1, CgroupTree.HYBRID):
-        own = (_given_v1(around), _UNIFIED) if around.systemd else (_given_v1(around),)
+    if host.tree is CgroupTree.V2 and host.systemd and host.systemd_run:
+        own: tuple[Fix, ...] = (_scope(machine, host),)
+    elif host.tree is CgroupTree.V2:
+        own = (_given_v2(host),)
+    elif host.tree in (CgroupTree.V1, CgroupTree.HYBRID):
+        own = (_given_v1(host), _UNIFIED) if host.systemd else (_given_v1(host),)
     else:
         own = ()
     # Hosted runners let every step use sudo without a password: there it is the shortest way.
-    return (_sudo(around), *own) if around.github else (*own, _sudo(around))
+    return (_sudo(host), *own) if host.github else (*own, _sudo(host))
 
 
-def _scope(machine: HostCapabilities, around: HostFacts) -> Fix:
+def _scope(machine: HostCapabilities, host: HostFacts) -> Fix:
     """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
-    where = "" if around.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
-    run = f"{where}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
-    linger = f"sudo loginctl enable-linger {around.user}"
-    if not around.user_manager:
-        what = (
+    prefix = "" if host.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
+    run = f"{prefix}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
+    linger = f"sudo loginctl enable-linger {host.user}"
+    if not host.user_manager:
+        title = (
             "have your own systemd run without a login too; safe-exec then gets its scopes from it"
         )
-        return Fix(what=what, steps=(linger,))
-    note = "" if around.linger else f"where you are not logged in (cron, a service), once: {linger}"
-    return Fix(what="in a scope of your own systemd", steps=(run,), note=note)
+        return Fix(title=title, steps=(linger,))
+    note = "" if host.linger else f"where you are not logged in (cron, a service), once: {linger}"
+    return Fix(title="in a scope of your own systemd", steps=(run,), note=note)
 
 
-def _cpu_not_delegated(machine: HostCapabilities, around: HostFacts) -> bool:
-    usable = around.tree is CgroupTree.V2 and around.systemd and machine.uid != 0
-    return usable and around.user_controllers is not None and "cpu" not in around.user_controllers
+def _cpu_not_delegated(machine: HostCapabilities, host: HostFacts) -> bool:
+    usable = host.tree is CgroupTree.V2 and host.systemd and machine.uid != 0
+    return usable and host.user_controllers is not None and "cpu" not in host.user_controllers
 
 
 def _delegate_cpu(machine: HostCapabilities) -> Fix:
     """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
     folder = "/etc/systemd/system/user@.service.d"
     return Fix(
-        what="have systemd delegate cpu to users",
+        title="have systemd delegate cpu to users",
         steps=(
             f"sudo mkdir -p {folder}",
             rf"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee {folder}/delegate.conf",
@@ -264,18 +264,18 @@ def _delegate_cpu(machine: HostCapabilities) -> Fix:
     )
 
 
-def _given_v2(around: HostFacts) -> Fix:
+def _given_v2(host: HostFacts) -> Fix:
     """Delegation by hand (the kernel's admin-guide/cgroup-v2, Delegation): the shell in one group, room beside it."""
-    group = around.mount / f"safe-exec-{around.user}"
-    wanted = [name for name in V2_CONTROLLERS if name in around.controllers] or V2_CONTROLLERS
+    group = host.mount / f"safe-exec-{host.user}"
+    controllers = [name for name in V2_CONTROLLERS if name in host.controllers] or V2_CONTROLLERS
     as_root = (
         f"mkdir -p {group}/shell",
-        delegate_command(around.mount, wanted),
-        delegate_command(group, wanted),
-        f"chown {around.user} {group} {group}/cgroup.procs {group}/shell {group}/shell/cgroup.procs",
+        delegate_command(host.mount, controllers),
+        delegate_command(group, controllers),
+        f"chown {host.user} {group} {group}/cgroup.procs {group}/shell {group}/shell/cgroup.procs",
     )
     return Fix(
-        what="have root give you a group, and move this shell into it",
+        title="have root give you a group, and move this shell into it",
         steps=(
             *(f"sudo sh -c '{step}'" for step in as_root),
             f"echo $$ | sudo tee {group}/shell/cgroup.procs > /dev/null",
@@ -284,14 +284,14 @@ def _given_v2(around: HostFacts) -> Fix:
     )
 
 
-def _given_v1(around: HostFacts) -> Fix:
+def _given_v1(host: HostFacts) -> Fix:
     """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
-    give = f"sudo mkdir -p $g && sudo chown -R {around.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
+    give = f"sudo mkdir -p $g && sudo chown -R {host.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
     return Fix(
-        what="have root give you a group of each controller, and move this shell into them",
+        title="have root give you a group of each controller, and move this shell into them",
         steps=(
             f"for c in {' '.join(V1_CONTROLLERS)}; do",
-            f"  g=/sys/fs/cgroup/$c/safe-exec-{around.user}",
+            f"  g=/sys/fs/cgroup/$c/safe-exec-{host.user}",
             f"  {give}",
             "done",
         ),
@@ -299,10 +299,10 @@ def _given_v1(around: HostFacts) -> Fix:
     )
 
 
-def _sudo(around: HostFacts) -> Fix:
-    on_github = "; hosted runners ask for no password" if around.github else ""
+def _sudo(host: HostFacts) -> Fix:
+    on_github = "; hosted runners ask for no password" if host.github else ""
     return Fix(
-        what="as root",
+        title="as root",
         steps=(f'sudo -E env "PATH=$PATH" {NOTEBOOK}',),
         note=f"the notebook then runs as root, and what it writes belongs to root{on_github}",
     )
@@ -311,25 +311,25 @@ def _sudo(around: HostFacts) -> Fix:
 # --- WSL --------------------------------------------------------------------------------------------------------
 
 
-def _wsl_ways(machine: HostCapabilities, around: HostFacts) -> tuple[Fix, ...]:
-    if around.wsl == 1:
+def _wsl_ways(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
+    if host.wsl == 1:
         steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
         return (
             Fix(
-                what="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2",
+                title="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2",
                 steps=steps,
             ),
         )
-    systemd = _wsl_systemd() if not around.systemd else None
-    unified = _WSL_UNIFIED if around.tree is not CgroupTree.V2 else None
+    systemd = _wsl_systemd() if not host.systemd else None
+    unified = _WSL_UNIFIED if host.tree is not CgroupTree.V2 else None
     fixes = [fix for fix in (unified, systemd) if fix is not None]
-    return (*fixes, _sudo(around)) if machine.uid != 0 else tuple(fixes)
+    return (*fixes, _sudo(host)) if machine.uid != 0 else tuple(fixes)
 
 
 def _wsl_systemd() -> Fix:
     """Microsoft's "Advanced settings configuration in WSL": ``[boot] systemd`` of wsl.conf."""
     return Fix(
-        what="have WSL start systemd, which gives each user groups; then ask doctor again",
+        title="have WSL start systemd, which gives each user groups; then ask doctor again",
         steps=(
             r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf",
             "wsl.exe --shutdown",
@@ -339,7 +339,7 @@ def _wsl_systemd() -> Fix:
 
 
 _WSL_UNIFIED = Fix(
-    what="have WSL mount control groups version 2 alone; then ask doctor again",
+    title="have WSL mount control groups version 2 alone; then ask doctor again",
     steps=(
         "wsl.exe --update",
         r"# if that is not enough, in %UserProfile%\.wslconfig of Windows:",
@@ -354,26 +354,26 @@ _WSL_UNIFIED = Fix(
 # --- what is the same everywhere --------------------------------------------------------------------------------
 
 _GRUB = "in /etc/default/grub add to GRUB_CMDLINE_LINUX"
-_ALLOW = Fix(what="leave --mechanisms away", steps=())
-_ON_THE_HOST = Fix(what="only the host of this container can switch it on", steps=())
+_ALLOW = Fix(title="leave --mechanisms away", steps=())
+_ON_THE_HOST = Fix(title="only the host of this container can switch it on", steps=())
 _UNIFIED = Fix(
-    what="boot with control groups version 2 alone; then ask doctor again",
+    title="boot with control groups version 2 alone; then ask doctor again",
     steps=(f"# {_GRUB}: systemd.unified_cgroup_hierarchy=1", "sudo update-grub && sudo reboot"),
 )
 _SWAP = (
     Fix(
-        what="account for swap",
+        title="account for swap",
         steps=(f"# {_GRUB}: swapaccount=1", "sudo update-grub && sudo reboot"),
     ),
-    Fix(what="or do without swap until the next boot", steps=("sudo swapoff -a",)),
+    Fix(title="or do without swap until the next boot", steps=("sudo swapoff -a",)),
 )
-_ELSEWHERE = (Fix(what="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
+_ELSEWHERE = (Fix(title="run it on Linux: in a virtual machine, or in WSL 2 on Windows", steps=()),)
 
 
 def _switch_on(controllers: Iterable[str]) -> Fix:
     names = " ".join(f"cgroup_enable={name}" for name in controllers)
     return Fix(
-        what="switch it on",
+        title="switch it on",
         steps=(
             f"# {_GRUB} (on a Raspberry Pi: to /boot/firmware/cmdline.txt): {names}",
             "sudo update-grub && sudo reboot",

@@ -158,12 +158,14 @@ def probe_isolation(
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
     with bwrap_probe or BwrapProbe() as tried:
         fails = tried.outcome()
-    told = _version_of(tried.path) if tried.path is not None and (version or fails) else None
-    why_not = (_too_old(told) or fails) if fails else ""
+    version_text = (
+        _version_of(tried.path) if tried.path is not None and (version or fails) else None
+    )
+    why_not = (_too_old(version_text) or fails) if fails else ""
     return replace(
         machine,
         bubblewrap=None if why_not else tried.path,
-        bubblewrap_version=told,
+        bubblewrap_version=version_text,
         bubblewrap_why_not=why_not,
         counts_in_namespaces=not why_not
         and tried.path is not None
@@ -212,11 +214,11 @@ class BwrapProbe:
         if self._process is None:
             return self._trouble
         try:
-            _, said = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
+            _, errors = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
         except subprocess.TimeoutExpired as error:
             return str(error)
         return (
-            (said.strip().splitlines() or ["it failed without a word"])[-1]
+            (errors.strip().splitlines() or ["it failed without a word"])[-1]
             if self._process.returncode
             else ""
         )
@@ -244,7 +246,7 @@ class BwrapProbe:
 def _version_of(path: str) -> str | None:
     """The last word of ``bubblewrap 0.8.0``; ``None`` where it does not say."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             [path, "--version"],
             capture_output=True,
             text=True,
@@ -253,7 +255,7 @@ def _version_of(path: str) -> str | None:
         ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return told.split()[-1] if told.split() else None
+    return output.split()[-1] if output.split() else None
 
 
 def _too_old(version: str | None) -> str:
@@ -301,18 +303,18 @@ def _uid() -> int:
 
 def memory_and_swap() -> tuple[int | None, int | None]:
     """Total memory and swap in bytes, from /proc/meminfo; ``None`` where there is none such."""
-    found = _meminfo()
-    return found.get("MemTotal"), found.get("SwapTotal")
+    sizes = _meminfo()
+    return sizes.get("MemTotal"), sizes.get("SwapTotal")
 
 
 def _meminfo() -> dict[str, int]:
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, rest = line.partition(":")
+            key, _, value = line.partition(":")
             if key in ("MemTotal", "MemAvailable", "SwapTotal"):
-                found[key] = int(rest.split()[0]) * 1024
-    return found
+                sizes[key] = int(value.split()[0]) * 1024
+    return sizes
 
 
 def least(*figures: int | None) -> int | None:
@@ -328,14 +330,14 @@ def _memory_of_group(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, s
             rows = dict(line.split() for line in stat.read_text().splitlines())
             limit = int(rows["hierarchical_memory_limit"])
             return limit if limit < NO_LIMIT else None
-    found: list[int] = []
+    limits: list[int] = []
     if "" in mounts:
         top, directory = mounts[""][0], _directory(mounts[""], own.get("", "/"))
         while directory != top.parent and (directory == top or top in directory.parents):
             with contextlib.suppress(OSError, ValueError):
-                found.append(int((directory / "memory.max").read_text()))
+                limits.append(int((directory / "memory.max").read_text()))
             directory = directory.parent
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def memory_available() -> int | None:
@@ -377,7 +379,7 @@ def _ancestors(
 
 def cpus_available() -> int:
     """Processors that we may use: those that we are allowed on, or what a group's quota amounts to (a container's ``--cpus``)."""
-    found = [
+    counts = [
         float(
             len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
@@ -389,12 +391,12 @@ def cpus_available() -> int:
         with contextlib.suppress(OSError, ValueError):
             quota = int((directory / "cpu.cfs_quota_us").read_text())
             if quota > 0:
-                found.append(quota / int((directory / "cpu.cfs_period_us").read_text()))
+                counts.append(quota / int((directory / "cpu.cfs_period_us").read_text()))
     for directory in _ancestors(mounts, own, ""):
         with contextlib.suppress(OSError, ValueError):  # "max 100000": no quota
             share, period = map(int, (directory / "cpu.max").read_text().split())
-            found.append(share / period)
-    return max(1, math.floor(min(found) + 0.5))
+            counts.append(share / period)
+    return max(1, math.floor(min(counts) + 0.5))
 
 
 def _cgroup_mounts() -> dict[str, tuple[Path, str]]:
@@ -405,9 +407,9 @@ def _cgroup_mounts() -> dict[str, tuple[Path, str]]:
     mounts: dict[str, tuple[Path, str]] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            left, _, right = line.partition(" - ")
-            kind, _, options = right.split(" ", 2)
-            root, point = left.split()[3:5]
+            mount_fields, _, type_fields = line.partition(" - ")
+            kind, _, options = type_fields.split(" ", 2)
+            root, point = mount_fields.split()[3:5]
             if kind == "cgroup2":
                 mounts.setdefault("", (Path(point), root))
             elif kind == "cgroup":
@@ -438,17 +440,17 @@ def _v1_parents(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
 ) -> tuple[dict[str, Path], str]:
     parents: dict[str, Path] = {}
-    why = "cgroup v1 controllers are not mounted"
+    reason = "cgroup v1 controllers are not mounted"
     for controller in V1_CONTROLLERS:
         if controller not in mounts:
             continue
         directory = _directory(mounts[controller], own.get(controller, "/"))
         trouble = cgroup_delegation.can_make_group(directory)
         if trouble:
-            why = trouble
+            reason = trouble
         else:
             parents[controller] = directory
-    return parents, "" if parents else why
+    return parents, "" if parents else reason
 
 
 def _v2_plain(tree: cgroup_delegation.CgroupHierarchy | None) -> Path | None:

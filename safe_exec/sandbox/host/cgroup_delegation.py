@@ -76,7 +76,7 @@ class Scope(Struct, frozen=True, kw_only=True):
 
         The default limit on tasks of a scope (a share of the machine's) is none that anybody asked for.
         """
-        whose = () if self.runtime is None else ("--user",)
+        manager = () if self.runtime is None else ("--user",)
         more = (
             "-p",
             "Delegate=yes",
@@ -87,7 +87,7 @@ class Scope(Struct, frozen=True, kw_only=True):
         )
         return (
             "systemd-run",
-            *whose,
+            *manager,
             "--scope",
             "--quiet",
             "--collect",
@@ -129,22 +129,22 @@ def find(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
 
 
 def _above(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
-    why = "no group above this process hands memory and pids on to new groups"
+    reason = "no group above this process hands memory and pids on to new groups"
     for directory in hierarchy.ancestors():
-        given = frozenset(words(directory / "cgroup.subtree_control"))
-        if not given >= NEEDED:
+        delegated = frozenset(words(directory / "cgroup.subtree_control"))
+        if not delegated >= NEEDED:
             continue
-        if bound := bounds_left(hierarchy, directory):
-            return DelegationTarget(why_not=bound)
+        if escaped := bounds_left(hierarchy, directory):
+            return DelegationTarget(why_not=escaped)
         trouble = can_join_below(directory)
         if not trouble:
             return DelegationTarget(
                 parent=directory,
-                controllers=given & frozenset(CONTROLLERS),
+                controllers=delegated & frozenset(CONTROLLERS),
                 owned_by_systemd=systemd and _is_unit(hierarchy, directory),
             )
-        why = trouble
-    return DelegationTarget(why_not=why)
+        reason = trouble
+    return DelegationTarget(why_not=reason)
 
 
 def _is_unit(hierarchy: CgroupHierarchy, directory: Path) -> bool:
@@ -175,7 +175,7 @@ def _says_delegated(own: Path) -> bool:
         own.name,
     ]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
+        process = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -183,7 +183,7 @@ def _says_delegated(own: Path) -> bool:
             timeout=SCOPE_SECONDS,
             check=False,
         )
-        return done.stdout.strip() == "yes"
+        return process.stdout.strip() == "yes"
     return False
 
 
@@ -199,9 +199,9 @@ def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
         or not frozenset(words(own / "cgroup.controllers")) >= NEEDED
     ):
         return False
-    there = {int(pid) for pid in words(own / "cgroup.procs")}
+    pids = {int(pid) for pid in words(own / "cgroup.procs")}
     me = os.getpid()
-    if not (there == {me} or there <= {me, *procfs.descendants(me)}) or can_make_group(own):
+    if not (pids == {me} or pids <= {me, *procfs.descendants(me)}) or can_make_group(own):
         return False
     return not (systemd and _is_unit(hierarchy, own)) or _says_delegated(own)
 
@@ -249,9 +249,9 @@ def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]
     scope = _system_scope(hierarchy) if uid == 0 else _user_scope(hierarchy, uid)
     if isinstance(scope, str):
         return None, scope
-    bound = bounds_left(hierarchy, scope.directory)
-    why = bound or _refused(scope)
-    return (None, why) if why else (scope, "")
+    escaped = bounds_left(hierarchy, scope.directory)
+    reason = escaped or _refused(scope)
+    return (None, reason) if reason else (scope, "")
 
 
 def _system_scope(hierarchy: CgroupHierarchy) -> Scope | str:
@@ -297,15 +297,15 @@ def _refused(scope: Scope) -> str:
         str(scope.group(name)),
     ]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             argv, env={**os.environ, **scope.environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             timeout=SCOPE_SECONDS, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"systemd-run: {error}"
-    if not done.returncode:
+    if not process.returncode:
         return ""
-    return f"systemd-run: {(done.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
+    return f"systemd-run: {(process.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
 
 
 def words(path: Path) -> list[str]:

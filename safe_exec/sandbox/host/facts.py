@@ -154,15 +154,15 @@ def _mounts(mountinfo: str) -> _Mounts:
     unified: Path | None = None
     v1 = read_only = False
     for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        kind, _, options = right.partition(" ")
+        mount_fields, _, type_fields = line.partition(" - ")
+        kind, _, options = type_fields.partition(" ")
         if kind == "cgroup2":
-            unified = unified or Path(left.split()[4])
+            unified = unified or Path(mount_fields.split()[4])
         elif kind == "cgroup" and "name=" not in options:
             v1 = True
         else:
             continue
-        read_only = read_only or "ro" in left.split()[5].split(",")
+        read_only = read_only or "ro" in mount_fields.split()[5].split(",")
     return _Mounts(tree=_TREES[unified is not None, v1], unified=unified, read_only=read_only)
 
 
@@ -189,16 +189,16 @@ def _distribution(release: str) -> str:
 def _container(root: Path, environ: Mapping[str, str]) -> Container:
     """Files first, which the engines themselves make; then the variable that container managers set; then group names."""
     groups = _text(root / "proc/self/cgroup")
-    named = environ.get("container", "")
+    variable = environ.get("container", "")
     if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
         return Container.KUBERNETES
-    if _there(root / "run/.containerenv") or named in ("podman", "libpod") or "libpod" in groups:
+    if _there(root / "run/.containerenv") or variable in ("podman", "libpod") or "libpod" in groups:
         return Container.PODMAN
-    if _there(root / ".dockerenv") or named == "docker" or "/docker" in groups:
+    if _there(root / ".dockerenv") or variable == "docker" or "/docker" in groups:
         return Container.DOCKER
     # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a machine.
-    found = named or _text(root / "run/systemd/container").strip()
-    return Container.OTHER if found and found != "wsl" else Container.NONE
+    manager = variable or _text(root / "run/systemd/container").strip()
+    return Container.OTHER if manager and manager != "wsl" else Container.NONE
 
 
 def _wsl(release: str) -> int | None:

@@ -33,7 +33,7 @@ OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 class SandboxPaths(Struct, frozen=True, kw_only=True):
     """What the walls are put around: paths as the notebook sees them.
 
-    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``given`` in it to read (the connection file); ``homes`` are to be
+    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``read_only`` files in it (the connection file); ``homes`` are to be
     hidden, ``visible`` must be readable in them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
     ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in it, where there is one. ``repository`` is
     left open around the folder, to be written if ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only.
@@ -45,7 +45,7 @@ class SandboxPaths(Struct, frozen=True, kw_only=True):
     homes: tuple[Path, ...]
     visible: tuple[Path, ...]
     files: frozenset[Path] = frozenset()
-    given: tuple[Path, ...] = ()
+    read_only: tuple[Path, ...] = ()
     disk: Path | None = None
     repository: Path | None = None
     repository_is_writable: bool = False
@@ -56,24 +56,24 @@ class SandboxPaths(Struct, frozen=True, kw_only=True):
 def arguments(
     program: str,
     isolation: Isolation,
-    around: SandboxPaths,
+    view: SandboxPaths,
     *,
     shm_bytes: int | None,
     root: bool,
 ) -> list[str]:
     """Bubblewrap's command line up to and with the ``--`` before the program that is to run inside."""
-    covers = _covers(isolation, around, has_shm=shm_bytes is not None)
-    openings = _openings(isolation, around, covers)
+    covers = _covers(isolation, view, has_shm=shm_bytes is not None)
+    openings = _openings(isolation, view, covers)
     ways = _ways(openings, covers)
     return [
         program,
         *_namespaces(isolation),
         *_capabilities(isolation, root=root),
         *_system(isolation),
-        *_own_mounts(isolation, around, shm_bytes),
-        *_places(isolation, around, openings, ways),
-        *_sockets(around),
-        *_close(isolation, around, [path for path, is_closed in ways.items() if is_closed]),
+        *_own_mounts(isolation, view, shm_bytes),
+        *_places(isolation, view, openings, ways),
+        *_sockets(view),
+        *_close(isolation, view, [path for path, is_closed in ways.items() if is_closed]),
         # The kernel's process goes to its folder itself, as the user that may enter it.
         "--chdir", "/",
         "--",
@@ -143,10 +143,10 @@ def _system(isolation: Isolation) -> Iterator[str]:
             yield from ("--ro-bind-try", path, path)
 
 
-def _own_mounts(isolation: Isolation, around: SandboxPaths, shm_bytes: int | None) -> Iterator[str]:
+def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None) -> Iterator[str]:
     """File systems of its own where the system may not be written; what other programs have in /run is hidden."""
-    if isolation.read_only_system or around.disk is not None:
-        yield from _tmpfs_or(around.disk and around.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
+    if isolation.read_only_system or view.disk is not None:
+        yield from _tmpfs_or(view.disk and view.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
     if isolation.read_only_system or shm_bytes is not None:
         yield from ("--perms", STICKY, "--size", str(shm_bytes or SHM_BYTES), "--tmpfs", "/dev/shm")  # noqa: S108
     if isolation.read_only_system:
@@ -157,11 +157,11 @@ def _own_mounts(isolation: Isolation, around: SandboxPaths, shm_bytes: int | Non
                 yield from ("--ro-bind-try", path, path)
 
 
-def _close(isolation: Isolation, around: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
+def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
     """What only hides what was there is not to be written either: it would count for no limit. Nor are ``ways``. Last, when all is mounted."""
-    own, others = (around.homes[:1], around.homes[1:]) if isolation.hide_home else ((), ())
+    own, others = (view.homes[:1], view.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
-    mounted_over = {*own, around.folder, *map(Path, isolation.writable), *around.files}
+    mounted_over = {*own, view.folder, *map(Path, isolation.writable), *view.files}
     for path in dict.fromkeys((*system, *others, *map(Path, isolation.hide))):
         if path not in mounted_over:
             yield from ("--remount-ro", str(path))
@@ -198,16 +198,16 @@ class Cover(Struct, frozen=True, kw_only=True):
     is_home: bool = False
 
 
-def _covers(isolation: Isolation, around: SandboxPaths, *, has_shm: bool) -> tuple[Cover, ...]:
+def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple[Cover, ...]:
     """Everything that is mounted over, outer places first, but for what is hidden within an opening."""
-    homes = around.homes if isolation.hide_home else ()
+    homes = view.homes if isolation.hide_home else ()
     covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
     covers += [
         Cover(path=path)
         for path in map(Path, isolation.hide)
-        if not _lies_in(path, _left_open(isolation, around))
+        if not _lies_in(path, _left_open(isolation, view))
     ]
-    if isolation.read_only_system or around.disk is not None:
+    if isolation.read_only_system or view.disk is not None:
         covers.append(Cover(path=Path("/tmp"), stays_writable=True))  # noqa: S108
     if isolation.read_only_system or has_shm:
         covers.append(Cover(path=Path("/dev/shm"), stays_writable=True))  # noqa: S108
@@ -216,24 +216,24 @@ def _covers(isolation: Isolation, around: SandboxPaths, *, has_shm: bool) -> tup
     return tuple(sorted(covers, key=lambda cover: len(cover.path.parts)))
 
 
-def _left_open(isolation: Isolation, around: SandboxPaths) -> list[Path]:
+def _left_open(isolation: Isolation, view: SandboxPaths) -> list[Path]:
     """Every path that stays open, whatever lies around it: hiding a part of it has to come later."""
-    repository = [] if around.repository is None else [around.repository]
+    repository = [] if view.repository is None else [view.repository]
     return [
-        around.folder,
+        view.folder,
         *repository,
         *map(Path, isolation.writable),
         *map(Path, isolation.show),
-        *around.visible,
+        *view.visible,
     ]
 
 
-def _openings(isolation: Isolation, around: SandboxPaths, covers: Sequence[Cover]) -> Openings:
+def _openings(isolation: Isolation, view: SandboxPaths, covers: Sequence[Cover]) -> Openings:
     """The mounts of what stays open. Where two name the same path the later one counts."""
     covered = [cover.path for cover in covers]
-    around_folder = [around.folder, *([] if around.repository is None else [around.repository])]
+    around_folder = [view.folder, *([] if view.repository is None else [view.repository])]
     openings: dict[Path, tuple[str, ...]] = {}
-    for path in _outermost(around.visible):
+    for path in _outermost(view.visible):
         if _lies_in(path, covered) and not _lies_in(
             path, [*around_folder, *map(Path, isolation.writable)]
         ):
@@ -241,53 +241,49 @@ def _openings(isolation: Isolation, around: SandboxPaths, covers: Sequence[Cover
     for path in map(Path, isolation.show):
         if _lies_in(path, covered) and not _lies_in(path, around_folder):
             openings[path] = ("--ro-bind", str(path), str(path))
-    if around.repository is not None:
-        bind = "--bind" if around.repository_is_writable else "--ro-bind"
-        openings[around.repository] = (bind, str(around.repository), str(around.repository))
-    openings[around.folder] = _folder(isolation, around)
-    for path in _protected(isolation, around):
+    if view.repository is not None:
+        bind = "--bind" if view.repository_is_writable else "--ro-bind"
+        openings[view.repository] = (bind, str(view.repository), str(view.repository))
+    openings[view.folder] = _folder(isolation, view)
+    for path in _protected(isolation, view):
         openings[path] = ("--ro-bind-try", str(path), str(path))
     for path in map(Path, isolation.writable):
         openings[path] = ("--bind", str(path), str(path))
     # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing can be mounted on it.
-    there = [
+    passable = [
         link
-        for link in around.links
+        for link in view.links
         if not _lies_in(link, covered) or _lies_in(link.parent, openings)
     ]
-    return {path: mount for path, mount in openings.items() if path not in there}
+    return {path: mount for path, mount in openings.items() if path not in passable}
 
 
-def _folder(isolation: Isolation, around: SandboxPaths) -> tuple[str, ...]:
-    folder = str(around.folder)
+def _folder(isolation: Isolation, view: SandboxPaths) -> tuple[str, ...]:
+    folder = str(view.folder)
     if isolation.folder is FolderUse.READ:
         return ("--ro-bind", folder, folder)
-    return ("--bind", str(around.disk / "folder") if around.disk is not None else folder, folder)
+    return ("--bind", str(view.disk / "folder") if view.disk is not None else folder, folder)
 
 
-def _protected(isolation: Isolation, around: SandboxPaths) -> list[Path]:
+def _protected(isolation: Isolation, view: SandboxPaths) -> list[Path]:
     """Interpreters in the folder or repository, which stay read-only with the rest of the system.
 
     safe-exec may run from one of them itself, outside of all walls, and imports modules until its end: a notebook must not change them.
     A copy of the folder may be changed, since nobody runs from it.
     """
-    tops = (
-        [around.repository]
-        if around.repository is not None and around.repository_is_writable
-        else []
-    )
-    tops += [around.folder] if around.disk is None and isolation.folder is FolderUse.WRITE else []
+    tops = [view.repository] if view.repository is not None and view.repository_is_writable else []
+    tops += [view.folder] if view.disk is None and isolation.folder is FolderUse.WRITE else []
     return [
         path
-        for path in _outermost(around.interpreters if isolation.read_only_system else ())
+        for path in _outermost(view.interpreters if isolation.read_only_system else ())
         if any(path != top and path.is_relative_to(top) for top in tops)
-        and not around.folder.is_relative_to(path)
-        and not (around.disk is not None and path.is_relative_to(around.folder))
+        and not view.folder.is_relative_to(path)
+        and not (view.disk is not None and path.is_relative_to(view.folder))
     ]
 
 
-def _hide(path: Path, isolation: Isolation, around: SandboxPaths) -> Iterator[str]:
-    if path in around.files:
+def _hide(path: Path, isolation: Isolation, view: SandboxPaths) -> Iterator[str]:
+    if path in view.files:
         yield from ("--ro-bind", "/dev/null", str(path))
     else:
         yield from (
@@ -339,34 +335,34 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
 
 
 def _places(
-    isolation: Isolation, around: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
+    isolation: Isolation, view: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
 ) -> Iterator[str]:
     """Hidden places, the ways in them, and the openings. Outer ones first, so that no mount covers one that is wanted.
 
     What says more of a path has the last word: part of an opening can be hidden, and part of a hidden place opened.
     """
-    homes = around.homes if isolation.hide_home else ()
+    homes = view.homes if isolation.hide_home else ()
     hidden = {*homes, *map(Path, isolation.hide)}
     for path in _outer_first([*ways, *openings, *hidden]):
-        if around.disk is not None and path in homes[:1]:
-            yield from ("--bind", str(around.disk / "home"), str(path))
+        if view.disk is not None and path in homes[:1]:
+            yield from ("--bind", str(view.disk / "home"), str(path))
         elif path in hidden and (path not in openings or str(path) in isolation.hide):
-            yield from _hide(path, isolation, around)
+            yield from _hide(path, isolation, view)
         elif path not in openings:
             # bubblewrap itself would make directories for their owner alone.
-            made = ("--size", str(PARENT_BYTES), "--tmpfs") if ways[path] else ("--dir",)
-            yield from ("--perms", "0755", *made, str(path))
+            options = ("--size", str(PARENT_BYTES), "--tmpfs") if ways[path] else ("--dir",)
+            yield from ("--perms", "0755", *options, str(path))
         if path in openings and str(path) not in isolation.hide:
             yield from openings[path]
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
     """Paths that lie in no other one."""
-    found: list[Path] = []
+    outermost: list[Path] = []
     for path in sorted(set(paths)):
-        if not _lies_in(path, found):
-            found.append(path)
-    return found
+        if not _lies_in(path, outermost):
+            outermost.append(path)
+    return outermost
 
 
 def _outer_first(paths: Iterable[Path]) -> list[Path]:
@@ -374,15 +370,13 @@ def _outer_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(dict.fromkeys(paths), key=lambda path: len(path.parts))
 
 
-def _sockets(around: SandboxPaths) -> Iterator[str]:
+def _sockets(view: SandboxPaths) -> Iterator[str]:
     """The directory in which the kernel binds its sockets is one of its own too, with nothing of the machine's below.
 
     What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that the init hands
     out (keeper/bwrap_init.py). It covers the
     real one, in which the file system of limited size lies: seen there, that would show what is hidden in the folder.
     """
-    yield from _tmpfs_or(
-        around.disk and around.disk / "sockets", str(around.runtime), SOCKETS_BYTES
-    )
-    for path in around.given:
+    yield from _tmpfs_or(view.disk and view.disk / "sockets", str(view.runtime), SOCKETS_BYTES)
+    for path in view.read_only:
         yield from ("--ro-bind", str(path), str(path))

@@ -51,19 +51,19 @@ def _memory(
         return CgroupPlan(), {}
     group = machine.v1["memory"] / name
     writes: list[tuple[str, str]] = []
-    held: dict[LimitName, Enforcement] = {}
+    holds: dict[LimitName, Enforcement] = {}
     if limits.memory is not None:
         writes.append((str(group / "memory.limit_in_bytes"), str(limits.memory)))
         swap, note = _swap(machine, group, limits.memory)
         writes.extend(swap)
-        held[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note=note)
+        holds[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note=note)
     return CgroupPlan(
         dirs=(str(group),),
         writes=tuple(writes),
         joins=(str(group / "cgroup.procs"),),
         counter_files=(str(group / "memory.oom_control"), str(group / "memory.max_usage_in_bytes")),
         memory_file=str(group / "memory.usage_in_bytes"),
-    ), held
+    ), holds
 
 
 def _swap(machine: HostCapabilities, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
@@ -85,11 +85,11 @@ def _pids(
     if "pids" not in machine.v1:
         return CgroupPlan(), {}
     group = machine.v1["pids"] / name
-    held: dict[LimitName, Enforcement] = {}
+    holds: dict[LimitName, Enforcement] = {}
     writes: tuple[tuple[str, str], ...] = ()
     if limits.processes is not None:
         writes = ((str(group / "pids.max"), str(limits.processes)),)
-        held[LimitName.PROCESSES] = Enforcement(
+        holds[LimitName.PROCESSES] = Enforcement(
             by=Mechanism.CGROUP_V1, hard=True, note="threads count"
         )
     return CgroupPlan(
@@ -97,14 +97,14 @@ def _pids(
         writes=writes,
         joins=(str(group / "cgroup.procs"),),
         counter_files=(str(group / "pids.events"), str(group / "pids.peak")),
-    ), held
+    ), holds
 
 
 def _cpu(
     limits: Limits, machine: HostCapabilities, name: str
 ) -> tuple[CgroupPlan, dict[LimitName, Enforcement]]:
     groups = sorted({machine.v1[c] / name for c in ("cpu", "cpuacct") if c in machine.v1})
-    held: dict[LimitName, Enforcement] = {}
+    holds: dict[LimitName, Enforcement] = {}
     writes: tuple[tuple[str, str], ...] = ()
     if limits.cpus is not None and "cpu" in machine.v1:
         group = machine.v1["cpu"] / name
@@ -113,7 +113,7 @@ def _cpu(
             (str(group / "cpu.cfs_period_us"), str(PERIOD_US)),
             (str(group / "cpu.cfs_quota_us"), str(quota)),
         )
-        held[LimitName.CPUS] = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
+        holds[LimitName.CPUS] = Enforcement(by=Mechanism.CGROUP_V1, hard=True)
     return CgroupPlan(
         dirs=tuple(str(g) for g in groups),
         writes=writes,
@@ -121,4 +121,4 @@ def _cpu(
         counter_files=(str(machine.v1["cpuacct"] / name / "cpuacct.usage"),)
         if "cpuacct" in machine.v1
         else (),
-    ), held
+    ), holds

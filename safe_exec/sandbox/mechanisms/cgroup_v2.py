@@ -34,8 +34,8 @@ def _place(machine: HostCapabilities, name: str) -> _Place | None:
     """A scope of its own where systemd makes one, which is asked only where that is the better way."""
     scope = machine.scope
     if scope is not None and machine.allows(Mechanism.SYSTEMD):
-        whose = "the system's" if scope.runtime is None else "the user's"
-        note = f"a scope of {whose} systemd"
+        owner = "the system's" if scope.runtime is None else "the user's"
+        note = f"a scope of {owner} systemd"
         launcher = scope.command(name)
         return _Place(
             by=Mechanism.SYSTEMD,

@@ -26,26 +26,26 @@ PAGE = 4096
 def size_of(places: Iterable[str]) -> int:
     """Bytes of all below some directories, each inode once; what goes while we walk, or cannot be read, does not count."""
     sizes: dict[tuple[int, int], int] = {}
-    left = list(places)
-    while left:
-        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+    directories = list(places)
+    while directories:
+        with contextlib.suppress(OSError), os.scandir(directories.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
                     sizes[status.st_dev, status.st_ino] = max(PAGE, status.st_blocks * BLOCK)
                     if entry.is_dir(follow_symlinks=False):
-                        left.append(entry.path)
+                        directories.append(entry.path)
     return sum(sizes.values())
 
 
 def free_of(places: Iterable[str]) -> int:
     """Bytes that are free where they lie, each file system once."""
-    found: dict[int, int] = {}
+    free: dict[int, int] = {}
     for place in places:
         with contextlib.suppress(OSError):
             status = os.statvfs(place)
-            found[os.stat(place).st_dev] = status.f_bfree * status.f_frsize
-    return sum(found.values())
+            free[os.stat(place).st_dev] = status.f_bfree * status.f_frsize
+    return sum(free.values())
 
 
 class DiskWatch(threading.Thread):
@@ -59,18 +59,18 @@ class DiskWatch(threading.Thread):
         self._on_passed = on_passed
         self._stop_event = threading.Event()
         self._looking = threading.Lock()
-        self._before: int | None = None
+        self._initial_size: int | None = None
         self._passed = False
         self._used = 0
         self._free = 0
-        self._begun = self._took = 0.0
+        self._walk_start = self._took = 0.0
 
     def run(self) -> None:
         """Walk once for what was there before, then look on."""
         with self._looking:
-            self._before = size_of(self._places)
+            self._initial_size = size_of(self._places)
             self._free = free_of(self._places)
-            self._begun = time.monotonic()
+            self._walk_start = time.monotonic()
         while not self._stop_event.wait(LOOK_SECONDS):
             if self.check():
                 return
@@ -78,27 +78,27 @@ class DiskWatch(threading.Thread):
     def check(self, *, last: bool = False) -> bool:
         """Walk if it is time to; whether more than allowed has come. The ``last`` look of a run is always one if it is a short one."""
         with self._looking:
-            if self._passed or self._before is None or self._stop_event.is_set():
+            if self._passed or self._initial_size is None or self._stop_event.is_set():
                 return self._passed
             # Of all that is allowed, what is not used yet may have been written since: then look, but no more than half of the time.
-            gone = self._free - free_of(self._places)
-            near = gone > self._allowed - self._used
-            rest = self._took if near else max(WALK_SECONDS, SHARE * self._took)
+            consumed = self._free - free_of(self._places)
+            near = consumed > self._allowed - self._used
+            pause = self._took if near else max(WALK_SECONDS, SHARE * self._took)
             due = (
                 near or self._took < WALK_SECONDS
                 if last
-                else time.monotonic() - self._begun - self._took >= rest
+                else time.monotonic() - self._walk_start - self._took >= pause
             )
             if due:
-                self._walk(self._before)
+                self._walk(self._initial_size)
             return self._passed
 
-    def _walk(self, before: int) -> None:
-        self._begun = time.monotonic()
+    def _walk(self, initial_size: int) -> None:
+        self._walk_start = time.monotonic()
         self._free = free_of(self._places)
         removed = hidden_usage(procfs.descendants(self._root)).removed
-        self._used = size_of(self._places) - before + sum(removed.values())
-        self._took = time.monotonic() - self._begun
+        self._used = size_of(self._places) - initial_size + sum(removed.values())
+        self._took = time.monotonic() - self._walk_start
         if self._used > self._allowed:
             self._passed = True
             self._on_passed(self._used)

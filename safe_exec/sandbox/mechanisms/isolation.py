@@ -44,12 +44,12 @@ def plan_isolation(
     isolation: Isolation, limits: Limits, machine: HostCapabilities
 ) -> IsolationPlan:
     """The walls of one run. One that nothing holds is written down as held by ``none``, not left out."""
-    wanted = bubblewrap.is_needed(
+    is_needed = bubblewrap.is_needed(
         isolation, disk=limits.disk is not None, shm=limits.shm is not None
     )
-    enclosed = wanted and machine.bubblewrap is not None and machine.allows(Mechanism.BUBBLEWRAP)
+    enclosed = is_needed and machine.bubblewrap is not None and machine.allows(Mechanism.BUBBLEWRAP)
     landlock = (
-        wanted and not enclosed and machine.landlock > 0 and machine.allows(Mechanism.LANDLOCK)
+        is_needed and not enclosed and machine.landlock > 0 and machine.allows(Mechanism.LANDLOCK)
     )
     walls = dict(_namespaced(isolation, machine, enclosed=enclosed, landlock=landlock))
     walls |= dict(_own(isolation, machine, enclosed=enclosed))
@@ -63,7 +63,7 @@ def plan_isolation(
 def _namespaced(
     isolation: Isolation, machine: HostCapabilities, *, enclosed: bool, landlock: bool
 ) -> Iterator[tuple[Wall, Enforcement]]:
-    lost = machine.bubblewrap_why_not if machine.allows(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
+    reason = machine.bubblewrap_why_not if machine.allows(Mechanism.BUBBLEWRAP) else NOT_ALLOWED
     for wall, note in _asked(isolation):
         if enclosed:
             yield wall, Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
@@ -73,32 +73,32 @@ def _namespaced(
                 Enforcement(
                     by=Mechanism.LANDLOCK,
                     hard=True,
-                    note=f"refused rather than hidden; no bubblewrap: {lost}",
+                    note=f"refused rather than hidden; no bubblewrap: {reason}",
                 ),
             )
         elif landlock and wall in (Wall.SYSTEM, Wall.FOLDER):
-            yield wall, _unwritten(wall, machine.landlock, lost)
+            yield wall, _unwritten(wall, machine.landlock, reason)
         elif landlock and wall is Wall.NETWORK and machine.landlock >= LANDLOCK_TCP:
             yield (
                 wall,
                 Enforcement(
                     by=Mechanism.LANDLOCK,
                     hard=False,
-                    note=f"TCP only, loopback too; no bubblewrap: {lost}",
+                    note=f"TCP only, loopback too; no bubblewrap: {reason}",
                 ),
             )
         else:
-            yield wall, Enforcement(by=Mechanism.NONE, hard=False, note=f"no bubblewrap: {lost}")
+            yield wall, Enforcement(by=Mechanism.NONE, hard=False, note=f"no bubblewrap: {reason}")
 
 
-def _unwritten(wall: Wall, abi: int, lost: str) -> Enforcement:
-    what = (
+def _unwritten(wall: Wall, abi: int, reason: str) -> Enforcement:
+    scope = (
         "the folder cannot be written to"
         if wall is Wall.FOLDER
         else "nothing can be written but the folder, /tmp and /dev"
     )
     empty = "" if abi >= LANDLOCK_TRUNCATE else ", but files can be emptied (until Linux 6.2)"
-    note = f"{what}{empty}; no bubblewrap: {lost}"
+    note = f"{scope}{empty}; no bubblewrap: {reason}"
     return Enforcement(by=Mechanism.LANDLOCK, hard=abi >= LANDLOCK_TRUNCATE, note=note)
 
 
@@ -112,12 +112,12 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
             f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of its own",
         )
     if isolation.folder is not FolderUse.WRITE:
-        what = (
+        note = (
             "cannot be written"
             if isolation.folder is FolderUse.READ
             else "a copy; nothing comes back"
         )
-        yield Wall.FOLDER, what
+        yield Wall.FOLDER, note
     if isolation.hide:
         yield Wall.HIDDEN, ", ".join(isolation.hide)
     if not isolation.network:
@@ -131,21 +131,21 @@ def _own(
 ) -> Iterator[tuple[Wall, Enforcement]]:
     """What a process gives up by itself, whatever the machine."""
     if isolation.system_calls is not SystemCalls.ALL:
-        lost = machine.seccomp_why_not if machine.allows(Mechanism.SECCOMP) else NOT_ALLOWED
-        how = (
+        missing = machine.seccomp_why_not if machine.allows(Mechanism.SECCOMP) else NOT_ALLOWED
+        effect = (
             "refused with EPERM"
             if isolation.system_calls is SystemCalls.REFUSE
             else "end the kernel with SIGSYS"
         )
-        none = Enforcement(by=Mechanism.NONE, hard=False, note=f"no filter: {lost}")
+        none = Enforcement(by=Mechanism.NONE, hard=False, note=f"no filter: {missing}")
         filtered = Enforcement(
-            by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {how}"
+            by=Mechanism.SECCOMP, hard=True, note=f"those that no notebook needs {effect}"
         )
-        yield Wall.SYSTEM_CALLS, none if lost else filtered
+        yield Wall.SYSTEM_CALLS, none if missing else filtered
         given_up = Enforcement(
             by=Mechanism.KERNEL, hard=True, note="no new ones (no_new_privs), no core dumps"
         )
-        yield Wall.PRIVILEGES, none if lost else given_up
+        yield Wall.PRIVILEGES, none if missing else given_up
     if isolation.listed_environment:
         yield (
             Wall.ENVIRONMENT,
@@ -159,12 +159,12 @@ def _own(
             )
         else:
             # Without mounts of its own another user may not even reach the interpreter.
-            why = (
+            reason = (
                 "without bubblewrap it stays the same"
                 if machine.uid == 0
                 else "only root can become somebody else"
             )
-            yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note=why)
+            yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note=reason)
 
 
 # --- the limits that walls hold ---------------------------------------------------------------------------------

@@ -72,10 +72,10 @@ def _wanted(
     if (
         limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None
     ):  # root is exempt from it
-        count, held = _processes(
+        count, enforcement = _processes(
             limits.processes, machine.user_tasks, alone=enclosed and machine.counts_in_namespaces
         )
-        yield LimitName.PROCESSES, (resource.RLIMIT_NPROC, count, count), held
+        yield LimitName.PROCESSES, (resource.RLIMIT_NPROC, count, count), enforcement
 
 
 def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforcement]:

@@ -40,8 +40,8 @@ def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
         if limits.of(name) is not None
     }
     if limits.disk is not None:
-        what = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
-        holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=what)
+        disk_note = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
+        holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=disk_note)
     return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
 
 
@@ -82,15 +82,15 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look every 20 ms."""
-        rest, ended = PERIOD_SECONDS, time.monotonic()
-        while not self._stop_event.wait(rest):
-            begun = time.monotonic()
+        pause, ended = PERIOD_SECONDS, time.monotonic()
+        while not self._stop_event.wait(pause):
+            check_start = time.monotonic()
             if self._guard is not None:
-                self._guard.looked(begun - ended - rest)
+                self._guard.looked(check_start - ended - pause)
             if self.check():
                 return
             ended = time.monotonic()
-            rest = max(PERIOD_SECONDS, REST_SHARE * (ended - begun))
+            pause = max(PERIOD_SECONDS, REST_SHARE * (ended - check_start))
 
     def check(self, *, last: bool = False) -> bool:
         """Look now; whether a limit was passed. The ``last`` look of a run spares no time to be sure."""
@@ -125,17 +125,19 @@ class Watchdog(threading.Thread):
         allowed = self._limits.memory
         if allowed is None or LimitName.MEMORY not in self._names:
             return use.memory
-        memory, bound = use.memory, use.upper_bound
+        memory, is_upper_bound = use.memory, use.upper_bound
         if use.least <= allowed < use.most:
             memory = use.least
             if last or time.monotonic() >= self._count_next:
                 count = self.tree.count()
-                memory, bound = count.at_least, count.upper_bound
-                rest = max(
+                memory, is_upper_bound = count.at_least, count.upper_bound
+                pause = max(
                     COUNT_REST_SHARE * count.seconds, (allowed - memory) / FASTEST_BYTES_PER_SECOND
                 )
-                self._count_next = count.at + rest
+                self._count_next = count.at + pause
         if self.peaks.memory is None or memory > self.peaks.memory:
             children = replace(use, memory=memory).children_memory
-            self.peaks = replace(self.peaks, memory=memory, upper_bound=bound, children=children)
+            self.peaks = replace(
+                self.peaks, memory=memory, upper_bound=is_upper_bound, children=children
+            )
         return memory

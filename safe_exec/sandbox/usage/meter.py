@@ -56,15 +56,15 @@ class Bound(Struct, frozen=True, kw_only=True):
 
 def bounds_above(group: Path) -> tuple[Bound, ...]:
     """The memory limits on groups of the unified tree above this one, the nearest first. The tree's root has none, and no such file."""
-    found: list[Bound] = []
+    limits: list[Bound] = []
     for above in group.parents:
         text = _text(above / "memory.max")
         if text is None:
             break
         limit, hits = _parse_number(text), _table(above / "memory.events.local").get("oom")
         if limit is not None and hits is not None:
-            found.append(Bound(group=above, limit=limit, hits=hits))
-    return tuple(found)
+            limits.append(Bound(group=above, limit=limit, hits=hits))
+    return tuple(limits)
 
 
 MEMORY_EVENTS = ("memory.oom_control", "memory.events")
@@ -145,10 +145,11 @@ class Meter:
 
     def bound_hit(self) -> Bound | None:
         """The limit on a group above that was hit since this meter stands, the nearest of several."""
-        before = {bound.group: bound.hits for bound in self._above}
-        now = (bound for last in self._above[:1] for bound in bounds_above(last.group / "any"))
+        earlier_hits = {limit.group: limit.hits for limit in self._above}
+        current = (limit for last in self._above[:1] for limit in bounds_above(last.group / "any"))
         return next(
-            (bound for bound in now if bound.hits > before.get(bound.group, bound.hits)), None
+            (limit for limit in current if limit.hits > earlier_hits.get(limit.group, limit.hits)),
+            None,
         )
 
     def tasks_bound(self, limit: int | None) -> tuple[Path, int] | None:
@@ -159,12 +160,12 @@ class Meter:
         """
         if "pids.events" not in self._files:
             return None
-        found = [
+        limits = [
             (_number(above / "pids.max"), above)
             for above in self._files["pids.events"].parent.parents
         ]
         fewest, group = min(
-            ((most, above) for most, above in found if most is not None), default=(None, None)
+            ((most, above) for most, above in limits if most is not None), default=(None, None)
         )
         return (
             (group, fewest)
@@ -178,12 +179,12 @@ class Meter:
         ``None`` where neither holds it, or it cannot be read.
         """
         if self._tasks is not None:
-            tasks, bound = _number(self._tasks), self.tasks_bound(limit)
-            allowed = bound[1] if bound is not None else limit
+            tasks, hit = _number(self._tasks), self.tasks_bound(limit)
+            allowed = hit[1] if hit is not None else limit
             if tasks is None or allowed is None:
                 return None
-            if bound is not None:  # what else is in that group takes part of its room
-                tasks = _number(bound[0] / "pids.current") or tasks
+            if hit is not None:  # what else is in that group takes part of its room
+                tasks = _number(hit[0] / "pids.current") or tasks
             return ProcessCount(tasks=tasks, allowed=allowed, refused=self.counters().fork_refusals)
         return (
             None
@@ -221,10 +222,10 @@ def _cpu_seconds(text: str | None) -> float | None:
     return None if number is None else number / 1e9
 
 
-def _beside(files: Mapping[str, Path], names: tuple[str, ...], wanted: str) -> Path | None:
+def _beside(files: Mapping[str, Path], names: tuple[str, ...], file_name: str) -> Path | None:
     for name in names:
         if name in files:
-            return files[name].with_name(wanted)
+            return files[name].with_name(file_name)
     return None
 
 

@@ -29,15 +29,15 @@ class UnlinkedAndMemoryFiles(Struct):
 
 def hidden_usage(pids: Iterable[int]) -> UnlinkedAndMemoryFiles:
     """Look at the descriptors of processes; those that may not be looked at are left out."""
-    found = UnlinkedAndMemoryFiles()
+    usage = UnlinkedAndMemoryFiles()
     for pid in pids:
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
-                _note(entry.path, found)
-    return found
+                _note(entry.path, usage)
+    return usage
 
 
-def _note(path: str, found: UnlinkedAndMemoryFiles) -> None:
+def _note(path: str, usage: UnlinkedAndMemoryFiles) -> None:
     with contextlib.suppress(OSError):
         target = os.readlink(path)
         in_memory = target.startswith(IN_MEMORY)
@@ -45,5 +45,5 @@ def _note(path: str, found: UnlinkedAndMemoryFiles) -> None:
             return
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode):
-            table = found.memory if in_memory else found.removed
+            table = usage.memory if in_memory else usage.removed
             table[status.st_dev, status.st_ino] = status.st_blocks * BLOCK

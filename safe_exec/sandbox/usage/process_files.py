@@ -95,18 +95,18 @@ class ProcessFiles:
         except OSError:
             return None
         # The command's name may hold spaces and parentheses: only what follows the last ")" is safe to split.
-        rest = text.rpartition(b")")[2].split()
-        started, state, threads = int(rest[19]), rest[0].decode(), int(rest[17])
+        fields = text.rpartition(b")")[2].split()
+        started, state, threads = int(fields[19]), fields[0].decode(), int(fields[17])
         task = self._live_task(pid) if state in DEAD and threads > 1 else 0
         size, resident, shared = self._memory_map(pid, task)
         return Member(
             pid=pid,
-            parent=int(rest[1]),
+            parent=int(fields[1]),
             started=started,
             state=state,
             threads=threads,
-            cpu=(int(rest[11]) + int(rest[12])) / TICKS,
-            cpu_waited=(int(rest[13]) + int(rest[14])) / TICKS,
+            cpu=(int(fields[11]) + int(fields[12])) / TICKS,
+            cpu_waited=(int(fields[13]) + int(fields[14])) / TICKS,
             task=task,
             size=size,
             shared=shared,
@@ -132,13 +132,13 @@ class ProcessFiles:
 
     def _shared_memory(self, pid: int, started: int, task: int, shared: int) -> int:
         """Shared memory apart from files. ``status`` alone tells, the dearest of these files: read when the sum has changed."""
-        known = self._known_shmem.get((pid, started))
-        if known is not None and known[0] == shared:
-            return known[1]
+        cached = self._known_shmem.get((pid, started))
+        if cached is not None and cached[0] == shared:
+            return cached[1]
         shmem = 0
         with contextlib.suppress(OSError, ValueError, IndexError):
-            _, mark, rest = self.text(_path(pid, task, "status")).partition(b"\nRssShmem:")
-            shmem = int(rest.split(None, 1)[0]) * 1024 if mark else 0
+            _, mark, value = self.text(_path(pid, task, "status")).partition(b"\nRssShmem:")
+            shmem = int(value.split(None, 1)[0]) * 1024 if mark else 0
         self._known_shmem[pid, started] = (shared, shmem)
         return shmem
 
@@ -156,8 +156,8 @@ class ProcessFiles:
 
         It does that a moment before it becomes a zombie (do_exit in the system's kernel); until then its state is still R.
         """
-        now = self.measure(member.pid)
-        return now is None or now.started != member.started or not now.size
+        current = self.measure(member.pid)
+        return current is None or current.started != member.started or not current.size
 
     def same_memory(self, one: int, other: int) -> bool:
         """Whether two processes are one address space: between vfork(2) and exec a child borrows its parent's (kcmp(2))."""

@@ -115,12 +115,12 @@ class ProcessTree:
     def read(self) -> TreeUse:
         """Read now. Where processes may share pages they are counted once if the time for it has come, else estimated."""
         with self._lock:
-            now = time.monotonic()
-            if self._use is not None and now - self._read_at < self._fresh_seconds:
+            read_at = time.monotonic()
+            if self._use is not None and read_at - self._read_at < self._fresh_seconds:
                 return self._use
             self._refresh()
-            self._look_at_open_files(now)
-            self._use = self._sum(now)
+            self._look_at_open_files(read_at)
+            self._use = self._sum(read_at)
             self._read_at = time.monotonic()
             return self._use
 
@@ -139,7 +139,7 @@ class ProcessTree:
             self._use = None
             return self._count
 
-    def _sum(self, now: float) -> TreeUse:
+    def _sum(self, read_at: float) -> TreeUse:
         members = self._with_memory()
         least, most = lower_bound(members, self._open_files), upper_bound(members, self._open_files)
         kernel = self._members.get(self._kernel) if self._kernel else None
@@ -155,7 +155,7 @@ class ProcessTree:
         if most - least <= SMALL or not self._counts_shared:
             return use  # one process has nearly all of it: nothing to speak of can be counted twice
         last = self._count
-        if last is None or now - last.at >= COUNT_SHARE * last.seconds:
+        if last is None or read_at - last.at >= COUNT_SHARE * last.seconds:
             last = self.count()
             return replace(
                 use, memory=min(most, max(least, last.at_least)), upper_bound=last.upper_bound
@@ -185,11 +185,11 @@ class ProcessTree:
         alive = sum(member.cpu + member.cpu_waited for member in self._members.values())
         return max(alive, sum(self._cpu.values()))
 
-    def _look_at_open_files(self, now: float) -> None:
-        if now >= self._open_files_next:
+    def _look_at_open_files(self, read_at: float) -> None:
+        if read_at >= self._open_files_next:
             self._open_files = sum(hidden_usage(self._members).memory.values())
-            after = time.monotonic()
-            self._open_files_next = after + OPEN_FILES_SHARE * (after - now)
+            end = time.monotonic()
+            self._open_files_next = end + OPEN_FILES_SHARE * (end - read_at)
 
     # --- who belongs to it --------------------------------------------------------------------------------------
 
@@ -198,15 +198,15 @@ class ProcessTree:
         pids = set(self._files.pids())
         self._others = {pid: None for pid in self._others if pid in pids}
         members: dict[int, Member] = {}
-        for pid, known in self._members.items():
+        for pid, earlier in self._members.items():
             member = self._files.measure(pid) if pid in pids else None
-            if member is not None and member.started == known.started:
+            if member is not None and member.started == earlier.started:
                 members[pid] = member
             else:
-                self._files.forget(known)
+                self._files.forget(earlier)
         self._members = members
-        again = list(self._others)[: len(self._others) // OTHERS_SHARE + 1]
-        unknown = (*again, *(pids - self._others.keys() - members.keys() - self._roots))
+        batch = list(self._others)[: len(self._others) // OTHERS_SHARE + 1]
+        unknown = (*batch, *(pids - self._others.keys() - members.keys() - self._roots))
         self._sort(
             {pid: parent for pid in unknown if (parent := self._files.parent(pid)) is not None}
         )

@@ -53,17 +53,17 @@ def upper_bound(members: Sequence[Member], open_files: int) -> int:
 
 def estimate(
     last: SharedCount,
-    before: Mapping[tuple[int, int], int],
+    earlier: Mapping[tuple[int, int], int],
     members: Sequence[Member],
     bounds: tuple[int, int],
 ) -> int:
     """Memory now, from the last count and the growth of those that were in it, within what is possible.
 
-    ``before`` has the anonymous bytes of processes at the last count. How much new processes share is not known: they
+    ``earlier`` has the anonymous bytes of processes at the last count. How much new processes share is not known: they
     count with the next one.
     """
     growth = sum(
-        member.anonymous - before[member.key] for member in members if member.key in before
+        member.anonymous - earlier[member.key] for member in members if member.key in earlier
     )
     least, most = bounds
     return min(most, max(least, last.memory + growth))
@@ -71,8 +71,8 @@ def estimate(
 
 def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) -> SharedCount:
     """Read the shares of all processes. One that has ended meanwhile has no memory any more, which is no failure."""
-    begun = time.monotonic()
-    anonymous = shmem = whole = 0
+    start = time.monotonic()
+    anonymous = shmem = total = 0
     for member in members:
         share = _share(files, member)
         if share is not None:
@@ -80,18 +80,18 @@ def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) 
             shmem += share[1]
         elif not files.has_ended(member):
             # Not ours to look into: a setuid program, another user, prctl(PR_SET_DUMPABLE).
-            whole += member.anonymous
+            total += member.anonymous
             shmem += member.shmem
-    now = time.monotonic()
+    end = time.monotonic()
     return SharedCount(
-        memory=anonymous + whole + max(shmem, open_files),
+        memory=anonymous + total + max(shmem, open_files),
         departed=sum(
             max(0, member.anonymous - files.anonymous(member.pid, member.task))
             for member in members
         ),
-        upper_bound=whole > SMALL,
-        at=now,
-        seconds=now - begun,
+        upper_bound=total > SMALL,
+        at=end,
+        seconds=end - start,
     )
 
 

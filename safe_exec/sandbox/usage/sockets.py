@@ -44,7 +44,7 @@ def peers(root: int, first: int) -> set[str]:
 
 def _remote(pid: int) -> dict[str, str]:
     """By inode, the far ends of all sockets in the process's network namespace that are other hosts (proc_net_tcp.rst)."""
-    found: dict[str, str] = {}
+    addresses: dict[str, str] = {}
     for table in TABLES:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
             next(lines, None)
@@ -52,8 +52,8 @@ def _remote(pid: int) -> dict[str, str]:
                 fields = line.split()
                 address = address_of(fields[2].partition(":")[0])
                 if fields[3] != LISTENING and address is not None:
-                    found[fields[9]] = address
-    return found
+                    addresses[fields[9]] = address
+    return addresses
 
 
 def listening(pid: int, targets: Iterable[str]) -> tuple[str, ...]:
@@ -96,16 +96,16 @@ def quiet_ports(count: int) -> list[int]:
     """
     with contextlib.suppress(OSError, ValueError):
         first = int(RANGE.read_text().split()[0])
-        found: list[int] = []
-        with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        with contextlib.ExitStack() as stack:
             room = range(LOWEST_PORT, max(LOWEST_PORT, first))
             for port in random.sample(room, min(TRIED_PORTS, len(room))):
-                sock = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 with contextlib.suppress(OSError):
                     sock.bind(("127.0.0.1", port))
-                    found.append(port)
-                if len(found) == count:
-                    return found
+                    ports.append(port)
+                if len(ports) == count:
+                    return ports
     return []
 
 
@@ -124,11 +124,11 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _inodes(pid: int) -> set[str]:
-    found: set[str] = set()
+    inodes: set[str] = set()
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 target = os.readlink(entry.path)
                 if target.startswith(_PREFIX):
-                    found.add(target[len(_PREFIX) : -len(_SUFFIX)])
-    return found
+                    inodes.add(target[len(_PREFIX) : -len(_SUFFIX)])
+    return inodes

@@ -24,7 +24,7 @@ class Volumes:
         self._own: set[int] = set()
         self._places: dict[int, list[str]] = {}
         self._lowest: dict[int, Volume] = {}
-        self._before: dict[int, int] = {}
+        self._initial_free: dict[int, int] = {}
         for place in dict.fromkeys(places):
             with contextlib.suppress(OSError):
                 self._open(f"/proc/{pid}/root{place}", place)
@@ -45,7 +45,7 @@ class Volumes:
         """A cell begins: what was lowest before is forgotten."""
         self._lowest.clear()
         self.measure(own=True)
-        self._before = {device: volume.free for device, volume in self._lowest.items()}
+        self._initial_free = {device: volume.free for device, volume in self._lowest.items()}
 
     def measure(self, *, own: bool = False) -> None:
         """Measure. ``own``: only the sandbox's own: a file server of the machine's may take its time to answer."""
@@ -66,7 +66,7 @@ class Volumes:
             replace(
                 volume,
                 places=tuple(self._places[device]),
-                free_at_start=self._before.get(device),
+                free_at_start=self._initial_free.get(device),
                 own=device in self._own,
             )
             for device, volume in self._lowest.items()

@@ -365,9 +365,9 @@ def test_weak_limits_and_their_remedies(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_remedy_says_why_and_what(case: Case) -> None:
     for remedy in remedies_of(case):
-        assert remedy.why
+        assert remedy.reason
         assert remedy.fixes
-        assert all(fix.what for fix in remedy.fixes)
+        assert all(fix.title for fix in remedy.fixes)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -387,12 +387,12 @@ def test_every_command_is_one_that_a_shell_can_read(case: Case) -> None:
 
 def test_elsewhere_than_on_linux_it_says_that_nothing_runs() -> None:
     (remedy,) = remedies_of(CASES["macOS"])
-    assert "Linux only" in remedy.why
+    assert "Linux only" in remedy.reason
     assert doctor_of(CASES["macOS"]).exit_code == 1
 
 
 def test_a_reason_in_a_container_is_the_systems_own() -> None:
-    assert NO_V2 in remedies_of(CASES["docker on v2"])[0].why
+    assert NO_V2 in remedies_of(CASES["docker on v2"])[0].reason
 
 
 # --- swap -------------------------------------------------------------------------------------------------------
@@ -719,7 +719,7 @@ def test_no_bubblewrap_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     found = doctor.diagnose()
     assert (found.machine.bubblewrap, found.machine.bubblewrap_version) == (None, None)
     assert "install the package bubblewrap" in found.machine.bubblewrap_why_not
-    assert any("install it" in fix.what for remedy in found.wall_remedies for fix in remedy.fixes)
+    assert any("install it" in fix.title for remedy in found.wall_remedies for fix in remedy.fixes)
 
 
 def test_the_walls_of_a_profile_alone() -> None:
@@ -947,7 +947,7 @@ def test_what_mends_walls(
     found = advise_walls(machine, host, plan.walls, plan.enforcement)
     assert {Wall.HOME, Wall.NETWORK, Wall.PROCESSES} <= set(found[0].walls)
     assert set(found[0].limits) == {LimitName.DISK, LimitName.SHM}
-    assert found[0].why
+    assert found[0].reason
     steps = [step for remedy in found for fix in remedy.fixes for step in fix.steps]
     rest = iter(steps)
     for want in wanted:

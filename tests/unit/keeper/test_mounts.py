@@ -143,9 +143,9 @@ def test_only_what_may_be_gone_may_be_missing(
 
 def test_an_error_says_what_could_not_be_made() -> None:
     with pytest.raises(OSError, match="cannot make tea: No such file or directory") as error:
-        mounts._call("chdir", b"/nowhere/at/all", what="tea")
+        mounts._call("chdir", b"/nowhere/at/all", action="tea")
     assert error.value.errno == errno.ENOENT
-    mounts._call("chdir", os.fsencode(os.getcwd()), what="tea")
+    mounts._call("chdir", os.fsencode(os.getcwd()), action="tea")
 
 
 @pytest.mark.parametrize(

@@ -151,14 +151,14 @@ def test_its_own_output_goes_where_the_caller_wants_it(manager: Manager, tmp_pat
 
 def test_streams_are_those_of_popen() -> None:
     with standard_streams(subprocess.PIPE, subprocess.STDOUT) as streams:
-        assert streams.given["stdout"] == streams.given["stderr"]
+        assert streams.descriptors["stdout"] == streams.descriptors["stderr"]
         reader, none = streams.readers()
-        os.write(streams.given["stderr"], b"x")
+        os.write(streams.descriptors["stderr"], b"x")
     assert reader is not None and none is None and reader.read() == b"x"
     reader.close()
     with standard_streams(None, subprocess.DEVNULL) as streams:
-        assert streams.given["stdout"] == 1
-        assert os.readlink(f"/proc/self/fd/{streams.given['stderr']}") == os.devnull
+        assert streams.descriptors["stdout"] == 1
+        assert os.readlink(f"/proc/self/fd/{streams.descriptors['stderr']}") == os.devnull
 
 
 @pytest.mark.kills

@@ -459,7 +459,7 @@ def test_a_disk_holds_folder_tmp_and_home_and_is_not_seen_itself() -> None:
 
 def test_the_directory_of_the_sockets_is_its_own_with_what_is_to_be_read_there() -> None:
     given = RUNTIME / "c.json"
-    found = made(Isolation(network=False), replace(AROUND, given=(given,)))
+    found = made(Isolation(network=False), replace(AROUND, read_only=(given,)))
     assert [step.option for step in at(found, RUNTIME)] == ["--tmpfs"]
     assert at(found, given) == [Step("--ro-bind", (str(given), str(given)))]
     assert position(found, "--tmpfs", RUNTIME) < position(found, "--ro-bind", given)
