@@ -23,12 +23,8 @@ from safe_exec.files import one_line
 from safe_exec.reports.batch.progress import BatchProgress, line_of
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.reports.terminal import Style
-from safe_exec.sandbox.host.capabilities import (
-    cpus_available,
-    detect,
-    memory_available,
-    probe_isolation,
-)
+from safe_exec.sandbox.host.capabilities import detect, probe_isolation
+from safe_exec.sandbox.host.resources import cpus_available, memory_available
 from safe_exec.sandbox.planner import CHOOSABLE, parse_mechanisms
 from safe_exec.workflows.prepare import Bisect, command_line
 

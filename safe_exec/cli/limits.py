@@ -22,8 +22,9 @@ from safe_exec.reports.json_text import plain
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text.common import one_line
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
-from safe_exec.sandbox.host.capabilities import detect, memory_and_swap, probe_isolation
+from safe_exec.sandbox.host.capabilities import detect, probe_isolation
 from safe_exec.sandbox.host.facts import collect
+from safe_exec.sandbox.host.resources import memory_and_swap
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan

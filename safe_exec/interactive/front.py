@@ -20,7 +20,7 @@ from msgspec import Struct
 from safe_exec.errors import UsageError
 from safe_exec.interactive.sockets import Listener, Peer, listen
 from safe_exec.interactive.wire import Author, Message, NotAMessage, Signer, parse
-from safe_exec.kernel.connection import encode
+from safe_exec.kernel.zmtp import encode
 
 KINDS = {"shell": "ROUTER", "iopub": "XPUB", "stdin": "ROUTER", "control": "ROUTER", "hb": "REP"}
 MOST_CONNECTION_BYTES = 64 << 10

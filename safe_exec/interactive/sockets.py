@@ -2,7 +2,7 @@
 
 Why not libzmq: a message may have any number of frames there, and a queue any number of bytes, from
 whoever connects. Here a client that has not signed a message yet may send little, one that takes
-nothing is left out, and half a handshake ends after a while. Imports kernel.connection.
+nothing is left out, and half a handshake ends after a while. Imports kernel.connection and kernel.zmtp.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import os
 import socket
 from collections.abc import Callable
 
-from safe_exec.kernel.connection import (
+from safe_exec.kernel.connection import ConnectFailed, Connection
+from safe_exec.kernel.zmtp import (
     COMMAND_BYTES,
     GREETING,
     GREETING_BYTES,
-    ConnectFailed,
-    Connection,
     encode,
     end_of_handshake,
     ready_command,
@@ -54,7 +53,7 @@ class Peer:
 
     def trust(self) -> None:
         """Let it send large messages: it knows the key."""
-        self.connection.largest = REQUEST_BYTES
+        self.connection.reader.largest = REQUEST_BYTES
 
     def send(self, data: bytes) -> bool:
         """Put an encoded message into its queue; ``False`` where that is full."""

@@ -16,7 +16,8 @@ from json.decoder import scanstring  # type: ignore[attr-defined] # JSONDecoder.
 from queue import Empty
 from typing import Any
 
-from safe_exec.kernel.connection import Connection, Received
+from safe_exec.kernel.connection import Connection
+from safe_exec.kernel.zmtp import Received
 
 DELIMITER = b"<IDS|MSG>"
 HEADER_BYTES = 64 << 10

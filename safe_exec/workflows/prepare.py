@@ -28,12 +28,8 @@ from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs
 from safe_exec.notebook.selection import CellSelection
 from safe_exec.sandbox import keeper_process
-from safe_exec.sandbox.host.capabilities import (
-    BwrapProbe,
-    HostCapabilities,
-    detect,
-    probe_isolation,
-)
+from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
+from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
 from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import plan_isolation
 from safe_exec.sandbox.plan import SpawnPlan, require

@@ -19,7 +19,8 @@ import pytest
 from msgspec.structs import replace
 
 from safe_exec.model.limits import LimitName, Limits, Mechanism
-from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, memory_and_swap
+from safe_exec.sandbox.host.capabilities import HostCapabilities, detect
+from safe_exec.sandbox.host.resources import memory_and_swap
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.sandbox.sandbox import KernelExit, Sandbox

@@ -19,7 +19,8 @@ from msgspec import Struct
 
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.sandbox.advice.fix import Fix
-from safe_exec.sandbox.host.capabilities import NOT_INSTALLED, HostCapabilities
+from safe_exec.sandbox.host.bwrap_probe import NOT_INSTALLED
+from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.host.facts import Container, HostFacts
 
 BY_NAMESPACES = (Wall.HOME, Wall.SYSTEM, Wall.FOLDER, Wall.HIDDEN, Wall.NETWORK, Wall.PROCESSES)

@@ -5,18 +5,13 @@ May import model, unified. Reads /proc and /sys only; makes and removes one prob
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import platform
 import re
-import shutil
 import stat
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -25,10 +20,17 @@ from safe_exec.keeper import landlock, procfs, seccomp
 from safe_exec.model.limits import Mechanism
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host import cgroup_delegation
-from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST
+from safe_exec.sandbox.host.bwrap_probe import BwrapProbe, too_old, version_of
+from safe_exec.sandbox.host.resources import (
+    cgroup_directory,
+    cgroup_memory_limit,
+    cgroup_mounts,
+    least,
+    memory_and_swap,
+    own_cgroups,
+)
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
-NO_LIMIT = 1 << 60
 COUNTS_IN_NAMESPACES = (5, 14)
 """The version of Linux from which each user namespace counts tasks for RLIMIT_NPROC itself."""
 NOT_LOOKED_FOR = "it was not looked for"
@@ -90,19 +92,19 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabili
             uid=_uid(),
             seccomp_why_not=no_filter,
         )
-    mounts = _cgroup_mounts()
-    own = _own_cgroups()
+    mounts = cgroup_mounts()
+    own = own_cgroups()
     v1, v1_why = _v1_parents(mounts, own)
     tree = (
         cgroup_delegation.CgroupHierarchy(
-            root=mounts[""][0], own=_directory(mounts[""], own.get("", "/"))
+            root=mounts[""][0], own=cgroup_directory(mounts[""], own.get("", "/"))
         )
         if "" in mounts
         else None
     )
     ground, scope, scope_why = _v2_ground(tree, allowed)
     memory, swap = memory_and_swap()
-    memory = least(memory, _memory_of_group(mounts, own))
+    memory = least(memory, cgroup_memory_limit(mounts, own))
     return HostCapabilities(
         uid=_uid(),
         cpus=len(os.sched_getaffinity(0)),
@@ -125,27 +127,6 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabili
     )
 
 
-BUBBLEWRAP_SECONDS = 10
-INSTALL_BUBBLEWRAP = "install the package bubblewrap"
-NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
-REHEARSAL = (
-    *(
-        "--ro-bind",
-        "/",
-        "/",
-        "--dev",
-        "/dev",
-        "--proc",
-        "/proc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--die-with-parent",
-    ),
-    *("--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"),  # noqa: S108
-)
-"""What bubblewrap is asked to do to see whether it can."""
-
-
 def probe_isolation(
     machine: HostCapabilities, bwrap_probe: BwrapProbe | None = None, *, version: bool = False
 ) -> HostCapabilities:
@@ -158,10 +139,8 @@ def probe_isolation(
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
     with bwrap_probe or BwrapProbe() as tried:
         fails = tried.outcome()
-    version_text = (
-        _version_of(tried.path) if tried.path is not None and (version or fails) else None
-    )
-    why_not = (_too_old(version_text) or fails) if fails else ""
+    version_text = version_of(tried.path) if tried.path is not None and (version or fails) else None
+    why_not = (too_old(version_text) or fails) if fails else ""
     return replace(
         machine,
         bubblewrap=None if why_not else tried.path,
@@ -182,88 +161,6 @@ def _counts_in_namespaces(bubblewrap: str) -> bool:
         and (int(release[1]), int(release[2])) >= COUNTS_IN_NAMESPACES
         and not os.stat(bubblewrap).st_mode & stat.S_ISUID
     )
-
-
-class BwrapProbe:
-    """Whether bubblewrap does what is needed: a process that begins at once, so that other things can be done meanwhile.
-
-    A version that is too old fails for an option that it does not know. A context manager, which leaves no process behind.
-    """
-
-    def __init__(self) -> None:
-        """Begin."""
-        self.path = shutil.which("bwrap")
-        self._process: subprocess.Popen[str] | None = None
-        self._trouble = "" if self.path is not None else NOT_INSTALLED
-        if self.path is None:
-            return
-        try:
-            self._process = subprocess.Popen(
-                [self.path, *REHEARSAL],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-        except OSError as error:
-            self._trouble = str(error)
-
-    def outcome(self) -> str:
-        """Wait for the end. Why bubblewrap does not do what is needed; empty when it does."""
-        if self._process is None:
-            return self._trouble
-        try:
-            _, errors = self._process.communicate(timeout=BUBBLEWRAP_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            return str(error)
-        return (
-            (errors.strip().splitlines() or ["it failed without a word"])[-1]
-            if self._process.returncode
-            else ""
-        )
-
-    def close(self) -> None:
-        """Wait for its end, whether anybody asked for its outcome or not.
-
-        It is not killed: bubblewrap's inner process waits for a word of the outer one, and would for ever.
-        """
-        if self._process is None:
-            return
-        with self._process as process:
-            try:
-                process.communicate(timeout=BUBBLEWRAP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _version_of(path: str) -> str | None:
-    """The last word of ``bubblewrap 0.8.0``; ``None`` where it does not say."""
-    try:
-        output = subprocess.run(
-            [path, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=BUBBLEWRAP_SECONDS,
-            check=True,
-        ).stdout
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return output.split()[-1] if output.split() else None
-
-
-def _too_old(version: str | None) -> str:
-    """Whether a version that failed is too old; empty where it is not, and where it says nothing."""
-    numbers = tuple(map(int, re.findall(r"\d+", version or "")[: len(OLDEST)]))
-    if not numbers or numbers >= OLDEST:
-        return ""
-    return f"version {version} is too old ({'.'.join(map(str, OLDEST))} is the oldest that will do)"
 
 
 def _no_filter() -> str:
@@ -301,141 +198,6 @@ def _uid() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
-def memory_and_swap() -> tuple[int | None, int | None]:
-    """Total memory and swap in bytes, from /proc/meminfo; ``None`` where there is none such."""
-    sizes = _meminfo()
-    return sizes.get("MemTotal"), sizes.get("SwapTotal")
-
-
-def _meminfo() -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key in ("MemTotal", "MemAvailable", "SwapTotal"):
-                sizes[key] = int(value.split()[0]) * 1024
-    return sizes
-
-
-def least(*figures: int | None) -> int | None:
-    """The smallest of those that are known."""
-    return min((figure for figure in figures if figure is not None), default=None)
-
-
-def _memory_of_group(mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]) -> int | None:
-    """What the group that we are in may use, a container's limit for instance; ``None`` for no limit."""
-    if "memory" in mounts:
-        stat = _directory(mounts["memory"], own.get("memory", "/")) / "memory.stat"
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            rows = dict(line.split() for line in stat.read_text().splitlines())
-            limit = int(rows["hierarchical_memory_limit"])
-            return limit if limit < NO_LIMIT else None
-    limits: list[int] = []
-    if "" in mounts:
-        top, directory = mounts[""][0], _directory(mounts[""], own.get("", "/"))
-        while directory != top.parent and (directory == top or top in directory.parents):
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int((directory / "memory.max").read_text()))
-            directory = directory.parent
-    return min(limits, default=None)
-
-
-def memory_available() -> int | None:
-    """Bytes that can be used now without swapping anything out: the machine's, or what a group above leaves us. ``None``: not known."""
-    return least(_meminfo().get("MemAvailable"), *(row for _, row in _left_in_groups()))
-
-
-def _left_in_groups() -> Iterator[tuple[Path, int]]:
-    """What each group that we are in may still use; cached files give way."""
-    mounts, own = _cgroup_mounts(), _own_cgroups()
-    for controller, limit, used, cached in (
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ("", "memory.max", "memory.current", "inactive_file"),
-    ):
-        for directory in _ancestors(mounts, own, controller):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                most = int((directory / limit).read_text())
-                rows = dict(
-                    line.split() for line in (directory / "memory.stat").read_text().splitlines()
-                )
-                if most < NO_LIMIT:
-                    yield (
-                        directory,
-                        max(0, most - int((directory / used).read_text()) + int(rows[cached])),
-                    )
-
-
-def _ancestors(
-    mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str
-) -> Iterator[Path]:
-    """Our group of a controller and those above it."""
-    if controller not in mounts:
-        return
-    top, directory = mounts[controller][0], _directory(mounts[controller], own.get(controller, "/"))
-    while directory == top or top in directory.parents:
-        yield directory
-        directory = directory.parent
-
-
-def cpus_available() -> int:
-    """Processors that we may use: those that we are allowed on, or what a group's quota amounts to (a container's ``--cpus``)."""
-    counts = [
-        float(
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-    ]
-    mounts, own = _cgroup_mounts(), _own_cgroups()
-    for directory in _ancestors(mounts, own, "cpu"):
-        with contextlib.suppress(OSError, ValueError):
-            quota = int((directory / "cpu.cfs_quota_us").read_text())
-            if quota > 0:
-                counts.append(quota / int((directory / "cpu.cfs_period_us").read_text()))
-    for directory in _ancestors(mounts, own, ""):
-        with contextlib.suppress(OSError, ValueError):  # "max 100000": no quota
-            share, period = map(int, (directory / "cpu.max").read_text().split())
-            counts.append(share / period)
-    return max(1, math.floor(min(counts) + 0.5))
-
-
-def _cgroup_mounts() -> dict[str, tuple[Path, str]]:
-    """Controller (``""`` for the unified tree) to its mount point and the root that is mounted there.
-
-    The root differs from ``/`` inside a container that shares the host's cgroup namespace (proc_pid_mountinfo(5)).
-    """
-    mounts: dict[str, tuple[Path, str]] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            mount_fields, _, type_fields = line.partition(" - ")
-            kind, _, options = type_fields.split(" ", 2)
-            root, point = mount_fields.split()[3:5]
-            if kind == "cgroup2":
-                mounts.setdefault("", (Path(point), root))
-            elif kind == "cgroup":
-                for controller in options.rsplit(" ", 1)[-1].split(","):
-                    mounts.setdefault(controller, (Path(point), root))
-    return mounts
-
-
-def _own_cgroups() -> dict[str, str]:
-    """Controller to the path of the group that this process is in (cgroups(7))."""
-    own: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            for controller in controllers.split(","):
-                own[controller] = path
-    return own
-
-
-def _directory(mount: tuple[Path, str], path: str) -> Path:
-    point, root = mount
-    if root != "/" and path.startswith(root):
-        path = path[len(root) :]
-    return point / path.lstrip("/")
-
-
 def _v1_parents(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
 ) -> tuple[dict[str, Path], str]:
@@ -444,7 +206,7 @@ def _v1_parents(
     for controller in V1_CONTROLLERS:
         if controller not in mounts:
             continue
-        directory = _directory(mounts[controller], own.get(controller, "/"))
+        directory = cgroup_directory(mounts[controller], own.get(controller, "/"))
         trouble = cgroup_delegation.can_make_group(directory)
         if trouble:
             reason = trouble

@@ -18,7 +18,7 @@ from safe_exec.batch.fingerprint import Kernels, declared_inputs, inputs_of, key
 from safe_exec.batch.history import KEPT_DAYS, History, RunHistory
 from safe_exec.errors import NotebookError
 from safe_exec.model.limits import Limits
-from safe_exec.sandbox.host import capabilities
+from safe_exec.sandbox.host import capabilities, resources
 from safe_exec.trial.request import Cancellation
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare
 from tests.support import make_notebook
@@ -207,33 +207,33 @@ def test_the_tasks_of_the_other_notebooks_are_none_of_ones_own() -> None:
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Control groups of version 2 as a container has them: ours is ``a/b``."""
     (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.setattr(capabilities, "_cgroup_mounts", lambda: {"": (tmp_path, "/")})
-    monkeypatch.setattr(capabilities, "_own_cgroups", lambda: {"": "/a/b"})
-    monkeypatch.setattr(capabilities, "_meminfo", lambda: {"MemAvailable": 1 << 40})
+    monkeypatch.setattr(resources, "cgroup_mounts", lambda: {"": (tmp_path, "/")})
+    monkeypatch.setattr(resources, "own_cgroups", lambda: {"": "/a/b"})
+    monkeypatch.setattr(resources, "_meminfo", lambda: {"MemAvailable": 1 << 40})
     return tmp_path
 
 
 def test_memory_that_a_group_above_leaves(groups: Path) -> None:
-    assert capabilities.memory_available() == 1 << 40
+    assert resources.memory_available() == 1 << 40
     for name, most, used, cached in (("a", "1000", 700, 100), ("a/b", "max", 5, 5)):
         (groups / name / "memory.max").write_text(f"{most}\n")
         (groups / name / "memory.current").write_text(f"{used}\n")
         (groups / name / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
-    assert capabilities.memory_available() == 400
+    assert resources.memory_available() == 400
 
 
 def test_processors_that_a_quota_amounts_to(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
-    assert capabilities.cpus_available() == 8
+    assert resources.cpus_available() == 8
     (groups / "a/b/cpu.max").write_text("max 100000\n")
-    assert capabilities.cpus_available() == 8
+    assert resources.cpus_available() == 8
     (groups / "a/cpu.max").write_text("250000 100000\n")
-    assert capabilities.cpus_available() == 3
+    assert resources.cpus_available() == 3
     (groups / "a/cpu.max").write_text("10000 100000\n")
-    assert capabilities.cpus_available() == 1
+    assert resources.cpus_available() == 1
 
 
 def test_memory_of_this_machine_is_known() -> None:
-    available, (total, _) = capabilities.memory_available(), capabilities.memory_and_swap()
+    available, (total, _) = resources.memory_available(), resources.memory_and_swap()
     assert available is not None and total is not None and 0 < available <= total
-    assert json.dumps(capabilities.cpus_available()).isdigit()
+    assert json.dumps(resources.cpus_available()).isdigit()

@@ -33,10 +33,9 @@ from safe_exec.reports.terminal import Style
 from safe_exec.sandbox import stale_runs
 from safe_exec.sandbox.advice.isolation import advise_walls
 from safe_exec.sandbox.advice.limits import Remedy, advise, swap_state, weak_limits
-from safe_exec.sandbox.host import capabilities
+from safe_exec.sandbox.host import bwrap_probe
+from safe_exec.sandbox.host.bwrap_probe import NOT_INSTALLED, BwrapProbe
 from safe_exec.sandbox.host.capabilities import (
-    NOT_INSTALLED,
-    BwrapProbe,
     HostCapabilities,
     probe_isolation,
 )
@@ -790,14 +789,14 @@ def test_the_version_is_asked_of_one_that_fails_and_by_who_wants_to_know(fake_pa
     assert probe_isolation(HostCapabilities()).bubblewrap_version == "0.8.0"
 
 
-def test_a_rehearsal_that_does_not_end_is_killed(
+def test_a_probe_that_does_not_end_is_killed(
     fake_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capabilities, "BUBBLEWRAP_SECONDS", 0.2)
+    monkeypatch.setattr(bwrap_probe, "BUBBLEWRAP_SECONDS", 0.2)
     fake_bubblewrap(fake_path, "echo bubblewrap 0.8.0", fails="exec sleep 600")
-    with BwrapProbe() as bwrap_probe:
-        assert bwrap_probe._process is not None
-    assert bwrap_probe._process.returncode == -9
+    with BwrapProbe() as probe:
+        assert probe._process is not None
+    assert probe._process.returncode == -9
 
 
 @pytest.mark.parametrize(
@@ -1037,7 +1036,7 @@ def test_where_groups_will_stand_is_said(machine: HostCapabilities, said: str) -
 
 
 @pytest.mark.bed("bubblewrap")
-def test_a_rehearsal_that_nobody_asks_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_nobody_asks_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = secrets.token_hex(8)
     monkeypatch.setenv(MARK, mark)
     for _ in range(20):

@@ -16,15 +16,10 @@ import zmq as _zmq
 from jupyter_client.session import Session
 
 from safe_exec.kernel import connection as wire
+from safe_exec.kernel import zmtp
 from safe_exec.kernel.channel import Channel, unpacked
-from safe_exec.kernel.connection import (
-    GREETING,
-    Address,
-    ConnectFailed,
-    Connection,
-    Received,
-    connect,
-)
+from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
+from safe_exec.kernel.zmtp import GREETING, Received
 
 ZMQ: Any = _zmq  # which has no types here
 LARGEST = 1 << 20
@@ -101,7 +96,7 @@ def test_libzmq_is_understood_both_ways(tmp_path: Path, place: str) -> None:
 
 def frames(*parts: bytes) -> bytes:
     return b"".join(
-        struct.pack(">BQ", wire.LONG | (wire.MORE if n < len(parts) - 1 else 0), len(part)) + part
+        struct.pack(">BQ", zmtp.LONG | (zmtp.MORE if n < len(parts) - 1 else 0), len(part)) + part
         for n, part in enumerate(parts)
     )
 
@@ -122,7 +117,7 @@ def test_what_is_too_large_is_let_go_by_and_the_next_is_whole(tmp_path: Path) ->
                 assert (
                     large.dropped > 0
                     and large.parts[0] == b"id"
-                    and sum(map(len, large.parts)) < wire.SMALL * 2
+                    and sum(map(len, large.parts)) < zmtp.SMALL * 2
                 )
                 assert (await arrived(connection)).parts == [b"next"]
                 await sending
@@ -139,7 +134,7 @@ def test_no_more_is_read_than_has_room(tmp_path: Path) -> None:
                 loop.sock_sendall(theirs, frames(bytes(LARGEST - 1000)) * total)
             )
             await asyncio.sleep(0.5)
-            assert not sending.done() and connection._waiting_bytes <= wire.MOST_WAITING
+            assert not sending.done() and connection.reader.buffered[1] <= zmtp.MOST_WAITING
             for _ in range(total):
                 assert len((await arrived(connection)).parts[0]) == LARGEST - 1000
             await sending
@@ -149,17 +144,17 @@ def test_no_more_is_read_than_has_room(tmp_path: Path) -> None:
 
 def test_a_message_without_an_end_is_told_of_and_not_kept(tmp_path: Path) -> None:
     async def test() -> None:
-        async with raw_peer(tmp_path / "s", struct.pack(">BQ", wire.LONG, 2**64 - 1)) as (
+        async with raw_peer(tmp_path / "s", struct.pack(">BQ", zmtp.LONG, 2**64 - 1)) as (
             connection,
             theirs,
         ):
             loop = asyncio.get_running_loop()
             sending = asyncio.create_task(
-                loop.sock_sendall(theirs, bytes(wire.TOLD_EVERY + (8 << 20)))
+                loop.sock_sendall(theirs, bytes(zmtp.REPORT_EVERY + (8 << 20)))
             )
             told = await arrived(connection)
-            assert told.parts == [] and wire.TOLD_EVERY < told.dropped < 2 * wire.TOLD_EVERY
-            assert len(connection._inbox) <= wire.READ_BYTES
+            assert told.parts == [] and zmtp.REPORT_EVERY < told.dropped < 2 * zmtp.REPORT_EVERY
+            assert connection.reader.buffered[0] <= wire.READ_BYTES
             await sending
 
     run(test)
