@@ -2,7 +2,8 @@
 
 Linux puts the sender's credentials on each message of the status socket, with process ids as they
 are out here, whatever namespace the sender is in (unix(7), SCM_CREDENTIALS). So the keeper learns
-which process is the kernel, and only the init can report how the kernel ended. Standard library only.
+which process is the kernel, and only the init can report how the kernel ended. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 _UCRED, _INT = struct.Struct("3i"), struct.Struct("i")
 START_SECONDS = 20.0
 MESSAGE_BYTES = 4096
+# In one message.
 MOST_DESCRIPTORS = 8
-"""In one message."""
 PAGE = 4096
 COPY_BYTES = 256 << 20
 SPARE_INODES = 8
@@ -43,7 +44,7 @@ BOOT = (
 
 
 class ChildEnds(NamedTuple):
-    """Descriptors of the keeper's child: its stderr, the pipe for its failure, and the kernel's by name."""
+    """Descriptors of the keeper's child: stderr, the pipe for its failure, and the kernel's."""
 
     stderr: int
     error: int
@@ -51,7 +52,7 @@ class ChildEnds(NamedTuple):
 
 
 class KernelEnding(NamedTuple):
-    """The kernel's raw wait status, processor time, largest resident memory and mask of caught signals, from the init."""
+    """The kernel's ending, as the init reported it."""
 
     status: int
     cpu_seconds: float
@@ -63,7 +64,8 @@ class Bubblewrap:
     """One bubblewrap with its init and its kernel, by their process ids out here.
 
     ``sockets`` is a descriptor of the directory of the kernel's sockets, ``discarded`` those of the
-    places whose files disappear with the sandbox. ``is_closed``: nobody can send a message any more.
+    places whose files disappear with the sandbox. ``is_closed``: nobody can send a message any
+    more.
     """
 
     def __init__(self, setup: BwrapSetup) -> None:
@@ -128,7 +130,10 @@ class Bubblewrap:
         return self.kernel_pid
 
     def release(self) -> None:
-        """Let the kernel's process go on, and wait until it has executed the kernel. Raises SetupFailed."""
+        """Let the kernel's process go on, and wait until it has executed the kernel.
+
+        Raises SetupFailed.
+        """
         os.write(self._release_w, b"g")
         os.close(self._release_w)
         deadline = time.monotonic() + START_SECONDS
@@ -149,10 +154,9 @@ class Bubblewrap:
         return bool(select.select([self.status], [], [], seconds)[0])
 
     def receive(self) -> tuple[dict[str, Any], int]:
-        """Return a message and its sender's pid out here.
-
-        The message is empty at the end of the socket, and for anything that the init does not send.
-        """
+        """Return a message and its sender's pid out here."""
+        # The message is empty at the end of the socket, and for anything that the init does not
+        # send.
         room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT.size)
         data, ancillary, _, _ = self.status.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         credentials = (
@@ -195,7 +199,10 @@ class Bubblewrap:
 
 
 def _protect_devices(paths: tuple[str, ...]) -> None:
-    """Mount devices that bubblewrap shall show read-only on themselves; its own mounts inherit that."""
+    """Mount devices that bubblewrap shall show read-only on themselves.
+
+    Its own mounts inherit that.
+    """
     if not paths:
         return
     binds = [{"kind": "bind", "source": path, "target": path} for path in paths]
@@ -227,8 +234,9 @@ def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup) -> None:
 def make_disk(disk: LimitedDisk) -> file_tree.ConcurrentChanges:
     """Make the file system that a run writes to, in a mount namespace of our own.
 
-    It holds the folder as it is, a /tmp, a home and a directory for sockets. Returns what later tells
-    which files others changed in the folder. Raises OSError if the folder is too large to copy.
+    It holds the folder as it is, a /tmp, a home and a directory for sockets. Returns what later
+    tells which files others changed in the folder. Raises OSError if the folder is too large to
+    copy.
     """
     owner, base, folder = disk.owner, Path(disk.base), Path(disk.folder)
     changes = file_tree.ConcurrentChanges(since=file_tree.now())
@@ -280,7 +288,10 @@ def changed_files(base: str) -> str:
 
 
 def _measure(folder: Path) -> tuple[int, int]:
-    """Return the bytes (in whole pages) and inodes that a copy takes. Raises OSError if too large."""
+    """Return the bytes (in whole pages) and inodes that a copy takes.
+
+    Raises OSError if too large.
+    """
     size = entries = 0
     for _, status in file_tree.walk(folder):
         entries += 1

@@ -2,12 +2,12 @@
 
 bubblewrap reports SIGKILL as 137, the same as ``os._exit(137)``. So this process is the kernel's
 parent inside, and reports its raw wait status and processor time on the status socket. Linux puts
-the sender's credentials on each message (unix(7), SCM_CREDENTIALS), so a kernel that got hold of the
-socket would speak in its own name. It cannot get hold of it: this process is not dumpable, so no
-other process of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
+the sender's credentials on each message (unix(7), SCM_CREDENTIALS), so a kernel that got hold of
+the socket would speak in its own name. It cannot get hold of it: this process is not dumpable, so
+no other process of the same user may open its descriptors in /proc (prctl(2), PR_SET_DUMPABLE).
 
-In a pid namespace of its own this is process 1: it reaps orphans, everything inside dies with it, and
-no signal from inside reaches it, not even SIGKILL and SIGSTOP (pid_namespaces(7)).
+In a pid namespace of its own this is process 1: it reaps orphans, everything inside dies with it,
+and no signal from inside reaches it, not even SIGKILL and SIGSTOP (pid_namespaces(7)).
 
 The kernel's process waits until the keeper has moved it to its cgroups. Neither this process nor
 bubblewrap is in them: they do not count against the notebook's limits and are not killed for them.
@@ -46,8 +46,8 @@ def main(status_fd: int, release_fd: int, config_fd: int) -> None:
     command = config["command"]
     status = socket.socket(fileno=status_fd)
     # These directories exist only in our view of the file system: the one of the kernel's sockets,
-    # and those whose files disappear with us. The keeper lists the latter after everything in here is
-    # dead: a file system stays until its last descriptor is closed.
+    # and those whose files disappear with us. The keeper lists the latter after everything in here
+    # is dead: a file system stays until its last descriptor is closed.
     directories = [
         os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for path in (config["sockets"], *config["discarded"])
@@ -87,7 +87,8 @@ def _run_child(
         os.setsid()
         status.send(b'{"who":"kernel"}')
         status.close()
-        # The end of the pipe means that the keeper is dead, or that the cgroups could not be joined.
+        # The end of the pipe means that the keeper is dead, or that the cgroups could not be
+        # joined.
         if not os.read(release_fd, 1):
             os._exit(1)
         os.close(release_fd)

@@ -1,8 +1,9 @@
 """Giving up all capabilities for good. Linux only; standard library only.
 
 A change of the user id from root clears the permitted, effective and ambient sets, but neither the
-inheritable nor the bounding set (capabilities(7)): with those, a program file that carries capabilities
-could give some back. Root that stays root gets all of the bounding set at its next execution.
+inheritable nor the bounding set (capabilities(7)): with those, a program file that carries
+capabilities could give some back. Root that stays root gets all of the bounding set at its next
+execution.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class _Sets(ctypes.Structure):
 
 
 def give_up(*, for_uid: int | None) -> None:
-    """Empty every set of the calling thread, and become the user ``for_uid`` in between if there is one.
+    """Empty every capability set of the calling thread; ``for_uid`` is the user to become.
 
-    Raises OSError that names what failed. The bounding set can only be emptied with CAP_SETPCAP; in a
-    container without it the set stays, and no_new_privs, which comes with the filter of system calls,
-    keeps an execution from giving any of it back.
+    Raises OSError that names what failed. The bounding set can only be emptied with CAP_SETPCAP; in
+    a container without it the set stays, and no_new_privs, which comes with the filter of system
+    calls, keeps an execution from giving any of it back.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _check(
@@ -46,7 +47,8 @@ def give_up(*, for_uid: int | None) -> None:
     for number in range(HIGHEST):
         bounding = _prctl(libc, PR_CAPBSET_READ, number)
         if bounding < 0:
-            break  # beyond the last one that this system knows
+            # Beyond the last one that this system knows.
+            break
         if bounding:
             _check(
                 _prctl(libc, PR_CAPBSET_DROP, number),

@@ -58,7 +58,8 @@ def delegate_controllers(group: str, leaf: str, controllers: Iterable[str]) -> N
 
 
 def oomd_killed(dirs: Iterable[str]) -> bool | None:
-    """Whether systemd-oomd killed one of these cgroups: it sets an extended attribute (systemd-oomd.service(8))."""
+    """Whether systemd-oomd killed one of these cgroups."""
+    # It sets an extended attribute (systemd-oomd.service(8)).
     for path in dirs:
         for name in ("user.oomd_kill", "trusted.oomd_kill"):
             with contextlib.suppress(OSError):

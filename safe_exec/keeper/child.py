@@ -28,7 +28,10 @@ ROOM = 64
 
 
 class LandlockRules:
-    """Paths that stay readable and writable; ``tcp`` false refuses TCP, ``None`` leaves it alone."""
+    """Paths that stay readable and writable.
+
+    ``tcp`` false refuses TCP, ``None`` leaves it alone.
+    """
 
     readable: tuple[str, ...]
     writable: tuple[str, ...]
@@ -103,7 +106,7 @@ class KernelCommand:
 
 
 def command_from(values: "dict[str, Any]") -> KernelCommand:
-    """Return the command that the keeper handed to the init as plain values (``protocol.as_plain``)."""
+    """Return the command from the plain values of ``protocol.as_plain``."""
     walls = values["walls"]
     if walls is not None:
         rules = walls["landlock"]
@@ -153,7 +156,8 @@ def prepare(command: KernelCommand) -> None:
             try:
                 signal.signal(number, signal.SIG_DFL)
             except (OSError, ValueError):
-                continue  # the C library keeps two for itself
+                # The C library keeps two for itself.
+                continue
     signal.set_wakeup_fd(-1)
     if command.walls is None:
         _enter(command.cwd)
@@ -184,8 +188,8 @@ def _raise_walls(walls: Walls, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if walls.drop_capabilities:
         capabilities.give_up(for_uid=walls.uid)
-    # Root without capabilities may not enter a private copy (mode 0700) of the kernel's user, so the
-    # change of user comes first.
+    # Root without capabilities may not enter a private copy (mode 0700) of the kernel's user, so
+    # the change of user comes first.
     _enter(folder)
     if walls.landlock is not None:
         rules = walls.landlock
@@ -195,7 +199,10 @@ def _raise_walls(walls: Walls, folder: str) -> None:
 
 
 class SetupFailed(Exception):  # noqa: N818 - what happened to the child
-    """The child did not become the kernel. ``stage`` is "sandbox" (ours to answer for) or "command" (the kernelspec's)."""
+    """The child did not become the kernel.
+
+    ``stage`` is "sandbox" (ours to answer for) or "command" (the kernelspec's).
+    """
 
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(message)

@@ -1,10 +1,10 @@
 """The output of a dying kernel process: its own stderr, and the stacks of its fault handler.
 
-A dying kernel waits for the keeper. The fault handler writes to a stream socket whose send buffer is
-as small as Linux allows, so it blocks after a few short writes until the keeper reads. When the first
-byte arrives, the process still has its stack: /proc shows how far the main thread's stack had grown,
-and the registers at the fault can be read (``signal_frame``). Both tell a stack overflow from another
-segmentation fault. Standard library only.
+A dying kernel waits for the keeper. The fault handler writes to a stream socket whose send buffer
+is as small as Linux allows, so it blocks after a few short writes until the keeper reads. When the
+first byte arrives, the process still has its stack: /proc shows how far the main thread's stack had
+grown, and the registers at the fault can be read (``signal_frame``). Both tell a stack overflow
+from another segmentation fault. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FAULT_BYTES = 256 * 1024
 FATAL = b"Fatal Python error"
 STACK_WAIT_SECONDS = 0.2
 QUIET_SECONDS = 0.02
+# Writes that follow each other more closely than this are one burst.
 BURST_PAUSE_SECONDS = 0.1
-"""Writes that follow each other more closely than this are one burst."""
 BURSTS = 8
 BURST_BYTES = 8 * 1024
 NEXT_SECONDS = 0.002
@@ -152,7 +152,7 @@ class CrashOutput:
             self._kernel_end = None
 
     def _read_following(self) -> bytes:
-        """Read the writes that follow closely, up to a fatal report that is still to be inspected."""
+        """Read the writes that follow closely, up to a fatal report not yet inspected."""
         # The handler writes a few dozen bytes and waits until they are read. Telling the runner of
         # each write, and checking the memory in between, took longer than the rest of a death.
         assert self._fault is not None

@@ -1,13 +1,18 @@
-"""Lists the files that are gone with a sandbox: those in a home, /tmp or /dev/shm of its own. Standard library only.
+"""Lists the files that are gone with a sandbox: those in a home, /tmp or /dev/shm of its own.
 
-The keeper does it when all in the sandbox is dead and the file systems still stand, since descriptors of their roots are open: nothing can
-change or hide what is found. Whatever lies there was named by the notebook, so it is walked by descriptors, no link is followed, and depth,
-number and time are bounded.
+Standard library only.
 
-Most that a run leaves in such places is no loss: caches, locks, sockets, temporary files. The rules for that are below; a file that only a
-user's own code would have named so is reported. Temporary files are told by what mkstemp(3), mkdtemp(3) and Python's tempfile do alone: they
-make entries that nobody else may read (0600 and 0700) under a name with random characters. A plain ``open`` makes files that others may read,
-unless the umask forbids it; then only the usual names are left to go by.
+The keeper does it when all in the sandbox is dead and the file systems still stand, since
+descriptors of their roots are open: nothing can change or hide what is found. Whatever lies there
+was named by the notebook, so it is walked by descriptors, no link is followed, and depth, number
+and time are bounded.
+
+Most that a run leaves in such places is no loss: caches, locks, sockets, temporary files. The rules
+for that are below; a file that only a user's own code would have named so is reported. Temporary
+files are told by what mkstemp(3), mkdtemp(3) and Python's tempfile do alone: they make entries that
+nobody else may read (0600 and 0700) under a name with random characters. A plain ``open`` makes
+files that others may read, unless the umask forbids it; then only the usual names are left to go
+by.
 """
 
 from __future__ import annotations
@@ -28,28 +33,30 @@ if TYPE_CHECKING:
 SECONDS = 0.5
 MOST_ENTRIES = 20_000
 MOST_DEPTH = 16
+# Descriptors that are open at a time.
 MOST_DIRECTORIES = 200
-"""Descriptors that are open at a time."""
+# Names right below a place that are told of; the rest is only counted.
 MOST_GROUPS = 50
-"""Names right below a place that are told of; the rest is only counted."""
 HOME, TMP, SHM, FOLDER = "home", "tmp", "shm", "folder"
 
 PRIVATE = 0o077
 TEMPORARY_ENDS = (".tmp", ".temp", ".lock", ".lck", ".pid", ".sock", ".swp", ".part", "~")
+# Python's tempfile has eight of these characters, mkstemp(3) six of those; of plain lower case are
+# too many words.
 _RANDOM = re.compile(r"[a-z0-9_]{8}|(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{6}")
-"""Python's tempfile has eight of these characters, mkstemp(3) six of those; of plain lower case are too many words."""
+# Python's and mktemp(1)'s own prefix, a random long of Java's (a time of day is shorter), a UUID.
 _SURELY_RANDOM = re.compile(
     r"^tmp[a-z0-9_]{8}|^tmp\.[A-Za-z0-9]{6}|\d{17}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-", re.ASCII
 )
-"""Python's and mktemp(1)'s own prefix, a random long of Java's (a time of day is shorter), a UUID."""
+# Directories in /tmp.
 _OF_PROGRAMS = re.compile(
     r"ipykernel_|matplotlib-|Rtmp|jl_|pymp-|joblib_memmapping|loky-|pip-|npm-|torchinductor_|torchelastic_|dask-(?:scratch|worker)-space"
     r"|hsperfdata_|runtime-|safe-exec-|(?:ray|triton|polars)$"
 )
-"""Directories in /tmp."""
 _SHARED_MEMORY = re.compile(
     r"psm_|wnsm_|sem\.|torch_|joblib_memmapping|loky-|pym-|nccl-|ompi|vader_segment|sm_segment|plasma|lttng-ust|pulse-shm"
 )
+# Where libraries keep what they have downloaded or built, in homes.
 HOME_DOWNLOADS = (
     "nltk_data",
     "scikit_learn_data",
@@ -61,7 +68,6 @@ HOME_DOWNLOADS = (
     "go",
     "snap",
 )
-"""Where libraries keep what they have downloaded or built, in homes."""
 
 
 def is_passing_name(name: str, *, is_directory: bool) -> bool:
@@ -72,7 +78,9 @@ def is_passing_name(name: str, *, is_directory: bool) -> bool:
 
 
 def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> bool:
-    """Whether an entry right below a place is of the kind that programs leave there; all in a directory is of its kind.
+    """Whether an entry right below a place is of the kind that programs leave there.
+
+    All in a directory is of its kind.
 
     ``mode_tells``: the umask would have let others read it.
     """
@@ -95,7 +103,10 @@ def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> b
 
 
 class Listing:
-    """The files found, by the entry right below a place that they lie in; within one budget of time and entries."""
+    """The files found, by the entry right below a place that they lie in.
+
+    Within one budget of time and entries.
+    """
 
     def __init__(
         self, *, mode_tells: bool, seconds: float = SECONDS, entries: int = MOST_ENTRIES
@@ -117,7 +128,8 @@ class Listing:
     ) -> None:
         """List what lies below the directory ``fd``; ``place`` is what the notebook calls it.
 
-        ``skip`` are paths in it that are none of the notebook's: mount points. ``is_old`` says whether a file was there before.
+        ``skip`` are paths in it that are none of the notebook's: mount points. ``is_old`` says
+        whether a file was there before.
         """
         for name, status in self._files(fd, kind, frozenset(skip)):
             if is_old is not None and is_old(name, status):
@@ -146,7 +158,10 @@ class Listing:
     def _files(
         self, root: int, kind: str, skip: frozenset[str]
     ) -> Iterator[tuple[str, os.stat_result]]:
-        """The regular files by their path below ``root``, outer ones first in each directory; its own file system only."""
+        """The regular files by their path below ``root``, outer ones first in each directory.
+
+        Its own file system only.
+        """
         device = os.fstat(root).st_dev
         todo = [("", os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))]
         try:
@@ -176,7 +191,8 @@ class Listing:
                     room = MOST_DIRECTORIES - len(todo) if folder.count("/") < MOST_DEPTH else 0
                     self.is_complete = self.is_complete and len(inner) <= room
                     for name in inner[:room]:
-                        with contextlib.suppress(OSError):  # what even we may not look into
+                        # What even we may not look into.
+                        with contextlib.suppress(OSError):
                             todo.append((f"{folder}{name}/", directory.open(name)))
         finally:
             for _, fd in todo:

@@ -20,12 +20,12 @@ SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 COPIED_KINDS = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK})
 PIECE = 64 << 20
 CLOCK_REALTIME_COARSE = 5
+# Errors of opening a file that has become a link, a pipe or a device in the meantime.
 REPLACED_ERRORS = frozenset({errno.ELOOP, errno.ESTALE, errno.ENXIO})
-"""Errors of opening a file that has become a link, a pipe or a device in the meantime."""
 
 
+# Kind and mode of an entry; also size and time of a file, or the target of a link.
 Fingerprint = tuple[object, ...]
-"""Kind and mode of an entry; also size and time of a file, or the target of a link."""
 
 
 def fingerprint(path: Path, status: os.stat_result) -> Fingerprint:
@@ -149,7 +149,10 @@ def _set_owner(copy: Path, status: os.stat_result, owner: int | None) -> None:
 
 
 def remove_tree(path: str | Path) -> bool:
-    """Remove a directory and everything below it, read-only entries too; false if something remains."""
+    """Remove a directory and everything below it, read-only entries too.
+
+    False if something remains.
+    """
     top = os.fspath(path)
     if os.path.isdir(top) and not os.path.islink(top):
         numbers = itertools.count()
@@ -199,7 +202,7 @@ def _open(folder: str) -> None:
 
 
 class ConcurrentChanges:
-    """Tells which entries of a folder others changed while a program worked on a copy or in a layer.
+    """Tells which entries of a folder others changed while a program worked on it.
 
     ``copies`` are the fingerprints of a copy: whatever differs from them was changed by others.
     ``since`` is the start of an overlay, in nanoseconds: others' changes are visible through it at
@@ -225,7 +228,10 @@ class ConcurrentChanges:
         return self._copies is not None and name not in self._copies
 
     def changed(self, name: str, path: Path, status: os.stat_result) -> bool:
-        """Whether others changed this entry of the folder; a directory's entries count on their own."""
+        """Whether others changed this entry of the folder.
+
+        A directory's entries count on their own.
+        """
         if stat.S_ISDIR(status.st_mode):
             return self._copies is not None and self._copies.get(name, (0,))[0] != stat.S_IFDIR
         if self._copies is not None:
@@ -250,8 +256,8 @@ def write_back(
     after all others.
     """
     # The program's files are hostile data: links are copied as links and never followed,
-    # set-user-id bits are dropped, devices, pipes and sockets are left out, holes stay holes. What no
-    # copy contains (devices, unreadable files) is not touched in the target either.
+    # set-user-id bits are dropped, devices, pipes and sockets are left out, holes stay holes. What
+    # no copy contains (devices, unreadable files) is not touched in the target either.
     concurrent_changes = concurrent_changes or ConcurrentChanges()
     owner = os.stat(target)
     copied = {

@@ -1,4 +1,6 @@
-"""The fork server: forks keepers where many are needed, for a batch or a search. Standard library only.
+"""The fork server: forks keepers where many are needed, for a batch or a search.
+
+Standard library only.
 
 Starting an interpreter with the modules of a keeper takes 25 ms of processor time, a fork of this
 process takes 1 ms. A forked keeper is like any other: it has a session and a control socket of its
@@ -19,7 +21,7 @@ REQUEST_BYTES = 8192
 
 
 def main(control_fd: int) -> None:
-    """Fork a keeper for each request: its socket's descriptor, the name of its run, its directory."""
+    """Fork a keeper for each request: a descriptor, the name of its run, its directory."""
     os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
     # Linux reaps the keepers for us; the runner waits for them by pidfd.

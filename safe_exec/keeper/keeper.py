@@ -3,20 +3,21 @@
 Theory of operation. The runner starts one keeper for each kernel, in a session of its own, and
 exchanges messages with it over a socket pair (``protocol``). The keeper
 
-1. makes the cgroups and writes their limits, after the runner has told it which file to remove last,
-2. forks. The child joins the cgroups, takes its rlimits, and only then executes the kernel: no kernel
-   code ever runs without its limits,
+1. makes the cgroups and writes their limits, after the runner has told it which file to remove
+   last,
+2. forks. The child joins the cgroups, takes its rlimits, and only then executes the kernel: no
+   kernel code ever runs without its limits,
 3. is the child subreaper of everything that the kernel starts, so that a daemon that forks twice to
    escape becomes the keeper's child,
 4. reads the raw wait status. It reports the death at once (SIGCHLD through a wake-up descriptor),
    with the counters of the cgroups from before anything is removed,
 5. records the reason of a kill before it sends any signal; the first reason stays,
-6. at the end of the socket, whether the runner asked for it or died, kills the process tree, removes
-   the cgroups and the runtime directory, and exits.
+6. at the end of the socket, whether the runner asked for it or died, kills the process tree,
+   removes the cgroups and the runtime directory, and exits.
 
 ``crash_output`` reads what a dying kernel writes. The keeper notes signals that are meant for the
-runner (Ctrl-C in a terminal, a SIGTERM to the whole session at shutdown), but does not obey them: it
-has to outlive the runner.
+runner (Ctrl-C in a terminal, a SIGTERM to the whole session at shutdown), but does not obey them:
+it has to outlive the runner.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 KILL_SECONDS = 5.0
+# Stacks are dumped from this share of the memory limit on.
 NEAR = 0.85
-"""Stacks are dumped from this share of the memory limit on."""
 STACK_STEP = 0.04
+# No allocation fills memory faster than 5 GB/s, which bounds how soon memory can reach its limit.
 FASTEST_BYTES_PER_MS = 5 << 20
-"""No allocation fills memory faster than 5 GB/s, which bounds how soon memory can reach its limit."""
 MEMORY_CHECK_MS = (2, 100)
+# Files that a warning names one by one.
 MOST_NAMED = 5
-"""Files that a warning names one by one."""
+# Thousandths of the available memory by which the OOM killer overrates the sandbox.
 OOM_SHARE = 300
-"""Thousandths of the available memory by which the OOM killer overrates the sandbox."""
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 RECEIVE_BYTES = 1 << 20
+# In one piece of the control socket.
 MOST_DESCRIPTORS = 16
-"""In one piece of the control socket."""
 
 
 class Keeper:
@@ -164,7 +165,10 @@ class Keeper:
             os.close(sockets)
 
     def join_cgroups(self, bubblewrap: Bubblewrap) -> int:
-        """Move the kernel's process, which waits inside bubblewrap, to its cgroups; return its pid."""
+        """Move the kernel's process, which waits inside bubblewrap, to its cgroups.
+
+        Return its pid.
+        """
         try:
             pid = bubblewrap.await_kernel()
             for path in self.cgroup.joins:
@@ -179,7 +183,7 @@ class Keeper:
         return pid
 
     def chown_runtime_dir(self, owner: int | None) -> None:
-        """Give the sockets' directory and the connection file to the user that the kernel will be."""
+        """Give the sockets' directory and the connection file to the kernel's user."""
         if owner is None or self.directory is None:
             return
         for path in (self.directory, *(entry.path for entry in os.scandir(self.directory))):
@@ -274,7 +278,10 @@ class Keeper:
             self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
 
     def start(self, plan: Spawn) -> None:
-        """Build the sandbox and start the kernel, or report what failed; the runner ends us then."""
+        """Build the sandbox and start the kernel, or report what failed.
+
+        The runner ends us then.
+        """
         self.plan = plan
         try:
             self.make_cgroups()
@@ -286,7 +293,10 @@ class Keeper:
             self.send(protocol.Failed(message=str(error), command_failed=False))
 
     def kill(self, reason: str) -> None:
-        """Record the reason, then kill the process tree. A kernel that is dead keeps its own ending."""
+        """Record the reason, then kill the process tree.
+
+        A kernel that is dead keeps its own ending.
+        """
         if self.reason is None and not self.exited:
             self.reason = reason
             if self.plan is not None and reason in self.plan.stack_before:
@@ -313,7 +323,10 @@ class Keeper:
         return int(max(shortest, min(longest, until_near)))
 
     def request_stack(self) -> bool:
-        """Send the signal at which the agent dumps the kernel's stack; false if nothing handles it."""
+        """Send the signal at which the agent dumps the kernel's stack.
+
+        False if nothing handles it.
+        """
         number = self.plan.dump_signal if self.plan is not None else None
         # Without a handler the signal would kill the kernel.
         if not number or self.exited or not procfs.catches(self.pid, number):
@@ -407,10 +420,8 @@ class Keeper:
         return None
 
     def list_discarded(self) -> None:
-        """Tell the runner which files disappear with the sandbox.
-
-        All its processes must be dead, and its file systems must still exist.
-        """
+        """Tell the runner which files disappear with the sandbox."""
+        # All its processes must be dead, and its file systems must still exist.
         # Nobody asks this about a trial of a culprit search, or after the runner's death.
         if self.plan is None or not self.pid or self.orphaned or self.plan.mounts:
             return
@@ -500,7 +511,10 @@ def _run_child(
     keeper_pid: int,
     ends: ChildEnds,
 ) -> None:
-    """In the child: enter the sandbox, execute the kernel, or bubblewrap around it. Never returns."""
+    """In the child: enter the sandbox, execute the kernel, or bubblewrap around it.
+
+    Never returns.
+    """
     command = plan.command
     try:
         os.setsid()
@@ -530,11 +544,11 @@ def _enter_mounts(plan: Spawn) -> None:
 
 
 def _raise_oom_score() -> None:
-    """Have Linux kill the kernel rather than the runner if the machine, or a cgroup above, runs out of memory."""
+    """Make the kernel a likelier victim of the OOM killer than the runner."""
     # The OOM killer takes the largest process, and a runner of many notebooks is larger than one of
     # its kernels (proc_pid_oom_score_adj(5)). All processes of the sandbox inherit the score, so
-    # their order among each other stays. A higher score would sacrifice a small kernel for any large
-    # stranger. Raising it takes no privilege; with a read-only /proc it stays as it was.
+    # their order among each other stays. A higher score would sacrifice a small kernel for any
+    # large stranger. Raising it takes no privilege; with a read-only /proc it stays as it was.
     with contextlib.suppress(OSError, ValueError):
         score = Path("/proc/self/oom_score_adj")
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SHARE)))
@@ -552,8 +566,8 @@ def _die_with_keeper(keeper_pid: int) -> None:
 def main(control_fd: int, directory: str, run_id: str) -> None:
     """Run the keeper on the socket that the runner passed as ``control_fd``.
 
-    ``directory`` (empty for none) is made and removed by the keeper. ``run_id`` names the process in
-    lists of processes.
+    ``directory`` (empty for none) is made and removed by the keeper. ``run_id`` names the process
+    in lists of processes.
     """
     # The kernel must not inherit the socket: it could send messages in our name.
     os.set_inheritable(control_fd, False)

@@ -1,31 +1,36 @@
-"""Walls that any process can put around itself, where no namespace is to be had: Landlock. Linux only; standard library only.
+"""Walls that any process can put around itself, where no namespace is to be had: Landlock.
 
-Theory of operation (landlock(7); kernel documentation userspace-api/landlock). A ruleset names the kinds of access that it handles. What
-is handled is forbidden, but beneath the paths that a rule opens. :func:`restrict` makes the ruleset, adds the rules, and puts the calling
-thread under it for good, with all that will come from it; the child calls it right before it executes the kernel.
+Linux only; standard library only.
 
-What a kernel of the system does not know yet is left out (:func:`describe`), as the documentation has it:
+Theory of operation (landlock(7); kernel documentation userspace-api/landlock). A ruleset names the
+kinds of access that it handles. What is handled is forbidden, but beneath the paths that a rule
+opens. :func:`restrict` makes the ruleset, adds the rules, and puts the calling thread under it for
+good, with all that will come from it; the child calls it right before it executes the kernel.
+
+What a kernel of the system does not know yet is left out (:func:`describe`), as the documentation
+has it:
 
 === ==============================================================================================
-ABI
-=== ==============================================================================================
-1   reading, executing, writing, making and removing files; none can be moved to another directory
-2   they can, between directories that may be written to (REFER)
-3   truncate(2); before, any file that the user may write to can be emptied by it
-4   TCP: bind and connect
-5   ioctl(2) on devices that are opened from then on
-6   abstract Unix sockets of, and signals to, processes outside
-7   nothing that we use: what is written to the audit log
-=== ==============================================================================================
+ABI ===
+============================================================================================== 1
+reading, executing, writing, making and removing files; none can be moved to another directory 2
+they can, between directories that may be written to (REFER) 3   truncate(2); before, any file that
+the user may write to can be emptied by it 4   TCP: bind and connect 5   ioctl(2) on devices that
+are opened from then on 6   abstract Unix sockets of, and signals to, processes outside 7   nothing
+that we use: what is written to the audit log ===
+==============================================================================================
 
-What no ABI up to 7 walls off: looking at what a file is like (stat, access) and changing that (chmod, chown, utime, setxattr), chdir,
-Unix sockets with a path, UDP, and descriptors that are open already. A hidden tree that is mounted a second time, or a file with a
-second hard link, can be read there. Inside, nothing can be mounted, and no process outside can be traced (ptrace(2)), so that
-/proc/PID/mem, root and cwd of those outside are closed, too; environ and maps as well, but not to root on newer systems (CAP_PERFMON).
+What no ABI up to 7 walls off: looking at what a file is like (stat, access) and changing that
+(chmod, chown, utime, setxattr), chdir, Unix sockets with a path, UDP, and descriptors that are open
+already. A hidden tree that is mounted a second time, or a file with a second hard link, can be read
+there. Inside, nothing can be mounted, and no process outside can be traced (ptrace(2)), so that
+/proc/PID/mem, root and cwd of those outside are closed, too; environ and maps as well, but not to
+root on newer systems (CAP_PERFMON).
 
-Rules open whole trees, and none can be taken back further down. To hide one directory, all beside it must be opened instead
-(:func:`all_but`): the directories above a hidden one can be passed through, but not listed, and what is put into them later cannot be
-read. Writable trees are readable; they may lie beneath hidden ones.
+Rules open whole trees, and none can be taken back further down. To hide one directory, all beside
+it must be opened instead (:func:`all_but`): the directories above a hidden one can be passed
+through, but not listed, and what is put into them later cannot be read. Writable trees are
+readable; they may lie beneath hidden ones.
 """
 
 from __future__ import annotations
@@ -46,18 +51,19 @@ MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 
+# What ABI 1 knows: all bits below REFER.
 FIRST = REFER - 1
-"""What ABI 1 knows: all bits below REFER."""
 READ = EXECUTE | READ_FILE | READ_DIR
 # Root could make a device file of the disk that a hidden directory lies on.
 NEVER = MAKE_CHAR | MAKE_BLOCK
+# What a rule for anything but a directory may speak of.
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
-"""What a rule for anything but a directory may speak of."""
 
+# What programs expect to be able to write to; of no danger to anybody. Graphics cards are not among
+# them.
 DEVICES = (
     "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/shm",  # noqa: S108
 )  # fmt: skip
-"""What programs expect to be able to write to; of no danger to anybody. Graphics cards are not among them."""
 
 # The same numbers on every architecture that we run on.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
@@ -116,11 +122,12 @@ def all_but(
     islink: Callable[[str], bool] = os.path.islink,
     resolve: Callable[[str], str] = os.path.realpath,
 ) -> list[str]:
-    """The paths to open so that everything can be read but the hidden trees; only what lies above those is listed.
+    """The paths to open so that everything can be read but the hidden trees.
 
-    Links are left out: following one needs no right, and what it leads to is opened for itself, or hidden. A rule for a link would
-    open its target, which may be what is to be hidden.
+    Only what lies above those is listed.
     """
+    # Links are left out: following one needs no right, and what it leads to is opened for itself,
+    # or hidden. A rule for a link would open its target, which may be what is to be hidden.
     closed = {"/" + resolve(path).lstrip("/") for path in hidden}
     from pathlib import PurePosixPath
 
@@ -141,7 +148,7 @@ def all_but(
     return sorted(paths)
 
 
-# --- the calls --------------------------------------------------------------------------------------------------
+# --- the calls ------------------------------------------------------------------------------------
 
 
 class _RulesetAttr(ctypes.Structure):
@@ -156,7 +163,7 @@ class _PathBeneathAttr(ctypes.Structure):
 
 
 def abi() -> int:
-    """The version of Landlock that the running system offers, 0 where it has none or does not use it."""
+    """Return the version of Landlock of the running system, 0 without Landlock."""
     try:
         return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION, action="ask for Landlock")
     except OSError:
@@ -164,10 +171,12 @@ def abi() -> int:
 
 
 def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | None) -> None:
-    """Put up the walls for good; ``tcp=False`` refuses TCP, else it is left as it is. Raises OSError that names what failed.
+    """Put up the walls for good; ``tcp=False`` refuses TCP, else it is left as it is.
 
-    Paths are followed where they are links. Those that are missing, or that we cannot get at, are left out: that forbids more, not less.
+    Raises OSError that names what failed.
     """
+    # Paths are followed where they are links. Those that are missing, or that we cannot get at, are
+    # left out: that forbids more, not less.
     version = abi()
     if version == 0:
         raise OSError(errno.EOPNOTSUPP, "cannot wall off files: the system has no Landlock")

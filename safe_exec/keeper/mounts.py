@@ -1,8 +1,9 @@
-"""A view of the file system of one's own for a kernel: bind mounts, overlays and fresh tmpfs in a mount namespace. Standard library only.
+"""Bind mounts, overlays and tmpfs in a mount namespace of the kernel's own.
 
-The keeper's child calls :func:`enter` before it executes the kernel; nothing outside sees these mounts, and they are gone with the last
-process inside. Whoever may mount as he is needs a mount namespace alone; everybody else gets a user namespace with it
-(user_namespaces(7)), in which he stays the user he is, if the system lets him. Overlays in a user namespace: Linux 5.11 (overlayfs,
+The keeper's child calls :func:`enter` before it executes the kernel; nothing outside sees these
+mounts, and they are gone with the last process inside. Whoever may mount as he is needs a mount
+namespace alone; everybody else gets a user namespace with it (user_namespaces(7)), in which he
+stays the user he is, if the system lets him. Overlays in a user namespace: Linux 5.11 (overlayfs,
 Documentation/filesystems/overlayfs.rst).
 """
 
@@ -21,13 +22,17 @@ CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE = 0x2, 0x4, 0x1000, 0x4000, 0x80000
 PROBE_SECONDS = 10
 
+# ``{"kind": "bind", "source", "target"}``, ``{"kind": "tmpfs", "target", "options"}``, or
+# ``{"kind": "overlay", "lower", "upper", "work", "target"}``; carried out in order. ``{"kind":
+# "bind", ..., "optional": "yes"}`` may be gone by then.
 Mount = Mapping[str, str]
-"""``{"kind": "bind", "source", "target"}``, ``{"kind": "tmpfs", "target", "options"}``, or ``{"kind": "overlay", "lower", "upper",
-"work", "target"}``; carried out in order. ``{"kind": "bind", ..., "optional": "yes"}`` may be gone by then."""
 
 
 def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
-    """Enter new namespaces and make the mounts. Raises OSError that names what could not be mounted."""
+    """Enter new namespaces and make the mounts.
+
+    Raises OSError that names what could not be mounted.
+    """
     uid, gid = os.geteuid(), os.getegid()
     _call(
         "unshare",
@@ -48,7 +53,10 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
 
 
 def enter_own() -> None:
-    """Enter a mount namespace of our own: as root where root may, else with a user namespace. Tried by doing it. Raises OSError."""
+    """Enter a mount namespace of our own: as root where root may, else with a user namespace.
+
+    Tried by doing it. Raises OSError.
+    """
     if os.geteuid() == 0:
         # Root without the right to mount (in a container) gets on as everybody else does.
         with contextlib.suppress(OSError):
@@ -68,7 +76,8 @@ def make(mount: Mount) -> None:
     else:
         layers = {"lowerdir": mount["lower"], "upperdir": mount["upper"], "workdir": mount["work"]}
         options = ",".join(f"{name}={_escaped(path)}" for name, path in layers.items())
-        # Only the first user namespace may keep overlayfs's own marks in trusted.* attributes: without these an opaque directory is none.
+        # Only the first user namespace may keep overlayfs's own marks in trusted.* attributes:
+        # without these an opaque directory is none.
         options += "" if _is_first_user_namespace() else ",userxattr"
         _mount("overlay", target, "overlay", 0, options)
 
@@ -100,12 +109,13 @@ def _call(name: str, *arguments: object, action: str) -> None:
         raise OSError(number, f"cannot make {action}: {os.strerror(number)}")
 
 
-# --- what can be had --------------------------------------------------------------------------------------------
+# --- what can be had ------------------------------------------------------------------------------
 
 
 @cache
 def namespaces() -> str | None:
-    """How a kernel here can get a view of its own: ``"root"``, ``"user"`` (a user namespace), or ``None``. Tried, not guessed."""
+    """Return how a kernel gets its own mounts: as "root", in a "user" namespace, or ``None``."""
+    # Probed: no setting tells it reliably.
     return next(
         (
             way
@@ -117,7 +127,8 @@ def namespaces() -> str | None:
 
 
 def overlays(lower: Path, scratch: Path, way: str) -> bool:
-    """Whether ``lower`` can be overlaid with layers in ``scratch``: not every file system can carry them. Tried in ``scratch``."""
+    """Whether ``lower`` can be overlaid with layers in ``scratch``."""
+    # Probed in ``scratch``: not every file system can carry layers.
     for name in ("upper", "work", "merged"):
         (scratch / name).mkdir(exist_ok=True)
     mount = {
@@ -134,7 +145,8 @@ def _works(way: str, mounts: list[dict[str, str]]) -> bool:
     """In a process of its own: a namespace cannot be left again."""
     if sys.platform != "linux" or (way == "root" and os.geteuid() != 0):
         return False
-    import subprocess  # the keeper, which mounts, starts faster without
+    # The keeper, which mounts, starts faster without.
+    import subprocess
 
     root = str(Path(__file__).parent.parent.parent)
     program = (

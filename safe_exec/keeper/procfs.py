@@ -1,6 +1,9 @@
-"""What /proc says of processes, and the death of a whole tree. Linux only; standard library only (the keeper uses it).
+"""What /proc says of processes, and the death of a whole tree. Linux only.
 
-Sources: proc(5), prctl(2) PR_SET_CHILD_SUBREAPER, kernel documentation admin-guide/cgroup-v2 (``cgroup.kill``).
+Standard library only (the keeper uses it).
+
+Sources: proc(5), prctl(2) PR_SET_CHILD_SUBREAPER, kernel documentation admin-guide/cgroup-v2
+(``cgroup.kill``).
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class Stat(NamedTuple):
-    """The fields of /proc/PID/stat that we use; ``cpu`` in seconds, ``started`` in clock ticks since boot."""
+    """The fields of /proc/PID/stat that we use.
+
+    ``cpu`` in seconds, ``started`` in clock ticks since boot.
+    """
 
     pid: int
     state: str
@@ -34,7 +40,8 @@ def stat(pid: int, task: int | None = None) -> Stat | None:
             text = handle.read().decode("utf-8", "replace")
     except OSError:
         return None
-    # The command name may hold spaces and parentheses: only what follows the last ")" is safe to split.
+    # The command name may hold spaces and parentheses: only what follows the last ")" is safe to
+    # split.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     cpu = (int(fields[11]) + int(fields[12])) / TICKS
@@ -49,7 +56,8 @@ def age(process: Stat) -> float:
 
 
 def exit_status(pid: int) -> int | None:
-    """The raw wait status of a zombie; ``None`` when it is gone. The last field of its stat line reads 0 without the right to trace it."""
+    """The raw wait status of a zombie; ``None`` when it is gone."""
+    # The last field of its stat line reads 0 without the right to trace it.
     try:
         with open(f"/proc/{pid}/stat", "rb") as handle:
             return int(handle.read().rpartition(b")")[2].split()[49])
@@ -58,7 +66,10 @@ def exit_status(pid: int) -> int | None:
 
 
 def children(pid: int) -> list[int]:
-    """The children of all threads of a process (Linux 4.2 with CONFIG_PROC_CHILDREN); empty where the system does not say."""
+    """The children of all threads of a process (Linux 4.2 with CONFIG_PROC_CHILDREN).
+
+    Empty where the system does not say.
+    """
     pids: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -83,7 +94,10 @@ def voluntary_switches(pid: int) -> int | None:
 
 
 def status_bytes(pid: int, key: str) -> int | None:
-    """A ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes; ``None`` when it cannot be read."""
+    """A ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes.
+
+    ``None`` when it cannot be read.
+    """
     try:
         for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
             if line.startswith(key + ":"):
@@ -111,7 +125,10 @@ def catches(pid: int, signum: int) -> bool:
 
 
 def ignores(pid: int, signum: int) -> bool | None:
-    """Whether a process ignores a signal (SigIgn in /proc/PID/status); ``None`` when it cannot be read."""
+    """Whether a process ignores a signal (SigIgn in /proc/PID/status).
+
+    ``None`` when it cannot be read.
+    """
     return _in_mask(f"/proc/{pid}/status", "SigIgn", signum)
 
 
@@ -121,7 +138,10 @@ def blocks(pid: int, task: int, signum: int) -> bool:
 
 
 def caught_signals(pid: int) -> int | None:
-    """The signals that a process has handlers for (SigCgt, bit N-1 for signal N); a zombie tells it too."""
+    """The signals that a process has handlers for (SigCgt, bit N-1 for signal N).
+
+    A zombie tells it too.
+    """
     return _mask(f"/proc/{pid}/status", "SigCgt")
 
 
@@ -141,7 +161,8 @@ def _mask(path: str, name: str) -> int | None:
 
 
 def innermost_pid(pid: int) -> int | None:
-    """The id by which a process knows itself, in a pid namespace of its own another one (NSpid, Linux 4.1); ``None`` when it is gone."""
+    """Return a process's id in its own pid namespace, ``None`` if it has ended."""
+    # NSpid exists since Linux 4.1.
     try:
         for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
             if line.startswith("NSpid:"):
@@ -178,7 +199,10 @@ def signal_one(pid: int, signum: int) -> None:
 
 
 def run_delay(task: int) -> float | None:
-    """Seconds that a thread has waited for a processor (/proc/PID/schedstat); ``None`` where the system does not count them."""
+    """Seconds that a thread has waited for a processor (/proc/PID/schedstat).
+
+    ``None`` where the system does not count them.
+    """
     try:
         with open(f"/proc/{task}/schedstat", "rb") as handle:
             return int(handle.read().split()[1]) / 1e9
@@ -209,10 +233,10 @@ def signal_all(pids: Iterable[int], signum: int) -> None:
 
 
 def signal_group(pid: int, signum: int) -> None:
-    """Send a signal to a process and all others of its group; to it alone where it does not lead the group.
-
-    Whoever leads a group of its own shares it with its descendants only: nobody else can join it from another session (setpgid(2)).
-    """
+    """Send a signal to a process and all others of its group."""
+    # To it alone where it does not lead the group.
+    # Whoever leads a group of its own shares it with its descendants only: nobody else can join it
+    # from another session (setpgid(2)).
     try:
         if os.getpgid(pid) == pid:
             os.killpg(pid, signum)
@@ -225,9 +249,10 @@ def signal_group(pid: int, signum: int) -> None:
 def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) -> list[int]:
     """Kill every descendant of ``root`` (a subreaper, so that orphans stay its descendants).
 
-    All are stopped before any is killed: a process that forks faster than we read /proc would else outrun us.
-    ``reap`` collects zombies and says whether any child is left. Returns the pids that outlived ``deadline``
-    (``time.monotonic`` seconds): a process in uninterruptible sleep cannot be killed at once.
+    All are stopped before any is killed: a process that forks faster than we read /proc would else
+    outrun us. ``reap`` collects zombies and says whether any child is left. Returns the pids that
+    outlived ``deadline`` (``time.monotonic`` seconds): a process in uninterruptible sleep cannot be
+    killed at once.
     """
     while True:
         alive = [

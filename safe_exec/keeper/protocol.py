@@ -29,8 +29,8 @@ class Delegation(NamedTuple):
 class CgroupSetup(NamedTuple):
     """Cgroups to make (parents first), files to write, and files that join, kill and count.
 
-    ``optional_writes`` are skipped if the file does not exist. ``memory_file`` holds the memory that
-    is charged, ``memory_limit`` the limit it is compared with, in bytes.
+    ``optional_writes`` are skipped if the file does not exist. ``memory_file`` holds the memory
+    that is charged, ``memory_limit`` the limit it is compared with, in bytes.
     """
 
     delegation: Delegation | None = None
@@ -90,10 +90,10 @@ class BwrapSetup(NamedTuple):
 class FaultingThread(NamedTuple):
     """Registers that Linux saved for a fatal signal, and the mappings that they point into.
 
-    ``faulted`` is false if the signal was sent, or if a division failed, which leaves no mark in the
-    registers: ``divides`` is true if the instruction is a division. ``stack`` is the range of addresses of the mapping
-    that holds the stack, ``address_access`` the permissions at the failing address, as in
-    /proc/PID/maps.
+    ``faulted`` is false if the signal was sent, or if a division failed, which leaves no mark in
+    the registers: ``divides`` is true if the instruction is a division. ``stack`` is the range of
+    addresses of the mapping that holds the stack, ``address_access`` the permissions at the failing
+    address, as in /proc/PID/maps.
     """
 
     main: bool
@@ -110,7 +110,10 @@ class FaultingThread(NamedTuple):
 
 
 class ProcessAtFault(NamedTuple):
-    """The kernel process when its fault handler began a fatal report; the stack is the main thread's, in bytes."""
+    """The kernel process when its fault handler began a fatal report.
+
+    The stack is the main thread's, in bytes.
+    """
 
     at: float
     stack_bytes: int | None
@@ -119,7 +122,7 @@ class ProcessAtFault(NamedTuple):
 
 
 class DiscardedGroup(NamedTuple):
-    """Files that disappeared with the sandbox: a single one, or all below one directory of a place."""
+    """Files that disappeared with the sandbox: one, or all below one directory."""
 
     place: str
     name: str
@@ -137,11 +140,14 @@ class Note(NamedTuple):
 
 
 class Spawn(NamedTuple):
-    """Build the sandbox and start the kernel in it. Descriptors for the kernel come with this message.
+    """Build the sandbox and start the kernel in it.
+
+    Descriptors for the kernel come with this message.
 
     ``descriptor_names`` are the place holders for them in the command. ``stack_before`` are the
-    reasons for which a kernel is asked for its stack before it is killed. ``owner`` gets the runtime
-    directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only after the runner's death.
+    reasons for which a kernel is asked for its stack before it is killed. ``owner`` gets the
+    runtime directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only
+    after the runner's death.
     """
 
     command: KernelCommand
@@ -191,7 +197,10 @@ class Ready(NamedTuple):
 
 
 class Spawned(NamedTuple):
-    """The kernel was executed. From inside bubblewrap a descriptor of its sockets' directory comes along."""
+    """The kernel was executed.
+
+    From inside bubblewrap a descriptor of its sockets' directory comes along.
+    """
 
     pid: int
 
@@ -225,10 +234,10 @@ class Trouble(NamedTuple):
 class Exited(NamedTuple):
     """The end of the kernel process, and all that cannot be read later.
 
-    ``status`` is the raw wait status, ``None`` if nobody could read it. ``caught_signals`` is a mask
-    as in /proc (SigCgt). ``resident_peak`` is the largest resident memory in bytes of the process or
-    of a child that it waited for. ``bursts`` are the ends of what it wrote to stderr, each with the time of
-    its last piece.
+    ``status`` is the raw wait status, ``None`` if nobody could read it. ``caught_signals`` is a
+    mask as in /proc (SigCgt). ``resident_peak`` is the largest resident memory in bytes of the
+    process or of a child that it waited for. ``bursts`` are the ends of what it wrote to stderr,
+    each with the time of its last piece.
     """
 
     at: float
@@ -247,7 +256,7 @@ class Exited(NamedTuple):
 
 
 class Discarded(NamedTuple):
-    """The largest groups of files that disappear with the sandbox, and the number of all such files."""
+    """The largest groups of files that disappear with the sandbox."""
 
     groups: tuple[DiscardedGroup, ...] = ()
     files: int = 0

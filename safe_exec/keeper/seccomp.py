@@ -1,30 +1,41 @@
-"""System calls that no notebook needs, refused: a classic BPF program over struct seccomp_data. Linux only; standard library only.
+"""System calls that no notebook needs, refused: a classic BPF program over struct seccomp_data.
 
-Theory of operation (seccomp(2), bpf(2), prctl(2); kernel documentation userspace-api/seccomp_filter and userspace-api/no_new_privs).
-The child calls :func:`install` as the last thing before it executes the kernel. Everything that comes from it carries the filter, through
-fork and exec, and nothing takes it off again. ``no_new_privs`` comes with it: without, a filter could mislead a set-user-id program; with
-it, sudo and their like stay the user who called them.
+Linux only; standard library only.
+
+Theory of operation (seccomp(2), bpf(2), prctl(2); kernel documentation userspace-api/seccomp_filter
+and userspace-api/no_new_privs). The child calls :func:`install` as the last thing before it
+executes the kernel. Everything that comes from it carries the filter, through fork and exec, and
+nothing takes it off again. ``no_new_privs`` comes with it: without, a filter could mislead a
+set-user-id program; with it, sudo and their like stay the user who called them.
 
 Everything is allowed but what is listed here, in five kinds:
 
-* ``NEVER``: looking into or steering other processes, mounts and namespaces, the clock, modules, keys of the machine. They give EPERM, or
-  end the process with SIGSYS where the refusal is ``kill``.
+* ``NEVER``: looking into or steering other processes, mounts and namespaces, the clock, modules,
+  keys of the machine. They give EPERM, or end the process with SIGSYS where the refusal is
+  ``kill``.
 * ``PROBED``: what ordinary libraries try and do without. Always EPERM; each row says who tries.
-* ``JUDGED``: refused for some arguments only. A filter sees registers, not memory, and compares 32 bits: the kernel itself takes just the
-  lower half of all the arguments that we look at, so the upper half must not count, or setting it would get past us.
-* Calls newer than the filter (NEWEST): always ENOSYS, as on a system that does not have them, so that libraries take an older one.
-* clone3(2): its flags lie in memory, where no filter can see them. Always ENOSYS, upon which glibc, musl, Go and Rust take clone(2).
+* ``JUDGED``: refused for some arguments only. A filter sees registers, not memory, and compares 32
+  bits: the kernel itself takes just the lower half of all the arguments that we look at, so the
+  upper half must not count, or setting it would get past us.
+* Calls newer than the filter (NEWEST): always ENOSYS, as on a system that does not have them, so
+  that libraries take an older one.
+* clone3(2): its flags lie in memory, where no filter can see them. Always ENOSYS, upon which glibc,
+  musl, Go and Rust take clone(2).
 
-A call of another architecture (32-bit programs on a 64-bit machine), where the same numbers mean other calls, ends the process. So does,
-where the refusal is ``kill``, one of the x32 ABI, else it gives EPERM; number -1 is no call, but what a tracer leaves of one that it skips.
+A call of another architecture (32-bit programs on a 64-bit machine), where the same numbers mean
+other calls, ends the process. So does, where the refusal is ``kill``, one of the x32 ABI, else it
+gives EPERM; number -1 is no call, but what a tracer leaves of one that it skips.
 
-Allowed on purpose: process_madvise(2) (hints; jemalloc purges its own memory with it), name_to_handle_at(2) (tells a name, opens nothing:
-open_by_handle_at(2), which goes past all directories, is refused), pidfd_open(2) (asyncio waits with it), netlink sockets (getaddrinfo),
-further filters and walls (seccomp(2), landlock(7): browsers bring their own), personality(2) as far as it turns address randomization off
-(debuggers, sanitizers, Lisp), and clone(2) with no new namespace: threads and fork.
+Allowed on purpose: process_madvise(2) (hints; jemalloc purges its own memory with it),
+name_to_handle_at(2) (tells a name, opens nothing: open_by_handle_at(2), which goes past all
+directories, is refused), pidfd_open(2) (asyncio waits with it), netlink sockets (getaddrinfo),
+further filters and walls (seccomp(2), landlock(7): browsers bring their own), personality(2) as far
+as it turns address randomization off (debuggers, sanitizers, Lisp), and clone(2) with no new
+namespace: threads and fork.
 
-The programs are shipped ready made, in the format that ``bwrap --seccomp`` takes as well; ``python -m safe_exec.keeper.seccomp`` writes
-them anew. The system remembers which numbers are always allowed (since Linux 5.11) and runs no filter for them.
+The programs are shipped ready made, in the format that ``bwrap --seccomp`` takes as well; ``python
+-m safe_exec.keeper.seccomp`` writes them anew. The system remembers which numbers are always
+allowed (since Linux 5.11) and runs no filter for them.
 """
 
 from __future__ import annotations
@@ -36,7 +47,8 @@ import struct
 import sys
 
 TYPE_CHECKING = (
-    False  # the process that becomes the kernel imports this: typing takes as long as all else here
+    # The process that becomes the kernel imports this: typing takes as long as all else here.
+    False
 )
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,12 +57,13 @@ if TYPE_CHECKING:
     Refusal = Literal["errno", "kill"]
 REFUSALS: tuple[Refusal, ...] = ("errno", "kill")
 
+# A call's number on x86_64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); ``None`` where
+# it does not exist.
 Numbers = dict[str, tuple[int, int | None]]
-"""A call's number on x86_64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); ``None`` where it does not exist."""
 
 FILTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "filters")
+# AUDIT_ARCH_* by what uname(2) calls the machine (linux/audit.h).
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""AUDIT_ARCH_* by what uname(2) calls the machine (linux/audit.h)."""
 
 # Numbers from 424 on are the same everywhere.
 NEVER: Numbers = {
@@ -63,7 +76,8 @@ NEVER: Numbers = {
         323,
         282,
     ),  # holds up the system's own copies at will: what exploits of its races are made of
-    # the file system from outside: mounts, roots, swap, quotas, files by handle, all events of a mount
+    # the file system from outside: mounts, roots, swap, quotas, files by handle, all events of a
+    # mount
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -101,10 +115,12 @@ NEVER: Numbers = {
     "lookup_dcookie": (212, 18),
     "iopl": (172, None),
     "ioperm": (173, None),
-    "modify_ldt": (154, None),  # 16-bit segments: Wine and DOS emulators
+    # 16-bit segments: Wine and DOS emulators.
+    "modify_ldt": (154, None),
 }
 PROBED: Numbers = {
-    # What it carries out passes no filter. libuv and databases try it; EPERM is what sysctl kernel.io_uring_disabled gives them, too.
+    # What it carries out passes no filter. libuv and databases try it; EPERM is what sysctl
+    # kernel.io_uring_disabled gives them, too.
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -120,7 +136,8 @@ PROBED: Numbers = {
     # MPI and hwloc ask by it on which processor's memory their pages lie.
     "move_pages": (279, 239),
     "migrate_pages": (256, 238),
-    # Libraries that count events (PAPI and the like); sysctl kernel.perf_event_paranoid forbids it on most machines.
+    # Libraries that count events (PAPI and the like); sysctl kernel.perf_event_paranoid forbids it
+    # on most machines.
     "perf_event_open": (298, 241),
     # They read the clock's state, too, which anybody may; the wish lies in memory.
     "adjtimex": (159, 171),
@@ -133,19 +150,23 @@ JUDGED: dict[str, tuple[int, int]] = {
     "personality": (135, 92),
 }
 CLONE3 = 435
+# file_setattr(2), the last one of Linux 6.18. A later one may do what is refused here, by another
+# name.
 NEWEST = 469
-"""file_setattr(2), the last one of Linux 6.18. A later one may do what is refused here, by another name."""
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 
-# CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. CLONE_NEWTIME is for clone3 and unshare: here it is part of the signal.
+# CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. CLONE_NEWTIME is for clone3 and
+# unshare: here it is part of the signal.
 NAMESPACES = (
     0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 )
 # TIOCSTI types into the terminal as if the user did; TIOCLINUX pastes into a console.
 TERMINAL_INPUT = (0x5412, 0x541C)
-# AF_KEY, AF_PACKET, AF_ALG, AF_VSOCK (the host of a virtual machine), AF_XDP. EPERM is what most of them give to ordinary users anyway.
+# AF_KEY, AF_PACKET, AF_ALG, AF_VSOCK (the host of a virtual machine), AF_XDP. EPERM is what most of
+# them give to ordinary users anyway.
 FAMILIES = (15, 17, 38, 40, 44)
-# PER_LINUX32, UNAME26, ADDR_NO_RANDOMIZE. All else makes memory executable, maps page zero, or changes what calls mean.
+# PER_LINUX32, UNAME26, ADDR_NO_RANDOMIZE. All else makes memory executable, maps page zero, or
+# changes what calls mean.
 PERSONALITIES = 0x0008 | 0x0020000 | 0x0040000
 QUERY = 0xFFFFFFFF
 
@@ -166,12 +187,17 @@ def load(refusal: Refusal) -> bytes:
 
 
 def install(program: bytes) -> None:
-    """Put the calling thread, and all that will come from it, under a filter for good. Raises OSError that names what failed."""
+    """Put the calling thread, and all that will come from it, under a filter for good.
+
+    Raises OSError that names what failed.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    # Arguments of variadic functions: what is passed as an int would leave the upper half of the register to chance.
+    # Arguments of variadic functions: what is passed as an int would leave the upper half of the
+    # register to chance.
     numbers = [ctypes.c_ulong(number) for number in (1, 0, 0, 0)]
     _check(libc.prctl(PR_SET_NO_NEW_PRIVS, *numbers), "set no_new_privs")
-    # The pointer in sock_fprog owns nothing: both names must live until the call is over, when the system has made its copy.
+    # The pointer in sock_fprog owns nothing: both names must live until the call is over, when the
+    # system has made its copy.
     buffer = ctypes.create_string_buffer(program, len(program))
     header = _SockFprog(len(program) // _INSTRUCTION.size, ctypes.addressof(buffer))
     number = ctypes.c_long(SECCOMP[_known(os.uname().machine)])
@@ -197,7 +223,7 @@ def _known(arch: str) -> str:
     return arch
 
 
-# --- the program ------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 LOAD, EQUAL, ANY_BIT, GREATER, RETURN = 0x20, 0x15, 0x45, 0x25, 0x06
@@ -219,7 +245,10 @@ class _Line:
 
 
 def program(arch: str, refusal: Refusal) -> bytes:
-    """The filter as an array of struct sock_filter. Raises OSError for an architecture that we have no numbers of."""
+    """The filter as an array of struct sock_filter.
+
+    Raises OSError for an architecture that we have no numbers of.
+    """
     column = list(ARCHITECTURES).index(_known(arch))
     refused = KILL if refusal == "kill" else ERRNO | errno.EPERM
     return _assemble(
@@ -259,7 +288,10 @@ def _each(numbers: Numbers, column: int, place: str) -> Iterator[_Line]:
 
 
 def _judgements() -> list[_Line | str]:
-    """What becomes of the calls that hang on an argument; each place ends in a verdict of its own."""
+    """What becomes of the calls that hang on an argument.
+
+    Each place ends in a verdict of its own.
+    """
     allow = _Line(RETURN, ALLOW)
     return [
         "clone",

@@ -1,13 +1,14 @@
 """The processor's state at a fatal signal, read from outside. Linux only; standard library only.
 
-Before the system calls a signal handler it saves the interrupted thread's registers on the stack that
-the handler will use (sigreturn(2), arch/x86/kernel/signal_64.c, arch/arm64/kernel/signal.c). The fault
-handler of a dying kernel blocks in write(2) on our small socket (see keeper/crash_output.py), so the saved
-registers lie a few hundred bytes above its stack pointer, and stay there until we read the socket.
+Before the system calls a signal handler it saves the interrupted thread's registers on the stack
+that the handler will use (sigreturn(2), arch/x86/kernel/signal_64.c, arch/arm64/kernel/signal.c).
+The fault handler of a dying kernel blocks in write(2) on our small socket (see
+keeper/crash_output.py), so the saved registers lie a few hundred bytes above its stack pointer, and
+stay there until we read the socket.
 
 They hold the address whose access failed, the stack pointer and the instruction. Together with
-/proc/PID/maps they tell a stack overflow from any other bad access, in every thread and however large
-the frames are, and name the library that was executing.
+/proc/PID/maps they tell a stack overflow from any other bad access, in every thread and however
+large the frames are, and name the library that was executing.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ WRITE_CALL = {"x86_64": 1, "aarch64": 64}
 WAIT_SECONDS = 0.25
 PAUSE_SECONDS = 0.0005
 SEARCH_BYTES = 64 * 1024
+# No instruction of x86_64 is longer than 15 bytes.
 CODE_BYTES = 16
-"""No instruction of x86_64 is longer than 15 bytes."""
+# A process may have 65530 mappings (sysctl vm.max_map_count).
 MAPS_BYTES = 8 << 20
-"""A process may have 65530 mappings (sysctl vm.max_map_count)."""
 
-# x86_64: the code and stack segments of every 64-bit user process, in the middle of the saved registers.
+# x86_64: the code and stack segments of every 64-bit user process, in the middle of the saved
+# registers.
 _X86_SEGMENTS = struct.pack("<4H", 0x33, 0, 0, 0x2B)
 _X86_BEFORE_SEGMENTS = 18 * 8
 _X86_REGISTERS = struct.Struct("<24Q")
@@ -44,8 +46,8 @@ _X86_SP, _X86_IP, _X86_FLAGS, _X86_ERROR, _X86_TRAP, _X86_ADDRESS, _X86_FPSTATE 
     23,
 )
 _X86_FLAG_ALWAYS_SET = 0x2
+# Bits 3 to 5 of the second byte choose among eight operations; the last two are div and idiv.
 _X86_DIVISION = 0x30
-"""Bits 3 to 5 of the second byte choose among eight operations; the last two are div and idiv."""
 _X86_PREFIXES = bytes(
     (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3, *range(0x40, 0x50))
 )
@@ -61,10 +63,12 @@ _ARM_SYNDROME = struct.pack("<II", 0x45535201, 16)
 
 
 class Registers(NamedTuple):
-    """What the system saved. ``faulted``: the processor refused something; else the signal was sent.
+    """What the system saved. ``faulted``: the processor refused something.
 
-    ``address`` is the one whose access failed, ``None`` where the processor does not tell (an address
-    that no mapping can have, an illegal instruction).
+    Else the signal was sent.
+
+    ``address`` is the one whose access failed, ``None`` where the processor does not tell (an
+    address that no mapping can have, an illegal instruction).
     """
 
     faulted: bool
@@ -86,9 +90,9 @@ class Mapping(NamedTuple):
 def read(pid: int, channel: int, dump_signal: int | None) -> FaultingThread | None:
     """Return the state of the thread that is writing a fatal report, ``None`` if it cannot be read.
 
-    ``channel`` is the inode of the socket's end that the fault handler writes to. A thread that answers
-    ``dump_signal`` writes there too, and is not the one that faulted. Waits at most WAIT_SECONDS for
-    the handler to block.
+    ``channel`` is the inode of the socket's end that the fault handler writes to. A thread that
+    answers ``dump_signal`` writes there too, and is not the one that faulted. Waits at most
+    WAIT_SECONDS for the handler to block.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     while MACHINE in WRITE_CALL and time.monotonic() < deadline:
@@ -97,7 +101,8 @@ def read(pid: int, channel: int, dump_signal: int | None) -> FaultingThread | No
             if writer is not None:
                 return _read_thread(pid, *writer)
         except OSError:
-            return None  # it has ended, or the system does not let us look (Yama, a container)
+            # It has ended, or the system does not let us look (Yama, a container).
+            return None
         state = procfs.stat(pid)
         if state is None or state.state in "ZX":
             return None
@@ -145,11 +150,11 @@ def _machine_code(memory: int, address: int) -> bytes:
         return b""
 
 
-# --- pure ---------------------------------------------------------------------------------------------------------
+# --- pure -----------------------------------------------------------------------------------------
 
 
 def find(memory: bytes, base: int, machine: str) -> Registers | None:
-    """The registers of the innermost signal frame in a piece of stack that begins at address ``base``."""
+    """Find the registers of the innermost signal frame in stack memory from address ``base``."""
     return _find_x86(memory, base) if machine == "x86_64" else _find_arm(memory)
 
 
@@ -159,7 +164,8 @@ def _find_x86(memory: bytes, base: int) -> Registers | None:
         start = at - _X86_BEFORE_SEGMENTS
         if start >= 0 and start % 8 == 0 and start + _X86_REGISTERS.size <= len(memory):
             values = _X86_REGISTERS.unpack_from(memory, start)
-            # The floating point registers lie above, aligned to 64 bytes; a stale copy would point elsewhere.
+            # The floating point registers lie above, aligned to 64 bytes; a stale copy would point
+            # elsewhere.
             beyond = values[_X86_FPSTATE] - base
             if (
                 values[_X86_FLAGS] & _X86_FLAG_ALWAYS_SET
@@ -203,16 +209,15 @@ def parse_maps(text: str) -> list[Mapping]:
             low, high = (int(part, 16) for part in span.split("-"))
             mappings.append(Mapping(low, high, access, int(offset, 16), "".join(name)))
         except ValueError:
-            continue  # the last line may be cut off
+            # The last line may be cut off.
+            continue
     return mappings
 
 
 def divides(machine_code: bytes) -> bool:
-    """Whether x86_64 code begins with a division of integers.
-
-    The division error is trap 0, and it has no error code: the saved registers look like those of a
-    signal that was sent. Only the instruction tells them apart.
-    """
+    """Whether x86_64 code begins with a division of integers."""
+    # The division error is trap 0, and it has no error code: the saved registers look like those of
+    # a signal that was sent. Only the instruction tells them apart.
     operation = machine_code.lstrip(_X86_PREFIXES)
     if operation[:1] not in (b"\xf6", b"\xf7") or not operation[1:]:
         return False
@@ -224,9 +229,9 @@ def describe(
 ) -> FaultingThread:
     """Return the registers together with the mappings that they point into.
 
-    ``stack`` is the writable mapping that holds the stack pointer, or the next one above it: a stack
-    grows downwards, so after an overflow its own mapping lies above the pointer. ``machine_code`` begins with
-    the interrupted instruction.
+    ``stack`` is the writable mapping that holds the stack pointer, or the next one above it: a
+    stack grows downwards, so after an overflow its own mapping lies above the pointer.
+    ``machine_code`` begins with the interrupted instruction.
     """
     address, pointer = registers.address, registers.stack_pointer
     lowest = max(pointer, address) if address is not None and _near(address, pointer) else pointer

@@ -1,6 +1,7 @@
 """A kernel born in a sandbox, the client that talks to it, and what runs inside it.
 
-Other systems than Linux are refused by the import: Jupyter loads the provisioner by its entry point, and shows what is raised.
+Other systems than Linux are refused by the import: Jupyter loads the provisioner by its entry
+point, and shows what is raised.
 """
 
 from safe_exec.platforms import refuse_elsewhere

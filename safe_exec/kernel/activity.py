@@ -1,6 +1,7 @@
 """What a kernel is doing, seen from outside over a short window; used once, when its time is up.
 
-May import model, page, procfs, processes, file_locks. The system's view (state, processor time, system call) is fact; stacks are the kernel's word.
+May import model, page, procfs, processes, file_locks. The system's view (state, processor time,
+system call) is fact; stacks are the kernel's word.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from safe_exec.model.observed import EndedChild
 from safe_exec.sandbox.usage import sockets
 
 WINDOW_SECONDS = 0.4
+# So long is looked at a kernel that has work to do and gets no processor: little can be seen of it
+# in less.
 LONGEST_SECONDS = 1.2
-"""So long is looked at a kernel that has work to do and gets no processor: little can be seen of it in less."""
+# Processor time from which something can be seen of it.
 STARVING_SECONDS = 0.1
-"""Processor time from which something can be seen of it."""
 LOOKS = 20
 STARVED_SECONDS = 0.25
 
@@ -33,8 +35,9 @@ STARVED_SECONDS = 0.25
 class ObservedKernel(Struct, frozen=True, kw_only=True):
     """The kernel to look at.
 
-    ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it answered: that of the main thread, and those of
-    the others. ``ended`` says which children have ended since the cell began, ``known_children`` which have been seen alive.
+    ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it
+    answered: that of the main thread, and those of the others. ``ended`` says which children have
+    ended since the cell began, ``known_children`` which have been seen alive.
     """
 
     pid: int
@@ -120,7 +123,8 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
 async def _stacks(
     subject: ObservedKernel, state: str | None
 ) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
-    """The main thread's stack and those of others: asked for by a signal that C code answers, else what was sampled last."""
+    """Return the stacks of the main thread and of the others."""
+    # A signal that C code answers asks for them; otherwise the last samples are used.
     rows, awaits = _sampled(subject)
     if awaits:
         return subject.frames(rows), (), _what_is_awaited(rows)
@@ -151,7 +155,8 @@ def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
     """The innermost coroutine that has a name, as ``module.function``."""
     for function, _, file, cell in rows:
         if cell:
-            break  # the notebook's own code awaits the future itself
+            # The notebook's own code awaits the future itself.
+            break
         if function not in ("Future", "FutureIter", "Task", "_GatheringFuture", "future_iterator"):
             return f"{Path(file).stem if '/' in file else file}.{function}"
     return "a future"
@@ -160,7 +165,7 @@ def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
 def _samples(
     subject: ObservedKernel, start_age: float
 ) -> tuple[tuple[float, ...], int | None, bool | None]:
-    """Waits of the sampling thread in the window, distinct places, and whether it got no turn at all."""
+    """Return the sampling thread's waits, distinct places, and whether it never ran."""
     if subject.page is None or not subject.page.alive:
         return (), None, None
     import time
@@ -180,7 +185,7 @@ def _samples(
 
 
 def _is_starved(pid: int, cpu_before: float | None, states: list[str | None]) -> bool:
-    """Whether it wants to run in most looks and has had hardly any processor time since ``cpu_before``."""
+    """Whether the kernel wants to run and has had hardly any processor time."""
     cpu = _cpu(pid)
     return (
         cpu_before is not None
@@ -196,7 +201,8 @@ def _state(pid: int) -> str | None:
 
 
 def _busiest(pid: int) -> str | None:
-    """``R`` where any thread has work to do: which one runs the cells of a kernel without code of ours nobody knows."""
+    """Return "R" if any thread has work to do."""
+    # Nobody knows which thread runs the cells of a kernel without our agent.
     try:
         tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:

@@ -1,7 +1,9 @@
-"""What the kernel process tells of itself, over the socket that ``inside`` was given. Claims, every one of them.
+"""What the kernel process tells of itself, over the socket that ``inside`` was given.
 
-Any code in the kernel can write there: what is no fact is let go by, what is told once is not told anew, and there is a bound on each.
-May import cell_code, content and model.
+Claims, every one of them.
+
+Any code in the kernel can write there: what is no fact is let go by, what is told once is not told
+anew, and there is a bound on each. May import cell_code, content and model.
 """
 
 from __future__ import annotations
@@ -26,23 +28,24 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
 MOST_HOSTS = 50
+# Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all
+# else.
 MOST_FACTS = 500
-"""Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all else."""
 LONGEST_TEXT = 1000
 MOST_ROWS = 50
 MOST_ERRORS = 6
 MOST_SHOWN = 10
 MOST_PATHS = 60
 FACT_BYTES = 1 << 16
+# The largest size of a pipe (pipe(7), pipe-max-size).
 PIPE_BYTES = 1 << 20
-"""The largest size of a pipe (pipe(7), pipe-max-size)."""
 
+# Frames as told: function, line, file, number of the cell inside.
 Rows = list[tuple[str, int, str, int]]
-"""Frames as told: function, line, file, number of the cell inside."""
 
 
 class ReportedErrors(Struct, frozen=True, kw_only=True):
-    """The exceptions that a cell ended with, and where it looked for names that are not absolute: ``search`` is its PATH."""
+    """The exceptions that a cell ended with; ``search`` is its PATH."""
 
     errors: tuple[Raised, ...] = ()
     cwd: str | None = None
@@ -96,7 +99,8 @@ class AgentFacts:
                 os.close(fd)
 
     def _is_new_pipe(self, name: str, fd: int) -> bool:
-        """Whether it is a pipe, and the first of its name: ipykernel makes each once, before any cell runs."""
+        """Whether a descriptor is a pipe, and the first of its name."""
+        # ipykernel makes each pipe once, before any cell runs.
         return (
             name in ("stdout", "stderr")
             and name not in self._pipes
@@ -104,7 +108,8 @@ class AgentFacts:
         )
 
     def _note(self, fact: dict[str, Any]) -> None:
-        """What came first stays: of a thing that is told once, what is told again was not told by us."""
+        """Store a fact."""
+        # The first one stays: a repeated fact was not sent by our agent.
         if "msg_id" in fact:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
         elif "file" in fact:
@@ -136,7 +141,8 @@ class AgentFacts:
             self.armed = bool(fact["armed"])
 
     def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
-        """A line of a cell, with the stack at it. Of errors that are raised the last counts, of all else the first."""
+        """A line of a cell, with the stack at it."""
+        # Of errors that are raised the last counts, of all else the first.
         if "error" in fact:
             self.errors[number] = (line, _rows(fact["error"]))
         elif "shown" in fact:
@@ -157,7 +163,7 @@ class AgentFacts:
         """Other hosts that were connected to, told or seen from outside."""
         self.hosts += list(names)[: MOST_HOSTS - len(self.hosts)]
 
-    # --- cells: numbers inside, messages on the wire, indexes in the notebook ------------------------------------
+    # --- cells: numbers inside, messages on the wire, indexes in the notebook ---------------------
 
     def index_of(self, number: int) -> int | None:
         """The notebook's cell index for a cell number inside."""
@@ -180,10 +186,13 @@ class AgentFacts:
             for function, line, file, number in rows
         )
 
-    # --- the pipes behind descriptors 1 and 2 ---------------------------------------------------------------------
+    # --- the pipes behind descriptors 1 and 2 -----------------------------------------------------
 
     def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
-        """What a dead kernel's C code had written to each and nobody took; ``recorded_bytes`` bytes of it are in the outputs already."""
+        """What a dead kernel's C code had written to each and nobody took.
+
+        ``recorded_bytes`` bytes of it are in the outputs already.
+        """
         texts: dict[str, str] = {}
         for name, fd in self._pipes.items():
             data = _read_waiting(fd)[recorded_bytes(name) :]
@@ -203,7 +212,10 @@ def _rows(value: Any) -> Rows:
 
 
 def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
-    """What a cell raised, from the kernel's own words for it. Raises TypeError, KeyError and the like for what is none."""
+    """What a cell raised, from the kernel's own words for it.
+
+    Raises TypeError, KeyError and the like for what is none.
+    """
     return ReportedErrors(
         errors=tuple(_raised(row, fact) for row in fact["raised"][:MOST_ERRORS]),
         cwd=_text(fact["cwd"]) if fact.get("cwd") else None,
@@ -213,7 +225,8 @@ def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
 
 
 def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
-    """One exception. What its own attributes leave out is taken from what was opened or connected to last."""
+    """One exception."""
+    # What its own attributes leave out is taken from what was opened or connected to last.
     kind, files, host = (
         _text(row["type"]),
         [_text(name) for name in row.get("files") or ()][:2],
@@ -221,7 +234,8 @@ def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
     )
     dialled = _text(fact.get("dialled") or "")
     if not files and fact.get("database") and "OperationalError" in kind:
-        files = [_text(fact["database"])]  # SQLite's own words name no file
+        # SQLite's own words name no file.
+        files = [_text(fact["database"])]
     elif not files and "errno" in row and dialled:
         files, host = ([dialled], None) if dialled.startswith("/") else ([], dialled)
     number, port = row.get("errno"), fact.get("dialled_port")
@@ -245,7 +259,8 @@ def _text(value: Any) -> str:
 def _read_waiting(fd: int) -> bytes:
     """What stands in a pipe now; at most a pipe's largest size.
 
-    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not ours to set: both ends share it.
+    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not
+    ours to set: both ends share it.
     """
     ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     data = b""

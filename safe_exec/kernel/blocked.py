@@ -1,7 +1,9 @@
-"""The system call in which a thread is blocked, from /proc/PID/task/TID/syscall. Standard library and procfs only.
+"""The system call in which a thread is blocked, from /proc/PID/task/TID/syscall.
 
-Reading it takes the right to trace the process (proc(5)): that of the same user, or root. Yama's ptrace_scope 1 lets ancestors trace, and the runner
-is one of every process in its sandboxes.
+Standard library and procfs only.
+
+Reading it takes the right to trace the process (proc(5)): that of the same user, or root. Yama's
+ptrace_scope 1 lets ancestors trace, and the runner is one of every process in its sandboxes.
 """
 
 from __future__ import annotations
@@ -61,9 +63,12 @@ _ON_DESCRIPTORS = frozenset(
 
 
 def waited_descriptors(pid: int, call: Call) -> tuple[int, ...] | None:
-    """The descriptors that a call waits for; ``None`` for a call that waits for none, or where that cannot be read.
+    """The descriptors that a call waits for.
 
-    Those of poll(2) and select(2) stand in the memory of the process, those of epoll(7) in its fdinfo. An empty tuple: it only waits for time to pass.
+    ``None`` for a call that waits for none, or where that cannot be read.
+
+    Those of poll(2) and select(2) stand in the memory of the process, those of epoll(7) in its
+    fdinfo. An empty tuple: it only waits for time to pass.
     """
     if call.descriptor is not None:
         return (call.descriptor,)
@@ -104,7 +109,10 @@ def _memory(pid: int, address: int, size: int) -> bytes:
 
 
 def blocked_call(pid: int, task: int | None = None) -> Call | None:
-    """The call in which a thread is blocked, the main one by default; ``None`` if it runs or may not be looked at."""
+    """The call in which a thread is blocked, the main one by default.
+
+    ``None`` if it runs or may not be looked at.
+    """
     try:
         with open(f"/proc/{pid}/task/{pid if task is None else task}/syscall", "rb") as file:
             fields = file.read().split()
@@ -119,7 +127,7 @@ def blocked_call(pid: int, task: int | None = None) -> Call | None:
 
 
 def awaited_child(call: Call) -> tuple[str, int] | None:
-    """The one child that a process waits for in wait4 or waitid: (``pid`` or ``descriptor``, number); ``None`` for any child.
+    """Return the child that wait4 or waitid waits for, ``None`` for any child.
 
     A process id is the one that the waiting process knows, in the process ids of its own namespace.
     """
@@ -135,7 +143,7 @@ def awaited_child(call: Call) -> tuple[str, int] | None:
 
 
 def is_private_wait(call: Call) -> bool:
-    """Whether a call waits, with no end of its own, for another thread of the same process: a private futex without a timeout (futex(2))."""
+    """Whether a call waits without a timeout for another thread of the process (futex(2))."""
     if call.name != "futex" or len(call.arguments) < _FUTEX_ARGUMENTS:
         return False
     _, operation, _, timeout = call.arguments[:_FUTEX_ARGUMENTS]

@@ -18,15 +18,15 @@ from safe_exec.kernel.fault_report import escaped
 MOST_SOURCES = 20_000
 LONGEST_MAP = 500
 _line_of: Callable[[list[list[int]], int], int] = sources.line_of
+# The line map of code whose lines are those of the cell.
 IDENTITY = [[1, 1]]
-"""The line map of code whose lines are those of the cell."""
 
 
 class Source(Struct, frozen=True, kw_only=True):
     """Code of a cell, by the cell's number inside.
 
-    ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each code
-    object; ``None`` where the file name alone decides.
+    ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each
+    code object; ``None`` where the file name alone decides.
     """
 
     cell: int
@@ -43,7 +43,10 @@ class Source(Struct, frozen=True, kw_only=True):
 
 
 class CellCode:
-    """All sources that were told so far. ``index_of`` gives the notebook's index for a cell's number inside."""
+    """All sources that were told so far.
+
+    ``index_of`` gives the notebook's index for a cell's number inside.
+    """
 
     def __init__(self, index_of: Callable[[int], int | None]) -> None:
         self._index_of = index_of
@@ -81,7 +84,10 @@ class CellCode:
 
 
 def source_of(fact: Mapping[str, Any]) -> Source:
-    """A source from a fact of the kernel process. Raises ValueError, TypeError or KeyError for what is none."""
+    """A source from a fact of the kernel process.
+
+    Raises ValueError, TypeError or KeyError for what is none.
+    """
     functions = fact.get("codes")
     return Source(
         cell=int(fact["cell"]),

@@ -1,7 +1,8 @@
-"""What nbclient takes for a channel of jupyter_client: signed messages over one bounded connection (see connection.py).
+"""A channel for nbclient: signed messages over one bounded connection.
 
-What is not a message is left out and counted, never raised: wrong signature, wrong number of parts, no JSON, other types than the
-protocol has, or so much structure that a few megabytes of JSON would take hundreds in memory. May import wire.
+What is not a message is left out and counted, never raised: wrong signature, wrong number of parts,
+no JSON, other types than the protocol has, or so much structure that a few megabytes of JSON would
+take hundreds in memory. May import wire.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from safe_exec.kernel.zmtp import Received
 
 DELIMITER = b"<IDS|MSG>"
 HEADER_BYTES = 64 << 10
+# Bytes that the objects of one message may take.
 MOST_PARSED = 96 << 20
-"""Bytes that the objects of one message may take."""
+# So few bytes cannot take so much: no byte of JSON costs more than a bracket.
 HARMLESS_BYTES = 1 << 20
-"""So few bytes cannot take so much: no byte of JSON costs more than a bracket."""
 MOST_TEXTS = 500_000
 _NO_STRUCTURE = bytes(set(range(256)) - set(b'[{,":'))
 _STREAMS = tuple((name, f'{{"name": "{name}", "text": "'.encode()) for name in ("stdout", "stderr"))
+# So long messages are taken without a break; then timers and others get their turn.
 TURN_SECONDS = 0.005
-"""So long messages are taken without a break; then timers and others get their turn."""
 
 
 class Refused(ValueError):  # noqa: N818 - says what happened
@@ -39,7 +40,8 @@ class Refused(ValueError):  # noqa: N818 - says what happened
 class Channel:
     """One channel of a kernel.
 
-    ``on_oversize`` is called with the size of what was too large to be taken in, ``overheard`` with each message, whoever it is for.
+    ``on_oversize`` is called with the size of what was too large to be taken in, ``overheard`` with
+    each message, whoever it is for.
     """
 
     def __init__(self, session: Any, connection: Connection) -> None:
@@ -55,7 +57,10 @@ class Channel:
         connection.on_arrival = self._arrived.set
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - jupyter_client's signature
-        """The next message; waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds."""
+        """The next message.
+
+        Waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds.
+        """
         if self._back:
             return self._back.pop()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -78,7 +83,8 @@ class Channel:
         if remaining is not None and remaining <= 0:
             raise Empty
         try:
-            # Not wait_for: before Python 3.12 it swallows a cancellation that comes with the arrival.
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes with the
+            # arrival.
             async with asyncio.timeout(remaining):
                 await self._arrived.wait()
         except TimeoutError:
@@ -100,7 +106,10 @@ class Channel:
             return None
 
     def _remains(self, parts: list[bytes]) -> dict[str, Any] | None:
-        """Of a reply that was too large: that it came, to which request, and that it failed. Others leave nothing."""
+        """Of a reply that was too large: that it came, to which request, and that it failed.
+
+        Others leave nothing.
+        """
         if DELIMITER not in parts:
             return None
         _, header, parent, *_ = [*parts[parts.index(DELIMITER) + 1 :], b"", b"", b""]
@@ -150,14 +159,13 @@ class Channel:
         return not self.connection.ended
 
 
-# --- messages ---------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
-    """The message that parts make up. Raises ValueError and others for parts that make up none.
-
-    As jupyter_client's session, which looks for dates in every text of both headers with dateutil: two thirds of what a message costs.
-    """
+    """The message that parts make up. Raises ValueError and others for parts that make up none."""
+    # As jupyter_client's session, which looks for dates in every text of both headers with
+    # dateutil: two thirds of what a message costs.
     _, signed = session.feed_identities(list(parts))
     if len(signed) < 5:  # noqa: PLR2004 - signature, header, parent, metadata, content
         raise Refused(f"a message of {len(signed)} parts")
@@ -209,7 +217,10 @@ def _unpacked(session: Any, part: bytes) -> Any:
 
 
 def stream_content(part: bytes) -> dict[str, Any] | None:
-    """The content of a text as ipykernel sends it, whose structure need not be looked for; ``None`` for any other."""
+    """The content of a text as ipykernel sends it, whose structure need not be looked for.
+
+    ``None`` for any other.
+    """
     for name, head in _STREAMS:
         if part.startswith(head):
             content = part.decode("utf-8", "replace")
@@ -220,7 +231,10 @@ def stream_content(part: bytes) -> dict[str, Any] | None:
 
 
 def _date(text: object) -> object:
-    """The moment that an ISO 8601 date is, for nbclient's record of timings; anything else as it is."""
+    """The moment that an ISO 8601 date is, for nbclient's record of timings.
+
+    Anything else as it is.
+    """
     try:
         return datetime.fromisoformat(text) if isinstance(text, str) else text
     except ValueError:
@@ -236,10 +250,9 @@ def _adapted(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(part: bytes) -> int:
-    """About the most that the objects of a piece of JSON take, with all in its texts counted as if it were structure.
-
-    CPython's sizes: a container 72 with its place, a text 56, an entry of an object 50, a number 32.
-    """
+    """Return an upper bound of the memory that the objects of a JSON text take."""
+    # CPython's sizes: a container 72 with its place, a text 56, an entry of an object 50, a number
+    # 32.
     marks = part.translate(None, _NO_STRUCTURE)  # one pass instead of five
     containers = marks.count(b"[") + marks.count(b"{")
     return (

@@ -1,4 +1,4 @@
-"""Which children a kernel has had: noted a few times a second, so that a hang can name those that are gone. May import model, procfs, processes."""
+"""Remembers a kernel's children, so that a hang can name those that have ended."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from safe_exec.kernel.processes import command_text, read_bytes
 from safe_exec.model.observed import EndedChild
 
 MOST_KNOWN = 256
+# Processes that are taken in at one look: a notebook that starts thousands must not keep us from
+# all else.
 MOST_AT_ONCE = 32
-"""Processes that are taken in at one look: a notebook that starts thousands must not keep us from all else."""
 
 
 class Known(NamedTuple):
@@ -61,11 +62,13 @@ class ChildHistory:
         return pid in self._children and self._children[pid].started == started
 
     def known(self) -> dict[int, EndedChild]:
-        """All that were seen, by process id outside: of a zombie /proc no longer shows the command."""
+        """Return all children by process id outside."""
+        # Of a zombie /proc no longer shows the command.
         return {pid: _as_ended(known) for pid, known in self._children.items()}
 
     def ended(self) -> tuple[EndedChild, ...]:
-        """Those that were seen alive and are gone, zombies left out: their parent has not read their status yet."""
+        """Return the children that have ended."""
+        # Zombies are left out: their parent has not read their status yet.
         return tuple(
             _as_ended(child) for child in self._children.values() if not _lives(child, zombies=True)
         )

@@ -1,8 +1,9 @@
-"""nbclient, made to see a kernel die at once, to keep its last words, and to stay small whatever the kernel sends.
+"""nbclient that sees a kernel die at once, keeps its last output, and stays small.
 
-nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here: death comes as an event, not
-from a poll by seconds; outputs are counted and cut at their caps; what a dead kernel had written but not sent is put into the
-cell afterwards. Timeouts are the trial's business (``trial/cell_loop.py``), so nbclient's own are off.
+nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here:
+death comes as an event, not from a poll by seconds; outputs are counted and cut at their caps; what
+a dead kernel had written but not sent is put into the cell afterwards. Timeouts are the trial's
+business (``trial/cell_loop.py``), so nbclient's own are off.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, 
 from safe_exec.kernel.shared_page import Message, Note, Page, Text
 
 LAST_TEXTS = 32
+# Of the text that came last its end is kept, with the time: after a death it may say why.
 LAST_TEXT_CHARACTERS = 4096
-"""Of the text that came last its end is kept, with the time: after a death it may say why."""
+# A cell with so many outputs gets further text of the same stream joined to the last one.
 MERGE_AFTER = 200
-"""A cell with so many outputs gets further text of the same stream joined to the last one."""
 
 OUTPUTS = ("stream", "display_data", "execute_result", "error")
 KEPT = (*OUTPUTS, "clear_output", "comm_open", "comm_msg", "comm_close")
+# Bytes that an output costs beside its content; so a flood of empty ones is bounded too.
 OVERHEAD = 200
-"""Bytes that an output costs beside its content; so a flood of empty ones is bounded too."""
 
 QUIET_SECONDS = 0.01
 LOOK_AGAIN_SECONDS = 0.001
 DRAIN_SECONDS = 2.0
 LONGEST_ID = 200
+# So soon a kernel that has nothing else to do has begun a cell.
 BEGIN_SECONDS = 0.25
-"""So soon a kernel that has nothing else to do has begun a cell."""
 LOOK_SECONDS = 0.02
 
 
@@ -91,20 +92,22 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.residue: dict[str, str] = {}
         self.on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
-    # --- death --------------------------------------------------------------------------------------------------
+    # --- death ------------------------------------------------------------------------------------
 
     async def _async_poll_kernel_alive(self) -> None:
-        """Wait for the death, let in what is still on the wire, then end the wait for a reply that will not come."""
+        """Wait for the death, read what remains on the wire, then end the wait for a reply."""
         await self.died.wait()
         await self._drained()
         assert self.task_poll_for_reply is not None
-        # A wait that ends at the same moment may swallow a cancellation (asyncio.wait_for before Python 3.12).
+        # A wait that ends at the same moment may swallow a cancellation (asyncio.wait_for before
+        # Python 3.12).
         while not self.task_poll_for_reply.done():
             self.task_poll_for_reply.cancel()
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
     async def _drained(self) -> None:
-        """Wait until no more messages come in: the end of the socket, or a while of silence where a child holds it open."""
+        """Wait until no more messages come: the end of the socket, or silence."""
+        # A forked child may hold the socket open.
         deadline = time.monotonic() + DRAIN_SECONDS
         count, since = self.accounts.messages, time.monotonic()
         while not self.kc.iopub_channel.is_exhausted() and time.monotonic() < min(
@@ -114,7 +117,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             if count != self.accounts.messages:
                 count, since = self.accounts.messages, time.monotonic()
 
-    # --- one cell -----------------------------------------------------------------------------------------------
+    # --- one cell ---------------------------------------------------------------------------------
 
     def begin_cell(self, cell_cap: int | None) -> None:
         """Start the accounts of a cell."""
@@ -137,7 +140,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         outputs: Any,
         alive: Any,
     ) -> Any:
-        """As nbclient, for a reply that is believed; whoever runs code in a kernel knows its key and can sign one."""
+        """As nbclient, for a reply that is believed."""
+        # Whoever runs code in a kernel knows its key and can sign one.
         shell = self.kc.shell_channel
         while True:
             reply = await shell.get_msg(timeout=None)
@@ -149,11 +153,13 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return await super()._async_poll_for_reply(msg_id, cell, timeout, outputs, alive)
 
     async def _believed(self, reply: dict[str, Any], msg_id: str) -> dict[str, Any]:
-        """The reply, or a later one, once the kernel's own record says that the cell ended. Until then the cell runs, and has its time.
+        """The reply, or a later one, once the kernel's own record says that the cell ended.
 
-        A kernel notes the end of a cell before it answers. A cell that was never begun there may be one that a kernel of a class of its
-        own handles by itself: such a reply is believed after a moment.
+        Until then the cell runs, and has its time.
         """
+        # A kernel notes the end of a cell before it answers. A cell that was never begun there may
+        # be one that a kernel of a class of its own handles by itself: such a reply is believed
+        # after a moment.
         deadline = time.monotonic() + BEGIN_SECONDS
         while self._at_work("its reply") or (not self._begun() and time.monotonic() < deadline):
             with contextlib.suppress(Empty):
@@ -166,7 +172,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
-        """Whether the kernel's own record contradicts a message that says it is done; it is remembered which."""
+        """Whether the kernel's own record contradicts a message that says it is done.
+
+        It is remembered which.
+        """
         note = self.note()
         if note is None or note.finished:
             return False
@@ -182,7 +191,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         await super()._check_raise_for_error(cell, cell_index, exec_reply)
 
     def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
-        """``exit()`` in IPython answers "ok" with a payload that asks the frontend to end the kernel; ``exit(True)`` keeps it."""
+        """Note a request to end the kernel."""
+        # ``exit()`` in IPython replies "ok" with such a payload; ``exit(True)`` keeps the kernel.
         for payload in content.get("payload") or ():
             asks = (
                 isinstance(payload, dict)
@@ -192,10 +202,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             if asks and self.asked_to_exit is None:
                 self.asked_to_exit = cell_index
 
-    # --- output -------------------------------------------------------------------------------------------------
+    # --- output -----------------------------------------------------------------------------------
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        """Take in one message. One that is malformed is left out and counted: it is the kernel's fault, not ours."""
+        """Take in one message."""
+        # One that is malformed is left out and counted: it is the kernel's fault, not ours.
         try:
             return self._process(msg, cell, cell_index)
         except CellExecutionComplete:
@@ -232,7 +243,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if kind == "clear_output":
             return self._clear(msg, cell, cell_index)
         if self.clear_before_next_output and kind in OUTPUTS:
-            self._clear_now(cell, cell_index)  # whether what comes now fits or not
+            # Whether what comes now fits or not.
+            self._clear_now(cell, cell_index)
         if kind == "error":
             if self.cell_cap is not None and size > self.cell_cap:
                 content["traceback"] = bounded(content.get("traceback") or [])
@@ -243,7 +255,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return output
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
-        """For the kernel's death: which text and which displays did arrive. A forked child's text is not the kernel's."""
+        """For the kernel's death: which text and which displays did arrive.
+
+        A forked child's text is not the kernel's.
+        """
         if kind == "stream":
             name = content.get("name")
             self.accounts.texts.append(
@@ -255,7 +270,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             self.accounts.iopub_ids.append(str(msg["header"]["msg_id"])[:LONGEST_ID])
 
     def _of_a_child(self, msg: dict[str, Any]) -> bool:
-        """Whether a forked child wrote it: jupyter_client puts the sender's process id into the message id."""
+        """Whether a forked child sent a message."""
+        # jupyter_client puts the sender's process id into the message id.
         _, _, suffix = str(msg["header"].get("msg_id", "")).partition("_")
         pid = suffix.partition("_")[0]
         return self.kernel_pid is not None and pid.isdigit() and int(pid) != self.kernel_pid
@@ -267,7 +283,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return result
 
     def _clear_now(self, cell: Any, cell_index: int) -> None:
-        """Carry out a ``clear_output(wait=True)`` of earlier, as nbclient does at the next output."""
+        """Carry out an earlier ``clear_output(wait=True)``, as nbclient does at the next output."""
         cell.outputs[:] = []
         self.clear_display_id_mapping(cell_index)
         self.clear_before_next_output = False
@@ -324,7 +340,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return f"\n[safe-exec: output cut here; limit for {place} {format_size(cap or 0)}]\n"
 
     def cut_display(self, size: int) -> None:
-        """A message that was too large to be sent, or to be taken in, is marked in the running cell."""
+        """Mark a message that was too large to send or to read in the running cell."""
         if self.running is not None and not self.accounts.marked:
             self.accounts.truncated = self.accounts.marked = True
             self.running[1].outputs.append(remark(self._mark().lstrip()))
@@ -334,10 +350,11 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def output(
         self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int
     ) -> Any:
-        """As nbclient, but a stream that comes in very many pieces is joined, and what ``checked`` has checked is not checked again.
-
-        nbformat's own check takes as long as all else that is done with an output, and describes each text to itself.
-        """
+        """Add an output, as nbclient does, with two differences."""
+        # A stream in very many pieces is joined, and what ``checked`` has validated is not
+        # validated again.
+        # nbformat's own check takes as long as all else that is done with an output, and describes
+        # each text to itself.
         if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
             return super().output(outs, msg, display_id, cell_index)
         node = output_node(msg["msg_type"], msg["content"])
@@ -353,12 +370,15 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         outs.append(node)
         return node
 
-    # --- after a death ------------------------------------------------------------------------------------------
+    # --- after a death ----------------------------------------------------------------------------
 
     def recover(self, page: Page, number: int, residue: dict[str, str]) -> int:
-        """Put into the running cell what the dead kernel had written and not sent; how many characters and displays.
+        """Put into the running cell what the dead kernel had written and not sent.
 
-        ``number`` is the cell's number inside; ``residue`` what its descriptors' pipes still held, by stream.
+        How many characters and displays.
+
+        ``number`` is the cell's number inside; ``residue`` what its descriptors' pipes still held,
+        by stream.
         """
         if self.running is None:
             return 0
@@ -419,7 +439,7 @@ def _is_reply(message: dict[str, Any], msg_id: str) -> bool:
 
 
 def _parse(frames: tuple[bytes, ...]) -> dict[str, Any] | None:
-    """A message from its frames as they go over the wire: topic, delimiter, signature, four parts of JSON."""
+    """Return a message from its frames: topic, delimiter, signature, four parts of JSON."""
     try:
         at = frames.index(b"<IDS|MSG>")
         header, _, metadata, content = (json.loads(part) for part in frames[at + 2 : at + 6])

@@ -143,7 +143,8 @@ class Connection:
             except BlockingIOError:
                 pass
             except OSError:
-                return  # the end is seen by reading
+                # The end is seen by reading.
+                return
         if data:
             if not self._out:
                 self._loop.add_writer(self._socket.fileno(), self._writable)
@@ -189,7 +190,8 @@ async def connect(
 ) -> Connection:
     """Connect as a socket of a kind (``DEALER``, ``SUB``). Raises ConnectFailed.
 
-    Waits without an end for somebody to listen; the caller cancels. After that there is no second try.
+    Waits without an end for somebody to listen; the caller cancels. After that there is no second
+    try.
     """
     sock = await _connected(address)
     try:

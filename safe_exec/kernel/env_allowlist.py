@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+# Variables that are known to be harmless and useful; proxies only where their value holds no
+# password.
 LISTED = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS", "LINES", "NO_COLOR", "CI",
@@ -16,14 +18,13 @@ LISTED = frozenset(
         "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
     }
 )  # fmt: skip
-"""Variables that are known to be harmless and useful; proxies only where their value holds no password."""
 LISTED_ENDS = ("_NUM_THREADS",)
 LISTED_STARTS = ("LC_",)
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 def listed_environment(env: Mapping[str, str], more: Iterable[str]) -> dict[str, str]:
-    """What of an environment may be seen where only listed variables are: the list, and ``more`` by name."""
+    """Return the listed variables of an environment, and those named in ``more``."""
     names = set(more)
     return {
         key: value

@@ -1,6 +1,7 @@
 """Reads what faulthandler wrote: which thread, where. Pure; imports model and fault_site.
 
-Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the thread line).
+Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the
+thread line).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _THREAD = re.compile(
 )
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+# Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs.
 _OURS = re.compile(r"/safe_exec/agent/\w+\.py$")
-"""Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs."""
+# Faulthandler cuts a file name off there.
 LONGEST = 500
-"""faulthandler cuts a file name off there."""
 
 
 class Thread(Struct, frozen=True, kw_only=True):
-    """One thread of a dump: its identifier, whether it is the one that faulted or answered, its frames innermost first."""
+    """One thread of a dump; ``current`` faulted or answered. Frames come innermost first."""
 
     ident: int
     current: bool
@@ -56,7 +57,7 @@ def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
 
 
 def escaped(name: str) -> str:
-    """A file name as faulthandler writes it: what is not printable ASCII escaped, at most 500 characters (_Py_DumpASCII)."""
+    """Return a file name as faulthandler writes it (_Py_DumpASCII, at most 500 characters)."""
     short = "".join(
         c if " " <= c <= "~" else c.encode("ascii", "backslashreplace").decode()
         for c in name[:LONGEST]
@@ -65,7 +66,8 @@ def escaped(name: str) -> str:
 
 
 def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    """A stack up to its outermost frame of notebook code: IPython's own frames below say nothing. Others stay whole."""
+    """Return a stack up to its outermost frame of notebook code."""
+    # IPython's own frames below say nothing. Other stacks stay whole.
     outermost = max(
         (n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1
     )
@@ -82,7 +84,7 @@ def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...
 
 
 def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
-    """The frames of all threads in a dump but the main one, each once where there are several dumps."""
+    """Return the frames of all threads but the main one, each once."""
     stacks = {t.ident: t.frames for t in parse_threads(text, cells) if t.ident != main and t.frames}
     return tuple(stacks.values())
 
@@ -98,11 +100,9 @@ def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:
 
 
 def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
-    """The last of some stacks, or one like it that says better where the time went: at the same line of ``cell``, in the code that most are in.
-
-    Between two calls of the function that fills the memory the caller is seen for a moment. Where two cells' code is seen equally often, the
-    one deeper down counts.
-    """
+    """Return the last of some stacks, or one at its line that is more typical."""
+    # Between two calls of the function that fills the memory the caller is seen for a moment. Where
+    # two cells' code is seen equally often, the one deeper down counts.
     line = innermost_line(stacks[-1], cell)
     alike = [stack for stack in stacks if innermost_line(stack, cell) == line]
     matching = [
@@ -116,7 +116,8 @@ def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame,
 
 
 def fatal_part(text: str) -> str:
-    """From the last fatal error on: stacks that were asked for earlier stand before it in the same channel."""
+    """Return the text from the last fatal error on."""
+    # Stacks that were asked for come earlier in the same channel.
     at = text.rfind("Fatal Python error: ")
     return text[at:] if at >= 0 else ""
 

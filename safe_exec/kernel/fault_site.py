@@ -1,12 +1,13 @@
-"""From the registers at a fatal signal to the place of the fault: did the thread leave its stack? Pure; imports model only."""
+"""Derives the place of a fault from registers: did the thread leave its stack? Pure."""
 
 from __future__ import annotations
 
 from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.model.evidence import FaultSite
 
+# A call writes 8 bytes below the stack pointer; code may use 128 there without moving it (x86-64
+# ABI, red zone).
 BELOW_POINTER = 256
-"""A call writes 8 bytes below the stack pointer; code may use 128 there without moving it (x86-64 ABI, red zone)."""
 PAGE = 4096
 NEAR_BYTES = 64 * 1024
 
@@ -14,11 +15,12 @@ NEAR_BYTES = 64 * 1024
 def read_site(
     thread: FaultingThread | None, ident: int | None, *, arithmetic: bool = False
 ) -> FaultSite | None:
-    """Return the place of the fault, ``None`` if the keeper could not read the thread (keeper/signal_frame.py).
+    """Return the place of a fault, ``None`` if the keeper could not read the thread.
 
-    ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made it is
-    the address of its descriptor, which lies at the upper end of its own stack. ``arithmetic``: the
-    signal was SIGFPE, which a division by zero raises without a mark in the registers.
+    ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made
+    it is the address of its descriptor, which lies at the upper end of its own stack.
+    ``arithmetic``: the signal was SIGFPE, which a division by zero raises without a mark in the
+    registers.
     """
     if thread is None:
         return None
@@ -36,12 +38,10 @@ def read_site(
 
 
 def _overflowed(thread: FaultingThread, ident: int | None) -> bool:
-    """Whether the access that failed was one to the thread's stack, past its end.
-
-    A stack grows downwards. The failing access is near the stack pointer or, for a large frame, between
-    the pointer and the end of the stack. An overflow of a few frames may also stop in a guard that is
-    part of the stack's own mapping (glibc 2.42 on Linux 6.13, MADV_GUARD_INSTALL).
-    """
+    """Whether the access that failed was one to the thread's stack, past its end."""
+    # A stack grows downwards. The failing access is near the stack pointer or, for a large frame,
+    # between the pointer and the end of the stack. An overflow of a few frames may also stop in a
+    # guard that is part of the stack's own mapping (glibc 2.42 on Linux 6.13, MADV_GUARD_INSTALL).
     address, pointer, stack = thread.address, thread.stack_pointer, thread.stack
     if address is None or stack is None or address < pointer - BELOW_POINTER:
         return False

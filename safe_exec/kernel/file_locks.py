@@ -1,4 +1,4 @@
-"""Who holds the lock on a file that a kernel waits for: /proc/locks, and the ``lock:`` lines of /proc/PID/fdinfo (proc(5), Linux 4.1).
+"""Finds the holder of a file lock that a kernel waits for (proc(5), Linux 4.1).
 
 May import model, blocked, processes.
 """
@@ -15,14 +15,18 @@ from safe_exec.kernel.processes import command_text, descriptor_target, descript
 from safe_exec.model.observed import ObservedLock
 
 SLEEPS = ("nanosleep", "clock_nanosleep")
+# The bytes that SQLite locks in a database (os.h: PENDING_BYTE), far behind any content.
 SQLITE_LOCKS = range(0x40000000, 0x40000000 + 512)
-"""The bytes that SQLite locks in a database (os.h: PENDING_BYTE), far behind any content."""
+# Those that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c:
+# WALINDEX_LOCK_OFFSET).
 WAL_LOCKS = range(120, 128)
-"""Those that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c: WALINDEX_LOCK_OFFSET)."""
 
 
 class Entry(NamedTuple):
-    """A line of /proc/locks. ``waits``: not granted yet. ``pid`` is -1 for locks of open files and 0 for a process that is not seen here."""
+    """A line of /proc/locks. ``waits``: not granted yet.
+
+    ``pid`` is -1 for locks of open files and 0 for a process that is not seen here.
+    """
 
     number: str
     waits: bool
@@ -60,7 +64,7 @@ def parse(text: str) -> list[Entry]:
 
 
 def lock_of(kernel: int, call: Call | None, others: Sequence[int]) -> ObservedLock | None:
-    """The lock on a file that a kernel waits for: one that it is blocked for, else one that it may be trying for again and again."""
+    """Return the file lock that a kernel waits for, or may be trying for repeatedly."""
     if call is not None and call.name in ("flock", "fcntl"):
         return awaited_lock(kernel, call, others)
     if call is not None and call.name in SLEEPS:
@@ -69,7 +73,10 @@ def lock_of(kernel: int, call: Call | None, others: Sequence[int]) -> ObservedLo
 
 
 def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> ObservedLock | None:
-    """The lock that a kernel is blocked for in flock(2) or fcntl(2), with its holder; ``others`` are the sandbox's other processes."""
+    """The lock that a kernel is blocked for in flock(2) or fcntl(2), with its holder.
+
+    ``others`` are the sandbox's other processes.
+    """
     if call is None or call.name not in ("flock", "fcntl") or call.descriptor is None:
         return None
     path = descriptor_target(kernel, call.descriptor)
@@ -81,7 +88,8 @@ def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> Obser
         (e for e in entries if waiting and not e.waits and e.number == waiting.number), None
     )
     kind = "flock" if call.name == "flock" else "fcntl"
-    # The lock of an open file may have outlived the process that took it: whoever has the file open by inheritance holds it.
+    # The lock of an open file may have outlived the process that took it: whoever has the file open
+    # by inheritance holds it.
     for pid in (kernel, *others):
         if any(target == path for target in held_files(pid)):
             return _lock(path, kind, pid, kernel)
@@ -106,7 +114,7 @@ def held_files(pid: int) -> list[str]:
 
 
 def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
-    """A lock on a file that somebody in the sandbox holds, for a kernel that is known to try for one again and again."""
+    """Return a held file lock for a kernel that is known to try for one repeatedly."""
     for pid in (kernel, *others):
         for path in held_files(pid):
             return _lock(path, "lock file", pid, kernel)
@@ -114,7 +122,7 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 
 
 def database_lock(kernel: int) -> ObservedLock | None:
-    """An exclusive lock of SQLite on a database that the kernel has open: in a second connection, or held by another process."""
+    """Return an exclusive lock of SQLite on a database that the kernel has open."""
     entries = [
         entry
         for entry in parse(_text("/proc/locks"))

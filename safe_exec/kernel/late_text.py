@@ -1,4 +1,4 @@
-"""Text that comes for a cell after it was done: nbclient leaves it out, and the notebook has it nowhere."""
+"""Text that arrives for a cell after it was done, which nbclient leaves out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ MOST_CHARACTERS = 16384
 
 
 class LateText:
-    """The end of the stderr that came late, by the cell's index; that of the threads which a cell had started. Evidence, no output."""
+    """The end of the stderr that came late, by the cell's index.
+
+    That of the threads which a cell had started. Evidence, no output.
+    """
 
     def __init__(self, client: TrialClient) -> None:
         self._client = client

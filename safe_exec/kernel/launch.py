@@ -1,7 +1,8 @@
-"""How a kernel process is started: its kernelspec, connection file and command, and the keeper that is told to spawn it.
+"""Starts a kernel process: its kernelspec, connection file, command, and keeper.
 
-Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a sandbox takes to build, and the kernel can
-start meanwhile. What is found here is what jupyter_client would find; a test compares them. May import sandbox, page, environment.
+Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a sandbox
+takes to build, and the kernel can start meanwhile. What is found here is what jupyter_client would
+find; a test compares them. May import sandbox, page, environment.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from safe_exec.sandbox.sandbox import Sandbox, WallSetup
 if TYPE_CHECKING:
     from safe_exec.sandbox.enclosure import Enclosure
 
+# Ipykernel would watch for the death of a parent that is not its parent: the keeper is.
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
-"""ipykernel would watch for the death of a parent that is not its parent: the keeper is."""
 
 MODULES = ("ipykernel_launcher", "ipykernel")
 MESSAGE_SLACK = 1 << 20
@@ -70,10 +71,9 @@ class AgentChannels:
 
 
 def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
-    """The kernel's command with ours in front, ``None`` for a command that is not ipykernel's.
-
-    ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] start.py PAGE FACTS FAULT CONFIG -m ...``.
-    """
+    """The kernel's command with ours in front, ``None`` for a command that is not ipykernel's."""
+    # ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] start.py PAGE FACTS
+    # FAULT CONFIG -m ...``.
     if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
         return None
     at = list(cmd).index("-m")
@@ -94,7 +94,10 @@ def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] 
 
 
 def speaks_ipc(cmd: Sequence[str]) -> bool:
-    """Whether a kernel is known to name its ipc sockets as jupyter_client does; others get TCP on loopback."""
+    """Whether a kernel is known to name its ipc sockets as jupyter_client does.
+
+    Others get TCP on loopback.
+    """
     return "-m" in cmd and any(part in MODULES for part in cmd)
 
 
@@ -141,11 +144,11 @@ class Launch(Struct, frozen=True, kw_only=True):
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
-# --- the kernelspec ---------------------------------------------------------------------------------------------
+# --- the kernelspec -------------------------------------------------------------------------------
 
 
 def find_spec(name: str) -> Spec | None:
-    """The spec that jupyter_client would choose, if it is ipykernel's and installed in the usual way; ``None`` for all others."""
+    """Return the spec that jupyter_client would choose, if it is an ordinary ipykernel's."""
     from jupyter_core.paths import jupyter_path
 
     for directory in jupyter_path("kernels"):
@@ -164,7 +167,8 @@ def _read_spec(directory: str) -> Spec | None:
     try:
         document = json.loads(Path(directory, "kernel.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # jupyter_client has the words for it
+        # jupyter_client has the words for it.
+        return None
     argv = document.get("argv") if isinstance(document, dict) else None
     if (
         not isinstance(argv, list)
@@ -221,18 +225,24 @@ def extra_arguments(kernel_name: str) -> list[str]:
     )
 
 
-# --- the start --------------------------------------------------------------------------------------------------
+# --- the start ------------------------------------------------------------------------------------
 
 
 def launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
-    """Start a kernel over ipc and wait until its process is born. Raises KernelStartError and SandboxError."""
+    """Start a kernel over ipc and wait until its process is born.
+
+    Raises KernelStartError and SandboxError.
+    """
     launched = begin_launch(sandbox, request)
     await_kernel(sandbox, launched.channels)
     return launched
 
 
 def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
-    """Have a kernel started over ipc; ``await_kernel`` says what came of it. Raises SandboxError."""
+    """Have a kernel started over ipc; ``await_kernel`` says what came of it.
+
+    Raises SandboxError.
+    """
     assert sandbox.directory is not None
     sandbox.wait_ready()
     connection = {
@@ -294,7 +304,10 @@ def spawn(
 
 
 def await_kernel(sandbox: Sandbox, channels: AgentChannels) -> None:
-    """Wait for the process of a kernel. Raises KernelStartError and SandboxError; its channels are closed then."""
+    """Wait for the process of a kernel. Raises KernelStartError and SandboxError.
+
+    Its channels are closed then.
+    """
     try:
         sandbox.await_kernel()
     except SafeExecError:
@@ -312,7 +325,10 @@ def begin_spawn(
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
 ) -> tuple[AgentChannels, bool]:
-    """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work. Raises SandboxError."""
+    """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work.
+
+    Raises SandboxError.
+    """
     channels = AgentChannels()
     wrapped = wrap_command(cmd, config)
     whole_environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
@@ -324,7 +340,8 @@ def begin_spawn(
         environment.setdefault("PYTHON_DISABLE_REMOTE_DEBUG", "1")
     removed = tuple(sorted(whole_environment.keys() - environment.keys()))
     if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
-        # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty one.
+        # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty
+        # one.
         environment["HOME"] = str(sandbox.directory / "home")
         os.mkdir(environment["HOME"], 0o700)
     discarded: tuple[DiscardedPlace, ...] = ()
@@ -369,7 +386,8 @@ def _enclose(
         return None
     from safe_exec.sandbox.enclosure import PlannedKernel, enclose
 
-    require_walls(plan)  # whoever made the plan: nothing starts without a wall that must stand
+    # Whoever made the plan: nothing starts without a wall that must stand.
+    require_walls(plan)
     if sandbox.directory is None:
         raise SandboxError(
             "walls need a directory for the kernel's sockets; only `safe-exec run` makes one"
@@ -383,7 +401,10 @@ def _enclose(
 
 
 def inside_config(limits: Limits, *, headless: bool, marks: bool) -> dict[str, object]:
-    """The agent's settings. It cuts output at its caps only where somebody ``marks`` what is missing."""
+    """The agent's settings.
+
+    It cuts output at its caps only where somebody ``marks`` what is missing.
+    """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
     return {

@@ -1,6 +1,7 @@
-"""The parts of jupyter_client's local provisioner that no interface of it offers, for ours to behave alike.
+"""Parts of jupyter_client's local provisioner that ours needs to behave alike.
 
-Source: jupyter_client's ``provisioning/local_provisioner.py`` and ``launcher.py``. Imports jupyter_client and zmq.
+Source: jupyter_client's ``provisioning/local_provisioner.py`` and ``launcher.py``. Imports
+jupyter_client and zmq.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def give_keys(manager: Any, wish: str | None) -> None:
 
 
 def demand_command(cmd: Sequence[str], env: Mapping[str, str], cwd: str) -> None:
-    """Raise the error that subprocess.Popen raises for a directory or a command that cannot be used."""
+    """Raise subprocess.Popen's error for an unusable directory or command."""
     if not os.path.isdir(cwd):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cwd)
     path = os.path.join(cwd, cmd[0]) if os.path.dirname(cmd[0]) else cmd[0]

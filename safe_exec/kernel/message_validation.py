@@ -1,7 +1,10 @@
-"""Whether what a message carries is what the protocol says it is: outputs and their MIME bundles. Pure.
+"""Whether what a message carries is what the protocol says it is: outputs and their MIME bundles.
 
-What can be left out alone (one entry of a bundle) is; the rest of a message that is not as it should be says nothing. Source: "Messaging in
-Jupyter" in jupyter_client's documentation, and the schema of nbformat 4 for what may stand in a file.
+Pure.
+
+What can be left out alone (one entry of a bundle) is; the rest of a message that is not as it
+should be says nothing. Source: "Messaging in Jupyter" in jupyter_client's documentation, and the
+schema of nbformat 4 for what may stand in a file.
 """
 
 from __future__ import annotations
@@ -16,14 +19,17 @@ LONGEST_TYPE = 200
 MOST_COUNT = 2**31
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n"
+# As the schema of nbformat has it; under such a type anything may stand.
 _JSON = re.compile(r"application/(.*\+)?json")
-"""As the schema of nbformat has it; under such a type anything may stand."""
 _BINARY = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "application/pdf")
 _BUNDLES = ("display_data", "execute_result", "update_display_data")
 
 
 def checked(kind: str, content: dict[str, Any]) -> list[str]:
-    """What was wrong in a message of a kind and was left out of its ``content``. Raises ValueError for one that says nothing."""
+    """What was wrong in a message of a kind and was left out of its ``content``.
+
+    Raises ValueError for one that says nothing.
+    """
     problems = _count_checked(content)
     if kind == "stream":
         _demand(content, name=str, text=str)
@@ -39,7 +45,10 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
 
 
 def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
-    """What a reply to a cell says, in the types that it should have; one that says neither yes nor no is a no."""
+    """What a reply to a cell says, in the types that it should have.
+
+    One that says neither yes nor no is a no.
+    """
     status, payload = content.get("status"), content.get("payload")
     mended = {
         **content,
@@ -106,14 +115,15 @@ def _why_not(key: str, value: Any) -> str:
 
 
 def _is_base64(text: str) -> bool:
-    # To take out what may be there is four times as fast as the pattern; a picture may have megabytes.
+    # To take out what may be there is four times as fast as the pattern; a picture may have
+    # megabytes.
     return (text.isascii() and not text.encode().translate(None, _ALPHABET)) or _BASE64.fullmatch(
         text
     ) is not None
 
 
 def bounded_size(value: object) -> int:
-    """A size in bytes that the kernel tells: no more than a disk holds, and not less than nothing."""
+    """Return a size in bytes from the kernel, bounded by the size of a disk."""
     if isinstance(value, float) and not math.isfinite(value):
         return 0
     return max(0, min(int(value), 2**40)) if isinstance(value, int | float) else 0

@@ -1,8 +1,11 @@
-"""Outputs as they stand in a notebook, made from messages that ``content.checked`` has passed. Pure.
+"""Outputs as they stand in a notebook, made from messages that ``content.checked`` has passed.
 
-nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by describing the whole text in an error. A stream that
-came in very many pieces holds a list of parts as its text, as a file may: to put each piece to the end of one text would copy it every time.
-May import nbformat.
+Pure.
+
+nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by
+describing the whole text in an error. A stream that came in very many pieces holds a list of parts
+as its text, as a file may: to put each piece to the end of one text would copy it every time. May
+import nbformat.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from typing import Any
 
 from nbformat.notebooknode import NotebookNode, from_dict
 
+# So many small parts in a row are made one: no list of millions, and nothing is copied more than a
+# few times.
 JOINED = 256
-"""So many small parts in a row are made one: no list of millions, and nothing is copied more than a few times."""
 SMALL_CHARACTERS = 1 << 16
+# What is left of a traceback that alone is larger than the cell's cap.
 TRACEBACK_BYTES = 64 * 1024
-"""What is left of a traceback that alone is larger than the cell's cap."""
 ENDS = 4
 
 _FIELDS = {
@@ -29,7 +33,10 @@ _FIELDS = {
 
 
 def output_node(kind: str, content: Mapping[str, Any]) -> Any:
-    """The output that a message is; ``None`` for one that is none. Raises KeyError where a field is missing."""
+    """The output that a message is; ``None`` for one that is none.
+
+    Raises KeyError where a field is missing.
+    """
     fields = _FIELDS.get(kind)
     return (
         None

@@ -1,4 +1,6 @@
-"""What the kernel process tells of what it does to itself (agent/own_actions.py). Claims; the values are bounded here.
+"""What the kernel process tells of what it does to itself (agent/own_actions.py). Claims.
+
+The values are bounded here.
 
 May import model.
 """
@@ -19,12 +21,12 @@ LONGEST_TEXT = 300
 MOST_NAMES = 8
 ACTIONS = frozenset({"signal", "limit", "trace", "exec", "program", "symbol", "lock"})
 TARGETS = frozenset({"process", "group", "everybody", "parent"})
+# By number; RLIMIT_OFILE is an old name of RLIMIT_NOFILE.
 LIMIT_NAMES = {
     getattr(resource, name): name
     for name in dir(resource)
     if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"
 }
-"""By number; RLIMIT_OFILE is an old name of RLIMIT_NOFILE."""
 
 Rows = list[tuple[str, int, str, int]]
 

@@ -1,7 +1,8 @@
-"""The sandbox of a run that is opened before all else, and its kernel that starts while the rest of us is imported.
+"""Opens a run's sandbox first of all; its kernel starts while we import the rest.
 
-The keeper is an interpreter of its own that takes as long to start as ours to read the command line, and a kernel takes longer than all that
-we do until its first cell: whatever can be done beside it costs nothing. May import kernel.launch and the sandbox.
+The keeper is an interpreter of its own that takes as long to start as ours to read the command
+line, and a kernel takes longer than all that we do until its first cell: whatever can be done
+beside it costs nothing. May import kernel.launch and the sandbox.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from safe_exec.sandbox.sandbox import Sandbox
 
 
 class PrestartedKernel:
-    """A sandbox without a run yet. A context manager: whatever becomes of the run, nothing is left of it at the end."""
+    """A sandbox without a run yet.
+
+    A context manager: whatever becomes of the run, nothing is left of it at the end.
+    """
 
     def __init__(self) -> None:
         """Claim the prestarted keeper, or start one."""
@@ -55,7 +59,10 @@ class PrestartedKernel:
         cwd: Path,
         env: Mapping[str, str],
     ) -> None:
-        """Start the kernel, if it is one of which we know how. What goes wrong is heard of in ``outcome``: a run says it in its verdict."""
+        """Start the kernel, if it is one of which we know how.
+
+        What goes wrong is heard of in ``outcome``: a run says it in its verdict.
+        """
         spec = find_spec(kernel_name)
         if spec is None:
             return

@@ -1,4 +1,4 @@
-"""How the kernel's process differs from what it was when it was ready: its resource limits, and the program that it runs. From /proc.
+"""Compares the kernel's process with its state at the start: limits and program.
 
 May import model, procfs, processes.
 """
@@ -12,6 +12,7 @@ from safe_exec.keeper import procfs
 from safe_exec.kernel.processes import command_text, read_bytes
 from safe_exec.model.observed import ChangedLimit
 
+# Rows of /proc/PID/limits (proc(5)) and their names in getrlimit(2).
 NAMES: Mapping[str, str] = {
     "Max cpu time": "RLIMIT_CPU",
     "Max file size": "RLIMIT_FSIZE",
@@ -23,12 +24,11 @@ NAMES: Mapping[str, str] = {
     "Max locked memory": "RLIMIT_MEMLOCK",
     "Max address space": "RLIMIT_AS",
 }
-"""Rows of /proc/PID/limits (proc(5)) and their names in getrlimit(2)."""
 
 PAUSE_SECONDS = 0.05
 
+# Soft limits by name, ``None`` for unlimited.
 Limits = Mapping[str, int | None]
-"""Soft limits by name, ``None`` for unlimited."""
 
 
 def parse(text: str) -> Limits:
@@ -60,7 +60,8 @@ class ProcessChanges:
             return {}
 
     def note_now_and_then(self) -> None:
-        """Look, unless that was done a moment ago: at the start of each cell, of which there may be hundreds in a second."""
+        """Note the state, unless that was done a moment ago."""
+        # There may be hundreds of cells in a second.
         if time.monotonic() - self._noted >= PAUSE_SECONDS:
             self.note()
 

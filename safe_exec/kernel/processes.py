@@ -1,6 +1,7 @@
-"""The processes of a sandbox beside the kernel: what each of them is blocked in, and which pipes it holds. Read once, when a kernel's time is up.
+"""The processes of a sandbox beside the kernel: their blocking calls and pipes.
 
-All of it is seen from outside, in /proc: nothing here asks the kernel process. May import model, procfs, blocked.
+All of it is seen from outside, in /proc: nothing here asks the kernel process. May import model,
+procfs, blocked.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ MOST_PROCESSES = 64
 MOST_THREADS = 32
 MOST_DESCRIPTORS = 4096
 LONGEST_COMMAND = 120
+# The same number on every architecture (Linux 5.6).
 SYS_PIDFD_GETFD = 438
-"""The same number on every architecture (Linux 5.6)."""
 WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
 
 _SECRET_OPTION = re.compile(
@@ -44,14 +45,17 @@ MASK = "***"
 
 
 class Snapshot(NamedTuple):
-    """The processes at one moment: processor seconds, and the call of each thread; by process id."""
+    """The processes at one moment: processor seconds, and the call of each thread.
+
+    By process id.
+    """
 
     cpu: dict[int, float]
     calls: dict[int, dict[int, Call | None]]
 
 
 def members(kernel: int, keeper: int) -> list[int]:
-    """The processes of a sandbox but the kernel and those that built it (bubblewrap, the init): children, theirs, and what was adopted."""
+    """Return the pids of a sandbox without the kernel and those that built it."""
     builders = {kernel}
     above = kernel
     while (status := procfs.stat(above)) is not None and status.ppid not in (0, keeper):
@@ -73,7 +77,10 @@ def snapshot(kernel: int, keeper: int) -> Snapshot:
 def inspect(
     kernel: int, keeper: int, earlier: Snapshot, window: float, children: Mapping[int, EndedChild]
 ) -> tuple[ObservedProcess, ...]:
-    """The members of a sandbox, compared with how they were ``window`` seconds ago; ``children`` are children that were seen earlier."""
+    """The members of a sandbox, compared with how they were ``window`` seconds ago.
+
+    ``children`` are children that were seen earlier.
+    """
     current = snapshot(kernel, keeper)
     below = set(procfs.descendants(kernel))
     own_command = read_bytes(f"/proc/{kernel}/cmdline")
@@ -102,7 +109,8 @@ def _observe(
     own_command: bytes,
     child: EndedChild | None,
 ) -> ObservedProcess | None:
-    """One process; ``None`` if it is gone. A call counts if its thread was in it before, too: a process at work changes its calls."""
+    """One process; ``None`` if it is gone."""
+    # A call counts if its thread was in it before, too: a process at work changes its calls.
     stat = procfs.stat(pid)
     if stat is None:
         return None
@@ -155,10 +163,9 @@ def _full_pipe(pid: int, calls: Mapping[int, Call]) -> tuple[str, int | None] | 
 
 
 def waiting_bytes(pid: int, descriptor: int) -> int | None:
-    """How many bytes are in another process's pipe; ``None`` if that may not be looked at.
-
-    By a copy of the descriptor (pidfd_getfd(2)): to open it in /proc would open the pipe's other end, whatever else may have been put in its place.
-    """
+    """How many bytes are in another process's pipe; ``None`` if that may not be looked at."""
+    # By a copy of the descriptor (pidfd_getfd(2)): to open it in /proc would open the pipe's other
+    # end, whatever else may have been put in its place.
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.suppress(OSError, AttributeError):
         process = os.pidfd_open(pid)
@@ -182,7 +189,8 @@ def local_child(pid: int, call: Call) -> int | None:
     awaited = awaited_child(call)
     if awaited is None or awaited[0] == "pid":
         return awaited[1] if awaited else None
-    try:  # a pidfd: in /proc the id is ours, so it is translated
+    # A pidfd: in /proc the id is ours, so it is translated.
+    try:
         with open(f"/proc/{pid}/fdinfo/{awaited[1]}", "rb") as file:
             ours = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
     except (OSError, ValueError, StopIteration):
@@ -191,7 +199,7 @@ def local_child(pid: int, call: Call) -> int | None:
 
 
 def pipes(pid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The pipes of which a process holds the read end, and those of which it holds the write end, as /proc names them."""
+    """Return the pipes that a process reads from, and those that it writes to."""
     reads, writes = set(), set()
     for number in descriptors(pid):
         target = descriptor_target(pid, number)
@@ -251,7 +259,7 @@ def _reads_terminal(pid: int, call: Call | None) -> bool:
     return target is not None and target.startswith(("/dev/pts/", "/dev/tty"))
 
 
-# --- commands -----------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def command_text(cmdline: bytes) -> str:

@@ -1,8 +1,11 @@
-"""A jupyter_client kernel provisioner whose kernels are born in a sandbox; other Jupyter tools can use it too.
+"""A jupyter_client kernel provisioner whose kernels are born in a sandbox.
 
-``safe-exec run`` hands in what it has built. Elsewhere (``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or
-``metadata.kernel_provisioner`` of a kernelspec with ``config: {"limits": "ci", "memory": "2G"}``) it reads its limits from
-that configuration and from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, jupyter_client.
+Other Jupyter tools can use it too.
+
+``safe-exec run`` hands in what it has built. Elsewhere
+(``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or ``metadata.kernel_provisioner`` of a kernelspec
+with ``config: {"limits": "ci", "memory": "2G"}``) it reads its limits from that configuration and
+from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, jupyter_client.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.limits, self.plan, self.sandbox = limits, plan, sandbox
         self.run_id = sandbox.run_id
 
-    # --- the life of a kernel, as jupyter_client asks for it ------------------------------------------------------
+    # --- the life of a kernel, as jupyter_client asks for it --------------------------------------
 
     @property
     def has_process(self) -> bool:
@@ -120,13 +123,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.ports_cached = True
 
     async def _build_for_others(self) -> None:
-        from safe_exec.limits.profiles import resolve_simple  # only other tools come this way
+        # Only other tools come this way.
+        from safe_exec.limits.profiles import resolve_simple
 
-        if self.sandbox is not None:  # a manager that is started twice has one kernel, the last
+        # A manager that is started twice has one kernel, the last.
+        if self.sandbox is not None:
             await self.kill()
             await self.cleanup(restart=True)
-        stale_runs.sweep()  # of servers that were killed together with their keepers
-        self.run_id = keeper_process.new_run_id()  # a restarted kernel's sandbox is another one
+        # Of servers that were killed together with their keepers.
+        stale_runs.sweep()
+        # A restarted kernel's sandbox is another one.
+        self.run_id = keeper_process.new_run_id()
         self._is_end_reported = False
         machine = detect()
         profile = os.environ.get("SAFE_EXEC_LIMITS")
@@ -151,7 +158,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         else:
             self._spawn_for_others(cmd, env, cwd, config, kwargs)
         self._start_watchdog(cwd)
-        self.pid = self.pgid = self.sandbox.kernel_pid  # the kernel leads a session of its own
+        # The kernel leads a session of its own.
+        self.pid = self.pgid = self.sandbox.kernel_pid
         self.cwd, self.ip = cwd, getattr(self.parent, "ip", None)
         return self.connection_info
 
@@ -235,7 +243,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.watchdog.start()
 
     def _limit_passed(self, name: LimitName, used: float) -> None:
-        """On the watchdog's thread: the keeper's socket takes whole lines, so a kill from here is safe."""
+        """Kill the sandbox for a limit; called on the watchdog's thread."""
+        # The keeper's socket takes whole lines, so a kill from here is safe.
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason(name.value))
         if self.on_limit is not None:
@@ -247,7 +256,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return self.watchdog is not None or self._diskwatch is not None
 
     def check_last(self) -> None:
-        """Look at the limits that are watched once more, before the kernel is asked to end. May take some 50 ms."""
+        """Look at the limits that are watched once more, before the kernel is asked to end.
+
+        May take some 50 ms.
+        """
         for watch in (self.watchdog, self._diskwatch):
             if watch is not None:
                 watch.check(last=True)
@@ -259,7 +271,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 watch.stop()
 
     async def poll(self) -> int | None:
-        """``None`` while the kernel runs; then its return code as subprocess gives it, which stays."""
+        """``None`` while the kernel runs.
+
+        Then its return code as subprocess gives it, which stays.
+        """
         if self.sandbox is None:
             return 0
         if self.sandbox.exit is None and self.on_limit is None:
@@ -273,13 +288,15 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
 
     async def wait(self) -> int | None:
-        """Wait for the kernel process to end. The keeper is asked in turns: other tools run loops that we know nothing of."""
+        """Wait for the kernel process to end."""
+        # The keeper is asked in turns: other tools run loops that we know nothing of.
         while (code := await self.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return code
 
     async def send_signal(self, signum: int) -> None:
-        """Send a signal to the kernel's process group, as jupyter_client's own provisioner does: an interrupt is for its children too."""
+        """Send a signal to the kernel's process group."""
+        # jupyter_client's own provisioner does the same: an interrupt is for the children too.
         if getattr(self.parent, "shutting_down", False):
             # A shutdown begins with an interrupt, which ends a kernel that is not up yet.
             self._asked_for()
@@ -327,20 +344,23 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._asked_for()
 
     def _asked_for(self) -> None:
-        """The end is wanted from now on; one that came before, and was not looked at yet, was not."""
+        """The end is wanted from now on."""
+        # One that came before, and was not looked at yet, was not.
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
             self.sandbox.process_messages()
         self._tell_ending()
         self._is_end_reported = True
 
     def _tell_ending(self) -> None:
-        """Log once how a kernel ended that nobody asked to; people of other tools learn of the cause here, and nowhere else."""
+        """Log once how a kernel ended that nobody asked to."""
+        # People of other tools learn of the cause here, and nowhere else.
         ended = self.sandbox.exit if self.sandbox else None
         if ended is None or self._is_end_reported or self.on_limit is not None:
             return
         self._is_end_reported = True
         if ended.status is not None and ended.status.raw == 0 and not ended.reason:
-            return  # a client's own shutdown request goes past us
+            # A client's own shutdown request goes past us.
+            return
         reason = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
         killed = ended.counters.oom_kills or 0
         if killed:
@@ -351,7 +371,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             )
             reason += f", {killed} process(es) killed for memory in its control group{limit}"
         status = ended.status if ended.status is not None else "its keeper"
-        # An application's own log where there is one: traitlets' other logger says nothing to anybody.
+        # An application's own log where there is one: traitlets' other logger says nothing to
+        # anybody.
         (self.log if Application.initialized() else log).error(
             "kernel ended with %s%s", status, reason
         )

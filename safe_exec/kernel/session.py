@@ -1,6 +1,7 @@
-"""One kernel from its start to its end: keeper, provisioner, manager and client put together, and the facts from inside.
+"""One kernel from start to end: keeper, provisioner, manager and client together.
 
-May import provisioner, client, page, faults, sandbox. Knows no cells beyond their indexes and no causes.
+May import provisioner, client, page, faults, sandbox. Knows no cells beyond their indexes and no
+causes.
 """
 
 from __future__ import annotations
@@ -54,27 +55,28 @@ from safe_exec.sandbox.usage.volumes import Volumes
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
+# What exit hooks get after the shutdown request before the kernel is killed.
 SHUTDOWN_SECONDS = 3.0
-"""What exit hooks get after the shutdown request before the kernel is killed."""
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
+# In this order: the subscription should stand when the first reply comes.
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
-"""In this order: the subscription should stand when the first reply comes."""
+# Somebody may type only where people talk to the kernel.
 STDIN = {"stdin": "DEALER"}
-"""Somebody may type only where people talk to the kernel."""
+# A kernel that closes its sockets while we connect is most likely ending.
 END_SECONDS = 1.0
-"""A kernel that closes its sockets while we connect is most likely ending."""
 FAULT_CHARACTERS = 1 << 20
 TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - measured, not used
 
 
 class Manager(AsyncKernelManager):  # type: ignore[misc]
-    """jupyter_client's, without the control socket that it connects as soon as the kernel process exists.
+    """jupyter_client's manager without its control socket.
 
-    There is nothing to connect to then, and libzmq tries again at any later moment: a kernel that has no descriptor left at that
-    moment is aborted by libzmq (``ipc_listener.cpp``). The client's own control channel, connected in time, does all that is needed.
+    There is nothing to connect to then, and libzmq tries again at any later moment: a kernel that
+    has no descriptor left at that moment is aborted by libzmq (``ipc_listener.cpp``). The client's
+    own control channel, connected in time, does all that is needed.
     """
 
     def _connect_control_socket(self) -> None:
@@ -89,7 +91,10 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
 
 
 class KernelSession:
-    """A kernel inside its sandbox. Everything it makes is removed by ``close()``, whatever happened before."""
+    """A kernel inside its sandbox.
+
+    Everything it makes is removed by ``close()``, whatever happened before.
+    """
 
     def __init__(
         self,
@@ -115,15 +120,18 @@ class KernelSession:
         self.meter: Meter | None = None
         self.volumes: Volumes | None = None
         self.cleanup = CleanupResult()
+        # The key of a client's connection file, for a kernel that people talk to.
         self.key: str | None = None
-        """The key of a client's connection file, for a kernel that people talk to."""
         self._channels: dict[str, Channel] = {}
         self._closed = False
 
-    # --- start --------------------------------------------------------------------------------------------------
+    # --- start ------------------------------------------------------------------------------------
 
     def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
-        """Start the keeper; it gets ready while the notebook client is set up. Or take one that was started ahead."""
+        """Start the keeper; it gets ready while the notebook client is set up.
+
+        Or take one that was started ahead.
+        """
         self.directory = Path(runtime_directory(self.run_id))
         self.sandbox = sandbox or Sandbox(
             self.run_id, directory=self.directory, delegation=self.plan.cgroup.delegation
@@ -137,10 +145,10 @@ class KernelSession:
         env: Mapping[str, str],
         launched: LaunchedKernel | None = None,
     ) -> None:
-        """Start the kernel process, or take over the one that was ``launched`` in this sandbox already.
+        """Start the kernel process, or take over the one that was ``launched`` before.
 
-        Raises KernelStartError for a kernel that is not installed or whose command cannot be executed, SandboxError
-        for a sandbox that cannot be built.
+        Raises KernelStartError for a kernel that is not installed or whose command cannot be
+        executed, SandboxError for a sandbox that cannot be built.
         """
         assert self.sandbox is not None and self.directory is not None
         if launched is None and (spec := find_spec(kernel_name)) is not None:
@@ -190,7 +198,8 @@ class KernelSession:
         if speaks_ipc(km.kernel_spec.argv):
             km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
         elif self.plan.enclosed and not self.plan.isolation.network:
-            # The loopback of a network namespace is its own: nobody outside reaches a port in there.
+            # The loopback of a network namespace is its own: nobody outside reaches a port in
+            # there.
             raise KernelStartError(
                 f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach inside a network of its own (--no-network)"
             )
@@ -236,7 +245,8 @@ class KernelSession:
     def _pump(self) -> None:
         assert self.sandbox is not None
         self.sandbox.process_messages()
-        if len(self.sandbox.fault_text) > FAULT_CHARACTERS:  # no fault handler writes so much
+        # No fault handler writes so much.
+        if len(self.sandbox.fault_text) > FAULT_CHARACTERS:
             self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
             with contextlib.suppress(
@@ -266,8 +276,9 @@ class KernelSession:
     async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
         """Connect and wait until the kernel answers on shell and iopub both; its kernel_info.
 
-        Raises KernelStartError when it ends or stays silent for so long. A reply alone is not enough: the subscription to
-        iopub may not stand yet, and the first cell's output would be lost.
+        Raises KernelStartError when it ends or stays silent for so long. A reply alone is not
+        enough: the subscription to iopub may not stand yet, and the first cell's output would be
+        lost.
         """
         self.client = self.agent_facts.client = client
         client.note = self.note
@@ -329,7 +340,7 @@ class KernelSession:
     async def _alive(
         self, connecting: Coroutine[Any, Any, Connection], deadline: float | None
     ) -> Connection:
-        """What comes of an attempt, unless the kernel ends first or the time is up: then KernelStartError."""
+        """Await a connection. Raises KernelStartError if the kernel ends or time is up first."""
         attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
@@ -363,7 +374,8 @@ class KernelSession:
         return content if idle is not None else None
 
     async def _control_stands(self, kc: Any) -> None:
-        """See the control channel connected too before anything runs; a kernel that is not ipykernel need not answer there."""
+        """See the control channel connected too before anything runs."""
+        # A kernel that is not ipykernel need not answer there.
         if self.manager.transport == "ipc":
             kc.control_channel.send(self.manager.session.msg("kernel_info_request", {}))
             await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
@@ -371,7 +383,7 @@ class KernelSession:
     async def _until(
         self, channel: Any, accepts: Callable[[dict[str, Any]], bool]
     ) -> dict[str, Any] | None:
-        """The first message that is wanted, ``None`` after a quarter of a second or when the kernel is dead."""
+        """Return the first accepted message, ``None`` after READY_RETRY_SECONDS or a death."""
         deadline = time.monotonic() + READY_RETRY_SECONDS
         while (remaining := deadline - time.monotonic()) > 0 and not self.died.is_set():
             with contextlib.suppress(Empty):
@@ -388,7 +400,7 @@ class KernelSession:
         status = str(ended.status) if ended and ended.status else "its supervisor was killed"
         return f"the kernel ended before it was ready: {status}"
 
-    # --- facts --------------------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def take_facts(self) -> None:
         """Take in all that the kernel process has told so far."""
@@ -402,7 +414,7 @@ class KernelSession:
                 asyncio.get_running_loop().remove_reader(facts.fileno())
 
     def residue(self) -> dict[str, str]:
-        """What a dead kernel's C code had written to descriptors 1 and 2 and its reading thread had not taken yet."""
+        """Return what C code wrote to descriptors 1 and 2 and nobody had read at the death."""
         page = (
             self.provisioner.channels.page
             if self.provisioner and self.provisioner.channels
@@ -411,7 +423,8 @@ class KernelSession:
         return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
     def unsent_text(self, number: int) -> str:
-        """What the kernel's own record has of a cell's stderr, sent or not: text of a thread may wait there for the next flush."""
+        """Return a cell's stderr from the kernel's own record, sent or not."""
+        # Text of a thread may wait there for the next flush.
         page = (
             self.provisioner.channels.page
             if self.instrumented and self.provisioner and self.provisioner.channels
@@ -434,7 +447,10 @@ class KernelSession:
         )
 
     def note(self) -> Note | None:
-        """What the kernel's own page says runs or ran last; ``None`` for other kernels, and before the first cell."""
+        """What the kernel's own page says runs or ran last.
+
+        ``None`` for other kernels, and before the first cell.
+        """
         channels = self.provisioner.channels if self.instrumented and self.provisioner else None
         if channels is None or "cells" not in self.agent_facts.hello.get("instrumented", ()):
             return None
@@ -442,12 +458,15 @@ class KernelSession:
         return note if note.cell else None
 
     def running_by_page(self) -> int | None:
-        """The index of the cell that was begun inside and has not ended there, whatever the kernel's messages say."""
+        """Return the index of the cell that has begun in the kernel and not ended there."""
         note = self.note()
         return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
-        """Whether the kernel is at work on a cell by its own page: begun there and not ended; ``None`` for other kernels."""
+        """Whether the kernel is at work on a cell by its own page: begun there and not ended.
+
+        ``None`` for other kernels.
+        """
         if not self.instrumented or self.provisioner is None or self.provisioner.channels is None:
             return None
         return number != 0 and not self.provisioner.channels.page.note().finished
@@ -485,14 +504,13 @@ class KernelSession:
             frames=self.agent_facts.frames,
         )
 
-    # --- end ----------------------------------------------------------------------------------------------------
+    # --- end --------------------------------------------------------------------------------------
 
     def interrupt(self) -> None:
-        """Ask the kernel to interrupt the running cell, in the way its kernelspec says.
-
-        A signal goes to the kernel's process group, as with Jupyter's local provisioner: system(3) has its caller ignore SIGINT until the child
-        has ended, and `%%bash` takes a child that lives on for one that cannot be stopped.
-        """
+        """Ask the kernel to interrupt the running cell, in the way its kernelspec says."""
+        # A signal goes to the kernel's process group, as with Jupyter's local provisioner:
+        # system(3) has its caller ignore SIGINT until the child has ended, and `%%bash` takes a
+        # child that lives on for one that cannot be stopped.
         if self.manager.kernel_spec.interrupt_mode == "message":
             assert self.client is not None and self.client.kc is not None
             self.client.kc.control_channel.send(self.manager.session.msg("interrupt_request", {}))
@@ -510,11 +528,14 @@ class KernelSession:
 
     @property
     def kill_reason(self) -> TerminationReason | None:
-        """Why we have decided to kill the kernel, from the moment of the decision on; it may live a little longer."""
+        """Why we have decided to kill the kernel, from the moment of the decision on.
+
+        It may live a little longer.
+        """
         return self.sandbox.kill_reason if self.sandbox else None
 
     def process_count(self) -> ProcessCount | None:
-        """Processes and threads now, and how many are allowed, where the system's kernel refuses more."""
+        """Return tasks and how many are allowed, if Linux enforces a limit."""
         return None if self.meter is None else self.meter.process_count(self.limits.processes)
 
     def check_limits(self) -> None:
@@ -523,10 +544,14 @@ class KernelSession:
             self.provisioner.watchdog.check()
 
     async def may_be_asked_to_end(self) -> bool:
-        """Whether the kernel lives and has passed no limit; from now on its end is part of the shutdown."""
+        """Whether the kernel lives and has passed no limit.
+
+        From now on its end is part of the shutdown.
+        """
         if self.provisioner is not None and self.provisioner.watches:
             await asyncio.to_thread(self.provisioner.check_last)
-        # A death of which the keeper has not heard yet, or not told us, came before our request all the same.
+        # A death of which the keeper has not heard yet, or not told us, came before our request all
+        # the same.
         main = procfs.stat(self.pid) if self.pid is not None else None
         if self.sandbox is None or self.died.is_set() or main is None or main.state in "ZX":
             return False
@@ -544,14 +569,15 @@ class KernelSession:
         return self.died.is_set()
 
     def note_process(self) -> None:
-        """Note the kernel's children, its resource limits and its program, for the case that they are gone when it ends."""
+        """Note the kernel's children, limits and program, which its end would hide."""
         if self.pid is not None and not self.died.is_set():
             self.history.note(self.pid)
             if self.changes is not None:
                 self.changes.note()
 
     def find_peers(self) -> None:
-        """Note other hosts that the sandbox's sockets lead to; what the kernel tells of itself leaves out its children."""
+        """Note other hosts that the sandbox's sockets lead to."""
+        # What the kernel tells of itself leaves out its children.
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
         if Wall.NETWORK not in self.plan.walls:
@@ -565,7 +591,10 @@ class KernelSession:
         return self.died.is_set()
 
     def close(self) -> None:
-        """End everything and remove everything. What could not be removed is in ``cleanup``. May be called again."""
+        """End everything and remove everything. What could not be removed is in ``cleanup``.
+
+        May be called again.
+        """
         if self._closed:
             return
         self._closed = True
@@ -590,7 +619,8 @@ class KernelSession:
 
 
 async def _aside(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
-    """Wait for a call on a thread: other runs go on in the meantime. It is never left alone: whoever cancels us takes down what it works on."""
+    """Wait for a call on a thread: other runs go on in the meantime."""
+    # It is never left alone: whoever cancels us takes down what it works on.
     waiting = asyncio.ensure_future(asyncio.to_thread(call))
     try:
         return await asyncio.shield(waiting)

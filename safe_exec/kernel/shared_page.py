@@ -1,7 +1,8 @@
-"""The runner's view of the shared page that ``inside`` writes: places, samples, and output that never reached the wire.
+"""Reads the shared page that the agent writes: places, samples, unsent output.
 
-Imports the standard library only. Everything read here was written by the kernel process and may be anything: lengths are checked,
-text is decoded with replacement, nothing is trusted beyond "the kernel says".
+Imports the standard library only. Everything read here was written by the kernel process and may be
+anything: lengths are checked, text is decoded with replacement, nothing is trusted beyond "the
+kernel says".
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from msgspec import Struct
 from safe_exec.agent import layout
 
 MOST_FRAMES = 64
+# A segment holds no more messages than that, and text is gathered; what has more was not written by
+# us.
 MOST_RECORDS = 20_000
-"""A segment holds no more messages than that, and text is gathered; what has more was not written by us."""
 SIZE = layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES
 
 
 class Note(Struct, frozen=True, kw_only=True):
-    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine); whether the cell is done."""
+    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine).
+
+    Whether the cell is done.
+    """
 
     cell: int
     line: int
@@ -34,7 +39,7 @@ class Note(Struct, frozen=True, kw_only=True):
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """What the sampling thread saw: ``wait`` is how long it waited for the interpreter, ``place`` a hash of where."""
+    """One sample: ``wait`` for the interpreter, ``place`` is a hash of the code location."""
 
     cell: int
     line: int
@@ -45,7 +50,7 @@ class Sample(Struct, frozen=True, kw_only=True):
 
 
 class Text(Struct, frozen=True, kw_only=True):
-    """A run of text written to a stream of a cell: its first character is number ``start`` of that stream in the cell."""
+    """Text of a cell's stream; its first character is number ``start`` of the stream."""
 
     stream: str
     cell: int
@@ -66,7 +71,8 @@ class Page:
     def __init__(self) -> None:
         self.fd = os.memfd_create("safe-exec-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, SIZE)
-        # A kernel that shortens the file would have us killed by SIGBUS: seal its size, and the seals.
+        # A kernel that shortens the file would have us killed by SIGBUS: seal its size, and the
+        # seals.
         fcntl.fcntl(
             self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         )
@@ -95,7 +101,7 @@ class Page:
         )
 
     def counts(self) -> tuple[int, int]:
-        """Characters that the running cell has written to stdout and stderr, those never sent among them."""
+        """Return the numbers of characters written to stdout and stderr, sent or not."""
         out, err = layout.COUNTS.unpack_from(self._memory, layout.COUNTS_AT)
         return out, err
 
@@ -121,7 +127,7 @@ class Page:
         return Sample(cell=cell, line=line, time=sampled_at, wait=wait, cpu=cpu, place=place)
 
     def stack(self) -> tuple[int, list[tuple[str, int, str, int]], bool]:
-        """The sampled stack: cell number, rows of (function, line, file, cell number), whether it awaits something."""
+        """Return the sampled stack: cell number, rows, and whether it awaits something."""
         (length,) = struct.unpack_from("<I", self._memory, layout.STACK_AT)
         start = layout.STACK_AT + 4
         raw = self._memory[start : start + min(length, layout.STACK_BYTES - 4)]
@@ -152,7 +158,8 @@ class Page:
         (used,) = struct.unpack_from("<I", self._memory, base)
         end = base + layout.SEGMENT_BYTES
         at = base + 4
-        # ``used`` is where the last record's header ends; a text that stands last may have grown, up to where memory is zero.
+        # ``used`` is where the last record's header ends; a text that stands last may have grown,
+        # up to where memory is zero.
         last = base + min(used, layout.SEGMENT_BYTES)
         while at + layout.RECORD.size <= last:
             length, position, kind, stream, _, cell = layout.RECORD.unpack_from(self._memory, at)

@@ -1,4 +1,4 @@
-"""The protocol of ZeroMQ (ZMTP 3.0, rfc.zeromq.org/spec/23) without sockets: frames, handshake, messages.
+"""The protocol of ZeroMQ (ZMTP 3.0, rfc.zeromq.org/spec/23) without sockets.
 
 A reader of messages is bounded in everything that it keeps. No message is parsed for which there is
 no room among those that wait; of a message that is too large only the first, small parts are kept.
@@ -37,7 +37,10 @@ class ProtocolError(ConnectionError):
 
 
 class Received(Struct):
-    """One message; ``dropped`` counts the bytes of one that was too large, with its first, small parts."""
+    """One message.
+
+    ``dropped`` counts the bytes of one that was too large, with its first, small parts.
+    """
 
     parts: list[bytes]
     dropped: int = 0
@@ -46,9 +49,9 @@ class Received(Struct):
 class MessageReader:
     """Turns bytes into messages.
 
-    ``largest`` bounds a message (``None``: unbounded). ``is_blocked``: the next part has no room, so
-    ``parse`` is to be called again after ``take``. ``is_broken``: a command was too long. ``replies``
-    are frames to send.
+    ``largest`` bounds a message (``None``: unbounded). ``is_blocked``: the next part has no room,
+    so ``parse`` is to be called again after ``take``. ``is_broken``: a command was too long.
+    ``replies`` are frames to send.
     """
 
     def __init__(self, *, largest: int | None) -> None:
@@ -135,7 +138,10 @@ class MessageReader:
         return read(flags, start, length)
 
     def _head(self) -> tuple[int, int, int] | None:
-        """Return flags, start and length of the next frame's body; ``None`` if its head is incomplete."""
+        """Return flags, start and length of the next frame's body.
+
+        ``None`` if its head is incomplete.
+        """
         start = 9 if self._inbox and self._inbox[0] & LONG else 2
         if len(self._inbox) < start:
             return None
@@ -282,7 +288,10 @@ def ready_properties(command: bytes) -> dict[bytes, bytes]:
 
 
 def end_of_handshake(data: bytearray) -> int | None:
-    """Return the end of the other side's READY, ``None`` if it is incomplete. Raises ProtocolError."""
+    """Return the end of the other side's READY, ``None`` if it is incomplete.
+
+    Raises ProtocolError.
+    """
     if len(data) < GREETING_BYTES:
         return None
     if (

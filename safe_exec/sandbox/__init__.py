@@ -1,1 +1,1 @@
-"""The living enclosure of one kernel: one file per mechanism, folded into a plan that the keeper carries out."""
+"""The sandbox of one kernel: mechanisms, folded into a plan that the keeper carries out."""

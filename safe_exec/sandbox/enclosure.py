@@ -42,8 +42,9 @@ from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import WallSetup
 
+# The user that owns nothing: no distribution hands out ids up here (systemd, UIDs-GIDs.md), and no
+# file is theirs.
 OTHER_UID = 1_060_660
-"""The user that owns nothing: no distribution hands out ids up here (systemd, UIDs-GIDs.md), and no file is theirs."""
 INODE_BYTES = 4096
 LEAST_INODES = 1024
 NO_WALL = Enforcement(by=Mechanism.NONE, hard=False)
@@ -65,7 +66,7 @@ def homes() -> tuple[Path, ...]:
     )
 
 
-# --- what must stay readable ------------------------------------------------------------------------------------
+# --- what must stay readable ----------------------------------------------------------------------
 
 
 def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
@@ -107,7 +108,7 @@ def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
 
 
 def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path, ...]:
-    """The paths as they are and without links, as far as there is something and it is not too wide."""
+    """Return the existing paths, each also without links, except those that are too wide."""
     both = [form for path in paths for form in (path, path.resolve())]
     return tuple(
         dict.fromkeys(
@@ -116,6 +117,7 @@ def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path,
     )
 
 
+# What makes an environment of a directory that is more than one.
 PARTS = (
     "bin",
     "lib",
@@ -127,11 +129,11 @@ PARTS = (
     "pyvenv.cfg",
     "conda-meta",
 )
-"""What makes an environment of a directory that is more than one."""
 
 
 def _wide() -> frozenset[Path]:
-    """Directories that hold more than an environment: a ``~/bin/python`` must not open the home around it."""
+    """Return directories that hold more than an environment."""
+    # A ``~/bin/python`` must not open the home around it.
     narrow = [
         *homes(),
         *(home / ".local" for home in homes()),
@@ -155,10 +157,13 @@ def _parts(env: Mapping[str, str], name: str) -> list[str]:
 
 
 def _prefixes(program: str) -> list[Path]:
-    """Where the program's environment lies: beside its ``bin``, what its links lead to, and the base of a virtual environment."""
+    """Return the directories of a program's environment."""
+    # It lies beside the program's ``bin``, where its links lead, and at a virtual environment's
+    # base.
     prefixes: list[Path] = []
     path = Path(program)
-    if not path.is_absolute():  # no such program: a path relative to us would say nothing of it
+    # No such program: a path relative to us would say nothing of it.
+    if not path.is_absolute():
         return []
     for _ in range(10):
         prefix = path.parent.parent
@@ -175,11 +180,10 @@ def _prefixes(program: str) -> list[Path]:
 
 
 def _linked(prefix: Path) -> list[Path]:
-    """What a Python environment has elsewhere by ``.pth`` files: packages installed for development.
-
-    A line is a folder for the path, or imports a module that finds packages (setuptools' ``__editable___NAME_finder``, and the like of other
-    builders): what that one names in its text.
-    """
+    """Return the directories of packages that an environment has through ``.pth`` files."""
+    # A line is a folder for the path, or imports a module that finds packages (setuptools'
+    # ``__editable___NAME_finder``, and the like of other builders): what that one names in its
+    # text.
     paths: list[Path] = []
     for path in prefix.glob("lib/python3*/site-packages/*.pth"):
         for line in _text(path).splitlines():
@@ -191,7 +195,10 @@ def _linked(prefix: Path) -> list[Path]:
 
 
 def _named_in(module: Path) -> list[Path]:
-    """Absolute paths that stand in the source of a module, and that are there; of a package's first file the package."""
+    """Absolute paths that stand in the source of a module, and that are there.
+
+    Of a package's first file the package.
+    """
     try:
         tree = ast.parse(_text(module))
     except (SyntaxError, ValueError, RecursionError):
@@ -216,11 +223,11 @@ def _text(path: Path) -> str:
         return ""
 
 
-# --- what the keeper is told ------------------------------------------------------------------------------------
+# --- what the keeper is told ----------------------------------------------------------------------
 
 
 class PlannedKernel(Struct, frozen=True, kw_only=True):
-    """A kernel that is about to be started: its plan, command, environment and folder, and the directory of its sockets."""
+    """A kernel that is about to be started, with its plan and its directories."""
 
     plan: SpawnPlan
     argv: Sequence[str]
@@ -244,7 +251,7 @@ class PlannedKernel(Struct, frozen=True, kw_only=True):
 
 
 class Enclosure(Struct, frozen=True, kw_only=True):
-    """The keeper's part of the walls, the kernel's environment and folder, and facts and warnings for the user."""
+    """The keeper's part of the walls, the kernel's environment, and facts for the user."""
 
     setup: WallSetup
     env: Mapping[str, str]
@@ -273,7 +280,8 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
             has_disk_limit=LimitName.DISK in kernel.plan.enforcement,
         ),
     )
-    # Where there is no /tmp of its own, what it writes for a while is to go with the run all the same.
+    # Where there is no /tmp of its own, what it writes for a while is to go with the run all the
+    # same.
     own_tmp = (
         {"TMPDIR": str(kernel.runtime)}
         if kernel.plan.landlock and kernel.plan.isolation.read_only_system
@@ -297,7 +305,10 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
 
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
-    """The folder stays open whatever lies in it. Raises SandboxError where that would be what is to be closed."""
+    """The folder stays open whatever lies in it.
+
+    Raises SandboxError where that would be what is to be closed.
+    """
     closed = [
         *(homes() if isolation.hide_home else ()),
         *(SYSTEM if isolation.read_only_system else ()),
@@ -311,11 +322,16 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 
 def settled(isolation: Isolation) -> Isolation:
-    """Its paths as they are here, without links; what is to be hidden and is not there needs no hiding. Raises SandboxError."""
+    """Its paths as they are here, without links.
+
+    What is to be hidden and is not there needs no hiding. Raises SandboxError.
+    """
     settings: dict[str, Any] = {
         name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS
     }
-    for name in _OPENED:  # a link in a hidden place is not there to be followed: what it leads to is opened by that name too
+    # A link in a hidden place is not there to be followed: what it leads to is opened by that name
+    # too.
+    for name in _OPENED:
         settings[name] = tuple(
             dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path))
         )
@@ -394,7 +410,7 @@ def _bubblewrap(kernel: PlannedKernel, paths: KernelPaths, program: str) -> Bwra
 
 
 def _disk(kernel: PlannedKernel) -> LimitedDisk | None:
-    """The file system of limited size: asked for by a limit, or since the run is to work in a copy."""
+    """Return the file system of limited size, if a limit or a copy of the folder needs one."""
     isolation = kernel.plan.isolation
     if kernel.plan.disk is None and isolation.folder is not FolderUse.COPY:
         return None
@@ -435,7 +451,8 @@ def _system_call_filter(plan: SpawnPlan) -> str | None:
 
 
 def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
-    """Where it may read and write; to Landlock a directory that may be written may be read too, so nothing hidden lies in one."""
+    """Where it may read and write."""
+    # To Landlock a directory that may be written may be read too, so nothing hidden lies in one.
     isolation = kernel.plan.isolation
     folder, repository = str(kernel.folder), paths.repository
     roots = [str(repository.root)] if repository.is_visible else []
@@ -447,7 +464,8 @@ def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
     hidden = [*(map(str, paths.homes) if isolation.hide_home else ()), *isolation.hide]
     # Nobody makes a copy here.
     closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
-    # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is the system's affair.
+    # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is
+    # the system's affair.
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
     readable = [*map(str, paths.readable), *isolation.show, *roots, folder]
@@ -466,7 +484,10 @@ def _all_but(closed: Sequence[str]) -> list[str]:
 
 
 def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
-    """What to open of a tree in which something is to be hidden: a rule opens all that is below. Without such, the tree."""
+    """What to open of a tree in which something is to be hidden: a rule opens all that is below.
+
+    Without such, the tree.
+    """
     inner = [other for other in hidden if other != path and Path(other).is_relative_to(path)]
     if not inner:
         return [path]

@@ -1,6 +1,7 @@
-"""Records what isolation takes from one run and where its files stay: facts for causes, warnings and the verdict.
+"""Records what isolation takes from a run, and where the run's files stay.
 
-Names the places whose files are gone after the run too, for the keeper to list them before they go. Pure.
+Names the places whose files are gone after the run too, for the keeper to list them before they go.
+Pure.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ LANDLOCK_WRITABLE = (TMP, "/dev")
 
 
 class KernelPaths(Struct, frozen=True, kw_only=True):
-    """The paths around one kernel, without links. ``homes`` are those to hide, ``readable`` those that stay visible in hidden places.
+    """The paths around one kernel, without links.
 
-    ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets; ``interpreters`` are among the ``readable``.
+    ``homes`` are those to hide, ``readable`` those that stay visible in hidden places.
+
+    ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets; ``interpreters``
+    are among the ``readable``.
     """
 
     folder: Path
@@ -40,7 +44,10 @@ class KernelPaths(Struct, frozen=True, kw_only=True):
 
 
 def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
-    """The facts of a plan. A wall that nothing holds takes nothing away. ``plan.isolation`` has paths without links."""
+    """The facts of a plan. A wall that nothing holds takes nothing away.
+
+    ``plan.isolation`` has paths without links.
+    """
     isolation = plan.isolation
     hidden_homes = tuple(map(str, paths.homes)) if _is_held(plan, Wall.HOME) else ()
     hidden = isolation.hide if _is_held(plan, Wall.HIDDEN) else ()
@@ -111,7 +118,8 @@ def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], t
 
 
 def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Landlock leaves /tmp the machine's own; HOME and TMPDIR lead into the directory of the sockets, which goes with the run."""
+    """Landlock leaves /tmp the machine's own."""
+    # HOME and TMPDIR lead into the directory of the sockets, which goes with the run.
     isolation = plan.isolation
     kept_paths = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
     system = LANDLOCK_WRITABLE if plan.landlock and isolation.read_only_system else ()
@@ -120,11 +128,11 @@ def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tup
     ) if plan.landlock else ()
 
 
-# --- places whose files are gone after the run, for the keeper to list -------------------------------------------
+# --- places whose files are gone after the run, for the keeper to list ----------------------------
 
 HOME_NAME, TMP_NAME = "~", "$TMPDIR"
+# What we make beside the sockets ourselves, where these lie in a directory of the machine's.
 OURS = ("home", "tmp", "disk", "c.json")
-"""What we make beside the sockets ourselves, where these lie in a directory of the machine's."""
 
 
 def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
@@ -138,7 +146,7 @@ def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, 
 
 
 def outside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
-    """The places that are directories out here as well: on the file system of limited size, and beside the sockets."""
+    """Return the places that are directories outside too: on the disk, or beside the sockets."""
     if not plan.enclosed:
         return tuple(_beside_sockets(plan, paths))
     if not _has_disk(plan):
@@ -188,7 +196,9 @@ def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterat
 
 
 def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[DiscardedPlace]:
-    """Landlock hides a home by giving another one, and /tmp is the machine's: only TMPDIR goes with the run."""
+    """Yield the places beside the sockets."""
+    # Landlock hides a home by giving another one, and /tmp is the machine's: only TMPDIR is
+    # discarded.
     if plan.landlock and plan.isolation.hide_home:
         yield DiscardedPlace(name=HOME_NAME, kind=OF_HOME, path=str(paths.runtime / "home"))
     if plan.landlock and plan.isolation.read_only_system:

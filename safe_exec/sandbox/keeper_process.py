@@ -1,4 +1,4 @@
-"""Starts the processes of keepers, before anything else of ours is imported if a run is sure to come.
+"""Starts keepers, before anything else of ours is imported if a run is sure to come.
 
 A keeper's interpreter takes as long to start as ours takes to read the command line. Where many are
 needed they are forked from one process that has imported all their modules (keeper/forkserver.py).
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-# os._exit skips the interpreter's own end, which takes as long as removing a sandbox does; the runner
-# waits for both, and everything is cleaned up by then.
+# os._exit skips the interpreter's own end, which takes as long as removing a sandbox does; the
+# runner waits for both, and everything is cleaned up by then.
 BOOT = (
     "import os, sys; sys.path.append(sys.argv[2]); from safe_exec.keeper.{module} import main; "
     "main(int(sys.argv[1]), *sys.argv[3:]); os._exit(0)"
@@ -57,7 +57,10 @@ class KeeperProcess:
                 )
 
     def attach_pid(self, pid: int) -> None:
-        """Note a forked keeper's pid, so that its end can be awaited. It must wait for us meanwhile."""
+        """Note a forked keeper's pid, so that its end can be awaited.
+
+        It must wait for us meanwhile.
+        """
         if self._process is None and self._pidfd < 0:
             try:
                 self._pidfd = os.pidfd_open(pid)
@@ -78,7 +81,8 @@ class KeeperProcess:
                 return
 
     def wait(self) -> None:
-        """Wait until it has ended. A forked one whose pid was never attached ends with its socket."""
+        """Wait until it has ended."""
+        # A forked one whose pid was never attached ends with its socket.
         if self._process is not None:
             self._process.wait()
         elif self._pidfd >= 0:
@@ -119,7 +123,7 @@ def _start(
 
 
 class ForkServer:
-    """A context within which keepers are forked from one process, unless a launcher has to start them.
+    """A context within which keepers are forked from one process.
 
     Contexts may be nested. It has no effect before Linux 5.3: a forked keeper is not our child, so
     only a pidfd can tell its end.

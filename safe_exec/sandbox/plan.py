@@ -1,4 +1,4 @@
-"""Offers of the mechanisms, folded strongest first into one frozen plan that the keeper carries out.
+"""Folds the mechanisms' offers, strongest first, into the frozen plan for the keeper.
 
 May import model, machine and the mechanisms. Pure: nothing here touches the system.
 """
@@ -22,9 +22,9 @@ REQUIRE_ALL = tuple(LimitName(row.name) for row in ROWS if row.in_require_all)
 class Delegation(Struct, frozen=True, kw_only=True):
     """A cgroup that contains our processes and shall delegate controllers.
 
-    The processes move to ``leaf`` first: a cgroup that contains processes cannot delegate controllers
-    (cgroups(7)). ``launcher`` and ``environment`` start the keeper in that cgroup; they are empty if
-    the runner is in it too.
+    The processes move to ``leaf`` first: a cgroup that contains processes cannot delegate
+    controllers (cgroups(7)). ``launcher`` and ``environment`` start the keeper in that cgroup; they
+    are empty if the runner is in it too.
     """
 
     group: str
@@ -35,7 +35,7 @@ class Delegation(Struct, frozen=True, kw_only=True):
 
 
 class CgroupPlan(Struct, frozen=True, kw_only=True):
-    """Control groups to make (parents first), values to write, groups to join, files that kill and that count.
+    """Cgroups to make (parents first), files to write, and files that join, kill and count.
 
     ``memory_file`` says how much memory is charged now.
     """
@@ -66,8 +66,8 @@ class CgroupPlan(Struct, frozen=True, kw_only=True):
 class Offer(Struct, frozen=True, kw_only=True):
     """What one mechanism can hold of the limits that are set, and what the keeper has to do for it.
 
-    ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that the watchdog in
-    the runner must look after. Only what is wanted of an offer is carried out.
+    ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that
+    the watchdog in the runner must look after. Only what is wanted of an offer is carried out.
     """
 
     mechanism: Mechanism
@@ -77,11 +77,13 @@ class Offer(Struct, frozen=True, kw_only=True):
 
 
 class SpawnPlan(Struct, frozen=True, kw_only=True):
-    """All that the keeper needs to build the sandbox and to take it down again, and who holds which limit.
+    """Everything that the keeper builds, and which mechanism enforces which limit.
 
-    ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with ``user_namespace`` in one of both kinds.
-    ``enclosed`` is the program bubblewrap where the kernel is to run inside it, ``disk`` and ``shm`` the sizes of its file systems.
-    ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only when the runner is gone and nobody else will.
+    ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with
+    ``user_namespace`` in one of both kinds. ``enclosed`` is the program bubblewrap where the kernel
+    is to run inside it, ``disk`` and ``shm`` the sizes of its file systems. ``directories`` are
+    removed with the sandbox, ``cleanup_if_runner_dies`` only when the runner is gone and nobody
+    else will.
     """
 
     cgroup: CgroupPlan
@@ -120,10 +122,11 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
 
 
 def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
-    """Give each limit that is set to the first offer that holds it; ``offers`` come strongest first.
+    """Give each limit that is set to the first offer that holds it.
 
-    A limit that nothing holds is written down as held by ``none``, not left out.
+    ``offers`` come strongest first.
     """
+    # A limit that nothing holds is written down as held by ``none``, not left out.
     enforcement: dict[LimitName, Enforcement] = {}
     for name in RUNNER_LIMITS:
         if limits.of(name) is not None:
@@ -148,7 +151,8 @@ def _carry_out(
     for offer in offers:
         cgroup = cgroup.plus(offer.cgroup)
         for name, limit_rows in offer.rlimits.items():
-            # A limit on processor time wants both: RLIMIT_CPU for each process, the watch for their sum.
+            # A limit on processor time wants both: RLIMIT_CPU for each process, the watch for their
+            # sum.
             if (
                 enforcement[name].by in (offer.mechanism, Mechanism.NONE)
                 or name is LimitName.CPU_TIME
@@ -181,7 +185,10 @@ def _held_for_the_tree(enforcement: Enforcement, name: LimitName) -> bool:
 
 
 def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
-    """The walls that the system does not hold here. That only root can become somebody else is no weakness."""
+    """The walls that the system does not hold here.
+
+    That only root can become somebody else is no weakness.
+    """
     return tuple(
         wall
         for wall, enforcement in walls.items()
@@ -190,7 +197,10 @@ def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
 
 
 def require_walls(plan: SpawnPlan) -> None:
-    """Refuse a plan whose isolation is required and in which a wall does not stand. Raises EnforcementError, naming them."""
+    """Refuse a plan whose isolation is required and in which a wall does not stand.
+
+    Raises EnforcementError, naming them.
+    """
     weak = weak_walls(plan.walls) if plan.isolation.required else ()
     if weak:
         names = ", ".join(wall.value.replace("_", " ") for wall in weak)

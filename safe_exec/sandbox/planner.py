@@ -1,4 +1,6 @@
-"""From limits and a machine to a plan: asks every mechanism, strongest first. The list here is where a new one is added.
+"""From limits and a machine to a plan: asks every mechanism, strongest first.
+
+The list here is where a new one is added.
 
 May import the mechanisms, plan, machine.
 """
@@ -49,6 +51,7 @@ def build_plan(
     )
 
 
+# What ``--mechanisms`` may name.
 CHOOSABLE = (
     Mechanism.SYSTEMD,
     Mechanism.CGROUP_V2,
@@ -59,11 +62,13 @@ CHOOSABLE = (
     Mechanism.LANDLOCK,
     Mechanism.SECCOMP,
 )
-"""What ``--mechanisms`` may name."""
 
 
 def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
-    """The mechanisms that may be used; ``None`` is all. Raises UsageError with those that there are."""
+    """The mechanisms that may be used; ``None`` is all.
+
+    Raises UsageError with those that there are.
+    """
     if names is None:
         return frozenset(Mechanism)
     choices = {mechanism.value: mechanism for mechanism in CHOOSABLE}
@@ -76,7 +81,11 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
 
 
 class Required(Struct, frozen=True, kw_only=True):
-    """What ``--require`` names. ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has it."""
+    """What ``--require`` names.
+
+    ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has
+    it.
+    """
 
     names: tuple[LimitName | Wall, ...] = ()
     isolation: bool | None = None
@@ -85,13 +94,16 @@ class Required(Struct, frozen=True, kw_only=True):
 EVERY_LIMIT, EVERY_WALL, NOTHING = "all", "walls", "none"
 REQUIRABLE: Mapping[str, LimitName | Wall] = {
     **{wall.value: wall for wall in Wall if wall is not Wall.PROCESSES},
-    "own_processes": Wall.PROCESSES,  # there is a limit of that name
+    # There is a limit of that name.
+    "own_processes": Wall.PROCESSES,
     **{name.value: name for name in LimitName},
 }
 
 
 def parse_required(text: str, limits: Limits) -> Required:
-    """``--require memory,network``: names of limits and walls; ``all`` (those of REQUIRE_ALL for which a limit is set), ``walls``, or ``none``.
+    """``--require memory,network``: names of limits and walls.
+
+    ``all`` (those of REQUIRE_ALL for which a limit is set), ``walls``, or ``none``.
 
     Raises ValueError with the names that there are.
     """

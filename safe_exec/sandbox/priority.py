@@ -1,9 +1,11 @@
 """Keeps a fork bomb from starving those who watch it. May import procfs.
 
-Where all share one queue of the scheduler (a container, the same session), each of hundreds of busy processes gets as much as the
-watchdog: with 64 on two processors it got a turn every 107 ms in place of 20, and 441 ms at worst. So when we
-are late and the notebook has many more runnable threads than there are processors, those get a nice value. Only then:
-a nice value is seen by the notebook (``os.nice(0)``), makes it slower on a busy machine, and an ordinary user cannot take it back.
+Where all share one queue of the scheduler (a container, the same session), each of hundreds of busy
+processes gets as much as the watchdog: with 64 on two processors it got a turn every 107 ms in
+place of 20, and 441 ms at worst. So when we are late and the notebook has many more runnable
+threads than there are processors, those get a nice value. Only then: a nice value is seen by the
+notebook (``os.nice(0)``), makes it slower on a busy machine, and an ordinary user cannot take it
+back.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import os
 from safe_exec.keeper import procfs
 
 LATE_SECONDS = 0.05
+# So many looks in a row have to be late: a single one says nothing.
 LATE_LOOKS = 2
-"""So many looks in a row have to be late: a single one says nothing."""
+# Runnable threads per processor from which they are a crowd.
 CROWD = 4
-"""Runnable threads per processor from which they are a crowd."""
+# By this factor a thread's share falls with each nice value (sched(7)).
 WEIGHT_STEP = 1.25
-"""By this factor a thread's share falls with each nice value (sched(7))."""
+# The crowd together is to weigh as much as so many ordinary threads per processor.
 ALL_WEIGH = 2
-"""The crowd together is to weigh as much as so many ordinary threads per processor."""
 MOST_NICE = 19
 
 
@@ -34,7 +36,7 @@ def nice_for(runnable: int, processors: int) -> int:
 
 
 class PriorityGuard:
-    """Is told how late each look was, and lowers the priority of the notebook's runnable threads if that is why."""
+    """Lowers the priority of the notebook's threads when they delay the watchdog."""
 
     def __init__(self, keeper: int, processors: int | None = None) -> None:
         self._keeper = keeper
@@ -68,7 +70,8 @@ def runnable_threads(root: int) -> list[int]:
 
 def _make_nice(thread: int, value: int) -> bool:
     """Raise the nice value of a thread, never lower it; whether it was raised."""
-    with contextlib.suppress(OSError):  # it has ended, or is another user's
+    # It has ended, or is another user's.
+    with contextlib.suppress(OSError):
         if os.getpriority(os.PRIO_PROCESS, thread) < value:
             os.setpriority(os.PRIO_PROCESS, thread, value)
             return True

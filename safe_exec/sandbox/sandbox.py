@@ -38,6 +38,8 @@ from safe_exec.sandbox.plan import Delegation, SpawnPlan
 from safe_exec.sandbox.usage.meter import Counters, parse_counters
 
 START_SECONDS = 20.0
+# Reasons for which the keeper asks the kernel for its stack before it kills it.
+# Nothing else would show where the kernel was: it is well, and only we know that it must end.
 STACK_BEFORE = (
     TerminationReason.MEMORY,
     TerminationReason.CPU_TIME,
@@ -45,10 +47,6 @@ STACK_BEFORE = (
     TerminationReason.PROCESSES,
     TerminationReason.DISK,
 )
-"""Reasons for which the keeper asks the kernel for its stack before it kills it.
-
-Nothing else would show where the kernel was: it is well, and only we know that it must end.
-"""
 SHUTDOWN_SECONDS = 15.0
 RECEIVE_BYTES = 1 << 20
 HIGHEST_SIGNAL = 64
@@ -70,11 +68,11 @@ class WallSetup(Struct, frozen=True, kw_only=True):
 class KernelExit(Struct, frozen=True, kw_only=True):
     """The end of the kernel process, as the keeper observed it.
 
-    ``status`` is ``None`` if the keeper was killed and nobody could read it. ``at`` and ``fault_at``
-    (when its fault handler began to report) are monotonic times. ``cpu_seconds`` covers the kernel
-    process and the children it waited for. ``bursts`` are the ends of what it wrote to its stderr,
-    each with the time of its last piece. ``resident_peak`` is the largest resident memory of one of
-    these processes, in bytes.
+    ``status`` is ``None`` if the keeper was killed and nobody could read it. ``at`` and
+    ``fault_at`` (when its fault handler began to report) are monotonic times. ``cpu_seconds``
+    covers the kernel process and the children it waited for. ``bursts`` are the ends of what it
+    wrote to its stderr, each with the time of its last piece. ``resident_peak`` is the largest
+    resident memory of one of these processes, in bytes.
     """
 
     status: ExitStatus | None
@@ -98,8 +96,8 @@ class KernelExit(Struct, frozen=True, kw_only=True):
 class Sandbox:
     """One keeper and its kernel.
 
-    ``sockets`` is a descriptor of the directory of the kernel's sockets if no path out here leads to
-    it. ``isolation`` is set by the caller that spawns a kernel behind walls.
+    ``sockets`` is a descriptor of the directory of the kernel's sockets if no path out here leads
+    to it. ``isolation`` is set by the caller that spawns a kernel behind walls.
     """
 
     def __init__(
@@ -330,12 +328,10 @@ class Sandbox:
         self._send(protocol.SendSignal(number=int(signum), group=group))
 
     def kill(self, reason: TerminationReason) -> bool:
-        """Have the whole process tree killed; false if the kernel was asked to end before.
-
-        The keeper records the reason before it sends the signal; the first reason stays, and is
-        ``kill_reason`` from this call on. After the request to end a kill is part of the shutdown and
-        gives no reason. May be called from any thread.
-        """
+        """Have the whole process tree killed; false if the kernel was asked to end before."""
+        # The keeper records the reason before it sends the signal; the first reason stays, and is
+        # ``kill_reason`` from this call on. After the request to end a kill is part of the shutdown
+        # and gives no reason. May be called from any thread.
         with self._decision_lock:
             in_time = not self._is_ending
             if in_time and self.kill_reason is None:
@@ -407,7 +403,10 @@ def _signals(mask: int | None) -> frozenset[int] | None:
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Return the bytes in the socket and at most one descriptor. Raises BlockingIOError if empty."""
+    """Return the bytes in the socket and at most one descriptor.
+
+    Raises BlockingIOError if empty.
+    """
     # socket.recv_fds drops its flags before Python 3.12, so it would block.
     room = socket.CMSG_SPACE(struct.calcsize("i"))
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC

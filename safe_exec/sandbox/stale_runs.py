@@ -1,6 +1,7 @@
-"""Notes of what a run is about to make, so that the next run can clean up after a runner and keeper that were both killed.
+"""Cleans up after runs whose runner and keeper were both killed, from their notes.
 
-May import procfs. A note is one JSON file per sandbox in a directory of the user's own; the keeper removes it last.
+May import procfs. A note is one JSON file per sandbox in a directory of the user's own; the keeper
+removes it last.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safe_exec.keeper import file_tree, procfs
 
 
 def notes_directory() -> Path:
-    """The user's own directory for notes: below XDG_RUNTIME_DIR, else a 0700 directory in /tmp that must be ours."""
+    """Return the user's own directory for notes: in XDG_RUNTIME_DIR, else in /tmp."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     own = Path(tempfile.gettempdir()) / f"safe-exec-{os.geteuid()}"
     directory = Path(base) / "safe-exec" if base and os.access(base, os.W_OK) else own
@@ -54,7 +55,10 @@ def renew_note(path: Path, note: Mapping[str, object]) -> None:
 
 
 def sweep() -> list[str]:
-    """Clean up what dead keepers left; the paths removed. Runs whose keeper lives are left alone."""
+    """Clean up what dead keepers left; the paths removed.
+
+    Runs whose keeper lives are left alone.
+    """
     removed: list[str] = []
     try:
         notes = list(notes_directory().glob("*.json"))
@@ -82,7 +86,9 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
-    """Kill what stands in the noted groups, remove groups and directories; the paths that would not go.
+    """Kill what stands in the noted groups, remove groups and directories.
+
+    The paths that would not go.
 
     With ``orphaned`` the runner is gone too, and with it what only it had a use for.
     """

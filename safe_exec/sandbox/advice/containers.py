@@ -2,12 +2,13 @@
 
 May import model, machine, surroundings, ways. Sources:
 
-- Docker mounts ``/sys/fs/cgroup`` read-only unless privileged; ``writable-cgroups`` came with Engine 28.0 (moby pull request
-  48828; rootless Docker refuses it: issue 49333).
-- Podman: podman-run(1), ``--security-opt unmask``, whose list of read-only paths ends with ``/sys/fs/cgroup``; version 2
-  only (podman issues 8441 and 16840).
-- With a namespace of its own, the container's topmost group holds its processes and therefore cannot hand controllers on
-  (no internal processes, the kernel's admin-guide/cgroup-v2): they have to move one group down, as in moby's hack/dind.
+- Docker mounts ``/sys/fs/cgroup`` read-only unless privileged; ``writable-cgroups`` came with
+  Engine 28.0 (moby pull request 48828; rootless Docker refuses it: issue 49333).
+- Podman: podman-run(1), ``--security-opt unmask``, whose list of read-only paths ends with
+  ``/sys/fs/cgroup``; version 2 only (podman issues 8441 and 16840).
+- With a namespace of its own, the container's topmost group holds its processes and therefore
+  cannot hand controllers on (no internal processes, the kernel's admin-guide/cgroup-v2): they have
+  to move one group down, as in moby's hack/dind.
 """
 
 from __future__ import annotations

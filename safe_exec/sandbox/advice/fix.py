@@ -1,4 +1,7 @@
-"""One fix for a weakness: what to do, in commands that can be pasted. Pure; imports nothing of ours."""
+"""One fix for a weakness: what to do, in commands that can be pasted. Pure.
+
+Imports nothing of ours.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from msgspec import Struct
 
 
 class Fix(Struct, frozen=True, kw_only=True):
-    """``what`` is done by ``steps``, commands or lines of a file, with ``# ...`` between them where place or user change.
+    """A remedy: ``steps`` are commands or lines of a file, with "# ..." where place or user change.
 
     ``note`` is what it costs, or when it holds.
     """
@@ -20,5 +23,5 @@ class Fix(Struct, frozen=True, kw_only=True):
 
 
 def delegate_command(group: Path | None, controllers: Iterable[str]) -> str:
-    """The command by which a group of the unified tree hands controllers on to the groups below it."""
+    """Return the command with which a cgroup delegates controllers to its children."""
     return f'echo "{" ".join(f"+{name}" for name in controllers)}" > {group}/cgroup.subtree_control'

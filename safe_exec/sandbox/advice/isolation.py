@@ -1,13 +1,16 @@
 """For each wall that is weakly held here, why, and the exact commands or settings that fix it.
 
-Pure: from a machine and its surroundings to advice, as in remedies. May import model, bubblewrap, machine, surroundings, ways. Sources:
+Pure: from a machine and its surroundings to advice, as in remedies. May import model, bubblewrap,
+machine, surroundings, ways. Sources:
 
-- Ubuntu 23.10 and later keep ordinary programs from user namespaces (sysctl ``kernel.apparmor_restrict_unprivileged_userns``; release notes
-  of 24.04, "unprivileged user namespace restrictions"); a profile with ``userns,`` exempts one program.
-- Debian 10 and older, and hardened kernels, have ``kernel.unprivileged_userns_clone``; ``user.max_user_namespaces`` is everywhere
-  (namespaces(7)), and 0 on hardened machines.
-- Docker's default filter lets no process without CAP_SYS_ADMIN make namespaces or mount (its documentation, "Seccomp security profiles"), its
-  AppArmor profile forbids mounts, and a new /proc may not show what the container's own hides (``systempaths=unconfined``).
+- Ubuntu 23.10 and later keep ordinary programs from user namespaces (sysctl
+  ``kernel.apparmor_restrict_unprivileged_userns``; release notes of 24.04, "unprivileged user
+  namespace restrictions"); a profile with ``userns,`` exempts one program.
+- Debian 10 and older, and hardened kernels, have ``kernel.unprivileged_userns_clone``;
+  ``user.max_user_namespaces`` is everywhere (namespaces(7)), and 0 on hardened machines.
+- Docker's default filter lets no process without CAP_SYS_ADMIN make namespaces or mount (its
+  documentation, "Seccomp security profiles"), its AppArmor profile forbids mounts, and a new /proc
+  may not show what the container's own hides (``systempaths=unconfined``).
 - podman-run(1): ``--security-opt seccomp=unconfined``, ``unmask=ALL``.
 """
 
@@ -23,8 +26,8 @@ from safe_exec.sandbox.host.bwrap_probe import NOT_INSTALLED
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.host.facts import Container, HostFacts
 
+# The walls that bubblewrap holds.
 BY_NAMESPACES = (Wall.HOME, Wall.SYSTEM, Wall.FOLDER, Wall.HIDDEN, Wall.NETWORK, Wall.PROCESSES)
-"""The walls that bubblewrap holds."""
 SIZES = (LimitName.DISK, LimitName.SHM)
 
 
@@ -50,7 +53,8 @@ def advise_walls(
 ) -> tuple[WallRemedy, ...]:
     """All that can be fixed here; empty where every wall is held as well as it can be."""
     if not machine.platform.startswith("linux"):
-        return ()  # what there is to say stands with the limits
+        # What there is to say stands with the limits.
+        return ()
     weak = [
         wall
         for wall in BY_NAMESPACES
@@ -137,7 +141,7 @@ def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _apparmor_profile() -> Fix:
-    """What Ubuntu's own profiles in /etc/apparmor.d look like (``flags=(unconfined)`` and ``userns,``)."""
+    """Return a profile like Ubuntu's own in /etc/apparmor.d."""
     program = "/usr/bin/bwrap"
     profile = rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) {{\n  userns,\n}}\n"
     return Fix(

@@ -1,7 +1,8 @@
 """For each limit that is weakly held here, why, and the exact commands or settings that fix it.
 
-Pure: from a machine, its surroundings and a plan to advice. May import model, machine, plan, surroundings. Each way
-to fix names its source; nothing here is run. Commands are for a shell of the user who reads them.
+Pure: from a machine, its surroundings and a plan to advice. May import model, machine, plan,
+surroundings. Each way to fix names its source; nothing here is run. Commands are for a shell of the
+user who reads them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
 
 NOTEBOOK = "safe-exec run NOTEBOOK"
+# The limits that control groups hold for all processes together, and the controller for each.
 BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCESSES: "pids"}
-"""The limits that control groups hold for all processes together, and the controller for each."""
 
 
 class Remedy(Struct, frozen=True, kw_only=True):
@@ -38,7 +39,10 @@ def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
 
 
 def advise(machine: HostCapabilities, host: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
-    """All that can be fixed here, the weightiest first; empty where every limit is held as well as it can be."""
+    """All that can be fixed here, the weightiest first.
+
+    Empty where every limit is held as well as it can be.
+    """
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
         return (
@@ -99,7 +103,7 @@ def _swap_extends(machine: HostCapabilities, plan: SpawnPlan) -> bool:
     return not any(path.endswith("/memory.memsw.limit_in_bytes") for path, _ in plan.cgroup.writes)
 
 
-# --- control groups ---------------------------------------------------------------------------------------------
+# --- control groups -------------------------------------------------------------------------------
 
 
 def _has_groups(machine: HostCapabilities) -> bool:
@@ -164,7 +168,8 @@ def _fixes(
 
 
 def _engine_in_charge(host: HostFacts) -> bool:
-    """Whether it is for the engine of the container to give groups: not where its own systemd or root can."""
+    """Whether the container's engine has to provide cgroups."""
+    # Its own systemd or root can do it otherwise.
     if host.container is Container.NONE or host.systemd:
         return False
     return host.read_only or host.tree in (CgroupTree.V2, CgroupTree.NONE)
@@ -179,7 +184,8 @@ def _delegate_the_rest(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
-    """Root without a group of its own: the tree is not mounted, mounted read-only, or nobody handed controllers on."""
+    """Return the fixes for root without a cgroup of its own."""
+    # The hierarchy is not mounted, mounted read-only, or nobody has delegated controllers.
     if host.tree is CgroupTree.NONE:
         mount = f"mount -t cgroup2 none {host.mount}"
         return (
@@ -217,7 +223,8 @@ def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
 
 
 def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
-    """An ordinary user: in a scope of the user's own systemd, in a group that root gives away, or as root."""
+    """Return the fixes for an ordinary user."""
+    # A scope of the user's own systemd comes first, then a cgroup that root gives away, then root.
     if host.tree is CgroupTree.V2 and host.systemd and host.systemd_run:
         own: tuple[Fix, ...] = (_scope(machine, host),)
     elif host.tree is CgroupTree.V2:
@@ -231,7 +238,8 @@ def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
 
 
 def _scope(machine: HostCapabilities, host: HostFacts) -> Fix:
-    """A scope below the user's own systemd (systemd-run(1), Delegate=): safe-exec gets one by itself where that systemd can be reached."""
+    """Return the fix for a scope below the user's own systemd."""
+    # safe-exec starts one by itself if that systemd can be reached (systemd-run(1), Delegate=).
     prefix = "" if host.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
     run = f"{prefix}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
     linger = f"sudo loginctl enable-linger {host.user}"
@@ -250,7 +258,8 @@ def _cpu_not_delegated(machine: HostCapabilities, host: HostFacts) -> bool:
 
 
 def _delegate_cpu(machine: HostCapabilities) -> Fix:
-    """Only since version 252 does systemd delegate cpu to users by itself (its pull request 23887)."""
+    """Return the fix for a systemd that does not delegate cpu to users."""
+    # systemd delegates it by itself since version 252 (its pull request 23887).
     folder = "/etc/systemd/system/user@.service.d"
     return Fix(
         title="have systemd delegate cpu to users",
@@ -265,7 +274,8 @@ def _delegate_cpu(machine: HostCapabilities) -> Fix:
 
 
 def _given_v2(host: HostFacts) -> Fix:
-    """Delegation by hand (the kernel's admin-guide/cgroup-v2, Delegation): the shell in one group, room beside it."""
+    """Return the fix in which root delegates a cgroup by hand."""
+    # The shell goes into one cgroup, with room beside it (admin-guide/cgroup-v2, "Delegation").
     group = host.mount / f"safe-exec-{host.user}"
     controllers = [name for name in V2_CONTROLLERS if name in host.controllers] or V2_CONTROLLERS
     as_root = (
@@ -285,7 +295,8 @@ def _given_v2(host: HostFacts) -> Fix:
 
 
 def _given_v1(host: HostFacts) -> Fix:
-    """Version 1 knows no safe delegation by systemd (systemd.resource-control(5)), but root can give a group away."""
+    """Return the fix in which root gives away a cgroup of each v1 controller."""
+    # systemd knows no safe delegation for version 1 (systemd.resource-control(5)).
     give = f"sudo mkdir -p $g && sudo chown -R {host.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
     return Fix(
         title="have root give you a group of each controller, and move this shell into them",
@@ -308,7 +319,7 @@ def _sudo(host: HostFacts) -> Fix:
     )
 
 
-# --- WSL --------------------------------------------------------------------------------------------------------
+# --- WSL ------------------------------------------------------------------------------------------
 
 
 def _wsl_ways(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
@@ -351,7 +362,7 @@ _WSL_UNIFIED = Fix(
     note="ends all that runs in WSL",
 )
 
-# --- what is the same everywhere --------------------------------------------------------------------------------
+# --- what is the same everywhere ------------------------------------------------------------------
 
 _GRUB = "in /etc/default/grub add to GRUB_CMDLINE_LINUX"
 _ALLOW = Fix(title="leave --mechanisms away", steps=())

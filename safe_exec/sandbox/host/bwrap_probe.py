@@ -15,6 +15,7 @@ from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST
 BUBBLEWRAP_SECONDS = 10
 INSTALL_BUBBLEWRAP = "install the package bubblewrap"
 NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
+# What bubblewrap is asked to do to see whether it can.
 PROBE_ARGUMENTS = (
     *(
         "--ro-bind",
@@ -30,13 +31,13 @@ PROBE_ARGUMENTS = (
     ),
     *("--perms", "0755", "--size", "4096", "--tmpfs", "/tmp", "true"),  # noqa: S108
 )
-"""What bubblewrap is asked to do to see whether it can."""
 
 
 class BwrapProbe:
-    """Whether bubblewrap does what is needed: a process that begins at once, so that other things can be done meanwhile.
+    """A trial run of bubblewrap, in the background from the start.
 
-    A version that is too old fails for an option that it does not know. A context manager, which leaves no process behind.
+    A version that is too old fails for an option that it does not know. A context manager, which
+    leaves no process behind.
     """
 
     def __init__(self) -> None:
@@ -73,10 +74,9 @@ class BwrapProbe:
         )
 
     def close(self) -> None:
-        """Wait for its end, whether anybody asked for its outcome or not.
-
-        It is not killed: bubblewrap's inner process waits for a word of the outer one, and would for ever.
-        """
+        """Wait for its end, whether anybody asked for its outcome or not."""
+        # It is not killed: bubblewrap's inner process waits for a word of the outer one, and would
+        # for ever.
         if self._process is None:
             return
         with self._process as process:
@@ -108,7 +108,10 @@ def version_of(path: str) -> str | None:
 
 
 def too_old(version: str | None) -> str:
-    """Whether a version that failed is too old; empty where it is not, and where it says nothing."""
+    """Whether a version that failed is too old.
+
+    Empty where it is not, and where it says nothing.
+    """
     numbers = tuple(map(int, re.findall(r"\d+", version or "")[: len(OLDEST)]))
     if not numbers or numbers >= OLDEST:
         return ""

@@ -1,6 +1,7 @@
 """What this machine offers to hold limits with, found once per run.
 
-May import model, unified. Reads /proc and /sys only; makes and removes one probe control group, and a scope where systemd is to give one.
+May import model, unified. Reads /proc and /sys only; makes and removes one probe control group, and
+a scope where systemd is to give one.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from safe_exec.sandbox.host.resources import (
 )
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+# The version of Linux from which each user namespace counts tasks for RLIMIT_NPROC itself.
 COUNTS_IN_NAMESPACES = (5, 14)
-"""The version of Linux from which each user namespace counts tasks for RLIMIT_NPROC itself."""
 NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 
@@ -40,11 +41,13 @@ V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 class HostCapabilities(Struct, frozen=True, kw_only=True):
     """What can hold limits here.
 
-    ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a directory of the unified
-    tree whose children get ``v2_controllers``, our own where we must ``v2_needs_leaf`` first; ``v2_plain`` one where a group may be made
-    but no controllers are had (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that is the better
-    way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at all. ``bubblewrap`` is the program where it does what
-    is needed, ``landlock`` the version of it (0: none). ``counts_in_namespaces``: for an ordinary user it makes a user namespace, in which
+    ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a
+    directory of the unified tree whose children get ``v2_controllers``, our own where we must
+    ``v2_needs_leaf`` first; ``v2_plain`` one where a group may be made but no controllers are had
+    (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that
+    is the better way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at
+    all. ``bubblewrap`` is the program where it does what is needed, ``landlock`` the version of it
+    (0: none). ``counts_in_namespaces``: for an ordinary user it makes a user namespace, in which
     the system counts the user's processes anew.
     """
 
@@ -130,11 +133,12 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabili
 def probe_isolation(
     machine: HostCapabilities, bwrap_probe: BwrapProbe | None = None, *, version: bool = False
 ) -> HostCapabilities:
-    """What can wall a kernel off here, tried: bubblewrap may be there and not allowed to make namespaces (Docker, AppArmor).
+    """Return ``machine`` with its means of isolation, which are probed.
 
-    Costs a start of bubblewrap, for runs that ask for walls only; ``bwrap_probe`` is one that was begun before. What ``version`` it is, is asked
-    for those who want to know, and where it fails.
+    Costs a start of bubblewrap, for runs that ask for walls only; ``bwrap_probe`` is one that was
+    begun before. What ``version`` it is, is asked for those who want to know, and where it fails.
     """
+    # bubblewrap may be installed and not allowed to make namespaces (Docker, AppArmor).
     if not machine.platform.startswith("linux"):
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
     with bwrap_probe or BwrapProbe() as tried:
@@ -154,7 +158,8 @@ def probe_isolation(
 
 
 def _counts_in_namespaces(bubblewrap: str) -> bool:
-    """Whether RLIMIT_NPROC counts in each user namespace for itself, and bubblewrap makes one (set-user-id root it does not)."""
+    """Whether RLIMIT_NPROC counts separately in bubblewrap's user namespace."""
+    # A set-user-id bubblewrap makes no user namespace.
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     return (
         release is not None
@@ -176,7 +181,8 @@ def _no_filter() -> str:
 def _v2_ground(
     tree: cgroup_delegation.CgroupHierarchy | None, allowed: frozenset[Mechanism]
 ) -> tuple[cgroup_delegation.DelegationTarget, cgroup_delegation.Scope | None, str]:
-    """Where groups of the unified tree may be made. systemd is asked only where no group is ours without it."""
+    """Return the cgroup of the unified hierarchy below which ours can be made."""
+    # systemd is asked only if no cgroup is ours without it.
     if tree is None:
         return (
             cgroup_delegation.DelegationTarget(why_not="the unified hierarchy is not mounted"),

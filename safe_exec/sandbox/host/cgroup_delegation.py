@@ -1,16 +1,21 @@
-"""Where groups of the unified hierarchy may be made: in a group that was handed to us, in our own, or in a scope that systemd makes.
+"""Finds the cgroup of the unified hierarchy below which ours can be made.
 
-May import procfs. Three rules decide (the kernel's admin-guide/cgroup-v2; systemd's "Control Group APIs and Delegation"):
+May import procfs. Three rules decide (the kernel's admin-guide/cgroup-v2; systemd's "Control Group
+APIs and Delegation"):
 
-- a group with processes in it cannot hand controllers on to its children ("no internal processes"); the root group can;
-- a process may be moved by who may write to ``cgroup.procs`` of the nearest common ancestor of both groups ("delegation
-  containment"). A login session and the hierarchy of the same user's systemd meet in a group of root's: nothing can be moved from one to
-  the other, what is to live there must be born there;
-- a group has one writer. Those of systemd's units are systemd's, which takes controllers away again as it sees fit, unless the unit
-  has ``Delegate=yes``: then systemd marks it so (extended attribute, since version 251 for all to read) and keeps away.
+- a group with processes in it cannot hand controllers on to its children ("no internal processes");
+  the root group can;
+- a process may be moved by who may write to ``cgroup.procs`` of the nearest common ancestor of both
+  groups ("delegation containment"). A login session and the hierarchy of the same user's systemd
+  meet in a group of root's: nothing can be moved from one to the other, what is to live there must
+  be born there;
+- a group has one writer. Those of systemd's units are systemd's, which takes controllers away again
+  as it sees fit, unless the unit has ``Delegate=yes``: then systemd marks it so (extended
+  attribute, since version 251 for all to read) and keeps away.
 
-And one of our own: where it would leave a group that bounds memory or processors, it is not done. A container, a service or a batch
-job is given less than the machine so that what runs in it stays below that.
+And one of our own: where it would leave a group that bounds memory or processors, it is not done. A
+container, a service or a batch job is given less than the machine so that what runs in it stays
+below that.
 """
 
 from __future__ import annotations
@@ -29,13 +34,13 @@ from safe_exec.keeper import procfs
 CONTROLLERS = ("memory", "pids", "cpu")
 NEEDED = frozenset({"memory", "pids"})
 UNITS = (".slice", ".scope", ".service", ".socket", ".mount", ".swap")
+# Where our own processes go in a group that is to hand controllers on.
 LEAF = "safe-exec"
-"""Where our own processes go in a group that is to hand controllers on."""
 SCOPE_SECONDS = 10
 
 
 class CgroupHierarchy(Struct, frozen=True, kw_only=True):
-    """The unified hierarchy as this process sees it: where it is mounted, and the directory of the group that we are in."""
+    """The unified hierarchy: its mount point, and the directory of our own cgroup."""
 
     root: Path
     own: Path
@@ -49,7 +54,7 @@ class CgroupHierarchy(Struct, frozen=True, kw_only=True):
 
 
 class Scope(Struct, frozen=True, kw_only=True):
-    """A scope that systemd makes for each sandbox: below the slice at ``directory``, by the user's own systemd or the system's.
+    """A scope that systemd makes for each sandbox, below the slice at ``directory``.
 
     ``runtime`` is where the user's is reached (XDG_RUNTIME_DIR).
     """
@@ -72,10 +77,10 @@ class Scope(Struct, frozen=True, kw_only=True):
         )
 
     def command(self, name: str) -> tuple[str, ...]:
-        """What is put in front of a command so that it is born in a scope of that name, which goes when its last process has gone.
-
-        The default limit on tasks of a scope (a share of the machine's) is none that anybody asked for.
-        """
+        """Return the command that starts another one in a scope of this name."""
+        # The scope ends with its last process.
+        # The default limit on tasks of a scope (a share of the machine's) is none that anybody
+        # asked for.
         manager = () if self.runtime is None else ("--user",)
         more = (
             "-p",
@@ -104,8 +109,9 @@ class Scope(Struct, frozen=True, kw_only=True):
 class DelegationTarget(Struct, frozen=True, kw_only=True):
     """A group below which ours may be made; ``None`` and why, where there is none.
 
-    ``needs_leaf``: it is our own, and its processes, ours alone, must first go into a group below. ``owned_by_systemd``: it is a unit of
-    systemd's that was not delegated, which is good only where nothing else is.
+    ``needs_leaf``: it is our own, and its processes, ours alone, must first go into a group below.
+    ``owned_by_systemd``: it is a unit of systemd's that was not delegated, which is good only where
+    nothing else is.
     """
 
     parent: Path | None = None
@@ -148,7 +154,8 @@ def _above(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
 
 
 def _is_unit(hierarchy: CgroupHierarchy, directory: Path) -> bool:
-    """Whether a group is systemd's to write to. The service of a user's systemd is delegated, and that systemd's own."""
+    """Whether a group is systemd's to write to."""
+    # The service of a user's systemd is delegated, and that systemd's own.
     if directory.name.startswith("user@") and directory.name.endswith(".service"):
         return True
     return (directory == hierarchy.root or directory.name.endswith(UNITS)) and not _is_delegated(
@@ -164,7 +171,8 @@ def _is_delegated(directory: Path) -> bool:
 
 
 def _says_delegated(own: Path) -> bool:
-    """What systemd itself says of the unit that we are in: a user's systemd 252 leaves no mark on its scopes [measured]."""
+    """Whether systemd says that our own unit is delegated."""
+    # A user's systemd 252 sets no attribute on its scopes [measured].
     user = any(part.startswith("user@") and part.endswith(".service") for part in own.parts)
     argv = [
         "systemctl",
@@ -188,10 +196,9 @@ def _says_delegated(own: Path) -> bool:
 
 
 def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
-    """Whether our own group may be divided: we may write to it, and there is no process in it but this one and what it started.
-
-    So it is below ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a container that runs nothing else.
-    """
+    """Whether our own cgroup may be divided: writable, with only our processes in it."""
+    # So it is below ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a container
+    # that runs nothing else.
     own = hierarchy.own
     files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
     if (
@@ -207,7 +214,7 @@ def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
 
 
 def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
-    """Which bound on memory or processors a sandbox below ``target`` would escape that we are under; empty where none."""
+    """Return the bound on memory or cpus that a sandbox below ``target`` would escape, or ""."""
     for directory in hierarchy.ancestors():
         if directory == target or directory in target.parents:
             break
@@ -229,7 +236,8 @@ def can_join_below(directory: Path) -> str:
 
 
 def can_make_group(directory: Path) -> str:
-    """Try to make and remove a group; why not, or the empty string. The only proof that counts: modes and mounts lie."""
+    """Try to make and remove a group; why not, or the empty string."""
+    # The only proof that counts: modes and mounts lie.
     probe = directory / f"safe-exec-probe-{os.getpid()}"
     try:
         probe.mkdir()
@@ -239,11 +247,14 @@ def can_make_group(directory: Path) -> str:
     return ""
 
 
-# --- scopes -----------------------------------------------------------------------------------------------------
+# --- scopes ---------------------------------------------------------------------------------------
 
 
 def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]:
-    """A scope that systemd makes for us, tried; or why there is none. Costs one start of systemd-run, where there is a systemd at all."""
+    """A scope that systemd makes for us, tried; or why there is none.
+
+    Costs one start of systemd-run, where there is a systemd at all.
+    """
     if shutil.which("systemd-run") is None:
         return None, "there is no systemd-run"
     scope = _system_scope(hierarchy) if uid == 0 else _user_scope(hierarchy, uid)

@@ -1,7 +1,8 @@
-"""Where this process runs: container, WSL, CI, systemd, and the state of the control group tree around it.
+"""Collects facts about this host for advice: container, WSL, CI, systemd, cgroup hierarchy.
 
-Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is tried out by ``machine``. May
-import leftovers and procfs. Reads files only, below a root that tests replace.
+Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is tried
+out by ``machine``. May import leftovers and procfs. Reads files only, below a root that tests
+replace.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Container(StrEnum):
 
 
 class CgroupTree(StrEnum):
-    """Which control group hierarchies are mounted; ``hybrid`` has controllers in v1 and a unified tree beside them."""
+    """Which control group hierarchies are mounted.
+
+    ``hybrid`` has controllers in v1 and a unified tree beside them.
+    """
 
     V2 = "v2"
     HYBRID = "hybrid"
@@ -41,11 +45,13 @@ class CgroupTree(StrEnum):
 class HostFacts(Struct, frozen=True, kw_only=True):
     """What the advice depends on.
 
-    ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible group has; ``disabled``
-    are controllers switched off at boot; ``read_only`` says that the groups are mounted so. ``wsl`` is the version of
-    WSL. ``user_manager``: a systemd of this user runs; ``user_controllers`` is what it may hand on (``None``: not seen);
-    ``runtime_dir``: the environment says where to reach it; ``linger``: it runs without a login too. ``distribution`` is its names
-    (``ubuntu debian``); ``apparmor_userns``, ``no_userns_clone`` and ``no_user_namespaces`` are settings that keep users from namespaces.
+    ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible
+    group has; ``disabled`` are controllers switched off at boot; ``read_only`` says that the groups
+    are mounted so. ``wsl`` is the version of WSL. ``user_manager``: a systemd of this user runs;
+    ``user_controllers`` is what it may hand on (``None``: not seen); ``runtime_dir``: the
+    environment says where to reach it; ``linger``: it runs without a login too. ``distribution`` is
+    its names (``ubuntu debian``); ``apparmor_userns``, ``no_userns_clone`` and
+    ``no_user_namespaces`` are settings that keep users from namespaces.
     """
 
     release: str = ""
@@ -121,7 +127,8 @@ def collect(
 def dead_runs() -> int:
     """How many earlier runs left their notes behind because runner and keeper were both killed.
 
-    The next run cleans up after them. Raises PermissionError where the directory of the notes is not this user's.
+    The next run cleans up after them. Raises PermissionError where the directory of the notes is
+    not this user's.
     """
     return sum(_is_dead(path) for path in stale_runs.notes_directory().glob("*.json"))
 
@@ -129,7 +136,8 @@ def dead_runs() -> int:
 def _is_dead(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return stale_runs.is_dead(json.loads(path.read_text()))
-    return False  # gone meanwhile, or being written
+    # Gone meanwhile, or being written.
+    return False
 
 
 def _own_uid() -> int:
@@ -137,12 +145,13 @@ def _own_uid() -> int:
 
 
 def _user_name(uid: int, root: Path) -> str:
-    """The name of a user from the passwd file, else from the system's directory of users, else the number."""
+    """Return a user's name from the passwd file or the user database, else the number."""
     for line in _text(root / "etc/passwd").splitlines():
         fields = line.split(":")
         if fields[2:3] == [str(uid)]:
             return fields[0]
-    with contextlib.suppress(ImportError, KeyError):  # Windows; a uid without a name
+    # Windows; a uid without a name.
+    with contextlib.suppress(ImportError, KeyError):
         import pwd
 
         return pwd.getpwuid(uid).pw_name
@@ -175,7 +184,7 @@ _TREES = {
 
 
 def _disabled(cgroups: str) -> frozenset[str]:
-    """The controllers that /proc/cgroups has as not enabled (``cgroup_disable=memory`` on the kernel's command line)."""
+    """Return the controllers that are disabled (``cgroup_disable=memory`` at boot)."""
     rows = [line.split() for line in cgroups.splitlines() if not line.startswith("#")]
     return frozenset(row[0] for row in rows if row[-1:] == ["0"])
 
@@ -187,7 +196,10 @@ def _distribution(release: str) -> str:
 
 
 def _container(root: Path, environ: Mapping[str, str]) -> Container:
-    """Files first, which the engines themselves make; then the variable that container managers set; then group names."""
+    """Files first, which the engines themselves make.
+
+    Then the variable that container managers set; then group names.
+    """
     groups = _text(root / "proc/self/cgroup")
     variable = environ.get("container", "")
     if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
@@ -196,7 +208,8 @@ def _container(root: Path, environ: Mapping[str, str]) -> Container:
         return Container.PODMAN
     if _there(root / ".dockerenv") or variable == "docker" or "/docker" in groups:
         return Container.DOCKER
-    # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a machine.
+    # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a
+    # machine.
     manager = variable or _text(root / "run/systemd/container").strip()
     return Container.OTHER if manager and manager != "wsl" else Container.NONE
 
@@ -218,7 +231,7 @@ def _inside(root: Path, path: Path) -> Path:
 
 
 def _there(path: Path) -> bool:
-    """As Path.exists(), but a folder that is closed to us (an entry of PATH, after su) is no error."""
+    """Whether a path exists; one in a closed directory (an entry of PATH, after su) does not."""
     return os.path.exists(path)
 
 

@@ -1,8 +1,9 @@
 """Decides how much of the repository around a notebook's folder isolation leaves open.
 
-``Isolation.repository`` is an exception from the walls, as ``writable`` is, but for a place that nobody named: whoever can put a
-``.git`` above a folder would choose what the walls leave open. So a root is left closed if it would open a home or a part of the
-system, or if its ``.git`` belongs to a stranger. May import model and repository; looks at owners and names of files only.
+``Isolation.repository`` is an exception from the walls, as ``writable`` is, but for a place that
+nobody named: whoever can put a ``.git`` above a folder would choose what the walls leave open. So a
+root is left closed if it would open a home or a part of the system, or if its ``.git`` belongs to a
+stranger. May import model and repository; looks at owners and names of files only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ STAYS_CLOSED = "only the notebook's folder is left open (--show PATH or --writab
 
 
 class RepositoryAccess(Struct, frozen=True, kw_only=True):
-    """The root of the repository, ``None`` without one, and its use in this run. ``warning`` says why less is open than was asked for."""
+    """The root of the repository, ``None`` without one, and its use in this run.
+
+    ``warning`` says why less is open than was asked for.
+    """
 
     root: Path | None = None
     use: RepositoryUse = RepositoryUse.CLOSED
@@ -40,11 +44,12 @@ class RepositoryAccess(Struct, frozen=True, kw_only=True):
 def repository_access(
     isolation: Isolation, folder: Path, *, homes: Iterable[Path], has_disk_limit: bool
 ) -> RepositoryAccess:
-    """The access of one run. ``isolation`` and ``folder`` have paths without links; ``homes`` are what ``hide_home`` hides.
+    """The access of one run. ``isolation`` and ``folder`` have paths without links.
 
-    With a disk limit, and with a folder that is not written to, the repository is at most read: what is written there would be counted
-    by nothing, and would stay.
+    ``homes`` are what ``hide_home`` hides.
     """
+    # With a disk limit, and with a folder that is not written to, the repository is at most read:
+    # what is written there would be counted by nothing, and would stay.
     root = find_root(folder)
     if (
         root is None
@@ -66,7 +71,10 @@ def repository_access(
 
 
 def _why_closed(root: Path, folder: Path, homes: tuple[Path, ...]) -> str:
-    """The reason to leave a root closed that isolation would open; empty for an ordinary repository."""
+    """The reason to leave a root closed that isolation would open.
+
+    Empty for an ordinary repository.
+    """
     if (
         any(home.is_relative_to(root) for home in homes)
         or root.parent == HOMES
@@ -84,7 +92,8 @@ def _why_closed(root: Path, folder: Path, homes: tuple[Path, ...]) -> str:
 
 
 def _home_of_owner(root: Path) -> Path | None:
-    """The home of the user that a directory belongs to: as root we meet those of others, wherever they are."""
+    """Return the home of the user that a directory belongs to."""
+    # As root we meet other users' repositories, wherever they are.
     with contextlib.suppress(OSError, KeyError):
         return Path(pwd.getpwuid(root.stat().st_uid).pw_dir).resolve()
     return None

@@ -39,7 +39,10 @@ def least(*figures: int | None) -> int | None:
 def cgroup_memory_limit(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
 ) -> int | None:
-    """What the group that we are in may use, a container's limit for instance; ``None`` for no limit."""
+    """What the group that we are in may use, a container's limit for instance.
+
+    ``None`` for no limit.
+    """
     if "memory" in mounts:
         stat = cgroup_directory(mounts["memory"], own.get("memory", "/")) / "memory.stat"
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -57,7 +60,8 @@ def cgroup_memory_limit(
 
 
 def memory_available() -> int | None:
-    """Bytes that can be used now without swapping anything out: the machine's, or what a group above leaves us. ``None``: not known."""
+    """Return the bytes that can be used without swapping, ``None`` if unknown."""
+    # The smallest of what the machine and each cgroup above us leaves.
     return least(_meminfo().get("MemAvailable"), *(row for _, row in _left_in_groups()))
 
 
@@ -97,7 +101,8 @@ def _ancestors(
 
 
 def cpus_available() -> int:
-    """Processors that we may use: those that we are allowed on, or what a group's quota amounts to (a container's ``--cpus``)."""
+    """Return the number of processors that we may use."""
+    # The CPU affinity, or less if a cgroup above has a quota (a container's ``--cpus``).
     counts = [
         float(
             len(os.sched_getaffinity(0))
@@ -119,10 +124,9 @@ def cpus_available() -> int:
 
 
 def cgroup_mounts() -> dict[str, tuple[Path, str]]:
-    """Controller (``""`` for the unified tree) to its mount point and the root that is mounted there.
-
-    The root differs from ``/`` inside a container that shares the host's cgroup namespace (proc_pid_mountinfo(5)).
-    """
+    """Map each controller (``""`` for the unified hierarchy) to mount point and mounted root."""
+    # The root differs from ``/`` inside a container that shares the host's cgroup namespace
+    # (proc_pid_mountinfo(5)).
     mounts: dict[str, tuple[Path, str]] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

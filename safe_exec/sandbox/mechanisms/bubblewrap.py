@@ -1,7 +1,8 @@
 """The walls that bubblewrap puts up: from what is asked to its arguments. Pure; imports model.
 
-bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the init of ours (keeper/bwrap_init.py), which starts the
-kernel. The order of mounts is the order of the arguments: first the system, then what hides parts of it, then what stays visible in there.
+bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the
+init of ours (keeper/bwrap_init.py), which starts the kernel. The order of mounts is the order of
+the arguments: first the system, then what hides parts of it, then what stays visible in there.
 """
 
 from __future__ import annotations
@@ -13,31 +14,34 @@ from msgspec import Struct
 
 from safe_exec.model.limits import FolderUse, Isolation
 
+# ``--size`` and ``--perms`` for tmpfs.
 OLDEST = (0, 5, 0)
-"""``--size`` and ``--perms`` for tmpfs."""
 TMP_BYTES = 1 << 30
+# What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case.
 SHM_BYTES = 1 << 30
-"""What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case."""
+# For a directory that leads to what stays open; nothing is ever written to it.
 PARENT_BYTES = 1 << 20
-"""For a directory that leads to what stays open; nothing is ever written to it."""
+# For what else a kernel may put beside its sockets, which take none.
 SOCKETS_BYTES = 1 << 20
-"""For what else a kernel may put beside its sockets, which take none."""
 STICKY = "1777"
+# Sockets of other programs (docker, dbus, a session's agents) are in /run.
 HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
-"""Sockets of other programs (docker, dbus, a session's agents) are in /run."""
 NEEDED_RUN = ("/run/systemd/resolve", "/run/resolvconf", "/run/netns")
+# What bubblewrap's own /dev has of the machine's.
 OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-"""What bubblewrap's own /dev has of the machine's."""
 
 
 class SandboxPaths(Struct, frozen=True, kw_only=True):
     """What the walls are put around: paths as the notebook sees them.
 
-    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``read_only`` files in it (the connection file); ``homes`` are to be
-    hidden, ``visible`` must be readable in them (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
-    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in it, where there is one. ``repository`` is
-    left open around the folder, to be written if ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only.
-    ``links`` are those of ``Isolation.writable`` and ``show``, which are in there by the path that they lead to as well.
+    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``read_only`` files
+    in it (the connection file); ``homes`` are to be hidden, ``visible`` must be readable in them
+    (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
+    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in
+    it, where there is one. ``repository`` is left open around the folder, to be written if
+    ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only. ``links``
+    are those of ``Isolation.writable`` and ``show``, which are in there by the path that they lead
+    to as well.
     """
 
     folder: Path
@@ -61,7 +65,7 @@ def arguments(
     shm_bytes: int | None,
     root: bool,
 ) -> list[str]:
-    """Bubblewrap's command line up to and with the ``--`` before the program that is to run inside."""
+    """Return bubblewrap's command line up to the ``--`` before the program inside."""
     covers = _covers(isolation, view, has_shm=shm_bytes is not None)
     openings = _openings(isolation, view, covers)
     ways = _ways(openings, covers)
@@ -105,23 +109,25 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
             "--hostname",
             "sandbox",
         )
-        # The init of ours is the first process. bubblewrap's own would let others of its user write into its memory (/proc/1/mem): it runs
-        # under no limit and no filter, and so would what they write there.
+        # The init of ours is the first process. bubblewrap's own would let others of its user write
+        # into its memory (/proc/1/mem): it runs under no limit and no filter, and so would what
+        # they write there.
         yield "--as-pid-1"
     if not isolation.network:
         yield "--unshare-net"
 
 
 def drops_capabilities(isolation: Isolation, *, root: bool) -> bool:
-    """Whether the kernel is to have no capabilities; an ordinary user has none to begin with.
-
-    Where no more is asked for than a file system of limited size, or no network, root stays what it is.
-    """
+    """Whether the kernel is to have no capabilities; an ordinary user has none to begin with."""
+    # Where no more is asked for than a file system of limited size, or no network, root stays what
+    # it is.
     return root and (isolation.read_only_system or isolation.own_processes or isolation.other_user)
 
 
 def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
-    """Root keeps what it takes to empty the bounding set and to become somebody else, until it has (capabilities.py)."""
+    """Yield the options for capabilities."""
+    # Root keeps what it takes to empty the bounding set and to become another user
+    # (capabilities.py).
     if drops_capabilities(isolation, root=root):
         yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETPCAP")
         if isolation.other_user:
@@ -138,13 +144,17 @@ def _system(isolation: Isolation) -> Iterator[str]:
     if isolation.own_processes:
         yield from ("--proc", "/proc")
     if isolation.read_only_system:
-        # To root without any capability the files below are still its own: /proc/sys/kernel/core_pattern runs programs outside.
+        # To root without any capability the files below are still its own:
+        # /proc/sys/kernel/core_pattern runs programs outside.
         for path in ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"):
             yield from ("--ro-bind-try", path, path)
 
 
 def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None) -> Iterator[str]:
-    """File systems of its own where the system may not be written; what other programs have in /run is hidden."""
+    """File systems of its own where the system may not be written.
+
+    What other programs have in /run is hidden.
+    """
     if isolation.read_only_system or view.disk is not None:
         yield from _tmpfs_or(view.disk and view.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
     if isolation.read_only_system or shm_bytes is not None:
@@ -158,7 +168,10 @@ def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None)
 
 
 def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
-    """What only hides what was there is not to be written either: it would count for no limit. Nor are ``ways``. Last, when all is mounted."""
+    """What only hides what was there is not to be written either: it would count for no limit.
+
+    Nor are ``ways``. Last, when all is mounted.
+    """
     own, others = (view.homes[:1], view.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
     mounted_over = {*own, view.folder, *map(Path, isolation.writable), *view.files}
@@ -170,10 +183,10 @@ def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> It
 
 
 def shared_devices(isolation: Isolation, *, root: bool) -> tuple[str, ...]:
-    """Devices in there that are the machine's own, and that root could give another mode, unless they are mounted read-only outside.
-
-    That takes nothing from whoever uses them: a read-only mount keeps files from being written, not devices.
-    """
+    """Return the machine's own devices that the sandbox sees."""
+    # Root inside could change their modes, unless they are mounted read-only outside.
+    # That takes nothing from whoever uses them: a read-only mount keeps files from being written,
+    # not devices.
     return (*OWN_DEV, *isolation.devices) if root and isolation.read_only_system else ()
 
 
@@ -184,14 +197,17 @@ def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:
         yield from ("--perms", STICKY, "--size", str(size), "--tmpfs", target)
 
 
-# --- places that are covered, and places that stay open in them -------------------------------------------------
+# --- places that are covered, and places that stay open in them -----------------------------------
 
+# The mount that opens a path: option, source, target.
 Openings = Mapping[Path, tuple[str, ...]]
-"""The mount that opens a path: option, source, target."""
 
 
 class Cover(Struct, frozen=True, kw_only=True):
-    """A place that is empty for the kernel. ``stays_writable``: a home, /tmp or /dev/shm of its own rather than a mere lid."""
+    """A place that is empty for the kernel.
+
+    ``stays_writable``: a home, /tmp or /dev/shm of its own rather than a mere lid.
+    """
 
     path: Path
     stays_writable: bool = False
@@ -199,7 +215,7 @@ class Cover(Struct, frozen=True, kw_only=True):
 
 
 def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple[Cover, ...]:
-    """Everything that is mounted over, outer places first, but for what is hidden within an opening."""
+    """Return everything that is mounted over, outer places first."""
     homes = view.homes if isolation.hide_home else ()
     covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
     covers += [
@@ -217,7 +233,8 @@ def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple
 
 
 def _left_open(isolation: Isolation, view: SandboxPaths) -> list[Path]:
-    """Every path that stays open, whatever lies around it: hiding a part of it has to come later."""
+    """Return every path that stays open, whatever surrounds it."""
+    # Parts of them are hidden afterwards.
     repository = [] if view.repository is None else [view.repository]
     return [
         view.folder,
@@ -249,7 +266,8 @@ def _openings(isolation: Isolation, view: SandboxPaths, covers: Sequence[Cover])
         openings[path] = ("--ro-bind-try", str(path), str(path))
     for path in map(Path, isolation.writable):
         openings[path] = ("--bind", str(path), str(path))
-    # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing can be mounted on it.
+    # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing
+    # can be mounted on it.
     passable = [
         link
         for link in view.links
@@ -266,11 +284,10 @@ def _folder(isolation: Isolation, view: SandboxPaths) -> tuple[str, ...]:
 
 
 def _protected(isolation: Isolation, view: SandboxPaths) -> list[Path]:
-    """Interpreters in the folder or repository, which stay read-only with the rest of the system.
-
-    safe-exec may run from one of them itself, outside of all walls, and imports modules until its end: a notebook must not change them.
-    A copy of the folder may be changed, since nobody runs from it.
-    """
+    """Interpreters in the folder or repository, which stay read-only with the rest of the system."""
+    # safe-exec may run from one of them itself, outside of all walls, and imports modules until its
+    # end: a notebook must not change them. A copy of the folder may be changed, since nobody runs
+    # from it.
     tops = [view.repository] if view.repository is not None and view.repository_is_writable else []
     tops += [view.folder] if view.disk is None and isolation.folder is FolderUse.WRITE else []
     return [
@@ -301,12 +318,12 @@ def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
 
 
 def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
-    """The directories that are made to lead to what is mounted in a cover, and whether one is to be closed.
-
-    What is written into such a directory would be gone after the run, though in its place outside there is one that keeps it. So where the
-    cover can be written the first directory below it is mounted, to be made read-only with all in it. Not in a home if its name begins with
-    a dot: programs keep settings and caches there (``~/.local``), which nobody misses, and fail if they cannot.
-    """
+    """Return the directories that lead to mounts in a cover; true for those to be closed."""
+    # What is written into such a directory would be gone after the run, though in its place outside
+    # there is one that keeps it. So where the cover can be written the first directory below it is
+    # mounted, to be made read-only with all in it. Not in a home if its name begins with a dot:
+    # programs keep settings and caches there (``~/.local``), which nobody misses, and fail if they
+    # cannot.
     ways: dict[Path, bool] = {}
     for path in (*openings, *(cover.path for cover in covers)):
         cover = next(
@@ -337,10 +354,10 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
 def _places(
     isolation: Isolation, view: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
 ) -> Iterator[str]:
-    """Hidden places, the ways in them, and the openings. Outer ones first, so that no mount covers one that is wanted.
-
-    What says more of a path has the last word: part of an opening can be hidden, and part of a hidden place opened.
-    """
+    """Hidden places, the ways in them, and the openings."""
+    # Outer ones first, so that no mount covers one that is wanted.
+    # What says more of a path has the last word: part of an opening can be hidden, and part of a
+    # hidden place opened.
     homes = view.homes if isolation.hide_home else ()
     hidden = {*homes, *map(Path, isolation.hide)}
     for path in _outer_first([*ways, *openings, *hidden]):
@@ -371,12 +388,10 @@ def _outer_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def _sockets(view: SandboxPaths) -> Iterator[str]:
-    """The directory in which the kernel binds its sockets is one of its own too, with nothing of the machine's below.
-
-    What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that the init hands
-    out (keeper/bwrap_init.py). It covers the
-    real one, in which the file system of limited size lies: seen there, that would show what is hidden in the folder.
-    """
+    """Yield the mount for the kernel's sockets."""
+    # What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that
+    # the init hands out (keeper/bwrap_init.py). It covers the real one, in which the file system of
+    # limited size lies: seen there, that would show what is hidden in the folder.
     yield from _tmpfs_or(view.disk and view.disk / "sockets", str(view.runtime), SOCKETS_BYTES)
     for path in view.read_only:
         yield from ("--ro-bind", str(path), str(path))

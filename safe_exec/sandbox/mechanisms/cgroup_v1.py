@@ -1,8 +1,8 @@
-"""Control groups version 1: one group per controller under our own, limits for all processes of the sandbox together.
+"""cgroups version 1: one cgroup per controller, with limits for the whole sandbox.
 
-Sources: the kernel's admin-guide/cgroup-v1 (memory.rst, pids.rst), sched-bwc.rst. Facts measured on Linux 6.18:
-``memory.failcnt`` stays 0 through real kills, so kills are read from ``oom_kill`` of ``memory.oom_control``, which is
-counted in the victim's own group.
+Sources: the kernel's admin-guide/cgroup-v1 (memory.rst, pids.rst), sched-bwc.rst. Facts measured on
+Linux 6.18: ``memory.failcnt`` stays 0 through real kills, so kills are read from ``oom_kill`` of
+``memory.oom_control``, which is counted in the victim's own group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ PERIOD_US = 100_000
 
 
 def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
-    """What the controllers that are writable here can hold; ``name`` is the directory of this sandbox."""
+    """What the controllers that are writable here can hold.
+
+    ``name`` is the directory of this sandbox.
+    """
     if not machine.allows(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
     work = CgroupPlan()
@@ -33,7 +36,8 @@ def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
 
 
 def _kill(machine: HostCapabilities, name: str) -> CgroupPlan:
-    """On a hybrid host a group of the unified tree without controllers still gives ``cgroup.kill`` (since 5.14)."""
+    """Return the plan for a cgroup that kills all its processes at once."""
+    # On a hybrid host a cgroup without controllers still has ``cgroup.kill`` (since Linux 5.14).
     if machine.v2_plain is None:
         return CgroupPlan()
     group = machine.v2_plain / name
@@ -67,7 +71,8 @@ def _memory(
 
 
 def _swap(machine: HostCapabilities, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
-    """Keep swap from extending the limit: memory and swap together get the same limit where that is accounted."""
+    """Return the writes that keep swap from extending the limit."""
+    # Memory and swap together get the same limit, if Linux accounts for swap.
     if (machine.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
         return [
             (str(group / "memory.memsw.limit_in_bytes"), str(memory))

@@ -1,8 +1,8 @@
 """Control groups version 2: one group below the nearest one that hands its controllers on.
 
-Sources: the kernel's admin-guide/cgroup-v2. ``memory.peak`` exists since 5.19, ``cgroup.kill`` since 5.14,
-``memory.events.local`` since 5.2; what an older kernel lacks is simply not read. ``memory.oom.group`` stays 0: a killed
-worker must not take the kernel with it.
+Sources: the kernel's admin-guide/cgroup-v2. ``memory.peak`` exists since 5.19, ``cgroup.kill``
+since 5.14, ``memory.events.local`` since 5.2; what an older kernel lacks is simply not read.
+``memory.oom.group`` stays 0: a killed worker must not take the kernel with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Place(Struct, frozen=True, kw_only=True):
 
 
 def _place(machine: HostCapabilities, name: str) -> _Place | None:
-    """A scope of its own where systemd makes one, which is asked only where that is the better way."""
+    """Return the cgroup of the sandbox: in a scope of systemd if there is one."""
     scope = machine.scope
     if scope is not None and machine.allows(Mechanism.SYSTEMD):
         owner = "the system's" if scope.runtime is None else "the user's"

@@ -1,8 +1,10 @@
-"""The last resort for what is written to disk: the folder and the temporary files of a run are walked now and then. May import held, procfs.
+"""The last resort for the disk limit: walks the folder and the temporary files of a run.
 
-Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a run since it began: blocks on the disk, at least
-a page for each entry, and what is held open there after it was removed. The walk takes a twentieth of the time at most, and comes
-early when so much space has gone from the file system that the limit may be passed: a fast writer is seen within a tenth of a second and a walk.
+Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a
+run since it began: blocks on the disk, at least a page for each entry, and what is held open there
+after it was removed. The walk takes a twentieth of the time at most, and comes early when so much
+space has gone from the file system that the limit may be passed: a fast writer is seen within a
+tenth of a second and a walk.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from safe_exec.sandbox.usage.open_files import BLOCK, hidden_usage
 
 LOOK_SECONDS = 0.1
 WALK_SECONDS = 0.5
+# A walk of a second is followed by so many without one, unless space goes.
 SHARE = 20
-"""A walk of a second is followed by so many without one, unless space goes."""
 PAGE = 4096
 
 
 def size_of(places: Iterable[str]) -> int:
-    """Bytes of all below some directories, each inode once; what goes while we walk, or cannot be read, does not count."""
+    """Bytes of all below some directories, each inode once."""
+    # What goes while we walk, or cannot be read, does not count.
     sizes: dict[tuple[int, int], int] = {}
     directories = list(places)
     while directories:
@@ -49,7 +52,7 @@ def free_of(places: Iterable[str]) -> int:
 
 
 class DiskWatch(threading.Thread):
-    """Looks at the places of one sandbox until stopped, and calls ``on_passed(bytes)`` once, when more than allowed has come to them."""
+    """Watches the places of one sandbox; calls ``on_passed(bytes)`` once if they grow too far."""
 
     def __init__(
         self, root: int, places: tuple[str, ...], allowed: int, on_passed: Callable[[int], None]
@@ -76,11 +79,15 @@ class DiskWatch(threading.Thread):
                 return
 
     def check(self, *, last: bool = False) -> bool:
-        """Walk if it is time to; whether more than allowed has come. The ``last`` look of a run is always one if it is a short one."""
+        """Walk if it is time to; whether more than allowed has come.
+
+        The ``last`` look of a run is always one if it is a short one.
+        """
         with self._looking:
             if self._passed or self._initial_size is None or self._stop_event.is_set():
                 return self._passed
-            # Of all that is allowed, what is not used yet may have been written since: then look, but no more than half of the time.
+            # Of all that is allowed, what is not used yet may have been written since: then look,
+            # but no more than half of the time.
             consumed = self._free - free_of(self._places)
             near = consumed > self._allowed - self._used
             pause = self._took if near else max(WALK_SECONDS, SHARE * self._took)

@@ -1,7 +1,9 @@
-"""From what isolation asks for and what this machine has to what will hold it. Pure; imports model, machine, bubblewrap's facts.
+"""From what isolation asks for and what this machine has to what will hold it. Pure.
 
-bubblewrap holds what takes namespaces; where it cannot work, Landlock keeps a part of it. System calls, privileges and the environment
-need neither.
+Imports model, machine, bubblewrap's facts.
+
+bubblewrap holds what takes namespaces; where it cannot work, Landlock keeps a part of it. System
+calls, privileges and the environment need neither.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import Offer
 
+# The version of Landlock that knows TCP (Linux 6.7).
 LANDLOCK_TCP = 4
-"""The version of Landlock that knows TCP (Linux 6.7)."""
+# The version of Landlock that knows truncate(2) (Linux 6.2).
 LANDLOCK_TRUNCATE = 3
-"""The version of Landlock that knows truncate(2) (Linux 6.2)."""
 NOT_ALLOWED = "it is not among the mechanisms allowed"
 
 
 class IsolationPlan(Struct, frozen=True, kw_only=True):
-    """Who holds which wall, and what the keeper is to put up: ``enclosed`` in bubblewrap, or else what ``landlock`` can."""
+    """Which mechanism enforces which wall: ``enclosed`` in bubblewrap, or ``landlock``."""
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
     enclosed: bool = False
@@ -43,7 +45,8 @@ class IsolationPlan(Struct, frozen=True, kw_only=True):
 def plan_isolation(
     isolation: Isolation, limits: Limits, machine: HostCapabilities
 ) -> IsolationPlan:
-    """The walls of one run. One that nothing holds is written down as held by ``none``, not left out."""
+    """The walls of one run."""
+    # One that nothing holds is written down as held by ``none``, not left out.
     is_needed = bubblewrap.is_needed(
         isolation, disk=limits.disk is not None, shm=limits.shm is not None
     )
@@ -167,7 +170,7 @@ def _own(
             yield Wall.USER, Enforcement(by=Mechanism.NONE, hard=False, note=reason)
 
 
-# --- the limits that walls hold ---------------------------------------------------------------------------------
+# --- the limits that walls hold -------------------------------------------------------------------
 
 
 def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:

@@ -1,9 +1,10 @@
-"""Resource limits of each process (setrlimit(2)): held by the system's kernel, but for each process alone.
+"""Resource limits (setrlimit(2)): enforced by Linux, but for each process alone.
 
-RLIMIT_DATA and not RLIMIT_AS stands in for a memory limit where there are no control groups: an idle ipykernel has 814 MB of
-address space with 52 MB resident, while RLIMIT_DATA (private writable memory, since Linux 4.7) is near what is used.
-It still counts memory that was reserved and never touched (a thread's stack, say), hence the headroom; and shared memory goes past
-it, hence the watchdog beside it.
+RLIMIT_DATA and not RLIMIT_AS stands in for a memory limit where there are no control groups: an
+idle ipykernel has 814 MB of address space with 52 MB resident, while RLIMIT_DATA (private writable
+memory, since Linux 4.7) is near what is used. It still counts memory that was reserved and never
+touched (a thread's stack, say), hence the headroom; and shared memory goes past it, hence the
+watchdog beside it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import Offer, SpawnPlan
 
+# Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread
+# stacks above all).
 DATA_HEADROOM = 256 * 1024 * 1024
-"""Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread stacks above all)."""
 
+# Between SIGXCPU and the SIGKILL for a process that ignores it.
 CPU_HARD_SECONDS = 2
-"""Between SIGXCPU and the SIGKILL for a process that ignores it."""
 
+# Tasks of ours in the user namespace that bubblewrap makes: the init (keeper/bwrap_init.py).
 INIT_TASKS = 1
-"""Tasks of ours in the user namespace that bubblewrap makes: the init (keeper/bwrap_init.py)."""
 
 
 def offer(limits: Limits, machine: HostCapabilities, *, enclosed: bool = False) -> Offer | None:
@@ -79,11 +81,10 @@ def _wanted(
 
 
 def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforcement]:
-    """RLIMIT_NPROC and what it is worth.
-
-    In a user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so it is the notebook's own. Elsewhere all tasks
-    of the user count, and any that ends meanwhile leaves its place to the notebook: the watchdog counts besides.
-    """
+    """RLIMIT_NPROC and what it is worth."""
+    # In a user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so it is
+    # the notebook's own. Elsewhere all tasks of the user count, and any that ends meanwhile leaves
+    # its place to the notebook: the watchdog counts besides.
     if alone:
         return limit + INIT_TASKS, _held("counted in a user namespace of its own")
     note = "the user's other processes count too: the limit is beside them, and where one ends the watchdog alone holds it"

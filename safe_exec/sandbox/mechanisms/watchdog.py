@@ -1,7 +1,8 @@
 """The last resort: looks at the processes of a sandbox and reports a limit that is passed.
 
-It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its memory limit meanwhile
-is measured by ``make bench`` and stated in docs/limits.md. May import model, machine, plan, priority, process_tree.
+It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its
+memory limit meanwhile is measured by ``make bench`` and stated in docs/limits.md. May import model,
+machine, plan, priority, process_tree.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 
 PERIOD_SECONDS = 0.02
+# After a look it rests so many times as long as the look took: hundreds of processes take
+# milliseconds.
 REST_SHARE = 2
-"""After a look it rests so many times as long as the look took: hundreds of processes take milliseconds."""
+# The same after shared pages were counted, which takes up to 50 ms per GB.
 COUNT_REST_SHARE = 4
-"""The same after shared pages were counted, which takes up to 50 ms per GB."""
+# No allocation fills memory faster: until then what was counted cannot have grown to the limit.
 FASTEST_BYTES_PER_SECOND = 5 << 30
-"""No allocation fills memory faster: until then what was counted cannot have grown to the limit."""
 WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
 
 
 def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
-    """What a watch can hold: memory, processes and processor time of the whole tree, and what it writes (disk_watchdog.py)."""
+    """Return what the watchdog can enforce of these limits."""
+    # It sees the whole process tree, and what that writes (disk_watchdog.py).
     if not machine.allows(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
@@ -46,9 +49,12 @@ def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
 
 
 class Peaks(Struct, frozen=True, kw_only=True):
-    """The highest figures seen: bytes where memory is watched, tasks. ``upper_bound``: the memory may be less.
+    """The highest figures seen: bytes where memory is watched, tasks.
 
-    ``children`` are the bytes that processes other than the kernel's had at the peak; shared memory is nobody's.
+    ``upper_bound``: the memory may be less.
+
+    ``children`` are the bytes that processes other than the kernel's had at the peak; shared memory
+    is nobody's.
     """
 
     memory: int | None = None
@@ -58,7 +64,7 @@ class Peaks(Struct, frozen=True, kw_only=True):
 
 
 class Watchdog(threading.Thread):
-    """Looks at a tree until stopped, and calls ``on_passed(limit, used)`` once, for the first limit passed."""
+    """Watches a process tree; calls ``on_passed(limit, used)`` once, for the first limit passed."""
 
     def __init__(
         self,
@@ -93,7 +99,10 @@ class Watchdog(threading.Thread):
             pause = max(PERIOD_SECONDS, REST_SHARE * (ended - check_start))
 
     def check(self, *, last: bool = False) -> bool:
-        """Look now; whether a limit was passed. The ``last`` look of a run spares no time to be sure."""
+        """Look now; whether a limit was passed.
+
+        The ``last`` look of a run spares no time to be sure.
+        """
         with self._looking:
             if self._passed or self._stop_event.is_set():
                 return self._passed
@@ -121,7 +130,8 @@ class Watchdog(threading.Thread):
         )
 
     def _memory(self, use: TreeUse, *, last: bool) -> int:
-        """Memory to be held against the limit: nobody is to be killed for pages that were counted twice."""
+        """Return the memory to compare with the limit."""
+        # Nobody is to be killed for pages that were counted twice.
         allowed = self._limits.memory
         if allowed is None or LimitName.MEMORY not in self._names:
             return use.memory

@@ -1,4 +1,4 @@
-"""Reads what a sandbox uses, from its control groups where it has some and from its processes elsewhere.
+"""Reads the resource use of a sandbox from its cgroups, or from its processes.
 
 May import model, plan, process_tree, rlimits. Every figure is ``None`` where it cannot be read.
 """
@@ -19,10 +19,13 @@ from safe_exec.sandbox.usage.process_tree import ProcessTree
 
 
 class Reading(Struct, frozen=True, kw_only=True):
-    """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks; ``None``: not measured.
+    """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks.
 
-    ``children_memory`` is the part of the memory that processes other than the kernel's have; shared memory is nobody's.
-    ``upper_bound``: pages that several processes share may have been counted for each of them.
+    ``None``: not measured.
+
+    ``children_memory`` is the part of the memory that processes other than the kernel's have;
+    shared memory is nobody's. ``upper_bound``: pages that several processes share may have been
+    counted for each of them.
     """
 
     memory: int | None = None
@@ -33,9 +36,10 @@ class Reading(Struct, frozen=True, kw_only=True):
 
 
 class Counters(Struct, frozen=True, kw_only=True):
-    """What the system counted: kills for memory, refused forks, the highest charge (page cache included).
+    """Counters of the system: OOM kills, refused forks, the highest charge with page cache.
 
-    ``limit_hits``: how often the group's own memory limit left nothing but to kill (version 2 alone tells that apart).
+    ``limit_hits``: how often the group's own memory limit left nothing but to kill (version 2 alone
+    tells that apart).
     """
 
     oom_kills: int | None = None
@@ -47,7 +51,10 @@ class Counters(Struct, frozen=True, kw_only=True):
 
 
 class Bound(Struct, frozen=True, kw_only=True):
-    """A memory limit in bytes on a group above a sandbox; ``hits``: how often it had left nothing but to kill."""
+    """A memory limit in bytes on a group above a sandbox.
+
+    ``hits``: how often it had left nothing but to kill.
+    """
 
     group: Path
     limit: int
@@ -55,7 +62,10 @@ class Bound(Struct, frozen=True, kw_only=True):
 
 
 def bounds_above(group: Path) -> tuple[Bound, ...]:
-    """The memory limits on groups of the unified tree above this one, the nearest first. The tree's root has none, and no such file."""
+    """The memory limits on groups of the unified tree above this one, the nearest first.
+
+    The tree's root has none, and no such file.
+    """
     limits: list[Bound] = []
     for above in group.parents:
         text = _text(above / "memory.max")
@@ -76,7 +86,10 @@ def has_memory_group(plan: SpawnPlan) -> bool:
 
 
 class Meter:
-    """Reads one sandbox; cheap enough (some 60 microseconds with control groups) for the end of every cell."""
+    """Reads one sandbox.
+
+    Cheap enough (some 60 microseconds with control groups) for the end of every cell.
+    """
 
     def __init__(
         self,
@@ -117,7 +130,8 @@ class Meter:
                 if anonymous is None or not kernel
                 else max(0, anonymous - kernel),
             )
-        if use is None or not use.tasks:  # no process left: that is not a use of nothing
+        # No process left: that is not a use of nothing.
+        if use is None or not use.tasks:
             return Reading(cpu_seconds=cpu, tasks=tasks or None)
         return Reading(
             memory=use.memory,
@@ -129,7 +143,8 @@ class Meter:
 
     @staticmethod
     def _read_memory(path: Path) -> tuple[int | None, int]:
-        """Anonymous and shared memory: what cannot be reclaimed. v1 says ``total_rss``, v2 ``anon``."""
+        """Return anonymous and shared memory, which cannot be reclaimed."""
+        # v1 calls it ``total_rss``, v2 ``anon``.
         stat = _table(path)
         keys = ("anon", "shmem") if "anon" in stat else ("total_rss", "total_shmem")
         return (stat.get(keys[0], 0) if stat else None), stat.get(keys[1], 0)
@@ -144,7 +159,7 @@ class Meter:
         return _table(path).get("oom_kill") if path else None
 
     def bound_hit(self) -> Bound | None:
-        """The limit on a group above that was hit since this meter stands, the nearest of several."""
+        """Return the nearest limit of a cgroup above that was hit since this meter was made."""
         earlier_hits = {limit.group: limit.hits for limit in self._above}
         current = (limit for last in self._above[:1] for limit in bounds_above(last.group / "any"))
         return next(
@@ -153,11 +168,10 @@ class Meter:
         )
 
     def tasks_bound(self, limit: int | None) -> tuple[Path, int] | None:
-        """The group above that allows the fewest processes and threads, with how many, where that is less than ``limit``.
-
-        What is in the sandbox is in that group too: it is full before the sandbox is. Its counter need not be asked, which before Linux 6.11
-        counted in the sandbox's group what was refused for any group above.
-        """
+        """Return the cgroup above that allows the fewest tasks, if fewer than ``limit``."""
+        # What is in the sandbox is in that group too: it is full before the sandbox is. Its counter
+        # need not be asked, which before Linux 6.11 counted in the sandbox's group what was refused
+        # for any group above.
         if "pids.events" not in self._files:
             return None
         limits = [
@@ -174,7 +188,7 @@ class Meter:
         )
 
     def process_count(self, limit: int | None) -> ProcessCount | None:
-        """Processes and threads now against what the system allows: by the control group, else by RLIMIT_NPROC.
+        """Return tasks and the number that Linux allows, by the cgroup or RLIMIT_NPROC.
 
         ``None`` where neither holds it, or it cannot be read.
         """
@@ -183,7 +197,8 @@ class Meter:
             allowed = hit[1] if hit is not None else limit
             if tasks is None or allowed is None:
                 return None
-            if hit is not None:  # what else is in that group takes part of its room
+            # What else is in that group takes part of its room.
+            if hit is not None:
                 tasks = _number(hit[0] / "pids.current") or tasks
             return ProcessCount(tasks=tasks, allowed=allowed, refused=self.counters().fork_refusals)
         return (

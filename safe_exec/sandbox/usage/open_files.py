@@ -1,7 +1,7 @@
-"""What processes hold open and no directory shows: files in memory (memfd_create(2), /dev/shm), and files that have been removed.
+"""Files that processes hold open and no directory shows: in memory, or removed.
 
-Standard library only. A descriptor that is on its way in a socket (unix(7), SCM_RIGHTS) is seen by nobody, nor is that of a process that
-is gone between two looks.
+Standard library only. A descriptor that is on its way in a socket (unix(7), SCM_RIGHTS) is seen by
+nobody, nor is that of a process that is gone between two looks.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from collections.abc import Iterable
 
 from msgspec import Struct, field
 
+# The unit of ``st_blocks`` (stat(2)).
 BLOCK = 512
-"""The unit of ``st_blocks`` (stat(2))."""
 IN_MEMORY = ("/memfd:", "/dev/shm/", "/SYSV", "/dev/zero")  # noqa: S108 - looked at, not used
 REMOVED = " (deleted)"
 _INODE = tuple[int, int]
 
 
 class UnlinkedAndMemoryFiles(Struct):
-    """Bytes by inode, so that what several processes hold counts once: ``memory`` and ``removed`` files of a disk."""
+    """Bytes by inode of files in ``memory`` and of ``removed`` files.
+
+    What several processes hold counts once.
+    """
 
     memory: dict[_INODE, int] = field(default_factory=dict)
     removed: dict[_INODE, int] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """What /proc says of one process of a sandbox: memory, processor time, threads. May import procfs.
 
-Sources: proc(5). A process may end at any moment; then the files are gone (ENOENT), or are there and say so (ESRCH),
-and a zombie's are empty.
+Sources: proc(5). A process may end at any moment; then the files are gone (ENOENT), or are there
+and say so (ESRCH), and a zombie's are empty.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def _path(pid: int, task: int, name: str) -> str:
 class Member(Struct, frozen=True, kw_only=True):
     """One process as last read.
 
-    ``started`` is in clock ticks since boot, ``cpu`` and ``cpu_waited`` (of children that it has waited for) in seconds, all memory
-    in bytes; ``shmem`` is shared memory that is no file on a disk. ``task`` is the thread by which its memory is read, if it is
-    not the first one.
+    ``started`` is in clock ticks since boot, ``cpu`` and ``cpu_waited`` (of children that it has
+    waited for) in seconds, all memory in bytes; ``shmem`` is shared memory that is no file on a
+    disk. ``task`` is the thread by which its memory is read, if it is not the first one.
     """
 
     pid: int
@@ -94,7 +94,8 @@ class ProcessFiles:
             text = self.text(f"{pid}/stat")
         except OSError:
             return None
-        # The command's name may hold spaces and parentheses: only what follows the last ")" is safe to split.
+        # The command's name may hold spaces and parentheses: only what follows the last ")" is safe
+        # to split.
         fields = text.rpartition(b")")[2].split()
         started, state, threads = int(fields[19]), fields[0].decode(), int(fields[17])
         task = self._live_task(pid) if state in DEAD and threads > 1 else 0
@@ -115,7 +116,8 @@ class ProcessFiles:
         )
 
     def _live_task(self, pid: int) -> int:
-        """A thread that goes on where the first one has ended: the files of the process itself are empty then."""
+        """Return a thread that lives after the first one has ended."""
+        # The files of the process itself are empty then.
         with contextlib.suppress(OSError):
             return next(
                 (task for name in os.listdir(f"/proc/{pid}/task") if (task := int(name)) != pid), 0
@@ -123,7 +125,10 @@ class ProcessFiles:
         return 0
 
     def _memory_map(self, pid: int, task: int) -> tuple[int, int, int]:
-        """Bytes: address space, resident, and of that file pages and shared memory. Zeros when the process is gone."""
+        """Bytes: address space, resident, and of that file pages and shared memory.
+
+        Zeros when the process is gone.
+        """
         try:
             size, resident, shared = self.text(_path(pid, task, "statm")).split()[:3]
         except (OSError, ValueError):
@@ -131,7 +136,8 @@ class ProcessFiles:
         return int(size) * PAGE, int(resident) * PAGE, int(shared) * PAGE
 
     def _shared_memory(self, pid: int, started: int, task: int, shared: int) -> int:
-        """Shared memory apart from files. ``status`` alone tells, the dearest of these files: read when the sum has changed."""
+        """Shared memory apart from files."""
+        # ``status`` alone tells, the dearest of these files: read when the sum has changed.
         cached = self._known_shmem.get((pid, started))
         if cached is not None and cached[0] == shared:
             return cached[1]
@@ -152,15 +158,15 @@ class ProcessFiles:
         return max(0, resident - shared)
 
     def has_ended(self, member: Member) -> bool:
-        """Whether this very process has ended, or has given up its memory on the way there.
-
-        It does that a moment before it becomes a zombie (do_exit in the system's kernel); until then its state is still R.
-        """
+        """Whether this very process has ended, or has given up its memory on the way there."""
+        # It does that a moment before it becomes a zombie (do_exit in the system's kernel); until
+        # then its state is still R.
         current = self.measure(member.pid)
         return current is None or current.started != member.started or not current.size
 
     def same_memory(self, one: int, other: int) -> bool:
-        """Whether two processes are one address space: between vfork(2) and exec a child borrows its parent's (kcmp(2))."""
+        """Whether two processes share an address space (kcmp(2))."""
+        # Between vfork(2) and exec a child borrows its parent's.
         if KCMP is None:
             return False
         return int(self._libc.syscall(KCMP, one, other, KCMP_VM, 0, 0)) == 0

@@ -1,8 +1,8 @@
-"""The processes of a sandbox and what they use together, read from /proc: the last resort without control groups.
+"""The processes of a sandbox and their resource use from /proc, without cgroups.
 
-Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap, our init): these
-are ours, do not count against the notebook's limits, and one of them cannot be looked into by an ordinary user.
-May import process_files, shared_pages, held.
+Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap, our
+init): these are ours, do not count against the notebook's limits, and one of them cannot be looked
+into by an ordinary user. May import process_files, shared_pages, held.
 """
 
 from __future__ import annotations
@@ -26,26 +26,29 @@ from safe_exec.sandbox.usage.shared_pages import (
     upper_bound,
 )
 
+# For so long a reading stands: the watchdog and the meter ask one after the other.
 FRESH_SECONDS = 0.002
-"""For so long a reading stands: the watchdog and the meter ask one after the other."""
+# Of the processes that are not ours, one in so many is looked at again each time: their ids may
+# have been taken over.
 OTHERS_SHARE = 50
-"""Of the processes that are not ours, one in so many is looked at again each time: their ids may have been taken over."""
+# To look at all descriptors takes a twentieth of the time at most.
 OPEN_FILES_SHARE = 20
-"""To look at all descriptors takes a twentieth of the time at most."""
+# To count shared pages once takes a tenth of the time at most, where no limit is near.
 COUNT_SHARE = 10
-"""To count shared pages once takes a tenth of the time at most, where no limit is near."""
+# The memory of a younger process may seem to grow while fork(2) still copies the page tables of
+# what it shares.
 SETTLED_SECONDS = 2.0
-"""The memory of a younger process may seem to grow while fork(2) still copies the page tables of what it shares."""
+# By so much the figures of one address space may differ when read one after the other.
 VFORK_BYTES = 256 << 10
-"""By so much the figures of one address space may differ when read one after the other."""
 
 
 class TreeUse(Struct, frozen=True, kw_only=True):
     """What the processes use: bytes (unreclaimable), seconds, tasks.
 
-    ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at all.
-    ``upper_bound``: some could not be looked into, so it may be less. ``shared_memory`` is what is in files in memory,
-    ``kernel_memory`` the anonymous memory of the kernel's own process; the rest is its children's.
+    ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at
+    all. ``upper_bound``: some could not be looked into, so it may be less. ``shared_memory`` is
+    what is in files in memory, ``kernel_memory`` the anonymous memory of the kernel's own process;
+    the rest is its children's.
     """
 
     memory: int
@@ -67,9 +70,9 @@ class TreeUse(Struct, frozen=True, kw_only=True):
 class ProcessTree:
     """The processes below a keeper. May be read from several threads.
 
-    A process that ended takes its processor time with it: the time it was last seen with is kept and added.
-    ``counts_shared``: whether pages that several processes share are to be counted once, which takes time; where a control group
-    counts the memory nobody asks for it.
+    A process that ended takes its processor time with it: the time it was last seen with is kept
+    and added. ``counts_shared``: whether pages that several processes share are to be counted once,
+    which takes time; where a control group counts the memory nobody asks for it.
     """
 
     def __init__(
@@ -97,23 +100,28 @@ class ProcessTree:
         self._fresh_seconds = FRESH_SECONDS
 
     def _supervisors(self, keeper: int, kernel: int | None) -> frozenset[int]:
-        """The keeper and what stands between it and the kernel. They stay for as long as the kernel is there."""
+        """The keeper and what stands between it and the kernel."""
+        # They stay for as long as the kernel is there.
         roots = {keeper}
         pid = kernel
-        for _ in range(8 if kernel else 0):  # bubblewrap forks at most twice
+        # Bubblewrap forks at most twice.
+        for _ in range(8 if kernel else 0):
             member = self._files.measure(pid) if pid else None
             if member is None or member.parent in (0, 1):
-                return frozenset({keeper})  # the kernel is gone, or no descendant
+                # The kernel is gone, or no descendant.
+                return frozenset({keeper})
             if member.parent == keeper:
                 return frozenset(roots)
             roots.add(member.parent)
             pid = member.parent
         return frozenset(roots)
 
-    # --- reading ------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def read(self) -> TreeUse:
-        """Read now. Where processes may share pages they are counted once if the time for it has come, else estimated."""
+        """Read now."""
+        # Where processes may share pages they are counted once if the time for it has come, else
+        # estimated.
         with self._lock:
             read_at = time.monotonic()
             if self._use is not None and read_at - self._read_at < self._fresh_seconds:
@@ -153,7 +161,8 @@ class ProcessTree:
             kernel_memory=kernel.anonymous if kernel is not None else None,
         )
         if most - least <= SMALL or not self._counts_shared:
-            return use  # one process has nearly all of it: nothing to speak of can be counted twice
+            # One process has nearly all of it: nothing to speak of can be counted twice.
+            return use
         last = self._count
         if last is None or read_at - last.at >= COUNT_SHARE * last.seconds:
             last = self.count()
@@ -170,7 +179,8 @@ class ProcessTree:
         ]
 
     def _borrows(self, member: Member) -> bool:
-        """Whether a process lives in its parent's address space: between vfork(2) and exec, as subprocess makes them."""
+        """Whether a process lives in its parent's address space."""
+        # So it does between vfork(2) and exec, as with subprocess.
         parent = self._members.get(member.parent)
         if parent is None or member.size != parent.size:
             return False
@@ -181,7 +191,8 @@ class ProcessTree:
         return near and self._files.same_memory(member.pid, parent.pid)
 
     def _cpu_seconds(self) -> float:
-        """Of all that were ever seen as last seen; or of those alive with all that they waited for. Either misses something."""
+        """Of all that were ever seen as last seen."""
+        # Or of those alive with all that they waited for. Either misses something.
         alive = sum(member.cpu + member.cpu_waited for member in self._members.values())
         return max(alive, sum(self._cpu.values()))
 
@@ -191,10 +202,10 @@ class ProcessTree:
             end = time.monotonic()
             self._open_files_next = end + OPEN_FILES_SHARE * (end - read_at)
 
-    # --- who belongs to it --------------------------------------------------------------------------------------
+    # --- who belongs to it ------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        """Read the members again, and find new ones among the processes that were not there the last time."""
+        """Read the members again, and find new ones among the new processes."""
         pids = set(self._files.pids())
         self._others = {pid: None for pid in self._others if pid in pids}
         members: dict[int, Member] = {}
@@ -219,7 +230,8 @@ class ProcessTree:
             self._others.pop(pid, None)
         for pid, parent in parents.items():
             ancestor = parent
-            for _ in parents:  # no more steps than there are: ids that are given anew meanwhile could make a circle
+            # No more steps than there are: ids that are given anew meanwhile could make a circle.
+            for _ in parents:
                 ancestor = parents.get(ancestor, ancestor)
             if ancestor in self._members or ancestor in self._roots:
                 member = self._files.measure(pid)

@@ -1,9 +1,10 @@
 """Memory of several processes with shared pages counted once. Reads /proc/PID/smaps_rollup.
 
-After a fork, parent and child share all pages until one of them writes: the sum of their resident memory
-counts those pages twice. The system divides each page by the number of processes that map it (Pss, proc(5),
-smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To work them out the system walks all page
-tables of a process, 3 to 50 ms per GB, so the caller decides how often. May import process_files.
+After a fork, parent and child share all pages until one of them writes: the sum of their resident
+memory counts those pages twice. The system divides each page by the number of processes that map it
+(Pss, proc(5), smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To work
+them out the system walks all page tables of a process, 3 to 50 ms per GB, so the caller decides how
+often. May import process_files.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from msgspec import Struct
 
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 
+# Bytes that may be counted twice without being worth a walk through page tables.
 SMALL = 16 << 20
-"""Bytes that may be counted twice without being worth a walk through page tables."""
 
 
 class SharedCount(Struct, frozen=True, kw_only=True):
-    """The memory of some processes in bytes, each page once; when it was counted and how long that took (seconds).
+    """The memory of some processes in bytes, each page once.
 
-    ``departed`` is what processes gave up while others were still being read: pages they shared count more in
-    those read later, by half of them at most. ``upper_bound``: some processes could not be looked into and
-    were added whole, so pages that they share are in it several times.
+    When it was counted and how long that took (seconds).
+
+    ``departed`` is what processes gave up while others were still being read: pages they shared
+    count more in those read later, by half of them at most. ``upper_bound``: some processes could
+    not be looked into and were added whole, so pages that they share are in it several times.
     """
 
     memory: int
@@ -40,13 +43,16 @@ class SharedCount(Struct, frozen=True, kw_only=True):
 
 
 def lower_bound(members: Sequence[Member], open_files: int) -> int:
-    """What the processes use at least, if all that can be shared is: the largest one, and the most shared memory."""
+    """Return the least memory that the processes can use: everything shareable is shared."""
     shared = max((open_files, *(member.shmem for member in members)))
     return shared + max((member.anonymous for member in members), default=0)
 
 
 def upper_bound(members: Sequence[Member], open_files: int) -> int:
-    """What they use at most: as if nothing was shared. ``open_files`` are bytes of files in memory, held open."""
+    """What they use at most: as if nothing was shared.
+
+    ``open_files`` are bytes of files in memory, held open.
+    """
     shared = max(open_files, sum(member.shmem for member in members))
     return shared + sum(member.anonymous for member in members)
 
@@ -57,10 +63,10 @@ def estimate(
     members: Sequence[Member],
     bounds: tuple[int, int],
 ) -> int:
-    """Memory now, from the last count and the growth of those that were in it, within what is possible.
+    """Return the memory by the last count and the growth since, within its bounds.
 
-    ``earlier`` has the anonymous bytes of processes at the last count. How much new processes share is not known: they
-    count with the next one.
+    ``earlier`` has the anonymous bytes of processes at the last count. How much new processes share
+    is not known: they count with the next one.
     """
     growth = sum(
         member.anonymous - earlier[member.key] for member in members if member.key in earlier
@@ -70,7 +76,8 @@ def estimate(
 
 
 def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) -> SharedCount:
-    """Read the shares of all processes. One that has ended meanwhile has no memory any more, which is no failure."""
+    """Read the shares of all processes."""
+    # One that has ended meanwhile has no memory any more, which is no failure.
     start = time.monotonic()
     anonymous = shmem = total = 0
     for member in members:
@@ -96,13 +103,17 @@ def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) 
 
 
 def _share(files: ProcessFiles, member: Member) -> tuple[int, int] | None:
-    """A process's share of anonymous and of shared memory in bytes; ``None`` where it cannot be read."""
+    """A process's share of anonymous and of shared memory in bytes.
+
+    ``None`` where it cannot be read.
+    """
     try:
         text = files.read(member, "smaps_rollup")
     except OSError:
         return None
     rows = (line.split() for line in text.splitlines()[1:])
     figures = {row[0]: int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdigit()}
-    if b"Pss_Anon:" not in figures:  # before Linux 5.4 the shares were not told apart
+    # Before Linux 5.4 the shares were not told apart.
+    if b"Pss_Anon:" not in figures:
         return None
     return figures[b"Pss_Anon:"], figures.get(b"Pss_Shmem:", 0)

@@ -1,7 +1,9 @@
-"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside; ports for a kernel. May import procfs.
+"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside.
 
-For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at now and then: a connection that is over between
-two looks is not seen.
+Ports for a kernel. May import procfs.
+
+For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at now
+and then: a connection that is over between two looks is not seen.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pathlib import Path
 from safe_exec.keeper import procfs
 
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# Below are the services that have names.
 LOWEST_PORT = 10_000
-"""Below are the services that have names."""
 TRIED_PORTS = 100
 TABLES = ("tcp", "tcp6", "udp", "udp6")
 LISTENING = "0A"
@@ -27,9 +29,10 @@ _PREFIX, _SUFFIX = "socket:[", "]"
 
 
 def peers(root: int, first: int) -> set[str]:
-    """Addresses of other hosts that sockets of the descendants of ``root`` are connected to, or are connecting to.
+    """Return the hosts that sockets of the descendants of ``root`` are connected to.
 
-    ``first`` is one of them: where its namespace has no such socket at all, which is the rule, nothing more is looked at.
+    ``first`` is one of them: where its namespace has no such socket at all, which is the rule,
+    nothing more is looked at.
     """
     remote = _remote(first)
     if not remote:
@@ -43,7 +46,7 @@ def peers(root: int, first: int) -> set[str]:
 
 
 def _remote(pid: int) -> dict[str, str]:
-    """By inode, the far ends of all sockets in the process's network namespace that are other hosts (proc_net_tcp.rst)."""
+    """Map inodes to the far ends on other hosts of all sockets in a network namespace."""
     addresses: dict[str, str] = {}
     for table in TABLES:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
@@ -89,11 +92,11 @@ def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
 
 
 def quiet_ports(count: int) -> list[int]:
-    """Free ports of loopback for a kernel to listen on, where no outgoing connection will take them meanwhile; none where there are none.
-
-    What the system hands out for port 0 lies in the range of outgoing connections (``ip_local_port_range``, ip(7)): between our choice
-    and the kernel's bind any program that connects somewhere may get it, and the kernel ends before it is ready.
-    """
+    """Return free loopback ports for a kernel to listen on, or none."""
+    # No outgoing connection takes them in the meantime.
+    # What the system hands out for port 0 lies in the range of outgoing connections
+    # (``ip_local_port_range``, ip(7)): between our choice and the kernel's bind any program that
+    # connects somewhere may get it, and the kernel ends before it is ready.
     with contextlib.suppress(OSError, ValueError):
         first = int(RANGE.read_text().split()[0])
         ports: list[int] = []

@@ -1,7 +1,8 @@
 """The free space of the file systems that a kernel can write to, measured outside of it.
 
-Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead elsewhere. An open directory outlives the mount
-namespace, so that the space can still be read after the kernel's death. May import model.
+Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead
+elsewhere. An open directory outlives the mount namespace, so that the space can still be read after
+the kernel's death. May import model.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from safe_exec.model.evidence import Volume
 
 
 class Volumes:
-    """The volumes of one kernel. ``look`` keeps the lowest free space since the last ``begin``: what filled a disk may be deleted again."""
+    """The volumes of one kernel.
+
+    ``look`` keeps the lowest free space since the last ``begin``: what filled a disk may be deleted
+    again.
+    """
 
     def __init__(self, pid: int, places: Iterable[str]) -> None:
-        """Open the places that the process ``pid`` has; those that cannot be opened are left out."""
+        """Open the places that the process ``pid`` has.
+
+        Those that cannot be opened are left out.
+        """
         self._directories: dict[int, int] = {}
         self._own: set[int] = set()
         self._places: dict[int, list[str]] = {}
@@ -48,7 +56,10 @@ class Volumes:
         self._initial_free = {device: volume.free for device, volume in self._lowest.items()}
 
     def measure(self, *, own: bool = False) -> None:
-        """Measure. ``own``: only the sandbox's own: a file server of the machine's may take its time to answer."""
+        """Measure.
+
+        ``own``: only the sandbox's own: a file server of the machine's may take its time to answer.
+        """
         for device, directory in self._directories.items():
             if own and device not in self._own:
                 continue
@@ -81,6 +92,7 @@ class Volumes:
 
 def _measure(directory: int) -> Volume:
     figures = os.fstatvfs(directory)
-    # Without an inode no file can be made, whatever room there is. File systems that count none have 0 of 0.
+    # Without an inode no file can be made, whatever room there is. File systems that count none
+    # have 0 of 0.
     free = 0 if figures.f_files and not figures.f_favail else figures.f_bavail * figures.f_frsize
     return Volume(places=(), size=figures.f_blocks * figures.f_frsize, free=free)
