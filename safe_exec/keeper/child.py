@@ -45,7 +45,7 @@ class LandlockRules:
 
 
 class Walls:
-    """What the process gives up by itself. ``seccomp`` is a filter program in base64."""
+    """Privileges that the process gives up. ``seccomp`` is a filter program in base64."""
 
     uid: int | None
     drop_capabilities: bool

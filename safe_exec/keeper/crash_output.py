@@ -66,7 +66,7 @@ class CrashOutput:
         return stderr, fault
 
     def sources(self) -> tuple[int, ...]:
-        """The descriptors to wait for."""
+        """Return the open descriptors of stderr and of the fault socket."""
         fault = self._fault.fileno() if self._fault else -1
         return tuple(fd for fd in (self._stderr, fault) if fd >= 0)
 

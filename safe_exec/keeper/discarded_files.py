@@ -1,4 +1,4 @@
-"""Lists the files that are gone with a sandbox: those in a home, /tmp or /dev/shm of its own.
+"""Lists the files that disappear with a sandbox, in its own home, /tmp or /dev/shm.
 
 Standard library only.
 

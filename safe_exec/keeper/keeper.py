@@ -89,7 +89,7 @@ class Keeper:
     # --- messages -------------------------------------------------------------------------------
 
     def send(self, message: protocol.ToRunner, *, descriptors: tuple[int, ...] = ()) -> None:
-        """Send a message to the runner."""
+        """Send a message, with descriptors if there are any."""
         line = protocol.encode(message)
         # A dead runner is noticed by the end of the socket, not here.
         with contextlib.suppress(OSError):

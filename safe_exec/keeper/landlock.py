@@ -81,7 +81,7 @@ class Handled(NamedTuple):
 
 
 def describe(abi: int) -> dict[str, bool]:
-    """Which walls an ABI gives."""
+    """Return the walls that a version of Landlock can raise."""
     since = {
         "files": 1,
         "truncation": 3,
@@ -94,7 +94,7 @@ def describe(abi: int) -> dict[str, bool]:
 
 
 def handled(abi: int, *, tcp: bool | None) -> Handled:
-    """What to forbid, as far as this ABI knows it."""
+    """Return the rights that are restricted, as far as this version knows them."""
     files = (
         FIRST
         | (REFER if abi >= 2 else 0)  # noqa: PLR2004
@@ -107,7 +107,7 @@ def handled(abi: int, *, tcp: bool | None) -> Handled:
 
 
 def rules(abi: int, *, readable: Iterable[str], writable: Iterable[str]) -> dict[str, int]:
-    """What to allow beneath each path."""
+    """Return the rights that are allowed beneath each path."""
     known_rights = handled(abi, tcp=None).files
     return {
         **dict.fromkeys(readable, READ & known_rights),
@@ -219,7 +219,8 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 
 
 def _no_new_privileges() -> None:
-    """Asked of whoever is not root: walls could mislead a set-user-id program."""
+    """Set no_new_privs."""
+    # Landlock requires it of ordinary users: walls could mislead a set-user-id program.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, *(ctypes.c_ulong(number) for number in (1, 0, 0, 0))) != 0:
         number = ctypes.get_errno()

@@ -1,4 +1,4 @@
-"""What /proc says of processes, and the death of a whole tree. Linux only.
+"""Reads processes from /proc, and kills whole process trees. Linux only.
 
 Standard library only (the keeper uses it).
 
@@ -81,7 +81,7 @@ def children(pid: int) -> list[int]:
 
 
 def voluntary_switches(pid: int) -> int | None:
-    """How often the main thread of a process has gone to rest by itself."""
+    """Return how often the main thread of a process has blocked."""
     try:
         with open(f"/proc/{pid}/task/{pid}/status", "rb") as handle:
             return next(
@@ -211,7 +211,7 @@ def run_delay(task: int) -> float | None:
 
 
 def tasks_of(uid: int) -> int:
-    """How many tasks (threads) a user runs now, which RLIMIT_NPROC would count."""
+    """Return the number of tasks (threads) of a user, as RLIMIT_NPROC counts them."""
     count = 0
     for pid in all_pids():
         try:

@@ -72,7 +72,7 @@ class LimitedDisk(NamedTuple):
 
 
 class BwrapSetup(NamedTuple):
-    """How bubblewrap is started, and the init in it.
+    """The command lines of bubblewrap and of the init inside it, and their file systems.
 
     ``argv`` ends where the init's command begins. ``sockets`` is the directory of the kernel's
     sockets inside, ``devices`` are shown read-only.

@@ -177,7 +177,7 @@ SECCOMP_SET_MODE_FILTER = 1
 
 
 def load(refusal: Refusal) -> bytes:
-    """The shipped filter for the running machine. Raises OSError where there is none."""
+    """Return the shipped filter for the running machine. Raises OSError without one."""
     machine = (
         os.uname().machine if sys.maxsize > 1 << 32 else f"32-bit programs on {os.uname().machine}"
     )
@@ -288,7 +288,7 @@ def _each(numbers: Numbers, column: int, place: str) -> Iterator[_Line]:
 
 
 def _judgements() -> list[_Line | str]:
-    """What becomes of the calls that hang on an argument.
+    """Return the decisions for calls that depend on an argument.
 
     Each place ends in a verdict of its own.
     """
@@ -341,7 +341,7 @@ def _assemble(lines: list[_Line | str]) -> bytes:
 
 
 def write_filters() -> None:
-    """Write the shipped programs."""
+    """Write the filter programs that ship with the package."""
     for arch in ARCHITECTURES:
         for refusal in REFUSALS:
             with open(os.path.join(FILTERS, f"{arch}-{refusal}.bpf"), "wb") as file:

@@ -63,7 +63,7 @@ _ARM_SYNDROME = struct.pack("<II", 0x45535201, 16)
 
 
 class Registers(NamedTuple):
-    """What the system saved. ``faulted``: the processor refused something.
+    """Registers that Linux saved. ``faulted`` is false if the signal was sent.
 
     Else the signal was sent.
 

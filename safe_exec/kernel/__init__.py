@@ -1,4 +1,4 @@
-"""A kernel born in a sandbox, the client that talks to it, and what runs inside it.
+"""A kernel in a sandbox, the client that talks to it, and the agent inside it.
 
 Other systems than Linux are refused by the import: Jupyter loads the provisioner by its entry
 point, and shows what is raised.

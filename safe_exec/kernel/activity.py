@@ -1,4 +1,4 @@
-"""What a kernel is doing, seen from outside over a short window; used once, when its time is up.
+"""Observes a kernel from outside over a short window, once, when its time is up.
 
 May import model, page, procfs, processes, file_locks. The system's view (state, processor time,
 system call) is fact; stacks are the kernel's word.

@@ -1,4 +1,4 @@
-"""What the kernel process tells of itself, over the socket that ``inside`` was given.
+"""Facts that the agent sends from inside the kernel. All of them are claims.
 
 Claims, every one of them.
 
@@ -54,7 +54,7 @@ class ReportedErrors(Struct, frozen=True, kw_only=True):
 
 
 class AgentFacts:
-    """What was told so far. ``client`` knows which requests were sent."""
+    """The facts received so far. ``client`` knows which requests were sent."""
 
     def __init__(self) -> None:
         self.client: TrialClient | None = None
@@ -72,7 +72,7 @@ class AgentFacts:
         self._pipes: dict[str, int] = {}
 
     def take(self, facts: socket.socket) -> bool:
-        """Take in what has come; ``False`` when no more can."""
+        """Receive the facts that have arrived; false at the end of the socket."""
         for _ in range(MOST_FACTS):
             try:
                 data, fds, _, _ = socket.recv_fds(facts, FACT_BYTES, 4)
@@ -108,7 +108,7 @@ class AgentFacts:
         )
 
     def _note(self, fact: dict[str, Any]) -> None:
-        """Store a fact."""
+        """Store a fact by its kind."""
         # The first one stays: a repeated fact was not sent by our agent.
         if "msg_id" in fact:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
@@ -128,7 +128,7 @@ class AgentFacts:
             self._note_process(fact)
 
     def _note_process(self, fact: dict[str, Any]) -> None:
-        """What concerns the whole process; ``armed``: whether its fault handler is in place."""
+        """Store a fact about the process; ``armed``: its fault handler is in place."""
         if "remote" in fact:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
@@ -151,7 +151,7 @@ class AgentFacts:
             self.exit_requests.setdefault(number, (line, _rows(fact["asked_to_exit"])))
 
     def _note_cell(self, number: int, msg_id: str) -> None:
-        """Which request a number inside answers: only one that was sent, and each but once."""
+        """Note which request a cell number answers: only a sent one, and each only once."""
         if (
             self.client is not None
             and msg_id in self.client.sent
@@ -160,7 +160,7 @@ class AgentFacts:
             self._cells.setdefault(number, msg_id)
 
     def add_hosts(self, names: Iterable[str]) -> None:
-        """Other hosts that were connected to, told or seen from outside."""
+        """Add hosts that the kernel has connected to."""
         self.hosts += list(names)[: MOST_HOSTS - len(self.hosts)]
 
     # --- cells: numbers inside, messages on the wire, indexes in the notebook ---------------------
@@ -189,7 +189,7 @@ class AgentFacts:
     # --- the pipes behind descriptors 1 and 2 -----------------------------------------------------
 
     def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
-        """What a dead kernel's C code had written to each and nobody took.
+        """Return the output of a dead kernel's C code that nobody has read.
 
         ``recorded_bytes`` bytes of it are in the outputs already.
         """
@@ -201,7 +201,7 @@ class AgentFacts:
         return texts
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close the descriptors of the pipes."""
         for fd in self._pipes.values():
             os.close(fd)
         self._pipes.clear()
@@ -212,7 +212,7 @@ def _rows(value: Any) -> Rows:
 
 
 def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
-    """What a cell raised, from the kernel's own words for it.
+    """Return the exceptions of a cell, by the kernel's own account.
 
     Raises TypeError, KeyError and the like for what is none.
     """
@@ -225,7 +225,7 @@ def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
 
 
 def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
-    """One exception."""
+    """Return one exception from its fields."""
     # What its own attributes leave out is taken from what was opened or connected to last.
     kind, files, host = (
         _text(row["type"]),
@@ -257,7 +257,7 @@ def _text(value: Any) -> str:
 
 
 def _read_waiting(fd: int) -> bytes:
-    """What stands in a pipe now; at most a pipe's largest size.
+    """Return the bytes that wait in a pipe, at most a pipe's largest size.
 
     Others may hold and empty it too, so that a read could wait for ever, and whether it may is not
     ours to set: both ends share it.

@@ -1,4 +1,4 @@
-"""Which cell and line a frame of compiled code belongs to, as the code inside the kernel told it.
+"""Maps frames of compiled code to cells and lines, by the agent's account.
 
 A cell's own code has a file name of its own. Code that a magic made of a cell's body may share one
 with anything (``<string>``, ``<timed exec>``): there the function and its lines decide, and of
@@ -43,7 +43,7 @@ class Source(Struct, frozen=True, kw_only=True):
 
 
 class CellCode:
-    """All sources that were told so far.
+    """The sources that the agent has reported.
 
     ``index_of`` gives the notebook's index for a cell's number inside.
     """
@@ -62,7 +62,7 @@ class CellCode:
         return code
 
     def add(self, name: str, source: Source) -> None:
-        """Take in one more source; beyond the bound they are ignored."""
+        """Add a source; those beyond the bound are ignored."""
         if self._count < MOST_SOURCES:
             self._count += 1
             self._sources.setdefault(escaped(name), []).append(source)

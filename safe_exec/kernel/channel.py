@@ -34,7 +34,7 @@ TURN_SECONDS = 0.005
 
 
 class Refused(ValueError):  # noqa: N818 - says what happened
-    """What came is no message."""
+    """The frames are no valid message."""
 
 
 class Channel:
@@ -57,7 +57,7 @@ class Channel:
         connection.on_arrival = self._arrived.set
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - jupyter_client's signature
-        """The next message.
+        """Return the next message.
 
         Waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds.
         """
@@ -142,10 +142,10 @@ class Channel:
         self.connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
 
     def start(self) -> None:
-        """Nothing to do: it is connected."""
+        """Do nothing: the connection is open already."""
 
     def stop(self) -> None:
-        """Let go of the connection. May be called again."""
+        """Close the connection. May be called again."""
         self.connection.close()
 
     close = stop
@@ -242,7 +242,7 @@ def _date(text: object) -> object:
 
 
 def _adapted(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of another version of the protocol, as one of ours."""
+    """Convert a message from another version of the protocol."""
     from jupyter_client.adapter import adapt
 
     adapted: dict[str, Any] = adapt(message)
@@ -265,7 +265,7 @@ def _cost(part: bytes) -> int:
 
 
 def _cost_of_structure(part: bytes) -> int:
-    """The same for what stands outside of texts alone."""
+    """Return the same bound for everything outside of texts."""
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     texts = plain.count(b'"') // 2
     if texts > MOST_TEXTS:

@@ -35,7 +35,7 @@ class ChildHistory:
         self._children = {pid: child for pid, child in self._children.items() if _lives(child)}
 
     def note(self, kernel: int) -> None:
-        """Take in those that live now."""
+        """Remember the children that live."""
         queue, count = procfs.children(kernel), 0
         while queue and count < MOST_AT_ONCE:
             pid = queue.pop(0)

@@ -45,7 +45,7 @@ LOOK_SECONDS = 0.02
 
 
 class OutputAccounting:
-    """What one cell has put out: stored bytes against its caps, and all that was received."""
+    """The output of one cell: bytes stored against its caps, and bytes received."""
 
     def __init__(self) -> None:
         self.stored = 0
@@ -120,7 +120,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- one cell ---------------------------------------------------------------------------------
 
     def begin_cell(self, cell_cap: int | None) -> None:
-        """Start the accounts of a cell."""
+        """Start the accounting of a cell."""
         self.accounts = OutputAccounting()
         self.cell_cap = cell_cap
         self.disbelieved = set()
@@ -205,7 +205,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- output -----------------------------------------------------------------------------------
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        """Take in one message."""
+        """Process one message for the running cell."""
         # One that is malformed is left out and counted: it is the kernel's fault, not ours.
         try:
             return self._process(msg, cell, cell_index)
@@ -394,7 +394,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return recovered
 
     def _already(self, record: Text) -> int:
-        """How many characters of a record did arrive."""
+        """Return how many characters of a record have arrived."""
         return max(0, self.accounts.characters[record.stream] - record.start)
 
     def _recover_text(self, name: str, text: str) -> int:

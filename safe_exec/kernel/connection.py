@@ -161,7 +161,7 @@ class Connection:
             self._loop.remove_writer(self._socket.fileno())
 
     def close(self) -> None:
-        """Let go of the socket. May be called again."""
+        """Close the socket. May be called again."""
         if self._socket.fileno() >= 0:
             self._pause()
             self._loop.remove_writer(self._socket.fileno())
@@ -181,7 +181,7 @@ class Address(Struct, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """``ipc`` or ``tcp``."""
+        """Return "ipc" or "tcp"."""
         return "tcp" if self.port else "ipc"
 
 

@@ -1,4 +1,4 @@
-"""Which variables of the environment a kernel may see where only listed ones are. Pure."""
+"""The variables that a kernel may see if only listed ones are passed. Pure."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class LateText:
         self.by_cell: dict[int, str] = {}
 
     def take(self, message: dict[str, Any]) -> None:
-        """Look at one message, whoever it is for."""
+        """Process one message, for whichever cell."""
         sent, running = self._client.sent, self._client.running
         parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
         is_late = running is None or parent != running[0]

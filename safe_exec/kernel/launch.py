@@ -56,7 +56,7 @@ class AgentChannels:
 
     @property
     def pass_fds(self) -> dict[str, int]:
-        """What the kernel gets, by the name that stands in its command."""
+        """Return the kernel's descriptors, by their place holders in the command."""
         return {"page": self.page.fd, "facts": self._theirs.fileno()}
 
     def handed_over(self) -> None:
@@ -64,7 +64,7 @@ class AgentChannels:
         self._theirs.close()
 
     def close(self) -> None:
-        """Close all."""
+        """Close page, facts socket and the kernel's ends."""
         self._theirs.close()
         self.facts.close()
         self.page.close()
@@ -102,7 +102,7 @@ def speaks_ipc(cmd: Sequence[str]) -> bool:
 
 
 class Spec(Struct, frozen=True, kw_only=True):
-    """A kernelspec as it stands in its ``kernel.json``, and the directory of that file."""
+    """A kernelspec: its ``kernel.json``, and the directory of that file."""
 
     directory: str
     document: Mapping[str, Any]
@@ -124,7 +124,7 @@ class LaunchedKernel(Struct, frozen=True, kw_only=True):
 
 
 class Launch(Struct, frozen=True, kw_only=True):
-    """What is to be started, and where.
+    """The parameters of a start.
 
     A kernel that shares the ``key`` of somebody else's connection file is one that people talk to.
     """
@@ -229,7 +229,7 @@ def extra_arguments(kernel_name: str) -> list[str]:
 
 
 def launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
-    """Start a kernel over ipc and wait until its process is born.
+    """Start a kernel over ipc and wait until its process has been executed.
 
     Raises KernelStartError and SandboxError.
     """

@@ -105,7 +105,7 @@ class standard_streams:  # noqa: N801 - used as a function
         return self._owned[-1]
 
     def readers(self) -> tuple[IO[bytes] | None, IO[bytes] | None]:
-        """Our ends of the pipes for stdout and stderr; whoever takes them closes them."""
+        """Return our ends of the pipes for stdout and stderr; the caller closes them."""
         ours, self._ours = self._ours, {}
         return ours.get("stdout"), ours.get("stderr")
 

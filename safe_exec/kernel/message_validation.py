@@ -26,7 +26,7 @@ _BUNDLES = ("display_data", "execute_result", "update_display_data")
 
 
 def checked(kind: str, content: dict[str, Any]) -> list[str]:
-    """What was wrong in a message of a kind and was left out of its ``content``.
+    """Remove invalid parts from a message's ``content``; return what was wrong.
 
     Raises ValueError for one that says nothing.
     """
@@ -45,7 +45,7 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
 
 
 def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
-    """What a reply to a cell says, in the types that it should have.
+    """Return a reply to a cell with the right types.
 
     One that says neither yes nor no is a no.
     """
@@ -79,7 +79,7 @@ def _demand(content: Mapping[str, Any], **types: type) -> None:
 
 
 def _count_checked(content: dict[str, Any]) -> list[str]:
-    """A number of execution that is none is taken out: a file may not hold it."""
+    """Remove an invalid execution count: a notebook file may not contain it."""
     count = content.get("execution_count")
     if count is None or (type(count) is int and 0 <= count < MOST_COUNT):
         return []
@@ -103,7 +103,7 @@ def _bundle_checked(content: dict[str, Any]) -> list[str]:
 
 
 def _why_not(key: str, value: Any) -> str:
-    """What is wrong with one entry of a bundle; nothing where all is well."""
+    """Return what is wrong with one entry of a bundle, if anything."""
     if len(key) > LONGEST_TYPE:
         return "no MIME type"
     if _JSON.fullmatch(key):

@@ -33,7 +33,7 @@ _FIELDS = {
 
 
 def output_node(kind: str, content: Mapping[str, Any]) -> Any:
-    """The output that a message is; ``None`` for one that is none.
+    """Return the output node of a message, ``None`` for other messages.
 
     Raises KeyError where a field is missing.
     """
@@ -46,7 +46,7 @@ def output_node(kind: str, content: Mapping[str, Any]) -> Any:
 
 
 def remark(text: str) -> Any:
-    """A text of ours among the outputs."""
+    """Return an output node with a text of safe-exec."""
     return NotebookNode(output_type="stream", name="stderr", text=text)
 
 

@@ -1,4 +1,4 @@
-"""What the kernel process tells of what it does to itself (agent/own_actions.py). Claims.
+"""The kernel's reports of actions on its own process (agent/own_actions.py). Claims.
 
 The values are bounded here.
 
@@ -32,25 +32,25 @@ Rows = list[tuple[str, int, str, int]]
 
 
 class OwnActions:
-    """The last actions that were told, and the trace functions that were on when a cell began."""
+    """The last reported actions, and the trace functions active when a cell began."""
 
     def __init__(self) -> None:
         self._reported: deque[tuple[OwnAction, int, Rows]] = deque(maxlen=MOST_ACTIONS)
         self.tracing: tuple[str, ...] = ()
 
     def take(self, fact: dict[str, Any], rows: Rows) -> None:
-        """Take in one. Raises KeyError, TypeError, ValueError or OverflowError for what is none."""
+        """Add an action. Raises KeyError, TypeError, ValueError or OverflowError if invalid."""
         if fact["action"] in ACTIONS:
             self._reported.append((_action(fact), int(fact["cell"]), rows))
 
     def take_tracing(self, fact: dict[str, Any]) -> None:
-        """Which trace functions were on."""
+        """Note the active trace functions."""
         self.tracing = tuple(str(name)[:LONGEST_TEXT] for name in fact["tracing"][:MOST_NAMES])
 
     def all(
         self, index_of: Callable[[int], int | None], frames: Callable[[Rows], tuple[Frame, ...]]
     ) -> tuple[OwnAction, ...]:
-        """Everything that was told, oldest first, with the notebook's cell indexes."""
+        """Return every reported action, oldest first, with cell indexes."""
         return tuple(
             replace(action, cell=index_of(number), stack=frames(rows))
             for action, number, rows in self._reported

@@ -163,7 +163,7 @@ def _full_pipe(pid: int, calls: Mapping[int, Call]) -> tuple[str, int | None] | 
 
 
 def waiting_bytes(pid: int, descriptor: int) -> int | None:
-    """How many bytes are in another process's pipe; ``None`` if that may not be looked at."""
+    """Return the bytes in another process's pipe, ``None`` if they cannot be read."""
     # By a copy of the descriptor (pidfd_getfd(2)): to open it in /proc would open the pipe's other
     # end, whatever else may have been put in its place.
     libc = ctypes.CDLL(None, use_errno=True)
@@ -221,7 +221,7 @@ def descriptors(pid: int) -> list[int]:
 
 
 def targets_of(pid: int, call: Call) -> tuple[str, ...] | None:
-    """What the descriptors that a call waits for lead to."""
+    """Return the targets of the descriptors that a call waits for."""
     numbers = waited_descriptors(pid, call)
     return (
         None
@@ -231,7 +231,7 @@ def targets_of(pid: int, call: Call) -> tuple[str, ...] | None:
 
 
 def descriptor_target(pid: int, number: int) -> str | None:
-    """What a descriptor leads to: a path, ``pipe:[...]``, ``socket:[...]``."""
+    """Return a descriptor's target: a path, ``pipe:[...]``, ``socket:[...]``."""
     try:
         return os.readlink(f"/proc/{pid}/fd/{number}")
     except OSError:

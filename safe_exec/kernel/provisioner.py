@@ -1,4 +1,4 @@
-"""A jupyter_client kernel provisioner whose kernels are born in a sandbox.
+"""A jupyter_client kernel provisioner that starts kernels in a sandbox.
 
 Other Jupyter tools can use it too.
 
@@ -304,7 +304,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.signal(signum, group=True)
 
     async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
-        """Kill the whole tree."""
+        """Kill the process tree; the kernel's end is a shutdown."""
         self._asked_for()
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason.SHUTDOWN)

@@ -80,7 +80,7 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
     """
 
     def _connect_control_socket(self) -> None:
-        """Connect nothing."""
+        """Do not connect."""
 
     def take_on(self, launched: LaunchedKernel) -> None:
         """Know a kernel that was started without us."""
@@ -225,7 +225,7 @@ class KernelSession:
         return spec
 
     def _watch(self) -> None:
-        """Hear of the death and of facts the moment they come."""
+        """Watch for the death and for facts on the event loop."""
         assert (
             self.sandbox is not None
             and self.provisioner is not None
@@ -260,7 +260,7 @@ class KernelSession:
 
     @property
     def ended(self) -> KernelExit | None:
-        """How the kernel process ended, once it has."""
+        """The end of the kernel process, ``None`` while it lives."""
         return self.sandbox.exit if self.sandbox else None
 
     @property
@@ -329,7 +329,7 @@ class KernelSession:
         return {name: channel.connection for name, channel in self._channels.items()}
 
     def _sockets(self) -> str:
-        """What the paths of the kernel's sockets begin with, as we reach them."""
+        """Return the prefix of the kernel's socket paths, as we reach them."""
         inside = self.sandbox.sockets if self.sandbox is not None else None
         return (
             self.manager.ip
@@ -355,7 +355,7 @@ class KernelSession:
             attempt.cancel()
 
     def _largest(self) -> int | None:
-        """The largest message that is taken in: a larger one could not be stored anyway."""
+        """Return the largest accepted message; a larger one could not be stored."""
         return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
     async def _ask(self, kc: Any) -> dict[str, Any] | None:
@@ -403,7 +403,7 @@ class KernelSession:
     # --- facts ------------------------------------------------------------------------------------
 
     def take_facts(self) -> None:
-        """Take in all that the kernel process has told so far."""
+        """Receive the facts that the agent has sent."""
         facts = (
             self.provisioner.channels.facts
             if self.provisioner is not None and self.provisioner.channels is not None
@@ -438,7 +438,7 @@ class KernelSession:
         )
 
     def malformed(self) -> tuple[int, str]:
-        """How many messages were none or had to be mended, and what was wrong with the first."""
+        """Return the number of invalid messages, and what was wrong with the first."""
         client = self.client
         sources = [(c.refused, c.first_refused) for c in self._channels.values()]
         sources += [(client.malformed, client.first_malformed)] if client else []
@@ -447,7 +447,7 @@ class KernelSession:
         )
 
     def note(self) -> Note | None:
-        """What the kernel's own page says runs or ran last.
+        """Return the agent's note of the cell that runs or ran last.
 
         ``None`` for other kernels, and before the first cell.
         """
@@ -472,7 +472,7 @@ class KernelSession:
         return number != 0 and not self.provisioner.channels.page.note().finished
 
     def subject(self, number: int) -> ObservedKernel | None:
-        """What ``look`` needs to see what this kernel is doing."""
+        """Return what ``observe`` needs of this kernel."""
         if self.pid is None or self.sandbox is None:
             return None
         sandbox = self.sandbox
@@ -528,7 +528,7 @@ class KernelSession:
 
     @property
     def kill_reason(self) -> TerminationReason | None:
-        """Why we have decided to kill the kernel, from the moment of the decision on.
+        """The reason of our decision to kill the kernel, from the decision on.
 
         It may live a little longer.
         """

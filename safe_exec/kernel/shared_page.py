@@ -79,7 +79,7 @@ class Page:
         self._memory = mmap.mmap(self.fd, SIZE)
 
     def close(self) -> None:
-        """Let go of the memory. May be called again."""
+        """Unmap the memory. May be called again."""
         if self.fd >= 0:
             self._memory.close()
             os.close(self.fd)
@@ -91,7 +91,7 @@ class Page:
         return bool(struct.unpack_from("<I", self._memory, 0)[0] == layout.MAGIC)
 
     def note(self) -> Note:
-        """The statement noted last."""
+        """Return the last noted statement."""
         _, _, cell, line, _, noted_at, *_ = layout.HEADER.unpack_from(self._memory, 0)
         return Note(
             cell=cell,
@@ -106,14 +106,14 @@ class Page:
         return out, err
 
     def unread(self, stream: str) -> int:
-        """How many bytes of a descriptor's pipe had been handed on but not yet taken from it."""
+        """Return the bytes that were forwarded but not removed from a descriptor's pipe."""
         written, consumed = struct.unpack_from(
             "<QQ", self._memory, 32 + (16 if stream == "stderr" else 0)
         )
         return max(0, min(int(written) - int(consumed), 65536))
 
     def sample(self) -> Sample:
-        """The last sample."""
+        """Return the last sample."""
         return self._sample(layout.SAMPLE_AT)
 
     def history(self) -> list[Sample]:
@@ -145,7 +145,7 @@ class Page:
             return 0, [], False
 
     def journal(self, cell: int) -> Iterator[Text | Message]:
-        """What was journaled of one cell, oldest first."""
+        """Return the records of one cell, oldest first."""
         (current,) = struct.unpack_from("<I", self._memory, 4)
         current &= 1
         for segment in (current ^ 1, current):

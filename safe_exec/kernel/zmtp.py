@@ -83,7 +83,7 @@ class MessageReader:
         self._inbox += data
 
     def space(self) -> memoryview | None:
-        """Return the rest of a large part, to be read into directly; ``None`` if there is none."""
+        """Return the unread rest of a large part, ``None`` if there is none."""
         return None if self._body is None else memoryview(self._body)[self._filled :]
 
     def filled(self, count: int) -> None:
@@ -106,13 +106,13 @@ class MessageReader:
         )
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all bytes and messages."""
         self._waiting.clear()
         self._inbox.clear()
         self._body = None
 
     def parse(self) -> bool:
-        """Parse what was added, as far as there is room; true if a message was completed."""
+        """Parse as far as there is room; true if a message was completed."""
         self.is_blocked = False
         count = len(self._waiting)
         while not self.is_broken and self._step():
@@ -250,7 +250,7 @@ def encode(parts: list[bytes]) -> bytes:
 
 
 def frame(body: bytes, flags: int) -> bytes:
-    """Return one frame."""
+    """Return a frame with its head."""
     length = len(body)
     if length <= LONGEST_SHORT_FRAME:
         return struct.pack(">BB", flags, length) + body

@@ -1,4 +1,4 @@
-"""What the walls of one kernel go around on this machine: folder, homes and interpreters.
+"""Plans the walls around one kernel on this machine: folder, homes, interpreters.
 
 May import sandbox and model. What the keeper is told is plain data (see enclosed.py and become.py).
 """
@@ -451,7 +451,7 @@ def _system_call_filter(plan: SpawnPlan) -> str | None:
 
 
 def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
-    """Where it may read and write."""
+    """Return the paths that Landlock leaves readable and writable."""
     # To Landlock a directory that may be written may be read too, so nothing hidden lies in one.
     isolation = kernel.plan.isolation
     folder, repository = str(kernel.folder), paths.repository
@@ -484,10 +484,11 @@ def _all_but(closed: Sequence[str]) -> list[str]:
 
 
 def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
-    """What to open of a tree in which something is to be hidden: a rule opens all that is below.
+    """Return the parts of a tree to open around hidden ones.
 
     Without such, the tree.
     """
+    # A rule opens everything below its path.
     inner = [other for other in hidden if other != path and Path(other).is_relative_to(path)]
     if not inner:
         return [path]

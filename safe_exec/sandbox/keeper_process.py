@@ -161,7 +161,7 @@ def _has_pidfds() -> bool:
 
 
 def _fork_keeper(keeper_end: socket.socket, run_id: str, directory: str) -> bool:
-    """Have the fork server fork a keeper for the other end of a socket; false if there is none."""
+    """Have the fork server fork a keeper for a socket; false if there is none."""
     global _fork_server  # noqa: PLW0603
     with _lock:
         try:

@@ -64,7 +64,7 @@ class CgroupPlan(Struct, frozen=True, kw_only=True):
 
 
 class Offer(Struct, frozen=True, kw_only=True):
-    """What one mechanism can hold of the limits that are set, and what the keeper has to do for it.
+    """The limits that one mechanism can enforce, and the keeper's work for it.
 
     ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that
     the watchdog in the runner must look after. Only what is wanted of an offer is carried out.

@@ -81,7 +81,7 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
 
 
 class Required(Struct, frozen=True, kw_only=True):
-    """What ``--require`` names.
+    """The limits and walls that ``--require`` names.
 
     ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has
     it.

@@ -36,7 +36,7 @@ def notes_directory() -> Path:
 
 
 def note_path(run_id: str) -> Path:
-    """Where the note of a run stands."""
+    """Return the path of a run's note."""
     return notes_directory() / f"{run_id}.json"
 
 
@@ -86,7 +86,7 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
-    """Kill what stands in the noted groups, remove groups and directories.
+    """Kill the processes in the noted cgroups, remove cgroups and directories.
 
     The paths that would not go.
 

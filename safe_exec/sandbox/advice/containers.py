@@ -1,4 +1,4 @@
-"""What a container needs so that a process in it may make control groups. Pure.
+"""Advice for containers: how a process in one may make cgroups. Pure.
 
 May import model, machine, surroundings, ways. Sources:
 
@@ -23,7 +23,7 @@ _PRIVILEGED = (
 
 
 def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
-    """How to start this container so that it has groups of its own, and what to do in it then."""
+    """Return how to start this container with cgroups of its own, and the steps inside."""
     if host.tree is CgroupTree.V2 and not host.read_only:
         return (
             Fix(
@@ -36,7 +36,7 @@ def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ..
 
 
 def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
-    """What to say, how to start the container, and what that costs; the gentlest first."""
+    """Return title, command and cost of each way to start the container, gentlest first."""
     unified = host.tree is CgroupTree.V2
     in_workflow = "; in a workflow they belong under container: options:" if host.github else ""
     privileged = f"{_PRIVILEGED}{in_workflow}"

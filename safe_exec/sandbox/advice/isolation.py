@@ -32,7 +32,7 @@ SIZES = (LimitName.DISK, LimitName.SHM)
 
 
 class WallRemedy(Struct, frozen=True, kw_only=True):
-    """Why some walls (and sizes of file systems) are weak here, and the fixes, the best first."""
+    """The reason why some walls or file system limits are weak, and fixes, best first."""
 
     walls: tuple[Wall, ...]
     limits: tuple[LimitName, ...]
@@ -41,7 +41,7 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it fixes."""
+        """Return the names of the walls and limits that this fixes."""
         return (*(wall.value for wall in self.walls), *(name.value for name in self.limits))
 
 
@@ -51,7 +51,7 @@ def advise_walls(
     walls: Mapping[Wall, Enforcement],
     enforcement: Mapping[LimitName, Enforcement],
 ) -> tuple[WallRemedy, ...]:
-    """All that can be fixed here; empty where every wall is held as well as it can be."""
+    """Return remedies for weak walls; none if all are enforced as well as possible."""
     if not machine.platform.startswith("linux"):
         # What there is to say stands with the limits.
         return ()
@@ -130,7 +130,7 @@ def _install(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
-    """It is there, and no setting that is known to us stands in its way."""
+    """Return the fix for an installed bubblewrap that fails without a known reason."""
     return Fix(
         title="see what bubblewrap itself says, or install a newer one",
         steps=(
@@ -206,6 +206,6 @@ def _in_container(host: HostFacts) -> tuple[Fix, ...]:
 
 
 def _on_the_host(host: HostFacts) -> tuple[str, ...]:
-    """What the engine does not confine the host's own AppArmor does."""
+    """Return steps for the host, whose AppArmor confines the container too."""
     setting = "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
     return ("# and on the host:", setting) if host.apparmor_userns else ()

@@ -24,7 +24,7 @@ BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCES
 
 
 class Remedy(Struct, frozen=True, kw_only=True):
-    """Why some limits are weak here, and the fixes, the best first."""
+    """The reason why some limits are weak here, and the fixes, best first."""
 
     limits: tuple[LimitName, ...]
     reason: str
@@ -39,7 +39,7 @@ def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
 
 
 def advise(machine: HostCapabilities, host: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
-    """All that can be fixed here, the weightiest first.
+    """Return remedies for weak limits, the most important first.
 
     Empty where every limit is held as well as it can be.
     """

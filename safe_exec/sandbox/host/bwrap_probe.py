@@ -41,7 +41,7 @@ class BwrapProbe:
     """
 
     def __init__(self) -> None:
-        """Begin."""
+        """Start the trial run."""
         self.path = shutil.which("bwrap")
         self._process: subprocess.Popen[str] | None = None
         self._trouble = "" if self.path is not None else NOT_INSTALLED

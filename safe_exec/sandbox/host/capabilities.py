@@ -1,4 +1,4 @@
-"""What this machine offers to hold limits with, found once per run.
+"""Detects which mechanisms can enforce limits on this machine, once per run.
 
 May import model, unified. Reads /proc and /sys only; makes and removes one probe control group, and
 a scope where systemd is to give one.
@@ -39,7 +39,7 @@ V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 
 
 class HostCapabilities(Struct, frozen=True, kw_only=True):
-    """What can hold limits here.
+    """The mechanisms that can enforce limits and raise walls here.
 
     ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a
     directory of the unified tree whose children get ``v2_controllers``, our own where we must
@@ -169,7 +169,7 @@ def _counts_in_namespaces(bubblewrap: str) -> bool:
 
 
 def _no_filter() -> str:
-    """Why system calls cannot be filtered here; empty where they can."""
+    """Return why system calls cannot be filtered here, "" if they can."""
     machine = os.uname().machine
     return (
         ""

@@ -102,12 +102,12 @@ class Scope(Struct, frozen=True, kw_only=True):
         )
 
     def group(self, name: str) -> Path:
-        """The directory of that scope."""
+        """Return the directory of the scope of this name."""
         return self.directory / f"{name}.scope"
 
 
 class DelegationTarget(Struct, frozen=True, kw_only=True):
-    """A group below which ours may be made; ``None`` and why, where there is none.
+    """A cgroup below which ours can be made, or the reason why there is none.
 
     ``needs_leaf``: it is our own, and its processes, ours alone, must first go into a group below.
     ``owned_by_systemd``: it is a unit of systemd's that was not delegated, which is good only where
@@ -226,7 +226,7 @@ def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
 
 
 def can_join_below(directory: Path) -> str:
-    """Why a process of ours may not be moved into a new group here; empty where it may."""
+    """Return why our processes cannot move to a new cgroup here, "" if they can."""
     trouble = can_make_group(directory)
     if trouble:
         return trouble
@@ -251,7 +251,7 @@ def can_make_group(directory: Path) -> str:
 
 
 def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]:
-    """A scope that systemd makes for us, tried; or why there is none.
+    """Return a scope that systemd makes for us, which is probed, or why there is none.
 
     Costs one start of systemd-run, where there is a systemd at all.
     """
@@ -297,7 +297,7 @@ def _scope(directory: Path, manager: Path, runtime: Path | None) -> Scope | str:
 
 
 def _refused(scope: Scope) -> str:
-    """Why systemd makes no such scope, or another than we think; empty where it does."""
+    """Return why systemd makes no such scope, "" if it does."""
     name = f"safe-exec-probe-{os.getpid()}"
     argv = [
         *scope.command(name),

@@ -21,7 +21,7 @@ from safe_exec.sandbox import stale_runs
 
 
 class Container(StrEnum):
-    """What kind of container, as far as it can be told from inside."""
+    """The kind of container, as far as a process inside can tell."""
 
     NONE = "none"
     DOCKER = "docker"
@@ -31,7 +31,7 @@ class Container(StrEnum):
 
 
 class CgroupTree(StrEnum):
-    """Which control group hierarchies are mounted.
+    """The cgroup hierarchies that are mounted.
 
     ``hybrid`` has controllers in v1 and a unified tree beside them.
     """
@@ -43,7 +43,7 @@ class CgroupTree(StrEnum):
 
 
 class HostFacts(Struct, frozen=True, kw_only=True):
-    """What the advice depends on.
+    """Facts about this host on which the advice depends.
 
     ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible
     group has; ``disabled`` are controllers switched off at boot; ``read_only`` says that the groups
@@ -125,7 +125,7 @@ def collect(
 
 
 def dead_runs() -> int:
-    """How many earlier runs left their notes behind because runner and keeper were both killed.
+    """Return the number of runs whose runner and keeper were both killed.
 
     The next run cleans up after them. Raises PermissionError where the directory of the notes is
     not this user's.
@@ -159,7 +159,7 @@ def _user_name(uid: int, root: Path) -> str:
 
 
 def _mounts(mountinfo: str) -> _Mounts:
-    """What proc_pid_mountinfo(5) says of control groups."""
+    """Return the cgroup mounts of proc_pid_mountinfo(5)."""
     unified: Path | None = None
     v1 = read_only = False
     for line in mountinfo.splitlines():
@@ -190,7 +190,7 @@ def _disabled(cgroups: str) -> frozenset[str]:
 
 
 def _distribution(release: str) -> str:
-    """What os-release(5) calls the system and those that it is like."""
+    """Return the names of the distribution and of those that it is like (os-release(5))."""
     rows = dict(line.split("=", 1) for line in release.splitlines() if "=" in line)
     return " ".join(rows.get(name, "").strip("\"' ") for name in ("ID", "ID_LIKE")).strip()
 

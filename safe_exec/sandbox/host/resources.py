@@ -16,7 +16,7 @@ NO_LIMIT = 1 << 60
 
 
 def memory_and_swap() -> tuple[int | None, int | None]:
-    """Total memory and swap in bytes, from /proc/meminfo; ``None`` where there is none such."""
+    """Return total memory and swap in bytes, from /proc/meminfo."""
     sizes = _meminfo()
     return sizes.get("MemTotal"), sizes.get("SwapTotal")
 
@@ -39,7 +39,7 @@ def least(*figures: int | None) -> int | None:
 def cgroup_memory_limit(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
 ) -> int | None:
-    """What the group that we are in may use, a container's limit for instance.
+    """Return the memory limit of our own cgroup, such as a container's.
 
     ``None`` for no limit.
     """
@@ -66,7 +66,7 @@ def memory_available() -> int | None:
 
 
 def _left_in_groups() -> Iterator[tuple[Path, int]]:
-    """What each group that we are in may still use; cached files give way."""
+    """Yield the memory that each cgroup above us leaves; cached files are reclaimable."""
     mounts, own = cgroup_mounts(), own_cgroups()
     for controller, limit, used, cached in (
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

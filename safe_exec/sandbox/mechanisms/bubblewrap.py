@@ -32,7 +32,7 @@ OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 
 
 class SandboxPaths(Struct, frozen=True, kw_only=True):
-    """What the walls are put around: paths as the notebook sees them.
+    """The paths around which the walls are built, as the notebook sees them.
 
     ``folder`` is its working directory, ``runtime`` that of its sockets, with ``read_only`` files
     in it (the connection file); ``homes`` are to be hidden, ``visible`` must be readable in them
@@ -168,10 +168,11 @@ def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None)
 
 
 def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
-    """What only hides what was there is not to be written either: it would count for no limit.
+    """Yield the options that make mere covers read-only.
 
     Nor are ``ways``. Last, when all is mounted.
     """
+    # Files written there would count for no limit.
     own, others = (view.homes[:1], view.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
     mounted_over = {*own, view.folder, *map(Path, isolation.writable), *view.files}

@@ -17,7 +17,7 @@ PERIOD_US = 100_000
 
 
 def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
-    """What the controllers that are writable here can hold.
+    """Return what the writable controllers of version 1 can enforce.
 
     ``name`` is the directory of this sandbox.
     """

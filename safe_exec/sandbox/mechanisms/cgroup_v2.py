@@ -54,7 +54,7 @@ def _place(machine: HostCapabilities, name: str) -> _Place | None:
 
 
 def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
-    """What a group of the unified hierarchy can hold here; ``name`` is its directory."""
+    """Return what a cgroup of version 2 can enforce; ``name`` is its directory."""
     place = _place(machine, name)
     if place is None:
         return None

@@ -45,7 +45,7 @@ class IsolationPlan(Struct, frozen=True, kw_only=True):
 def plan_isolation(
     isolation: Isolation, limits: Limits, machine: HostCapabilities
 ) -> IsolationPlan:
-    """The walls of one run."""
+    """Return the mechanism for each wall of one run."""
     # One that nothing holds is written down as held by ``none``, not left out.
     is_needed = bubblewrap.is_needed(
         isolation, disk=limits.disk is not None, shm=limits.shm is not None
@@ -132,7 +132,7 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
 def _own(
     isolation: Isolation, machine: HostCapabilities, *, enclosed: bool
 ) -> Iterator[tuple[Wall, Enforcement]]:
-    """What a process gives up by itself, whatever the machine."""
+    """Yield the walls that a process raises by itself, on any machine."""
     if isolation.system_calls is not SystemCalls.ALL:
         missing = machine.seccomp_why_not if machine.allows(Mechanism.SECCOMP) else NOT_ALLOWED
         effect = (
@@ -174,7 +174,7 @@ def _own(
 
 
 def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
-    """What a file system of limited size can hold: what is written to disk and to /dev/shm."""
+    """Return what file systems of limited size can enforce, on disk and in /dev/shm."""
     if machine.bubblewrap is None or not machine.allows(Mechanism.BUBBLEWRAP):
         return None
     holds: dict[LimitName, Enforcement] = {}

@@ -36,7 +36,7 @@ INIT_TASKS = 1
 
 
 def offer(limits: Limits, machine: HostCapabilities, *, enclosed: bool = False) -> Offer | None:
-    """What rlimits can hold here. ``enclosed``: the kernel runs inside bubblewrap."""
+    """Return what rlimits can enforce. ``enclosed``: the kernel runs inside bubblewrap."""
     if resource is None or not machine.allows(Mechanism.RLIMIT):
         return None
     holds: dict[LimitName, Enforcement] = {}
@@ -111,7 +111,7 @@ def _held(note: str, *, hard: bool = True) -> Enforcement:
 
 
 def _capped(row: _Row) -> _Row:
-    """A hard limit cannot be raised: where the machine's is lower already, that one stands."""
+    """Return a row within the machine's own hard limit, which cannot be raised."""
     number, soft, hard = row
     _, ceiling = resource.getrlimit(number)
     if ceiling == resource.RLIM_INFINITY:

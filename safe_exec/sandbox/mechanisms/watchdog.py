@@ -87,7 +87,7 @@ class Watchdog(threading.Thread):
         self._count_next = 0.0
 
     def run(self) -> None:
-        """Look every 20 ms."""
+        """Check every 20 ms until a limit is passed."""
         pause, ended = PERIOD_SECONDS, time.monotonic()
         while not self._stop_event.wait(pause):
             check_start = time.monotonic()

@@ -115,7 +115,7 @@ class Meter:
             )
 
     def read(self) -> Reading:
-        """Read now."""
+        """Return the current use."""
         use = self._tree.read() if self._tree else None
         cpu = self._read_cpu() if self._cpu else (use.cpu_seconds if use else None)
         tasks = _number(self._tasks) if self._tasks else (use.tasks if use else None)

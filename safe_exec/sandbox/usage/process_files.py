@@ -1,4 +1,4 @@
-"""What /proc says of one process of a sandbox: memory, processor time, threads. May import procfs.
+"""Reads one process from /proc: memory, processor time, threads.
 
 Sources: proc(5). A process may end at any moment; then the files are gone (ENOENT), or are there
 and say so (ESRCH), and a zombie's are empty.
@@ -50,7 +50,7 @@ class Member(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Which process this is, even if its id is given to another one later."""
+        """Identify the process, even if its id is used again."""
         return self.pid, self.started
 
 
@@ -66,7 +66,7 @@ class ProcessFiles:
         return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS
 
     def pids(self) -> list[int]:
-        """The ids of all processes."""
+        """List the processes that /proc shows."""
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
     def text(self, path: str) -> bytes:
@@ -89,7 +89,7 @@ class ProcessFiles:
             return None
 
     def measure(self, pid: int) -> Member | None:
-        """What a process uses now; ``None`` when it is gone."""
+        """Return the use of a process, ``None`` if it has ended."""
         try:
             text = self.text(f"{pid}/stat")
         except OSError:
@@ -149,7 +149,7 @@ class ProcessFiles:
         return shmem
 
     def forget(self, member: Member) -> None:
-        """A process is gone."""
+        """Drop what was cached for a process that has ended."""
         self._known_shmem.pop(member.key, None)
 
     def anonymous(self, pid: int, task: int = 0) -> int:

@@ -43,7 +43,7 @@ VFORK_BYTES = 256 << 10
 
 
 class TreeUse(Struct, frozen=True, kw_only=True):
-    """What the processes use: bytes (unreclaimable), seconds, tasks.
+    """The use of all processes: bytes (unreclaimable), seconds, tasks.
 
     ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at
     all. ``upper_bound``: some could not be looked into, so it may be less. ``shared_memory`` is
@@ -100,7 +100,7 @@ class ProcessTree:
         self._fresh_seconds = FRESH_SECONDS
 
     def _supervisors(self, keeper: int, kernel: int | None) -> frozenset[int]:
-        """The keeper and what stands between it and the kernel."""
+        """Return the keeper and the processes between it and the kernel."""
         # They stay for as long as the kernel is there.
         roots = {keeper}
         pid = kernel
@@ -119,7 +119,7 @@ class ProcessTree:
     # --- reading ----------------------------------------------------------------------------------
 
     def read(self) -> TreeUse:
-        """Read now."""
+        """Return the use of the whole tree."""
         # Where processes may share pages they are counted once if the time for it has come, else
         # estimated.
         with self._lock:

@@ -49,7 +49,7 @@ def lower_bound(members: Sequence[Member], open_files: int) -> int:
 
 
 def upper_bound(members: Sequence[Member], open_files: int) -> int:
-    """What they use at most: as if nothing was shared.
+    """Return the most memory that the processes can use: nothing is shared.
 
     ``open_files`` are bytes of files in memory, held open.
     """

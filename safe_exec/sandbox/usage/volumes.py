@@ -56,7 +56,7 @@ class Volumes:
         self._initial_free = {device: volume.free for device, volume in self._lowest.items()}
 
     def measure(self, *, own: bool = False) -> None:
-        """Measure.
+        """Note the lowest free space.
 
         ``own``: only the sandbox's own: a file server of the machine's may take its time to answer.
         """
