@@ -99,8 +99,8 @@ class Bubblewrap:
             init = [setup.python, "-I", "-S", "-c", BOOT, setup.package_root]
             init += [str(placed[name]) for name in ours]
             bwrap_argv = [*setup.argv, *init]
-            os.execve(bwrap_argv[0], bwrap_argv, {"PATH": os.defpath})  # noqa: S606 - bubblewrap, probed before
-        except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+            os.execve(bwrap_argv[0], bwrap_argv, {"PATH": os.defpath})  # noqa: S606 - bubblewrap
+        except BaseException as error:  # noqa: BLE001 - reported to the keeper
             child.report_failure(ends.error, "sandbox", error)
 
     # --- in the keeper --------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _run_child(
             os._exit(1)
         os.close(release_fd)
         kernel_command = child.command_from(command)
-    except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+    except BaseException as error:  # noqa: BLE001 - reported to the keeper
         child.report_failure(error_fd, "sandbox", error)
     child.run(kernel_command, init_pid, error_fd)
 

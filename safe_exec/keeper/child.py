@@ -222,7 +222,7 @@ def run(command: KernelCommand, parent: int, error_fd: int) -> None:
         # itself for a kernel that a user started by hand.
         env = {**command.env, "JPY_PARENT_PID": str(parent)}
         os.execvpe(command.argv[0], command.argv, env)  # noqa: S606 - the kernel's own command
-    except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+    except BaseException as error:  # noqa: BLE001 - reported to the keeper
         report_failure(error_fd, stage, error)
 
 

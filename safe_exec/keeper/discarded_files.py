@@ -50,11 +50,13 @@ _SURELY_RANDOM = re.compile(
 )
 # Directories in /tmp.
 _OF_PROGRAMS = re.compile(
-    r"ipykernel_|matplotlib-|Rtmp|jl_|pymp-|joblib_memmapping|loky-|pip-|npm-|torchinductor_|torchelastic_|dask-(?:scratch|worker)-space"
+    r"ipykernel_|matplotlib-|Rtmp|jl_|pymp-|joblib_memmapping|loky-|pip-|npm-|torchinductor_"
+    r"|torchelastic_|dask-(?:scratch|worker)-space"
     r"|hsperfdata_|runtime-|safe-exec-|(?:ray|triton|polars)$"
 )
 _SHARED_MEMORY = re.compile(
-    r"psm_|wnsm_|sem\.|torch_|joblib_memmapping|loky-|pym-|nccl-|ompi|vader_segment|sm_segment|plasma|lttng-ust|pulse-shm"
+    r"psm_|wnsm_|sem\.|torch_|joblib_memmapping|loky-|pym-|nccl-|ompi|vader_segment|sm_segment"
+    r"|plasma|lttng-ust|pulse-shm"
 )
 # Where libraries keep what they have downloaded or built, in homes.
 HOME_DOWNLOADS = (

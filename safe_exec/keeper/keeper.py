@@ -529,7 +529,7 @@ def _run_child(
             bubblewrap.execute(command, ends)
         argv, _ = child.place_descriptors(command.argv, ends.stderr, ends.kernel)
         command = command.with_argv(argv)
-    except BaseException as error:  # noqa: BLE001 - reported to the keeper; this process must not go on
+    except BaseException as error:  # noqa: BLE001 - reported to the keeper
         child.report_failure(ends.error, "sandbox", error)
     child.run(command, keeper_pid, ends.error)
 

@@ -62,7 +62,8 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 # What programs expect to be able to write to; of no danger to anybody. Graphics cards are not among
 # them.
 DEVICES = (
-    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts", "/dev/shm",  # noqa: S108
+    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx",
+    "/dev/pts", "/dev/shm",  # noqa: S108
 )  # fmt: skip
 
 # The same numbers on every architecture that we run on.

@@ -17,17 +17,20 @@ from typing import NamedTuple
 
 # The calls in which a process may wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
 _X86_64 = {
-    -1: "a page of memory", 0: "read", 1: "write", 7: "poll", 17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev",
-    65: "semop", 74: "fsync", 75: "fdatasync", 162: "sync", 220: "semtimedop", 306: "syncfs", 23: "select", 34: "pause", 35: "nanosleep", 42: "connect",
-    43: "accept", 44: "sendto", 45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 61: "wait4", 72: "fcntl", 73: "flock",
-    128: "rt_sigtimedwait", 130: "rt_sigsuspend", 202: "futex", 230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid",
-    257: "openat", 270: "pselect6", 271: "ppoll", 275: "splice", 281: "epoll_pwait", 288: "accept4", 426: "io_uring_enter",
+    -1: "a page of memory", 0: "read", 1: "write", 7: "poll", 17: "pread64", 18: "pwrite64",
+    19: "readv", 20: "writev", 65: "semop", 74: "fsync", 75: "fdatasync", 162: "sync",
+    220: "semtimedop", 306: "syncfs", 23: "select", 34: "pause", 35: "nanosleep", 42: "connect",
+    43: "accept", 44: "sendto", 45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 61: "wait4",
+    72: "fcntl", 73: "flock", 128: "rt_sigtimedwait", 130: "rt_sigsuspend", 202: "futex",
+    230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid", 257: "openat", 270: "pselect6",
+    271: "ppoll", 275: "splice", 281: "epoll_pwait", 288: "accept4", 426: "io_uring_enter",
     441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 _AARCH64 = {
-    22: "epoll_pwait", 25: "fcntl", 32: "flock", 56: "openat", 63: "read", 64: "write", 66: "writev", 72: "pselect6",
-    73: "ppoll", 76: "splice", 95: "waitid", 98: "futex", 101: "nanosleep", 115: "clock_nanosleep", 133: "rt_sigsuspend",
-    137: "rt_sigtimedwait", 202: "accept", 203: "connect", 206: "sendto", 207: "recvfrom", 211: "sendmsg", 212: "recvmsg",
+    22: "epoll_pwait", 25: "fcntl", 32: "flock", 56: "openat", 63: "read", 64: "write",
+    66: "writev", 72: "pselect6", 73: "ppoll", 76: "splice", 95: "waitid", 98: "futex",
+    101: "nanosleep", 115: "clock_nanosleep", 133: "rt_sigsuspend", 137: "rt_sigtimedwait",
+    202: "accept", 203: "connect", 206: "sendto", 207: "recvfrom", 211: "sendmsg", 212: "recvmsg",
     242: "accept4", 260: "wait4", 426: "io_uring_enter", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 _NAMES = {"x86_64": _X86_64, "aarch64": _AARCH64}.get(platform.machine(), {})
@@ -56,8 +59,9 @@ class Call(NamedTuple):
 
 _ON_DESCRIPTORS = frozenset(
     {
-        "read", "readv", "pread64", "write", "writev", "pwrite64", "splice", "fsync", "fdatasync", "flock", "fcntl",
-        "accept", "accept4", "connect", "sendto", "sendmsg", "recvfrom", "recvmsg",
+        "read", "readv", "pread64", "write", "writev", "pwrite64", "splice", "fsync", "fdatasync",
+        "flock", "fcntl", "accept", "accept4", "connect", "sendto", "sendmsg", "recvfrom",
+        "recvmsg",
     }
 )  # fmt: skip
 

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from hmac import compare_digest
-from json.decoder import scanstring  # type: ignore[attr-defined] # JSONDecoder.parse_string; typeshed has no name for it
+
+# JSONDecoder.parse_string; typeshed has no name for it.
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from queue import Empty
 from typing import Any
 
@@ -56,7 +58,7 @@ class Channel:
         self._rested = 0.0
         connection.on_arrival = self._arrived.set
 
-    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - jupyter_client's signature
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
         """Return the next message.
 
         Waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds.

@@ -413,7 +413,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             return 0
         try:
             self._feed(message)
-        except Exception:  # noqa: BLE001 - a hostile process wrote it; nothing in it may change how the run ended
+        except Exception:  # noqa: BLE001 - hostile data must not change the ending
             return 0
         return 1
 

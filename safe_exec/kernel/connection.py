@@ -1,9 +1,9 @@
-"""One connection to a kernel's socket, in the protocol of ZeroMQ (``zmtp``), bounded in all it reads.
+"""One connection to a kernel's socket, in the protocol of ZeroMQ (``zmtp``), bounded everywhere.
 
-Why not libzmq: it reads thousands of messages ahead whatever their size, accepts any number of parts,
-and reconnects, by name, to whatever listens there by then. A connection here is made once, before any
-code of the notebook runs, and never again. It reads no more than has room among the waiting messages,
-so a fast sender is blocked by its own full socket.
+Why not libzmq: it reads thousands of messages ahead whatever their size, accepts any number of
+parts, and reconnects, by name, to whatever listens there by then. A connection here is made once,
+before any code of the notebook runs, and never again. It reads no more than has room among the
+waiting messages, so a fast sender is blocked by its own full socket.
 """
 
 from __future__ import annotations

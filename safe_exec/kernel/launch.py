@@ -48,7 +48,8 @@ class AgentChannels:
             self.page = Page()
         except OSError as error:
             raise SandboxError(
-                f"the memory that kernel and runner share cannot be made: memfd_create(2) with seals: {error.strerror}; the system is too"
+                "the memory that kernel and runner share cannot be made: memfd_create(2) "
+                f"with seals: {error.strerror}; the system is too"
                 " old (Linux 3.17 has it), or a filter around safe-exec refuses it"
             ) from error
         self.facts, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

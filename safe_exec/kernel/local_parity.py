@@ -24,8 +24,10 @@ def refuse_other_machines(manager: Any) -> None:
     """Raise RuntimeError where a manager's address is not one of this machine."""
     if manager.transport == "tcp" and not is_local_ip(manager.ip):
         raise RuntimeError(
-            f"Can only launch a kernel on a local interface. This one is not: {manager.ip}. Make sure"
-            " that the '*_address' attributes are configured properly. Currently valid addresses are:"
+            f"Can only launch a kernel on a local interface. This one is not: {manager.ip}. "
+            "Make sure"
+            " that the '*_address' attributes are configured properly. Currently valid "
+            "addresses are:"
             f" {local_ips()}"
         )
 

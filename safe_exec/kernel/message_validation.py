@@ -75,7 +75,7 @@ def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
 def _demand(content: Mapping[str, Any], **types: type) -> None:
     for key, kind in types.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"its {key} is {type(content.get(key)).__name__}")  # noqa: TRY004 - a message, not an argument
+            raise ValueError(f"its {key} is {type(content.get(key)).__name__}")  # noqa: TRY004
 
 
 def _count_checked(content: dict[str, Any]) -> list[str]:

@@ -303,13 +303,13 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         if self.sandbox is not None:
             self.sandbox.signal(signum, group=True)
 
-    async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
+    async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - as jupyter_client
         """Kill the process tree; the kernel's end is a shutdown."""
         self._asked_for()
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason.SHUTDOWN)
 
-    async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
+    async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002 - as jupyter_client
         """Ask the kernel process to end."""
         self._asked_for()
         if self.sandbox is not None:
@@ -339,7 +339,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 stream.close()
         self.sandbox = self.stdout = self.stderr = None
 
-    async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002 - jupyter_client's signature
+    async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002
         """Somebody asked the kernel to end: how it does is not news."""
         self._asked_for()
 

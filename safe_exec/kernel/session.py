@@ -201,7 +201,8 @@ class KernelSession:
             # The loopback of a network namespace is its own: nobody outside reaches a port in
             # there.
             raise KernelStartError(
-                f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach inside a network of its own (--no-network)"
+                f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach "
+                "inside a network of its own (--no-network)"
             )
         else:
             for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
@@ -393,7 +394,10 @@ class KernelSession:
         return None
 
     def _silent(self) -> str:
-        return f"the kernel did not answer within {self.limits.start_timeout or 0:g} s (--start-timeout)"
+        return (
+            f"the kernel did not answer within {self.limits.start_timeout or 0:g} s "
+            "(--start-timeout)"
+        )
 
     def _why_it_ended(self) -> str:
         ended = self.ended

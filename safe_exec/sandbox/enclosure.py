@@ -317,7 +317,8 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
         if path.is_relative_to(folder):
             kind = "a home" if path not in SYSTEM else "a part of the system"
             raise SandboxError(
-                f"the notebook's folder {folder} is, or holds, {kind} that is to be walled off ({path}): run it in a folder of its own"
+                f"the notebook's folder {folder} is, or holds, {kind} that is to be walled "
+                f"off ({path}): run it in a folder of its own"
             )
 
 

@@ -206,7 +206,8 @@ def require_walls(plan: SpawnPlan) -> None:
         names = ", ".join(wall.value.replace("_", " ") for wall in weak)
         reason = plan.walls[weak[-1]].note.rpartition("; ")[2]
         raise EnforcementError(
-            f"walls are required that do not stand here: {names} ({reason}); `safe-exec doctor` says how to fix it, --require none runs all the same"
+            f"walls are required that do not stand here: {names} ({reason}); `safe-exec "
+            "doctor` says how to fix it, --require none runs all the same"
         )
 
 
@@ -221,5 +222,6 @@ def require(plan: SpawnPlan, names: Sequence[LimitName | Wall]) -> None:
         if not enforcement.hard:
             by = "nothing" if enforcement.by is Mechanism.NONE else f"the {enforcement.by} alone"
             raise EnforcementError(
-                f"--require {name}: here {by} could hold it, not the system's kernel; `safe-exec doctor` says how to fix it"
+                f"--require {name}: here {by} could hold it, not the system's kernel; "
+                "`safe-exec doctor` says how to fix it"
             )

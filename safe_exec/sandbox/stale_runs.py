@@ -30,7 +30,8 @@ def notes_directory() -> Path:
     status = directory.lstat()
     if not stat_module.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise SandboxError(
-            f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR to one that is"
+            f"{directory} is not a directory of this user; remove it, or set XDG_RUNTIME_DIR "
+            "to one that is"
         )
     return directory
 

@@ -41,7 +41,10 @@ def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
     in_workflow = "; in a workflow they belong under container: options:" if host.github else ""
     privileged = f"{_PRIVILEGED}{in_workflow}"
     if host.container is Container.PODMAN:
-        rootless = "a rootless container gets the controllers that the host's systemd delegates to its user"
+        rootless = (
+            "a rootless container gets the controllers that the host's systemd delegates to its "
+            "user"
+        )
         unmask = (
             "start the container so",
             "podman run --security-opt unmask=/sys/fs/cgroup IMAGE",

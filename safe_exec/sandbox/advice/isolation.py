@@ -143,14 +143,18 @@ def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
 def _apparmor_profile() -> Fix:
     """Return a profile like Ubuntu's own in /etc/apparmor.d."""
     program = "/usr/bin/bwrap"
-    profile = rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) {{\n  userns,\n}}\n"
+    profile = (
+        rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) "
+        rf"{{\n  userns,\n}}\n"
+    )
     return Fix(
         title="let bubblewrap make user namespaces (Ubuntu 23.10 and later forbid it)",
         steps=(
             f"printf '{profile}' | sudo tee /etc/apparmor.d/bwrap",
             "sudo systemctl reload apparmor",
         ),
-        note="any program can then make them by way of bwrap; sandboxes of browsers and Flatpak are exempted likewise",
+        note="any program can then make them by way of bwrap; sandboxes of browsers and Flatpak "
+        "are exempted likewise",
     )
 
 
@@ -166,10 +170,16 @@ def _sysctl(sudo: str, name: str, value: str) -> Fix:
 
 
 def _in_container(host: HostFacts) -> tuple[Fix, ...]:
-    wider = "what runs in the container then sees more of the host's kernel; safe-exec's own filter of system calls is still there"
+    wider = (
+        "what runs in the container then sees more of the host's kernel; safe-exec's own filter "
+        "of system calls is still there"
+    )
     workflow = "; in a workflow they belong under container: options:" if host.github else ""
     if host.container is Container.PODMAN:
-        start = "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL --security-opt label=disable IMAGE"
+        start = (
+            "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL "
+            "--security-opt label=disable IMAGE"
+        )
         return (
             Fix(title="start the container so", steps=(start, *_on_the_host(host)), note=wider),
         )
@@ -177,19 +187,29 @@ def _in_container(host: HostFacts) -> tuple[Fix, ...]:
         options = " ".join(
             f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")
         )
-        title = "start the container so (Docker's own filter forbids namespaces); safe-exec in it as an ordinary user"
+        title = (
+            "start the container so (Docker's own filter forbids namespaces); safe-exec in it as "
+            "an ordinary user"
+        )
         gentle = Fix(
             title=title,
             steps=(f"docker run {options} IMAGE", *_on_the_host(host)),
             note=f"{wider}{workflow}",
         )
-        trusted = f"a privileged container can do to the host what root can: for notebooks that you trust{workflow}"
+        trusted = (
+            "a privileged container can do to the host what root can: for notebooks that you "
+            f"trust{workflow}"
+        )
         return (
             gentle,
             Fix(title="or, as root in it", steps=("docker run --privileged IMAGE",), note=trusted),
         )
     if host.container is Container.KUBERNETES:
-        unconfined = "securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, procMount: Unmasked}"
+        unconfined = (
+            "securityContext: "
+            "{seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}, "
+            "procMount: Unmasked}"
+        )
         return (
             Fix(
                 title="in the container of the pod",

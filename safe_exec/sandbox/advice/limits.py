@@ -265,10 +265,14 @@ def _delegate_cpu(machine: HostCapabilities) -> Fix:
         title="have systemd delegate cpu to users",
         steps=(
             f"sudo mkdir -p {folder}",
-            rf"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee {folder}/delegate.conf",
+            (
+                r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | sudo tee "
+                rf"{folder}/delegate.conf"
+            ),
             "sudo systemctl daemon-reload",
         ),
-        note=f"holds from your next login on, or after sudo systemctl restart user@{machine.uid}.service, which ends "
+        note="holds from your next login on, or after sudo systemctl restart "
+        f"user@{machine.uid}.service, which ends "
         "what runs under it",
     )
 
@@ -297,7 +301,10 @@ def _given_v2(host: HostFacts) -> Fix:
 def _given_v1(host: HostFacts) -> Fix:
     """Return the fix in which root gives away a cgroup of each v1 controller."""
     # systemd knows no safe delegation for version 1 (systemd.resource-control(5)).
-    give = f"sudo mkdir -p $g && sudo chown -R {host.user} $g && echo $$ | sudo tee $g/cgroup.procs > /dev/null"
+    give = (
+        f"sudo mkdir -p $g && sudo chown -R {host.user} $g && echo $$ | sudo tee $g/cgroup.procs "
+        "> /dev/null"
+    )
     return Fix(
         title="have root give you a group of each controller, and move this shell into them",
         steps=(
@@ -327,7 +334,8 @@ def _wsl_ways(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
         steps = ("wsl --list", "wsl --set-version NAME-OF-THIS-DISTRIBUTION 2")
         return (
             Fix(
-                title="WSL 1 has no control groups; in PowerShell, make this distribution one of WSL 2",
+                title="WSL 1 has no control groups; in PowerShell, make this distribution one of "
+                "WSL 2",
                 steps=steps,
             ),
         )
@@ -345,7 +353,8 @@ def _wsl_systemd() -> Fix:
             r"printf '[boot]\nsystemd=true\n' | sudo tee -a /etc/wsl.conf",
             "wsl.exe --shutdown",
         ),
-        note="ends all that runs in WSL; where /etc/wsl.conf has a [boot] section, put the line there instead",
+        note="ends all that runs in WSL; where /etc/wsl.conf has a [boot] section, put the line "
+        "there instead",
     )
 
 

@@ -221,7 +221,10 @@ def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
         for file in ("memory.max", "cpu.max"):
             value = words(directory / file)
             if value and value[0] != "max":
-                return f"a group below {target} would leave {directory}, which has a {file} of {' '.join(value)}"
+                return (
+                    f"a group below {target} would leave {directory}, which has a {file} of "
+                    f"{' '.join(value)}"
+                )
     return ""
 
 
@@ -309,14 +312,22 @@ def _refused(scope: Scope) -> str:
     ]
     try:
         process = subprocess.run(
-            argv, env={**os.environ, **scope.environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            argv,
+            env={**os.environ, **scope.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
             timeout=SCOPE_SECONDS, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"systemd-run: {error}"
     if not process.returncode:
         return ""
-    return f"systemd-run: {(process.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
+    return (
+        "systemd-run: "
+        f"{(process.stderr.strip().splitlines() or ['the scope is not where it should be'])[-1]}"
+    )
 
 
 def words(path: Path) -> list[str]:

@@ -21,7 +21,9 @@ from safe_exec.limits.repository import GIT, find_root
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse
 
 HOMES = Path("/home")
-SYSTEM = tuple(map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr")))  # noqa: S108
+SYSTEM = tuple(
+    map(Path, ("/tmp", "/var/tmp", "/run", "/dev", "/proc", "/sys", "/etc", "/usr"))  # noqa: S108
+)
 STAYS_CLOSED = "only the notebook's folder is left open (--show PATH or --writable PATH opens more)"
 
 

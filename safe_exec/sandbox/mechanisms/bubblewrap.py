@@ -158,7 +158,7 @@ def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None)
     if isolation.read_only_system or view.disk is not None:
         yield from _tmpfs_or(view.disk and view.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
     if isolation.read_only_system or shm_bytes is not None:
-        yield from ("--perms", STICKY, "--size", str(shm_bytes or SHM_BYTES), "--tmpfs", "/dev/shm")  # noqa: S108
+        yield from _tmpfs_or(None, "/dev/shm", shm_bytes or SHM_BYTES)  # noqa: S108
     if isolation.read_only_system:
         for path in HIDDEN_SYSTEM:
             yield from ("--size", str(TMP_BYTES), "--tmpfs", path)
@@ -285,7 +285,7 @@ def _folder(isolation: Isolation, view: SandboxPaths) -> tuple[str, ...]:
 
 
 def _protected(isolation: Isolation, view: SandboxPaths) -> list[Path]:
-    """Interpreters in the folder or repository, which stay read-only with the rest of the system."""
+    """Return the interpreters in the folder or repository, which stay read-only."""
     # safe-exec may run from one of them itself, outside of all walls, and imports modules until its
     # end: a notebook must not change them. A copy of the folder may be changed, since nobody runs
     # from it.

@@ -112,7 +112,10 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
         more = " and its repository" if isolation.repository is RepositoryUse.WRITE else ""
         yield (
             Wall.SYSTEM,
-            f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of its own",
+            (
+                f"nothing can be written but the folder{more}, and a /tmp, /dev/shm and home of "
+                "its own"
+            ),
         )
     if isolation.folder is not FolderUse.WRITE:
         note = (
@@ -179,7 +182,10 @@ def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
         return None
     holds: dict[LimitName, Enforcement] = {}
     if limits.disk is not None:
-        note = "folder (a copy), /tmp and home together, on a tmpfs: what is written there counts as memory too"
+        note = (
+            "folder (a copy), /tmp and home together, on a tmpfs: what is written there counts as "
+            "memory too"
+        )
         holds[LimitName.DISK] = Enforcement(by=Mechanism.BUBBLEWRAP, hard=True, note=note)
     if limits.shm is not None:
         holds[LimitName.SHM] = Enforcement(

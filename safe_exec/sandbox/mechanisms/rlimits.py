@@ -69,7 +69,10 @@ def _wanted(
         )
     if limits.memory is not None:
         size = limits.memory + DATA_HEADROOM
-        note = "private memory of each process by RLIMIT_DATA, with 256 MiB of headroom; shared memory is not counted"
+        note = (
+            "private memory of each process by RLIMIT_DATA, with 256 MiB of headroom; shared "
+            "memory is not counted"
+        )
         yield LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), _held(note, hard=False)
     if (
         limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None
@@ -87,7 +90,10 @@ def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforc
     # its place to the notebook: the watchdog counts besides.
     if alone:
         return limit + INIT_TASKS, _held("counted in a user namespace of its own")
-    note = "the user's other processes count too: the limit is beside them, and where one ends the watchdog alone holds it"
+    note = (
+        "the user's other processes count too: the limit is beside them, and where one ends the "
+        "watchdog alone holds it"
+    )
     return limit + user_tasks, _held(note, hard=False)
 
 

@@ -43,7 +43,10 @@ def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
         if limits.of(name) is not None
     }
     if limits.disk is not None:
-        disk_note = "its folder and temporary files, walked now and then: can be passed by what is written in a second; other places are not seen"
+        disk_note = (
+            "its folder and temporary files, walked now and then: can be passed by what is "
+            "written in a second; other places are not seen"
+        )
         holds[LimitName.DISK] = Enforcement(by=Mechanism.WATCHDOG, hard=False, note=disk_note)
     return Offer(mechanism=Mechanism.WATCHDOG, holds=holds)
 
