@@ -60,7 +60,7 @@ def _remote(pid: int) -> dict[str, str]:
 
 
 def listening(pid: int, targets: Iterable[str]) -> tuple[str, ...]:
-    """Of what descriptors of a process lead to (``socket:[...]``), the addresses of sockets that listen for TCP connections."""
+    """Return the addresses of those ``targets`` (``socket:[...]``) that listen for TCP connections."""
     inodes = {
         target[len(_PREFIX) : -len(_SUFFIX)] for target in targets if target.startswith(_PREFIX)
     }
@@ -68,11 +68,11 @@ def listening(pid: int, targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def listens(port: int) -> bool:
-    """Whether a program in our own network namespace listens for TCP connections to loopback on that port."""
+    """Whether a program in our own network namespace listens on a TCP port of loopback."""
     for _, address in _listeners("self"):
         host, _, number = address.rpartition(":")
-        where = ipaddress.ip_address(host.strip("[]"))
-        if number == str(port) and (where.is_loopback or where.is_unspecified):
+        interface = ipaddress.ip_address(host.strip("[]"))
+        if number == str(port) and (interface.is_loopback or interface.is_unspecified):
             return True
     return False
 
@@ -87,8 +87,8 @@ def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
                 if fields[3] == LISTENING:
                     host, _, port = fields[1].partition(":")
                     address = str(_address(host))
-                    shown = f"[{address}]" if ":" in address else address
-                    yield fields[9], f"{shown}:{int(port, 16)}"
+                    host_text = f"[{address}]" if ":" in address else address
+                    yield fields[9], f"{host_text}:{int(port, 16)}"
 
 
 def quiet_ports(count: int) -> list[int]:
@@ -113,15 +113,15 @@ def quiet_ports(count: int) -> list[int]:
 
 
 def address_of(text: str) -> str | None:
-    """The address that the hexadecimal words of /proc/net/tcp stand for; ``None`` for this very host or nobody."""
+    """Return the address of a row of /proc/net/tcp, ``None`` for this host and for no host."""
     address = _address(text)
     return None if address.is_loopback or address.is_unspecified else str(address)
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The address that the words stand for; an IPv4 one that was mapped into IPv6 as itself."""
-    words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
-    address = ipaddress.ip_address(b"".join(struct.pack("=I", word) for word in words))
+    groups = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
+    address = ipaddress.ip_address(b"".join(struct.pack("=I", group) for group in groups))
     mapped: ipaddress.IPv4Address | None = getattr(address, "ipv4_mapped", None)
     return mapped or address
 
