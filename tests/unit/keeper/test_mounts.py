@@ -34,8 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What would be called, in order, and what would be written."""
     made: list[tuple[Any, ...]] = []
 
-    def call(name: str, *arguments: Any, what: str) -> None:
-        assert what
+    def call(name: str, *arguments: Any, action: str) -> None:
+        assert action
         made.append(
             (
                 name,
@@ -106,10 +106,10 @@ def test_anybody_else_stays_who_he_is(
 def test_the_first_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
     made = []
 
-    def call(name: str, *_: object, what: str) -> None:
-        made.append(what)
+    def call(name: str, *_: object, action: str) -> None:
+        made.append(action)
         if len(made) == wrong + 1:
-            raise OSError(errno.EPERM, f"cannot make {what}")
+            raise OSError(errno.EPERM, f"cannot make {action}")
 
     monkeypatch.setattr(mounts, "_call", call)
     with pytest.raises(OSError, match="cannot make"):
@@ -126,9 +126,9 @@ def test_only_what_may_be_gone_may_be_missing(
 ) -> None:
     made: list[str] = []
 
-    def call(name: str, *_: object, what: str) -> None:
-        made.append(what)
-        if what.endswith("/c"):
+    def call(name: str, *_: object, action: str) -> None:
+        made.append(action)
+        if action.endswith("/c"):
             raise OSError(number, "cannot make it")
 
     monkeypatch.setattr(mounts, "_call", call)
