@@ -17,7 +17,18 @@ from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.mechanisms import isolation as walls
+from safe_exec.sandbox.mechanisms.offers import OfferFunction, Placement
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
+
+# Strongest first: each limit goes to the first mechanism that can enforce it. cgroups come before
+# rlimits since they count all processes together; the watchdog, last, sees an excess only afterwards.
+OFFERS: tuple[OfferFunction, ...] = (
+    cgroup_v2.offer,
+    cgroup_v1.offer,
+    rlimits.offer,
+    walls.offer,
+    watchdog.offer,
+)
 
 
 def build_plan(
@@ -26,19 +37,10 @@ def build_plan(
     """The plan for one sandbox."""
     requested = isolation or Isolation()
     wall_plan = walls.plan_isolation(requested, limits, machine)
-    group = f"safe-exec-{run_id}"
-    # Elsewhere no notebook is run (platforms.py), so nothing holds anything.
-    offers = (
-        ()
-        if not machine.platform.startswith("linux")
-        else (
-            cgroup_v2.offer(limits, machine, group),
-            cgroup_v1.offer(limits, machine, group),
-            rlimits.offer(limits, machine, enclosed=wall_plan.enclosed),
-            walls.offer(limits, machine),
-            watchdog.offer(limits, machine),
-        )
-    )
+    placement = Placement(cgroup=f"safe-exec-{run_id}", enclosed=wall_plan.enclosed)
+    # Elsewhere no notebook is run (platforms.py), so nothing enforces anything.
+    functions = OFFERS if machine.platform.startswith("linux") else ()
+    offers = [function(limits, machine, placement) for function in functions]
     plan = fold(limits, [offer for offer in offers if offer is not None])
     return replace(
         plan,

@@ -11,16 +11,17 @@ from pathlib import Path
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
+from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import CgroupPlan, Offer
 
 PERIOD_US = 100_000
 
 
-def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
-    """Return what the writable controllers of version 1 can enforce.
-
-    ``name`` is the directory of this sandbox.
-    """
+def offer(
+    limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
+) -> Offer | None:
+    """Return what the writable controllers of version 1 can enforce."""
+    name = placement.cgroup
     if not machine.allows(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
     work = CgroupPlan()

@@ -14,6 +14,7 @@ from msgspec import Struct
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host import cgroup_delegation
 from safe_exec.sandbox.host.capabilities import HostCapabilities
+from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import CgroupPlan, Delegation, Offer
 
 PERIOD_US = 100_000
@@ -53,8 +54,11 @@ def _place(machine: HostCapabilities, name: str) -> _Place | None:
     return None
 
 
-def offer(limits: Limits, machine: HostCapabilities, name: str) -> Offer | None:
-    """Return what a cgroup of version 2 can enforce; ``name`` is its directory."""
+def offer(
+    limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
+) -> Offer | None:
+    """Return what a cgroup of version 2 can enforce."""
+    name = placement.cgroup
     place = _place(machine, name)
     if place is None:
         return None

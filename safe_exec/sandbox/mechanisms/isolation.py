@@ -25,6 +25,7 @@ from safe_exec.model.limits import (
 )
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import bubblewrap
+from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer
 
 # The version of Landlock that knows TCP (Linux 6.7).
@@ -176,7 +177,9 @@ def _own(
 # --- the limits that walls hold -------------------------------------------------------------------
 
 
-def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
+def offer(
+    limits: Limits, machine: HostCapabilities, _placement: Placement = ANYWHERE
+) -> Offer | None:
     """Return what file systems of limited size can enforce, on disk and in /dev/shm."""
     if machine.bubblewrap is None or not machine.allows(Mechanism.BUBBLEWRAP):
         return None

@@ -22,6 +22,7 @@ from safe_exec.keeper import procfs
 from safe_exec.model.evidence import ProcessCount
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
+from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer, SpawnPlan
 
 # Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread
@@ -35,13 +36,15 @@ CPU_HARD_SECONDS = 2
 INIT_TASKS = 1
 
 
-def offer(limits: Limits, machine: HostCapabilities, *, enclosed: bool = False) -> Offer | None:
-    """Return what rlimits can enforce. ``enclosed``: the kernel runs inside bubblewrap."""
+def offer(
+    limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
+) -> Offer | None:
+    """Return what rlimits can enforce."""
     if resource is None or not machine.allows(Mechanism.RLIMIT):
         return None
     holds: dict[LimitName, Enforcement] = {}
     rows: dict[LimitName, tuple[tuple[int, int, int], ...]] = {}
-    for name, row, enforcement in _wanted(limits, machine, enclosed=enclosed):
+    for name, row, enforcement in _wanted(limits, machine, enclosed=placement.enclosed):
         rows[name] = (_capped(row),)
         holds[name] = enforcement
     return Offer(mechanism=Mechanism.RLIMIT, holds=holds, rlimits=rows)

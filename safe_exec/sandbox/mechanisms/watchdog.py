@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
+from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer
 from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
@@ -31,7 +32,9 @@ FASTEST_BYTES_PER_SECOND = 5 << 30
 WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
 
 
-def offer(limits: Limits, machine: HostCapabilities) -> Offer | None:
+def offer(
+    limits: Limits, machine: HostCapabilities, _placement: Placement = ANYWHERE
+) -> Offer | None:
     """Return what the watchdog can enforce of these limits."""
     # It sees the whole process tree, and what that writes (disk_watchdog.py).
     if not machine.allows(Mechanism.WATCHDOG):
