@@ -32,6 +32,7 @@ from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import (
+    AgentChannels,
     Launch,
     LaunchedKernel,
     extra_arguments,
@@ -41,7 +42,7 @@ from safe_exec.kernel.launch import (
 )
 from safe_exec.kernel.process_changes import ProcessChanges
 from safe_exec.kernel.provisioner import SandboxProvisioner
-from safe_exec.kernel.shared_page import Note, Text
+from safe_exec.kernel.shared_page import Note, Page, Text
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Frame, ProcessCount
 from safe_exec.model.limits import LimitName, Limits, Wall
@@ -250,9 +251,8 @@ class KernelSession:
         if len(self.sandbox.fault_text) > FAULT_CHARACTERS:
             self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
-            with contextlib.suppress(
-                ValueError, OSError
-            ):  # the keeper is gone: its socket would wake us for ever
+            # The keeper is gone: its socket would wake us for ever.
+            with contextlib.suppress(ValueError, OSError):
                 asyncio.get_running_loop().remove_reader(self.sandbox.fileno())
 
     def _on_exit(self, ended: KernelExit) -> None:
@@ -406,34 +406,34 @@ class KernelSession:
 
     # --- facts ------------------------------------------------------------------------------------
 
+    @property
+    def agent_channels(self) -> AgentChannels | None:
+        """Page and facts socket, ``None`` before the start."""
+        return self.provisioner.channels if self.provisioner is not None else None
+
+    @property
+    def page(self) -> Page | None:
+        """The page that the agent writes, ``None`` for other kernels and before the start."""
+        channels = self.agent_channels
+        return channels.page if channels is not None and self.instrumented else None
+
     def take_facts(self) -> None:
         """Receive the facts that the agent has sent."""
-        facts = (
-            self.provisioner.channels.facts
-            if self.provisioner is not None and self.provisioner.channels is not None
-            else None
-        )
-        if facts is not None and not self.agent_facts.take(facts):
+        channels = self.agent_channels
+        if channels is not None and not self.agent_facts.take(channels.facts):
+            # The kernel has closed its end: the socket would wake us for ever.
             with contextlib.suppress(ValueError, OSError):
-                asyncio.get_running_loop().remove_reader(facts.fileno())
+                asyncio.get_running_loop().remove_reader(channels.facts.fileno())
 
     def residue(self) -> dict[str, str]:
         """Return what C code wrote to descriptors 1 and 2 and nobody had read at the death."""
-        page = (
-            self.provisioner.channels.page
-            if self.provisioner and self.provisioner.channels
-            else None
-        )
+        page = self.page
         return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
     def unsent_text(self, number: int) -> str:
         """Return a cell's stderr from the kernel's own record, sent or not."""
         # Text of a thread may wait there for the next flush.
-        page = (
-            self.provisioner.channels.page
-            if self.instrumented and self.provisioner and self.provisioner.channels
-            else None
-        )
+        page = self.page
         records = page.journal(number) if page is not None and number else ()
         return "".join(
             record.text
@@ -455,10 +455,10 @@ class KernelSession:
 
         ``None`` for other kernels, and before the first cell.
         """
-        channels = self.provisioner.channels if self.instrumented and self.provisioner else None
-        if channels is None or "cells" not in self.agent_facts.hello.get("instrumented", ()):
+        page = self.page
+        if page is None or "cells" not in self.agent_facts.hello.get("instrumented", ()):
             return None
-        note = channels.page.note()
+        note = page.note()
         return note if note.cell else None
 
     def running_by_page(self) -> int | None:
@@ -471,20 +471,14 @@ class KernelSession:
 
         ``None`` for other kernels.
         """
-        if not self.instrumented or self.provisioner is None or self.provisioner.channels is None:
-            return None
-        return number != 0 and not self.provisioner.channels.page.note().finished
+        page = self.page
+        return None if page is None else number != 0 and not page.note().finished
 
     def subject(self, number: int) -> ObservedKernel | None:
         """Return what ``observe`` needs of this kernel."""
         if self.pid is None or self.sandbox is None:
             return None
         sandbox = self.sandbox
-        page = (
-            self.provisioner.channels.page
-            if self.instrumented and self.provisioner and self.provisioner.channels
-            else None
-        )
         read_length = len(sandbox.fault_text)
 
         def dumped() -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
@@ -497,7 +491,7 @@ class KernelSession:
         return ObservedKernel(
             pid=self.pid,
             keeper=sandbox.keeper_pid or 0,
-            page=page,
+            page=self.page,
             number=number,
             dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL)))
             if self.agent_facts.hello
@@ -615,10 +609,11 @@ class KernelSession:
             with contextlib.suppress(ValueError, OSError):
                 loop.remove_reader(self.sandbox.fileno())
             self.cleanup = self.sandbox.shutdown()
-        if self.provisioner is not None and self.provisioner.channels is not None:
+        channels = self.agent_channels
+        if channels is not None:
             with contextlib.suppress(ValueError, OSError):
-                loop.remove_reader(self.provisioner.channels.facts.fileno())
-            self.provisioner.channels.close()
+                loop.remove_reader(channels.facts.fileno())
+            channels.close()
         self.agent_facts.close()
 
 

@@ -443,17 +443,12 @@ class CellLoop:
 
     def _recover(self, index: int) -> None:
         """Restore the output that a dead kernel left in shared memory."""
-        client, provisioner = self.session.client, self.session.provisioner
-        if (
-            client is None
-            or provisioner is None
-            or provisioner.channels is None
-            or not self.session.instrumented
-        ):
+        client, page = self.session.client, self.session.page
+        if client is None or page is None:
             return
         number = self.state.number(index)
         if number and self.request.node.cells[index].execution_count is None:
             # It had begun; the message that says its number did not make it.
             self.request.node.cells[index].execution_count = client.code_cells_executed
         if number and client.running is not None and client.running[2] == index:
-            client.recover(provisioner.channels.page, number, self.session.residue())
+            client.recover(page, number, self.session.residue())

@@ -437,16 +437,10 @@ def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
 
     The dump must belong to this cell, and be newer than the last statement that was recorded.
     """
-    session, sandbox = state.session, state.session.sandbox
-    provisioner = session.provisioner
-    if (
-        sandbox is None
-        or not sandbox.fault_text
-        or provisioner is None
-        or provisioner.channels is None
-    ):
+    session, sandbox, page = state.session, state.session.sandbox, state.session.page
+    if sandbox is None or not sandbox.fault_text or page is None:
         return None
-    note = provisioner.channels.page.note()
+    note = page.note()
     if (
         note.cell != state.number_now()
         or sandbox.fault_at < note.time
@@ -469,10 +463,9 @@ def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
 def _of_page(state: TrialState, index: int) -> CellLocation | None:
     """Locate the end by the shared page: the last recorded statement, refined by a later sample."""
     number = state.number_now()
-    provisioner = state.session.provisioner
-    if not number or provisioner is None or provisioner.channels is None:
+    page = state.session.page
+    if not number or page is None:
         return None
-    page = provisioner.channels.page
     note, sample = page.note(), page.sample()
     ended = state.session.died_at or time.monotonic()
     cell, rows, _ = page.stack()

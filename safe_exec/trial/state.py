@@ -132,9 +132,9 @@ class TrialState:
         if client is None:
             return None
         inside = 0
-        provisioner = self.session.provisioner
-        if self.session.instrumented and provisioner and provisioner.channels:
-            inside = sum(provisioner.channels.page.counts())
+        page = self.session.page
+        if page is not None:
+            inside = sum(page.counts())
             record = self.metrics.records.get(self.current) if self.current is not None else None
             if (
                 record is None
