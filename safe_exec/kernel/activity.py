@@ -1,7 +1,6 @@
 """Observes a kernel from outside over a short window, once, when its time is up.
 
-May import model, page, procfs, processes, file_locks. The system's view (state, processor time,
-system call) is fact; stacks are the kernel's word.
+The system's view (state, processor time, system call) is fact; stacks are the kernel's word.
 """
 
 from __future__ import annotations

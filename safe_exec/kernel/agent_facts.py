@@ -1,9 +1,6 @@
 """Facts that the agent sends from inside the kernel. All of them are claims.
 
 Claims, every one of them.
-
-Any code in the kernel can write there: what is no fact is let go by, what is told once is not told
-anew, and there is a bound on each. May import cell_code, content and model.
 """
 
 from __future__ import annotations
@@ -26,6 +23,9 @@ from safe_exec.model.evidence import Frame, Raised
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+
+# Any code in the kernel can write there: what is no fact is let go by, what is told once is not
+# told anew, and there is a bound on each.
 
 MOST_HOSTS = 50
 # Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all

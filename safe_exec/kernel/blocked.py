@@ -1,9 +1,6 @@
 """The system call in which a thread is blocked, from /proc/PID/task/TID/syscall.
 
 Standard library and procfs only.
-
-Reading it takes the right to trace the process (proc(5)): that of the same user, or root. Yama's
-ptrace_scope 1 lets ancestors trace, and the runner is one of every process in its sandboxes.
 """
 
 from __future__ import annotations
@@ -14,6 +11,9 @@ import platform
 import struct
 import sys
 from typing import NamedTuple
+
+# Reading it takes the right to trace the process (proc(5)): that of the same user, or root. Yama's
+# ptrace_scope 1 lets ancestors trace, and the runner is one of every process in its sandboxes.
 
 # The calls in which a process may wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
 _X86_64 = {

@@ -1,9 +1,4 @@
-"""Maps frames of compiled code to cells and lines, by the agent's account.
-
-A cell's own code has a file name of its own. Code that a magic made of a cell's body may share one
-with anything (``<string>``, ``<timed exec>``): there the function and its lines decide, and of
-several that fit the one that was compiled last. May import fault_report, agent.sources and records.
-"""
+"""Maps frames of compiled code to cells and lines, by the agent's account."""
 
 from __future__ import annotations
 
@@ -14,6 +9,10 @@ from msgspec import Struct
 
 from safe_exec.agent import sources
 from safe_exec.kernel.fault_report import escaped
+
+# A cell's own code has a file name of its own. Code that a magic made of a cell's body may share
+# one with anything (``<string>``, ``<timed exec>``): there the function and its lines decide, and
+# of several that fit the one that was compiled last.
 
 MOST_SOURCES = 20_000
 LONGEST_MAP = 500

@@ -1,9 +1,4 @@
-"""A channel for nbclient: signed messages over one bounded connection.
-
-What is not a message is left out and counted, never raised: wrong signature, wrong number of parts,
-no JSON, other types than the protocol has, or so much structure that a few megabytes of JSON would
-take hundreds in memory. May import wire.
-"""
+"""A channel for nbclient: signed messages over one bounded connection."""
 
 from __future__ import annotations
 
@@ -21,6 +16,10 @@ from typing import Any
 
 from safe_exec.kernel.connection import Connection
 from safe_exec.kernel.zmtp import Received
+
+# What is not a message is left out and counted, never raised: wrong signature, wrong number of
+# parts, no JSON, other types than the protocol has, or so much structure that a few megabytes of
+# JSON would take hundreds in memory.
 
 DELIMITER = b"<IDS|MSG>"
 HEADER_BYTES = 64 << 10

@@ -64,7 +64,7 @@ class ChildHistory:
     def known(self) -> dict[int, EndedChild]:
         """Return all children by process id outside."""
         # Of a zombie /proc no longer shows the command.
-        return {pid: _as_ended(known) for pid, known in self._children.items()}
+        return {pid: _as_ended(child) for pid, child in self._children.items()}
 
     def ended(self) -> tuple[EndedChild, ...]:
         """Return the children that have ended."""

@@ -1,10 +1,4 @@
-"""nbclient that sees a kernel die at once, keeps its last output, and stays small.
-
-nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here:
-death comes as an event, not from a poll by seconds; outputs are counted and cut at their caps; what
-a dead kernel had written but not sent is put into the cell afterwards. Timeouts are the trial's
-business (``trial/cell_loop.py``), so nbclient's own are off.
-"""
+"""nbclient that sees a kernel die at once, keeps its last output, and stays small."""
 
 from __future__ import annotations
 
@@ -23,6 +17,11 @@ from nbclient.client import CellExecutionComplete
 from safe_exec.kernel.message_validation import checked, mended_reply
 from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
 from safe_exec.kernel.shared_page import Message, Note, Page, Text
+
+# nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here:
+# death comes as an event, not from a poll by seconds; outputs are counted and cut at their caps;
+# what a dead kernel had written but not sent is put into the cell afterwards. Timeouts are the
+# trial's business (``trial/cell_loop.py``), so nbclient's own are off.
 
 LAST_TEXTS = 32
 # Of the text that came last its end is kept, with the time: after a death it may say why.

@@ -1,10 +1,4 @@
-"""One connection to a kernel's socket, in the protocol of ZeroMQ (``zmtp``), bounded everywhere.
-
-Why not libzmq: it reads thousands of messages ahead whatever their size, accepts any number of
-parts, and reconnects, by name, to whatever listens there by then. A connection here is made once,
-before any code of the notebook runs, and never again. It reads no more than has room among the
-waiting messages, so a fast sender is blocked by its own full socket.
-"""
+"""One connection to a kernel's socket, in the protocol of ZeroMQ (``zmtp``), bounded everywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +11,11 @@ from msgspec import Struct
 
 from safe_exec.kernel import zmtp
 from safe_exec.kernel.zmtp import MessageReader, Received
+
+# Why not libzmq: it reads thousands of messages ahead whatever their size, accepts any number of
+# parts, and reconnects, by name, to whatever listens there by then. A connection here is made once,
+# before any code of the notebook runs, and never again. It reads no more than has room among the
+# waiting messages, so a fast sender is blocked by its own full socket.
 
 READ_BYTES = 256 << 10
 # Read in one turn of the event loop.

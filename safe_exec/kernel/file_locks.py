@@ -1,7 +1,4 @@
-"""Finds the holder of a file lock that a kernel waits for (proc(5), Linux 4.1).
-
-May import model, blocked, processes.
-"""
+"""Finds the holder of a file lock that a kernel waits for (proc(5), Linux 4.1)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Starts a kernel process: its kernelspec, connection file, command, and keeper.
-
-Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a sandbox
-takes to build, and the kernel can start meanwhile. What is found here is what jupyter_client would
-find; a test compares them. May import sandbox, page, environment.
-"""
+"""Starts a kernel process: its kernelspec, connection file, command, and keeper."""
 
 from __future__ import annotations
 
@@ -31,6 +26,10 @@ from safe_exec.sandbox.sandbox import Sandbox, WallSetup
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.enclosure import Enclosure
+
+# Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a
+# sandbox takes to build, and the kernel can start meanwhile. What is found here is what
+# jupyter_client would find; a test compares them.
 
 # Ipykernel would watch for the death of a parent that is not its parent: the keeper is.
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")

@@ -1,11 +1,6 @@
 """Outputs as they stand in a notebook, made from messages that ``content.checked`` has passed.
 
 Pure.
-
-nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by
-describing the whole text in an error. A stream that came in very many pieces holds a list of parts
-as its text, as a file may: to put each piece to the end of one text would copy it every time. May
-import nbformat.
 """
 
 from __future__ import annotations
@@ -15,6 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbformat.notebooknode import NotebookNode, from_dict
+
+# nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by
+# describing the whole text in an error. A stream that came in very many pieces holds a list of
+# parts as its text, as a file may: to put each piece to the end of one text would copy it every
+# time.
 
 # So many small parts in a row are made one: no list of millions, and nothing is copied more than a
 # few times.

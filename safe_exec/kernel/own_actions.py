@@ -1,8 +1,6 @@
 """The kernel's reports of actions on its own process (agent/own_actions.py). Claims.
 
 The values are bounded here.
-
-May import model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Opens a run's sandbox first of all; its kernel starts while we import the rest.
-
-The keeper is an interpreter of its own that takes as long to start as ours to read the command
-line, and a kernel takes longer than all that we do until its first cell: whatever can be done
-beside it costs nothing. May import kernel.launch and the sandbox.
-"""
+"""Opens a run's sandbox first of all; its kernel starts while we import the rest."""
 
 from __future__ import annotations
 
@@ -17,6 +12,10 @@ from safe_exec.model.limits import Limits
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import Sandbox
+
+# The keeper is an interpreter of its own that takes as long to start as ours to read the command
+# line, and a kernel takes longer than all that we do until its first cell: whatever can be done
+# beside it costs nothing. May import kernel.launch and the sandbox.
 
 
 class PrestartedKernel:

@@ -1,7 +1,4 @@
-"""Compares the kernel's process with its state at the start: limits and program.
-
-May import model, procfs, processes.
-"""
+"""Compares the kernel's process with its state at the start: limits and program."""
 
 from __future__ import annotations
 

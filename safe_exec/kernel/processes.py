@@ -1,7 +1,6 @@
 """The processes of a sandbox beside the kernel: their blocking calls and pipes.
 
-All of it is seen from outside, in /proc: nothing here asks the kernel process. May import model,
-procfs, blocked.
+All of it is seen from outside, in /proc: nothing here asks the kernel process.
 """
 
 from __future__ import annotations

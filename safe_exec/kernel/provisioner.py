@@ -5,7 +5,7 @@ Other Jupyter tools can use it too.
 ``safe-exec run`` hands in what it has built. Elsewhere
 (``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or ``metadata.kernel_provisioner`` of a kernelspec
 with ``config: {"limits": "ci", "memory": "2G"}``) it reads its limits from that configuration and
-from ``SAFE_EXEC_LIMITS``. May import sandbox, profiles, jupyter_client.
+from ``SAFE_EXEC_LIMITS``.
 """
 
 from __future__ import annotations

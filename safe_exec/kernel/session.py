@@ -1,7 +1,6 @@
 """One kernel from start to end: keeper, provisioner, manager and client together.
 
-May import provisioner, client, page, faults, sandbox. Knows no cells beyond their indexes and no
-causes.
+Knows no cells beyond their indexes and no causes.
 """
 
 from __future__ import annotations

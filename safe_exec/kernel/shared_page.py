@@ -1,9 +1,4 @@
-"""Reads the shared page that the agent writes: places, samples, unsent output.
-
-Imports the standard library only. Everything read here was written by the kernel process and may be
-anything: lengths are checked, text is decoded with replacement, nothing is trusted beyond "the
-kernel says".
-"""
+"""Reads the shared page that the agent writes: places, samples, unsent output."""
 
 from __future__ import annotations
 
@@ -18,6 +13,10 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from safe_exec.agent import layout
+
+# Imports the standard library only. Everything read here was written by the kernel process and may
+# be anything: lengths are checked, text is decoded with replacement, nothing is trusted beyond "the
+# kernel says".
 
 MOST_FRAMES = 64
 # A segment holds no more messages than that, and text is gathered; what has more was not written by

@@ -1,8 +1,4 @@
-"""The protocol of ZeroMQ (ZMTP 3.0, rfc.zeromq.org/spec/23) without sockets.
-
-A reader of messages is bounded in everything that it keeps. No message is parsed for which there is
-no room among those that wait; of a message that is too large only the first, small parts are kept.
-"""
+"""The protocol of ZeroMQ (ZMTP 3.0, rfc.zeromq.org/spec/23) without sockets."""
 
 from __future__ import annotations
 
@@ -10,6 +6,10 @@ import struct
 from collections import deque
 
 from msgspec import Struct
+
+# A reader of messages is bounded in everything that it keeps. No message is parsed for which there
+# is no room among those that wait; of a message that is too large only the first, small parts are
+# kept.
 
 GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -1,6 +1,6 @@
 """Plans the walls around one kernel on this machine: folder, homes, interpreters.
 
-May import sandbox and model. What the keeper is told is plain data (see enclosed.py and become.py).
+What the keeper is told is plain data (see enclosed.py and become.py).
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Starts keepers, before anything else of ours is imported if a run is sure to come.
-
-A keeper's interpreter takes as long to start as ours takes to read the command line. Where many are
-needed they are forked from one process that has imported all their modules (keeper/forkserver.py).
-This module imports the standard library only, and as little of it as possible.
-"""
+"""Starts keepers, before anything else of ours is imported if a run is sure to come."""
 
 from __future__ import annotations
 
@@ -18,6 +13,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
+
+# A keeper's interpreter takes as long to start as ours takes to read the command line. Where many
+# are needed they are forked from one process that has imported all their modules
+# (keeper/forkserver.py). This module imports the standard library only, and as little of it as
+# possible.
 
 # os._exit skips the interpreter's own end, which takes as long as removing a sandbox does; the
 # runner waits for both, and everything is cleaned up by then.

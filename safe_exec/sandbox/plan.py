@@ -1,6 +1,6 @@
 """Folds the mechanisms' offers, strongest first, into the frozen plan for the keeper.
 
-May import model, machine and the mechanisms. Pure: nothing here touches the system.
+Pure: nothing here touches the system.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """From limits and a machine to a plan: asks every mechanism, strongest first.
 
 The list here is where a new one is added.
-
-May import the mechanisms, plan, machine.
 """
 
 from __future__ import annotations

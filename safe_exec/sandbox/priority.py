@@ -1,12 +1,4 @@
-"""Keeps a fork bomb from starving those who watch it. May import procfs.
-
-Where all share one queue of the scheduler (a container, the same session), each of hundreds of busy
-processes gets as much as the watchdog: with 64 on two processors it got a turn every 107 ms in
-place of 20, and 441 ms at worst. So when we are late and the notebook has many more runnable
-threads than there are processors, those get a nice value. Only then: a nice value is seen by the
-notebook (``os.nice(0)``), makes it slower on a busy machine, and an ordinary user cannot take it
-back.
-"""
+"""Keeps a fork bomb from starving those who watch it."""
 
 from __future__ import annotations
 
@@ -15,6 +7,13 @@ import math
 import os
 
 from safe_exec.keeper import procfs
+
+# Where all share one queue of the scheduler (a container, the same session), each of hundreds of
+# busy processes gets as much as the watchdog: with 64 on two processors it got a turn every 107 ms
+# in place of 20, and 441 ms at worst. So when we are late and the notebook has many more runnable
+# threads than there are processors, those get a nice value. Only then: a nice value is seen by the
+# notebook (``os.nice(0)``), makes it slower on a busy machine, and an ordinary user cannot take it
+# back.
 
 LATE_SECONDS = 0.05
 # So many looks in a row have to be late: a single one says nothing.

@@ -1,8 +1,4 @@
-"""The runner's end of a keeper: start it, have the kernel spawned, learn of its death at once.
-
-No method waits longer than its docstring says, and no thread is started: ``fileno()`` belongs in an
-event loop or a poll.
-"""
+"""The runner's end of a keeper: start it, have the kernel spawned, learn of its death at once."""
 
 from __future__ import annotations
 
@@ -36,6 +32,9 @@ from safe_exec.sandbox import stale_runs
 from safe_exec.sandbox.keeper_process import KeeperProcess
 from safe_exec.sandbox.plan import Delegation, SpawnPlan
 from safe_exec.sandbox.usage.meter import Counters, parse_counters
+
+# No method waits longer than its docstring says, and no thread is started: ``fileno()`` belongs in
+# an event loop or a poll.
 
 START_SECONDS = 20.0
 # Reasons for which the keeper asks the kernel for its stack before it kills it.

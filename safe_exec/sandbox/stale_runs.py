@@ -1,7 +1,6 @@
 """Cleans up after runs whose runner and keeper were both killed, from their notes.
 
-May import procfs. A note is one JSON file per sandbox in a directory of the user's own; the keeper
-removes it last.
+A note is one JSON file per sandbox in a directory of the user's own; the keeper removes it last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Advice for containers: how a process in one may make cgroups. Pure.
 
-May import model, machine, surroundings, ways. Sources:
+Sources:
 
 - Docker mounts ``/sys/fs/cgroup`` read-only unless privileged; ``writable-cgroups`` came with
   Engine 28.0 (moby pull request 48828; rootless Docker refuses it: issue 49333).

@@ -1,7 +1,6 @@
 """For each wall that is weakly held here, why, and the exact commands or settings that fix it.
 
-Pure: from a machine and its surroundings to advice, as in remedies. May import model, bubblewrap,
-machine, surroundings, ways. Sources:
+Pure: from a machine and its surroundings to advice, as in remedies. Sources:
 
 - Ubuntu 23.10 and later keep ordinary programs from user namespaces (sysctl
   ``kernel.apparmor_restrict_unprivileged_userns``; release notes of 24.04, "unprivileged user

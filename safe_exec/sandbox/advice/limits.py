@@ -1,9 +1,4 @@
-"""For each limit that is weakly held here, why, and the exact commands or settings that fix it.
-
-Pure: from a machine, its surroundings and a plan to advice. May import model, machine, plan,
-surroundings. Each way to fix names its source; nothing here is run. Commands are for a shell of the
-user who reads them.
-"""
+"""For each limit that is weakly held here, why, and the exact commands or settings that fix it."""
 
 from __future__ import annotations
 
@@ -17,6 +12,9 @@ from safe_exec.sandbox.advice.fix import Fix, delegate_command
 from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, HostCapabilities
 from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
+
+# Pure: from a machine, its surroundings and a plan to advice. Each way to fix names its source;
+# nothing here is run. Commands are for a shell of the user who reads them.
 
 NOTEBOOK = "safe-exec run NOTEBOOK"
 # The limits that control groups hold for all processes together, and the controller for each.

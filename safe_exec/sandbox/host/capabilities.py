@@ -1,7 +1,7 @@
 """Detects which mechanisms can enforce limits on this machine, once per run.
 
-May import model, unified. Reads /proc and /sys only; makes and removes one probe control group, and
-a scope where systemd is to give one.
+Reads /proc and /sys only; makes and removes one probe control group, and a scope where systemd is
+to give one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Collects facts about this host for advice: container, WSL, CI, systemd, cgroup hierarchy.
-
-Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is tried
-out by ``machine``. May import leftovers and procfs. Reads files only, below a root that tests
-replace.
-"""
+"""Collects facts about this host for advice: container, WSL, CI, systemd, cgroup hierarchy."""
 
 from __future__ import annotations
 
@@ -18,6 +13,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from safe_exec.sandbox import stale_runs
+
+# Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is
+# tried out by ``machine``. Reads files only, below a root that tests replace.
 
 
 class Container(StrEnum):

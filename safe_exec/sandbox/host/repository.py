@@ -1,10 +1,4 @@
-"""Decides how much of the repository around a notebook's folder isolation leaves open.
-
-``Isolation.repository`` is an exception from the walls, as ``writable`` is, but for a place that
-nobody named: whoever can put a ``.git`` above a folder would choose what the walls leave open. So a
-root is left closed if it would open a home or a part of the system, or if its ``.git`` belongs to a
-stranger. May import model and repository; looks at owners and names of files only.
-"""
+"""Decides how much of the repository around a notebook's folder isolation leaves open."""
 
 from __future__ import annotations
 
@@ -19,6 +13,11 @@ from msgspec import Struct
 from safe_exec.files import one_line
 from safe_exec.limits.repository import GIT, find_root
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse
+
+# ``Isolation.repository`` is an exception from the walls, as ``writable`` is, but for a place that
+# nobody named: whoever can put a ``.git`` above a folder would choose what the walls leave open. So
+# a root is left closed if it would open a home or a part of the system, or if its ``.git`` belongs
+# to a stranger.
 
 HOMES = Path("/home")
 SYSTEM = tuple(

@@ -1,9 +1,4 @@
-"""The walls that bubblewrap puts up: from what is asked to its arguments. Pure; imports model.
-
-bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the
-init of ours (keeper/bwrap_init.py), which starts the kernel. The order of mounts is the order of
-the arguments: first the system, then what hides parts of it, then what stays visible in there.
-"""
+"""The walls that bubblewrap puts up: from what is asked to its arguments. Pure; imports model."""
 
 from __future__ import annotations
 
@@ -13,6 +8,10 @@ from pathlib import Path
 from msgspec import Struct
 
 from safe_exec.model.limits import FolderUse, Isolation
+
+# bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the
+# init of ours (keeper/bwrap_init.py), which starts the kernel. The order of mounts is the order of
+# the arguments: first the system, then what hides parts of it, then what stays visible in there.
 
 # ``--size`` and ``--perms`` for tmpfs.
 OLDEST = (0, 5, 0)

@@ -1,11 +1,4 @@
-"""The last resort for the disk limit: walks the folder and the temporary files of a run.
-
-Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a
-run since it began: blocks on the disk, at least a page for each entry, and what is held open there
-after it was removed. The walk takes a twentieth of the time at most, and comes early when so much
-space has gone from the file system that the limit may be passed: a fast writer is seen within a
-tenth of a second and a walk.
-"""
+"""The last resort for the disk limit: walks the folder and the temporary files of a run."""
 
 from __future__ import annotations
 
@@ -17,6 +10,12 @@ from collections.abc import Callable, Iterable
 
 from safe_exec.keeper import procfs
 from safe_exec.sandbox.usage.open_files import BLOCK, hidden_usage
+
+# Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a
+# run since it began: blocks on the disk, at least a page for each entry, and what is held open
+# there after it was removed. The walk takes a twentieth of the time at most, and comes early when
+# so much space has gone from the file system that the limit may be passed: a fast writer is seen
+# within a tenth of a second and a walk.
 
 LOOK_SECONDS = 0.1
 WALK_SECONDS = 0.5

@@ -1,9 +1,6 @@
 """From what isolation asks for and what this machine has to what will hold it. Pure.
 
 Imports model, machine, bubblewrap's facts.
-
-bubblewrap holds what takes namespaces; where it cannot work, Landlock keeps a part of it. System
-calls, privileges and the environment need neither.
 """
 
 from __future__ import annotations
@@ -27,6 +24,9 @@ from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer
+
+# bubblewrap holds what takes namespaces; where it cannot work, Landlock keeps a part of it. System
+# calls, privileges and the environment need neither.
 
 # The version of Landlock that knows TCP (Linux 6.7).
 LANDLOCK_TCP = 4

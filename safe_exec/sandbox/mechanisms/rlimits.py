@@ -1,11 +1,4 @@
-"""Resource limits (setrlimit(2)): enforced by Linux, but for each process alone.
-
-RLIMIT_DATA and not RLIMIT_AS stands in for a memory limit where there are no control groups: an
-idle ipykernel has 814 MB of address space with 52 MB resident, while RLIMIT_DATA (private writable
-memory, since Linux 4.7) is near what is used. It still counts memory that was reserved and never
-touched (a thread's stack, say), hence the headroom; and shared memory goes past it, hence the
-watchdog beside it.
-"""
+"""Resource limits (setrlimit(2)): enforced by Linux, but for each process alone."""
 
 from __future__ import annotations
 
@@ -24,6 +17,12 @@ from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer, SpawnPlan
+
+# RLIMIT_DATA and not RLIMIT_AS stands in for a memory limit where there are no control groups: an
+# idle ipykernel has 814 MB of address space with 52 MB resident, while RLIMIT_DATA (private
+# writable memory, since Linux 4.7) is near what is used. It still counts memory that was reserved
+# and never touched (a thread's stack, say), hence the headroom; and shared memory goes past it,
+# hence the watchdog beside it.
 
 # Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread
 # stacks above all).

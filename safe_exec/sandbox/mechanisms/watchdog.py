@@ -1,9 +1,4 @@
-"""The last resort: looks at the processes of a sandbox and reports a limit that is passed.
-
-It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its
-memory limit meanwhile is measured by ``make bench`` and stated in docs/limits.md. May import model,
-machine, plan, priority, process_tree.
-"""
+"""The last resort: looks at the processes of a sandbox and reports a limit that is passed."""
 
 from __future__ import annotations
 
@@ -20,6 +15,9 @@ from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer
 from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
+
+# It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its
+# memory limit meanwhile is measured by ``make bench`` and stated in docs/limits.md.
 
 PERIOD_SECONDS = 0.02
 # After a look it rests so many times as long as the look took: hundreds of processes take

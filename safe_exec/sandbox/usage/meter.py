@@ -1,6 +1,6 @@
 """Reads the resource use of a sandbox from its cgroups, or from its processes.
 
-May import model, plan, process_tree, rlimits. Every figure is ``None`` where it cannot be read.
+Every figure is ``None`` where it cannot be read.
 """
 
 from __future__ import annotations

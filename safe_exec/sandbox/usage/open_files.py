@@ -1,8 +1,4 @@
-"""Files that processes hold open and no directory shows: in memory, or removed.
-
-Standard library only. A descriptor that is on its way in a socket (unix(7), SCM_RIGHTS) is seen by
-nobody, nor is that of a process that is gone between two looks.
-"""
+"""Files that processes hold open and no directory shows: in memory, or removed."""
 
 from __future__ import annotations
 
@@ -12,6 +8,9 @@ import stat
 from collections.abc import Iterable
 
 from msgspec import Struct, field
+
+# Standard library only. A descriptor that is on its way in a socket (unix(7), SCM_RIGHTS) is seen
+# by nobody, nor is that of a process that is gone between two looks.
 
 # The unit of ``st_blocks`` (stat(2)).
 BLOCK = 512

@@ -1,9 +1,4 @@
-"""The processes of a sandbox and their resource use from /proc, without cgroups.
-
-Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap, our
-init): these are ours, do not count against the notebook's limits, and one of them cannot be looked
-into by an ordinary user. May import process_files, shared_pages, held.
-"""
+"""The processes of a sandbox and their resource use from /proc, without cgroups."""
 
 from __future__ import annotations
 
@@ -25,6 +20,10 @@ from safe_exec.sandbox.usage.shared_pages import (
     lower_bound,
     upper_bound,
 )
+
+# Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap,
+# our init): these are ours, do not count against the notebook's limits, and one of them cannot be
+# looked into by an ordinary user.
 
 # For so long a reading stands: the watchdog and the meter ask one after the other.
 FRESH_SECONDS = 0.002

@@ -1,11 +1,4 @@
-"""Memory of several processes with shared pages counted once. Reads /proc/PID/smaps_rollup.
-
-After a fork, parent and child share all pages until one of them writes: the sum of their resident
-memory counts those pages twice. The system divides each page by the number of processes that map it
-(Pss, proc(5), smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To work
-them out the system walks all page tables of a process, 3 to 50 ms per GB, so the caller decides how
-often. May import process_files.
-"""
+"""Memory of several processes with shared pages counted once. Reads /proc/PID/smaps_rollup."""
 
 from __future__ import annotations
 
@@ -15,6 +8,12 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
+
+# After a fork, parent and child share all pages until one of them writes: the sum of their resident
+# memory counts those pages twice. The system divides each page by the number of processes that map
+# it (Pss, proc(5), smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To
+# work them out the system walks all page tables of a process, 3 to 50 ms per GB, so the caller
+# decides how often.
 
 # Bytes that may be counted twice without being worth a walk through page tables.
 SMALL = 16 << 20

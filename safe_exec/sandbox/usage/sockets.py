@@ -1,9 +1,6 @@
 """Other hosts that the processes of a sandbox talk to, as their sockets show from outside.
 
-Ports for a kernel. May import procfs.
-
-For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at now
-and then: a connection that is over between two looks is not seen.
+Ports for a kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safe_exec.keeper import procfs
+
+# For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at
+# now and then: a connection that is over between two looks is not seen.
 
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # Below are the services that have names.

@@ -1,9 +1,4 @@
-"""The free space of the file systems that a kernel can write to, measured outside of it.
-
-Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead
-elsewhere. An open directory outlives the mount namespace, so that the space can still be read after
-the kernel's death. May import model.
-"""
+"""The free space of the file systems that a kernel can write to, measured outside of it."""
 
 from __future__ import annotations
 
@@ -14,6 +9,10 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from safe_exec.model.evidence import Volume
+
+# Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead
+# elsewhere. An open directory outlives the mount namespace, so that the space can still be read
+# after the kernel's death.
 
 
 class Volumes:
