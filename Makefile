@@ -5,6 +5,8 @@ PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# The folders of tests/unit that start no process and take seconds.
+CHECK_TESTS := tests/unit/test_docs.py tests/unit/test_layers.py tests/unit/test_names.py tests/unit/diagnosis tests/unit/limits tests/unit/batch
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Without .pyc files everything that is imported is compiled at each start: two to three times slower.
 unexport PYTHONDONTWRITEBYTECODE
@@ -76,8 +78,21 @@ run: $(VENV)/.run-installed ## Run the main job on the notebooks of examples/ an
 beds: $(VENV)/.dev-installed ## List the test beds that this machine has, and how to get the others
 	@$(BIN)/python -m tests.beds
 
+.PHONY: announce
+announce:
+	@echo "make test takes 15 to 30 minutes on two processors; make check takes less than three."
+	@echo "It installs into .venv what the tests need, and with apt: bubblewrap, R's kernel, chromium (300 MB)."
+
+.PHONY: check
+check: $(VENV)/.dev-installed ## Check a change in under three minutes: style, types, names, documentation, pure logic
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(JOBS) -q $(CHECK_TESTS)
+
 .PHONY: test
-test: $(VENV)/.dev-installed browser beds ## Run all tests: unit, real kernels, cases, parity (some minutes)
+test: announce $(VENV)/.dev-installed browser beds ## Run all tests: unit, real kernels, cases, parity (15 to 30 minutes)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -q -m 'not hostile'
 
 .PHONY: test-hostile
@@ -173,8 +188,8 @@ $(BENCH)/.installed: pyproject.toml | system
 	@touch $@
 
 .PHONY: bench
-bench: $(BENCH)/.installed ## Measure everything beside its peers, and write the table in README.md and the picture in docs (15 minutes)
-	$(BENCH)/bin/python -m benchmarks.bench --readme --json docs/performance.json
+bench: $(BENCH)/.installed ## Measure everything beside its peers, and write the table and the picture in docs (15 minutes)
+	$(BENCH)/bin/python -m benchmarks.bench --table --json docs/performance.json
 	$(BENCH)/bin/python -m benchmarks.walls
 	$(BENCH)/bin/python -m benchmarks.disk
 
@@ -185,6 +200,10 @@ bench-quick: $(BENCH)/.installed ## The same in a round or two each; writes noth
 .PHONY: bench-check
 bench-check: $(BENCH)/.installed ## Compare paired ratios with the recorded ones; fails where one has become worse beyond its noise
 	$(BENCH)/bin/python -m benchmarks.check
+
+.PHONY: pictures
+pictures: $(VENV)/.dev-installed browser ## Make the pictures of the README from real runs, in headless chromium
+	$(BIN)/python -m tools.pictures docs
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what runs of examples/ wrote

@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="NAME,...", help=f"only these: {', '.join(known)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument(
-        "--readme",
+        "--table",
         action="store_true",
-        help="write the table in the README and the picture in docs",
+        help="write the table and the picture in docs",
     )
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else known
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--only: {unknown[0]}: choose from {', '.join(known)}")
-    if options.readme and (options.quick or options.only):
-        parser.error("--readme: the README shows whole runs only")
+    if options.table and (options.quick or options.only):
+        parser.error("--table: the table shows whole runs only")
     demand_peers()
     begun, folder, details = time.monotonic(), Path(tempfile.mkdtemp(prefix="bench-")), ""
     try:
@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         figures = report.document(found, quick=options.quick, seconds=seconds)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    if options.readme:
-        report.put_between(ROOT / "README.md", report.markdown(found))
+    if options.table:
+        report.put_between(ROOT / "docs" / "performance.md", report.markdown(found))
         (ROOT / "docs" / "performance.svg").write_text(report.picture(found))
 
 

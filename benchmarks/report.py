@@ -1,4 +1,4 @@
-"""What was measured as a table on the terminal, as JSON, as the table of the README and as a picture."""
+"""What was measured as a table on the terminal, as JSON, as the table in docs and as a picture."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-# --- the README -------------------------------------------------------------------------------------------------
+# --- docs/performance.md -------------------------------------------------------------------------------------------------
 
 
 def shown(found: Sequence[Row]) -> list[tuple[Row, Row, float]]:
-    """What the README shows: our row, the peer's, and the ratio that is aimed at."""
+    """What the table shows: our row, the peer's, and the ratio that is aimed at."""
     by_name = {(row.what, row.tool): row for row in found}
     ours = {row.what: row for row in reversed(found)}  # the first of each
     return [
@@ -86,7 +86,7 @@ def shown(found: Sequence[Row]) -> list[tuple[Row, Row, float]]:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """The table of the README."""
+    """The table of docs/performance.md."""
     lines = [
         f"Medians of one run of `make bench` on {os.cpu_count()} processors, all limits on and isolation as in the profile `ci`. A ratio is the median",
         "of the ratios of runs that followed each other, with the least and the most: below 1 is less than the other takes.",
@@ -114,9 +114,9 @@ def markdown(found: Sequence[Row]) -> str:
         )
         lines += [
             "",
-            f"The culprit search, medians of the notebooks of [benchmarks](benchmarks/README.md): {said}.",
+            f"The culprit search, medians of the notebooks of [benchmarks](../benchmarks/README.md): {said}.",
         ]
-    lines += ["", "![The same as bars](docs/performance.svg)"]
+    lines += ["", "![The same as bars](performance.svg)"]
     return "\n".join(lines)
 
 
@@ -146,7 +146,7 @@ WIDTH, LEFT, FULL, STEP, TOP = 860, 330, 330, 30, 64
 
 
 def picture(found: Sequence[Row]) -> str:
-    """A bar for each line of the README: what ours takes of what the other takes, which is the whole width; a mark at the aim."""
+    """A bar for each line of the table: what ours takes of what the other takes, which is the whole width; a mark at the aim."""
     entries = shown(found)
     height = TOP + STEP * len(entries) + 20
     parts = [

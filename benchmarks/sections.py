@@ -312,4 +312,4 @@ SHOWN = (
     *((f"from death ({name}) to the verdict", NBCLIENT, 0.05) for name in DEATHS),
     ("in the cell: 200 000 prints", NBCLIENT, 1.1),
 )
-"""What the README shows: what is measured, beside whom, and the ratio that is aimed at."""
+"""What the table in docs/performance.md shows: what is measured, beside whom, and the ratio that is aimed at."""
