@@ -1,12 +1,13 @@
-"""safe-exec: run notebooks inside hard limits, see the kernel die, and say why.
+"""safe-exec: run notebooks inside hard limits, and explain why their kernels die.
 
-``run`` and ``run_async`` are what the command itself uses; everything else of the public interface is types. Names are imported
-when they are first asked for: the keeper imports this package too, and must start in milliseconds.
+Names are imported on first access, because the keeper imports this package too and has to start
+within milliseconds.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # typing itself takes a third of the time that the first process in a sandbox has to start in
+# Importing typing takes a third of the start-up time of the first process in a sandbox.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from safe_exec._version import __version__

@@ -9,16 +9,21 @@ import sys
 
 OBJECTS_UNTIL_COLLECTION = 50_000
 UNUSED = ("isoduration", "rfc3986_validator", "rfc3987_syntax")
-"""What jsonschema imports for formats that no notebook's schema has, where JupyterLab is installed: a grammar that is compiled in 0.8 s."""
+"""Modules that jsonschema imports if JupyterLab is installed; compiling a grammar takes 0.8 s.
+
+No notebook's schema uses the formats that they check.
+"""
 
 
 def main() -> None:
-    """Run the command line; exits with its code."""
-    if sys.argv[1:2] != ["batch"]:  # which lives long
-        # What is imported stays: to look through it at every 700 objects takes a tenth of the start.
+    """Run the command line and exit with its code."""
+    # A batch runs long enough to need the default.
+    if sys.argv[1:2] != ["batch"]:
+        # Imported modules stay: collecting garbage every 700 objects takes a tenth of the start.
         gc.set_threshold(OBJECTS_UNTIL_COLLECTION)
     for name in UNUSED:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails, as where it is not installed
+        # None makes an import fail, as if the module were not installed.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     if (
         sys.argv[1:2] == ["run"]
         and sys.platform.startswith("linux")
@@ -31,13 +36,11 @@ def main() -> None:
 
     code = cli.call(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a reader that is gone; a stream that was closed
+        # The reader may have exited, or the stream may be closed.
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(
-        code
-    )  # everything was closed by who opened it; taking Python apart takes longer than writing a verdict
+    # All files are closed. Shutting the interpreter down takes longer than writing a verdict.
+    os._exit(code)
 
 
 if __name__ == "__main__":

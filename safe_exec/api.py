@@ -1,7 +1,4 @@
-"""The Python interface: run one notebook and get its verdict. The command line is a thin coat over this.
-
-May import pipeline, profiles, notebook, errors, model.
-"""
+"""The Python interface: run one notebook and return its verdict, like the command line."""
 
 from __future__ import annotations
 
@@ -121,7 +118,7 @@ async def run_async(
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
 ) -> Verdict:
-    """As :func:`run`, inside an event loop."""
+    """Run one notebook inside a running event loop; see ``run``."""
     job = Job(
         path=Path(path),
         limits=limits,

@@ -1,6 +1,6 @@
-"""Every error a user can meet: one line that says what, where and how to fix it, and the exit code it ends with.
+"""Every error that a user can see: one line with problem, place and fix, and an exit code.
 
-Imports nothing of safe-exec. Only ``__main__`` exits.
+Only ``__main__`` exits.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from collections.abc import Mapping
 
 
 class SafeExecError(Exception):
-    """Base of all errors that safe-exec raises on purpose. ``str(error)`` is one line for the user."""
+    """The base of all errors that safe-exec raises; ``str(error)`` is one line for the user."""
 
     exit_code = 7
 
 
 class UsageError(SafeExecError):
-    """Bad usage or unreadable input: nothing has been written."""
+    """Bad usage or unreadable input. Nothing has been written."""
 
     exit_code = 2
 
 
 class NotebookError(UsageError):
-    """The notebook cannot be read, or is none."""
+    """The notebook cannot be read, or the file is not a notebook."""
 
 
 class LimitsError(UsageError):
-    """A limit, a profile or a limits file is wrong; the line names file, key and what was expected."""
+    """A wrong limit or limits file; the line names the file, the key and the expected value."""
 
 
 class OutputPathError(UsageError):
-    """An output path cannot be written; found before the run."""
+    """An output path cannot be written; reported before the run."""
 
 
 class EnforcementError(SafeExecError):
-    """A limit named by ``--require`` cannot be held by the operating system's kernel on this machine."""
+    """The operating system cannot enforce a limit from ``--require`` on this machine."""
 
     exit_code = 7
 
@@ -45,19 +45,19 @@ class SandboxError(SafeExecError):
 
 
 class PlatformError(SafeExecError):
-    """There is no sandbox for this operating system; nothing was run or written."""
+    """safe-exec does not support this platform. Nothing was run or written."""
 
     exit_code = 7
 
 
 class KernelStartError(SafeExecError):
-    """The kernel never became ready."""
+    """The kernel did not become ready."""
 
     exit_code = 6
 
 
 class KernelMissingError(KernelStartError):
-    """No kernel of that name is installed; ``installed`` are those that are, each with its language."""
+    """The named kernel is not installed; ``installed`` maps the installed ones to their languages."""
 
     def __init__(self, name: str, installed: Mapping[str, str]) -> None:
         names = ", ".join(sorted(installed)) or "none"

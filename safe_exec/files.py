@@ -1,7 +1,4 @@
-"""Reading and writing files that somebody else may have put in our way: no FIFO hangs us, no symlink leads us astray.
-
-Imports ``errors`` only.
-"""
+"""Read and write files that other programs may tamper with: no FIFO blocks, no symlink misleads."""
 
 from __future__ import annotations
 
@@ -23,32 +20,34 @@ _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 
 
 class _NotRegularError(OSError):
-    """``str(error)`` says what stands in the place of a regular file."""
+    """A path is not a regular file; ``str(error)`` says what it is."""
 
 
 def one_line(text: object) -> str:
-    """``text`` fit for a message of one line: what cannot be printed (a file name may hold anything) is escaped."""
+    """Return ``text`` for a one-line message, with unprintable characters escaped."""
     plain = str(text)
     return plain if plain.isprintable() else repr(plain)[1:-1]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 _READ = os.O_RDONLY
-for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # Windows has the last alone
+# Only Windows has O_BINARY, and it lacks the others.
+for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
     _READ |= getattr(os, _name, 0)
 
 
 def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
-    """The bytes of a regular file of at most ``most`` bytes; raises ``error`` with one line for anything else."""
+    """Return the bytes of a regular file; raise ``error``, one line, for anything else."""
     name = one_line(path)
     try:
         with os.fdopen(_open_regular(path), "rb") as file:
             data = _read_up_to(file, most + 1)
     except FileNotFoundError:
         raise error(f"{name}: no such file{_nearest(path)}") from None
-    except (OSError, ValueError) as problem:  # ValueError: a name no file can have
+    # ValueError: no file can have this name.
+    except (OSError, ValueError) as problem:
         raise error(f"{name}: {_reason(problem)}") from None
     if len(data) > most:
         raise error(f"{name}: larger than {most // 2**20} MiB, which is the most that is read")
@@ -56,7 +55,9 @@ def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
 
 
 def _read_up_to(file: BinaryIO, most: int) -> bytes:
-    """By pieces, not by st_size, which may be growing, nor by one read(most), which would allocate that much."""
+    """Read up to ``most`` bytes, in pieces."""
+    # Not st_size bytes, because the file may be growing; not one read(most), which would allocate
+    # all of it at once.
     pieces: list[bytes] = []
     while most > 0 and (piece := file.read(min(most, _PIECE))):
         pieces.append(piece)
@@ -65,9 +66,11 @@ def _read_up_to(file: BinaryIO, most: int) -> bytes:
 
 
 def _open_regular(path: Path) -> int:
-    """A descriptor of the regular file ``path``. Raises OSError, _NotRegularError among them."""
-    _demand_regular(path.stat())  # before the open: to open some devices is to act on them
-    # O_NONBLOCK: should a FIFO have taken the file's place since, the open must not wait for a writer.
+    """Open a regular file. Raises OSError."""
+    # Checked before opening, because opening some devices has an effect.
+    _demand_regular(path.stat())
+    # O_NONBLOCK: if a FIFO has taken the file's place meanwhile, opening it must not wait for a
+    # writer.
     descriptor = os.open(path, _READ)
     try:
         _demand_regular(os.fstat(descriptor))
@@ -101,7 +104,7 @@ def _reason(problem: OSError | ValueError) -> str:
 
 
 def _system_text(problem: OSError | ValueError) -> str:
-    """What the system said. For a name that never reached it, words of our own: Python's change."""
+    """Return the system's error text, or an own one for names that never reached the system."""
     if isinstance(problem, UnicodeEncodeError):
         return f"its name is not {problem.encoding.upper()} text"
     if isinstance(problem, ValueError):
@@ -111,7 +114,7 @@ def _system_text(problem: OSError | ValueError) -> str:
 
 
 def _nearest(path: Path) -> str:
-    """A hint at the file that was meant."""
+    """Return a hint at a file with a similar name."""
     try:
         names = [
             entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix)
@@ -122,14 +125,15 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {one_line(path.with_name(close[0]))}?" if close else ""
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 def check_writable(path: Path | str) -> None:
-    """Raise OutputPathError if :func:`write_atomically` could not put a file at ``path``; leaves nothing behind.
+    """Raise OutputPathError if ``write_atomically`` could not write to ``path``; leave no traces.
 
-    A symlink to a file is no obstacle: the write replaces it and does not follow it. Anything else that is no
-    regular file is one, be it reached through a symlink: replacing /dev/null or /dev/stdout would break the machine.
+    A symlink to a file is accepted, because the write replaces the link. Everything else that is
+    not a regular file is rejected, also behind a symlink: replacing /dev/null or /dev/stdout would
+    break the machine.
     """
     path = Path(path)
     try:
@@ -159,14 +163,14 @@ def _check_parent(path: Path) -> None:
 
 
 def _create_and_forget(directory: Path) -> None:
-    """Prove that a file can be made in ``directory``, which access(2) does not. Raises OSError."""
+    """Create and remove a file in ``directory``, to be sure. Raises OSError."""
+    # access(2) ignores read-only file systems, quotas and the rules of some network file systems.
     try:
-        # A file that never has a name: nobody sees it, and it is gone even if we are killed here.
+        # A file without a name: nobody sees it, and it disappears even if this process is killed.
         os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except OSError as problem:
-        if (
-            problem.errno not in _NO_TMPFILE
-        ):  # not every file system can: NFS, overlayfs before Linux 6.3
+        # NFS, and overlayfs before Linux 6.3, do not support O_TMPFILE.
+        if problem.errno not in _NO_TMPFILE:
             raise
         probe = directory / _temporary_name()
         os.close(
@@ -184,33 +188,33 @@ def _check_target(path: Path) -> None:
         return
     try:
         mode = path.stat().st_mode
-    except OSError:  # a symlink that leads nowhere, or round in circles
+    # A symlink that leads nowhere, or in a circle.
+    except OSError:
         mode = stat.S_IFREG
     if not stat.S_ISREG(mode):
         raise OutputPathError(f"{one_line(path)}: is {_kind(mode)}; name a file to write")
     parent = path.parent.stat()
     mine = os.geteuid() in (0, entry.st_uid, parent.st_uid)
-    if (
-        parent.st_mode & stat.S_ISVTX and not mine
-    ):  # sticky: only an owner may rename over it (rename(2), EPERM)
+    # In a sticky directory only an owner may rename over a file (rename(2), EPERM).
+    if parent.st_mode & stat.S_ISVTX and not mine:
         raise OutputPathError(
             f"{one_line(path)}: belongs to another user; choose another output path"
         )
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
-    """Put a file with ``data`` at ``path``: either all of it or nothing, durable on return.
+    """Write a file completely or not at all; it is durable on return. Raises OSError.
 
-    A temporary file beside it is filled, flushed to disk and renamed over ``path``; a symlink there is replaced, never
-    followed. Whatever fails, the temporary file is removed. Raises OSError.
+    A temporary file in the same directory is written, flushed to disk and renamed to ``path``. A
+    symlink is replaced, not followed. After an error the temporary file is removed.
     """
     write_pieces_atomically(path, (data,))
 
 
 def write_pieces_atomically(path: Path | str, pieces: Iterable[bytes]) -> None:
-    """As :func:`write_atomically`, of a document that is made while it is written and never in memory as a whole."""
+    """Write like ``write_atomically``, from pieces that are produced during the write."""
     path = Path(path)
-    # The directory is held open, so that no rename of it in between can split our steps over two places.
+    # The directory stays open: if it is renamed meanwhile, all steps still happen in the same one.
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _replace(directory, path.name, pieces)
@@ -234,7 +238,8 @@ _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC",
 
 
 def _current_path(path: Path, descriptor: int) -> Path:
-    """Where a directory is by now that was ``path`` when it was opened; one that was removed has no other place."""
+    """Return the current path of an open directory that was ``path`` when it was opened."""
+    # A deleted directory has no other path, so the old one is returned.
     status = os.fstat(descriptor)
     with suppress(OSError):
         if os.path.samestat(os.stat(path), status):
@@ -247,24 +252,25 @@ def _current_path(path: Path, descriptor: int) -> Path:
 
 
 class OutputRoot:
-    """A directory held open from before anything else runs, and all below it reached from there, through no link.
+    """The output directory, opened before anything runs; a context manager.
 
-    Several notebooks write below one directory, which lies in the folder of some of them maybe: one may move it away while another
-    runs, and put a link in its place or in that of a directory in it. A context manager. Raises OSError when it cannot be opened.
+    All paths in it are resolved from the open directory, without following links. Several notebooks
+    write into it, and it may lie in the folder of one of them, which can move it away or replace it
+    by a link while another one runs. Raises OSError if it cannot be opened.
     """
 
     def __init__(self, top: Path) -> None:
-        """``top`` is a path without links."""
+        """Open ``top``, a path without links."""
         self.top = top
         self._fd = os.open(top, _FOLDER | os.O_NOFOLLOW)
 
     @property
     def path(self) -> Path:
-        """Where the directory is by now."""
+        """The current path of the directory."""
         return _current_path(self.top, self._fd)
 
     def current_path(self, path: Path) -> Path:
-        """Where a document below ``top`` goes by now: its folder is made. Raises OutputPathError."""
+        """Return the current path for a document, and create its folder. Raises OutputPathError."""
         try:
             with contextlib.closing(OutputDirectory(path, self)) as folder:
                 return folder.path
@@ -274,7 +280,7 @@ class OutputRoot:
             ) from None
 
     def open(self, folder: Path) -> int:
-        """A descriptor of a directory that was to be below ``top``; made, with all on the way, where it is not there. Raises OSError."""
+        """Open a directory below ``top``, creating missing ones. Raises OSError."""
         descriptor = os.dup(self._fd)
         for name in folder.relative_to(self.top).parts:
             outer = descriptor
@@ -287,7 +293,7 @@ class OutputRoot:
         return descriptor
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the directory; its path is unknown from then on."""
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -298,47 +304,48 @@ class OutputRoot:
 
 
 class OutputDirectory:
-    """The folder of a document to come, held open from before anything else runs: it may be moved, or something put in its place.
+    """The folder of a future document, opened before anything runs.
 
-    Raises OSError when the folder cannot be opened.
+    The document goes into this folder even if it is moved or replaced meanwhile. Raises OSError if
+    the folder cannot be opened.
     """
 
     def __init__(self, path: Path, tree: OutputRoot | None = None) -> None:
-        """``path`` is the document's, in ``tree`` if there is one."""
+        """Open the folder of ``path``, below ``tree`` if there is one."""
         self._path = path.absolute()
         parent = self._path.parent
         self._fd = os.open(parent, _FOLDER) if tree is None else tree.open(parent)
 
     @property
     def path(self) -> Path:
-        """Where the document is by now: the path that was asked for, unless the folder was moved."""
+        """The current path of the document."""
         return _current_path(self._path.parent, self._fd) / self._path.name
 
     def remove(self) -> None:
-        """Remove what stands there, if it is a file or a link. Raises OSError."""
+        """Remove an existing file or link at the path. Raises OSError."""
         os.unlink(self._path.name, dir_fd=self._fd)
 
     def write(self, data: bytes | Iterable[bytes]) -> None:
-        """As :func:`write_atomically`, in this very folder, in one piece or in several."""
+        """Write the document like ``write_atomically``, into this folder."""
         _replace(self._fd, self._path.name, (data,) if isinstance(data, bytes) else data)
         _sync_directory(self._fd)
 
     def sibling(self, word: str) -> OutputDirectory:
-        """Another document in the folder: the same name with a word in it."""
+        """Return another document in the folder, with ``word`` in its name."""
         other = copy(self)
         other._path = self._path.with_name(f"{self._path.stem}.{word}{self._path.suffix}")  # noqa: SLF001
         return other
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the directory; its path is unknown from then on."""
         os.close(self._fd)
 
 
 class ReservedSpace:
-    """Room on a disk that is held for documents to come: a notebook that fills its disk must not cost us the verdict.
+    """Disk space reserved for the documents, in case the notebook fills its disk.
 
-    The file has no name (O_TMPFILE, since Linux 3.11), so nobody sees it and it goes with its descriptor. Where a file
-    system knows no such thing, nothing is held.
+    The file has no name (O_TMPFILE, since Linux 3.11), so it disappears with its descriptor. If the
+    file system does not support that, nothing is reserved.
     """
 
     def __init__(self, directory: Path, size: int) -> None:
@@ -348,14 +355,14 @@ class ReservedSpace:
             os.posix_fallocate(self._fd, 0, size)
 
     def release(self) -> None:
-        """Give the room back; called just before the documents are written."""
+        """Release the space, just before the documents are written."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def _temporary_name() -> str:
-    # Not derived from the final name, which may be as long as a name can be.
+    # Not derived from the final name, which may already have the maximum length.
     return f".safe-exec-{os.urandom(8).hex()}.tmp"
 
 
@@ -371,9 +378,10 @@ def _sync_directory(directory: int) -> None:
     try:
         os.fsync(directory)
     except OSError as problem:
+        # Some network file systems cannot flush a directory.
         if problem.errno not in (
             errno.EINVAL,
             errno.EROFS,
             errno.ENOTSUP,
-        ):  # some network file systems know no such thing
+        ):
             raise

@@ -1,8 +1,8 @@
-"""Sizes, durations and counts: from the words people write to bytes and seconds, and back for the reports.
+"""Parse sizes, durations and counts, and format them for reports.
 
-Imports nothing of safe-exec. K, M, G and T are powers of 1024, with or without "iB" or "B", as systemd and Docker read
-them. Every ``parse_*`` takes what a YAML file, a notebook's metadata or an option can hold and raises
-:class:`UnitError`, whose text says what was found and what was expected.
+K, M, G and T are powers of 1024, with or without "iB" or "B", as in systemd and Docker. Every
+``parse_*`` function accepts any value from a YAML file, a notebook's metadata or an option, and
+raises UnitError with the value and the expected syntax.
 """
 
 # ruff: noqa: PLR2004 - the thresholds of rounding say best themselves what they are
@@ -14,18 +14,19 @@ import re
 from decimal import Decimal
 
 UNLIMITED = frozenset({"none", "null", "unlimited"})
-"""The words, beside a real null, that lift a limit."""
+"""Words that lift a limit, like a real null."""
 
-_LONGEST = (
-    40  # characters; no honest figure is longer, and it keeps every regular expression below cheap
-)
-_MOST_BYTES = 2**63 - 1  # what the kernel's interfaces hold (off_t, rlim_t, the cgroup files)
-_MOST_SECONDS = 1e9  # some 30 years; event loops and timers overflow not far above
-_MOST_COUNT = 2**31 - 1  # pid_t and RLIMIT_NOFILE end there or sooner
+# Characters: no real value is longer, and short texts keep the regular expressions fast.
+_LONGEST = 40
+# The range of off_t, rlim_t and the cgroup files.
+_MOST_BYTES = 2**63 - 1
+# About 30 years; event loops and timers overflow not far above.
+_MOST_SECONDS = 1e9
+# pid_t and RLIMIT_NOFILE are no larger.
+_MOST_COUNT = 2**31 - 1
 _MOST_CPUS = 65536.0
-_LEAST_CPUS = (
-    0.01  # a quota below 1 ms in a period of 100 ms is refused by the kernel (sched-bwc.rst)
-)
+# Linux rejects a quota below 1 ms per period of 100 ms (sched-bwc.rst).
+_LEAST_CPUS = 0.01
 
 _SIZE = "a size: bytes, or a number with K, M, G or T, such as 512M or 1.5GiB"
 _DURATION = "a duration: seconds, or a number with ms, s, m, h or d, such as 90s or 1h30m"
@@ -45,20 +46,21 @@ _DURATION_UNITS = (Decimal(86400), Decimal(3600), Decimal(60), Decimal(1), Decim
 
 
 class UnitError(ValueError):
-    """A value that is no size, duration or count; ``str(error)`` says what was found and what was expected."""
+    """A value is not a size, duration or count; ``str(error)`` shows it and the expected syntax."""
 
 
 def shown(value: object) -> str:
-    """``value`` as an error names it: quoted, on one line, never long."""
+    """Return ``value`` for an error message: quoted, on one line, shortened."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more than 4300 digits
+    # An integer of more than 4300 digits has no repr (CVE-2020-10735).
+    except ValueError:
         text = f"a giant {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_size(value: object) -> int | None:
-    """Bytes of a size such as ``"512M"``, ``"1.5 GiB"``, ``"64k"`` or ``1048576``; ``None`` for unlimited.
+    """Parse a size to bytes: ``"512M"``, ``"1.5 GiB"``, ``1048576``; ``None`` for unlimited.
 
     Fractions of a byte are dropped. Raises UnitError.
     """
@@ -76,7 +78,7 @@ def parse_size(value: object) -> int | None:
 
 
 def parse_percent(value: object) -> float | None:
-    """The share (0 to 1) that ``"75%"`` names, or ``None`` where ``value`` is no percentage. Raises UnitError."""
+    """Parse ``"75%"`` to 0.75; ``None`` if ``value`` is not a percentage. Raises UnitError."""
     match = (
         _PERCENT_RE.fullmatch(value.strip())
         if isinstance(value, str) and len(value) <= _LONGEST
@@ -93,7 +95,7 @@ def parse_percent(value: object) -> float | None:
 
 
 def parse_duration(value: object) -> float | None:
-    """Seconds of a duration such as ``"90s"``, ``"1h30m"``, ``"250ms"`` or ``90``; ``None`` for unlimited.
+    """Parse a duration to seconds: ``"90s"``, ``"1h30m"``, ``90``; ``None`` for unlimited.
 
     Raises UnitError.
     """
@@ -106,7 +108,7 @@ def parse_duration(value: object) -> float | None:
 
 
 def parse_grace(value: object) -> float:
-    """Seconds of a duration that may be 0 but never unlimited. Raises UnitError."""
+    """Parse a duration that may be 0 but not unlimited. Raises UnitError."""
     text = _text(value, _DURATION)
     if text is None:
         raise UnitError(f"{shown(value)} is not allowed here; expected {_DURATION}")
@@ -116,7 +118,7 @@ def parse_grace(value: object) -> float:
 
 
 def parse_count(value: object) -> int | None:
-    """A whole number above 0; ``None`` for unlimited. Raises UnitError."""
+    """Parse a whole number above 0; ``None`` for unlimited. Raises UnitError."""
     text = _text(value, _COUNT)
     if text is None:
         return None
@@ -127,7 +129,7 @@ def parse_count(value: object) -> int | None:
 
 
 def parse_cpus(value: object) -> float | None:
-    """A number of processors, at least 0.01; ``None`` for unlimited. Raises UnitError."""
+    """Parse a number of processors, at least 0.01; ``None`` for unlimited. Raises UnitError."""
     text = _text(value, _CPUS)
     if text is None:
         return None
@@ -136,7 +138,7 @@ def parse_cpus(value: object) -> float | None:
 
 
 def format_size(size: float) -> str:
-    """``size`` bytes for people: ``"812 B"``, ``"12.5 MiB"``, ``"612 MiB"``, ``"1.0 GiB"``; a loss has a minus."""
+    """Format bytes: ``"812 B"``, ``"12.5 MiB"``, ``"1.0 GiB"``; a decrease has a minus sign."""
     sign, amount = ("-" if size < 0 else ""), abs(size)
     if amount < 1023.5:
         return f"{sign}{amount:.0f} B"
@@ -150,9 +152,10 @@ def format_size(size: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``seconds`` for people: ``"0.4 ms"``, ``"250 ms"``, ``"14.2 s"``, ``"3m 20s"``, ``"1h 30m"``, ``"2d 3h"``."""
+    """Format seconds: ``"0.4 ms"``, ``"14.2 s"``, ``"3m 20s"``, ``"1h 30m"``, ``"2d 3h"``."""
     sign, amount = ("-" if seconds < 0 else ""), abs(seconds)
-    if amount >= 59.95:  # 59.96 s would be printed as 60.0 s
+    # 59.96 s would be shown as 60.0 s.
+    if amount >= 59.95:
         return sign + _long(round(amount))
     if amount >= 0.9995 or amount == 0:
         return f"{sign}{amount:.1f} s"
@@ -160,7 +163,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _long(seconds: int) -> str:
-    """A minute and more, in its two largest units; a second part of nothing is left out."""
+    """Format a minute or more in its two largest units, without a second one of zero."""
     if seconds < 3600:
         (first, second), units = divmod(seconds, 60), "ms"
     elif seconds < 86400 - 30:
@@ -171,7 +174,7 @@ def _long(seconds: int) -> str:
 
 
 def _text(value: object, expected: str) -> str | None:
-    """The figure as text without its sign, ``None`` where it says unlimited."""
+    """Return the value as text; ``None`` if it means unlimited."""
     if value is None or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -1,1 +1,1 @@
-"""Where people already are: pytest and papermill run their notebooks by safe-exec. One file per tool; nothing of ours imports them."""
+"""Plug-ins for other tools: pytest and papermill. One file per tool; no other module imports them."""

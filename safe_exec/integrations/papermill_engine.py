@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from safe_exec.workflows.prepare import PreparedJob
 
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
-"""Names a profile or a limits file where no argument does: papermill's command line hands an engine no options."""
+"""Names the profile or limits file: papermill's command line passes no options to engines."""
 
 
 class SafeExecEngine(Engine):  # type: ignore[misc]
-    """Runs the notebook of an execution manager in a sandboxed kernel."""
+    """A papermill engine that runs the notebook in a sandboxed kernel."""
 
     @classmethod
     def execute_managed_notebook(
@@ -90,7 +90,7 @@ def _prepared(
     exit_is: str,
     **options: Any,
 ) -> PreparedJob:
-    """Papermill has read the notebook already, from wherever it reads. Its path tells which ``safe-exec.yaml`` counts."""
+    """Prepare the notebook that papermill has read; its path selects the ``safe-exec.yaml``."""
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
@@ -101,7 +101,7 @@ def _prepared(
 
     path = (
         Path(input_path)
-        # papermill hands over the notebook itself where the caller gave one instead of a path.
+        # The caller may have passed a notebook instead of a path.
         if isinstance(input_path, str) and os.path.isfile(input_path)
         else Path.cwd() / "notebook.ipynb"
     )
@@ -130,7 +130,7 @@ def _run(prepared: PreparedJob, relay: Relay) -> Verdict:
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns; on a thread of its own where a loop runs already, as in a notebook that calls papermill."""
+    """Run a coroutine, on another thread if this one has a running loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -159,10 +159,11 @@ class Relay:
         self.next = 0
         self.running: int | None = None
 
-    # --- while it runs ------------------------------------------------------------------------------------------------
+    # --- during the run
+    # -----------------------------------------------------------------------------
 
     def event(self, event: Event) -> None:
-        """A cell began or ended."""
+        """Report the start or the end of a cell."""
         from safe_exec.model.events import CellFinished, CellStarted
         from safe_exec.model.verdict import CellStatus
 
@@ -176,14 +177,14 @@ class Relay:
             self._end(event.index, failed=failed)
 
     def _is_allowed(self, index: int) -> bool:
-        """Whether the cell may raise, as nbclient knows it."""
+        """Return whether the cell may raise, by nbclient's rules."""
         node = self.nb_man.nb
         execution = node.metadata.get("execution")
         everywhere = isinstance(execution, Mapping) and execution.get("allow_errors") is True
         return everywhere or "raises-exception" in node.cells[index].metadata.get("tags", [])
 
     def _catch_up(self, index: int) -> None:
-        """The cells before that are not run: they begin and end at once."""
+        """Report cells that do not run as started and finished."""
         while self.next < index:
             self._begin(self.next)
             self._end(self.next - 1, failed=False)
@@ -200,11 +201,12 @@ class Relay:
         self.running = None
 
     def message(self, _index: int, message: dict[str, Any]) -> None:
-        """Something was put into a cell: save now and then, and log what it was, as papermill's own engine does."""
+        """Save the notebook from time to time, and log new outputs, like papermill's own engine."""
         try:
             self.nb_man.autosave_cell()
-        except Exception:  # noqa: BLE001 - storages of all kinds
-            # It is saved once more at the end, and that one is heard; a run must not end for one on the way.
+        # papermill supports many storages, each with its own exceptions.
+        except Exception:  # noqa: BLE001
+            # The final save reports its errors; a failed intermediate save must not end the run.
             logger.exception("the notebook could not be saved on the way")
         kind, content = message["msg_type"], message["content"]
         if kind == "stream":
@@ -224,10 +226,11 @@ class Relay:
             file.write(text)
             file.flush()
 
-    # --- at its end ---------------------------------------------------------------------------------------------------
+    # --- the end of the run
+    # -------------------------------------------------------------------------
 
     def finish(self, verdict: Verdict) -> None:
-        """Say what came of it. A cell that carries an error makes papermill save, and raise its own exception."""
+        """Report the outcome; papermill raises its own exception for a cell with an error."""
         from safe_exec.model.verdict import Status
 
         for warning in verdict.warnings:
@@ -247,7 +250,7 @@ class Relay:
             raise SafeExecError(headline(verdict))
 
     def _place(self, verdict: Verdict) -> int | None:
-        """The cell that carries the error: where it happened, else the first that did not run, else the last one."""
+        """Return the cell that gets the error: the crash cell, the first one not run, or the last."""
         if verdict.crash_cell is not None:
             return verdict.crash_cell.index
         code = [
@@ -266,7 +269,7 @@ class Relay:
             for output in cell.outputs
         )
         if left_early or verdict.cause is None or verdict.cause.kind is not CauseKind.EXCEPTION:
-            # Before an error of the cell's own (a KeyboardInterrupt of ours, say): papermill raises the first.
+            # Inserted before other errors of the cell, because papermill raises the first one.
             errors = (at for at, output in enumerate(cell.outputs) if output.output_type == "error")
             cell.outputs.insert(next(errors, len(cell.outputs)), error_output(cell.source, verdict))
         self.nb_man.cell_exception(cell, cell_index=index)

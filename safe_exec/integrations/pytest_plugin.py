@@ -1,7 +1,6 @@
-"""The pytest plugin: with ``--safe-exec`` each notebook is a test, run inside limits, and its failure is the diagnosis.
+"""The pytest plugin: with ``--safe-exec`` each notebook is a test.
 
-pytest imports this module at every start wherever safe-exec is installed, asked for or not: it imports nothing of ours that costs
-anything, and registers options alone, until ``--safe-exec`` is given.
+pytest imports this module at every start, so costly imports happen inside functions.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 ISOLATION = (
     ("env", "NAME"), ("show", "PATH"), ("writable", "PATH"), ("hide", "PATH"), ("device", "PATH"),
 )  # fmt: skip
-"""Options of isolation that may be given more than once; each is that of `safe-exec run`."""
+"""Options of isolation that may be repeated; each has its counterpart in ``safe-exec run``."""
 
 INPUTS = (
     ("parameters", "FILE"), ("set-env", "NAME=VALUE"), ("env-file", "FILE"), ("skip-tag", "TAG"),
@@ -34,20 +33,20 @@ INPUTS = (
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
 NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
-"""Copies that Jupyter and Jupyter Book make of notebooks."""
+"""Copies of notebooks that Jupyter and Jupyter Book make."""
 
 MARK = "safe_exec_version"
-"""The property by which a report of ours is known; it travels from xdist's workers as text does."""
+"""The property that marks reports of this plugin; xdist's workers transfer it."""
 
 NOT_KEPT = "files that were not kept"
-"""So a verdict's warning begins that names such files (``safe_exec.trial.discarded``)."""
+"""The start of the verdict's warning that names such files (``safe_exec.trial.discarded``)."""
 
 UNDER_TEST = "PYTEST_CURRENT_TEST"
-"""ipykernel takes a kernel with this for one that is under test itself, and does not watch its descriptors 1 and 2."""
+"""ipykernel does not watch descriptors 1 and 2 of a kernel with this variable."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register the options; none of them costs anything without ``--safe-exec``."""
+    """Register the options; they cost nothing without ``--safe-exec``."""
     group = parser.getgroup("safe-exec", "notebooks inside limits (safe-exec)")
     group.addoption(
         "--safe-exec", action="store_true", help="Run each notebook as a test, inside limits."
@@ -139,7 +138,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the options say. ``out`` is where documents go; ``keeps``: also those of notebooks that passed."""
+    """The values of the options; ``keeps`` is true if documents of passed notebooks are kept too."""
 
     out: Path
     keeps: bool
@@ -159,7 +158,7 @@ SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check the options before anything is collected: a wrong limit is one error, not one for each notebook."""
+    """Check the options before collection: a wrong limit is one error, not one per notebook."""
     if not config.getoption("safe_exec"):
         return
     from safe_exec.errors import SafeExecError
@@ -174,7 +173,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    """Raises UsageError, LimitsError and PlatformError."""
+    """Read the options. Raises UsageError, LimitsError and PlatformError."""
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
@@ -184,7 +183,8 @@ def _settings(config: pytest.Config) -> Settings:
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
     options = {name: value for name, value in values.items() if value is not None}
     if "output" in options:
-        options.setdefault("cell_output", options["output"])  # as the command takes it
+        # The command applies the same rule.
+        options.setdefault("cell_output", options["output"])
     out = config.getoption("safe_exec_out")
     input_options = _input_options(config)
     variables = variables_of(input_options)
@@ -207,7 +207,7 @@ def _settings(config: pytest.Config) -> Settings:
 
 
 def _isolation_options(config: pytest.Config) -> dict[str, Any]:
-    """The options of isolation, by the names that those of the command have."""
+    """Return the options of isolation, under the names that the command uses."""
     paths = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
     flags = {name: config.getoption(f"safe_exec_{name}") for name in ("network", "read_only")}
     return {**paths, **flags, "env_names": paths["env"], "devices": paths["device"]}
@@ -233,7 +233,7 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
 
 
 def _working_directory(text: str | None, base: Path) -> Path | None:
-    """The directory that all notebooks run in. Raises UsageError."""
+    """Return the working directory for all notebooks. Raises UsageError."""
     from safe_exec.errors import UsageError
 
     if text is None:
@@ -245,7 +245,8 @@ def _working_directory(text: str | None, base: Path) -> Path | None:
 
 
 def _checked(limits: str | None, options: dict[str, str]) -> str | None:
-    """The profile, a file by its whole path: tests beside ours may change the directory. Raises LimitsError."""
+    """Check the limits, and return the profile, or a file as an absolute path. Raises LimitsError."""
+    # Absolute, because other tests may change the working directory.
     from safe_exec.limits import profiles
     from safe_exec.sandbox.host.capabilities import detect
 
@@ -258,7 +259,8 @@ def _checked(limits: str | None, options: dict[str, str]) -> str | None:
 
 
 def _directory(config: pytest.Config, out: str | None) -> Path:
-    """Where documents go: never beside the notebooks, where the next commit would take them along."""
+    """Return the directory for documents."""
+    # Never beside the notebooks, where the next commit would include them.
     if out is not None:
         return config.invocation_params.dir / out
     if config.pluginmanager.hasplugin("cacheprovider") and config.cache is not None:
@@ -269,7 +271,7 @@ def _directory(config: pytest.Config, out: str | None) -> Path:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """What holds for the notebooks of this session."""
+    """Return the line about limits and documents for pytest's header."""
     settings = config.stash.get(SETTINGS, None)
     if settings is None:
         return []
@@ -278,11 +280,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"safe-exec: limits {settings.limits or 'default'}{own}; {documents} in {settings.out}"]
 
 
-# --- collecting ---------------------------------------------------------------------------------------------------
+# --- collection ---------------------------------------------------------------------------------
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.File | None:
-    """A file of one test for each notebook."""
+    """Collect a notebook as a file with one test."""
     if parent.config.stash.get(SETTINGS, None) is None or file_path.suffix != SUFFIX:
         return None
     file: NotebookFile = NotebookFile.from_parent(parent, path=file_path)
@@ -290,17 +292,18 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Fil
 
 
 def is_collected(path: Path) -> bool:
-    """Whether a notebook is one that somebody wrote."""
+    """Return whether a notebook was written by a person."""
     return not path.name.endswith(OURS) and NOT_WALKED.isdisjoint(path.parts)
 
 
 class NotebookFile(pytest.File):
-    """A notebook, which is one test."""
+    """A notebook file with a single test."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        """The one test: a notebook passes or fails as a whole. None for what Jupyter or safe-exec wrote.
+        """Yield the test, or nothing for files that Jupyter or safe-exec wrote.
 
-        To refuse the file instead would be an error where it is named: a shell puts all into ``pytest docs/*.ipynb``.
+        Refusing such a file would be an error for ``pytest docs/*.ipynb``, where the shell names
+        all of them.
         """
         if not is_collected(self.path):
             return
@@ -310,27 +313,27 @@ class NotebookFile(pytest.File):
 
 
 class FilesNotKept(pytest.PytestWarning):
-    """A notebook that passed wrote files that are gone with its sandbox."""
+    """A notebook passed, and files that it wrote are gone with its sandbox."""
 
 
 class NotebookFailed(Exception):  # noqa: N818 - what pytest is told; the verdict says what it was
-    """The notebook did not pass."""
+    """A notebook did not pass; ``verdict`` has the details."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.status)
         self.verdict = verdict
 
 
-# --- running ------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------
 
 
 class NotebookItem(pytest.Item):
-    """One run of one notebook."""
+    """The run of one notebook."""
 
     _line = 0
 
     def runtest(self) -> None:
-        """Run it; raises NotebookFailed, UsageError for what cannot be run, and KeyboardInterrupt where we were stopped."""
+        """Run it. Raises NotebookFailed, UsageError, and KeyboardInterrupt after a signal."""
         from safe_exec._version import __version__
         from safe_exec.model.verdict import Status
 
@@ -338,7 +341,8 @@ class NotebookItem(pytest.Item):
         verdict = self._verdict()
         self.user_properties += properties(verdict)
         if verdict.status is Status.CANCELLED:
-            raise KeyboardInterrupt  # the signal came to us, pytest has not seen it
+            # The signal arrived here, so pytest has not seen it.
+            raise KeyboardInterrupt
         if verdict.status is not Status.PASSED:
             self._point_at(verdict)
             raise NotebookFailed(verdict)
@@ -362,7 +366,8 @@ class NotebookItem(pytest.Item):
         settings, stem = self._settings, self._stem()
         stem.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            # Those of the libraries below us are not the user's: `-W error` is meant for their own code.
+            # Warnings of our dependencies do not concern the user: `-W error` is meant for their
+            # own code.
             warnings.simplefilter("ignore")
             job = Job(
                 path=self.path,
@@ -387,17 +392,19 @@ class NotebookItem(pytest.Item):
         return ours | self._settings.variables
 
     def _stem(self) -> Path:
-        """The documents' path without their endings: as the notebook's below the root directory, or its whole path elsewhere."""
+        """Return the stem of the documents: the notebook's path below the root directory."""
         root, path = self.config.rootpath, self.path
         relative = (
             path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
         )
         return self._settings.out / relative.with_name(relative.name[: -len(SUFFIX)])
 
-    # --- reporting --------------------------------------------------------------------------------------------------
+    # --- reporting
+    # ----------------------------------------------------------------------------------
 
     def _point_at(self, verdict: Verdict) -> None:
-        """Have reports name the line that failed; pytest has asked for the place before, and kept the answer."""
+        """Make reports point at the failing line."""
+        # pytest has asked for the location before the run and caches the answer.
         from safe_exec.reports.batch.source_map import placed, read_as_run
 
         crash = verdict.crash_cell
@@ -412,11 +419,11 @@ class NotebookItem(pytest.Item):
         self.__dict__.pop("location", None)
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        """The file, the line in it (from 0, the notebook's JSON) of what failed, and the name."""
+        """Return file, line and name; the line is that of the failure in the JSON, from 0."""
         return self.path, self._line, self.name
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The diagnosis as on the terminal: plain text, which is all that those who annotate pull requests read."""
+        """Return the diagnosis as plain text, which tools that annotate pull requests can read."""
         from safe_exec.errors import SafeExecError
 
         if isinstance(excinfo.value, NotebookFailed):
@@ -429,7 +436,7 @@ class NotebookItem(pytest.Item):
 
 
 def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
-    """Figures of a run by name, bytes and seconds; what was not measured is left out."""
+    """Yield figures by name, in bytes and seconds, without those that were not measured."""
     cause, crash, culprits = verdict.cause, verdict.crash_cell, verdict.culprits
     figures: dict[str, str | int | float | None] = {
         "status": verdict.status.value,
@@ -453,7 +460,7 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crash:
-    """What pytest's short summary and JUnit's message are made from."""
+    """The data of pytest's short summary and of JUnit's message."""
 
     path: str
     lineno: int
@@ -461,17 +468,17 @@ class Crash:
 
 
 class Diagnosis(str):  # noqa: SLOT000 - a text that carries one thing more
-    """The text of a failure that knows its headline."""
+    """The text of a failure, with its headline."""
 
     reprcrash: Crash
 
 
 class Headlines:
-    """Where reports arrive, a failure of ours gets its headline; xdist's workers, which send them, can send plain text only."""
+    """Adds headlines to failures; xdist's workers can only transfer plain text."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Make the plain text one that pytest's summary and JUnit's message take a line from."""
+        """Replace the plain text by one with a headline for pytest's summary and JUnit's message."""
         if not isinstance(report.longrepr, str) or not any(
             name == MARK for name, _ in report.user_properties
         ):
