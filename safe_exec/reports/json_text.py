@@ -20,17 +20,17 @@ _SMALL = re.compile(rb"0\.0000[1-9]\d*(?=,?\n)")
 
 
 def document(value: object) -> bytes:
-    """A value on indented lines, with a final newline."""
+    """Return a value as JSON on indented lines, with a final newline."""
     return _indented(value)
 
 
 def line(value: object) -> bytes:
-    """A value on a single line, with a final newline."""
+    """Return a value as JSON on one line, with a final newline."""
     return msgspec.json.format(_indented(value), indent=0).rstrip() + b"\n"
 
 
 def plain(value: object) -> Any:
-    """A value as dicts, lists, text and numbers, just as a reader of the JSON gets it."""
+    """Return a value as dicts, lists, texts and numbers, as a JSON parser would."""
     return msgspec.json.decode(_compact(value))
 
 
@@ -44,10 +44,10 @@ def _exponent(match: re.Match[bytes]) -> bytes:
 
 
 def _small(match: re.Match[bytes]) -> bytes:
-    whole = not match.string[
+    is_complete = not match.string[
         match.start() - 1 : match.start()
     ].isdigit()  # and not the end of 10.00001
-    return repr(float(match[0])).encode() if whole else match[0]
+    return repr(float(match[0])).encode() if is_complete else match[0]
 
 
 def _compact(value: object) -> bytes:
@@ -58,7 +58,7 @@ def _compact(value: object) -> bytes:
 
 
 def _mapping(value: object) -> dict[Any, Any]:
-    """A mapping that is no dict, which msgspec does not know."""
+    """Convert a mapping other than dict, which msgspec does not support."""
     if isinstance(value, Mapping):
         return dict(value)
     raise NotImplementedError(f"{type(value).__name__} has no form in JSON")

@@ -304,7 +304,7 @@ class Progress:
         self._situation = Situation()
         self._silent = quiet
         self._live: Live | None = None
-        self._drawn = float("-inf")
+        self._last_draw = float("-inf")
         self._last_event = 0.0
         self._ticking = False
 
@@ -348,8 +348,8 @@ class Progress:
             live.console.print(
                 self._style.fit(line), style="yellow", markup=False, highlight=False, soft_wrap=True
             )
-        if self._clock() - self._drawn >= _REFRESH_SECONDS:
-            self._drawn = self._clock()
+        if self._clock() - self._last_draw >= _REFRESH_SECONDS:
+            self._last_draw = self._clock()
             live.update(self._status_line(live.console.width), refresh=True)
 
     def _keep_ticking(self) -> None:

@@ -44,6 +44,7 @@ NOT_YET_CLEAN: tuple[str, ...] = (
     "kernel",
     "limits",
     "model",
+    "notebook",
     "sandbox",
     "trial",
 )

@@ -69,10 +69,10 @@ def figures(search: Culprits) -> str:
     # Runs that ended in other ways are named, because they weaken the result.
     if checked and len(search.endings.keys() - {PASSED}) > 1:
         checked += f" ({endings(search)})"
-    earlier = f" + {search.cached} cached" if search.cached else ""
+    cached_trials = f" + {search.cached} cached" if search.cached else ""
     parts = (
         checked,
-        f"{common.counted(search.trials, 'trial')}{earlier}",
+        f"{common.counted(search.trials, 'trial')}{cached_trials}",
         format_seconds(search.seconds),
     )
     return common.SEPARATOR.join(part for part in parts if part)
