@@ -11,9 +11,23 @@ import signal
 
 from msgspec.structs import replace
 
-from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
+from safe_exec.diagnosis.context import (
+    Context,
+    exit_facts,
+    inside,
+    leaves_reason_to_output,
+    make,
+    outside,
+)
 from safe_exec.diagnosis.rules.timeouts import activity_of
-from safe_exec.model.ending import CellFailed, Died, LimitHit, TerminationReason, TimedOut
+from safe_exec.model.ending import (
+    CellError,
+    CellFailed,
+    Died,
+    LimitHit,
+    TerminationReason,
+    TimedOut,
+)
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_seconds, format_size
@@ -40,6 +54,11 @@ MOSTLY = 0.5
 REFUSED = re.compile(
     r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable "
     r"to allocate "
+)
+
+# The last line of a Python program's traceback, and what the system and C++ say.
+PROGRAM_REFUSED = re.compile(
+    r"^(?:\w+\.)*_?(?:Array)?MemoryError\b|\[Errno 12\]|Cannot allocate memory|std::bad_alloc"
 )
 
 # How numpy says what it asked for.
@@ -323,7 +342,7 @@ def refused(context: Context) -> Cause | None:
     foreign = context.language not in (None, "python") and REFUSED.search(error.evalue) is not None
     by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
     if not (is_memory_error or system or foreign or by_library):
-        return None
+        return _refused_to_program(context, error)
     facts = [
         inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
         *_facts(context),
@@ -337,6 +356,29 @@ def refused(context: Context) -> Cause | None:
         summary,
         confidence,
         tuple(facts),
+        _advice_for_refusal(context),
+    )
+
+
+def _refused_to_program(context: Context, error: CellError) -> Cause | None:
+    """A program that the cell had started got no memory: its last words say so."""
+    if not leaves_reason_to_output(context):
+        return None
+    lines = reversed(context.evidence.last_words.splitlines())
+    line = next((line.strip() for line in lines if PROGRAM_REFUSED.search(line)), None)
+    if line is None:
+        return None
+    facts = (
+        inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
+        inside("a program said", line[:300], "output of the cell"),
+        *_facts(context),
+    )
+    return make(
+        context,
+        CauseKind.MEMORY_ERROR,
+        f"a program that the cell started was refused an allocation: {line[:200]}",
+        Confidence.LIKELY,
+        facts,
         _advice_for_refusal(context),
     )
 
