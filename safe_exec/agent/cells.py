@@ -136,12 +136,22 @@ def source_of(inside, name):
     return source
 
 
+def traceback_rows(inside, entry):
+    """The frames of a traceback, outermost first, each once.
+
+    An error in a trace function (a debugger's) passes the frame that was traced twice.
+    """
+    rows, last = [], None
+    while entry is not None:
+        if entry.tb_frame is not last:
+            rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
+        last, entry = entry.tb_frame, entry.tb_next
+    return rows
+
+
 def tell_failure(inside, error):
     """Report where a statement raised, innermost first; the displayed traceback may hide frames."""
-    rows, entry = [], getattr(error, "__traceback__", None)
-    while entry is not None:
-        rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
-        entry = entry.tb_next
+    rows = traceback_rows(inside, getattr(error, "__traceback__", None))
     # The first is IPython's own, which called exec().
     rows = rows[1:][::-1]
     line = syntax_line(inside, error) or next(

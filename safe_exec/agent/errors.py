@@ -9,7 +9,7 @@ import functools
 import sys
 
 from .attributes import tell_attributes
-from .cells import syntax_line
+from .cells import syntax_line, traceback_rows
 
 MOST_ROWS = 30
 
@@ -55,9 +55,7 @@ def rows_of(inside, error):
     entry = getattr(error, "__traceback__", None)
     if entry is None:
         return []
-    rows, callers = [], inside.frames(entry.tb_frame.f_back)
-    while entry is not None:
-        rows.append(inside.row(entry.tb_frame.f_code, entry.tb_lineno))
-        entry = entry.tb_next
+    callers = inside.frames(entry.tb_frame.f_back)
+    rows = traceback_rows(inside, entry)
     # Below the cell there is nothing but what runs it.
     return rows[::-1] + (callers if callers and callers[-1][3] else [])

@@ -227,6 +227,8 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
     writes: bool = False
     # Whether the user that the kernel runs as may use it.
     usable: bool = True
+    # Whether it is a socket, which no copy can stand for.
+    socket: bool = False
     # It was looked for in the home that the kernel has instead of the user's.
     moved: bool = False
     local: bool = False

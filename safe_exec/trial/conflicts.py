@@ -65,6 +65,11 @@ class Lookup:
         mode = self._mode(path)
         return mode is not None and stat.S_ISDIR(mode)
 
+    def is_socket(self, path: str) -> bool:
+        """Whether it is a socket on which a program listens."""
+        mode = self._mode(path)
+        return mode is not None and stat.S_ISSOCK(mode)
+
     def is_program(self, path: str) -> bool:
         """Tell whether the path is an executable file."""
         mode = self._mode(path)
@@ -297,7 +302,11 @@ class _Finder:
         for place, moved in self.sight.places(name):
             conflict = self._refused(need, place, moved=moved)
             if conflict is not None:
-                return replace(conflict, name=self.sight.shown(conflict.name))
+                return replace(
+                    conflict,
+                    name=self.sight.shown(conflict.name),
+                    socket=self.lookup.is_socket(conflict.path or place),
+                )
         return None
 
     def _refused(self, need: Need, place: str, *, moved: bool) -> IsolationConflict | None:

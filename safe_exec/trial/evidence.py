@@ -374,8 +374,26 @@ def _further_in(state: TrialState, location: CellLocation, error: CellError | No
             frame = Frame(function="<module>", line=line, file="<stdin>", cell=location.cell)
             return replace(location, line=line, stack=(frame, *location.stack))
     if error is not None and error.in_debugger:
-        return replace(location, line=line_of_debugger_call(source, location.line))
+        return replace(
+            location,
+            line=line_of_debugger_call(source, location.line),
+            stack=_with_debugger_call(state, location.stack),
+        )
     return location
+
+
+def _with_debugger_call(state: TrialState, stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """The stack with the innermost frame of the notebook at the call that started the debugger."""
+    at = next((n for n, frame in enumerate(stack) if frame.cell is not None), None)
+    if at is None:
+        return stack
+    frame = stack[at]
+    if frame.cell is None or frame.line is None:
+        return stack
+    source = str(state.request.node.cells[frame.cell].source)
+    line = line_of_debugger_call(source, frame.line)
+    row = replace(frame, line=line, source_line=source.splitlines()[line - 1])
+    return (*stack[:at], row, *stack[at + 1 :])
 
 
 def line_of_debugger_call(source: str, line: int) -> int:

@@ -228,7 +228,18 @@ def advice(conflict: IsolationConflict) -> str:
             "Let other users read it (chmod o+r), or put a copy that they may read into the "
             "notebook's folder."
         )
-    return _of_paths(conflict)
+    return _of_socket(conflict) if conflict.socket else _of_paths(conflict)
+
+
+def _of_socket(conflict: IsolationConflict) -> str:
+    """A program outside listens there: opening the way to it is all that helps."""
+    options = " ".join(f"--show {shlex.quote(path)}" for path in conflict.allow)
+    if not options:
+        return f"Use its path without links, which the notebook can reach: {conflict.path}."
+    return (
+        f"Allow it with {options}: the notebook can then have the program that listens there do "
+        "whatever that program does for you."
+    )
 
 
 def _of_paths(conflict: IsolationConflict) -> str:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.diagnosis.rules import RULES, Context, find_cause
+from safe_exec.diagnosis.rules import RULES, Context, find_cause, isolation
 from safe_exec.diagnosis.verdict import STATUS_OF
 from safe_exec.model.ending import (
     Cancelled,
@@ -1572,3 +1572,19 @@ def test_an_exit_status_is_never_taken_for_a_signal(evidence: Evidence, code: in
         Context(ending=Died(cell=2, exit=exit_code(code)), evidence=fair, limits=LIMITS)
     )
     assert cause is not None and (cause.kind, cause.exit_code) == (K.EXIT, code)
+
+
+@pytest.mark.parametrize("socket", [True, False])
+def test_a_copy_of_a_socket_in_the_folder_would_not_help(socket: bool) -> None:
+    conflict = IsolationConflict(
+        kind=NeedKind.PATH,
+        name="db.sock",
+        access=Access.HIDDEN,
+        line="",
+        path="/home/ann/db.sock",
+        allow=("/home/ann/db.sock",),
+        socket=socket,
+    )
+    text = isolation.advice(conflict)
+    assert "--show /home/ann/db.sock" in text
+    assert ("put it into the notebook's folder" in text) != socket
