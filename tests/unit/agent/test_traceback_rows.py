@@ -10,6 +10,7 @@ import pytest
 
 from safe_exec.agent import cells
 
+AGENT: Any = cells
 INSIDE = SimpleNamespace(row=lambda code, line: (name_of(code), line))
 
 
@@ -18,7 +19,7 @@ def name_of(code: CodeType) -> str:
 
 
 def names(error: BaseException) -> list[str]:
-    rows: list[tuple[str, int]] = cells.traceback_rows(INSIDE, error.__traceback__)
+    rows: list[tuple[str, int]] = AGENT.traceback_rows(INSIDE, error.__traceback__)
     return [name for name, _line in rows]
 
 
