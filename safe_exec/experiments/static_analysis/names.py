@@ -413,7 +413,7 @@ def names_in(
         own=frozenset(immediate["own"]),
         calls=frozenset(immediate["calls"]),
         mutates=frozenset(immediate["mutates"]),
-        passed_to_call=frozenset(immediate["touches"]),
+        passed_to_call=frozenset(immediate["passed_to_call"]),
         captured={
             name: CapturedNames(**{k: frozenset(bag[k]) for k in keys})
             for name, bag in names.captured.items()
