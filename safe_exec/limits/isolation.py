@@ -6,9 +6,13 @@ Imports ``model``, ``errors``, ``files``, ``limits_values`` and ``limits_yaml``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, get_type_hints
 
+import msgspec
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from safe_exec.errors import LimitsError
@@ -35,29 +39,101 @@ _ORDER: Mapping[str, list[Any]] = {
 
 
 def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
-    """The keys under an ``isolation:`` of a file, checked. Raises LimitsError with file, line and the nearest right name."""
-    found: dict[str, Any] = {}
-    for key, value in entries.items():
+    """Check the keys under an ``isolation:`` of a file. Raises LimitsError with file and line."""
+
+    def place(key: str, index: int | None) -> str:
+        value = entries[key]
+        if index is not None and isinstance(value.data, tuple):
+            value = value.data[index]
+        return value.where
+
+    plain = {key: value.plain() for key, value in entries.items()}
+    return _changes(plain, place, section=" under isolation")
+
+
+def of_mapping(walls: Mapping[Any, object], where: str) -> dict[str, Any]:
+    """Check keys and values of JSON or Python. Raises LimitsError that begins with ``where``."""
+    return _changes(walls, lambda _key, _index: where)
+
+
+def _changes(
+    plain: Mapping[Any, object], place: Callable[[Any, int | None], str], *, section: str = ""
+) -> dict[str, Any]:
+    """The values by the names of fields. ``place`` says where a key, or an item of it, stands."""
+    keys: dict[str, Any] = {}
+    for key in plain:
         name = str(key).replace("-", "_")
         if name not in KEYS:
             raise LimitsError(
-                f"{value.where}: unknown key {one_line(key)!r} under isolation; {nearest(str(key), KEYS)}"
+                f"{place(key, None)}: unknown key {one_line(key)!r}{section}; {nearest(str(key), KEYS)}"
             )
-        found[name] = _read(name, value)
-    return found
+        keys[name] = key
+    try:
+        changes = msgspec.convert({name: plain[key] for name, key in keys.items()}, _type())
+    except msgspec.ValidationError as error:
+        problem, name, index = _located(error)
+        raise LimitsError(
+            f"{place(keys[name], index)}: {name}: {_explanation(name, problem)}"
+        ) from None
+    return {
+        name: _words(name, getattr(changes, name) or (), partial(place, key))
+        if name in _LISTS
+        else getattr(changes, name)
+        for name, key in keys.items()
+    }
 
 
-def _read(name: str, value: Value) -> Any:
-    if name in _LISTS:
-        return tuple(_word(name, item.text(name), item.where) for item in value.items(name))
-    if name in _CHOICES:
-        return _choice(name, value.text(name), value.where)
-    return value.flag(name)
+@cache
+def _type() -> type[msgspec.Struct]:
+    """``Isolation`` with every key optional; a list may be left empty (null)."""
+    fields: list[Any] = [
+        (name, (hint | None if name in _LISTS else hint) | UnsetType, UNSET)
+        for name, hint in get_type_hints(Isolation).items()
+    ]
+    return msgspec.defstruct("IsolationChanges", fields, kw_only=True, forbid_unknown_fields=True)
+
+
+_PROBLEM = re.compile(r"(?s)(?P<problem>.*) - at `\$\.(?P<name>\w+)(?:\[(?P<index>\d+)\])?`")
+"""The text of a ValidationError of msgspec."""
+_TYPES = re.compile(r"Expected `(.+)`, got `(.+)`")
+_EXPECTED = {"bool": "true or false", "str": "text", "array | null": "a list"}
+_FOUND = {
+    "null": "nothing",
+    "bool": "yes or no",
+    "str": "text",
+    "array": "a list",
+    "object": "a mapping",
+    "int": "a number",
+    "float": "a number",
+}
+
+
+def _located(error: msgspec.ValidationError) -> tuple[str, str, int | None]:
+    """The problem, the field, and the index of the item in it, if it is one of a list."""
+    match = _PROBLEM.fullmatch(str(error))
+    assert match is not None
+    return match["problem"], match["name"], None if match["index"] is None else int(match["index"])
+
+
+def _explanation(name: str, problem: str) -> str:
+    match = _TYPES.fullmatch(problem)
+    if match is not None:
+        expected, found = (
+            table.get(word, word)
+            for table, word in zip((_EXPECTED, _FOUND), match.groups(), strict=True)
+        )
+        return f"expected {expected}, found {found}"
+    word = problem.removeprefix("Invalid enum value ")
+    return f"expected one of {', '.join(_CHOICES[name])}, found {word:.60}"
+
+
+def _words(name: str, words: Sequence[str], place: Callable[[int], str]) -> tuple[str, ...]:
+    return tuple(_word(name, word, place(index)) for index, word in enumerate(words))
 
 
 def _word(name: str, word: str, where: str) -> str:
     """One entry of a list: a variable, or a path that says by itself where it leads, as no folder is its own here."""
-    if "\0" in word or (name == "env" and "=" in word):
+    if not word or "\0" in word or (name == "env" and "=" in word):
         raise LimitsError(
             f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}"
         )
@@ -70,16 +146,6 @@ def _word(name: str, word: str, where: str) -> str:
             f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}"
         )
     return word
-
-
-def _choice(name: str, word: str, where: str) -> Any:
-    kind = _CHOICES[name]
-    try:
-        return kind(word)
-    except ValueError:
-        raise LimitsError(
-            f"{where}: {name}: expected one of {', '.join(kind)}, found {word!r:.60}"
-        ) from None
 
 
 def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
@@ -106,32 +172,6 @@ def of_metadata(metadata: Mapping[str, object], where: str) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise LimitsError(f"{place}: expected an object of keys and values")
     return of_mapping(found, place)
-
-
-def of_mapping(walls: Mapping[Any, object], where: str) -> dict[str, Any]:
-    """Keys and values as they stand in JSON or Python, checked. Raises LimitsError that begins with ``where``."""
-    return {
-        _known(key, where): _plain(_known(key, where), value, where) for key, value in walls.items()
-    }
-
-
-def _known(key: object, place: str) -> str:
-    name = str(key).replace("-", "_")
-    if name not in KEYS:
-        raise LimitsError(f"{place}: unknown key {one_line(key)!r}; {nearest(str(key), KEYS)}")
-    return name
-
-
-def _plain(name: str, value: object, place: str) -> Any:
-    if name in _LISTS:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(_word(name, item, place) for item in value)
-        raise LimitsError(f"{place}: {name}: expected a list of words")
-    if name in _CHOICES:
-        return _choice(name, str(value), place)
-    if not isinstance(value, bool):
-        raise LimitsError(f"{place}: {name}: expected true or false")
-    return value
 
 
 def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:

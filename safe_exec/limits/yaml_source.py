@@ -75,6 +75,14 @@ class Value(Struct, frozen=True, kw_only=True):
             return self.data
         raise LimitsError(f"{self.where}: {what}: expected one value, found {self.kind}")
 
+    def plain(self) -> object:
+        """The value without its places; text without blanks around it."""
+        if isinstance(self.data, Mapping):
+            return {key: value.plain() for key, value in self.data.items()}
+        if isinstance(self.data, tuple):
+            return [value.plain() for value in self.data]
+        return self.data.strip() if isinstance(self.data, str) else self.data
+
     @property
     def kind(self) -> str:
         """What this is, in words for an error."""
