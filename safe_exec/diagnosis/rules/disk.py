@@ -59,6 +59,9 @@ UNFINISHED = re.compile(
     r"|malformed"  # gzip, Parquet, SQLite
     r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is "
     r"greater|end of file|Expecting value"
+    # PyTorch and others, of a worker that could not have a page of shared memory (SIGBUS): which cell
+    # filled it does not matter.
+    r"|out of shared memory|[Ii]nsufficient shared memory|killed by signal: Bus error"
 )
 
 OS_ERRORS = ("OSError", "IOError", "error")

@@ -830,6 +830,19 @@ ERRORS = [
     error("disk-full", NO_SPACE, K.DISK_FULL, volumes=(FULL_DISK,)),
     error("disk-full-at-the-end", NO_SPACE, K.DISK_FULL, disk_free=0),
     error("disk-full-elsewhere", NO_SPACE, K.DISK_FULL, C.LIKELY, volumes=(ROOMY,)),
+    error(
+        "worker-without-shared-memory",
+        raised("RuntimeError", "worker (pid 7) is killed by signal: Bus error."),
+        K.DISK_FULL,
+        C.LIKELY,
+        volumes=(ROOMY, msgspec.structs.replace(SHM_FULL, free_at_start=0)),
+    ),
+    error(
+        "worker-with-shared-memory-left",
+        raised("RuntimeError", "worker (pid 7) is killed by signal: Bus error."),
+        K.EXCEPTION,
+        volumes=(ROOMY,),
+    ),
     error("shm-full", NO_SPACE, K.DISK_FULL, volumes=(ROOMY, SHM_FULL)),
     error(
         "quota",
