@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from safe_exec.model.limits import LimitName
 
 NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
 """A session has no end of its own: only its cells have limits of time and output."""
+_SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
+"""A setting of traitlets, as clients add to the command of an ipykernel."""
 
 
-@click.command("kernel", short_help="Be a kernel: run one inside limits for a Jupyter client.")
+@click.command(
+    "kernel",
+    short_help="Be a kernel: run one inside limits for a Jupyter client.",
+    context_settings={"ignore_unknown_options": True},
+)
 @click.option(
     "-f",
     "--connection-file",
@@ -50,12 +57,19 @@ NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
     help="After the kernel died: end, so that the client restarts it, or start a fresh kernel at once.",
 )
 @click.option("--no-history", is_flag=True, help="Do not record the session.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--CLASS.TRAIT=VALUE]...")
 def command(
-    connection_file: Path, kernel: str, on_death: str, no_history: bool, **options: Any
+    connection_file: Path,
+    kernel: str,
+    on_death: str,
+    no_history: bool,
+    arguments: tuple[str, ...],
+    **options: Any,
 ) -> int:
     """Run a kernel inside limits for whoever wrote the connection file.
 
-    Jupyter clients call this; `safe-exec kernelspec install` tells them to. When the kernel dies, the running cell gets the
+    Jupyter clients call this; `safe-exec kernelspec install` tells them to. Settings of an ipykernel that a client adds
+    (--HistoryManager.hist_file=:memory:) go to the kernel. When the kernel dies, the running cell gets the
     diagnosis as its error.
 
     Exit codes: 0 the client asked for the end, 2 bad usage, 3 the kernel died, 4 a cell's time was up and the kernel did not
@@ -73,6 +87,9 @@ def command(
             raise UsageError(
                 f"--{name.value}: a session has no such limit; use --cell-{name.value}"
             )
+    for argument in arguments:
+        if not _SETTING.match(argument):
+            raise UsageError(f"no such option: {argument}; `safe-exec kernel --help` lists them")
     mechanisms = options["mechanisms"]
     return serve(
         KernelOptions(
@@ -87,5 +104,6 @@ def command(
             else tuple(part.strip() for part in mechanisms.split(",")),
             on_death=OnDeath(on_death),
             records=not no_history,
+            arguments=arguments,
         )
     )

@@ -30,8 +30,11 @@ from safe_exec.trial.run import Trial
 from safe_exec.units import format_size
 
 if TYPE_CHECKING:
+    from safe_exec.sandbox.usage.meter import Reading
     from safe_exec.trial.sampler import Sampler
+    from safe_exec.trial.state import TrialState
 
+LOOK_SECONDS = 0.05
 SAMPLE_AFTER_SECONDS = 0.1
 """A cell that is over before costs no sample."""
 MOST_TEXT_CHARACTERS = 64 << 10
@@ -44,6 +47,42 @@ CLOSED_SECONDS = 2.0
 QUIET_SECONDS = 0.01
 
 
+class SessionCells(CellLoop):
+    """The bookkeeping of cells that come as people send them.
+
+    A look at all figures costs a third of a millisecond. Cells that follow each other faster than
+    ``LOOK_SECONDS`` share one; between two cells of a person there is always time for it.
+    """
+
+    def __init__(self, state: TrialState) -> None:
+        super().__init__(state)
+        self._looked = 0.0
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._looked >= LOOK_SECONDS
+
+    def _begin(self, index: int, cell: Any) -> None:  # noqa: ARG002 - as in the class above
+        if self.session.volumes is not None and self._is_due():
+            self.session.volumes.begin()
+        self.metrics.begin(index, self.state.now(), self._reading_at_start())
+
+    def _reading_at_start(self) -> Reading | None:
+        # Nothing runs between two cells, or what does belongs to the next one.
+        return self._last_reading[1] if self._last_reading else super()._reading_at_start()
+
+    def _reading_at_end(self, index: int) -> dict[str, Any]:
+        if self.session.ended is not None or self._is_due():
+            self._looked = time.monotonic()
+            return super()._reading_at_end(index)
+        client = self.session.client
+        return {
+            "reading": self._last_reading[1] if self._last_reading else None,
+            "oom_kills": None,
+            "output_bytes": client.accounts.received if client else None,
+            "truncated": client.accounts.truncated if client else False,
+        }
+
+
 class Inner(Trial):
     """One kernel. ``on_shell`` and its like get its messages; ``died`` of the session tells of its end."""
 
@@ -52,15 +91,18 @@ class Inner(Trial):
         request: TrialRequest,
         *,
         key: bytes,
+        arguments: tuple[str, ...],
         on_message: Callable[[str, Message], None],
     ) -> None:
         super().__init__(request)
         self.session.key = key.decode("utf-8", "replace")
+        self.session.arguments = arguments
         self._on_message = on_message
-        self._cells = CellLoop(self.state)
+        self._cells = SessionCells(self.state)
         self._links: dict[str, Connection] = {}
         self._sampling: asyncio.Task[None] | None = None
         self._stored = 0
+        self._code_cells = 0
         self._cut = False
         self.waits_for_input = False
         self.recovered: list[dict[str, Any]] = []
@@ -70,14 +112,15 @@ class Inner(Trial):
     async def start(self) -> Ending | None:
         """Start the kernel and connect; an ending where it did not come up. Raises SandboxError."""
         self.state.loop = asyncio.get_running_loop()
-        ending = await self._start()
-        if ending is None:
-            self._links = self.session.connections()
-            self.client.on_message = lambda _index, message: self.recovered.append(message)
-            for name, link in self._links.items():
-                link.on_arrival = lambda name=name: self._take(name)  # type: ignore[misc]
-                self._take(name)
-        return ending
+        return await self._start()
+
+    def attach(self) -> None:
+        """Pass on the messages of a kernel that is up, from now on."""
+        self._links = self.session.connections()
+        self.client.on_message = lambda _index, message: self.recovered.append(message)
+        for name, link in self._links.items():
+            link.on_arrival = lambda name=name: self._take(name)  # type: ignore[misc]
+            self._take(name)
 
     @property
     def client(self) -> TrialClient:
@@ -130,9 +173,7 @@ class Inner(Trial):
         """Append a cell to the trial's notebook; its index."""
         cells, records = self.state.request.node.cells, self.state.metrics.records
         index = len(cells)
-        code_index = sum(
-            1 for record in records.values() if record.status is not CellStatus.SKIPPED
-        )
+        code_index, self._code_cells = self._code_cells, self._code_cells + 1
         cells.append(
             NotebookNode(
                 cell_type="code",
@@ -175,11 +216,16 @@ class Inner(Trial):
         cell = node.cells[index]
         cell.outputs = [_tail(output) for output in cell.outputs[-1:]]
         if not counts:
-            cell.cell_type = "raw"
-            self.state.metrics.skip(index)
+            self.discount(index)
         if index >= KEPT_CELLS:
             old = node.cells[index - KEPT_CELLS]
             old.source, old.outputs = "", []
+
+    def discount(self, index: int) -> None:
+        """Let a cell be none of the session's: a silent request, or one that was aborted before it began."""
+        self.state.request.node.cells[index].cell_type = "raw"
+        self.state.metrics.skip(index)
+        self._code_cells -= 1
 
     def _stop_sampling(self) -> None:
         if self._sampling is not None:
@@ -228,7 +274,7 @@ class Inner(Trial):
         name, text = content["name"], content["text"]
         accounts = self.client.accounts
         accounts.texts.append((accounts.last or 0.0, name, text[-LAST_TEXT_CHARACTERS:]))
-        if not self.client._of_a_child({"header": message.header}):  # noqa: SLF001
+        if not self.client._of_a_child({"header": {"msg_id": message.id}}):  # noqa: SLF001
             accounts.characters[name] += len(text)
         cell = self.state.request.node.cells[self.state.current or 0]
         last = cell.outputs[-1] if cell.outputs else None
@@ -272,6 +318,9 @@ class Inner(Trial):
         answered = await self._cells._interrupt(done, index, limits.interrupt_grace)  # noqa: SLF001
         if not answered:
             self.state.kill(TerminationReason.CELL_TIMEOUT)
+        else:  # its figures are evidence: what it put out, and in what time
+            self._stop_sampling()
+            self._cells._end(index, CellStatus.KILLED)  # noqa: SLF001
         return TimedOut(
             cell=index,
             whole_notebook=False,

@@ -108,7 +108,6 @@ class Proxy:
 
     async def run(self) -> int:
         """Serve until the kernel is gone for good, or somebody ends us. Raises UsageError for addresses that cannot be had."""
-        self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
@@ -117,13 +116,15 @@ class Proxy:
         try:
             while self._code is None:
                 await self._live()
-            await self.front.flush(FLUSH_SECONDS)
+            if self._front is not None:
+                await self._front.flush(FLUSH_SECONDS)
         finally:
             for task in self._tasks:
                 task.cancel()
             if self._inner is not None:
                 self._inner.close()
-            self.front.close()
+            if self._front is not None:
+                self._front.close()
         return self._code
 
     async def _live(self) -> None:
@@ -137,6 +138,11 @@ class Proxy:
         ending = starting.result()
         if ending is not None:
             raise start_error(ending)
+        if self._front is None:
+            # A client whose heartbeat is answered late takes the kernel for dead: nothing listens
+            # before everything is imported and the kernel is up.
+            self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
+        self._inner.attach()
         self._is_ready = True
         self.front.resume()
         died = asyncio.ensure_future(self._inner.session.died.wait())
@@ -343,8 +349,7 @@ class Proxy:
             failed = (waiting.content or {}).get("status") == "error"
             self.inner.end(waiting.cell, failed=failed, counts=waiting.counts)
         else:  # aborted before it began
-            self.inner.state.metrics.skip(waiting.cell)
-            self.inner.state.request.node.cells[waiting.cell].cell_type = "raw"
+            self.inner.discount(waiting.cell)
         self._begin_next()
         if not self._is_paused("shell"):
             self.front.resume()
@@ -429,7 +434,7 @@ class Proxy:
                 answered=None if inner.session.kill_reason is None else False,
             )
         asked = inner.client.asked_to_exit
-        if asked is not None and not timed_out:
+        if asked is not None and waiting is None:
             # The request to exit came from an earlier cell; the loop stops 0.1 s after it.
             ending = Died(cell=asked, exit=None, asked_to_exit=True)
         diagnosis = self._diagnose(inner, await inner.observe(ending))

@@ -39,7 +39,11 @@ log = logging.getLogger("safe_exec")
 
 
 class KernelOptions(Struct, frozen=True, kw_only=True):
-    """The options of ``safe-exec kernel``. ``limits`` names a profile or a file; ``figures`` and ``walls`` change it."""
+    """The options of ``safe-exec kernel``.
+
+    ``limits`` names a profile or a file; ``figures`` and ``walls`` change it. ``arguments`` are the
+    client's, for the kernel itself.
+    """
 
     connection_file: Path
     kernel: str
@@ -50,6 +54,7 @@ class KernelOptions(Struct, frozen=True, kw_only=True):
     mechanisms: tuple[str, ...] | None = None
     on_death: OnDeath = OnDeath.EXIT
     records: bool = True
+    arguments: tuple[str, ...] = ()
 
 
 def serve(options: KernelOptions) -> int:
@@ -67,7 +72,7 @@ def serve(options: KernelOptions) -> int:
         node = NotebookNode(prepared.node)
         node.cells = []
         request = request_for(own, plan, node, Cancellation(), lambda _event: None)
-        return Inner(request, key=file.key, on_message=on_message)
+        return Inner(request, key=file.key, arguments=options.arguments, on_message=on_message)
 
     mask = mask_for(os.environ)
 

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from msgspec import Struct
+from msgspec import DecodeError, Struct
+from msgspec.json import Decoder
 
 DELIMITER = b"<IDS|MSG>"
 MOST_IDENTITIES = 8
@@ -28,28 +29,31 @@ class NotAMessage(ValueError):  # noqa: N818 - says what came
     """Frames that are no message, or bear no valid signature."""
 
 
+class Header(Struct, frozen=True):
+    """The part of a header that is read here."""
+
+    msg_type: str
+    msg_id: str
+
+
+class Parent(Struct, frozen=True):
+    """The part of a parent header that is read here; both are empty for a message that answers none."""
+
+    msg_id: str = ""
+
+
 class Message(Struct, frozen=True, kw_only=True):
-    """One message as it came over the wire. ``header`` and ``parent`` are parsed, ``frames`` all there was."""
+    """One message as it came over the wire.
+
+    ``kind`` is its ``msg_type``, ``parent_id`` the id of the request that it belongs to (empty for
+    none). ``frames`` is all there was; its first part stands at ``start``.
+    """
 
     frames: list[bytes]
     start: int
-    header: dict[str, Any]
-    parent: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """Its ``msg_type``."""
-        return str(self.header["msg_type"])
-
-    @property
-    def id(self) -> str:
-        """Its ``msg_id``."""
-        return str(self.header["msg_id"])
-
-    @property
-    def parent_id(self) -> str:
-        """The id of the request that it belongs to; empty for none."""
-        return str(self.parent.get("msg_id", ""))
+    kind: str
+    id: str
+    parent_id: str
 
     @property
     def header_frame(self) -> bytes:
@@ -68,7 +72,13 @@ class Message(Struct, frozen=True, kw_only=True):
 
     def content(self) -> dict[str, Any]:
         """The content. Raises NotAMessage."""
-        return _mapping(self.content_frame, "content")
+        try:
+            value = json.loads(self.content_frame)
+        except (ValueError, RecursionError):
+            raise NotAMessage("its content is no JSON") from None
+        if not isinstance(value, dict):
+            raise NotAMessage("its content is no object")
+        return value
 
 
 def parse(frames: list[bytes]) -> Message:
@@ -79,23 +89,23 @@ def parse(frames: list[bytes]) -> Message:
         raise NotAMessage("no delimiter") from None
     if len(frames) < start + 5:
         raise NotAMessage(f"a message of {len(frames)} frames")
-    header = _mapping(frames[start + 1], "header", most=MOST_HEADER_BYTES)
-    parent = _mapping(frames[start + 2], "parent header", most=MOST_HEADER_BYTES)
-    if not isinstance(header.get("msg_type"), str) or not isinstance(header.get("msg_id"), str):
-        raise NotAMessage("its type or id is no text")
-    return Message(frames=frames, start=start, header=header, parent=parent)
-
-
-def _mapping(frame: bytes, name: str, *, most: int | None = None) -> dict[str, Any]:
-    if most is not None and len(frame) > most:
-        raise NotAMessage(f"a {name} of {len(frame)} bytes")
+    if max(len(frames[start + 1]), len(frames[start + 2])) > MOST_HEADER_BYTES:
+        raise NotAMessage("a header of more than 64 KiB")
     try:
-        value = json.loads(frame)
-    except (ValueError, RecursionError):
-        raise NotAMessage(f"its {name} is no JSON") from None
-    if not isinstance(value, dict):
-        raise NotAMessage(f"its {name} is no object")
-    return value
+        header = _HEADER.decode(frames[start + 1])
+        parent = _PARENT.decode(frames[start + 2])
+    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NotAMessage(f"its header: {error}") from None
+    return Message(
+        frames=frames,
+        start=start,
+        kind=header.msg_type,
+        id=header.msg_id,
+        parent_id=parent.msg_id,
+    )
+
+
+_HEADER, _PARENT = Decoder(Header), Decoder(Parent)
 
 
 class Signer:

@@ -84,9 +84,11 @@ class Connection:
 
     def _receive(self) -> bool:
         """Read once; false if nothing more is to be read in this turn."""
+        room = READ_BYTES
         try:
             space = self.reader.space()
             if space is not None:
+                room = len(space)
                 count = self._socket.recv_into(space)
                 self.reader.filled(count)
             else:
@@ -101,7 +103,7 @@ class Connection:
             self._end()
             return False
         self._parse()
-        return self._reading
+        return self._reading and count == room
 
     def _end(self) -> None:
         self._pause()

@@ -126,7 +126,8 @@ class LaunchedKernel(Struct, frozen=True, kw_only=True):
 class Launch(Struct, frozen=True, kw_only=True):
     """The parameters of a start.
 
-    A kernel that shares the ``key`` of somebody else's connection file is one that people talk to.
+    A kernel that shares the ``key`` of somebody else's connection file is one that people talk to;
+    the client's own ``arguments`` come after its command.
     """
 
     spec: Spec
@@ -136,6 +137,7 @@ class Launch(Struct, frozen=True, kw_only=True):
     cwd: str
     env: Mapping[str, str]
     key: str | None = None
+    arguments: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -266,7 +268,7 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
         command(
             request.spec,
             str(path),
-            extra_arguments(request.kernel_name) if request.key is None else (),
+            extra_arguments(request.kernel_name) if request.key is None else request.arguments,
         ),
         env=environment_of(request.spec, request.env),
         cwd=request.cwd,

@@ -122,6 +122,9 @@ class KernelSession:
         self.cleanup = CleanupResult()
         # The key of a client's connection file, for a kernel that people talk to.
         self.key: str | None = None
+        """The key of a client's connection file, for a kernel that people talk to."""
+        self.arguments: tuple[str, ...] = ()
+        """The client's own, after the command of such a kernel."""
         self._channels: dict[str, Channel] = {}
         self._closed = False
 
@@ -160,6 +163,7 @@ class KernelSession:
                 cwd=cwd,
                 env=env,
                 key=self.key,
+                arguments=self.arguments,
             )
             launched = await _aside(partial(launch, self.sandbox, request))
         km = Manager(kernel_name=kernel_name)
@@ -209,7 +213,7 @@ class KernelSession:
                 setattr(km, f"{name}_port", port)
         if self.key is not None:
             km.session.key = self.key.encode()
-        extra = extra_arguments(km.kernel_name) if self.key is None else []
+        extra = extra_arguments(km.kernel_name) if self.key is None else list(self.arguments)
         await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra)
 
     def _spec(self, km: Any, kernel_name: str) -> Any:

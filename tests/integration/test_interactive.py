@@ -171,6 +171,8 @@ def test_a_cell_that_takes_too_long_is_interrupted_and_the_kernel_lives(
             assert "----> 2     pass" in k.diagnosis
             await k.run("print(x)")
             assert k.text == "1\n"
+            content = await k.run("while True:\n    print('x' * 1000)")
+            assert content["ename"] == "SafeExec: output_flood"
             content = await k.run("sum(range(10 ** 18))")
             assert content["ename"] == "SafeExec: cell_timeout"
             assert await k.gone() == 4

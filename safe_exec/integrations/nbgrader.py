@@ -1,0 +1,73 @@
+"""nbgrader's Execute with kernels inside limits: a death costs the points of its cell, and the cells after it still run.
+
+In nbgrader_config.py, the other preprocessors of ``Autograde`` stay as they are:
+
+    c.Autograde.autograde_preprocessors = [
+        "nbgrader.preprocessors.ClearOutput", ..., "safe_exec.integrations.nbgrader.Execute",
+    ]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from queue import Empty
+from typing import Any
+
+from jupyter_core.utils import run_sync
+from nbgrader.preprocessors import Execute as PlainExecute
+from traitlets import Enum
+
+from safe_exec.notebook.notebook import OUR_ERROR_PREFIX
+from safe_exec.sandboxed_kernels import SandboxedKernels
+
+REPLAY_SECONDS = 60.0
+"""For each cell that is run again, where nbgrader has no timeout."""
+
+
+class Execute(SandboxedKernels, PlainExecute):  # type: ignore[misc]
+    """After a death a fresh kernel runs the cells before it again, but for those that failed, and goes on."""
+
+    on_death = Enum(("exit", "restart"), default_value="restart").tag(config=True)
+
+    def preprocess_cell(self, cell: Any, resources: Any, index: int) -> tuple[Any, Any]:
+        """Run a cell; after a death in it, bring a fresh kernel to the state that the next cell expects."""
+        result: tuple[Any, Any] = super().preprocess_cell(cell, resources, index)
+        if lost_kernel(cell.get("outputs", ())):
+            run_sync(self._replay)(self.nb.cells[:index])
+        return result
+
+    async def _replay(self, cells: Iterable[Any]) -> None:
+        for cell in cells:
+            if cell.cell_type != "code" or not cell.source.strip() or _failed(cell):
+                continue
+            if not await self._run_silently(cell.source):
+                return
+
+    async def _run_silently(self, source: str) -> bool:
+        """Whether a cell ran again. nbclient leaves messages out that answer no cell of its own."""
+        msg_id = self.kc.execute(source, silent=True, store_history=False, allow_stdin=False)
+        deadline = time.monotonic() + (self.timeout or REPLAY_SECONDS)
+        while time.monotonic() < deadline:
+            try:
+                reply = await self.kc.shell_channel.get_msg(timeout=1)
+            except Empty:
+                continue
+            if reply["parent_header"].get("msg_id") == msg_id:
+                return bool(reply["content"].get("status") == "ok")
+        self.log.warning("safe-exec: a cell did not run again in time after a kernel died")
+        return False
+
+
+def lost_kernel(outputs: Iterable[Any]) -> bool:
+    """Whether a cell's outputs say that its kernel is gone."""
+    return any(
+        output.get("output_type") == "error"
+        and str(output.get("ename", "")).startswith(OUR_ERROR_PREFIX)
+        and "ended at the interrupt: yes" not in "\n".join(output.get("traceback", ()))
+        for output in outputs
+    )
+
+
+def _failed(cell: Any) -> bool:
+    return any(output.get("output_type") == "error" for output in cell.get("outputs", ()))

@@ -1,0 +1,48 @@
+"""Kernels inside limits for every class that is built on nbclient's client: nbconvert's, nbgrader's, and others' own.
+
+The client's kernel is started by the command `safe-exec kernel`, so nothing of the client changes:
+its hooks, timeouts and errors stay, and a kernel that dies is the error of its cell.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+from traitlets import Enum, HasTraits, List, Unicode
+
+
+class SandboxedKernels(HasTraits):  # type: ignore[misc]
+    """To be named before a subclass of ``nbclient.NotebookClient``."""
+
+    limits = Unicode(
+        "default", help="A profile (default, ci, strict, untrusted) or a YAML file of limits."
+    ).tag(config=True)
+    kernel_options = List(
+        Unicode(), help="Further options of `safe-exec kernel`, such as --memory=2G."
+    ).tag(config=True)
+    on_death = Enum(
+        ("exit", "restart"),
+        default_value="exit",
+        help="After a kernel died: end, or go on with a fresh one where the client goes on after errors.",
+    ).tag(config=True)
+
+    def create_kernel_manager(self) -> Any:
+        """The client's own manager, whose kernel runs inside limits."""
+        manager = super().create_kernel_manager()
+        spec = copy.copy(manager.kernel_spec)
+        spec.argv = self.kernel_command(manager.kernel_name)
+        spec.metadata = {
+            key: value
+            for key, value in (spec.metadata or {}).items()
+            if key not in ("kernel_provisioner", "supported_encryption")
+        }
+        manager._kernel_spec = spec  # noqa: SLF001 - the place from which the manager's property reads
+        return manager
+
+    def kernel_command(self, kernel_name: str) -> list[str]:
+        """The command that replaces the kernel's own."""
+        argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
+        argv += ["--kernel", kernel_name, "--limits", self.limits, "--no-history"]
+        return [*argv, "--on-death", self.on_death, *self.kernel_options]
