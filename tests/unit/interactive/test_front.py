@@ -20,7 +20,7 @@ from jupyter_client.session import Session
 from safe_exec.errors import UsageError
 from safe_exec.interactive import sockets
 from safe_exec.interactive.front import Front, read_connection_file
-from safe_exec.kernel.connection import GREETING
+from safe_exec.kernel.zmtp import GREETING
 
 ZMQ: Any = zmq  # its constants are made at run time
 KEY = "a key"
