@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from safe_exec.trial.state import TrialState
 
 LOOK_SECONDS = 0.05
+WAITING_BYTES = 4 << 20
+"""Of what the kernel sends, so much may wait here for clients; the rest waits in its own socket."""
 SAMPLE_AFTER_SECONDS = 0.1
 """A cell that is over before costs no sample."""
 MOST_TEXT_CHARACTERS = 64 << 10
@@ -119,6 +121,7 @@ class Inner(Trial):
         self._links = self.session.connections()
         self.client.on_message = lambda _index, message: self.recovered.append(message)
         for name, link in self._links.items():
+            link.reader.most_waiting = WAITING_BYTES
             link.on_arrival = lambda name=name: self._take(name)  # type: ignore[misc]
             self._take(name)
 

@@ -28,7 +28,7 @@ STRANGER_BYTES = 256 << 10
 """The largest message from a client that has not signed one yet."""
 REQUEST_BYTES = 16 << 20
 """The largest message from a client that has: a cell, or data of a widget."""
-MOST_QUEUED = 8 << 20
+MOST_QUEUED = 4 << 20
 """Bytes that may wait for one client; more is not put into its queue."""
 MOST_PEERS = 100
 """Clients of one socket. JupyterLab has two or three, whatever the number of tabs."""

@@ -56,6 +56,7 @@ class MessageReader:
 
     def __init__(self, *, largest: int | None) -> None:
         self.largest = largest
+        self.most_waiting = MOST_WAITING
         self.is_blocked = False
         self.is_broken = False
         self.replies: list[bytes] = []
@@ -102,7 +103,7 @@ class MessageReader:
         """Whether a part of this size fits beside the waiting messages; alone every part does."""
         waiting = len(self._waiting)
         return waiting == 0 or (
-            waiting < MOST_MESSAGES and self._waiting_bytes + size <= MOST_WAITING
+            waiting < MOST_MESSAGES and self._waiting_bytes + size <= self.most_waiting
         )
 
     def clear(self) -> None:

@@ -129,6 +129,7 @@ def test_strangers_and_floods_do_no_harm(tmp_path: Path, mark: str) -> None:
         client.execute_interactive("pass", timeout=60)
         reader.kill()
         reader.wait()
+        reader.stdout.close()
         for sock in strangers:
             sock.close()
         for end in (client, other):

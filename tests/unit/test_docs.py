@@ -75,7 +75,7 @@ OF_OTHER_TOOLS = {
             "--stdout-file",
             "--execution-timeout",
         ),
-        *("--to", "--execute", "--kernel"),
+        *("--to", "--execute", "--kernel", "--executor"),
     },
 }
 """Tested where these tools are run."""
