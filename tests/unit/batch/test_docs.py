@@ -41,7 +41,7 @@ def test_the_order_in_help_is_the_same() -> None:
 
 
 def test_the_causes_that_are_tried_again() -> None:
-    table = list(rows(section(TEXT, "Failing fast, trying again")))
+    table = list(rows(section(TEXT, "Stopping early, and retries")))
     named = [set(CODE.findall(row[0])) for row in table]
     assert named == [
         set(ALWAYS),
@@ -54,7 +54,7 @@ def test_the_causes_that_are_tried_again() -> None:
 
 
 def test_what_it_writes() -> None:
-    files = {name for row in rows(section(TEXT, "What it writes")) for name in CODE.findall(row[0])}
+    files = {name for row in rows(section(TEXT, "Output files")) for name in CODE.findall(row[0])}
     assert {report.file for report in BATCH_REPORTS} | {"journal.jsonl"} <= files
     assert f"(`{DEFAULT_OUT}`)" in TEXT
 
