@@ -17,6 +17,7 @@ from safe_exec.cli import tables
 from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
 from safe_exec.experiments.compare import Difference, compares_peaks
+from safe_exec.model.ending import signal_name
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports import progress
 from safe_exec.reports.json_text import plain
@@ -178,7 +179,7 @@ def shown(difference: Difference, side: str) -> str:
     if difference.what == "memory peak":
         return format_size(value)
     if difference.what == "signal":
-        return common.signal_name(value)
+        return signal_name(value)
     text = common.one_line(str(value))
     # Only these two are identifiers; other values are shown as they are.
     return text.replace("_", " ") if difference.what in ("cause", "status") else text

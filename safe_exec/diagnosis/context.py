@@ -5,7 +5,6 @@ Imports model, units.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping
 
 from msgspec import Struct, field
@@ -93,14 +92,6 @@ def outside(fact: str, value: FactValue, source: str) -> Fact:
 def inside(fact: str, value: FactValue, source: str) -> Fact:
     """Return a fact that the kernel process claims about itself."""
     return Fact(fact=fact, value=value, source=source, origin=Origin.INSIDE)
-
-
-def signal_name(number: int) -> str:
-    """Return ``SIGKILL`` for 9, and ``signal 40`` for a signal without a name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 # Errors that say that a program failed, and leave the reason to what it printed.

@@ -28,6 +28,7 @@ from safe_exec.model.ending import (
     Passed,
     StartFailed,
     TimedOut,
+    signal_name,
 )
 from safe_exec.model.evidence import CellLocation, Frame
 from safe_exec.model.limits import Isolation, Limits
@@ -169,8 +170,6 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
 def _reasons(ending: Ending) -> tuple[str, ...]:
     """Return the reason for a run that ended without a cause."""
     if isinstance(ending, Cancelled):
-        from safe_exec.diagnosis.context import signal_name
-
         return (f"stopped by {signal_name(ending.signal)}",)
     return ()
 

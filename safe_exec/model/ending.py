@@ -13,6 +13,15 @@ from msgspec import Struct
 from safe_exec.model.limits import LimitName
 
 
+def signal_name(number: int) -> str:
+    """Return ``SIGKILL`` for 9 and for -9, and ``signal 40`` for a signal without a name."""
+    try:
+        return signal.Signals(abs(number)).name
+    # Real-time signals have no names.
+    except ValueError:
+        return f"signal {abs(number)}"
+
+
 class ExitStatus(Struct, frozen=True):
     """The raw wait status of a process (``waitpid(2)``): an exit code or a signal, never both."""
 
@@ -31,11 +40,7 @@ class ExitStatus(Struct, frozen=True):
     def __str__(self) -> str:
         if self.signal is None:
             return f"exit status {self.exit_code}"
-        try:
-            return signal.Signals(self.signal).name
-        except ValueError:
-            # A real-time signal has no name.
-            return f"signal {self.signal}"
+        return signal_name(self.signal)
 
 
 class TerminationReason(StrEnum):

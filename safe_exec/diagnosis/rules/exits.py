@@ -11,10 +11,9 @@ from safe_exec.diagnosis.context import (
     inside,
     make,
     outside,
-    signal_name,
 )
 from safe_exec.diagnosis.rules.last_message import last_message
-from safe_exec.model.ending import Died
+from safe_exec.model.ending import Died, signal_name
 from safe_exec.model.evidence import Channel
 from safe_exec.model.verdict import Cause, CauseKind, Confidence
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
-from safe_exec.diagnosis.context import Context, inside, outside, signal_name
-from safe_exec.model.ending import CellFailed, Died, TimedOut
+from safe_exec.diagnosis.context import Context, inside, outside
+from safe_exec.model.ending import CellFailed, Died, TimedOut, signal_name
 from safe_exec.model.evidence import OwnAction
 from safe_exec.model.observed import ChangedLimit
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Fact

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from safe_exec.limits.values import format_limit
+from safe_exec.model.ending import signal_name
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Mechanism, Wall
 from safe_exec.model.verdict import (
@@ -188,15 +189,6 @@ def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
         0,
     )
     return frames[:first_frame][:most][::-1]
-
-
-def signal_name(number: int) -> str:
-    """Return ``SIGKILL`` for 9 and for -9."""
-    try:
-        return signal.Signals(abs(number)).name
-    # Real-time signals have no names.
-    except ValueError:
-        return f"signal {abs(number)}"
 
 
 # --- outcome --------------------------------------------------------------------------------
