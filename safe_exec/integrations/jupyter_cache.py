@@ -35,12 +35,12 @@ class Worker(ExecutionWorkerLocalSerial):  # type: ignore[misc]
             allow_errors=own.get("allow_errors", data.allow_errors),
             limits=os.environ.get(PROFILE_VARIABLE) or "default",
         )
-        begun, error, text = time.monotonic(), None, None
+        started, error, text = time.monotonic(), None, None
         try:
             client.execute()
         except (CellExecutionError, CellTimeoutError) as raised:
             error, text = raised, traceback.format_exc()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         return ExecutionResult(project_nb.nb, folder, seconds, error, text)
 
 
