@@ -11,6 +11,7 @@ import sys
 
 # Since Python 3.11.
 GROUP = getattr(builtins, "BaseExceptionGroup", None)
+# A fact is one datagram, so the report must stay small.
 MOST_ERRORS = 6
 MOST_PARTS = 3
 MOST_TEXT = 1000
@@ -109,11 +110,9 @@ def path_text(value):
 
 
 def note_file(inside, event, args):
-    """Record the file that an audit event opens.
-
-    An error does not always name its file, and never tells whether it was to be written. Only plain
-    text is kept: a reference to a notebook's object would extend its life.
-    """
+    """Record the file that an audit event opens."""
+    # An error does not always name its file, and never tells whether it was to be written. Only
+    # plain text is kept: a reference to a notebook's object would extend its life.
     if event == "sqlite3.connect":
         inside.database = path_text(args[0])
     elif event == "socket.getaddrinfo":

@@ -85,10 +85,8 @@ class Bodies:
             self.register(code, line_map)
 
     def register(self, code, line_map):
-        """Register a code object and those defined in it.
-
-        References are kept, since an id is unique only while the object is alive.
-        """
+        """Register a code object and those defined in it."""
+        # References are kept, since an id is unique only while the object is alive.
         inside, waiting, rows = self.inside, [code], []
         source = Source(inside.page.cell, line_map, code)
         while waiting:

@@ -42,8 +42,8 @@ def decline_free_threading():
     # Since Python 3.13.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         sys.exit(
-            "safe-exec: a kernel of a free-threaded Python ({}) is run with the global "
-            "interpreter lock only:"
+            "safe-exec: a kernel of a free-threaded Python ({}) runs only with the global "
+            "interpreter lock:"
             " set PYTHON_GIL=1, in the environment or in the kernelspec's env, or choose a "
             "kernel of the ordinary"
             " build".format(sys.version.split()[0])

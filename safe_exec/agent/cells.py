@@ -137,10 +137,8 @@ def source_of(inside, name):
 
 
 def traceback_rows(inside, entry):
-    """The frames of a traceback, outermost first, each once.
-
-    An error in a trace function (a debugger's) passes the frame that was traced twice.
-    """
+    """The frames of a traceback, outermost first, each once."""
+    # An error in a trace function (a debugger's) passes the frame that was traced twice.
     rows, last = [], None
     while entry is not None:
         if entry.tb_frame is not last:

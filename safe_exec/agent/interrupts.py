@@ -7,12 +7,10 @@ import functools
 
 
 def patch_interrupts(inside):
-    """Make the error of an interrupted ``%%bash`` printable.
-
-    IPython gives the script 0.1 s to end after an interrupt. A script that takes longer, since it
-    cleans up or ignores SIGINT, has no return code yet. IPython then raises a CalledProcessError
-    without one and cannot display its text: the user would see only a TypeError.
-    """
+    """Make the error of an interrupted ``%%bash`` printable."""
+    # IPython gives the script 0.1 s to end after an interrupt. A script that takes longer, since it
+    # cleans up or ignores SIGINT, has no return code yet. IPython then raises a CalledProcessError
+    # without one and cannot display its text: the user would see only a TypeError.
     from subprocess import CalledProcessError
 
     text_of = CalledProcessError.__str__

@@ -8,6 +8,7 @@ import struct
 
 PAGE_BYTES = 8192 + 128 * 1024
 SEGMENT_BYTES = 4 * 1024 * 1024
+# Marks a page whose header has been written.
 MAGIC = 0x53455831
 
 # The header.

@@ -105,12 +105,10 @@ def patch_client(inside):
 
 
 def patch_debugger(inside):
-    """Import debugpy on first use: it takes half as long as all other imports together.
-
-    ipykernel's debugger is created as usual, from classes that import what they need. The side
-    effects of importing debugpy exist from the start: a variable, a hook, and two functions in the
-    builtins.
-    """
+    """Import debugpy on first use: it takes half as long as all other imports together."""
+    # ipykernel's debugger is created as usual, from classes that import what they need. The side
+    # effects of importing debugpy exist from the start: a variable, a hook, and two functions in
+    # the builtins.
     if (
         not inside.config.get("headless")
         or "debugpy" in sys.modules
@@ -169,12 +167,10 @@ def patch_debugger(inside):
 
 
 def patch_collector(inside):
-    """Exempt the objects that exist before the first cell from garbage collection.
-
-    These are two hundred thousand objects, none of them garbage. An ending kernel would traverse
-    them four times, which is half of the time that its end takes. Code that asks the collector for
-    objects or their referrers gets the usual answer.
-    """
+    """Exempt the objects that exist before the first cell from garbage collection."""
+    # These are two hundred thousand objects, none of them garbage. An ending kernel would traverse
+    # them four times, which is half of the time that its end takes. Code that asks the collector
+    # for objects or their referrers gets the usual answer.
     if not inside.config.get("headless"):
         return
 

@@ -136,17 +136,15 @@ def patch_quick_writes(stream_class, write_of):
 
 
 def quick_write(inside, stream, slow_write, ours):
-    """Return a fast ``write`` for one stream, which falls back to ``slow_write``.
-
-    It does the work of ipykernel's method together with the journal. ipykernel creates a frozen set
-    of the parent header and takes a lock at each write, although the header stays the same during a
-    cell. Creating the set once, and sharing one lock, pays for the journal.
-
-    Output of C code or a child on the descriptor must come first, so the pipe has to be polled
-    before each write. Polling is a system call and takes a fifth of a print. It is skipped if no
-    write(2) fits into the time since the last write here: the time between the text and the newline
-    of one print, plus most of the time of a poll.
-    """
+    """Return a fast ``write`` for one stream, which falls back to ``slow_write``."""
+    # It does the work of ipykernel's method together with the journal. ipykernel creates a frozen
+    # set of the parent header and takes a lock at each write, although the header stays the same
+    # during a cell. Creating the set once, and sharing one lock, pays for the journal.
+    #
+    # Output of C code or a child on the descriptor must come first, so the pipe has to be polled
+    # before each write. Polling is a system call and takes a fifth of a print. It is skipped if no
+    # write(2) fits into the time since the last write here: the time between the text and the
+    # newline of one print, plus most of the time of a poll.
     page, keys, live = inside.page, inside.keys, inside.live
     lock, counts, position, record = page.lock, page.counts, page.memory.tell, page.memory.write
     cut = inside.config.get("cut") or sys.maxsize
@@ -337,10 +335,8 @@ def nothing_unread(_timeout, _most):
 
 
 def unread_of(fd):
-    """Return a function that tells whether a pipe has data; call it with 0 and 1.
-
-    epoll_wait(2) is the fastest way: poll(2) and an ioctl(2) through ctypes take twice as long.
-    """
+    """Return a function that tells whether a pipe has data; call it with 0 and 1."""
+    # epoll_wait(2) is the fastest way: poll(2) and an ioctl(2) through ctypes take twice as long.
     try:
         waiting = select.epoll()
         waiting.register(fd, select.EPOLLIN)

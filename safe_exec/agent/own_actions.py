@@ -16,7 +16,9 @@ TRACES = ("sys.settrace", "sys.setprofile")
 PROGRAMS = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.exec")
 LOCKS = ("fcntl.flock", "fcntl.lockf")
 EVENTS = frozenset((*KILLS, *LIMITS, *TRACES, *PROGRAMS, *LOCKS, "ctypes.dlsym"))
+# LOCK_SH | LOCK_EX, and LOCK_UN (flock(2)).
 LOCK_SH_EX, LOCK_UN = 3, 8
+# Commands that send signals, or end other processes.
 KILLING = re.compile(r"\b(?:p?kill|killall|skill|fuser|shutdown|reboot)\b")
 # C functions that send signals.
 SYMBOLS = ("kill", "killpg", "raise", "tgkill", "abort")

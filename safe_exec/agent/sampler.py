@@ -6,6 +6,7 @@ import time
 
 from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
 
+# Short cells get a sample too; after ten seconds a slower rate is enough.
 SAMPLE_SECONDS = 0.02
 SLOW_SAMPLE_SECONDS = 0.05
 

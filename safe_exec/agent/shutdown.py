@@ -6,7 +6,9 @@ import functools
 import os
 import signal
 
+# The control thread flushes within milliseconds; a hung one must not delay the end.
 CONTROL_SECONDS = 1.0
+# The pauses between SIGTERMs. Most children end at the first.
 CHILDREN_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -20,10 +22,9 @@ def is_alive(child):
 
 
 async def terminate_children(kernel):
-    """Ask the children of an ending kernel to end.
-
-    ipykernel waits 14 seconds and then kills them. The keeper kills all remaining processes anyway.
-    """
+    """Ask the children of an ending kernel to end."""
+    # ipykernel waits 14 seconds and then kills them. The keeper kills all remaining processes
+    # anyway.
     for seconds in CHILDREN_SECONDS:
         if not kernel._process_children():
             return

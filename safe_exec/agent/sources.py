@@ -67,11 +67,9 @@ def _bare(line):
 
 
 def _pair(lines, code_lines):
-    """Return for each code line the index of its text line, and the number of sure matches.
-
-    Both are traversed together. After a difference, the traversal continues at the nearest common
-    line.
-    """
+    """Return for each code line the index of its text line, and the number of sure matches."""
+    # Both are traversed together. After a difference, the traversal continues at the nearest common
+    # line.
     bare, code = [_bare(line) for line in lines], [_bare(line) for line in code_lines]
     places = {}
     for number, line in enumerate(code):

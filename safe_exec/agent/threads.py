@@ -15,6 +15,7 @@ import threading
 
 # The registers alone can take 11 KiB (AMX); faulthandler in Python 3.14 walks the C stack as well.
 STACK_BYTES = 64 * 1024
+# No alternate stack is set (sigaltstack(2)).
 SS_DISABLE = 2
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -90,11 +91,9 @@ class SignalStacks:
 
 
 def patch_threads(inside):
-    """Give each new thread of ``threading`` an alternate signal stack.
-
-    The two patched methods are the first and the last that a thread calls itself. A wrapper around
-    the function that the thread runs would be visible in its stack.
-    """
+    """Give each new thread of ``threading`` an alternate signal stack."""
+    # The two patched methods are the first and the last that a thread calls itself. A wrapper
+    # around the function that the thread runs would be visible in its stack.
     Thread, stacks = threading.Thread, SignalStacks()
     begin, end = Thread._set_native_id, Thread._delete
     # A thread that native code started comes along too, but never ends as one of these does.

@@ -33,10 +33,13 @@ class Context(Struct, frozen=True, kw_only=True):
     ending: Ending
     evidence: Evidence
     limits: Limits
+    # The mechanism of each limit.
     enforcement: Mapping[LimitName, Enforcement] = field(default_factory=dict)
     cells: tuple[CellRecord, ...] = ()
+    # The index of the cell that the ending names.
     current: int | None = None
     language: str | None = "python"
+    # The mechanism of each wall of isolation.
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
 
     @property
@@ -74,6 +77,7 @@ class Context(Struct, frozen=True, kw_only=True):
             for c in self.cells
             if (c.memory_kept or 0) >= KEPT_WORTH_NAMING and c.index != self.current
         ]
+        # Sort by size to select, then by position: readers look for cells in notebook order.
         most = sorted(large_cells, key=lambda c: -(c.memory_kept or 0))[:3]
         most.sort(key=lambda c: c.index)
         return ", ".join(
@@ -121,7 +125,7 @@ def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
     """
     status = evidence.exit
     if status is None:
-        facts = [outside("wait status", None, "whoever would have read it was killed too")]
+        facts = [outside("wait status", None, "the process that would have read it was killed too")]
     else:
         facts = [outside("ended with", str(status), "wait status of the kernel process")]
     if evidence.termination is not None:
@@ -149,6 +153,7 @@ def make(  # noqa: PLR0917 - a cause reads as one line: what, in words, how sure
     advice: str = "",
 ) -> Cause:
     """Return a cause, with signal and exit code if the kernel ended by itself."""
+    # After any other ending the exit status is that of our own shutdown.
     status = context.evidence.exit if isinstance(context.ending, Died | StartFailed) else None
     return Cause(
         kind=kind,

@@ -59,6 +59,7 @@ STATUS_OF: Mapping[type[Any], Status] = {
     InternalError: Status.INTERNAL_ERROR,
 }
 
+# Enough for a traceback; the whole output is in the annotated notebook.
 STDERR_TAIL = 4000
 _PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 
@@ -198,6 +199,7 @@ def _language(node: Any) -> str | None:
 
 def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> CrashCell | None:
     """Return the cell that was running at the failure, with its line if it is known."""
+    # Some endings have no cell: a failed start, for example.
     index = getattr(ending, "cell", None)
     if index is None or isinstance(ending, Passed) or node.cells[index].cell_type != "code":
         return None
@@ -224,6 +226,7 @@ def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
     They only show how a magic runs its body. If the failure is in IPython itself, its frames stay.
     """
+    # Frames outside any cell are innermost: there the failure is in a library, and they stay.
     first = next(
         (number for number, frame in enumerate(stack) if frame.cell is not None), len(stack)
     )
@@ -245,6 +248,7 @@ def _with_source(frame: Frame, node: Any) -> Frame:
 
 
 def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
+    # The path comes from the kernel, so its elements may be anything.
     paths = [str(p) for p in result.hello.get("path", ()) if isinstance(p, str)]
     return Environment(
         python=str(result.hello["python"]) if result.hello.get("python") else None,
@@ -269,6 +273,7 @@ def installed_packages(paths: list[str]) -> dict[str, str]:
             ]
         except OSError:
             continue
+        # The kernel chooses its path, so bound the work.
         for name in names[:3000]:
             package, _, version = name.removesuffix(".dist-info").partition("-")
             packages.setdefault(package, version)

@@ -26,9 +26,11 @@ Value = str | int | float | None
 class Difference(Struct, frozen=True, kw_only=True):
     """One difference between the runs. ``decides``: it makes the failure another one."""
 
+    # The field names are keys of the JSON output of `replay`.
     what: str
     then: Value
     here: Value
+    # Whether it makes the failure another one.
     decides: bool = False
 
 
@@ -40,6 +42,7 @@ class Agreement(Struct, frozen=True, kw_only=True):
 
     failure: tuple[Difference, ...]
     environment: tuple[Difference, ...]
+    # The code_index, in the original notebook, of the cell that failed in the rerun.
     cell: int | None
 
     @property
@@ -64,6 +67,7 @@ def compare(original: Verdict, rerun: Verdict, cells: Sequence[Culprit] | None =
 
 def _code_index(rerun: Verdict, cells: Sequence[Culprit] | None) -> int | None:
     crash = rerun.crash_cell
+    # A rerun of the whole notebook has the same cell indexes.
     if crash is None or cells is None:
         return None if crash is None else crash.code_index
     return cells[crash.code_index].code_index if crash.code_index < len(cells) else None
@@ -73,6 +77,7 @@ def _failures(
     original: Verdict, rerun: Verdict, cells: Sequence[Culprit] | None, cell: int | None
 ) -> Iterator[Difference]:
     assert original.cause is not None
+    # Without a failure there is nothing else to compare.
     if rerun.cause is None:
         yield Difference(
             what="status", then=original.status.value, here=rerun.status.value, decides=True

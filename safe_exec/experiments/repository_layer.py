@@ -21,12 +21,15 @@ from msgspec import Struct
 from safe_exec.files import write_atomically
 from safe_exec.keeper import mounts
 
+# A repository with more entries is neither recorded nor hashed: that would take too long.
 MOST_ENTRIES = 5000
+# Directories of tools: large, and of no interest to a notebook.
 PASSED_OVER = frozenset({".git", "node_modules", "__pycache__", ".ipynb_checkpoints"})
+# A directory with this file is a Python environment, which trials do not change.
 ENVIRONMENT = "pyvenv.cfg"
 NOTES = "repository.json"
 CHANGED = "files of the repository that the first run changed"
-NO_LAYER = "files that it wrote into the repository outside the folder"
+NO_LAYER = "files that it wrote to the repository outside the folder"
 
 # Kind and mode, size, and time of the last change (st_ctime), which nobody sets back.
 Mark = tuple[int, int, int]
@@ -100,6 +103,7 @@ def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError:
             continue
+        # A virtual environment has thousands of files and belongs to no notebook.
         if directory != root and any(entry.name == ENVIRONMENT for entry in entries):
             continue
         for entry in entries:
@@ -133,6 +137,7 @@ class RepositoryLayer(Struct, frozen=True, kw_only=True):
         upper.mkdir()
         work.mkdir()
         for name in self.new:
+            # A character device 0:0 in the upper layer hides the file below.
             white = upper / name
             white.parent.mkdir(parents=True, exist_ok=True)
             # A whiteout (overlayfs.rst).

@@ -53,7 +53,7 @@ def isolated_request(
     try:
         workspace = workspaces.make(run_id, Path(keeper_process.runtime_directory(run_id)))
     except OSError as error:
-        raise RerunFailed(f"the folder cannot be had as it was: {error}") from error
+        raise RerunFailed(f"the folder cannot be restored to its earlier state: {error}") from error
     plan = replace(
         build_plan(run_limits, template.machine, run_id, template.plan.isolation),
         mounts=workspace.mounts,
@@ -83,6 +83,7 @@ class RerunOptions(Struct, frozen=True, kw_only=True):
 
     limits: Limits
     cell_limits: Callable[[Any], Limits]
+    # The seconds that the run may take, and the time after which it is given up as slow.
     time_budget: float = float("inf")
     deadline: float = float("inf")
     sink: EventSink = lambda _event: None
@@ -95,10 +96,14 @@ class RerunResult(Struct, frozen=True, kw_only=True):
     wall time including the start of the kernel.
     """
 
+    # The request with the limits as the user knows them.
     request: TrialRequest
     result: TrialResult
+    # Wall time, including the start of the kernel.
     seconds: float
+    # The run exceeded its time budget.
     cut: bool = False
+    # The run exceeded its deadline.
     slow: bool = False
 
 
@@ -119,6 +124,7 @@ class Rerunner:
             cleanup_if_runner_dies=(str(self.workspaces.snapshot.scratch),),
         )
         request = replace(request, cell_limits=options.cell_limits, sink=options.sink)
+        # The smallest of the three bounds tells afterwards why the run was ended.
         bounds = (
             options.limits.timeout or float("inf"),
             options.deadline,
@@ -129,9 +135,10 @@ class Rerunner:
             request,
             limits=replace(request.limits, timeout=timeout if timeout < float("inf") else None),
         )
+        # The request keeps the user's limits; only the copy has the bound.
         result = await run_trial(timed)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
-            raise RerunFailed("a run was cancelled by nobody")
+            raise RerunFailed("a run was cancelled without a signal")
         ours = (
             isinstance(result.ending, TimedOut)
             and result.ending.whole_notebook

@@ -23,7 +23,9 @@ from safe_exec.keeper.file_tree import remove_tree
 
 T = TypeVar("T")
 
+# A search is continued soon or never, and a copy of a folder is large.
 FOLDER_DAYS = 7
+# Answers are small; they remain useful as long as the notebook is being worked on.
 TRIAL_DAYS = 30
 _DAY = 86400.0
 _OWNER = "owner.json"
@@ -37,16 +39,17 @@ class TrialCache:
         self.directory = root / "trials"
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return the answer of an earlier trial; ``None`` for an entry in another format."""
+        """Return the answer of an earlier trial, if there is one."""
         try:
             return msgspec.json.decode(self._path(key).read_bytes(), type=kind)
         except (OSError, ValueError, RecursionError):
             return None
 
     def put(self, key: str, answer: object) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         path = self._path(key)
         with contextlib.suppress(OSError):
+            # Answers contain file names of the user.
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(path, msgspec.json.encode(answer))
 

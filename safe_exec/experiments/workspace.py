@@ -30,9 +30,13 @@ from safe_exec.experiments.repository_layer import (
 from safe_exec.keeper import mounts
 from safe_exec.keeper.file_tree import copy_tree, now, walk
 
+# Copying a folder of this size takes a fraction of a second; larger folders are overlaid.
 COPY_BYTES = 32 << 20
+# Many small files take as long to copy as a few large ones.
 COPY_ENTRIES = 2000
+# Beyond this, even recording the names and times would delay the first cell.
 NOTE_ENTRIES = 20_000
+# Each entry of /tmp needs a mount of its own.
 TMP_ENTRIES = 500
 # Of so many the last copy is remembered.
 MOST_FOLDERS = 32
@@ -65,10 +69,15 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
     folder: Path
     scratch: Path
+    # None for a large folder.
     copy: Path | None
+    # By path within the folder; None for a folder with too many files.
     entries: Mapping[str, Entry] | None
+    # The names in /tmp; None if there are too many.
     tmp: frozenset[str] | None
+    # The start of the snapshot on the file system's clock.
     taken_ns: int = 0
+    # The repository around the folder, if the notebook may write to it.
     repository: RepositoryNotes | None = None
 
     def fingerprint(self) -> str:
@@ -120,6 +129,7 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     folder, but, start_ns = folder.resolve(), ours | {scratch.resolve()}, now()
     entries: dict[str, Entry] = {}
     total = 0
+    # Sizes are summed while walking, so that a large folder is recognised early.
     for path, status in walk(folder, but=but):
         if len(entries) >= NOTE_ENTRIES:
             return Snapshot(
@@ -156,11 +166,9 @@ _latest: dict[Path, Snapshot] = {}
 
 
 def _hardlink_candidates(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
-    """The files of an earlier copy that are still the same, by path within the folder.
-
-    File times have the granularity of the system's clock tick. A file that changed just before it
-    was copied may have changed again within the same tick, so such files are copied anew.
-    """
+    """The files of an earlier copy that are still the same, by path within the folder."""
+    # File times have the granularity of the system's clock tick. A file that changed just before it
+    # was copied may have changed again within the same tick, so such files are copied anew.
     if earlier is None or earlier.copy is None or not earlier.entries:
         return {}
     settled = earlier.taken_ns - TICK_NS
@@ -230,9 +238,12 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
     """
 
     snapshot: Snapshot
+    # The result of mounts.namespaces().
     namespace_kind: str | None
     overlay: bool
+    # The paths that an overlay hides.
     new: tuple[str, ...] = ()
+    # The traces of earlier trials that a trial may still see.
     gaps: tuple[str, ...] = ()
     repository: RepositoryLayer | None = None
 
@@ -277,11 +288,9 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
     def _beside_runtime(
         self, mount: dict[str, str], directory: Path, runtime: Path
     ) -> list[dict[str, str]]:
-        """Return the mounts of the folder, keeping the runtime directory reachable.
-
-        If the folder is /tmp itself, its mount would hide the runtime directory, so that is bound
-        into it.
-        """
+        """Return the mounts of the folder, keeping the runtime directory reachable."""
+        # If the folder is /tmp itself, its mount would hide the runtime directory, so that is bound
+        # into it.
         if not runtime.is_relative_to(self.snapshot.folder):
             return [mount]
         place = (
@@ -298,12 +307,11 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         )
 
     def _layers(self, directory: Path) -> dict[str, str]:
-        """Return the overlay mount of the folder.
-
-        Whiteouts (character devices 0:0, see overlayfs.rst) hide the files that the first run
-        added.
-        """
+        """Return the overlay mount of the folder."""
+        # Whiteouts (character devices 0:0, see overlayfs.rst) hide the files that the first run
+        # added.
         for name in ("upper", "work"):
+            # overlayfs needs an upper and a work directory on the same file system.
             (directory / name).mkdir()
         for path in self.new:
             white = directory / "upper" / path
@@ -318,14 +326,13 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         }
 
     def _tmp(self, directory: Path, runtime: Path) -> list[dict[str, str]]:
-        """Return the mounts of a /tmp with only its earlier entries.
-
-        Each earlier name is bound into a fresh directory, which is bound over /tmp last.
-        """
+        """Return the mounts of a /tmp with only its earlier entries."""
+        # Each earlier name is bound into a fresh directory, which is bound over /tmp last.
         if self.snapshot.tmp is None:
             return []
         fresh = directory / "tmp"
         fresh.mkdir()
+        # mkdir applies the umask, so the sticky mode must be set afterwards.
         fresh.chmod(0o1777)
         binds = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
         # The keeper makes it before it mounts anything.
@@ -341,10 +348,8 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
 
 
 def _bound(source: Path, target: Path) -> dict[str, str] | None:
-    """Create a mount point of the same kind as ``source`` and return its bind mount.
-
-    A symbolic link is created anew; the result is ``None`` then, and for a file that has vanished.
-    """
+    """Create a mount point of the same kind as ``source`` and return its bind mount."""
+    # A symbolic link is created anew; the result is `None` then, and for a file that has vanished.
     try:
         status = source.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -384,13 +389,14 @@ def workspace_factory(
         ()
         if namespace_kind
         else (
-            "what it left in /dev/shm, and files of the folder that are named by their full path",
+            (
+                "its files in /dev/shm, and files of the folder that the notebook opens by their "
+                "full path"
+            ),
         )
     )
     gaps += (
-        ("what it left in /dev/shm",)
-        if namespace_kind and snapshot.folder.is_relative_to(SHM)
-        else ()
+        ("its files in /dev/shm",) if namespace_kind and snapshot.folder.is_relative_to(SHM) else ()
     )
     layer = None
     if snapshot.repository is not None:
@@ -441,10 +447,11 @@ def _why_no_overlay(
             f"it is too large to copy ({COPY_BYTES >> 20} MiB, {COPY_ENTRIES} files), and "
             f"the first run changed {changed} in it"
         )
+    # Without a mount namespace the copy is used at its own path.
     if namespace_kind is None:
         return (
-            "it is too large to copy, and this system lets us make no mount namespace for an "
-            "overlay"
+            "it is too large to copy, and this system does not permit the "
+            "mount namespace that an overlay needs"
         )
     probe = snapshot.scratch / "probe"
     probe.mkdir(exist_ok=True)

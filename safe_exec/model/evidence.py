@@ -15,9 +15,12 @@ class Frame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One frame of a stack. Stacks are listed with the innermost frame first."""
 
     function: str
+    # The line in the file, or in the cell if the frame runs the code of a cell.
     line: Count | None
     file: str | None = None
+    # The index of the notebook cell whose code the frame runs.
     cell: Count | None = None
+    # The text of the line, if the notebook is available.
     source_line: str | None = None
 
 
@@ -112,6 +115,8 @@ class ActivityObservation(Struct, frozen=True, kw_only=True):
     # The file lock that the kernel waits for.
     lock: ObservedLock | None = None
     listening: tuple[str, ...] = ()
+    # Whether the agent runs in the kernel. If not, the main thread need not be the one that runs
+    # the cells.
     instrumented: bool = True
 
 
@@ -199,6 +204,7 @@ class Raised(Struct, frozen=True, kw_only=True):
     # The host that was last connected to.
     host: str | None = None
     port: int | None = None
+    # The module that was not found.
     module: str | None = None
     # The key that os.environ lacks.
     variable: str | None = None
@@ -232,6 +238,7 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
     # It was looked for in the home that the kernel has instead of the user's.
     moved: bool = False
     local: bool = False
+    # The kernel named this very thing as the refused one.
     exact: bool = False
     # The cell that named it, and whether it did so in its output.
     cell: int | None = None
@@ -308,6 +315,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     oom_kills: int | None = None
     oom_kills_cell: int | None = None
     oom_kills_in_time: int | None = None
+    # Earlier cells (by index) in which processes were killed for memory, and how many.
     oom_kills_earlier: tuple[tuple[int, int], ...] = ()
     oom_elsewhere: bool | None = None
     # The group above the sandbox whose memory limit was hit, and that limit in bytes.
@@ -322,6 +330,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     # The part of the peak that belongs to processes other than the kernel.
     memory_children: int | None = None
     memory_kernel: int | None = None
+    # Pages that several processes share may be counted more than once.
     memory_upper_bound: bool = False
     processes_at_timeout: ProcessCount | None = None
     processes_peak: int | None = None

@@ -53,19 +53,25 @@ class LimitName(StrEnum):
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The limits for one notebook; ``None`` means unlimited."""
 
+    # The kernel and all its descendants together.
     memory: Count | None = None
     cpus: Amount | None = None
+    # The processor time of the whole process tree.
     cpu_time: Amount | None = None
     cell_timeout: Amount | None = None
     timeout: Amount | None = None
     start_timeout: Amount | None = None
     processes: Count | None = None
+    # For each process, as is file_size.
     open_files: Count | None = None
     file_size: Count | None = None
     cell_output: Count | None = None
     output: Count | None = None
+    # Everything written to the folder, /tmp and scratch together.
     disk: Count | None = None
+    # Everything written to /dev/shm.
     shm: Count | None = None
+    # The time that a cell has to answer an interrupt before its kernel is killed.
     interrupt_grace: Amount = 2.0
 
     def __post_init__(self) -> None:

@@ -171,6 +171,7 @@ class CellRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     code_index: Count
     id: str | None
     status: CellStatus
+    # Seconds since the run began.
     started: Amount | None = None
     seconds: Amount | None = None
     cpu_seconds: Amount | None = None
@@ -226,12 +227,19 @@ class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # The failure no longer occurs if any one of the cells is removed.
     minimal: bool
     method: str
+    # The index of the cell that a person should read first.
     look_first: Count | None
+    # The kernels started for the search, without the first run.
     trials: Count
+    # The trials that an earlier search had already run.
     cached: Count
+    # (k, n): of n runs of exactly these cells, from scratch, k failed the same way.
     reproduced: tuple[Count, Count]
+    # The wall time of the search.
     seconds: Amount
+    # The endings of those runs: passed, or the kind of the cause.
     endings: Mapping[str, Count] = field(default_factory=dict)
+    # The path of the reproduction, if one was written.
     repro_notebook: str | None = None
     stopped: Stopped | None = None
 
@@ -255,15 +263,17 @@ class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     oom_kills: Count | None = None
     processes_peak: Count | None = None
     output_bytes: Count | None = None
+    # Some processes could not be inspected. Pages that they share with others are counted for each
+    # process, so all memory figures are upper bounds.
     memory_upper_bound: bool = False
 
 
 class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The notebook that was run.
 
-    ``sha256`` is of its file. The cell that sets ``parameters`` counts among the cells. ``skip_tags``,
-    ``only_tags`` and ``until`` chose the cells that ran. ``exit_is`` says whether ``sys.exit(0)``
-    ended the notebook as a success or as an error.
+    ``sha256`` is the hash of its file. The cell that sets ``parameters`` counts among the cells.
+    ``skip_tags``, ``only_tags`` and ``until`` selected the cells that ran. ``exit_is`` tells
+    whether ``sys.exit(0)`` ended the notebook as a success or as an error.
     """
 
     path: str
@@ -306,6 +316,7 @@ class Verdict(
 
     safe_exec_version: Text
     run_id: Text
+    # ISO 8601 in UTC, as is `finished`.
     started: Moment
     finished: Moment
     command: tuple[str, ...]
@@ -319,6 +330,7 @@ class Verdict(
     cells: tuple[CellRecord, ...]
     limits: Limits
     enforcement: Mapping[LimitName, Enforcement]
+    # The requested isolation; its enforcement is in `environment`.
     isolation: Isolation = field(default_factory=Isolation)
     # Whether the run continues after a cell that raises.
     allow_errors: bool = False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # nbformat 4.5 has ids for cells, and its schema forbids them before.
 IDS_SINCE = 5
 
-# Levels: copying and writing recurse, some three frames a level, under Python's limit of 1000.
+# Copying and writing recurse with about three frames a level, under Python's limit of 1000.
 DEEPEST = 200
 
 # Characters that are encoded at a time, about.
@@ -46,6 +46,7 @@ def is_shallow(document: object) -> bool:
 
     Checked level by level, not recursively.
     """
+    # A recursive check would hit the recursion limit that it is to prevent.
     level = [document]
     for _ in range(DEEPEST):
         level = [
@@ -141,7 +142,9 @@ def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
 
     Everything else is shared with the original.
     """
+    # The budget is shared by all outputs of the notebook.
     budget = _Budget(node)
+    # The schema of earlier formats forbids ids.
     ids = node["nbformat_minor"] >= IDS_SINCE
     metadata = {key: value for key, value in node["metadata"].items() if key not in _TRANSIENT}
     return {
@@ -176,11 +179,13 @@ def _output(output: Mapping[str, Any], budget: _Budget) -> Mapping[str, Any]:
 
 
 def _bundle(data: Mapping[str, Any], mark: Callable[[str], Any]) -> dict[str, Any]:
+    # nbformat splits text types only; images stay in one piece.
     split = [
         key
         for key, value in data.items()
         if isinstance(value, str) and (key.startswith("text/") or key in _SPLIT_TOO)
     ]
+    # Copy instead of modifying: the notebook is still in use.
     return {**data, **{key: mark(data[key]) for key in split}}
 
 
@@ -201,6 +206,7 @@ class _Budget:
         """Return the text in the form in which it is written."""
         parts = [text] if isinstance(text, str) else text
         if self._counts:
+            # Counting is cheaper than splitting.
             lines = sum(_line_ends(part) for part in parts)
             if lines > self._remaining_lines:
                 return _Whole(parts)
@@ -257,6 +263,7 @@ def _object(value: Mapping[Any, Any], indent: str, depth: int) -> Iterator[str]:
         yield "{}"
         return
     separator, inner = "{", indent + " "
+    # nbformat sorts keys, so that diffs stay small.
     for key in sorted(value):
         name = encode_basestring(key if isinstance(key, str) else _scalar(key))
         yield f"{separator}{inner}{name}: "
@@ -278,8 +285,10 @@ def _array(value: list[Any] | tuple[Any, ...], indent: str, depth: int) -> Itera
 
 
 def _scalar(value: Any) -> str:
+    # NaN and infinity are not JSON, though Python writes them.
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "null"
+    # bool is a subclass of int, so it must be checked first.
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -316,10 +325,8 @@ def _is_plain(text: str) -> bool:
 
 
 def _replaced(text: str, newline: str) -> str:
-    """Escape a plain text.
-
-    Searching for a character and replacing it is many times as fast as CPython's own escaping.
-    """
+    """Escape a plain text."""
+    # Searching for a character and replacing it is many times as fast as CPython's own escaping.
     for character, written in (*_ESCAPES, ("\n", newline)):
         if character in text:
             text = text.replace(character, written)
@@ -362,6 +369,7 @@ def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
     """
     partial_line: list[str] = []
     for part in _slices(parts):
+        # The last line of a part may continue in the next one.
         lines = _divided(part)
         if partial_line:
             partial_line.append(lines.pop(0))
@@ -384,6 +392,7 @@ def _divided(part: str) -> list[str]:
     """
     if not _is_plain(part):
         return part.splitlines(keepends=True)
+    # The middle consists of whole lines and can be encoded in one step.
     first, last = part.find("\n") + 1, part.rfind("\n") + 1
     return [piece for piece in (part[:first], _Block(part[first:last]), part[last:]) if piece]
 
@@ -392,6 +401,7 @@ def _slices(parts: list[str]) -> Iterator[str]:
     """Yield the text in small, non-empty parts that do not end in a line end or surrogate pair."""
     carry = ""
     for part in parts:
+        # Small pieces bound the memory, whatever the size of an output.
         for at in range(0, len(part), PIECE):
             piece, carry = carry + part[at : at + PIECE], ""
             if piece[-1] == "\r" or "\ud800" <= piece[-1] <= "\udbff":

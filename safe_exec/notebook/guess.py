@@ -99,6 +99,7 @@ def guess_json(document: Any) -> str:
 
 
 def _by_content(data: bytes) -> tuple[str, str] | None:
+    # A byte order mark alone is an empty file, too.
     if not data.strip(b"\xef\xbb\xbf \t\r\n\0"):
         return (
             "an empty file",
@@ -108,6 +109,7 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
                 "again in Jupyter"
             ),
         )
+    # Git LFS replaces large files by a small text file.
     if data.startswith(_LFS):
         return ("a Git LFS pointer", "fetch the notebook itself: git lfs pull")
     for magic, description, remedy in _MAGIC:
@@ -121,6 +123,7 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
                 "the login"
             ),
         )
+    # A conflict may leave valid-looking JSON at the top.
     conflict = _CONFLICT.search(data)
     if conflict is not None:
         line = data.count(b"\n", 0, conflict.start()) + 1
@@ -139,6 +142,7 @@ def _by_name(path: Path) -> tuple[str, str] | None:
 def _by_source(data: bytes) -> tuple[str, str] | None:
     """Recognise Python source with the name of a notebook."""
     try:
+        # Parsing a huge file could take long and much memory.
         tree = ast.parse(data) if len(data) <= _LARGEST_SOURCE else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -155,6 +159,7 @@ def _by_source(data: bytes) -> tuple[str, str] | None:
 
 def _cut_off(data: bytes) -> tuple[str, str] | None:
     """Recognise a truncated notebook, left by a full disk or a failed download."""
+    # A download may be cut in the middle of a character.
     text = data.decode("utf-8-sig", "replace").rstrip()
     try:
         json.loads(text)

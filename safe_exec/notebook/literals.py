@@ -74,7 +74,7 @@ def julia(value: Value) -> str:
 
 
 def bash(value: Value) -> str:
-    """A word of the shell. Raises ValueError for lists and mappings, which a variable cannot hold."""
+    """Return a word of the shell. Raises ValueError for lists and mappings."""
     if value is None:
         return "''"
     if isinstance(value, bool):
@@ -101,10 +101,10 @@ def javascript(value: Value) -> str:
 def _quoted(text: str) -> str:
     """A text in double quotes with the escapes that C, Python, R and Julia share."""
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    shown = "".join(
+    escaped = "".join(
         escapes.get(char) or (char if char.isprintable() else _escaped(char)) for char in text
     )
-    return f'"{shown}"'
+    return f'"{escaped}"'
 
 
 def _escaped(char: str) -> str:
@@ -127,6 +127,7 @@ def _is_r_name(name: str) -> bool:
 
 _SCRIPT = Language("//", "var {name} = {value};", _is_identifier, javascript)
 
+# By the name in a notebook's `language_info`, in lower case.
 LANGUAGES: Mapping[str, Language] = {
     "python": Language("#", "{name} = {value}", _is_python_name, python),
     "r": Language("#", "{name} = {value}", _is_r_name, r),
@@ -135,4 +136,3 @@ LANGUAGES: Mapping[str, Language] = {
     "javascript": _SCRIPT,
     "typescript": _SCRIPT,
 }
-"""By the name in a notebook's ``language_info``, in lower case."""

@@ -51,6 +51,7 @@ __all__ = [
 # What is ours in the metadata of notebooks, cells and outputs; its `limits` are the user's.
 METADATA_KEY = "safe_exec"
 
+# The tag and role by which our banner cell is recognised.
 BANNER_TAG = "safe-exec"
 BANNER_ROLE = "banner"
 # `ename` of the `error` outputs we write, alone or before anything that is no letter (`"SafeExec:
@@ -144,6 +145,7 @@ class Source(Struct, frozen=True, kw_only=True):
     @classmethod
     def of_data(cls, path: Path, data: bytes) -> Self:
         """Parse data as the content of the file. Raises NotebookError."""
+        # The file is read once: it may be a pipe, or may change in between.
         document = _parse(data, path)
         version = _version(document, path)
         if _SURROGATE_ESCAPE.search(data):
@@ -174,8 +176,10 @@ class Source(Struct, frozen=True, kw_only=True):
             if current
             else _upgraded(self.document, self.version, self.path)
         )
+        # The hash is of the bytes, so that anybody can check it with sha256sum.
         sha256 = hashlib.sha256(self.data).hexdigest()
         _give_ids(node, sha256)
+        # The node's metadata: converters move it when they upgrade.
         kernel, language = _kernel_of(node.metadata)
         return Notebook(
             path=self.path,
@@ -195,13 +199,12 @@ def _has_metadata(cell: Any) -> bool:
 
 
 def _demand_few(data: bytes, path: Path) -> None:
-    """Reject files with too many containers.
-
-    A file of 60 MB with nothing but ``{}`` takes gigabytes once it is parsed, and the runner has no
-    memory limit. Text may contain any number of brackets.
-    """
+    """Reject files with too many containers."""
+    # A file of 60 MB with nothing but `{}` takes gigabytes once it is parsed, and the runner has no
+    # memory limit. Text may contain any number of brackets.
     if data.count(b"{") + data.count(b"[") <= MOST_CONTAINERS:
         return
+    # Brackets inside texts cost nothing.
     bare = _TEXT.sub(b"", data)
     if bare.count(b"{") + bare.count(b"[") > MOST_CONTAINERS:
         raise NotebookError(
@@ -272,6 +275,7 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
     import nbformat
 
     try:
+        # Each old format has a converter of its own in nbformat.
         old = nbformat.versions[version[0]].to_notebook_json(document, minor=version[1])
         node = json.loads(json.dumps(nbformat.convert(old, _FORMAT)))
     except Exception as problem:  # noqa: BLE001
@@ -288,10 +292,8 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
 
 
 def _give_ids(node: NotebookNode, seed: str) -> None:
-    """Give cells the ids that nbformat's reader would, but never random ones.
-
-    From nbformat 4.5 on ids are valid and unique; before, there are none.
-    """
+    """Give cells the ids that nbformat's reader would, but never random ones."""
+    # From nbformat 4.5 on ids are valid and unique; before, there are none.
     used_ids: set[str] = set()
     for index, cell in enumerate(node.cells):
         if node.nbformat_minor < IDS_SINCE:
@@ -347,6 +349,7 @@ def strip_annotations(node: NotebookNode) -> NotebookNode:
     The user's own ``metadata.safe_exec.limits`` stay. Stripping twice is the same as stripping
     once.
     """
+    # The caller may still need the annotations.
     clean = copy.deepcopy(node)
     clean["cells"] = [cell for cell in clean.cells if not is_banner(cell)]
     _drop_result(clean.metadata)
@@ -366,6 +369,7 @@ def is_banner(cell: Mapping[str, Any]) -> bool:
     ours = _section(cell["metadata"], METADATA_KEY)
     if BANNER_TAG not in _tags(cell):
         return False
+    # Older versions stored the role inside the result.
     roles = (ours.get("role"), _section(ours, "result").get("role"))
     return BANNER_ROLE in roles or (cell["cell_type"] == "markdown" and "result" in ours)
 
@@ -386,6 +390,7 @@ def _drop_result(metadata: dict[str, Any]) -> None:
 
 
 def _tags(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    # Metadata may contain anything; only a list of texts is a list of tags.
     tags = cell["metadata"].get("tags")
     return tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
 
@@ -397,6 +402,7 @@ def default_outputs(path: Path | str) -> OutputPaths:
     followed by X.out.out.ipynb.
     """
     path = Path(path)
+    # The extension may be in capitals on some systems.
     name = path.name[: -len(".ipynb")] if path.name.lower().endswith(".ipynb") else path.name
     stem = name.removesuffix(".out") or name or path.name
     return OutputPaths(

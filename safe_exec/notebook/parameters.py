@@ -40,7 +40,7 @@ _TYPE_COMMENT = re.compile(r"type:\s*(\S+)\s*(.*)")
 
 
 class Parameter(NamedTuple):
-    """A parameter that a notebook declares, as its source has it; empty texts where it says nothing."""
+    """A parameter that a notebook declares; texts are empty if the notebook does not state them."""
 
     name: str
     type: str
@@ -63,9 +63,13 @@ class Injected(NamedTuple):
 
 
 def typed(text: str) -> Value:
-    """The value of a command line's text: True, False, None, a whole number, a number, or the text."""
+    """Convert a command line's text.
+
+    True, False, None, an integer, a number, or the text itself.
+    """
     if text in _KEYWORDS:
         return _KEYWORDS[text]
+    # An integer is also a valid float, so it must be tried first.
     for kind in (int, float):
         try:
             return kind(text)
@@ -94,7 +98,10 @@ def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: JSON and kernels of other languages know none, and a text is what papermill passes."""
+    """YAML without dates, which neither JSON nor kernels of other languages know.
+
+    Papermill passes texts.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -200,7 +207,8 @@ def declared_parameters(node: Any, language: str | None) -> tuple[Parameter, ...
         try:
             return tuple(_python_parameters(source))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            pass  # a magic, or a cell that is about to fail: line by line, as in other languages
+            # A magic, or a cell that is about to fail: line by line, as in other languages.
+            pass
     return tuple(_line_parameters(source))
 
 

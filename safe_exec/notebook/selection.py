@@ -57,10 +57,13 @@ def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
     ]
     if selection.only_tags and not set(selection.only_tags) & set(tags):
         name = ", ".join(map(one_line, selection.only_tags))
-        words = f"--only-tag {name}: no code cell has this tag{_hint(selection.only_tags[0], tags)}"
+        message = (
+            f"--only-tag {name}: no code cell has this tag{_hint(selection.only_tags[0], tags)}"
+        )
         if not selection.lenient:
-            raise UsageError(words)
-        warnings.append(f"{words}; no cell was run")
+            raise UsageError(message)
+        warnings.append(f"{message}; no cell was run")
+    # A number, an id or a tag may name the last cell.
     last = _last(code, selection.until, tags)
     indexes = frozenset(
         index
@@ -93,7 +96,8 @@ def _last(code: Sequence[tuple[int, Any]], until: str | None, tags: Sequence[str
     matches = by_id or by_tag
     if not matches:
         raise UsageError(
-            f"--until {one_line(until)}: no code cell has this number, id or tag{_hint(until, tags)}"
+            f"--until {one_line(until)}: no code cell has this number, id or "
+            f"tag{_hint(until, tags)}"
         )
     return matches[-1]
 

@@ -39,6 +39,7 @@ def complete_metadata(metadata: dict[str, Any], kernel: str, language: str | Non
         if not isinstance(info.get("name"), str):
             info["name"] = language or kernel
         metadata["language_info"] = info
+    # nbformat writes it in memory only; files with it are invalid.
     original = metadata.get("orig_nbformat", 1)
     # No format has a place for it in a file.
     if type(original) is not int or original < 1:
@@ -80,6 +81,7 @@ def _cell_problems(cell: Any) -> Iterator[str]:
         yield "attachments must be objects"
     if cell.get("cell_type") == "code":
         yield from _outputs_problems(cell.setdefault("outputs", []))
+        # The format requires the key, and some tools omit it.
         cell.setdefault("execution_count", None)
         return
     for key in (
@@ -110,6 +112,7 @@ def _output_problems(output: Any) -> Iterator[str]:
         yield "data must be an object"
     if kind == "error" and not isinstance(output.get("ename"), str):
         yield "ename must be text"
+    # Tools omit these keys, and viewers fail without them.
     for key, default in _DEFAULTS.get(kind, {}).items():
         output.setdefault(key, copy.copy(default))
 

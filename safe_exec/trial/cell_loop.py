@@ -31,13 +31,14 @@ from safe_exec.trial.state import TrialState
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
+# The reading at the end of a cell also serves as the one at the start of the next.
 FRESH_SECONDS = 0.005
 # How often a kernel that ignored an interrupt is looked at again.
 DEAF_SECONDS = 0.05
 
 
+# The texts of `SystemExit` for `sys.exit()`, `sys.exit(0)` and `sys.exit(None)`.
 SUCCESSFUL_EXITS = ("", "0", "None")
-"""The texts of ``SystemExit`` for ``sys.exit()``, ``sys.exit(0)`` and ``sys.exit(None)``."""
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
@@ -69,10 +70,12 @@ class CellLoop:
                 self.metrics.skip(index)
                 continue
             await self._run_cell(client, index, cell)
+        # nbclient stores the widgets' state only when it is asked.
         client.set_widgets_metadata()
         self.state.current = None
         if self.session.died.is_set():
             await self._stop_for_death(None)
+        # A killed worker need not raise an error in the notebook.
         worker = self._worker_killed()
         return worker or Passed()
 
@@ -90,10 +93,12 @@ class CellLoop:
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
         """Run one cell under its limits. Raises Stop if the run ends with it."""
+        # A limit may strike between two cells.
         if self.state.stopping.is_set() or self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             await self._stop_for_death(None)
         self.state.current = index
+        # A cell's metadata may set its own time limit.
         limits = self.request.cell_limits(cell)
         client.begin_cell(limits.cell_output)
         self._begin(index, cell)
@@ -102,6 +107,7 @@ class CellLoop:
             self.session.changes.note_now_and_then()
         if self.session.died.is_set():
             await self._stop_for_death(index)
+        # A task of its own, so that the time limits can be enforced while it waits.
         execution = asyncio.create_task(
             client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
         )
@@ -134,7 +140,8 @@ class CellLoop:
         """
         if self.state.stopping.is_set():
             return
-        if self.session.kill_reason is not None:  # for another limit, before its time was up
+        # For another limit, before its time was up.
+        if self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             return
         whole_notebook = (
@@ -144,6 +151,7 @@ class CellLoop:
         allowed = self.request.limits.timeout if whole_notebook else limits.cell_timeout
         name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)
+        # The interrupt would change the state that is to be observed.
         await self._look(index)
         answered = await self._interrupt(execution, index, limits.interrupt_grace)
         if self.state.signals:
@@ -211,10 +219,8 @@ class CellLoop:
         return None if self.session.died.is_set() else execution.done()
 
     def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
-        """Return the error with which an interrupted cell answered.
-
-        This also retrieves the task's exception, so that asyncio does not report it as unhandled.
-        """
+        """Return the error with which an interrupted cell answered."""
+        # This also retrieves the task's exception, so that asyncio does not report it as unhandled.
         if execution.done() and not execution.cancelled():
             execution.exception()
         else:
@@ -228,6 +234,7 @@ class CellLoop:
         client = self.session.client
         assert client is not None
         await self._heed_limits(execution, index)
+        # A reply that arrived before the death still counts.
         if self.session.died.is_set() or not execution.done():
             failure = (
                 execution.exception() if execution.done() and not execution.cancelled() else None
@@ -235,6 +242,7 @@ class CellLoop:
             if failure is not None or not execution.done():
                 execution.cancel()
                 await self._stop_for_death(index)
+        # nbclient raises for an error unless errors are allowed.
         failure = execution.exception()
         error = self._error_of(index)
         if failure is not None and error is None:
@@ -294,7 +302,8 @@ class CellLoop:
         if below:
             skipped = f"{len(below)} code cell{'s' * (len(below) > 1)} below it did not run"
         self.state.warnings.append(
-            f"code cell {self.metrics.code_index(index) + 1} ended the notebook with sys.exit(); {skipped}"
+            f"code cell {self.metrics.code_index(index) + 1} ended the notebook with "
+            f"sys.exit(); {skipped}"
         )
         raise Stop(Passed())
 
@@ -323,6 +332,7 @@ class CellLoop:
         if index is not None:
             self._recover(index)
             self._end(index, CellStatus.KILLED)
+        # The keeper's report has the wait status and the reason of our own kill.
         ended = self.session.ended
         reason = ended.reason if ended else None
         if reason in (
@@ -341,10 +351,8 @@ class CellLoop:
         return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
 
     def _cell_by_page(self, cell: int | None) -> int | None:
-        """Return the cell that was running at the death according to the kernel's shared page.
-
-        That is an earlier cell if a forged or premature message declared it finished.
-        """
+        """Return the cell that was running at the death according to the kernel's shared page."""
+        # That is an earlier cell if a forged or premature message declared it finished.
         page_cell = self.session.running_by_page()
         if page_cell is None or cell is None or page_cell >= cell:
             return cell

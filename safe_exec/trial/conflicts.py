@@ -49,10 +49,8 @@ class Lookup:
     """Looks up names outside the sandbox, with one system call each."""
 
     def __init__(self, *, bare_root: bool = False) -> None:
-        """Create a lookup. ``bare_root``.
-
-        The kernel is root without capabilities, so file modes apply to it.
-        """
+        """Create a lookup. ``bare_root``."""
+        # The kernel is root without capabilities, so file modes apply to it.
         self.remaining_lookups = MOST_LOOKUPS
         self.bare_root = bare_root
 
@@ -81,10 +79,8 @@ class Lookup:
         return mode is not None and bool(mode & stat.S_IROTH)
 
     def may(self, path: str, access_mode: int) -> bool:
-        """Tell whether safe-exec itself may read (R_OK) or write (W_OK) the path.
-
-        A file system that is mounted read-only outside the sandbox is not writable either.
-        """
+        """Tell whether safe-exec itself may read (R_OK) or write (W_OK) the path."""
+        # A file system that is mounted read-only outside the sandbox is not writable either.
         self.remaining_lookups -= 1
         if self.remaining_lookups < 0 or not os.access(path, access_mode):
             return False
@@ -100,7 +96,7 @@ class Lookup:
         return any(_has_default_route(*table) for table in ROUTES)
 
     def listens(self, port: int) -> bool:
-        """Whether a program of this machine listens for TCP connections to loopback on that port."""
+        """Tell whether a program listens for TCP connections to loopback on that port."""
         return sockets.listens(port)
 
     def _mode(self, path: str) -> int | None:
@@ -142,6 +138,7 @@ class Reach:
         """Return the access to an absolute path without links."""
         # POSIX keeps two leading slashes apart (so does realpath(3)), and dirname("//") is "//".
         path = f"/{path.lstrip('/')}"
+        # "/" is always in the table, so the loop ends.
         while path not in self._tops:
             path = os.path.dirname(path)
         return self._tops[path]
@@ -156,17 +153,20 @@ class Sight(Struct, frozen=True, kw_only=True):
     """
 
     facts: IsolationFacts
+    # The environment outside the sandbox. It may hold secrets, so it is left out of the repr.
     env: Mapping[str, str]
+    # This and the next two are the kernel's claims.
     cwd: str | None = None
     sys_path: tuple[str, ...] = ()
     search: str = ""
+    # The kernel runs as a user who owns nothing.
     other_user: bool = False
     r_version: str | None = None
 
     def __repr__(self) -> str:
         # Without the environment, which may hold secrets.
-        shown = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n != "env")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        items = (f"{n}={getattr(self, n)!r}" for n in self.__struct_fields__ if n != "env")
+        return f"{type(self).__name__}({', '.join(items)})"
 
     def r_libraries(self) -> tuple[str, ...]:
         """Return the user's own library of R packages (see ``?.libPaths``)."""
@@ -211,10 +211,8 @@ class Sight(Struct, frozen=True, kw_only=True):
 def conflicts(
     needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None
 ) -> tuple[IsolationConflict, ...]:
-    """Return the needs that isolation refused.
-
-    If a lookup takes longer than SECONDS, its name and all following ones are left out.
-    """
+    """Return the needs that isolation refused."""
+    # If a lookup takes longer than SECONDS, its name and all following ones are left out.
     # bubblewrap drops the capabilities of a root that gets a read-only system
     # (mechanisms/bubblewrap.py).
     bare_root = (
@@ -228,6 +226,7 @@ def conflicts(
             if len(results) < MOST_CONFLICTS and (conflict := finder.find(need)) is not None:
                 results.append(conflict)
 
+    # stat(2) on a dead network file system cannot be interrupted; a daemon thread can be abandoned.
     thread = threading.Thread(target=look, name="safe-exec-lookup", daemon=True)
     thread.start()
     thread.join(SECONDS)
@@ -259,7 +258,8 @@ class _Finder:
     def _host(self, need: Need) -> IsolationConflict | None:
         if self.sight.facts.network:
             return None
-        if need.number == errno.ECONNREFUSED:  # by a loopback where nobody listens on that port
+        # By a loopback where nobody listens on that port.
+        if need.number == errno.ECONNREFUSED:
             listens = self.lookup.listens(int(need.name.rpartition(":")[2]))
             return _conflict(need, Access.HIDDEN, local=True) if listens else None
         return _conflict(need, Access.HIDDEN, usable=self.lookup.has_route())
@@ -310,6 +310,7 @@ class _Finder:
         return None
 
     def _refused(self, need: Need, place: str, *, moved: bool) -> IsolationConflict | None:
+        # Walls apply to real paths, not to links.
         real = self.lookup.real(place)
         access, exists = self.reach.to(real), self.lookup.exists(real)
         readable = exists and need.number != errno.EROFS and not need.writes
@@ -331,17 +332,16 @@ class _Finder:
         return self._other_users(need, real, access) if exists else None
 
     def _hidden(self, need: Need, real: str, *, moved: bool) -> IsolationConflict | None:
+        # The user could not read it either, so isolation is not the reason.
         if not self.lookup.may(real, os.R_OK):
             return None
         usable = not self.sight.other_user or self.lookup.is_for_others(real)
         return _conflict(need, Access.HIDDEN, path=real, allow=(real,), usable=usable, moved=moved)
 
     def _is_write(self, need: Need, access: Access) -> bool:
-        """Tell whether the cell wanted to write.
-
-        A read-only file system refuses only writes, and Landlock permits reading everything
-        visible.
-        """
+        """Tell whether the cell wanted to write."""
+        # A read-only file system refuses only writes, and Landlock permits reading everything
+        # visible.
         refused_by_landlock = (
             need.number == errno.EACCES and self.sight.facts.by is Mechanism.LANDLOCK
         )

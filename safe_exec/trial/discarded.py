@@ -8,6 +8,7 @@ from safe_exec.model.evidence import IsolationFacts
 from safe_exec.units import format_size
 
 NOT_KEPT = "files that were not kept"
+# The warning stays on one line.
 MOST_NAMED = 5
 LONGEST_NAME = 120
 

@@ -16,6 +16,7 @@ from safe_exec.model.ending import CellError
 # What ipykernel 7 answers where showing a result failed: it names the type of an error that there
 # is not.
 NO_ERROR = "NoneType"
+# The error of input() in a kernel that was told that nobody can answer.
 NOBODY_TYPES = "StdinNotImplementedError"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+# Longer lines are cut in the evidence.
 LONGEST_TEXT = 200
 # Commands of a shell, and calls of R and JavaScript.
 KILLING = re.compile(

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from safe_exec.model.verdict import CellRecord, CellStatus, Timeline
 from safe_exec.sandbox.usage.meter import Counters, Reading
 
+# More points than a chart has pixels would only make the verdict larger.
 TIMELINE_POINTS = 500
 
 
@@ -78,6 +79,7 @@ class MetricsRecorder:
         """Record the begin of a cell."""
         self._at_start = reading
         self.last_run = index
+        # The memory at the start is a lower bound of the cell's peak.
         peak = reading.memory if reading else None
         self.records[index] = replace(self.records[index], started=moment, memory_peak=peak)
         if reading:
@@ -89,6 +91,7 @@ class MetricsRecorder:
         self.samples.append(
             _Sample(seconds=moment, memory=reading.memory, cpu=reading.cpu_seconds, cell=cell)
         )
+        # Bounds the memory of a long run; thinning keeps the peaks.
         if len(self.samples) > 8 * TIMELINE_POINTS:
             self.samples = thin(self.samples, 4 * TIMELINE_POINTS)
         self._keep(reading)
@@ -103,6 +106,7 @@ class MetricsRecorder:
         self.upper_bound = self.upper_bound or reading.upper_bound
         if (reading.memory or 0) > (self.highest.memory or 0):
             self.highest = reading
+        # A failed reading must not erase the last known value.
         self.memory_last = reading.memory if reading.memory is not None else self.memory_last
         self.cpu_last = reading.cpu_seconds if reading.cpu_seconds is not None else self.cpu_last
 
@@ -119,6 +123,7 @@ class MetricsRecorder:
     ) -> CellRecord:
         """Record the end of a cell and return its record."""
         record, start = self.records[index], self._at_start
+        # The counter is cumulative; the difference belongs to this cell.
         self.oom_cell = max(0, (oom_kills or 0) - self.oom_before)
         if self.oom_cell > 0:
             self.oom_by_cell[index] = self.oom_cell
@@ -186,6 +191,7 @@ def thin(samples: list[_Sample], most: int) -> list[_Sample]:
     """
     if len(samples) <= most:
         return samples
+    # Rounded up, so that the result never exceeds the maximum.
     size = -(-len(samples) // most)
     groups = [samples[at : at + size] for at in range(0, len(samples), size)]
     return [max(group, key=lambda s: s.memory or 0) for group in groups]

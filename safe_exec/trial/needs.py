@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
 
+# Each need costs system calls outside, and the notebook chooses their number.
 MOST_NEEDS = 60
 MOST_LINES = 400
 LONGEST_LINE = 2000
@@ -175,13 +176,19 @@ class Need(Struct, frozen=True, kw_only=True):
 
     kind: NeedKind
     name: str
+    # The text that names the thing.
     line: str
+    # The error number.
     number: int | None = None
+    # An attribute of the exception, or the only thing that the refusal is about.
     exact: bool = False
+    # Whether it was to be written, if known.
     writes: bool | None = None
+    # Whether the source looks as if it wrote files.
     may_write: bool = False
     cell: int | None = None
     in_output: bool = False
+    # The exception was only being handled when another one ended the cell.
     remote: bool = False
 
 
@@ -197,6 +204,7 @@ def needs_of_error(
     needs = [need for row in raised for need in _of_attributes(row, _quotation(text), error_number)]
     # Of any other dictionary's KeyError the attributes say that it is no variable's.
     names = frozenset() if raised and error.ename == "KeyError" else frozenset(removed)
+    # The notebook chooses the length of its errors.
     for line in text.splitlines()[:MOST_LINES]:
         needs += _of_line(
             line[:LONGEST_LINE], names, number_in(line) or error_number, is_error=True
@@ -246,10 +254,11 @@ def needs_of_none(
 
 
 def needs_of_empty(error: CellError, sources: Sequence[str], lines: Iterable[str]) -> list[Need]:
-    """Paths that a cell only asked about (``glob``, ``exists``): a hidden one gives an empty answer, and the error comes later.
+    """Return paths that a cell only asked about (``glob``, ``exists``).
 
-    ``sources`` are the cells up to the one that failed, ``lines`` those that the traceback names. One of these must name
-    what an assignment called the answer; or the failed cell asked itself, of files that exist only to raise.
+    A hidden path gives an empty answer, and the error comes later. ``sources`` are the cells up to
+    the failed one, ``lines`` those in the traceback. One of these must use the name that the answer
+    was assigned to; or the failed cell asked itself, for files that exist only to raise.
     """
     if not sources or error.ename in UNLIKE_EMPTY:
         return []
@@ -298,6 +307,7 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
         )
     if row.module:
         yield Need(kind=NeedKind.MODULE, name=row.module, line=line, exact=True, remote=row.remote)
+    # Some libraries put the number into the text only.
     number = row.number if row.number is not None else number_of_text
     if number == errno.ECONNREFUSED and row.port and _LOOPBACK.fullmatch(row.host or ""):
         name = f"{row.host}:{row.port}"

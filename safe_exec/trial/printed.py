@@ -9,9 +9,8 @@ from typing import Any
 LONGEST_TEXT = 8000
 # What threading and multiprocessing print before a traceback.
 BEGIN = re.compile(r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*):$", re.MULTILINE)
-"""What threading and multiprocessing print before a traceback."""
+# Python 3.13 and newer print tracebacks in colours where FORCE_COLOR is set, as ipykernel does.
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-"""Python 3.13 and newer print tracebacks in colours where FORCE_COLOR is set, as ipykernel does."""
 
 
 def without_colours(text: str) -> str:

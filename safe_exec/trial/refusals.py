@@ -124,10 +124,8 @@ def outputs(state: TrialState) -> Iterator[tuple[int, str]]:
 
 
 def _tail(outputs: Sequence[Any]) -> str:
-    """Return the end of a cell's stream text.
-
-    Joining all of it would double the runner's memory after a flood of output.
-    """
+    """Return the end of a cell's stream text."""
+    # Joining all of it would double the runner's memory after a flood of output.
     parts: list[str] = []
     room = OUTPUT_CHARACTERS
     for output in reversed(outputs):

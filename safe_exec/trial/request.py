@@ -57,15 +57,18 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     """
 
     run_id: str
+    # A stripped notebook; outputs are added to it in place.
     node: Any
     kernel_name: str
     cwd: Path
     limits: Limits
     machine: HostCapabilities
     plan: SpawnPlan
+    # Returns the limits of one cell, which its metadata may change.
     cell_limits: Callable[[Any], Limits]
     largest_output: int | None = None
     allow_errors: bool = False
+    # The indexes of the cells to run; None: all.
     cells: frozenset[int] | None = None
     skipped: frozenset[int] = frozenset()
     exit_is_success: bool = True
@@ -73,9 +76,13 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     sink: events.EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)
     cancellation: Cancellation = field(default_factory=Cancellation)
+    # Awaited once the kernel is ready.
     before_cells: Callable[[], Awaitable[None]] | None = None
+    # Kill the kernel when its cells have run: nobody needs the effects of its exit hooks.
     hasty: bool = False
+    # The kernel that was started in advance.
     early: PrestartedKernel | None = None
+    # Called with each message that changed a cell. It must not raise.
     on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
 
 
@@ -92,4 +99,5 @@ class TrialResult(Struct, frozen=True, kw_only=True):
     location: CellLocation | None
     hello: Mapping[str, Any]
     warnings: tuple[str, ...]
+    # Whether the agent ran inside the kernel.
     instrumented: bool = True

@@ -82,6 +82,7 @@ class Trial:
         self.state.take_on(request)
         client = self.session.client
         if client is not None:
+            # The client was created for the template's notebook.
             client.nb = request.node
             client.reset_execution_trackers()
             self._welcome(client.info)
@@ -99,6 +100,7 @@ class Trial:
         time limit in the same sandbox.
         """
         self.state.loop = asyncio.get_running_loop()
+        # Attach before the start: a signal must end a slow start too.
         self.state.request.cancellation.attach(self._cancelled)
         sampler: asyncio.Task[None] | None = None
         try:
@@ -108,6 +110,7 @@ class Trial:
             if ending is None:
                 if self.state.request.before_cells is not None:
                     await self.state.request.before_cells()
+                # Start sampling only now: the start of a kernel is not part of any cell.
                 sampler = asyncio.create_task(self._sampler.run())
                 ending = await CellLoop(self.state).run()
         except Stop as stop:
@@ -135,9 +138,11 @@ class Trial:
         """Collect the evidence while it exists, then remove the sandbox."""
         if self.state.current is not None:
             self.state.metrics.abandon(self.state.current)
+        # The order matters: a dying kernel still delivers facts and output.
         ending = await self._settle(ending)
         self.session.take_facts()
         self._warn_of_messages()
+        # After a death, later cells cannot be slowed down any more.
         if isinstance(ending, Passed | CellFailed):
             self._warn_of_tracing()
         evidence, location = collect_evidence(self.state, ending)
@@ -200,7 +205,7 @@ class Trial:
         count, first = self.session.malformed()
         if count:
             self.state.warnings.append(
-                f"{count} malformed message(s) from the kernel were left out or mended: {first}"
+                f"{count} malformed message(s) from the kernel were dropped or repaired: {first}"
             )
 
     async def _settle(self, ending: Ending) -> Ending:
@@ -236,11 +241,9 @@ class Trial:
             await asyncio.sleep(0.01)
 
     async def _shut_down(self, ending: Ending) -> Ending:
-        """End a kernel whose cells have run.
-
-        A kernel that ended before the shutdown request has died. A crash in an exit hook is only a
-        warning.
-        """
+        """End a kernel whose cells have run."""
+        # A kernel that ended before the shutdown request has died. A crash in an exit hook is only
+        # a warning.
         await self._read_last_counters()
         if not await self.session.may_be_asked_to_end():
             return await CellLoop(self.state).ending_by_death(None)
@@ -343,6 +346,7 @@ class Trial:
         )
         # Whoever discards us does not ask how the connection went.
         connect.add_done_callback(lambda task: task.cancelled() or task.exception())
+        # A signal must interrupt the wait for a kernel that never answers.
         stop = asyncio.create_task(self.state.stopping.wait())
         try:
             await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)

@@ -40,6 +40,7 @@ class Sampler:
         """Take samples until the kernel is dead."""
         session = self.state.session
         keeper = session.sandbox.keeper_pid if session.sandbox is not None else None
+        # A runner that gets no processor time samples too late to enforce limits.
         guard = PriorityGuard(keeper) if keeper is not None else None
         looks = 0
         while not session.died.is_set():
@@ -49,6 +50,7 @@ class Sampler:
                 # One failed sample must not end the sampling: limits depend on it.
                 self.state.warn_once(f"usage could not be read: {type(error).__name__}: {error}")
             looks += 1
+            # Listing sockets costs more than reading counters.
             if looks % PEERS_EVERY == 0:
                 session.find_peers()
                 session.note_process()
@@ -96,6 +98,7 @@ class Sampler:
         if client is None or written is None or state.current is None:
             return
         caps = [(LimitName.CELL_OUTPUT, client.cell_cap), (LimitName.OUTPUT, client.total_cap)]
+        # The smaller cap is the one that the cell has exceeded first.
         name, cap = min(
             ((n, c) for n, c in caps if c is not None),
             key=lambda pair: pair[1],

@@ -65,6 +65,7 @@ class TrialState:
 
     def kill(self, reason: TerminationReason) -> None:
         """Kill the process tree. The first reason is kept."""
+        # A dead kernel keeps the reason that it died for.
         if not self.session.died.is_set():
             if not self._killing:
                 self._killing = True
@@ -73,6 +74,7 @@ class TrialState:
 
     def limit_reached(self, name: LimitName, used: float | None) -> None:
         """Record that a limit was reached; the first one counts."""
+        # Ending the run makes further limits strike; only the first one is the cause.
         if self.limit is None:
             self.limit = (name, self.current)
             allowed = self.request.limits.of(name) or 0
@@ -87,6 +89,7 @@ class TrialState:
     def check_cpu_time(self, used: float | None) -> None:
         """End the run if all processes together have exceeded their processor time."""
         allowed = self.request.limits.cpu_time
+        # RLIMIT_CPU counts per process, so the sum needs a check of its own.
         if allowed is not None and used is not None and used > allowed:
             self.end_for(LimitName.CPU_TIME, TerminationReason.CPU_TIME, used)
 
@@ -131,6 +134,7 @@ class TrialState:
         client = self.session.client
         if client is None:
             return None
+        # The agent's count includes output that ipykernel has not sent yet.
         inside = 0
         page = self.session.page
         if page is not None:

@@ -85,6 +85,7 @@ def find_cause(context: Context) -> Cause | None:
     if isinstance(context.ending, Passed | Cancelled):
         return None
     for rule in RULES:
+        # The order matters: an observation of what we did ourselves precedes every interpretation.
         cause = rule(context)
         if cause is not None:
             return earlier.with_killed_workers(

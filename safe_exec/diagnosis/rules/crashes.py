@@ -58,7 +58,10 @@ KINDS = {
     signal.SIGTRAP: (CauseKind.ABORT, "abort by a trap: native code gave up"),
     signal.SIGFPE: (
         CauseKind.FLOATING_POINT_EXCEPTION,
-        "arithmetic fault in native code: an integer division by zero, or one whose result is too large",
+        (
+            "arithmetic fault in native code: an integer division by zero, or one whose result is "
+            "too large"
+        ),
     ),
 }
 
@@ -90,9 +93,11 @@ def stack_overflow(context: Context) -> Cause | None:
     fault = evidence.fault
     if not _died_of(context, (signal.SIGSEGV, signal.SIGBUS)) or fault is None:
         return None
+    # Without the registers, only the size of the main thread's stack is known.
     if fault.site is None:
         return _full_main_stack(context, fault)
     site = fault.site
+    # A bad access anywhere else is an ordinary segmentation fault.
     if not site.overflow:
         return None
     facts = (*exit_facts(evidence), *_site_facts(site), *_stack_facts(context, fault))
@@ -109,13 +114,11 @@ def stack_overflow(context: Context) -> Cause | None:
 
 
 def unreported_overflow(context: Context) -> Cause | None:
-    """A segmentation fault without a report, although the fault handler was armed until the end.
-
-    The handler has a stack of its own in the main thread and in Python's threads
-    (agent/threads.py). In any other thread it runs on the thread's stack. If that is full, the
-    system cannot call the handler and ends the process. The same happens in a thread that blocks
-    the signal, so this cause is never certain.
-    """
+    """A segmentation fault without a report, although the fault handler was armed until the end."""
+    # The handler has a stack of its own in the main thread and in Python's threads
+    # (agent/threads.py). In any other thread it runs on the thread's stack. If that is full, the
+    # system cannot call the handler and ends the process. The same happens in a thread that blocks
+    # the signal, so this cause is never certain.
     evidence = context.evidence
     caught = evidence.caught_signals
     if not _died_of(context, (signal.SIGSEGV,)) or evidence.fault is not None or caught is None:
@@ -149,6 +152,7 @@ def unreported_overflow(context: Context) -> Cause | None:
 def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
     """The main thread's stack had grown to its limit."""
     evidence = context.evidence
+    # VmStk describes the main thread's stack only.
     if fault.main is False:
         return None
     if (
@@ -181,6 +185,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
 
 def fault(context: Context) -> Cause | None:
     """Any of the signals of a fault."""
+    # Other signals are no faults of native code; the exit rules explain them.
     if not _died_of(context, tuple(KINDS)):
         return None
     evidence = context.evidence
@@ -225,6 +230,7 @@ def _died_of(context: Context, signals: tuple[int, ...]) -> bool:
 
 
 def _location_text(fault: FaultReport) -> str:
+    # Threads of native code have no Python frames at all.
     if not fault.stack:
         return "in a thread without Python frames " if fault.main is False else ""
     frame = fault.stack[0]
@@ -235,6 +241,7 @@ def _site_facts(site: FaultSite) -> tuple[Fact, ...]:
     """Return the registers at the fault that a person can interpret."""
     source = "registers saved at the signal"
     facts = []
+    # si_code of the saved signal tells a fault from kill(2).
     if not site.faulted:
         facts.append(
             outside("sent signal", "no instruction failed: a process sent it (kill, raise)", source)

@@ -59,8 +59,8 @@ UNFINISHED = re.compile(
     r"|malformed"  # gzip, Parquet, SQLite
     r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is "
     r"greater|end of file|Expecting value"
-    # PyTorch and others, of a worker that could not have a page of shared memory (SIGBUS): which cell
-    # filled it does not matter.
+    # PyTorch and others, of a worker that could not have a page of shared memory (SIGBUS): which
+    # cell filled it does not matter.
     r"|out of shared memory|[Ii]nsufficient shared memory|killed by signal: Bus error"
 )
 
@@ -118,9 +118,11 @@ class _Claim(Struct, frozen=True, kw_only=True):
 
 def full(context: Context) -> Cause | None:
     """A cell error caused by a full disk, whatever its wording."""
+    # The kernel is alive, so the volumes could be measured right after the error.
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
+    # An explicit error text is the strongest hint; a measurement can confirm it.
     claim = _claim(context, error)
     if claim is not None:
         return _of_words(context, error, claim)
@@ -128,6 +130,7 @@ def full(context: Context) -> Cause | None:
     if volume is None:
         return None
     text = f"{error.ename}: {error.evalue}"
+    # A volume that was already full before the cell is a weaker hint than one that the cell filled.
     filled = _was_filled(volume)
     if FAILED_WRITE.search(text):
         return _cause(
@@ -154,6 +157,7 @@ def bus_error(context: Context) -> Cause | None:
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGBUS:
         return None
     volume = _full_volume(context)
+    # A full disk of the machine does not raise SIGBUS for a file that has its blocks.
     if volume is None or not volume.own:
         return None
     facts = (*exit_facts(context.evidence), *_facts(context, volume))
@@ -195,6 +199,7 @@ def _required_bytes(match: re.Match[str]) -> int | None:
 
 
 def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None:
+    # After a failed write, libraries remove the partial file, so some space may be free again.
     volume = _full_volume(context, claim.required_bytes, scarce=True)
     kind = error.ename.rpartition(".")[2]
     by_system = (
@@ -230,6 +235,7 @@ def _full_volume(
         volumes.append(
             Volume(places=("the folder",), size=context.limits.disk or 0, free=evidence.disk_free)
         )
+    # Several file systems may be full; the one with the least space is the likeliest reason.
     candidates = [
         volume for volume in volumes if volume.free < _least(volume, required_bytes, scarce=scarce)
     ]
@@ -238,6 +244,7 @@ def _full_volume(
 
 def _least(volume: Volume, required_bytes: int | None, *, scarce: bool) -> int:
     """Return the free bytes below which a volume counts as full."""
+    # The text names the size, so the exact comparison is possible.
     if required_bytes is not None:
         return required_bytes
     return (
@@ -261,7 +268,7 @@ def _cause(
     context: Context, volume: Volume | None, confidence: Confidence, claim_fact: Fact
 ) -> Cause:
     name = _name(context, volume)
-    summary = f"the disk is full: {name} could not take what was written"
+    summary = f"the disk is full: {name} had no space for the data"
     return make(
         context,
         CauseKind.DISK_FULL,
@@ -300,6 +307,7 @@ def _facts(context: Context, volume: Volume | None) -> tuple[Fact, ...]:
 
 def _name(context: Context, volume: Volume | None) -> str:
     """Describe the disk by its limit or its owner."""
+    # Name the disk by the option that limits it, so that the reader knows what to raise.
     allowed, shm = context.limits.disk, context.limits.shm
     if volume is not None and volume.own and _is_shared_memory(volume):
         return f"{volume.places[0]} ({format_size(shm if shm is not None else volume.size)})"
@@ -321,7 +329,7 @@ def _advice(context: Context, volume: Volume | None) -> str:
         )
     if context.limits.disk is not None and (volume is None or volume.own):
         return (
-            "Write less, or remove what is no longer needed; look at what earlier cells "
+            "Write less, or remove files that are no longer needed; look at what earlier cells "
             "wrote. Or raise --disk."
         )
     if volume is not None and volume.own:
@@ -329,7 +337,7 @@ def _advice(context: Context, volume: Volume | None) -> str:
             "Write to the notebook's folder instead, or set a limit of your own for all that "
             "it writes with --disk."
         )
-    return "Free space on the machine, or write elsewhere; look at what earlier cells wrote."
+    return "Free space on the machine, or write elsewhere; look at the files of earlier cells."
 
 
 def _is_shared_memory(volume: Volume) -> bool:

@@ -35,14 +35,17 @@ class Engine(Struct, frozen=True, kw_only=True):
     """
 
     pattern: re.Pattern[str]
+    # The exhausted resource.
     noun: str
     advice: str
+    # The parameter with which a notebook sets the limit.
     setting: str = ""
     kind: CauseKind = CauseKind.MEMORY_ERROR
 
 
+# Advice for every engine that computes on a graphics card.
 CARD = (
-    "Give it less at a time (a smaller batch), and free what earlier cells hold on the card; "
+    "Process less at a time (a smaller batch), and free the objects of earlier cells on the card; "
     "other programs may use it, too (nvidia-smi)."
     " --memory is no limit of the card's."
 )
@@ -214,6 +217,7 @@ def own_limit(context: Context) -> Cause | None:
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
     texts = [(f"{error.ename}: {error.evalue}", "the cell's error")]
+    # Dask raises KilledWorker long after the worker printed the reason.
     if leaves_reason_to_output(context) or error.ename.endswith("KilledWorker"):
         texts.append((context.evidence.last_words, "output of the cell"))
     for text, source in texts:
@@ -230,6 +234,7 @@ def _cause(context: Context, engine: Engine, match: re.Match[str], source: str) 
         f"{engine.noun}{f' ({limit.strip()})' if limit else ''} was reached: it is a "
         "limit of its own, not one of this run"
     )
+    # Engines break their messages into lines of different lengths.
     quoted = " ".join(match[0].split())
     quote_fact = inside(
         "raised" if source == "the cell's error" else "printed", quoted[:300], source
@@ -267,6 +272,7 @@ def _own_figures(context: Context) -> tuple[Fact, ...]:
 def _confidence(context: Context) -> Confidence:
     """Return certain if the run's own memory use was measured and stayed below its limit."""
     peak, limit = context.evidence.memory_peak, context.limits.memory
+    # Near the run's own limit, both limits are possible reasons.
     if peak is None or (limit is not None and peak >= REACHED * limit):
         return Confidence.LIKELY
     return Confidence.CERTAIN
@@ -276,6 +282,7 @@ def aborted(context: Context) -> Cause | None:
     """Polars aborts the process when its own memory threshold is passed, and says so before."""
     evidence = context.evidence
     status = evidence.exit
+    # abort() is the only way in which polars ends the process.
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
         return None
     match = POLARS_ABORTS.search(f"{evidence.stderr_tail}\n{evidence.last_words}")

@@ -28,7 +28,7 @@ def stdin(context: Context) -> Cause | None:
         )
         advice = (
             "Remove set_trace(), breakpoint(), %debug or post_mortem() before the notebook "
-            "is run by itself."
+            "runs unattended."
         )
     # Only the name of the error says so, and code of the notebook can raise one of that name.
     return make(context, CauseKind.STDIN, summary, Confidence.LIKELY, facts, advice)
@@ -39,6 +39,7 @@ def exception(context: Context) -> Cause | None:
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
+    # The traceback is in the notebook; a summary holds one line.
     first = error.evalue.strip().split("\n", 1)[0][:200]
     summary = (
         ": ".join(part for part in (error.ename, first) if part)
@@ -69,5 +70,5 @@ def _printed(context: Context) -> tuple[Fact, ...]:
 
 def unknown(context: Context) -> Cause | None:
     """No other rule explains the ending."""
-    summary = "the run ended in a way that no rule explains; the evidence is all there is"
+    summary = "no rule explains how the run ended; only the evidence is known"
     return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

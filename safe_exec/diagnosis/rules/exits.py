@@ -17,6 +17,7 @@ from safe_exec.model.ending import Died, signal_name
 from safe_exec.model.evidence import Channel
 from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
+# The crash rules explain these signals.
 FAULTS = {
     signal.SIGSEGV,
     signal.SIGABRT,
@@ -58,6 +59,7 @@ def asked_to_exit(context: Context) -> Cause | None:
     cell_name = context.human(context.ending.cell)
     facts = (inside("asked to exit", True, "payload of the execute reply"), alive("when it asked"))
     summary = f"{cell_name} called exit() or quit(), which ends the kernel"
+    # The kernel handles requests that are already queued before it ends.
     later_cells = [
         c for c in context.cells if c.index > (context.ending.cell or 0) and c.started is not None
     ]
@@ -82,6 +84,7 @@ def exited(context: Context) -> Cause | None:
         or evidence.exit.exit_code is None
     ):
         return None
+    # An exit code of 137 is not SIGKILL here: the wait status is raw.
     code = evidence.exit.exit_code
     facts = list(exit_facts(evidence))
     by = ""
@@ -90,14 +93,16 @@ def exited(context: Context) -> Cause | None:
         place = f"{context.human(exit_frame.cell)}, line {exit_frame.line}"
         facts.append(inside("asked to exit", place, "noted before the call"))
         by = f", as exit() or quit() in {place} had asked it to"
+    # The agent reports os._exit() before the call, since nothing can be reported after it.
     if evidence.exit_caller:
         caller = context.frame(evidence.exit_caller[0])
         facts.append(inside("exit called from", caller, "noted before the call"))
         by = f" by os._exit() in {caller}"
+    # A known caller explains the exit better than any output.
     message = None if by else last_message(evidence, (Channel.DESCRIPTOR, Channel.STDERR))
     facts += [message.fact] if message else []
     summary = (
-        "the kernel process left with exit status "
+        "the kernel process exited with exit status "
         f"{code}{by or ', without a crash and without being killed'}"
     )
     summary += f"; {message.text}" if message else ""
@@ -121,19 +126,21 @@ def signalled(context: Context) -> Cause | None:
         or status.signal in FAULTS
     ):
         return None
+    # No handler can run at SIGKILL, so there is no report and no message to look for.
     if status.signal == signal.SIGKILL:
         return _killed(context)
     name = signal_name(status.signal)
+    # Timers raise these three signals (setitimer(2), alarm(2)).
     alarm = status.signal in (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
     origin = (
-        "a timer ran out that nobody had cancelled or handled"
+        "a timer expired that was neither cancelled nor handled"
         if alarm
         else (
             "another process sent it, or native code of the notebook; none of its Python code "
             "was seen to"
         )
         if context.evidence.agent
-        else "somebody sent it, perhaps the notebook itself"
+        else "an unknown process sent it, perhaps the notebook itself"
     )
     summary = f"terminated by {name}: {origin}"
     advice = (
@@ -165,9 +172,11 @@ def _killed(context: Context) -> Cause:
                 "oom_kill of the control group",
             )
         )
+    # The location comes from the kernel, so it is evidence but no proof.
     source = evidence.location.source if evidence.location else ""
     summary = (
-        "killed by SIGKILL with no limit behind it: somebody sent it, perhaps the notebook itself"
+        "killed by SIGKILL with no limit behind it: an unknown process sent it, perhaps the "
+        "notebook itself"
     )
     itself = (
         "os.kill(os.getpid(), 9) or a restart idiom"
@@ -178,6 +187,7 @@ def _killed(context: Context) -> Cause:
         f"Look for kill -9, {itself} in the cell; else a person, a scheduler or the "
         "machine's out-of-memory killer (dmesg)."
     )
+    # Without the group's counter, the system may have killed the kernel for memory.
     confidence = Confidence.CERTAIN if evidence.oom_kills is not None else Confidence.LIKELY
     if source:
         facts.append(inside("place noted by", source, "shared page"))

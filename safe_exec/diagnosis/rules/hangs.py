@@ -13,7 +13,7 @@ from safe_exec.model.observed import ObservedLock
 from safe_exec.model.verdict import Activity, Fact
 
 DOING = {
-    Activity.PYTHON_LOOP: "it was running Python code, a loop most likely",
+    Activity.PYTHON_LOOP: "it was running Python code, most likely a loop",
     Activity.NATIVE_CODE: "it was computing in native code",
     Activity.SLEEPING: "it was sleeping",
     Activity.WAITING_IO: "it was waiting for input or output (a socket, a pipe, a file)",
@@ -35,7 +35,8 @@ ADVICE: dict[Activity | None, str] = {
     "it less to do.",
     Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
     Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
-    Activity.WAITING_LOCK: "Whoever should release the lock or fill the queue is gone: check "
+    Activity.WAITING_LOCK: "The thread that should release the lock or fill the queue is gone: "
+    "check "
     "the threads started before.",
     Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
     Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
@@ -51,6 +52,7 @@ def doing_text(context: Context, activity: Activity) -> str:
         and not observation.instrumented
     ):
         return COMPUTING
+    # A computing kernel waits for nothing, so its children are irrelevant.
     if observation is None or activity in BUSY_ACTIVITIES:
         return DOING[activity]
     return _lock_text(context, observation, activity) or _child_text(context, observation, activity)
@@ -67,12 +69,13 @@ def _lock_text(context: Context, observation: ActivityObservation, activity: Act
     if activity is Activity.WAITING_LOCK and waiting.polls_for_file_lock(observation):
         return "it was trying for the lock on a file again and again"
     if activity is not Activity.WAITING_CHILD and waiting.reads_own_pipe(observation):
-        return "it was reading a pipe whose other end nobody but the notebook itself holds"
+        return "it was reading a pipe whose other end only the notebook itself holds"
     return ""
 
 
 def _taken_text(context: Context, lock: ObservedLock) -> str:
     """Return where the notebook itself had taken the same lock before; empty if unknown."""
+    # Another process's lock has no earlier call in this notebook.
     if not lock.own:
         return ""
     calls = [
@@ -87,6 +90,7 @@ def _child_text(context: Context, observation: ActivityObservation, activity: Ac
     if activity is Activity.WAITING_CHILD:
         whom = waiting_text.waited_for(observation)
         return (f"it was waiting for {whom}" if whom else DOING[activity]) + _failure_text(context)
+    # A child that is stuck forever explains the hang even if the kernel waits for a thread.
     stuck = waiting.stuck_child(observation)
     stuck_text = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""
     return (
@@ -191,6 +195,7 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
 
 def _printed_failure(context: Context) -> tuple[int, waiting_text.Traceback] | None:
     """Return the last traceback that a thread or worker printed, and its cell."""
+    # The text was saved before our interrupt, which makes workers print tracebacks too.
     index, text = context.evidence.printed or (0, "")
     traceback = waiting_text.printed_traceback(text)
     return None if traceback is None else (index, traceback)

@@ -81,9 +81,13 @@ def unexplained(context: Context, cause: Cause | None) -> tuple[str, ...]:
 
 def _conflict_text(conflict: IsolationConflict) -> str:
     if conflict.local:
-        return f"isolation gives the notebook a loopback of its own: {conflict.name} of this machine is out of reach"
+        return (
+            f"isolation gives the notebook a loopback of its own: {conflict.name} of this "
+            "machine is out of reach"
+        )
     if conflict.kind is NeedKind.HOST:
         return "isolation keeps the notebook from other hosts"
+    # A variable's value is never shown: it may be a secret.
     if conflict.kind is NeedKind.VARIABLE:
         return f"isolation removed the environment variable {conflict.name}"
     if conflict.writes:
@@ -101,13 +105,16 @@ def is_reason(context: Context, conflict: IsolationConflict) -> bool:
     The error must name the thing, or leave its reason to an output that names it. The output of an
     earlier cell counts if the error misses the thing that was refused there.
     """
+    # The error itself names the thing.
     if not conflict.in_output:
         return True
     if conflict.cell == context.current and leaves_reason_to_output(context):
         return True
+    # A module is missing if an earlier installation failed.
     missing = any(row.module for row in context.evidence.raised)
     if missing and (_installs(conflict) or _is_of_installer(conflict)):
         return True
+    # The last component of a path identifies a file in an output.
     names = [
         name.rstrip("/").rpartition("/")[2] for row in context.evidence.raised for name in row.files
     ]
@@ -131,14 +138,17 @@ def _installs(conflict: IsolationConflict) -> bool:
 
 def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
     """Tell whether both sides are known: the exact thing, and a wall without a way around it."""
+    # The text may be a quotation of something else.
     if not conflict.exact:
         return False
+    # Several walls may hide a path; name the one whose option opens it.
     wall = _wall(context, conflict)
     enforcement = context.walls.get(wall) if wall else None
     if enforcement is None or not enforcement.hard:
         return False
     if not conflict.in_output or conflict.cell == context.current:
         return True
+    # The path names the package that could not be installed.
     match = PACKAGES.match(conflict.path or "")
     modules = {
         (row.module or "").partition(".")[0] for row in context.evidence.raised if row.module
@@ -273,6 +283,7 @@ def _of_paths(conflict: IsolationConflict) -> str:
 def _is_device(conflict: IsolationConflict) -> bool:
     shared_memory = "/dev/shm/"  # noqa: S108 - named, not used
     path = conflict.path or ""
+    # Shared memory is a directory for files, not a device.
     return path.startswith("/dev/") and not path.startswith(shared_memory)
 
 

@@ -22,14 +22,18 @@ from safe_exec.model.verdict import Fact
 NATIVE_SECONDS = 10.0
 # Python code prints all the time: only what came this shortly before the end is a message about it.
 PYTHON_SECONDS = 2.0
+# A summary is one line; the evidence holds more.
 SHOWN_LINES = 5
 SHOWN_CHARACTERS = 400
 # A long line (V8 prints its collections on one) leaves room for the line below it that names the
 # reason.
 SHOWN_LINE_CHARACTERS = 120
+# Enough for the message of any library that we know.
 KEPT_LINES = 20
 KEPT_CHARACTERS = 2000
+# Ordinary prints are not a message, so only the last few lines of stdout are shown.
 STDOUT_LINES = 3
+# Below this, an age in seconds would only distract.
 RIGHT_BEFORE_SECONDS = 0.5
 SOURCES = {
     Channel.DESCRIPTOR: "written by native code or a child",
@@ -110,10 +114,12 @@ def last_message(
     written.
     """
     bursts = [burst for burst in evidence.final_output if burst.channel in channels]
+    # Native code writes to the descriptor, Python code to the streams of the cell.
     native, printed = _native(bursts), _printed(bursts, Channel.STDERR)
     if native is not None:
         later_message = _after(printed, native)
         return native if later_message is None else later_message
+    # stdout is the last resort: most of it is no message.
     return printed or _printed(bursts, Channel.STDOUT)
 
 
@@ -131,7 +137,9 @@ def _native(bursts: Sequence[OutputBurst]) -> Message | None:
 
 def _printed(bursts: Sequence[OutputBurst], channel: Channel) -> Message | None:
     """Return the last paragraph that Python code wrote just before the end."""
+    # Older prints are ordinary output of the program.
     recent = [burst for burst in bursts if burst.channel is channel and burst.age <= PYTHON_SECONDS]
+    # A message is set off by blank lines from the output before it.
     paragraphs = re.split(
         r"\n[ \t]*\n", "".join(burst.text for burst in recent).replace("\r\n", "\n")
     )
@@ -180,6 +188,7 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
         False
     )
     for line in lines:
+        # The body of a traceback or of a warning.
         if indented and line[:1].isspace():
             continue
         indented = line.strip() == _TRACEBACK or _WARNING.match(line) is not None
@@ -188,6 +197,7 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _is_noise(line: str) -> bool:
+    # Rulers and frames of tables.
     if not any(char.isalnum() for char in line):
         return True
     return (

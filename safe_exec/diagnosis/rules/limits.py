@@ -21,6 +21,7 @@ from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
+# The exceptions that carry an error number of the system.
 OS_ERRORS = (
     "OSError",
     "IOError",
@@ -45,6 +46,7 @@ FILE_REFUSED = re.compile(r"\bFile size limit exceeded|\[Errno 27\]|\bFile too l
 # The last message of libzmq, with the place in its source.
 LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
 
+# A failed call frees some of what it had taken, so the count is slightly below the limit.
 NEARLY = 0.9
 
 
@@ -55,6 +57,7 @@ def output_flood(context: Context) -> Cause | None:
         LimitName.CELL_OUTPUT,
     ):
         return None
+    # The kernel's count may exceed the received bytes: the agent stops sending beyond the cap.
     size = context.evidence.cell_output_bytes or 0
     received, cap = (
         context.evidence.cell_output_received,
@@ -74,7 +77,7 @@ def output_flood(context: Context) -> Cause | None:
     )
     summary = (
         f"endless output: {context.human(context.ending.cell)} had written "
-        f"{format_size(size)} and went on"
+        f"{format_size(size)} and continued"
     )
     capped = context.if_limited(
         LimitName.CELL_OUTPUT, " A long but finite log passes, cut at its cap (--cell-output)."
@@ -117,12 +120,13 @@ def disk_watched(context: Context) -> Cause | None:
     most = (
         ""
         if allowed is None
-        else f": more than {format_size(allowed)} came to its folder and temporary files"
+        else f": more than {format_size(allowed)} were written to its folder and temporary files"
     )
     summary = f"the run wrote too much{most}, and was ended by safe-exec's watchdog"
     more = context.if_limited(LimitName.DISK, " See --disk.")
     advice = (
-        f"Write less, or remove what is no longer needed; look at what earlier cells wrote.{more}"
+        "Write less, or remove files that are no longer needed; look at the files of earlier "
+        f"cells.{more}"
     )
     return make(context, CauseKind.DISK_FULL, summary, Confidence.CERTAIN, facts, advice)
 
@@ -156,8 +160,10 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
         return None
+    # libzmq prints to stderr, which may have reached the cell or the process's own descriptor.
     lines = [*evidence.last_words.splitlines(), *evidence.stderr_tail.splitlines()]
     message = next((line for line in reversed(lines) if LIBRARY_REFUSED.search(line)), None)
+    # The main thread runs Python code, so the text may come from a print.
     if message is None or (evidence.fault is not None and evidence.fault.main):
         # Where Python code itself aborted, the words may be anything it printed.
         return None
@@ -172,7 +178,7 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
         else f" ({context.limits.open_files} are allowed to each process)"
     )
     summary = (
-        f"too many open files{limit}: a library could not have another one and aborted the kernel"
+        f"too many open files{limit}: a library could not open another one and aborted the kernel"
     )
     return make(
         context,
@@ -193,8 +199,8 @@ def bad_system_call(context: Context) -> Cause | None:
         or status.signal != getattr(signal, "SIGSYS", -1)
     ):
         return None
-    summary = "bad system call: a seccomp filter ended the kernel for a call that it does not allow"
-    advice = "The filter of this machine or container forbids what the native code asked for."
+    summary = "bad system call: a seccomp filter ended the kernel for a forbidden call"
+    advice = "The filter of this machine or container forbids a system call of the native code."
     return make(
         context,
         CauseKind.BAD_SYSTEM_CALL,
@@ -210,9 +216,7 @@ def _write_less(context: Context) -> str:
 
 
 def _close_files(context: Context) -> str:
-    advice = (
-        "Close files and sockets (use with), and look at earlier cells for what they leave open"
-    )
+    advice = "Close files and sockets (use with), and look for files that earlier cells leave open"
     return f"{advice}{context.if_limited(LimitName.OPEN_FILES, '; see --open-files')}."
 
 
@@ -223,6 +227,7 @@ def _more_processes(context: Context) -> str:
 
 
 def _file_summary(context: Context) -> str:
+    # Without a limit of ours, the file system's own maximum was reached.
     limit = context.limits.file_size
     return (
         f"a file grew past {format_size(limit)}"
@@ -245,6 +250,7 @@ def raised(context: Context) -> Cause | None:
         (27, "File too large", _file_size),
         (11, "Resource temporarily unavailable", _processes),
     ):
+        # An OSError carries the number that the system returned; a library's text may be anything.
         certain = error.ename in OS_ERRORS and error.evalue.startswith(f"[Errno {number}]")
         if certain or phrase in error.evalue:
             cause = judge(context, error, certain)
@@ -254,7 +260,7 @@ def raised(context: Context) -> Cause | None:
 
 
 def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
-    """A program that the cell had started was ended for the size of its file: its status or its output says so."""
+    """A program started by the cell was ended for the size of its file, by its status or output."""
     if context.limits.file_size is None or not leaves_reason_to_output(context):
         return None
     lines = [error.evalue, *reversed(context.evidence.last_words.splitlines())]
@@ -293,6 +299,7 @@ def _raised_fact(error: CellError) -> Fact:
 
 def _open_files(context: Context, error: CellError, certain: bool) -> Cause | None:
     count, limit = context.evidence.open_files, context.limits.open_files
+    # The kernel was alive, so its open files could be counted.
     near = count is not None and limit is not None and count >= NEARLY * limit
     if not certain and not near:
         return None
@@ -323,6 +330,7 @@ def _open_files(context: Context, error: CellError, certain: bool) -> Cause | No
 
 
 def _file_size(context: Context, error: CellError, certain: bool) -> Cause | None:
+    # Any text may contain these words; only the error number is reliable.
     if not certain:
         return None
     facts = (
@@ -341,13 +349,12 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
-    """A refused fork or thread.
-
-    EAGAIN comes from forks and threads but also from sockets; the control group's counter or the
-    stack must tell which it was.
-    """
+    """A refused fork or thread."""
+    # EAGAIN comes from forks and threads but also from sockets; the control group's counter or the
+    # stack must tell which it was.
     refusals = context.evidence.process_refusals
     location = context.evidence.location
+    # These are the functions of the standard library that create processes and threads.
     forks = any(
         frame.function
         in (
@@ -366,6 +373,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
     # `os.fork()` in the cell itself leaves no frame: the count seen outside says that it was
     # refused for the limit.
     peak, limit = context.evidence.processes_peak, context.limits.processes
+    # A pool that starts at the limit fails at its first worker.
     at_limit = peak is not None and limit is not None and peak >= NEARLY * limit
     if not (refusals or forks or says or at_limit) or not certain:
         return None
@@ -388,7 +396,7 @@ def _processes(context: Context, error: CellError, certain: bool) -> Cause | Non
             f", but not by this run's limit: {fewest} are allowed in {group}, a group "
             "above the sandbox (a container, a session)"
         )
-    summary = f"too many processes: a new process or thread was refused{allowed}"
+    summary = f"too many processes: the system refused a new process or thread{allowed}"
     confidence = Confidence.CERTAIN if refusals else Confidence.LIKELY
     advice = (
         "Threads count: use a pool of bounded size, join what is done, and look at "

@@ -51,6 +51,7 @@ REFUSED_TO_LIBRARY = re.compile(
 )
 # The share of the memory from which it is said whose it was.
 MOSTLY = 0.5
+# The same in other languages: R, C++, Julia.
 REFUSED = re.compile(
     r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable "
     r"to allocate "
@@ -67,6 +68,7 @@ UNITS = {
     unit: 1 << 10 * power
     for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)
 }
+# Above this share of the limit, a refusal is credible.
 NEAR = 0.9
 WAITING = (Activity.WAITING_CHILD, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.SLEEPING)
 
@@ -104,6 +106,7 @@ def _facts(context: Context) -> tuple[Fact, ...]:
 
 
 def _peak(context: Context, peak: int) -> Fact:
+    # Without the right to read smaps, shared pages count once for each process.
     if context.evidence.memory_upper_bound:
         return outside(
             "memory peak, at most",
@@ -142,12 +145,15 @@ def _advice(context: Context) -> str:
     own = _small_kernel(context)
     if own is not None:
         return (
-            f"The kernel itself never had more than {format_size(own)}: the rest was in processes that the notebook"
-            " had started, or in files that lie in memory (/dev/shm, a limited disk). Start fewer processes, or give"
+            f"The kernel itself never had more than {format_size(own)}: the rest was in "
+            "processes that the notebook"
+            " had started, or in files that lie in memory (/dev/shm, a limited disk). Start "
+            "fewer processes, or give"
             " each less to do."
         ) + context.if_limited(
             LimitName.MEMORY,
-            " Or raise the limit with --memory, which covers the kernel and all its processes together.",
+            " Or raise the limit with --memory, which covers the kernel and all its processes "
+            "together.",
         )
     accumulators = context.accumulators()
     more = "Load and keep less at a time, or give the machine more memory."
@@ -193,8 +199,10 @@ def oom_kill(context: Context) -> Cause | None:
         or evidence.exit.signal != signal.SIGKILL
     ):
         return None
+    # A kill in an earlier cell explains nothing here.
     if not evidence.oom_kills_cell:
         return None
+    # A container's limit struck although ours was not reached.
     if evidence.oom_elsewhere:
         return _not_our_limit(context)
     summary = (
@@ -246,6 +254,7 @@ def _not_our_limit(context: Context) -> Cause:
 
 def oomd_kill(context: Context) -> Cause | None:
     """systemd-oomd killed the whole group under memory pressure and marked it."""
+    # systemd-oomd leaves an extended attribute on the group that it killed.
     if not isinstance(context.ending, Died) or not context.evidence.oomd_killed:
         return None
     facts = (
@@ -277,9 +286,11 @@ def worker_kill(context: Context) -> Cause | None:
     )
     if not lives or evidence.termination is TerminationReason.MEMORY:
         return None
+    # A run that ended for a killed worker has no current cell.
     killed = evidence.oom_kills if isinstance(context.ending, LimitHit) else evidence.oom_kills_cell
     if not killed or (isinstance(context.ending, TimedOut) and evidence.oom_kills_in_time == 0):
-        return None  # a worker that is killed when the time is up already is not why it was up
+        # A worker that is killed when the time is up already is not why it was up.
+        return None
     facts = _facts(context)
     if evidence.error is not None:
         facts = (
@@ -295,6 +306,7 @@ def worker_kill(context: Context) -> Cause | None:
     summary = f"a worker process was killed for memory in {cell_name}{_hang(context)}" + (
         f" ({peak_of_limit})" if peak_of_limit else ""
     )
+    # Users expect the limit to apply to the kernel alone.
     covers = ", or raise --memory: the limit covers the kernel and all its processes together"
     ours = "" if evidence.oom_elsewhere else context.if_limited(LimitName.MEMORY, covers)
     advice = f"Use fewer or smaller workers{ours}."
@@ -310,14 +322,14 @@ def worker_kill(context: Context) -> Cause | None:
 
 
 def _hang(context: Context) -> str:
-    """What a cell that ran out of time did after its worker had been killed; empty without a timeout."""
+    """Return what a timed-out cell did after its worker was killed; empty without a timeout."""
     if not isinstance(context.ending, TimedOut):
         return ""
     if _ended_by_itself(context):
         return f", and its error came when its {format_seconds(context.ending.allowed)} were over"
     observation = context.evidence.observation
     if observation is not None and activity_of(observation) in WAITING:
-        return " and the cell waited for it for ever"
+        return " and the cell waited for it forever"
     return f", and the cell ran past its {format_seconds(context.ending.allowed)}"
 
 
@@ -405,13 +417,12 @@ def _advice_for_refusal(context: Context) -> str:
 
 
 def _was_short(context: Context, message: str) -> bool:
-    """Tell whether observations outside confirm a refusal.
-
-    Either the memory in use was near the limit, or the request exceeded the limit.
-    """
+    """Tell whether observations outside confirm a refusal."""
+    # Either the memory in use was near the limit, or the request exceeded the limit.
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if limit is None:
         return False
     match = ASKED_FOR.search(message)
+    # NumPy names the size in the error, so the request can be compared with the limit.
     request = float(match[1]) * UNITS[match[2]] if match else 0.0
     return request > limit or (peak is not None and peak >= NEAR * limit)

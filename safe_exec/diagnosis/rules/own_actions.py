@@ -21,6 +21,7 @@ from safe_exec.units import format_size
 
 # A signal to oneself arrives at once; on a busy machine the process may take a moment to end.
 SIGNAL_SECONDS = 2.0
+# The signals that stop a process.
 STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 # The resource limits that each kind of cause may come from.
@@ -55,6 +56,7 @@ MEANINGS = {
     "RLIMIT_CPU": "processor seconds",
     "RLIMIT_MEMLOCK": "locked memory",
 }
+# The limits that are sizes in bytes.
 SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
 # Words by which an error of another kind is known to come from a limit.
 REFUSALS: Mapping[str, tuple[str, ...]] = {
@@ -106,6 +108,7 @@ def with_own_actions(context: Context, cause: Cause) -> Cause:
 
 def place_of(context: Context, action: OwnAction) -> str:
     """Return ``in stop() (code cell 6, line 3)``, with the calling cell if it is another."""
+    # The innermost frame of the notebook is the line that a reader can change.
     frame = next((frame for frame in action.stack if frame.cell is not None), None)
     inner = frame or next(iter(action.stack), None)
     if inner is None:
@@ -152,6 +155,7 @@ def _with_signal(context: Context, cause: Cause) -> Cause:
         or context.ending.asked_to_exit
     ):
         return cause
+    # Without a wait status, the keeper itself was killed.
     number = evidence.exit.signal if evidence.exit is not None else None
     if (evidence.exit is not None and number is None) or cause.kind in (
         CauseKind.OUT_OF_MEMORY,
@@ -172,10 +176,8 @@ def _with_signal(context: Context, cause: Cause) -> Cause:
 
 
 def _sent(context: Context, action: OwnAction, number: int | None) -> bool:
-    """Tell whether an action sent the signal shortly before the end.
-
-    Without a wait status, any signal that ends the kernel's parent counts.
-    """
+    """Tell whether an action sent the signal shortly before the end."""
+    # Without a wait status, any signal that ends the kernel's parent counts.
     died = context.evidence.died_at
     if action.kind != "signal" or (
         died is not None and not -SIGNAL_SECONDS < died - action.time < SIGNAL_SECONDS
@@ -208,6 +210,7 @@ def _whom(action: OwnAction) -> str:
 
 
 def _advice_for_signal(action: OwnAction) -> str:
+    # subprocess keeps children in the process group by default.
     if action.target == "group":
         return (
             "A child is in the kernel's process group unless it was started with "
@@ -231,6 +234,7 @@ def _advice_for_signal(action: OwnAction) -> str:
 
 def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
     """Add a command of the cell that sends signals, or the lookup of a C function that does."""
+    # An ending without a cell happened between two cells.
     cell = getattr(context.ending, "cell", None)
     program = _last(
         context.evidence.own_actions,
@@ -304,7 +308,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
         f"{signal_name(sent.signal or 0)} to {_whom(sent)}"
     )
     advice = (
-        "Remove that call: a stopped process does nothing until somebody else sends it SIGCONT."
+        "Remove that call: a stopped process does nothing until another process sends it SIGCONT."
     )
     return replace(
         cause,
@@ -320,6 +324,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
 def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
     """Add the program that replaced the kernel; its ending was the kernel's ending."""
     actions = context.evidence.own_actions
+    # A failed exec returns, and further actions follow it.
     executed = _last(actions, lambda action: action.kind == "exec")
     if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
         # It failed, and the notebook went on.
@@ -348,7 +353,7 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
 
 
 def _ending(cause: Cause) -> str:
-    return f"left with exit status {cause.exit_code}" if cause.exit_code is not None else "ended"
+    return f"exited with exit status {cause.exit_code}" if cause.exit_code is not None else "ended"
 
 
 # --- resource limits ------------------------------------------------------------------------------
@@ -359,11 +364,13 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
     limit = next((limit for limit in _lowered(context) if _may_come_from(cause, limit)), None)
     if limit is None:
         return cause
+    # The last call counts: a notebook may lower a limit step by step.
     setter = _last(
         context.evidence.own_actions, lambda a: a.kind == "limit" and a.limit == limit.name
     )
     meaning = MEANINGS[limit.name]
     location_text = f" {place_of(context, setter)}" if setter is not None else ""
+    # The generic text about the notebook's own limit is replaced by the exact one.
     struck = cause.summary.partition(": the notebook's own code")[0]
     summary = (
         f"{struck}; the notebook itself had limited its {meaning} to "
@@ -399,6 +406,7 @@ def _lowered(context: Context) -> list[ChangedLimit]:
         for limit in context.evidence.changed_limits
         if _is_lower(limit.current_value, limit.initial_value)
     ]
+    # Observed limits take precedence over reported ones.
     names = {limit.name for limit in context.evidence.changed_limits}
     last: dict[str, OwnAction] = {
         a.limit: a
@@ -477,10 +485,8 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
 
 
 def _is_traced(context: Context, name: str, cell: int | None) -> bool:
-    """Tell whether a trace function is active.
-
-    It was active when the cell began, unless an odd number of calls in the cell changed that.
-    """
+    """Tell whether a trace function is active."""
+    # It was active when the cell began, unless an odd number of calls in the cell changed that.
     calls = sum(
         a.kind == "trace" and a.call == name and a.cell == cell
         for a in context.evidence.own_actions

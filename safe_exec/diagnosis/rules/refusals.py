@@ -121,9 +121,9 @@ def _threads_were_refused(context: Context) -> bool:
 
 
 def _allowed(context: Context) -> str:
-    bound, allowed = context.evidence.process_bound, context.limits.processes
-    if bound is not None:
-        return f" ({bound[1]} are allowed in {bound[0]}, a group above the sandbox)"
+    group_limit, allowed = context.evidence.process_bound, context.limits.processes
+    if group_limit is not None:
+        return f" ({group_limit[1]} are allowed in {group_limit[0]}, a group above the sandbox)"
     return "" if allowed is None else f" ({allowed} processes and threads are allowed)"
 
 
@@ -253,8 +253,8 @@ def parser(context: Context) -> Cause | None:
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None or error.ename != "MemoryError":
         return None
-    words = PARSER_WORDS.search(error.evalue) is not None
-    if not words and (error.evalue.strip() or not _is_of_parser(error)):
+    says_so = PARSER_WORDS.search(error.evalue) is not None
+    if not says_so and (error.evalue.strip() or not _is_of_parser(error)):
         return None
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if peak is not None and limit is not None and peak >= NEARLY * limit:

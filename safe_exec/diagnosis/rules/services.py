@@ -1,6 +1,7 @@
-"""What a cell waits for that does not end by its nature: a server that it runs, an event loop that it drives, the loop that it blocks.
+"""Waits that do not end by their nature: a server, an event loop, or the loop that runs the cell.
 
-Pure; imports model. That a socket listens was seen outside; Python stacks are the kernel's word, and only make the advice better.
+A listening socket was observed outside. Python stacks are the kernel's claims and only refine the
+advice. Pure; imports model.
 """
 
 from __future__ import annotations
@@ -39,29 +40,33 @@ def advice(observation: ActivityObservation, activity: Activity | None) -> str:
     """What helps; empty where it is none of these."""
     if serves(observation, activity):
         return (
-            "A server runs until somebody stops it: start it in a thread (daemon=True) or as a background process, use it,"
+            "A server runs until somebody stops it: start it in a thread (daemon=True) or as a "
+            "background process, use it,"
             " and stop it in a later cell."
         )
     if drives_loop(observation, activity):
         return (
-            "Give the task a deadline (asyncio.wait_for), or let it run in the background of the notebook's own event loop"
+            "Give the task a deadline (asyncio.wait_for), or let it run in the background of "
+            "the notebook's own event loop"
             " (asyncio.create_task); a bot or a server runs until somebody stops it."
         )
     if waits_for_future(observation, activity):
         return (
-            "A coroutine cannot run on the notebook's own event loop (asyncio.run_coroutine_threadsafe) while a cell blocks that loop to"
-            " wait for it: await it instead. Otherwise check the thread that should deliver the result."
+            "A coroutine cannot run on the notebook's own event loop "
+            "(asyncio.run_coroutine_threadsafe) while a cell blocks that loop to"
+            " wait for it: await it instead. Otherwise check the thread that should deliver the "
+            "result."
         )
     return ""
 
 
 def serves(observation: ActivityObservation, activity: Activity | None) -> bool:
-    """Whether what it is blocked at is a socket that listens for connections."""
+    """Tell whether the kernel is blocked at a socket that listens for connections."""
     return activity is Activity.WAITING_IO and bool(observation.listening)
 
 
 def drives_loop(observation: ActivityObservation, activity: Activity | None) -> bool:
-    """Whether the cell itself runs an event loop that is at rest. The loop that runs the cell stands outside of it."""
+    """Tell whether the cell itself runs an idle event loop, inside the loop that runs the cell."""
     return activity in (Activity.WAITING_IO, Activity.SLEEPING) and any(
         frame.function in RUNS_LOOP and _is_of(frame, FILES_OF_LOOPS)
         for frame in _inside_the_cell(observation.stack)
@@ -69,7 +74,7 @@ def drives_loop(observation: ActivityObservation, activity: Activity | None) -> 
 
 
 def waits_for_future(observation: ActivityObservation, activity: Activity | None) -> bool:
-    """Whether a future's result is waited for, and no worker of an executor of threads is at work."""
+    """Tell whether a future is awaited while no worker of a thread executor is working."""
     return (
         activity is Activity.WAITING_LOCK
         and any(_is_of(frame, FILES_OF_FUTURES) for frame in _inside_the_cell(observation.stack))

@@ -19,6 +19,7 @@ WATCHED = {
     TerminationReason.CPU_TIME: LimitName.CPU_TIME,
     TerminationReason.DISK: LimitName.DISK,
 }
+# RLIMIT_DATA counts reserved memory too, and some runtimes reserve gigabytes at the start.
 TOO_LITTLE = (
     "It asks for more memory at its start than RLIMIT_DATA allows, which stands in for --memory "
     "here and counts what is reserved, too:"
@@ -45,6 +46,7 @@ def start_failed(context: Context) -> Cause | None:
     ending = context.ending
     if not isinstance(ending, StartFailed):
         return None
+    # A kernel that is not installed was never started.
     was_started = ending.waited is not None or ending.exit is not None
     facts: list[Fact] = [
         outside("answered", False, "no reply to a request for the kernel's info")
@@ -55,6 +57,7 @@ def start_failed(context: Context) -> Cause | None:
         facts.append(outside("ended with", str(ending.exit), "wait status of the kernel process"))
     if ending.waited is not None:
         facts.append(outside("seconds waited", round(ending.waited, 1), "runner's clock"))
+    # Kernels print the reason last, after their warnings.
     last = [line.strip() for line in context.evidence.stderr_tail.splitlines() if line.strip()]
     if last:
         facts.append(inside("last line on stderr", last[-1][:300], "stderr of the kernel process"))
@@ -80,6 +83,7 @@ def start_failed(context: Context) -> Cause | None:
     if last and last[-1].startswith(DECLINED):
         reason, _, advice = last[-1][len(DECLINED) : MOST_CHARACTERS].partition(": ")
         advice = f"{advice[:1].upper()}{advice[1:]}."
+    # We may have ended the kernel ourselves while it was starting.
     limit = (
         WATCHED.get(context.evidence.termination)
         if context.evidence.termination is not None
@@ -105,6 +109,7 @@ def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | Non
 
     Another one of the same language, if any.
     """
+    # A kernel of the same language runs the notebook most likely.
     alike = sorted(
         name
         for name, spoken in installed.items()
@@ -161,7 +166,7 @@ def internal(context: Context) -> Cause | None:
     )
     if ending.refused:
         advice = (
-            "Nothing was run. Mend the machine as `safe-exec doctor` says, or require less "
+            "Nothing was run. Fix the machine as `safe-exec doctor` suggests, or require less "
             "(--require)."
         )
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)

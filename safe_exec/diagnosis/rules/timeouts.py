@@ -19,7 +19,9 @@ from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_seconds, format_size
 
+# With less processor time than this, a sampling thread may not have run even once.
 STARVED_SECONDS = 0.1
+# One or two lines may be stale samples; more show that Python code was running.
 SEEN_PLACES = 2
 # Share of looks at which the main thread had work to do, or processor seconds per second, from
 # which it computes.
@@ -29,16 +31,25 @@ BUSY = 0.5
 # code that has released it lets another in at once.
 FREE_SECONDS = 0.0015
 
+# A few immediate acquisitions also happen while Python code runs.
 FREE_SHARE = 0.15
+# A kernel needs some time before it reports the start of a cell.
 BEGIN_SECONDS = 1.5
+# Python code yields after 5 ms, so a longer wait means that native code kept the lock.
 HELD_SECONDS = 0.1
+# A parallel library uses well over one processor while the main thread waits for it.
 MANY_THREADS = 1.5
 
+# Bytes per second. Ordinary logs are slower by orders of magnitude.
 FLOOD_RATE = 100 * 1024
+# A short burst at a high rate is no flood.
 FLOOD_BYTES = 1 << 20
+# A flood is still going on when the time is up.
 FLOOD_AGE_SECONDS = 2.0
+# RLIMIT_CPU is enforced with a granularity of about a second.
 TOLERANCE_SECONDS = 1.0
 
+# Of the operations of fcntl(2) only F_SETLKW blocks.
 LOCKS = (
     "futex",
     "futex_waitv",
@@ -47,7 +58,9 @@ LOCKS = (
     "semop",
     "semtimedop",
 )  # of all that fcntl(2) does only F_SETLKW waits
+# The standard library's modules in which a thread waits for another one.
 FILES_OF_LOCKS = ("threading.py", "queue.py", "locks.py", "queues.py", "_base.py")
+# Deeper frames belong to the caller, not to the wait.
 SEARCHED_FRAMES = 8
 
 
@@ -68,9 +81,11 @@ def activity_of(observation: ActivityObservation) -> Activity | None:
 
 def computes(observation: ActivityObservation) -> bool:
     """Tell whether the main thread, or native threads of a parallel library, are computing."""
+    # On a busy machine a computing thread may get little processor time, so runnable counts more.
     share = observation.cpu_share or 0.0
     if observation.runnable is None or (not observation.instrumented and share >= BUSY):
         return share >= BUSY
+    # The scheduler's state is sampled, so half of the samples is already clear.
     if observation.runnable >= BUSY:
         return True
     innermost = (observation.stack[0].file or "").rpartition("/")[2] if observation.stack else ""
@@ -107,18 +122,18 @@ def _interpreter_free(observation: ActivityObservation) -> bool:
 
     No Python code was running.
     """
+    # A wait below the switch interval means that the lock was free.
     free = sum(1 for wait in observation.gil_waits if wait < FREE_SECONDS)
     return free >= FREE_SHARE * len(observation.gil_waits)
 
 
 def _computing(observation: ActivityObservation) -> Activity:
-    """Distinguish Python code from native code.
-
-    Python code yields the interpreter on request. Native code either keeps it, so that the sampler
-    starves, or has released it, so that the sampler does not wait at all.
-    """
+    """Distinguish Python code from native code."""
+    # Python code yields the interpreter on request. Native code either keeps it, so that the
+    # sampler starves, or has released it, so that the sampler does not wait at all.
     if observation.awaiting:
         return Activity.PYTHON_LOOP
+    # The median is robust against a single long wait.
     waits = sorted(observation.gil_waits)
     if observation.starved or not waits or waits[len(waits) // 2] >= HELD_SECONDS:
         return Activity.NATIVE_CODE
@@ -128,6 +143,7 @@ def _computing(observation: ActivityObservation) -> Activity:
 
 
 def _awaiting(awaiting: str) -> Activity:
+    # The name of the awaited coroutine tells what it waits for.
     module, _, function = awaiting.rpartition(".")
     if function == "sleep":
         return Activity.SLEEPING
@@ -140,6 +156,7 @@ def _awaiting(awaiting: str) -> Activity:
 
 def _waiting(observation: ActivityObservation) -> Activity | None:  # noqa: PLR0911
     files = [(frame.file or "").rpartition("/")[2] for frame in observation.stack[:SEARCHED_FRAMES]]
+    # The call is known only if the thread was blocked in it during the whole observation.
     call = observation.syscall
     # What a call is made for says more than the call: waiting for a child sleeps, polls and reads.
     if waiting.waits_for_processes(observation):
@@ -236,7 +253,9 @@ def flood(context: Context) -> Cause | None:
         or not evidence.cell_seconds
     ):
         return None
+    # Very short cells would give absurd rates.
     rate = evidence.cell_output_bytes / max(evidence.cell_seconds, 0.1)
+    # A flood that ended earlier did not use up the time.
     recent = (
         evidence.cell_output_age is not None and evidence.cell_output_age < FLOOD_AGE_SECONDS + 3.0
     )
@@ -269,6 +288,7 @@ def replaced(context: Context) -> Cause | None:
     The activity of that program is not an activity of the kernel.
     """
     program = context.evidence.replaced_by
+    # The command line of the same pid has changed: only exec does that.
     if not isinstance(context.ending, TimedOut) or program is None:
         return None
     summary = f"another program took the place of the kernel (exec): `{program}`"
@@ -293,6 +313,7 @@ def unresponsive(context: Context) -> Cause | None:
         or observation is None
     ):
         return None
+    # The request may still be on its way.
     if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
         # It had no time to begin.
         return None
@@ -317,7 +338,7 @@ def waits_for_input(context: Context) -> Cause | None:
         return None
     if computes(observation) or (observation.children_cpu_share or 0) >= BUSY:
         return None
-    summary = "it waits for input from a terminal that nobody will type"
+    summary = "it waits for input from a terminal, and nobody is there to type it"
     advice = "Pass the answer on the command line or from a file (read < file, yes |, --yes)."
     return _timed(context, CauseKind.STDIN, summary, Confidence.LIKELY, advice)
 
@@ -410,7 +431,10 @@ def timed_out(context: Context) -> Cause | None:
 def _starving_text(observation: ActivityObservation) -> str:
     """Who kept the processors from a kernel that had work to do, where its own processes did."""
     if _crowded(observation):
-        return f"the {observation.children} processes that it had started were at work, and it hardly got a processor itself"
+        return (
+            f"the {observation.children} processes that it had started were at work, and it "
+            "hardly got a processor itself"
+        )
     return "it waited for a processor, so nothing can be said of what it was doing"
 
 
@@ -451,10 +475,12 @@ def cpu_time(context: Context) -> Cause | None:
         return None
     status = evidence.exit
     ours = evidence.termination is TerminationReason.CPU_TIME
+    # The soft limit raises SIGXCPU, the hard limit SIGKILL (setrlimit(2)).
     soft = status is not None and status.signal == getattr(signal, "SIGXCPU", -1)
     if not (ours or soft or _hard_cpu(context)):
         return None
     facts = list(exit_facts(evidence))
+    # The watchdog counts the whole tree, RLIMIT_CPU the process alone.
     used = evidence.cpu_seconds if ours else evidence.kernel_cpu_seconds
     source = "sum over the sandbox" if ours else "rusage of the kernel process"
     facts.append(outside("processor time", None if used is None else round(used, 2), source))
@@ -462,13 +488,13 @@ def cpu_time(context: Context) -> Cause | None:
     own = limit is None or (soft and used is not None and used < limit - TOLERANCE_SECONDS)
     if own:
         summary = (
-            "processor time was over: the notebook's own code had set a limit "
+            "the processor time ran out: the notebook's own code had set a limit "
             "(RLIMIT_CPU), and it struck here"
         )
         advice = "Look for resource.setrlimit(RLIMIT_CPU, ...) in an earlier cell."
     else:
         summary = (
-            f"processor time was over: {format_seconds(used or 0)} used of "
+            f"the processor time ran out: {format_seconds(used or 0)} used of "
             f"{format_seconds(limit or 0)}"
         )
         advice = "Compute less, or raise --cpu-time."

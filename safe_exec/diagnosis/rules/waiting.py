@@ -22,12 +22,15 @@ SEARCHED_FRAMES = 16
 # is gone.
 NEW_WORKER_SECONDS = 0.5
 
+# Calls that wait for time to pass, or for a signal.
 SLEEPS = ("nanosleep", "clock_nanosleep", "pause", "rt_sigsuspend", "rt_sigtimedwait")
 READS = ("read", "readv", "recvfrom", "recvmsg")
 WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
 WAITS = ("wait4", "waitid")
+# Calls that wait for several descriptors, or for time to pass.
 MULTIPLEXERS = ("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2")
 
+# Python's code that waits for a child process.
 FILES_OF_CHILDREN = (
     "subprocess.py",
     "popen_fork.py",
@@ -49,6 +52,7 @@ FILES_OF_POOLS = (
     "loky/process_executor.py",
     "loky/_base.py",
 )
+# The threads of these modules show that an executor of processes exists.
 FILES_OF_EXECUTORS = ("futures/process.py", "loky/process_executor.py")
 # Packages that try for the lock on a file again and again, sleeping in between.
 FILES_OF_FILE_LOCKS = (
@@ -174,6 +178,7 @@ def _waits_for_shell(observation: ActivityObservation) -> bool:
 
 def _partners(observation: ActivityObservation) -> list[ObservedProcess]:
     """Return the processes at the other end of a pipe that blocks the kernel."""
+    # Sockets and terminals are targets as well.
     pipes = {target for target in observation.targets or () if target.startswith("pipe:")}
     read = (
         pipes & _own_reads(observation)
@@ -196,6 +201,7 @@ def reads_own_pipe(observation: ActivityObservation) -> bool:
     """Tell whether the kernel reads a pipe that only it can write to, so it waits for itself."""
     if observation.syscall not in READS or not observation.targets:
         return False
+    # A read has a single target.
     pipe = observation.targets[0]
     held_elsewhere = any(pipe in process.writes for process in observation.processes)
     return pipe.startswith("pipe:") and pipe in observation.writes and not held_elsewhere
@@ -206,18 +212,23 @@ def reads_own_pipe(observation: ActivityObservation) -> bool:
 
 def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> Blockage:  # noqa: C901, PLR0911
     """Return the reason why a process does not end."""
+    # A zombie waits for nothing; its parent has to reap it.
     if process.state in "ZX":
         return Blockage.ENDED
+    # Stopped by a signal or by a debugger.
     if process.state in "Tt":
         return Blockage.STOPPED
+    # The writer cannot go on before somebody reads.
     if process.full_pipe is not None:
         return Blockage.FULL_PIPE
     if process.state == "R" or (process.cpu_share or 0.0) >= AT_WORK:
         return Blockage.COMPUTES
+    # A fork copies locks but not the threads that hold them.
     if process.syscall == "futex" and process.private_wait and process.threads == 1:
         return Blockage.LOST_LOCK
     if process.syscall in ("flock", "fcntl"):
         return Blockage.FILE_LOCK
+    # There is no terminal from which an answer could come.
     if process.reads_terminal:
         return Blockage.TERMINAL
     if process.syscall in READS and set(process.targets or ()) & _own_writes(observation):
@@ -275,6 +286,7 @@ def find_blocker(observation: ActivityObservation) -> Blocker | None:
         for process in processes
         if observation.awaited is not None and process.local_pid == observation.awaited
     ]
+    # A pipe proves the relation; being a child only suggests it.
     partners = _partners(observation)
     holders = [] if awaited_children or partners else _holders(observation)
     if holders:
@@ -285,6 +297,7 @@ def find_blocker(observation: ActivityObservation) -> Blocker | None:
         and observation.syscall not in WRITES
     ):
         return Blocker(process=partners[0], blockage=Blockage.HOLDS_OUTPUT)
+    # Descendants count too: the awaited child may itself wait for one of them.
     chosen = (
         _most_telling(_family(awaited_children or partners, processes), observation)
         if awaited_children or partners
@@ -310,6 +323,7 @@ def stuck_child(observation: ActivityObservation) -> Blocker | None:
 
 def _holders(observation: ActivityObservation) -> list[ObservedProcess]:
     """Return orphans that hold a pipe which only the kernel reads and no child holds."""
+    # Orphans keep inherited pipes open, so the kernel never sees their end.
     reads = _own_reads(observation)
     used = {
         pipe
@@ -361,6 +375,7 @@ def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
         for process in other_processes(observation)
         if is_worker(process) and process.state not in "ZX"
     ]
+    # All workers of a pool start together, so a younger one is a replacement.
     oldest = max((process.age for process in workers), default=0.0)
     return ended_count, sum(process.age < oldest - NEW_WORKER_SECONDS for process in workers)
 
@@ -373,6 +388,7 @@ def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
     lock = observation.lock
     if lock is None or lock.kind in ("flock", "fcntl"):
         return lock
+    # SQLite polls with short sleeps instead of blocking.
     if lock.kind == "sqlite":
         return lock if (observation.switches or 0.0) >= RETRIES_PER_SECOND else None
     return lock if polls_for_file_lock(observation) else None

@@ -56,6 +56,7 @@ def sentence_of(blocker: Blocker) -> str:
 
 def _ended_process_text(observation: ActivityObservation) -> str:
     ended_count, replaced = replaced_workers(observation)
+    # A replaced worker has ended too, but may have been seen only once.
     count = max(ended_count, replaced)
     if count:
         fate = (
@@ -145,6 +146,7 @@ def advice(observation: ActivityObservation, *, python: bool) -> str:
     if blockage is Blockage.FULL_PIPE:
         return _advice_for_full_pipe(process, observation, python=python)
     if blockage is Blockage.HOLDS_OUTPUT:
+        # An unusual command line could not be copied into a shell.
         command = process.command if _is_plain(process.command) else "COMMAND"
         ways = (
             " (with subprocess: stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)"
@@ -221,7 +223,7 @@ def _advice_for_lost_work(observation: ActivityObservation, *, python: bool) -> 
         if not python:
             return "Find out why it ended."
         return (
-            "multiprocessing.Pool waits for ever for the result of a worker that died: find out "
+            "multiprocessing.Pool waits forever for the result of a worker that died: find out "
             "why it ended (os._exit, a crash, a kill),"
             " or use concurrent.futures.ProcessPoolExecutor, which raises BrokenProcessPool."
         )
@@ -305,6 +307,7 @@ def printed_traceback(text: str) -> Traceback | None:
     """Return the last traceback of a thread or worker process in a cell's output."""
     last = None
     owner: tuple[str, bool] | None = None
+    # The header names the thread or process, the last line the error.
     for line in text.splitlines():
         if match := _THREAD.match(line):
             owner = (match[1], True)
@@ -330,4 +333,4 @@ def traceback_advice(traceback: Traceback) -> str:
             "defines: put the function into a module beside the"
             " notebook and import it, or use joblib, which sends functions whole."
         )
-    return f"Its traceback is in the output: {traceback.error}. Mend that error first."
+    return f"Its traceback is in the output: {traceback.error}. Fix that error first."

@@ -83,6 +83,7 @@ DEATHS = frozenset(
         CauseKind.UNKNOWN,
     }
 )
+# The fact by which a cause says that the kernel was asked to exit.
 ASKED_TO_EXIT = "asked to exit"
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
@@ -99,8 +100,11 @@ class Failure(Struct, frozen=True, kw_only=True):
     signal: int | None
     exit_code: int | None
     cell: int
+    # The name of the exception, if the cause is an exception and nothing more.
     error: str | None = None
+    # Heap corruption that glibc found may strike in any cell, so the crash cell is not compared.
     moves: bool = False
+    # The names that a NameError reported.
     missing: tuple[str, ...] = ()
 
     @classmethod
@@ -166,10 +170,8 @@ def _aborted_by_glibc(cause: Cause) -> bool:
 
 
 def _signal_and_exit_code(cause: Cause) -> tuple[int | None, int | None]:
-    """Return signal and exit code; both ``None`` for a kernel that was asked to exit.
-
-    In the first run such a kernel has time to exit; at the end of a hasty trial it is killed.
-    """
+    """Return signal and exit code; both ``None`` for a kernel that was asked to exit."""
+    # In the first run such a kernel has time to exit; at the end of a hasty trial it is killed.
     exit_requested = any(fact.fact == ASKED_TO_EXIT for fact in cause.evidence)
     return (None, None) if exit_requested else (cause.signal, cause.exit_code)
 
@@ -213,6 +215,7 @@ def answer(
     cell = getattr(ending, "cell", None)
     if isinstance(ending, Passed):
         return Outcome.PASS, None, frozenset()
+    # A NameError tells which definition the set lacks.
     missing = _missing(ending)
     # A NameError that the first run did not have comes from what was left out, whatever it is that
     # is searched for.

@@ -53,6 +53,7 @@ ERRATIC = MEMORY | {
 WEAK = 0.5
 # A crash cell of so many statements is worth making smaller.
 SHRINK_FROM = 5
+# Only cells that ran can have contributed to the failure.
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
@@ -86,6 +87,7 @@ class Investigation:
         assert verdict.crash_cell is not None
         self.crash = verdict.crash_cell
         self.records = {record.index: record for record in verdict.cells}
+        # Skipped cells cannot contribute, and the crash cell is added last.
         ran = [
             r.index
             for r in verdict.cells
@@ -108,6 +110,7 @@ class Investigation:
 
         Raises RerunFailed if trials cannot run.
         """
+        # Everything that static analysis knows is free; trials cost seconds.
         problem = self.problem()
         self.first_run.sink(
             events.SearchStarted(
@@ -267,8 +270,10 @@ class Investigation:
 
         This is the same search, over the cell's statements.
         """
+        # Statements behind the crash line never ran.
         statements = statements_of(self.sources[self.crash.index], self.crash.line)
         budget = self.first_run.budget - (time.monotonic() - self.start_time)
+        # A short cell is easy to read as it is.
         if len(statements) < SHRINK_FROM or self.crash.line is None or budget <= 0:
             return None
         texts = [text for _, text in statements]
@@ -374,11 +379,12 @@ class Investigation:
     def warnings(self, result: Result) -> tuple[str, ...]:
         """Return the warnings that the search adds to the verdict."""
         gaps = self.oracle.workspaces.gaps
+        # The gaps limit what the result means, so the user must know them.
         warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:
             warnings.append(
-                "trials of the culprit search that failed otherwise, and were not followed: "
+                "trials of the culprit search that failed in other ways and were ignored: "
                 f"{_counted(others)}"
             )
         if result.several_forms:

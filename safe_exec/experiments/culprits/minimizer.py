@@ -102,6 +102,7 @@ class _Searcher:
 
     def fails(self, cells: frozenset[int]) -> _Step:
         """Decide whether a set fails: one failing run is enough, a PASS takes ``required_runs``."""
+        # All runs of a set are counted, also those that another step requested.
         tally = self.tallies.setdefault(cells, _Tally())
         if cells in self.disregarded or (not tally.fails and self.stops_at(cells) is not None):
             return False
@@ -140,6 +141,7 @@ class _Searcher:
 
         Every other run then does the same.
         """
+        # The last reply is enough: an undefined name is deterministic.
         reply = self.replies.get(cells)
         return reply is not None and reply.answer is Outcome.UNRESOLVED and bool(reply.names)
 
@@ -216,11 +218,13 @@ class _Searcher:
 
     def find(self) -> Generator[Query, Reply, frozenset[int]]:
         """Find a set that fails. Raises _Stop if no set does."""
+        # Without its dependencies the crash cell would stop for an undefined name.
         base = self.close({self.problem.crash, *(self.problem.slice & self.all)})
         base = yield from self.repair(base)
         self.initial_set = base
         while not (yield from self.fails(base)):
             candidates = self.ranked(base)
+            # Even all cells did not fail: the failure comes and goes.
             if not candidates:
                 yield from self.rate_of(base)
                 continue
@@ -235,6 +239,7 @@ class _Searcher:
 
     def close(self, cells: Iterable[int]) -> frozenset[int]:
         """Return the cells together with everything that they are known to need."""
+        # A worklist, since dependencies may be chained over many cells.
         closed: set[int] = set()
         waiting = list(cells)
         while waiting:
@@ -275,6 +280,7 @@ class _Searcher:
             self.problem.resource_use or {},
             self.problem.side_effect_risk,
         )
+        # Smaller amounts are noise of the measurement.
         worth = (self.problem.limit or 0) / 100
 
         def rank(cell: int) -> tuple[float, float, int]:
@@ -297,6 +303,7 @@ class _Searcher:
             ),
             len(candidates),
         )
+        # Invariant: `low` candidates pass, `high` candidates fail.
         low, high, one_form = 0, upper, not self.several_forms
         for count in self.steps(base, candidates, upper):
             if (yield from self.fails(self.with_first(base, candidates, count))):
@@ -315,6 +322,7 @@ class _Searcher:
                     if self.counts_as_failing(base)
                     else (yield from self.shortest(base, candidates))
                 )
+            # Bisection finds the last cell that is needed.
             middle = (low + high) // 2
             if (yield from self.fails(self.with_first(base, candidates, middle))):
                 high = middle
@@ -386,6 +394,7 @@ class _Searcher:
             raise _Stop(Stopped.NOT_REPRODUCED)
         self.rate = tally.fails / (tally.fails + tally.others)
         required_runs = math.ceil(math.log(DOUBT) / math.log(1 - self.rate)) if self.rate < 1 else 1
+        # Each surprise at least raises the number by one, so the search cannot loop.
         self.repeats = max(self.repeats + 1, required_runs)
         if (
             self.repeats > MOST_REPEATS
@@ -406,6 +415,7 @@ class _Searcher:
             for more, runs in self.tallies.items()
             if more > cells and runs.fails and not runs.others
         )
+        # Sets in between failed by chance as well, if this one did.
         between = {cells}
         for larger in (*sorted(failed, key=len)[:MOST_LARGER], self.all):
             larger_tally = self.tallies.setdefault(larger, _Tally())
@@ -422,6 +432,7 @@ class _Searcher:
 
     def minimise(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int]]:
         """Return a 1-minimal subset that fails."""
+        # The probabilities are reset, since they refer to this set.
         odds = odds_of(self.problem, cells, frozenset(self.dynamic_deps))
         while True:
             loose = [
@@ -505,6 +516,7 @@ class _Searcher:
             # It came and went: what was taken for a FAIL may have been luck, and if not that, what
             # was taken for a PASS.
             yield from self.replay(cells)
+            # A larger set that always fails is the better answer for a user.
             larger = yield from self.steadier(cells)
             if larger is None:
                 self.expect(cells)
@@ -529,6 +541,7 @@ def search(problem: Problem) -> Search:
         stopped = Stopped.CANCELLED
     best = searcher.best
     if best is None and stopped in (Stopped.NOT_REPRODUCED, Stopped.TOO_RARE):
+        # Report the rate of the whole notebook if nothing smaller failed.
         best = searcher.all
     tally = searcher.tallies.get(best, _Tally()) if best is not None else _Tally()
     return Result(

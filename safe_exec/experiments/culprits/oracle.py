@@ -47,6 +47,7 @@ SLACK_FACTOR, SLACK_SECONDS = 10.0, 5.0
 # after takes its time.
 CRASH_SECONDS = 10.0
 
+# With a single processor a second kernel would only slow down the running trial.
 TWO_PROCESSORS = 2
 # What must be free beside the limit on memory (beside as much again, where there is none) before a
 # second kernel is started: it only starts.
@@ -66,8 +67,11 @@ class Subject(Struct, frozen=True, kw_only=True):
     node: Any
     request: TrialRequest
     failure: Failure
+    # The cells' run times in the first run; the deadlines of a trial's cells derive from them.
     seconds: Mapping[int, float]
+    # Whatever else the answers depend on: the kernel, its packages, versions.
     environment: Mapping[str, object]
+    # The diagnosis is passed in, so that this module does not depend on it.
     cause_of: CauseOf
 
 
@@ -127,6 +131,7 @@ class Oracle:
         With ``node``, the trial runs the whole of that other notebook, in which ``crash`` is the
         index of the crash cell. Raises RerunFailed if trials cannot be run.
         """
+        # The key covers everything that an answer depends on, so entries never become stale.
         key = self._key(query, node)
         entry = None if query.fresh or self.cache is None else self.cache.get(key, CachedAnswer)
         if entry is not None:
@@ -144,11 +149,12 @@ class Oracle:
         self, query: Query, other: Any | None, crash: int | None
     ) -> tuple[AnsweredQuery, bool]:
         start_time = time.monotonic()
+        # Take the prestarted kernel, so that its sandbox is never used twice.
         started, self._next = self._next or self._start(), None
         request = self._request(started.request, query, other)
         result = await started.trial.run(request)
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
-            raise RerunFailed("a trial was cancelled by nobody")
+            raise RerunFailed("a trial was cancelled without a signal")
         return self._judge(result, request, query, crash, time.monotonic() - start_time)
 
     def _start(self) -> _Started:
@@ -206,6 +212,7 @@ class Oracle:
         failure = self.subject.failure
         if index == failure.cell and failure.kind in TIMES:
             return None
+        # Without its killer, the crash cell may run much longer than it did.
         least = CRASH_SECONDS if index == failure.cell else 0.0
         return max(least, SLACK_FACTOR * self.subject.seconds.get(index, 0.0) + SLACK_SECONDS)
 
@@ -218,9 +225,11 @@ class Oracle:
         seconds: float,
     ) -> tuple[AnsweredQuery, bool]:
         """Return the answer, and whether it may be cached."""
+        # A failure of the sandbox must not count as an answer.
         trouble = why_not_run(result)
         if trouble is not None:
             raise RerunFailed(f"a trial could not be run: {trouble}")
+        # The same rules as for the first run, so that the causes are comparable.
         cause = self.subject.cause_of(result, request)
         failure = (
             self.subject.failure if crash is None else replace(self.subject.failure, cell=crash)
@@ -319,7 +328,7 @@ def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
 
 
 def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
-    """The answer at no cost in seconds."""
+    """Decode a cache entry at no cost in seconds; ``None`` for an entry in another format."""
     reply = Reply(
         answer=entry.answer,
         seconds=0.0,

@@ -42,8 +42,11 @@ class Query(Struct, frozen=True, kw_only=True):
     """
 
     cells: tuple[int, ...]
+    # The seconds that the answer may take.
     time_budget: float
+    # Run the cells even if the answer is known: to confirm it, or to count how often it occurs.
     fresh: bool = False
+    # For display only: the cells that may still be removed, and the smallest failing set.
     undecided: int = 0
     best: tuple[int, ...] = ()
 
@@ -59,12 +62,18 @@ class Reply(Struct, frozen=True, kw_only=True):
     """
 
     answer: Outcome
+    # 0 for an answer from the cache.
     seconds: float
+    # The cell at which an unresolved run ended, and the names that were undefined there.
     stopped_at: int | None = None
     names: frozenset[str] = frozenset()
+    # The highest use of the exhausted resource, in the unit of Problem.resource_use.
     peak: float | None = None
+    # The run was ended because it exceeded its time budget, so it says nothing about the cells.
     cut: bool = False
+    # An unresolved run that ended in the crash cell with an error similar to the failure.
     another_form: bool = False
+    # The cause kind of the ending, or PASSED.
     ended: str = ""
 
 
@@ -88,17 +97,30 @@ class Problem(Struct, frozen=True, kw_only=True):
     of this kind often do not recur.
     """
 
+    # The cells that ran, in order, with the crash cell last.
     cells: tuple[int, ...]
+    # The backward slice of the crash cell: where the search starts.
     slice: frozenset[int] = frozenset()
+    # The direct dependencies of each cell.
     needs: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    # Returns the cells that may define a name before a cell, the likeliest first.
     definers: Callable[[str, int], tuple[int, ...]] = _no_definers
+    # Returns the cell at which a run of a set is certain to stop for an undefined name. Such a set
+    # needs no trial.
     predicted_stop: Callable[[frozenset[int]], int | None] = _no_prediction
+    # Cells outside the slice are tried in descending order of this risk.
     side_effect_risk: Mapping[int, float] = field(default_factory=dict)
+    # Each cell's share of the exhausted resource, if the failure is that one ran out.
     resource_use: Mapping[int, float] | None = None
+    # The amount of the resource that was available.
     limit: float | None = None
+    # Each cell's run time in the first run.
     seconds: Mapping[int, float] = field(default_factory=dict)
+    # The time to start and stop a kernel.
     start_seconds: float = 0.0
+    # Failures of this kind often do not recur.
     erratic: bool = False
+    # The seconds that the whole search may take.
     budget: float = math.inf
 
     @property
@@ -120,10 +142,15 @@ class Result(Struct, frozen=True, kw_only=True):
     cells: tuple[int, ...]
     minimal: bool
     stopped: Stopped | None
+    # (k, n): of n runs of exactly this set, k failed.
     reproduced: tuple[int, int]
+    # The strategy, in a word or two.
     method: str
+    # The cells that only trials showed to be needed.
     dynamic_deps: frozenset[int] = frozenset()
+    # The endings of the runs of this set; of all cells, if nothing failed.
     endings: Mapping[str, int] = field(default_factory=dict)
+    # Similar failures counted as the same one, since the same cells produced both.
     several_forms: bool = False
 
 

@@ -24,13 +24,16 @@ from safe_exec.units import format_size
 
 # Memory below this is not what filled it.
 WORTH_NAMING = 8 << 20
+# A cell that kept less than this share of the limit did not fill it either.
 SHARE = 0.05
 # From this suspicion on a cell changes more than its own names.
 RISKY = 2
+# A note with more names would not fit on a line of the terminal.
 MOST_NAMES = 3
 _BUILTINS = frozenset(dir(builtins))
+# Longer source lines are cut in the verdict.
 LINE_LENGTH = 200
-UNSEEN = "must run before; why is not visible"
+UNSEEN = "must run before; the reason is not visible"
 
 
 class CulpritSet(Struct, frozen=True, kw_only=True):
@@ -73,6 +76,7 @@ def _culprit(culprit_set: CulpritSet, index: int) -> Culprit:
 
 def _role(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
     """Return the role, the note, and the line that the note refers to, if any."""
+    # The crash cell may also define or keep things; that it crashed matters most.
     if index == culprit_set.crash.index:
         return Role.CRASH, "running when it happened", None
     if _sets(culprit_set, index):
@@ -85,9 +89,11 @@ def _role(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
 
 
 def _role_of_others(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
+    # Exhausted memory is explained by the cells that kept it.
     kept_bytes = kept_by(culprit_set, index)
     if kept_bytes is not None:
         return Role.ACCUMULATOR, f"+{format_size(kept_bytes)} kept", None
+    # A definition is a weaker explanation than an effect on the process.
     used, effect = _uses(culprit_set, index), _effect(culprit_set, index)
     by_trials = index in culprit_set.dynamic_deps
     if _sets_off(effect, by_trials=by_trials, used=used) or (
@@ -102,11 +108,9 @@ def _role_of_others(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int
 
 
 def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
-    """Tell whether an effect may have triggered the later failure.
-
-    For a changed object or file only trials can show that, and only for a cell that is not needed
-    for anything else.
-    """
+    """Tell whether an effect may have triggered the later failure."""
+    # For a changed object or file only trials can show that, and only for a cell that is not needed
+    # for anything else.
     if effect is None:
         return False
     if effect.kind is EffectKind.PROCESS:
@@ -171,6 +175,7 @@ def kept_by(culprit_set: CulpritSet, index: int) -> int | None:
     limit, kept_bytes = culprit_set.memory_limit, culprit_set.records[index].memory_kept
     if limit is None or kept_bytes is None or kept_bytes < max(WORTH_NAMING, SHARE * limit):
         return None
+    # The memory of modules is no data that accumulates.
     if is_imports_only(culprit_set.sources[index]):
         # Modules, and no data.
         return None

@@ -12,7 +12,6 @@ from enum import IntEnum
 
 from msgspec import Struct
 
-from safe_exec.experiments.static_analysis.dependencies import is_trap, writes_file
 from safe_exec.experiments.static_analysis.ipython_syntax import (
     imports,
     path,
@@ -21,6 +20,7 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
     words,
 )
 from safe_exec.experiments.static_analysis.names import LEAVES_RECEIVER, USUAL
+from safe_exec.experiments.static_analysis.side_effects import is_trap, writes_file
 
 _IN_PLACE = words(
     "add append clear discard extend fill insert pop popitem put remove resize reverse "
@@ -70,7 +70,9 @@ class Effect(Struct, frozen=True, kw_only=True):
     line: int
     text: str
     name: str | None = None
+    # It prepares input of later cells, such as an environment variable.
     is_input: bool = False
+    # It slows down or limits all code that runs later.
     on_all_code: bool = False
 
 
@@ -96,6 +98,7 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
     if tree is None:
         return ()
     modules = {**USUAL, **modules, **{k: v for n in ast.walk(tree) for k, v in imports(n).items()}}
+    # Only the top level takes effect when the cell runs.
     effects = [
         effect
         for statement in tree.body
@@ -172,7 +175,7 @@ def _of_call(node: ast.Call, modules: Mapping[str, str], line: int) -> Iterator[
         yield Effect(
             kind=EffectKind.PROCESS,
             line=line,
-            text=f"calls `{called or ast.unparse(node.func)}`, which acts on the whole process",
+            text=f"calls `{called or ast.unparse(node.func)}`, which affects the whole process",
             is_input=called.startswith(_INPUTS),
             on_all_code=called in _ON_ALL_CODE,
         )

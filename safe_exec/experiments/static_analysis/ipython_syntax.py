@@ -30,6 +30,7 @@ class Read(Struct, frozen=True, kw_only=True):
 
     name: str
     line: int
+    # It is evaluated before anything on that line could run foreign code.
     before_effect: bool
 
 
@@ -40,6 +41,7 @@ class CapturedNames(Struct, frozen=True, kw_only=True):
     of its functions.
     """
 
+    # The names that the object was built from; the other fields describe function bodies.
     sources: Names
     uses: Names
     calls: Names
@@ -59,18 +61,28 @@ class CellFacts(Struct, frozen=True, kw_only=True):
 
     defines: Names = frozenset()
     maybe_defines: Names = frozenset()
+    # Read, and not certain to be bound earlier in this cell.
     uses: Names = frozenset()
+    # Read in the bodies of functions, which run when called.
     late_uses: Names = frozenset()
+    # Read in a lambda that is passed to a call, which may run immediately.
     at_once: Names = frozenset()
+    # Read after the cell itself bound it.
     own: Names = frozenset()
     calls: Names = frozenset()
     mutates: Names = frozenset()
+    # Passed to a call, which may change the object.
     passed_to_call: Names = frozenset()
+    # Names associated with the objects that the cell binds.
     captured: Mapping[str, CapturedNames] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
+    # The line of the first statement.
     start: int = 0
+    # The cell cannot be parsed.
     opaque: bool = False
+    # The cell may bind names that are not visible (`from x import *`, a shell command).
     stars: bool = False
+    # The cell reads outputs of earlier cells.
     history: bool = False
     side_effect_risk: int = 1
 
@@ -139,6 +151,7 @@ class Cell(Struct, kw_only=True):
     defines: set[str] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
     side_effect_risk: int = 0
+    # A cell magic may catch errors, so an error need not end the run.
     guarded: bool = False
     binds: bool = True
     opaque: bool = False
@@ -202,6 +215,7 @@ def _special(text: str) -> Special:
 
 def _logical_end(text: str, at: int) -> int:
     """Return the end of the logical line that begins at ``at``."""
+    # Brackets continue a logical line, whatever the line ends.
     depth = 0
     for lexeme in _LEXEME.finditer(text, at):
         if lexeme[0] in "([{":
@@ -214,11 +228,10 @@ def _logical_end(text: str, at: int) -> int:
 
 
 def _replace_specials(cell: Cell) -> None:
-    """Replace special lines by placeholder names.
-
-    Only the beginnings of logical lines count: a ``%`` within brackets or a string is Python's own.
-    """
+    """Replace special lines by placeholder names."""
+    # Only the beginnings of logical lines count: a `%` within brackets or a string is Python's own.
     text, out, at = cell.text, [], 0
+    # The placeholder must not collide with a name of the cell.
     prefix = "ipython_line_"
     while prefix in text:
         prefix += "_"
@@ -269,6 +282,7 @@ def python_of(source: str) -> tuple[Cell, ast.Module | None]:
     """Return the cell, and the syntax tree of its Python code if it can be parsed."""
     cell = _unwrap(source)
     tree = None if cell.opaque else parse(cell.text)
+    # Without the percent sign, `ls` is valid Python too.
     automagic = _AUTOMAGIC.fullmatch(cell.text)
     if automagic and automagic[2] in _BINDS_NOTHING:
         cell.guarded = True

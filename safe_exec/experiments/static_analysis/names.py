@@ -27,6 +27,7 @@ from safe_exec.experiments.static_analysis.ipython_syntax import (
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
+# Many notebooks use these names without the import being in sight.
 USUAL = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot"}
 _NAMESPACES = {
     "exec",
@@ -50,6 +51,7 @@ _LEAVES_ARGUMENTS = words(
     "float complex abs round sum min max "
     "sorted any all range ascii bin hex oct ord chr dir hasattr"
 )
+# Methods that are known not to change their object, mostly those of pandas.
 LEAVES_RECEIVER = words(
     "head tail describe info show display copy sum mean std var count items keys values get "
     "join split strip format startswith "
@@ -182,10 +184,8 @@ class _NameReader(ast.NodeVisitor):
                 self.visit(node)
 
     def _branches(self, *blocks: Sequence[ast.AST]) -> None:
-        """Visit alternative blocks, one of which runs.
-
-        Afterwards the names are bound that every block binds which does not leave the code.
-        """
+        """Visit alternative blocks, one of which runs."""
+        # Afterwards the names are bound that every block binds which does not leave the code.
         bound_before, ends = set(self.bound_names), []
         for block in blocks:
             self.bound_names = set(bound_before)
@@ -198,6 +198,7 @@ class _NameReader(ast.NodeVisitor):
         """Visit a node. Outside functions and classes, each statement captures names on its own."""
         if isinstance(node, ast.stmt) and not self._scopes:
             self._statement = _Bag()
+        # Node types that are read alike share one method.
         kind = type(node).__name__
         getattr(self, f"visit_{_READ_AS.get(kind, kind)}", self.generic_visit)(node)
 

@@ -40,6 +40,7 @@ class Descriptors:
         """Sample now; a kernel that has ended has no open files."""
         directory = f"/proc/{self._pid}/fd"
         with contextlib.suppress(OSError):
+            # The agent places its own descriptors beyond the limit.
             names = [
                 name
                 for name in os.listdir(directory)

@@ -12,6 +12,7 @@ from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind
 
 KIB, MIB = 1 << 10, 1 << 20
+# The kernel accounts memory in pages, so a finer limit makes no difference.
 PAGE = 4096
 # Values are rounded to a unit so many times finer than the precision, that they can be typed.
 FINE = 4.0
@@ -43,10 +44,14 @@ class Scale(Struct, frozen=True, kw_only=True):
 
     name: LimitName
     unit: str
+    # The causes with which this limit ends a run.
     causes: frozenset[CauseKind]
+    # Values are rounded to one of these, the finest first.
     units: tuple[float, ...]
     least: float
+    # The starting value if no peak is measured.
     guess: float
+    # The share to add to the smallest passing value for daily use.
     margin: float
 
     @property

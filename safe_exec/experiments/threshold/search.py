@@ -24,6 +24,7 @@ from msgspec import Struct
 CLIMBS = 3
 # So many passes of the value that is named in the end.
 ENOUGH = 2
+# Bisection stops at the precision, up to the rounding errors of the products.
 ROUNDING = 1e-9
 # By what to go up from a failure, and away from a mere guess.
 FACTOR = 2.0
@@ -90,13 +91,18 @@ class ProbeProblem(Struct, frozen=True, kw_only=True):
     in seconds.
     """
 
+    # The value of the first run; all others lie between `least` and `most`.
     initial: float
     least: float
     most: float
+    # The starting point if a passing run reports no peak.
     guess: float
+    # Relative; integral values are found exactly.
     precision: float = 0.05
     is_integral: bool = False
+    # Rounds a value up to one that can be set.
     fit: Callable[[float], float] = float
+    # In seconds.
     budget: float = math.inf
 
 
@@ -108,11 +114,15 @@ class Bracket(Struct, frozen=True, kw_only=True):
     and others failed with as much or more. ``ended`` is ``None`` for a search that was completed.
     """
 
+    # Every run with this value or more passed; infinity means without a limit.
     passes: float | None
+    # Every run with this value or less failed; None if none did.
     fails: float | None
+    # Between the two, some runs passed and others failed with as much or more.
     wavers: bool
     runs: int
     seconds: float
+    # None for a search that was completed.
     ended: StopReason | None
 
     @property
@@ -181,6 +191,7 @@ class _Searcher:
         """
         value, others = self.question.initial, 0
         while (result := (yield from self.run(value))).outcome is not ProbeOutcome.PASSED:
+            # A second failure of that kind means that a larger value does not help.
             others = others + 1 if result.outcome is ProbeOutcome.OTHERWISE else 0
             self.low = value
             at_most = value >= self.question.most
@@ -206,6 +217,7 @@ class _Searcher:
     def start(self) -> tuple[float, float]:
         """Return the starting value and the size of the first step in smallest steps."""
         question = self.question
+        # One smallest step above the peak should pass.
         if self.peak is not None and self.peak > 0:
             return self.within(self.peak if question.is_integral else self.moved(self.peak, 1)), 1
         guess = self.within(question.guess)
@@ -260,6 +272,7 @@ class _Searcher:
             yield from self.ask(value)
 
     def middle(self) -> float:
+        # The geometric mean needs positive, finite sides.
         low, high = max(self.low, self.question.least), min(self.high, self.question.most)
         return (
             (low + high) // 2
@@ -282,6 +295,7 @@ class _Searcher:
 
         If the time runs out, the results so far remain valid.
         """
+        # Measurements vary, so the passing value may fail now.
         value, climbs = self.high, 0
         try:
             while sum(self.result.get(value, ())) < ENOUGH:
@@ -298,6 +312,7 @@ class _Searcher:
     # --- the answer -------------------------------------------------------------------------------
 
     def bracket(self, ended: StopReason | None) -> Bracket:
+        # A value can appear in both lists if its runs differ.
         passed = [value for value, runs in self.result.items() if any(runs)]
         failed = [value for value, runs in self.result.items() if not all(runs)]
         least_pass, most_fail = min(passed, default=math.inf), max(failed, default=0.0)
@@ -314,10 +329,8 @@ class _Searcher:
 
 
 def search(question: ProbeProblem) -> Search:
-    """Search for the threshold. Equal answers lead to equal queries.
-
-    The total time never exceeds the budget, as long as no run exceeds its own time budget.
-    """
+    """Search for the threshold. Equal answers lead to equal queries."""
+    # The total time never exceeds the budget, as long as no run exceeds its own time budget.
     searcher = _Searcher(question)
     ended: StopReason | None = None
     try:

@@ -511,7 +511,9 @@ def test_what_was_added(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what trials are given ----------------------------------------------------------------------------------------------
 
 TMP_GAP = "files that an earlier trial left in /tmp"
-BARE_GAP = "what it left in /dev/shm, and files of the folder that are named by their full path"
+BARE_GAP = (
+    "its files in /dev/shm, and files of the folder that the notebook opens by their full path"
+)
 
 
 @pytest.mark.parametrize(
@@ -543,7 +545,7 @@ def test_a_folder_in_shared_memory_keeps_it(place: Path, monkeypatch: pytest.Mon
     way(monkeypatch, "root")
     monkeypatch.setattr(folders, "SHM", place)
     workspaces = workspace_factory(kept(place), ours=NONE)
-    assert workspaces.gaps == ("what it left in /dev/shm",)
+    assert workspaces.gaps == ("its files in /dev/shm",)
     assert [mount["kind"] for mount in workspaces.make("a", Path("/run/x")).mounts] == [
         "bind",
         "bind",
@@ -553,7 +555,7 @@ def test_a_folder_in_shared_memory_keeps_it(place: Path, monkeypatch: pytest.Mon
 REFUSED = [
     ("it holds more than 2 files", {"NOTE_ENTRIES": 2}, "root", True),
     (
-        "it is too large to copy, and this system lets us make no mount namespace for an overlay",
+        "it is too large to copy, and this system does not permit the mount namespace that an overlay needs",
         {"COPY_BYTES": 1},
         None,
         True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.trial.evidence import body_of_endless_loop, line_in_traceback
+from safe_exec.trial.crash_site import body_of_endless_loop, line_in_traceback
 
 SEVEN = """\
 \x1b[0;31m---------------------------------------------------------------------------\x1b[0m

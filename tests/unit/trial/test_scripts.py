@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.trial.evidence import line_of_debugger_call
+from safe_exec.trial.crash_site import line_of_debugger_call
 from safe_exec.trial.printed import without_colours
 from safe_exec.trial.scripts import header_line, script_line
 

@@ -89,8 +89,8 @@ COMPUTES = ActivityObservation(
 @pytest.mark.parametrize(
     ("observation", "error", "says"),
     [
-        (WAITS, None, "and the cell waited for it for ever"),
-        (WAITS, FAILED_PROGRAM, "and the cell waited for it for ever"),
+        (WAITS, None, "and the cell waited for it forever"),
+        (WAITS, FAILED_PROGRAM, "and the cell waited for it forever"),
         (READS, FAILED_PROGRAM, "and its error came when its 3.0 s were over"),
         (COMPUTES, FAILED_PROGRAM, "and its error came when its 3.0 s were over"),
         (COMPUTES, None, "and the cell ran past its 3.0 s"),

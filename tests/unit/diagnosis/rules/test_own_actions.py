@@ -152,7 +152,7 @@ def test_another_program_in_the_kernels_place() -> None:
     assert cause.summary.startswith("os.exec*() in stop()") and "`sleep 9`" in cause.summary
     ended = cause_of(died(0), executed)
     assert ended.kind is K.EXIT
-    assert "and that program left with exit status 0" in ended.summary
+    assert "and that program exited with exit status 0" in ended.summary
     # It failed, and the notebook went on.
     assert "os.exec" not in cause_of(timed_out(), executed, observation=STOPPED).summary
     assert "os.exec" not in cause_of(died(0), executed, action("trace", "sys.settrace")).summary

@@ -1361,7 +1361,7 @@ def test_an_exit_that_was_asked_for_in_an_earlier_cell() -> None:
     summary = of(dead("exit", exit_code(0), K.EXIT, exit_request=asked)).summary
     assert (
         summary
-        == "the kernel process left with exit status 0, as exit() or quit() in a cell, line 2 had asked it to"
+        == "the kernel process exited with exit status 0, as exit() or quit() in a cell, line 2 had asked it to"
     )
     assert "had asked" not in of(dead("exit", exit_code(1), K.EXIT, exit_request=asked)).summary
 

@@ -21,7 +21,7 @@ from tests.unit.builders import make_crash
 
 MIB = 1 << 20
 GIB = 1 << 30
-UNSEEN = "must run before; why is not visible"
+UNSEEN = "must run before; the reason is not visible"
 CRASH = (Role.CRASH, "running when it happened")
 
 
@@ -85,7 +85,7 @@ def defines(names: str, *users: int) -> tuple[Role, str]:
 
 
 def acts(called: str) -> str:
-    return f"calls `{called}`, which acts on the whole process"
+    return f"calls `{called}`, which affects the whole process"
 
 
 ROLES: dict[str, tuple[Notebook, list[tuple[Role, str]]]] = {
