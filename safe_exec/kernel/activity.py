@@ -66,6 +66,7 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
     while len(states) < LOOKS or (
         _is_starved(pid, cpu_before, states) and clock() - start < LONGEST_SECONDS
     ):
+        # Looks are spread over the window: one look would take a moment's wait for a hang.
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         if (call := blocked_call(pid)) is not None:
             calls.append(call)

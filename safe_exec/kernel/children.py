@@ -41,6 +41,7 @@ class ChildHistory:
             pid = queue.pop(0)
             count += 1
             queue += procfs.children(pid)
+            # The start time tells a reused pid from the child that had it before.
             status = procfs.stat(pid)
             if (
                 status is None

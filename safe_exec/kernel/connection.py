@@ -78,6 +78,7 @@ class Connection:
             self._loop.remove_reader(self._socket.fileno())
 
     def _readable(self) -> None:
+        # A kernel that sends without a pause must not keep the event loop from its timers.
         for _ in range(TURN_BYTES // READ_BYTES):
             if not self._receive():
                 return
@@ -238,6 +239,7 @@ def _open(address: Address) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setblocking(False)
     if address.port:
+        # Requests are small, and each waits for its reply: Nagle's algorithm would add 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if address.host.startswith("127."):
             with contextlib.suppress(OSError):

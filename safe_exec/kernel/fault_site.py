@@ -46,6 +46,7 @@ def _overflowed(thread: FaultingThread, ident: int | None) -> bool:
     if address is None or stack is None or address < pointer - BELOW_POINTER:
         return False
     low, high = stack
+    # Two threads' stacks may lie side by side; the failing one must be the thread's own.
     own = thread.stack_is_main if thread.main else ident is not None and low <= ident < high
     guarded = thread.address_access is not None and thread.address_access.startswith("---")
     if address < low and pointer < low + PAGE:

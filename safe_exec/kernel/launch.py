@@ -193,6 +193,7 @@ def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]
     """The kernel's command, its place holders filled in."""
     argv = [*spec.argv, *extra]
     major, minor = sys.version_info[:2]
+    # As jupyter_client does: a spec with a bare python means the interpreter that runs us.
     if argv[0] in ("python", f"python{major}", f"python{major}.{minor}"):
         argv[0] = sys.executable
     place_holders = {
@@ -259,6 +260,7 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
         "kernel_name": request.kernel_name,
     }
     path = sandbox.directory / "c.json"
+    # The file holds the kernel's key: nobody else may read it, and no link may stand in its place.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(connection, file)
@@ -339,6 +341,7 @@ def begin_spawn(
     if plan.isolation.listed_environment:
         environment = listed_environment(environment, plan.isolation.env)
         # Python 3.14 runs code that another process of the user injects (sys.remote_exec).
+        # A user may still ask for it by naming the variable.
         environment.setdefault("PYTHON_DISABLE_REMOTE_DEBUG", "1")
     removed = tuple(sorted(whole_environment.keys() - environment.keys()))
     if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
@@ -367,6 +370,7 @@ def begin_spawn(
     except SafeExecError:
         channels.close()
         raise
+    # Until our copy of the kernel's end is closed, the end of the socket is never seen.
     channels.handed_over()
     return channels, wrapped is not None
 

@@ -79,6 +79,7 @@ class PrestartedKernel:
         if self._failure is not None:
             raise self._failure
         if self._launched is not None and self._sandbox is not None:
+            # The kernel has started in the meantime: this seldom waits.
             await_kernel(self._sandbox, self._launched.channels)
         return self._launched
 

@@ -135,6 +135,7 @@ class KernelSession:
 
         Or take one that was started ahead.
         """
+        # The path is only computed here; the keeper makes the directory.
         self.directory = Path(runtime_directory(self.run_id))
         self.sandbox = sandbox or Sandbox(
             self.run_id, directory=self.directory, delegation=self.plan.cgroup.delegation
@@ -243,6 +244,7 @@ class KernelSession:
         loop.add_reader(self.sandbox.fileno(), self._pump)
         if self.provisioner.instrumented and self.provisioner.channels is not None:
             loop.add_reader(self.provisioner.channels.facts.fileno(), self.take_facts)
+        # Meter and watchdog share one process tree, so that /proc is read once.
         watchdog = self.provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
         self.meter = Meter(self.plan, self.sandbox.keeper_pid, self.sandbox.kernel_pid, tree)
@@ -287,6 +289,7 @@ class KernelSession:
         self.client = self.agent_facts.client = client
         client.note = self.note
         client.km = self.manager
+        # Messages carry the pid that the kernel sees in its own pid namespace.
         client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
         deadline = None if seconds is None else time.monotonic() + seconds
         kc = self.manager.client()

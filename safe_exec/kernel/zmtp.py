@@ -60,6 +60,8 @@ class MessageReader:
         self.is_blocked = False
         self.is_broken = False
         self.replies: list[bytes] = []
+        # Small frames are cut from here. A large part is read straight into ``_body``: copying it
+        # from here would cost its size a second time.
         self._inbox = bytearray()
         self._body: bytearray | None = None
         self._filled = 0
@@ -132,6 +134,8 @@ class MessageReader:
         flags, start, length = head
         if flags & COMMAND:
             return self._command(start, length)
+        # Checked before the body is read: whatever is not read stays in the kernel's own socket and
+        # blocks the sender.
         if not self.has_room(self._size + length):
             self.is_blocked = True
             return False
@@ -167,6 +171,7 @@ class MessageReader:
         return self._fill()
 
     def _is_too_large(self, length: int) -> bool:
+        # A message of millions of empty parts would pass any bound on bytes.
         if self._message.dropped or len(self._message.parts) >= MOST_PARTS:
             return True
         return self.largest is not None and self._size + length > self.largest
@@ -212,6 +217,8 @@ class MessageReader:
             message.parts = [part for part in message.parts[:FIRST_PARTS] if len(part) <= SMALL]
             self._size = sum(map(len, message.parts))
         message.dropped += length + PART_BYTES
+        # The trial counts this against the run's output limit while the message is still arriving;
+        # without it an endless message would never be seen.
         if message.dropped - self._reported > REPORT_EVERY:
             self._store(Received([], message.dropped - self._reported), 0)
             self._reported = message.dropped
@@ -295,6 +302,8 @@ def end_of_handshake(data: bytearray) -> int | None:
     """
     if len(data) < GREETING_BYTES:
         return None
+    # Signature, version and mechanism of the greeting (ZMTP 3.0, section 2.2). A mechanism other
+    # than NULL would be encrypted.
     if (
         data[0] != GREETING[0]
         or data[9] != GREETING[9]

@@ -46,6 +46,8 @@ class KeeperProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         with keeper_end:
+            # A fork of the fork server would stay in its cgroup, so a launcher needs a process of
+            # its own.
             if launcher or environment or not _fork_keeper(keeper_end, run_id, directory):
                 self._process = _start(
                     "keeper",
@@ -115,8 +117,10 @@ def _start(
             *arguments,
         ],
         stdin=subprocess.DEVNULL,
+        # stderr stays ours: a keeper that cannot start says why there.
         stdout=subprocess.DEVNULL,
         pass_fds=[keeper_end.fileno()],
+        # Ctrl-C in the terminal goes to the runner's session; the keeper must outlive it.
         start_new_session=True,
         env={**os.environ, **(environment or {})},
     )

@@ -133,6 +133,7 @@ def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
             enforcement[name] = Enforcement(by=Mechanism.RUNNER, hard=False)
     for offer in offers:
         for name, offered in offer.holds.items():
+            # The first offer wins, and offers come strongest first.
             enforcement.setdefault(name, offered)
     for name in LimitName:
         if limits.of(name) is not None:

@@ -259,6 +259,7 @@ class Sandbox:
             return
         except ConnectionError:
             data, fds = b"", []
+        # Only ``Spawned`` carries a descriptor, and only from inside bubblewrap.
         self.sockets = next(iter(fds), self.sockets)
         if not data:
             self._keeper_gone()
@@ -331,6 +332,8 @@ class Sandbox:
         # The keeper records the reason before it sends the signal; the first reason stays, and is
         # ``kill_reason`` from this call on. After the request to end a kill is part of the shutdown
         # and gives no reason. May be called from any thread.
+        # The watchdog's thread may decide at the very moment at which the event loop asks the
+        # kernel to end.
         with self._decision_lock:
             in_time = not self._is_ending
             if in_time and self.kill_reason is None:
@@ -350,6 +353,7 @@ class Sandbox:
         Waits SHUTDOWN_SECONDS for the keeper, then kills it and cleans up itself.
         """
         self._send(protocol.Finish())
+        # A keeper that was killed sends nothing more; we clean up in its place.
         with contextlib.suppress(SandboxError):
             self._wait_for(lambda: self.cleanup is not None, "", SHUTDOWN_SECONDS)
         if self.cleanup is None:

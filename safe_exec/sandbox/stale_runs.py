@@ -42,6 +42,7 @@ def note_path(run_id: str) -> Path:
 
 def write_note(path: Path, note: Mapping[str, object]) -> None:
     """Write down what is about to be made, before it is."""
+    # The directory may be in /tmp: a link in its place must not be followed.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as handle:
         json.dump(note, handle)
@@ -82,6 +83,7 @@ def is_dead(note: Mapping[str, int]) -> bool:
 def _alive(pid: int, started: int) -> bool:
     """Whether that very process still runs: ids are used again, start times with them are not."""
     status = procfs.stat(pid)
+    # Pids are reused, but not together with a start time in clock ticks.
     return status is not None and status.started == started and status.state not in "ZX"
 
 

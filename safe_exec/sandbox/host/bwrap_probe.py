@@ -48,6 +48,8 @@ class BwrapProbe:
         if self.path is None:
             return
         try:
+            # It runs while the notebook is read: a probe takes 6 ms of wall time that nobody waits
+            # for.
             self._process = subprocess.Popen(
                 [self.path, *PROBE_ARGUMENTS],
                 stdin=subprocess.DEVNULL,

@@ -233,6 +233,8 @@ def can_join_below(directory: Path) -> str:
     trouble = can_make_group(directory)
     if trouble:
         return trouble
+    # Moving a process takes write access to the common ancestor's cgroup.procs (delegation
+    # containment, admin-guide/cgroup-v2).
     if not os.access(directory / "cgroup.procs", os.W_OK):
         return f"{directory}/cgroup.procs is not ours to write"
     return ""
@@ -241,6 +243,7 @@ def can_join_below(directory: Path) -> str:
 def can_make_group(directory: Path) -> str:
     """Try to make and remove a group; why not, or the empty string."""
     # The only proof that counts: modes and mounts lie.
+    # A mode may allow what a read-only mount, a namespace or an LSM forbids.
     probe = directory / f"safe-exec-probe-{os.getpid()}"
     try:
         probe.mkdir()
@@ -279,6 +282,7 @@ def _system_scope(hierarchy: CgroupHierarchy) -> Scope | str:
 
 def _user_scope(hierarchy: CgroupHierarchy, uid: int) -> Scope | str:
     manager = hierarchy.root / f"user.slice/user-{uid}.slice/user@{uid}.service"
+    # XDG_RUNTIME_DIR is not trusted: after su or sudo it is another user's.
     runtime = Path(f"/run/user/{uid}")
     if not os.access(runtime / "bus", os.W_OK) or not manager.is_dir():
         return f"no systemd of user {uid} is running"

@@ -47,6 +47,7 @@ def cgroup_memory_limit(
         stat = cgroup_directory(mounts["memory"], own.get("memory", "/")) / "memory.stat"
         with contextlib.suppress(OSError, ValueError, IndexError):
             rows = dict(line.split() for line in stat.read_text().splitlines())
+            # It includes the limits of all cgroups above, which v1 shows nowhere else.
             limit = int(rows["hierarchical_memory_limit"])
             return limit if limit < NO_LIMIT else None
     limits: list[int] = []
@@ -127,6 +128,7 @@ def cgroup_mounts() -> dict[str, tuple[Path, str]]:
     """Map each controller (``""`` for the unified hierarchy) to mount point and mounted root."""
     # The root differs from ``/`` inside a container that shares the host's cgroup namespace
     # (proc_pid_mountinfo(5)).
+    # The first mount of a controller counts: later ones may be bind mounts of parts of it.
     mounts: dict[str, tuple[Path, str]] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -98,6 +98,7 @@ def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
 
 
 def _namespaces(isolation: Isolation) -> Iterator[str]:
+    # Without it bubblewrap outlives a keeper that is killed by SIGKILL.
     yield "--die-with-parent"
     if isolation.own_processes:
         yield from (
@@ -113,6 +114,7 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
         # they write there.
         yield "--as-pid-1"
     if not isolation.network:
+        # bubblewrap brings up the loopback in the new namespace; there is nothing else in it.
         yield "--unshare-net"
 
 

@@ -34,6 +34,7 @@ def size_of(places: Iterable[str]) -> int:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
+                    # A file with several names counts once, and a sparse one by its blocks.
                     sizes[status.st_dev, status.st_ino] = max(PAGE, status.st_blocks * BLOCK)
                     if entry.is_dir(follow_symlinks=False):
                         directories.append(entry.path)

@@ -122,6 +122,7 @@ def _capped(row: _Row) -> _Row:
     """Return a row within the machine's own hard limit, which cannot be raised."""
     number, soft, hard = row
     _, ceiling = resource.getrlimit(number)
+    # Raising a hard limit takes CAP_SYS_RESOURCE (setrlimit(2)).
     if ceiling == resource.RLIM_INFINITY:
         return row
     return number, min(soft, ceiling), min(hard, ceiling)

@@ -95,6 +95,7 @@ class Watchdog(threading.Thread):
         pause, ended = PERIOD_SECONDS, time.monotonic()
         while not self._stop_event.wait(pause):
             check_start = time.monotonic()
+            # A check that comes late says that the machine is busy, perhaps by the notebook itself.
             if self._guard is not None:
                 self._guard.looked(check_start - ended - pause)
             if self.check():
@@ -123,6 +124,7 @@ class Watchdog(threading.Thread):
     def stop(self) -> None:
         """End the watch and wait for its thread, unless called from it."""
         self._stop_event.set()
+        # ``on_passed`` runs on this thread and may end in ``stop``: a thread cannot join itself.
         if self.is_alive() and threading.current_thread() is not self:
             self.join()
 
