@@ -6,17 +6,19 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safe_exec.errors import UsageError
 from safe_exec.limits import isolation
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
-from safe_exec.notebook.inputs import NotebookInputs, exit_meaning
-from safe_exec.notebook.literals import Value
-from safe_exec.notebook.selection import CellSelection
+from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning
 from safe_exec.workflows.prepare import Bisect, Job, prepare
 from safe_exec.workflows.run import run_job
+
+if TYPE_CHECKING:
+    from safe_exec.notebook.literals import Value
 
 
 def run(

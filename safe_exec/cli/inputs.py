@@ -6,16 +6,16 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line, read_regular
-from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs
-from safe_exec.notebook.literals import Value
-from safe_exec.notebook.parameters import read_file, typed
-from safe_exec.notebook.selection import CellSelection
+from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
+
+if TYPE_CHECKING:
+    from safe_exec.notebook.literals import Value
 
 _MOST_BYTES = 1 << 20
 
@@ -93,11 +93,7 @@ def input_options(function: Any) -> Any:
 
 def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookInputs:
     """The inputs that the options describe. ``-p`` wins over files. Raises UsageError."""
-    parameters: dict[str, Value] = {}
-    for path in options["parameter_files"]:
-        parameters |= read_file(path)
-    parameters |= {name: typed(text) for name, text in options["parameters"]}
-    parameters |= dict(options["raw_parameters"])
+    parameters = _parameters_of(options)
     selection = CellSelection(
         skip_tags=tuple(options["skip_tags"]),
         only_tags=tuple(options["only_tags"]),
@@ -107,6 +103,19 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
     return NotebookInputs(
         parameters=parameters, selection=selection, exit_is=ExitMeaning(options["exit_is"])
     )
+
+
+def _parameters_of(options: Mapping[str, Any]) -> dict[str, Value]:
+    if not (options["parameter_files"] or options["parameters"] or options["raw_parameters"]):
+        return {}
+    from safe_exec.notebook.parameters import read_file, typed
+
+    parameters: dict[str, Value] = {}
+    for path in options["parameter_files"]:
+        parameters |= read_file(path)
+    parameters |= {name: typed(text) for name, text in options["parameters"]}
+    parameters |= dict(options["raw_parameters"])
+    return parameters
 
 
 def variables_of(options: Mapping[str, Any]) -> dict[str, str]:

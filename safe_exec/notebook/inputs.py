@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct, field
 
 from safe_exec.errors import UsageError
-from safe_exec.notebook.literals import Value
-from safe_exec.notebook.parameters import inject
-from safe_exec.notebook.selection import CellSelection, skipped_cells
+
+if TYPE_CHECKING:
+    from safe_exec.notebook.literals import Value
+
+INJECTED_TAG = "injected-parameters"
 
 
 class ExitMeaning(StrEnum):
@@ -27,6 +29,24 @@ def exit_meaning(text: str) -> ExitMeaning:
         return ExitMeaning(text)
     except ValueError:
         raise UsageError(f"exit_is: {text!r} is neither 'success' nor 'error'") from None
+
+
+class CellSelection(Struct, frozen=True, kw_only=True):
+    """A choice among the code cells of a notebook.
+
+    ``skip_tags`` leaves out cells with any of these tags, ``only_tags`` cells with none of them.
+    ``until`` is the last cell to run: its number among the code cells (from 1), its id, or its tag.
+    ``lenient``: a notebook without any of ``only_tags`` runs nothing, with a warning; it is refused
+    otherwise. Among many notebooks some have no such cell.
+    """
+
+    skip_tags: tuple[str, ...] = ()
+    only_tags: tuple[str, ...] = ()
+    until: str | None = None
+    lenient: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.skip_tags or self.only_tags or self.until is not None)
 
 
 class NotebookInputs(Struct, frozen=True, kw_only=True):
@@ -54,6 +74,12 @@ def apply(node: Any, inputs: NotebookInputs, language: str | None) -> Applied:
     Cell numbers in ``inputs`` are those of the notebook's file. Cell numbers of the run count the
     cell that sets the parameters, as the output notebook shows it.
     """
+    if not inputs:
+        return Applied(node, frozenset(), ())
+    # Most runs set nothing: they do not pay for these (ast, tokenize, yaml; 4 ms).
+    from safe_exec.notebook.parameters import inject
+    from safe_exec.notebook.selection import skipped_cells
+
     injected = inject(node, inputs.parameters, language)
     skipped = skipped_cells(node, inputs.selection)
     indexes = skipped.indexes

@@ -23,10 +23,10 @@ import yaml
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line, read_regular
 from safe_exec.notebook.encode import IDS_SINCE
+from safe_exec.notebook.inputs import INJECTED_TAG
 from safe_exec.notebook.literals import LANGUAGES, Language, Value
 
 DEFAULTS_TAG = "parameters"
-INJECTED_TAG = "injected-parameters"
 
 WITHOUT_DEFAULTS = (
     "the notebook has no cell with the tag 'parameters', so the parameters were set at the top:"

@@ -6,29 +6,9 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from msgspec import Struct
-
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
-from safe_exec.notebook.parameters import INJECTED_TAG
-
-
-class CellSelection(Struct, frozen=True, kw_only=True):
-    """A choice among the code cells of a notebook.
-
-    ``skip_tags`` leaves out cells with any of these tags, ``only_tags`` cells with none of them.
-    ``until`` is the last cell to run: its number among the code cells (from 1), its id, or its tag.
-    ``lenient``: a notebook without any of ``only_tags`` runs nothing, with a warning; it is refused
-    otherwise. Among many notebooks some have no such cell.
-    """
-
-    skip_tags: tuple[str, ...] = ()
-    only_tags: tuple[str, ...] = ()
-    until: str | None = None
-    lenient: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.skip_tags or self.only_tags or self.until is not None)
+from safe_exec.notebook.inputs import INJECTED_TAG, CellSelection
 
 
 class Skipped(NamedTuple):

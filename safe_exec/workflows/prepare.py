@@ -25,8 +25,7 @@ from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import inputs as notebook_inputs
 from safe_exec.notebook import notebook
-from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs
-from safe_exec.notebook.selection import CellSelection
+from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation

@@ -4,8 +4,13 @@ import nbformat
 import pytest
 
 from safe_exec.errors import UsageError
-from safe_exec.notebook.inputs import ExitMeaning, NotebookInputs, apply, exit_meaning
-from safe_exec.notebook.selection import CellSelection
+from safe_exec.notebook.inputs import (
+    CellSelection,
+    ExitMeaning,
+    NotebookInputs,
+    apply,
+    exit_meaning,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import nbformat
 import pytest
 
 from safe_exec.errors import UsageError
-from safe_exec.notebook.selection import CellSelection, skipped_cells
+from safe_exec.notebook.inputs import CellSelection
+from safe_exec.notebook.selection import skipped_cells
 
 
 def notebook() -> Any:
