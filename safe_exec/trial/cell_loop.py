@@ -347,8 +347,13 @@ class CellLoop:
                 cell = self.metrics.last_run
             self.state.current = cell
             return LimitHit(limit=limit, cell=cell)
+        status = ended.status if ended else None
+        exiting_cell = self.session.client.asked_to_exit if self.session.client else None
+        # A kernel that exit() ends may still take the request of the next cell, and dies in it.
+        if exiting_cell is not None and status is not None and status.exit_code == 0:
+            return Died(cell=exiting_cell, exit=status, asked_to_exit=True)
         cell = index if index is not None else self.metrics.last_run
-        return Died(cell=self._cell_by_page(cell), exit=ended.status if ended else None)
+        return Died(cell=self._cell_by_page(cell), exit=status)
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """Return the cell that was running at the death according to the kernel's shared page."""

@@ -74,6 +74,7 @@ RULES: tuple[Rule, ...] = (
     limits.raised,
     refusals.threads,
     refusals.descriptors,
+    memory.refused_to_program,
     exceptions.stdin,
     exceptions.exception,
     exceptions.unknown,

@@ -21,7 +21,6 @@ from safe_exec.diagnosis.context import (
 )
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.model.ending import (
-    CellError,
     CellFailed,
     Died,
     LimitHit,
@@ -70,6 +69,7 @@ UNITS = {
 }
 # Above this share of the limit, a refusal is credible.
 NEAR = 0.9
+TRACEBACK = "Traceback (most recent call last):"
 WAITING = (Activity.WAITING_CHILD, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.SLEEPING)
 
 
@@ -354,7 +354,7 @@ def refused(context: Context) -> Cause | None:
     foreign = context.language not in (None, "python") and REFUSED.search(error.evalue) is not None
     by_library = REFUSED_TO_LIBRARY.search(error.evalue) is not None
     if not (is_memory_error or system or foreign or by_library):
-        return _refused_to_program(context, error)
+        return None
     facts = [
         inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),
         *_facts(context),
@@ -372,11 +372,18 @@ def refused(context: Context) -> Cause | None:
     )
 
 
-def _refused_to_program(context: Context, error: CellError) -> Cause | None:
-    """A program that the cell had started got no memory: its last words say so."""
+def refused_to_program(context: Context) -> Cause | None:
+    """A program that the cell had started got no memory, according to its last output."""
+    error = context.evidence.error
+    if not isinstance(context.ending, CellFailed) or error is None:
+        return None
     if not leaves_reason_to_output(context):
         return None
-    lines = reversed(context.evidence.last_words.splitlines())
+    output = context.evidence.last_words
+    # A program may print "MemoryError" for any reason. Python's own report begins with a traceback.
+    if "MemoryError" in output and TRACEBACK not in output:
+        return None
+    lines = reversed(output.splitlines())
     line = next((line.strip() for line in lines if PROGRAM_REFUSED.search(line)), None)
     if line is None:
         return None

@@ -731,6 +731,13 @@ ERRORS = [
         conflicts=(HOST,),
     ),
     error(
+        "memory-of-a-program",
+        raised("CalledProcessError", "Command 'python'"),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        last_words='Traceback (most recent call last):\n  File "x.py", line 1, in <module>\nMemoryError\n',
+    ),
+    error(
         "curl-and-another-error",
         raised("ZeroDivisionError", "x"),
         K.EXCEPTION,
