@@ -165,19 +165,21 @@ def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
 _latest: dict[Path, Snapshot] = {}
 
 
-def _hardlink_candidates(earlier: Snapshot | None, entries: Mapping[str, Entry]) -> dict[str, Path]:
+def _hardlink_candidates(
+    older_snapshot: Snapshot | None, entries: Mapping[str, Entry]
+) -> dict[str, Path]:
     """The files of an earlier copy that are still the same, by path within the folder."""
     # File times have the granularity of the system's clock tick. A file that changed just before it
     # was copied may have changed again within the same tick, so such files are copied anew.
-    if earlier is None or earlier.copy is None or not earlier.entries:
+    if older_snapshot is None or older_snapshot.copy is None or not older_snapshot.entries:
         return {}
-    settled = earlier.taken_ns - TICK_NS
+    settled = older_snapshot.taken_ns - TICK_NS
     same = (
         name
         for name, entry in entries.items()
-        if entry.ctime_ns < settled and earlier.entries.get(name) == entry
+        if entry.ctime_ns < settled and older_snapshot.entries.get(name) == entry
     )
-    return {name: earlier.copy / name for name in same if stat.S_ISREG(entries[name].mode)}
+    return {name: older_snapshot.copy / name for name in same if stat.S_ISREG(entries[name].mode)}
 
 
 def reopen(folder: Path, scratch: Path) -> Snapshot | None:

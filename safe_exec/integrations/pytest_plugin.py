@@ -251,7 +251,7 @@ def _checked(limits: str | None, options: dict[str, str]) -> str | None:
     from safe_exec.sandbox.host.capabilities import detect
 
     memory = detect().memory_total
-    profiles.parse_overrides(options, where="--safe-exec-", machine_memory=memory)
+    profiles.parse_overrides(options, error_prefix="--safe-exec-", machine_memory=memory)
     if limits is None:
         return None
     profile = profiles.load_profile(limits, machine_memory=memory)

@@ -98,9 +98,9 @@ class Front:
                 self._listeners[name] = Listener(sock, kind, take)
         except OSError as error:
             self.close()
-            where = f"{file.transport}://{file.ip}, {name} port {file.ports[name]}"
-            taken = " (another kernel has it)" if error.errno == errno.EADDRINUSE else ""
-            raise UsageError(f"{where}: cannot listen: {error.strerror}{taken}") from None
+            address = f"{file.transport}://{file.ip}, {name} port {file.ports[name]}"
+            reason = " (another kernel has it)" if error.errno == errno.EADDRINUSE else ""
+            raise UsageError(f"{address}: cannot listen: {error.strerror}{reason}") from None
         self._write_ports(file)
 
     def _write_ports(self, file: ConnectionFile) -> None:

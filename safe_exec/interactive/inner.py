@@ -197,7 +197,7 @@ class Inner(Trial):
         client, cell = self.client, self.state.request.node.cells[index]
         self.state.current = index
         client.running = (msg_id, cell, index)
-        client.sent[msg_id] = index
+        client.cells_by_request[msg_id] = index
         client.begin_cell(self.limits.cell_output)
         client.clear_before_next_output = False
         self._stored, self._cut, self.waits_for_input = 0, False, False
@@ -313,12 +313,12 @@ class Inner(Trial):
 
     # --- the end of a cell's time -----------------------------------------------------------------------------------
 
-    async def over_time(self, index: int, done: asyncio.Task[Any]) -> TimedOut:
+    async def over_time(self, index: int, cell_task: asyncio.Task[Any]) -> TimedOut:
         """Look, interrupt, and kill a kernel that does not answer within its grace time; how the cell timed out."""
         limits = self.limits
         self.state.limit_reached(LimitName.CELL_TIMEOUT, limits.cell_timeout)
         await self._cells._look(index)  # noqa: SLF001
-        answered = await self._cells._interrupt(done, index, limits.interrupt_grace)  # noqa: SLF001
+        answered = await self._cells._interrupt(cell_task, index, limits.interrupt_grace)  # noqa: SLF001
         if not answered:
             self.state.kill(TerminationReason.CELL_TIMEOUT)
         else:  # its figures are evidence: what it put out, and in what time

@@ -60,7 +60,7 @@ class Waiting(Struct, kw_only=True):
     idle: list[bytes] | None = None
     content: dict[str, Any] | None = None
     execution_count: int | None = None
-    done: asyncio.Event | None = None
+    cell_done: asyncio.Event | None = None
     is_held: bool = False
 
 
@@ -229,7 +229,7 @@ class Proxy:
         cell_id = _cell_id(message)
         waiting.counts = content.get("silent") is not True
         waiting.cell = self.inner.add_cell(source if isinstance(source, str) else "", {}, cell_id)
-        waiting.done = asyncio.Event()
+        waiting.cell_done = asyncio.Event()
         self._cells.append(message.id)
 
     def _begin_next(self) -> None:
@@ -336,8 +336,8 @@ class Proxy:
         """End a cell whose reply and idle have both come; the kernel answers on two sockets, in no order."""
         if waiting.reply is None or waiting.idle is None:
             return
-        assert waiting.done is not None
-        waiting.done.set()
+        assert waiting.cell_done is not None
+        waiting.cell_done.set()
         if not waiting.is_held:
             self._finish(msg_id, waiting)
 
@@ -358,20 +358,20 @@ class Proxy:
 
     async def _watch_time(self, msg_id: str, waiting: Waiting) -> None:
         """Interrupt a cell when its time is up; while it waits for somebody to type, its time does not run."""
-        inner, done = self.inner, waiting.done
-        assert done is not None and waiting.cell is not None
-        left = inner.limits.cell_timeout or 0.0
-        while left > 0 or inner.waits_for_input:
-            step = min(max(left, 0.05), 0.5)
+        inner, cell_done = self.inner, waiting.cell_done
+        assert cell_done is not None and waiting.cell is not None
+        remaining = inner.limits.cell_timeout or 0.0
+        while remaining > 0 or inner.waits_for_input:
+            step = min(max(remaining, 0.05), 0.5)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(step):
-                    await done.wait()
-            if done.is_set() or inner.session.died.is_set():
+                    await cell_done.wait()
+            if cell_done.is_set() or inner.session.died.is_set():
                 return
             if not inner.waits_for_input:
-                left -= step
+                remaining -= step
         waiting.is_held = True
-        finished = self._spawn(done.wait())
+        finished = self._spawn(cell_done.wait())
         ending = await inner.over_time(waiting.cell, finished)
         if not ending.answered:
             return  # its death is being dealt with, by the reason that was recorded for it
@@ -433,10 +433,10 @@ class Proxy:
                 allowed=inner.limits.cell_timeout or 0.0,
                 answered=None if inner.session.kill_reason is None else False,
             )
-        asked = inner.client.asked_to_exit
-        if asked is not None and waiting is None:
+        exiting_cell = inner.client.asked_to_exit
+        if exiting_cell is not None and waiting is None:
             # The request to exit came from an earlier cell; the loop stops 0.1 s after it.
-            ending = Died(cell=asked, exit=None, asked_to_exit=True)
+            ending = Died(cell=exiting_cell, exit=None, asked_to_exit=True)
         diagnosis = self._diagnose(inner, await inner.observe(ending))
         if waiting is not None:
             for message in inner.recovered:
@@ -474,5 +474,5 @@ def _cell_id(message: Message) -> str | None:
         metadata = json.loads(message.frames[message.start + 3])
     except (ValueError, RecursionError):
         return None
-    found = metadata.get("cellId") if isinstance(metadata, dict) else None
-    return found if isinstance(found, str) and 0 < len(found) <= 64 else None  # noqa: PLR2004
+    cell_id = metadata.get("cellId") if isinstance(metadata, dict) else None
+    return cell_id if isinstance(cell_id, str) and 0 < len(cell_id) <= 64 else None  # noqa: PLR2004

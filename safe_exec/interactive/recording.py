@@ -113,15 +113,15 @@ def notebook_of(node: Any) -> bytes:
     """A notebook with the cells of a session and none of their outputs."""
     cells = []
     for number, cell in enumerate(node.cells):
-        made: dict[str, Any] = {
+        cell_document: dict[str, Any] = {
             "cell_type": cell.cell_type,
             "id": f"cell-{number + 1}",
             "metadata": {},
             "source": cell.source,
         }
         if cell.cell_type == "code":
-            made |= {"outputs": [], "execution_count": cell.get("execution_count")}
-        cells.append(made)
+            cell_document |= {"outputs": [], "execution_count": cell.get("execution_count")}
+        cells.append(cell_document)
     metadata = json.loads(json.dumps(node.metadata, default=str))
     document = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(document, indent=1, ensure_ascii=False).encode("utf-8", "replace")

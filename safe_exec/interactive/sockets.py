@@ -99,7 +99,7 @@ class Listener:
     async def _greet(self, sock: socket.socket) -> None:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                rest, identity = await self._shake_hands(sock)
+                remainder, identity = await self._shake_hands(sock)
         except (OSError, TimeoutError):
             sock.close()
             return
@@ -113,7 +113,7 @@ class Listener:
             former.connection.close()
         self.peers[peer.name] = peer
         peer.connection.on_arrival = lambda: self._arrived(peer)
-        peer.connection.start(rest)
+        peer.connection.start(remainder)
 
     async def _shake_hands(self, sock: socket.socket) -> tuple[bytes, bytes]:
         """The bytes that followed the handshake, and the client's identity. Raises OSError."""

@@ -157,7 +157,7 @@ def weak_points(prepared: PreparedJob, plan: SpawnPlan) -> list[str]:
         for name, enforcement in plan.enforcement.items()
         if limits.of(name) is not None and enforcement.by is Mechanism.NONE
     ]
-    walls = [wall.value for wall, held in plan.walls.items() if held.by is Mechanism.NONE]
+    walls = [wall.value for wall, holder in plan.walls.items() if holder.by is Mechanism.NONE]
     if walls:
         lines.append(f"isolation is not enforced on this machine: {', '.join(walls)}")
     return [f"{line}; `safe-exec doctor` says why" for line in lines]

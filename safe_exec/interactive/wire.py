@@ -117,7 +117,7 @@ class Signer:
         if method != "hmac" or digest not in hashlib.algorithms_available:
             raise ValueError(f"signature scheme {scheme!r} is not supported; use hmac-sha256")
         self._base = hmac.new(key, digestmod=digest) if key else None
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._signatures: OrderedDict[bytes, None] = OrderedDict()
 
     def signature(self, parts: Sequence[bytes]) -> bytes:
         """The signature of header, parent header, metadata and content."""
@@ -136,11 +136,11 @@ class Signer:
         signature = message.frames[at]
         if not hmac.compare_digest(signature, self.signature(message.frames[at + 1 : at + 5])):
             raise NotAMessage("invalid signature")
-        if signature in self._seen:
+        if signature in self._signatures:
             raise NotAMessage("a message of before")
-        self._seen[signature] = None
-        if len(self._seen) > MOST_DIGESTS:
-            self._seen.popitem(last=False)
+        self._signatures[signature] = None
+        if len(self._signatures) > MOST_DIGESTS:
+            self._signatures.popitem(last=False)
 
 
 class Author:

@@ -432,8 +432,10 @@ def _copy_data(source: int, target: int, size: int) -> None:
             break
         end = min(size, os.lseek(source, start, os.SEEK_HOLE))
         os.lseek(target, start, os.SEEK_SET)
-        while start < end and (sent := os.sendfile(target, source, start, min(PIECE, end - start))):
-            start += sent
+        while start < end and (
+            count := os.sendfile(target, source, start, min(PIECE, end - start))
+        ):
+            start += count
     os.ftruncate(target, size)
 
 

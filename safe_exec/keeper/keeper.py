@@ -93,8 +93,8 @@ class Keeper:
         line = protocol.encode(message)
         # A dead runner is noticed by the end of the socket, not here.
         with contextlib.suppress(OSError):
-            sent = socket.send_fds(self.control, [line], descriptors) if descriptors else 0
-            self.control.sendall(line[sent:])
+            count = socket.send_fds(self.control, [line], descriptors) if descriptors else 0
+            self.control.sendall(line[count:])
 
     def send_fault(self, text: str) -> None:
         """Forward a piece of a fault report."""

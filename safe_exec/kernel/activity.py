@@ -130,17 +130,17 @@ async def _stacks(
         return subject.frames(rows), (), _what_is_awaited(rows)
     if subject.dump is not None and state not in ("T", "t"):
         subject.dump()
-        earlier: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
+        first_stacks: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
         for _ in range(20):
             await asyncio.sleep(0.01)
             stacks = subject.dumped()
             if (
-                stacks[0] and stacks == earlier
+                stacks[0] and stacks == first_stacks
             ):  # it comes in small pieces: whole when it grows no more
                 break
-            earlier = stacks
-        if earlier[0]:
-            return *earlier, None
+            first_stacks = stacks
+        if first_stacks[0]:
+            return *first_stacks, None
     return subject.frames(rows), (), None
 
 

@@ -154,7 +154,7 @@ class AgentFacts:
         """Note which request a cell number answers: only a sent one, and each only once."""
         if (
             self.client is not None
-            and msg_id in self.client.sent
+            and msg_id in self.client.cells_by_request
             and msg_id not in self._cells.values()
         ):
             self._cells.setdefault(number, msg_id)
@@ -168,7 +168,7 @@ class AgentFacts:
     def index_of(self, number: int) -> int | None:
         """The notebook's cell index for a cell number inside."""
         msg_id = self._cells.get(number)
-        return self.client.sent.get(msg_id) if self.client and msg_id else None
+        return self.client.cells_by_request.get(msg_id) if self.client and msg_id else None
 
     def number_of(self, msg_id: str) -> int:
         """The number inside of the cell that answers a request; 0 when it has not begun."""

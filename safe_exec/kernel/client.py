@@ -80,7 +80,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.asked_to_exit: int | None = None
         self.running: tuple[str, Any, int] | None = None
         self.replies: dict[int, dict[str, Any]] = {}
-        self.sent: dict[str, int] = {}
+        self.cells_by_request: dict[str, int] = {}
         self.kernel_pid: int | None = None
         self.info: dict[str, Any] = {}
         self.malformed = 0
@@ -128,7 +128,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         self.running = (parent_msg_id, cell, cell_index)
-        self.sent[parent_msg_id] = cell_index
+        self.cells_by_request[parent_msg_id] = cell_index
         await super()._async_poll_output_msg(parent_msg_id, cell, cell_index)
 
     async def _async_poll_for_reply(

@@ -22,14 +22,14 @@ class LateText:
 
     def take(self, message: dict[str, Any]) -> None:
         """Process one message, for whichever cell."""
-        sent, running = self._client.sent, self._client.running
+        requests, running = self._client.cells_by_request, self._client.running
         parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
         is_late = running is None or parent != running[0]
         if (
             is_late
-            and parent in sent
+            and parent in requests
             and message["content"].get("name") == "stderr"
             and isinstance(text, str)
         ):
-            index = sent[parent]
+            index = requests[parent]
             self.by_cell[index] = (self.by_cell.get(index, "") + text)[-MOST_CHARACTERS:]

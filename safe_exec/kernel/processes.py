@@ -74,7 +74,11 @@ def snapshot(kernel: int, keeper: int) -> Snapshot:
 
 
 def inspect(
-    kernel: int, keeper: int, earlier: Snapshot, window: float, children: Mapping[int, EndedChild]
+    kernel: int,
+    keeper: int,
+    first_snapshot: Snapshot,
+    window: float,
+    children: Mapping[int, EndedChild],
 ) -> tuple[ObservedProcess, ...]:
     """The members of a sandbox, compared with how they were ``window`` seconds ago.
 
@@ -86,7 +90,7 @@ def inspect(
     observations = (
         _observe(
             pid,
-            earlier,
+            first_snapshot,
             current,
             window,
             below=pid in below,
@@ -100,7 +104,7 @@ def inspect(
 
 def _observe(
     pid: int,
-    earlier: Snapshot,
+    first_snapshot: Snapshot,
     current: Snapshot,
     window: float,
     *,
@@ -114,7 +118,7 @@ def _observe(
     if stat is None:
         return None
     cmdline = read_bytes(f"/proc/{pid}/cmdline")
-    past = earlier.calls.get(pid, {})
+    past = first_snapshot.calls.get(pid, {})
     steady = {
         task: call
         for task, call in current.calls[pid].items()
@@ -129,8 +133,8 @@ def _observe(
         parent=stat.ppid,
         command=command_text(cmdline) or (child.command if child else "") or _comm(pid),
         state=stat.state,
-        cpu_share=max(0.0, current.cpu[pid] - earlier.cpu[pid]) / window
-        if pid in earlier.cpu
+        cpu_share=max(0.0, current.cpu[pid] - first_snapshot.cpu[pid]) / window
+        if pid in first_snapshot.cpu
         else None,
         age=procfs.age(stat),
         threads=stat.threads,

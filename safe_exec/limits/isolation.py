@@ -45,15 +45,15 @@ def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
         value = entries[key]
         if index is not None and isinstance(value.data, tuple):
             value = value.data[index]
-        return value.where
+        return value.location
 
     plain = {key: value.plain() for key, value in entries.items()}
     return _changes(plain, place, section=" under isolation")
 
 
-def of_mapping(walls: Mapping[Any, object], where: str) -> dict[str, Any]:
-    """Check keys and values of JSON or Python. Raises LimitsError that begins with ``where``."""
-    return _changes(walls, lambda _key, _index: where)
+def of_mapping(walls: Mapping[Any, object], error_prefix: str) -> dict[str, Any]:
+    """Check keys and values of JSON or Python. Raises LimitsError that begins with ``error_prefix``."""
+    return _changes(walls, lambda _key, _index: error_prefix)
 
 
 def _changes(
@@ -118,32 +118,32 @@ def _located(error: msgspec.ValidationError) -> tuple[str, str, int | None]:
 def _explanation(name: str, problem: str) -> str:
     match = _TYPES.fullmatch(problem)
     if match is not None:
-        expected, found = (
+        expected, actual = (
             table.get(word, word)
             for table, word in zip((_EXPECTED, _FOUND), match.groups(), strict=True)
         )
-        return f"expected {expected}, found {found}"
+        return f"expected {expected}, found {actual}"
     word = problem.removeprefix("Invalid enum value ")
     return f"expected one of {', '.join(_CHOICES[name])}, found {word:.60}"
 
 
-def _words(name: str, words: Sequence[str], place: Callable[[int], str]) -> tuple[str, ...]:
-    return tuple(_word(name, word, place(index)) for index, word in enumerate(words))
+def _words(name: str, entries: Sequence[str], place: Callable[[int], str]) -> tuple[str, ...]:
+    return tuple(_word(name, word, place(index)) for index, word in enumerate(entries))
 
 
-def _word(name: str, word: str, where: str) -> str:
+def _word(name: str, word: str, error_prefix: str) -> str:
     """One entry of a list: a variable, or a path that says by itself where it leads, as no folder is its own here."""
     if not word or "\0" in word or (name == "env" and "=" in word):
         raise LimitsError(
-            f"{where}: {name}: expected the name of a variable, found {one_line(word)!r:.60}"
+            f"{error_prefix}: {name}: expected the name of a variable, found {one_line(word)!r:.60}"
         )
     if name == "devices" and not word.startswith("/dev/"):
         raise LimitsError(
-            f"{where}: {name}: expected a path below /dev, found {one_line(word)!r:.60}"
+            f"{error_prefix}: {name}: expected a path below /dev, found {one_line(word)!r:.60}"
         )
     if name in _PATHS and not word.startswith(("/", "~")):
         raise LimitsError(
-            f"{where}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}"
+            f"{error_prefix}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}"
         )
     return word
 
@@ -162,28 +162,28 @@ def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
     return replace(isolation, **merged)
 
 
-def of_metadata(metadata: Mapping[str, object], where: str) -> dict[str, Any]:
+def of_metadata(metadata: Mapping[str, object], error_prefix: str) -> dict[str, Any]:
     """``metadata.safe_exec.isolation`` of a notebook, as a reproduction carries it. Raises LimitsError."""
     ours = metadata.get("safe_exec")
-    found = ours.get("isolation") if isinstance(ours, Mapping) else None
-    if found is None:
+    settings = ours.get("isolation") if isinstance(ours, Mapping) else None
+    if settings is None:
         return {}
-    place = f"{one_line(where)}: metadata.safe_exec.isolation"
-    if not isinstance(found, Mapping):
+    place = f"{one_line(error_prefix)}: metadata.safe_exec.isolation"
+    if not isinstance(settings, Mapping):
         raise LimitsError(f"{place}: expected an object of keys and values")
-    return of_mapping(found, place)
+    return of_mapping(settings, place)
 
 
 def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:
     """What a notebook's own wishes make of it: only more walls, never fewer; what it wants opened is not heard."""
     changes: dict[str, Any] = {}
     for name, value in wished.items():
-        before = getattr(isolation, name)
+        current = getattr(isolation, name)
         order = _ORDER.get(name, [])
         if name == "hide":
             changes[name] = value
         elif name in _CHOICES:
-            changes[name] = max(before, value, key=order.index)
+            changes[name] = max(current, value, key=order.index)
         elif name not in _LISTS and value is _STRICTER_IF.get(name, True):
             changes[name] = value
     return apply(isolation, changes)
@@ -192,11 +192,11 @@ def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:
 def as_metadata(isolation: Isolation) -> dict[str, Any]:
     """The walls that are up, for the metadata of a reproduction."""
     bare = Isolation()
-    found = {
+    changes = {
         name: getattr(isolation, name)
         for name in KEYS
         if getattr(isolation, name) != getattr(bare, name)
     }
     return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in found.items()
+        name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()
     }

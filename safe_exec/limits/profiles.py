@@ -194,12 +194,12 @@ def resolve(
     Isolation is laid over likewise; a notebook may only wall itself off further (``safe_exec.limits.isolation``), and ``walls`` are the
     options. ``notebook`` names the notebook in errors and warnings. Raises LimitsError.
     """
-    named = _documents(chosen, machine_memory) if chosen else []
-    base = [document for document in named if document.shipped]
+    explicit_documents = _documents(chosen, machine_memory) if chosen else []
+    base = [document for document in explicit_documents if document.shipped]
     firm = any(document.firm for document in base)
     if not base:
         base = _documents((project and project.profile) or DEFAULT_PROFILE, machine_memory)
-    own = [document for document in named if not document.shipped]
+    own = [document for document in explicit_documents if not document.shipped]
     top = (own or base)[-1]
 
     stack = _Stack()
@@ -214,15 +214,20 @@ def resolve(
         _notebook_layer(metadata or {}, notebook, machine_memory),
         refuse="" if _is_default(top) else only_default,
     )
-    given = parse_overrides(options or {}, where="--", machine_memory=machine_memory)
-    stack.lay(Layer(values=given, sources={name: f"--{name.replace('_', '-')}" for name in given}))
+    option_values = parse_overrides(options or {}, error_prefix="--", machine_memory=machine_memory)
+    stack.lay(
+        Layer(
+            values=option_values,
+            sources={name: f"--{name.replace('_', '-')}" for name in option_values},
+        )
+    )
     return Resolved(
         limits=stack.limits,
         profile=top.name,
         warnings=tuple(stack.warnings),
         sources=stack.sources,
         loosenable=_is_default(top),
-        fixed=frozenset(given),
+        fixed=frozenset(option_values),
         isolation=_walls([*base, *own], metadata or {}, notebook, walls or {}),
     )
 
@@ -234,11 +239,11 @@ def _walls(
     options: Mapping[str, Any],
 ) -> Isolation:
     """The isolation of one run: the files one over the other, tightened by the notebook, and the options at last."""
-    found = Isolation()
+    merged = Isolation()
     for document in documents:
-        found = isolation.apply(found, document.isolation)
-    found = isolation.tighten(found, isolation.of_metadata(metadata, notebook))
-    return isolation.apply(found, options)
+        merged = isolation.apply(merged, document.isolation)
+    merged = isolation.tighten(merged, isolation.of_metadata(metadata, notebook))
+    return isolation.apply(merged, options)
 
 
 def resolve_simple(
@@ -256,7 +261,7 @@ def resolve_simple(
             f"{_PROVISIONER}: limits: expected the name of a profile or a file, found {chosen!r:.60}"
         )
     own = {key: value for key, value in config.items() if key != "limits"}
-    figures = parse_overrides(own, where=_PROVISIONER, machine_memory=machine_memory)
+    figures = parse_overrides(own, error_prefix=_PROVISIONER, machine_memory=machine_memory)
     return apply(resolve(chosen=chosen, machine_memory=machine_memory).limits, figures)
 
 
@@ -264,31 +269,39 @@ _PROVISIONER = "kernel provisioner"
 
 
 def cell_limits(
-    resolved: Resolved, cell_metadata: Mapping[str, object], *, where: str
+    resolved: Resolved, cell_metadata: Mapping[str, object], *, error_prefix: str
 ) -> tuple[Limits, tuple[str, ...]]:
     """The limits of one cell, which may carry :data:`CELL_LIMITS`, and a warning for each figure that was ignored.
 
     A figure tightens always; it loosens under the profile ``default`` only, and never what an option has set.
-    ``where`` names notebook and cell. Raises LimitsError.
+    ``error_prefix`` names notebook and cell. Raises LimitsError.
     """
-    found = _own_limits(cell_metadata, where)
-    if not found:
+    cell_settings = _own_limits(cell_metadata, error_prefix)
+    if not cell_settings:
         return resolved.limits, ()
-    own = parse_overrides(found, where=f"{where}: metadata.safe_exec.limits", machine_memory=None)
+    own = parse_overrides(
+        cell_settings,
+        error_prefix=f"{error_prefix}: metadata.safe_exec.limits",
+        machine_memory=None,
+    )
     for name in sorted(own.keys() - CELL_LIMITS):
         allowed = " and ".join(sorted(CELL_LIMITS))
         raise LimitsError(
-            f"{one_line(where)}: {name}: a cell may carry {allowed} only; set it for the notebook"
+            f"{one_line(error_prefix)}: {name}: a cell may carry {allowed} only; set it for the notebook"
         )
     free = {
         name: value
         for name, value in own.items()
         if resolved.loosenable and name not in resolved.fixed
     }
-    rest = {name: value for name, value in own.items() if name not in free}
+    tightened = {name: value for name, value in own.items() if name not in free}
     reason = f"profile {resolved.profile} or an option allows no more"
     return merge_notebook_limits(
-        apply(resolved.limits, free), rest, loosenable=False, where=where, reason=reason
+        apply(resolved.limits, free),
+        tightened,
+        loosenable=False,
+        error_prefix=error_prefix,
+        reason=reason,
     )
 
 
@@ -303,16 +316,18 @@ class _Stack:
     def lay(self, layer: Layer, *, refuse: str = "") -> None:
         """Put ``layer`` on top; with ``refuse``, the reason, its figures may only tighten."""
         ignored: list[str] = []
-        before = self.limits
+        previous = self.limits
         if refuse:
-            self.limits, ignored = tighten(before, layer.values)
+            self.limits, ignored = tighten(previous, layer.values)
         else:
-            self.limits = apply(before, layer.values)
+            self.limits = apply(previous, layer.values)
         for name in layer.values:
             source = layer.sources[name]
             if name in ignored:
                 self.warnings.append(
-                    ignored_warning(source, name, layer.values[name], getattr(before, name), refuse)
+                    ignored_warning(
+                        source, name, layer.values[name], getattr(previous, name), refuse
+                    )
                 )
             else:
                 self.sources[name] = source
@@ -325,13 +340,15 @@ def _notebook_layer(
     sources: dict[str, str] = {}
     execution = metadata.get("execution")
     if isinstance(execution, Mapping) and "timeout" in execution:
-        where = f"{notebook}: metadata.execution.timeout"
+        error_prefix = f"{notebook}: metadata.execution.timeout"
         timeout = _nbclient_timeout(execution["timeout"])
-        values |= parse_overrides({"cell_timeout": timeout}, where=where, machine_memory=None)
+        values |= parse_overrides(
+            {"cell_timeout": timeout}, error_prefix=error_prefix, machine_memory=None
+        )
         sources["cell_timeout"] = "metadata.execution.timeout"
     own = parse_overrides(
         _own_limits(metadata, notebook),
-        where=f"{notebook}: metadata.safe_exec.limits",
+        error_prefix=f"{notebook}: metadata.safe_exec.limits",
         machine_memory=machine_memory,
     )
     return Layer(
@@ -345,19 +362,19 @@ def _nbclient_timeout(timeout: object) -> object:
     return None if unlimited else timeout
 
 
-def _own_limits(metadata: Mapping[str, object], where: str) -> Mapping[str, object]:
+def _own_limits(metadata: Mapping[str, object], error_prefix: str) -> Mapping[str, object]:
     """``safe_exec.limits`` of a notebook's or a cell's metadata."""
-    found = metadata
+    section = metadata
     for path in ("safe_exec", "safe_exec.limits"):
-        inner = found.get(path.rpartition(".")[2])
+        inner = section.get(path.rpartition(".")[2])
         if inner is None:
             return {}
         if not isinstance(inner, Mapping):
             raise LimitsError(
-                f"{one_line(where)}: metadata.{path}: expected an object of keys and values"
+                f"{one_line(error_prefix)}: metadata.{path}: expected an object of keys and values"
             )
-        found = inner
-    return found
+        section = inner
+    return section
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -366,21 +383,25 @@ def _own_limits(metadata: Mapping[str, object], where: str) -> Mapping[str, obje
 def _documents(text: str, machine_memory: int | None) -> list[_Document]:
     """The file that ``text`` names and all that it extends, the lowest first. Raises LimitsError."""
     documents: list[_Document] = []
-    wanted: str | None = text
-    folder, where = Path(), ""
-    while wanted is not None:
-        path, shipped = _locate(wanted, folder, where)
-        document = _read(wanted, path, shipped=shipped, machine_memory=machine_memory)
-        if any(path.samefile(earlier.path) for earlier in documents):
+    next_name: str | None = text
+    folder, error_prefix = Path(), ""
+    while next_name is not None:
+        path, shipped = _locate(next_name, folder, error_prefix)
+        document = _read(next_name, path, shipped=shipped, machine_memory=machine_memory)
+        if any(path.samefile(document_above.path) for document_above in documents):
             raise LimitsError(
                 f"{one_line(path)}: extends itself, by way of {one_line(documents[-1].path)}"
             )
         documents.append(document)
-        wanted, folder, where = document.extends, path.parent, f"{one_line(path)}: extends: "
+        next_name, folder, error_prefix = (
+            document.extends,
+            path.parent,
+            f"{one_line(path)}: extends: ",
+        )
     return documents[::-1]
 
 
-def _locate(text: str, folder: Path, where: str) -> tuple[Path, bool]:
+def _locate(text: str, folder: Path, error_prefix: str) -> tuple[Path, bool]:
     """The file that ``text`` names, and whether it is one that ships. ``folder`` is where relative paths start."""
     if "/" in text or text.endswith((".yaml", ".yml")):
         return folder / text, False
@@ -390,7 +411,7 @@ def _locate(text: str, folder: Path, where: str) -> tuple[Path, bool]:
         return folder / text, False
     advice = nearest(text, shipped_profiles())
     raise LimitsError(
-        f"{where}unknown profile {one_line(text)!r}; {advice}, or a file (its name with / or .yaml)"
+        f"{error_prefix}unknown profile {one_line(text)!r}; {advice}, or a file (its name with / or .yaml)"
     )
 
 
@@ -422,9 +443,9 @@ def _demand_section(key: str, value: Value) -> None:
     if key in _SECTIONS:
         return
     if key.replace("-", "_") in LIMIT_NAMES:
-        raise LimitsError(f"{value.where}: {key} stands at the top level; put it under limits:")
+        raise LimitsError(f"{value.location}: {key} stands at the top level; put it under limits:")
     raise LimitsError(
-        f"{value.where}: unknown section {one_line(key)!r}; {nearest(key, _SECTIONS)}"
+        f"{value.location}: unknown section {one_line(key)!r}; {nearest(key, _SECTIONS)}"
     )
 
 

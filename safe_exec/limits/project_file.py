@@ -87,12 +87,12 @@ def project_overrides(
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a path relative to the project file matches a pattern of the file; ``dir/`` is all below ``dir``."""
-    wanted = PurePosixPath(pattern).parts + (("**",) if pattern.endswith("/") else ())
+    segments = PurePosixPath(pattern).parts + (("**",) if pattern.endswith("/") else ())
     parts = PurePosixPath(path).parts
     if ".." in parts:
         return False
     reached = {0}  # the numbers of leading parts that the segments so far can account for
-    for segment in wanted:
+    for segment in segments:
         if not reached:
             return False
         if segment == "**":
@@ -108,7 +108,7 @@ def _entries(file: Path) -> tuple[Value, ...]:
     for key, value in sections.items():
         if key not in ("limits", "description"):
             raise LimitsError(
-                f"{value.where}: unknown section {key!r}; {nearest(key, ('limits', 'description'))}"
+                f"{value.location}: unknown section {key!r}; {nearest(key, ('limits', 'description'))}"
             )
     return sections["limits"].items("limits") if "limits" in sections else ()
 
@@ -125,11 +125,11 @@ def _entry(
 
 def _pattern(value: Value | None, item: Value) -> str:
     if value is None:
-        raise LimitsError(f'{item.where}: an entry needs path, such as path: "docs/**/*.ipynb"')
+        raise LimitsError(f'{item.location}: an entry needs path, such as path: "docs/**/*.ipynb"')
     pattern = value.text("path")
     if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
         raise LimitsError(
-            f"{value.where}: path: {pattern!r} leaves the directory of the file; it is relative to that"
+            f"{value.location}: path: {pattern!r} leaves the directory of the file; it is relative to that"
         )
     return pattern
 
@@ -140,7 +140,7 @@ def _profile(value: Value | None, profiles: Sequence[str]) -> str | None:
     name = value.text("profile")
     if name not in profiles:
         raise LimitsError(
-            f"{value.where}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}"
+            f"{value.location}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}"
         )
     return name
 

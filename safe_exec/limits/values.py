@@ -54,15 +54,15 @@ class Layer(Struct, frozen=True, kw_only=True):
 
 
 def parse_overrides(
-    mapping: Mapping[str, object], *, where: str, machine_memory: int | None
+    mapping: Mapping[str, object], *, error_prefix: str, machine_memory: int | None
 ) -> dict[str, Figure]:
     """The figures of ``mapping`` in bytes, seconds and counts, checked.
 
-    ``where`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
+    ``error_prefix`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
     are then named one by one. ``machine_memory`` is the bytes that a ``memory`` of ``"75%"`` refers to. Raises
     LimitsError.
     """
-    entries = ((key, value, where) for key, value in mapping.items())
+    entries = ((key, value, error_prefix) for key, value in mapping.items())
     return _parse(entries, machine_memory=machine_memory)
 
 
@@ -74,10 +74,12 @@ def parse_layer(
     Raises LimitsError.
     """
     values = _parse(
-        ((key, value.scalar(key), value.where) for key, value in entries.items()),
+        ((key, value.scalar(key), value.location) for key, value in entries.items()),
         machine_memory=machine_memory,
     )
-    lines = {_name(key): source or value.where.rpartition("/")[2] for key, value in entries.items()}
+    lines = {
+        _name(key): source or value.location.rpartition("/")[2] for key, value in entries.items()
+    }
     return Layer(values=values, sources=lines)
 
 
@@ -100,7 +102,7 @@ def merge_notebook_limits(
     notebook_overrides: Mapping[str, Figure],
     *,
     loosenable: bool,
-    where: str = "notebook",
+    error_prefix: str = "notebook",
     reason: str = "the profile does not let a notebook loosen limits",
 ) -> tuple[Limits, tuple[str, ...]]:
     """What a notebook's (or cell's) own figures make of ``base``, and a warning for each that was ignored."""
@@ -108,14 +110,16 @@ def merge_notebook_limits(
         return apply(base, notebook_overrides), ()
     limits, ignored = tighten(base, notebook_overrides)
     return limits, tuple(
-        ignored_warning(where, name, notebook_overrides[name], getattr(base, name), reason)
+        ignored_warning(error_prefix, name, notebook_overrides[name], getattr(base, name), reason)
         for name in ignored
     )
 
 
-def ignored_warning(where: str, name: str, wanted: Figure, kept: Figure, reason: str) -> str:
+def ignored_warning(
+    error_prefix: str, name: str, new_value: Figure, old_value: Figure, reason: str
+) -> str:
     """One line on a figure that would have loosened a limit and was not taken."""
-    return f"{where}: {name} {format_limit(name, wanted)} ignored, {format_limit(name, kept)} holds: {reason}"
+    return f"{error_prefix}: {name} {format_limit(name, new_value)} ignored, {format_limit(name, old_value)} holds: {reason}"
 
 
 def format_limit(name: str, value: Figure) -> str:
@@ -128,9 +132,9 @@ def format_limit(name: str, value: Figure) -> str:
     return format_seconds(value) if kind in (Kind.TIME, Kind.GRACE) else f"{value:g}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, candidates: Iterable[str]) -> str:
     """The end of an error about an unknown word: the nearest right one and all there are."""
-    names = sorted(known)
+    names = sorted(candidates)
     close = get_close_matches(word.replace("-", "_"), names, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     return f"{guess}expected one of {', '.join(names)}"
@@ -140,18 +144,18 @@ def _parse(
     entries: Iterable[tuple[str, object, str]], *, machine_memory: int | None
 ) -> dict[str, Figure]:
     values: dict[str, Figure] = {}
-    for key, value, where in entries:
+    for key, value, error_prefix in entries:
         name = _name(key)
         if name not in SPECS:
-            place = "options" if where.startswith("--") else one_line(where)
+            place = "options" if error_prefix.startswith("--") else one_line(error_prefix)
             raise LimitsError(
                 f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}"
             )
         if name in values:
             raise LimitsError(
-                f"{one_line(where)}: {name} is given twice (- and _ are the same); keep one"
+                f"{one_line(error_prefix)}: {name} is given twice (- and _ are the same); keep one"
             )
-        values[name] = _figure(name, value, _place(where, name), machine_memory)
+        values[name] = _figure(name, value, _place(error_prefix, name), machine_memory)
     return values
 
 
@@ -171,11 +175,11 @@ def _name(key: object) -> str:
     return str(key).replace("-", "_")
 
 
-def _place(where: str, name: str) -> str:
+def _place(error_prefix: str, name: str) -> str:
     return (
-        f"{where}{name.replace('_', '-')}"
-        if where.startswith("--")
-        else f"{one_line(where)}: {name}"
+        f"{error_prefix}{name.replace('_', '-')}"
+        if error_prefix.startswith("--")
+        else f"{one_line(error_prefix)}: {name}"
     )
 
 

@@ -29,51 +29,51 @@ _TAGS = frozenset(
 class Value(Struct, frozen=True, kw_only=True):
     """One value of a file. ``data`` is ``None``, a bool, text, a tuple of values, or a mapping of text to values.
 
-    ``where`` is ``FILE:LINE``, the line counted from 1; that of a mapping's value is its key's.
+    ``location`` is ``FILE:LINE``, the line counted from 1; that of a mapping's value is its key's.
     """
 
     data: bool | str | tuple[Value, ...] | Mapping[str, Value] | None
-    where: str
+    location: str
 
-    def mapping(self, what: str) -> Mapping[str, Value]:
+    def mapping(self, name: str) -> Mapping[str, Value]:
         """The mapping that this must be; empty where nothing is written. Raises LimitsError."""
         if self.data is None:
             return {}
         if isinstance(self.data, Mapping):
             return self.data
         raise LimitsError(
-            f"{self.where}: {what}: expected a mapping of keys to values, found {self.kind}"
+            f"{self.location}: {name}: expected a mapping of keys to values, found {self.kind}"
         )
 
-    def items(self, what: str) -> tuple[Value, ...]:
+    def items(self, name: str) -> tuple[Value, ...]:
         """The list that this must be; empty where nothing is written. Raises LimitsError."""
         if self.data is None:
             return ()
         if isinstance(self.data, tuple):
             return self.data
-        raise LimitsError(f"{self.where}: {what}: expected a list, found {self.kind}")
+        raise LimitsError(f"{self.location}: {name}: expected a list, found {self.kind}")
 
-    def text(self, what: str) -> str:
+    def text(self, name: str) -> str:
         """The text that this must be, not empty. Raises LimitsError."""
         if isinstance(self.data, str) and self.data.strip():
             return self.data.strip()
-        raise LimitsError(f"{self.where}: {what}: expected text, found {self.kind}")
+        raise LimitsError(f"{self.location}: {name}: expected text, found {self.kind}")
 
-    def words(self, what: str) -> tuple[str, ...]:
+    def words(self, name: str) -> tuple[str, ...]:
         """A list of words. Raises LimitsError."""
-        return tuple(item.text(what) for item in self.items(what))
+        return tuple(item.text(name) for item in self.items(name))
 
-    def flag(self, what: str) -> bool:
+    def flag(self, name: str) -> bool:
         """The yes or no that this must be. Raises LimitsError."""
         if isinstance(self.data, bool):
             return self.data
-        raise LimitsError(f"{self.where}: {what}: expected true or false, found {self.kind}")
+        raise LimitsError(f"{self.location}: {name}: expected true or false, found {self.kind}")
 
-    def scalar(self, what: str) -> bool | str | None:
+    def scalar(self, name: str) -> bool | str | None:
         """The single value that this must be. Raises LimitsError."""
         if self.data is None or isinstance(self.data, bool | str):
             return self.data
-        raise LimitsError(f"{self.where}: {what}: expected one value, found {self.kind}")
+        raise LimitsError(f"{self.location}: {name}: expected one value, found {self.kind}")
 
     def plain(self) -> object:
         """The value without its places; text without blanks around it."""
@@ -147,13 +147,13 @@ def _demand_simple(events: Iterator[Any], path: Path) -> None:
     for event in events:
         kind = type(event).__name__
         depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
-        where = f"{one_line(path)}:{event.start_mark.line + 1}"
+        location = f"{one_line(path)}:{event.start_mark.line + 1}"
         if kind == "AliasEvent":
             raise LimitsError(
-                f"{where}: aliases (*{one_line(event.anchor)}) are not supported; write the value out"
+                f"{location}: aliases (*{one_line(event.anchor)}) are not supported; write the value out"
             )
         if depth > _DEEPEST:
-            raise LimitsError(f"{where}: nested deeper than {_DEEPEST} levels")
+            raise LimitsError(f"{location}: nested deeper than {_DEEPEST} levels")
 
 
 def _syntax_error(problem: yaml.YAMLError, path: Path) -> str:
@@ -165,30 +165,30 @@ def _syntax_error(problem: yaml.YAMLError, path: Path) -> str:
 
 def _value(node: Any, path: Path, line: int) -> Value:
     if node is None:
-        return Value(data=None, where=f"{one_line(path)}:{line}")
-    where = f"{one_line(path)}:{line}"
+        return Value(data=None, location=f"{one_line(path)}:{line}")
+    location = f"{one_line(path)}:{line}"
     kind = node.tag.removeprefix(_STANDARD)
     if kind not in _TAGS:
         raise LimitsError(
-            f"{where}: the tag {one_line(node.tag)} is not supported; write the plain value"
+            f"{location}: the tag {one_line(node.tag)} is not supported; write the plain value"
         )
     if node.id == "mapping":
-        return Value(data=_mapping(node, path), where=where)
+        return Value(data=_mapping(node, path), location=location)
     if node.id == "sequence":
         return Value(
-            data=tuple(_value(item, path, _line(item)) for item in node.value), where=where
+            data=tuple(_value(item, path, _line(item)) for item in node.value), location=location
         )
-    return Value(data=_scalar(kind, node.value), where=where)
+    return Value(data=_scalar(kind, node.value), location=location)
 
 
 def _mapping(node: Any, path: Path) -> Mapping[str, Value]:
     values: dict[str, Value] = {}
     for key, item in node.value:
-        where = f"{one_line(path)}:{_line(key)}"
+        location = f"{one_line(path)}:{_line(key)}"
         if key.id != "scalar":
-            raise LimitsError(f"{where}: expected a word as key, found a {key.id}")
+            raise LimitsError(f"{location}: expected a word as key, found a {key.id}")
         if key.value in values:
-            raise LimitsError(f"{where}: {one_line(key.value)} is given twice; keep one")
+            raise LimitsError(f"{location}: {one_line(key.value)} is given twice; keep one")
         values[key.value] = _value(item, path, _line(key))
     return values
 

@@ -138,9 +138,9 @@ def inject(node: Any, values: Mapping[str, Value], language: str | None) -> Inje
 def _source(values: Mapping[str, Value], name: str) -> str:
     language = LANGUAGES.get(name.lower())
     if language is None:
-        known = ", ".join(sorted(LANGUAGES))
+        names = ", ".join(sorted(LANGUAGES))
         raise UsageError(
-            f"-p: a kernel of the language {name!r} cannot be given parameters; known are {known}."
+            f"-p: a kernel of the language {name!r} cannot be given parameters; known are {names}."
             " Pass the values as environment variables (--set-env)"
         )
     lines = [_assignment(language, name, *item) for item in values.items()]
@@ -184,10 +184,8 @@ def _unknown(name: str, declared: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, declared, n=1)
     if near:
         return f"unknown parameter {name!r}: did you mean {near[0]!r}?"
-    known = f"it sets {', '.join(declared)}" if declared else "it sets none"
-    return (
-        f"unknown parameter {name!r}: the cell with the tag 'parameters' does not set it; {known}"
-    )
+    hint = f"it sets {', '.join(declared)}" if declared else "it sets none"
+    return f"unknown parameter {name!r}: the cell with the tag 'parameters' does not set it; {hint}"
 
 
 def _tagged(cells: Sequence[Any], tag: str) -> int | None:

@@ -248,8 +248,8 @@ class Sandbox:
         line = protocol.encode(message)
         # A dead keeper is noticed by the end of the socket, not here.
         with contextlib.suppress(OSError):
-            sent = socket.send_fds(self._control, [line], descriptors) if descriptors else 0
-            self._control.sendall(line[sent:])
+            count = socket.send_fds(self._control, [line], descriptors) if descriptors else 0
+            self._control.sendall(line[count:])
 
     def process_messages(self) -> None:
         """Process the keeper's messages; call it when ``fileno()`` is readable."""

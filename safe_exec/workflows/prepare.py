@@ -319,7 +319,7 @@ def _bwrap_probe(job: Job) -> contextlib.AbstractContextManager[BwrapProbe | Non
 def _resolve(job: Job, metadata: Mapping[str, Any], machine: HostCapabilities) -> profiles.Resolved:
     if isinstance(job.limits, Limits):
         overrides = profiles.parse_overrides(
-            job.options, where="--", machine_memory=machine.memory_total
+            job.options, error_prefix="--", machine_memory=machine.memory_total
         )
         return profiles.Resolved(
             limits=profiles.apply(job.limits, overrides),
@@ -355,9 +355,9 @@ def _check_cells(
     # A wrong limit in the last cell must not surface after an hour of computing.
     warnings: list[str] = []
     for index, cell in enumerate(cells):
-        warnings += profiles.cell_limits(resolved, cell["metadata"], where=f"{path}, cell {index}")[
-            1
-        ]
+        warnings += profiles.cell_limits(
+            resolved, cell["metadata"], error_prefix=f"{path}, cell {index}"
+        )[1]
     return tuple(warnings)
 
 
@@ -392,7 +392,7 @@ def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any
     """The largest output limit of any cell, in bytes; ``None`` if a cell has no limit."""
     # The runner reserves buffers once, for the cell with the largest limit.
     caps = [
-        profiles.cell_limits(resolved, cell["metadata"], where="cell")[0].cell_output
+        profiles.cell_limits(resolved, cell["metadata"], error_prefix="cell")[0].cell_output
         for cell in cells
         if cell["cell_type"] == "code"
     ]

@@ -246,7 +246,7 @@ def request_for(
         machine=prepared.limits.machine,
         plan=plan,
         cell_limits=lambda cell: profiles.cell_limits(
-            prepared.limits.resolved, cell.metadata, where="cell"
+            prepared.limits.resolved, cell.metadata, error_prefix="cell"
         )[0],
         largest_output=largest_output(prepared.limits.resolved, prepared.node.cells),
         skipped=prepared.skipped,

@@ -36,19 +36,15 @@ QUESTIONS = frozenset(
 )
 REJECTED = PARTICIPLES | ADVERBS | QUESTIONS
 
-NOT_YET_CLEAN: tuple[str, ...] = (
-    "diagnosis",
-    "experiments",
-    "interactive",
-    "keeper",
-    "kernel",
-    "limits",
-    "model",
-    "notebook",
-    "sandbox",
-    "trial",
+DOCUMENT_KEYS = frozenset(
+    {
+        ("experiments/compare.py", "what"),
+        ("experiments/compare.py", "then"),
+        ("experiments/compare.py", "here"),
+        ("model/events.py", "left"),
+    }
 )
-"""Folders whose names have not been revised; a folder leaves this list for good."""
+"""Fields that are keys of a JSON document: renaming them would break its readers."""
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -96,9 +92,7 @@ def test_what_is_rejected(source: str, names: list[str]) -> None:
     [
         folder.name
         for folder in sorted(PACKAGE.iterdir())
-        if folder.is_dir()
-        and (folder / "__init__.py").exists()
-        and folder.name not in NOT_YET_CLEAN
+        if folder.is_dir() and (folder / "__init__.py").exists()
     ],
 )
 def test_names_in_a_folder(folder: str) -> None:
@@ -111,5 +105,7 @@ def test_names_at_the_top() -> None:
 
 def _rejected_in(files: Iterator[Path]) -> Iterator[str]:
     for path in files:
+        file = path.relative_to(PACKAGE).as_posix()
         for name, line in rejected_names(path.read_text()):
-            yield f"{path.relative_to(PACKAGE)}:{line}: {name}"
+            if (file, name) not in DOCUMENT_KEYS:
+                yield f"{file}:{line}: {name}"

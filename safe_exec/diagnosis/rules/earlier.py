@@ -33,8 +33,8 @@ def with_killed_workers(context: Context, cause: Cause) -> Cause:
         for cell, count in kills
     )
     # A limit of a container or of the machine struck, and raising our own does not move it.
-    elsewhere = context.evidence.oom_elsewhere or context.evidence.oomd_killed
-    more = "" if elsewhere else context.if_limited(LimitName.MEMORY, ", or raise --memory")
+    by_other_limit = context.evidence.oom_elsewhere or context.evidence.oomd_killed
+    more = "" if by_other_limit else context.if_limited(LimitName.MEMORY, ", or raise --memory")
     return replace(
         cause,
         summary=f"{cause.summary}; earlier, {subject} that the notebook had started {verb} "

@@ -88,8 +88,10 @@ def _taken_text(context: Context, lock: ObservedLock) -> str:
 
 def _child_text(context: Context, observation: ActivityObservation, activity: Activity) -> str:
     if activity is Activity.WAITING_CHILD:
-        whom = waiting_text.waited_for(observation)
-        return (f"it was waiting for {whom}" if whom else DOING[activity]) + _failure_text(context)
+        subject_name = waiting_text.waited_for(observation)
+        return (
+            f"it was waiting for {subject_name}" if subject_name else DOING[activity]
+        ) + _failure_text(context)
     # A child that is stuck forever explains the hang even if the kernel waits for a thread.
     stuck = waiting.stuck_child(observation)
     stuck_text = f"; {waiting_text.sentence_of(stuck)}" if stuck is not None else ""

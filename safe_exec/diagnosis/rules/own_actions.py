@@ -162,14 +162,14 @@ def _with_signal(context: Context, cause: Cause) -> Cause:
         CauseKind.CPU_TIME,
     ):
         return cause
-    sent = _last(evidence.own_actions, lambda action: _sent(context, action, number))
-    if sent is not None:
-        name = signal_name(sent.signal or 0)
-        summary = (
-            f"{_ended(cause, name)}: {_by(sent)} {place_of(context, sent)} sent it to {_whom(sent)}"
+    sending_action = _last(evidence.own_actions, lambda action: _sent(context, action, number))
+    if sending_action is not None:
+        name = signal_name(sending_action.signal or 0)
+        summary = f"{_ended(cause, name)}: {_by(sending_action)} {place_of(context, sending_action)} sent it to {_whom(sending_action)}"
+        facts = (*cause.evidence, _fact(context, "signal sent by", sending_action))
+        return replace(
+            cause, summary=summary, evidence=facts, advice=_advice_for_signal(sending_action)
         )
-        facts = (*cause.evidence, _fact(context, "signal sent by", sent))
-        return replace(cause, summary=summary, evidence=facts, advice=_advice_for_signal(sent))
     if cause.kind not in (CauseKind.KILLED, CauseKind.TERMINATED):
         return cause
     return _with_program(context, cause, number)
@@ -200,13 +200,13 @@ def _by(action: OwnAction) -> str:
 
 
 def _whom(action: OwnAction) -> str:
-    whom = {
+    target_names = {
         "process": "the kernel's own process",
         "group": "its process group, to which the kernel itself belongs",
         "everybody": "every process that it may signal",
         "parent": "its parent process, which is safe-exec's",
     }
-    return whom.get(action.target or "", "itself")
+    return target_names.get(action.target or "", "itself")
 
 
 def _advice_for_signal(action: OwnAction) -> str:
@@ -275,20 +275,18 @@ def _with_interrupt(context: Context, cause: Cause) -> Cause:
     ending = context.ending
     if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
         return cause
-    sent = _last(
+    sending_action = _last(
         context.evidence.own_actions,
         lambda a: a.kind == "signal" and a.signal == signal.SIGINT and a.cell == ending.cell,
     )
-    if sent is None:
+    if sending_action is None:
         return cause
-    summary = (
-        f"KeyboardInterrupt: {_by(sent)} {place_of(context, sent)} sent SIGINT to {_whom(sent)}"
-    )
+    summary = f"KeyboardInterrupt: {_by(sending_action)} {place_of(context, sending_action)} sent SIGINT to {_whom(sending_action)}"
     return replace(
         cause,
         summary=summary,
-        evidence=(*cause.evidence, _fact(context, "signal sent by", sent)),
-        advice=_advice_for_signal(sent),
+        evidence=(*cause.evidence, _fact(context, "signal sent by", sending_action)),
+        advice=_advice_for_signal(sending_action),
     )
 
 
@@ -297,15 +295,15 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity is not Activity.STOPPED:
         return cause
-    sent = _last(
+    sending_action = _last(
         context.evidence.own_actions,
         lambda a: a.kind == "signal" and a.signal in STOPS and a.cell == ending.cell,
     )
-    if sent is None:
+    if sending_action is None:
         return cause
     summary = (
-        f"{cause.summary}; {_by(sent)} {place_of(context, sent)} sent "
-        f"{signal_name(sent.signal or 0)} to {_whom(sent)}"
+        f"{cause.summary}; {_by(sending_action)} {place_of(context, sending_action)} sent "
+        f"{signal_name(sending_action.signal or 0)} to {_whom(sending_action)}"
     )
     advice = (
         "Remove that call: a stopped process does nothing until another process sends it SIGCONT."
@@ -313,7 +311,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
     return replace(
         cause,
         summary=summary,
-        evidence=(*cause.evidence, _fact(context, "signal sent by", sent)),
+        evidence=(*cause.evidence, _fact(context, "signal sent by", sending_action)),
         advice=advice,
     )
 

@@ -122,9 +122,9 @@ def _effect(culprit_set: CulpritSet, index: int) -> Effect | None:
     """Return a cell's most telling effect, also through functions that it calls."""
     modules: dict[str, str] = {}
     functions: dict[str, Effect] = {}
-    for earlier in (cell for cell in culprit_set.order if cell <= index):
-        functions |= functions_of(culprit_set.sources[earlier], modules)
-        modules |= imported_modules(culprit_set.sources[earlier])
+    for candidate in (cell for cell in culprit_set.order if cell <= index):
+        functions |= functions_of(culprit_set.sources[candidate], modules)
+        modules |= imported_modules(culprit_set.sources[candidate])
     effects = [
         _through(effect, functions) for effect in effects_of(culprit_set.sources[index], modules)
     ]

@@ -77,8 +77,8 @@ def _operands(node: ast.AST) -> list[ast.AST | None]:
     match node:
         case ast.BoolOp(values=values):
             parts = [values[0]]
-        case ast.Compare(left=left, comparators=others):
-            parts = [left, others[0]]
+        case ast.Compare(left=operand, comparators=others):
+            parts = [operand, others[0]]
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
             parts = [node.generators[0].iter]
         case ast.Call(func=func, args=args, keywords=keywords):
@@ -126,12 +126,15 @@ def _steps(node: ast.stmt) -> list[ast.AST | None]:
         case ast.Delete(targets=targets):
             parts = [ast.Starred(value=target) for target in targets]
         case (
-            ast.FunctionDef(decorator_list=before, args=args)
-            | ast.AsyncFunctionDef(decorator_list=before, args=args)
+            ast.FunctionDef(decorator_list=decorators, args=args)
+            | ast.AsyncFunctionDef(decorator_list=decorators, args=args)
         ):
-            parts = [*before, *_parts(args)]
-        case ast.ClassDef(decorator_list=before, bases=bases, keywords=keywords):
-            parts = [*before, *(() if getattr(node, "type_params", ()) else (*bases, *keywords))]
+            parts = [*decorators, *_parts(args)]
+        case ast.ClassDef(decorator_list=decorators, bases=bases, keywords=keywords):
+            parts = [
+                *decorators,
+                *(() if getattr(node, "type_params", ()) else (*bases, *keywords)),
+            ]
     return parts
 
 

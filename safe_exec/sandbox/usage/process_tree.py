@@ -208,12 +208,12 @@ class ProcessTree:
         pids = set(self._files.pids())
         self._others = {pid: None for pid in self._others if pid in pids}
         members: dict[int, Member] = {}
-        for pid, earlier in self._members.items():
+        for pid, older_member in self._members.items():
             member = self._files.measure(pid) if pid in pids else None
-            if member is not None and member.started == earlier.started:
+            if member is not None and member.started == older_member.started:
                 members[pid] = member
             else:
-                self._files.forget(earlier)
+                self._files.forget(older_member)
         self._members = members
         batch = list(self._others)[: len(self._others) // OTHERS_SHARE + 1]
         unknown = (*batch, *(pids - self._others.keys() - members.keys() - self._roots))

@@ -58,7 +58,7 @@ def upper_bound(members: Sequence[Member], open_files: int) -> int:
 
 def estimate(
     last: SharedCount,
-    earlier: Mapping[tuple[int, int], int],
+    previous_counts: Mapping[tuple[int, int], int],
     members: Sequence[Member],
     bounds: tuple[int, int],
 ) -> int:
@@ -68,7 +68,9 @@ def estimate(
     is not known: they count with the next one.
     """
     growth = sum(
-        member.anonymous - earlier[member.key] for member in members if member.key in earlier
+        member.anonymous - previous_counts[member.key]
+        for member in members
+        if member.key in previous_counts
     )
     least, most = bounds
     return min(most, max(least, last.memory + growth))

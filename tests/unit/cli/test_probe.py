@@ -125,9 +125,9 @@ def test_a_value_is_written_as_its_option_reads_it(
     most = {"seconds": 1e7, "count": 2**31 - 1}.get(scale.unit, value)
     fitted = scale.fit(min(value, most), precision)
     assert fitted >= scale.least
-    read = parse_overrides({name.value: scale.written(fitted)}, where="--", machine_memory=None)[
-        name.value
-    ]
+    read = parse_overrides(
+        {name.value: scale.written(fitted)}, error_prefix="--", machine_memory=None
+    )[name.value]
     assert read == scale.limit(fitted)
 
 

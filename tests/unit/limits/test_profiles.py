@@ -301,7 +301,7 @@ def test_any_bytes_give_limits_or_one_line(data: bytes) -> None:
 
 def test_overrides() -> None:
     found = parse_overrides(
-        {"memory": "25%", "cell-timeout": "5m", "cpus": 2}, where="x", machine_memory=MEMORY
+        {"memory": "25%", "cell-timeout": "5m", "cpus": 2}, error_prefix="x", machine_memory=MEMORY
     )
     assert found == {"memory": 2 * G, "cell_timeout": 300, "cpus": 2}
 
@@ -332,7 +332,7 @@ def test_overrides() -> None:
 )
 def test_errors_of_figures(mapping: dict[str, object], where: str, expected: str) -> None:
     with pytest.raises(LimitsError) as caught:
-        parse_overrides(mapping, where=where, machine_memory=None)
+        parse_overrides(mapping, error_prefix=where, machine_memory=None)
     assert str(caught.value).startswith(expected.replace("\\\\", "\\"))
 
 
@@ -569,19 +569,19 @@ def cell(**limits: object) -> dict[str, object]:
 
 
 def test_a_cell_that_says_nothing() -> None:
-    assert cell_limits(resolved(), {}, where="cell 1") == (resolved().limits, ())
+    assert cell_limits(resolved(), {}, error_prefix="cell 1") == (resolved().limits, ())
 
 
 def test_a_cell_loosens_under_default() -> None:
     limits, warnings = cell_limits(
-        resolved(), cell(cell_timeout="1h", cell_output="1G"), where="cell 1"
+        resolved(), cell(cell_timeout="1h", cell_output="1G"), error_prefix="cell 1"
     )
     assert (limits.cell_timeout, limits.cell_output, warnings) == (3600, G, ())
 
 
 def test_a_cell_only_tightens_elsewhere() -> None:
     limits, warnings = cell_limits(
-        resolved(chosen="ci"), cell(cell_timeout="1h", cell_output="1K"), where="cell 1"
+        resolved(chosen="ci"), cell(cell_timeout="1h", cell_output="1K"), error_prefix="cell 1"
     )
     assert (limits.cell_timeout, limits.cell_output) == (300, 1024)
     assert warnings == (
@@ -591,17 +591,17 @@ def test_a_cell_only_tightens_elsewhere() -> None:
 
 def test_an_option_caps_cells() -> None:
     found = resolved(options={"cell_timeout": 20})
-    assert cell_limits(found, cell(cell_timeout=30), where="cell 1")[0].cell_timeout == 20
-    assert cell_limits(found, cell(cell_timeout=10), where="cell 1")[0].cell_timeout == 10
+    assert cell_limits(found, cell(cell_timeout=30), error_prefix="cell 1")[0].cell_timeout == 20
+    assert cell_limits(found, cell(cell_timeout=10), error_prefix="cell 1")[0].cell_timeout == 10
 
 
 def test_a_cell_may_not_carry_other_limits() -> None:
     with pytest.raises(
         LimitsError, match=r"^cell 1: memory: a cell may carry cell_output and cell_timeout only"
     ):
-        cell_limits(resolved(), cell(memory="1G", cell_timeout=5), where="cell 1")
+        cell_limits(resolved(), cell(memory="1G", cell_timeout=5), error_prefix="cell 1")
     with pytest.raises(LimitsError, match=r"^cell 1: metadata.safe_exec.limits: unknown limit 'x'"):
-        cell_limits(resolved(), cell(x=1), where="cell 1")
+        cell_limits(resolved(), cell(x=1), error_prefix="cell 1")
 
 
 # --- safe-exec.yaml ---------------------------------------------------------------------------------------------
