@@ -22,6 +22,7 @@ from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts, colle
 from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan, weak_walls
 from safe_exec.sandbox.planner import CHOOSABLE, build_plan, parse_mechanisms
 
+# Every limit is set; only the mechanisms matter here, not the values.
 EVERY_LIMIT = Limits(
     memory=2**30,
     cpus=1.0,
@@ -37,7 +38,6 @@ EVERY_LIMIT = Limits(
     disk=2**30,
     shm=2**30,
 )
-"""Every limit is set; only the mechanisms matter here, not the values."""
 
 EVERY_WALL = Isolation(
     hide_home=True,
@@ -51,8 +51,8 @@ EVERY_WALL = Isolation(
     other_user=True,
 )
 
+# The width of the text: longer lines are harder to read. Commands are never wrapped.
 WIDTH = 100
-"""The width of the text: longer lines are harder to read. Commands are never wrapped."""
 
 
 class Diagnosis(Struct, frozen=True, kw_only=True):

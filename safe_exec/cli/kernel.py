@@ -11,10 +11,11 @@ import click
 from safe_exec.cli.run import limit_options, wall_options, walls_of
 from safe_exec.model.limits import LimitName
 
+# A session has no end of its own: only its cells have limits of time and output.
 NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
-"""A session has no end of its own: only its cells have limits of time and output."""
+
+# A setting of traitlets, as clients add to the command of an ipykernel.
 _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
-"""A setting of traitlets, as clients add to the command of an ipykernel."""
 
 
 @click.command(

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpecManager
 
 PROVISIONER = "safe-exec"
+
+# Under this name the metadata of a kernelspec say that safe-exec wrote it, and over which kernel.
 METADATA_KEY = "safe_exec"
-"""Under this name the metadata of a kernelspec say that safe-exec wrote it, and over which kernel."""
+
+# The limits of a kernel that runs behind the provisioner alone, where nobody looks at cells.
 HELD = (
     LimitName.MEMORY,
     LimitName.CPUS,
@@ -35,11 +38,11 @@ HELD = (
     LimitName.OPEN_FILES,
     LimitName.FILE_SIZE,
 )
-"""The limits of a kernel that runs behind the provisioner alone, where nobody looks at cells."""
 OFFERED = tuple(name for name in LimitName if name not in NOT_HERE)
 _NAME = re.compile(r"[a-z0-9._-]+")
+
+# What a display name says of the kernel rather than of the language.
 _ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
-"""What a display name says of the kernel rather than of the language."""
 
 
 @click.group(

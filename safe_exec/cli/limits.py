@@ -31,8 +31,9 @@ from safe_exec.sandbox.planner import build_plan
 
 BAD_INPUT = 2
 _LIMITS = frozenset(name.value for name in LimitName)
+
+# Keys of an entry of safe-exec.yaml that are not limits.
 _NOT_LIMITS = ("path", "profile")
-"""Keys of an entry of safe-exec.yaml that are not limits."""
 
 
 @click.group("limits", short_help="Show the limits that a profile or file gives.")

@@ -30,8 +30,9 @@ COMMANDS = {
     "kernelspec": "Install a kernel that always runs inside limits, for JupyterLab, VS Code and others.",
     "sessions": "List the recorded sessions of such kernels.",
 }
+
+# Commands that run no notebook. The others import modules that only Linux has.
 ANYWHERE = ("doctor", "limits")
-"""Commands that run no notebook. The others import modules that only Linux has."""
 CANCELLED = 130
 
 

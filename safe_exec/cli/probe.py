@@ -145,8 +145,8 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
     )
 
 
+# Parameters whose names differ from their options.
 NAMES = {"env_names": "env", "devices": "device"}
-"""Parameters whose names differ from their options."""
 
 
 def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:

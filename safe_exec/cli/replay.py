@@ -30,8 +30,9 @@ from safe_exec.workflows.replay import ReplayResult, prepare_replay, replay
 
 SCHEMA = "safe-exec/replay/1"
 DIFFERS, CANCELLED = 1, 130
+
+# The differences in environment that are printed; ``--json`` has all of them.
 MOST_ROWS = 12
-"""The differences in environment that are printed; ``--json`` has all of them."""
 _NOTHING_TO_REPLAY = {
     Status.PASSED: "the run passed",
     Status.CANCELLED: "the run was stopped",

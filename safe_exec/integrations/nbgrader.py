@@ -21,8 +21,8 @@ from traitlets import Enum
 from safe_exec.notebook.notebook import OUR_ERROR_PREFIX
 from safe_exec.sandboxed_kernels import SandboxedKernels
 
+# For each cell that is run again, where nbgrader has no timeout.
 REPLAY_SECONDS = 60.0
-"""For each cell that is run again, where nbgrader has no timeout."""
 
 
 class Execute(SandboxedKernels, PlainExecute):  # type: ignore[misc]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from safe_exec.model.verdict import Verdict
     from safe_exec.workflows.prepare import PreparedJob
 
+# Names the profile or limits file: papermill's command line passes no options to engines.
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
-"""Names the profile or limits file: papermill's command line passes no options to engines."""
 
 
 class SafeExecEngine(Engine):  # type: ignore[misc]

@@ -19,30 +19,31 @@ from safe_exec.limits.spec import OPTIONS
 if TYPE_CHECKING:
     from safe_exec.model.verdict import Verdict
 
+# Options of isolation that may be repeated; each has its counterpart in ``safe-exec run``.
 ISOLATION = (
     ("env", "NAME"), ("show", "PATH"), ("writable", "PATH"), ("hide", "PATH"), ("device", "PATH"),
 )  # fmt: skip
-"""Options of isolation that may be repeated; each has its counterpart in ``safe-exec run``."""
 
+# Options that change notebooks before they run; each is that of `safe-exec run`.
 INPUTS = (
     ("parameters", "FILE"), ("set-env", "NAME=VALUE"), ("env-file", "FILE"), ("skip-tag", "TAG"),
     ("only-tag", "TAG"),
 )  # fmt: skip
-"""Options that change notebooks before they run; each is that of `safe-exec run`."""
 
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
+
+# Copies of notebooks that Jupyter and Jupyter Book make.
 NOT_WALKED = frozenset({".ipynb_checkpoints", "_build"})
-"""Copies of notebooks that Jupyter and Jupyter Book make."""
 
+# The property that marks reports of this plugin; xdist's workers transfer it.
 MARK = "safe_exec_version"
-"""The property that marks reports of this plugin; xdist's workers transfer it."""
 
+# The start of the verdict's warning that names such files (``safe_exec.trial.discarded``).
 NOT_KEPT = "files that were not kept"
-"""The start of the verdict's warning that names such files (``safe_exec.trial.discarded``)."""
 
+# ipykernel does not watch descriptors 1 and 2 of a kernel with this variable.
 UNDER_TEST = "PYTEST_CURRENT_TEST"
-"""ipykernel does not watch descriptors 1 and 2 of a kernel with this variable."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

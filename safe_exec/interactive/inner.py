@@ -35,14 +35,18 @@ if TYPE_CHECKING:
     from safe_exec.trial.state import TrialState
 
 LOOK_SECONDS = 0.05
+
+# Of what the kernel sends, so much may wait here for clients; the rest waits in its own socket.
 WAITING_BYTES = 4 << 20
-"""Of what the kernel sends, so much may wait here for clients; the rest waits in its own socket."""
+
+# A cell that is over before costs no sample.
 SAMPLE_AFTER_SECONDS = 0.1
-"""A cell that is over before costs no sample."""
+
+# Of a cell's text so much is kept, for the rules that read a last message.
 MOST_TEXT_CHARACTERS = 64 << 10
-"""Of a cell's text so much is kept, for the rules that read a last message."""
+
+# Cells of before whose source is kept; of older ones only the figures are.
 KEPT_CELLS = 1000
-"""Cells of before whose source is kept; of older ones only the figures are."""
 LARGEST_REPLY_READ = 1 << 20
 OUTPUTS = ("stream", "display_data", "execute_result", "update_display_data", "error")
 CLOSED_SECONDS = 2.0
@@ -153,8 +157,8 @@ class Inner(Trial):
         for name in self._links:
             self._take(name)
 
+    # Whether clients have no room for more; messages then wait in the kernel's own socket.
     hold: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether clients have no room for more; messages then wait in the kernel's own socket."""
 
     def _take(self, name: str) -> None:
         link = self._links[name]

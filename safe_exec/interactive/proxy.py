@@ -27,12 +27,13 @@ from safe_exec.interactive.wire import Message, NotAMessage
 from safe_exec.model.ending import Died, Ending, TimedOut
 from safe_exec.model.verdict import Status
 
+# Requests that may wait for a reply; the next one is taken when one of them has got its own.
 MOST_WAITING = 10_000
-"""Requests that may wait for a reply; the next one is taken when one of them has got its own."""
 PARENT_SECONDS = 1.0
 FLUSH_SECONDS = 2.0
+
+# A subscriber that takes nothing for so long, while the kernel waits to send, is cut off.
 STALL_SECONDS = 2.0
-"""A subscriber that takes nothing for so long, while the kernel waits to send, is cut off."""
 STALL_LOOK_SECONDS = 0.05
 
 

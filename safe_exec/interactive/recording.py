@@ -29,8 +29,9 @@ from safe_exec.reports import verdict_json
 
 SCHEMA = "safe-exec/session/1"
 KEPT_SECONDS = 7 * 86400.0
+
+# Of one recording; what is executed after that is not recorded.
 MOST_BYTES = 64 << 20
-"""Of one recording; what is executed after that is not recorded."""
 SUFFIXES = (".jsonl", ".ipynb", ".verdict.json", ".out.ipynb", ".repro.ipynb")
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 

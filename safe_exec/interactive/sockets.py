@@ -24,23 +24,26 @@ from safe_exec.kernel.zmtp import (
     ready_properties,
 )
 
+# The largest message from a client that has not signed one yet.
 STRANGER_BYTES = 256 << 10
-"""The largest message from a client that has not signed one yet."""
+
+# The largest message from a client that has: a cell, or data of a widget.
 REQUEST_BYTES = 16 << 20
-"""The largest message from a client that has: a cell, or data of a widget."""
+
+# Bytes that may wait for one client; more is not put into its queue.
 MOST_QUEUED = 4 << 20
-"""Bytes that may wait for one client; more is not put into its queue."""
+
+# Clients of one socket. JupyterLab has two or three, whatever the number of tabs.
 MOST_PEERS = 100
-"""Clients of one socket. JupyterLab has two or three, whatever the number of tabs."""
 HANDSHAKE_SECONDS = 5.0
 BACKLOG = 128
 
+# Which types of socket may talk to which (ZMTP 3.0, section "Socket-Type").
 ACCEPTED = {
     "ROUTER": (b"DEALER", b"REQ", b"ROUTER"),
     "XPUB": (b"SUB", b"XSUB"),
     "REP": (b"REQ", b"DEALER"),
 }
-"""Which types of socket may talk to which (ZMTP 3.0, section "Socket-Type")."""
 
 
 class Peer:

@@ -29,8 +29,9 @@ _CHOICES: Mapping[str, type[FolderUse | RepositoryUse | SystemCalls]] = {
     "repository": RepositoryUse,
     "system_calls": SystemCalls,
 }
+
+# The value that walls off more; ``True`` for the other keys.
 _STRICTER_IF = {"network": False, "write_back": False}
-"""The value that walls off more; ``True`` for the other keys."""
 _ORDER: Mapping[str, list[Any]] = {
     "folder": [FolderUse.WRITE, FolderUse.COPY, FolderUse.READ],
     "repository": list(RepositoryUse),
@@ -93,8 +94,8 @@ def _type() -> type[msgspec.Struct]:
     return msgspec.defstruct("IsolationChanges", fields, kw_only=True, forbid_unknown_fields=True)
 
 
+# The text of a ValidationError of msgspec.
 _PROBLEM = re.compile(r"(?s)(?P<problem>.*) - at `\$\.(?P<name>\w+)(?:\[(?P<index>\d+)\])?`")
-"""The text of a ValidationError of msgspec."""
 _TYPES = re.compile(r"Expected `(.+)`, got `(.+)`")
 _EXPECTED = {"bool": "true or false", "str": "text", "array | null": "a list"}
 _FOUND = {

@@ -62,8 +62,9 @@ __all__ = [
 ]
 
 DEFAULT_PROFILE = "default"
+
+# The limits that a single cell may carry; the others hold for a process or for the whole run.
 CELL_LIMITS = frozenset(row.name for row in ROWS if row.of_cell)
-"""The limits that a single cell may carry; the others hold for a process or for the whole run."""
 
 
 class Profile(Struct, frozen=True, kw_only=True):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# A directory; in a work tree or a submodule a file that names one.
 GIT = ".git"
-"""A directory; in a work tree or a submodule a file that names one."""
 
 
 def find_root(folder: Path) -> Path | None:

@@ -18,8 +18,9 @@ class Kind(Enum):
     COUNT = "count"
     PROCESSORS = "processors"
     TIME = "seconds"
+
+    # Seconds that may be 0 and never unlimited.
     GRACE = "grace"
-    """Seconds that may be 0 and never unlimited."""
 
 
 METAVARS = {

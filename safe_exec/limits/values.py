@@ -31,11 +31,11 @@ from safe_exec.units import (
     shown,
 )
 
+# A limit in bytes, seconds or as a count; ``None`` is unlimited.
 Figure = int | float | None
-"""A limit in bytes, seconds or as a count; ``None`` is unlimited."""
 
+# Every key that may stand under ``limits:``; ``-`` is taken for ``_``.
 LIMIT_NAMES = tuple(SPECS)
-"""Every key that may stand under ``limits:``; ``-`` is taken for ``_``."""
 
 _PARSERS: Mapping[Kind, Callable[[object], Figure]] = {
     Kind.SIZE: parse_size,

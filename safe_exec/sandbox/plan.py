@@ -15,8 +15,9 @@ from safe_exec.limits.spec import ROWS
 from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Mechanism, Wall
 
 RUNNER_LIMITS = tuple(LimitName(row.name) for row in ROWS if row.by_runner)
+
+# What ``--require all`` stands for.
 REQUIRE_ALL = tuple(LimitName(row.name) for row in ROWS if row.in_require_all)
-"""What ``--require all`` stands for."""
 
 
 class Delegation(Struct, frozen=True, kw_only=True):
