@@ -1,6 +1,6 @@
-"""The last word: the diagnosis of a kernel that died, or of a cell that ran out of time, as the ``error`` output of a cell.
+"""The diagnosis of a dead kernel or of a timed-out cell, as an ``error`` output of the cell.
 
-May import trial, diagnosis and reports. The text is that of an annotated notebook.
+The text is the one that an annotated notebook shows. May import trial, diagnosis and reports.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 class Diagnosis:
-    """One verdict, and the ways in which a client is told of it."""
+    """One verdict, as messages for a client."""
 
     def __init__(self, run: RunInfo, result: TrialResult, plan: SpawnPlan, mask: Mask) -> None:
         masked = replace(
@@ -41,7 +41,7 @@ class Diagnosis:
         self._mask = mask
 
     def error(self, source: str, notes: list[str]) -> dict[str, Any]:
-        """The content of an ``error`` message for the cell with this source; ``notes`` are further lines at its end."""
+        """Content of the cell's ``error`` message; ``notes`` are appended to the traceback."""
         output: Mapping[str, Any] = error_output(self._mask(source), self.verdict)
         traceback = [*output["traceback"], *(f"{_BOLD}Note:{_PLAIN} {note}" for note in notes)]
         return {
@@ -51,7 +51,7 @@ class Diagnosis:
         }
 
     def reply(self, error: Mapping[str, Any], execution_count: int | None) -> dict[str, Any]:
-        """The content of the reply to the cell that failed with ``error``."""
+        """Content of the ``execute_reply`` for a cell that failed with ``error``."""
         return {
             "status": "error",
             **error,
@@ -62,14 +62,15 @@ class Diagnosis:
 
 
 def session_note(path: Path | None) -> list[str]:
-    """How to search for the culprits of an interactive death."""
+    """The command that searches the recorded session for culprits; empty without a recording."""
     return (
         [] if path is None else [f"the session so far is recorded: safe-exec bisect {quoted(path)}"]
     )
 
 
 def quoted(path: Path) -> str:
-    """A path as a shell takes it."""
+    """Quote a path for a shell."""
     import shlex
 
+    # The path is shown in a terminal and in an HTML page: no control characters.
     return shlex.quote(re.sub(r"[\x00-\x1f]", "?", str(path)))

@@ -1,7 +1,7 @@
-"""The public side: the five sockets of a connection file, and who is connected to them.
+"""The five public sockets of a connection file and their clients.
 
-A message from a client is handed on only once its signature is verified; the heartbeat is answered
-at once, whatever the kernel does. Imports wire and sockets.
+Only messages with a valid signature are passed on. The heartbeat is answered here, so a busy or
+dead kernel does not delay it. Imports wire and sockets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLUSH_SECONDS = 0.001
 
 
 class ConnectionFile(Struct, frozen=True, kw_only=True):
-    """Where clients will connect, and the key that they sign with."""
+    """The addresses that clients connect to, and the key that they sign with."""
 
     path: Path
     transport: str
@@ -40,9 +40,11 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
 
 
 def read_connection_file(path: Path) -> ConnectionFile:
-    """The connection file that a client has written. Raises UsageError, one line."""
+    """Read a client's connection file. Raises UsageError, one line."""
     try:
         document = json.loads(path.read_bytes()[:MOST_CONNECTION_BYTES])
+        # Our ZMTP server speaks the NULL mechanism only. A client that expects CurveZMQ would wait
+        # for a handshake that never comes.
         if document.get("curve_publickey"):
             raise UsageError(
                 f"{path}: encrypted transport (CurveZMQ) is not supported by `safe-exec kernel`; set"
@@ -66,8 +68,8 @@ def read_connection_file(path: Path) -> ConnectionFile:
 class Front:
     """The public sockets. ``on_message`` gets each valid message with its channel and client.
 
-    ``paused`` is asked before a message is taken from shell, control and stdin; ``resume`` takes
-    those that waited.
+    While ``paused`` returns true for shell, control or stdin, messages stay in the client's socket;
+    ``resume`` takes them.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Front:
         on_message: Callable[[str, Peer, Message], None],
         paused: Callable[[str], bool],
     ) -> None:
-        """Listen. Raises UsageError for addresses that cannot be had."""
+        """Listen. Raises UsageError if an address is taken or invalid."""
         try:
             self.signer = Signer(file.key, file.scheme)
         except ValueError as error:
@@ -87,7 +89,8 @@ class Front:
         self.first_rejection = ""
         self._on_message, self._paused = on_message, paused
         self._listeners: dict[str, Listener] = {}
-        # A file of the user's own umask may be read by others, and with it the key.
+        # A client may have written this file with its umask. Anyone who can read the key can run
+        # code in the kernel.
         with contextlib.suppress(OSError):
             os.chmod(file.path, 0o600)
         arrivals = {"iopub": self._subscribe, "hb": self._beat}
@@ -104,20 +107,23 @@ class Front:
         self._write_ports(file)
 
     def _write_ports(self, file: ConnectionFile) -> None:
-        """Tell clients the ports that the system chose."""
+        # A port of 0 lets the system choose. Like ipykernel, write the chosen port back into the
+        # file, where the client reads it.
         if all(file.ports.values()) or file.transport != "tcp":
             return
         document = {**file.document, "ip": file.ip, "transport": file.transport}
         document |= {f"{name}_port": listener.port for name, listener in self._listeners.items()}
         file.path.write_text(json.dumps(document, indent=1))
 
-    # --- from clients ---------------------------------------------------------------------------------------------
+    # --- from clients -----------------------------------------------------------------------------
 
     def _taker(self, name: str) -> Callable[[Peer], None]:
         return lambda peer: self._take(name, peer)
 
     def _take(self, name: str, peer: Peer) -> None:
         while not self._paused(name) and (received := peer.connection.take()) is not None:
+            # Like ipykernel, send no answer to an invalid message. The count and the first reason
+            # are kept for the log.
             try:
                 message = parse([] if received.dropped else received.parts)
                 self.signer.verify(message)
@@ -125,22 +131,28 @@ class Front:
                 self.rejected += 1
                 self.first_rejection = self.first_rejection or str(error)
                 continue
+            # A valid signature proves that the client knows the key, so it may send large messages
+            # from now on.
             peer.trust()
             self._on_message(name, peer, message)
 
     def resume(self) -> None:
-        """Take what has waited while we were paused."""
+        """Take the messages that arrived during a pause."""
+        # Control first: an interrupt or a shutdown must not queue behind cells.
         for name in ("control", "stdin", "shell"):
             for peer in tuple(self._listeners[name].peers.values()):
                 self._take(name, peer)
 
     def _subscribe(self, peer: Peer) -> None:
-        """A subscription is a frame that begins with 1, its end one with 0 (ZMTP 3.0); each is welcomed (JEP 65)."""
         while (received := peer.connection.take()) is not None:
             for frame in received.parts[:1]:
+                # ZMTP 3.0: a frame that begins with 1 subscribes, one that begins with 0 cancels.
+                # Topics and their number are bounded, since subscriptions are not signed.
                 topic = frame[1:256]
                 if frame[:1] == b"\1" and len(peer.topics) < 100:  # noqa: PLR2004
                     peer.topics.add(topic)
+                    # A subscription takes effect asynchronously, so early output could be lost.
+                    # JEP 65: a welcome tells the client that it will now miss nothing.
                     content = {"subscription": topic.decode("utf-8", "replace")}
                     welcome = self.author.frames("iopub_welcome", content)
                     peer.send(encode([topic, *welcome] if topic else welcome))
@@ -152,10 +164,10 @@ class Front:
             if not received.dropped:
                 peer.send(encode(received.parts))
 
-    # --- to clients -----------------------------------------------------------------------------------------------
+    # --- to clients -------------------------------------------------------------------------------
 
     def reply(self, name: str, client: bytes, frames: list[bytes]) -> None:
-        """Send a message to one client, if it is still there."""
+        """Send a message to one client, if it is still connected."""
         peer = self._listeners[name].peers.get(client)
         if peer is not None:
             peer.send(encode(frames))
@@ -165,22 +177,22 @@ class Front:
         self._listeners["iopub"].publish(frames)
 
     def announce(self, kind: str, content: Mapping[str, Any], parent: bytes = b"{}") -> None:
-        """Publish a message of our own."""
+        """Publish a message that the proxy itself wrote."""
         self.publish(
             [f"kernel.safe-exec.{kind}".encode(), *self.author.frames(kind, content, parent)]
         )
 
     @property
     def queued(self) -> int:
-        """The most bytes that wait for one subscriber."""
+        """Bytes that wait for the slowest subscriber."""
         return self._listeners["iopub"].queued
 
     def drop_slowest(self) -> None:
-        """Cut off the subscriber that takes nothing."""
+        """Disconnect the subscriber with the longest queue."""
         self._listeners["iopub"].drop_slowest()
 
     async def flush(self, seconds: float) -> None:
-        """Wait until the system has taken all that waits for clients, at most so long."""
+        """Wait until all queued messages are in the system's buffers, or ``seconds`` are over."""
         deadline = asyncio.get_running_loop().time() + seconds
         while any(listener.queued for listener in self._listeners.values()):
             if asyncio.get_running_loop().time() > deadline:
@@ -188,6 +200,6 @@ class Front:
             await asyncio.sleep(FLUSH_SECONDS)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all sockets and disconnect all clients."""
         for listener in self._listeners.values():
             listener.close()

@@ -1,8 +1,8 @@
-"""One sandboxed kernel behind the proxy, from its start to its end: a trial whose cells come as people send them.
+"""One sandboxed kernel behind the proxy: a trial that gets its cells one at a time from clients.
 
-The notebook of this trial grows by a cell with each request. Frames pass through; the accounts of
-the running cell are kept beside, so that a death can be diagnosed as ``run`` does. May import trial
-and kernel.
+Each request adds a cell to the trial's notebook. Frames pass through unchanged; the running cell's
+figures are recorded as in ``run``, so the same rules can diagnose a death. May import trial and
+kernel.
 """
 
 from __future__ import annotations
@@ -34,31 +34,34 @@ if TYPE_CHECKING:
     from safe_exec.trial.sampler import Sampler
     from safe_exec.trial.state import TrialState
 
+# Reading all figures takes a third of a millisecond. Cells that follow each other faster than this
+# share one reading; between two cells of a person there is always time for it.
 LOOK_SECONDS = 0.05
 
-# Of what the kernel sends, so much may wait here for clients; the rest waits in its own socket.
+# Kernel output that may wait here for clients; the rest waits in the kernel's own socket.
 WAITING_BYTES = 4 << 20
 
-# A cell that is over before costs no sample.
+# Cells that end sooner are not sampled.
 SAMPLE_AFTER_SECONDS = 0.1
 
-# Of a cell's text so much is kept, for the rules that read a last message.
+# The end of a cell's text, for the rules that read a last message.
 MOST_TEXT_CHARACTERS = 64 << 10
 
-# Cells of before whose source is kept; of older ones only the figures are.
+# Recent cells whose source is kept; older ones keep only their figures, so that a session that runs
+# for weeks does not grow.
 KEPT_CELLS = 1000
+
+# Larger replies (big user_expressions or payloads) are passed on without being parsed.
 LARGEST_REPLY_READ = 1 << 20
 OUTPUTS = ("stream", "display_data", "execute_result", "update_display_data", "error")
+
+# After a death: how long the kernel's sockets are read at most, and the silence that ends it.
 CLOSED_SECONDS = 2.0
 QUIET_SECONDS = 0.01
 
 
 class SessionCells(CellLoop):
-    """The bookkeeping of cells that come as people send them.
-
-    A look at all figures costs a third of a millisecond. Cells that follow each other faster than
-    ``LOOK_SECONDS`` share one; between two cells of a person there is always time for it.
-    """
+    """Bookkeeping for cells that arrive one by one; quick cells share a reading of the figures."""
 
     def __init__(self, state: TrialState) -> None:
         super().__init__(state)
@@ -73,13 +76,16 @@ class SessionCells(CellLoop):
         self.metrics.begin(index, self.state.now(), self._reading_at_start())
 
     def _reading_at_start(self) -> Reading | None:
-        # Nothing runs between two cells, or what does belongs to the next one.
+        # The reading at the end of the previous cell also serves as the start of this one. Usage
+        # between the two, say by a background thread, counts for this cell.
         return self._last_reading[1] if self._last_reading else super()._reading_at_start()
 
     def _reading_at_end(self, index: int) -> dict[str, Any]:
         if self.session.ended is not None or self._is_due():
             self._looked = time.monotonic()
             return super()._reading_at_end(index)
+        # Counters that need file reads stay unknown here. A death always gets its own reading, so
+        # no evidence is lost.
         client = self.session.client
         return {
             "reading": self._last_reading[1] if self._last_reading else None,
@@ -90,7 +96,7 @@ class SessionCells(CellLoop):
 
 
 class Inner(Trial):
-    """One kernel. ``on_shell`` and its like get its messages; ``died`` of the session tells of its end."""
+    """One kernel. ``on_message`` gets its messages; ``session.died`` is set when it ends."""
 
     def __init__(
         self,
@@ -113,16 +119,18 @@ class Inner(Trial):
         self.waits_for_input = False
         self.recovered: list[dict[str, Any]] = []
 
-    # --- start ----------------------------------------------------------------------------------------------------
+    # --- start ------------------------------------------------------------------------------------
 
     async def start(self) -> Ending | None:
-        """Start the kernel and connect; an ending where it did not come up. Raises SandboxError."""
+        """Start the kernel and connect; an ending if it does not come up. Raises SandboxError."""
         self.state.loop = asyncio.get_running_loop()
         return await self._start()
 
     def attach(self) -> None:
-        """Pass on the messages of a kernel that is up, from now on."""
+        """From now on, pass on the kernel's messages."""
         self._links = self.session.connections()
+        # Output that the kernel journaled but never sent goes to `recovered`; the proxy publishes
+        # it before the diagnosis.
         self.client.on_message = lambda _index, message: self.recovered.append(message)
         for name, link in self._links.items():
             link.reader.most_waiting = WAITING_BYTES
@@ -131,33 +139,36 @@ class Inner(Trial):
 
     @property
     def client(self) -> TrialClient:
-        """The accounts of the running cell."""
+        """The client that keeps the running cell's accounts."""
         assert self.session.client is not None
         return self.session.client
 
     @property
     def limits(self) -> Limits:
-        """The limits of each cell."""
+        """The limits of the session."""
         return self.state.request.limits
 
-    # --- messages ---------------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------
 
     def send(self, channel: str, client: bytes, frames: list[bytes]) -> bool:
-        """Pass a client's message on; whether the kernel's socket has room for it."""
+        """Pass on a client's message; false if the kernel's socket has no room."""
+        # The client's identity goes along as an extra frame. ROUTER returns it with the reply, and
+        # it leads input requests to the client that sent the cell.
         link = self._links.get(channel)
         return link is not None and link.send([client, *frames])
 
     @property
     def congested(self) -> bool:
-        """Whether the kernel takes requests more slowly than they come."""
+        """Whether the kernel takes requests more slowly than they arrive."""
         return any(link.unsent for link in self._links.values())
 
     def resume(self) -> None:
-        """Take messages that waited for room among the clients."""
+        """Take the kernel messages that waited until clients had room."""
         for name in self._links:
             self._take(name)
 
-    # Whether clients have no room for more; messages then wait in the kernel's own socket.
+    # True while clients have no room; iopub then waits in the kernel's own socket, which in the end
+    # blocks the cell that floods it.
     hold: Callable[[], bool] = staticmethod(lambda: False)
 
     def _take(self, name: str) -> None:
@@ -166,18 +177,19 @@ class Inner(Trial):
             received = link.take()
             if received is None:
                 return
+            # The reader discards messages beyond its bound; the cell's output gets a mark instead.
             if received.dropped:
                 self.client.cut_display(received.dropped)
                 continue
             try:
                 self._on_message(name, parse(received.parts))
             except NotAMessage as error:
-                self.client._complain(str(error))  # noqa: SLF001 - one count of what was no message
+                self.client._complain(str(error))  # noqa: SLF001 - one count of invalid messages
 
-    # --- cells ------------------------------------------------------------------------------------------------------
+    # --- cells ------------------------------------------------------------------------------------
 
     def add_cell(self, source: str, metadata: dict[str, Any], cell_id: str | None) -> int:
-        """Append a cell to the trial's notebook; its index."""
+        """Append a cell to the trial's notebook and return its index."""
         cells, records = self.state.request.node.cells, self.state.metrics.records
         index = len(cells)
         code_index, self._code_cells = self._code_cells, self._code_cells + 1
@@ -197,7 +209,7 @@ class Inner(Trial):
         return index
 
     def begin(self, index: int, msg_id: str) -> None:
-        """A cell begins to run."""
+        """Start the accounts of a cell."""
         client, cell = self.client, self.state.request.node.cells[index]
         self.state.current = index
         client.running = (msg_id, cell, index)
@@ -215,10 +227,11 @@ class Inner(Trial):
         await sampler.run()
 
     def end(self, index: int, *, failed: bool, counts: bool) -> None:
-        """A cell has run. One that does not count (a silent request) is no cell of the session's afterwards."""
+        """Close a cell's accounts; discount the cell unless it ``counts``."""
         self._stop_sampling()
         self._cells._end(index, CellStatus.FAILED if failed else CellStatus.PASSED)  # noqa: SLF001
         self.state.current = None
+        # Only the last output is ever read again, as the last message before a later death.
         node = self.state.request.node
         cell = node.cells[index]
         cell.outputs = [_tail(output) for output in cell.outputs[-1:]]
@@ -229,7 +242,8 @@ class Inner(Trial):
             old.source, old.outputs = "", []
 
     def discount(self, index: int) -> None:
-        """Let a cell be none of the session's: a silent request, or one that was aborted before it began."""
+        """Remove a silent or an aborted cell from the numbering of code cells."""
+        # Its place in the list stays, since later cells are known by their index.
         self.state.request.node.cells[index].cell_type = "raw"
         self.state.metrics.skip(index)
         self._code_cells -= 1
@@ -239,10 +253,10 @@ class Inner(Trial):
             self._sampling.cancel()
             self._sampling = None
 
-    # --- accounts of output -----------------------------------------------------------------------------------------
+    # --- accounts of output -----------------------------------------------------------------------
 
     def admit(self, message: Message) -> list[bytes] | None:
-        """The frames to publish of an output of the running cell; ``None`` for one beyond its cap."""
+        """Count an iopub message of the running cell; its frames, or ``None`` beyond the cap."""
         accounts, kind = self.client.accounts, message.kind
         if kind not in OUTPUTS:
             return message.frames
@@ -252,12 +266,14 @@ class Inner(Trial):
         accounts.last = time.monotonic()
         assert self.state.current is not None
         self._sampler.note_output(self.state.current, size)
+        # A message id is the kernel's claim, of any length.
         accounts.iopub_ids.append(message.id[:200])
         if kind == "stream":
             self._note_text(message)
         elif kind == "error":
             with contextlib.suppress(NotAMessage):
                 self._note_error(message.content())
+        # Errors pass even beyond the cap: they say why the cell failed.
         cap = self.limits.cell_output
         if cap is None or kind == "error" or self._stored + size <= cap:
             self._stored += size
@@ -266,7 +282,7 @@ class Inner(Trial):
         return None
 
     def cut_mark(self) -> str | None:
-        """The words that stand in the place of what was cut; ``None`` when they were said."""
+        """Text that replaces the cut output; ``None`` after the first call for a cell."""
         if self._cut:
             return None
         self._cut = self.client.accounts.marked = True
@@ -274,13 +290,15 @@ class Inner(Trial):
         return f"\n[safe-exec: output cut here; limit for this cell {cap}]\n"
 
     def _note_text(self, message: Message) -> None:
-        """Count characters, for the recovery of those that a dead kernel never sent, and keep the end of the text."""
+        # The page journals each write by its position in the text. The count of characters that
+        # arrived tells which journaled ones a dead kernel never sent.
         content = stream_content(message.content_frame)
         if content is None:
             return
         name, text = content["name"], content["text"]
         accounts = self.client.accounts
         accounts.texts.append((accounts.last or 0.0, name, text[-LAST_TEXT_CHARACTERS:]))
+        # A forked child writes to the same stream, but its text is not in the parent's journal.
         if not self.client._of_a_child({"header": {"msg_id": message.id}}):  # noqa: SLF001
             accounts.characters[name] += len(text)
         cell = self.state.request.node.cells[self.state.current or 0]
@@ -288,6 +306,7 @@ class Inner(Trial):
         if last is not None and last.get("name") == name:
             last.text = (last.text + text)[-MOST_TEXT_CHARACTERS:]
         else:
+            # Alternating stdout and stderr make one output each; keep the last ones.
             if len(cell.outputs) > 20:  # noqa: PLR2004
                 del cell.outputs[0]
             cell.outputs.append(
@@ -307,25 +326,31 @@ class Inner(Trial):
         )
 
     def note_reply(self, index: int, message: Message) -> dict[str, Any] | None:
-        """Take in the reply to a cell; its content, unless it is very large."""
+        """Record the reply to a cell; its content, or ``None`` if it is very large."""
         if len(message.content_frame) > LARGEST_REPLY_READ:
             return None
         content = message.content()
-        self.client.replies = {index: content}  # the last one is all that evidence needs
+        # Evidence needs the last reply alone; a session must not keep all of them.
+        self.client.replies = {index: content}
+        # exit() stops the kernel 0.1 s after its reply, when the next cell may already run.
         self.client._look_for_exit(content, index)  # noqa: SLF001
         return content
 
-    # --- the end of a cell's time -----------------------------------------------------------------------------------
+    # --- the end of a cell's time -----------------------------------------------------------------
 
     async def over_time(self, index: int, cell_task: asyncio.Task[Any]) -> TimedOut:
-        """Look, interrupt, and kill a kernel that does not answer within its grace time; how the cell timed out."""
+        """Observe and interrupt the cell; kill the kernel if it ignores that for the grace time."""
         limits = self.limits
         self.state.limit_reached(LimitName.CELL_TIMEOUT, limits.cell_timeout)
+        # Observe first: after the interrupt nothing shows any more where the cell hung.
         await self._cells._look(index)  # noqa: SLF001
-        answered = await self._cells._interrupt(cell_task, index, limits.interrupt_grace)  # noqa: SLF001
+        answered = await self._cells._interrupt(  # noqa: SLF001
+            cell_task, index, limits.interrupt_grace
+        )
         if not answered:
             self.state.kill(TerminationReason.CELL_TIMEOUT)
-        else:  # its figures are evidence: what it put out, and in what time
+        else:
+            # The rules need the interrupted cell's figures: its output and its processor time.
             self._stop_sampling()
             self._cells._end(index, CellStatus.KILLED)  # noqa: SLF001
         return TimedOut(
@@ -337,15 +362,17 @@ class Inner(Trial):
         )
 
     def forget_timeout(self) -> None:
-        """The kernel lives on after a cell's time was up: later endings are their own."""
+        """Clear the timeout of a cell whose kernel lives on; later endings have other causes."""
         self.state.limit = self.state.observation = self.state.observed_at = self.state.printed = (
             None
         )
 
-    # --- death ------------------------------------------------------------------------------------------------------
+    # --- death ------------------------------------------------------------------------------------
 
     async def drained(self) -> None:
-        """Wait until nothing more comes from a dead kernel's sockets."""
+        """Read a dead kernel's sockets until they are empty."""
+        # A child that the kernel left behind can hold the sockets open, so their end may never
+        # come: a short silence is enough.
         deadline = time.monotonic() + CLOSED_SECONDS
         count, since = -1, time.monotonic()
         while time.monotonic() < min(deadline, since + QUIET_SECONDS):
@@ -358,12 +385,12 @@ class Inner(Trial):
             await asyncio.sleep(0.001)
 
     async def ending_by_death(self, index: int | None) -> Ending:
-        """How a kernel ended that is dead; its last output stands in ``recovered``."""
+        """How a dead kernel ended; its last unsent output is then in ``recovered``."""
         self._stop_sampling()
         return await self._cells.ending_by_death(index)
 
     async def observe(self, ending: Ending) -> TrialResult:
-        """The facts of a trial that has come to an end, or of a cell that ran out of time."""
+        """Collect the evidence of a dead kernel or of a timed-out cell."""
         if self.state.current is not None:
             self.state.metrics.abandon(self.state.current)
         self.session.take_facts()
@@ -380,20 +407,20 @@ class Inner(Trial):
         )
 
     def close(self) -> None:
-        """Kill what lives and remove everything. May be called again."""
+        """Kill all processes and remove the sandbox. Can be called again."""
         self._stop_sampling()
         self.session.close()
 
 
 def start_error(ending: Ending) -> SafeExecError:
-    """Why a kernel did not come up, on one line."""
+    """The error for a kernel that did not come up, in one line."""
     if isinstance(ending, StartFailed):
         return KernelStartError(ending.reason)
     return SandboxError(ending.message if isinstance(ending, InternalError) else repr(ending))
 
 
 def _tail(output: Any) -> Any:
-    """A text output with the end of its text alone: all that is read of a cell of before."""
+    """Shorten a text output to its end; no rule reads more of an earlier cell."""
     if output.get("output_type") == "stream":
         output.text = output.text[-LAST_TEXT_CHARACTERS:]
     return output

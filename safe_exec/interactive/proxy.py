@@ -1,8 +1,8 @@
-"""The proxy: clients on one side, a sandboxed kernel on the other, and the last word when that one dies.
+"""The proxy between Jupyter clients and a sandboxed kernel; it explains the kernel's death.
 
-Requests go to the kernel as they come, in their order; the proxy keeps those that wait for a reply.
-A cell counts as running from the moment its request is passed on, or the cell before it is done,
-until its reply and its ``idle`` have come. May import everything of this package.
+Requests go to the kernel in order of arrival; the proxy remembers those without a reply. A cell
+counts as running from the moment its request is passed on (or the previous cell is done) until its
+reply and its ``idle`` have arrived. May import everything in this package.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ from safe_exec.interactive.wire import Message, NotAMessage
 from safe_exec.model.ending import Died, Ending, TimedOut
 from safe_exec.model.verdict import Status
 
-# Requests that may wait for a reply; the next one is taken when one of them has got its own.
+# Requests that may wait for a reply. Further ones stay in the clients' sockets.
 MOST_WAITING = 10_000
+
+# ipykernel's own poller looks for its parent once per second too.
 PARENT_SECONDS = 1.0
 FLUSH_SECONDS = 2.0
 
-# A subscriber that takes nothing for so long, while the kernel waits to send, is cut off.
+# While the kernel waits to send, a subscriber that takes nothing for this long is disconnected.
+# Otherwise one suspended browser tab would stop the kernel for all clients.
 STALL_SECONDS = 2.0
 STALL_LOOK_SECONDS = 0.05
 
 
 class OnDeath(StrEnum):
-    """What follows the last word on a kernel."""
+    """The proxy's next step after it has explained a death."""
 
     EXIT = "exit"
     RESTART = "restart"
 
 
 class Waiting(Struct, kw_only=True):
-    """A request that waits for its reply. ``cell`` is the index of its cell, ``None`` for other requests than to execute.
+    """A request without a reply yet. ``cell`` is the cell's index, for ``execute_request`` only.
 
-    ``reply`` and ``idle`` are held back while the cell's diagnosis is made.
+    If ``is_held``, ``reply`` and ``idle`` are kept back until the cell's diagnosis is ready.
     """
 
     channel: str
@@ -66,7 +69,7 @@ class Waiting(Struct, kw_only=True):
 
 
 class Proxy:
-    """One process of ``safe-exec kernel``. ``run()`` once; it returns the exit code."""
+    """The proxy of ``safe-exec kernel``. Call ``run()`` once; it returns the exit code."""
 
     def __init__(
         self,
@@ -95,20 +98,23 @@ class Proxy:
 
     @property
     def front(self) -> Front:
-        """The public sockets, once they listen."""
+        """The public sockets; they exist once the first kernel is up."""
         assert self._front is not None
         return self._front
 
     @property
     def inner(self) -> Inner:
-        """The kernel that runs."""
+        """The current kernel."""
         assert self._inner is not None
         return self._inner
 
-    # --- the whole --------------------------------------------------------------------------------------------------
+    # --- the whole --------------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Serve until the kernel is gone for good, or somebody ends us. Raises UsageError for addresses that cannot be had."""
+        """Serve until the kernel ends for good or a signal stops us; the exit code.
+
+        Raises UsageError if a public address is taken.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
@@ -117,6 +123,7 @@ class Proxy:
         try:
             while self._code is None:
                 await self._live()
+            # The diagnosis is still in our queues; leaving now would lose it.
             if self._front is not None:
                 await self._front.flush(FLUSH_SECONDS)
         finally:
@@ -129,7 +136,7 @@ class Proxy:
         return self._code
 
     async def _live(self) -> None:
-        """The life of one kernel."""
+        """Run one kernel from its start to its death."""
         self._inner = self._make_inner(self._from_kernel)
         self._inner.hold = self._holds
         starting = asyncio.ensure_future(self._inner.start())
@@ -140,8 +147,8 @@ class Proxy:
         if ending is not None:
             raise start_error(ending)
         if self._front is None:
-            # A client whose heartbeat is answered late takes the kernel for dead: nothing listens
-            # before everything is imported and the kernel is up.
+            # A client that gets a late answer to its heartbeat takes the kernel for dead. So listen
+            # only once all imports are done and the kernel is up.
             self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
         self._inner.attach()
         self._is_ready = True
@@ -150,12 +157,13 @@ class Proxy:
         if not await self._unless_stopped(died):
             self._code = 0
             return
+        # The kernel's last output can still be in its sockets. It belongs before the diagnosis.
         await self._inner.drained()
         self._is_ready = False
         await self._bury(self._inner)
 
     async def _unless_stopped(self, task: asyncio.Future[Any]) -> bool:
-        """Wait for a task; whether it was done before somebody asked us to end."""
+        """Wait for a task; false if a signal told us to stop first."""
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -168,29 +176,34 @@ class Proxy:
                     await task
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        # The event loop itself holds tasks weakly (asyncio.create_task).
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def _watch_parent(self) -> None:
-        """End with the process that started us, as ipykernel does; a server that was killed leaves no kernel behind."""
+        """Stop when our parent process ends, as ipykernel does."""
+        # A server that was killed sends no shutdown request. JPY_PARENT_PID names another process
+        # if a wrapper script started us; that one's end cannot be told from getppid().
         parent = os.environ.get("JPY_PARENT_PID", "")
         if not parent.isdigit() or int(parent) != os.getppid():
             return
-        while os.getppid() == int(parent):  # noqa: ASYNC110 - nothing tells of it
+        # After the parent's death, getppid() returns the process that adopted us.
+        while os.getppid() == int(parent):  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(PARENT_SECONDS)
         self._stop.set()
 
     def _interrupt(self) -> None:
-        """SIGINT: for the kernel's process group, as without us."""
+        # With interrupt_mode "signal" clients send SIGINT to the kernel's process, and that is us.
         if self._is_ready:
             self.inner.session.interrupt()
 
-    # --- from clients -----------------------------------------------------------------------------------------------
+    # --- from clients -----------------------------------------------------------------------------
 
     def _is_paused(self, channel: str) -> bool:
-        """Whether requests have to wait: for the kernel to be up, or to take those of before."""
+        """Whether requests must wait until the kernel is up or has taken earlier ones."""
+        # Control is never paused for a busy kernel: interrupts and shutdown must get through.
         if not self._is_ready or self._inner is None:
             return True
         return channel == "shell" and (self._inner.congested or len(self._waiting) >= MOST_WAITING)
@@ -201,6 +214,7 @@ class Proxy:
         else:
             self._note_request(channel, peer, message)
         if message.kind == "shutdown_request":
+            # From now on the kernel's end is no death to explain.
             self._asked_to_end = True
             if self.inner.session.sandbox is not None:
                 self.inner.session.sandbox.ask_to_end()
@@ -234,7 +248,7 @@ class Proxy:
         self._cells.append(message.id)
 
     def _begin_next(self) -> None:
-        """Let the accounts of the first cell in the queue begin, where none runs."""
+        """Start the accounts of the first queued cell unless one is running."""
         if self._cells and self.inner.state.current is None:
             msg_id = self._cells[0]
             waiting = self._waiting[msg_id]
@@ -250,10 +264,10 @@ class Proxy:
             if self.inner.limits.cell_timeout is not None:
                 self._spawn(self._watch_time(msg_id, waiting))
 
-    # --- from the kernel --------------------------------------------------------------------------------------------
+    # --- from the kernel --------------------------------------------------------------------------
 
     def _holds(self) -> bool:
-        """Whether a subscriber has as much to take as may wait; one that takes nothing for a while is cut off."""
+        """Whether a subscriber's queue is full. Starts the wait for room if so."""
         if self.front.queued <= MOST_QUEUED:
             return False
         if not self._stalled:
@@ -262,6 +276,7 @@ class Proxy:
         return True
 
     async def _wait_for_room(self) -> None:
+        # Resume at half the bound, so that kernel and clients do not switch at every message.
         loop = asyncio.get_running_loop()
         least, since = self.front.queued, loop.time()
         while (queued := self.front.queued) > MOST_QUEUED // 2:
@@ -279,7 +294,8 @@ class Proxy:
         if channel == "iopub":
             self._from_iopub(message)
             return
-        if message.start < 2:  # noqa: PLR2004 - no identity before the delimiter: nobody to send it to
+        # Without an identity before the delimiter there is no client to send it to.
+        if message.start < 2:  # noqa: PLR2004
             return
         client, frames = message.frames[0], message.frames[1:]
         waiting = self._waiting.get(message.parent_id)
@@ -334,7 +350,8 @@ class Proxy:
             self._finish_if_done(message.parent_id, waiting)
 
     def _finish_if_done(self, msg_id: str, waiting: Waiting) -> None:
-        """End a cell whose reply and idle have both come; the kernel answers on two sockets, in no order."""
+        """End a cell once both its reply and its ``idle`` have arrived."""
+        # They come over two sockets, so their order is not defined.
         if waiting.reply is None or waiting.idle is None:
             return
         assert waiting.cell_done is not None
@@ -349,16 +366,18 @@ class Proxy:
         if self.inner.state.current == waiting.cell:
             failed = (waiting.content or {}).get("status") == "error"
             self.inner.end(waiting.cell, failed=failed, counts=waiting.counts)
-        else:  # aborted before it began
+        else:
+            # ipykernel aborts queued cells after an error; this one never ran.
             self.inner.discount(waiting.cell)
         self._begin_next()
         if not self._is_paused("shell"):
             self.front.resume()
 
-    # --- the end of a cell's time -----------------------------------------------------------------------------------
+    # --- the end of a cell's time -----------------------------------------------------------------
 
     async def _watch_time(self, msg_id: str, waiting: Waiting) -> None:
-        """Interrupt a cell when its time is up; while it waits for somebody to type, its time does not run."""
+        """Interrupt a cell when its time is up."""
+        # The time a person takes to answer input() does not count.
         inner, cell_done = self.inner, waiting.cell_done
         assert cell_done is not None and waiting.cell is not None
         remaining = inner.limits.cell_timeout or 0.0
@@ -371,20 +390,23 @@ class Proxy:
                 return
             if not inner.waits_for_input:
                 remaining -= step
+        # The client must see the diagnosis before the reply to the interrupted cell: hold that one.
         waiting.is_held = True
         finished = self._spawn(cell_done.wait())
         ending = await inner.over_time(waiting.cell, finished)
         if not ending.answered:
-            return  # its death is being dealt with, by the reason that was recorded for it
+            # The kernel ignored the interrupt and was killed; `_bury` explains its death.
+            return
         diagnosis = self._diagnose(inner, await inner.observe(ending))
         inner.forget_timeout()
         self._tell(msg_id, waiting, diagnosis)
 
     def _tell(self, msg_id: str, waiting: Waiting, diagnosis: Diagnosis) -> None:
-        """The diagnosis of a cell that ended at an interrupt, then its reply and idle, which were held back."""
+        """Publish the diagnosis of an interrupted cell, then its held reply and ``idle``."""
         assert waiting.cell is not None and waiting.reply is not None and waiting.idle is not None
         error = self._publish_error(waiting, diagnosis)
         content = {**(waiting.content or {}), **error, "status": "error"}
+        # The reply's content changes, so it needs a new signature.
         frames = self.front.author.resigned(waiting.reply, content)
         self.front.reply(waiting.channel, waiting.client, frames[1:])
         self.front.publish(waiting.idle)
@@ -401,10 +423,10 @@ class Proxy:
         self.front.announce("error", error, waiting.header)
         return error
 
-    # --- the end of a kernel ----------------------------------------------------------------------------------------
+    # --- the end of a kernel ----------------------------------------------------------------------
 
     async def _bury(self, inner: Inner) -> None:
-        """The last word on a kernel that ended; then what was asked for."""
+        """Explain a kernel's end, answer its clients, then exit or restart."""
         if self._asked_to_end:
             inner.close()
             self._code = 0
@@ -434,12 +456,14 @@ class Proxy:
                 allowed=inner.limits.cell_timeout or 0.0,
                 answered=None if inner.session.kill_reason is None else False,
             )
+        # exit() stops the kernel's loop 0.1 s after the reply. The request can come from an earlier
+        # cell than the last one.
         exiting_cell = inner.client.asked_to_exit
         if exiting_cell is not None and waiting is None:
-            # The request to exit came from an earlier cell; the loop stops 0.1 s after it.
             ending = Died(cell=exiting_cell, exit=None, asked_to_exit=True)
         diagnosis = self._diagnose(inner, await inner.observe(ending))
         if waiting is not None:
+            # Output that was journaled in the shared page but never sent comes first.
             for message in inner.recovered:
                 self.front.announce(message["msg_type"], message["content"], waiting.header)
             error = self._publish_error(waiting, diagnosis)
@@ -449,7 +473,8 @@ class Proxy:
         return diagnosis
 
     def _answer_the_rest(self, first: Waiting | None) -> None:
-        """Every request that the dead kernel will not answer gets an answer."""
+        """Answer every other request that the dead kernel left open."""
+        # Otherwise clients such as nbclient wait for a reply without end.
         for waiting in self._waiting.values():
             if waiting is first:
                 continue
@@ -470,7 +495,7 @@ class Proxy:
 
 
 def _cell_id(message: Message) -> str | None:
-    """The id of the cell in the client's document, as JupyterLab and VS Code send it."""
+    """The cell's id in the client's document; JupyterLab and VS Code send it as metadata."""
     try:
         metadata = json.loads(message.frames[message.start + 3])
     except (ValueError, RecursionError):

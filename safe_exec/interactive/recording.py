@@ -1,8 +1,8 @@
-"""Recordings of interactive sessions: the executed code in its order, for a week, readable by nobody else.
+"""Recordings of interactive sessions: the executed code in order, kept for a week.
 
-A recording is a file of JSON lines in ``$XDG_STATE_HOME/safe-exec/sessions`` (mode 0600 in a
-directory of mode 0700). When a kernel dies, a notebook of the session is made beside it, with the
-verdict, so that ``safe-exec bisect`` can find the culprits. Imports model, notebook, reports.
+A recording is a file of JSON lines in ``$XDG_STATE_HOME/safe-exec/sessions``, readable by its owner
+only. When a kernel dies, a notebook of the session and the verdict are written next to it, so that
+``safe-exec bisect`` can find the culprits. Imports model, notebook, reports.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from safe_exec.reports import verdict_json
 SCHEMA = "safe-exec/session/1"
 KEPT_SECONDS = 7 * 86400.0
 
-# Of one recording; what is executed after that is not recorded.
+# The largest recording; cells executed after that are not recorded.
 MOST_BYTES = 64 << 20
+
+# Files of a session: the recording, its notebook and verdict, and the outputs of a search.
 SUFFIXES = (".jsonl", ".ipynb", ".verdict.json", ".out.ipynb", ".repro.ipynb")
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
@@ -44,7 +46,7 @@ def sessions_directory() -> Path:
 
 
 class Recording:
-    """One session. ``open`` raises OSError; later a disk that is full costs the recording, not the session."""
+    """The recording of one session. ``open`` raises OSError; later errors end the recording."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -53,8 +55,12 @@ class Recording:
 
     @classmethod
     def open(cls, facts: Mapping[str, str]) -> Recording:
-        """Begin a recording; ``facts`` (kernel, cwd, limits) stand in its first line. Removes those that are a week old."""
+        """Begin a recording and remove old ones.
+
+        ``facts`` (kernel, cwd, limits) go into its first line.
+        """
         directory = sessions_directory()
+        # Cells may contain passwords: no other user can read the directory or its files.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove_old(directory)
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}.jsonl"
@@ -64,11 +70,11 @@ class Recording:
         return recording
 
     def add(self, source: str, cell_id: str | None) -> None:
-        """A cell is executed."""
+        """Record a cell that begins to run."""
         self._write({"executed": source, "id": cell_id, "at": _now()})
 
     def restarted(self) -> None:
-        """A fresh kernel follows: what was executed before is lost to it."""
+        """Record a restart; the new kernel has none of the earlier cells' state."""
         self._write({"restarted": True, "at": _now()})
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -79,13 +85,15 @@ class Recording:
             os.write(self._descriptor, data)
             self._size += len(data)
         except OSError:
+            # The disk is full, say. The session goes on without its recording.
             self.close()
 
     def write_notebook(self, verdict: Verdict, node: Any) -> Path | None:
-        """Write the session's notebook and its verdict; the notebook's path, ``None`` where there is no room for it."""
+        """Write the session's notebook and verdict; the notebook's path, ``None`` on an error."""
         self._write({"ended": verdict.cause.summary if verdict.cause else None, "at": _now()})
         path = self.path.with_suffix(".ipynb")
         data = notebook_of(node)
+        # `safe-exec bisect` checks that a verdict belongs to its notebook by this hash.
         own = replace(
             verdict,
             notebook=replace(
@@ -104,14 +112,14 @@ class Recording:
         return path
 
     def close(self) -> None:
-        """Close the file. May be called again."""
+        """Close the file. Can be called again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def notebook_of(node: Any) -> bytes:
-    """A notebook with the cells of a session and none of their outputs."""
+    """A notebook of the session's cells, without outputs."""
     cells = []
     for number, cell in enumerate(node.cells):
         cell_document: dict[str, Any] = {
@@ -141,7 +149,10 @@ def write_cells(path: Path, cells: list[str], kernel: str) -> None:
 
 
 class SessionFacts(Struct, frozen=True, kw_only=True):
-    """One recording as ``safe-exec sessions`` lists it. ``cells`` is a count; ``notebook`` is there after a death."""
+    """One recording in the list of ``safe-exec sessions``.
+
+    ``cells`` is a count. ``notebook`` exists after a death only.
+    """
 
     id: str
     path: Path
@@ -155,7 +166,7 @@ class SessionFacts(Struct, frozen=True, kw_only=True):
 
 
 def sessions() -> Iterator[SessionFacts]:
-    """All recordings, the newest first."""
+    """All recordings, newest first."""
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(sessions_directory().glob("*.jsonl"), reverse=True):
             if _ID.fullmatch(path.stem):
@@ -163,7 +174,7 @@ def sessions() -> Iterator[SessionFacts]:
 
 
 def facts_of(path: Path) -> SessionFacts:
-    """What a recording says of its session; half a line at its end is left out."""
+    """Read the facts of a recording."""
     lines = list(_lines(path))
     first = lines[0] if lines else {}
     ended = [line["ended"] for line in lines if "ended" in line]
@@ -204,6 +215,7 @@ def sources(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    # A recorder that was killed while it wrote leaves half a line at the end; skip it.
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             with contextlib.suppress(ValueError):
@@ -213,7 +225,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def remove_old(directory: Path) -> None:
-    """Remove what was last written a week ago."""
+    """Remove session files that were last written more than a week ago."""
     oldest = time.time() - KEPT_SECONDS
     for entry in os.scandir(directory):
         if _ID.match(entry.name) and entry.name.endswith(SUFFIXES):
@@ -223,6 +235,7 @@ def remove_old(directory: Path) -> None:
 
 
 def _write_private(path: Path, data: bytes) -> None:
+    # Create the file with its final mode: chmod after the write would leave it readable meanwhile.
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

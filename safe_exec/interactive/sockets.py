@@ -1,8 +1,6 @@
-"""Listening sockets in the protocol of ZeroMQ (ZMTP 3.0), for any number of clients, bounded in all they take in and hold.
+"""A ZMTP 3.0 server (the protocol of ZeroMQ) with bounded memory per client.
 
-Why not libzmq: a message may have any number of frames there, and a queue any number of bytes, from
-whoever connects. Here a client that has not signed a message yet may send little, one that takes
-nothing is left out, and half a handshake ends after a while. Imports kernel.connection and kernel.zmtp.
+Imports kernel.connection and kernel.zmtp.
 """
 
 from __future__ import annotations
@@ -24,21 +22,25 @@ from safe_exec.kernel.zmtp import (
     ready_properties,
 )
 
+# Why not libzmq: it bounds neither the frames of a message nor the bytes of a queue, and any local
+# user can connect to a TCP port. Here a client that has not signed a message yet can send little, a
+# client that takes nothing gets no more messages, and an unfinished handshake times out.
+
 # The largest message from a client that has not signed one yet.
 STRANGER_BYTES = 256 << 10
 
 # The largest message from a client that has: a cell, or data of a widget.
 REQUEST_BYTES = 16 << 20
 
-# Bytes that may wait for one client; more is not put into its queue.
+# Bytes that may wait for one client; further messages to it are dropped.
 MOST_QUEUED = 4 << 20
 
-# Clients of one socket. JupyterLab has two or three, whatever the number of tabs.
+# Clients of one socket. JupyterLab opens two or three, independent of the number of tabs.
 MOST_PEERS = 100
 HANDSHAKE_SECONDS = 5.0
 BACKLOG = 128
 
-# Which types of socket may talk to which (ZMTP 3.0, section "Socket-Type").
+# Socket types that each of ours accepts (ZMTP 3.0, section "Socket-Type").
 ACCEPTED = {
     "ROUTER": (b"DEALER", b"REQ", b"ROUTER"),
     "XPUB": (b"SUB", b"XSUB"),
@@ -47,7 +49,7 @@ ACCEPTED = {
 
 
 class Peer:
-    """One client at one socket. ``name`` is its identity, or one that we gave it; ``topics`` are its subscriptions."""
+    """One client at one socket. ``name`` is its identity, ``topics`` are its subscriptions."""
 
     def __init__(self, connection: Connection, name: bytes) -> None:
         self.connection = connection
@@ -55,11 +57,11 @@ class Peer:
         self.topics: set[bytes] = set()
 
     def trust(self) -> None:
-        """Let it send large messages: it knows the key."""
+        """Accept large messages from a client that has proved to know the key."""
         self.connection.reader.largest = REQUEST_BYTES
 
     def send(self, data: bytes) -> bool:
-        """Put an encoded message into its queue; ``False`` where that is full."""
+        """Put an encoded message into the client's queue; false if that is full."""
         if self.connection.ended or self.connection.unsent > MOST_QUEUED:
             return False
         self.connection.write(data)
@@ -67,7 +69,7 @@ class Peer:
 
 
 class Listener:
-    """One listening socket. ``on_arrival`` is called with a client that has sent something, or has ended."""
+    """One listening socket. ``on_arrival`` gets each client that sent something or has ended."""
 
     def __init__(self, sock: socket.socket, kind: str, on_arrival: Callable[[Peer], None]) -> None:
         self._socket = sock
@@ -87,13 +89,17 @@ class Listener:
     def _accept(self) -> None:
         try:
             sock, _ = self._socket.accept()
-        except OSError:  # gone again, or no descriptor is left
+        except OSError:
+            # The client has gone again (ECONNABORTED), or no descriptor is left (EMFILE). The
+            # socket stays readable in the second case, and the loop calls again.
             return
         sock.setblocking(False)
         if len(self.peers) + len(self._greeting) >= MOST_PEERS:
             sock.close()
             return
         if sock.family != socket.AF_UNIX:
+            # Nagle's algorithm and delayed acknowledgements can hold a small message for 40 ms.
+            # libzmq turns it off too.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         task = self._loop.create_task(self._greet(sock))
         self._greeting.add(task)
@@ -109,10 +115,13 @@ class Listener:
         except BaseException:
             sock.close()
             raise
+        # A client must not choose an identity that begins with a zero byte (ZMTP 3.0), so names that
+        # we choose begin with one.
         self._count += 1
         peer = Peer(Connection(sock, largest=STRANGER_BYTES), identity or b"\0%d" % self._count)
         former = self.peers.pop(peer.name, None)
-        if former is not None:  # it has come again before we saw it go
+        # A client can reconnect before we see the end of its old connection.
+        if former is not None:
             former.connection.close()
         self.peers[peer.name] = peer
         peer.connection.on_arrival = lambda: self._arrived(peer)
@@ -140,7 +149,7 @@ class Listener:
             peer.connection.close()
 
     def publish(self, frames: list[bytes]) -> None:
-        """Send a message to all that subscribe to its first frame; one whose queue is full misses it."""
+        """Send a message to all subscribers of its topic, except those with a full queue."""
         data = encode(frames)
         for peer in self.peers.values():
             if any(frames[0].startswith(topic) for topic in peer.topics):
@@ -148,11 +157,11 @@ class Listener:
 
     @property
     def queued(self) -> int:
-        """The most bytes that wait for one client."""
+        """Bytes in the longest queue."""
         return max((peer.connection.unsent for peer in self.peers.values()), default=0)
 
     def drop_slowest(self) -> None:
-        """Cut off the client whose queue is longest; it may come again."""
+        """Disconnect the client with the longest queue; it may reconnect."""
         peer = max(self.peers.values(), key=lambda peer: peer.connection.unsent)
         del self.peers[peer.name]
         peer.connection.close()
@@ -172,10 +181,8 @@ class Listener:
 
 
 def listen(transport: str, ip: str, port: int) -> socket.socket:
-    """A listening socket at an address of a connection file. Raises OSError.
-
-    A port of 0 lets the system choose. A path of a socket is ``IP-PORT``, as jupyter_client has it.
-    """
+    """Listen at an address of a connection file; port 0 lets the system choose. Raises OSError."""
+    # jupyter_client builds the path of an ipc socket as IP-PORT.
     if transport == "ipc":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         address: object = f"{ip}-{port}"
@@ -184,7 +191,8 @@ def listen(transport: str, ip: str, port: int) -> socket.socket:
     else:
         host = "0.0.0.0" if ip == "*" else ip  # noqa: S104 - what the client asks for
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        # As libzmq does: a restarted kernel gets the ports of the one before.
+        # libzmq sets this too. A restarted kernel can then bind the ports of the previous one while
+        # its connections are still in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         address = (host, port)
     try:

@@ -1,6 +1,6 @@
-"""From the options of ``safe-exec kernel`` to a proxy that runs: limits resolved, plan made, recording begun.
+"""Starts a proxy from the options of ``safe-exec kernel``.
 
-May import workflows, for what ``run`` reads and checks in the same way.
+Imports workflows, since limits are resolved and checked as in ``run``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ log = logging.getLogger("safe_exec")
 class KernelOptions(Struct, frozen=True, kw_only=True):
     """The options of ``safe-exec kernel``.
 
-    ``limits`` names a profile or a file; ``figures`` and ``walls`` change it. ``arguments`` are the
-    client's, for the kernel itself.
+    ``limits`` names a profile or a file; ``figures`` and ``walls`` override parts of it.
+    ``arguments`` are the client's arguments for the kernel itself.
     """
 
     connection_file: Path
@@ -58,7 +58,10 @@ class KernelOptions(Struct, frozen=True, kw_only=True):
 
 
 def serve(options: KernelOptions) -> int:
-    """Run one kernel for whoever wrote the connection file; the exit code. Raises SafeExecError."""
+    """Serve the clients of a connection file until the kernel ends; the exit code.
+
+    Raises SafeExecError.
+    """
     file = read_connection_file(options.connection_file)
     prepared = _prepared(options)
     sweep()
@@ -66,6 +69,7 @@ def serve(options: KernelOptions) -> int:
     plans: list[SpawnPlan] = []
 
     def make_inner(on_message: Callable[[str, Message], None]) -> Inner:
+        # A restarted kernel is a run of its own: new id, new sandbox, fresh counters.
         own = _anew(prepared)
         plan = own.plan()
         plans.append(plan)
@@ -98,7 +102,7 @@ def serve(options: KernelOptions) -> int:
 
 
 def _prepared(options: KernelOptions) -> PreparedJob:
-    """The job as ``run`` would have it for an empty notebook in this directory. Raises UsageError."""
+    """Prepare the job that ``run`` would make of an empty notebook here. Raises UsageError."""
     cwd = Path.cwd()
     empty = {
         "cells": [],
@@ -121,7 +125,8 @@ def _prepared(options: KernelOptions) -> PreparedJob:
         writes=False,
     )
     prepared = prepare(job, source=notebook.Source.of_data(path, json.dumps(empty).encode()))
-    # A session has no end of its own, and output is capped by the cell.
+    # A session lasts for as long as its user wants, so limits for the whole notebook do not apply.
+    # Output is capped per cell.
     values = replace(prepared.limits.values, timeout=None, output=None)
     resolved = replace(prepared.limits.resolved, limits=values)
     return replace(prepared, limits=replace(prepared.limits, resolved=resolved))
@@ -150,7 +155,7 @@ def _recording(options: KernelOptions) -> Recording | None:
 
 
 def weak_points(prepared: PreparedJob, plan: SpawnPlan) -> list[str]:
-    """The limits and walls that were asked for and that this machine does not enforce, one line for each."""
+    """Describe requested limits and walls that this machine cannot enforce, one line each."""
     limits = prepared.limits.values
     lines = [
         f"limit {name.value.replace('_', ' ')} is not enforced on this machine"

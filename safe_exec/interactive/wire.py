@@ -1,7 +1,6 @@
-"""Messages of Jupyter as frames: their parts, their signature, and messages of our own. Pure but for ids and the clock.
+"""Jupyter messages as ZeroMQ frames: parse, verify, sign, build. Pure but for ids and the clock.
 
-Frames are passed on as they came: the keys outside and inside are the same, so signatures stay
-valid. Source: "The wire protocol" in jupyter_client's "Messaging in Jupyter".
+Source: "The wire protocol" in jupyter_client's "Messaging in Jupyter".
 """
 
 from __future__ import annotations
@@ -18,26 +17,30 @@ from typing import Any
 from msgspec import DecodeError, Struct
 from msgspec.json import Decoder
 
+# Clients and kernel share one key, so the proxy passes frames on unchanged and their signatures
+# stay valid.
 DELIMITER = b"<IDS|MSG>"
 MOST_IDENTITIES = 8
 MOST_HEADER_BYTES = 64 << 10
+
+# Signatures that are remembered against replays. jupyter_client keeps up to 65,536.
 MOST_DIGESTS = 16_384
 VERSION = "5.4"
 
 
-class NotAMessage(ValueError):  # noqa: N818 - says what came
-    """Frames that are no message, or bear no valid signature."""
+class NotAMessage(ValueError):  # noqa: N818 - names the frames
+    """Frames that are not a message or have no valid signature."""
 
 
 class Header(Struct, frozen=True):
-    """The part of a header that is read here."""
+    """The fields of a header that the proxy reads."""
 
     msg_type: str
     msg_id: str
 
 
 class Parent(Struct, frozen=True):
-    """The part of a parent header that is read here; both are empty for a message that answers none."""
+    """The field of a parent header that the proxy reads; empty if there is no parent."""
 
     msg_id: str = ""
 
@@ -45,8 +48,8 @@ class Parent(Struct, frozen=True):
 class Message(Struct, frozen=True, kw_only=True):
     """One message as it came over the wire.
 
-    ``kind`` is its ``msg_type``, ``parent_id`` the id of the request that it belongs to (empty for
-    none). ``frames`` is all there was; its first part stands at ``start``.
+    ``kind`` is its ``msg_type``, ``parent_id`` the id of its request (empty if there is none).
+    ``frames`` are all frames; the signature is at ``start``.
     """
 
     frames: list[bytes]
@@ -57,12 +60,12 @@ class Message(Struct, frozen=True, kw_only=True):
 
     @property
     def header_frame(self) -> bytes:
-        """The header as it came: the parent of all that answers it."""
+        """The unparsed header, which becomes the parent header of each answer."""
         return self.frames[self.start + 1]
 
     @property
     def content_frame(self) -> bytes:
-        """The content as it came."""
+        """The unparsed content."""
         return self.frames[self.start + 4]
 
     @property
@@ -71,7 +74,7 @@ class Message(Struct, frozen=True, kw_only=True):
         return sum(map(len, self.frames[self.start + 4 :]))
 
     def content(self) -> dict[str, Any]:
-        """The content. Raises NotAMessage."""
+        """Parse the content. Raises NotAMessage."""
         try:
             value = json.loads(self.content_frame)
         except (ValueError, RecursionError):
@@ -82,7 +85,8 @@ class Message(Struct, frozen=True, kw_only=True):
 
 
 def parse(frames: list[bytes]) -> Message:
-    """The message that frames make up; its content is not looked at. Raises NotAMessage."""
+    """Parse all but the content. Raises NotAMessage."""
+    # Content can be megabytes of output, and most messages are passed on without a look at it.
     try:
         start = frames.index(DELIMITER, 0, MOST_IDENTITIES + 1) + 1
     except ValueError:
@@ -109,7 +113,7 @@ _HEADER, _PARENT = Decoder(Header), Decoder(Parent)
 
 
 class Signer:
-    """Signs and verifies with the key of a connection file; an empty key signs nothing."""
+    """Signs and verifies with the key of a connection file; an empty key turns both off."""
 
     def __init__(self, key: bytes, scheme: str = "hmac-sha256") -> None:
         """Raises ValueError for a scheme other than ``hmac-`` and a hash that hashlib has."""
@@ -129,7 +133,7 @@ class Signer:
         return mac.hexdigest().encode()
 
     def verify(self, message: Message) -> None:
-        """Raise NotAMessage unless a message bears a valid signature, for the first time."""
+        """Raise NotAMessage unless the signature is valid and was not seen before."""
         if self._base is None:
             return
         at = message.start
@@ -144,7 +148,7 @@ class Signer:
 
 
 class Author:
-    """Makes messages of our own, in the name of one session."""
+    """Builds messages that the proxy itself sends, all with one session id."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
@@ -152,7 +156,7 @@ class Author:
         self._count = 0
 
     def frames(self, kind: str, content: Mapping[str, Any], parent: bytes = b"{}") -> list[bytes]:
-        """Delimiter, signature and the four parts of a message that answers ``parent``."""
+        """Build the frames of a message whose parent header is ``parent``."""
         self._count += 1
         header = {
             "msg_id": f"{self._session}_{os.getpid()}_{self._count}",
@@ -166,7 +170,7 @@ class Author:
         return [DELIMITER, self._signer.signature(parts), *parts]
 
     def resigned(self, message: Message, content: Mapping[str, Any]) -> list[bytes]:
-        """The frames of a message with another content; identities before it stay."""
+        """Replace a message's content and sign it again; identities stay."""
         at = message.start
         parts = [*message.frames[at + 1 : at + 4], _dumps(content)]
         return [*message.frames[:at], self._signer.signature(parts), *parts]
