@@ -47,8 +47,8 @@ def read_connection_file(path: Path) -> ConnectionFile:
         # for a handshake that never comes.
         if document.get("curve_publickey"):
             raise UsageError(
-                f"{path}: encrypted transport (CurveZMQ) is not supported by `safe-exec kernel`; set"
-                " transport_encryption to 'disabled', or install the kernel with --provisioner"
+                f"{path}: encrypted transport (CurveZMQ) is not supported by `safe-exec kernel`;"
+                " set transport_encryption to 'disabled', or install the kernel with --provisioner"
             )
         return ConnectionFile(
             path=path,

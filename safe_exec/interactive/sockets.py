@@ -115,8 +115,8 @@ class Listener:
         except BaseException:
             sock.close()
             raise
-        # A client must not choose an identity that begins with a zero byte (ZMTP 3.0), so names that
-        # we choose begin with one.
+        # A client must not choose an identity that begins with a zero byte (ZMTP 3.0), so our own
+        # names begin with one.
         self._count += 1
         peer = Peer(Connection(sock, largest=STRANGER_BYTES), identity or b"\0%d" % self._count)
         former = self.peers.pop(peer.name, None)

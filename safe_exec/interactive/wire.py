@@ -23,7 +23,7 @@ DELIMITER = b"<IDS|MSG>"
 MOST_IDENTITIES = 8
 MOST_HEADER_BYTES = 64 << 10
 
-# Signatures that are remembered against replays. jupyter_client keeps up to 65,536.
+# Signatures that are remembered against replays. jupyter_client remembers 65,536.
 MOST_DIGESTS = 16_384
 VERSION = "5.4"
 

@@ -2,7 +2,6 @@
 
 from safe_exec.platforms import refuse_elsewhere
 
-# Other systems than Linux are refused by the import: Jupyter loads the provisioner by its entry
-# point, and shows what is raised.
-
+# Jupyter loads the provisioner by its entry point and shows the exception. So refuse other systems
+# at import time, before a missing module gives an error that nobody understands.
 refuse_elsewhere()

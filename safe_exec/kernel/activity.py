@@ -1,6 +1,6 @@
 """Observes a kernel from outside over a short window, once, when its time is up.
 
-The system's view (state, processor time, system call) is fact; stacks are the kernel's word.
+State, processor time and system call come from /proc and are facts; stacks are the kernel's claim.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from safe_exec.model.observed import EndedChild
 from safe_exec.sandbox.usage import sockets
 
 WINDOW_SECONDS = 0.4
-# So long is looked at a kernel that has work to do and gets no processor: little can be seen of it
-# in less.
+# A kernel that has work to do but gets no processor shows little in 0.4 s, so watch it longer.
 LONGEST_SECONDS = 1.2
-# Processor time from which something can be seen of it.
+# With less processor time than this, a kernel counts as starving.
 STARVING_SECONDS = 0.1
 LOOKS = 20
 STARVED_SECONDS = 0.25
 
 
 class ObservedKernel(Struct, frozen=True, kw_only=True):
-    """The kernel to look at.
+    """The kernel to observe.
 
-    ``dump`` asks it for the stacks of its threads (``None``: it cannot), ``dumped`` reads what it
-    answered: that of the main thread, and those of the others. ``ended`` says which children have
-    ended since the cell began, ``known_children`` which have been seen alive.
+    ``dump`` asks it for the stacks of its threads (``None`` if it cannot); ``dumped`` returns
+    the answer: the main thread's stack and those of the others. ``ended`` returns the children that
+    ended since the cell began, ``known_children`` all that were seen alive.
     """
 
     pid: int
@@ -66,7 +65,8 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
     while len(states) < LOOKS or (
         _is_starved(pid, cpu_before, states) and clock() - start < LONGEST_SECONDS
     ):
-        # Looks are spread over the window: one look would take a moment's wait for a hang.
+        # Take many looks over the window: a single one could catch a short wait and report it as
+        # the hang.
         await asyncio.sleep(WINDOW_SECONDS / LOOKS)
         if (call := blocked_call(pid)) is not None:
             calls.append(call)
@@ -124,19 +124,20 @@ async def _stacks(
     subject: ObservedKernel, state: str | None
 ) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
     """Return the stacks of the main thread and of the others."""
-    # A signal that C code answers asks for them; otherwise the last samples are used.
+    # faulthandler answers the signal in C, so even a kernel whose C code holds the GIL answers.
+    # Other kernels' stacks come from the last samples.
     rows, awaits = _sampled(subject)
     if awaits:
         return subject.frames(rows), (), _what_is_awaited(rows)
+    # A stopped process (T, t) handles no signal until it continues.
     if subject.dump is not None and state not in ("T", "t"):
         subject.dump()
         first_stacks: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
         for _ in range(20):
             await asyncio.sleep(0.01)
             stacks = subject.dumped()
-            if (
-                stacks[0] and stacks == first_stacks
-            ):  # it comes in small pieces: whole when it grows no more
+            # The dump arrives in small pieces. It is complete once it stops growing.
+            if stacks[0] and stacks == first_stacks:
                 break
             first_stacks = stacks
         if first_stacks[0]:
@@ -166,6 +167,8 @@ def _samples(
     subject: ObservedKernel, start_age: float
 ) -> tuple[tuple[float, ...], int | None, bool | None]:
     """Return the sampling thread's waits, distinct places, and whether it never ran."""
+    # The sampling thread needs the GIL for each sample. If it has not run for a while, other code
+    # held the GIL.
     if subject.page is None or not subject.page.alive:
         return (), None, None
     import time
@@ -202,7 +205,7 @@ def _state(pid: int) -> str | None:
 
 def _busiest(pid: int) -> str | None:
     """Return "R" if any thread has work to do."""
-    # Nobody knows which thread runs the cells of a kernel without our agent.
+    # In a kernel without our agent, any thread may be the one that runs the cells.
     try:
         tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:

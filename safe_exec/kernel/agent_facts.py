@@ -1,7 +1,4 @@
-"""Facts that the agent sends from inside the kernel. All of them are claims.
-
-Claims, every one of them.
-"""
+"""Facts that the agent sends from inside the kernel. All of them are claims."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ from safe_exec.model.evidence import Frame, Raised
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
-# Any code in the kernel can write there: what is no fact is let go by, what is told once is not
-# told anew, and there is a bound on each.
+# Any code in the kernel can write to the facts socket. So invalid facts are ignored, the first of
+# several contradicting facts counts, and every list is bounded.
 
 MOST_HOSTS = 50
-# Facts that are taken in one turn: whoever sends them faster than we read must not keep us from all
-# else.
+# Facts per turn of the event loop. A kernel that sends them faster than we read must not starve
+# everything else.
 MOST_FACTS = 500
 LONGEST_TEXT = 1000
 MOST_ROWS = 50
@@ -40,7 +37,7 @@ FACT_BYTES = 1 << 16
 # The largest size of a pipe (pipe(7), pipe-max-size).
 PIPE_BYTES = 1 << 20
 
-# Frames as told: function, line, file, number of the cell inside.
+# Frames as the agent sends them: function, line, file, the agent's number of the cell.
 Rows = list[tuple[str, int, str, int]]
 
 
@@ -54,7 +51,7 @@ class ReportedErrors(Struct, frozen=True, kw_only=True):
 
 
 class AgentFacts:
-    """The facts received so far. ``client`` knows which requests were sent."""
+    """The facts received so far. ``client`` tells which requests were sent."""
 
     def __init__(self) -> None:
         self.client: TrialClient | None = None
@@ -94,6 +91,7 @@ class AgentFacts:
                 keep = True
             else:
                 self._note(fact)
+        # A datagram may carry descriptors that we did not ask for.
         if not keep:
             for fd in fds:
                 os.close(fd)
@@ -109,7 +107,7 @@ class AgentFacts:
 
     def _note(self, fact: dict[str, Any]) -> None:
         """Store a fact by its kind."""
-        # The first one stays: a repeated fact was not sent by our agent.
+        # Keep the first one: our agent sends each fact once, so a repeated one is forged.
         if "msg_id" in fact:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
         elif "file" in fact:
@@ -128,7 +126,7 @@ class AgentFacts:
             self._note_process(fact)
 
     def _note_process(self, fact: dict[str, Any]) -> None:
-        """Store a fact about the process; ``armed``: its fault handler is in place."""
+        """Store a fact about the process. ``armed`` means that its fault handler is in place."""
         if "remote" in fact:
             self.add_hosts([_text(fact["remote"])])
         elif "exit_caller" in fact:
@@ -141,8 +139,8 @@ class AgentFacts:
             self.armed = bool(fact["armed"])
 
     def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
-        """A line of a cell, with the stack at it."""
-        # Of errors that are raised the last counts, of all else the first.
+        """Store a line of a cell with its stack."""
+        # The last raised error is the one that ended the cell. Of other facts the first counts.
         if "error" in fact:
             self.errors[number] = (line, _rows(fact["error"]))
         elif "shown" in fact:
@@ -151,7 +149,9 @@ class AgentFacts:
             self.exit_requests.setdefault(number, (line, _rows(fact["asked_to_exit"])))
 
     def _note_cell(self, number: int, msg_id: str) -> None:
-        """Note which request a cell number answers: only a sent one, and each only once."""
+        """Store which request a cell number answers."""
+        # Only a request that was sent is accepted, and each only once. Otherwise notebook code
+        # could assign its lines to another cell.
         if (
             self.client is not None
             and msg_id in self.client.cells_by_request
@@ -163,19 +163,19 @@ class AgentFacts:
         """Add hosts that the kernel has connected to."""
         self.hosts += list(names)[: MOST_HOSTS - len(self.hosts)]
 
-    # --- cells: numbers inside, messages on the wire, indexes in the notebook ---------------------
+    # --- cells: the agent's numbers, request ids, indexes in the notebook -------------------------
 
     def index_of(self, number: int) -> int | None:
-        """The notebook's cell index for a cell number inside."""
+        """The notebook's cell index for the agent's number of a cell."""
         msg_id = self._cells.get(number)
         return self.client.cells_by_request.get(msg_id) if self.client and msg_id else None
 
     def number_of(self, msg_id: str) -> int:
-        """The number inside of the cell that answers a request; 0 when it has not begun."""
+        """The agent's number of the cell for a request; 0 if it has not begun."""
         return next((number for number, request in self._cells.items() if request == msg_id), 0)
 
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
-        """Rows from inside as frames with notebook cell indexes."""
+        """Convert the agent's rows to frames with notebook cell indexes."""
         return tuple(
             Frame(
                 function=function,
@@ -189,10 +189,12 @@ class AgentFacts:
     # --- the pipes behind descriptors 1 and 2 -----------------------------------------------------
 
     def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
-        """Return the output of a dead kernel's C code that nobody has read.
+        """Return output of a dead kernel's C code that is still in the pipes, by stream.
 
-        ``recorded_bytes`` bytes of it are in the outputs already.
+        ``recorded_bytes`` gives the number of bytes that are in the outputs already.
         """
+        # ipykernel reads these pipes in a thread of the same process, so its death leaves the last
+        # writes of C code behind. The agent sent us a copy of each read end.
         texts: dict[str, str] = {}
         for name, fd in self._pipes.items():
             data = _read_waiting(fd)[recorded_bytes(name) :]
@@ -212,9 +214,9 @@ def _rows(value: Any) -> Rows:
 
 
 def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
-    """Return the exceptions of a cell, by the kernel's own account.
+    """Return the exceptions that a cell ended with, as claimed by the kernel.
 
-    Raises TypeError, KeyError and the like for what is none.
+    Raises TypeError, KeyError and similar for an invalid fact.
     """
     return ReportedErrors(
         errors=tuple(_raised(row, fact) for row in fact["raised"][:MOST_ERRORS]),
@@ -226,7 +228,8 @@ def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
 
 def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
     """Return one exception from its fields."""
-    # What its own attributes leave out is taken from what was opened or connected to last.
+    # An exception may lack a file name or a host. The agent then reports the last file that was
+    # opened, or the last address that was connected to.
     kind, files, host = (
         _text(row["type"]),
         [_text(name) for name in row.get("files") or ()][:2],
@@ -234,7 +237,7 @@ def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
     )
     dialled = _text(fact.get("dialled") or "")
     if not files and fact.get("database") and "OperationalError" in kind:
-        # SQLite's own words name no file.
+        # SQLite's error messages do not name the file.
         files = [_text(fact["database"])]
     elif not files and "errno" in row and dialled:
         files, host = ([dialled], None) if dialled.startswith("/") else ([], dialled)
@@ -257,11 +260,10 @@ def _text(value: Any) -> str:
 
 
 def _read_waiting(fd: int) -> bytes:
-    """Return the bytes that wait in a pipe, at most a pipe's largest size.
-
-    Others may hold and empty it too, so that a read could wait for ever, and whether it may is not
-    ours to set: both ends share it.
-    """
+    """Return the bytes that wait in a pipe, at most a pipe's largest size."""
+    # Another process may empty the pipe between a poll and a read, and the read would then block
+    # for ever. O_NONBLOCK is a property of the open file, which the kernel's processes share, so we
+    # must not set it. splice(2) has a flag for this one call instead.
     ours_r, ours_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     data = b""
     try:

@@ -12,10 +12,11 @@ import struct
 import sys
 from typing import NamedTuple
 
-# Reading it takes the right to trace the process (proc(5)): that of the same user, or root. Yama's
-# ptrace_scope 1 lets ancestors trace, and the runner is one of every process in its sandboxes.
+# Reading it needs permission to trace the process (proc(5)): the same user, or root. With Yama's
+# ptrace_scope 1 only ancestors can trace. The runner is an ancestor of every process in its
+# sandboxes.
 
-# The calls in which a process may wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
+# System calls in which a process can wait (asm/unistd_64.h; asm-generic/unistd.h for aarch64).
 _X86_64 = {
     -1: "a page of memory", 0: "read", 1: "write", 7: "poll", 17: "pread64", 18: "pwrite64",
     19: "readv", 20: "writev", 65: "semop", 74: "fsync", 75: "fdatasync", 162: "sync",
@@ -44,7 +45,7 @@ MOST_WAITED = 1024
 
 
 class Call(NamedTuple):
-    """A system call by name (its number if we know no name for it) and its six arguments."""
+    """A system call, by its name (or number, if it is not in the table), and six arguments."""
 
     name: str
     arguments: tuple[int, ...]
@@ -67,13 +68,12 @@ _ON_DESCRIPTORS = frozenset(
 
 
 def waited_descriptors(pid: int, call: Call) -> tuple[int, ...] | None:
-    """The descriptors that a call waits for.
+    """The descriptors that a call waits for; empty if it waits only for time to pass.
 
-    ``None`` for a call that waits for none, or where that cannot be read.
-
-    Those of poll(2) and select(2) stand in the memory of the process, those of epoll(7) in its
-    fdinfo. An empty tuple: it only waits for time to pass.
+    ``None`` for calls without descriptors, or if they cannot be read.
     """
+    # The sets of poll(2) and select(2) are in the memory of the process, those of epoll(7) in its
+    # fdinfo.
     if call.descriptor is not None:
         return (call.descriptor,)
     try:
@@ -113,9 +113,9 @@ def _memory(pid: int, address: int, size: int) -> bytes:
 
 
 def blocked_call(pid: int, task: int | None = None) -> Call | None:
-    """The call in which a thread is blocked, the main one by default.
+    """The call in which a thread (by default the main one) is blocked.
 
-    ``None`` if it runs or may not be looked at.
+    ``None`` if the thread runs, or if we have no permission to see it.
     """
     try:
         with open(f"/proc/{pid}/task/{pid if task is None else task}/syscall", "rb") as file:
@@ -131,10 +131,8 @@ def blocked_call(pid: int, task: int | None = None) -> Call | None:
 
 
 def awaited_child(call: Call) -> tuple[str, int] | None:
-    """Return the child that wait4 or waitid waits for, ``None`` for any child.
-
-    A process id is the one that the waiting process knows, in the process ids of its own namespace.
-    """
+    """Return the child that wait4 or waitid waits for, ``None`` for any child."""
+    # A process id is relative to the pid namespace of the waiting process.
     if call.name == "wait4" and call.arguments and (child := _signed(call.arguments[0])) > 0:
         return "pid", child
     if call.name == "waitid" and len(call.arguments) > 1:
@@ -155,7 +153,7 @@ def is_private_wait(call: Call) -> bool:
 
 
 def thread_ids(pid: int, most: int) -> list[int]:
-    """The ids of a process's threads, at most so many."""
+    """The ids of at most ``most`` threads of a process."""
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))[:most]
     except OSError:
@@ -163,6 +161,6 @@ def thread_ids(pid: int, most: int) -> list[int]:
 
 
 def _signed(value: int) -> int:
-    """The int that a register holds: its upper half is not the argument's."""
+    """Convert a register to a C int, which occupies only its lower half."""
     low = value % _INT
     return low - _INT if low >= _INT // 2 else low

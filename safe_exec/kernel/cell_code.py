@@ -1,4 +1,4 @@
-"""Maps frames of compiled code to cells and lines, by the agent's account."""
+"""Maps frames of compiled code to cells and lines, from the agent's reports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msgspec import Struct
 from safe_exec.agent import sources
 from safe_exec.kernel.fault_report import escaped
 
-# A cell's own code has a file name of its own. Code that a magic made of a cell's body may share
-# one with anything (``<string>``, ``<timed exec>``): there the function and its lines decide, and
-# of several that fit the one that was compiled last.
+# A cell's code has its own file name. Code that a magic compiles from a cell's body may share a
+# name with other code (``<string>``, ``<timed exec>``). There the function and its lines decide; if
+# several match, the one that was compiled last.
 
 MOST_SOURCES = 20_000
 LONGEST_MAP = 500
@@ -22,10 +22,10 @@ IDENTITY = [[1, 1]]
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """Code of a cell, by the cell's number inside.
+    """Code of a cell; ``cell`` is the agent's number.
 
     ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each
-    code object; ``None`` where the file name alone decides.
+    code object; ``None`` if the file name alone identifies the code.
     """
 
     cell: int
@@ -44,7 +44,7 @@ class Source(Struct, frozen=True, kw_only=True):
 class CellCode:
     """The sources that the agent has reported.
 
-    ``index_of`` gives the notebook's index for a cell's number inside.
+    ``index_of`` gives the notebook's index for the agent's number of a cell.
     """
 
     def __init__(self, index_of: Callable[[int], int | None]) -> None:
@@ -54,7 +54,7 @@ class CellCode:
 
     @classmethod
     def of_files(cls, cells: Mapping[str, int]) -> CellCode:
-        """For file names of which each belongs to one cell, lines unchanged."""
+        """Build from file names that each belong to one cell, without line maps."""
         code = cls(lambda number: number)
         for name, cell in cells.items():
             code.add(name, Source(cell=cell, line_map=IDENTITY))
@@ -69,7 +69,7 @@ class CellCode:
     def locate(self, function: str, line: int | None, file: str) -> tuple[int | None, int | None]:
         """The notebook's cell and the line in it, for a file name as faulthandler writes it.
 
-        No cell and the line as it is for code of no cell.
+        For other code, no cell and the line unchanged.
         """
         for source in reversed(self._sources.get(file, ())):
             if line is None:
@@ -83,9 +83,9 @@ class CellCode:
 
 
 def source_of(fact: Mapping[str, Any]) -> Source:
-    """A source from a fact of the kernel process.
+    """Read a source from one of the agent's facts.
 
-    Raises ValueError, TypeError or KeyError for what is none.
+    Raises ValueError, TypeError or KeyError for an invalid fact.
     """
     functions = fact.get("codes")
     return Source(

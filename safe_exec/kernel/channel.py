@@ -17,32 +17,32 @@ from typing import Any
 from safe_exec.kernel.connection import Connection
 from safe_exec.kernel.zmtp import Received
 
-# What is not a message is left out and counted, never raised: wrong signature, wrong number of
-# parts, no JSON, other types than the protocol has, or so much structure that a few megabytes of
-# JSON would take hundreds in memory.
+# Invalid messages are skipped and counted, never raised: a wrong signature or number of parts, no
+# JSON, types that the protocol does not have, or so much structure that a few megabytes of JSON
+# would take hundreds of megabytes in memory.
 
 DELIMITER = b"<IDS|MSG>"
 HEADER_BYTES = 64 << 10
 # Bytes that the objects of one message may take.
 MOST_PARSED = 96 << 20
-# So few bytes cannot take so much: no byte of JSON costs more than a bracket.
+# Smaller messages cannot exceed that: the most expensive byte of JSON is a bracket (72 bytes).
 HARMLESS_BYTES = 1 << 20
 MOST_TEXTS = 500_000
 _NO_STRUCTURE = bytes(set(range(256)) - set(b'[{,":'))
 _STREAMS = tuple((name, f'{{"name": "{name}", "text": "'.encode()) for name in ("stdout", "stderr"))
-# So long messages are taken without a break; then timers and others get their turn.
+# Messages are taken for this long without a break. Then timers and other tasks get their turn.
 TURN_SECONDS = 0.005
 
 
-class Refused(ValueError):  # noqa: N818 - says what happened
-    """The frames are no valid message."""
+class Refused(ValueError):  # noqa: N818 - names the event
+    """The frames are not a valid message."""
 
 
 class Channel:
     """One channel of a kernel.
 
-    ``on_oversize`` is called with the size of what was too large to be taken in, ``overheard`` with
-    each message, whoever it is for.
+    ``on_oversize`` is called with the size of a message that was too large, ``overheard`` with
+    every valid message.
     """
 
     def __init__(self, session: Any, connection: Connection) -> None:
@@ -92,7 +92,7 @@ class Channel:
             raise Empty from None
 
     def put_back(self, message: dict[str, Any]) -> None:
-        """Let a message be the next one."""
+        """Return this message from the next ``get_msg``."""
         self._back.append(message)
 
     def _message(self, received: Received) -> dict[str, Any] | None:
@@ -107,10 +107,11 @@ class Channel:
             return None
 
     def _remains(self, parts: list[bytes]) -> dict[str, Any] | None:
-        """Of a reply that was too large: that it came, to which request, and that it failed.
+        """Make an error reply from the kept parts of a reply that was too large.
 
-        Others leave nothing.
+        ``None`` for other messages.
         """
+        # nbclient would wait for the lost reply until the timeout.
         if DELIMITER not in parts:
             return None
         _, header, parent, *_ = [*parts[parts.index(DELIMITER) + 1 :], b"", b"", b""]
@@ -139,24 +140,24 @@ class Channel:
         return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **remains}
 
     def send(self, msg: dict[str, Any]) -> None:
-        """Send a message of the session's; one that no kernel takes any more is lost."""
+        """Send a message of the session; it is lost if the kernel has gone."""
         self.connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
 
     def start(self) -> None:
         """Do nothing: the connection is open already."""
 
     def stop(self) -> None:
-        """Close the connection. May be called again."""
+        """Close the connection. Can be called again."""
         self.connection.close()
 
     close = stop
 
     def is_exhausted(self) -> bool:
-        """Whether the other end is gone and all that it sent has been taken."""
+        """Whether the other end has closed and all of its messages were taken."""
         return self.connection.exhausted and not self._back
 
     def is_alive(self) -> bool:
-        """Whether the other end is there."""
+        """Whether the other end is still connected."""
         return not self.connection.ended
 
 
@@ -164,9 +165,9 @@ class Channel:
 
 
 def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
-    """The message that parts make up. Raises ValueError and others for parts that make up none."""
-    # As jupyter_client's session, which looks for dates in every text of both headers with
-    # dateutil: two thirds of what a message costs.
+    """Parse and verify a message. Raises ValueError and others if it is invalid."""
+    # Like Session.deserialize of jupyter_client, but without its search for dates in every text of
+    # both headers by dateutil. That search takes two thirds of the time of a message.
     _, signed = session.feed_identities(list(parts))
     if len(signed) < 5:  # noqa: PLR2004 - signature, header, parent, metadata, content
         raise Refused(f"a message of {len(signed)} parts")
@@ -197,14 +198,14 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
 
 
 def _demand_signed(session: Any, signed: list[bytes]) -> None:
-    """Raise Refused unless the message bears the kernel's signature, for the first time."""
+    """Raise Refused unless the signature is valid and was not seen before."""
     if session.auth is None:
         return
     if signed[0] in session.digest_history:
         raise Refused("Duplicate signature: a message of before")
     if not compare_digest(signed[0], session.sign(signed[1:5])):
         raise Refused("Invalid signature")
-    session._add_digest(signed[0])  # noqa: SLF001 - it keeps the history bounded, too
+    session._add_digest(signed[0])  # noqa: SLF001 - also bounds the history
 
 
 def _unpacked(session: Any, part: bytes) -> Any:
@@ -218,10 +219,8 @@ def _unpacked(session: Any, part: bytes) -> Any:
 
 
 def stream_content(part: bytes) -> dict[str, Any] | None:
-    """The content of a text as ipykernel sends it, whose structure need not be looked for.
-
-    ``None`` for any other.
-    """
+    """Parse a stream's content in the exact form that ipykernel sends; ``None`` for other forms."""
+    # Text is the most frequent message by far, and one call of the C scanner parses it.
     for name, head in _STREAMS:
         if part.startswith(head):
             content = part.decode("utf-8", "replace")
@@ -232,10 +231,8 @@ def stream_content(part: bytes) -> dict[str, Any] | None:
 
 
 def _date(text: object) -> object:
-    """The moment that an ISO 8601 date is, for nbclient's record of timings.
-
-    Anything else as it is.
-    """
+    """Parse an ISO 8601 date; return anything else unchanged."""
+    # nbclient stores the dates of messages as the cell's timings.
     try:
         return datetime.fromisoformat(text) if isinstance(text, str) else text
     except ValueError:
@@ -252,8 +249,8 @@ def _adapted(message: dict[str, Any]) -> dict[str, Any]:
 
 def _cost(part: bytes) -> int:
     """Return an upper bound of the memory that the objects of a JSON text take."""
-    # CPython's sizes: a container 72 with its place, a text 56, an entry of an object 50, a number
-    # 32.
+    # Bytes in CPython: a container 72 including its place in the parent, a text 56, an entry of an
+    # object 50, a number 32.
     marks = part.translate(None, _NO_STRUCTURE)  # one pass instead of five
     containers = marks.count(b"[") + marks.count(b"{")
     return (
@@ -267,6 +264,7 @@ def _cost(part: bytes) -> int:
 
 def _cost_of_structure(part: bytes) -> int:
     """Return the same bound for everything outside of texts."""
+    # An HTML or SVG output has many brackets and commas within a text, where they cost one byte.
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     texts = plain.count(b'"') // 2
     if texts > MOST_TEXTS:

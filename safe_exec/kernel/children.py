@@ -9,13 +9,12 @@ from safe_exec.kernel.processes import command_text, read_bytes
 from safe_exec.model.observed import EndedChild
 
 MOST_KNOWN = 256
-# Processes that are taken in at one look: a notebook that starts thousands must not keep us from
-# all else.
+# Processes per look: a notebook that starts thousands must not starve everything else.
 MOST_AT_ONCE = 32
 
 
 class Known(NamedTuple):
-    """A process that was seen alive; its start tells it from a later one with the same id."""
+    """A process that was seen alive, with its start time, since process ids are reused."""
 
     pid: int
     started: int
@@ -25,17 +24,17 @@ class Known(NamedTuple):
 
 
 class ChildHistory:
-    """The children of one kernel, and theirs, that were seen while the current cell ran."""
+    """The descendants of one kernel that were seen during the current cell."""
 
     def __init__(self) -> None:
         self._children: dict[int, Known] = {}
 
     def begin_cell(self) -> None:
-        """Forget those that have ended by now."""
+        """Forget the children that have ended."""
         self._children = {pid: child for pid, child in self._children.items() if _lives(child)}
 
     def note(self, kernel: int) -> None:
-        """Remember the children that live."""
+        """Add the living children."""
         queue, count = procfs.children(kernel), 0
         while queue and count < MOST_AT_ONCE:
             pid = queue.pop(0)
@@ -64,7 +63,7 @@ class ChildHistory:
 
     def known(self) -> dict[int, EndedChild]:
         """Return all children by process id outside."""
-        # Of a zombie /proc no longer shows the command.
+        # /proc shows no command line for a zombie; this keeps the earlier one.
         return {pid: _as_ended(child) for pid, child in self._children.items()}
 
     def ended(self) -> tuple[EndedChild, ...]:

@@ -18,27 +18,28 @@ from safe_exec.kernel.message_validation import checked, mended_reply
 from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
 from safe_exec.kernel.shared_page import Message, Note, Page, Text
 
-# nbclient does what it does well: requests, replies, outputs, displays, widgets. What differs here:
-# death comes as an event, not from a poll by seconds; outputs are counted and cut at their caps;
-# what a dead kernel had written but not sent is put into the cell afterwards. Timeouts are the
-# trial's business (``trial/cell_loop.py``), so nbclient's own are off.
+# nbclient handles requests, replies, outputs, displays and widgets. Three things differ here: a
+# death is an event, where nbclient polls once per second; outputs are counted and cut at their
+# caps; and output that a dead kernel had written but not sent is added to the cell afterwards. The
+# trial handles timeouts (``trial/cell_loop.py``), so nbclient's own are off.
 
+# The ends of the last texts are kept with their times. After a death they may tell the cause.
 LAST_TEXTS = 32
-# Of the text that came last its end is kept, with the time: after a death it may say why.
 LAST_TEXT_CHARACTERS = 4096
-# A cell with so many outputs gets further text of the same stream joined to the last one.
+# From this number of outputs on, further text of the same stream is joined to the last one.
 MERGE_AFTER = 200
 
 OUTPUTS = ("stream", "display_data", "execute_result", "error")
 KEPT = (*OUTPUTS, "clear_output", "comm_open", "comm_msg", "comm_close")
-# Bytes that an output costs beside its content; so a flood of empty ones is bounded too.
+# Bytes that an output costs in addition to its content, so that empty outputs are bounded too.
 OVERHEAD = 200
 
+# After a death: the silence that ends reading, and the longest time to read.
 QUIET_SECONDS = 0.01
 LOOK_AGAIN_SECONDS = 0.001
 DRAIN_SECONDS = 2.0
 LONGEST_ID = 200
-# So soon a kernel that has nothing else to do has begun a cell.
+# An idle kernel begins a cell within this time.
 BEGIN_SECONDS = 0.25
 LOOK_SECONDS = 0.02
 
@@ -94,19 +95,21 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- death ------------------------------------------------------------------------------------
 
     async def _async_poll_kernel_alive(self) -> None:
-        """Wait for the death, read what remains on the wire, then end the wait for a reply."""
+        """Wait for the death, read the remaining messages, then end the wait for a reply."""
+        # nbclient's own method polls once per second and cancels the output task without draining
+        # iopub, which loses the last outputs of the dying cell.
         await self.died.wait()
         await self._drained()
         assert self.task_poll_for_reply is not None
-        # A wait that ends at the same moment may swallow a cancellation (asyncio.wait_for before
-        # Python 3.12).
+        # asyncio.wait_for before Python 3.12 can swallow a cancellation that comes in the moment in
+        # which its own wait ends. So cancel until the task is done.
         while not self.task_poll_for_reply.done():
             self.task_poll_for_reply.cancel()
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
     async def _drained(self) -> None:
-        """Wait until no more messages come: the end of the socket, or silence."""
-        # A forked child may hold the socket open.
+        """Wait until the socket has ended or has been silent for a moment."""
+        # A forked child may hold the socket open, so its end may never come.
         deadline = time.monotonic() + DRAIN_SECONDS
         count, since = self.accounts.messages, time.monotonic()
         while not self.kc.iopub_channel.is_exhausted() and time.monotonic() < min(
@@ -139,8 +142,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         outputs: Any,
         alive: Any,
     ) -> Any:
-        """As nbclient, for a reply that is believed."""
-        # Whoever runs code in a kernel knows its key and can sign one.
+        """Wait for a reply that the shared page confirms; then continue as nbclient does."""
+        # Code in the kernel knows the key and can send a signed reply before its cell has ended.
         shell = self.kc.shell_channel
         while True:
             reply = await shell.get_msg(timeout=None)
@@ -152,13 +155,13 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return await super()._async_poll_for_reply(msg_id, cell, timeout, outputs, alive)
 
     async def _believed(self, reply: dict[str, Any], msg_id: str) -> dict[str, Any]:
-        """The reply, or a later one, once the kernel's own record says that the cell ended.
+        """Return the last reply once the agent has noted the end of the cell.
 
-        Until then the cell runs, and has its time.
+        Until then the cell runs, and its timeout counts.
         """
-        # A kernel notes the end of a cell before it answers. A cell that was never begun there may
-        # be one that a kernel of a class of its own handles by itself: such a reply is believed
-        # after a moment.
+        # The agent notes the end of a cell before the kernel replies. A kernel with its own shell
+        # class may run a cell without our agent seeing it. So accept a reply to a cell that has not
+        # begun after a moment.
         deadline = time.monotonic() + BEGIN_SECONDS
         while self._at_work("its reply") or (not self._begun() and time.monotonic() < deadline):
             with contextlib.suppress(Empty):
@@ -171,10 +174,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
-        """Whether the kernel's own record contradicts a message that says it is done.
-
-        It is remembered which.
-        """
+        """Whether the agent's note contradicts a claim that the cell is done; store the claim."""
         note = self.note()
         if note is None or note.finished:
             return False
@@ -191,7 +191,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
         """Note a request to end the kernel."""
-        # ``exit()`` in IPython replies "ok" with such a payload; ``exit(True)`` keeps the kernel.
+        # ``exit()`` in IPython replies "ok" with this payload, and the kernel's loop stops 0.1 s
+        # later. ``exit(True)`` keeps the kernel.
         for payload in content.get("payload") or ():
             asks = (
                 isinstance(payload, dict)
@@ -205,7 +206,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         """Process one message for the running cell."""
-        # One that is malformed is left out and counted: it is the kernel's fault, not ours.
+        # An invalid message is skipped and counted: it must not end the run with an internal error.
         try:
             return self._process(msg, cell, cell_index)
         except CellExecutionComplete:
@@ -219,7 +220,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.first_malformed = self.first_malformed or problem[:300]
 
     def _process(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        """Count a message, cut what goes beyond the caps, and have nbclient do the rest."""
+        """Count a message, cut output beyond the caps, then let nbclient process it."""
         accounts = self.accounts
         accounts.messages += 1
         kind = msg["msg_type"]
@@ -242,8 +243,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if kind == "clear_output":
             return self._clear(msg, cell, cell_index)
         if self.clear_before_next_output and kind in OUTPUTS:
-            # Whether what comes now fits or not.
+            # Clear even if the new output does not fit, as the notebook asked for.
             self._clear_now(cell, cell_index)
+        # An error is never cut away: it tells why the cell failed. A very large traceback is
+        # shortened.
         if kind == "error":
             if self.cell_cap is not None and size > self.cell_cap:
                 content["traceback"] = bounded(content.get("traceback") or [])
@@ -254,10 +257,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return output
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
-        """For the kernel's death: which text and which displays did arrive.
-
-        A forked child's text is not the kernel's.
-        """
+        """Record the text and displays that arrived, for ``recover`` after a death."""
+        # The agent's journal counts the kernel's own characters, so a forked child's text must not
+        # count here.
         if kind == "stream":
             name = content.get("name")
             self.accounts.texts.append(
@@ -282,7 +284,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return result
 
     def _clear_now(self, cell: Any, cell_index: int) -> None:
-        """Carry out an earlier ``clear_output(wait=True)``, as nbclient does at the next output."""
+        """Carry out an earlier ``clear_output(wait=True)`` at the next output, as nbclient does."""
         cell.outputs[:] = []
         self.clear_display_id_mapping(cell_index)
         self.clear_before_next_output = False
@@ -294,7 +296,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.accounts.marked = False
 
     def _admit(self, kind: str, content: dict[str, Any], size: int, cell: Any) -> bool:
-        """Whether an output fits the caps; text is shortened to what does, with a mark."""
+        """Whether to store an output; text is shortened to the remaining bytes, with a mark."""
         remaining = self._left()
         if remaining is None or size + OVERHEAD <= remaining:
             self._store(size + OVERHEAD)
@@ -339,21 +341,19 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return f"\n[safe-exec: output cut here; limit for {place} {format_size(cap or 0)}]\n"
 
     def cut_display(self, size: int) -> None:
-        """Mark a message that was too large to send or to read in the running cell."""
+        """Mark, in the running cell, a message that was too large to send or to read."""
         if self.running is not None and not self.accounts.marked:
             self.accounts.truncated = self.accounts.marked = True
             self.running[1].outputs.append(remark(self._mark().lstrip()))
-        # One message too large is cut, not a flood: it counts as a cell's worth of output.
+        # A single large message must not look like a flood, so it counts as at most a cell's cap.
         self.accounts.received += size if self.cell_cap is None else min(size, self.cell_cap)
 
     def output(
         self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int
     ) -> Any:
         """Add an output, as nbclient does, with two differences."""
-        # A stream in very many pieces is joined, and what ``checked`` has validated is not
-        # validated again.
-        # nbformat's own check takes as long as all else that is done with an output, and describes
-        # each text to itself.
+        # A stream in very many pieces is joined. And ``checked`` has validated the content already:
+        # nbformat's schema check would double the time that an output takes.
         if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
             return super().output(outs, msg, display_id, cell_index)
         node = output_node(msg["msg_type"], msg["content"])
@@ -372,13 +372,12 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- after a death ----------------------------------------------------------------------------
 
     def recover(self, page: Page, number: int, residue: dict[str, str]) -> int:
-        """Put into the running cell what the dead kernel had written and not sent.
+        """Add output that the dead kernel had written but not sent to the running cell.
 
-        How many characters and displays.
-
-        ``number`` is the cell's number inside; ``residue`` what its descriptors' pipes still held,
-        by stream.
+        Returns the number of characters and displays. ``number`` is the agent's number of the cell;
+        ``residue`` is the text left in the pipes of descriptors 1 and 2, by stream.
         """
+        # ipykernel sends prints every 0.2 s, and SIGKILL loses the buffered ones.
         if self.running is None:
             return 0
         recovered = 0
@@ -394,6 +393,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
 
     def _already(self, record: Text) -> int:
         """Return how many characters of a record have arrived."""
+        # The journal numbers the characters of each stream, and the wire delivers them in order.
         return max(0, self.accounts.characters[record.stream] - record.start)
 
     def _recover_text(self, name: str, text: str) -> int:
@@ -403,6 +403,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return len(text)
 
     def _recover_message(self, record: Message) -> int:
+        # The message may have arrived after all: its id tells.
         message = _parse(record.frames)
         if (
             message is None

@@ -1,4 +1,4 @@
-"""One connection to a kernel's socket, in the protocol of ZeroMQ (``zmtp``), bounded everywhere."""
+"""One ZeroMQ connection to a kernel's socket (frames in ``zmtp``), with bounded memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from msgspec import Struct
 from safe_exec.kernel import zmtp
 from safe_exec.kernel.zmtp import MessageReader, Received
 
-# Why not libzmq: it reads thousands of messages ahead whatever their size, accepts any number of
-# parts, and reconnects, by name, to whatever listens there by then. A connection here is made once,
-# before any code of the notebook runs, and never again. It reads no more than has room among the
-# waiting messages, so a fast sender is blocked by its own full socket.
+# Why not libzmq: it reads thousands of messages ahead regardless of their size, accepts any number
+# of parts, and reconnects by name to any process that has taken over the address. Here a connection
+# is made once, before any code of the notebook runs. It stops reading when the queue of messages is
+# full, so a fast sender is blocked by its own full socket.
 
 READ_BYTES = 256 << 10
-# Read in one turn of the event loop.
+# Bytes read in one turn of the event loop.
 TURN_BYTES = 4 << 20
 MOST_UNSENT = 64 << 20
+# Pauses between attempts to connect while the kernel starts. libzmq retries every 100 ms.
 RETRY_SECONDS = {"ipc": 0.002, "tcp": 0.01}
-# Our end of a TCP connection. From the address that we connect to, a connection may meet itself
-# before anybody listens there (RFC 9293, 3.5).
+# Our end of a TCP connection. A socket that connects to an unused port of its own address can, by
+# chance, connect to itself (simultaneous open, RFC 9293, 3.5). Another source address excludes
+# that.
 OTHER_LOOPBACK = "127.0.0.2"
 
 
-class ConnectFailed(OSError):  # noqa: N818 - says what happened
-    """No connection could be made, or the other end does not speak the protocol."""
+class ConnectFailed(OSError):  # noqa: N818 - names the event
+    """The connection failed, or the other end does not speak the protocol."""
 
 
 class Connection:
@@ -47,7 +49,7 @@ class Connection:
         self.on_arrival: Callable[[], None] = lambda: None
 
     def start(self, first: bytes) -> None:
-        """Start reading; ``first`` was read before."""
+        """Start reading; ``first`` are bytes that came with the handshake."""
         self.reader.add(first)
         self._parse()
         self._resume()
@@ -55,7 +57,7 @@ class Connection:
     # --- reading --------------------------------------------------------------------------------
 
     def take(self) -> Received | None:
-        """Return the oldest message that waits."""
+        """Return the oldest waiting message."""
         message = self.reader.take()
         if message is not None and not self._reading and not self.ended:
             self._parse()
@@ -64,7 +66,7 @@ class Connection:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the end has come and every message was taken."""
+        """Whether the other end has closed and every message was taken."""
         return self.ended and not self.reader
 
     def _resume(self) -> None:
@@ -78,16 +80,17 @@ class Connection:
             self._loop.remove_reader(self._socket.fileno())
 
     def _readable(self) -> None:
-        # A kernel that sends without a pause must not keep the event loop from its timers.
+        # A kernel that sends without a pause must not delay the timers of the event loop.
         for _ in range(TURN_BYTES // READ_BYTES):
             if not self._receive():
                 return
 
     def _receive(self) -> bool:
-        """Read once; false if nothing more is to be read in this turn."""
+        """Read once; false if there is nothing more to read in this turn."""
         room = READ_BYTES
         try:
             space = self.reader.space()
+            # A large part is read straight to its place, without a copy.
             if space is not None:
                 room = len(space)
                 count = self._socket.recv_into(space)
@@ -126,7 +129,7 @@ class Connection:
     # --- writing --------------------------------------------------------------------------------
 
     def send(self, parts: list[bytes]) -> bool:
-        """Send a message, now or when there is room; whether it was taken on."""
+        """Send a message, now or when the socket has room; false if it was rejected."""
         if self.ended or len(self._out) > MOST_UNSENT:
             return False
         self.write(zmtp.encode(parts))
@@ -134,18 +137,18 @@ class Connection:
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait for room in the socket."""
+        """Bytes that wait until the socket has room."""
         return len(self._out)
 
     def write(self, data: bytes) -> None:
-        """Send an encoded message, now or when there is room, whatever waits already."""
+        """Send an encoded message, now or when the socket has room, without a bound."""
         if not self._out:
             try:
                 data = data[self._socket.send(data) :]
             except BlockingIOError:
                 pass
             except OSError:
-                # The end is seen by reading.
+                # The reader notices the end of the connection and reports it.
                 return
         if data:
             if not self._out:
@@ -190,11 +193,11 @@ class Address(Struct, frozen=True, kw_only=True):
 async def connect(
     address: Address, *, kind: str, identity: bytes, largest: int | None
 ) -> Connection:
-    """Connect as a socket of a kind (``DEALER``, ``SUB``). Raises ConnectFailed.
+    """Connect as a type of socket (``DEALER``, ``SUB``). Raises ConnectFailed.
 
-    Waits without an end for somebody to listen; the caller cancels. After that there is no second
-    try.
+    Waits without a timeout until the kernel listens; the caller cancels.
     """
+    # Only the wait for a listener is repeated. A failed handshake is final.
     sock = await _connected(address)
     try:
         first_bytes = await _shake_hands(sock, kind, identity)
@@ -216,7 +219,7 @@ async def _connected(address: Address) -> socket.socket:
             if address.port:
                 await asyncio.get_running_loop().sock_connect(sock, (address.host, address.port))
             else:
-                # At once or not at all: EAGAIN means that the listener's queue is full (unix(7)).
+                # This never blocks: EAGAIN means that the listener's queue is full (unix(7)).
                 sock.connect(address.host)
         except OSError:
             sock.close()
@@ -239,7 +242,7 @@ def _open(address: Address) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setblocking(False)
     if address.port:
-        # Requests are small, and each waits for its reply: Nagle's algorithm would add 40 ms.
+        # Requests are small and each waits for its reply, so Nagle's algorithm would add 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if address.host.startswith("127."):
             with contextlib.suppress(OSError):

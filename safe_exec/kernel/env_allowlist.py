@@ -1,12 +1,12 @@
-"""The variables that a kernel may see if only listed ones are passed. Pure."""
+"""The environment variables that isolation passes to a kernel. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
-# Variables that are known to be harmless and useful; proxies only where their value holds no
-# password.
+# Variables that are useful and hold no secrets. The URL of a proxy can contain a password; such a
+# value is not passed.
 LISTED = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS",

@@ -25,9 +25,10 @@ _THREAD = re.compile(
 )
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
-# Code of ours that is put around ipykernel's: it stands between a cell and a cell that it runs.
+# Our own wrappers around ipykernel's functions. Their frames appear between a cell and a cell that
+# it runs.
 _OURS = re.compile(r"/safe_exec/agent/\w+\.py$")
-# Faulthandler cuts a file name off there.
+# faulthandler cuts off file names at this length.
 LONGEST = 500
 
 
@@ -40,11 +41,10 @@ class Thread(Struct, frozen=True, kw_only=True):
 
 
 def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
-    """All threads of the last dump in ``text``; ``cells`` knows whose code a frame runs."""
+    """Parse all threads of the last dump in ``text``; ``cells`` maps frames to cells."""
     threads: list[tuple[int, bool, list[Frame]]] = []
-    for line in text[: text.rfind("\n") + 1].split(
-        "\n"
-    ):  # a line without its end may be cut off within a name
+    # The last line may be cut off within a name. Use complete lines only.
+    for line in text[: text.rfind("\n") + 1].split("\n"):
         if match := _THREAD.match(line):
             threads.append((int(match[2], 16), match[1] == "Current thread", []))
         elif (match := _FRAME.match(line)) and threads:
@@ -67,7 +67,8 @@ def escaped(name: str) -> str:
 
 def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
     """Return a stack up to its outermost frame of notebook code."""
-    # IPython's own frames below say nothing. Other stacks stay whole.
+    # The frames of IPython further out are the same in every stack. A stack without notebook code
+    # stays whole.
     outermost = max(
         (n for n, frame in enumerate(frames) if frame.cell is not None), default=len(frames) - 1
     )
@@ -75,7 +76,7 @@ def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
 
 def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...]:
-    """The main thread's frames in a dump, empty when it is not there."""
+    """The main thread's frames in a dump; empty if the dump lacks it."""
     threads = parse_threads(text, cells)
     return next(
         (t.frames for t in threads if t.ident == main),
@@ -90,19 +91,19 @@ def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Fr
 
 
 def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
-    """The main thread's frames in each of several dumps, as they came."""
+    """The main thread's frames in each of several dumps, oldest first."""
     return tuple(t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames)
 
 
 def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:
-    """The innermost line of a cell in a stack; ``None`` where no frame is the cell's."""
+    """The innermost line of a cell in a stack; ``None`` if the stack has no frame of the cell."""
     return next((frame.line for frame in stack if frame.cell == cell and frame.line), None)
 
 
 def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
-    """Return the last of some stacks, or one at its line that is more typical."""
-    # Between two calls of the function that fills the memory the caller is seen for a moment. Where
-    # two cells' code is seen equally often, the one deeper down counts.
+    """Return the last of some stacks, or a more typical one at the same line."""
+    # Between two calls of the function that fills the memory, a dump can catch the caller. So take
+    # the cell that most dumps were in; of two equally frequent cells, the one deeper in the stack.
     line = innermost_line(stacks[-1], cell)
     alike = [stack for stack in stacks if innermost_line(stack, cell) == line]
     matching = [
@@ -117,7 +118,7 @@ def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame,
 
 def fatal_part(text: str) -> str:
     """Return the text from the last fatal error on."""
-    # Stacks that were asked for come earlier in the same channel.
+    # Requested dumps use the same descriptor and come before the fatal report.
     at = text.rfind("Fatal Python error: ")
     return text[at:] if at >= 0 else ""
 
@@ -130,9 +131,9 @@ def parse_fault(  # noqa: PLR0917 - the text, its key, and the figures that belo
     stack_limit: int | None,
     thread: FaultingThread | None = None,
 ) -> FaultReport | None:
-    """The report of a fatal signal, ``None`` when nothing fatal was written.
+    """Parse the report of a fatal signal; ``None`` if there is none.
 
-    ``thread`` is the one that wrote it, as the keeper read it.
+    ``thread`` holds the registers of the faulting thread, as the keeper read them.
     """
     part = fatal_part(text)
     if not part:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.model.evidence import FaultSite
 
-# A call writes 8 bytes below the stack pointer; code may use 128 there without moving it (x86-64
-# ABI, red zone).
+# A call writes 8 bytes below the stack pointer, and code may use the 128 bytes below it without
+# moving it (red zone of the x86-64 ABI).
 BELOW_POINTER = 256
 PAGE = 4096
 NEAR_BYTES = 64 * 1024
@@ -17,10 +17,8 @@ def read_site(
 ) -> FaultSite | None:
     """Return the place of a fault, ``None`` if the keeper could not read the thread.
 
-    ``ident`` is the faulting thread's identifier by the fault report. For a thread that glibc made
-    it is the address of its descriptor, which lies at the upper end of its own stack.
-    ``arithmetic``: the signal was SIGFPE, which a division by zero raises without a mark in the
-    registers.
+    ``ident`` is the faulting thread's identifier in the fault report. ``arithmetic`` is true for
+    SIGFPE.
     """
     if thread is None:
         return None
@@ -38,7 +36,7 @@ def read_site(
 
 
 def _overflowed(thread: FaultingThread, ident: int | None) -> bool:
-    """Whether the access that failed was one to the thread's stack, past its end."""
+    """Whether the failing access was just past the end of the thread's own stack."""
     # A stack grows downwards. The failing access is near the stack pointer or, for a large frame,
     # between the pointer and the end of the stack. An overflow of a few frames may also stop in a
     # guard that is part of the stack's own mapping (glibc 2.42 on Linux 6.13, MADV_GUARD_INSTALL).
@@ -46,7 +44,9 @@ def _overflowed(thread: FaultingThread, ident: int | None) -> bool:
     if address is None or stack is None or address < pointer - BELOW_POINTER:
         return False
     low, high = stack
-    # Two threads' stacks may lie side by side; the failing one must be the thread's own.
+    # Stacks of two threads can be adjacent, so make sure that it is the thread's own. The
+    # identifier of a glibc thread is the address of its descriptor, at the upper end of its own
+    # stack.
     own = thread.stack_is_main if thread.main else ident is not None and low <= ident < high
     guarded = thread.address_access is not None and thread.address_access.startswith("---")
     if address < low and pointer < low + PAGE:

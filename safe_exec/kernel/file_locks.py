@@ -12,17 +12,17 @@ from safe_exec.kernel.processes import command_text, descriptor_target, descript
 from safe_exec.model.observed import ObservedLock
 
 SLEEPS = ("nanosleep", "clock_nanosleep")
-# The bytes that SQLite locks in a database (os.h: PENDING_BYTE), far behind any content.
+# The bytes that SQLite locks in a database file (os.h: PENDING_BYTE).
 SQLITE_LOCKS = range(0x40000000, 0x40000000 + 512)
-# Those that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c:
+# The bytes that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c:
 # WALINDEX_LOCK_OFFSET).
 WAL_LOCKS = range(120, 128)
 
 
 class Entry(NamedTuple):
-    """A line of /proc/locks. ``waits``: not granted yet.
+    """A line of /proc/locks. ``waits`` is true for a lock that is not granted yet.
 
-    ``pid`` is -1 for locks of open files and 0 for a process that is not seen here.
+    ``pid`` is -1 for locks of open files, and 0 for a process outside our pid namespace.
     """
 
     number: str
@@ -35,7 +35,8 @@ class Entry(NamedTuple):
 
 
 def parse(text: str) -> list[Entry]:
-    """The entries of /proc/locks, or of the ``lock:`` lines of a fdinfo file."""
+    """Parse /proc/locks, or the ``lock:`` lines of a fdinfo file."""
+    # A waiting lock follows the lock that blocks it, has the same number, and an arrow.
     entries = []
     for line in text.splitlines():
         number, _, tail = line.strip().removeprefix("lock:").strip().partition(":")
@@ -61,7 +62,8 @@ def parse(text: str) -> list[Entry]:
 
 
 def lock_of(kernel: int, call: Call | None, others: Sequence[int]) -> ObservedLock | None:
-    """Return the file lock that a kernel waits for, or may be trying for repeatedly."""
+    """Return the file lock that a kernel waits for, or may be polling."""
+    # SQLite and lock-file packages do not block in a lock call. They sleep between attempts.
     if call is not None and call.name in ("flock", "fcntl"):
         return awaited_lock(kernel, call, others)
     if call is not None and call.name in SLEEPS:
@@ -70,7 +72,7 @@ def lock_of(kernel: int, call: Call | None, others: Sequence[int]) -> ObservedLo
 
 
 def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> ObservedLock | None:
-    """The lock that a kernel is blocked for in flock(2) or fcntl(2), with its holder.
+    """Return the lock that blocks a kernel in flock(2) or fcntl(2), with its holder.
 
     ``others`` are the sandbox's other processes.
     """
@@ -85,8 +87,8 @@ def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> Obser
         (e for e in entries if waiting and not e.waits and e.number == waiting.number), None
     )
     kind = "flock" if call.name == "flock" else "fcntl"
-    # The lock of an open file may have outlived the process that took it: whoever has the file open
-    # by inheritance holds it.
+    # flock(2) locks belong to the open file, not to the process. A child that inherited the file
+    # holds the lock even if the process that took it has ended.
     for pid in (kernel, *others):
         if any(target == path for target in held_files(pid)):
             return _lock(path, kind, pid, kernel)
@@ -111,7 +113,7 @@ def held_files(pid: int) -> list[str]:
 
 
 def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
-    """Return a held file lock for a kernel that is known to try for one repeatedly."""
+    """Return a held file lock, for a kernel that sleeps between attempts to get one."""
     for pid in (kernel, *others):
         for path in held_files(pid):
             return _lock(path, "lock file", pid, kernel)
@@ -120,6 +122,9 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 
 def database_lock(kernel: int) -> ObservedLock | None:
     """Return an exclusive lock of SQLite on a database that the kernel has open."""
+    # A process never waits for its own POSIX locks, but SQLite keeps the connections of one process
+    # apart by itself. So the kernel counts as the holder if it has the database open more than
+    # once. (SQLite opens a -shm file only once per process.)
     entries = [
         entry
         for entry in parse(_text("/proc/locks"))

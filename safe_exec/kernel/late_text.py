@@ -1,4 +1,4 @@
-"""Text that arrives for a cell after it was done, which nbclient leaves out."""
+"""Text that arrives for a cell after the cell was done. nbclient ignores it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MOST_CHARACTERS = 16384
 
 
 class LateText:
-    """The end of the stderr that came late, by the cell's index.
+    """The end of late stderr text, by cell index."""
 
-    That of the threads which a cell had started. Evidence, no output.
-    """
+    # A thread that a cell started can write after the cell, and its message may explain a later
+    # death. It is evidence, but not output of the notebook.
 
     def __init__(self, client: TrialClient) -> None:
         self._client = client
         self.by_cell: dict[int, str] = {}
 
     def take(self, message: dict[str, Any]) -> None:
-        """Process one message, for whichever cell."""
+        """Process one message of any cell."""
         requests, running = self._client.cells_by_request, self._client.running
         parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
         is_late = running is None or parent != running[0]

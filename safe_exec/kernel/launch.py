@@ -27,11 +27,11 @@ from safe_exec.sandbox.sandbox import Sandbox, WallSetup
 if TYPE_CHECKING:
     from safe_exec.sandbox.enclosure import Enclosure
 
-# Imports nothing of Jupyter but its search path: jupyter_client takes longer to import than a
-# sandbox takes to build, and the kernel can start meanwhile. What is found here is what
-# jupyter_client would find; a test compares them.
+# Imports only Jupyter's search path: importing jupyter_client takes longer than building a sandbox,
+# and the kernel can start meanwhile. A test compares the results with those of jupyter_client.
 
-# Ipykernel would watch for the death of a parent that is not its parent: the keeper is.
+# With JPY_PARENT_PID ipykernel watches that process as its parent. Here the keeper is the parent,
+# and inside a pid namespace ipykernel sees parent 1 and exits with status 1.
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 
 MODULES = ("ipykernel_launcher", "ipykernel")
@@ -39,10 +39,10 @@ MESSAGE_SLACK = 1 << 20
 
 
 class AgentChannels:
-    """The page and the facts socket of one kernel, ours and theirs."""
+    """The page and both ends of the facts socket of one kernel."""
 
     def __init__(self) -> None:
-        """Raises SandboxError where the system cannot make the page."""
+        """Create both. Raises SandboxError if the system cannot make the page."""
         try:
             self.page = Page()
         except OSError as error:
@@ -56,22 +56,22 @@ class AgentChannels:
 
     @property
     def pass_fds(self) -> dict[str, int]:
-        """Return the kernel's descriptors, by their place holders in the command."""
+        """Return the kernel's descriptors by placeholder in the command."""
         return {"page": self.page.fd, "facts": self._theirs.fileno()}
 
     def handed_over(self) -> None:
-        """Close the kernel's end here, so that its end is seen."""
+        """Close our copy of the kernel's end; without it the socket ends with the kernel."""
         self._theirs.close()
 
     def close(self) -> None:
-        """Close page, facts socket and the kernel's ends."""
+        """Close the page and both ends of the facts socket."""
         self._theirs.close()
         self.facts.close()
         self.page.close()
 
 
 def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] | None:
-    """The kernel's command with ours in front, ``None`` for a command that is not ipykernel's."""
+    """Put our bootstrap in front of an ipykernel command; ``None`` for other commands."""
     # ``python [flags] -m ipykernel_launcher ...`` becomes ``python [flags] start.py PAGE FACTS
     # FAULT CONFIG -m ...``.
     if "-m" not in cmd or not os.path.basename(cmd[0]).startswith("python"):
@@ -94,9 +94,9 @@ def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] 
 
 
 def speaks_ipc(cmd: Sequence[str]) -> bool:
-    """Whether a kernel is known to name its ipc sockets as jupyter_client does.
+    """Whether a kernel names its ipc sockets as jupyter_client does.
 
-    Others get TCP on loopback.
+    Other kernels get TCP on loopback.
     """
     return "-m" in cmd and any(part in MODULES for part in cmd)
 
@@ -109,12 +109,12 @@ class Spec(Struct, frozen=True, kw_only=True):
 
     @property
     def argv(self) -> list[str]:
-        """The kernel's command with its place holders."""
+        """The kernel's command with its placeholders."""
         return list(self.document["argv"])
 
 
 class LaunchedKernel(Struct, frozen=True, kw_only=True):
-    """A kernel process that runs in its sandbox, and how to reach it."""
+    """A kernel process in its sandbox, with its connection."""
 
     spec: Spec
     connection: Mapping[str, Any]
@@ -126,8 +126,8 @@ class LaunchedKernel(Struct, frozen=True, kw_only=True):
 class Launch(Struct, frozen=True, kw_only=True):
     """The parameters of a start.
 
-    A kernel that shares the ``key`` of somebody else's connection file is one that people talk to;
-    the client's own ``arguments`` come after its command.
+    An interactive kernel has the ``key`` of its client's connection file, and the client's
+    ``arguments`` after its command.
     """
 
     spec: Spec
@@ -169,7 +169,7 @@ def _read_spec(directory: str) -> Spec | None:
     try:
         document = json.loads(Path(directory, "kernel.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        # jupyter_client has the words for it.
+        # jupyter_client reads the file again and reports the error.
         return None
     argv = document.get("argv") if isinstance(document, dict) else None
     if (
@@ -190,10 +190,10 @@ def _read_spec(directory: str) -> Spec | None:
 
 
 def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]:
-    """The kernel's command, its place holders filled in."""
+    """The kernel's command with its placeholders filled in."""
     argv = [*spec.argv, *extra]
     major, minor = sys.version_info[:2]
-    # As jupyter_client does: a spec with a bare python means the interpreter that runs us.
+    # Like jupyter_client, replace a bare "python" by the interpreter that runs us.
     if argv[0] in ("python", f"python{major}", f"python{major}.{minor}"):
         argv[0] = sys.executable
     place_holders = {
@@ -208,7 +208,7 @@ def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]
 
 
 def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment with what the spec adds to it."""
+    """The environment with the spec's additions."""
     added = {
         name: string.Template(value).safe_substitute(env)
         for name, value in spec.document.get("env", {}).items()
@@ -220,7 +220,7 @@ def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def extra_arguments(kernel_name: str) -> list[str]:
-    """As nbclient does: a headless run neither reads nor writes the user's IPython history."""
+    """Arguments that keep the user's IPython history out of a headless run, as in nbclient."""
     return (
         ["--HistoryManager.hist_file=:memory:"]
         if kernel_name in ("python", "python2", "python3")
@@ -242,7 +242,7 @@ def launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
 
 
 def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
-    """Have a kernel started over ipc; ``await_kernel`` says what came of it.
+    """Begin to start a kernel over ipc; ``await_kernel`` waits for the result.
 
     Raises SandboxError.
     """
@@ -260,7 +260,8 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
         "kernel_name": request.kernel_name,
     }
     path = sandbox.directory / "c.json"
-    # The file holds the kernel's key: nobody else may read it, and no link may stand in its place.
+    # The file holds the kernel's key. So it is created unreadable for others, and never through a
+    # link that somebody put in its place.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(connection, file)
@@ -295,7 +296,7 @@ def spawn(
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
 ) -> tuple[AgentChannels, bool]:
-    """Have the keeper spawn the kernel; our channels to it, and whether ``inside`` is in it.
+    """Spawn the kernel; return our channels to it and whether it is instrumented.
 
     ``streams`` are descriptors for the process's own ``stdout`` and ``stderr``; without them the
     keeper reads both. Raises KernelStartError and SandboxError.
@@ -308,9 +309,9 @@ def spawn(
 
 
 def await_kernel(sandbox: Sandbox, channels: AgentChannels) -> None:
-    """Wait for the process of a kernel. Raises KernelStartError and SandboxError.
+    """Wait until the kernel's command has been executed.
 
-    Its channels are closed then.
+    Closes the channels and raises KernelStartError or SandboxError if it cannot be.
     """
     try:
         sandbox.await_kernel()
@@ -329,10 +330,7 @@ def begin_spawn(
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
 ) -> tuple[AgentChannels, bool]:
-    """Ask the keeper to spawn the kernel: walls take a while to build, and there is other work.
-
-    Raises SandboxError.
-    """
+    """Ask the keeper to spawn the kernel, without waiting. Raises SandboxError."""
     channels = AgentChannels()
     wrapped = wrap_command(cmd, config)
     whole_environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
@@ -345,13 +343,14 @@ def begin_spawn(
         environment.setdefault("PYTHON_DISABLE_REMOTE_DEBUG", "1")
     removed = tuple(sorted(whole_environment.keys() - environment.keys()))
     if plan.landlock and plan.isolation.hide_home and sandbox.directory is not None:
-        # Landlock refuses what it hides: a home that cannot be listed is worse than another, empty
-        # one.
+        # Landlock cannot hide a home, only refuse access to it. Many programs fail with a home that
+        # they cannot list, so give the kernel an empty one.
         environment["HOME"] = str(sandbox.directory / "home")
         os.mkdir(environment["HOME"], 0o700)
     discarded: tuple[DiscardedPlace, ...] = ()
     if LimitName.DISK in plan.watch and sandbox.directory is not None:
-        # Temporary files go where they are counted, and with the run.
+        # Temporary files belong in a place that the disk watchdog measures and that is removed with
+        # the run.
         environment["TMPDIR"] = str(sandbox.directory / "tmp")
         os.mkdir(environment["TMPDIR"], 0o700)
         discarded = (DiscardedPlace(name="$TMPDIR", kind="tmp", path=environment["TMPDIR"]),)
@@ -370,7 +369,7 @@ def begin_spawn(
     except SafeExecError:
         channels.close()
         raise
-    # Until our copy of the kernel's end is closed, the end of the socket is never seen.
+    # As long as our copy of the kernel's end is open, the socket does not end with the kernel.
     channels.handed_over()
     return channels, wrapped is not None
 
@@ -384,7 +383,7 @@ def _enclose(
     *,
     removed: tuple[str, ...],
 ) -> Enclosure | None:
-    """Plan the walls, ``None`` without walls. The facts of what they take away go into the sandbox.
+    """Plan the walls, ``None`` without walls; store their facts in the sandbox.
 
     ``removed`` are the names of variables that the kernel does not get.
     """
@@ -392,7 +391,8 @@ def _enclose(
         return None
     from safe_exec.sandbox.enclosure import PlannedKernel, enclose
 
-    # Whoever made the plan: nothing starts without a wall that must stand.
+    # Checked here again, since every start passes through this function: nothing runs without a
+    # required wall.
     require_walls(plan)
     if sandbox.directory is None:
         raise SandboxError(
@@ -409,7 +409,7 @@ def _enclose(
 def inside_config(limits: Limits, *, headless: bool, marks: bool) -> dict[str, object]:
     """The agent's settings.
 
-    It cuts output at its caps only where somebody ``marks`` what is missing.
+    The agent cuts output at its caps only if the client ``marks`` the missing part.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK

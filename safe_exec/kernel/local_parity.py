@@ -1,4 +1,4 @@
-"""Parts of jupyter_client's local provisioner that ours needs to behave alike.
+"""Behaviour of jupyter_client's local provisioner that ours must share.
 
 Source: jupyter_client's ``provisioning/local_provisioner.py`` and ``launcher.py``. Imports
 jupyter_client and zmq.
@@ -21,7 +21,7 @@ ENCRYPTED_TRANSPORTS = ("tcp", "ipc")
 
 
 def refuse_other_machines(manager: Any) -> None:
-    """Raise RuntimeError where a manager's address is not one of this machine."""
+    """Raise RuntimeError if a manager's address does not belong to this machine."""
     if manager.transport == "tcp" and not is_local_ip(manager.ip):
         raise RuntimeError(
             f"Can only launch a kernel on a local interface. This one is not: {manager.ip}. "
@@ -33,12 +33,12 @@ def refuse_other_machines(manager: Any) -> None:
 
 
 def give_keys(manager: Any, wish: str | None) -> None:
-    """Create a manager's CurveZMQ keys, where its policy asks for them and the kernel takes them.
+    """Create a manager's CurveZMQ keys if its policy asks for them and the kernel supports them.
 
-    ``wish`` is the policy of this start, ``None`` for the manager's own. A manager of before
-    jupyter_client 8.9 knows no policy. Keys outlive a restart, as the connection file does. Raises
-    RuntimeError where encryption is required and the transport has none.
+    ``wish`` is the policy of this start, ``None`` for the manager's own. Raises RuntimeError if
+    encryption is required and the transport has none.
     """
+    # Managers before jupyter_client 8.9 have no policy.
     policy_of = getattr(manager, "_transport_encryption_policy", None)
     if policy_of is None:
         return
@@ -50,12 +50,14 @@ def give_keys(manager: Any, wish: str | None) -> None:
     if policy not in ("auto", "required") or manager.transport not in ENCRYPTED_TRANSPORTS:
         return
     takes_keys = policy == "required" or manager._kernel_supports_curve_encryption()  # noqa: SLF001
+    # Keep existing keys: the connection file, which clients have read, also outlives a restart.
     if takes_keys and manager.curve_publickey is None:
         manager.curve_publickey, manager.curve_secretkey = zmq.curve_keypair()
 
 
 def demand_command(cmd: Sequence[str], env: Mapping[str, str], cwd: str) -> None:
     """Raise subprocess.Popen's error for an unusable directory or command."""
+    # Jupyter tools catch these exceptions, but the keeper could report a failed exec only as text.
     if not os.path.isdir(cwd):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cwd)
     path = os.path.join(cwd, cmd[0]) if os.path.dirname(cmd[0]) else cmd[0]
@@ -67,10 +69,10 @@ def demand_command(cmd: Sequence[str], env: Mapping[str, str], cwd: str) -> None
 
 
 class standard_streams:  # noqa: N801 - used as a function
-    """Descriptors for a process's stdout and stderr, from wishes as subprocess.Popen takes them.
+    """Descriptors for a process's stdout and stderr, from the arguments of subprocess.Popen.
 
-    A context manager: within it ``given`` can be handed over, and ``readers()`` are our ends of
-    pipes that were asked for.
+    A context manager: ``descriptors`` are open within it, and ``readers()`` returns our ends of the
+    pipes.
     """
 
     def __init__(self, stdout: Any, stderr: Any) -> None:

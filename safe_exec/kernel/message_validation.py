@@ -1,10 +1,7 @@
-"""Whether what a message carries is what the protocol says it is: outputs and their MIME bundles.
+"""Validates the content of messages: types, outputs and their MIME bundles. Pure.
 
-Pure.
-
-What can be left out alone (one entry of a bundle) is; the rest of a message that is not as it
-should be says nothing. Source: "Messaging in Jupyter" in jupyter_client's documentation, and the
-schema of nbformat 4 for what may stand in a file.
+An invalid entry of a bundle is removed; any other error invalidates the message. Source: "Messaging
+in Jupyter" in jupyter_client's documentation, and the schema of nbformat 4 for notebook files.
 """
 
 from __future__ import annotations
@@ -19,16 +16,16 @@ LONGEST_TYPE = 200
 MOST_COUNT = 2**31
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n"
-# As the schema of nbformat has it; under such a type anything may stand.
+# Types with arbitrary JSON values (the schema of nbformat 4).
 _JSON = re.compile(r"application/(.*\+)?json")
 _BINARY = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "application/pdf")
 _BUNDLES = ("display_data", "execute_result", "update_display_data")
 
 
 def checked(kind: str, content: dict[str, Any]) -> list[str]:
-    """Remove invalid parts from a message's ``content``; return what was wrong.
+    """Remove invalid parts from a message's ``content``; return the problems.
 
-    Raises ValueError for one that says nothing.
+    Raises ValueError if nothing usable remains.
     """
     problems = _count_checked(content)
     if kind == "stream":
@@ -47,7 +44,7 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
 def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
     """Return a reply to a cell with the right types.
 
-    One that says neither yes nor no is a no.
+    A reply that reports neither success nor an error becomes an error.
     """
     status, payload = content.get("status"), content.get("payload")
     mended = {
@@ -79,7 +76,8 @@ def _demand(content: Mapping[str, Any], **types: type) -> None:
 
 
 def _count_checked(content: dict[str, Any]) -> list[str]:
-    """Remove an invalid execution count: a notebook file may not contain it."""
+    """Remove an invalid execution count."""
+    # The schema of nbformat allows no negative numbers, so the notebook could not be opened later.
     count = content.get("execution_count")
     if count is None or (type(count) is int and 0 <= count < MOST_COUNT):
         return []
@@ -103,7 +101,7 @@ def _bundle_checked(content: dict[str, Any]) -> list[str]:
 
 
 def _why_not(key: str, value: Any) -> str:
-    """Return what is wrong with one entry of a bundle, if anything."""
+    """Return the problem with one entry of a bundle, or an empty text."""
     if len(key) > LONGEST_TYPE:
         return "no MIME type"
     if _JSON.fullmatch(key):
@@ -115,8 +113,8 @@ def _why_not(key: str, value: Any) -> str:
 
 
 def _is_base64(text: str) -> bool:
-    # To take out what may be there is four times as fast as the pattern; a picture may have
-    # megabytes.
+    # A picture may have megabytes, and deleting the valid characters is four times as fast as
+    # matching the pattern.
     return (text.isascii() and not text.encode().translate(None, _ALPHABET)) or _BASE64.fullmatch(
         text
     ) is not None
@@ -124,6 +122,7 @@ def _is_base64(text: str) -> bool:
 
 def bounded_size(value: object) -> int:
     """Return a size in bytes from the kernel, bounded by the size of a disk."""
+    # JSON of Python can contain Infinity and NaN, which int() rejects.
     if isinstance(value, float) and not math.isfinite(value):
         return 0
     return max(0, min(int(value), 2**40)) if isinstance(value, int | float) else 0

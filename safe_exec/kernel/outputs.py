@@ -1,7 +1,4 @@
-"""Outputs as they stand in a notebook, made from messages that ``content.checked`` has passed.
-
-Pure.
-"""
+"""Notebook outputs from validated messages (``message_validation.checked``). Pure."""
 
 from __future__ import annotations
 
@@ -11,16 +8,15 @@ from typing import Any
 
 from nbformat.notebooknode import NotebookNode, from_dict
 
-# nbformat makes them too, but checks each against a schema, and there "is it a list?" fails by
-# describing the whole text in an error. A stream that came in very many pieces holds a list of
-# parts as its text, as a file may: to put each piece to the end of one text would copy it every
-# time.
+# nbformat can make outputs too, but it checks each against a schema: the test whether a text is a
+# list fails with an error message that contains the whole text.
 
-# So many small parts in a row are made one: no list of millions, and nothing is copied more than a
-# few times.
+# A stream in very many pieces stores its text as a list of parts, which the file format allows.
+# Appending each piece to one string would copy the string every time. This many small parts in a
+# row become one part, so the list stays short and each character is copied only a few times.
 JOINED = 256
 SMALL_CHARACTERS = 1 << 16
-# What is left of a traceback that alone is larger than the cell's cap.
+# The size to which a traceback is shortened if it alone is larger than the cell's cap.
 TRACEBACK_BYTES = 64 * 1024
 ENDS = 4
 
@@ -33,9 +29,9 @@ _FIELDS = {
 
 
 def output_node(kind: str, content: Mapping[str, Any]) -> Any:
-    """Return the output node of a message, ``None`` for other messages.
+    """Return the output node of a message, ``None`` for messages that are not outputs.
 
-    Raises KeyError where a field is missing.
+    Raises KeyError if a field is missing.
     """
     fields = _FIELDS.get(kind)
     return (
@@ -58,7 +54,7 @@ def joins(last: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
 
 
 def join(last: Any, text: str) -> None:
-    """Put a further piece to a stream."""
+    """Append text to a stream."""
     if isinstance(last["text"], str):
         last["text"] = [last["text"]]
     parts: list[str] = last["text"]
@@ -68,7 +64,7 @@ def join(last: Any, text: str) -> None:
 
 
 def size_of(kind: str, content: Mapping[str, Any]) -> int:
-    """Bytes of the content that will be stored, near enough."""
+    """Approximate size in bytes of the content that will be stored."""
     if kind == "stream":
         text = content.get("text", "")
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
@@ -83,7 +79,8 @@ def size_of(kind: str, content: Mapping[str, Any]) -> int:
 
 
 def bounded(traceback: list[str]) -> list[str]:
-    """A traceback of at most 64 KiB: the ends stay."""
+    """Shorten a traceback to 64 KiB."""
+    # The first lines show the call in the cell, the last ones the exception. Keep both ends.
     if sum(map(len, traceback)) <= TRACEBACK_BYTES:
         return traceback
     half = TRACEBACK_BYTES // 16

@@ -1,6 +1,6 @@
-"""The kernel's reports of actions on its own process (agent/own_actions.py). Claims.
+"""The kernel's reports of actions on its own process (agent/own_actions.py).
 
-The values are bounded here.
+They are claims; their values are bounded here.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class OwnActions:
 
     def take(self, fact: dict[str, Any], rows: Rows) -> None:
         """Add an action. Raises KeyError, TypeError, ValueError or OverflowError if invalid."""
+        # The last actions are kept, since the one before a death matters.
         if fact["action"] in ACTIONS:
             self._reported.append((_action(fact), int(fact["cell"]), rows))
 
@@ -56,7 +57,7 @@ class OwnActions:
 
 
 def _action(fact: dict[str, Any]) -> OwnAction:
-    """An action without its place."""
+    """Parse an action; ``all`` adds its cell and stack."""
     kind, number, value = str(fact["action"]), _integer(fact.get("number")), fact.get("value")
     target = str(fact.get("target"))
     return OwnAction(
@@ -73,6 +74,7 @@ def _action(fact: dict[str, Any]) -> OwnAction:
 
 
 def _integer(value: Any) -> int | None:
+    # bool is a subclass of int. The bound keeps the number in 64 bits, as system calls have it.
     return (
         value
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64

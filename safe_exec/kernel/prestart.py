@@ -1,4 +1,4 @@
-"""Opens a run's sandbox first of all; its kernel starts while we import the rest."""
+"""Opens a run's sandbox first; its kernel starts while we import the rest."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import Sandbox
 
-# The keeper is an interpreter of its own that takes as long to start as ours to read the command
-# line, and a kernel takes longer than all that we do until its first cell: whatever can be done
-# beside it costs nothing. May import kernel.launch and the sandbox.
+# Starting a kernel takes longer than all our own work until its first cell, so work that is done
+# meanwhile costs no time. Imports only kernel.launch and the sandbox.
 
 
 class PrestartedKernel:
-    """A sandbox without a run yet.
-
-    A context manager: whatever becomes of the run, nothing is left of it at the end.
-    """
+    """A sandbox without a run yet. As a context manager it removes everything at the end."""
 
     def __init__(self) -> None:
         """Claim the prestarted keeper, or start one."""
@@ -34,7 +30,7 @@ class PrestartedKernel:
             else keeper_process.runtime_directory(self.run_id)
         )
         self._sandbox: Sandbox | None = None
-        # With systemd the keeper may have to be started in a scope, and only the plan says so.
+        # With systemd the keeper may have to start in a scope, which only the plan decides.
         if keeper is not None or not keeper_process.systemd_is_booted():
             self._sandbox = Sandbox(self.run_id, directory=self._directory, keeper=keeper)
         self.plan: SpawnPlan | None = None
@@ -42,7 +38,7 @@ class PrestartedKernel:
         self._failure: SafeExecError | None = None
 
     def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
-        """The sandbox, with its keeper started by now."""
+        """Return the sandbox; start its keeper first if necessary."""
         if self._sandbox is None:
             self._sandbox = Sandbox(
                 self.run_id, directory=self._directory, delegation=plan.cgroup.delegation
@@ -58,10 +54,8 @@ class PrestartedKernel:
         cwd: Path,
         env: Mapping[str, str],
     ) -> None:
-        """Start the kernel, if it is one of which we know how.
-
-        What goes wrong is heard of in ``outcome``: a run says it in its verdict.
-        """
+        """Begin to start the kernel if ``find_spec`` supports it; ``outcome`` raises errors."""
+        # An error belongs in the verdict of the run, which does not exist yet.
         spec = find_spec(kernel_name)
         if spec is None:
             return
@@ -75,11 +69,11 @@ class PrestartedKernel:
             self._failure = error
 
     def outcome(self) -> LaunchedKernel | None:
-        """The kernel that was started, ``None`` if none was asked for. Raises what went wrong."""
+        """Return the started kernel, ``None`` if there is none. Raises the error of the start."""
         if self._failure is not None:
             raise self._failure
         if self._launched is not None and self._sandbox is not None:
-            # The kernel has started in the meantime: this seldom waits.
+            # The kernel has usually started by now, so this seldom waits.
             await_kernel(self._sandbox, self._launched.channels)
         return self._launched
 

@@ -1,4 +1,4 @@
-"""Compares the kernel's process with its state at the start: limits and program."""
+"""Detects changes of the kernel process since its start: resource limits and program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse(text: str) -> Limits:
 
 
 class ProcessChanges:
-    """Looks at one kernel process now and then; what was seen last stays when it is gone."""
+    """Observes one kernel process repeatedly; keeps the last state after its end."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -57,24 +57,25 @@ class ProcessChanges:
             return {}
 
     def note_now_and_then(self) -> None:
-        """Note the state, unless that was done a moment ago."""
-        # There may be hundreds of cells in a second.
+        """Note the state, at most once per PAUSE_SECONDS."""
+        # A notebook can run hundreds of cells per second.
         if time.monotonic() - self._noted >= PAUSE_SECONDS:
             self.note()
 
     def note(self) -> None:
-        """Look now. A zombie has limits, but no command any more."""
+        """Note the state."""
         self._noted = time.monotonic()
         status = procfs.stat(self._pid)
         if status is None:
             return
         self._current = self._read() or self._current
+        # The command line of a zombie is empty; its limits can still be read.
         program = read_bytes(f"/proc/{self._pid}/cmdline")
         if program and program != self._program:
             self.executed = command_text(program)
 
     def limits(self) -> tuple[ChangedLimit, ...]:
-        """The soft limits that are not what they were."""
+        """The soft limits that differ from those at the start."""
         return tuple(
             ChangedLimit(name=name, initial_value=initial, current_value=self._current[name])
             for name, initial in self._limits.items()

@@ -1,6 +1,6 @@
-"""The processes of a sandbox beside the kernel: their blocking calls and pipes.
+"""The other processes of a kernel's sandbox: their blocking calls and pipes.
 
-All of it is seen from outside, in /proc: nothing here asks the kernel process.
+Everything is read from /proc, so none of it is a claim of the kernel process.
 """
 
 from __future__ import annotations
@@ -44,17 +44,15 @@ MASK = "***"
 
 
 class Snapshot(NamedTuple):
-    """The processes at one moment: processor seconds, and the call of each thread.
-
-    By process id.
-    """
+    """Processor seconds and the call of each thread at one moment, by process id."""
 
     cpu: dict[int, float]
     calls: dict[int, dict[int, Call | None]]
 
 
 def members(kernel: int, keeper: int) -> list[int]:
-    """Return the pids of a sandbox without the kernel and those that built it."""
+    """Return the pids of a sandbox except the kernel and its ancestors."""
+    # The ancestors are bubblewrap and our init.
     builders = {kernel}
     above = kernel
     while (status := procfs.stat(above)) is not None and status.ppid not in (0, keeper):
@@ -64,7 +62,7 @@ def members(kernel: int, keeper: int) -> list[int]:
 
 
 def snapshot(kernel: int, keeper: int) -> Snapshot:
-    """Processor time and blocking calls of all members, now."""
+    """Read the processor time and blocking calls of all members."""
     cpu, calls = {}, {}
     for pid in members(kernel, keeper):
         if (status := procfs.stat(pid)) is not None:
@@ -80,9 +78,9 @@ def inspect(
     window: float,
     children: Mapping[int, EndedChild],
 ) -> tuple[ObservedProcess, ...]:
-    """The members of a sandbox, compared with how they were ``window`` seconds ago.
+    """Observe the members of a sandbox, compared with a snapshot ``window`` seconds ago.
 
-    ``children`` are children that were seen earlier.
+    ``children`` are the children that were seen earlier.
     """
     current = snapshot(kernel, keeper)
     below = set(procfs.descendants(kernel))
@@ -112,8 +110,8 @@ def _observe(
     own_command: bytes,
     child: EndedChild | None,
 ) -> ObservedProcess | None:
-    """One process; ``None`` if it is gone."""
-    # A call counts if its thread was in it before, too: a process at work changes its calls.
+    """Observe one process; ``None`` if it has ended."""
+    # A call counts only if its thread was in it before, too: a working process changes its calls.
     stat = procfs.stat(pid)
     if stat is None:
         return None
@@ -156,7 +154,7 @@ def _observe(
 
 
 def _full_pipe(pid: int, calls: Mapping[int, Call]) -> tuple[str, int | None] | None:
-    """The pipe into which one of the threads cannot write, and how many bytes are in it."""
+    """The full pipe that blocks a thread, and the number of bytes in it."""
     for call in calls.values():
         if call.name in WRITES and call.descriptor is not None:
             target = descriptor_target(pid, call.descriptor)
@@ -167,8 +165,8 @@ def _full_pipe(pid: int, calls: Mapping[int, Call]) -> tuple[str, int | None] | 
 
 def waiting_bytes(pid: int, descriptor: int) -> int | None:
     """Return the bytes in another process's pipe, ``None`` if they cannot be read."""
-    # By a copy of the descriptor (pidfd_getfd(2)): to open it in /proc would open the pipe's other
-    # end, whatever else may have been put in its place.
+    # Copy the descriptor (pidfd_getfd(2), Linux 5.6). Opening its link in /proc would open the pipe
+    # anew, and the descriptor may lead to something else by then.
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.suppress(OSError, AttributeError):
         process = os.pidfd_open(pid)
@@ -188,11 +186,11 @@ def waiting_bytes(pid: int, descriptor: int) -> int | None:
 
 
 def local_child(pid: int, call: Call) -> int | None:
-    """The process id, in that process's own namespace, of the child that it waits for by name."""
+    """The child that a process waits for, as a process id in that process's namespace."""
     awaited = awaited_child(call)
     if awaited is None or awaited[0] == "pid":
         return awaited[1] if awaited else None
-    # A pidfd: in /proc the id is ours, so it is translated.
+    # A pidfd: its fdinfo shows the process id in our namespace, so translate it.
     try:
         with open(f"/proc/{pid}/fdinfo/{awaited[1]}", "rb") as file:
             ours = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
@@ -216,7 +214,7 @@ def pipes(pid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def descriptors(pid: int) -> list[int]:
-    """The numbers of the descriptors that a process has, as many as are looked at."""
+    """The numbers of a process's descriptors, at most MOST_DESCRIPTORS."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/fd")[:MOST_DESCRIPTORS]]
     except OSError:
@@ -254,7 +252,7 @@ def _access_mode(pid: int, number: int) -> int | None:
 
 
 def _reads_terminal(pid: int, call: Call | None) -> bool:
-    """Whether a process is blocked reading a terminal: it waits for a person."""
+    """Whether a process waits for input from a terminal, so from a person."""
     if call is None or call.name not in ("read", "pselect6", "select", "poll", "ppoll"):
         return False
     number = call.descriptor if call.name == "read" else 0
@@ -266,7 +264,8 @@ def _reads_terminal(pid: int, call: Call | None) -> bool:
 
 
 def command_text(cmdline: bytes) -> str:
-    """A command line as a person would type it: on one line, shortened, without secrets."""
+    """Format a command line on one line, shortened, without secrets."""
+    # The text goes into verdicts and reports, which people share.
     arguments = (
         [word.decode("utf-8", "replace") for word in cmdline.rstrip(b"\0").split(b"\0")]
         if cmdline
@@ -301,7 +300,7 @@ def _comm(pid: int) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The start of a file in /proc; empty where it cannot be read."""
+    """Read the first 64 KiB of a file in /proc; empty if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(1 << 16)

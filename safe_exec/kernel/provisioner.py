@@ -1,11 +1,9 @@
 """A jupyter_client kernel provisioner that starts kernels in a sandbox.
 
-Other Jupyter tools can use it too.
-
-``safe-exec run`` hands in what it has built. Elsewhere
-(``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or ``metadata.kernel_provisioner`` of a kernelspec
-with ``config: {"limits": "ci", "memory": "2G"}``) it reads its limits from that configuration and
-from ``SAFE_EXEC_LIMITS``.
+``safe-exec run`` passes in its plan and sandbox. Other Jupyter tools select the provisioner with
+``JUPYTER_DEFAULT_PROVISIONER_NAME=safe-exec``, or with ``metadata.kernel_provisioner`` of a
+kernelspec and ``config: {"limits": "ci", "memory": "2G"}``. It then reads its limits from that
+configuration and from ``SAFE_EXEC_LIMITS``.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ log = logging.getLogger("safe_exec")
 
 
 class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
-    """Starts kernels through a keeper, holds their raw exit status, and kills whole trees."""
+    """Starts kernels through a keeper, keeps their raw exit status, and kills whole trees."""
 
     def __init__(self, **kwargs: Any) -> None:
         config = {
@@ -81,23 +79,23 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.stderr: IO[bytes] | None = None
 
     def prepare(self, *, limits: Limits, plan: SpawnPlan, sandbox: Sandbox) -> None:
-        """Use what ``safe-exec run`` has built already instead of building it here."""
+        """Use the plan and sandbox of ``safe-exec run`` instead of making them here."""
         self._prepared = self.headless = True
         self.limits, self.plan, self.sandbox = limits, plan, sandbox
         self.run_id = sandbox.run_id
 
-    # --- the life of a kernel, as jupyter_client asks for it --------------------------------------
+    # --- jupyter_client's provisioner interface ---------------------------------------------------
 
     @property
     def has_process(self) -> bool:
-        """Whether a kernel was started and has not been waited for."""
+        """Whether a kernel was started and not cleaned up."""
         return self.sandbox is not None and self.sandbox.kernel_pid is not None
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        """Write the connection file and make up the command; nothing runs yet.
+        """Write the connection file and build the command; nothing runs yet.
 
-        Raises RuntimeError, as jupyter_client's own provisioner does, for an address that is not
-        this machine's and for encryption that is required and cannot be had.
+        Like jupyter_client's own provisioner, raises RuntimeError if the address belongs to another
+        machine, or if encryption is required but not available.
         """
         encryption = kwargs.pop("transport_encryption", None)
         kwargs = await super().pre_launch(**kwargs)
@@ -115,7 +113,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return kwargs
 
     def _cache_ports(self, km: Any) -> None:
-        """Take the ports from the cache that all managers of this process share."""
+        # All managers of this process share one cache, so that two kernels which start at the same
+        # time do not get the same port.
         if km.cache_ports and not self.ports_cached:
             cache = LocalPortCache.instance()
             for name in PORTS:
@@ -123,16 +122,16 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.ports_cached = True
 
     async def _build_for_others(self) -> None:
-        # Only other tools come this way.
+        # Imported only for other tools: `run` has resolved its limits before.
         from safe_exec.limits.profiles import resolve_simple
 
-        # A manager that is started twice has one kernel, the last.
+        # A manager that is started a second time replaces its kernel.
         if self.sandbox is not None:
             await self.kill()
             await self.cleanup(restart=True)
-        # Of servers that were killed together with their keepers.
+        # Clean up after servers that were killed together with their keepers.
         stale_runs.sweep()
-        # A restarted kernel's sandbox is another one.
+        # A restarted kernel gets a fresh sandbox, since charges and files outlive processes.
         self.run_id = keeper_process.new_run_id()
         self._is_end_reported = False
         machine = detect()
@@ -142,11 +141,11 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.sandbox = Sandbox(self.run_id, delegation=self.plan.cgroup.delegation)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        """Have the keeper start the kernel inside its limits.
+        """Start the kernel inside its limits.
 
-        ``stdout`` and ``stderr`` are as for subprocess.Popen: the kernel process inherits ours
-        without them, and the reading ends of pipes stand in attributes of these names. Raises
-        FileNotFoundError for a command or directory that does not exist.
+        ``stdout`` and ``stderr`` are as for subprocess.Popen: by default the kernel inherits ours,
+        and attributes of these names hold the read ends of pipes. Raises FileNotFoundError for a
+        command or directory that does not exist.
         """
         assert self.sandbox is not None and self.plan is not None
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
@@ -191,25 +190,25 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             raise
 
     def resolve_path(self, path_str: str) -> str | None:
-        """The absolute path of a file that exists, taken from the kernel's directory."""
+        """The absolute path of an existing file; relative paths start at the kernel's directory."""
         path = Path(path_str).expanduser()
         if not path.is_absolute() and self.cwd is not None:
             path = (Path(self.cwd) / path).resolve()
         return path.as_posix() if path.exists() else None
 
     async def get_provisioner_info(self) -> dict[str, Any]:
-        """The facts by which another process of the same tool knows this kernel again."""
+        """The facts by which another process of the same tool can recognise this kernel."""
         info: dict[str, Any] = await super().get_provisioner_info()
         return info | {"pid": self.pid, "pgid": self.pgid, "ip": self.ip}
 
     async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
-        """Take over the facts of ``get_provisioner_info``; the kernel's keeper stays another's."""
+        """Load the facts of ``get_provisioner_info``; the keeper belongs to another process."""
         await super().load_provisioner_info(provisioner_info)
         self.pid, self.pgid = provisioner_info["pid"], provisioner_info["pgid"]
         self.ip = provisioner_info["ip"]
 
     def adopt(self, launched: LaunchedKernel) -> None:
-        """Take over a kernel that was started ahead of everything else."""
+        """Take over a kernel that was started in advance."""
         self.channels, self.instrumented = launched.channels, launched.instrumented
         self.connection_info = launched.connection
         self._start_watchdog(launched.cwd)
@@ -244,7 +243,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     def _limit_passed(self, name: LimitName, used: float) -> None:
         """Kill the sandbox for a limit; called on the watchdog's thread."""
-        # The keeper's socket takes whole lines, so a kill from here is safe.
+        # A message to the keeper is one small write of a whole line, so another thread may send it.
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason(name.value))
         if self.on_limit is not None:
@@ -252,29 +251,26 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     @property
     def watches(self) -> bool:
-        """Whether limits are watched here."""
+        """Whether a watchdog of ours enforces limits."""
         return self.watchdog is not None or self._diskwatch is not None
 
     def check_last(self) -> None:
-        """Look at the limits that are watched once more, before the kernel is asked to end.
-
-        May take some 50 ms.
-        """
+        """Check the watched limits once more; takes up to 50 ms."""
+        # A cell can exceed a limit just before the end of the run, between two regular checks.
         for watch in (self.watchdog, self._diskwatch):
             if watch is not None:
                 watch.check(last=True)
 
     def stop_watching(self) -> None:
-        """End the watches; before the tree is killed, or they would see it go."""
+        """Stop the watchdogs."""
+        # Call this before the tree is killed: a watchdog could misread the dying processes.
         for watch in (self.watchdog, self._diskwatch):
             if watch is not None:
                 watch.stop()
 
     async def poll(self) -> int | None:
-        """``None`` while the kernel runs.
-
-        Then its return code as subprocess gives it, which stays.
-        """
+        """Return the kernel's return code as subprocess does, ``None`` while it runs."""
+        # jupyter_client's local provisioner forgets the status after wait(); ours keeps it.
         if self.sandbox is None:
             return 0
         if self.sandbox.exit is None and self.on_limit is None:
@@ -289,22 +285,24 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     async def wait(self) -> int | None:
         """Wait for the kernel process to end."""
-        # The keeper is asked in turns: other tools run loops that we know nothing of.
+        # Poll the keeper: other tools may run event loops that do not support add_reader.
         while (code := await self.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return code
 
     async def send_signal(self, signum: int) -> None:
         """Send a signal to the kernel's process group."""
-        # jupyter_client's own provisioner does the same: an interrupt is for the children too.
+        # Like jupyter_client's own provisioner, signal the whole group: an interrupt is meant for
+        # the kernel's children too.
         if getattr(self.parent, "shutting_down", False):
-            # A shutdown begins with an interrupt, which ends a kernel that is not up yet.
+            # A shutdown begins with an interrupt, and SIGINT ends a kernel that is still starting.
+            # That end was requested, so it must not be logged as a death.
             self._asked_for()
         if self.sandbox is not None:
             self.sandbox.signal(signum, group=True)
 
     async def kill(self, restart: bool = False) -> None:  # noqa: ARG002 - as jupyter_client
-        """Kill the process tree; the kernel's end is a shutdown."""
+        """Kill the process tree as part of a shutdown."""
         self._asked_for()
         if self.sandbox is not None:
             self.sandbox.kill(TerminationReason.SHUTDOWN)
@@ -316,7 +314,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.signal(signal.SIGTERM)
 
     async def cleanup(self, restart: bool = False) -> None:
-        """Take the sandbox down, and give ports back unless a restart follows."""
+        """Remove the sandbox, and return the ports unless a restart follows."""
         if self.ports_cached and not restart:
             for name in PORTS:
                 LocalPortCache.instance().return_port(self.connection_info[name])
@@ -340,26 +338,27 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.sandbox = self.stdout = self.stderr = None
 
     async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002
-        """Somebody asked the kernel to end: how it does is not news."""
+        """Note that the kernel was asked to end; its end is then not logged."""
         self._asked_for()
 
     def _asked_for(self) -> None:
-        """The end is wanted from now on."""
-        # One that came before, and was not looked at yet, was not.
+        """Treat an end from now on as requested."""
+        # A death before the request may still be unread in the keeper's socket. Report that one.
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
             self.sandbox.process_messages()
         self._tell_ending()
         self._is_end_reported = True
 
     def _tell_ending(self) -> None:
-        """Log once how a kernel ended that nobody asked to."""
-        # People of other tools learn of the cause here, and nowhere else.
+        """Log, once, the end of a kernel that was not asked to end."""
+        # The log is the only place where users of other tools see the cause.
         ended = self.sandbox.exit if self.sandbox else None
         if ended is None or self._is_end_reported or self.on_limit is not None:
             return
         self._is_end_reported = True
         if ended.status is not None and ended.status.raw == 0 and not ended.reason:
-            # A client's own shutdown request goes past us.
+            # A client can send a shutdown request to the kernel without our knowledge, and the
+            # kernel then ends with status 0.
             return
         reason = f", killed by safe-exec for its limit: {ended.reason}" if ended.reason else ""
         killed = ended.counters.oom_kills or 0
@@ -371,8 +370,8 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             )
             reason += f", {killed} process(es) killed for memory in its control group{limit}"
         status = ended.status if ended.status is not None else "its keeper"
-        # An application's own log where there is one: traitlets' other logger says nothing to
-        # anybody.
+        # Use the application's log if there is an application. The default logger of traitlets
+        # discards messages.
         (self.log if Application.initialized() else log).error(
             "kernel ended with %s%s", status, reason
         )

@@ -1,6 +1,6 @@
-"""One kernel from start to end: keeper, provisioner, manager and client together.
+"""One kernel from start to end: its keeper, provisioner, manager and client.
 
-Knows no cells beyond their indexes and no causes.
+It knows cells by index only, and no causes.
 """
 
 from __future__ import annotations
@@ -55,35 +55,34 @@ from safe_exec.sandbox.usage.volumes import Volumes
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
-# What exit hooks get after the shutdown request before the kernel is killed.
+# Time for exit hooks between the shutdown request and the kill.
 SHUTDOWN_SECONDS = 3.0
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
-# In this order: the subscription should stand when the first reply comes.
+# Connected in this order: the subscription must be in place before the first reply.
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
-# Somebody may type only where people talk to the kernel.
+# Only an interactive kernel can ask a person for input.
 STDIN = {"stdin": "DEALER"}
-# A kernel that closes its sockets while we connect is most likely ending.
+# A kernel that closes its sockets while we connect is probably ending; wait this long for its
+# status.
 END_SECONDS = 1.0
 FAULT_CHARACTERS = 1 << 20
 TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - measured, not used
 
 
 class Manager(AsyncKernelManager):  # type: ignore[misc]
-    """jupyter_client's manager without its control socket.
+    """jupyter_client's manager without its control socket."""
 
-    There is nothing to connect to then, and libzmq tries again at any later moment: a kernel that
-    has no descriptor left at that moment is aborted by libzmq (``ipc_listener.cpp``). The client's
-    own control channel, connected in time, does all that is needed.
-    """
-
+    # The manager connects before the kernel listens, so libzmq retries at some later moment. If the
+    # kernel has no descriptor left at that moment, its libzmq aborts it (``ipc_listener.cpp``). The
+    # client's own control channel suffices, and it connects before the first cell.
     def _connect_control_socket(self) -> None:
         """Do not connect."""
 
     def take_on(self, launched: LaunchedKernel) -> None:
-        """Know a kernel that was started without us."""
+        """Load the spec and connection of a kernel that was started without this manager."""
         self._kernel_spec = KernelSpec(
             resource_dir=launched.spec.directory, **launched.spec.document
         )
@@ -91,10 +90,7 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
 
 
 class KernelSession:
-    """A kernel inside its sandbox.
-
-    Everything it makes is removed by ``close()``, whatever happened before.
-    """
+    """A kernel inside its sandbox. ``close()`` removes everything that the session made."""
 
     def __init__(
         self,
@@ -120,20 +116,19 @@ class KernelSession:
         self.meter: Meter | None = None
         self.volumes: Volumes | None = None
         self.cleanup = CleanupResult()
-        # The key of a client's connection file, for a kernel that people talk to.
+        # An interactive kernel has the key of its client's connection file, and the client's
+        # arguments after its command.
         self.key: str | None = None
-        """The key of a client's connection file, for a kernel that people talk to."""
         self.arguments: tuple[str, ...] = ()
-        """The client's own, after the command of such a kernel."""
         self._channels: dict[str, Channel] = {}
         self._closed = False
 
     # --- start ------------------------------------------------------------------------------------
 
     def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
-        """Start the keeper; it gets ready while the notebook client is set up.
+        """Start the keeper, or take over a sandbox whose keeper was started in advance.
 
-        Or take one that was started ahead.
+        The keeper gets ready while the notebook client is set up.
         """
         # The path is only computed here; the keeper makes the directory.
         self.directory = Path(runtime_directory(self.run_id))
@@ -149,10 +144,10 @@ class KernelSession:
         env: Mapping[str, str],
         launched: LaunchedKernel | None = None,
     ) -> None:
-        """Start the kernel process, or take over the one that was ``launched`` before.
+        """Start the kernel process, or take over the ``launched`` one.
 
-        Raises KernelStartError for a kernel that is not installed or whose command cannot be
-        executed, SandboxError for a sandbox that cannot be built.
+        Raises KernelStartError if the kernel is not installed or its command cannot be executed,
+        SandboxError if the sandbox cannot be built.
         """
         assert self.sandbox is not None and self.directory is not None
         if launched is None and (spec := find_spec(kernel_name)) is not None:
@@ -166,6 +161,7 @@ class KernelSession:
                 key=self.key,
                 arguments=self.arguments,
             )
+            # Building a sandbox blocks, and other runs share this event loop.
             launched = await _aside(partial(launch, self.sandbox, request))
         km = Manager(kernel_name=kernel_name)
         km.connection_file = str(self.directory / "c.json")
@@ -197,19 +193,21 @@ class KernelSession:
         return provisioner
 
     async def _start_by_jupyter(self, km: Any, cwd: str, env: Mapping[str, str]) -> None:
-        """A kernel of which jupyter_client has to say how it is started."""
+        """Start a kernel that ``find_spec`` does not support, through jupyter_client."""
         assert self.sandbox is not None
         self.sandbox.wait_ready()
         if speaks_ipc(km.kernel_spec.argv):
             km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
         elif self.plan.enclosed and not self.plan.isolation.network:
-            # The loopback of a network namespace is its own: nobody outside reaches a port in
-            # there.
+            # Each network namespace has its own loopback, so a port in there cannot be reached from
+            # outside.
             raise KernelStartError(
                 f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach "
                 "inside a network of its own (--no-network)"
             )
         else:
+            # Ports below the range of outgoing connections: no other process gets one by chance
+            # before the kernel listens.
             for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
                 setattr(km, f"{name}_port", port)
         if self.key is not None:
@@ -252,11 +250,12 @@ class KernelSession:
     def _pump(self) -> None:
         assert self.sandbox is not None
         self.sandbox.process_messages()
-        # No fault handler writes so much.
+        # No fault handler writes this much, but notebook code can write to the descriptor too.
         if len(self.sandbox.fault_text) > FAULT_CHARACTERS:
             self.sandbox.fault_text = self.sandbox.fault_text[-FAULT_CHARACTERS // 2 :]
         if self.sandbox.exit is not None and self.sandbox.exit.status is None:
-            # The keeper is gone: its socket would wake us for ever.
+            # The keeper has ended. A socket at its end stays readable and would wake the loop
+            # forever.
             with contextlib.suppress(ValueError, OSError):
                 asyncio.get_running_loop().remove_reader(self.sandbox.fileno())
 
@@ -266,7 +265,7 @@ class KernelSession:
 
     @property
     def ended(self) -> KernelExit | None:
-        """The end of the kernel process, ``None`` while it lives."""
+        """The exit of the kernel process, ``None`` while it lives."""
         return self.sandbox.exit if self.sandbox else None
 
     @property
@@ -276,16 +275,16 @@ class KernelSession:
 
     @property
     def instrumented(self) -> bool:
-        """Whether ``inside`` is in the kernel."""
+        """Whether our agent runs in the kernel."""
         return self.provisioner is not None and self.provisioner.instrumented
 
     async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
-        """Connect and wait until the kernel answers on shell and iopub both; its kernel_info.
+        """Connect and wait until the kernel answers on shell and iopub; return its kernel_info.
 
-        Raises KernelStartError when it ends or stays silent for so long. A reply alone is not
-        enough: the subscription to iopub may not stand yet, and the first cell's output would be
-        lost.
+        Raises KernelStartError if it ends, or does not answer within ``seconds``.
         """
+        # A reply on shell is not enough: without the subscription to iopub the output of the first
+        # cell would be lost.
         self.client = self.agent_facts.client = client
         client.note = self.note
         client.km = self.manager
@@ -310,7 +309,8 @@ class KernelSession:
         raise KernelStartError(self._silent())
 
     async def _open_channels(self, kc: Any, deadline: float | None) -> None:
-        """Connect once to each socket; never again, whatever is put in their places later."""
+        """Connect once to each socket, and never reconnect."""
+        # Notebook code could later put a socket of its own in their place.
         for name, kind in (CHANNELS if self.key is None else CHANNELS | STDIN).items():
             port = getattr(self.manager, f"{name}_port")
             ip = self.manager.transport == "ipc"
@@ -326,17 +326,20 @@ class KernelSession:
                     deadline,
                 )
             except ConnectFailed as error:
+                # The status of a dying kernel explains more than a closed socket.
                 dead = await self.wait_dead(END_SECONDS)
                 raise KernelStartError(self._why_it_ended() if dead else str(error)) from error
             self._channels[name] = Channel(kc.session, connection)
             setattr(kc, f"_{name}_channel", self._channels[name])
 
     def connections(self) -> dict[str, Connection]:
-        """The connections behind the channels, for a caller that passes frames on as they are."""
+        """The connections behind the channels, for a caller that passes frames on unchanged."""
         return {name: channel.connection for name, channel in self._channels.items()}
 
     def _sockets(self) -> str:
-        """Return the prefix of the kernel's socket paths, as we reach them."""
+        """Return the prefix of the kernel's socket paths as seen by the runner."""
+        # Inside bubblewrap the directory is in the sandbox's own mount namespace. The init hands
+        # out a descriptor of it, and /proc/self/fd also keeps the path below 108 bytes (unix(7)).
         inside = self.sandbox.sockets if self.sandbox is not None else None
         return (
             self.manager.ip
@@ -366,7 +369,7 @@ class KernelSession:
         return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
     async def _ask(self, kc: Any) -> dict[str, Any] | None:
-        """One kernel_info request; the content of its reply once its "idle" came over iopub too."""
+        """Send one kernel_info request; its reply if "idle" came over iopub too, else ``None``."""
         msg_id = kc.kernel_info()
         reply = await self._until(
             kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id
@@ -381,8 +384,8 @@ class KernelSession:
         return content if idle is not None else None
 
     async def _control_stands(self, kc: Any) -> None:
-        """See the control channel connected too before anything runs."""
-        # A kernel that is not ipykernel need not answer there.
+        """Wait until the control channel answers too."""
+        # Only ipykernel is known to answer there.
         if self.manager.transport == "ipc":
             kc.control_channel.send(self.manager.session.msg("kernel_info_request", {}))
             await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
@@ -390,7 +393,7 @@ class KernelSession:
     async def _until(
         self, channel: Any, accepts: Callable[[dict[str, Any]], bool]
     ) -> dict[str, Any] | None:
-        """Return the first accepted message, ``None`` after READY_RETRY_SECONDS or a death."""
+        """Return the first accepted message; ``None`` after READY_RETRY_SECONDS or a death."""
         deadline = time.monotonic() + READY_RETRY_SECONDS
         while (remaining := deadline - time.monotonic()) > 0 and not self.died.is_set():
             with contextlib.suppress(Empty):
@@ -427,18 +430,19 @@ class KernelSession:
         """Receive the facts that the agent has sent."""
         channels = self.agent_channels
         if channels is not None and not self.agent_facts.take(channels.facts):
-            # The kernel has closed its end: the socket would wake us for ever.
+            # The kernel has closed its end. The socket stays readable and would wake the loop
+            # forever.
             with contextlib.suppress(ValueError, OSError):
                 asyncio.get_running_loop().remove_reader(channels.facts.fileno())
 
     def residue(self) -> dict[str, str]:
-        """Return what C code wrote to descriptors 1 and 2 and nobody had read at the death."""
+        """Return C code's output on descriptors 1 and 2 that nobody had read at the death."""
         page = self.page
         return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
     def unsent_text(self, number: int) -> str:
-        """Return a cell's stderr from the kernel's own record, sent or not."""
-        # Text of a thread may wait there for the next flush.
+        """Return a cell's stderr from the agent's journal, sent or not."""
+        # ipykernel sends text every 0.2 s, so a thread's last words may not have been sent.
         page = self.page
         records = page.journal(number) if page is not None and number else ()
         return "".join(
@@ -448,7 +452,7 @@ class KernelSession:
         )
 
     def malformed(self) -> tuple[int, str]:
-        """Return the number of invalid messages, and what was wrong with the first."""
+        """Return the number of invalid messages and the problem with the first."""
         client = self.client
         sources = [(c.refused, c.first_refused) for c in self._channels.values()]
         sources += [(client.malformed, client.first_malformed)] if client else []
@@ -457,10 +461,8 @@ class KernelSession:
         )
 
     def note(self) -> Note | None:
-        """Return the agent's note of the cell that runs or ran last.
-
-        ``None`` for other kernels, and before the first cell.
-        """
+        """Return the agent's note of the current or last cell; ``None`` if there is none."""
+        # Other kernels have no agent, and an ipykernel with its own shell class may not be patched.
         page = self.page
         if page is None or "cells" not in self.agent_facts.hello.get("instrumented", ()):
             return None
@@ -468,20 +470,17 @@ class KernelSession:
         return note if note.cell else None
 
     def running_by_page(self) -> int | None:
-        """Return the index of the cell that has begun in the kernel and not ended there."""
+        """Return the index of the cell that the kernel is executing."""
         note = self.note()
         return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
-        """Whether the kernel is at work on a cell by its own page: begun there and not ended.
-
-        ``None`` for other kernels.
-        """
+        """Whether the agent noted the begin of a cell and no end; ``None`` for other kernels."""
         page = self.page
         return None if page is None else number != 0 and not page.note().finished
 
     def subject(self, number: int) -> ObservedKernel | None:
-        """Return what ``observe`` needs of this kernel."""
+        """Return this kernel's parameters for ``observe``."""
         if self.pid is None or self.sandbox is None:
             return None
         sandbox = self.sandbox
@@ -511,10 +510,10 @@ class KernelSession:
     # --- end --------------------------------------------------------------------------------------
 
     def interrupt(self) -> None:
-        """Ask the kernel to interrupt the running cell, in the way its kernelspec says."""
-        # A signal goes to the kernel's process group, as with Jupyter's local provisioner:
-        # system(3) has its caller ignore SIGINT until the child has ended, and `%%bash` takes a
-        # child that lives on for one that cannot be stopped.
+        """Interrupt the running cell by message or signal, as its kernelspec says."""
+        # Like Jupyter's local provisioner, signal the whole process group. During system(3) the
+        # kernel ignores SIGINT until the child has ended, and `%%bash` reports a child that lives
+        # on as one that cannot be stopped.
         if self.manager.kernel_spec.interrupt_mode == "message":
             assert self.client is not None and self.client.kc is not None
             self.client.kc.control_channel.send(self.manager.session.msg("interrupt_request", {}))
@@ -526,43 +525,37 @@ class KernelSession:
         return self.pid is not None and bool(procfs.ignores(self.pid, signal.SIGINT))
 
     def kill(self, reason: TerminationReason) -> None:
-        """Have the tree killed for a reason."""
+        """Kill the process tree and record the reason."""
         if self.sandbox is not None:
             self.sandbox.kill(reason)
 
     @property
     def kill_reason(self) -> TerminationReason | None:
-        """The reason of our decision to kill the kernel, from the decision on.
-
-        It may live a little longer.
-        """
+        """The reason of our decision to kill the kernel, which may still be alive."""
         return self.sandbox.kill_reason if self.sandbox else None
 
     def process_count(self) -> ProcessCount | None:
-        """Return tasks and how many are allowed, if Linux enforces a limit."""
+        """Return the number of tasks and their limit, if Linux enforces one."""
         return None if self.meter is None else self.meter.process_count(self.limits.processes)
 
     def check_limits(self) -> None:
-        """Look at memory, processes and processor time now, where a watchdog holds them."""
+        """Check memory, processes and processor time now, if a watchdog enforces them."""
         if self.provisioner is not None and self.provisioner.watchdog is not None:
             self.provisioner.watchdog.check()
 
     async def may_be_asked_to_end(self) -> bool:
-        """Whether the kernel lives and has passed no limit.
-
-        From now on its end is part of the shutdown.
-        """
+        """Whether the kernel lives and has exceeded no limit; its end is then a shutdown."""
         if self.provisioner is not None and self.provisioner.watches:
             await asyncio.to_thread(self.provisioner.check_last)
-        # A death of which the keeper has not heard yet, or not told us, came before our request all
-        # the same.
+        # The kernel may be dead without a message from the keeper so far. /proc shows it at once,
+        # and such a death must not count as the answer to our request.
         main = procfs.stat(self.pid) if self.pid is not None else None
         if self.sandbox is None or self.died.is_set() or main is None or main.state in "ZX":
             return False
         return self.sandbox.ask_to_end()
 
     async def shut_down(self) -> bool:
-        """Ask a live kernel to end and give its exit hooks a moment; whether it ended by itself."""
+        """Ask the kernel to end; false if it still runs after SHUTDOWN_SECONDS."""
         if self.died.is_set():
             return True
         msg = self.manager.session.msg("shutdown_request", content={"restart": False})
@@ -573,15 +566,16 @@ class KernelSession:
         return self.died.is_set()
 
     def note_process(self) -> None:
-        """Note the kernel's children, limits and program, which its end would hide."""
+        """Note the kernel's children, limits and program."""
+        # After its end /proc shows none of them.
         if self.pid is not None and not self.died.is_set():
             self.history.note(self.pid)
             if self.changes is not None:
                 self.changes.note()
 
     def find_peers(self) -> None:
-        """Note other hosts that the sandbox's sockets lead to."""
-        # What the kernel tells of itself leaves out its children.
+        """Note other hosts that the sandbox's sockets are connected to."""
+        # The agent reports connections of the kernel process only, not of its children.
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
         if Wall.NETWORK not in self.plan.walls:
@@ -589,20 +583,21 @@ class KernelSession:
             self.agent_facts.add_hosts(sorted(peers - set(self.agent_facts.hosts)))
 
     async def wait_dead(self, seconds: float) -> bool:
-        """Wait for the kernel process to end; whether it has."""
+        """Wait for the kernel process to end; false after ``seconds``."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.died.wait(), seconds)
         return self.died.is_set()
 
     def close(self) -> None:
-        """End everything and remove everything. What could not be removed is in ``cleanup``.
+        """End all processes and remove all files; ``cleanup`` lists what remains.
 
-        May be called again.
+        Can be called again.
         """
         if self._closed:
             return
         self._closed = True
         loop = asyncio.get_running_loop()
+        # First the watchdogs: they could misread the dying processes.
         if self.provisioner is not None:
             self.provisioner.stop_watching()
         if self.volumes is not None:
@@ -624,8 +619,9 @@ class KernelSession:
 
 
 async def _aside(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
-    """Wait for a call on a thread: other runs go on in the meantime."""
-    # It is never left alone: whoever cancels us takes down what it works on.
+    """Run a blocking launch on a thread."""
+    # After a cancellation, wait for the thread to finish: the canceller then removes the sandbox
+    # that the thread works on.
     waiting = asyncio.ensure_future(asyncio.to_thread(call))
     try:
         return await asyncio.shield(waiting)
@@ -636,5 +632,5 @@ async def _aside(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
 
 
 def was_polite(number: int | None) -> bool:
-    """Whether a signal is one by which a system asks processes to end."""
+    """Whether a signal is a polite request to end: SIGTERM, SIGHUP or SIGINT."""
     return number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

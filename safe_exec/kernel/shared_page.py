@@ -14,22 +14,17 @@ from msgspec import Struct
 
 from safe_exec.agent import layout
 
-# Imports the standard library only. Everything read here was written by the kernel process and may
-# be anything: lengths are checked, text is decoded with replacement, nothing is trusted beyond "the
-# kernel says".
+# Imports the standard library only. The kernel process can write anything to the page. So lengths
+# are checked, text is decoded with replacement, and everything counts as a claim.
 
 MOST_FRAMES = 64
-# A segment holds no more messages than that, and text is gathered; what has more was not written by
-# us.
+# A segment written by our agent holds fewer records than this, since it joins text.
 MOST_RECORDS = 20_000
 SIZE = layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES
 
 
 class Note(Struct, frozen=True, kw_only=True):
-    """The statement noted last: cell number, line, and when (``time.monotonic`` of the machine).
-
-    Whether the cell is done.
-    """
+    """The last noted statement; ``time`` is CLOCK_MONOTONIC, which all processes share."""
 
     cell: int
     line: int
@@ -38,7 +33,7 @@ class Note(Struct, frozen=True, kw_only=True):
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One sample: ``wait`` for the interpreter, ``place`` is a hash of the code location."""
+    """One sample. ``wait`` is the wait for the GIL, ``place`` a hash of the code location."""
 
     cell: int
     line: int
@@ -49,7 +44,7 @@ class Sample(Struct, frozen=True, kw_only=True):
 
 
 class Text(Struct, frozen=True, kw_only=True):
-    """Text of a cell's stream; its first character is number ``start`` of the stream."""
+    """Text of a cell's stream; ``start`` is the position of its first character."""
 
     stream: str
     cell: int
@@ -58,27 +53,27 @@ class Text(Struct, frozen=True, kw_only=True):
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """A message that was about to be queued: its raw frames."""
+    """The raw frames of a message that was about to be queued."""
 
     cell: int
     frames: tuple[bytes, ...]
 
 
 class Page:
-    """Shared memory between runner and kernel; made before the kernel, read after its death."""
+    """Shared memory between runner and kernel. It outlives the kernel."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("safe-exec-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, SIZE)
-        # A kernel that shortens the file would have us killed by SIGBUS: seal its size, and the
-        # seals.
+        # If the kernel could shrink the file, our next read would raise SIGBUS. So seal the size,
+        # and seal the seals (memfd_create(2), F_ADD_SEALS in fcntl(2)).
         fcntl.fcntl(
             self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         )
         self._memory = mmap.mmap(self.fd, SIZE)
 
     def close(self) -> None:
-        """Unmap the memory. May be called again."""
+        """Unmap the memory. Can be called again."""
         if self.fd >= 0:
             self._memory.close()
             os.close(self.fd)
@@ -105,7 +100,9 @@ class Page:
         return out, err
 
     def unread(self, stream: str) -> int:
-        """Return the bytes that were forwarded but not removed from a descriptor's pipe."""
+        """Return the number of bytes that were forwarded but are still in a descriptor's pipe."""
+        # The agent copies with tee(2), forwards, and only then reads the pipe. A death in between
+        # must not repeat the forwarded bytes.
         written, consumed = struct.unpack_from(
             "<QQ", self._memory, 32 + (16 if stream == "stderr" else 0)
         )
@@ -134,17 +131,13 @@ class Page:
             document = json.loads(raw)
             rows = [(str(f), int(n), str(p), int(c)) for f, n, p, c in document["rows"]]
             return int(document["cell"]), rows, bool(document["awaiting"])
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            ArithmeticError,
-            RecursionError,
-        ):  # int(Infinity) is an OverflowError
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+            # A stack that was half written, or forged; int(Infinity) is an OverflowError.
             return 0, [], False
 
     def journal(self, cell: int) -> Iterator[Text | Message]:
         """Return the records of one cell, oldest first."""
+        # Two segments take turns: when one is full, the agent starts to overwrite the older one.
         (current,) = struct.unpack_from("<I", self._memory, 4)
         current &= 1
         for segment in (current ^ 1, current):
@@ -157,8 +150,8 @@ class Page:
         (used,) = struct.unpack_from("<I", self._memory, base)
         end = base + layout.SEGMENT_BYTES
         at = base + 4
-        # ``used`` is where the last record's header ends; a text that stands last may have grown,
-        # up to where memory is zero.
+        # ``used`` is the end of the last record's header. The agent appends to a text in place, so
+        # the last text may be longer than its header says and ends at the first zero byte.
         last = base + min(used, layout.SEGMENT_BYTES)
         while at + layout.RECORD.size <= last:
             length, position, kind, stream, _, cell = layout.RECORD.unpack_from(self._memory, at)
@@ -180,7 +173,7 @@ class Page:
 
 
 def _frames(data: bytes) -> tuple[bytes, ...]:
-    """Frames as ``Page.message`` packs them: their number, then each with its length before it."""
+    """Unpack frames: their number, then the length and bytes of each."""
     number = struct.Struct("<I")
     frames: list[bytes] = []
     at = number.size

@@ -7,9 +7,8 @@ from collections import deque
 
 from msgspec import Struct
 
-# A reader of messages is bounded in everything that it keeps. No message is parsed for which there
-# is no room among those that wait; of a message that is too large only the first, small parts are
-# kept.
+# A reader has a bound for everything that it keeps. It parses no message for which the queue has no
+# room. Of a message that is too large it keeps only the first, small parts.
 
 GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -18,16 +17,17 @@ LONGEST_SHORT_FRAME = 255
 OLDEST_VERSION = 3
 
 MOST_WAITING = 16 << 20
-# A kernel that sends a message for each line is faster than we are for a moment, and drops what it
-# cannot send. So many messages may wait.
+# A kernel that sends a message for each line can for a moment be faster than we are, and its PUB
+# socket drops messages that it cannot send. So this many may wait.
 MOST_MESSAGES = 20_000
 MOST_PARTS = 1000
-# Memory that a part takes beside its bytes.
+# Memory that a part takes in addition to its bytes.
 PART_BYTES = 48
-# Parts of at most this size are read in one piece, and kept of a message that is too large.
+# Parts up to this size are read in one piece. Of a message that is too large, the first ones of
+# them are kept.
 SMALL = 64 << 10
 FIRST_PARTS = 8
-# A message without an end is reported each time so many more bytes of it have arrived.
+# A message that is too large is reported each time this many more bytes have arrived.
 REPORT_EVERY = 64 << 20
 COMMAND_BYTES = 4096
 
@@ -39,7 +39,7 @@ class ProtocolError(ConnectionError):
 class Received(Struct):
     """One message.
 
-    ``dropped`` counts the bytes of one that was too large, with its first, small parts.
+    If it was too large, ``dropped`` counts its bytes and ``parts`` are its first, small parts.
     """
 
     parts: list[bytes]
@@ -49,9 +49,9 @@ class Received(Struct):
 class MessageReader:
     """Turns bytes into messages.
 
-    ``largest`` bounds a message (``None``: unbounded). ``is_blocked``: the next part has no room,
-    so ``parse`` is to be called again after ``take``. ``is_broken``: a command was too long.
-    ``replies`` are frames to send.
+    ``largest`` bounds a message (``None``: no bound). If ``is_blocked``, the queue has no room for
+    the next part; call ``parse`` again after ``take``. A command that is too long sets
+    ``is_broken``. ``replies`` are frames to send.
     """
 
     def __init__(self, *, largest: int | None) -> None:
@@ -60,8 +60,8 @@ class MessageReader:
         self.is_blocked = False
         self.is_broken = False
         self.replies: list[bytes] = []
-        # Small frames are cut from here. A large part is read straight into ``_body``: copying it
-        # from here would cost its size a second time.
+        # Small frames are cut from the inbox. A large part is read straight into ``_body``, since a
+        # copy from the inbox would need its size a second time.
         self._inbox = bytearray()
         self._body: bytearray | None = None
         self._filled = 0
@@ -78,7 +78,7 @@ class MessageReader:
 
     @property
     def buffered(self) -> tuple[int, int]:
-        """Bytes that are not parsed yet, and bytes of messages that wait."""
+        """The number of unparsed bytes, and of bytes in waiting messages."""
         return len(self._inbox), self._waiting_bytes
 
     def add(self, data: bytes) -> None:
@@ -102,7 +102,8 @@ class MessageReader:
         return message
 
     def has_room(self, size: int) -> bool:
-        """Whether a part of this size fits beside the waiting messages; alone every part does."""
+        """Whether the queue has room for a part of this size."""
+        # An empty queue accepts any part. Otherwise a part above the bound would block for ever.
         waiting = len(self._waiting)
         return waiting == 0 or (
             waiting < MOST_MESSAGES and self._waiting_bytes + size <= self.most_waiting
@@ -115,7 +116,7 @@ class MessageReader:
         self._body = None
 
     def parse(self) -> bool:
-        """Parse as far as there is room; true if a message was completed."""
+        """Parse until bytes or room run out; true if a message was completed."""
         self.is_blocked = False
         count = len(self._waiting)
         while not self.is_broken and self._step():
@@ -134,8 +135,8 @@ class MessageReader:
         flags, start, length = head
         if flags & COMMAND:
             return self._command(start, length)
-        # Checked before the body is read: whatever is not read stays in the kernel's own socket and
-        # blocks the sender.
+        # Check before reading the body: unread bytes stay in the kernel's own socket and block the
+        # sender.
         if not self.has_room(self._size + length):
             self.is_blocked = True
             return False
@@ -177,7 +178,7 @@ class MessageReader:
         return self.largest is not None and self._size + length > self.largest
 
     def _fill(self) -> bool:
-        """Move bytes into the part under way; true if it is complete."""
+        """Move bytes into the unfinished part; true if it is complete."""
         assert self._body is not None
         piece = self._inbox[: len(self._body) - self._filled]
         self._body[self._filled : self._filled + len(piece)] = piece
@@ -210,15 +211,16 @@ class MessageReader:
             self._finish()
 
     def _overflow(self, length: int) -> None:
-        """Count bytes of a message that is too large; the parts kept tell which message it was."""
+        """Count bytes of a message that is too large, and drop its large parts."""
+        # The first parts contain the headers, which tell what kind of message was dropped.
         message = self._message
         if not message.dropped:
             message.dropped = self._size
             message.parts = [part for part in message.parts[:FIRST_PARTS] if len(part) <= SMALL]
             self._size = sum(map(len, message.parts))
         message.dropped += length + PART_BYTES
-        # The trial counts this against the run's output limit while the message is still arriving;
-        # without it an endless message would never be seen.
+        # Report the bytes while the message is still arriving, so that the trial can count them
+        # against the run's output limit. An endless message would otherwise never be noticed.
         if message.dropped - self._reported > REPORT_EVERY:
             self._store(Received([], message.dropped - self._reported), 0)
             self._reported = message.dropped
@@ -235,7 +237,7 @@ class MessageReader:
         self._waiting_bytes += size
 
     def _command(self, start: int, length: int) -> bool:
-        # After the handshake only PING wants a reply (ZMTP 3.1, section 3.4).
+        # After the handshake only PING needs a reply (ZMTP 3.1, section 3.4).
         if length > COMMAND_BYTES:
             self.is_broken = True
             return False
@@ -252,13 +254,13 @@ class MessageReader:
 
 
 def encode(parts: list[bytes]) -> bytes:
-    """Return a message as frames."""
+    """Encode a message."""
     last = len(parts) - 1
     return b"".join(frame(part, MORE if n < last else 0) for n, part in enumerate(parts))
 
 
 def frame(body: bytes, flags: int) -> bytes:
-    """Return a frame with its head."""
+    """Encode one frame."""
     length = len(body)
     if length <= LONGEST_SHORT_FRAME:
         return struct.pack(">BB", flags, length) + body
