@@ -1,6 +1,6 @@
 """Plans the walls around one kernel on this machine: folder, homes, interpreters.
 
-What the keeper is told is plain data (see enclosed.py and become.py).
+The result is plain data for the keeper (keeper/bwrap.py and keeper/child.py).
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import WallSetup
 
-# The user that owns nothing: no distribution hands out ids up here (systemd, UIDs-GIDs.md), and no
-# file is theirs.
+# A user that owns no files: no distribution allocates ids in this range (systemd, UIDs-GIDs.md).
 OTHER_UID = 1_060_660
 INODE_BYTES = 4096
 LEAST_INODES = 1024
@@ -51,7 +50,8 @@ NO_WALL = Enforcement(by=Mechanism.NONE, hard=False)
 
 
 def homes() -> tuple[Path, ...]:
-    """Home directories: the user's own first, then where those of others are."""
+    """Home directories: the user's own first, then those of others."""
+    # HOME and the user database can differ, under sudo for example. Hide both.
     own = [Path(os.environ["HOME"])] if os.path.isabs(os.environ.get("HOME", "")) else []
     with contextlib.suppress(KeyError):  # a user without an entry
         own.append(Path(pwd.getpwuid(os.geteuid()).pw_dir))
@@ -70,7 +70,7 @@ def homes() -> tuple[Path, ...]:
 
 
 def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """The environments that the kernel and we run from, and our own package. Never a whole home."""
+    """The environments of the kernel and of safe-exec, and our package. Never a whole home."""
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wide = _wide()
     prefixes = [
@@ -80,7 +80,7 @@ def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...
 
 
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """Directories that a kernel needs to run at all: interpreters, and where they find packages."""
+    """The directories that a kernel needs: interpreters and their package directories."""
     linked = [
         path
         for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env))
@@ -108,7 +108,7 @@ def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
 
 
 def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path, ...]:
-    """Return the existing paths, each also without links, except those that are too wide."""
+    """Return the existing paths, each also without links, except directories in ``wide``."""
     both = [form for path in paths for form in (path, path.resolve())]
     return tuple(
         dict.fromkeys(
@@ -117,7 +117,7 @@ def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path,
     )
 
 
-# What makes an environment of a directory that is more than one.
+# The parts of a directory that form an environment, if the directory holds more than that.
 PARTS = (
     "bin",
     "lib",
@@ -133,7 +133,7 @@ PARTS = (
 
 def _wide() -> frozenset[Path]:
     """Return directories that hold more than an environment."""
-    # A ``~/bin/python`` must not open the home around it.
+    # With an interpreter at ``~/bin/python`` the prefix is the home itself, which must stay hidden.
     narrow = [
         *homes(),
         *(home / ".local" for home in homes()),
@@ -158,13 +158,14 @@ def _parts(env: Mapping[str, str], name: str) -> list[str]:
 
 def _prefixes(program: str) -> list[Path]:
     """Return the directories of a program's environment."""
-    # It lies beside the program's ``bin``, where its links lead, and at a virtual environment's
-    # base.
+    # The program may be a link, and a virtual environment needs its base too. So follow the links
+    # one by one and collect the prefix at each step.
     prefixes: list[Path] = []
     path = Path(program)
-    # No such program: a path relative to us would say nothing of it.
+    # The program was not found; a relative path would be resolved from the wrong directory.
     if not path.is_absolute():
         return []
+    # Bounded, since links can form a circle.
     for _ in range(10):
         prefix = path.parent.parent
         prefixes.append(prefix)
@@ -180,10 +181,10 @@ def _prefixes(program: str) -> list[Path]:
 
 
 def _linked(prefix: Path) -> list[Path]:
-    """Return the directories of packages that an environment has through ``.pth`` files."""
-    # A line is a folder for the path, or imports a module that finds packages (setuptools'
-    # ``__editable___NAME_finder``, and the like of other builders): what that one names in its
-    # text.
+    """Return the package directories that an environment adds through ``.pth`` files."""
+    # A line is a directory for sys.path, or it imports a module that finds packages (setuptools'
+    # ``__editable___NAME_finder``, and similar ones of other builders). Such a module contains its
+    # paths as literals.
     paths: list[Path] = []
     for path in prefix.glob("lib/python3*/site-packages/*.pth"):
         for line in _text(path).splitlines():
@@ -195,10 +196,8 @@ def _linked(prefix: Path) -> list[Path]:
 
 
 def _named_in(module: Path) -> list[Path]:
-    """Absolute paths that stand in the source of a module, and that are there.
-
-    Of a package's first file the package.
-    """
+    """Return the existing absolute paths in a module's literals; a package for its __init__.py."""
+    # The module is parsed, not imported: its code belongs to the notebook's environment.
     try:
         tree = ast.parse(_text(module))
     except (SyntaxError, ValueError, RecursionError):
@@ -223,7 +222,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-# --- what the keeper is told ----------------------------------------------------------------------
+# --- the keeper's part ----------------------------------------------------------------------------
 
 
 class PlannedKernel(Struct, frozen=True, kw_only=True):
@@ -237,12 +236,12 @@ class PlannedKernel(Struct, frozen=True, kw_only=True):
 
     @property
     def folder(self) -> Path:
-        """The folder without links: what can be mounted over."""
+        """The folder without links; only such a path can be mounted over."""
         return self.cwd.resolve()
 
     @property
     def owner(self) -> int | None:
-        """The other user that it is to be, if it is."""
+        """The other user that the kernel runs as, ``None`` for the same user."""
         return (
             OTHER_UID
             if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0
@@ -261,7 +260,7 @@ class Enclosure(Struct, frozen=True, kw_only=True):
 
 
 def enclose(kernel: PlannedKernel) -> Enclosure:
-    """Plan the walls of one kernel. Raises SandboxError for what can be walled off in no way."""
+    """Plan the walls of one kernel. Raises SandboxError if a wall is impossible."""
     requested = kernel.plan.isolation
     kernel = replace(kernel, plan=replace(kernel.plan, isolation=settled(requested)))
     demand_narrow(kernel.folder, requested)
@@ -280,8 +279,8 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
             has_disk_limit=LimitName.DISK in kernel.plan.enforcement,
         ),
     )
-    # Where there is no /tmp of its own, what it writes for a while is to go with the run all the
-    # same.
+    # Landlock cannot give the kernel a /tmp of its own. TMPDIR puts its temporary files into a
+    # directory that is removed with the run.
     own_tmp = (
         {"TMPDIR": str(kernel.runtime)}
         if kernel.plan.landlock and kernel.plan.isolation.read_only_system
@@ -297,7 +296,7 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
     return Enclosure(
         setup=setup,
         env={**kernel.env, **own_tmp},
-        # A link on the way to the folder may lie in a hidden directory.
+        # The path that the user gave may contain a link in a hidden directory. Use the real path.
         cwd=str(kernel.folder),
         facts=facts_of(kernel.plan, paths),
         warnings=(paths.repository.warning,) if paths.repository.warning else (),
@@ -305,10 +304,8 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
 
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
-    """The folder stays open whatever lies in it.
-
-    Raises SandboxError where that would be what is to be closed.
-    """
+    """Raise SandboxError if a place that must be closed lies in the notebook's folder."""
+    # The folder and everything in it stays open, so it must not contain a home or /usr.
     closed = [
         *(homes() if isolation.hide_home else ()),
         *(SYSTEM if isolation.read_only_system else ()),
@@ -323,15 +320,15 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 
 def settled(isolation: Isolation) -> Isolation:
-    """Its paths as they are here, without links.
+    """Resolve the paths of an isolation on this machine. Raises SandboxError.
 
-    What is to be hidden and is not there needs no hiding. Raises SandboxError.
+    Paths to hide that do not exist are dropped.
     """
     settings: dict[str, Any] = {
         name: tuple(map(_without_links, getattr(isolation, name))) for name in _PATHS
     }
-    # A link in a hidden place is not there to be followed: what it leads to is opened by that name
-    # too.
+    # A link in a hidden place cannot be followed inside. So open both the link's path and its
+    # target.
     for name in _OPENED:
         settings[name] = tuple(
             dict.fromkeys(form for path in getattr(isolation, name) for form in _both_forms(path))
@@ -358,7 +355,7 @@ def _without_links(path: str) -> str:
 
 
 def _both_forms(path: str) -> tuple[str, str]:
-    """A path with a link as its last part, and where that leads."""
+    """Return a path whose last part may be a link, and the path that it leads to."""
     plain = os.path.abspath(os.path.expanduser(path))
     return os.path.join(
         os.path.realpath(os.path.dirname(plain)), os.path.basename(plain)
@@ -366,12 +363,13 @@ def _both_forms(path: str) -> tuple[str, str]:
 
 
 def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bool) -> Path | None:
-    """The repository around a folder if a notebook there may write to it behind its walls."""
+    """The repository around a folder, if isolation lets a notebook there write to it."""
     try:
         access = repository_access(
             settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit
         )
-    except SandboxError:  # said by the run itself
+    except SandboxError:
+        # The run itself reports this error.
         return None
     return access.root if access.use is RepositoryUse.WRITE else None
 
@@ -427,7 +425,7 @@ def _disk(kernel: PlannedKernel) -> LimitedDisk | None:
 
 
 def _own_walls(kernel: PlannedKernel, paths: KernelPaths) -> Walls | None:
-    """Return what the kernel's process gives up by itself, ``None`` for nothing."""
+    """Return the restrictions that the kernel's process applies to itself, if any."""
     isolation = kernel.plan.isolation
     drop_capabilities = bubblewrap.drops_capabilities(isolation, root=os.geteuid() == 0)
     landlock = _landlock(kernel, paths) if kernel.plan.landlock else None
@@ -453,7 +451,7 @@ def _system_call_filter(plan: SpawnPlan) -> str | None:
 
 def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
     """Return the paths that Landlock leaves readable and writable."""
-    # To Landlock a directory that may be written may be read too, so nothing hidden lies in one.
+    # A directory opened for writing can be read too, so no hidden place may lie in one.
     isolation = kernel.plan.isolation
     folder, repository = str(kernel.folder), paths.repository
     roots = [str(repository.root)] if repository.is_visible else []
@@ -463,10 +461,9 @@ def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:
         *(roots if repository.use is RepositoryUse.WRITE else []),
     ]
     hidden = [*(map(str, paths.homes) if isolation.hide_home else ()), *isolation.hide]
-    # Nobody makes a copy here.
+    # Landlock cannot make a copy of the folder, so FolderUse.COPY only closes it to writes.
     closed = hidden if isolation.folder is FolderUse.WRITE else [*hidden, folder]
-    # /dev too: to write to /dev/null or a terminal changes nothing; who may do what to a device is
-    # the system's affair.
+    # Programs must write to /dev/null and terminals. The permissions of other devices still apply.
     writable = ["/tmp", "/dev"] if isolation.read_only_system else _all_but(closed)  # noqa: S108
     writable += [*([folder] if isolation.folder is FolderUse.WRITE else []), *extra]
     readable = [*map(str, paths.readable), *isolation.show, *roots, folder]
@@ -485,11 +482,9 @@ def _all_but(closed: Sequence[str]) -> list[str]:
 
 
 def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
-    """Return the parts of a tree to open around hidden ones.
-
-    Without such, the tree.
-    """
-    # A rule opens everything below its path.
+    """Return the parts of a tree to open so that the hidden ones stay closed."""
+    # A Landlock rule opens everything below its path and has no exceptions (landlock(7)). So open
+    # the siblings of each hidden part instead.
     inner = [other for other in hidden if other != path and Path(other).is_relative_to(path)]
     if not inner:
         return [path]

@@ -1,7 +1,6 @@
-"""Records what isolation takes from a run, and where the run's files stay.
+"""Records the restrictions of a run and the places where its files are kept. Pure.
 
-Names the places whose files are gone after the run too, for the keeper to list them before they go.
-Pure.
+The keeper lists the files in the other places before they are discarded.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ LANDLOCK_WRITABLE = (TMP, "/dev")
 class KernelPaths(Struct, frozen=True, kw_only=True):
     """The paths around one kernel, without links.
 
-    ``homes`` are those to hide, ``readable`` those that stay visible in hidden places.
-
-    ``kernel_home`` is the kernel's HOME; ``runtime`` the directory of its sockets; ``interpreters``
-    are among the ``readable``.
+    ``homes`` are to be hidden, ``readable`` stay visible in hidden places. ``kernel_home`` is the
+    kernel's HOME, ``runtime`` the directory of its sockets. ``interpreters`` are part of
+    ``readable``.
     """
 
     folder: Path
@@ -44,9 +42,9 @@ class KernelPaths(Struct, frozen=True, kw_only=True):
 
 
 def facts_of(plan: SpawnPlan, paths: KernelPaths) -> IsolationFacts:
-    """The facts of a plan. A wall that nothing holds takes nothing away.
+    """Return the facts of a plan, whose ``isolation`` has paths without links.
 
-    ``plan.isolation`` has paths without links.
+    A wall that no mechanism enforces restricts nothing.
     """
     isolation = plan.isolation
     hidden_homes = tuple(map(str, paths.homes)) if _is_held(plan, Wall.HOME) else ()
@@ -83,7 +81,7 @@ def _is_held(plan: SpawnPlan, wall: Wall) -> bool:
 
 
 def is_folder_kept(plan: SpawnPlan) -> bool:
-    """Whether files that a run inside bubblewrap writes into its folder are there after it."""
+    """Whether files that a run inside bubblewrap writes into its folder are kept."""
     return plan.isolation.folder is FolderUse.WRITE and (
         plan.disk is None or plan.isolation.write_back
     )
@@ -98,7 +96,7 @@ def _written_repository(paths: KernelPaths) -> list[str]:
 
 
 def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The places whose files are kept, and those whose files are gone after the run."""
+    """Return the places whose files are kept, and those whose files are discarded."""
     isolation, folder = plan.isolation, str(paths.folder)
     kept_paths = [
         *([folder] if is_folder_kept(plan) else []),
@@ -118,8 +116,9 @@ def _bubblewrap(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], t
 
 
 def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Landlock leaves /tmp the machine's own."""
-    # HOME and TMPDIR lead into the directory of the sockets, which goes with the run.
+    """Return the kept and the discarded places under Landlock."""
+    # Landlock has no mounts, so /tmp is the machine's own. HOME and TMPDIR lead into the directory
+    # of the sockets, which is removed with the run.
     isolation = plan.isolation
     kept_paths = [str(paths.folder)] if isolation.folder is FolderUse.WRITE else []
     system = LANDLOCK_WRITABLE if plan.landlock and isolation.read_only_system else ()
@@ -128,15 +127,15 @@ def _landlock(plan: SpawnPlan, paths: KernelPaths) -> tuple[tuple[str, ...], tup
     ) if plan.landlock else ()
 
 
-# --- places whose files are gone after the run, for the keeper to list ----------------------------
+# --- places whose files are discarded, for the keeper to list -------------------------------------
 
 HOME_NAME, TMP_NAME = "~", "$TMPDIR"
-# What we make beside the sockets ourselves, where these lie in a directory of the machine's.
+# Files of safe-exec in the directory of the sockets, which are not the notebook's.
 OURS = ("home", "tmp", "disk", "c.json")
 
 
 def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
-    """The places that are only there inside bubblewrap: file systems in memory, of its own."""
+    """Return the places that exist only inside bubblewrap: its file systems in memory."""
     return tuple(
         place
         for path, kind in _own(plan, paths)
@@ -146,7 +145,7 @@ def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, 
 
 
 def outside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
-    """Return the places that are directories outside too: on the disk, or beside the sockets."""
+    """Return the places that exist outside too: on the limited disk or beside the sockets."""
     if not plan.enclosed:
         return tuple(_beside_sockets(plan, paths))
     if not _has_disk(plan):
@@ -169,7 +168,7 @@ def _has_disk(plan: SpawnPlan) -> bool:
 
 
 def _own(plan: SpawnPlan, paths: KernelPaths) -> Iterator[tuple[Path, str]]:
-    """The home, /tmp and /dev/shm that a run has for itself and can write."""
+    """Yield the writable home, /tmp and /dev/shm that belong to the run alone."""
     isolation = plan.isolation
     if isolation.hide_home and paths.homes:
         yield paths.homes[0], OF_HOME
@@ -180,10 +179,11 @@ def _own(plan: SpawnPlan, paths: KernelPaths) -> Iterator[tuple[Path, str]]:
 
 
 def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterator[DiscardedPlace]:
-    """One place, unless all of it was opened by name."""
+    """Yield one place, unless the user opened all of it."""
     opened = [*map(Path, plan.isolation.writable), *map(Path, plan.isolation.show)]
     if any(path.is_relative_to(other) for other in opened):
         return
+    # Files of the machine that are mounted in there are not the notebook's.
     mounted = [*paths.readable, *opened, *map(Path, plan.isolation.hide)]
     skip = tuple(str(other.relative_to(path)) for other in mounted if other.is_relative_to(path))
     is_home = (
@@ -197,8 +197,8 @@ def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterat
 
 def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[DiscardedPlace]:
     """Yield the places beside the sockets."""
-    # Landlock hides a home by giving another one, and /tmp is the machine's: only TMPDIR is
-    # discarded.
+    # Under Landlock the kernel has another home, and /tmp is the machine's. Only that home and
+    # TMPDIR are discarded.
     if plan.landlock and plan.isolation.hide_home:
         yield DiscardedPlace(name=HOME_NAME, kind=OF_HOME, path=str(paths.runtime / "home"))
     if plan.landlock and plan.isolation.read_only_system:

@@ -1,4 +1,4 @@
-"""Starts keepers, before anything else of ours is imported if a run is sure to come."""
+"""Starts keepers; for a run that is certain, before anything else of ours is imported."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-# A keeper's interpreter takes as long to start as ours takes to read the command line. Where many
-# are needed they are forked from one process that has imported all their modules
+# A keeper's interpreter takes as long to start as ours takes to parse the command line. If many are
+# needed, they are forked from one process that has imported all their modules
 # (keeper/forkserver.py). This module imports the standard library only, and as little of it as
 # possible.
 
-# os._exit skips the interpreter's own end, which takes as long as removing a sandbox does; the
-# runner waits for both, and everything is cleaned up by then.
+# The runner waits for the keeper's end. os._exit skips the shutdown of the interpreter, which takes
+# as long as removing a sandbox; everything is cleaned up by then.
 BOOT = (
     "import os, sys; sys.path.append(sys.argv[2]); from safe_exec.keeper.{module} import main; "
     "main(int(sys.argv[1]), *sys.argv[3:]); os._exit(0)"
 )
+# Longer paths leave no room for the names of the sockets within 108 bytes (unix(7)).
 LONGEST_BASE = 60
 SIGKILL = 9
 
@@ -40,14 +41,17 @@ class KeeperProcess:
         launcher: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it. ``launcher`` is a command that starts it in another cgroup. Raises OSError."""
+        """Start the keeper; ``launcher`` is a command that starts it in another cgroup.
+
+        Raises OSError.
+        """
         self.run_id, self.directory = run_id, directory
         self.control, keeper_end = socket.socketpair()
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         with keeper_end:
-            # A fork of the fork server would stay in its cgroup, so a launcher needs a process of
-            # its own.
+            # A keeper forked by the fork server would stay in the server's cgroup. So a launcher
+            # must start its own process.
             if launcher or environment or not _fork_keeper(keeper_end, run_id, directory):
                 self._process = _start(
                     "keeper",
@@ -59,19 +63,17 @@ class KeeperProcess:
                 )
 
     def attach_pid(self, pid: int) -> None:
-        """Note a forked keeper's pid, so that its end can be awaited.
-
-        It must wait for us meanwhile.
-        """
+        """Note a forked keeper's pid, so that ``wait`` can await its end."""
+        # The keeper waits for our next message meanwhile, so its pid cannot have been reused.
         if self._process is None and self._pidfd < 0:
             try:
                 self._pidfd = os.pidfd_open(pid)
             except OSError:
-                # It has ended, or no descriptor is left. Its socket shows its end too.
+                # It has ended, or no descriptor is left. The end of its socket shows its end, too.
                 return
 
     def kill(self) -> None:
-        """Send SIGKILL, if it is known where to."""
+        """Send SIGKILL, if a process or pidfd is known."""
         if self._process is not None:
             self._process.kill()
         elif self._pidfd >= 0:
@@ -83,8 +85,8 @@ class KeeperProcess:
                 return
 
     def wait(self) -> None:
-        """Wait until it has ended."""
-        # A forked one whose pid was never attached ends with its socket.
+        """Wait until the keeper has ended."""
+        # A forked keeper without an attached pid cannot be awaited; it ends with its socket.
         if self._process is not None:
             self._process.wait()
         elif self._pidfd >= 0:
@@ -117,22 +119,21 @@ def _start(
             *arguments,
         ],
         stdin=subprocess.DEVNULL,
-        # stderr stays ours: a keeper that cannot start says why there.
+        # The keeper inherits our stderr, where it reports why it cannot start.
         stdout=subprocess.DEVNULL,
         pass_fds=[keeper_end.fileno()],
-        # Ctrl-C in the terminal goes to the runner's session; the keeper must outlive it.
+        # Ctrl-C in a terminal signals the foreground process group. The keeper must outlive it to
+        # clean up.
         start_new_session=True,
         env={**os.environ, **(environment or {})},
     )
 
 
 class ForkServer:
-    """A context within which keepers are forked from one process.
+    """A context within which keepers are forked from one process. It can be nested."""
 
-    Contexts may be nested. It has no effect before Linux 5.3: a forked keeper is not our child, so
-    only a pidfd can tell its end.
-    """
-
+    # Without pidfds (before Linux 5.3) it has no effect: a forked keeper is not our child, so only
+    # a pidfd shows its end.
     def __enter__(self) -> Self:
         global _depth  # noqa: PLW0603 - one for the process
         with _lock:
@@ -151,7 +152,7 @@ class ForkServer:
 
 
 _depth = 0
-# Our end of its socket, and its process: started when the first keeper is needed.
+# Our end of the fork server's socket, and its process. It is started with the first keeper.
 _fork_server: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 _lock = threading.Lock()
 
@@ -179,7 +180,7 @@ def _fork_keeper(keeper_end: socket.socket, run_id: str, directory: str) -> bool
                 [keeper_end.fileno()],
             )
         except OSError:
-            # The fork server was killed; a keeper can also be started.
+            # The fork server was killed. The caller starts the keeper as a new process instead.
             return False
     return True
 
@@ -201,7 +202,6 @@ def new_run_id() -> str:
 
 def runtime_directory(run_id: str) -> str:
     """Return the path of the directory that the keeper makes for a run."""
-    # The path of a socket in it has at most 108 bytes (unix(7)).
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     usable = base and len(base) < LONGEST_BASE and os.access(base, os.W_OK)
     return f"{base if usable else '/tmp'}/safe-exec-{run_id}"  # noqa: S108
@@ -216,9 +216,10 @@ _prestarted: KeeperProcess | None = None
 
 
 def prestart() -> None:
-    """Start a keeper that the command line will need in a moment."""
+    """Start the keeper that the command line is about to need."""
     global _prestarted  # noqa: PLW0603 - one process, one command line
-    # With systemd the keeper may have to be started in a scope, and the plan is not made yet.
+    # With systemd the keeper may have to start in a scope. That depends on the plan, which does not
+    # exist yet.
     if systemd_is_booted():
         return
     run_id = new_run_id()

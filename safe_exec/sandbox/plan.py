@@ -1,7 +1,4 @@
-"""Folds the mechanisms' offers, strongest first, into the frozen plan for the keeper.
-
-Pure: nothing here touches the system.
-"""
+"""Folds the mechanisms' offers, strongest first, into the frozen plan for the keeper. Pure."""
 
 from __future__ import annotations
 
@@ -16,18 +13,19 @@ from safe_exec.model.limits import Enforcement, Isolation, LimitName, Limits, Me
 
 RUNNER_LIMITS = tuple(LimitName(row.name) for row in ROWS if row.by_runner)
 
-# What ``--require all`` stands for.
+# The limits of ``--require all``.
 REQUIRE_ALL = tuple(LimitName(row.name) for row in ROWS if row.in_require_all)
 
 
 class Delegation(Struct, frozen=True, kw_only=True):
-    """A cgroup that contains our processes and shall delegate controllers.
+    """A cgroup with our processes in it that must delegate controllers.
 
-    The processes move to ``leaf`` first: a cgroup that contains processes cannot delegate
-    controllers (cgroups(7)). ``launcher`` and ``environment`` start the keeper in that cgroup; they
-    are empty if the runner is in it too.
+    The processes move to ``leaf`` first. ``launcher`` and ``environment`` start the keeper in that
+    cgroup; they are empty if the runner is in it too.
     """
 
+    # A cgroup that contains processes cannot enable controllers for its children ("no internal
+    # processes", cgroups(7)).
     group: str
     leaf: str
     controllers: tuple[str, ...]
@@ -36,9 +34,9 @@ class Delegation(Struct, frozen=True, kw_only=True):
 
 
 class CgroupPlan(Struct, frozen=True, kw_only=True):
-    """Cgroups to make (parents first), files to write, and files that join, kill and count.
+    """Cgroups to make (parents first), files to write, and files to join, kill and count.
 
-    ``memory_file`` says how much memory is charged now.
+    ``memory_file`` contains the memory that is charged now.
     """
 
     dirs: tuple[str, ...] = ()
@@ -51,7 +49,7 @@ class CgroupPlan(Struct, frozen=True, kw_only=True):
     delegation: Delegation | None = None
 
     def plus(self, other: CgroupPlan) -> CgroupPlan:
-        """Both, one after the other."""
+        """Join two plans."""
         return CgroupPlan(
             dirs=self.dirs + other.dirs,
             writes=self.writes + other.writes,
@@ -67,8 +65,7 @@ class CgroupPlan(Struct, frozen=True, kw_only=True):
 class Offer(Struct, frozen=True, kw_only=True):
     """The limits that one mechanism can enforce, and the keeper's work for it.
 
-    ``rlimits`` maps a limit to rows of (resource number, soft, hard); ``watch`` are the limits that
-    the watchdog in the runner must look after. Only what is wanted of an offer is carried out.
+    ``rlimits`` maps a limit to rows of (resource number, soft, hard).
     """
 
     mechanism: Mechanism
@@ -80,11 +77,10 @@ class Offer(Struct, frozen=True, kw_only=True):
 class SpawnPlan(Struct, frozen=True, kw_only=True):
     """Everything that the keeper builds, and which mechanism enforces which limit.
 
-    ``mounts`` are made in a mount namespace of the kernel's own (see keeper/mounts.py), with
-    ``user_namespace`` in one of both kinds. ``enclosed`` is the program bubblewrap where the kernel
-    is to run inside it, ``disk`` and ``shm`` the sizes of its file systems. ``directories`` are
-    removed with the sandbox, ``cleanup_if_runner_dies`` only when the runner is gone and nobody
-    else will.
+    ``mounts`` are made in the kernel's own mount namespace (keeper/mounts.py), with
+    ``user_namespace`` in its own user namespace too. ``enclosed`` is the path of bubblewrap if the
+    kernel runs inside it, ``disk`` and ``shm`` are the sizes of its file systems. ``directories``
+    are removed with the sandbox, ``cleanup_if_runner_dies`` only if the runner has died.
     """
 
     cgroup: CgroupPlan
@@ -127,14 +123,14 @@ def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
 
     ``offers`` come strongest first.
     """
-    # A limit that nothing holds is written down as held by ``none``, not left out.
+    # A limit that no mechanism enforces is recorded with ``none``, so that reports can show it.
     enforcement: dict[LimitName, Enforcement] = {}
     for name in RUNNER_LIMITS:
         if limits.of(name) is not None:
             enforcement[name] = Enforcement(by=Mechanism.RUNNER, hard=False)
     for offer in offers:
         for name, offered in offer.holds.items():
-            # The first offer wins, and offers come strongest first.
+            # setdefault: the first offer of a limit is the strongest and wins.
             enforcement.setdefault(name, offered)
     for name in LimitName:
         if limits.of(name) is not None:
@@ -153,8 +149,7 @@ def _carry_out(
     for offer in offers:
         cgroup = cgroup.plus(offer.cgroup)
         for name, limit_rows in offer.rlimits.items():
-            # A limit on processor time wants both: RLIMIT_CPU for each process, the watch for their
-            # sum.
+            # Processor time needs both: RLIMIT_CPU limits each process, the watchdog their sum.
             if (
                 enforcement[name].by in (offer.mechanism, Mechanism.NONE)
                 or name is LimitName.CPU_TIME
@@ -176,7 +171,7 @@ def _carry_out(
 
 
 def _held_for_the_tree(enforcement: Enforcement, name: LimitName) -> bool:
-    """Whether a limit is already held for all processes together, so that no watch is needed."""
+    """Whether a limit is enforced for all processes together, so that no watchdog is needed."""
     tree_mechanisms = (
         Mechanism.CGROUP_V1,
         Mechanism.CGROUP_V2,
@@ -187,10 +182,8 @@ def _held_for_the_tree(enforcement: Enforcement, name: LimitName) -> bool:
 
 
 def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
-    """The walls that the system does not hold here.
-
-    That only root can become somebody else is no weakness.
-    """
+    """The requested walls that Linux does not enforce here."""
+    # Only root can run the kernel as another user, so a missing user wall is not a weakness.
     return tuple(
         wall
         for wall, enforcement in walls.items()
@@ -199,10 +192,7 @@ def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
 
 
 def require_walls(plan: SpawnPlan) -> None:
-    """Refuse a plan whose isolation is required and in which a wall does not stand.
-
-    Raises EnforcementError, naming them.
-    """
+    """Raise EnforcementError if isolation is required and a wall is not enforced."""
     weak = weak_walls(plan.walls) if plan.isolation.required else ()
     if weak:
         names = ", ".join(wall.value.replace("_", " ") for wall in weak)
@@ -214,10 +204,7 @@ def require_walls(plan: SpawnPlan) -> None:
 
 
 def require(plan: SpawnPlan, names: Sequence[LimitName | Wall]) -> None:
-    """Refuse a plan that holds a required limit or wall by less than the operating system's kernel.
-
-    Raises EnforcementError, naming the limit, what would hold it, and where to look further.
-    """
+    """Raise EnforcementError if Linux does not enforce a required limit or wall."""
     require_walls(plan)
     for name in names:
         enforcement = plan.walls[name] if isinstance(name, Wall) else plan.enforcement[name]

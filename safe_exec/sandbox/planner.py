@@ -1,6 +1,6 @@
-"""From limits and a machine to a plan: asks every mechanism, strongest first.
+"""Builds a plan from limits and host capabilities by asking every mechanism.
 
-The list here is where a new one is added.
+A new mechanism is added to OFFERS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safe_exec.sandbox.mechanisms.offers import OfferFunction, Placement
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan, fold
 
 # Strongest first: each limit goes to the first mechanism that can enforce it. cgroups come before
-# rlimits since they count all processes together; the watchdog, last, sees an excess only afterwards.
+# rlimits since they count all processes together. The watchdog is last, since it notices an excess
+# only afterwards.
 OFFERS: tuple[OfferFunction, ...] = (
     cgroup_v2.offer,
     cgroup_v1.offer,
@@ -32,11 +33,11 @@ OFFERS: tuple[OfferFunction, ...] = (
 def build_plan(
     limits: Limits, machine: HostCapabilities, run_id: str, isolation: Isolation | None = None
 ) -> SpawnPlan:
-    """The plan for one sandbox."""
+    """Build the plan for one sandbox."""
     requested = isolation or Isolation()
     wall_plan = walls.plan_isolation(requested, limits, machine)
     placement = Placement(cgroup=f"safe-exec-{run_id}", enclosed=wall_plan.enclosed)
-    # Elsewhere no notebook is run (platforms.py), so nothing enforces anything.
+    # Notebooks run on Linux only (platforms.py), so elsewhere no mechanism enforces anything.
     functions = OFFERS if machine.platform.startswith("linux") else ()
     offers = [function(limits, machine, placement) for function in functions]
     plan = fold(limits, [offer for offer in offers if offer is not None])
@@ -51,7 +52,7 @@ def build_plan(
     )
 
 
-# What ``--mechanisms`` may name.
+# The values of ``--mechanisms``.
 CHOOSABLE = (
     Mechanism.SYSTEMD,
     Mechanism.CGROUP_V2,
@@ -65,10 +66,7 @@ CHOOSABLE = (
 
 
 def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
-    """The mechanisms that may be used; ``None`` is all.
-
-    Raises UsageError with those that there are.
-    """
+    """Parse the names of allowed mechanisms; ``None`` allows all. Raises UsageError."""
     if names is None:
         return frozenset(Mechanism)
     choices = {mechanism.value: mechanism for mechanism in CHOOSABLE}
@@ -83,8 +81,8 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
 class Required(Struct, frozen=True, kw_only=True):
     """The limits and walls that ``--require`` names.
 
-    ``isolation`` says whether every wall that is asked for must stand; ``None``: as the profile has
-    it.
+    ``isolation`` is true if every requested wall must be enforced; ``None`` leaves that to the
+    profile.
     """
 
     names: tuple[LimitName | Wall, ...] = ()
@@ -94,18 +92,17 @@ class Required(Struct, frozen=True, kw_only=True):
 EVERY_LIMIT, EVERY_WALL, NOTHING = "all", "walls", "none"
 REQUIRABLE: Mapping[str, LimitName | Wall] = {
     **{wall.value: wall for wall in Wall if wall is not Wall.PROCESSES},
-    # There is a limit of that name.
+    # "processes" is the limit; the wall needs another name.
     "own_processes": Wall.PROCESSES,
     **{name.value: name for name in LimitName},
 }
 
 
 def parse_required(text: str, limits: Limits) -> Required:
-    """``--require memory,network``: names of limits and walls.
+    """Parse ``--require memory,network``: names of limits and walls.
 
-    ``all`` (those of REQUIRE_ALL for which a limit is set), ``walls``, or ``none``.
-
-    Raises ValueError with the names that there are.
+    ``all`` (the limits of REQUIRE_ALL that are set), ``walls`` and ``none`` are names too. Raises
+    ValueError with the possible names.
     """
     requested = [part.strip().replace("-", "_") for part in text.split(",") if part.strip()]
     if requested == [NOTHING]:

@@ -1,4 +1,4 @@
-"""Keeps a fork bomb from starving those who watch it."""
+"""Keeps a fork bomb from starving the watchdog."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import os
 
 from safe_exec.keeper import procfs
 
-# Where all share one queue of the scheduler (a container, the same session), each of hundreds of
-# busy processes gets as much as the watchdog: with 64 on two processors it got a turn every 107 ms
-# in place of 20, and 441 ms at worst. So when we are late and the notebook has many more runnable
-# threads than there are processors, those get a nice value. Only then: a nice value is seen by the
-# notebook (``os.nice(0)``), makes it slower on a busy machine, and an ordinary user cannot take it
-# back.
+# If all processes share one queue of the scheduler (in a container, or in the same session), each
+# of hundreds of busy processes gets as much time as the watchdog. With 64 on two processors the
+# watchdog ran every 107 ms instead of every 20 ms, and 441 ms apart at worst. So if the watchdog is
+# late and the notebook has many more runnable threads than there are processors, the threads get a
+# nice value. Only then, since the notebook can see it (``os.nice(0)``), is slower on a busy
+# machine, and an ordinary user cannot lower it again.
 
 LATE_SECONDS = 0.05
-# So many looks in a row have to be late: a single one says nothing.
+# This many checks in a row must be late; a single one can be chance.
 LATE_LOOKS = 2
-# Runnable threads per processor from which they are a crowd.
+# More runnable threads per processor than this count as a crowd.
 CROWD = 4
-# By this factor a thread's share falls with each nice value (sched(7)).
+# Each nice value divides a thread's weight by this factor (sched(7)).
 WEIGHT_STEP = 1.25
-# The crowd together is to weigh as much as so many ordinary threads per processor.
+# The crowd as a whole gets the weight of this many ordinary threads per processor.
 ALL_WEIGH = 2
 MOST_NICE = 19
 
 
 def nice_for(runnable: int, processors: int) -> int:
-    """The nice value with which so many runnable threads leave time for others; 0 for no crowd."""
+    """The nice value with which a crowd of threads leaves time for others; 0 for no crowd."""
     if runnable <= CROWD * processors:
         return 0
     return min(MOST_NICE, math.ceil(math.log(runnable / (ALL_WEIGH * processors), WEIGHT_STEP)))
@@ -43,7 +43,7 @@ class PriorityGuard:
         self._late_looks = 0
 
     def looked(self, late: float) -> int:
-        """A look came ``late`` seconds after its time; how many threads got a nice value for it."""
+        """Process a check that came ``late`` seconds late; the number of threads made nice."""
         self._late_looks = self._late_looks + 1 if late > LATE_SECONDS else 0
         if self._late_looks < LATE_LOOKS:
             return 0
@@ -54,7 +54,7 @@ class PriorityGuard:
 
 
 def runnable_threads(root: int) -> list[int]:
-    """The threads of all descendants of a process that run or wait for a processor."""
+    """The running or runnable threads of a process's descendants."""
     threads = []
     for pid in procfs.descendants(root):
         with contextlib.suppress(OSError):
@@ -68,8 +68,8 @@ def runnable_threads(root: int) -> list[int]:
 
 
 def _make_nice(thread: int, value: int) -> bool:
-    """Raise the nice value of a thread, never lower it; whether it was raised."""
-    # It has ended, or is another user's.
+    """Raise the nice value of a thread; false if it was not raised."""
+    # The thread may have ended, or belong to another user.
     with contextlib.suppress(OSError):
         if os.getpriority(os.PRIO_PROCESS, thread) < value:
             os.setpriority(os.PRIO_PROCESS, thread, value)

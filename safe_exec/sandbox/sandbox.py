@@ -1,4 +1,4 @@
-"""The runner's end of a keeper: start it, have the kernel spawned, learn of its death at once."""
+"""The runner's end of a keeper: starts it, spawns the kernel, reports its death at once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from safe_exec.sandbox.keeper_process import KeeperProcess
 from safe_exec.sandbox.plan import Delegation, SpawnPlan
 from safe_exec.sandbox.usage.meter import Counters, parse_counters
 
-# No method waits longer than its docstring says, and no thread is started: ``fileno()`` belongs in
-# an event loop or a poll.
+# No method waits longer than its docstring says, and no thread is started. Watch ``fileno()`` in an
+# event loop or with poll(2).
 
 START_SECONDS = 20.0
-# Reasons for which the keeper asks the kernel for its stack before it kills it.
-# Nothing else would show where the kernel was: it is well, and only we know that it must end.
+# For these reasons the keeper requests the kernel's stack before it kills it. The kernel does not
+# crash in these cases, so no other evidence would show the line that it was executing.
 STACK_BEFORE = (
     TerminationReason.MEMORY,
     TerminationReason.CPU_TIME,
@@ -54,8 +54,8 @@ HIGHEST_SIGNAL = 64
 class WallSetup(Struct, frozen=True, kw_only=True):
     """The keeper's part of the walls around one kernel.
 
-    ``owner`` gets the runtime directory: the other user that the kernel is to be. ``discarded`` are
-    directories outside whose files disappear with the sandbox.
+    ``owner`` is the other user that the kernel runs as; it gets the runtime directory.
+    ``discarded`` are directories outside whose files disappear with the sandbox.
     """
 
     bwrap: BwrapSetup | None = None
@@ -67,11 +67,11 @@ class WallSetup(Struct, frozen=True, kw_only=True):
 class KernelExit(Struct, frozen=True, kw_only=True):
     """The end of the kernel process, as the keeper observed it.
 
-    ``status`` is ``None`` if the keeper was killed and nobody could read it. ``at`` and
-    ``fault_at`` (when its fault handler began to report) are monotonic times. ``cpu_seconds``
-    covers the kernel process and the children it waited for. ``bursts`` are the ends of what it
-    wrote to its stderr, each with the time of its last piece. ``resident_peak`` is the largest
-    resident memory of one of these processes, in bytes.
+    ``status`` is ``None`` if the keeper was killed before it could read it. ``at`` and
+    ``fault_at`` (when the fault handler began to report) are monotonic times. ``cpu_seconds``
+    covers the kernel process and the children it waited for; ``resident_peak`` is the largest
+    resident memory of one of them, in bytes. ``bursts`` are the ends of bursts of stderr text, each
+    with the time of its last piece.
     """
 
     status: ExitStatus | None
@@ -95,8 +95,8 @@ class KernelExit(Struct, frozen=True, kw_only=True):
 class Sandbox:
     """One keeper and its kernel.
 
-    ``sockets`` is a descriptor of the directory of the kernel's sockets if no path out here leads
-    to it. ``isolation`` is set by the caller that spawns a kernel behind walls.
+    ``sockets`` is a descriptor of the directory of the kernel's sockets if it has no path outside
+    the sandbox. The caller that spawns a kernel behind walls sets ``isolation``.
     """
 
     def __init__(
@@ -107,9 +107,10 @@ class Sandbox:
         delegation: Delegation | None = None,
         keeper: KeeperProcess | None = None,
     ) -> None:
-        """Start the keeper, or use one that was started: its interpreter starts in the background.
+        """Start the keeper in the background, or use a given one.
 
-        The keeper makes and removes ``directory``. ``delegation`` says which command starts it.
+        The keeper makes and removes ``directory``. ``delegation`` contains the command that starts
+        it.
         """
         refuse_elsewhere()
         self.run_id = run_id
@@ -145,7 +146,7 @@ class Sandbox:
         self.on_exit: Callable[[KernelExit], None] | None = None
 
     def fileno(self) -> int:
-        """The keeper's socket: readable when there are messages to process."""
+        """The descriptor of the keeper's socket; readable if there are messages to process."""
         return self._control.fileno()
 
     # --- building -------------------------------------------------------------------------------
@@ -162,11 +163,11 @@ class Sandbox:
         walls: WallSetup | None = None,
         discarded: Sequence[DiscardedPlace] = (),
     ) -> None:
-        """Have the kernel spawned; ``await_kernel`` waits for it.
+        """Ask the keeper to spawn the kernel; ``await_kernel`` waits for it.
 
-        The numbers of ``pass_fds`` in the kernel replace ``{name}`` in ``argv``. ``discarded`` are
-        places whose files are listed before they disappear, besides those of the ``walls``. Raises
-        SandboxError if the keeper did not start.
+        ``{name}`` in ``argv`` becomes the descriptor number of that name in ``pass_fds``, as the
+        kernel sees it. ``discarded`` are places, in addition to those of the ``walls``, whose files
+        are listed before they disappear. Raises SandboxError if the keeper did not start.
         """
         self.wait_ready()
         self._write_note(plan)
@@ -198,8 +199,8 @@ class Sandbox:
     def await_kernel(self) -> int:
         """Wait until the kernel has been executed; return its process id.
 
-        Raises SandboxError that names what could not be made, and KernelStartError for a command
-        that cannot be executed. The keeper is gone then, and everything is removed.
+        Raises KernelStartError if the command cannot be executed, and SandboxError if a part of the
+        sandbox cannot be made. Then the keeper has ended and everything is removed.
         """
         self._wait_for(
             lambda: self.kernel_pid is not None or self._failure is not None,
@@ -220,7 +221,7 @@ class Sandbox:
         self._wait_for(lambda: self.keeper_pid is not None, "the keeper did not start")
 
     def add_cleanup(self, directories: Sequence[str]) -> None:
-        """Have these directories removed if the runner dies, in place of those of the plan."""
+        """Remove these directories, instead of those of the plan, if the runner dies."""
         if self._undo and directories:
             self._undo = {**self._undo, "orphans": list(directories)}
             stale_runs.renew_note(self._note, self._undo)
@@ -238,7 +239,7 @@ class Sandbox:
             "directories": [*([str(self.directory)] if self.directory else []), *plan.directories],
             "orphans": list(plan.cleanup_if_runner_dies),
         }
-        # The keeper learns of the note first: whenever we are killed, somebody removes it.
+        # Announce the note before writing it: the keeper then removes it whenever we are killed.
         self._send(protocol.Note(path=str(self._note)))
         stale_runs.write_note(self._note, self._undo)
 
@@ -246,7 +247,7 @@ class Sandbox:
 
     def _send(self, message: protocol.ToKeeper, *, descriptors: tuple[int, ...] = ()) -> None:
         line = protocol.encode(message)
-        # A dead keeper is noticed by the end of the socket, not here.
+        # A dead keeper is noticed by the end of its socket, so ignore EPIPE here.
         with contextlib.suppress(OSError):
             count = socket.send_fds(self._control, [line], descriptors) if descriptors else 0
             self._control.sendall(line[count:])
@@ -268,8 +269,8 @@ class Sandbox:
             for line in self._lines.feed(data):
                 self._process(protocol.decode(line, protocol.TO_RUNNER))
         except protocol.ProtocolError as error:
-            # Nothing that this keeper sends can be relied on. Its end kills the kernel, and
-            # ``shutdown`` removes the rest.
+            # This keeper cannot be trusted any more. Its death kills the kernel (parent-death
+            # signal), and ``shutdown`` removes the rest.
             self.troubles.append(f"the keeper sent a message that cannot be read: {error}")
             self._keeper.kill()
             self._keeper_gone()
@@ -328,12 +329,11 @@ class Sandbox:
         self._send(protocol.SendSignal(number=int(signum), group=group))
 
     def kill(self, reason: TerminationReason) -> bool:
-        """Have the whole process tree killed; false if the kernel was asked to end before."""
-        # The keeper records the reason before it sends the signal; the first reason stays, and is
-        # ``kill_reason`` from this call on. After the request to end a kill is part of the shutdown
-        # and gives no reason. May be called from any thread.
-        # The watchdog's thread may decide at the very moment at which the event loop asks the
-        # kernel to end.
+        """Kill the process tree, from any thread; false if the kernel was asked to end before."""
+        # The first reason stays, and the keeper records it before it sends the signal. After the
+        # request to end, a kill is part of the shutdown and has no reason of its own. The lock is
+        # needed since the watchdog's thread may decide to kill in the moment in which the event
+        # loop asks the kernel to end.
         with self._decision_lock:
             in_time = not self._is_ending
             if in_time and self.kill_reason is None:
@@ -342,18 +342,18 @@ class Sandbox:
         return in_time
 
     def ask_to_end(self) -> bool:
-        """Note that the kernel is about to be asked to end; false if we have decided to kill it."""
+        """Note that the kernel will be asked to end; false if it is being killed already."""
         with self._decision_lock:
             self._is_ending = self.kill_reason is None
         return self._is_ending
 
     def shutdown(self) -> CleanupResult:
-        """Kill what lives, remove everything, end the keeper. May be called again.
+        """Kill all processes, remove all files, end the keeper. Can be called again.
 
-        Waits SHUTDOWN_SECONDS for the keeper, then kills it and cleans up itself.
+        After SHUTDOWN_SECONDS it kills the keeper and cleans up itself.
         """
         self._send(protocol.Finish())
-        # A keeper that was killed sends nothing more; we clean up in its place.
+        # A killed keeper sends no result. Then the runner cleans up in its place.
         with contextlib.suppress(SandboxError):
             self._wait_for(lambda: self.cleanup is not None, "", SHUTDOWN_SECONDS)
         if self.cleanup is None:
@@ -399,7 +399,8 @@ def _kernel_exit(message: protocol.Exited) -> KernelExit:
 
 
 def _signals(mask: int | None) -> frozenset[int] | None:
-    """Return the numbers in a set of signals as in /proc: bit N-1 for signal N."""
+    """Return the signal numbers of a mask as in /proc."""
+    # Bit N-1 stands for signal N (proc(5), SigCgt).
     if mask is None:
         return None
     return frozenset(n for n in range(1, HIGHEST_SIGNAL + 1) if mask >> (n - 1) & 1)
@@ -410,7 +411,7 @@ def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
 
     Raises BlockingIOError if empty.
     """
-    # socket.recv_fds drops its flags before Python 3.12, so it would block.
+    # Before Python 3.12 socket.recv_fds ignores its flags, so it would block.
     room = socket.CMSG_SPACE(struct.calcsize("i"))
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     data, ancillary, _, _ = control.recvmsg(RECEIVE_BYTES, room, flags)

@@ -21,6 +21,7 @@ from safe_exec.keeper import file_tree, procfs
 
 def notes_directory() -> Path:
     """Return the user's own directory for notes: in XDG_RUNTIME_DIR, else in /tmp."""
+    # Notes name cgroups and directories to remove. So they must not come from another user.
     base = os.environ.get("XDG_RUNTIME_DIR")
     own = Path(tempfile.gettempdir()) / f"safe-exec-{os.geteuid()}"
     directory = Path(base) / "safe-exec" if base and os.access(base, os.W_OK) else own
@@ -41,31 +42,29 @@ def note_path(run_id: str) -> Path:
 
 
 def write_note(path: Path, note: Mapping[str, object]) -> None:
-    """Write down what is about to be made, before it is."""
-    # The directory may be in /tmp: a link in its place must not be followed.
+    """Write a note, before the cgroups and directories in it are made."""
+    # The directory may be in /tmp, so do not follow a link.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as handle:
         json.dump(note, handle)
 
 
 def renew_note(path: Path, note: Mapping[str, object]) -> None:
-    """Replace a note by one that says more; at no moment is there none."""
+    """Replace a note atomically."""
     fresh = path.with_name(f".{path.stem}.new")
     write_note(fresh, note)
     fresh.replace(path)
 
 
 def sweep() -> list[str]:
-    """Clean up what dead keepers left; the paths removed.
-
-    Runs whose keeper lives are left alone.
-    """
+    """Clean up after dead runs; return the removed paths."""
     removed: list[str] = []
     try:
         notes = list(notes_directory().glob("*.json"))
     except OSError:
         return removed
     for path in notes:
+        # Another run may sweep at the same time, and a note may be half written.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             note = json.loads(path.read_text())
             if is_dead(note):
@@ -76,28 +75,29 @@ def sweep() -> list[str]:
 
 
 def is_dead(note: Mapping[str, int]) -> bool:
-    """Whether both runner and keeper of a note are gone. Raises KeyError for what is no note."""
+    """Whether both runner and keeper have ended. Raises KeyError for an invalid note."""
+    # If either lives, it cleans up itself.
     return not any(_alive(note[role], note[f"{role}_started"]) for role in ("owner", "keeper"))
 
 
 def _alive(pid: int, started: int) -> bool:
-    """Whether that very process still runs: ids are used again, start times with them are not."""
+    """Whether the process of this pid and start time still runs."""
     status = procfs.stat(pid)
-    # Pids are reused, but not together with a start time in clock ticks.
+    # Pids are reused, but not together with the same start time in clock ticks.
     return status is not None and status.started == started and status.state not in "ZX"
 
 
 def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
-    """Kill the processes in the noted cgroups, remove cgroups and directories.
+    """Kill the processes in the noted cgroups; remove the cgroups and directories.
 
-    The paths that would not go.
-
-    With ``orphaned`` the runner is gone too, and with it what only it had a use for.
+    Returns the remaining paths. ``orphaned``: the runner has ended too, so remove its own
+    directories as well.
     """
     groups, directories = _paths(note["cgroup_dirs"]), _paths(note["directories"])
     directories += _paths(note.get("orphans", [])) if orphaned else []
     for path in groups:
         _empty_group(path)
+    # Children come after their parents in a note and must be removed first.
     for path in reversed(groups):
         with contextlib.suppress(OSError):
             path.rmdir()

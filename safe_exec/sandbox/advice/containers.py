@@ -1,15 +1,4 @@
-"""Advice for containers: how a process in one may make cgroups. Pure.
-
-Sources:
-
-- Docker mounts ``/sys/fs/cgroup`` read-only unless privileged; ``writable-cgroups`` came with
-  Engine 28.0 (moby pull request 48828; rootless Docker refuses it: issue 49333).
-- Podman: podman-run(1), ``--security-opt unmask``, whose list of read-only paths ends with
-  ``/sys/fs/cgroup``; version 2 only (podman issues 8441 and 16840).
-- With a namespace of its own, the container's topmost group holds its processes and therefore
-  cannot hand controllers on (no internal processes, the kernel's admin-guide/cgroup-v2): they have
-  to move one group down, as in moby's hack/dind.
-"""
+"""Advice on starting a container so that processes in it can make cgroups. Pure."""
 
 from __future__ import annotations
 
@@ -40,6 +29,8 @@ def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
     unified = host.tree is CgroupTree.V2
     in_workflow = "; in a workflow they belong under container: options:" if host.github else ""
     privileged = f"{_PRIVILEGED}{in_workflow}"
+    # podman-run(1): --security-opt unmask, whose list of read-only paths includes /sys/fs/cgroup.
+    # It works for version 2 only (podman issues 8441 and 16840).
     if host.container is Container.PODMAN:
         rootless = (
             "a rootless container gets the controllers that the host's systemd delegates to its "
@@ -55,6 +46,9 @@ def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
             if unified
             else (("start the container so", "sudo podman run --privileged IMAGE", privileged),)
         )
+    # Docker mounts /sys/fs/cgroup read-only unless the container is privileged. writable-cgroups
+    # came with Engine 28.0 (moby pull request 48828); rootless Docker refuses it (moby issue
+    # 49333).
     if host.container is Container.DOCKER:
         old = ("or, with any Docker", "docker run --privileged IMAGE", privileged)
         refused = f"refused by rootless Docker{in_workflow}"
@@ -76,12 +70,16 @@ def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
 def _start(title: str, command: str, note: str, machine: HostCapabilities, host: HostFacts) -> Fix:
     if host.tree is CgroupTree.V2:
         next_steps = ("# then in it, as root, before safe-exec:", *_move_down(machine, host))
-    else:  # version 1 lets any group have both processes and children, but only root may make them
+    else:
+        # In version 1 a cgroup can have both processes and children, but only root can make them.
         next_steps = () if machine.uid == 0 else ("# and run safe-exec in it as root",)
     return Fix(title=title, steps=(command, *next_steps), note=note)
 
 
 def _move_down(machine: HostCapabilities, host: HostFacts) -> tuple[str, ...]:
+    # In a cgroup namespace of its own, the container's topmost cgroup contains its processes, so it
+    # cannot delegate controllers ("no internal processes", admin-guide/cgroup-v2). The processes
+    # must move one cgroup down, as in moby's hack/dind.
     top = host.mount
     controllers = [name for name in V2_CONTROLLERS if name in host.controllers] or V2_CONTROLLERS
     steps = (

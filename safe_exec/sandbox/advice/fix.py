@@ -1,7 +1,4 @@
-"""One fix for a weakness: what to do, in commands that can be pasted. Pure.
-
-Imports nothing of ours.
-"""
+"""One fix for a weak limit or wall, in commands that can be pasted. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from msgspec import Struct
 
 
 class Fix(Struct, frozen=True, kw_only=True):
-    """A remedy: ``steps`` are commands or lines of a file, with "# ..." where place or user change.
+    """A fix: ``steps`` are commands or lines of a file; ``note`` names its cost or condition.
 
-    ``note`` is what it costs, or when it holds.
+    A step "# ..." tells in which file, or as which user, the following ones belong.
     """
 
     title: str

@@ -1,17 +1,4 @@
-"""For each wall that is weakly held here, why, and the exact commands or settings that fix it.
-
-Pure: from a machine and its surroundings to advice, as in remedies. Sources:
-
-- Ubuntu 23.10 and later keep ordinary programs from user namespaces (sysctl
-  ``kernel.apparmor_restrict_unprivileged_userns``; release notes of 24.04, "unprivileged user
-  namespace restrictions"); a profile with ``userns,`` exempts one program.
-- Debian 10 and older, and hardened kernels, have ``kernel.unprivileged_userns_clone``;
-  ``user.max_user_namespaces`` is everywhere (namespaces(7)), and 0 on hardened machines.
-- Docker's default filter lets no process without CAP_SYS_ADMIN make namespaces or mount (its
-  documentation, "Seccomp security profiles"), its AppArmor profile forbids mounts, and a new /proc
-  may not show what the container's own hides (``systempaths=unconfined``).
-- podman-run(1): ``--security-opt seccomp=unconfined``, ``unmask=ALL``.
-"""
+"""Explains each weakly enforced wall on this host and lists commands that fix it. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +12,7 @@ from safe_exec.sandbox.host.bwrap_probe import NOT_INSTALLED
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.host.facts import Container, HostFacts
 
-# The walls that bubblewrap holds.
+# The walls that bubblewrap enforces.
 BY_NAMESPACES = (Wall.HOME, Wall.SYSTEM, Wall.FOLDER, Wall.HIDDEN, Wall.NETWORK, Wall.PROCESSES)
 SIZES = (LimitName.DISK, LimitName.SHM)
 
@@ -40,7 +27,7 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the walls and limits that this fixes."""
+        """The names of the walls and limits that this fixes."""
         return (*(wall.value for wall in self.walls), *(name.value for name in self.limits))
 
 
@@ -52,7 +39,7 @@ def advise_walls(
 ) -> tuple[WallRemedy, ...]:
     """Return remedies for weak walls; none if all are enforced as well as possible."""
     if not machine.platform.startswith("linux"):
-        # What there is to say stands with the limits.
+        # The advice on limits tells that safe-exec runs on Linux only.
         return ()
     weak = [
         wall
@@ -95,13 +82,17 @@ def _fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
         return _in_container(host)
     sudo = "" if machine.uid == 0 else "sudo "
     fixes: list[Fix] = []
+    # Ubuntu 23.10 and later forbid user namespaces to ordinary programs (release notes of 24.04,
+    # "unprivileged user namespace restrictions"). A profile with ``userns,`` exempts one program.
     if host.apparmor_userns and machine.uid != 0:
         fixes += [
             _apparmor_profile(),
             _sysctl(sudo, "kernel.apparmor_restrict_unprivileged_userns", "0"),
         ]
+    # Debian 10 and older, and hardened kernels, have this sysctl.
     if host.no_userns_clone and machine.uid != 0:
         fixes.append(_sysctl(sudo, "kernel.unprivileged_userns_clone", "1"))
+    # This one exists everywhere (namespaces(7)); hardened machines set it to 0.
     if host.no_user_namespaces:
         fixes.append(_sysctl(sudo, "user.max_user_namespaces", "10000"))
     return tuple(fixes) or (_newer(machine, host),)
@@ -174,6 +165,7 @@ def _in_container(host: HostFacts) -> tuple[Fix, ...]:
         "of system calls is still there"
     )
     workflow = "; in a workflow they belong under container: options:" if host.github else ""
+    # podman-run(1): --security-opt seccomp=unconfined, unmask=ALL.
     if host.container is Container.PODMAN:
         start = (
             "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL "
@@ -182,6 +174,9 @@ def _in_container(host: HostFacts) -> tuple[Fix, ...]:
         return (
             Fix(title="start the container so", steps=(start, *_on_the_host(host)), note=wider),
         )
+    # Docker's default filter forbids namespaces and mounts without CAP_SYS_ADMIN (its
+    # documentation, "Seccomp security profiles"). Its AppArmor profile forbids mounts. And a new
+    # /proc must not show paths that the container's own /proc hides, hence systempaths=unconfined.
     if host.container is Container.DOCKER:
         options = " ".join(
             f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")

@@ -1,4 +1,4 @@
-"""For each limit that is weakly held here, why, and the exact commands or settings that fix it."""
+"""Explains each weakly enforced limit on this host and lists commands that fix it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safe_exec.sandbox.host.capabilities import V1_CONTROLLERS, V2_CONTROLLERS, 
 from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts
 from safe_exec.sandbox.plan import REQUIRE_ALL, SpawnPlan
 
-# Pure: from a machine, its surroundings and a plan to advice. Each way to fix names its source;
-# nothing here is run. Commands are for a shell of the user who reads them.
+# Pure: derives advice from host capabilities, host facts and a plan. Nothing here is executed; the
+# commands are for the user's own shell. Each fix names its source.
 
 NOTEBOOK = "safe-exec run NOTEBOOK"
-# The limits that control groups hold for all processes together, and the controller for each.
+# The limits that cgroups enforce for all processes together, with their controllers.
 BY_GROUPS = {LimitName.MEMORY: "memory", LimitName.CPUS: "cpu", LimitName.PROCESSES: "pids"}
 
 
@@ -30,17 +30,14 @@ class Remedy(Struct, frozen=True, kw_only=True):
 
 
 def weak_limits(plan: SpawnPlan) -> tuple[LimitName, ...]:
-    """The limits of the plan that the system's kernel could hold and here does not."""
+    """Return the limits of a plan that Linux could enforce but does not enforce here."""
     return tuple(
         name for name in REQUIRE_ALL if name in plan.enforcement and not plan.enforcement[name].hard
     )
 
 
 def advise(machine: HostCapabilities, host: HostFacts, plan: SpawnPlan) -> tuple[Remedy, ...]:
-    """Return remedies for weak limits, the most important first.
-
-    Empty where every limit is held as well as it can be.
-    """
+    """Return remedies for weak limits, most important first; empty if there are none."""
     weak = weak_limits(plan)
     if not machine.platform.startswith("linux"):
         return (
@@ -79,7 +76,7 @@ def advise(machine: HostCapabilities, host: HostFacts, plan: SpawnPlan) -> tuple
 
 
 def swap_state(machine: HostCapabilities, plan: SpawnPlan) -> str:
-    """Whether there is swap and what keeps it from extending the memory limit, in words."""
+    """Describe the swap and whether it extends the memory limit."""
     if not machine.swap_total:
         return "none on this machine"
     enforcement = plan.enforcement.get(LimitName.MEMORY)
@@ -105,7 +102,7 @@ def _swap_extends(machine: HostCapabilities, plan: SpawnPlan) -> bool:
 
 
 def _has_groups(machine: HostCapabilities) -> bool:
-    """Whether groups of the unified tree can be had, if not for every controller."""
+    """Whether we can make cgroups in the unified tree, maybe without every controller."""
     return machine.v2 is not None or machine.scope is not None
 
 
@@ -167,7 +164,7 @@ def _fixes(
 
 def _engine_in_charge(host: HostFacts) -> bool:
     """Whether the container's engine has to provide cgroups."""
-    # Its own systemd or root can do it otherwise.
+    # Otherwise the container's own systemd or root can.
     if host.container is Container.NONE or host.systemd:
         return False
     return host.read_only or host.tree in (CgroupTree.V2, CgroupTree.NONE)
@@ -183,7 +180,8 @@ def _delegate_the_rest(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
     """Return the fixes for root without a cgroup of its own."""
-    # The hierarchy is not mounted, mounted read-only, or nobody has delegated controllers.
+    # Root lacks a cgroup for one of three reasons: the hierarchy is not mounted, it is mounted
+    # read-only, or the root cgroup does not delegate controllers.
     if host.tree is CgroupTree.NONE:
         mount = f"mount -t cgroup2 none {host.mount}"
         return (
@@ -222,7 +220,8 @@ def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
 
 def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
     """Return the fixes for an ordinary user."""
-    # A scope of the user's own systemd comes first, then a cgroup that root gives away, then root.
+    # In order of privileges: a scope of the user's own systemd, a cgroup that root gives to the
+    # user, running as root.
     if host.tree is CgroupTree.V2 and host.systemd and host.systemd_run:
         own: tuple[Fix, ...] = (_scope(machine, host),)
     elif host.tree is CgroupTree.V2:
@@ -231,13 +230,13 @@ def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
         own = (_given_v1(host), _UNIFIED) if host.systemd else (_given_v1(host),)
     else:
         own = ()
-    # Hosted runners let every step use sudo without a password: there it is the shortest way.
+    # Hosted runners of GitHub allow sudo without a password, so there it is the shortest way.
     return (_sudo(host), *own) if host.github else (*own, _sudo(host))
 
 
 def _scope(machine: HostCapabilities, host: HostFacts) -> Fix:
     """Return the fix for a scope below the user's own systemd."""
-    # safe-exec starts one by itself if that systemd can be reached (systemd-run(1), Delegate=).
+    # safe-exec starts a scope by itself if it can reach that systemd (systemd-run(1), Delegate=).
     prefix = "" if host.runtime_dir else f"XDG_RUNTIME_DIR=/run/user/{machine.uid} "
     run = f"{prefix}systemd-run --user --scope -p Delegate=yes {NOTEBOOK}"
     linger = f"sudo loginctl enable-linger {host.user}"
@@ -257,7 +256,7 @@ def _cpu_not_delegated(machine: HostCapabilities, host: HostFacts) -> bool:
 
 def _delegate_cpu(machine: HostCapabilities) -> Fix:
     """Return the fix for a systemd that does not delegate cpu to users."""
-    # systemd delegates it by itself since version 252 (its pull request 23887).
+    # Since version 252 systemd delegates cpu by default (its pull request 23887).
     folder = "/etc/systemd/system/user@.service.d"
     return Fix(
         title="have systemd delegate cpu to users",
@@ -277,7 +276,8 @@ def _delegate_cpu(machine: HostCapabilities) -> Fix:
 
 def _given_v2(host: HostFacts) -> Fix:
     """Return the fix in which root delegates a cgroup by hand."""
-    # The shell goes into one cgroup, with room beside it (admin-guide/cgroup-v2, "Delegation").
+    # The shell moves into a child cgroup, since a cgroup with processes cannot delegate controllers
+    # (admin-guide/cgroup-v2, "Delegation").
     group = host.mount / f"safe-exec-{host.user}"
     controllers = [name for name in V2_CONTROLLERS if name in host.controllers] or V2_CONTROLLERS
     as_root = (
@@ -298,7 +298,7 @@ def _given_v2(host: HostFacts) -> Fix:
 
 def _given_v1(host: HostFacts) -> Fix:
     """Return the fix in which root gives away a cgroup of each v1 controller."""
-    # systemd knows no safe delegation for version 1 (systemd.resource-control(5)).
+    # systemd has no safe delegation for version 1 (systemd.resource-control(5)).
     give = (
         f"sudo mkdir -p $g && sudo chown -R {host.user} $g && echo $$ | sudo tee $g/cgroup.procs "
         "> /dev/null"

@@ -1,7 +1,4 @@
-"""Probes whether bubblewrap works here: it may be installed and not allowed to make namespaces.
-
-Docker's default filter and Ubuntu's AppArmor profiles forbid them.
-"""
+"""Probes whether bubblewrap works here."""
 
 from __future__ import annotations
 
@@ -15,7 +12,9 @@ from safe_exec.sandbox.mechanisms.bubblewrap import OLDEST
 BUBBLEWRAP_SECONDS = 10
 INSTALL_BUBBLEWRAP = "install the package bubblewrap"
 NOT_INSTALLED = f"it is not installed ({INSTALL_BUBBLEWRAP})"
-# What bubblewrap is asked to do to see whether it can.
+# Docker's default seccomp filter and Ubuntu's AppArmor profiles forbid namespaces, although
+# bubblewrap is installed. So run it once with the options that matter. A version that is too old
+# fails because of an unknown option.
 PROBE_ARGUMENTS = (
     *(
         "--ro-bind",
@@ -34,22 +33,18 @@ PROBE_ARGUMENTS = (
 
 
 class BwrapProbe:
-    """A trial run of bubblewrap, in the background from the start.
-
-    A version that is too old fails for an option that it does not know. A context manager, which
-    leaves no process behind.
-    """
+    """A test run of bubblewrap in the background. As a context manager it waits for its end."""
 
     def __init__(self) -> None:
-        """Start the trial run."""
+        """Start the test run."""
         self.path = shutil.which("bwrap")
         self._process: subprocess.Popen[str] | None = None
         self._trouble = "" if self.path is not None else NOT_INSTALLED
         if self.path is None:
             return
         try:
-            # It runs while the notebook is read: a probe takes 6 ms of wall time that nobody waits
-            # for.
+            # The run takes 6 ms. In the background it costs no time, since the notebook is read
+            # meanwhile.
             self._process = subprocess.Popen(
                 [self.path, *PROBE_ARGUMENTS],
                 stdin=subprocess.DEVNULL,
@@ -62,7 +57,7 @@ class BwrapProbe:
             self._trouble = str(error)
 
     def outcome(self) -> str:
-        """Wait for the end. Why bubblewrap does not do what is needed; empty when it does."""
+        """Wait for the end; return why bubblewrap does not work, "" if it does."""
         if self._process is None:
             return self._trouble
         try:
@@ -76,9 +71,9 @@ class BwrapProbe:
         )
 
     def close(self) -> None:
-        """Wait for its end, whether anybody asked for its outcome or not."""
-        # It is not killed: bubblewrap's inner process waits for a word of the outer one, and would
-        # for ever.
+        """Wait for the end of the test run."""
+        # Do not kill it: bubblewrap's inner process waits for a message from the outer one, and
+        # would wait forever.
         if self._process is None:
             return
         with self._process as process:
@@ -95,7 +90,8 @@ class BwrapProbe:
 
 
 def version_of(path: str) -> str | None:
-    """The last word of ``bubblewrap 0.8.0``; ``None`` where it does not say."""
+    """Return the version of bubblewrap, ``None`` if it prints none."""
+    # It prints "bubblewrap 0.8.0".
     try:
         output = subprocess.run(
             [path, "--version"],
@@ -110,10 +106,7 @@ def version_of(path: str) -> str | None:
 
 
 def too_old(version: str | None) -> str:
-    """Whether a version that failed is too old.
-
-    Empty where it is not, and where it says nothing.
-    """
+    """Return a message if a version is too old, "" otherwise or if it is unknown."""
     numbers = tuple(map(int, re.findall(r"\d+", version or "")[: len(OLDEST)]))
     if not numbers or numbers >= OLDEST:
         return ""

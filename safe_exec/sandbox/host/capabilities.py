@@ -1,7 +1,6 @@
 """Detects which mechanisms can enforce limits on this machine, once per run.
 
-Reads /proc and /sys only; makes and removes one probe control group, and a scope where systemd is
-to give one.
+Reads /proc and /sys, makes and removes a probe cgroup, and asks systemd for a probe scope.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ from safe_exec.sandbox.host.resources import (
 )
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
-# The version of Linux from which each user namespace counts tasks for RLIMIT_NPROC itself.
+# Since this version of Linux each user namespace has its own count for RLIMIT_NPROC.
 COUNTS_IN_NAMESPACES = (5, 14)
 NOT_LOOKED_FOR = "it was not looked for"
 V2_CONTROLLERS = cgroup_delegation.CONTROLLERS
 
 
 class HostCapabilities(Struct, frozen=True, kw_only=True):
-    """The mechanisms that can enforce limits and raise walls here.
+    """The mechanisms that can enforce limits and walls here.
 
-    ``v1`` maps a controller to the directory under which we may make groups; ``v2`` is such a
-    directory of the unified tree whose children get ``v2_controllers``, our own where we must
-    ``v2_needs_leaf`` first; ``v2_plain`` one where a group may be made but no controllers are had
-    (it still gives ``cgroup.kill``). ``scope`` is what systemd makes for each sandbox, where that
-    is the better way. ``memory_total`` is bytes, ``allowed`` the mechanisms that may be used at
-    all. ``bubblewrap`` is the program where it does what is needed, ``landlock`` the version of it
-    (0: none). ``counts_in_namespaces``: for an ordinary user it makes a user namespace, in which
-    the system counts the user's processes anew.
+    ``v1`` maps a controller to the directory in which we can make cgroups. ``v2`` is such a
+    directory of the unified hierarchy; its children get ``v2_controllers``. If ``v2_needs_leaf``,
+    it is our own cgroup, and our processes must move to a leaf first. ``v2_plain`` is a directory
+    for cgroups without controllers, which still have ``cgroup.kill``. ``scope`` is set if systemd
+    should make a scope for each sandbox. ``memory_total`` is in bytes; ``allowed`` are the
+    mechanisms that the user allows. ``bubblewrap`` is the path of a working program, ``landlock``
+    the ABI version (0 if missing). ``counts_in_namespaces`` is true if RLIMIT_NPROC has its own
+    count in bubblewrap's user namespace.
     """
 
     platform: str = "linux"
@@ -76,16 +75,16 @@ class HostCapabilities(Struct, frozen=True, kw_only=True):
 
     @property
     def is_isolation_probed(self) -> bool:
-        """Whether :func:`probe_isolation` has been here."""
+        """Whether ``probe_isolation`` has filled in the means of isolation."""
         return self.bubblewrap_why_not != NOT_LOOKED_FOR
 
     def allows(self, mechanism: Mechanism) -> bool:
-        """Whether a mechanism may be used."""
+        """Whether the user allows a mechanism."""
         return mechanism in self.allowed
 
 
 def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabilities:
-    """Look at the machine; every field is what was seen now."""
+    """Detect the capabilities of this machine, without those of isolation."""
     if not sys.platform.startswith("linux"):
         no_filter = f"there is none for {sys.platform}"
         return HostCapabilities(
@@ -133,12 +132,13 @@ def detect(allowed: frozenset[Mechanism] = frozenset(Mechanism)) -> HostCapabili
 def probe_isolation(
     machine: HostCapabilities, bwrap_probe: BwrapProbe | None = None, *, version: bool = False
 ) -> HostCapabilities:
-    """Return ``machine`` with its means of isolation, which are probed.
+    """Return ``machine`` with its means of isolation.
 
-    Costs a start of bubblewrap, for runs that ask for walls only; ``bwrap_probe`` is one that was
-    begun before. What ``version`` it is, is asked for those who want to know, and where it fails.
+    ``bwrap_probe`` is a probe that was started before. The version of bubblewrap is determined if
+    ``version`` is true or the probe fails.
     """
-    # bubblewrap may be installed and not allowed to make namespaces (Docker, AppArmor).
+    # Docker and AppArmor can forbid namespaces although bubblewrap is installed, so it must be run
+    # once. Only runs with walls need this start.
     if not machine.platform.startswith("linux"):
         return replace(machine, bubblewrap_why_not=f"there is none for {machine.platform}")
     with bwrap_probe or BwrapProbe() as tried:
@@ -159,7 +159,7 @@ def probe_isolation(
 
 def _counts_in_namespaces(bubblewrap: str) -> bool:
     """Whether RLIMIT_NPROC counts separately in bubblewrap's user namespace."""
-    # A set-user-id bubblewrap makes no user namespace.
+    # A set-user-id bubblewrap needs no user namespace and makes none.
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     return (
         release is not None
@@ -170,6 +170,7 @@ def _counts_in_namespaces(bubblewrap: str) -> bool:
 
 def _no_filter() -> str:
     """Return why system calls cannot be filtered here, "" if they can."""
+    # The filters are built in advance, for 64-bit processes of some architectures.
     machine = os.uname().machine
     return (
         ""
@@ -181,8 +182,9 @@ def _no_filter() -> str:
 def _v2_ground(
     tree: cgroup_delegation.CgroupHierarchy | None, allowed: frozenset[Mechanism]
 ) -> tuple[cgroup_delegation.DelegationTarget, cgroup_delegation.Scope | None, str]:
-    """Return the cgroup of the unified hierarchy below which ours can be made."""
-    # systemd is asked only if no cgroup is ours without it.
+    """Return the unified cgroup for ours, or the scope that systemd makes, and why not."""
+    # A probe scope costs a start of systemd-run. So ask systemd only if no cgroup is usable without
+    # it.
     if tree is None:
         return (
             cgroup_delegation.DelegationTarget(why_not="the unified hierarchy is not mounted"),

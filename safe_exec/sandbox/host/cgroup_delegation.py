@@ -1,22 +1,4 @@
-"""Finds the cgroup of the unified hierarchy below which ours can be made.
-
-May import procfs. Three rules decide (the kernel's admin-guide/cgroup-v2; systemd's "Control Group
-APIs and Delegation"):
-
-- a group with processes in it cannot hand controllers on to its children ("no internal processes");
-  the root group can;
-- a process may be moved by who may write to ``cgroup.procs`` of the nearest common ancestor of both
-  groups ("delegation containment"). A login session and the hierarchy of the same user's systemd
-  meet in a group of root's: nothing can be moved from one to the other, what is to live there must
-  be born there;
-- a group has one writer. Those of systemd's units are systemd's, which takes controllers away again
-  as it sees fit, unless the unit has ``Delegate=yes``: then systemd marks it so (extended
-  attribute, since version 251 for all to read) and keeps away.
-
-And one of our own: where it would leave a group that bounds memory or processors, it is not done. A
-container, a service or a batch job is given less than the machine so that what runs in it stays
-below that.
-"""
+"""Finds the cgroup of the unified hierarchy below which ours can be made. May import procfs."""
 
 from __future__ import annotations
 
@@ -31,10 +13,26 @@ from msgspec import Struct
 
 from safe_exec.keeper import procfs
 
+# Three rules decide (the kernel's admin-guide/cgroup-v2; systemd's "Control Group APIs and
+# Delegation"):
+#
+# - A cgroup with processes in it cannot enable controllers for its children ("no internal
+# processes"). Only the root cgroup can. - To move a process, one must be allowed to write to
+# ``cgroup.procs`` of the nearest common ancestor of both cgroups ("delegation containment"). For a
+# login session and the hierarchy of the same user's systemd this ancestor belongs to root. So a
+# process cannot be moved between them; it must be started in its place. - A cgroup has one writer.
+# Cgroups of systemd's units belong to systemd, which may disable controllers again, unless the unit
+# has ``Delegate=yes``. Then systemd marks the cgroup with an extended attribute (readable for all
+# since version 251) and does not touch it.
+#
+# One rule is our own: a sandbox must not escape a cgroup that limits memory or processors. A
+# container, a service or a batch job gets less than the machine so that everything in it stays
+# below that.
+
 CONTROLLERS = ("memory", "pids", "cpu")
 NEEDED = frozenset({"memory", "pids"})
 UNITS = (".slice", ".scope", ".service", ".socket", ".mount", ".swap")
-# Where our own processes go in a group that is to hand controllers on.
+# The leaf for our own processes, in a cgroup that must delegate controllers.
 LEAF = "safe-exec"
 SCOPE_SECONDS = 10
 
@@ -46,7 +44,7 @@ class CgroupHierarchy(Struct, frozen=True, kw_only=True):
     own: Path
 
     def ancestors(self) -> Iterator[Path]:
-        """Our own group and those above it."""
+        """Yield our own cgroup and its ancestors."""
         directory = self.own
         while directory == self.root or self.root in directory.parents:
             yield directory
@@ -56,7 +54,7 @@ class CgroupHierarchy(Struct, frozen=True, kw_only=True):
 class Scope(Struct, frozen=True, kw_only=True):
     """A scope that systemd makes for each sandbox, below the slice at ``directory``.
 
-    ``runtime`` is where the user's is reached (XDG_RUNTIME_DIR).
+    ``runtime`` is the XDG_RUNTIME_DIR of a user's systemd.
     """
 
     slice: str
@@ -66,7 +64,8 @@ class Scope(Struct, frozen=True, kw_only=True):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """For systemd-run; what the user set may lead elsewhere (``su``, ``dbus-run-session``)."""
+        """The environment for systemd-run."""
+        # After su or in dbus-run-session these variables lead to another systemd or bus.
         return (
             {}
             if self.runtime is None
@@ -77,10 +76,9 @@ class Scope(Struct, frozen=True, kw_only=True):
         )
 
     def command(self, name: str) -> tuple[str, ...]:
-        """Return the command that starts another one in a scope of this name."""
-        # The scope ends with its last process.
-        # The default limit on tasks of a scope (a share of the machine's) is none that anybody
-        # asked for.
+        """Return the command that starts another command in a scope of this name."""
+        # The scope ends with its last process. By default systemd limits its tasks to a share of
+        # the machine's; the user did not ask for such a limit.
         manager = () if self.runtime is None else ("--user",)
         more = (
             "-p",
@@ -109,9 +107,8 @@ class Scope(Struct, frozen=True, kw_only=True):
 class DelegationTarget(Struct, frozen=True, kw_only=True):
     """A cgroup below which ours can be made, or the reason why there is none.
 
-    ``needs_leaf``: it is our own, and its processes, ours alone, must first go into a group below.
-    ``owned_by_systemd``: it is a unit of systemd's that was not delegated, which is good only where
-    nothing else is.
+    ``needs_leaf``: it is our own cgroup, and our processes in it must move to a leaf first.
+    ``owned_by_systemd``: it is a unit that systemd did not delegate; use it as a last resort.
     """
 
     parent: Path | None = None
@@ -122,7 +119,7 @@ class DelegationTarget(Struct, frozen=True, kw_only=True):
 
 
 def find(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
-    """The nearest group from ours upwards below which we may make one that gets controllers."""
+    """Find the nearest cgroup, from ours upwards, whose children can get controllers."""
     above = _above(hierarchy, systemd=systemd)
     if above.parent is not None and not above.owned_by_systemd:
         return above
@@ -154,8 +151,8 @@ def _above(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
 
 
 def _is_unit(hierarchy: CgroupHierarchy, directory: Path) -> bool:
-    """Whether a group is systemd's to write to."""
-    # The service of a user's systemd is delegated, and that systemd's own.
+    """Whether only systemd may write to a cgroup."""
+    # The service of a user's systemd has the mark of a delegated unit, but belongs to that systemd.
     if directory.name.startswith("user@") and directory.name.endswith(".service"):
         return True
     return (directory == hierarchy.root or directory.name.endswith(UNITS)) and not _is_delegated(
@@ -171,8 +168,8 @@ def _is_delegated(directory: Path) -> bool:
 
 
 def _says_delegated(own: Path) -> bool:
-    """Whether systemd says that our own unit is delegated."""
-    # A user's systemd 252 sets no attribute on its scopes [measured].
+    """Whether systemd reports our own unit as delegated."""
+    # A user's systemd 252 sets no attribute on its scopes [measured], so ask it.
     user = any(part.startswith("user@") and part.endswith(".service") for part in own.parts)
     argv = [
         "systemctl",
@@ -196,9 +193,9 @@ def _says_delegated(own: Path) -> bool:
 
 
 def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
-    """Whether our own cgroup may be divided: writable, with only our processes in it."""
-    # So it is below ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a container
-    # that runs nothing else.
+    """Whether our own cgroup is writable and contains only our processes."""
+    # This is the case under ``systemd-run --scope -p Delegate=yes safe-exec run ...``, and in a
+    # container that runs nothing else.
     own = hierarchy.own
     files = [own / name for name in ("cgroup.procs", "cgroup.subtree_control")]
     if (
@@ -214,7 +211,7 @@ def _is_ours_alone(hierarchy: CgroupHierarchy, *, systemd: bool) -> bool:
 
 
 def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
-    """Return the bound on memory or cpus that a sandbox below ``target`` would escape, or ""."""
+    """Return the memory or cpu limit that a sandbox below ``target`` would escape, or ""."""
     for directory in hierarchy.ancestors():
         if directory == target or directory in target.parents:
             break
@@ -233,7 +230,7 @@ def can_join_below(directory: Path) -> str:
     trouble = can_make_group(directory)
     if trouble:
         return trouble
-    # Moving a process takes write access to the common ancestor's cgroup.procs (delegation
+    # Moving a process needs write access to cgroup.procs of the common ancestor (delegation
     # containment, admin-guide/cgroup-v2).
     if not os.access(directory / "cgroup.procs", os.W_OK):
         return f"{directory}/cgroup.procs is not ours to write"
@@ -241,9 +238,9 @@ def can_join_below(directory: Path) -> str:
 
 
 def can_make_group(directory: Path) -> str:
-    """Try to make and remove a group; why not, or the empty string."""
-    # The only proof that counts: modes and mounts lie.
-    # A mode may allow what a read-only mount, a namespace or an LSM forbids.
+    """Try to make and remove a cgroup; return the error, or ""."""
+    # The mode of the directory is no proof: a read-only mount, a namespace or a security module can
+    # forbid it.
     probe = directory / f"safe-exec-probe-{os.getpid()}"
     try:
         probe.mkdir()
@@ -257,9 +254,9 @@ def can_make_group(directory: Path) -> str:
 
 
 def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]:
-    """Return a scope that systemd makes for us, which is probed, or why there is none.
+    """Return a scope that systemd makes for us, or the reason why there is none.
 
-    Costs one start of systemd-run, where there is a systemd at all.
+    Starts systemd-run once to probe it.
     """
     if shutil.which("systemd-run") is None:
         return None, "there is no systemd-run"
@@ -272,7 +269,8 @@ def find_scope(hierarchy: CgroupHierarchy, uid: int) -> tuple[Scope | None, str]
 
 
 def _system_scope(hierarchy: CgroupHierarchy) -> Scope | str:
-    """Root's: in the slice that we are in, so that its limits go on to hold."""
+    """Return the scope of the system's systemd, for root."""
+    # Use the slice that we are in, so that its limits stay in force.
     above = next(
         (path for path in hierarchy.ancestors() if path.name.endswith(".slice")),
         hierarchy.root / "system.slice",
@@ -282,7 +280,7 @@ def _system_scope(hierarchy: CgroupHierarchy) -> Scope | str:
 
 def _user_scope(hierarchy: CgroupHierarchy, uid: int) -> Scope | str:
     manager = hierarchy.root / f"user.slice/user-{uid}.slice/user@{uid}.service"
-    # XDG_RUNTIME_DIR is not trusted: after su or sudo it is another user's.
+    # Do not trust XDG_RUNTIME_DIR: after su or sudo it is another user's.
     runtime = Path(f"/run/user/{uid}")
     if not os.access(runtime / "bus", os.W_OK) or not manager.is_dir():
         return f"no systemd of user {uid} is running"
@@ -305,6 +303,7 @@ def _scope(directory: Path, manager: Path, runtime: Path | None) -> Scope | str:
 
 def _refused(scope: Scope) -> str:
     """Return why systemd makes no such scope, "" if it does."""
+    # Success of systemd-run is not enough: the scope must be where we will look for it.
     name = f"safe-exec-probe-{os.getpid()}"
     argv = [
         *scope.command(name),
@@ -335,7 +334,7 @@ def _refused(scope: Scope) -> str:
 
 
 def words(path: Path) -> list[str]:
-    """The words of a small file; none where it cannot be read."""
+    """Return the words of a small file; none if it cannot be read."""
     try:
         return path.read_text().split()
     except OSError:

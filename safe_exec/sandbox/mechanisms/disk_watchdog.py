@@ -1,4 +1,4 @@
-"""The last resort for the disk limit: walks the folder and the temporary files of a run."""
+"""The last resort for the disk limit: measures the folder and temporary files of a run."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable
 from safe_exec.keeper import procfs
 from safe_exec.sandbox.usage.open_files import BLOCK, hidden_usage
 
-# Where bubblewrap gives no file system of limited size. Counted is what has come to the places of a
-# run since it began: blocks on the disk, at least a page for each entry, and what is held open
-# there after it was removed. The walk takes a twentieth of the time at most, and comes early when
-# so much space has gone from the file system that the limit may be passed: a fast writer is seen
-# within a tenth of a second and a walk.
+# Used if bubblewrap cannot provide a file system of limited size. It counts the growth of a run's
+# directories since its start: blocks on the disk, at least a page for each entry, and files that
+# were removed but are still open. A walk takes at most a twentieth of the time. It comes early if
+# so much space of the file system was used that the limit may be exceeded. So a fast writer is
+# noticed within a tenth of a second plus one walk.
 
 LOOK_SECONDS = 0.1
 WALK_SECONDS = 0.5
-# A walk of a second is followed by so many without one, unless space goes.
+# After a walk of one second, rest for this many seconds, unless free space shrinks.
 SHARE = 20
 PAGE = 4096
 
 
 def size_of(places: Iterable[str]) -> int:
-    """Bytes of all below some directories, each inode once."""
-    # What goes while we walk, or cannot be read, does not count.
+    """Return the bytes of all files below some directories."""
+    # Files that disappear during the walk, or cannot be read, do not count.
     sizes: dict[tuple[int, int], int] = {}
     directories = list(places)
     while directories:
@@ -34,7 +34,7 @@ def size_of(places: Iterable[str]) -> int:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
-                    # A file with several names counts once, and a sparse one by its blocks.
+                    # A file with several names counts once, and a sparse file by its blocks.
                     sizes[status.st_dev, status.st_ino] = max(PAGE, status.st_blocks * BLOCK)
                     if entry.is_dir(follow_symlinks=False):
                         directories.append(entry.path)
@@ -42,7 +42,7 @@ def size_of(places: Iterable[str]) -> int:
 
 
 def free_of(places: Iterable[str]) -> int:
-    """Bytes that are free where they lie, each file system once."""
+    """Return the free bytes of the file systems of some places."""
     free: dict[int, int] = {}
     for place in places:
         with contextlib.suppress(OSError):
@@ -69,7 +69,7 @@ class DiskWatch(threading.Thread):
         self._walk_start = self._took = 0.0
 
     def run(self) -> None:
-        """Walk once for what was there before, then look on."""
+        """Measure the initial size, then check until the limit is exceeded."""
         with self._looking:
             self._initial_size = size_of(self._places)
             self._free = free_of(self._places)
@@ -79,15 +79,15 @@ class DiskWatch(threading.Thread):
                 return
 
     def check(self, *, last: bool = False) -> bool:
-        """Walk if it is time to; whether more than allowed has come.
+        """Measure if it is time to; true if the growth exceeds the limit.
 
-        The ``last`` look of a run is always one if it is a short one.
+        The ``last`` check of a run always measures, unless that takes long.
         """
         with self._looking:
             if self._passed or self._initial_size is None or self._stop_event.is_set():
                 return self._passed
-            # Of all that is allowed, what is not used yet may have been written since: then look,
-            # but no more than half of the time.
+            # If the file systems lost more free space than the run may still use, the run may have
+            # exceeded its limit. Then measure early, but for at most half of the time.
             consumed = self._free - free_of(self._places)
             near = consumed > self._allowed - self._used
             pause = self._took if near else max(WALK_SECONDS, SHARE * self._took)
@@ -111,7 +111,7 @@ class DiskWatch(threading.Thread):
             self._on_passed(self._used)
 
     def stop(self) -> None:
-        """End the watch and wait for its thread, unless called from it."""
+        """Stop the watch and wait for its thread, unless called from it."""
         self._stop_event.set()
         if self.is_alive() and threading.current_thread() is not self:
             self.join()

@@ -1,7 +1,4 @@
-"""From what isolation asks for and what this machine has to what will hold it. Pure.
-
-Imports model, machine, bubblewrap's facts.
-"""
+"""Selects the mechanism for each wall from the requested isolation and the host. Pure."""
 
 from __future__ import annotations
 
@@ -25,12 +22,12 @@ from safe_exec.sandbox.mechanisms import bubblewrap
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer
 
-# bubblewrap holds what takes namespaces; where it cannot work, Landlock keeps a part of it. System
-# calls, privileges and the environment need neither.
+# bubblewrap enforces walls that need namespaces. If it does not work here, Landlock enforces some
+# of them. System calls, privileges and the environment need neither.
 
-# The version of Landlock that knows TCP (Linux 6.7).
+# The first Landlock ABI with rules for TCP (Linux 6.7).
 LANDLOCK_TCP = 4
-# The version of Landlock that knows truncate(2) (Linux 6.2).
+# The first Landlock ABI with a rule for truncate(2) (Linux 6.2).
 LANDLOCK_TRUNCATE = 3
 NOT_ALLOWED = "it is not among the mechanisms allowed"
 
@@ -47,7 +44,7 @@ def plan_isolation(
     isolation: Isolation, limits: Limits, machine: HostCapabilities
 ) -> IsolationPlan:
     """Return the mechanism for each wall of one run."""
-    # One that nothing holds is written down as held by ``none``, not left out.
+    # A wall that no mechanism enforces is recorded with ``none``, so that reports can show it.
     is_needed = bubblewrap.is_needed(
         isolation, disk=limits.disk is not None, shm=limits.shm is not None
     )
@@ -136,7 +133,7 @@ def _asked(isolation: Isolation) -> Iterator[tuple[Wall, str]]:
 def _own(
     isolation: Isolation, machine: HostCapabilities, *, enclosed: bool
 ) -> Iterator[tuple[Wall, Enforcement]]:
-    """Yield the walls that a process raises by itself, on any machine."""
+    """Yield the walls that need no namespaces: a process can raise them by itself."""
     if isolation.system_calls is not SystemCalls.ALL:
         missing = machine.seccomp_why_not if machine.allows(Mechanism.SECCOMP) else NOT_ALLOWED
         effect = (
@@ -165,7 +162,7 @@ def _own(
                 Enforcement(by=Mechanism.KERNEL, hard=True, note="a user that owns nothing"),
             )
         else:
-            # Without mounts of its own another user may not even reach the interpreter.
+            # Without a mount namespace, another user may lack access even to the interpreter.
             reason = (
                 "without bubblewrap it stays the same"
                 if machine.uid == 0
@@ -180,7 +177,7 @@ def _own(
 def offer(
     limits: Limits, machine: HostCapabilities, _placement: Placement = ANYWHERE
 ) -> Offer | None:
-    """Return what file systems of limited size can enforce, on disk and in /dev/shm."""
+    """Return the offer of bubblewrap's file systems of limited size."""
     if machine.bubblewrap is None or not machine.allows(Mechanism.BUBBLEWRAP):
         return None
     holds: dict[LimitName, Enforcement] = {}

@@ -27,4 +27,4 @@ class OfferFunction(Protocol):
     def __call__(
         self, limits: Limits, machine: HostCapabilities, placement: Placement, /
     ) -> Offer | None:
-        """Return what the mechanism can enforce of the limits that are set, if anything."""
+        """Return the mechanism's offer for the set limits, ``None`` if it is not available."""

@@ -1,4 +1,4 @@
-"""Resource limits (setrlimit(2)): enforced by Linux, but for each process alone."""
+"""Resource limits (setrlimit(2)): enforced by Linux, but for each process separately."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer, SpawnPlan
 
-# RLIMIT_DATA and not RLIMIT_AS stands in for a memory limit where there are no control groups: an
-# idle ipykernel has 814 MB of address space with 52 MB resident, while RLIMIT_DATA (private
-# writable memory, since Linux 4.7) is near what is used. It still counts memory that was reserved
-# and never touched (a thread's stack, say), hence the headroom; and shared memory goes past it,
-# hence the watchdog beside it.
+# Without cgroups a memory limit becomes RLIMIT_DATA, not RLIMIT_AS: an idle ipykernel has 814 MB of
+# address space with 52 MB resident, while RLIMIT_DATA (private writable memory, since Linux 4.7) is
+# close to the used memory. But it counts memory that was reserved and never touched, such as thread
+# stacks, so the limit needs headroom. And it does not count shared memory, so the watchdog runs
+# too.
 
-# Private memory that an idle kernel reserves and does not touch: 150 to 220 MB measured (thread
-# stacks above all).
+# An idle kernel reserves 150 to 220 MB of private memory without touching it [measured], mostly
+# thread stacks.
 DATA_HEADROOM = 256 * 1024 * 1024
 
-# Between SIGXCPU and the SIGKILL for a process that ignores it.
+# Seconds between SIGXCPU, which a process can ignore, and SIGKILL.
 CPU_HARD_SECONDS = 2
 
-# Tasks of ours in the user namespace that bubblewrap makes: the init (keeper/bwrap_init.py).
+# Our init (keeper/bwrap_init.py) is one task in bubblewrap's user namespace.
 INIT_TASKS = 1
 
 
 def offer(
     limits: Limits, machine: HostCapabilities, placement: Placement = ANYWHERE
 ) -> Offer | None:
-    """Return what rlimits can enforce."""
+    """Return the offer of rlimits."""
     if resource is None or not machine.allows(Mechanism.RLIMIT):
         return None
     holds: dict[LimitName, Enforcement] = {}
@@ -76,9 +76,8 @@ def _wanted(
             "memory is not counted"
         )
         yield LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), _held(note, hard=False)
-    if (
-        limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None
-    ):  # root is exempt from it
+    # Root is exempt from RLIMIT_NPROC (setrlimit(2)).
+    if limits.processes is not None and machine.uid != 0 and machine.user_tasks is not None:
         count, enforcement = _processes(
             limits.processes, machine.user_tasks, alone=enclosed and machine.counts_in_namespaces
         )
@@ -86,10 +85,10 @@ def _wanted(
 
 
 def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforcement]:
-    """RLIMIT_NPROC and what it is worth."""
-    # In a user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so it is
-    # the notebook's own. Elsewhere all tasks of the user count, and any that ends meanwhile leaves
-    # its place to the notebook: the watchdog counts besides.
+    """Return the value for RLIMIT_NPROC, and how well it enforces the limit."""
+    # In a new user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so
+    # only the notebook's tasks count. Otherwise all tasks of the user count, and each one that ends
+    # leaves its place to the notebook. Then the watchdog counts too.
     if alone:
         return limit + INIT_TASKS, _held("counted in a user namespace of its own")
     note = (
@@ -100,7 +99,7 @@ def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforc
 
 
 def process_count(plan: SpawnPlan, tasks: int, limit: int | None) -> ProcessCount | None:
-    """The ``tasks`` of the notebook against RLIMIT_NPROC; ``None`` where it is not set."""
+    """Compare the notebook's ``tasks`` with RLIMIT_NPROC; ``None`` if that is not set."""
     allowed = next(
         (soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None
     )
@@ -119,10 +118,10 @@ def _held(note: str, *, hard: bool = True) -> Enforcement:
 
 
 def _capped(row: _Row) -> _Row:
-    """Return a row within the machine's own hard limit, which cannot be raised."""
+    """Return a row within our own hard limit."""
     number, soft, hard = row
     _, ceiling = resource.getrlimit(number)
-    # Raising a hard limit takes CAP_SYS_RESOURCE (setrlimit(2)).
+    # Raising a hard limit needs CAP_SYS_RESOURCE (setrlimit(2)).
     if ceiling == resource.RLIM_INFINITY:
         return row
     return number, min(soft, ceiling), min(hard, ceiling)

@@ -1,4 +1,4 @@
-"""The last resort: looks at the processes of a sandbox and reports a limit that is passed."""
+"""The last resort: polls the processes of a sandbox and reports an exceeded limit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from safe_exec.sandbox.plan import Offer
 from safe_exec.sandbox.priority import PriorityGuard
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 
-# It sees a limit passed only after the fact. Its period is 20 ms; how far a kernel gets past its
-# memory limit meanwhile is measured by ``make bench`` and stated in docs/limits.md.
+# The watchdog notices an excess only afterwards. ``make bench`` measures how far a kernel gets past
+# its memory limit within the period of 20 ms; docs/limits.md states the result.
 
 PERIOD_SECONDS = 0.02
-# After a look it rests so many times as long as the look took: hundreds of processes take
-# milliseconds.
+# Checking hundreds of processes takes milliseconds. After a check it rests for this multiple of the
+# time that the check took.
 REST_SHARE = 2
-# The same after shared pages were counted, which takes up to 50 ms per GB.
+# The same after counting shared pages, which takes up to 50 ms per GB.
 COUNT_REST_SHARE = 4
-# No allocation fills memory faster: until then what was counted cannot have grown to the limit.
+# No allocation fills memory faster than this. It bounds the time until the counted memory can reach
+# the limit, and no new count is needed before.
 FASTEST_BYTES_PER_SECOND = 5 << 30
 WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
 
@@ -33,8 +34,7 @@ WATCHED = (LimitName.MEMORY, LimitName.PROCESSES, LimitName.CPU_TIME)
 def offer(
     limits: Limits, machine: HostCapabilities, _placement: Placement = ANYWHERE
 ) -> Offer | None:
-    """Return what the watchdog can enforce of these limits."""
-    # It sees the whole process tree, and what that writes (disk_watchdog.py).
+    """Return the offer of the watchdog, including the disk watchdog's."""
     if not machine.allows(Mechanism.WATCHDOG):
         return None
     note = f"looked at every {PERIOD_SECONDS * 1000:.0f} ms: can be passed for a moment"
@@ -53,12 +53,10 @@ def offer(
 
 
 class Peaks(Struct, frozen=True, kw_only=True):
-    """The highest figures seen: bytes where memory is watched, tasks.
+    """The highest figures so far: bytes of memory (if watched) and tasks.
 
-    ``upper_bound``: the memory may be less.
-
-    ``children`` are the bytes that processes other than the kernel's had at the peak; shared memory
-    is nobody's.
+    If ``upper_bound`` is set, the true memory may be less. ``children`` are the bytes of processes
+    other than the kernel at the peak, without shared memory.
     """
 
     memory: int | None = None
@@ -68,7 +66,7 @@ class Peaks(Struct, frozen=True, kw_only=True):
 
 
 class Watchdog(threading.Thread):
-    """Watches a process tree; calls ``on_passed(limit, used)`` once, for the first limit passed."""
+    """Watches a process tree; calls ``on_passed(limit, used)`` for the first exceeded limit."""
 
     def __init__(
         self,
@@ -91,11 +89,11 @@ class Watchdog(threading.Thread):
         self._count_next = 0.0
 
     def run(self) -> None:
-        """Check every 20 ms until a limit is passed."""
+        """Check every 20 ms until a limit is exceeded."""
         pause, ended = PERIOD_SECONDS, time.monotonic()
         while not self._stop_event.wait(pause):
             check_start = time.monotonic()
-            # A check that comes late says that the machine is busy, perhaps by the notebook itself.
+            # A late check means that the machine is busy, perhaps because of the notebook.
             if self._guard is not None:
                 self._guard.looked(check_start - ended - pause)
             if self.check():
@@ -104,10 +102,7 @@ class Watchdog(threading.Thread):
             pause = max(PERIOD_SECONDS, REST_SHARE * (ended - check_start))
 
     def check(self, *, last: bool = False) -> bool:
-        """Look now; whether a limit was passed.
-
-        The ``last`` look of a run spares no time to be sure.
-        """
+        """Check now; true if a limit was exceeded. The ``last`` check always counts exactly."""
         with self._looking:
             if self._passed or self._stop_event.is_set():
                 return self._passed
@@ -122,9 +117,9 @@ class Watchdog(threading.Thread):
             return self._passed
 
     def stop(self) -> None:
-        """End the watch and wait for its thread, unless called from it."""
+        """Stop the watch and wait for its thread."""
         self._stop_event.set()
-        # ``on_passed`` runs on this thread and may end in ``stop``: a thread cannot join itself.
+        # ``on_passed`` runs on this thread and may call ``stop``, but a thread cannot join itself.
         if self.is_alive() and threading.current_thread() is not self:
             self.join()
 
@@ -137,7 +132,8 @@ class Watchdog(threading.Thread):
 
     def _memory(self, use: TreeUse, *, last: bool) -> int:
         """Return the memory to compare with the limit."""
-        # Nobody is to be killed for pages that were counted twice.
+        # A kernel must not be killed because shared pages were counted twice. So count exactly if
+        # the limit lies between the lower and the upper bound.
         allowed = self._limits.memory
         if allowed is None or LimitName.MEMORY not in self._names:
             return use.memory

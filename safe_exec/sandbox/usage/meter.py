@@ -1,6 +1,6 @@
 """Reads the resource use of a sandbox from its cgroups, or from its processes.
 
-Every figure is ``None`` where it cannot be read.
+A figure that cannot be read is ``None``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from safe_exec.sandbox.usage.process_tree import ProcessTree
 
 
 class Reading(Struct, frozen=True, kw_only=True):
-    """One look at a sandbox: unreclaimable memory in bytes, processor seconds, tasks.
+    """One reading of a sandbox: unreclaimable memory in bytes, processor seconds, tasks.
 
-    ``None``: not measured.
-
-    ``children_memory`` is the part of the memory that processes other than the kernel's have;
-    shared memory is nobody's. ``upper_bound``: pages that several processes share may have been
-    counted for each of them.
+    ``children_memory`` is the memory of processes other than the kernel, without shared memory. If
+    ``upper_bound`` is set, pages that several processes share may be counted for each of them.
     """
 
     memory: int | None = None
@@ -36,10 +33,9 @@ class Reading(Struct, frozen=True, kw_only=True):
 
 
 class Counters(Struct, frozen=True, kw_only=True):
-    """Counters of the system: OOM kills, refused forks, the highest charge with page cache.
+    """Counters of Linux: OOM kills, refused forks, the highest charge including page cache.
 
-    ``limit_hits``: how often the group's own memory limit left nothing but to kill (version 2 alone
-    tells that apart).
+    ``limit_hits`` counts the OOM situations at the cgroup's own memory limit (version 2 only).
     """
 
     oom_kills: int | None = None
@@ -51,10 +47,7 @@ class Counters(Struct, frozen=True, kw_only=True):
 
 
 class Bound(Struct, frozen=True, kw_only=True):
-    """A memory limit in bytes on a group above a sandbox.
-
-    ``hits``: how often it had left nothing but to kill.
-    """
+    """A memory limit in bytes on an ancestor cgroup; ``hits`` counts its OOM situations."""
 
     group: Path
     limit: int
@@ -62,10 +55,8 @@ class Bound(Struct, frozen=True, kw_only=True):
 
 
 def bounds_above(group: Path) -> tuple[Bound, ...]:
-    """The memory limits on groups of the unified tree above this one, the nearest first.
-
-    The tree's root has none, and no such file.
-    """
+    """Return the memory limits of a cgroup's ancestors in the unified tree, nearest first."""
+    # The root of the tree has no memory.max.
     limits: list[Bound] = []
     for above in group.parents:
         text = _text(above / "memory.max")
@@ -81,16 +72,14 @@ MEMORY_EVENTS = ("memory.oom_control", "memory.events")
 
 
 def has_memory_group(plan: SpawnPlan) -> bool:
-    """Whether a control group counts the memory of the sandbox."""
+    """Whether a cgroup counts the memory of the sandbox."""
     return any(Path(path).name in MEMORY_EVENTS for path in plan.cgroup.counter_files)
 
 
 class Meter:
-    """Reads one sandbox.
+    """Reads the resource use of one sandbox."""
 
-    Cheap enough (some 60 microseconds with control groups) for the end of every cell.
-    """
-
+    # With cgroups a reading takes about 60 microseconds, cheap enough for the end of every cell.
     def __init__(
         self,
         plan: SpawnPlan,
@@ -130,7 +119,7 @@ class Meter:
                 if anonymous is None or not kernel
                 else max(0, anonymous - kernel),
             )
-        # No process left: that is not a use of nothing.
+        # No process is left. That is not a reading of zero memory.
         if use is None or not use.tasks:
             return Reading(cpu_seconds=cpu, tasks=tasks or None)
         return Reading(
@@ -144,7 +133,7 @@ class Meter:
     @staticmethod
     def _read_memory(path: Path) -> tuple[int | None, int]:
         """Return anonymous and shared memory, which cannot be reclaimed."""
-        # v1 calls it ``total_rss``, v2 ``anon``.
+        # Version 1 calls anonymous memory ``total_rss``, version 2 ``anon``.
         stat = _table(path)
         keys = ("anon", "shmem") if "anon" in stat else ("total_rss", "total_shmem")
         return (stat.get(keys[0], 0) if stat else None), stat.get(keys[1], 0)
@@ -154,12 +143,14 @@ class Meter:
         return _cpu_seconds(_text(self._cpu))
 
     def oom_kills(self) -> int | None:
-        """The one counter that every cell's end needs: a single small file."""
+        """Read the number of OOM kills alone, from one small file."""
         path = self._files.get("memory.events") or self._files.get("memory.oom_control")
         return _table(path).get("oom_kill") if path else None
 
     def bound_hit(self) -> Bound | None:
-        """Return the nearest limit of a cgroup above that was hit since this meter was made."""
+        """Return the nearest ancestor's limit that was hit since this meter was made."""
+        # A kill for an ancestor's limit increases ``oom_kill`` in our cgroup too, so only the
+        # ancestor's own counter tells whose limit it was.
         earlier_hits = {limit.group: limit.hits for limit in self._above}
         current = (limit for last in self._above[:1] for limit in bounds_above(last.group / "any"))
         return next(
@@ -168,10 +159,10 @@ class Meter:
         )
 
     def tasks_bound(self, limit: int | None) -> tuple[Path, int] | None:
-        """Return the cgroup above that allows the fewest tasks, if fewer than ``limit``."""
-        # What is in the sandbox is in that group too: it is full before the sandbox is. Its counter
-        # need not be asked, which before Linux 6.11 counted in the sandbox's group what was refused
-        # for any group above.
+        """Return the ancestor that allows the fewest tasks, if fewer than ``limit``."""
+        # Tasks in the sandbox count in each ancestor, so such an ancestor is full before the
+        # sandbox is. Its counter cannot decide: before Linux 6.11 a refusal for an ancestor's limit
+        # was counted in the sandbox's own cgroup.
         if "pids.events" not in self._files:
             return None
         limits = [
@@ -188,16 +179,16 @@ class Meter:
         )
 
     def process_count(self, limit: int | None) -> ProcessCount | None:
-        """Return tasks and the number that Linux allows, by the cgroup or RLIMIT_NPROC.
+        """Return tasks and their limit in the cgroup or by RLIMIT_NPROC.
 
-        ``None`` where neither holds it, or it cannot be read.
+        ``None`` if neither enforces it, or if it cannot be read.
         """
         if self._tasks is not None:
             tasks, hit = _number(self._tasks), self.tasks_bound(limit)
             allowed = hit[1] if hit is not None else limit
             if tasks is None or allowed is None:
                 return None
-            # What else is in that group takes part of its room.
+            # Other tasks in the ancestor use up its limit too.
             if hit is not None:
                 tasks = _number(hit[0] / "pids.current") or tasks
             return ProcessCount(tasks=tasks, allowed=allowed, refused=self.counters().fork_refusals)
@@ -208,12 +199,12 @@ class Meter:
         )
 
     def counters(self) -> Counters:
-        """The counters of the control groups, read now."""
+        """Read the counters of the cgroups."""
         return parse_counters({str(path): _text(path) for path in self._files.values()})
 
 
 def parse_counters(texts: Mapping[str, str | None]) -> Counters:
-    """Counters from the texts of counter files, by path; either version of control groups."""
+    """Parse the texts of counter files, by path, of either version of cgroups."""
     by_name = {Path(path).name: text for path, text in texts.items()}
     events = _parse_table(by_name.get("memory.events") or by_name.get("memory.oom_control"))
     peak = by_name.get("memory.peak") or by_name.get("memory.max_usage_in_bytes")

@@ -1,4 +1,4 @@
-"""Files that processes hold open and no directory shows: in memory, or removed."""
+"""Open files without a visible name: files in memory, and removed files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from msgspec import Struct, field
 
-# Standard library only. A descriptor that is on its way in a socket (unix(7), SCM_RIGHTS) is seen
-# by nobody, nor is that of a process that is gone between two looks.
+# Standard library only. Two kinds of files are missed: descriptors in transit in a socket
+# (SCM_RIGHTS, unix(7)), and those of processes that start and end between two scans.
 
 # The unit of ``st_blocks`` (stat(2)).
 BLOCK = 512
@@ -20,17 +20,15 @@ _INODE = tuple[int, int]
 
 
 class UnlinkedAndMemoryFiles(Struct):
-    """Bytes by inode of files in ``memory`` and of ``removed`` files.
-
-    What several processes hold counts once.
-    """
+    """Bytes by inode of files in ``memory`` and of ``removed`` files."""
 
     memory: dict[_INODE, int] = field(default_factory=dict)
     removed: dict[_INODE, int] = field(default_factory=dict)
 
 
 def hidden_usage(pids: Iterable[int]) -> UnlinkedAndMemoryFiles:
-    """Look at the descriptors of processes; those that may not be looked at are left out."""
+    """Measure the hidden files of processes, except those that we may not inspect."""
+    # Files are keyed by inode, so one that several processes have open counts once.
     usage = UnlinkedAndMemoryFiles()
     for pid in pids:
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:

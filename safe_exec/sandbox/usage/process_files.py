@@ -1,8 +1,4 @@
-"""Reads one process from /proc: memory, processor time, threads.
-
-Sources: proc(5). A process may end at any moment; then the files are gone (ENOENT), or are there
-and say so (ESRCH), and a zombie's are empty.
-"""
+"""Reads one process from /proc (proc(5)): memory, processor time, threads."""
 
 from __future__ import annotations
 
@@ -15,6 +11,9 @@ import time
 from msgspec import Struct
 
 from safe_exec.keeper.procfs import TICKS
+
+# A process can end at any moment. Then opening its files fails (ENOENT), or reading them (ESRCH);
+# the files of a zombie are empty.
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 DEAD = "ZX"
@@ -30,9 +29,9 @@ def _path(pid: int, task: int, name: str) -> str:
 class Member(Struct, frozen=True, kw_only=True):
     """One process as last read.
 
-    ``started`` is in clock ticks since boot, ``cpu`` and ``cpu_waited`` (of children that it has
-    waited for) in seconds, all memory in bytes; ``shmem`` is shared memory that is no file on a
-    disk. ``task`` is the thread by which its memory is read, if it is not the first one.
+    ``started`` is in clock ticks since boot; ``cpu`` and ``cpu_waited`` (of children that it has
+    waited for) are in seconds, all memory in bytes. ``shmem`` is shared memory that is not a file
+    on a disk. ``task`` is the thread through which its memory is read, if not the first one.
     """
 
     pid: int
@@ -50,19 +49,19 @@ class Member(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Identify the process, even if its id is used again."""
+        """Identify the process, even if its id is reused."""
         return self.pid, self.started
 
 
 class ProcessFiles:
-    """Reads the files of processes; a test puts others in their place."""
+    """Reads the files of processes; tests replace it."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._known_shmem: dict[tuple[int, int], tuple[int, int]] = {}
 
     def now(self) -> float:
-        """Clock ticks since boot, in which the start of a process is given."""
+        """Return the clock ticks since boot, the unit of process start times."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS
 
     def pids(self) -> list[int]:
@@ -70,7 +69,7 @@ class ProcessFiles:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
     def text(self, path: str) -> bytes:
-        """The content of a file below /proc, all of which are short. Raises OSError."""
+        """Read a short file below /proc. Raises OSError."""
         fd = os.open(f"/proc/{path}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.read(fd, MOST_BYTES)
@@ -78,11 +77,11 @@ class ProcessFiles:
             os.close(fd)
 
     def read(self, member: Member, name: str) -> bytes:
-        """A file of a process, by a thread of it that is alive. Raises OSError."""
+        """Read a file of a process through a live thread. Raises OSError."""
         return self.text(_path(member.pid, member.task, name))
 
     def parent(self, pid: int) -> int | None:
-        """The id of its parent; ``None`` when it is gone."""
+        """Return the id of the parent, ``None`` if the process has ended."""
         try:
             return int(self.text(f"{pid}/stat").rpartition(b")")[2].split()[1])
         except (OSError, IndexError):
@@ -94,8 +93,8 @@ class ProcessFiles:
             text = self.text(f"{pid}/stat")
         except OSError:
             return None
-        # The command's name may hold spaces and parentheses: only what follows the last ")" is safe
-        # to split.
+        # The command's name may contain spaces and parentheses, so split only the part after the
+        # last ")".
         fields = text.rpartition(b")")[2].split()
         started, state, threads = int(fields[19]), fields[0].decode(), int(fields[17])
         task = self._live_task(pid) if state in DEAD and threads > 1 else 0
@@ -116,8 +115,8 @@ class ProcessFiles:
         )
 
     def _live_task(self, pid: int) -> int:
-        """Return a thread that lives after the first one has ended."""
-        # The files of the process itself are empty then.
+        """Return a thread that outlives the first one."""
+        # After the end of the first thread the files of the process itself are empty.
         with contextlib.suppress(OSError):
             return next(
                 (task for name in os.listdir(f"/proc/{pid}/task") if (task := int(name)) != pid), 0
@@ -125,9 +124,9 @@ class ProcessFiles:
         return 0
 
     def _memory_map(self, pid: int, task: int) -> tuple[int, int, int]:
-        """Bytes: address space, resident, and of that file pages and shared memory.
+        """Return bytes of address space, resident memory, and its file and shared pages.
 
-        Zeros when the process is gone.
+        All are zero if the process has ended.
         """
         try:
             size, resident, shared = self.text(_path(pid, task, "statm")).split()[:3]
@@ -136,8 +135,9 @@ class ProcessFiles:
         return int(size) * PAGE, int(resident) * PAGE, int(shared) * PAGE
 
     def _shared_memory(self, pid: int, started: int, task: int, shared: int) -> int:
-        """Shared memory apart from files."""
-        # ``status`` alone tells, the dearest of these files: read when the sum has changed.
+        """Return the shared memory without files."""
+        # Only ``status`` contains it, which is the slowest of these files. So read it only after
+        # the sum with file pages has changed.
         cached = self._known_shmem.get((pid, started))
         if cached is not None and cached[0] == shared:
             return cached[1]
@@ -153,20 +153,20 @@ class ProcessFiles:
         self._known_shmem.pop(member.key, None)
 
     def anonymous(self, pid: int, task: int = 0) -> int:
-        """Bytes of anonymous memory now; 0 when the process is gone."""
+        """Return the bytes of anonymous memory now; 0 if the process has ended."""
         _, resident, shared = self._memory_map(pid, task)
         return max(0, resident - shared)
 
     def has_ended(self, member: Member) -> bool:
-        """Whether this very process has ended, or has given up its memory on the way there."""
-        # It does that a moment before it becomes a zombie (do_exit in the system's kernel); until
+        """Whether the process has ended or has given up its memory."""
+        # A process frees its memory a moment before it becomes a zombie (do_exit in Linux). Until
         # then its state is still R.
         current = self.measure(member.pid)
         return current is None or current.started != member.started or not current.size
 
     def same_memory(self, one: int, other: int) -> bool:
         """Whether two processes share an address space (kcmp(2))."""
-        # Between vfork(2) and exec a child borrows its parent's.
+        # Between vfork(2) and exec a child runs in its parent's address space.
         if KCMP is None:
             return False
         return int(self._libc.syscall(KCMP, one, other, KCMP_VM, 0, 0)) == 0

@@ -21,33 +21,33 @@ from safe_exec.sandbox.usage.shared_pages import (
     upper_bound,
 )
 
-# Members are the descendants of the keeper, but for those between it and the kernel (bubblewrap,
-# our init): these are ours, do not count against the notebook's limits, and one of them cannot be
-# looked into by an ordinary user.
+# Members are the descendants of the keeper except those between it and the kernel (bubblewrap and
+# our init). These are part of safe-exec, do not count against the notebook's limits, and an
+# ordinary user cannot inspect one of them.
 
-# For so long a reading stands: the watchdog and the meter ask one after the other.
+# A reading is reused for this time, since the watchdog and the meter read one after the other.
 FRESH_SECONDS = 0.002
-# Of the processes that are not ours, one in so many is looked at again each time: their ids may
-# have been taken over.
+# At each reading, one in this many foreign processes is checked again, since its id may have been
+# reused by a member.
 OTHERS_SHARE = 50
-# To look at all descriptors takes a twentieth of the time at most.
+# Scanning all descriptors takes at most a twentieth of the time.
 OPEN_FILES_SHARE = 20
-# To count shared pages once takes a tenth of the time at most, where no limit is near.
+# Counting shared pages takes at most a tenth of the time, unless a limit is near.
 COUNT_SHARE = 10
-# The memory of a younger process may seem to grow while fork(2) still copies the page tables of
-# what it shares.
+# While fork(2) copies the page tables of shared memory, the memory of the new process seems to
+# grow. So younger processes do not count as growing.
 SETTLED_SECONDS = 2.0
-# By so much the figures of one address space may differ when read one after the other.
+# The figures of one address space, read through two processes in a row, can differ by this much.
 VFORK_BYTES = 256 << 10
 
 
 class TreeUse(Struct, frozen=True, kw_only=True):
     """The use of all processes: bytes (unreclaimable), seconds, tasks.
 
-    ``memory`` has shared pages once, as last counted; ``least`` and ``most`` are what it can be at
-    all. ``upper_bound``: some could not be looked into, so it may be less. ``shared_memory`` is
-    what is in files in memory, ``kernel_memory`` the anonymous memory of the kernel's own process;
-    the rest is its children's.
+    ``memory`` counts shared pages once, by the last count; ``least`` and ``most`` are its bounds.
+    If ``upper_bound`` is set, some processes could not be inspected, and the true memory may be
+    less. ``shared_memory`` are files in memory, ``kernel_memory`` is the anonymous memory of the
+    kernel process; the rest belongs to its children.
     """
 
     memory: int
@@ -61,18 +61,18 @@ class TreeUse(Struct, frozen=True, kw_only=True):
 
     @property
     def children_memory(self) -> int | None:
-        """Of the memory, what processes other than the kernel's have; shared memory is nobody's."""
+        """The memory of processes other than the kernel, without shared memory."""
         own = self.kernel_memory
         return None if own is None else max(0, self.memory - self.shared_memory - own)
 
 
 class ProcessTree:
-    """The processes below a keeper. May be read from several threads.
+    """The processes below a keeper. Can be read from several threads.
 
-    A process that ended takes its processor time with it: the time it was last seen with is kept
-    and added. ``counts_shared``: whether pages that several processes share are to be counted once,
-    which takes time; where a control group counts the memory nobody asks for it.
+    ``counts_shared`` tells whether to count pages that several processes share only once.
     """
+
+    # Counting shared pages takes time, and is not needed if a cgroup counts the memory.
 
     def __init__(
         self,
@@ -100,14 +100,14 @@ class ProcessTree:
 
     def _supervisors(self, keeper: int, kernel: int | None) -> frozenset[int]:
         """Return the keeper and the processes between it and the kernel."""
-        # They stay for as long as the kernel is there.
+        # All of them live at least as long as the kernel, so once is enough.
         roots = {keeper}
         pid = kernel
         # Bubblewrap forks at most twice.
         for _ in range(8 if kernel else 0):
             member = self._files.measure(pid) if pid else None
             if member is None or member.parent in (0, 1):
-                # The kernel is gone, or no descendant.
+                # The kernel has ended, or is not a descendant.
                 return frozenset({keeper})
             if member.parent == keeper:
                 return frozenset(roots)
@@ -119,8 +119,8 @@ class ProcessTree:
 
     def read(self) -> TreeUse:
         """Return the use of the whole tree."""
-        # Where processes may share pages they are counted once if the time for it has come, else
-        # estimated.
+        # If processes may share pages, the pages are counted when it is time for it. In between,
+        # the memory is estimated from the last count.
         with self._lock:
             read_at = time.monotonic()
             if self._use is not None and read_at - self._read_at < self._fresh_seconds:
@@ -160,7 +160,7 @@ class ProcessTree:
             kernel_memory=kernel.anonymous if kernel is not None else None,
         )
         if most - least <= SMALL or not self._counts_shared:
-            # One process has nearly all of it: nothing to speak of can be counted twice.
+            # One process has nearly all of the memory, so little can be counted twice.
             return use
         last = self._count
         if last is None or read_at - last.at >= COUNT_SHARE * last.seconds:
@@ -172,14 +172,14 @@ class ProcessTree:
         return replace(use, memory=memory, upper_bound=last.upper_bound)
 
     def _with_memory(self) -> Sequence[Member]:
-        """The processes with memory of their own."""
+        """Return the processes with their own address space."""
         return [
             member for member in self._members.values() if member.size and not self._borrows(member)
         ]
 
     def _borrows(self, member: Member) -> bool:
-        """Whether a process lives in its parent's address space."""
-        # So it does between vfork(2) and exec, as with subprocess.
+        """Whether a process runs in its parent's address space."""
+        # This is the case between vfork(2) and exec, which subprocess uses.
         parent = self._members.get(member.parent)
         if parent is None or member.size != parent.size:
             return False
@@ -190,8 +190,10 @@ class ProcessTree:
         return near and self._files.same_memory(member.pid, parent.pid)
 
     def _cpu_seconds(self) -> float:
-        """Of all that were ever seen as last seen."""
-        # Or of those alive with all that they waited for. Either misses something.
+        """Return the processor time of all members so far."""
+        # An ended process takes its time with it. One sum adds the last known times of all members
+        # ever seen; it misses the time between the last reading and the end. The other adds the
+        # living members and the children that they have waited for; it misses unawaited children.
         alive = sum(member.cpu + member.cpu_waited for member in self._members.values())
         return max(alive, sum(self._cpu.values()))
 
@@ -224,12 +226,13 @@ class ProcessTree:
             self._cpu[member.key] = member.cpu
 
     def _sort(self, parents: dict[int, int]) -> None:
-        """Each unknown process is a member if one of its ancestors is one, or a supervisor."""
+        """Classify unknown processes: those below a member or a supervisor are members."""
         for pid in parents:
             self._others.pop(pid, None)
         for pid, parent in parents.items():
             ancestor = parent
-            # No more steps than there are: ids that are given anew meanwhile could make a circle.
+            # The number of steps is bounded, since ids that are reused meanwhile could form a
+            # circle.
             for _ in parents:
                 ancestor = parents.get(ancestor, ancestor)
             if ancestor in self._members or ancestor in self._roots:
@@ -238,4 +241,4 @@ class ProcessTree:
                     self._members[pid] = member
             elif ancestor in self._others or ancestor in (0, 1):
                 self._others[pid] = None
-            # Else its parent has just ended: whose child it is now shows the next time.
+            # Otherwise its parent has just ended. The next reading shows its new parent.

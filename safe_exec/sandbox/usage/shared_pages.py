@@ -9,24 +9,22 @@ from msgspec import Struct
 
 from safe_exec.sandbox.usage.process_files import Member, ProcessFiles
 
-# After a fork, parent and child share all pages until one of them writes: the sum of their resident
-# memory counts those pages twice. The system divides each page by the number of processes that map
-# it (Pss, proc(5), smaps_rollup since Linux 4.14), so the sum of these shares counts it once. To
-# work them out the system walks all page tables of a process, 3 to 50 ms per GB, so the caller
-# decides how often.
+# After a fork, parent and child share all pages until one of them writes, so the sum of their
+# resident memory counts these pages twice. For Pss Linux divides each page by the number of
+# processes that map it (proc(5), smaps_rollup since Linux 4.14), so the sum of Pss counts it once.
+# To compute Pss Linux walks all page tables of a process, which takes 3 to 50 ms per GB. So the
+# caller decides how often.
 
-# Bytes that may be counted twice without being worth a walk through page tables.
+# If fewer bytes than this can be counted twice, a walk through page tables is not worth its time.
 SMALL = 16 << 20
 
 
 class SharedCount(Struct, frozen=True, kw_only=True):
-    """The memory of some processes in bytes, each page once.
+    """The memory of some processes in bytes, counting each page once.
 
-    When it was counted and how long that took (seconds).
-
-    ``departed`` is what processes gave up while others were still being read: pages they shared
-    count more in those read later, by half of them at most. ``upper_bound``: some processes could
-    not be looked into and were added whole, so pages that they share are in it several times.
+    ``departed`` are bytes that processes freed during the count. If ``upper_bound`` is set, some
+    processes could not be inspected and were added as a whole, so their shared pages may be counted
+    several times. ``at`` is the time of the count, ``seconds`` its duration.
     """
 
     memory: int
@@ -37,20 +35,22 @@ class SharedCount(Struct, frozen=True, kw_only=True):
 
     @property
     def at_least(self) -> int:
-        """Bytes that were in use whatever ended meanwhile."""
+        """A lower bound of the memory in use, even if processes ended during the count."""
+        # Pages that an ended process shared have a larger share in processes that are read later.
+        # This overcounts at most half of the freed bytes.
         return max(0, self.memory - self.departed // 2)
 
 
 def lower_bound(members: Sequence[Member], open_files: int) -> int:
-    """Return the least memory that the processes can use: everything shareable is shared."""
+    """Return the least memory that the processes can use: they share all that they can."""
     shared = max((open_files, *(member.shmem for member in members)))
     return shared + max((member.anonymous for member in members), default=0)
 
 
 def upper_bound(members: Sequence[Member], open_files: int) -> int:
-    """Return the most memory that the processes can use: nothing is shared.
+    """Return the most memory that the processes can use: they share nothing.
 
-    ``open_files`` are bytes of files in memory, held open.
+    ``open_files`` are the bytes of open files in memory.
     """
     shared = max(open_files, sum(member.shmem for member in members))
     return shared + sum(member.anonymous for member in members)
@@ -64,9 +64,9 @@ def estimate(
 ) -> int:
     """Return the memory by the last count and the growth since, within its bounds.
 
-    ``earlier`` has the anonymous bytes of processes at the last count. How much new processes share
-    is not known: they count with the next one.
+    ``previous_counts`` are the anonymous bytes of processes at the last count.
     """
+    # It is unknown how much new processes share, so they count only from the next count on.
     growth = sum(
         member.anonymous - previous_counts[member.key]
         for member in members
@@ -78,7 +78,7 @@ def estimate(
 
 def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) -> SharedCount:
     """Read the shares of all processes."""
-    # One that has ended meanwhile has no memory any more, which is no failure.
+    # A process that has ended meanwhile has no memory any more, which is not an error.
     start = time.monotonic()
     anonymous = shmem = total = 0
     for member in members:
@@ -87,7 +87,8 @@ def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) 
             anonymous += share[0]
             shmem += share[1]
         elif not files.has_ended(member):
-            # Not ours to look into: a setuid program, another user, prctl(PR_SET_DUMPABLE).
+            # We may not inspect it: a setuid program, another user's, or one that has cleared its
+            # PR_SET_DUMPABLE (prctl(2)).
             total += member.anonymous
             shmem += member.shmem
     end = time.monotonic()
@@ -104,17 +105,14 @@ def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) 
 
 
 def _share(files: ProcessFiles, member: Member) -> tuple[int, int] | None:
-    """A process's share of anonymous and of shared memory in bytes.
-
-    ``None`` where it cannot be read.
-    """
+    """Return a process's share of anonymous and shared memory in bytes, ``None`` if unreadable."""
     try:
         text = files.read(member, "smaps_rollup")
     except OSError:
         return None
     rows = (line.split() for line in text.splitlines()[1:])
     figures = {row[0]: int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdigit()}
-    # Before Linux 5.4 the shares were not told apart.
+    # Linux before 5.4 does not distinguish anonymous and shared memory in Pss.
     if b"Pss_Anon:" not in figures:
         return None
     return figures[b"Pss_Anon:"], figures.get(b"Pss_Shmem:", 0)

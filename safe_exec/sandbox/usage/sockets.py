@@ -1,7 +1,4 @@
-"""Other hosts that the processes of a sandbox talk to, as their sockets show from outside.
-
-Ports for a kernel.
-"""
+"""Network peers of a sandbox as seen from outside, and free ports for a kernel."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from pathlib import Path
 
 from safe_exec.keeper import procfs
 
-# For kernels that tell nothing of themselves, and for what a kernel starts (``!curl``). Looked at
-# now and then: a connection that is over between two looks is not seen.
+# The agent reports the kernel's own connections. This module covers other kernels and programs that
+# a kernel starts (``!curl``). It is polled, so connections that end between two polls are missed.
 
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-# Below are the services that have names.
+# Lower ports may belong to well-known services.
 LOWEST_PORT = 10_000
 TRIED_PORTS = 100
 TABLES = ("tcp", "tcp6", "udp", "udp6")
@@ -31,9 +28,10 @@ _PREFIX, _SUFFIX = "socket:[", "]"
 def peers(root: int, first: int) -> set[str]:
     """Return the hosts that sockets of the descendants of ``root`` are connected to.
 
-    ``first`` is one of them: where its namespace has no such socket at all, which is the rule,
-    nothing more is looked at.
+    ``first`` is one of the descendants.
     """
+    # Most network namespaces have no connection to another host. Then the descriptors need not be
+    # read.
     remote = _remote(first)
     if not remote:
         return set()
@@ -46,7 +44,7 @@ def peers(root: int, first: int) -> set[str]:
 
 
 def _remote(pid: int) -> dict[str, str]:
-    """Map inodes to the far ends on other hosts of all sockets in a network namespace."""
+    """Map the inodes of all sockets in a network namespace to their peers on other hosts."""
     addresses: dict[str, str] = {}
     for table in TABLES:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
@@ -78,7 +76,7 @@ def listens(port: int) -> bool:
 
 
 def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
-    """The TCP sockets that listen in a process's network namespace: inode, and ``address:port``."""
+    """Yield inode and ``address:port`` of the listening TCP sockets in a network namespace."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
             next(lines, None)
@@ -93,10 +91,9 @@ def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
 
 def quiet_ports(count: int) -> list[int]:
     """Return free loopback ports for a kernel to listen on, or none."""
-    # No outgoing connection takes them in the meantime.
-    # What the system hands out for port 0 lies in the range of outgoing connections
-    # (``ip_local_port_range``, ip(7)): between our choice and the kernel's bind any program that
-    # connects somewhere may get it, and the kernel ends before it is ready.
+    # Port 0 would give a port in the range of outgoing connections (``ip_local_port_range``,
+    # ip(7)). Between our choice and the kernel's bind any program that connects somewhere may get
+    # the same port, and the kernel would end before it is ready. So choose ports below that range.
     with contextlib.suppress(OSError, ValueError):
         first = int(RANGE.read_text().split()[0])
         ports: list[int] = []
@@ -119,7 +116,8 @@ def address_of(text: str) -> str | None:
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address that the words stand for; an IPv4 one that was mapped into IPv6 as itself."""
+    """Parse an address of /proc/net/tcp; an IPv4 address mapped into IPv6 becomes IPv4."""
+    # The address is printed as 32-bit words in host byte order.
     groups = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
     address = ipaddress.ip_address(b"".join(struct.pack("=I", group) for group in groups))
     mapped: ipaddress.IPv4Address | None = getattr(address, "ipv4_mapped", None)

@@ -1,4 +1,4 @@
-"""The free space of the file systems that a kernel can write to, measured outside of it."""
+"""The free space of the file systems that a kernel can write to, measured from outside."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from msgspec.structs import replace
 
 from safe_exec.model.evidence import Volume
 
-# Their directories are opened once, through ``/proc/PID/root``: the runner's own paths lead
-# elsewhere. An open directory outlives the mount namespace, so that the space can still be read
-# after the kernel's death.
+# The directories are opened once, through ``/proc/PID/root``, since the runner's own paths lead to
+# other file systems. An open directory outlives the mount namespace, so the free space can still be
+# read after the kernel's death.
 
 
 class Volumes:
-    """The volumes of one kernel.
+    """The volumes of one kernel, with the lowest free space since the last ``begin``."""
 
-    ``look`` keeps the lowest free space since the last ``begin``: what filled a disk may be deleted
-    again.
-    """
-
+    # A program that filled a disk may delete its files when the write fails, so the free space at
+    # the end explains nothing.
     def __init__(self, pid: int, places: Iterable[str]) -> None:
-        """Open the places that the process ``pid`` has.
-
-        Those that cannot be opened are left out.
-        """
+        """Open the places as seen by the process ``pid``, except those that cannot be opened."""
         self._directories: dict[int, int] = {}
         self._own: set[int] = set()
         self._places: dict[int, list[str]] = {}
@@ -49,16 +44,14 @@ class Volumes:
                 self._own.add(device)
 
     def begin(self) -> None:
-        """A cell begins: what was lowest before is forgotten."""
+        """Reset the lowest free space at the begin of a cell."""
         self._lowest.clear()
         self.measure(own=True)
         self._initial_free = {device: volume.free for device, volume in self._lowest.items()}
 
     def measure(self, *, own: bool = False) -> None:
-        """Note the lowest free space.
-
-        ``own``: only the sandbox's own: a file server of the machine's may take its time to answer.
-        """
+        """Measure the free space; with ``own`` only of the sandbox's own file systems."""
+        # A machine's file server may take long to answer, so it is measured less often.
         for device, directory in self._directories.items():
             if own and device not in self._own:
                 continue
@@ -71,7 +64,7 @@ class Volumes:
             self._lowest[device] = volume
 
     def lowest(self) -> tuple[Volume, ...]:
-        """Of each volume that was looked at the lowest free space since the last ``begin``."""
+        """Return each measured volume with its lowest free space since the last ``begin``."""
         return tuple(
             replace(
                 volume,
@@ -83,7 +76,8 @@ class Volumes:
         )
 
     def close(self) -> None:
-        """Close the directories: they keep their file systems alive."""
+        """Close the directories."""
+        # An open directory keeps its file system alive.
         for directory in self._directories.values():
             os.close(directory)
         self._directories.clear()
@@ -91,7 +85,7 @@ class Volumes:
 
 def _measure(directory: int) -> Volume:
     figures = os.fstatvfs(directory)
-    # Without an inode no file can be made, whatever room there is. File systems that count none
-    # have 0 of 0.
+    # Without a free inode no file can be created, even if blocks are free. File systems that do not
+    # count inodes report 0 of 0.
     free = 0 if figures.f_files and not figures.f_favail else figures.f_bavail * figures.f_frsize
     return Volume(places=(), size=figures.f_blocks * figures.f_frsize, free=free)
