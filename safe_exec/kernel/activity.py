@@ -50,7 +50,7 @@ class ObservedKernel(Struct, frozen=True, kw_only=True):
 
 
 async def observe(subject: ObservedKernel) -> ActivityObservation:
-    """Watch for 0.4 s, then ask for the stacks."""
+    """Watch the kernel for 0.4 s, then request its stacks."""
     pid = subject.pid
     cpu_before, members_before, rests = (
         _cpu(pid),
@@ -153,7 +153,7 @@ def _sampled(subject: ObservedKernel) -> tuple[list[tuple[str, int, str, int]], 
 
 
 def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
-    """The innermost coroutine that has a name, as ``module.function``."""
+    """Return the innermost named coroutine, as ``module.function``."""
     for function, _, file, cell in rows:
         if cell:
             # The notebook's own code awaits the future itself.
@@ -188,7 +188,7 @@ def _samples(
 
 
 def _is_starved(pid: int, cpu_before: float | None, states: list[str | None]) -> bool:
-    """Whether the kernel wants to run and has had hardly any processor time."""
+    """Whether the kernel is runnable but gets hardly any processor time."""
     cpu = _cpu(pid)
     return (
         cpu_before is not None
@@ -221,7 +221,7 @@ def _busiest(pid: int) -> str | None:
 
 
 def _most_common(calls: list[Call]) -> Call | None:
-    """The last call of those whose name was seen most often."""
+    """Return the last call with the most frequent name."""
     names = [call.name for call in calls]
     return (
         max(calls, key=lambda call: (names.count(call.name), calls.index(call))) if calls else None

@@ -106,7 +106,6 @@ class AgentFacts:
         )
 
     def _note(self, fact: dict[str, Any]) -> None:
-        """Store a fact by its kind."""
         # Keep the first one: our agent sends each fact once, so a repeated one is forged.
         if "msg_id" in fact:
             self._note_cell(int(fact["cell"]), str(fact["msg_id"]))
@@ -227,7 +226,6 @@ def reported_errors(fact: dict[str, Any]) -> ReportedErrors:
 
 
 def _raised(row: dict[str, Any], fact: dict[str, Any]) -> Raised:
-    """Return one exception from its fields."""
     # An exception may lack a file name or a host. The agent then reports the last file that was
     # opened, or the last address that was connected to.
     kind, files, host = (

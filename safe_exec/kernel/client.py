@@ -1,4 +1,4 @@
-"""nbclient that sees a kernel die at once, keeps its last output, and stays small."""
+"""An nbclient that notices a kernel's death at once, keeps its last output and bounds memory."""
 
 from __future__ import annotations
 

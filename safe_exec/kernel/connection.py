@@ -166,7 +166,7 @@ class Connection:
             self._loop.remove_writer(self._socket.fileno())
 
     def close(self) -> None:
-        """Close the socket. May be called again."""
+        """Close the socket. Can be called again."""
         if self._socket.fileno() >= 0:
             self._pause()
             self._loop.remove_writer(self._socket.fileno())

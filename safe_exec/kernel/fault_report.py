@@ -1,4 +1,4 @@
-"""Reads what faulthandler wrote: which thread, where. Pure; imports model and fault_site.
+"""Parses faulthandler's output into threads and frames. Pure; imports model and fault_site.
 
 Format: Python's documentation of faulthandler, and what 3.9 to 3.14 print (3.14 adds a name to the
 thread line).

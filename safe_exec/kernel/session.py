@@ -475,7 +475,7 @@ class KernelSession:
         return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
-        """Whether the agent noted the begin of a cell and no end; ``None`` for other kernels."""
+        """Whether the agent noted the start of a cell but no end; ``None`` for other kernels."""
         page = self.page
         return None if page is None else number != 0 and not page.note().finished
 

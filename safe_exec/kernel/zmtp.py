@@ -90,7 +90,7 @@ class MessageReader:
         return None if self._body is None else memoryview(self._body)[self._filled :]
 
     def filled(self, count: int) -> None:
-        """Note that so many bytes were read into ``space``."""
+        """Note that ``count`` bytes were read into ``space``."""
         self._filled += count
 
     def take(self) -> Received | None:

@@ -119,10 +119,7 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
 
 
 def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
-    """Give each limit that is set to the first offer that holds it.
-
-    ``offers`` come strongest first.
-    """
+    """Assign each set limit to the first offer that enforces it; ``offers`` come strongest first."""
     # A limit that no mechanism enforces is recorded with ``none``, so that reports can show it.
     enforcement: dict[LimitName, Enforcement] = {}
     for name in RUNNER_LIMITS:

@@ -20,7 +20,7 @@ from safe_exec.sandbox import stale_runs
 
 
 class Container(StrEnum):
-    """The kind of container, as far as a process inside can tell."""
+    """The kind of container, as detected from inside."""
 
     NONE = "none"
     DOCKER = "docker"
@@ -196,7 +196,6 @@ def _distribution(release: str) -> str:
 
 
 def _container(root: Path, environ: Mapping[str, str]) -> Container:
-    """Return the kind of container."""
     # Most reliable first: files made by the engines, then the variable ``container``, then the
     # names of cgroups.
     groups = _text(root / "proc/self/cgroup")

@@ -32,7 +32,7 @@ OWN_DEV = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 
 
 class SandboxPaths(Struct, frozen=True, kw_only=True):
-    """The paths around which the walls are built, as the notebook sees them.
+    """The paths that the walls surround or open, as the notebook sees them.
 
     ``folder`` is the working directory, ``runtime`` the directory of the sockets, with
     ``read_only`` files in it (the connection file). ``homes`` are to be hidden; ``visible`` paths
@@ -125,7 +125,6 @@ def drops_capabilities(isolation: Isolation, *, root: bool) -> bool:
 
 
 def _capabilities(isolation: Isolation, *, root: bool) -> Iterator[str]:
-    """Yield the options for capabilities."""
     # Keep the capabilities that are needed to empty the bounding set (CAP_SETPCAP) and to become
     # another user. keeper/capabilities.py drops them afterwards.
     if drops_capabilities(isolation, root=root):
@@ -210,7 +209,7 @@ class Cover(Struct, frozen=True, kw_only=True):
 
 
 def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple[Cover, ...]:
-    """Return everything that is mounted over, outer places first."""
+    """Return every covered place, outer places first."""
     homes = view.homes if isolation.hide_home else ()
     covers = [Cover(path=path, stays_writable=path == homes[0], is_home=True) for path in homes]
     covers += [

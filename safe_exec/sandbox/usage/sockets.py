@@ -58,7 +58,7 @@ def _remote(pid: int) -> dict[str, str]:
 
 
 def listening(pid: int, targets: Iterable[str]) -> tuple[str, ...]:
-    """Return the addresses of those ``targets`` (``socket:[...]``) that listen for TCP connections."""
+    """Return the addresses on which ``targets`` (``socket:[...]``) listen for TCP connections."""
     inodes = {
         target[len(_PREFIX) : -len(_SUFFIX)] for target in targets if target.startswith(_PREFIX)
     }

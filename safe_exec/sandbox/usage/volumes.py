@@ -44,7 +44,7 @@ class Volumes:
                 self._own.add(device)
 
     def begin(self) -> None:
-        """Reset the lowest free space at the begin of a cell."""
+        """Reset the lowest free space at the start of a cell."""
         self._lowest.clear()
         self.measure(own=True)
         self._initial_free = {device: volume.free for device, volume in self._lowest.items()}
